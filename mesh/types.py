@@ -1,0 +1,237 @@
+"""What the mesh's rooms hand each other: names, states, and the seams between registry, placement, routing and the runtime.
+
+Plain immutable data and Protocols; knows nothing of gRPC, HTTP, the store, tensors or tokens. Times are epoch milliseconds where ModelMesh's
+records hold them (`…_ms`), seconds elsewhere (`…_s`).
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Protocol
+
+
+class ModelStatus(IntEnum):
+    """ModelMesh's ModelStatusInfo.ModelStatus, number for number."""
+
+    NOT_FOUND = 0
+    NOT_LOADED = 1
+    LOADING = 2
+    LOADED = 3
+    LOADING_FAILED = 4
+    UNKNOWN = 5
+
+
+class CopyState(StrEnum):
+    """What one pod says of its copy, finer than ModelMesh's status."""
+
+    QUEUED = "queued"
+    PULLING = "pulling"
+    PACKING = "packing"
+    LOADING = "loading"
+    LOADED = "loaded"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+    QUARANTINED = "quarantined"
+
+
+class Tier(StrEnum):
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model's attributes as registered; immutable. `key` is ModelMesh's model key (JSON text: storage and per-model settings)."""
+
+    type: str
+    path: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyInfo:
+    """One pod's copy of a model, as far as this pod knows it."""
+
+    instance_id: str
+    status: ModelStatus
+    time_ms: int
+    state: CopyState | None = None
+    tier: Tier | None = None
+    error: str = ""
+    progress: float = 0.0                # 0 … 1 of the current state
+    progress_text: str = ""
+    weight_bytes: int = 0
+    device_bytes: int = 0
+    running: int = 0
+    waiting: int = 0
+    swap_in_s: float = 0.0
+    tokens_per_s: float = 0.0
+    quantization: str = ""
+    max_model_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StatusInfo:
+    """A model's state over all pods; `errors` newest first, `copies` newest first."""
+
+    status: ModelStatus
+    errors: tuple[str, ...] = ()
+    copies: tuple[CopyInfo, ...] = ()
+
+
+class Loader(Protocol):
+    """Placement, as the APIs see it."""
+
+    async def ensure_loaded(self, model_id: str, *, last_used_ms: int = 0, wait: bool = False) -> StatusInfo:
+        """See to it that at least one copy is loaded or on its way. `last_used_ms` 0 = now.
+
+        With `wait`, returns when it is LOADED or LOADING_FAILED. A waiter that is cancelled doesn't stop the load.
+        Raises NotFound for an unknown model.
+        """
+
+    async def unload(self, model_id: str) -> None:
+        """Drop all copies; the registration stays. Returns when they are gone. Unknown or not loaded: nothing happens."""
+
+    def status(self, model_id: str) -> StatusInfo:
+        """What is known now, without a call."""
+
+    def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:
+        """The status now and after each change, until it is LOADED or LOADING_FAILED."""
+
+    def expected_wait_s(self, model_id: str) -> float:
+        """How long until a request for this model could run, from measured load times; the basis of Retry-After."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a request goes: a local runtime, or a peer pod one hop away."""
+
+    instance_id: str
+    local: bool
+    grpc_address: str
+    http_address: str                    # "unix:PATH" or "HOST:PORT"
+
+
+class Resolver(Protocol):
+    """Names, as routing sees them."""
+
+    def resolve(self, name: str) -> str:
+        """The concrete model id behind a vmodel's or model's name. Raises NotFound, naming what is served."""
+
+    def names(self) -> list[str]:
+        """What /v1/models lists, sorted."""
+
+
+class Router(Protocol):
+    """One routing decision, whatever carries the request."""
+
+    async def route(self, model_id: str, *, deadline_s: float | None, prefix_hash: str = "", exclude: frozenset[str] = frozenset()) -> Target:
+        """The copy with the least expected wait, loading the model if no pod has it.
+
+        Raises NotFound, LoadFailed, Unavailable (waited too long; carries retry_after_s), Overloaded, DeadlineExceeded.
+        """
+
+    def begin(self, model_id: str, target: Target) -> None:
+        """Count a request in flight (and touch the model's last use)."""
+
+    def end(self, model_id: str, target: Target) -> None: ...
+
+    def forget(self, model_id: str, target: Target) -> None:
+        """The target said NOT_FOUND: it no longer has the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeModel:
+    """One model in the local runtime's own account of itself (repertory.RuntimeState/watch); zeros from a foreign runtime."""
+
+    model_id: str
+    state: CopyState
+    tier: Tier = Tier.DEVICE
+    progress: float = 0.0
+    progress_bytes: int = 0
+    total_bytes: int = 0
+    progress_text: str = ""
+    weight_bytes: int = 0
+    device_bytes: int = 0
+    kv_bytes: int = 0
+    kv_usage: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    swap_in_s: float = 0.0
+    load_s: float = 0.0
+    quantization: str = ""
+    dtype: str = ""
+    architecture: str = ""
+    path: str = ""
+    max_model_len: int = 0
+    tokens_per_s: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSnapshot:
+    """The local runtime now. `foreign`: it has no repertory.RuntimeState, so only what ModelMesh's contract says is known."""
+
+    capacity_bytes: int
+    ready: bool = False
+    foreign: bool = False
+    device_budget_bytes: int = 0
+    device_used_bytes: int = 0
+    host_budget_bytes: int = 0
+    host_used_bytes: int = 0
+    engine_state: str = ""
+    engine_restarts: int = 0
+    device_name: str = ""
+    models: tuple[RuntimeModel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeLimits:
+    """What mmesh.ModelRuntime/runtimeStatus told at start."""
+
+    capacity_bytes: int
+    max_loading_concurrency: int
+    model_loading_timeout_s: float
+    default_model_size_bytes: int
+    version: str = ""
+    allowed_methods: dict[str, tuple[int, ...]] = field(default_factory=dict)   # full method → id injection path; empty = any method
+    allow_any_method: bool = True
+    limit_model_concurrency: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FitAnswer:
+    fits: bool
+    reason: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    min_kv_bytes: int
+    workspace_bytes: int
+    capacity_bytes: int
+    evicts: tuple[str, ...] = ()
+    max_model_len: int = 0
+    quantization: str = ""
+    architecture: str = ""
+    num_parameters: int = 0
+    exact: bool = False
+
+
+class RuntimeClient(Protocol):
+    """The local runtime, as placement sees it."""
+
+    async def wait_ready(self, timeout_s: float) -> RuntimeLimits: ...
+
+    async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> int:
+        """Load; returns size in bytes. Raises LoadFailed, Overloaded, Unavailable. Cancellable: leaves nothing."""
+
+    async def unload(self, model_id: str) -> None:
+        """Idempotent."""
+
+    async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
+
+    async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer: ...
+
+    def watch(self) -> AsyncIterator[RuntimeSnapshot]:
+        """The runtime's snapshots; reconnects by itself; a runtime that died and returned begins with `models` empty."""

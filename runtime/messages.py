@@ -1,0 +1,152 @@
+"""Front ⇄ engine: every message that crosses the socket between them, and its framing.
+
+A message is a tagged msgspec struct in msgpack behind a 4-byte little-endian length. The engine answers every Load with Loaded or
+LoadFailed, every Unload with Unloaded, every Add with rows in Tokens messages until one carries a finish reason. Nothing else is promised
+about order between different models or requests.
+"""
+
+import msgspec
+
+from runtime.types import Checkpoint, FinishReason, LogprobParams, ModelFacts, SamplingParams, StopParams, Tier
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Admit a model. `max_model_len` None = the checkpoint's. Idempotent for an equal checkpoint."""
+
+    model_id: str
+    checkpoint: Checkpoint
+    max_model_len: int | None = None
+    max_waiting: int = 1024
+
+
+class Unload(msgspec.Struct, frozen=True, tag=True):
+    """Forget a model; its rows end as ABORTED. Unknown models are answered with Unloaded too."""
+
+    model_id: str
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """A new sequence. `request_id` is unique in the front's life. `prompt` is int32 token ids, little-endian bytes."""
+
+    request_id: int
+    model_id: str
+    prompt: bytes
+    sampling: SamplingParams
+    stop: StopParams
+    logprobs: LogprobParams = LogprobParams()
+    priority: int = 0                    # higher first
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End these sequences at the next step; unknown ones are passed over (they may just have ended)."""
+
+    request_ids: tuple[int, ...]
+
+
+class SetPolicy(msgspec.Struct, frozen=True, tag=True):
+    """Change how one model is treated: pinned models aren't evicted, `weight` is its share in the round robin."""
+
+    model_id: str
+    pinned: bool = False
+    weight: float = 1.0
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Finish what runs within `grace_s`, then exit 0."""
+
+    grace_s: float
+
+
+Command = Load | Unload | Add | Abort | SetPolicy | Shutdown
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of an engine: it can take loads."""
+
+    pid: int
+    device: str                          # "cpu", "cuda:0"
+    device_name: str
+    device_budget_bytes: int
+    host_budget_bytes: int
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    facts: ModelFacts
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """`code` is a gRPC status name (runtime.errors.from_code)."""
+
+    model_id: str
+    code: str
+    message: str
+
+
+class Unloaded(msgspec.Struct, frozen=True, tag=True):
+    model_id: str
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One token's log-probability, its 1-based rank, and the best alternatives as (token id, log-probability), best first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class RowTokens(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought to one sequence. The last of a sequence has `finish` set (and may have no token)."""
+
+    request_id: int
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+    stop_token: int | None = None        # the id that ended it, if one did
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None   # once, with the first token; the first entry is None
+    cached_tokens: int | None = None     # prompt tokens found in the prefix cache; once, with the first token
+    error_code: str | None = None        # with finish ERROR
+    error: str | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """All rows of one step of one model."""
+
+    model_id: str
+    rows: tuple[RowTokens, ...]
+
+
+class ModelStats(msgspec.Struct, frozen=True):
+    model_id: str
+    tier: Tier
+    weight_bytes: int
+    device_bytes: int                    # weights and KV in device memory now, in whole slabs
+    kv_bytes: int                        # of it KV, in whole slabs
+    kv_used_tokens: int                  # in running rows
+    kv_cached_tokens: int                # in the prefix cache, free to drop
+    running: int
+    waiting: int
+    swap_in_s: float                     # measured time to bring it back from where it is now; 0 if resident
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    prefix_hit_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+    evictions_total: int = 0
+    swap_ins_total: int = 0
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag=True):
+    """Sent every second, and at once after a load, an unload, an eviction or a swap-in."""
+
+    device_budget_bytes: int
+    device_used_bytes: int
+    host_budget_bytes: int
+    host_used_bytes: int
+    stranded_bytes: int                  # free blocks inside half-empty slabs
+    models: tuple[ModelStats, ...]
+
+
+Event = Hello | Loaded | LoadFailed | Unloaded | Tokens | EngineStats

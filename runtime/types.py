@@ -1,0 +1,153 @@
+"""What the runtime's rooms hand each other: sampling and stopping rules, model settings, checkpoints, facts of a loaded model.
+
+Plain immutable data; knows nothing of any API's field names, of torch, or of who sent it.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Quantization(StrEnum):
+    """bitsandbytes' formats; `NONE` keeps the checkpoint's own numbers."""
+
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in the engine's words; each API has its own words for these."""
+
+    EOS = "eos"                    # an EOS id of the model
+    STOP_TOKEN = "stop_token"      # a stop token id of the request
+    STOP_STRING = "stop_string"    # found by the detokenizer; the engine only sees an abort
+    LENGTH = "length"              # max_tokens of the request
+    CONTEXT = "context"            # the model's max_model_len
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """How to draw a token. `temperature == 0` is greedy, and then only penalties, bias and `min_tokens` matter.
+
+    The defaults switch each filter off. `seed` None means: the front draws one (every request that samples has a seed).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0      # over prompt and output, as Hugging Face does
+    frequency_penalty: float = 0.0       # over output, as OpenAI does
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the logits depend on what was generated before."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Greedy without any edit of the logits: the sampler's fast path."""
+        return self.greedy and not self.needs_history and not self.logit_bias
+
+
+class StopParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """When to stop, as far as the engine sees it (stop strings are the detokenizer's)."""
+
+    max_tokens: int
+    min_tokens: int = 0                  # EOS and stop ids are suppressed until then
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class LogprobParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """Which log-probabilities to return: the chosen token's and the `top_n` best (0 = chosen only); None = none at all.
+
+    They are log-softmax of the raw logits, before temperature and filters (as vLLM's default), unless `processed`.
+    """
+
+    generated: int | None = None
+    prompt: int | None = None
+    processed: bool = False
+
+
+class DefaultSampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Per-model defaults, from the registration or the checkpoint's generation_config.json; None = the API's own default."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+
+
+class ModelSettings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Our fields of a ModelMesh model key (JSON object, flat, beside storage_key, storage_params and model_type)."""
+
+    quantize: Quantization = Quantization.NONE
+    double_quant: bool = False
+    dtype: str = "auto"                  # auto | float32 | bfloat16 | float16; auto = checkpoint's on a GPU, float32 on a CPU
+    max_model_len: int | None = None     # tokens; None = the checkpoint's
+    chat_template: str | None = None     # Jinja text; None = the checkpoint's
+    sampling: DefaultSampling = DefaultSampling()
+    max_concurrency: int | None = None   # running and waiting requests
+    display_name: str | None = None      # the name that answers carry; None = the model id
+
+
+class ModelSource(msgspec.Struct, frozen=True):
+    """Where a model's files are: a URI or a path, and how to reach it. Holds no secret: `storage_key` names a file that does."""
+
+    uri: str
+    storage_key: str | None = None
+    storage_params: dict[str, str] = {}
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """A model's files on this machine, ready for the engine to load: what the puller and the packer hand over.
+
+    `packed_file` is a safetensors file whose tensors lie in layer order, in the kernels' layout, under the names of the module's parameters
+    (`….weight` uint8 with `….absmax` float32 for 4 bit; `….weight` int8 with `….scale` float32 for int8); None = read
+    `weight_files` where they lie, under the checkpoint's own names.
+    """
+
+    model_dir: str                       # config.json, generation_config.json, tokenizer files
+    weight_files: tuple[str, ...] = ()   # absolute paths, *.safetensors
+    packed_file: str | None = None
+    quantization: Quantization = Quantization.NONE
+    dtype: str = "float32"               # of what isn't quantised, and of the arithmetic
+    weight_bytes: int = 0                # as they will lie in memory
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What the engine knows of a loaded model."""
+
+    model_id: str
+    architecture: str                    # transformers' class name
+    path: str                            # which way it runs: "fused: …" or "unfused: …", with the reason
+    dtype: str
+    quantization: Quantization
+    weight_bytes: int
+    kv_bytes_per_token: int
+    max_model_len: int
+    vocab_size: int
+    num_parameters: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class Tier(StrEnum):
+    """Where a loaded model's weights are, nearest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
