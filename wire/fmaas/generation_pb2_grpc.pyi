@@ -1,0 +1,19 @@
+# Generated from proto/fmaas/generation.proto by scripts/proto.py. Do not edit.
+from collections.abc import AsyncIterator, Awaitable
+import grpc.aio
+from wire.fmaas import generation_pb2 as pb
+
+class GenerationServiceStub:
+    def __init__(self, channel: grpc.aio.Channel) -> None: ...
+    Generate: grpc.aio.UnaryUnaryMultiCallable[pb.BatchedGenerationRequest, pb.BatchedGenerationResponse]
+    GenerateStream: grpc.aio.UnaryStreamMultiCallable[pb.SingleGenerationRequest, pb.GenerationResponse]
+    Tokenize: grpc.aio.UnaryUnaryMultiCallable[pb.BatchedTokenizeRequest, pb.BatchedTokenizeResponse]
+    ModelInfo: grpc.aio.UnaryUnaryMultiCallable[pb.ModelInfoRequest, pb.ModelInfoResponse]
+
+class GenerationServiceServicer:
+    def Generate(self, request: pb.BatchedGenerationRequest, context: grpc.aio.ServicerContext[pb.BatchedGenerationRequest, pb.BatchedGenerationResponse]) -> Awaitable[pb.BatchedGenerationResponse]: ...
+    def GenerateStream(self, request: pb.SingleGenerationRequest, context: grpc.aio.ServicerContext[pb.SingleGenerationRequest, pb.GenerationResponse]) -> AsyncIterator[pb.GenerationResponse]: ...
+    def Tokenize(self, request: pb.BatchedTokenizeRequest, context: grpc.aio.ServicerContext[pb.BatchedTokenizeRequest, pb.BatchedTokenizeResponse]) -> Awaitable[pb.BatchedTokenizeResponse]: ...
+    def ModelInfo(self, request: pb.ModelInfoRequest, context: grpc.aio.ServicerContext[pb.ModelInfoRequest, pb.ModelInfoResponse]) -> Awaitable[pb.ModelInfoResponse]: ...
+
+def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: grpc.aio.Server) -> None: ...
