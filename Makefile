@@ -1,0 +1,96 @@
+# Verbs for people and for .ci/run. Needs Python 3.11 to 3.13 and nothing else; all that is made lies in the folders that `make clean` removes.
+#
+#   make demo     several real models by name under a budget too small for all of them
+#   make test     the tests; T=tests/mesh picks some, ARGS='-k name -x' goes to pytest
+#   make check    ruff, mypy, import-linter, and wire/ equal to what proto/ generates
+#   make proto    regenerate wire/ from proto/
+#   make bench    the commands that docs/benchmarks quotes
+#   make setup    only make the environment (.venv)
+#   make clean    remove environments and caches
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check lint types imports stubs proto bench clean
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$p"; break; }; done)
+VENV ?= .venv
+RUN := $(VENV)/bin
+PIP := $(RUN)/python -m pip --disable-pip-version-check
+
+# What to give pip for torch, first of all and on its own. Without a GPU one version that has a CPU build: a bare `torch` may pull gigabytes of CUDA.
+# Where the package index has only CUDA builds: make TORCH='torch==2.13.0 --index-url <the CPU index of PyTorch>'
+HAS_NVIDIA := $(shell { test -e /dev/nvidiactl || command -v nvidia-smi; } >/dev/null 2>&1 && echo yes)
+ifeq ($(HAS_NVIDIA),yes)
+TORCH ?= torch
+EXTRA := ,cuda
+else
+TORCH ?= torch==2.13.0
+EXTRA :=
+endif
+
+# The oldest generator whose stubs serve: generated code refuses a protobuf or grpcio that is older than itself (5.29 and 1.71 here).
+# It has an environment of its own since it wants a protobuf that is older than the project's.
+GRPCIO_TOOLS := 1.71.0
+PROTO_ENV := .env-proto
+PROTO_STAMP := $(PROTO_ENV)/grpcio-tools-$(GRPCIO_TOOLS)
+
+help:
+	@sed -n '3,9p' Makefile | sed 's/^# *//'
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	$(RUN)/python scripts/demo.py $(ARGS)
+
+# One thread a process: the tests start several processes at a time, and OpenMP threads that wait for a busy core spin.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(T) $(ARGS)
+
+check: lint types imports stubs
+
+lint: $(VENV)/.dev
+	$(RUN)/python -m ruff check .
+
+types: $(VENV)/.dev
+	$(RUN)/python -m mypy
+
+imports: $(VENV)/.dev
+	$(RUN)/lint-imports
+
+stubs: $(PROTO_STAMP)
+	$(PROTO_ENV)/bin/python scripts/proto.py --check
+
+proto: $(PROTO_STAMP)
+	$(PROTO_ENV)/bin/python scripts/proto.py
+
+bench: $(VENV)/.dev
+	$(RUN)/python bench/run.py $(ARGS)
+
+clean:
+	rm -rf .venv .env-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find runtime mesh wire tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# $(call make-venv,FOLDER)
+define make-venv
+@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 to 3.13 is needed")'
+$(PYTHON) -m venv --clear $(1) || { echo "$(PYTHON) can't make environments; on Debian and Ubuntu its package is python3-venv" >&2; exit 1; }
+endef
+
+$(VENV)/.torch:
+	$(call make-venv,$(VENV))
+	$(PIP) install --quiet $(TORCH)
+	@touch $@
+
+# compat: a plain path entry, which mypy and import-linter can follow
+$(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --config-settings editable_mode=compat -e '.[$*$(EXTRA)]'
+	@touch $@
+
+$(PROTO_STAMP):
+	$(call make-venv,$(PROTO_ENV))
+	$(PROTO_ENV)/bin/python -m pip --disable-pip-version-check install --quiet grpcio-tools==$(GRPCIO_TOOLS)
+	@touch $@
