@@ -31,7 +31,9 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     http_max_body_bytes: Annotated[int, _about("one HTTP body")] = 8 * MIB
     session_ttl_s: Annotated[float, _about("a pod that is silent for this long is gone")] = 25.0
     load_timeout_s: Annotated[float, _about("one load, from pull to ready; 0 = what the runtime asks for")] = 0.0
-    failure_expiry_s: Annotated[float, _about("a failed load isn't tried again on the same pod until then, unless asked for by name")] = 60.0
+    failure_expiry_s: Annotated[float, _about("a failed load isn't tried again on the same pod until then, unless asked for by name")] = (
+        60.0
+    )
     dataplane_config: Annotated[str, _about("ModelMesh's MM_DATAPLANE_CONFIG: JSON text, or @FILE")] = ""
     owner: Annotated[str, _about("owner written into vmodels that name none")] = "repertory"
     labels: Annotated[tuple[str, ...], _about("labels of this pod in its instance record")] = ()

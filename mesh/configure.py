@@ -53,7 +53,11 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[msgspec.Struct], only:
             default = None
         shown = "" if default in (None, "", 0, False, ()) else f" (default {default})"
         flag = "--" + field.name.replace("_", "-").removesuffix("-bytes").removesuffix("-s")
-        options: dict[str, Any] = {"dest": field.name, "default": None, "help": f"{text}{shown} [{env_name(field.name)}]".replace("%", "%%")}
+        options: dict[str, Any] = {
+            "dest": field.name,
+            "default": None,
+            "help": f"{text}{shown} [{env_name(field.name)}]".replace("%", "%%"),
+        }
         if isinstance(kind_of, msgspec.inspect.BoolType):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:

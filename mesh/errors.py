@@ -13,6 +13,7 @@
     ├── Unavailable           UNAVAILABLE          503   with a retry hint
     ├── DeadlineExceeded      DEADLINE_EXCEEDED    504
     └── StoreError            UNAVAILABLE          503   the store can't be reached, nothing was changed
+        └── StoreUncertain                               the connection broke after a write was sent: it may have happened
 
 Every message names the model, the limit and the value.
 """
@@ -98,4 +99,8 @@ class DeadlineExceeded(MeshError):
 
 
 class StoreError(Unavailable):
+    pass
+
+
+class StoreUncertain(StoreError):
     pass

@@ -60,7 +60,7 @@ class CopyInfo:
     state: CopyState | None = None
     tier: Tier | None = None
     error: str = ""
-    progress: float = 0.0                # 0 … 1 of the current state
+    progress: float = 0.0  # 0 … 1 of the current state
     progress_text: str = ""
     weight_bytes: int = 0
     device_bytes: int = 0
@@ -111,7 +111,7 @@ class Target:
     instance_id: str
     local: bool
     grpc_address: str
-    http_address: str                    # "unix:PATH" or "HOST:PORT"
+    http_address: str  # "unix:PATH" or "HOST:PORT"
 
 
 class Resolver(Protocol):
@@ -127,7 +127,9 @@ class Resolver(Protocol):
 class Router(Protocol):
     """One routing decision, whatever carries the request."""
 
-    async def route(self, model_id: str, *, deadline_s: float | None, prefix_hash: str = "", exclude: frozenset[str] = frozenset()) -> Target:
+    async def route(
+        self, model_id: str, *, deadline_s: float | None, prefix_hash: str = "", exclude: frozenset[str] = frozenset()
+    ) -> Target:
         """The copy with the least expected wait, loading the model if no pod has it.
 
         Raises NotFound, LoadFailed, Unavailable (waited too long; carries retry_after_s), Overloaded, DeadlineExceeded.
@@ -196,7 +198,7 @@ class RuntimeLimits:
     model_loading_timeout_s: float
     default_model_size_bytes: int
     version: str = ""
-    allowed_methods: dict[str, tuple[int, ...]] = field(default_factory=dict)   # full method → id injection path; empty = any method
+    allowed_methods: dict[str, tuple[int, ...]] = field(default_factory=dict)  # full method → id injection path; empty = any method
     allow_any_method: bool = True
     limit_model_concurrency: bool = False
 

@@ -1,0 +1,82 @@
+"""`repertory run`: one streamed answer, or a conversation in the terminal. Speaks the OpenAI chat route; knows no model's template."""
+
+import json
+import sys
+from dataclasses import dataclass
+
+from mesh.client.admin import AdminClient
+from mesh.errors import MeshError
+
+_HELP = "/clear forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    max_tokens: int | None = None
+    temperature: float | None = None
+    system: str | None = None
+    seed: int | None = None
+
+
+def answer(client: AdminClient, name: str, prompt: str, options: Options) -> int:
+    """Print one answer as it comes."""
+    _stream(client, name, [*_opening(options), {"role": "user", "content": prompt}], options)
+    return 0
+
+
+def converse(client: AdminClient, name: str, options: Options) -> int:
+    """A conversation until the user ends it. An error is shown and the conversation goes on without that turn."""
+    print(f"talking to {name}; {_HELP}")
+    messages = _opening(options)
+    while True:
+        try:
+            line = input("\n>>> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if line in ("/bye", "/exit", "/quit"):
+            return 0
+        if line == "/clear":
+            messages = _opening(options)
+            continue
+        if line.startswith("/") or not line:
+            print(_HELP)
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            messages.append({"role": "assistant", "content": _stream(client, name, messages, options)})
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+            messages.pop()
+        except MeshError as error:
+            print(f"\n{error.message}", file=sys.stderr)
+            messages.pop()
+
+
+def _opening(options: Options) -> list[dict[str, str]]:
+    return [{"role": "system", "content": options.system}] if options.system else []
+
+
+def _stream(client: AdminClient, name: str, messages: list[dict[str, str]], options: Options) -> str:
+    body: dict[str, object] = {"model": name, "messages": messages, "stream": True}
+    body |= {key: value for key in ("max_tokens", "temperature", "seed") if (value := getattr(options, key)) is not None}
+    parts: list[str] = []
+    waiting = False
+    for kind, text in client.events("/v1/chat/completions", body):
+        if kind == "comment":
+            if sys.stderr.isatty():
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+                waiting = True
+            continue
+        if waiting:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            waiting = False
+        event = json.loads(text)
+        if "error" in event:
+            raise MeshError(str(event["error"].get("message", event["error"])))
+        for choice in event.get("choices", []):
+            piece = choice.get("delta", {}).get("content") or ""
+            parts.append(piece)
+            print(piece, end="", flush=True)
+    print()
+    return "".join(parts)

@@ -1,0 +1,147 @@
+"""`repertory`: parses the command line and hands each verb to its doer. Errors end as one line on stderr, status 1 (2 for usage)."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from mesh import configure
+from mesh.cli import serve, verbs
+from mesh.client.admin import AdminClient
+from mesh.config import MeshConfig
+from mesh.errors import MeshError
+
+Verb = Callable[[AdminClient, argparse.Namespace], int]
+
+_INTRO = """\
+Many language models by name on one GPU.
+
+  repertory serve                                    start everything on this machine
+  repertory register smol hf://HuggingFaceTB/SmolLM2-135M-Instruct --quantize nf4
+  repertory run smol "What is a repertory company?"
+  repertory ps
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["serve-runtime"]:
+        # The runtime is a program of its own, with flags of its own: the mesh doesn't know them.
+        os.execv(sys.executable, [sys.executable, "-m", "runtime", *arguments[1:]])
+    args = _parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except MeshError as error:
+        print(f"repertory: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.verb == "serve":
+        return serve.serve(args)
+    if args.verb == "serve-mesh":
+        from mesh.pod import run_pod  # the client verbs start faster without the server's imports
+
+        return run_pod(configure.load(MeshConfig, flags=vars(args), env=os.environ, file=args.config))
+    verb: Verb = args.do
+    return verb(AdminClient(args.server, args.api_key), args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="repertory", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"repertory {version('repertory')}")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_serve(commands)
+    _add_client_verbs(commands)
+    return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    everything = commands.add_parser(
+        "serve", help="mesh, runtime and engine on this machine, supervised", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    serve.add_flags(everything)
+    mesh = commands.add_parser("serve-mesh", help="one pod's mesh, in front of any ModelMesh serving runtime")
+    mesh.add_argument("--config", type=Path, help="YAML file with any of the fields below")
+    configure.add_flags(mesh, MeshConfig)
+    commands.add_parser(
+        "serve-runtime", help="the serving runtime alone, to put under a mesh (flags: serve-runtime --help)", add_help=False
+    )
+
+
+def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--server", default=os.environ.get("REPERTORY_SERVER", "http://127.0.0.1:8080"), help="the mesh's HTTP address [REPERTORY_SERVER]"
+    )
+    common.add_argument(
+        "--api-key", default=os.environ.get("REPERTORY_API_KEY", ""), help="bearer key, if the mesh wants one [REPERTORY_API_KEY]"
+    )
+    common.add_argument("--json", action="store_true", help="print JSON for a script")
+
+    def verb(name: str, do: Verb, text: str, *, aliases: Sequence[str] = ()) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[common], help=text, description=text, aliases=list(aliases))
+        sub.set_defaults(do=do)
+        return sub
+
+    sub = verb("register", verbs.register, "give a model a name; the same name with another source replaces it without a gap")
+    sub.add_argument("name")
+    sub.add_argument("uri", help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path")
+    _add_settings(sub)
+    sub.add_argument("--load", action="store_true", help="load it now and wait")
+    sub = verb("fit", verbs.fit, "before loading: how many bytes it needs, does it fit, whom would it evict (exit 1 if it doesn't fit)")
+    sub.add_argument("name", metavar="NAME|URI")
+    _add_format(sub)
+    verb("ps", verbs.ps, "the registered models and where they are", aliases=["ls", "list"])
+    sub = verb("run", verbs.run, "ask a model; without a prompt, talk to it")
+    sub.add_argument("name")
+    sub.add_argument("prompt", nargs="*")
+    sub.add_argument("--max-tokens", type=int)
+    sub.add_argument("--temperature", type=float)
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--system", help="system prompt")
+    sub = verb("load", verbs.load, "load a model now and wait")
+    sub.add_argument("name")
+    sub = verb("stop", verbs.stop, "unload a model; its registration stays", aliases=["unload"])
+    sub.add_argument("name")
+    sub = verb("show", verbs.show, "everything known of one model")
+    sub.add_argument("name")
+    sub = verb("rm", verbs.remove, "forget a model")
+    sub.add_argument("name")
+    sub = verb("alias", verbs.alias, "a stable name for a model, movable without a gap (ModelMesh's vmodel)")
+    sub.add_argument("alias")
+    sub.add_argument("target", nargs="?")
+    sub.add_argument("--delete", action="store_true")
+
+
+def _add_format(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--quantize", choices=["none", "int8", "nf4", "fp4"], help="bitsandbytes' formats")
+    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    sub.add_argument("--max-model-len", type=int, metavar="TOKENS", help="context limit; default: the checkpoint's")
+
+
+def _add_settings(sub: argparse.ArgumentParser) -> None:
+    _add_format(sub)
+    sub.add_argument("--double-quant", action="store_true", help="quantise the 4-bit scales too")
+    sub.add_argument("--chat-template", metavar="TEXT|@FILE", help="Jinja; default: the checkpoint's")
+    sub.add_argument(
+        "--sampling",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="default temperature, top_p, top_k, min_p, repetition_penalty or max_tokens",
+    )
+    sub.add_argument("--max-concurrency", type=int, metavar="N", help="running and waiting requests")
+    sub.add_argument("--storage-key", help="name of the storage-config entry that holds the source's credentials")
+    sub.add_argument("--storage-param", action="append", default=[], metavar="KEY=VALUE", help="bucket, region, endpoint_url …")
+    sub.add_argument("--type", help="ModelMesh model type; default: llm")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

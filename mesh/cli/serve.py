@@ -1,0 +1,240 @@
+"""`repertory serve`: mesh and runtime on one machine as supervised processes (the runtime supervises its engine).
+
+Knows their command lines and the few settings that a single machine needs; knows nothing of models. A child that dies is started again with
+growing pauses; when the supervisor is told to stop, the mesh drains first, then the runtime.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mesh.cli.render import size
+from mesh.configure import parse_size
+from mesh.errors import InvalidRequest
+
+_PR_SET_PDEATHSIG = 1
+_STEADY_S = 30.0  # a child that lived this long is well: its next pause is the first again
+_PAUSES_S = (0.2, 1.0, 3.0, 10.0)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve`; each has an environment variable REPERTORY_<NAME>."""
+    home = os.environ.get("REPERTORY_HOME") or str(Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "repertory")
+
+    def flag(name: str, default: str, text: str) -> None:
+        env = "REPERTORY_" + name.upper().replace("-", "_")
+        parser.add_argument(f"--{name}", default=os.environ.get(env, default), help=f"{text} [{env}]")
+
+    flag("http-listen", "127.0.0.1:8080", "OpenAI API, admin, health and metrics")
+    flag("grpc-listen", "127.0.0.1:8033", "gRPC: management and inference by model name")
+    flag("home", home, "registrations, sockets and, unless told otherwise, the model cache")
+    flag("store", "", "etcd://HOST:PORT[,…] to share the registry with other pods; empty = a file below the home directory")
+    flag("memory", "", "device memory for weights and KV of all models, such as 16GiB; empty = chosen from the machine")
+    flag("host-memory", "", "pinned host memory for models that wait (GPU only); empty = chosen from the machine")
+    flag("device", "auto", "auto, cpu, cuda or cuda:N")
+    flag("oversubscribe", "auto", "where loaded models may wait: none, host, disk; auto = host on a GPU, none on a CPU")
+    flag("cache-dir", "", "pulled and packed models; empty = below the home directory")
+    flag("cache-size", "", "its limit, such as 200GiB; empty = 80 %% of the free disk")
+    flag("api-keys", "", "bearer keys, comma separated, any of which opens the API; empty = open to all who reach the port")
+    flag("wait-budget", "120", "seconds that a request may wait for its model to be loaded")
+    flag("grace", "30", "seconds that running answers get on SIGTERM")
+    flag("log-level", "info", "debug, info, warning or error")
+    parser.add_argument("--config", type=Path, help="YAML file: `mesh:` and `runtime:` with any of their own fields, over the flags above")
+    parser.add_argument(
+        "--log-json",
+        action="store_true",
+        default=bool(os.environ.get("REPERTORY_LOG_JSON")),
+        help="logs as JSON lines [REPERTORY_LOG_JSON]",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The two children's configuration, as plain JSON objects in their own field names."""
+
+    run_dir: Path
+    mesh: Mapping[str, Any]
+    runtime: Mapping[str, Any]
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Raises InvalidRequest for a bad size or file."""
+    home = Path(args.home).expanduser()
+    run_dir = home / "run"
+    engine: dict[str, Any] = {"device": args.device, "oversubscribe": args.oversubscribe}
+    for key, text in (("device_budget_bytes", args.memory), ("host_budget_bytes", args.host_memory)):
+        if text:
+            engine[key] = _size(text)
+    common = {"log_json": args.log_json, "log_level": args.log_level, "grace_s": float(args.grace)}
+    runtime: dict[str, Any] = {
+        "listen": [f"unix:{run_dir}/runtime.sock"],
+        "http_listen": f"unix:{run_dir}/runtime-http.sock",
+        "cache_dir": str(Path(args.cache_dir).expanduser() if args.cache_dir else home / "cache"),
+        "engine": engine,
+        **common,
+    }
+    if args.cache_size:
+        runtime["cache_budget_bytes"] = _size(args.cache_size)
+    mesh: dict[str, Any] = {
+        "grpc_listen": args.grpc_listen,
+        "http_listen": args.http_listen,
+        "store": args.store or f"embedded:{home / 'registry'}",
+        "runtime_grpc": runtime["listen"][0],
+        "runtime_http": runtime["http_listen"],
+        "wait_budget_s": float(args.wait_budget),
+        "api_keys": [key.strip() for key in args.api_keys.split(",") if key.strip()],
+        **common,
+    }
+    if args.config is not None:
+        _overlay(args.config, mesh, runtime)
+    return Settings(run_dir, mesh, runtime)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+
+
+def _overlay(file: Path, mesh: dict[str, Any], runtime: dict[str, Any]) -> None:
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except OSError as error:
+        raise InvalidRequest(f"configuration file {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InvalidRequest(f"configuration file {file}: {error}") from None
+    if not isinstance(content, dict) or set(content) - {"mesh", "runtime"}:
+        raise InvalidRequest(f"configuration file {file}: expected the sections `mesh:` and `runtime:`")
+    mesh.update(content.get("mesh") or {})
+    own = dict(content.get("runtime") or {})
+    runtime["engine"] = {**runtime["engine"], **(own.pop("engine", None) or {})}
+    runtime.update(own)
+
+
+def serve(args: argparse.Namespace) -> int:
+    settings = settings_of(args)
+    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return asyncio.run(_Supervisor(settings).run())
+
+
+class _Child:
+    """One supervised process: started, started again when it dies, stopped with SIGTERM."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self._command = command
+        self._process: asyncio.subprocess.Process | None = None
+        self._deaths = 0
+
+    async def run(self, stopping: asyncio.Event) -> int:
+        """Keep it running until `stopping`; returns its exit status if it can't even start."""
+        while True:
+            started_s = time.monotonic()
+            self._process = await asyncio.create_subprocess_exec(*self._command, preexec_fn=_die_with_parent, start_new_session=True)
+            status = await self._process.wait()
+            if stopping.is_set():
+                return 0
+            lived_s = time.monotonic() - started_s
+            self._deaths = 1 if lived_s > _STEADY_S else self._deaths + 1
+            if status == 1 and lived_s < _STEADY_S and self._deaths >= 2:
+                return status  # a configuration error repeats: it has said on stderr what it is
+            pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
+            print(f"repertory: the {self.name} process ended with status {status}; starting it again in {pause_s:g} s", file=sys.stderr)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), pause_s)
+                return 0
+
+    async def stop(self, grace_s: float) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), grace_s)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+
+def _die_with_parent() -> None:
+    # A supervisor that is killed outright must not leave a runtime holding the GPU.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class _Supervisor:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        run_dir = settings.run_dir
+        self._grace_s = float(settings.mesh["grace_s"])
+        self._runtime = _Child(
+            "runtime", [sys.executable, "-m", "runtime", "--config", str(_write(run_dir / "runtime.json", settings.runtime))]
+        )
+        self._mesh = _Child(
+            "mesh", [sys.executable, "-m", "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", settings.mesh))]
+        )
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        children = [asyncio.create_task(child.run(self._stopping)) for child in (self._runtime, self._mesh)]
+        announce = asyncio.create_task(self._announce())
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([*children, stop], return_when=asyncio.FIRST_COMPLETED)
+        failed = next((task.result() for task in children if task.done()), 0)
+        self._stopping.set()
+        announce.cancel()
+        # The mesh drains first: its streams need the runtime to the end.
+        await self._mesh.stop(self._grace_s + 5)
+        await self._runtime.stop(self._grace_s + 5)
+        await asyncio.gather(*children, stop, announce, return_exceptions=True)
+        return failed
+
+    async def _announce(self) -> None:
+        """Say once that it's ready, and how to use it."""
+        address = str(self._settings.mesh["http_listen"])
+        url = f"http://{address}"
+        started_s = time.monotonic()
+        while not await asyncio.to_thread(_answers, f"{url}/readyz"):  # noqa: ASYNC110 - another process sets no event
+            await asyncio.sleep(0.2)
+        budget = self._settings.runtime["engine"].get("device_budget_bytes", 0)
+        note = f", {size(budget)} for models" if budget else ""
+        print(
+            f"Repertory is ready after {time.monotonic() - started_s:.1f} s{note}\n"
+            f"  OpenAI API  {url}/v1\n  gRPC        {self._settings.mesh['grpc_listen']}\n"
+            f"  next        repertory register NAME URI --load   (then: repertory run NAME)",
+            flush=True,
+        )
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> Path:
+    """For the child's eyes only: the mesh's part may hold keys."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(content, file, indent=1)
+    return path
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False

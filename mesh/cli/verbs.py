@@ -1,0 +1,164 @@
+"""What each verb of the command line does with a running mesh. Parsing is mesh.cli.main's, looks are render's."""
+
+import argparse
+import json
+import sys
+import time
+
+import msgspec
+from rich.console import Console
+
+from mesh.cli import chat, render
+from mesh.client.admin import AdminClient, Model
+from mesh.errors import InvalidRequest, LoadFailed
+
+_ENDED = ("loaded", "failed", "quarantined")
+
+
+def register(client: AdminClient, args: argparse.Namespace) -> int:
+    settings = {
+        "quantize": args.quantize,
+        "double_quant": args.double_quant or None,
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+        "max_concurrency": args.max_concurrency,
+        "storage_key": args.storage_key,
+        "type": args.type,
+        "chat_template": _text_or_file(args.chat_template),
+        "storage_params": _pairs(args.storage_param),
+        "sampling": _numbers(args.sampling),
+    }
+    request: dict[str, object] = {"name": args.name, "uri": args.uri, **{key: value for key, value in settings.items() if value}}
+    model = client.register(request)
+    if args.load:
+        model = _wait_loaded(client, args.name, quiet=args.json)
+    _print_model(model, args.json, f"{model.name} is {'loaded' if args.load else 'registered'}")
+    return 0
+
+
+def fit(client: AdminClient, args: argparse.Namespace) -> int:
+    request: dict[str, object] = {"quantize": args.quantize, "dtype": args.dtype, "max_model_len": args.max_model_len}
+    request = {key: value for key, value in request.items() if value}
+    is_uri = "://" in args.name or args.name.startswith(("/", "./"))
+    answer = client.fit({("uri" if is_uri else "name"): args.name, **request})
+    if args.json:
+        _print_json(answer)
+    else:
+        render.show_fit(Console(), args.name, answer)
+    return 0 if answer.fits else 1
+
+
+def ps(client: AdminClient, args: argparse.Namespace) -> int:
+    models = client.models()
+    if args.json:
+        _print_json(models)
+    elif not models:
+        print("no models are registered; add one with `repertory register NAME URI`")
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(render.model_table(models, time.time()))
+    return 0
+
+
+def run(client: AdminClient, args: argparse.Namespace) -> int:
+    prompt = " ".join(args.prompt)
+    if not prompt and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    options = chat.Options(max_tokens=args.max_tokens, temperature=args.temperature, system=args.system, seed=args.seed)
+    if prompt:
+        return chat.answer(client, args.name, prompt, options)
+    return chat.converse(client, args.name, options)
+
+
+def load(client: AdminClient, args: argparse.Namespace) -> int:
+    _print_model(_wait_loaded(client, args.name, quiet=args.json), args.json, f"{args.name} is loaded")
+    return 0
+
+
+def stop(client: AdminClient, args: argparse.Namespace) -> int:
+    client.unload(args.name)
+    _print_model(client.model(args.name), args.json, f"{args.name} is unloaded; its registration stays")
+    return 0
+
+
+def show(client: AdminClient, args: argparse.Namespace) -> int:
+    model = client.model(args.name)
+    if args.json:
+        _print_json(model)
+    else:
+        render.show_model(Console(), model)
+    return 0
+
+
+def remove(client: AdminClient, args: argparse.Namespace) -> int:
+    client.remove(args.name)
+    if not args.json:
+        print(f"{args.name} is removed")
+    return 0
+
+
+def alias(client: AdminClient, args: argparse.Namespace) -> int:
+    if args.delete:
+        client.remove_alias(args.alias)
+        print(f"alias {args.alias} is removed")
+        return 0
+    if not args.target:
+        raise InvalidRequest(f"alias {args.alias}: name the model it points at, or give --delete")
+    client.set_alias(args.alias, args.target)
+    print(f"{args.alias} → {args.target}")
+    return 0
+
+
+def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
+    """Ask for a load and watch it to its end. Raises LoadFailed with the cause."""
+    client.load(name)
+    with render.LoadBar(name, enabled=not quiet) as bar:
+        while True:
+            model = client.model(name)
+            if model.state in _ENDED:
+                break
+            bar.update(model.state or "queued", model.progress, model.progress_text)
+            time.sleep(0.2)
+    if model.state != "loaded":
+        raise LoadFailed(f"{name}: {model.error or model.state}")
+    return model
+
+
+def _print_model(model: Model, as_json: bool, sentence: str) -> None:
+    if as_json:
+        _print_json(model)
+    else:
+        print(sentence)
+
+
+def _print_json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _text_or_file(value: str | None) -> str | None:
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        with open(value[1:], encoding="utf-8") as file:  # noqa: PTH123 - a user's path, read once
+            return file.read()
+    except OSError as error:
+        raise InvalidRequest(f"chat template {value[1:]}: {error.strerror}") from None
+
+
+def _pairs(values: list[str]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        key, sep, text = value.partition("=")
+        if not sep:
+            raise InvalidRequest(f"{value!r}: expected KEY=VALUE")
+        pairs[key] = text
+    return pairs
+
+
+def _numbers(values: list[str]) -> dict[str, object]:
+    numbers: dict[str, object] = {}
+    for key, text in _pairs(values).items():
+        try:
+            numbers[key] = json.loads(text)
+        except ValueError:
+            raise InvalidRequest(f"sampling default {key}={text}: expected a number") from None
+    return numbers

@@ -1,0 +1,167 @@
+"""The command line's way to a running mesh: its HTTP routes, one blocking call each. Knows no verb and prints nothing."""
+
+import http.client
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from mesh.errors import InvalidRequest, MeshError, Unavailable
+
+
+class Copy(msgspec.Struct, frozen=True):
+    """One pod's copy, as `/admin/v1/models` tells it."""
+
+    instance_id: str = ""
+    status: str = ""
+    state: str = ""
+    tier: str = ""
+    error: str = ""
+    progress: float = 0.0
+    progress_text: str = ""
+    weight_bytes: int = 0
+    device_bytes: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A registered model, as `/admin/v1/models` tells it."""
+
+    name: str
+    model_id: str = ""
+    uri: str = ""
+    type: str = ""
+    settings: dict[str, Any] = {}
+    status: str = ""
+    state: str = ""
+    tier: str = ""
+    weight_bytes: int = 0
+    device_bytes: int = 0
+    quantization: str = ""
+    copies: list[Copy] = []
+    last_used_ms: int = 0
+    running: int = 0
+    waiting: int = 0
+    progress: float = 0.0
+    progress_text: str = ""
+    error: str = ""
+    aliases: list[str] = []
+
+
+class Models(msgspec.Struct, frozen=True):
+    models: list[Model] = []
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """Would it fit, as `/admin/v1/fit` tells it. Sizes in bytes."""
+
+    fits: bool
+    reason: str = ""
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    min_kv_bytes: int = 0
+    workspace_bytes: int = 0
+    capacity_bytes: int = 0
+    evicts: list[str] = []
+    max_model_len: int = 0
+    quantization: str = ""
+    architecture: str = ""
+    num_parameters: int = 0
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdminClient:
+    """`server` is a URL such as http://127.0.0.1:8080; `key` a bearer key or empty."""
+
+    server: str
+    key: str = ""
+    timeout_s: float = 600.0
+
+    def models(self) -> list[Model]:
+        return msgspec.json.decode(self.call("GET", "/admin/v1/models"), type=Models).models
+
+    def model(self, name: str) -> Model:
+        return msgspec.json.decode(self.call("GET", f"/admin/v1/models/{quote(name, safe='')}"), type=Model)
+
+    def register(self, request: dict[str, object]) -> Model:
+        return msgspec.json.decode(self.call("POST", "/admin/v1/models", request), type=Model)
+
+    def remove(self, name: str) -> None:
+        self.call("DELETE", f"/admin/v1/models/{quote(name, safe='')}")
+
+    def fit(self, request: dict[str, object]) -> Fit:
+        return msgspec.json.decode(self.call("POST", "/admin/v1/fit", request), type=Fit)
+
+    def load(self, name: str) -> None:
+        self.call("POST", "/models/load", {"model": name})
+
+    def unload(self, name: str) -> None:
+        self.call("POST", "/models/unload", {"model": name})
+
+    def set_alias(self, alias: str, target: str) -> None:
+        self.call("PUT", f"/admin/v1/aliases/{quote(alias, safe='')}", {"target": target})
+
+    def remove_alias(self, alias: str) -> None:
+        self.call("DELETE", f"/admin/v1/aliases/{quote(alias, safe='')}")
+
+    def call(self, method: str, path: str, body: dict[str, object] | None = None) -> bytes:
+        """One request, its whole answer. Raises MeshError with the server's own message."""
+        response, connection = self._send(method, path, body)
+        try:
+            return response.read()
+        finally:
+            connection.close()
+
+    def events(self, path: str, body: dict[str, object]) -> Iterator[tuple[str, str]]:
+        """A stream of server-sent events: ("data", text) and ("comment", text), until [DONE] or the end."""
+        response, connection = self._send("POST", path, body)
+        try:
+            for raw in response:
+                line = raw.decode("utf-8", "replace").rstrip("\r\n")
+                if line.startswith(":"):
+                    yield "comment", line[1:].strip()
+                elif line.startswith("data:"):
+                    data = line[5:].strip()
+                    if data == "[DONE]":
+                        return
+                    yield "data", data
+        finally:
+            connection.close()
+
+    def _send(self, method: str, path: str, body: dict[str, object] | None) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
+        parts = urlsplit(self.server if "://" in self.server else f"http://{self.server}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidRequest(f"server {self.server!r} is not an http:// or https:// address")
+        make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = make(parts.hostname, parts.port, timeout=self.timeout_s)
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+        except OSError as error:
+            connection.close()
+            raise Unavailable(
+                f"no Repertory answers at {self.server} ({error.strerror or error}); start one with `repertory serve`"
+            ) from None
+        if response.status >= 400:
+            text = response.read()
+            connection.close()
+            raise _error(response.status, text)
+        return response, connection
+
+
+def _error(status: int, body: bytes) -> MeshError:
+    try:
+        message = str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = body.decode("utf-8", "replace").strip() or f"HTTP {status}"
+    error = MeshError(message)
+    error.http_status = status
+    return error
