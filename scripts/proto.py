@@ -5,7 +5,6 @@ The generator is pinned and old on purpose: generated code refuses to load on a 
 """
 
 import argparse
-import filecmp
 import shutil
 import sys
 import tempfile
@@ -53,21 +52,25 @@ def service_types(file: descriptor_pb2.FileDescriptorProto) -> str:
             kind = "UnaryStream" if method.server_streaming else "UnaryUnary"
             result = f"AsyncIterator[{response}]" if method.server_streaming else f"Awaitable[{response}]"
             stub.append(f"    {method.name}: grpc.aio.{kind}MultiCallable[{request}, {response}]\n")
-            servicer.append(f"    def {method.name}(self, request: {request}, context: grpc.aio.ServicerContext[{request}, {response}]) -> {result}: ...\n")
+            context = f"grpc.aio.ServicerContext[{request}, {response}]"
+            servicer.append(f"    def {method.name}(self, request: {request}, context: {context}) -> {result}: ...\n")
+        add = f"def add_{service.name}Servicer_to_server(servicer: {service.name}Servicer, server: grpc.aio.Server) -> None: ...\n"
         lines += [f"\nclass {service.name}Stub:\n    def __init__(self, channel: grpc.aio.Channel) -> None: ...\n", *stub,
-                  f"\nclass {service.name}Servicer:\n", *servicer,
-                  f"\ndef add_{service.name}Servicer_to_server(servicer: {service.name}Servicer, server: grpc.aio.Server) -> None: ...\n"]
+                  f"\nclass {service.name}Servicer:\n", *servicer, "\n", add]
     return "".join(lines)
 
 
 def differences(fresh_dir: Path, committed_dir: Path) -> list[str]:
     """Paths that are not the same in both, in words."""
-    fresh, committed = (
-        {path.relative_to(folder) for path in folder.rglob("*") if path.suffix in {".py", ".pyi"}} for folder in (fresh_dir, committed_dir)
-    )
-    found = [f"missing: wire/{path}" for path in sorted(fresh - committed)] + [f"not generated: wire/{path}" for path in sorted(committed - fresh)]
-    found += [f"differs: wire/{path}" for path in sorted(fresh & committed) if not filecmp.cmp(fresh_dir / path, committed_dir / path, shallow=False)]
+    fresh, committed = _contents(fresh_dir), _contents(committed_dir)
+    found = [f"missing: wire/{path}" for path in sorted(fresh.keys() - committed.keys())]
+    found += [f"not generated: wire/{path}" for path in sorted(committed.keys() - fresh.keys())]
+    found += [f"differs: wire/{path}" for path in sorted(fresh.keys() & committed.keys()) if fresh[path] != committed[path]]
     return found
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.suffix in {".py", ".pyi"}}
 
 
 def _protoc(*arguments: str) -> None:
