@@ -1,0 +1,89 @@
+"""The store on etcd: the Store protocol in etcd's words.
+
+Knows etcd's messages; connection, watching and leases are its parts' work. Values are opaque; keys are UTF-8 text.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+
+from mesh.store.etcd_connection import EtcdConnection, Method
+from mesh.store.etcd_lease import LeaseKeeper
+from mesh.store.etcd_watch import PrefixWatch, encode_key, entry_of, prefix_range
+from mesh.store.location import EtcdLocation
+from mesh.store.protocol import Compare, Delete, Entry, Lease, Listing, Put, TxnResult, WatchEvent, Write
+from wire import etcd_pb2 as pb
+
+RANGE = Method("/etcdserverpb.KV/Range", pb.RangeResponse.FromString, repeatable=True)
+PUT = Method("/etcdserverpb.KV/Put", pb.PutResponse.FromString)
+DELETE = Method("/etcdserverpb.KV/DeleteRange", pb.DeleteRangeResponse.FromString)
+TXN = Method("/etcdserverpb.KV/Txn", pb.TxnResponse.FromString)
+
+
+class EtcdStore:
+    """Implements mesh.store.protocol.Store. Belongs to the event loop in which it was opened."""
+
+    def __init__(self, location: EtcdLocation, *, connect_timeout_s: float = 20.0, call_timeout_s: float = 3.5) -> None:
+        self._connection = EtcdConnection(location, connect_timeout_s=connect_timeout_s, call_timeout_s=call_timeout_s)
+        self._leases = LeaseKeeper(self._connection)
+
+    async def open(self) -> None:
+        await self._connection.open()
+
+    async def close(self) -> None:
+        await self._leases.close()
+        await self._connection.close()
+
+    async def get(self, key: str) -> Entry | None:
+        answer = await self._connection.call(RANGE, pb.RangeRequest(key=encode_key(key)))
+        return entry_of(answer.kvs[0]) if answer.kvs else None
+
+    async def get_prefix(self, prefix: str) -> Listing:
+        key, end = prefix_range(prefix)
+        answer = await self._connection.call(RANGE, pb.RangeRequest(key=key, range_end=end))
+        return Listing(tuple(entry_of(kv) for kv in answer.kvs), answer.header.revision)
+
+    async def put(self, key: str, value: bytes, *, lease: Lease | None = None) -> int:
+        request = pb.PutRequest(key=encode_key(key), value=value, lease=lease.id if lease else 0)
+        return (await self._connection.call(PUT, request)).header.revision
+
+    async def delete(self, key: str) -> bool:
+        return (await self._connection.call(DELETE, pb.DeleteRangeRequest(key=encode_key(key)))).deleted > 0
+
+    async def txn(self, compares: Sequence[Compare], writes: Sequence[Write]) -> TxnResult:
+        request = pb.TxnRequest(
+            compare=[condition for compare in compares for condition in _conditions(compare)],
+            success=[_operation(write) for write in writes],
+            failure=[pb.RequestOp(request_range=pb.RangeRequest(key=encode_key(compare.key))) for compare in compares],
+        )
+        answer = await self._connection.call(TXN, request)
+        if answer.succeeded:
+            return TxnResult(succeeded=True, revision=answer.header.revision)
+        ranges = [response.response_range for response in answer.responses]
+        current = tuple(entry_of(found.kvs[0]) if found.kvs else None for found in ranges)
+        return TxnResult(succeeded=False, revision=answer.header.revision, current=current)
+
+    async def grant(self, ttl_s: float) -> Lease:
+        return await self._leases.grant(ttl_s)
+
+    async def revoke(self, lease: Lease) -> None:
+        await self._leases.revoke(lease)
+
+    def watch(self, prefix: str, from_revision: int | None = None) -> AsyncIterator[WatchEvent]:
+        return PrefixWatch(self._connection, self.get_prefix, prefix, from_revision).events()
+
+
+def _conditions(compare: Compare) -> list[pb.Compare]:
+    key = encode_key(compare.key)
+    found = []
+    if compare.mod_revision is not None:
+        found.append(pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.MOD, key=key, mod_revision=compare.mod_revision))
+    if compare.create_revision is not None:
+        found.append(pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.CREATE, key=key, create_revision=compare.create_revision))
+    return found
+
+
+def _operation(write: Write) -> pb.RequestOp:
+    match write:
+        case Put(key, value, lease_id):
+            return pb.RequestOp(request_put=pb.PutRequest(key=encode_key(key), value=value, lease=lease_id))
+        case Delete(key):
+            return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=encode_key(key)))

@@ -1,0 +1,236 @@
+"""The connection to an etcd cluster: endpoints, TLS, user and token, and when a call may be repeated.
+
+Knows channels, status codes and deadlines; nothing of keys, watches or leases. A call goes out only on a channel that is connected, so
+that a failure before that is known to have changed nothing; a write whose answer was lost is reported as StoreUncertain, never repeated
+(etcd has no request ids).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import grpc
+
+from mesh.errors import StoreError, StoreUncertain
+from mesh.store.location import EtcdLocation
+from wire import etcd_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+
+class Message(Protocol):
+    def SerializeToString(self) -> bytes: ...  # noqa: N802 - protobuf's name
+
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[Answer]):
+    """`repeatable`: doing it twice is as good as once, so a lost answer is no reason to give up."""
+
+    path: str
+    parse: Callable[[bytes], Answer]
+    repeatable: bool = False
+
+
+AUTHENTICATE = Method("/etcdserverpb.Auth/Authenticate", pb.AuthenticateResponse.FromString, repeatable=True)
+
+CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    # gRPC's own back-off goes up to two minutes: far too slow for a store that was just restarted
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # a peer that vanished without a FIN is noticed; etcd refuses pings more often than every 5 s
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    # a registry of 100,000 models is one listing
+    ("grpc.max_receive_message_length", -1),
+)
+
+ENDPOINT_PATIENCE_S = 1.0
+RETRY_PAUSE_S = 0.05
+
+
+class EtcdConnection:
+    """One channel an endpoint; one of them is in use at a time, the next is taken when it fails."""
+
+    def __init__(self, location: EtcdLocation, *, connect_timeout_s: float, call_timeout_s: float) -> None:
+        self._location = location
+        self._connect_timeout_s = connect_timeout_s
+        self._call_timeout_s = call_timeout_s
+        self._channels: list[grpc.aio.Channel] = []
+        self._current = 0
+        self._token = ""
+        self._authenticating = asyncio.Lock()
+        self.closed = False
+
+    async def open(self) -> None:
+        """Raises StoreError if no endpoint answers within the connect timeout or the user is refused."""
+        self._channels = [self._channel(endpoint) for endpoint in self._location.endpoints]
+        await self._ready(asyncio.get_running_loop().time() + self._connect_timeout_s, self._connect_timeout_s)
+        if self._location.user:
+            await self._authenticate("")
+
+    async def close(self) -> None:
+        self.closed = True
+        for channel in self._channels:
+            await channel.close(None)
+
+    async def call(self, method: Method[Answer], request: Message) -> Answer:
+        """Raises StoreError (nothing happened, or only reads were asked) or StoreUncertain."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._call_timeout_s
+        refreshed = False
+        while True:
+            channel = await self._ready(deadline, self._call_timeout_s)
+            token = self._token
+            try:
+                return await self._send(channel, method, request, deadline - loop.time())
+            except grpc.aio.AioRpcError as error:
+                if _token_is_stale(error) and self._location.user and not refreshed:
+                    refreshed = True
+                    await self._authenticate(token)
+                    continue
+                self._check_open()
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+                    raise StoreError(f"store: etcd refused {method.path}: {error.code().name}: {error.details()}") from None
+                self.rotate()
+                never_sent = error.details() == "etcdserver: no leader"
+                if not (method.repeatable or never_sent):
+                    raise StoreUncertain(f"store: the answer to {method.path} was lost ({error.code().name}: {error.details()})") from None
+                if loop.time() + RETRY_PAUSE_S >= deadline:
+                    raise StoreError(
+                        f"store: etcd did not answer {method.path} within {self._call_timeout_s} s ({error.code().name}: {error.details()})"
+                    ) from None
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def stream(self, method: Method[Answer]) -> "grpc.aio.StreamStreamCall[Any, Answer]":
+        """A two-way stream on a connected channel; its errors (grpc.aio.AioRpcError, UsageError) are the caller's."""
+        deadline = asyncio.get_running_loop().time() + self._call_timeout_s
+        channel = await self._ready(deadline, self._call_timeout_s)
+        opener = channel.stream_stream(method.path, request_serializer=_serialize, response_deserializer=method.parse)
+        # a member cut off from its leader must say so instead of keeping silent for ever
+        return opener(metadata=(*self._metadata(), ("hasleader", "true")))
+
+    async def read(self, stream: "grpc.aio.StreamStreamCall[Any, Answer]") -> Answer:
+        """The next message. Raises StoreError if there is none."""
+        with self._close_is_no_cancellation():
+            answer = await stream.read()
+        if answer is grpc.aio.EOF:
+            raise StoreError("store: etcd ended the stream")
+        return cast("Answer", answer)
+
+    def rotate(self) -> None:
+        """The endpoint in use has failed: try the next one first."""
+        self._current = (self._current + 1) % len(self._channels)
+
+    async def reauthenticate(self) -> None:
+        """Get a new token if there is a user at all."""
+        if self._location.user:
+            await self._authenticate(self._token)
+
+    async def _send(self, channel: grpc.aio.Channel, method: Method[Answer], request: Message, timeout_s: float) -> Answer:
+        unary = channel.unary_unary(method.path, request_serializer=_serialize, response_deserializer=method.parse)
+        with self._close_is_no_cancellation():
+            answer: Answer = await unary(request, timeout=timeout_s, metadata=self._metadata())
+            return answer
+
+    @contextmanager
+    def _close_is_no_cancellation(self) -> Iterator[None]:
+        """Closing the channel makes gRPC raise CancelledError in tasks that nobody cancelled."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self.closed and task is not None and not task.cancelling():
+                raise StoreError("store: closed") from None
+            raise
+
+    async def _ready(self, deadline: float, budget_s: float) -> grpc.aio.Channel:
+        loop = asyncio.get_running_loop()
+        failed_in_a_row = 0
+        while True:
+            self._check_open()
+            if not self._channels:
+                raise StoreError("store: not open")
+            channel = self._channels[self._current]
+            patience_s = deadline - loop.time()
+            if len(self._channels) > 1:
+                patience_s = min(patience_s, ENDPOINT_PATIENCE_S)
+            if await _connected(channel, patience_s, give_up_on_failure=len(self._channels) > 1):
+                return channel
+            if loop.time() >= deadline:
+                raise StoreError(f"store: no etcd endpoint of {', '.join(self._location.endpoints)} could be reached within {budget_s} s")
+            self.rotate()
+            failed_in_a_row += 1
+            if failed_in_a_row % len(self._channels) == 0:
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _authenticate(self, stale: str) -> None:
+        """One login however many calls found the token stale."""
+        async with self._authenticating:
+            if self._token != stale:
+                return
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + self._call_timeout_s
+            channel = await self._ready(deadline, self._call_timeout_s)
+            self._token = ""
+            request = pb.AuthenticateRequest(name=self._location.user, password=self._location.password)
+            try:
+                self._token = (await self._send(channel, AUTHENTICATE, request, deadline - loop.time())).token
+            except grpc.aio.AioRpcError as error:
+                if error.details() == "etcdserver: authentication is not enabled":
+                    logger.info("etcd has authentication switched off; user %r is not used", self._location.user)
+                    return
+                raise StoreError(f"store: etcd refused user {self._location.user!r}: {error.details()}") from None
+
+    def _metadata(self) -> Sequence[tuple[str, str]]:
+        return (("token", self._token),) if self._token else ()
+
+    def _channel(self, endpoint: str) -> grpc.aio.Channel:
+        where = self._location
+        options = list(CHANNEL_OPTIONS)
+        if where.override_authority:
+            options.append(("grpc.ssl_target_name_override" if where.tls else "grpc.default_authority", where.override_authority))
+        if not where.tls:
+            return grpc.aio.insecure_channel(endpoint, options=options)
+        credentials = grpc.ssl_channel_credentials(where.ca_pem, where.client_key_pem, where.client_cert_pem)
+        return grpc.aio.secure_channel(endpoint, credentials, options=options)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise StoreError("store: closed")
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _token_is_stale(error: grpc.aio.AioRpcError) -> bool:
+    return error.code() is grpc.StatusCode.UNAUTHENTICATED or (error.details() or "") in (
+        "etcdserver: invalid auth token",
+        "etcdserver: revision of auth store is old",
+        "etcdserver: user name is empty",
+    )
+
+
+async def _connected(channel: grpc.aio.Channel, patience_s: float, *, give_up_on_failure: bool) -> bool:
+    try:
+        async with asyncio.timeout(max(patience_s, 0.0)):
+            while True:
+                state = channel.get_state(try_to_connect=True)
+                if state is grpc.ChannelConnectivity.READY:
+                    return True
+                failed = state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and give_up_on_failure
+                if failed or state is grpc.ChannelConnectivity.SHUTDOWN:
+                    return False
+                await channel.wait_for_state_change(state)
+    except TimeoutError:
+        return False

