@@ -85,9 +85,8 @@ $(VENV)/.torch:
 	$(PIP) install --quiet $(TORCH)
 	@touch $@
 
-# compat: a plain path entry, which mypy and import-linter can follow
 $(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --config-settings editable_mode=compat -e '.[$*$(EXTRA)]'
+	$(PIP) install --quiet -e '.[$*$(EXTRA)]'
 	@touch $@
 
 $(PROTO_STAMP):
