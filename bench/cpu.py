@@ -1,0 +1,88 @@
+"""SmolLM2 in fp32 on this machine's CPU: Repertory, streamed through mesh and runtime, beside transformers `generate`, in turns in one run.
+
+    python -m bench.cpu [--rows 1,4,16,32] [--repeats 3]
+
+Prints tokens per second and their ratio. The machines that run this are shared: believe the ratios, not the absolute figures.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from bench import load, stack
+from bench.smollm2 import gguf_path
+
+INPUT_TOKENS, OUTPUT_TOKENS = 64, 128
+# docs/benchmarks: vLLM's CPU build on two cores, another run on such a machine; not in this run, so it gives a direction only
+VLLM_CPU = {1: 19.6, 4: 55.5, 16: 128.1, 32: 160.4}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,4,16,32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--log", type=Path, default=None, help="file for the servers' output")
+    args = parser.parse_args()
+    rows = [int(text) for text in args.rows.split(",")]
+    with stack.serve("--memory", "3GiB", log=args.log) as served:
+        took = stack.load_and_wait(served, "smol", f"file://{gguf_path()}", max_model_len=2048)
+        print(f"ready to take loads in {served.ready_s:.1f} s; first load, unpacking included, {took:.1f} s", flush=True)
+        peer = _Peer(served)
+        print(
+            f"{'rows':>5} {'transformers':>13} {'repertory':>10} {'ratio':>6} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8} {'vLLM CPU*':>10}"
+        )
+        for count in rows:
+            ours: list[load.Outcome] = []
+            theirs: list[float] = []
+            for repeat in range(args.repeats):
+                theirs.append(peer.run(count, seed=repeat))
+                workload = load.Workload(count, INPUT_TOKENS, OUTPUT_TOKENS, vocab_size=49152, seed=repeat)
+                ours.append(asyncio.run(load.run(served.url, "smol", workload)))
+            best = sorted(ours, key=lambda outcome: outcome.tokens_per_s)[len(ours) // 2]
+            other = statistics.median(theirs)
+            print(
+                f"{count:>5} {other:>13.1f} {best.tokens_per_s:>10.1f} {best.tokens_per_s / other:>6.2f} {best.ttft_p50_s * 1e3:>7.0f}ms "
+                f"{best.gap_p50_s * 1e3:>6.0f}ms {best.gap_p99_s * 1e3:>6.0f}ms {VLLM_CPU.get(count, float('nan')):>10.1f}",
+                flush=True,
+            )
+        peer.close()
+    print("* another run on two such cores")
+
+
+class _Peer:
+    """transformers in a process of its own, idle while ours runs. It reads the packed fp32 weights, so that both compute the same model."""
+
+    def __init__(self, served: stack.Stack) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.hf_peer", str(gguf_path())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        ready = self._process.stdout.readline()
+        if ready.strip() != "ready":
+            raise RuntimeError(f"the transformers peer did not start: {ready!r}")
+
+    def run(self, rows: int, seed: int) -> float:
+        """Output tokens per second."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"rows": rows, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS, "seed": seed}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A whole Repertory for a benchmark: `repertory serve` in a folder of its own, on free ports, ended with the block."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh.client.admin import AdminClient
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """`url` is the mesh's HTTP base, `grpc` its gRPC address, `runtime_http` the runtime's own unix socket."""
+
+    url: str
+    grpc: str
+    runtime_http: str
+    runtime_grpc: str
+    admin: AdminClient
+    ready_s: float
+    pid: int
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serve(*flags: str, home: Path | None = None, environment: dict[str, str] | None = None, log: Path | None = None) -> Iterator[Stack]:
+    """Start, wait for readiness (at most 120 s), and stop in the end. `log` takes the children's output; None discards it."""
+    with contextlib.ExitStack() as stack:
+        base = home or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repertory-")))
+        http, grpc = free_port(), free_port()
+        command: Sequence[str] = [
+            sys.executable,
+            "-m",
+            "mesh",
+            "serve",
+            "--home",
+            str(base),
+            "--http-listen",
+            f"127.0.0.1:{http}",
+            "--grpc-listen",
+            f"127.0.0.1:{grpc}",
+            *flags,
+        ]
+        sink = stack.enter_context(log.open("wb")) if log is not None else subprocess.DEVNULL
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+        stack.callback(_stop, process)
+        url = f"http://127.0.0.1:{http}"
+        _wait_ready(process, f"{url}/readyz", log)
+        run_dir = base / "run"
+        yield Stack(
+            url,
+            f"127.0.0.1:{grpc}",
+            f"{run_dir}/runtime-http.sock",
+            f"unix:{run_dir}/runtime.sock",
+            AdminClient(url),
+            time.perf_counter() - started,
+            process.pid,
+        )
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"serve ended with status {process.returncode}\n{log.read_text()[-4000:] if log else ''}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as response:
+            if response.status == 200:
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"serve was not ready within 120 s\n{log.read_text()[-4000:] if log else ''}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def load_and_wait(stack: Stack, name: str, uri: str, timeout_s: float = 900.0, **settings: object) -> float:
+    """Register and load; returns the seconds from the call for the load to LOADED. Raises RuntimeError with the cause."""
+    stack.admin.register({"name": name, "uri": uri, **settings})
+    started = time.perf_counter()
+    stack.admin.load(name)
+    while time.perf_counter() - started < timeout_s:
+        model = stack.admin.model(name)
+        if model.state == "loaded":
+            return time.perf_counter() - started
+        if model.state in ("failed", "quarantined"):
+            raise RuntimeError(f"{name}: {model.error}")
+        time.sleep(0.02)
+    raise RuntimeError(f"{name} was not loaded within {timeout_s:g} s")

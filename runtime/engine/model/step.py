@@ -1,0 +1,100 @@
+"""The seam between a model's forward pass and everything around it: what one step means to the layers.
+
+The runner fills a StepContext before each pass; attention reads it; a CausalForward (fused or Hugging Face's own code) is handed it. All tensors
+lie on the engine's device and keep their addresses (CUDA graphs hold them); a step smaller than the tensors is padded: padded tokens have slot
+-1, padded rows a query of length 0. Knows nothing of requests, sampling or scheduling.
+
+How KV lies: a slab of a model's KV range is layer-major, `[layer][K | V][block][token in block][KV head][head dim]`. A layer's K *plane* starts at its
+first block in slab 0 and runs to the end of the range, so block j of slab i starts `page id * page_unit` elements into the plane, whichever
+layer: page id = i * pages_per_slab + j * pages_per_block, page_unit = slab bytes / pages_per_slab in elements.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlanes:
+    """One layer's K and V planes: 1-D tensors of the KV dtype over the model's KV range (unmapped parts must not be touched)."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    page_unit: int                       # elements
+
+
+@dataclass(slots=True)
+class StepContext:
+    """One step, T tokens of B rows, packed without padding between rows.
+
+    Attributes:
+        planes: one entry a layer that has KV.
+        page_table: [max_rows, W] int32; row slot → page ids.
+        row_slots: [B] int32.
+        query_starts: [B + 1] int32; row b's tokens are query_starts[b] … query_starts[b + 1].
+        context_lens: [B] int32; tokens in the row after this step.
+        slots: [T] int64; element offset of each token's K (V) in the plane, -1 = padding.
+        block_tokens: tokens in a block.
+        max_query_len, max_context_len: host-side upper bounds; they choose kernels, never results.
+    """
+
+    planes: Sequence[KvPlanes]
+    page_table: torch.Tensor
+    row_slots: torch.Tensor
+    query_starts: torch.Tensor
+    context_lens: torch.Tensor
+    slots: torch.Tensor
+    block_tokens: int
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What is fixed about one layer's attention."""
+
+    layer: int                           # index into StepContext.planes
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int = 0              # tokens seen, the query's own included; 0 = all
+    softcap: float = 0.0                 # 0 = none
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """How a fused attention turns qkv into q and writes K and V."""
+
+    rotary_dim: int
+    interleaved: bool = False            # pairs (0,1),(2,3)… instead of halves
+    norm_eps: float = 0.0                # of the per-head QK norm, if there is one
+    norm_plus_one: bool = False          # Gemma's (1 + weight)
+
+
+class CausalForward(Protocol):
+    """A causal language model's forward pass over packed tokens.
+
+    input_ids, positions: [T] int64. logits_at: [S] int64, token indices whose logits are wanted. Returns logits [S, vocab] in the model's dtype
+    (softcap and scale of the logits applied).
+    """
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext) -> torch.Tensor: ...
+
+
+@dataclass(slots=True)
+class BuiltModel:
+    """A model ready to run once its weights are in: what the weights side hands the running side."""
+
+    forward: CausalForward
+    planes: Sequence[KvPlanes]
+    block_tokens: int
+    vocab_size: int
+    max_model_len: int
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    eos_token_ids: tuple[int, ...]
+    path: str                            # "fused: …" or "unfused: …"
