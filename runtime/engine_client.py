@@ -1,0 +1,373 @@
+"""The engine as the front sees it: loads, token streams, statistics, and a supervisor that brings a dead engine back.
+
+Knows the engine's messages and its life and death; nothing of files, text or APIs. What a death means for the models is the listener's
+business (runtime.models): this ends the streams and says who was running.
+"""
+
+import array
+import asyncio
+import contextlib
+import itertools
+import logging
+import shutil
+import tempfile
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from runtime.changes import Changes
+from runtime.config import EngineConfig
+from runtime.engine.blackbox import Blackbox
+from runtime.engine_process import EngineProcess, engine_command
+from runtime.engine_streams import RowStream
+from runtime.errors import RepertoryError, Unavailable, from_code
+from runtime.messages import (
+    Abort,
+    Add,
+    Command,
+    EngineStats,
+    Event,
+    Hello,
+    Load,
+    Loaded,
+    LoadFailed,
+    RowTokens,
+    SetPolicy,
+    Shutdown,
+    Tokens,
+    Unload,
+    Unloaded,
+)
+from runtime.types import FinishReason, LogprobParams, ModelFacts, SamplingParams, StopParams
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CommandBuilder = Callable[[Path, EngineConfig, Path], list[str]]
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDeath:
+    """Who had work when the engine died. `stepping` was about to run or running; `loading` were on their way in."""
+
+    exit_text: str
+    stepping: str | None
+    loading: tuple[str, ...]
+
+
+class EngineListener(Protocol):
+    def engine_ready(self, hello: Hello) -> None: ...
+
+    def engine_died(self, death: EngineDeath) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """Back-off doubles from `first_s` to `most_s` and starts anew after `healthy_s` of life; `max_failed_starts` in a row is giving up."""
+
+    first_s: float = 0.2
+    most_s: float = 15.0
+    healthy_s: float = 60.0
+    start_timeout_s: float = 300.0
+    max_failed_starts: int = 8
+
+
+class EngineClient:
+    """Supervises one engine process and speaks with it. `start`, then use, then `stop`; event loop only."""
+
+    def __init__(
+        self, config: EngineConfig, *, command: CommandBuilder = engine_command, restart: RestartPolicy | None = None
+    ) -> None:
+        self._config = config
+        self._command = command
+        self._restart = restart or RestartPolicy()
+        self._run_dir = Path(tempfile.mkdtemp(prefix="repertory-engine-"))
+        self._blackbox = Blackbox(self._run_dir / "blackbox")
+        self._listener: EngineListener | None = None
+        self._life: EngineProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._hello: asyncio.Future[Hello] | None = None
+        self._streams: dict[int, RowStream] = {}
+        self._open: Counter[str] = Counter()
+        self._loads: dict[str, deque[asyncio.Future[ModelFacts]]] = {}
+        self._unloads: dict[str, deque[asyncio.Future[None]]] = {}
+        self._ids = itertools.count(1)
+        self._stopping = False
+        self.state = EngineState.STARTING
+        self.restarts = 0
+        self.hello: Hello | None = None
+        self.stats: EngineStats | None = None
+        self.failure = ""
+        self.changes = Changes()
+
+    def listen(self, listener: EngineListener) -> None:
+        self._listener = listener
+
+    def start(self) -> None:
+        """Begin supervising; `wait_ready` tells when loads can begin."""
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def wait_ready(self) -> Hello:
+        """Wait for a living engine. Raises Unavailable when there will be none."""
+        while self.state is not EngineState.READY:
+            if self.state is EngineState.STOPPED:
+                raise Unavailable(self.failure or "the engine is stopped")
+            await self.changes.wait_past(self.changes.count)
+        assert self.hello is not None
+        return self.hello
+
+    async def stop(self, grace_s: float) -> None:
+        """Let running sequences end within `grace_s`, then end the engine. Idempotent."""
+        self._stopping = True
+        life = self._life
+        if life is not None and self.state is EngineState.READY and life.send(Shutdown(grace_s)):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(life.ended.wait(), grace_s + 5.0)
+        self._set_state(EngineState.STOPPED)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self._life is not None:
+            await self._life.kill()
+        self._fail_all(Unavailable("the runtime is shutting down"))
+        self._blackbox.close()
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    # Models
+
+    async def load(self, request: Load) -> ModelFacts:
+        """Admit a model and wait until it is; who gives up waiting sends `unload`. Raises what the engine says, or Unavailable."""
+        return await self._ask(request, self._loads.setdefault(request.model_id, deque()))
+
+    async def unload(self, model_id: str) -> None:
+        """Forget a model and wait until its memory is free; a dead engine has forgotten all."""
+        with contextlib.suppress(Unavailable):
+            await self._ask(Unload(model_id), self._unloads.setdefault(model_id, deque()))
+
+    def set_policy(self, policy: SetPolicy) -> None:
+        self._send(policy)
+
+    def running(self, model_id: str) -> int:
+        """Open sequences of a model, queued ones included."""
+        return self._open[model_id]
+
+    async def drain(self, model_id: str, timeout_s: float) -> bool:
+        """Wait until no sequence of the model is open; False if time was up first."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        while self._open[model_id]:
+            left_s = deadline_s - loop.time()
+            if left_s <= 0:
+                return False
+            await self.changes.wait_past(self.changes.count, left_s)
+        return True
+
+    # Tokens
+
+    async def generate(
+        self,
+        model_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        stop: StopParams,
+        logprobs: LogprobParams,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RowTokens]:
+        """See runtime.served.TokenEngine."""
+        request_id = next(self._ids)
+        stream = RowStream(model_id)
+        self._send(Add(request_id, model_id, array.array("i", prompt).tobytes(), sampling, stop, logprobs, priority))
+        self._streams[request_id] = stream
+        self._open[model_id] += 1
+        try:
+            while True:
+                row = await stream.take()
+                if row.finish is FinishReason.ERROR or row.finish is FinishReason.ABORTED:
+                    if row.tokens:
+                        yield _without_finish(row)
+                    raise _end_error(model_id, row)
+                yield row
+                if row.finish is not None:
+                    return
+        finally:
+            if self._close_stream(request_id):
+                life = self._life
+                if life is not None:
+                    life.send(Abort((request_id,)))
+
+    def _close_stream(self, request_id: int) -> bool:
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
+            return False
+        self._open[stream.model_id] -= 1
+        if not self._open[stream.model_id]:
+            del self._open[stream.model_id]
+            self.changes.notify()
+        return True
+
+    # Events
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case Tokens(rows=rows):
+                for row in rows:
+                    stream = self._streams.get(row.request_id)
+                    if stream is None:
+                        continue
+                    stream.put(row)
+                    if row.finish is not None:
+                        self._close_stream(row.request_id)
+            case EngineStats():
+                self.stats = event
+                self.changes.notify()
+            case Loaded(facts=facts):
+                _answer(self._loads, facts.model_id, facts)
+            case LoadFailed(model_id=model_id):
+                _answer(self._loads, model_id, from_code(event.code, event.message))
+            case Unloaded(model_id=model_id):
+                _answer(self._unloads, model_id, None)
+            case Hello():
+                if self._hello is not None and not self._hello.done():
+                    self._hello.set_result(event)
+
+    def _send(self, command: Command) -> None:
+        if self.state is not EngineState.READY or self._life is None or not self._life.send(command):
+            raise self._absent()
+
+    def _absent(self) -> Unavailable:
+        if self._stopping:
+            return Unavailable("the runtime is shutting down")
+        if self.state is EngineState.STOPPED:
+            return Unavailable(self.failure or "the engine is stopped")
+        return Unavailable(f"the engine is {self.state.value}; try again", retry_after_s=5.0)
+
+    async def _ask(self, command: Command, queue: "deque[asyncio.Future[T]]") -> T:
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._send(command)
+        queue.append(answer)
+        return await answer
+
+    # Life and death
+
+    async def _supervise(self) -> None:
+        loop = asyncio.get_running_loop()
+        policy = self._restart
+        failed_starts = 0
+        wait_s = policy.first_s
+        for number in itertools.count():
+            started_s = loop.time()
+            try:
+                life = await self._launch(number)
+            except Unavailable as error:
+                failed_starts += 1
+                self.failure = error.message
+                log.error("the engine did not start (%d of %d): %s", failed_starts, policy.max_failed_starts, error.message)
+                if failed_starts >= policy.max_failed_starts:
+                    self._set_state(EngineState.STOPPED)
+                    return
+            else:
+                failed_starts = 0
+                await life.ended.wait()
+                self._died(life.exit_text)
+            if self._stopping:
+                return
+            wait_s = policy.first_s if loop.time() - started_s > policy.healthy_s else min(wait_s * 2, policy.most_s)
+            await asyncio.sleep(wait_s)
+
+    async def _launch(self, number: int) -> EngineProcess:
+        self._hello = asyncio.get_running_loop().create_future()
+        socket_path = self._run_dir / f"engine-{number}.sock"
+        command = self._command(socket_path, self._config, self._run_dir / "blackbox")
+        life = await EngineProcess.launch(command, socket_path, self._on_event, connect_timeout_s=self._restart.start_timeout_s)
+        self._life = life
+        ended = asyncio.create_task(life.ended.wait())
+        try:
+            await asyncio.wait((self._hello, ended), timeout=self._restart.start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if not self._hello.done():
+            await life.kill()
+            raise Unavailable(f"the engine ended before it was ready: {life.exit_text}")
+        self.hello = self._hello.result()
+        self.failure = ""
+        self._set_state(EngineState.READY)
+        log.info("the engine is ready: pid %d, %s", life.pid, self.hello.device_name)
+        if self._listener is not None:
+            self._listener.engine_ready(self.hello)
+        return life
+
+    def _died(self, exit_text: str) -> None:
+        if self._stopping:
+            self._fail_all(Unavailable("the runtime is shutting down"))
+            return
+        marked = self._blackbox.read()
+        death = EngineDeath(
+            exit_text=exit_text,
+            stepping=marked if marked is not None and self._open[marked] else None,
+            loading=tuple(model_id for model_id, queue in self._loads.items() if queue),
+        )
+        self._blackbox.mark("")
+        self._life = None
+        self.restarts += 1
+        self.stats = None
+        self.failure = f"the engine {exit_text}"
+        self._set_state(EngineState.RESTARTING)
+        log.error("the engine %s; stepping %s, loading %s, %d streams lost", exit_text, death.stepping, death.loading, len(self._streams))
+        # the listener first: who waits for a stream's end must find the models in their new state
+        if self._listener is not None:
+            self._listener.engine_died(death)
+        self._fail_all(Unavailable(f"the engine {exit_text}; it is being restarted", retry_after_s=5.0))
+
+    def _fail_all(self, error: RepertoryError) -> None:
+        for request_id in list(self._streams):
+            self._streams[request_id].fail(error)
+            self._close_stream(request_id)
+        for queues in (self._loads, self._unloads):
+            for queue in queues.values():
+                for future in queue:
+                    if not future.done():
+                        future.set_exception(error)
+            queues.clear()
+
+    def _set_state(self, state: EngineState) -> None:
+        self.state = state
+        self.changes.notify()
+
+
+def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result: T | RepertoryError) -> None:
+    # answers come in the order of the questions; one whose asker has left is still taken out here
+    queue = queues.get(model_id)
+    if not queue:
+        return
+    future = queue.popleft()
+    if not queue:
+        del queues[model_id]
+    if future.done():
+        return
+    if isinstance(result, RepertoryError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def _without_finish(row: RowTokens) -> RowTokens:
+    return RowTokens(row.request_id, row.tokens, None, None, row.logprobs, row.prompt_logprobs, row.cached_tokens)
+
+
+def _end_error(model_id: str, row: RowTokens) -> RepertoryError:
+    if row.finish is FinishReason.ABORTED:
+        return Unavailable(f"model {model_id!r} was unloaded while the request ran")
+    return from_code(row.error_code or "INTERNAL", row.error or f"model {model_id!r}: the engine gave up the request")

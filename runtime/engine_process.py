@@ -1,0 +1,168 @@
+"""One life of the engine process: spawn it, speak frames with it, know how it ended.
+
+The front listens on a unix socket and the engine connects to it. Knows framing and processes; nothing of models, requests or restarts.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from runtime.config import EngineConfig
+from runtime.errors import Unavailable
+from runtime.messages import MAX_FRAME_BYTES, Command, Event
+
+_LENGTH = struct.Struct("<I")
+_EXIT_WAIT_S = 10.0
+
+
+def engine_command(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:
+    """The argument vector of a real engine."""
+    return [
+        sys.executable, "-X", "faulthandler", "-m", "runtime.engine",
+        "--socket", str(socket_path),
+        "--config", msgspec.json.encode(config).decode(),
+        "--blackbox", str(blackbox_path),
+    ]
+
+
+class FrameProtocol(asyncio.Protocol):
+    """Length-prefixed msgpack events in, commands out. `on_event` runs in the event loop, in order."""
+
+    def __init__(self, on_event: Callable[[Event], None], on_connected: Callable[[], None], on_lost: Callable[[], None]) -> None:
+        self._on_event = on_event
+        self._on_connected = on_connected
+        self._on_lost = on_lost
+        self._decoder = msgspec.msgpack.Decoder(Event)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._on_connected()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._on_lost()
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while len(buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_FRAME_BYTES:
+                self.close()
+                return
+            end = start + _LENGTH.size + length
+            if len(buffer) < end:
+                break
+            with memoryview(buffer) as view:
+                event = self._decoder.decode(view[start + _LENGTH.size : end])
+            start = end
+            self._on_event(event)
+        if start:
+            del buffer[:start]
+
+    def send(self, command: Command) -> bool:
+        """Queue one command; False if there is no engine to take it."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        body = self._encoder.encode(command)
+        if len(body) > MAX_FRAME_BYTES:
+            raise ValueError(f"a command of {len(body)} bytes exceeds the frame limit of {MAX_FRAME_BYTES}")
+        self._transport.write(_LENGTH.pack(len(body)) + body)
+        return True
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class EngineProcess:
+    """A running engine. Make it with `launch`; `ended` is set when the process is gone, and `exit_text` says how it went."""
+
+    def __init__(self, process: asyncio.subprocess.Process, protocol: FrameProtocol, server: asyncio.Server) -> None:
+        self._process = process
+        self._protocol = protocol
+        self._server = server
+        self.pid = process.pid
+        self.ended = asyncio.Event()
+        self.exit_text = ""
+        self._waiter = asyncio.create_task(self._wait())
+        self._reaper: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def launch(
+        cls, command: Sequence[str], socket_path: Path, on_event: Callable[[Event], None], *, connect_timeout_s: float
+    ) -> "EngineProcess":
+        """Spawn and wait until it has connected. Raises Unavailable if it exits or stays silent first."""
+        loop = asyncio.get_running_loop()
+        connected = asyncio.Event()
+        lost = asyncio.Event()
+        protocol = FrameProtocol(on_event, connected.set, lost.set)
+        server = await loop.create_unix_server(lambda: protocol, str(socket_path), backlog=1)
+        process: asyncio.subprocess.Process | None = None
+        try:
+            # a session of its own: Ctrl-C in a terminal must reach the front alone, which lets streams finish
+            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
+            life = cls(process, protocol, server)
+            waits = [asyncio.create_task(connected.wait()), asyncio.create_task(life.ended.wait())]
+            try:
+                await asyncio.wait(waits, timeout=connect_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            if not connected.is_set():
+                await life.kill()
+                raise Unavailable(f"the engine did not come up: {life.exit_text or f'silent for {connect_timeout_s:g} s'}")
+            life._reaper = asyncio.create_task(life._reap(lost))
+            return life
+        except BaseException:
+            server.close()
+            if process is not None and process.returncode is None:
+                _kill_group(process.pid)
+            raise
+
+    def send(self, command: Command) -> bool:
+        return self._protocol.send(command)
+
+    async def kill(self) -> None:
+        """End it now and wait until it is gone."""
+        if self._process.returncode is None:
+            _kill_group(self._process.pid)
+        await self.ended.wait()
+
+    async def _reap(self, lost: asyncio.Event) -> None:
+        # a process that closed its socket is no engine any more; it may still be writing a crash report
+        await lost.wait()
+        try:
+            await asyncio.wait_for(self.ended.wait(), _EXIT_WAIT_S)
+        except TimeoutError:
+            await self.kill()
+
+    async def _wait(self) -> None:
+        code = await self._process.wait()
+        if code < 0:
+            try:
+                self.exit_text = f"killed by {signal.Signals(-code).name}"
+            except ValueError:
+                self.exit_text = f"killed by signal {-code}"
+        else:
+            self.exit_text = f"exited with code {code}"
+        self._server.close()
+        self._protocol.close()
+        self.ended.set()
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

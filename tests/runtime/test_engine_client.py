@@ -1,0 +1,213 @@
+"""The engine client against a real process behind a real socket: streams, merging, cancelling, death and return."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.config import EngineConfig
+from runtime.engine.blackbox import Blackbox
+from runtime.engine_client import EngineClient, EngineDeath, EngineState, RestartPolicy
+from runtime.engine_streams import RowStream, merge_rows
+from runtime.errors import EngineFault, ModelNotFound, Overloaded, RepertoryError, Unavailable
+from runtime.messages import Hello, Load, RowTokens
+from runtime.types import Checkpoint, FinishReason, LogprobParams, SamplingParams, StopParams
+from tests.support.engines import fake_command
+from tests.support.fake_engine import FAULT, KILL, STALL
+
+FAST = RestartPolicy(first_s=0.01, most_s=0.05, healthy_s=60.0, start_timeout_s=20.0, max_failed_starts=3)
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.hellos: list[Hello] = []
+        self.deaths: list[EngineDeath] = []
+
+    def engine_ready(self, hello: Hello) -> None:
+        self.hellos.append(hello)
+
+    def engine_died(self, death: EngineDeath) -> None:
+        self.deaths.append(death)
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[EngineClient]:
+    client = EngineClient(EngineConfig(), command=fake_command(journal=tmp_path / "journal"), restart=FAST)
+    client.listen(Listener())
+    client.start()
+    await client.wait_ready()
+    yield client
+    await client.stop(0.0)
+
+
+def load(model_id: str) -> Load:
+    return Load(model_id, Checkpoint(model_dir="/nowhere"))
+
+
+async def collect(client: EngineClient, model_id: str, prompt: Sequence[int], max_tokens: int = 4) -> list[int]:
+    tokens: list[int] = []
+    stop = StopParams(max_tokens=max_tokens)
+    async for row in client.generate(model_id, prompt, SamplingParams(temperature=0.0), stop, LogprobParams()):
+        tokens.extend(row.tokens)
+    return tokens
+
+
+def journal(tmp_path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+
+
+async def test_loads_and_streams(client: EngineClient) -> None:
+    facts = await client.load(load("a"))
+    assert facts.architecture == "FakeForCausalLM"
+    assert await asyncio.gather(*(collect(client, "a", [i, i + 1], 4) for i in range(10, 20))) == [
+        [i + 1, i + 2, i + 1, i + 2] for i in range(10, 20)
+    ]
+    assert client.running("a") == 0
+
+
+async def test_errors_carry_their_codes(client: EngineClient) -> None:
+    with pytest.raises(Overloaded, match="needs 10 bytes of 5"):
+        await client.load(load("fail"))
+    with pytest.raises(ModelNotFound):
+        await collect(client, "unknown", [1])
+    await client.load(load("a"))
+    with pytest.raises(EngineFault, match="a step broke"):
+        await collect(client, "a", [FAULT])
+
+
+async def test_closing_a_stream_aborts_the_row(client: EngineClient, tmp_path: Path) -> None:
+    await client.load(load("a"))
+    stream = client.generate("a", [1, 2], SamplingParams(), StopParams(max_tokens=100_000), LogprobParams())
+    await anext(stream)
+    await stream.aclose()
+    cancelled = asyncio.create_task(collect(client, "a", [STALL]))
+    await asyncio.sleep(0.05)
+    assert client.running("a") == 1
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert client.running("a") == 0
+    await client.unload("a")     # a round trip: the aborts came before it
+    assert [entry["what"] for entry in journal(tmp_path)].count("abort") == 2
+
+
+async def test_unload_ends_what_runs_and_drain_waits(client: EngineClient) -> None:
+    await client.load(load("a"))
+    running = asyncio.create_task(collect(client, "a", [STALL]))
+    await asyncio.sleep(0.02)
+    assert not await client.drain("a", 0.02)
+    await client.unload("a")
+    with pytest.raises(Unavailable, match="unloaded"):
+        await running
+    assert await client.drain("a", 1.0)
+
+
+async def test_a_cancelled_load_does_not_answer_the_next_one(client: EngineClient) -> None:
+    first = asyncio.create_task(client.load(load("slow")))
+    await asyncio.sleep(0.05)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await client.unload("slow")
+    assert (await client.load(load("slow"))).model_id == "slow"
+
+
+async def test_death_ends_streams_and_the_engine_returns(client: EngineClient) -> None:
+    await client.load(load("a"))
+    await client.load(load("b"))
+    bystander = asyncio.create_task(collect(client, "b", [STALL]))
+    await asyncio.sleep(0.02)
+    with pytest.raises(Unavailable, match="SIGKILL"):
+        await collect(client, "a", [KILL])
+    with pytest.raises(Unavailable):
+        await bystander
+    await client.wait_ready()
+    listener = client._listener
+    assert isinstance(listener, Listener)
+    assert [death.stepping for death in listener.deaths] == ["a"]
+    assert client.restarts == 1
+    await client.load(load("b"))
+    assert await collect(client, "b", [5], 2) == [6, 6]
+
+
+async def test_an_idle_engines_death_blames_nobody(client: EngineClient) -> None:
+    await client.load(load("a"))
+    await collect(client, "a", [5], 2)
+    assert client.hello is not None
+    os.kill(client.hello.pid, signal.SIGKILL)
+    while client.restarts == 0:
+        await client.changes.wait_past(client.changes.count, 5.0)
+    listener = client._listener
+    assert isinstance(listener, Listener)
+    assert listener.deaths[0].stepping is None
+    assert listener.deaths[0].loading == ()
+
+
+async def test_a_death_fails_the_load_that_was_on_its_way(client: EngineClient) -> None:
+    with pytest.raises(Unavailable):
+        await client.load(load("deadly"))
+    listener = client._listener
+    assert isinstance(listener, Listener)
+    assert listener.deaths[0].loading == ("deadly",)
+
+
+async def test_an_engine_that_never_starts_is_given_up() -> None:
+    client = EngineClient(EngineConfig(), command=fake_command(stillborn=True), restart=FAST)
+    client.start()
+    with pytest.raises(Unavailable, match="exited with code 3"):
+        await client.wait_ready()
+    assert client.state is EngineState.STOPPED
+    with pytest.raises(Unavailable):
+        await client.load(load("a"))
+    await client.stop(0.0)
+
+
+async def test_stop_lets_streams_finish() -> None:
+    client = EngineClient(EngineConfig(), command=fake_command(), restart=FAST)
+    client.start()
+    await client.wait_ready()
+    await client.load(load("a"))
+    running = asyncio.create_task(collect(client, "a", [7], 20))
+    await asyncio.sleep(0.01)
+    await client.stop(10.0)
+    assert await running == [8] * 20
+
+
+def test_the_blackbox_survives_its_writer(tmp_path: Path) -> None:
+    path = tmp_path / "blackbox"
+    reader = Blackbox(path)
+    assert reader.read() is None
+    writer = Blackbox(path)
+    writer.mark("org/ä-model")
+    assert reader.read() == "org/ä-model"
+    writer.mark("b")
+    assert reader.read() == "b"
+    writer.mark("")
+    assert reader.read() is None
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=6))
+def test_merging_keeps_every_token_in_order(parts: list[list[int]]) -> None:
+    rows = [RowTokens(1, tuple(part), cached_tokens=3 if i == 0 else None) for i, part in enumerate(parts)]
+    rows[-1] = RowTokens(1, tuple(parts[-1]), FinishReason.EOS, 2, cached_tokens=rows[-1].cached_tokens)
+    merged = merge_rows(rows)
+    assert merged.tokens == tuple(token for part in parts for token in part)
+    assert (merged.finish, merged.stop_token, merged.cached_tokens) == (FinishReason.EOS, 2, 3)
+
+
+async def test_a_slow_consumer_gets_one_item_and_then_the_error() -> None:
+    stream = RowStream("a")
+    for token in range(5):
+        stream.put(RowTokens(1, (token,)))
+    stream.fail(RepertoryError("gone"))
+    assert (await stream.take()).tokens == (0, 1, 2, 3, 4)
+    with pytest.raises(RepertoryError, match="gone"):
+        await stream.take()
+
+
