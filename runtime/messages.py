@@ -108,6 +108,7 @@ class RowTokens(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int | None = None     # prompt tokens found in the prefix cache; once, with the first token
     error_code: str | None = None        # with finish ERROR
     error: str | None = None
+    queue_s: float | None = None         # from arrival to the first step; once, with the first token
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

@@ -25,6 +25,7 @@ class FinishReason(StrEnum):
     STOP_STRING = "stop_string"    # found by the detokenizer; the engine only sees an abort
     LENGTH = "length"              # max_tokens of the request
     CONTEXT = "context"            # the model's max_model_len
+    TIME_LIMIT = "time_limit"      # found by the front; the engine only sees an abort
     ABORTED = "aborted"
     ERROR = "error"
 

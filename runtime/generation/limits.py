@@ -1,0 +1,51 @@
+"""A request against its model's limits: prompt and output lengths, seeds. Every refusal names the model, the limit and the value."""
+
+import secrets
+from collections.abc import Sequence
+
+from runtime.errors import InvalidRequest
+from runtime.served import ServedModel
+
+SEED_BITS = 32
+_ENGINE_SEED_MASK = (1 << 63) - 1
+
+
+def room_for_output(model: ServedModel, num_prompt: int, *, param: str = "prompt") -> int:
+    """How many tokens may follow a prompt of `num_prompt` tokens; at least 1. Raises InvalidRequest."""
+    limit = model.facts.max_model_len
+    if num_prompt == 0:
+        raise InvalidRequest(f"model {model.name}: the prompt is empty (0 tokens); it needs at least 1", param=param)
+    if num_prompt >= limit:
+        raise InvalidRequest(
+            f"model {model.name}: the prompt has {num_prompt} tokens; its context is {limit} tokens, "
+            f"so that a prompt can have at most {limit - 1}",
+            param=param,
+        )
+    return limit - num_prompt
+
+
+def check_output(model: ServedModel, num_prompt: int, max_tokens: int, *, param: str = "max_tokens") -> None:
+    """Raises InvalidRequest when prompt and output together don't fit the model's context."""
+    limit = model.facts.max_model_len
+    if num_prompt + max_tokens > limit:
+        raise InvalidRequest(
+            f"model {model.name}: {num_prompt} prompt tokens and {param}={max_tokens} make {num_prompt + max_tokens}; "
+            f"its context is {limit} tokens",
+            param=param,
+        )
+
+
+def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:
+    size = model.facts.vocab_size
+    bad = next((token for token in token_ids if not 0 <= token < size), None)
+    if bad is not None:
+        raise InvalidRequest(f"model {model.name}: token id {bad} is outside of its vocabulary (0 to {size - 1})", param=param)
+
+
+def draw_seed() -> int:
+    return secrets.randbits(SEED_BITS)
+
+
+def engine_seed(seed: int, offset: int = 0) -> int:
+    """A caller's seed (any 64 bits) as the engine takes it (63 bits)."""
+    return (seed + offset) & _ENGINE_SEED_MASK

@@ -1,0 +1,79 @@
+"""What the APIs ask of the generator, and what they get. Plain immutable data."""
+
+import msgspec
+
+from runtime.messages import TokenLogprobs
+from runtime.types import FinishReason, LogprobParams, SamplingParams, StopParams
+
+
+class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. `sampling.seed` is set; limits have been checked (runtime.generation.limits).
+
+    `deadline_s` is on the event loop's clock: past it the sequence ends as TIME_LIMIT with what it has.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stop: StopParams
+    logprobs: LogprobParams = LogprobParams()
+    index: int = 0                       # which of the caller's sequences this is; comes back in each Delta
+    priority: int = 0
+    stop_strings: tuple[str, ...] = ()
+    include_stop: bool = False           # a stop string (or, with show_stop_token, a stop token) stays in the text
+    show_stop_token: bool = False
+    stops_by_list: bool = False          # of several matches the first of the list wins, not the first in the text
+    length_before_stop: bool = False     # a stop string that the last allowed token completes doesn't count
+    skip_special_tokens: bool = True
+    drop_incomplete: bool = False        # an incomplete character at the end is dropped, not shown as U+FFFD
+    one_token_deltas: bool = False
+    deadline_s: float | None = None
+
+    @property
+    def with_details(self) -> bool:
+        return self.logprobs.generated is not None
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What came of one sequence. Text may lag behind tokens (half a character, a possible stop string)."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    num_generated: int                   # so far, this delta included
+    finish: FinishReason | None = None
+    stop: str | int | None = None        # the stop string, or the id of the EOS or stop token
+    logprobs: tuple[TokenLogprobs, ...] = ()    # one a token, if asked
+    offsets: tuple[int, ...] = ()               # where each token's text begins in the output, in characters; if logprobs were asked
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()   # with the first delta, if asked
+    cached_tokens: int | None = None            # with the first delta
+
+
+class Completed(msgspec.Struct, frozen=True):
+    """A whole sequence: its deltas put together."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    finish: FinishReason
+    stop: str | int | None
+    logprobs: tuple[TokenLogprobs, ...]
+    offsets: tuple[int, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]
+    cached_tokens: int
+
+
+def put_together(deltas: list[Delta]) -> Completed:
+    """`deltas` of one sequence, in order, the last with `finish` set."""
+    first, last = deltas[0], deltas[-1]
+    assert last.finish is not None
+    return Completed(
+        index=first.index,
+        text="".join([delta.text for delta in deltas]),
+        tokens=tuple([token for delta in deltas for token in delta.tokens]),
+        finish=last.finish,
+        stop=last.stop,
+        logprobs=tuple([entry for delta in deltas for entry in delta.logprobs]),
+        offsets=tuple([offset for delta in deltas for offset in delta.offsets]),
+        prompt_logprobs=first.prompt_logprobs,
+        cached_tokens=first.cached_tokens or 0,
+    )

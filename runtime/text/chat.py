@@ -1,0 +1,147 @@
+"""Chats to prompts: the checkpoint's Jinja templates, rendered in a sandbox with what transformers gives them.
+
+Knows messages and templates; nothing of tokens beyond the special tokens' texts that templates may name.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import msgspec
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from runtime.errors import InvalidRequest
+
+_CONTINUE_MARK = "\u2063continue-here\u2063 "   # ends in a space to see whether the template trims
+
+
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn. `extra` holds further fields of the caller's message that templates may read."""
+
+    role: str
+    content: str
+    extra: dict[str, Any] = {}
+
+
+class ChatOptions(msgspec.Struct, frozen=True):
+    """How a chat becomes a prompt. `template` names one of the checkpoint's; `variables` go to the template as they are."""
+
+    add_generation_prompt: bool = True
+    continue_final: bool = False
+    template: str | None = None
+    variables: dict[str, Any] = {}
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's part for training; here it only renders what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplates:
+    """A checkpoint's templates by name. Compiles each once."""
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self._texts = dict(templates)
+        self._special_tokens = dict(special_tokens)
+        self._environment = _environment()
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    def render(self, model: str, messages: Sequence[ChatMessage], options: ChatOptions) -> str:
+        """Raises InvalidRequest when there is no template, or the template refuses the chat or is broken."""
+        text = self._pick(model, options.template)
+        turns = [_as_template_sees(message, text) for message in messages]
+        if options.continue_final:
+            if not turns:
+                raise InvalidRequest(f"model {model}: there is no message to continue", param="messages")
+            turns[-1]["content"] += _CONTINUE_MARK
+        try:
+            rendered = self._compile(text).render(
+                **{
+                    **self._special_tokens,
+                    "tools": None,
+                    "documents": None,
+                    **options.variables,
+                    "messages": turns,
+                    "add_generation_prompt": options.add_generation_prompt and not options.continue_final,
+                }
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"model {model}: its chat template refuses this chat: {error.message or error}", param="messages") from error
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, ArithmeticError, RecursionError) as error:
+            raise InvalidRequest(f"model {model}: its chat template fails on this chat: {error}", param="messages") from error
+        return _cut_at_mark(model, rendered) if options.continue_final else rendered
+
+    def _pick(self, model: str, wanted: str | None) -> str:
+        if wanted is not None:
+            if wanted not in self._texts:
+                raise InvalidRequest(f"model {model} has no chat template {wanted!r}, only {sorted(self._texts)}", param="chat_template")
+            return self._texts[wanted]
+        if "default" in self._texts:
+            return self._texts["default"]
+        if not self._texts:
+            raise InvalidRequest(f"model {model} has no chat template: use /v1/completions, or register it with one", param="messages")
+        raise InvalidRequest(f"model {model} has no default chat template, only {', '.join(sorted(self._texts))}", param="messages")
+
+    def _compile(self, text: str) -> jinja2.Template:
+        template = self._compiled.get(text)
+        if template is None:
+            template = self._compiled[text] = self._environment.from_string(text)
+        return template
+
+
+def _as_template_sees(message: ChatMessage, template: str) -> dict[str, Any]:
+    role = message.role
+    if role == "developer" and "developer" not in template:
+        role = "system"   # OpenAI's newer name for it, which most templates don't know
+    return {**message.extra, "role": role, "content": message.content}
+
+
+def _cut_at_mark(model: str, rendered: str) -> str:
+    mark = _CONTINUE_MARK.strip()
+    at = rendered.rfind(mark)
+    if at < 0:
+        raise InvalidRequest(f"model {model}: its chat template can't continue the last message", param="messages")
+    kept = rendered[:at]
+    return kept if rendered.startswith(_CONTINUE_MARK, at) else kept.rstrip()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols], keep_trailing_newline=False
+    )
+    environment.filters["tojson"] = _to_json
+    helpers: dict[str, Callable[..., Any]] = {"raise_exception": _raise, "strftime_now": _strftime_now}
+    environment.globals.update(helpers)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which no model has seen in training."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,93 @@
+"""Token ids to text as they come, never splitting a character. One object a sequence.
+
+All texts pushed and flushed, put together, are the decoding of all tokens. An incomplete character is held until it is complete or can't become so.
+Where a sentencepiece-like tokenizer's byte tokens don't make valid UTF-8, each maximal bad part becomes one U+FFFD (a decoder that sees the
+whole text at once writes one a byte of the whole run; a stream can't, since it has shown the run's beginning).
+"""
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+from runtime.text.pieces import START_KEEP, START_STRIP_ONE, Pieces
+
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer(Protocol):
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; may be empty."""
+
+    def flush(self) -> str:
+        """The end: what was held of an incomplete character, as U+FFFD."""
+
+
+class ByteDetokenizer:
+    """For tokenizers whose tokens each stand for bytes of their own."""
+
+    __slots__ = ("_decode", "_pieces", "_start")
+
+    def __init__(self, pieces: Pieces, at_start: str = START_KEEP) -> None:
+        """`at_start`: the rule for the text's first token; START_KEEP if a prompt with text goes before."""
+        self._pieces = pieces
+        self._decode = _UTF8("replace").decode
+        self._start = at_start
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        pieces = self._pieces
+        if len(token_ids) == 1:
+            data = pieces[token_ids[0]]
+        else:
+            data = b"".join([pieces[token_id] for token_id in token_ids])
+        if self._start is not START_KEEP and data:
+            data = self._strip_start(token_ids)
+        return self._decode(data)
+
+    def flush(self) -> str:
+        return self._decode(b"", True)
+
+    def _strip_start(self, token_ids: Sequence[int]) -> bytes:
+        parts = [self._pieces[token_id] for token_id in token_ids]
+        first = next(index for index, part in enumerate(parts) if part)
+        parts[first] = parts[first].removeprefix(b" ") if self._start is START_STRIP_ONE else parts[first].replace(b" ", b"")
+        self._start = START_KEEP
+        return b"".join(parts)
+
+
+class WindowDetokenizer:
+    """For any other tokenizer: decodes a short window again with each token and takes what is new."""
+
+    __slots__ = ("_ids", "_read", "_shown", "_skip_special", "_tokenizer")
+
+    CONTEXT_TOKENS = 6   # of the prompt, so that the first tokens' spacing is right
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._ids = list(prompt[-self.CONTEXT_TOKENS :])
+        self._read = len(self._ids)
+        self._shown = self._decode(self._ids)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._push_one(token_id) for token_id in token_ids])
+
+    def flush(self) -> str:
+        text = self._decode(self._ids)
+        return text[len(self._shown) :]
+
+    def _push_one(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if len(text) <= len(self._shown) or text.endswith("�"):
+            return ""
+        new = text[len(self._shown) :]
+        # the tokens of this piece become the context of the next
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        self._shown = self._decode(self._ids)
+        return new
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=self._skip_special))

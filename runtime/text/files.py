@@ -1,0 +1,118 @@
+"""What a checkpoint's tokenizer files say: names of special tokens, BOS/EOS rules, chat templates, default sampling.
+
+Reads tokenizer_config.json, generation_config.json, chat_template.jinja and additional_chat_templates/. Knows nothing of how text is split.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from runtime.errors import LoadFailed
+from runtime.types import DefaultSampling
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenSpec(msgspec.Struct, frozen=True):
+    """An added token, in the words of tokenizer_config.json."""
+
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+class NamedTemplate(msgspec.Struct, frozen=True):
+    name: str
+    template: str
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True):
+    """The fields of tokenizer_config.json that decide what text becomes."""
+
+    bos_token: str | TokenSpec | bool | None = None
+    eos_token: str | TokenSpec | bool | None = None
+    unk_token: str | TokenSpec | bool | None = None
+    sep_token: str | TokenSpec | bool | None = None
+    pad_token: str | TokenSpec | bool | None = None
+    cls_token: str | TokenSpec | bool | None = None
+    mask_token: str | TokenSpec | bool | None = None
+    additional_special_tokens: list[str | TokenSpec] | None = None
+    added_tokens_decoder: dict[str, TokenSpec] = {}
+    add_bos_token: bool | msgspec.UnsetType | None = msgspec.UNSET
+    add_eos_token: bool | msgspec.UnsetType | None = msgspec.UNSET
+    chat_template: str | list[NamedTemplate] | None = None
+
+    def named_tokens(self) -> dict[str, str]:
+        """`bos_token` → its text, and so on, for those that the checkpoint has."""
+        found: dict[str, str] = {}
+        for name in NAMED_TOKENS:
+            value = getattr(self, name)
+            if isinstance(value, TokenSpec):
+                found[name] = value.content
+            elif isinstance(value, str) and value:
+                found[name] = value
+        return found
+
+
+class GenerationConfig(msgspec.Struct, frozen=True):
+    """generation_config.json, as far as it sets defaults (its EOS ids are the engine's)."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+    def sampling(self) -> DefaultSampling:
+        return DefaultSampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            max_tokens=self.max_new_tokens,
+        )
+
+
+def read_tokenizer_config(model_dir: Path) -> TokenizerConfig:
+    """An absent file means no rules. Raises LoadFailed for one that can't be read."""
+    path = model_dir / "tokenizer_config.json"
+    if not path.exists():
+        return TokenizerConfig()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TokenizerConfig, strict=False)
+    except (msgspec.MsgspecError, OSError, UnicodeError) as error:
+        raise LoadFailed(f"{path} can't be read: {error}") from error
+
+
+def read_generation_config(model_dir: Path) -> GenerationConfig:
+    path = model_dir / "generation_config.json"
+    if not path.exists():
+        return GenerationConfig()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=GenerationConfig, strict=False)
+    except (msgspec.MsgspecError, OSError, UnicodeError) as error:
+        raise LoadFailed(f"{path} can't be read: {error}") from error
+
+
+def read_chat_templates(model_dir: Path, config: TokenizerConfig) -> dict[str, str]:
+    """Templates by name; files of their own go before what tokenizer_config.json carries, as in transformers."""
+    templates: dict[str, str] = {}
+    if isinstance(config.chat_template, str):
+        templates["default"] = config.chat_template
+    elif config.chat_template:
+        templates = {entry.name: entry.template for entry in config.chat_template}
+    single = model_dir / "chat_template.jinja"
+    more = model_dir / "additional_chat_templates"
+    try:
+        if single.exists():
+            templates = {"default": single.read_text(encoding="utf-8")}
+        if more.is_dir():
+            templates |= {path.stem: path.read_text(encoding="utf-8") for path in sorted(more.glob("*.jinja"))}
+    except (OSError, UnicodeError) as error:
+        raise LoadFailed(f"a chat template of {model_dir} can't be read: {error}") from error
+    return templates

@@ -1,0 +1,82 @@
+"""A model's text side in one object: tokenizer, detokenizer, chat templates and the checkpoint's default sampling."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from runtime.text.chat import ChatMessage, ChatOptions, ChatTemplates
+from runtime.text.detokenizer import Detokenizer
+from runtime.text.files import read_chat_templates, read_generation_config, read_tokenizer_config
+from runtime.text.tokenizer import Encoding, TextTokenizer, open_tokenizer
+from runtime.types import DefaultSampling, ModelSettings
+
+_T = TypeVar("_T", int, float)
+
+
+class TextModel:
+    """Everything between text and token ids. Immutable once made; safe to use from several threads."""
+
+    def __init__(self, tokenizer: TextTokenizer, templates: ChatTemplates, sampling: DefaultSampling) -> None:
+        self._tokenizer = tokenizer
+        self._templates = templates
+        self.sampling = sampling   # generation_config.json's, under the registration's
+        self.vocab_size = tokenizer.vocab_size
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_with_offsets(self, text: str) -> Encoding:
+        return self._tokenizer.encode_with_offsets(text)
+
+    def render_chat(self, model: str, messages: Sequence[ChatMessage], options: ChatOptions) -> str:
+        """The prompt's text; encode it without adding special tokens, since templates write them. `model` is for error messages."""
+        return self._templates.render(model, messages, options)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
+        return self._tokenizer.detokenizer(prompt, skip_special_tokens=skip_special_tokens)
+
+    def piece(self, token_id: int) -> str:
+        return self._tokenizer.piece(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        return self._tokenizer.is_special(token_id)
+
+
+def load_text(model_dir: Path, settings: ModelSettings) -> TextModel:
+    """Reads a checkpoint's tokenizer and template files (tens of milliseconds to a second: call it off the event loop).
+
+    Raises LoadFailed naming the file that is missing or broken.
+    """
+    config = read_tokenizer_config(model_dir)
+    templates = read_chat_templates(model_dir, config)
+    if settings.chat_template is not None:
+        templates = {"default": settings.chat_template}
+    return TextModel(
+        open_tokenizer(model_dir, config),
+        ChatTemplates(templates, config.named_tokens()),
+        _merge(settings.sampling, read_generation_config(model_dir).sampling()),
+    )
+
+
+def _merge(first: DefaultSampling, second: DefaultSampling) -> DefaultSampling:
+    def pick(mine: _T | None, other: _T | None) -> _T | None:
+        return other if mine is None else mine
+
+    return DefaultSampling(
+        temperature=pick(first.temperature, second.temperature),
+        top_k=pick(first.top_k, second.top_k),
+        top_p=pick(first.top_p, second.top_p),
+        min_p=pick(first.min_p, second.min_p),
+        repetition_penalty=pick(first.repetition_penalty, second.repetition_penalty),
+        max_tokens=pick(first.max_tokens, second.max_tokens),
+    )

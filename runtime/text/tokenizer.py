@@ -1,0 +1,128 @@
+"""Text to token ids and back, by the checkpoint's tokenizer.json. No torch and no transformers: the front starts fast.
+
+Knows special tokens and the BOS/EOS rules; nothing of chats or streams. Safe to use from several threads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from runtime.errors import LoadFailed
+from runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from runtime.text.files import TokenizerConfig, TokenSpec
+from runtime.text.pieces import START_KEEP, Decoding, Pieces, decoding_of
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids, their vocabulary pieces, and where each lies in the text, in characters (a special token that was added: 0, 0)."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+class TextTokenizer:
+    """One checkpoint's tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self._special_ids = special
+        self._decoding: Decoding | None = decoding_of(tokenizer)
+        rule = self._decoding or Decoding(str.encode)
+        self._shown = Pieces(tokenizer, rule, special)
+        self._all = Pieces(tokenizer, rule, frozenset())
+        self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(self, text: str) -> Encoding:
+        """With special tokens."""
+        found = self._tokenizer.encode(text)
+        return Encoding(tuple(found.ids), tuple(found.tokens), tuple(found.offsets))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        stream = self.detokenizer((), skip_special_tokens=skip_special_tokens)
+        return stream.push(token_ids) + stream.flush()
+
+    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
+        """For the tokens that come after `prompt`: a word's leading space is kept unless the prompt holds no text."""
+        if self._decoding is None:
+            return WindowDetokenizer(self._tokenizer, prompt, skip_special_tokens)
+        pieces = self._shown if skip_special_tokens else self._all
+        at_start = self._decoding.at_start
+        if at_start != START_KEEP and any(pieces[token_id] for token_id in prompt):
+            at_start = START_KEEP
+        return ByteDetokenizer(pieces, at_start)
+
+    def piece(self, token_id: int) -> str:
+        """The vocabulary's own text for a token, such as `Ġfirst` or `▁Once`; empty outside of the vocabulary."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text; a special token's own name."""
+        if self._decoding is None:
+            return str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
+        return self._all[token_id]
+
+    def token_id(self, text: str) -> int | None:
+        return self._tokenizer.token_to_id(text)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+
+def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
+    """Raises LoadFailed naming the file."""
+    path = model_dir / "tokenizer.json"
+    if not path.exists():
+        raise LoadFailed(f"{model_dir} has no tokenizer.json; a checkpoint with only a slow tokenizer has to be packed first")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:   # the library raises bare Exception for a file it can't read
+        raise LoadFailed(f"{path} can't be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _add_missing_tokens(tokenizer, config)
+    _set_bos_eos(tokenizer, config)
+    return TextTokenizer(tokenizer)
+
+
+def _add_missing_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+    """Adds what tokenizer_config.json names and tokenizer.json lacks, in the order of their ids."""
+    named = set(config.named_tokens().values())
+    extra = [spec if isinstance(spec, TokenSpec) else TokenSpec(spec) for spec in config.additional_special_tokens or ()]
+    specials = named | {spec.content for spec in extra}
+    by_id = [spec for _, spec in sorted(config.added_tokens_decoder.items(), key=lambda item: int(item[0]))]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for spec in [*by_id, *(TokenSpec(name) for name in config.named_tokens().values()), *extra]:
+        if spec.content in known or not spec.content:
+            continue
+        known.add(spec.content)
+        special = spec.special or spec.content in specials
+        token = AddedToken(
+            spec.content, single_word=spec.single_word, lstrip=spec.lstrip, rstrip=spec.rstrip, normalized=spec.normalized, special=special
+        )
+        if special:
+            tokenizer.add_special_tokens([token])
+        else:
+            tokenizer.add_tokens([token])
+
+
+def _set_bos_eos(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+    """An explicit add_bos_token or add_eos_token goes before what tokenizer.json's post-processor does, as in transformers."""
+    if isinstance(config.add_bos_token, msgspec.UnsetType) and isinstance(config.add_eos_token, msgspec.UnsetType):
+        return
+    names = config.named_tokens()
+    bos = names.get("bos_token") if config.add_bos_token is True else None
+    eos = names.get("eos_token") if config.add_eos_token is True else None
+    single = " ".join([f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos))
+    pair = " ".join([single] + [f"{bos}:1"] * bool(bos) + ["$B:1"] + [f"{eos}:1"] * bool(eos))
+    tokens = [(name, tokenizer.token_to_id(name)) for name in dict.fromkeys((bos, eos)) if name]
+    tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
