@@ -57,7 +57,7 @@ class _KvStoreFile(msgspec.Struct, frozen=True):
 def parse_store(text: str) -> StoreLocation:
     """One of
     `etcd://[USER:PASSWORD@]HOST:PORT[,HOST2:PORT]/PREFIX[?ca=FILE&cert=FILE&key=FILE&authority=NAME]`, `etcds://…` (TLS),
-    `etcd:HOST:PORT,…` and `etcd:/FILE.json` (ModelMesh's KV_STORE), `file:DIRECTORY` or a plain directory (embedded).
+    `etcd:HOST:PORT,…` and `etcd:/FILE.json` (ModelMesh's KV_STORE), `embedded:DIRECTORY` or a plain directory.
 
     Raises InvalidRequest, naming the part that is wrong; never the password.
     """
@@ -70,7 +70,7 @@ def parse_store(text: str) -> StoreLocation:
         return EtcdLocation(_endpoints(rest)[0])
     if text.startswith("zookeeper:"):
         raise InvalidRequest("store: zookeeper is not supported; use etcd://HOST:PORT or a directory")
-    path = text.removeprefix("file://").removeprefix("file:")
+    path = text.removeprefix("embedded:")
     if not path or "://" in path:
         raise InvalidRequest(f"store: {text.split('://')[0]!r} is neither etcd://HOST:PORT/PREFIX, etcd:/FILE.json nor a directory")
     return EmbeddedLocation(Path(path).expanduser())

@@ -1,0 +1,34 @@
+"""The pods of the mesh: ModelMesh's `instances` table, each record under its own pod's lease.
+
+Knows who is there and what each tells of itself; decides nothing by it.
+"""
+
+from mesh.registry.records import InstanceRecord, encode_record
+from mesh.registry.table import Table
+from mesh.store.leased import LeasedKey
+from mesh.store.protocol import Store
+
+
+class Instances:
+    def __init__(self, store: Store, prefix: str, *, own_id: str, ttl_s: float) -> None:
+        self.table = Table(store, prefix, InstanceRecord)
+        self.own_id = own_id
+        self._own = LeasedKey(store, prefix + own_id, ttl_s=ttl_s)
+
+    async def publish(self, record: InstanceRecord) -> None:
+        """Tell the others. Raises StoreError; it is then told as soon as the store is back, and again after a lost lease."""
+        await self._own.set(encode_record(record))
+
+    async def withdraw(self) -> None:
+        await self._own.remove()
+
+    def get(self, instance_id: str) -> InstanceRecord | None:
+        return self.table.get(instance_id)
+
+    def live(self) -> list[tuple[str, InstanceRecord]]:
+        """Pods that take work, by id; one that is shutting down no longer counts."""
+        return [(instance_id, record) for instance_id, record in self.table.items() if not record.shutting_down]
+
+    def leads(self) -> bool:
+        """Whether this pod does the housekeeping: the one that has been there longest does."""
+        return self.table.oldest() == self.own_id

@@ -1,0 +1,88 @@
+"""The registered models: ModelMesh's `registry` table and the rules of registering and unregistering.
+
+Knows records and the store's compare-and-set; loads nothing, and doesn't know who does.
+"""
+
+import msgspec
+
+from mesh.errors import AlreadyExists, InvalidRequest, PreconditionFailed
+from mesh.registry.records import ModelRecord
+from mesh.registry.secrets import refuse_secrets
+from mesh.registry.table import Table
+from mesh.store.protocol import Store
+from mesh.types import ModelInfo
+
+HOUR_MS = 3_600_000
+LAST_USED_IF_LOADED_NOW_MS = HOUR_MS
+LAST_USED_IF_NOT_MS = 6 * HOUR_MS
+
+
+class Models:
+    """`table` is open to whoever keeps placement in the records."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self.table = Table(store, prefix, ModelRecord)
+
+    def get(self, model_id: str) -> ModelRecord | None:
+        return self.table.get(model_id)
+
+    async def find(self, model_id: str) -> ModelRecord | None:
+        return await self.table.find(model_id)
+
+    async def register(self, model_id: str, info: ModelInfo, *, last_used_ms: int) -> ModelRecord:
+        """Idempotent. Raises AlreadyExists on other attributes, InvalidRequest on what can't be registered at all."""
+        check_registrable(model_id, info)
+
+        def change(old: ModelRecord | None) -> ModelRecord:
+            if old is None:
+                return new_model(info, last_used_ms=last_used_ms)
+            if old.info != info:
+                raise AlreadyExists("Model already exists with different attribute values")
+            # a little newer is not worth a write that every pod hears of
+            if last_used_ms > old.last_used_ms + HOUR_MS:
+                return msgspec.structs.replace(old, last_used_ms=last_used_ms)
+            return old
+
+        record = await self.table.update(model_id, change)
+        assert record is not None
+        return record
+
+    async def unregister(self, model_id: str) -> None:
+        """Idempotent. Raises PreconditionFailed while a vmodel points at it."""
+
+        def change(old: ModelRecord | None) -> None:
+            if old is not None and old.refs > 0:
+                raise PreconditionFailed(f"Model {model_id} has referents")
+
+        # what the cache doesn't have yet must go as well, so ask the store first
+        await self.table.read(model_id)
+        await self.table.update(model_id, change)
+
+    async def touch(self, model_id: str, last_used_ms: int) -> None:
+        """Move a model up in the LRU order; never down, and an unknown one not at all."""
+
+        def change(old: ModelRecord | None) -> ModelRecord | None:
+            if old is None or old.last_used_ms >= last_used_ms:
+                return old
+            return msgspec.structs.replace(old, last_used_ms=last_used_ms)
+
+        await self.table.update(model_id, change)
+
+
+def new_model(info: ModelInfo, *, last_used_ms: int, auto_delete: bool = False) -> ModelRecord:
+    return ModelRecord(type=info.type, key=info.key, path=info.path, auto_delete=auto_delete, last_used_ms=last_used_ms)
+
+
+def check_registrable(model_id: str, info: ModelInfo) -> None:
+    if not model_id:
+        raise InvalidRequest("must provide non-empty modelId")
+    if not info.type:
+        raise InvalidRequest("Must provide non-empty model type string")
+    refuse_secrets(model_id, info)
+
+
+def entry_time_ms(asked_ms: int, now_ms: int, *, load_now: bool) -> int:
+    """Where a model enters the LRU order: a model that nobody has used yet must not displace one in use."""
+    if asked_ms <= 0:
+        return now_ms - (LAST_USED_IF_LOADED_NOW_MS if load_now else LAST_USED_IF_NOT_MS)
+    return min(asked_ms, now_ms)

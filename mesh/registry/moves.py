@@ -1,0 +1,146 @@
+"""What setting, moving and deleting a vmodel does to the records: ModelMesh's decisions, as pure functions.
+
+Knows records and reference counts; no store, no clock, no loading. A model's `refs` counts the vmodels that have it as active or target;
+one that is to be deleted automatically goes with its last reference. Every plan keeps that true.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from mesh.errors import AlreadyExists, InvalidRequest, NotFound, PreconditionFailed
+from mesh.registry.models import new_model
+from mesh.registry.records import ModelRecord, VModelRecord
+from mesh.types import ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """setVModel's request. `info` None: the target must exist. `expected_target_id` and `owner` empty: whatever they are."""
+
+    vmodel_id: str
+    target_id: str
+    info: ModelInfo | None = None
+    auto_delete: bool = False
+    update_only: bool = False
+    force: bool = False
+    expected_target_id: str = ""
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The records that a plan is made from; `models` holds those of active, target and new target, None for one that doesn't exist."""
+
+    vmodel: VModelRecord | None
+    models: Mapping[str, ModelRecord | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The records as they shall be (None: deleted); `models` holds only those that change. Equal to the view: nothing to do."""
+
+    vmodel: VModelRecord | None
+    models: Mapping[str, ModelRecord | None] = field(default_factory=dict)
+
+
+def plan_set(wish: Wish, view: View, *, target_is_loaded: bool, now_ms: int, default_owner: str) -> Plan:
+    """Raises InvalidRequest, NotFound, AlreadyExists, PreconditionFailed, with ModelMesh's texts."""
+    vmodel = view.vmodel
+    _check(wish, view)
+    target = view.models.get(wish.target_id)
+    created = None
+    if target is None:
+        if wish.info is None:
+            raise NotFound(f"Target model {wish.target_id} not found")
+        created = new_model(wish.info, last_used_ms=now_ms, auto_delete=wish.auto_delete)
+    elif wish.info is not None and wish.info != target.info:
+        raise AlreadyExists(f"Target model {wish.target_id} already exists with different attribute values")
+    if vmodel is None:
+        new = VModelRecord(owner=wish.owner or default_owner, active_id=wish.target_id, target_id=wish.target_id)
+        return _plan(view, new, wish.target_id, created)
+    if wish.target_id == vmodel.target_id and not (vmodel.moving and wish.force):
+        # asked for again: nothing, except that a parked move gets another chance
+        return _plan(view, msgspec.structs.replace(vmodel, failed=False), wish.target_id, created)
+    active = view.models.get(vmodel.active_id)
+    copies = len(active.instance_ids) if active else 0
+    switch = wish.force or copies == 0 or wish.target_id == vmodel.active_id or (copies == 1 and target_is_loaded)
+    new = msgspec.structs.replace(
+        vmodel, active_id=wish.target_id if switch else vmodel.active_id, target_id=wish.target_id, failed=False
+    )
+    if active is not None:
+        # the successor takes the predecessor's place in the LRU order
+        heir = created or target
+        assert heir is not None
+        heir = msgspec.structs.replace(heir, last_used_ms=max(active.last_used_ms, 0 if created else heir.last_used_ms))
+        return _plan(view, new, wish.target_id, heir)
+    return _plan(view, new, wish.target_id, created)
+
+
+def plan_finish(view: View, *, target_id: str) -> Plan:
+    """The target is loaded: it becomes the active one, unless the vmodel has meanwhile been moved elsewhere."""
+    vmodel = view.vmodel
+    if vmodel is None or vmodel.target_id != target_id or not vmodel.moving:
+        return Plan(vmodel)
+    return _plan(view, msgspec.structs.replace(vmodel, active_id=target_id, failed=False))
+
+
+def plan_park(view: View, *, target_id: str) -> Plan:
+    """The target could not be loaded: the active one goes on answering."""
+    vmodel = view.vmodel
+    if vmodel is None or vmodel.target_id != target_id or not vmodel.moving:
+        return Plan(vmodel)
+    return Plan(msgspec.structs.replace(vmodel, failed=True))
+
+
+def plan_delete(view: View, *, owner: str) -> Plan:
+    """An absent vmodel, or another owner's: nothing."""
+    if view.vmodel is None or (owner and owner != view.vmodel.owner):
+        return Plan(view.vmodel)
+    return _plan(view, None)
+
+
+def _check(wish: Wish, view: View) -> None:
+    if not wish.vmodel_id:
+        raise InvalidRequest("must provide non-empty vModelId")
+    if not wish.target_id:
+        raise InvalidRequest("must provide non-empty targetModelId")
+    vmodel = view.vmodel
+    if vmodel is None:
+        if wish.update_only:
+            raise NotFound(f"vmodel {wish.vmodel_id} not found")
+        if wish.expected_target_id and wish.expected_target_id != wish.target_id:
+            raise PreconditionFailed(f"vmodel {wish.vmodel_id} does not exist, expected target model {wish.expected_target_id}")
+        return
+    if wish.owner and wish.owner != vmodel.owner:
+        raise AlreadyExists(f'vmodel {wish.vmodel_id} already exists with different owner "{vmodel.owner}"')
+    if wish.expected_target_id and vmodel.target_id not in (wish.expected_target_id, wish.target_id):
+        raise PreconditionFailed(
+            f"vmodel {wish.vmodel_id} has target model {vmodel.target_id}, expected {wish.expected_target_id}"
+        )
+
+
+def _plan(view: View, new: VModelRecord | None, target_id: str = "", target: ModelRecord | None = None) -> Plan:
+    """The new vmodel record and what it does to the models it refers to or no longer does. `target` replaces the viewed record."""
+    before, after = _referred(view.vmodel), _referred(new)
+    viewed = dict(view.models)
+    if target is not None:
+        viewed[target_id] = target
+    # a record that was missing where it was referred to, and is now made again, has its reference back
+    planned = {model_id: _with_refs(viewed.get(model_id), +1) for model_id in after if model_id not in before or not view.models.get(model_id)}
+    planned |= {model_id: _with_refs(viewed.get(model_id), -1) for model_id in before - after}
+    if target is not None:
+        planned.setdefault(target_id, target)
+    return Plan(new, {model_id: model for model_id, model in planned.items() if model != view.models.get(model_id)})
+
+
+def _referred(vmodel: VModelRecord | None) -> set[str]:
+    return {vmodel.active_id, vmodel.target_id} - {""} if vmodel else set()
+
+
+def _with_refs(model: ModelRecord | None, change: int) -> ModelRecord | None:
+    if model is None:
+        return None
+    refs = max(0, model.refs + change)
+    return None if change < 0 and refs == 0 and model.auto_delete else msgspec.structs.replace(model, refs=refs)

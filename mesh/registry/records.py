@@ -1,0 +1,130 @@
+"""The records of the registry: ModelMesh's JSON, property for property, so that its controller and a person with etcdctl can read them.
+
+Knows names and JSON; nothing of where records are kept. Defaults are omitted; properties that this version doesn't know are kept as they
+came, so that a newer pod's or another implementation's fields survive our rewrite. Times are epoch milliseconds. What ModelMesh has no
+word for is an extra property, marked below.
+"""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+from msgspec import field
+
+from mesh.types import CopyState, ModelInfo, Tier
+
+LRU_EMPTY_MS = 2**63 - 1
+CAPACITY_UNIT_BYTES = 8192
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """`unknown`: properties of the JSON object that have no field here, each with its JSON text."""
+
+    unknown: tuple[tuple[str, bytes], ...] = ()
+
+
+class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
+    message: str = field(default="", name="msg")
+
+
+class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
+    """A registered model. Attributes are immutable; placement, references and last use change.
+
+    An instance is in at most one of `instance_ids` (loading or loaded; since when the load began) and `failed_in`.
+    """
+
+    type: str = "NLCLASSIFIER"           # ModelMesh's default, which it doesn't write
+    key: str = field(default="", name="encKey")
+    path: str = field(default="", name="mPath")
+    instance_ids: Mapping[str, int] = field(default_factory=dict, name="instanceIds")
+    failed_in: Mapping[str, int] = field(default_factory=dict, name="failedIn")
+    failures: Mapping[str, Failure] = field(default_factory=dict, name="fails")
+    refs: int = 0                        # vmodels that have it as active or target
+    auto_delete: bool = field(default=False, name="autoDel")
+    last_used_ms: int = field(default=0, name="lu")
+    last_unload_ms: int = field(default=0, name="lul")
+    actionable: bool = False
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(self.type, self.path, self.key)
+
+
+class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
+    """A stable name. It is moving while active and target differ; `failed`: the target could not be loaded, the move is parked."""
+
+    owner: str = field(default="", name="o")
+    active_id: str = field(default="", name="amid")
+    target_id: str = field(default="", name="tmid")
+    failed: bool = False
+    actionable: bool = False
+
+    @property
+    def moving(self) -> bool:
+        return self.active_id != self.target_id
+
+
+class CopyReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One copy, as its pod tells the others."""
+
+    state: CopyState = CopyState.LOADED
+    tier: Tier = Tier.DEVICE
+    weight_bytes: int = field(default=0, name="weightBytes")
+    running: int = 0
+    waiting: int = 0
+    swap_in_s: float = field(default=0.0, name="swapInS")
+    tokens_per_s: float = field(default=0.0, name="tokensPerS")
+
+
+class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
+    """A pod. Its key is leased: when the pod is gone, so is the record."""
+
+    start_time_ms: int = field(default=0, name="startTime")
+    version: int = field(default=0, name="vers")
+    location: str = field(default="", name="loc")
+    zone: str = ""
+    labels: tuple[str, ...] = ()
+    lru_time_ms: int = field(default=0, name="lruTime")             # LRU_EMPTY_MS while it holds no model
+    count: int = 0                                                  # models
+    capacity_units: int = field(default=0, name="cap")              # of CAPACITY_UNIT_BYTES
+    used_units: int = field(default=0, name="used")
+    loading_threads: int = field(default=0, name="lThreads")
+    loads_in_progress: int = field(default=0, name="lInProg")       # running and queued
+    requests_per_min: int = field(default=0, name="rpm")
+    shutting_down: bool = field(default=False, name="shutdown")
+    actionable: bool = False
+    # ours from here on
+    grpc_address: str = field(default="", name="grpcAddress")
+    http_address: str = field(default="", name="httpAddress")
+    device_budget_bytes: int = field(default=0, name="deviceBudgetBytes")
+    device_used_bytes: int = field(default=0, name="deviceUsedBytes")
+    host_budget_bytes: int = field(default=0, name="hostBudgetBytes")
+    host_used_bytes: int = field(default=0, name="hostUsedBytes")
+    kv_usage: float = field(default=0.0, name="kvUsage")            # 0 … 1
+    running: int = 0
+    waiting: int = 0
+    tokens_per_s: float = field(default=0.0, name="tokensPerS")
+    copies: Mapping[str, CopyReport] = field(default_factory=dict)  # by model id
+
+
+R = TypeVar("R", bound=Record)
+
+OWN_FIELD = "unknown"
+
+
+def encode_record(record: Record) -> bytes:
+    if not record.unknown:
+        return msgspec.json.encode(record)
+    known = msgspec.json.encode(msgspec.structs.replace(record, unknown=()))
+    properties = msgspec.json.decode(known, type=dict[str, msgspec.Raw])
+    return msgspec.json.encode({**properties, **{name: msgspec.Raw(text) for name, text in record.unknown}})
+
+
+def decode_record(kind: type[R], data: bytes) -> R:
+    """Raises msgspec.MsgspecError if it isn't a JSON object or a known property has another type. A null is as good as absent."""
+    properties = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    names = {item.encode_name for item in msgspec.structs.fields(kind)} - {OWN_FIELD}
+    known = {name: raw for name, raw in properties.items() if name in names and bytes(raw).strip() != b"null"}
+    unknown = tuple((name, bytes(raw)) for name, raw in properties.items() if name not in names)
+    record = msgspec.json.decode(msgspec.json.encode(known) if len(known) < len(properties) else data, type=kind)
+    return msgspec.structs.replace(record, unknown=unknown) if unknown else record

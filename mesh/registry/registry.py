@@ -1,0 +1,153 @@
+"""The registry as a whole: the three tables of one mesh, and names on top of them.
+
+Knows where the tables' keys lie and what a name stands for. Loads nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mesh.errors import AlreadyExists, NotFound
+from mesh.registry.instances import Instances
+from mesh.registry.models import Models, entry_time_ms
+from mesh.registry.moves import Wish
+from mesh.registry.naming import belongs_to, check_name, concrete_id
+from mesh.registry.records import ModelRecord
+from mesh.registry.vmodels import VModels
+from mesh.store.protocol import Store
+from mesh.types import ModelInfo
+
+NAMES_IN_A_MESSAGE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """What a name stands for now. `target_id` differs from `model_id` while it moves; `move_failed`: the target could not be loaded."""
+
+    name: str
+    model_id: str
+    target_id: str
+    record: ModelRecord
+    aliases: tuple[str, ...] = ()
+    move_failed: bool = False
+
+
+class Registry:
+    """Implements mesh.types.Resolver. The store is opened and closed by whoever made it."""
+
+    def __init__(
+        self, store: Store, *, root_prefix: str, kv_prefix: str, service_name: str, instance_id: str, session_ttl_s: float, default_owner: str
+    ) -> None:
+        root = f"{root_prefix}/{kv_prefix}/{service_name}"
+        self.models = Models(store, f"{root}/registry/")
+        self.vmodels = VModels(store, f"{root}/vmodels/", self.models, default_owner=default_owner)
+        self.instances = Instances(store, f"{root}/instances/", own_id=instance_id, ttl_s=session_ttl_s)
+
+    async def start(self, timeout_s: float = 20.0) -> None:
+        """Returns when all tables are filled. Raises StoreError."""
+        for table in (self.models.table, self.vmodels.table, self.instances.table):
+            await table.start(timeout_s)
+
+    async def close(self) -> None:
+        """Withdraws this pod's record, then stops following."""
+        await self.instances.withdraw()
+        for table in (self.models.table, self.vmodels.table, self.instances.table):
+            await table.close()
+
+    def resolve(self, name: str) -> str:
+        """The concrete model id behind a name, a vmodel before a model. Raises NotFound."""
+        vmodel = self.vmodels.get(name)
+        if vmodel is not None and (vmodel.active_id in self.models.table or vmodel.target_id not in self.models.table):
+            return vmodel.active_id
+        if vmodel is not None:
+            # the active one was deleted under a cache that lags: its successor is what the name means
+            return vmodel.target_id
+        if name in self.models.table:
+            return name
+        raise self._unknown(name)
+
+    async def resolve_fresh(self, name: str) -> str:
+        """As resolve, asking the store about what the cache doesn't have: another pod may just have registered it."""
+        vmodel = await self.vmodels.find(name)
+        if vmodel is not None:
+            await self.models.find(vmodel.active_id)
+            return self.resolve(name)
+        if await self.models.find(name) is not None:
+            return name
+        raise self._unknown(name)
+
+    def resolve_vmodel(self, vmodel_id: str) -> str:
+        """As resolve, of a vmodel alone. Raises NotFound with ModelMesh's text."""
+        if self.vmodels.get(vmodel_id) is None:
+            raise NotFound("vmodel not found")
+        return self.resolve(vmodel_id)
+
+    def names(self) -> list[str]:
+        """What people may ask for: vmodels, and models that aren't merely what a vmodel made."""
+        return [named.name for named in self.named()]
+
+    def named(self) -> list[NamedModel]:
+        """Sorted by name."""
+        vmodels = self.vmodels.table.items()
+        pointing: dict[str, list[str]] = {}
+        for name, vmodel in vmodels:
+            for model_id in {vmodel.active_id, vmodel.target_id}:
+                pointing.setdefault(model_id, []).append(name)
+        found = []
+        for name, vmodel in vmodels:
+            model_id = self.resolve(name)
+            if (record := self.models.get(model_id)) is not None:
+                aliases = tuple(other for other in sorted(pointing.get(model_id, ())) if other != name)
+                found.append(NamedModel(name, model_id, vmodel.target_id, record, aliases, vmodel.failed))
+        for model_id, record in self.models.table.items():
+            hidden = record.auto_delete and model_id in pointing
+            if not hidden and self.vmodels.get(model_id) is None:
+                found.append(NamedModel(model_id, model_id, model_id, record, tuple(sorted(pointing.get(model_id, ())))))
+        return sorted(found, key=lambda named: named.name)
+
+    def name_of(self, model_id: str) -> str:
+        """The name under which people know a concrete model; its own id if nothing points at it."""
+        owners = [name for name, vmodel in self.vmodels.table.items() if model_id in (vmodel.active_id, vmodel.target_id)]
+        return next((name for name in owners if belongs_to(model_id, name)), model_id)
+
+    async def register_name(self, name: str, info: ModelInfo, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
+        """Make `name` stand for these files and settings; returns the target's concrete id.
+
+        The same again changes nothing. Something else: the name moves to it, and goes on answering with what it had until that is loaded.
+        Raises AlreadyExists if the name is a model id of its own, InvalidRequest, StoreError.
+        """
+        check_name(name)
+        plain = await self.models.find(name)
+        if plain is not None and plain.info == info:
+            return name
+        if plain is not None:
+            raise AlreadyExists(f"{name} is already registered as a model id with other attributes; remove it first")
+        target_id = concrete_id(name, info)
+        fresh = entry_time_ms(0, now_ms, load_now=False)
+        await self.vmodels.set(Wish(name, target_id, info, auto_delete=True), now_ms=fresh, is_loaded=is_loaded)
+        return target_id
+
+    async def set_alias(self, alias: str, target: str, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
+        """Point another name at what `target` stands for now; returns that concrete id. Raises NotFound, AlreadyExists, InvalidRequest."""
+        check_name(alias)
+        if await self.models.find(alias) is not None:
+            raise AlreadyExists(f"{alias} is a registered model; an alias must have a name of its own")
+        own = self.vmodels.get(alias)
+        if own is not None and belongs_to(own.target_id, alias) and target != alias:
+            raise AlreadyExists(f"{alias} is a registered model; an alias must have a name of its own")
+        model_id = await self.resolve_fresh(target)
+        await self.vmodels.set(Wish(alias, model_id), now_ms=now_ms, is_loaded=is_loaded)
+        return model_id
+
+    async def remove_name(self, name: str) -> None:
+        """Forget a name, and its files' registration unless another name needs it. Raises NotFound, PreconditionFailed, StoreError."""
+        if await self.vmodels.find(name) is not None:
+            await self.vmodels.delete(name)
+        elif await self.models.find(name) is not None:
+            await self.models.unregister(name)
+        else:
+            raise self._unknown(name)
+
+    def _unknown(self, name: str) -> NotFound:
+        names = self.names()
+        shown = ", ".join(names[:NAMES_IN_A_MESSAGE]) + (f" and {len(names) - NAMES_IN_A_MESSAGE} more" if len(names) > NAMES_IN_A_MESSAGE else "")
+        return NotFound(f"model {name!r} not found; " + (f"served here: {shown}" if names else "no model is registered"))

@@ -1,0 +1,75 @@
+"""What may not be registered: secrets. The registry is readable by every pod and by whoever may read the store.
+
+Pure. Knows the names under which clouds and hubs keep their credentials; a value is never looked at, and never repeated in a message.
+"""
+
+import re
+from collections.abc import Iterator
+from urllib.parse import parse_qsl, urlsplit
+
+import msgspec
+
+from mesh.errors import InvalidRequest
+from mesh.types import ModelInfo
+
+_SECRET = re.compile(
+    r"(^|_)(token|secret|password|passwd|passphrase|credentials?|authorization|signature|sig|sas|cookie|connection_string"
+    r"|(access|api|private|account|client|secret|shared|encryption)_?key)$"
+)
+_NOT_SECRET = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|stop)_token$")
+_WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+def refuse_secrets(model_id: str, info: ModelInfo) -> None:
+    """Raises InvalidRequest naming the first parameter of the model key or the path that looks like a secret."""
+    for name in _names_in_key(info.key):
+        if looks_secret(name):
+            raise InvalidRequest(
+                f"model {model_id}: the model key's {name!r} looks like a secret, and the registry is no place for one; "
+                "put it into a storage configuration file of the runtime and name that with storage_key"
+            )
+    found = _secret_in_uri(info.path)
+    if found:
+        raise InvalidRequest(
+            f"model {model_id}: the path carries a secret ({found}), and the registry is no place for one; "
+            "put it into a storage configuration file of the runtime and name that with storage_key"
+        )
+
+
+def looks_secret(name: str) -> bool:
+    """By its last part: `secretAccessKey`, `hf_token`, `headers.Authorization` are; `access_key_id`, `token_uri`, `max_tokens` are not."""
+    last = re.split(r"[./]", name)[-1]
+    plain = _WORD_START.sub("_", last).replace("-", "_").lower()
+    return bool(_SECRET.search(plain)) and not _NOT_SECRET.match(plain)
+
+
+def _names_in_key(key: str) -> Iterator[str]:
+    try:
+        content = msgspec.json.decode(key) if key else None
+    except msgspec.MsgspecError:
+        # not ModelMesh's JSON: opaque to the mesh, and to be refused by the runtime
+        return
+    yield from _names(content, "")
+
+
+def _names(value: object, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            path = f"{prefix}{name}"
+            if isinstance(inner, dict | list):
+                yield from _names(inner, f"{path}.")
+            elif inner not in (None, ""):
+                yield path
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _names(inner, prefix)
+
+
+def _secret_in_uri(uri: str) -> str | None:
+    try:
+        parts = urlsplit(uri)
+        if parts.password:
+            return "a password before the host"
+        return next((f"query parameter {name!r}" for name, _ in parse_qsl(parts.query) if looks_secret(name)), None)
+    except ValueError:
+        return None

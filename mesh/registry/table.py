@@ -1,0 +1,212 @@
+"""One kind of record under one prefix of the store: watched, cached, and changed by compare-and-set.
+
+Knows the store and how to decode; nothing of what a record means. Reads come from the cache, which the watch feeds and own writes enter at
+once; a table goes on answering while the store is away. Listeners hear of every change exactly once, whoever made it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic
+
+import msgspec
+
+from mesh.errors import StoreError
+from mesh.registry.records import R, decode_record, encode_record
+from mesh.store.protocol import ABSENT, Compare, Delete, Entry, EntryDeleted, EntryPut, Listing, Put, Relisted, Store, Write
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[str, R | None, R | None], None]
+"""Called with id, old record, new record; None: absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned(Generic[R]):
+    """A record as it was read, or None if there was none; a change is conditional on it."""
+
+    record: R | None
+    create_revision: int = ABSENT
+    mod_revision: int = ABSENT
+
+
+class Table(Generic[R]):
+    def __init__(self, store: Store, prefix: str, kind: type[R]) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._kind = kind
+        self._cache: dict[str, Versioned[R]] = {}
+        self._deleted_at: dict[str, int] = {}      # own deletions that the watch hasn't passed yet
+        self._listeners: list[Listener[R]] = []
+        self._listed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, timeout_s: float = 20.0) -> None:
+        """Returns when the first listing is in. Raises StoreError if that takes longer."""
+        self._task = asyncio.create_task(self._follow(), name=f"watch {self._prefix}")
+        try:
+            await asyncio.wait_for(self._listed.wait(), timeout_s)
+        except TimeoutError:
+            await self.close()
+            raise StoreError(f"store: {self._prefix} could not be listed within {timeout_s} s") from None
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def get(self, record_id: str) -> R | None:
+        known = self._cache.get(record_id)
+        return known.record if known else None
+
+    def items(self) -> list[tuple[str, R]]:
+        """As of now, sorted by id."""
+        return sorted((record_id, known.record) for record_id, known in self._cache.items() if known.record is not None)
+
+    def oldest(self) -> str | None:
+        """The id that was created first of those that exist; what pods agree on without asking each other."""
+        return min(self._cache, key=lambda record_id: self._cache[record_id].create_revision, default=None)
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __contains__(self, record_id: str) -> bool:
+        return record_id in self._cache
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._cache))
+
+    async def find(self, record_id: str) -> R | None:
+        """From the cache; what isn't in it is looked up in the store (it may just have been written by another pod)."""
+        return self.get(record_id) or (await self.read(record_id)).record
+
+    async def read(self, record_id: str) -> Versioned[R]:
+        """From the store itself. Raises StoreError, also for a record that can't be decoded."""
+        entry = await self._store.get(self._prefix + record_id)
+        if entry is None:
+            return Versioned(None)
+        self._absorb_put(entry)
+        return self._decode(entry)
+
+    async def update(self, record_id: str, change: Callable[[R | None], R | None]) -> R | None:
+        """Change one record, or create or delete it, on top of whatever others write meanwhile; returns what is then there.
+
+        `change` may be called several times; the record it was given, returned unchanged, means that nothing is to be written.
+        """
+        known = self._cache.get(record_id) or await self.read(record_id)
+        while True:
+            new = change(known.record)
+            if new == known.record:
+                return new
+            write, compare = self.stage(record_id, known, new)
+            result = await self._store.txn([compare], [write])
+            if result.succeeded:
+                self.absorb_write(record_id, known, new, result.revision)
+                return new
+            known = self.absorb_conflict(record_id, result.current[0], result.revision)
+
+    def stage(self, record_id: str, known: Versioned[R], new: R | None) -> tuple[Write, Compare]:
+        """The write and its condition, for a transaction over several tables; afterwards call `absorb_write` or `absorb_conflict`."""
+        key = self._prefix + record_id
+        return Delete(key) if new is None else Put(key, encode_record(new)), self.expect(record_id, known)
+
+    def expect(self, record_id: str, known: Versioned[R]) -> Compare:
+        return Compare(self._prefix + record_id, mod_revision=known.mod_revision)
+
+    def absorb_write(self, record_id: str, known: Versioned[R], new: R | None, revision: int) -> None:
+        if new is None:
+            self._deleted_at[record_id] = revision
+            self._drop(record_id, revision)
+        else:
+            self._absorb(record_id, Versioned(new, known.create_revision or revision, revision))
+
+    def absorb_conflict(self, record_id: str, current: Entry | None, revision: int) -> Versioned[R]:
+        if current is None:
+            self._drop(record_id, revision)
+            return Versioned(None)
+        self._absorb_put(current)
+        return self._decode(current)
+
+    def listen(self, listener: Listener[R]) -> Callable[[], None]:
+        """Returns what ends it."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    async def until(self, record_id: str, holds: Callable[[R | None], bool]) -> R | None:
+        """Wait until the record, as this table knows it, is as wanted."""
+        if holds(self.get(record_id)):
+            return self.get(record_id)
+        done: asyncio.Future[R | None] = asyncio.get_running_loop().create_future()
+
+        def look(changed_id: str, _: R | None, new: R | None) -> None:
+            if changed_id == record_id and not done.done() and holds(new):
+                done.set_result(new)
+
+        stop = self.listen(look)
+        try:
+            return await done
+        finally:
+            stop()
+
+    async def _follow(self) -> None:
+        async for event in self._store.watch(self._prefix):
+            match event:
+                case EntryPut(entry):
+                    self._absorb_put(entry)
+                case EntryDeleted(key, revision):
+                    record_id = key.removeprefix(self._prefix)
+                    if self._deleted_at.get(record_id, revision + 1) <= revision:
+                        del self._deleted_at[record_id]
+                    self._drop(record_id, revision)
+                case Relisted(listing, went_back):
+                    self._relist(listing, went_back)
+                    self._listed.set()
+
+    def _relist(self, listing: Listing, went_back: bool) -> None:
+        listed = {entry.key.removeprefix(self._prefix) for entry in listing.entries}
+        if went_back:
+            # revisions can't be compared with what was known: forget it all, but tell listeners only of real differences
+            self._deleted_at.clear()
+            self._cache = {record_id: Versioned(known.record) for record_id, known in self._cache.items()}
+        for record_id in [record_id for record_id in self._cache if record_id not in listed]:
+            self._drop(record_id, listing.revision)
+        self._deleted_at = {record_id: at for record_id, at in self._deleted_at.items() if at > listing.revision}
+        for entry in listing.entries:
+            self._absorb_put(entry)
+
+    def _absorb_put(self, entry: Entry) -> None:
+        try:
+            self._absorb(entry.key.removeprefix(self._prefix), self._decode(entry))
+        except StoreError as error:
+            logger.warning("%s; it is ignored", error)
+
+    def _absorb(self, record_id: str, new: Versioned[R]) -> None:
+        old = self._cache.get(record_id)
+        if new.mod_revision > max(old.mod_revision if old else ABSENT, self._deleted_at.get(record_id, ABSENT)):
+            self._cache[record_id] = new
+            self._tell(record_id, old.record if old else None, new.record)
+
+    def _drop(self, record_id: str, revision: int) -> None:
+        old = self._cache.get(record_id)
+        if old is not None and old.mod_revision <= revision:
+            del self._cache[record_id]
+            self._tell(record_id, old.record, None)
+
+    def _tell(self, record_id: str, old: R | None, new: R | None) -> None:
+        if old == new:
+            return
+        for listener in tuple(self._listeners):
+            try:
+                listener(record_id, old, new)
+            except Exception:
+                logger.exception("a listener of %s failed at %s", self._prefix, record_id)
+
+    def _decode(self, entry: Entry) -> Versioned[R]:
+        try:
+            return Versioned(decode_record(self._kind, entry.value), entry.create_revision, entry.mod_revision)
+        except msgspec.MsgspecError as error:
+            raise StoreError(f"store: {entry.key} holds no {self._kind.__name__}: {error}") from None

@@ -1,0 +1,113 @@
+"""Vmodels on the move: sees to it that a new target is loaded, then switches; parks a move whose target can't be loaded, and tries again.
+
+Knows the vmodel table and the Loader; nothing of how or where a model is loaded. One pod does this for all (`leads`); two at once do no harm,
+since every step is a compare-and-set.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from mesh.errors import MeshError
+from mesh.registry.records import ModelRecord, VModelRecord
+from mesh.registry.registry import Registry
+from mesh.types import Loader, ModelStatus
+
+logger = logging.getLogger(__name__)
+
+LOAD_TIMEOUT_S = 600.0
+RETRY_EVERY_S = 60.0
+
+
+class Transitions:
+    def __init__(
+        self,
+        registry: Registry,
+        loader: Loader,
+        *,
+        leads: Callable[[], bool] = lambda: True,
+        load_timeout_s: float = LOAD_TIMEOUT_S,
+        retry_every_s: float = RETRY_EVERY_S,
+    ) -> None:
+        self._registry = registry
+        self._loader = loader
+        self._leads = leads
+        self._load_timeout_s = load_timeout_s
+        self._retry_every_s = retry_every_s
+        self._moving: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._stops: list[Callable[[], None]] = []
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._stops = [self._registry.vmodels.table.listen(self._vmodel_changed), self._registry.models.table.listen(self._model_changed)]
+        self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="vmodel-transitions")
+
+    async def close(self) -> None:
+        """Moves that are under way are left as they are; the next leader goes on with them."""
+        for stop in self._stops:
+            stop()
+        tasks = [*self._moving.values(), *([self._sweeper] if self._sweeper else [])]
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+    def sweep(self) -> None:
+        """Try every move again, the parked ones included."""
+        for vmodel_id, vmodel in self._registry.vmodels.table.items():
+            self._begin(vmodel_id, vmodel)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            self.sweep()
+            await asyncio.sleep(self._retry_every_s)
+
+    def _vmodel_changed(self, vmodel_id: str, _: VModelRecord | None, vmodel: VModelRecord | None) -> None:
+        if vmodel is not None and not vmodel.failed:
+            self._begin(vmodel_id, vmodel)
+
+    def _model_changed(self, model_id: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
+        """A parked move is worth another attempt when its target's failure has expired, or it was loaded all the same."""
+        if old is None or new is None:
+            return
+        forgiven = len(new.failed_in) < len(old.failed_in)
+        placed = bool(new.instance_ids.keys() - old.instance_ids.keys())
+        if forgiven or placed:
+            for vmodel_id, vmodel in self._registry.vmodels.table.items():
+                if vmodel.target_id == model_id and vmodel.failed:
+                    self._begin(vmodel_id, vmodel)
+
+    def _begin(self, vmodel_id: str, vmodel: VModelRecord) -> None:
+        move = (vmodel_id, vmodel.target_id)
+        if vmodel.moving and move not in self._moving and self._leads():
+            task = asyncio.create_task(self._move(vmodel_id, vmodel), name=f"move {vmodel_id} to {vmodel.target_id}")
+            self._moving[move] = task
+            task.add_done_callback(lambda _: self._moving.pop(move))
+
+    async def _move(self, vmodel_id: str, vmodel: VModelRecord) -> None:
+        target_id = vmodel.target_id
+        try:
+            if await self._target_is_ready(vmodel):
+                await self._registry.vmodels.finish(vmodel_id, target_id=target_id)
+                logger.info("vmodel %s moved from %s to %s", vmodel_id, vmodel.active_id, target_id)
+            else:
+                await self._registry.vmodels.park(vmodel_id, target_id=target_id)
+                logger.warning("vmodel %s stays at %s: %s could not be loaded", vmodel_id, vmodel.active_id, target_id)
+        except MeshError as error:
+            # most likely the store: the next sweep tries again
+            logger.warning("vmodel %s: the move to %s is put off: %s", vmodel_id, target_id, error)
+
+    async def _target_is_ready(self, vmodel: VModelRecord) -> bool:
+        """A name that nobody had loaded needs no load to be moved."""
+        active = await self._registry.models.find(vmodel.active_id)
+        if active is None or not active.instance_ids:
+            return True
+        try:
+            async with asyncio.timeout(self._load_timeout_s):
+                status = await self._loader.ensure_loaded(vmodel.target_id, last_used_ms=active.last_used_ms, wait=True)
+        except (MeshError, TimeoutError) as error:
+            logger.info("%s can't be loaded: %s", vmodel.target_id, error or "it took too long")
+            return False
+        return status.status is ModelStatus.LOADED

@@ -1,0 +1,92 @@
+"""The vmodels: ModelMesh's `vmodels` table, and its transactions over vmodels and models together.
+
+Knows how to read, write and retry; what is to be written is decided in moves.py. Loads nothing.
+"""
+
+from collections.abc import Callable, Iterable
+
+from mesh.registry.models import Models, check_registrable
+from mesh.registry.moves import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
+from mesh.registry.records import ModelRecord, VModelRecord
+from mesh.registry.table import Table, Versioned
+from mesh.store.protocol import Compare, Store, Write
+
+
+class VModels:
+    def __init__(self, store: Store, prefix: str, models: Models, *, default_owner: str) -> None:
+        self.table = Table(store, prefix, VModelRecord)
+        self._store = store
+        self._models = models
+        self._default_owner = default_owner
+
+    def get(self, vmodel_id: str) -> VModelRecord | None:
+        return self.table.get(vmodel_id)
+
+    async def find(self, vmodel_id: str) -> VModelRecord | None:
+        return await self.table.find(vmodel_id)
+
+    async def set(self, wish: Wish, *, now_ms: int, is_loaded: Callable[[str], bool]) -> VModelRecord:
+        """Create or move. Raises as moves.plan_set, and StoreError."""
+        if wish.info is not None and wish.target_id:
+            check_registrable(wish.target_id, wish.info)
+
+        def plan(view: View) -> Plan:
+            return plan_set(
+                wish, view, target_is_loaded=is_loaded(wish.target_id), now_ms=now_ms, default_owner=self._default_owner
+            )
+
+        record = await self._transact(wish.vmodel_id, plan, involved=(wish.target_id,))
+        assert record is not None
+        return record
+
+    async def finish(self, vmodel_id: str, *, target_id: str) -> VModelRecord | None:
+        """The move to this target is done."""
+        return await self._transact(vmodel_id, lambda view: plan_finish(view, target_id=target_id))
+
+    async def park(self, vmodel_id: str, *, target_id: str) -> VModelRecord | None:
+        """The move to this target failed for now."""
+        return await self._transact(vmodel_id, lambda view: plan_park(view, target_id=target_id))
+
+    async def delete(self, vmodel_id: str, *, owner: str = "") -> None:
+        """Idempotent."""
+        await self._transact(vmodel_id, lambda view: plan_delete(view, owner=owner))
+
+    async def _transact(self, vmodel_id: str, plan: Callable[[View], Plan], involved: Iterable[str] = ()) -> VModelRecord | None:
+        """Read what the plan may touch, plan, and write it all at once, on condition that nothing read has changed; until it succeeds."""
+        # an empty id is the plan's to refuse; it is no key
+        vmodel = await self.table.read(vmodel_id) if vmodel_id else Versioned[VModelRecord](None)
+        models: dict[str, Versioned[ModelRecord]] = {}
+        while True:
+            for model_id in {*involved, *_referred(vmodel.record)} - {"", *models}:
+                models[model_id] = await self._models.table.read(model_id)
+            planned = plan(View(vmodel.record, {model_id: known.record for model_id, known in models.items()}))
+            writes, compares = self._stage(vmodel_id, vmodel, models, planned)
+            if not writes:
+                return planned.vmodel
+            result = await self._store.txn(compares, writes)
+            if result.succeeded:
+                if planned.vmodel != vmodel.record:
+                    self.table.absorb_write(vmodel_id, vmodel, planned.vmodel, result.revision)
+                for model_id, model in planned.models.items():
+                    self._models.table.absorb_write(model_id, models[model_id], model, result.revision)
+                return planned.vmodel
+            current = iter(result.current)
+            vmodel = self.table.absorb_conflict(vmodel_id, next(current), result.revision)
+            models = {
+                model_id: self._models.table.absorb_conflict(model_id, next(current), result.revision) for model_id in models
+            }
+
+    def _stage(
+        self, vmodel_id: str, vmodel: Versioned[VModelRecord], models: dict[str, Versioned[ModelRecord]], planned: Plan
+    ) -> tuple[list[Write], list[Compare]]:
+        writes: list[Write] = []
+        if planned.vmodel != vmodel.record:
+            writes.append(self.table.stage(vmodel_id, vmodel, planned.vmodel)[0])
+        writes += [self._models.table.stage(model_id, models[model_id], model)[0] for model_id, model in planned.models.items()]
+        compares = [self.table.expect(vmodel_id, vmodel)]
+        compares += [self._models.table.expect(model_id, known) for model_id, known in models.items()]
+        return writes, compares
+
+
+def _referred(vmodel: VModelRecord | None) -> set[str]:
+    return {vmodel.active_id, vmodel.target_id} if vmodel else set()
