@@ -1,4 +1,4 @@
-"""Fixtures of the mesh's tests: a real etcd, and the stores under test."""
+"""Fixtures that several areas share: a real etcd."""
 
 from collections.abc import Iterator
 

@@ -1,0 +1,136 @@
+"""One machine, from the outside: `repertory serve` as processes, called by the official OpenAI client and by generated stubs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import openai
+import psutil
+import pytest
+
+from bench import stack
+from tests.e2e.conftest import greedy
+from wire.fmaas import generation_pb2 as fmaas
+from wire.fmaas import generation_pb2_grpc as fmaas_grpc
+
+PROMPT = "The company keeps many plays ready"
+
+
+def client_of(served: stack.Stack, retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=retries, timeout=120)
+
+
+def stream_text(served: stack.Stack, model: str, prompt: str, max_tokens: int) -> str:
+    parts = client_of(served).completions.create(model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True)
+    return "".join(part.choices[0].text for part in parts if part.choices)
+
+
+def engine_process(served: stack.Stack) -> psutil.Process:
+    for child in psutil.Process(served.pid).children(recursive=True):
+        if "runtime.engine" in child.cmdline():
+            return child
+    raise AssertionError("no engine process")
+
+
+def test_models_are_listed_before_any_is_registered(tmp_path: Path) -> None:
+    with stack.serve("--memory", "64MiB", log=tmp_path / "log") as served:
+        assert client_of(served).models.list().data == []
+
+
+def test_answers_by_name_are_transformers_own(served: stack.Stack, models: dict[str, Path]) -> None:
+    for name, folder in models.items():
+        served.admin.register({"name": name, "uri": str(folder)})
+    for name, folder in models.items():
+        assert stream_text(served, name, PROMPT, 24) == greedy(folder, PROMPT, 24)
+
+
+def test_grpc_gives_the_same_text(served: stack.Stack, models: dict[str, Path]) -> None:
+    request = fmaas.BatchedGenerationRequest(
+        requests=[fmaas.GenerationRequest(text=PROMPT)], params=fmaas.Parameters(stopping=fmaas.StoppingCriteria(max_new_tokens=24))
+    )
+    with grpc.insecure_channel(served.grpc) as channel:
+        stub = fmaas_grpc.GenerationServiceStub(channel)
+        answer = stub.Generate(request, metadata=[("mm-model-id", "ada")], timeout=60)
+        assert answer.responses[0].text == stream_text(served, "ada", PROMPT, 24)
+        assert answer.responses[0].generated_token_count == 24
+
+
+def test_an_unknown_name_says_what_is_served(served: stack.Stack, models: dict[str, Path]) -> None:
+    with pytest.raises(openai.NotFoundError, match="ada"):
+        stream_text(served, "nobody", PROMPT, 4)
+
+
+def test_an_engine_killed_mid_stream_loses_that_stream_only(served: stack.Stack, models: dict[str, Path]) -> None:
+    before = stream_text(served, "ada", PROMPT, 16)
+    stream = client_of(served).completions.create(
+        model="ada", prompt=PROMPT, max_tokens=450, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    engine_process(served).send_signal(signal.SIGKILL)
+    with pytest.raises((openai.APIError, openai.APIConnectionError)):
+        for _ in stream:
+            pass
+    assert stream_text(served, "ada", PROMPT, 16) == before
+
+
+def test_a_client_that_leaves_frees_its_row(served: stack.Stack, models: dict[str, Path]) -> None:
+    stream = client_of(served).completions.create(
+        model="bob", prompt=PROMPT, max_tokens=450, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 20
+    while served.admin.model("bob").running:
+        assert time.monotonic() < deadline, "the row still runs"
+        time.sleep(0.1)
+
+
+def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -> None:
+    home = tmp_path / "home"
+    with stack.serve("--memory", "64MiB", home=home, log=tmp_path / "log") as served:
+        served.admin.register({"name": "ada", "uri": str(models["ada"])})
+        before = stream_text(served, "ada", PROMPT, 8)
+        processes = [psutil.Process(served.pid), *psutil.Process(served.pid).children(recursive=True)]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=20)
+    with stack.serve("--memory", "64MiB", home=home, log=tmp_path / "log") as served:
+        assert [model.id for model in client_of(served).models.list()] == ["ada"]
+        assert stream_text(served, "ada", PROMPT, 8) == before
+
+
+def test_sigterm_lets_streams_finish(tmp_path: Path, models: dict[str, Path]) -> None:
+    with stack.serve("--memory", "64MiB", log=tmp_path / "log") as served:
+        served.admin.register({"name": "ada", "uri": str(models["ada"])})
+        expected = stream_text(served, "ada", PROMPT, 200)
+        stream = client_of(served).completions.create(model="ada", prompt=PROMPT, max_tokens=200, temperature=0, stream=True)
+        pieces = [next(iter(stream)).choices[0].text]
+        os.kill(served.pid, signal.SIGTERM)
+        pieces += [part.choices[0].text for part in stream if part.choices]
+        assert "".join(pieces) == expected
+
+
+def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
+    def repertory(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "mesh", *arguments, "--server", served.url], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "loaded" in repertory("register", "dan", str(models["cyd"]), "--load", "--max-model-len", "256")
+    assert "dan" in repertory("ps")
+    assert repertory("run", "dan", PROMPT, "--max-tokens", "4", "--temperature", "0").strip()
+    assert "fits" in repertory("fit", "dan")
+    assert "256" in repertory("show", "dan")
+    repertory("alias", "theirs", "dan")
+    assert stream_text(served, "theirs", PROMPT, 8) == stream_text(served, "cyd", PROMPT, 8)
+    repertory("stop", "dan")
+    assert served.admin.model("dan").state != "loaded"
+    repertory("alias", "theirs", "--delete")
+    repertory("rm", "dan")
+    assert "dan" not in repertory("ps")
