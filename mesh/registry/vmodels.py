@@ -53,8 +53,7 @@ class VModels:
 
     async def _transact(self, vmodel_id: str, plan: Callable[[View], Plan], involved: Iterable[str] = ()) -> VModelRecord | None:
         """Read what the plan may touch, plan, and write it all at once, on condition that nothing read has changed; until it succeeds."""
-        # an empty id is the plan's to refuse; it is no key
-        vmodel = await self.table.read(vmodel_id) if vmodel_id else Versioned[VModelRecord](None)
+        vmodel = await self.table.read(vmodel_id)
         models: dict[str, Versioned[ModelRecord]] = {}
         while True:
             for model_id in {*involved, *_referred(vmodel.record)} - {"", *models}:

@@ -1,0 +1,203 @@
+"""mmesh.ModelMesh through real stubs: models."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mesh.errors import InvalidRequest
+from mesh.registry.secrets import looks_secret, refuse_secrets
+from mesh.store.embedded import EmbeddedStore
+from mesh.types import ModelInfo
+from tests.support.mesh_node import NOW_MS, Node, running_node
+from wire.mmesh import model_mesh_pb2 as pb
+
+S = pb.ModelStatusInfo
+INFO = pb.ModelInfo(type="llm", path="hf://org/model", key='{"quantize":"nf4"}')
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    store = EmbeddedStore(tmp_path)
+    await store.open()
+    async with running_node(store) as node:
+        yield node
+    await store.close()
+
+
+def status_of(error: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> tuple[grpc.StatusCode, str | None]:
+    return error.value.code(), error.value.details()
+
+
+async def test_a_model_from_registration_to_removal(node: Node) -> None:
+    assert (await node.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == S.NOT_FOUND
+    assert (await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))).status == S.NOT_LOADED
+    loaded = await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", sync=True))
+    assert loaded.status == S.LOADED
+    assert [(copy.location, copy.copyStatus) for copy in loaded.modelCopyInfos] == [("pod-a", S.LOADED)]
+    assert loaded.modelCopyInfos[0].time > 0
+    assert await node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m")) == pb.UnregisterModelResponse()
+    assert (await node.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == S.NOT_FOUND
+    assert node.registry.models.get("m") is None
+
+
+async def test_registering_the_same_is_fine_and_something_else_is_not(node: Node) -> None:
+    for _ in range(2):
+        await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))
+    for other in (pb.ModelInfo(type="x", path=INFO.path, key=INFO.key), pb.ModelInfo(type="llm", path="y"), pb.ModelInfo(type="llm")):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=other))
+        assert status_of(error) == (grpc.StatusCode.ALREADY_EXISTS, "Model already exists with different attribute values")
+
+
+@pytest.mark.parametrize(
+    ("asked_ms", "load_now", "expected_ms"),
+    [(0, False, NOW_MS - 6 * HOUR_MS), (0, True, NOW_MS - HOUR_MS), (NOW_MS + 5, False, NOW_MS), (7, False, 7)],
+)
+async def test_where_a_model_enters_the_lru_order(node: Node, asked_ms: int, load_now: bool, expected_ms: int) -> None:
+    request = pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=load_now, lastUsedTime=asked_ms)
+    await node.mesh.registerModel(request)
+    record = node.registry.models.get("m")
+    assert record is not None
+    assert record.last_used_ms == expected_ms
+    assert node.loader.asked == ([("m", expected_ms, False)] if load_now else [])
+
+
+async def test_a_repeated_registration_bumps_the_last_use_only_by_more_than_an_hour(node: Node) -> None:
+    for last_used_ms, expected_ms in [(NOW_MS - 9 * HOUR_MS,) * 2, (NOW_MS - 8 * HOUR_MS, NOW_MS - 9 * HOUR_MS), (NOW_MS,) * 2]:
+        await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, lastUsedTime=last_used_ms))
+        record = node.registry.models.get("m")
+        assert record is not None
+        assert record.last_used_ms == expected_ms
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_load_now(node: Node, sync: bool) -> None:
+    node.loader.held["m"] = asyncio.Event()
+    call = node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=sync))
+    if sync:
+        await node.registry.models.table.until("m", lambda record: record is not None and bool(record.instance_ids))
+        assert not call.done()
+        assert (await node.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == S.LOADING
+        node.loader.held["m"].set()
+        assert (await call).status == S.LOADED
+    else:
+        assert (await call).status == S.LOADING
+
+
+async def test_a_load_that_fails_is_an_answer_with_its_cause(node: Node) -> None:
+    node.loader.broken["m"] = "no config.json in hf://org/model"
+    answer = await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=True))
+    assert answer.status == S.LOADING_FAILED
+    assert list(answer.errors) == ["no config.json in hf://org/model"]
+    assert [(copy.location, copy.copyStatus) for copy in answer.modelCopyInfos] == [("pod-a", S.LOADING_FAILED)]
+    assert (await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", sync=True))).status == S.LOADING_FAILED
+
+
+async def test_ensure_loaded_passes_the_last_use_on(node: Node) -> None:
+    await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))
+    await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m"))
+    await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", lastUsedTime=5))
+    assert node.loader.asked == [("m", NOW_MS, False), ("m", 5, False)]
+
+
+async def test_refusals(node: Node) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m"))
+    assert status_of(error) == (grpc.StatusCode.NOT_FOUND, "model not found")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(path="p")))
+    assert status_of(error) == (grpc.StatusCode.INVALID_ARGUMENT, "Must provide non-empty model type string")
+    await node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m"))
+    empty = [
+        node.mesh.registerModel(pb.RegisterModelRequest(modelInfo=INFO)), node.mesh.unregisterModel(pb.UnregisterModelRequest()),
+        node.mesh.getModelStatus(pb.GetStatusRequest()), node.mesh.ensureLoaded(pb.EnsureLoadedRequest()),
+    ]
+    for call in empty:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert status_of(error) == (grpc.StatusCode.INVALID_ARGUMENT, "must provide non-empty modelId")
+
+
+async def test_a_deadline_stops_the_waiting_and_not_the_load(node: Node) -> None:
+    node.loader.held["m"] = asyncio.Event()
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=True), timeout=0.3)
+    assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    node.loader.held["m"].set()
+    assert (await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", sync=True))).status == S.LOADED
+
+
+async def test_a_store_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    await store.open()
+    async with running_node(store) as node:
+        await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))
+        await store.close()
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await node.mesh.registerModel(pb.RegisterModelRequest(modelId="n", modelInfo=INFO))
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await node.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == S.NOT_LOADED
+
+
+async def test_registrations_survive_a_restart(tmp_path: Path) -> None:
+    for attempt in range(2):
+        store = EmbeddedStore(tmp_path)
+        await store.open()
+        async with running_node(store) as node:
+            if attempt == 0:
+                await node.mesh.registerModel(pb.RegisterModelRequest(modelId="org/m", modelInfo=INFO))
+            assert (await node.mesh.getModelStatus(pb.GetStatusRequest(modelId="org/m"))).status == S.NOT_LOADED
+            assert node.registry.names() == ["org/m"]
+        await store.close()
+
+
+async def test_a_secret_is_refused_by_name_and_never_repeated(node: Node) -> None:
+    key = json.dumps({"storage_params": {"type": "s3", "secret_access_key": "hunter2"}})
+    requests = (
+        node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(type="llm", path="p", key=key))),
+        node.mesh.setVModel(pb.SetVModelRequest(vModelId="v", targetModelId="m", modelInfo=pb.ModelInfo(type="llm", path="p", key=key))),
+    )
+    for call in requests:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        code, text = status_of(error)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert text is not None
+        assert "storage_params.secret_access_key" in text
+        assert "storage_key" in text
+        assert "hunter2" not in text
+    assert node.registry.models.get("m") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["secret_access_key", "token", "HF_TOKEN", "hf-token", "password", "private_key", "client_secret", "connection_string", "apiKey", "api_key",
+     "secretAccessKey", "sas_token", "headers.Authorization", "account_key", "session_token", "client_key", "x.passphrase", "X-Amz-Signature"],
+)
+def test_looks_secret(name: str) -> None:
+    assert looks_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["access_key_id", "storage_key", "token_uri", "client_email", "max_tokens", "eos_token", "bucket", "endpoint_url", "type", "tokenizer",
+     "chat_template", "client_id", "key", "secretary", "region", "display_name"],
+)
+def test_does_not_look_secret(name: str) -> None:
+    assert not looks_secret(name)
+
+
+@pytest.mark.parametrize("path", ["https://user:pw@host/m", "https://host/m?sig=abc", "https://host/m?X-Amz-Signature=abc", "s3://h/m?token=x"])
+def test_a_path_with_a_secret_is_refused(path: str) -> None:
+    with pytest.raises(InvalidRequest, match="the path carries a secret"):
+        refuse_secrets("m", ModelInfo("llm", path))
+
+
+@pytest.mark.parametrize("key", ["", "not json", "[]", "7", '{"storage_key":"k","storage_params":{"token":""}}', '{"quantize":"int8"}'])
+def test_a_key_without_a_secret_passes(key: str) -> None:
+    refuse_secrets("m", ModelInfo("llm", "hf://org/m@main?x=1", key))
