@@ -23,7 +23,7 @@ from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
 from runtime.engine_process import EngineProcess, engine_command
 from runtime.engine_streams import RowStream
-from runtime.errors import RepertoryError, Unavailable, from_code
+from runtime.errors import Overloaded, RepertoryError, Unavailable, from_code
 from runtime.messages import (
     Abort,
     Add,
@@ -100,6 +100,7 @@ class EngineClient:
         self._hello: asyncio.Future[Hello] | None = None
         self._streams: dict[int, RowStream] = {}
         self._open: Counter[str] = Counter()
+        self._limits: dict[str, int] = {}
         self._loads: dict[str, deque[asyncio.Future[ModelFacts]]] = {}
         self._unloads: dict[str, deque[asyncio.Future[None]]] = {}
         self._ids = itertools.count(1)
@@ -159,6 +160,13 @@ class EngineClient:
     def set_policy(self, policy: SetPolicy) -> None:
         self._send(policy)
 
+    def limit(self, model_id: str, max_open: int | None) -> None:
+        """At most this many open sequences of a model; None = no limit here."""
+        if max_open is None:
+            self._limits.pop(model_id, None)
+        else:
+            self._limits[model_id] = max_open
+
     def running(self, model_id: str) -> int:
         """Open sequences of a model, queued ones included."""
         return self._open[model_id]
@@ -187,6 +195,9 @@ class EngineClient:
         priority: int = 0,
     ) -> AsyncIterator[RowTokens]:
         """See runtime.served.TokenEngine."""
+        limit = self._limits.get(model_id)
+        if limit is not None and self._open[model_id] >= limit:
+            raise Overloaded(f"model {model_id!r}: {limit} requests are running or waiting, its max_concurrency", retry_after_s=1.0)
         request_id = next(self._ids)
         stream = RowStream(model_id)
         self._send(Add(request_id, model_id, array.array("i", prompt).tobytes(), sampling, stop, logprobs, priority))

@@ -1,0 +1,148 @@
+"""mmesh.ModelRuntime: load, unload, size and status for the mesh in charge. Turns the contract into calls of Models and errors into statuses.
+
+Each method's specification is its comment in proto/mmesh/model_runtime.proto.
+"""
+
+import asyncio
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn, TypeVar
+
+import grpc.aio
+
+from runtime.capacity import Capacity, capacity_of
+from runtime.config import RuntimeConfig
+from runtime.engine_client import EngineClient, EngineState
+from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError
+from runtime.fitting import Fitter
+from runtime.models import Models
+from runtime.settings import parse_model
+from wire.mmesh import model_runtime_pb2 as pb
+from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
+
+SERVICE_NAME = "mmesh.ModelRuntime"
+_PREDICT_S = 0.45
+# methods whose request carries the model's name in field 1, for a mesh that injects ids there instead of in a header
+_ID_IN_FIELD_1 = (
+    "fmaas.GenerationService/Generate", "fmaas.GenerationService/GenerateStream", "fmaas.GenerationService/Tokenize",
+    "fmaas.GenerationService/ModelInfo", "inference.GRPCInferenceService/ModelReady", "inference.GRPCInferenceService/ModelMetadata",
+    "inference.GRPCInferenceService/ModelInfer",
+)
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+async def refuse(context: "grpc.aio.ServicerContext[Q, R]", error: RepertoryError) -> NoReturn:
+    """End a call with the error's status; a retry hint goes in `retry-after`, in seconds."""
+    trailers = (("retry-after", f"{error.retry_after_s:g}"),) if error.retry_after_s is not None else ()
+    await context.abort(getattr(grpc.StatusCode, error.code), error.message, trailers)
+    raise AssertionError("abort returned")
+
+
+class ModelRuntimeApi(ModelRuntimeServicer):
+    """One runtime's SPI. `cache_budget_bytes` is the disk tier's size."""
+
+    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: Fitter, cache_budget_bytes: int) -> None:
+        self._config = config
+        self._engine = engine
+        self._models = models
+        self._fitter = fitter
+        self._cache_budget_bytes = cache_budget_bytes
+
+    async def loadModel(
+        self, request: pb.LoadModelRequest, context: "grpc.aio.ServicerContext[pb.LoadModelRequest, pb.LoadModelResponse]"
+    ) -> pb.LoadModelResponse:
+        try:
+            _check_id(request.modelId)
+            source, settings = parse_model(request.modelPath, request.modelKey)
+            served = await self._models.load(request.modelId, source, settings)
+            return pb.LoadModelResponse(
+                sizeInBytes=(await self._capacity()).charge_of(served.facts), maxConcurrency=settings.max_concurrency or 2**31 - 1
+            )
+        except RepertoryError as error:
+            await refuse(context, error)
+
+    async def unloadModel(
+        self, request: pb.UnloadModelRequest, context: "grpc.aio.ServicerContext[pb.UnloadModelRequest, pb.UnloadModelResponse]"
+    ) -> pb.UnloadModelResponse:
+        try:
+            _check_id(request.modelId)
+            await self._models.unload(request.modelId)
+            return pb.UnloadModelResponse()
+        except RepertoryError as error:
+            await refuse(context, error)
+
+    async def predictModelSize(
+        self,
+        request: pb.PredictModelSizeRequest,
+        context: "grpc.aio.ServicerContext[pb.PredictModelSizeRequest, pb.PredictModelSizeResponse]",
+    ) -> pb.PredictModelSizeResponse:
+        try:
+            source, settings = parse_model(request.modelPath, request.modelKey)
+        except RepertoryError as error:
+            await refuse(context, error)
+        try:
+            async with asyncio.timeout(_PREDICT_S):
+                capacity = await self._capacity()
+                needs = (await self._fitter.look(source, settings, local_only=True)).needs
+        except (RepertoryError, TimeoutError):
+            return pb.PredictModelSizeResponse()      # 0: unknown
+        return pb.PredictModelSizeResponse(
+            sizeInBytes=capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
+        )
+
+    async def modelSize(
+        self, request: pb.ModelSizeRequest, context: "grpc.aio.ServicerContext[pb.ModelSizeRequest, pb.ModelSizeResponse]"
+    ) -> pb.ModelSizeResponse:
+        try:
+            _check_id(request.modelId)
+            for served in self._models.list():
+                if served.model_id == request.modelId:
+                    return pb.ModelSizeResponse(sizeInBytes=(await self._capacity()).charge_of(served.facts))
+            raise ModelNotFound(f"model {request.modelId!r} is not loaded here")
+        except RepertoryError as error:
+            await refuse(context, error)
+
+    async def runtimeStatus(
+        self, request: pb.RuntimeStatusRequest, context: "grpc.aio.ServicerContext[pb.RuntimeStatusRequest, pb.RuntimeStatusResponse]"
+    ) -> pb.RuntimeStatusResponse:
+        if self._engine.state is EngineState.STOPPED:
+            return pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.FAILING, runtimeVersion=_version())
+        if self._engine.state is not EngineState.READY:
+            return pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.STARTING, runtimeVersion=_version())
+        await self._models.purge()
+        capacity = await self._capacity()
+        info = pb.RuntimeStatusResponse.MethodInfo(idInjectionPath=[1])
+        return pb.RuntimeStatusResponse(
+            status=pb.RuntimeStatusResponse.READY,
+            capacityInBytes=capacity.capacity_bytes,
+            maxLoadingConcurrency=self._config.max_loading_concurrency,
+            modelLoadingTimeoutMs=max(100, int(self._config.load_timeout_s * 1000)),
+            defaultModelSizeInBytes=capacity.default_size_bytes,
+            runtimeVersion=_version(),
+            methodInfos=dict.fromkeys(_ID_IN_FIELD_1, info),
+            limitModelConcurrency=True,
+            allowAnyMethod=True,
+        )
+
+    async def _capacity(self) -> Capacity:
+        hello = await self._engine.wait_ready()
+        return capacity_of(self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes)
+
+
+def add_spi(server: grpc.aio.Server, api: ModelRuntimeApi) -> str:
+    add_ModelRuntimeServicer_to_server(api, server)
+    return SERVICE_NAME
+
+
+def _check_id(model_id: str) -> None:
+    if not model_id:
+        raise InvalidRequest("modelId is empty", param="modelId")
+
+
+def _version() -> str:
+    try:
+        return version("repertory")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,220 @@
+"""repertory.RuntimeState: a stream of what the runtime holds, and what loading a model would take. Turns views and statistics into messages.
+
+Each method's specification is its comment in proto/repertory/runtime.proto.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from runtime.api.spi import refuse
+from runtime.capacity import capacity_of
+from runtime.config import RuntimeConfig
+from runtime.engine_client import EngineClient, EngineState
+from runtime.errors import RepertoryError
+from runtime.fit import Resident, victims
+from runtime.fitting import Fitter
+from runtime.lifecycle import ModelView, Phase
+from runtime.messages import EngineStats, ModelStats
+from runtime.models import Models
+from runtime.settings import parse_model
+from runtime.types import Tier
+from wire.repertory import runtime_pb2 as pb
+from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
+
+SERVICE_NAME = "repertory.RuntimeState"
+_SHORTEST_S = 0.2
+_LONGEST_S = 2.0
+_RATE_WINDOW_S = 3.0
+
+_ENGINE = {
+    EngineState.STARTING: pb.ENGINE_STARTING,
+    EngineState.READY: pb.ENGINE_READY,
+    EngineState.RESTARTING: pb.ENGINE_RESTARTING,
+    EngineState.STOPPED: pb.ENGINE_STOPPED,
+}
+_STATE = {
+    Phase.PULLING: pb.ModelState.PULLING,
+    Phase.PACKING: pb.ModelState.PACKING,
+    Phase.LOADING: pb.ModelState.LOADING,
+    Phase.LOADED: pb.ModelState.LOADED,
+    Phase.RETURNING: pb.ModelState.LOADING,
+    Phase.FAILED: pb.ModelState.FAILED,
+    Phase.QUARANTINED: pb.ModelState.QUARANTINED,
+}
+_TIER = {Tier.DEVICE: pb.ModelState.DEVICE, Tier.HOST: pb.ModelState.HOST, Tier.DISK: pb.ModelState.DISK}
+
+
+@dataclass(slots=True)
+class TokenRate:
+    """Tokens a second over the last few seconds, from a counter that only grows."""
+
+    samples: list[tuple[float, int]] = field(default_factory=list)
+
+    def update(self, now_s: float, total: int) -> float:
+        if self.samples and total < self.samples[-1][1]:
+            self.samples.clear()                       # a new engine counts from zero
+        self.samples.append((now_s, total))
+        while len(self.samples) > 2 and now_s - self.samples[1][0] >= _RATE_WINDOW_S:
+            del self.samples[0]
+        first_s, first = self.samples[0]
+        return (total - first) / (now_s - first_s) if now_s > first_s else 0.0
+
+
+class RuntimeStateApi(RuntimeStateServicer):
+    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: Fitter, cache_budget_bytes: int) -> None:
+        self._config = config
+        self._engine = engine
+        self._models = models
+        self._fitter = fitter
+        self._cache_budget_bytes = cache_budget_bytes
+
+    async def watch(
+        self, request: pb.WatchRequest, context: "grpc.aio.ServicerContext[pb.WatchRequest, pb.RuntimeSnapshot]"
+    ) -> AsyncIterator[pb.RuntimeSnapshot]:
+        rates: dict[str, TokenRate] = {}
+        while True:
+            seen_models, seen_engine = self._models.changes.count, self._engine.changes.count
+            yield self._snapshot(rates)
+            if self._engine.state is EngineState.STOPPED:
+                return
+            await asyncio.sleep(_SHORTEST_S)
+            waits = [
+                asyncio.create_task(self._models.changes.wait_past(seen_models, _LONGEST_S - _SHORTEST_S)),
+                asyncio.create_task(self._engine.changes.wait_past(seen_engine, _LONGEST_S - _SHORTEST_S)),
+            ]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+
+    async def fit(
+        self, request: pb.FitRequest, context: "grpc.aio.ServicerContext[pb.FitRequest, pb.FitResponse]"
+    ) -> pb.FitResponse:
+        try:
+            source, settings = parse_model(request.model_path, request.model_key)
+            hello = await self._engine.wait_ready()
+            look = await self._fitter.look(source, settings)
+        except RepertoryError as error:
+            await refuse(context, error)
+        needs = look.needs
+        budget = hello.device_budget_bytes
+        stats = self._engine.stats
+        used = stats.device_used_bytes if stats is not None else 0
+        needed = needs.weight_bytes + min(needs.min_kv_bytes, max(budget - needs.weight_bytes, 0))
+        evicts, _ = victims(needed, budget - used, self._residents(stats, leave_out=request.model_id))
+        least = needs.weight_bytes + needs.min_kv_bytes
+        capacity = capacity_of(self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes)
+        charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
+        reason = ""
+        if least > budget:
+            reason = (
+                f"weights {needs.weight_bytes} bytes and KV for one request of {needs.max_model_len} tokens {needs.min_kv_bytes} bytes "
+                f"exceed the device budget of {budget} bytes"
+            )
+        elif charge > capacity.capacity_bytes:
+            reason = f"it counts {charge} bytes, more than the capacity of {capacity.capacity_bytes} bytes"
+        return pb.FitResponse(
+            weight_bytes=needs.weight_bytes,
+            kv_bytes_per_token=needs.kv_bytes_per_token,
+            min_kv_bytes=needs.min_kv_bytes,
+            workspace_bytes=needs.workspace_bytes,
+            capacity_bytes=budget,
+            fits=not reason,
+            reason=reason,
+            evicts=evicts,
+            max_model_len=needs.max_model_len,
+            quantization=look.quantization.value,
+            architecture=look.geometry.architecture,
+            num_parameters=needs.num_parameters,
+            exact=look.exact,
+        )
+
+    def _residents(self, stats: EngineStats | None, leave_out: str) -> list[Resident]:
+        last_used = {view.model_id: view.last_used_s for view in self._models.views()}
+        return [
+            Resident(model.model_id, model.device_bytes, model.running + model.waiting > 0, last_used.get(model.model_id, 0.0))
+            for model in (stats.models if stats is not None else ())
+            if model.device_bytes and model.model_id != leave_out
+        ]
+
+    def _snapshot(self, rates: dict[str, TokenRate]) -> pb.RuntimeSnapshot:
+        stats, hello = self._engine.stats, self._engine.hello
+        snapshot = pb.RuntimeSnapshot(
+            engine_state=_ENGINE[self._engine.state],
+            engine_restarts=self._engine.restarts,
+            device_name=hello.device_name if hello is not None else "",
+        )
+        if hello is not None:
+            engine = self._config.engine
+            snapshot.device_budget_bytes = hello.device_budget_bytes
+            snapshot.host_budget_bytes = hello.host_budget_bytes
+            snapshot.capacity_bytes = capacity_of(
+                engine.oversubscribe, hello, engine.slab_bytes, self._cache_budget_bytes
+            ).capacity_bytes
+        if stats is not None:
+            snapshot.device_used_bytes = stats.device_used_bytes
+            snapshot.host_used_bytes = stats.host_used_bytes
+            snapshot.stranded_bytes = stats.stranded_bytes
+        by_id = {model.model_id: model for model in stats.models} if stats is not None else {}
+        now_s = time.monotonic()
+        views = [view for view in self._models.views() if view.phase is not Phase.UNLOADING]
+        for gone in set(rates) - {view.model_id for view in views}:
+            del rates[gone]
+        for view in views:
+            snapshot.models.append(_state_of(view, by_id.get(view.model_id), rates, now_s, snapshot.device_budget_bytes))
+        return snapshot
+
+
+def _state_of(
+    view: ModelView, stats: ModelStats | None, rates: dict[str, TokenRate], now_s: float, device_budget_bytes: int
+) -> pb.ModelState:
+    state = pb.ModelState(
+        model_id=view.model_id,
+        state=_STATE[view.phase],
+        tier=pb.ModelState.REMOTE if view.phase in (Phase.PULLING, Phase.FAILED) else pb.ModelState.DISK,
+        quantization=view.settings.quantize.value,
+        load_seconds=view.load_seconds,
+        error=view.error,
+    )
+    if view.progress is not None:
+        state.progress_bytes = view.progress.done_bytes
+        state.total_bytes = view.progress.total_bytes
+        state.progress_text = view.progress.text
+        if view.progress.total_bytes:
+            state.progress = min(view.progress.done_bytes / view.progress.total_bytes, 1.0)
+    if view.facts is not None:
+        state.quantization = view.facts.quantization.value
+        state.dtype = view.facts.dtype
+        state.architecture = view.facts.architecture
+        state.path = view.facts.path
+        state.max_model_len = view.facts.max_model_len
+        state.weight_bytes = view.facts.weight_bytes
+    if stats is not None:
+        state.tier = _TIER[stats.tier]
+        state.weight_bytes = stats.weight_bytes
+        state.device_bytes = stats.device_bytes
+        state.kv_bytes = stats.kv_bytes
+        state.kv_used_tokens = stats.kv_used_tokens
+        state.kv_cached_tokens = stats.kv_cached_tokens
+        state.running = stats.running
+        state.waiting = stats.waiting
+        state.swap_in_seconds = stats.swap_in_s
+        state.prompt_tokens_total = stats.prompt_tokens_total
+        state.generated_tokens_total = stats.generated_tokens_total
+        state.prefix_hit_tokens_total = stats.prefix_hit_tokens_total
+        state.tokens_per_second = rates.setdefault(view.model_id, TokenRate()).update(now_s, stats.generated_tokens_total)
+        if view.facts is not None:
+            room = device_budget_bytes - stats.weight_bytes
+            used = stats.kv_used_tokens * view.facts.kv_bytes_per_token
+            state.kv_usage = min(used / room, 1.0) if room > 0 else 1.0
+    return state
+
+
+def add_state(server: grpc.aio.Server, api: RuntimeStateApi) -> str:
+    add_RuntimeStateServicer_to_server(api, server)
+    return SERVICE_NAME

@@ -1,0 +1,164 @@
+"""What a model would need, from its configuration and its files' index. Pure arithmetic; reads nothing (runtime.fitting does)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from runtime.types import ModelSettings, Quantization
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "float32": 4, "float16": 2, "bfloat16": 2,
+}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """One tensor of a checkpoint; `dtype` in safetensors' words."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What config.json says of a decoder."""
+
+    architecture: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_model_len: int
+    dtype: str                           # of the checkpoint; "float32" where it doesn't say
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    weight_bytes: int
+    kv_bytes_per_token: int
+    min_kv_bytes: int                    # one request of max_model_len tokens
+    workspace_bytes: int
+    max_model_len: int
+    num_parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model that lies in device memory now."""
+
+    model_id: str
+    device_bytes: int
+    busy: bool
+    last_used_s: float
+
+
+def needs_of(geometry: Geometry, tensors: Sequence[TensorShape], settings: ModelSettings, device: str) -> Needs:
+    """`tensors` may be empty (an index that can't be read): parameters are then counted from the geometry."""
+    dtype = compute_dtype(settings.dtype, geometry.dtype, device)
+    size = DTYPE_BYTES[dtype]
+    max_model_len = min(settings.max_model_len or geometry.max_model_len, geometry.max_model_len)
+    if tensors:
+        weight_bytes = sum(tensor_bytes(tensor, settings.quantize, size) for tensor in tensors)
+        num_parameters = sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
+    else:
+        num_parameters = estimate_parameters(geometry)
+        weight_bytes = num_parameters * size
+    kv_bytes_per_token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * size
+    # the widest activation of a full step, twice, and its logits' row
+    workspace_bytes = 8192 * size * max(geometry.intermediate_size * 2, geometry.hidden_size * 4) + geometry.vocab_size * 4
+    return Needs(weight_bytes, kv_bytes_per_token, kv_bytes_per_token * max_model_len, workspace_bytes, max_model_len, num_parameters, dtype)
+
+
+def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
+    """`auto` is the checkpoint's own on a GPU and float32 on a CPU, where half precision is emulated."""
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return "float32"
+    return checkpoint if checkpoint in ("float32", "bfloat16", "float16") else "bfloat16"
+
+
+def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int) -> int:
+    """How one checkpoint tensor will lie in memory. Quantised are a decoder layer's matrices; already quantised numbers stay as they are."""
+    if tensor.dtype not in _FLOATS:
+        return tensor.numel * DTYPE_BYTES.get(tensor.dtype, 1)
+    if quantize is Quantization.NONE or not is_layer_matrix(tensor):
+        return tensor.numel * dtype_bytes
+    rows, columns = tensor.shape
+    if quantize is Quantization.INT8:
+        return rows * columns + rows * 4
+    if columns % _BLOCK:
+        return tensor.numel * dtype_bytes
+    return rows * columns // 2 + rows * columns // _BLOCK * 4
+
+
+def is_layer_matrix(tensor: TensorShape) -> bool:
+    """A linear layer's weight inside a numbered decoder layer, by its name and shape."""
+    numbered = any(part.isdigit() for part in tensor.name.split("."))
+    return numbered and len(tensor.shape) == 2 and tensor.name.endswith(".weight") and "norm" not in tensor.name
+
+
+def estimate_parameters(geometry: Geometry) -> int:
+    """A gated decoder's parameters, when only its configuration is known; heads that attend are assumed to span the hidden size."""
+    attention = 2 * geometry.hidden_size**2 + 2 * geometry.hidden_size * geometry.num_kv_heads * geometry.head_dim
+    layer = attention + 3 * geometry.hidden_size * geometry.intermediate_size
+    return geometry.num_layers * layer + 2 * geometry.vocab_size * geometry.hidden_size
+
+
+def victims(needed_bytes: int, free_bytes: int, residents: Sequence[Resident]) -> tuple[list[str], int]:
+    """Who would leave device memory, least recently used and idle first; and the bytes still missing after all of them."""
+    missing = needed_bytes - free_bytes
+    chosen: list[str] = []
+    for resident in sorted(residents, key=lambda one: one.last_used_s):
+        if missing <= 0:
+            break
+        if not resident.busy:
+            chosen.append(resident.model_id)
+            missing -= resident.device_bytes
+    return chosen, max(missing, 0)
+
+
+def geometry_of(config: Mapping[str, object]) -> Geometry:
+    """Read config.json, under the several names that families use. Raises KeyError naming what is missing."""
+    text = config.get("text_config")
+    inner: Mapping[str, object] = text if isinstance(text, dict) else config
+
+    def number(*names: str, default: int | None = None) -> int:
+        for name in names:
+            value = inner.get(name, config.get(name))
+            if isinstance(value, list) and value and isinstance(value[0], int):
+                value = max(value)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        if default is None:
+            raise KeyError(names[0])
+        return default
+
+    hidden_size = number("hidden_size", "n_embd", "d_model")
+    num_heads = number("num_attention_heads", "n_head", "num_heads")
+    architectures = config.get("architectures")
+    dtype = inner.get("dtype") or inner.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
+    return Geometry(
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        num_layers=number("num_hidden_layers", "n_layer", "num_layers"),
+        num_kv_heads=number("num_key_value_heads", "num_kv_heads", default=num_heads),
+        head_dim=number("head_dim", default=hidden_size // num_heads),
+        hidden_size=hidden_size,
+        intermediate_size=number("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden_size),
+        vocab_size=number("vocab_size"),
+        max_model_len=number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", default=2048),
+        dtype=str(dtype or "float32").removeprefix("torch."),
+    )

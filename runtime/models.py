@@ -1,0 +1,393 @@
+"""The models of this runtime and their lives: load, unload, come back after an engine's death, be quarantined.
+
+Operations on one id settle in the order in which they came; different ids go on beside each other. Knows the order of things; nothing of how
+files come (Preparer), how tokens come (EngineClient), or who asks (api.spi).
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from pathlib import Path
+
+from runtime.changes import Changes
+from runtime.config import RuntimeConfig
+from runtime.engine_client import EngineClient, EngineDeath, EngineState
+from runtime.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFault,
+    ModelNotFound,
+    Quarantined,
+    RepertoryError,
+    Unavailable,
+)
+from runtime.lifecycle import ModelView, Phase, Prepared, Preparer, Progress
+from runtime.messages import Hello, Load
+from runtime.quarantine import Quarantine
+from runtime.served import ServedModel
+from runtime.settings import fingerprint
+from runtime.text.model import TextModel
+from runtime.types import ModelFacts, ModelSettings, ModelSource
+
+log = logging.getLogger(__name__)
+
+TextLoader = Callable[[Path, ModelSettings], TextModel]
+
+_MAX_FAILURES_SHOWN = 64
+
+
+class _Kind(Enum):
+    LOAD = auto()
+    RETURN = auto()
+    UNLOAD = auto()
+
+
+@dataclass(eq=False, slots=True)
+class _Ticket:
+    """One operation on one id, in its queue. `waiters` counts callers of a load; the last to leave takes it along."""
+
+    kind: _Kind
+    mark: bytes
+    task: "asyncio.Task[None]"
+    waiters: int = 0
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Once only: a second cancellation would cut short the undoing."""
+        if not self.cancelled:
+            self.cancelled = True
+            self.task.cancel()
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    model_id: str
+    source: ModelSource
+    settings: ModelSettings
+    mark: bytes
+    phase: Phase = Phase.PULLING
+    progress: Progress | None = None
+    prepared: Prepared | None = None
+    served: ServedModel | None = None
+    load_seconds: float = 0.0
+    last_used_s: float = field(default_factory=time.monotonic)
+    error: str = ""
+
+
+class Models:
+    """Implements runtime.served.ModelDirectory and the engine's EngineListener. Event loop only."""
+
+    def __init__(self, config: RuntimeConfig, engine: EngineClient, preparer: Preparer, load_text: TextLoader) -> None:
+        self._config = config
+        self._engine = engine
+        self._preparer = preparer
+        self._load_text = load_text
+        self._entries: dict[str, _Entry] = {}
+        self._tails: dict[str, _Ticket] = {}
+        self._quarantine = Quarantine()
+        self._slots = asyncio.Semaphore(config.max_loading_concurrency)
+        self._threads = ThreadPoolExecutor(config.max_loading_concurrency, thread_name_prefix="text")
+        self._closing = False
+        self.changes = Changes()
+        engine.listen(self)
+
+    # What the APIs see
+
+    def get(self, model_id: str) -> ServedModel:
+        entry = self._entries.get(model_id)
+        if entry is None:
+            raise ModelNotFound(f"model {model_id!r} is not loaded here")
+        match entry.phase:
+            case Phase.LOADED:
+                assert entry.served is not None
+                entry.last_used_s = time.monotonic()
+                return entry.served
+            case Phase.RETURNING:
+                raise Unavailable(f"model {model_id!r} is coming back: the engine was restarted", retry_after_s=5.0)
+            case Phase.QUARANTINED:
+                raise Quarantined(entry.error)
+            case _:
+                raise ModelNotFound(f"model {model_id!r} is not loaded here: it is {entry.phase.value}")
+
+    def list(self) -> Sequence[ServedModel]:
+        return [entry.served for entry in self._entries.values() if entry.phase is Phase.LOADED and entry.served is not None]
+
+    def views(self) -> Sequence[ModelView]:
+        """Every model that is held, on its way, or failed lately."""
+        return [
+            ModelView(
+                entry.model_id, entry.phase, entry.settings, entry.progress, entry.served.facts if entry.served else None,
+                entry.load_seconds, entry.last_used_s, entry.error,
+            )
+            for entry in self._entries.values()
+        ]
+
+    # What the mesh asks
+
+    async def load(self, model_id: str, source: ModelSource, settings: ModelSettings) -> ServedModel:
+        """Make a model answer requests. Shares a load that is on its way; cancelling undoes it unless others wait for it too.
+
+        Raises InvalidRequest, LoadFailed, Quarantined, Overloaded, Unavailable, DeadlineExceeded, Cancelled (unloaded meanwhile).
+        """
+        mark = fingerprint(source, settings)
+        tail = self._tails.get(model_id)
+        while tail is not None and tail.kind is _Kind.RETURN and tail.mark == mark:
+            await self._join(model_id, tail)
+            tail = self._tails.get(model_id)
+        if self._closing:
+            raise Unavailable("the runtime is shutting down")
+        self._refuse_quarantined(model_id, mark)
+        if tail is None:
+            entry = self._entries.get(model_id)
+            if entry is not None and entry.phase is Phase.LOADED and entry.mark == mark:
+                assert entry.served is not None
+                return entry.served
+        if tail is None or tail.kind is _Kind.UNLOAD or tail.mark != mark:
+            tail = self._enqueue(model_id, _Kind.LOAD, mark, lambda: self._load(model_id, source, settings, mark))
+        await self._join(model_id, tail)
+        entry = self._entries.get(model_id)
+        if entry is None or entry.served is None:
+            raise Cancelled(f"model {model_id!r} was unloaded while it was loading")
+        return entry.served
+
+    async def unload(self, model_id: str) -> None:
+        """Free what a model holds; unknown ids are fine. Goes on when the caller leaves. A load on its way is cancelled first."""
+        tail = self._tails.get(model_id)
+        entry = self._entries.get(model_id)
+        if tail is None and entry is None:
+            return
+        if tail is None or tail.kind is not _Kind.UNLOAD:
+            if entry is not None and entry.phase in (Phase.LOADED, Phase.RETURNING):
+                entry.phase = Phase.UNLOADING      # from now on new requests get NOT_FOUND
+            if tail is not None:
+                tail.cancel()
+            tail = self._enqueue(model_id, _Kind.UNLOAD, b"", lambda: self._unload(model_id))
+        await asyncio.shield(tail.task)
+
+    async def purge(self) -> None:
+        """Unload everything."""
+        await asyncio.gather(*(self.unload(model_id) for model_id in {*self._entries, *self._tails}))
+
+    async def close(self) -> None:
+        """Give up loads on their way and let go of the files. The engine is stopped by its owner."""
+        self._closing = True
+        tickets = [*self._tails.values()]
+        for ticket in tickets:
+            ticket.cancel()
+        await asyncio.gather(*(ticket.task for ticket in tickets), return_exceptions=True)
+        for entry in self._entries.values():
+            self._release(entry)
+        self._threads.shutdown(wait=False)
+
+    # What the engine tells
+
+    def engine_ready(self, hello: Hello) -> None:
+        for entry in self._entries.values():
+            if entry.phase is Phase.RETURNING:
+                self._enqueue(entry.model_id, _Kind.RETURN, entry.mark, lambda entry=entry: self._return(entry))  # type: ignore[misc]
+
+    def engine_died(self, death: EngineDeath) -> None:
+        names = {*death.loading, *([death.stepping] if death.stepping is not None else [])}
+        self._quarantine.strike([(name, self._entries[name].mark) for name in sorted(names) if name in self._entries])
+        for entry in self._entries.values():
+            if entry.phase is Phase.LOADED:
+                entry.phase = Phase.RETURNING
+            if entry.phase is Phase.RETURNING and self._quarantine.holds(entry.model_id, entry.mark):
+                self._isolate(entry)
+        self.changes.notify()
+
+    # Order
+
+    def _enqueue(self, model_id: str, kind: _Kind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]) -> _Ticket:
+        before = self._tails.get(model_id)
+
+        async def run() -> None:
+            try:
+                if before is not None:
+                    await _settled(before.task)
+                await work()
+            finally:
+                if self._tails.get(model_id) is ticket:
+                    del self._tails[model_id]
+                self.changes.notify()
+
+        ticket = _Ticket(kind, mark, asyncio.create_task(run(), name=f"{kind.name.lower()} {model_id}"))
+        # whoever waits has the result; a task without a waiter (a model's return) has logged it
+        ticket.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._tails[model_id] = ticket
+        return ticket
+
+    async def _join(self, model_id: str, ticket: _Ticket) -> None:
+        ticket.waiters += 1
+        try:
+            await asyncio.shield(ticket.task)
+        except asyncio.CancelledError:
+            if ticket.task.cancelled():
+                raise Cancelled(f"model {model_id!r} was unloaded while it was loading") from None
+            if ticket.waiters == 1 and ticket.kind is _Kind.LOAD:
+                ticket.cancel()
+            raise
+        finally:
+            ticket.waiters -= 1
+
+    # Work
+
+    async def _load(self, model_id: str, source: ModelSource, settings: ModelSettings, mark: bytes) -> None:
+        old = self._entries.get(model_id)
+        if old is not None:
+            if old.phase is Phase.LOADED and old.mark == mark:
+                return
+            await self._unload(model_id)
+        entry = self._entries[model_id] = _Entry(model_id, source, settings, mark)
+        started_s = time.monotonic()
+        limit = asyncio.timeout(self._config.load_timeout_s)
+        try:
+            async with limit, self._slots:
+                await self._bring(entry)
+        except BaseException as error:
+            await self._undo(entry)
+            if isinstance(error, TimeoutError) and limit.expired():
+                self._entries.pop(model_id, None)
+                raise DeadlineExceeded(f"model {model_id!r}: loading took longer than {self._config.load_timeout_s:g} s") from None
+            if not isinstance(error, Exception):
+                self._entries.pop(model_id, None)
+                raise
+            known = error if isinstance(error, RepertoryError) else EngineFault(f"model {model_id!r}: {type(error).__name__}: {error}")
+            self._fail(entry, known)
+            log.warning("loading %s failed: %s", model_id, known.message, exc_info=None if known is error else error)
+            raise known from None if known is error else error
+        entry.load_seconds = time.monotonic() - started_s
+        entry.phase = Phase.LOADED
+        entry.progress = None
+        log.info("loaded %s in %.1f s", model_id, entry.load_seconds)
+
+    async def _bring(self, entry: _Entry) -> None:
+        hello = await self._engine.wait_ready()
+        loop = asyncio.get_running_loop()
+        entry.prepared = await self._preparer.prepare(
+            entry.source, entry.settings, hello.device, lambda progress: _post(loop, self._note, entry, progress)
+        )
+        self._note(entry, Progress(Phase.LOADING, text="admitting"))
+        text = await loop.run_in_executor(self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings)
+        facts = await self._admit(entry)
+        entry.served = ServedModel(
+            entry.model_id, entry.settings.display_name or entry.model_id, entry.settings, facts, text, loaded_at_s=time.time()
+        )
+
+    async def _admit(self, entry: _Entry) -> ModelFacts:
+        assert entry.prepared is not None
+        settings = entry.settings
+        request = Load(entry.model_id, entry.prepared.checkpoint, settings.max_model_len, self._config.engine.max_waiting)
+        while True:
+            await self._engine.wait_ready()
+            lives = self._engine.restarts
+            try:
+                facts = await self._engine.load(request)
+            except Unavailable:
+                # a death while loading: once more, unless this model was it
+                if self._engine.restarts == lives or self._engine.state is EngineState.STOPPED:
+                    raise
+                self._refuse_quarantined(entry.model_id, entry.mark)
+                continue
+            self._engine.limit(entry.model_id, settings.max_concurrency)
+            return facts
+
+    async def _return(self, entry: _Entry) -> None:
+        if entry.phase is not Phase.RETURNING:
+            return
+        try:
+            async with self._slots:
+                facts = await self._admit(entry)
+        except RepertoryError as error:
+            if isinstance(error, Quarantined):
+                self._isolate(entry)
+                return
+            log.warning("%s did not come back: %s", entry.model_id, error.message)
+            self._fail(entry, error)
+            self._release(entry)
+            return
+        assert entry.served is not None
+        entry.served = replace(entry.served, facts=facts)
+        entry.phase = Phase.LOADED
+        log.info("%s is back", entry.model_id)
+
+    async def _unload(self, model_id: str) -> None:
+        entry = self._entries.get(model_id)
+        if entry is None:
+            return
+        if entry.phase is Phase.QUARANTINED:
+            # a mesh cleans up after every load that failed: only who had been loaded is taken away on purpose
+            if entry.load_seconds:
+                self._quarantine.forgive(model_id)
+        elif entry.phase is not Phase.FAILED:
+            entry.phase = Phase.UNLOADING
+            self.changes.notify()
+            await self._engine.drain(model_id, self._config.grace_s)
+            await self._engine.unload(model_id)
+        self._engine.limit(model_id, None)
+        self._release(entry)
+        if self._entries.get(model_id) is entry:
+            del self._entries[model_id]
+        log.info("unloaded %s", model_id)
+
+    async def _undo(self, entry: _Entry) -> None:
+        if entry.prepared is not None:
+            with contextlib.suppress(RepertoryError):
+                await self._engine.unload(entry.model_id)
+            self._release(entry)
+
+    # Bookkeeping
+
+    def _refuse_quarantined(self, model_id: str, mark: bytes) -> None:
+        if self._quarantine.holds(model_id, mark):
+            raise Quarantined(_quarantine_text(model_id))
+
+    def _isolate(self, entry: _Entry) -> None:
+        entry.phase = Phase.QUARANTINED
+        entry.error = _quarantine_text(entry.model_id)
+        entry.served = None
+        self._release(entry)
+        log.error("%s", entry.error)
+
+    def _fail(self, entry: _Entry, error: RepertoryError) -> None:
+        entry.phase = Phase.QUARANTINED if isinstance(error, Quarantined) else Phase.FAILED
+        entry.error = error.message
+        entry.served = None
+        entry.progress = None
+        failed = [one.model_id for one in self._entries.values() if one.phase is Phase.FAILED]
+        for model_id in failed[: max(0, len(failed) - _MAX_FAILURES_SHOWN)]:
+            del self._entries[model_id]
+
+    def _note(self, entry: _Entry, progress: Progress) -> None:
+        if entry.phase in (Phase.PULLING, Phase.PACKING, Phase.LOADING):
+            entry.phase = progress.phase
+            entry.progress = progress
+            self.changes.notify()
+
+    def _release(self, entry: _Entry) -> None:
+        if entry.prepared is not None:
+            entry.prepared.release()
+            entry.prepared = None
+
+
+async def _settled(task: "asyncio.Task[None]") -> None:
+    # who is cancelled while it waits still keeps its place, or the next one would run beside the one before
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
+def _quarantine_text(model_id: str) -> str:
+    return f"model {model_id!r} is quarantined: the engine died twice while it was running; unload it, or register it anew, to try again"
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[[_Entry, Progress], None], entry: _Entry, progress: Progress) -> None:
+    with contextlib.suppress(RuntimeError):      # the loop has closed: nobody watches any more
+        loop.call_soon_threadsafe(call, entry, progress)

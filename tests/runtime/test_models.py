@@ -1,0 +1,271 @@
+"""Lives of models over a real engine process that fakes only the tokens: order, sharing, cancelling, death, return, quarantine."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.config import RuntimeConfig
+from runtime.engine_client import EngineClient, RestartPolicy
+from runtime.errors import Cancelled, DeadlineExceeded, LoadFailed, ModelNotFound, Overloaded, Quarantined, Unavailable
+from runtime.lifecycle import Phase
+from runtime.models import Models
+from runtime.quarantine import Quarantine
+from runtime.types import LogprobParams, ModelSettings, ModelSource, SamplingParams, StopParams
+from tests.support.engines import fake_command
+from tests.support.fake_engine import KILL, STALL
+from tests.support.preparers import ScriptedPreparer, no_text
+
+FAST = RestartPolicy(first_s=0.01, most_s=0.05, start_timeout_s=20.0)
+SOURCE = ModelSource("/models/a")
+PLAIN = ModelSettings()
+
+
+class House:
+    def __init__(self, tmp_path: Path, config: RuntimeConfig, preparer: ScriptedPreparer) -> None:
+        self.journal_path = tmp_path / "journal"
+        self.engine = EngineClient(config.engine, command=fake_command(journal=self.journal_path), restart=FAST)
+        self.preparer = preparer
+        self.models = Models(config, self.engine, preparer, no_text)
+
+    def journal(self, what: str) -> list[str]:
+        entries = [json.loads(line) for line in self.journal_path.read_text().splitlines()]
+        return [entry.get("model", "") for entry in entries if entry["what"] == what]
+
+    async def generate(self, model_id: str, *prompt: int) -> list[int]:
+        self.models.get(model_id)
+        rows = self.engine.generate(model_id, prompt, SamplingParams(), StopParams(max_tokens=2), LogprobParams())
+        return [token async for row in rows for token in row.tokens]
+
+    def phase(self, model_id: str) -> Phase | None:
+        return next((view.phase for view in self.models.views() if view.model_id == model_id), None)
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not done():
+                await self.models.changes.wait_past(self.models.changes.count, 0.05)
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    house = House(tmp_path, RuntimeConfig(load_timeout_s=5.0, grace_s=0.2, max_loading_concurrency=2), ScriptedPreparer(0.02))
+    house.engine.start()
+    yield house
+    await house.models.close()
+    await house.engine.stop(0.0)
+
+
+async def test_load_is_shared_and_idempotent(house: House) -> None:
+    served = await asyncio.gather(*(house.models.load("a", SOURCE, PLAIN) for _ in range(10)))
+    assert house.preparer.started == 1
+    assert {one.model_id for one in served} == {"a"}
+    await house.models.load("a", SOURCE, PLAIN)
+    assert house.preparer.started == 1
+    assert await house.generate("a", 5) == [6, 6]
+    assert [view.phase for view in house.models.views()] == [Phase.LOADED]
+
+
+async def test_the_same_id_with_other_files_is_loaded_anew(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    await house.models.load("a", ModelSource("/models/b"), PLAIN)
+    assert house.preparer.started == 2
+    assert house.preparer.held == 1
+    assert house.journal("unload") == ["a"]
+
+
+async def test_unload_frees_and_unknown_ids_are_fine(house: House) -> None:
+    await house.models.unload("nobody")
+    await house.models.load("a", SOURCE, PLAIN)
+    await house.models.unload("a")
+    assert house.preparer.held == 0
+    assert not house.models.views()
+    with pytest.raises(ModelNotFound):
+        house.models.get("a")
+
+
+async def test_unload_lets_requests_end_and_ends_those_that_do_not(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    short = asyncio.create_task(house.generate("a", 5))
+    endless = asyncio.create_task(house.generate("a", STALL))
+    await asyncio.sleep(0.01)
+    unloading = asyncio.create_task(house.models.unload("a"))
+    await asyncio.sleep(0)
+    with pytest.raises(ModelNotFound):
+        house.models.get("a")
+    assert await short == [6, 6]
+    with pytest.raises(Unavailable, match="unloaded"):
+        await endless
+    await unloading
+
+
+async def test_a_load_that_fails_tells_why_and_leaves_nothing(house: House) -> None:
+    with pytest.raises(LoadFailed, match="no such files"):
+        await house.models.load("a", ModelSource("missing:x"), PLAIN)
+    assert house.phase("a") is Phase.FAILED
+    with pytest.raises(Overloaded, match="10 bytes of 5"):
+        await house.models.load("fail", SOURCE, PLAIN)
+    assert house.preparer.held == 0
+    await house.models.unload("fail")
+    await house.models.unload("a")
+    assert not house.models.views()
+    await house.models.load("a", SOURCE, PLAIN)
+
+
+async def test_a_cancelled_load_is_undone(house: House) -> None:
+    loading = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
+    await house.until(lambda: house.phase("slow") is Phase.LOADING)
+    await asyncio.sleep(0.05)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    await house.until(lambda: not house.models.views())
+    assert house.preparer.held == 0
+    assert house.journal("unload") == ["slow"]
+
+
+async def test_one_of_two_waiters_leaving_does_not_cancel(house: House) -> None:
+    leaver = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
+    stayer = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
+    await asyncio.sleep(0.05)
+    leaver.cancel()
+    assert (await stayer).model_id == "slow"
+    assert house.preparer.started == 1
+
+
+async def test_unload_cancels_a_load_and_a_later_load_waits_for_it(house: House) -> None:
+    first = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
+    await house.until(lambda: house.phase("slow") is Phase.LOADING)
+    unloading = asyncio.create_task(house.models.unload("slow"))
+    await asyncio.sleep(0)
+    again = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
+    with pytest.raises(Cancelled):
+        await first
+    await unloading
+    assert (await again).model_id == "slow"
+    assert house.preparer.held == 1
+
+
+async def test_a_load_that_takes_too_long_is_undone(tmp_path: Path) -> None:
+    house = House(tmp_path, RuntimeConfig(load_timeout_s=0.3), ScriptedPreparer())
+    house.engine.start()
+    await house.engine.wait_ready()
+    with pytest.raises(DeadlineExceeded, match=r"0\.3 s"):
+        await house.models.load("a", ModelSource("endless:x"), PLAIN)
+    assert not house.models.views()
+    await house.models.close()
+    await house.engine.stop(0.0)
+
+
+async def test_progress_is_seen(house: House) -> None:
+    loading = asyncio.create_task(house.models.load("a", ModelSource("endless:x"), PLAIN))
+    await house.until(lambda: any(view.progress is not None for view in house.models.views()))
+    (view,) = house.models.views()
+    assert view.progress is not None
+    assert (view.progress.done_bytes, view.progress.total_bytes, view.progress.text) == (1, 4, "config.json")
+    loading.cancel()
+
+
+async def test_operations_settle_in_order(house: House) -> None:
+    draw = random.Random(7)
+    for _ in range(6):
+        tasks: list[asyncio.Task[object]] = []
+        last = ""
+        for _ in range(draw.randint(3, 9)):
+            last = draw.choice(["load", "unload"])
+            work = house.models.load("slow", SOURCE, PLAIN) if last == "load" else house.models.unload("slow")
+            tasks.append(asyncio.create_task(work))
+            await asyncio.sleep(draw.choice([0.0, 0.0, 0.01]))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (house.phase("slow") is Phase.LOADED) == (last == "load")
+        assert house.preparer.held == (last == "load")
+
+
+async def test_models_come_back_after_a_death(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    await house.models.load("b", SOURCE, PLAIN)
+    with pytest.raises(Unavailable):
+        await house.generate("a", KILL)
+    with pytest.raises(Unavailable, match="coming back"):
+        house.models.get("b")
+    await house.until(lambda: house.phase("a") is Phase.LOADED and house.phase("b") is Phase.LOADED)
+    assert await house.generate("b", 5) == [6, 6]
+    assert house.preparer.started == 2
+    assert house.preparer.held == 2
+
+
+async def test_a_second_death_quarantines_by_name(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    await house.models.load("b", SOURCE, PLAIN)
+    for _ in range(2):
+        await house.until(lambda: house.phase("a") is Phase.LOADED)
+        with pytest.raises(Unavailable):
+            await house.generate("a", KILL)
+    with pytest.raises(Quarantined, match="'a'"):
+        house.models.get("a")
+    with pytest.raises(Quarantined, match="'a'"):
+        await house.models.load("a", SOURCE, PLAIN)
+    await house.until(lambda: house.phase("b") is Phase.LOADED)
+    assert await house.generate("b", 5) == [6, 6]
+    # taken away on purpose and registered again: one more chance
+    await house.models.unload("a")
+    await house.models.load("a", SOURCE, PLAIN)
+    with pytest.raises(Unavailable):
+        await house.generate("a", KILL)
+    assert house.phase("a") is Phase.QUARANTINED
+
+
+async def test_a_load_that_kills_the_engine_is_tried_twice(house: House) -> None:
+    with pytest.raises(Quarantined, match="deadly"):
+        await house.models.load("deadly", SOURCE, PLAIN)
+    assert house.journal("load") == ["deadly", "deadly"]
+    # the mesh's clean-up after a failed load is no pardon
+    await house.models.unload("deadly")
+    with pytest.raises(Quarantined):
+        await house.models.load("deadly", SOURCE, PLAIN)
+    assert house.preparer.held == 0
+
+
+async def test_unload_while_the_engine_is_away(house: House) -> None:
+    await house.models.load("slow", SOURCE, PLAIN)
+    await house.models.load("b", SOURCE, PLAIN)
+    with pytest.raises(Unavailable):
+        await house.generate("b", KILL)
+    await house.models.unload("slow")
+    await house.until(lambda: house.phase("b") is Phase.LOADED)
+    assert house.phase("slow") is None
+    with pytest.raises(ModelNotFound):
+        house.models.get("slow")
+
+
+async def test_max_concurrency_is_kept(house: House) -> None:
+    await house.models.load("a", SOURCE, ModelSettings(max_concurrency=1))
+    running = asyncio.create_task(house.generate("a", STALL))
+    await asyncio.sleep(0.01)
+    with pytest.raises(Overloaded, match="max_concurrency"):
+        await house.generate("a", 5)
+    running.cancel()
+
+
+async def test_purge_leaves_nothing(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    loading = asyncio.create_task(house.models.load("b", ModelSource("endless:x"), PLAIN))
+    await house.until(lambda: house.phase("b") is not None)
+    await house.models.purge()
+    assert not house.models.views()
+    assert house.preparer.held == 0
+    with pytest.raises(Cancelled):
+        await loading
+
+
+def test_one_of_two_suspects_gets_half_the_blame() -> None:
+    quarantine = Quarantine()
+    for _ in range(3):
+        quarantine.strike([("a", b"1"), ("b", b"1")])
+    assert not quarantine.holds("a", b"1")
+    quarantine.strike([("a", b"1")])
+    assert quarantine.holds("a", b"1")
+    assert not quarantine.holds("a", b"2")
+    assert not quarantine.holds("b", b"1")

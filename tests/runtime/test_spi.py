@@ -1,0 +1,215 @@
+"""mmesh.ModelRuntime and repertory.RuntimeState through real gRPC on a unix socket, over a fake engine."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from runtime.api.spi import ModelRuntimeApi, add_spi
+from runtime.api.state import RuntimeStateApi, TokenRate, add_state
+from runtime.capacity import capacity_of
+from runtime.config import EngineConfig, RuntimeConfig
+from runtime.engine_client import EngineClient, RestartPolicy
+from runtime.errors import LoadFailed
+from runtime.fit import Geometry, needs_of
+from runtime.fitting import Look
+from runtime.messages import Hello
+from runtime.models import Models
+from runtime.types import ModelSettings, ModelSource, Quantization
+from tests.support.engines import fake_command
+from tests.support.fake_engine import WEIGHT_BYTES
+from tests.support.preparers import ScriptedPreparer, no_text
+from wire.mmesh import model_runtime_pb2 as spi
+from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
+from wire.repertory import runtime_pb2 as state
+from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
+
+SLAB = 4096
+GEOMETRY = Geometry("FakeForCausalLM", 2, 1, 8, 16, 32, 100, 64, "float32")
+
+
+class ScriptedFitter:
+    async def look(self, source: ModelSource, settings: ModelSettings, *, local_only: bool = False) -> Look:
+        if source.uri.startswith("missing:"):
+            raise LoadFailed(f"{source.uri}: no such files")
+        return Look(GEOMETRY, needs_of(GEOMETRY, (), settings, "cpu"), Quantization.NONE, exact=False)
+
+
+class Runtime:
+    def __init__(self, tmp_path: Path, config: RuntimeConfig) -> None:
+        self.engine = EngineClient(config.engine, command=fake_command(), restart=RestartPolicy(first_s=0.01, start_timeout_s=20.0))
+        self.preparer = ScriptedPreparer(0.05)
+        self.models = Models(config, self.engine, self.preparer, no_text)
+        self.server = grpc.aio.server()
+        parts = (config, self.engine, self.models, ScriptedFitter(), 1 << 30)
+        add_spi(self.server, ModelRuntimeApi(*parts))
+        add_state(self.server, RuntimeStateApi(*parts))
+        self.address = f"unix:{tmp_path / 'spi.sock'}"
+        self.server.add_insecure_port(self.address)
+
+
+@pytest.fixture
+async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
+    runtime = Runtime(tmp_path, RuntimeConfig(grace_s=0.2, load_timeout_s=10.0, engine=EngineConfig(slab_bytes=SLAB)))
+    await runtime.server.start()
+    runtime.engine.start()
+    yield runtime
+    await runtime.server.stop(0)
+    await runtime.models.close()
+    await runtime.engine.stop(0.0)
+
+
+@pytest.fixture
+async def stub(runtime: Runtime) -> AsyncIterator[ModelRuntimeStub]:
+    async with grpc.aio.insecure_channel(runtime.address) as channel:
+        yield ModelRuntimeStub(channel)
+
+
+def request(model_id: str, path: str = "/models/a", **key: object) -> spi.LoadModelRequest:
+    return spi.LoadModelRequest(modelId=model_id, modelType="any", modelPath=path, modelKey=json.dumps(key))
+
+
+async def refused(call: "grpc.aio.UnaryUnaryCall[object, object]") -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), caught.value.details() or ""
+
+
+async def ready(stub: ModelRuntimeStub) -> spi.RuntimeStatusResponse:
+    while True:
+        status = await stub.runtimeStatus(spi.RuntimeStatusRequest())
+        if status.status != spi.RuntimeStatusResponse.STARTING:
+            return status
+        await asyncio.sleep(0.05)
+
+
+async def test_ready_means_purged_and_tells_the_limits(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+    await stub.loadModel(request("old"))
+    status = await ready(stub)
+    assert status.status == spi.RuntimeStatusResponse.READY
+    assert not runtime.models.views()
+    assert runtime.preparer.held == 0
+    assert status.capacityInBytes == 100_000
+    assert status.maxLoadingConcurrency == 2
+    assert status.modelLoadingTimeoutMs == 10_000
+    assert status.capacityInBytes >= 10 * min(status.defaultModelSizeInBytes, 10_000)
+    assert status.allowAnyMethod
+    assert status.limitModelConcurrency
+    assert list(status.methodInfos["fmaas.GenerationService/Generate"].idInjectionPath) == [1]
+
+
+async def test_load_size_unload(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+    loaded = await stub.loadModel(request("a", max_concurrency=3))
+    # one slab of weights and one of KV
+    assert loaded.sizeInBytes == 2 * SLAB > WEIGHT_BYTES
+    assert loaded.maxConcurrency == 3
+    assert (await stub.loadModel(request("a", max_concurrency=3))).sizeInBytes == loaded.sizeInBytes
+    assert runtime.preparer.started == 1
+    assert (await stub.modelSize(spi.ModelSizeRequest(modelId="a"))).sizeInBytes == loaded.sizeInBytes
+    for _ in range(2):
+        await stub.unloadModel(spi.UnloadModelRequest(modelId="a"))
+    assert (await refused(stub.modelSize(spi.ModelSizeRequest(modelId="a"))))[0] is grpc.StatusCode.NOT_FOUND
+
+
+async def test_bad_requests_name_the_field(stub: ModelRuntimeStub) -> None:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    assert await refused(stub.loadModel(request(""))) == (invalid, "modelId is empty")
+    assert await refused(stub.unloadModel(spi.UnloadModelRequest())) == (invalid, "modelId is empty")
+    code, details = await refused(stub.loadModel(spi.LoadModelRequest(modelId="a", modelPath="/m", modelKey="[1]")))
+    assert code is invalid
+    assert "JSON object" in details
+    code, details = await refused(stub.loadModel(request("a", quantise="nf4")))
+    assert code is invalid
+    assert "'quantise'" in details
+    code, details = await refused(stub.loadModel(request("a", "missing:x")))
+    assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, "missing:x: no such files")
+    code, details = await refused(stub.loadModel(request("fail")))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_cancelled_call_leaves_nothing(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+    call = stub.loadModel(request("slow"))
+    while not runtime.models.views():
+        await asyncio.sleep(0.02)
+    call.cancel()
+    while runtime.models.views():
+        await asyncio.sleep(0.02)
+    assert runtime.preparer.held == 0
+    code, _ = await refused(stub.loadModel(request("endless", "endless:x"), timeout=0.2))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    while runtime.models.views():
+        await asyncio.sleep(0.02)
+
+
+async def test_prediction_is_quick_or_unknown(stub: ModelRuntimeStub) -> None:
+    await ready(stub)
+    known = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="/models/a"))
+    assert known.sizeInBytes > 0
+    unknown = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="missing:x"))
+    assert unknown.sizeInBytes == 0
+
+
+async def test_watch_shows_the_way_in_and_out(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+    await ready(stub)
+    runtime.preparer.delay_s = 0.5
+    async with grpc.aio.insecure_channel(runtime.address) as channel:
+        seen: list[tuple[int, int]] = []
+        work: list[asyncio.Task[object]] = []
+        async for snapshot in RuntimeStateStub(channel).watch(state.WatchRequest(), timeout=20):
+            if not work:
+                work.append(asyncio.ensure_future(stub.loadModel(request("a", quantize="nf4"))))
+            if snapshot.models:
+                model = snapshot.models[0]
+                seen.append((model.state, model.tier))
+                if model.state == state.ModelState.PULLING:
+                    assert (model.progress_bytes, model.total_bytes, model.progress) == (1, 4, 0.25)
+                elif model.state == state.ModelState.LOADED and model.tier == state.ModelState.DEVICE:
+                    assert model.weight_bytes == WEIGHT_BYTES
+                    assert model.load_seconds > 0
+                    assert snapshot.engine_state == state.ENGINE_READY
+                    assert snapshot.device_budget_bytes == snapshot.capacity_bytes == 100_000
+                    work.append(asyncio.ensure_future(stub.unloadModel(spi.UnloadModelRequest(modelId="a"))))
+            elif seen:
+                break
+        await asyncio.gather(*work)
+    assert seen[0] == (state.ModelState.PULLING, state.ModelState.REMOTE)
+    assert seen[-1] == (state.ModelState.LOADED, state.ModelState.DEVICE)
+
+
+async def test_fit_names_the_sizes_and_the_victims(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+    await ready(stub)
+    await stub.loadModel(request("old"))
+    async with grpc.aio.insecure_channel(runtime.address) as channel:
+        fit = RuntimeStateStub(channel).fit
+        answer = await fit(state.FitRequest(model_path="/models/b"))
+        assert answer.fits
+        assert answer.kv_bytes_per_token == 2 * 2 * 1 * 8 * 4
+        assert answer.min_kv_bytes == 64 * answer.kv_bytes_per_token
+        assert list(answer.evicts) == []
+        code, _ = await refused(fit(state.FitRequest(model_path="missing:x")))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_capacity_follows_where_models_may_wait() -> None:
+    cpu = Hello(1, "cpu", "cpu", 1000, 0)
+    gpu = Hello(1, "cuda:0", "gpu", 1000, 5000)
+    assert capacity_of("auto", cpu, 0, 9).capacity_bytes == 1000
+    assert capacity_of("host", cpu, 0, 9).mode == "none"
+    assert capacity_of("auto", gpu, 0, 9).capacity_bytes == 5000
+    assert capacity_of("none", gpu, 0, 9).capacity_bytes == 1000
+    assert capacity_of("disk", gpu, 0, 9).capacity_bytes == 9
+    assert capacity_of("host", gpu, 0, 9).charge(70, 1, 100) == 70
+
+
+def test_token_rate_is_over_the_last_seconds_and_starts_anew_with_the_counter() -> None:
+    rate = TokenRate()
+    assert rate.update(0.0, 0) == 0.0
+    assert rate.update(1.0, 10) == 10.0
+    for second in range(2, 10):
+        last = rate.update(float(second), 10 + (second - 1) * 40)
+    assert last == 40.0
+    assert rate.update(10.0, 0) == 0.0
