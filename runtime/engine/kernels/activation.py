@@ -1,0 +1,32 @@
+"""The gated activation of an MLP: act(gate) × up, over a fused gate-and-up row. Knows nothing of layers."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+
+def act_mul(gate_up: Tensor, kind: Activation, out: Tensor | None = None) -> Tensor:
+    """`gate_up` [..., 2I] holds gate, then up; returns [..., I]. act(gate) is rounded to the row's type before the product, as in transformers."""
+    if out is None:
+        out = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    if gate_up.is_cuda:
+        from runtime.engine.kernels.gpu import activation
+
+        activation.act_mul(gate_up, kind, out)
+    else:
+        act_mul_torch(gate_up, kind, out)
+    return out
+
+
+def act_mul_torch(gate_up: Tensor, kind: Activation, out: Tensor) -> None:
+    """Torch twin of the Triton launch."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if kind == "silu":
+        act = functional.silu(gate)
+    else:
+        act = functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
+    torch.mul(act, up, out=out)

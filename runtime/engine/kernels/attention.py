@@ -1,0 +1,91 @@
+"""Attention of a packed batch over paged keys and values.
+
+Knows pages, rows and positions of one layer; nothing of who owns a page or which tokens these are. Where a token's K lies:
+
+    page_table[row_slots[b], t // block_tokens] = p     (t: position in the row)
+    k_plane[p * page_unit + (t % block_tokens) * Hkv * D + h * D + d]
+
+Host arguments (`max_*`) only choose the path and the grid; every count that matters is read from device memory, so one CUDA graph serves any
+smaller batch: a padded row has no query tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from runtime.engine.kernels.scratch import Scratch
+
+
+def paged_attention(
+    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
+    context_lens: Tensor, *, block_tokens: int, num_kv_heads: int, scale: float, max_query_len: int, max_context_len: int, sliding_window: int = 0,
+    softcap: float = 0.0, sinks: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> None:
+    """Causal attention of `q` [T, Hq, D] into `out` [T, Hq, D] (tokens of no row are left as they were).
+
+    `query_starts` [B+1] int32: row b's queries are tokens starts[b]..starts[b+1], the last of them at position context_lens[b] - 1 (int32 [B],
+    counted after this step's keys and values were written). `page_table` [R, W] int32 is indexed by `row_slots` [B] int32.
+    `block_tokens`: a power of two, 16 or more. `max_query_len` and `max_context_len` bound the batch. `sliding_window`: a token sees that many
+    positions, itself included; 0 = all. `softcap`: scores become cap·tanh(score / cap). `sinks` [Hq]: a logit that takes weight and gives nothing.
+    `k_scale`, `v_scale` (float32, one element or one a KV head): what FP8 planes hold times this is K and V.
+    """
+    arguments = (out, q, k_plane, v_plane, page_unit, page_table, row_slots, query_starts, context_lens, block_tokens, num_kv_heads, scale,
+                 max_query_len, max_context_len, sliding_window, softcap, sinks, k_scale, v_scale, scratch)
+    if q.is_cuda:
+        from runtime.engine.kernels.gpu import attention
+
+        attention.paged_attention(*arguments)
+    else:
+        paged_attention_torch(*arguments)
+
+
+def paged_attention_torch(
+    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
+    context_lens: Tensor, block_tokens: int, num_kv_heads: int, scale: float, max_query_len: int, max_context_len: int, sliding_window: int,
+    softcap: float, sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, scratch: Scratch | None,
+) -> None:
+    """Torch twin of the Triton launch: row by row, in float32."""
+    del max_query_len, max_context_len, scratch
+    num_heads, head_dim = q.shape[1:]
+    group = num_heads // num_kv_heads
+    k_pages = _pages(k_plane, page_unit, block_tokens, num_kv_heads, head_dim)
+    v_pages = _pages(v_plane, page_unit, block_tokens, num_kv_heads, head_dim)
+    starts, lengths, slots = query_starts.tolist(), context_lens.tolist(), row_slots.tolist()
+    for start, end, length, slot in zip(starts, starts[1:], lengths, slots, strict=False):
+        num_queries = end - start
+        if num_queries <= 0 or length <= 0:
+            continue
+        pages = page_table[slot, : -(-length // block_tokens)].long()
+        k = _heads_first(k_pages[pages], length, k_scale)
+        v = _heads_first(v_pages[pages], length, v_scale)
+        queries = q[start:end].float().view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        scores = (queries.reshape(num_kv_heads, group * num_queries, head_dim) @ k.transpose(1, 2)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.view(num_kv_heads, group, num_queries, length)
+        if num_queries > 1 or (sliding_window and sliding_window < length):
+            position = torch.arange(length - num_queries, length, device=q.device)[:, None]
+            key = torch.arange(length, device=q.device)[None, :]
+            hidden = key > position
+            if sliding_window:
+                hidden = hidden | (position - key >= sliding_window)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            sink = sinks.float().view(num_kv_heads, group, 1, 1).expand(-1, -1, num_queries, 1)
+            weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        mixed = weights.reshape(num_kv_heads, group * num_queries, length) @ v
+        out[start:end] = mixed.view(num_heads, num_queries, head_dim).transpose(0, 1).to(out.dtype)
+
+
+def _pages(plane: Tensor, page_unit: int, block_tokens: int, num_kv_heads: int, head_dim: int) -> Tensor:
+    """The plane as [pages, block_tokens, Hkv, D]; the last page may end before its unit does."""
+    block = block_tokens * num_kv_heads * head_dim
+    num_pages = (plane.numel() - block) // page_unit + 1
+    return plane.as_strided((num_pages, block_tokens, num_kv_heads, head_dim), (page_unit, num_kv_heads * head_dim, head_dim, 1))
+
+
+def _heads_first(pages: Tensor, length: int, scale: Tensor | None) -> Tensor:
+    tokens = pages.flatten(0, 1)[:length].float().transpose(0, 1)
+    return tokens if scale is None else tokens * scale.view(-1, 1, 1)

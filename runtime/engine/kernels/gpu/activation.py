@@ -1,0 +1,39 @@
+"""act(gate) × up in Triton: one program a row and a stretch of columns."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+
+
+@triton.jit
+def _act_mul_kernel(gate_up_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    base = gate_up_ptr + row * 2 * width
+    gate = tl.load(base + cols, mask=mask, other=0.0)
+    up = tl.load(base + width + cols, mask=mask, other=0.0)
+    g = gate.to(tl.float32)
+    if KIND == 0:
+        act = g / (1.0 + tl.exp(-g))
+    elif KIND == 1:
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        act = g / (1.0 + tl.exp(-2.0 * inner))  # 0.5 (1 + tanh z) = sigmoid 2z
+    else:
+        act = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    y = act.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
+    tl.store(out_ptr + row * width + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def act_mul(gate_up: Tensor, kind: str, out: Tensor) -> None:
+    """See runtime.engine.kernels.activation.act_mul. Both tensors must be contiguous."""
+    if not (gate_up.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"act_mul: needs contiguous tensors, strides are {gate_up.stride()} and {out.stride()}")
+    width = out.shape[-1]
+    num_rows = out.numel() // width
+    if num_rows == 0:
+        return
+    block = min(triton.next_power_of_2(width), 2048 if num_rows >= 64 else 512)
+    _act_mul_kernel[(num_rows, triton.cdiv(width, block))](gate_up, out, width, KIND=_KINDS[kind], BLOCK=block, num_warps=4)

@@ -1,0 +1,279 @@
+"""Paged attention in Triton: one kernel for decode with split keys, one for mixed and prefill batches, one inner loop for both.
+
+A program owns BLOCK_M query rows of one KV head: the heads that share it, for one token (decode) or several (mixed). With split keys the last
+program of a row to arrive merges the parts, in their order, so that the sum does not depend on who came last.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from runtime.engine.kernels.gpu.products import dot, dot_add, precision
+from runtime.engine.kernels.scratch import Scratch
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _attend(
+    q, begin, end, q_pos, row_mask, table_row, k_plane_ptr, v_plane_ptr, page_unit, head_offset, k_scale, softcap, window, acc, m, total,
+    KV_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Fold keys begin..end (begin a multiple of TILE) into the running softmax (acc, m, total); scores are in powers of two."""
+    dims = tl.arange(0, BLOCK_D)
+    in_dim = dims < HEAD_DIM
+    for start in range(begin, end, TILE):
+        keys = start + tl.arange(0, TILE)
+        valid = keys < end
+        pages = tl.load(table_row + keys // BLOCK_TOKENS, mask=valid, other=0).to(tl.int64)
+        tokens = pages * page_unit + (keys % BLOCK_TOKENS) * KV_STRIDE + head_offset
+        if BLOCK_D == HEAD_DIM:
+            k = tl.load(k_plane_ptr + tokens[None, :] + dims[:, None], mask=valid[None, :], other=0.0)
+            v = tl.load(v_plane_ptr + tokens[:, None] + dims[None, :], mask=valid[:, None], other=0.0)
+        else:
+            k = tl.load(k_plane_ptr + tokens[None, :] + dims[:, None], mask=valid[None, :] & in_dim[:, None], other=0.0)
+            v = tl.load(v_plane_ptr + tokens[:, None] + dims[None, :], mask=valid[:, None] & in_dim[None, :], other=0.0)
+        scores = dot(q, k.to(q.dtype), PRECISION) * k_scale
+        if SOFTCAP:
+            capped = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+            scores = capped * 1.4426950408889634
+        seen = valid[None, :] & row_mask[:, None]
+        if CAUSAL:
+            seen = seen & (keys[None, :] <= q_pos[:, None])
+        if WINDOW:
+            seen = seen & (q_pos[:, None] - keys[None, :] < window)
+        scores = tl.where(seen, scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(scores - m_safe[:, None])
+        fade = tl.exp2(m - m_safe)
+        total = total * fade + tl.sum(p, axis=1)
+        acc = acc * fade[:, None]
+        acc = dot_add(p.to(q.dtype), v.to(q.dtype), acc, PRECISION)
+        m = m_new
+    return acc, m, total
+
+
+@triton.jit
+def _start_sinks(sinks_ptr, heads, row_mask, SINKS: tl.constexpr, BLOCK_M: tl.constexpr):
+    if SINKS:
+        m = tl.load(sinks_ptr + heads, mask=row_mask, other=0.0).to(tl.float32) * 1.4426950408889634
+        total = tl.full((BLOCK_M,), 1.0, tl.float32)
+    else:
+        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+    return m, total
+
+
+@triton.jit
+def _decode_kernel(
+    out_ptr, q_ptr, k_plane_ptr, v_plane_ptr, page_unit, table_ptr, table_stride, row_slots_ptr, starts_ptr, lens_ptr, scale, softcap, window,
+    sinks_ptr, k_scale_ptr, v_scale_ptr, partials_ptr, counters_ptr, num_splits,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, MIN_TILES: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    row = tl.program_id(1)
+    split = tl.program_id(2)
+    token = tl.load(starts_ptr + row).to(tl.int64)
+    if tl.load(starts_ptr + row + 1) <= token:
+        return
+    length = tl.load(lens_ptr + row)
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - window, 0) // TILE * TILE
+    num_tiles = tl.cdiv(length - first, TILE)
+    tiles_each = num_tiles
+    if SPLIT:
+        tiles_each = tl.maximum(tl.cdiv(num_tiles, num_splits), MIN_TILES)
+    begin = first + split * tiles_each * TILE
+    if begin >= length:
+        return
+    end = tl.minimum(begin + tiles_each * TILE, length)
+
+    rows = tl.arange(0, BLOCK_M)
+    row_mask = rows < GROUP
+    heads = kv_head * GROUP + rows
+    dims = tl.arange(0, BLOCK_D)
+    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
+    place = token * (KV_HEADS * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(q_ptr + place, mask=mask, other=0.0)
+    k_scale = scale
+    if SCALED:
+        which = kv_head if PER_HEAD else 0
+        k_scale = scale * tl.load(k_scale_ptr + which)
+    m, total = _start_sinks(sinks_ptr, heads, row_mask & (split == 0), SINKS, BLOCK_M)
+    if SINKS:
+        m = tl.where(split == 0, m, float("-inf"))
+        total = tl.where(split == 0, total, 0.0)
+    slot = tl.load(row_slots_ptr + row).to(tl.int64)
+    q_pos = tl.zeros((BLOCK_M,), tl.int32) + (length - 1)
+    acc, m, total = _attend(
+        q, begin, end, q_pos, row_mask, table_ptr + slot * table_stride, k_plane_ptr, v_plane_ptr, page_unit, kv_head * HEAD_DIM, k_scale, softcap,
+        window, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), m, total,
+        KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TOKENS, BLOCK_D, TILE, WINDOW, SOFTCAP, False, PRECISION,
+    )
+    v_scale = 1.0
+    if SCALED:
+        v_scale = tl.load(v_scale_ptr + (kv_head if PER_HEAD else 0))
+    if SPLIT:
+        parts = tl.cdiv(num_tiles, tiles_each)
+        if parts > 1:
+            pair = row * KV_HEADS + kv_head
+            PART: tl.constexpr = BLOCK_M * (BLOCK_D + 2)
+            base = partials_ptr + (pair.to(tl.int64) * num_splits + split) * PART
+            cells = rows[:, None] * BLOCK_D + dims[None, :]
+            tl.store(base + cells, acc, mask=mask)
+            tl.store(base + BLOCK_M * BLOCK_D + rows, m)
+            tl.store(base + BLOCK_M * (BLOCK_D + 1) + rows, total)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel", scope="gpu")
+            if arrived < parts - 1:
+                return
+            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            base = partials_ptr + pair.to(tl.int64) * num_splits * PART
+            for _ in range(parts):
+                m_part = tl.load(base + BLOCK_M * BLOCK_D + rows, cache_modifier=".cg")
+                total_part = tl.load(base + BLOCK_M * (BLOCK_D + 1) + rows, cache_modifier=".cg")
+                acc_part = tl.load(base + cells, mask=mask, other=0.0, cache_modifier=".cg")
+                m_new = tl.maximum(m, m_part)
+                m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                fade = tl.exp2(m - m_safe)
+                fade_part = tl.exp2(m_part - m_safe)
+                acc = acc * fade[:, None] + acc_part * fade_part[:, None]
+                total = total * fade + total_part * fade_part
+                m = m_new
+                base += PART
+            tl.store(counters_ptr + pair, 0)
+    y = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mixed_kernel(
+    out_ptr, q_ptr, k_plane_ptr, v_plane_ptr, page_unit, table_ptr, table_stride, row_slots_ptr, starts_ptr, lens_ptr, scale, softcap, window,
+    sinks_ptr, k_scale_ptr, v_scale_ptr, num_rows,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr,
+    PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+):
+    # Row b owns query blocks starts[b] // BLOCK_Q + b and up: at most one block a row is wasted, and nothing depends on the host.
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(starts_ptr + middle) // BLOCK_Q + middle <= block:
+            low = middle + 1
+        else:
+            high = middle
+    row = low - 1
+    start = tl.load(starts_ptr + row)
+    num_queries = tl.load(starts_ptr + row + 1) - start
+    first_query = (block - (start // BLOCK_Q + row)) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    length = tl.load(lens_ptr + row)
+
+    rows = tl.arange(0, BLOCK_M)
+    queries = first_query + rows // GROUP
+    row_mask = (rows < BLOCK_Q * GROUP) & (queries < num_queries)
+    heads = kv_head * GROUP + rows % GROUP
+    dims = tl.arange(0, BLOCK_D)
+    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
+    place = ((start + queries).to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + heads * HEAD_DIM)[:, None] + dims[None, :]
+    q = tl.load(q_ptr + place, mask=mask, other=0.0)
+    q_pos = length - num_queries + queries
+
+    lowest = length - num_queries + first_query
+    end = tl.minimum(lowest + BLOCK_Q, length)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(lowest - window + 1, 0) // TILE * TILE
+    k_scale = scale
+    if SCALED:
+        which = kv_head if PER_HEAD else 0
+        k_scale = scale * tl.load(k_scale_ptr + which)
+    m, total = _start_sinks(sinks_ptr, heads, row_mask, SINKS, BLOCK_M)
+    slot = tl.load(row_slots_ptr + row).to(tl.int64)
+    table_row = table_ptr + slot * table_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    diagonal = begin
+    if not WINDOW:
+        # Tiles that every query of the block sees whole need no causal mask.
+        diagonal = tl.maximum((lowest + 1) // TILE * TILE, begin)
+        acc, m, total = _attend(
+            q, begin, diagonal, q_pos, row_mask, table_row, k_plane_ptr, v_plane_ptr, page_unit, kv_head * HEAD_DIM, k_scale, softcap, window, acc, m, total,
+            KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TOKENS, BLOCK_D, TILE, WINDOW, SOFTCAP, False, PRECISION,
+        )
+    acc, m, total = _attend(
+        q, diagonal, end, q_pos, row_mask, table_row, k_plane_ptr, v_plane_ptr, page_unit, kv_head * HEAD_DIM, k_scale, softcap, window, acc, m, total,
+        KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TOKENS, BLOCK_D, TILE, WINDOW, SOFTCAP, True, PRECISION,
+    )
+    v_scale = 1.0
+    if SCALED:
+        v_scale = tl.load(v_scale_ptr + (kv_head if PER_HEAD else 0))
+    y = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def num_key_splits(num_rows: int, num_kv_heads: int, max_context_len: int, num_processors: int, split_tokens: int = 128) -> int:
+    """How many programs share one row's keys: enough to give each multiprocessor four programs, no more than one per `split_tokens`."""
+    wanted = triton.cdiv(4 * num_processors, max(num_rows * num_kv_heads, 1))
+    return max(1, min(wanted, triton.cdiv(max_context_len, split_tokens), 64))
+
+
+def paged_attention(
+    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
+    context_lens: Tensor, block_tokens: int, num_kv_heads: int, scale: float, max_query_len: int, max_context_len: int, sliding_window: int,
+    softcap: float, sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, scratch: Scratch | None,
+) -> None:
+    """See runtime.engine.kernels.attention.paged_attention."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_rows = row_slots.shape[0]
+    if num_tokens == 0 or num_rows == 0:
+        return
+    group = num_heads // num_kv_heads
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    wide = q.element_size() == 4
+    # A soft cap needs the plain score before it becomes a power of two.
+    score_scale = scale if softcap else scale * _LOG2E
+    arrays = (out, q, k_plane, v_plane, page_unit, page_table, page_table.stride(0), row_slots, query_starts, context_lens,
+              score_scale, softcap, sliding_window, sinks if sinks is not None else q,
+              k_scale if k_scale is not None else q, v_scale if v_scale is not None else q)
+    if max_query_len == 1:
+        tile, num_warps, num_stages, min_tiles = (32, 4, 2, 2) if wide or block_d > 128 else (64, 4, 3, 2)
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+        block_m = max(16, triton.next_power_of_2(group))
+        splits = num_key_splits(num_rows, num_kv_heads, max_context_len, processors, tile * min_tiles)
+        pairs = num_rows * num_kv_heads
+        if splits > 1:
+            elements = pairs * splits * block_m * (block_d + 2)
+            if scratch is None:
+                scratch = Scratch.allocate(q.device, partial_elements=elements, num_counters=pairs)
+            elif not scratch.holds(elements, pairs):
+                splits = 1
+        _decode_kernel[(num_kv_heads, num_rows, splits)](
+            *arrays, scratch.partials if scratch is not None else q, scratch.counters if scratch is not None else q, splits,
+            GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_D=block_d, TILE=tile,
+            MIN_TILES=min_tiles, SPLIT=splits > 1, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
+            SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q),
+            num_warps=num_warps, num_stages=num_stages,
+        )
+        return
+    block_m, tile, num_warps, num_stages = (32, 32, 4, 1) if wide else (64, 32, 4, 2) if block_d > 128 else (128, 64, 8, 3)
+    block_m = max(block_m, triton.next_power_of_2(group))
+    block_q = block_m // group
+    num_blocks = num_tokens // block_q + num_rows
+    _mixed_kernel[(num_blocks, num_kv_heads)](
+        *arrays, num_rows,
+        GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_D=block_d,
+        TILE=tile, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, SCALED=k_scale is not None,
+        PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q), num_warps=num_warps, num_stages=num_stages,
+    )

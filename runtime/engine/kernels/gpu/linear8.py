@@ -1,0 +1,147 @@
+"""The int8 linear in Triton: W · xᵀ, integers by integers or, at few rows, integers unpacked to x's type."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from runtime.engine.kernels.gpu.products import dot_add, precision
+from runtime.engine.kernels.linear8 import WEIGHT_ONLY_ROWS
+from runtime.engine.kernels.scratch import Scratch
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < K
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(x), axis=0)
+    factor = tl.where(absmax > 0, 127.0 / tl.where(absmax > 0, absmax, 1.0), 0.0)
+    # Adding and taking away 1.5 · 2^23 rounds to the nearest integer, halves to even.
+    q = (x * factor + 12582912.0) - 12582912.0
+    tl.store(q_ptr + row * K + cols, q.to(tl.int8), mask=mask)
+    tl.store(scale_ptr + row, absmax / 127.0)
+
+
+@triton.jit
+def _linear8_kernel(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, steps_each,
+    INTEGERS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):
+    split = tl.program_id(1)
+    rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows_n < N
+    rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = rows_m < M
+    cols = split * steps_each * BLOCK_K + tl.arange(0, BLOCK_K)
+    safe_n = rows_n if EVEN_N else tl.where(mask_n, rows_n, 0)
+    w_ptrs = weight_ptr + safe_n.to(tl.int64)[:, None] * K + cols[None, :]
+    x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + cols[:, None]
+    num_steps = tl.minimum(steps_each, tl.cdiv(K, BLOCK_K) - split * steps_each)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGERS else tl.float32)
+    for step in range(num_steps):
+        if EVEN_K:
+            w = tl.load(w_ptrs)
+            x = tl.load(x_ptrs, mask=mask_m[None, :], other=0)
+        else:
+            in_k = cols + step * BLOCK_K < K
+            w = tl.load(w_ptrs, mask=in_k[None, :], other=0)
+            x = tl.load(x_ptrs, mask=in_k[:, None] & mask_m[None, :], other=0)
+        if INTEGERS:
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+        else:
+            acc = dot_add(w.to(tl.float32 if PRECISION == "widen" else x.dtype), x, acc, PRECISION)
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+    if SPLIT:
+        num_splits = tl.num_programs(1)
+        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        base = partials_ptr + tile.to(tl.int64) * num_splits * (BLOCK_N * BLOCK_M)
+        tl.store(base + split * (BLOCK_N * BLOCK_M) + cells, acc.to(tl.float32))
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived < num_splits - 1:
+            return
+        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for _ in range(num_splits):
+            sums += tl.load(base + cells, cache_modifier=".cg")
+            base += BLOCK_N * BLOCK_M
+        tl.store(counters_ptr + tile, 0)
+    else:
+        sums = acc.to(tl.float32)
+    scale = tl.load(scale_ptr + rows_n, mask=mask_n, other=0.0)[:, None]
+    if INTEGERS:
+        scale = scale * tl.load(x_scale_ptr + rows_m, mask=mask_m, other=0.0)[None, :]
+    y = sums * scale
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    place = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None) -> None:
+    """See runtime.engine.kernels.linear8.linear_int8."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return
+    weight_only = rows.shape[0] <= WEIGHT_ONLY_ROWS
+    launch(rows, weight, scale, bias, out, scratch, weight_only, *_tiling(rows.shape[0], weight.shape[0], rows.shape[1], weight_only))
+
+
+def _tiling(num_rows: int, num_outputs: int, in_features: int, weight_only: bool) -> tuple[int, int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from measurements: docs/benchmarks/linear.md."""
+    block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
+    block_n, block_k, num_warps, num_stages = (64, 128, 4, 4) if block_m <= 64 else (128, 128, 8, 4)
+    tiles = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_rows, block_m)
+    splits = max(1, min(triton.cdiv(2 * 132, tiles), triton.cdiv(in_features, 4 * block_k)))
+    return block_m, block_n, block_k, splits, num_warps, num_stages
+
+
+def launch(
+    rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None, weight_only: bool, block_m: int,
+    block_n: int, block_k: int, splits: int, num_warps: int, num_stages: int,
+) -> None:
+    """Launch one path with a given tiling (the benchmark tries several)."""
+    num_rows, in_features = rows.shape
+    num_outputs = weight.shape[0]
+    tiles_n, tiles_m = triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m)
+    num_steps = triton.cdiv(in_features, block_k)
+    steps_each = triton.cdiv(num_steps, splits)
+    splits = triton.cdiv(num_steps, steps_each)
+    partials = counters = scale
+    if splits > 1:
+        elements = tiles_n * tiles_m * splits * block_n * block_m
+        if scratch is None:
+            held = Scratch.allocate(rows.device, partial_elements=elements, num_counters=tiles_n * tiles_m)
+            partials, counters = held.partials, held.counters
+        elif scratch.holds(elements, tiles_n * tiles_m):
+            partials, counters = scratch.partials, scratch.counters
+        else:
+            steps_each, splits = num_steps, 1
+    x, x_scale = (rows, scale) if weight_only else quantize_rows(rows, scratch)
+    _linear8_kernel[(tiles_n, splits, tiles_m)](
+        x, x_scale, weight, scale, bias if bias is not None else scale, out, partials, counters, num_rows, num_outputs, in_features, x.stride(0),
+        steps_each, INTEGERS=not weight_only, HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0,
+        EVEN_K=in_features % block_k == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
+    )
+
+
+def quantize_rows(rows: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor]:
+    """int8 [M, K] and float32 [M] of `rows`, in scratch memory where it is large enough."""
+    num_rows, in_features = rows.shape
+    scale_bytes = 4 * num_rows
+    # The integers come first: matrix loads want 16-byte alignment.
+    padded = -(-rows.numel() // 16) * 16
+    if scratch is not None and scratch.staging.numel() >= padded + scale_bytes:
+        memory = scratch.staging
+    else:
+        memory = torch.empty(padded + scale_bytes, dtype=torch.uint8, device=rows.device)
+    x = memory[: rows.numel()].view(torch.int8).view(num_rows, in_features)
+    x_scale = memory[padded : padded + scale_bytes].view(torch.float32)
+    block = triton.next_power_of_2(in_features)
+    _quantize_kernel[(num_rows,)](rows, x, x_scale, rows.stride(0), in_features, BLOCK=block, num_warps=4 if block <= 4096 else 8)
+    return x, x_scale

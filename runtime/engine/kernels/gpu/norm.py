@@ -1,0 +1,55 @@
+"""RMSNorm and residual + RMSNorm in Triton: one program a row, the row held in registers."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, out_stride, width, eps,
+    ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + row * width + cols, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
+        tl.store(residual_ptr + row * width + cols, x, mask=mask)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=0) / width + eps)
+    wide = wide * scale
+    if PLUS_ONE:
+        y = wide * (1.0 + weight.to(tl.float32))
+    else:
+        y = weight.to(tl.float32) * wide.to(x.dtype).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool, out: Tensor) -> None:
+    width = x.shape[-1]
+    rows = x.reshape(-1, width) if x.is_contiguous() else x.view(-1, width)
+    if rows.shape[0] == 0:
+        return
+    block = triton.next_power_of_2(width)
+    num_warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
+    out_rows = out.view(-1, width)
+    _norm_kernel[(rows.shape[0],)](
+        rows, residual if residual is not None else rows, weight, out_rows, rows.stride(0), out_rows.stride(0), width, eps,
+        ADD=residual is not None, PLUS_ONE=plus_one, BLOCK=block, num_warps=num_warps,
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool, out: Tensor) -> None:
+    """See runtime.engine.kernels.norm.rms_norm."""
+    _launch(x, None, weight, eps, plus_one, out)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool, out: Tensor) -> None:
+    """See runtime.engine.kernels.norm.add_rms_norm. `residual` must be contiguous."""
+    if not residual.is_contiguous():
+        raise ValueError(f"add_rms_norm: residual of shape {tuple(residual.shape)} must be contiguous, strides are {residual.stride()}")
+    _launch(x, residual, weight, eps, plus_one, out)

@@ -1,0 +1,75 @@
+"""x · Wᵀ with W in 4 bits (NF4 or FP4, one absmax for each 64 elements), as `layout.py` lays it out. Knows nothing of modules.
+
+Paths on a GPU, by rows M of x: up to 256 one fused kernel that unpacks in registers; above, the weight is unpacked into scratch memory and
+multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from runtime.engine.kernels.layout import BLOCK, codes_4bit
+from runtime.engine.kernels.scratch import Scratch
+
+Codebook = Literal["nf4", "fp4"]
+
+# bitsandbytes' tables: quantiles of a normal distribution, and sign-magnitude floats with two exponent bits and one of mantissa
+_CODES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0,
+    ),
+    "fp4": (
+        0.0, 0.0052083333333, 0.6666666666667, 1.0, 0.3333333333333, 0.5, 0.1666666666667, 0.25,
+        -0.0, -0.0052083333333, -0.6666666666667, -1.0, -0.3333333333333, -0.5, -0.1666666666667, -0.25,
+    ),
+}
+
+
+def codebook_values(codebook: Codebook) -> tuple[float, ...]:
+    """What each of the 16 codes stands for, as a share of the block's absmax."""
+    return _CODES[codebook]
+
+
+def linear_4bit(
+    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None = None, out: Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """`x` [..., K] times the transpose of a 4-bit weight: [..., N] in x's type.
+
+    `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] as `kernel_layout_4bit` gives them; 1-D for a K that is no multiple of 64, which then
+    is dequantised at every call. `bias` [N]. With `out` and `scratch` given, nothing is allocated for M <= 256.
+    """
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], num_rows_4bit(weight, x.shape[-1])))
+    if x.is_cuda and weight.dim() == 2:
+        from runtime.engine.kernels.gpu import linear4
+
+        linear4.linear_4bit(x, weight, absmax, codebook, bias, out, scratch)
+    else:
+        linear_4bit_torch(x, weight, absmax, codebook, bias, out)
+    return out
+
+
+def num_rows_4bit(weight: Tensor, in_features: int) -> int:
+    """N of a weight in either layout."""
+    return weight.shape[0] if weight.dim() == 2 else weight.numel() * 2 // in_features
+
+
+def linear_4bit_torch(x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor) -> None:
+    """Torch twin of the Triton launch: dequantise, then multiply."""
+    out.copy_(functional.linear(x, dequantize_4bit_torch(weight, absmax, codebook, x.shape[-1], x.dtype), bias))
+
+
+def dequantize_4bit_torch(weight: Tensor, absmax: Tensor, codebook: Codebook, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`, rounded once from float32, as bitsandbytes does it."""
+    values = torch.tensor(_CODES[codebook], dtype=torch.float32, device=weight.device)
+    if weight.dim() == 2:
+        wide = values[codes_4bit(weight, in_features).int()]
+        return (wide.view(wide.shape[0], -1, BLOCK) * absmax[:, : in_features // BLOCK, None]).view(wide.shape).to(dtype)
+    codes = torch.stack((weight >> 4, weight & 15), dim=-1).reshape(-1)
+    wide = values[codes.int()] * absmax.repeat_interleave(BLOCK)[: codes.numel()]
+    return wide.view(-1, in_features).to(dtype)

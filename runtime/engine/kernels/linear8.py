@@ -1,0 +1,49 @@
+"""x · Wᵀ with W in int8, one scale a row: bitsandbytes' rowwise int8 with threshold 0. Knows nothing of modules.
+
+Paths on a GPU, by rows M of x: up to 16 the weight alone is quantised (unpacked in registers: no extra launch, more exact than the rule); above,
+activations are quantised for each token as well and integers are multiplied, as bitsandbytes does. On a CPU: always the rule, integers times integers.
+"""
+
+import torch
+from torch import Tensor
+
+from runtime.engine.kernels.scratch import Scratch
+
+WEIGHT_ONLY_ROWS = 16
+
+
+def linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None, scratch: Scratch | None = None
+) -> Tensor:
+    """`x` [..., K] times the transpose of `weight` int8 [N, K], whose row n stands for weight[n] · scale[n] (float32, absmax / 127): [..., N]."""
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if x.is_cuda:
+        from runtime.engine.kernels.gpu import linear8
+
+        linear8.linear_int8(x, weight, scale, bias, out, scratch)
+    else:
+        linear_int8_torch(x, weight, scale, bias, out)
+    return out
+
+
+def linear_int8_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Torch twin of the Triton launch, quantising activations. Sums of integers are exact in float64 (in float32 up to K = 1040)."""
+    quantized, x_scale = quantize_rows_torch(x)
+    sums = (quantized.double() @ weight.t().double()).float()
+    y = sums * (x_scale * scale)
+    out.copy_(y if bias is None else y + bias.float())
+
+
+def linear_int8_weight_only_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Torch twin of the path for few rows: activations as they are, sums in float32, the scale applied to the sums."""
+    y = (x.float() @ weight.t().float()) * scale
+    out.copy_(y if bias is None else y + bias.float())
+
+
+def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 of each row of `x` [..., K], and its scale [..., 1] = absmax / 127."""
+    wide = x.float()
+    absmax = wide.abs().amax(-1, keepdim=True)
+    factor = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))
+    return torch.round(wide * factor).to(torch.int8), absmax / 127.0

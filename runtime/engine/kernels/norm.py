@@ -1,0 +1,52 @@
+"""RMSNorm, alone and after a residual addition. Knows rows and weights; nothing of layers.
+
+Rounding follows transformers: Llama-like norms round the normalised row to its own type and then multiply by the weight; Gemma-like ones
+(`plus_one`) multiply by `1 + weight` in float32 and round once.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out: Tensor | None = None) -> Tensor:
+    """Normalise the last dimension of `x` [..., H] by its root mean square and scale it by `weight` [H]. Rows must be contiguous."""
+    if out is None:
+        out = torch.empty_like(x)
+    if x.is_cuda:
+        from runtime.engine.kernels.gpu import norm
+
+        norm.rms_norm(x, weight, eps, plus_one, out)
+    else:
+        rms_norm_torch(x, weight, eps, plus_one, out)
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`residual += x` in place, then its RMSNorm: returns (normed, residual). Shapes [..., H]; one launch on a GPU."""
+    if out is None:
+        out = torch.empty_like(x)
+    if x.is_cuda:
+        from runtime.engine.kernels.gpu import norm
+
+        norm.add_rms_norm(x, residual, weight, eps, plus_one, out)
+    else:
+        add_rms_norm_torch(x, residual, weight, eps, plus_one, out)
+    return out, residual
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, plus_one: bool, out: Tensor) -> None:
+    """Torch twin of the Triton launch."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if plus_one:
+        out.copy_(wide * (1.0 + weight.float()))
+    else:
+        out.copy_(weight * wide.to(x.dtype))
+
+
+def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool, out: Tensor) -> None:
+    """Torch twin of the Triton launch."""
+    residual.add_(x)
+    rms_norm_torch(residual, weight, eps, plus_one, out)

@@ -1,0 +1,32 @@
+"""Device memory that kernels may scribble on between launches: partial sums, arrival counters, and a stage for unpacked operands.
+
+Knows sizes only; not who runs when. One `Scratch` serves every launch of one stream: its contents mean nothing after a launch, but the
+counters are zero between launches, because the last program to arrive puts them back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """`partials` float32, `counters` int32 zeros, `staging` uint8: a dequantised weight or quantised activations (may be empty)."""
+
+    partials: torch.Tensor
+    counters: torch.Tensor
+    staging: torch.Tensor
+
+    @staticmethod
+    def allocate(
+        device: torch.device | str, *, partial_elements: int = 1 << 23, num_counters: int = 1 << 14, staging_bytes: int = 0
+    ) -> "Scratch":
+        """Take the memory now, so that no launch has to: 32 MiB of partial sums unless told otherwise."""
+        return Scratch(
+            partials=torch.empty(partial_elements, dtype=torch.float32, device=device),
+            counters=torch.zeros(num_counters, dtype=torch.int32, device=device),
+            staging=torch.empty(staging_bytes, dtype=torch.uint8, device=device),
+        )
+
+    def holds(self, partial_elements: int, num_counters: int) -> bool:
+        return self.partials.numel() >= partial_elements and self.counters.numel() >= num_counters

@@ -1,0 +1,164 @@
+"""Paged attention: the Triton kernels against the twin, the twin against a float64 reference that gathers nothing by pages."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from runtime.engine.kernels import attention
+from runtime.engine.kernels.gpu import attention as gpu
+from runtime.engine.kernels.scratch import Scratch
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: (queries, context) of each row, and how the heads attend."""
+
+    rows: tuple[tuple[int, int], ...]
+    dtype: torch.dtype = torch.float32
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    fp8_scales: int = 0
+    block_tokens: int = 16
+    padded_rows: int = 0
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    case: Case
+    arguments: tuple[object, ...]
+    out: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+def _batch(case: Case, device: torch.device) -> Batch:
+    """Lay random keys and values out over shuffled pages of a plane whose unit is larger than a block, as layers share a page."""
+    width = case.kv_heads * case.dim
+    block = case.block_tokens * width
+    unit = 3 * block
+    counts = [-(-context // case.block_tokens) for _, context in case.rows]
+    num_pages = sum(counts) + 2
+    order = torch.randperm(num_pages).tolist()
+    plane_dtype = torch.float8_e4m3fn if case.fp8_scales else case.dtype
+    k_plane = torch.full(((num_pages - 1) * unit + block,), 7.0).to(plane_dtype)
+    v_plane = k_plane.clone()
+    num_rows = len(case.rows)
+    table = torch.full((num_rows + 3, max([*counts, 1]) + 1), -1, dtype=torch.int32)
+    slots = torch.randperm(num_rows + 3)[: num_rows + case.padded_rows].int()
+    scales = torch.rand(2, max(case.fp8_scales, 1)) * 0.5 + 0.5
+    keys, values = [], []
+    for index, (_, context) in enumerate(case.rows):
+        k, v = (torch.randn(2, context, case.kv_heads, case.dim)).to(plane_dtype)
+        per_head = scales[:, None, :, None].expand(2, 1, case.kv_heads, 1) if case.fp8_scales else torch.ones(2, 1, 1, 1)
+        keys.append(k.double() * per_head[0].double())
+        values.append(v.double() * per_head[1].double())
+        for page_index in range(counts[index]):
+            page = order.pop()
+            table[slots[index], page_index] = page
+            part = slice(page_index * case.block_tokens, min((page_index + 1) * case.block_tokens, context))
+            size = (part.stop - part.start) * width
+            k_plane[page * unit : page * unit + size] = k[part].reshape(-1)
+            v_plane[page * unit : page * unit + size] = v[part].reshape(-1)
+    lengths = [count for count, _ in case.rows] + [0] * case.padded_rows
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    contexts = torch.tensor([context for _, context in case.rows] + [0] * case.padded_rows, dtype=torch.int32)
+    num_tokens = sum(lengths) + case.padded_rows
+    q = torch.randn(num_tokens, case.heads, case.dim).to(case.dtype)
+    sinks = torch.randn(case.heads).to(case.dtype) if case.sinks else None
+    longest = max((count for count, _ in case.rows), default=1)
+    moved = [None if tensor is None else tensor.to(device) for tensor in (q, k_plane, v_plane, table, slots, starts, contexts, sinks, scales)]
+    q, k_plane, v_plane, table, slots, starts, contexts, sinks, scales = moved  # type: ignore[assignment]
+    k_scale, v_scale = (scales[0], scales[1]) if case.fp8_scales else (None, None)
+    out = torch.full_like(q, torch.nan)
+    arguments = (q, k_plane, v_plane, unit, table, slots, starts, contexts, case.block_tokens, case.kv_heads, case.dim**-0.5, longest,
+                 max(context for _, context in case.rows), case.window, case.softcap, sinks, k_scale, v_scale)
+    return Batch(case, arguments, out, keys, values)
+
+
+def _reference(batch: Batch) -> torch.Tensor:
+    """Attention of each query alone, in float64."""
+    case = batch.case
+    q, sinks = batch.arguments[0], batch.arguments[15]
+    assert isinstance(q, torch.Tensor)
+    out = torch.full(q.shape, torch.nan, dtype=torch.float64)
+    token = 0
+    for (count, context), keys, values in zip(case.rows, batch.keys, batch.values, strict=True):
+        for index in range(count):
+            position = context - count + index
+            first = max(0, position - case.window + 1) if case.window else 0
+            for head in range(case.heads):
+                kv_head = head * case.kv_heads // case.heads
+                scores = keys[first : position + 1, kv_head] @ q[token, head].double().cpu() * case.dim**-0.5
+                if case.softcap:
+                    scores = case.softcap * torch.tanh(scores / case.softcap)
+                weights = torch.exp(scores)
+                total = weights.sum()
+                if isinstance(sinks, torch.Tensor):
+                    total = total + torch.exp(sinks[head].double().cpu())
+                out[token, head] = (weights[:, None] * values[first : position + 1, kv_head]).sum(0) / total
+            token += 1
+    return out
+
+
+DECODE = [
+    Case(((1, 1), (1, 17), (1, 150))),
+    Case(((1, 300), (1, 5)), padded_rows=1, dtype=torch.bfloat16, heads=7, kv_heads=1, dim=80),
+    Case(((1, 290),), dtype=torch.float16, heads=2, kv_heads=2, dim=64, window=100, sinks=True),
+    Case(((1, 200), (1, 260)), softcap=5.0, sinks=True, dim=96, heads=3, kv_heads=1, block_tokens=32),
+    Case(((1, 70), (1, 140)), fp8_scales=1, dtype=torch.bfloat16),
+    Case(((1, 140),), fp8_scales=2, dim=128, window=9),
+    Case(((1, 40),), dim=256, heads=2, kv_heads=1),
+]
+MIXED = [
+    Case(((5, 5), (1, 40), (9, 50), (3, 3))),
+    Case(((33, 70), (1, 33)), padded_rows=1, dtype=torch.bfloat16, heads=6, kv_heads=2, dim=80),
+    Case(((40, 90), (2, 20)), dtype=torch.float16, window=7, sinks=True, heads=2, kv_heads=2, dim=64),
+    Case(((20, 100), (1, 1)), softcap=4.0, sinks=True, heads=5, kv_heads=1, dim=96),
+    Case(((6, 30),), fp8_scales=1, dtype=torch.bfloat16),
+    Case(((4, 35), (3, 8)), fp8_scales=2, dim=128),
+    Case(((3, 20),), dim=256, heads=2, kv_heads=1),
+]
+
+
+@pytest.mark.parametrize("case", DECODE + MIXED)
+def test_kernel_equals_twin(device: torch.device, case: Case) -> None:
+    batch = _batch(case, device)
+    twin = torch.full_like(batch.out, torch.nan)
+    scratch = Scratch.allocate(device, partial_elements=1 << 19, num_counters=256)
+    gpu.paged_attention(batch.out, *batch.arguments, scratch)  # type: ignore[arg-type]
+    attention.paged_attention_torch(twin, *batch.arguments, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(batch.out, twin, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True)
+    assert scratch.counters.count_nonzero() == 0
+    assert batch.out.isnan().flatten(1).any(1).sum() == case.padded_rows
+
+
+@pytest.mark.parametrize("case", DECODE[:4] + MIXED)
+def test_twin_against_float64(case: Case) -> None:
+    batch = _batch(case, torch.device("cpu"))
+    attention.paged_attention_torch(batch.out, *batch.arguments, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(batch.out.double(), _reference(batch), rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True)
+
+
+@pytest.mark.parametrize("partial_elements", [1, 1 << 19])
+def test_split_keys_or_not_is_the_same(device: torch.device, partial_elements: int) -> None:
+    """Too little scratch memory means one program a row; either way the result is the twin's."""
+    batch = _batch(Case(((1, 500), (1, 130))), device)
+    twin = torch.empty_like(batch.out)
+    gpu.paged_attention(batch.out, *batch.arguments, Scratch.allocate(device, partial_elements=partial_elements))  # type: ignore[arg-type]
+    attention.paged_attention_torch(twin, *batch.arguments, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(batch.out, twin, rtol=2e-5, atol=2e-5)
+
+
+def test_splits_fill_the_device_and_no_more() -> None:
+    assert gpu.num_key_splits(1, 8, 1 << 20, 132) == 64
+    assert gpu.num_key_splits(1, 8, 100, 132) == 1
+    assert gpu.num_key_splits(256, 8, 4096, 132) == 1
+    assert gpu.num_key_splits(8, 8, 1024, 132) == 8
