@@ -1,0 +1,59 @@
+"""Errors as HTTP answers in OpenAI's JSON shape, and as events of a stream that has begun."""
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from runtime.api.openai_answers import ErrorAnswer, ErrorBody, encode
+from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError
+
+_LOG = logging.getLogger(__name__)
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def error_body(error: RepertoryError) -> bytes:
+    code = "model_not_found" if isinstance(error, ModelNotFound) else error.code.lower()
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return encode(ErrorAnswer(ErrorBody(error.message, error.openai_type, param, code)))
+
+
+def error_response(error: RepertoryError) -> web.Response:
+    response = web.Response(status=error.http_status, body=error_body(error), content_type="application/json")
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
+    return response
+
+
+def error_event(error: RepertoryError) -> bytes:
+    """The official client raises on it; nothing may follow."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
+def internal(error: Exception) -> RepertoryError:
+    """What a caller sees of a fault of ours: that it happened, and no more."""
+    if isinstance(error, RepertoryError):
+        return error
+    _LOG.error("unexpected error", exc_info=error)
+    return RepertoryError("internal error; the server's log has the details")
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Whatever goes wrong before a stream begins becomes a JSON answer."""
+    try:
+        return await handler(request)
+    except web.HTTPRequestEntityTooLarge as error:
+        limit = request.client_max_size
+        body = ErrorBody(f"the body is larger than the limit of {limit} bytes", "invalid_request_error", None, "body_too_large")
+        return web.Response(status=error.status, body=encode(ErrorAnswer(body)), content_type="application/json")
+    except web.HTTPException as error:
+        body = ErrorBody(f"{request.method} {request.path}: {error.reason}", "invalid_request_error", None, None)
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        return web.Response(status=error.status, body=encode(ErrorAnswer(body)), content_type="application/json", headers=headers)
+    except ConnectionError:
+        raise   # the caller is gone: nobody to tell
+    except Exception as error:
+        return error_response(internal(error))

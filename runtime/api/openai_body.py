@@ -1,0 +1,79 @@
+"""A JSON body to a typed request: parse errors that name the field, unknown fields noticed, refusals of what isn't here yet."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from msgspec.structs import fields
+
+from runtime.api.openai_types import ChatBody, Shared
+from runtime.errors import InvalidRequest, NotSupported
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+_PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$")
+_UNSAFE = re.compile(r"[^\w.\-]", re.ASCII)
+
+_REFUSED_SHARED = (
+    "structured_outputs", "structural_tag", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "logits_processors",
+    "use_beam_search", "lora_request", "adapter_id", "prompt_logprobs",
+)  # fmt: skip
+_REFUSED_CHAT = ("tools", "functions", "audio", "prediction", "web_search_options")
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[_T]):
+    body: _T
+    unknown: tuple[str, ...]
+
+    @property
+    def warning(self) -> str | None:
+        """For the `Warning` header (RFC 9111's form), if something was ignored."""
+        if not self.unknown:
+            return None
+        names = ", ".join(_UNSAFE.sub("?", name)[:64] for name in self.unknown[:16])
+        return f'299 repertory "unknown fields were ignored: {names}"'
+
+
+def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
+    """Raises InvalidRequest naming the field."""
+    try:
+        names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        body = msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        found = _PATH.match(str(error))
+        if found is None or not found["path"]:
+            missing = re.search(r"missing required field `(\w+)`", str(error))
+            raise InvalidRequest(f"the body is not valid: {error}", param=missing[1] if missing else None) from error
+        raise InvalidRequest(f"{found['path']}: {found['what']}", param=found["path"]) from error
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from error
+    known = {field.encode_name for field in fields(kind)}
+    return Parsed(body, tuple(name for name in names if name not in known))
+
+
+def refuse_unsupported(body: Shared) -> None:
+    """Raises NotSupported for what was asked and isn't here; null, false and empty values ask for nothing."""
+    for name in _REFUSED_SHARED:
+        _refuse(name, getattr(body, name))
+    if body.response_format and not (isinstance(body.response_format, dict) and body.response_format.get("type") == "text"):
+        raise NotSupported("response_format other than text is not supported yet")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise NotSupported(f"best_of={body.best_of} is not supported: only best_of equal to n ({body.n or 1})")
+    if isinstance(body, ChatBody):
+        for name in _REFUSED_CHAT:
+            _refuse(name, getattr(body, name))
+        if body.tool_choice not in (None, "none", "auto"):
+            raise NotSupported("tool_choice is not supported yet")
+        if body.function_call not in (None, "none", "auto"):
+            raise NotSupported("function_call is not supported yet")
+        if body.modalities and body.modalities != ["text"]:
+            raise NotSupported("modalities other than text are not supported")
+        for index, turn in enumerate(body.messages):
+            for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
+                _refuse(f"messages[{index}].{name}", getattr(turn, name))
+
+
+def _refuse(name: str, value: Any) -> None:
+    if value:
+        raise NotSupported(f"{name} is not supported yet")

@@ -1,0 +1,87 @@
+"""What the handlers of OpenAI's routes share: reading a request, its model and its prompts' tokens."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from runtime.api.naming import MODEL_ID_HEADER, find_model
+from runtime.api.openai_answers import encode
+from runtime.api.openai_body import Parsed, parse
+from runtime.api.openai_types import ChatTurn
+from runtime.errors import InvalidRequest, NotSupported
+from runtime.served import ModelDirectory, ServedModel
+from runtime.text.chat import ChatMessage
+
+THREAD_ABOVE_CHARS = 8192   # a longer prompt is tokenized off the event loop (about a millisecond)
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+async def read_body(request: web.Request, kind: type[_T]) -> Parsed[_T]:
+    parsed = parse(await request.read(), kind)
+    if parsed.unknown:
+        _LOG.info("unknown fields were ignored: %s", ", ".join(parsed.unknown[:16]))
+    return parsed
+
+
+def model_of(request: web.Request, directory: ModelDirectory, asked: str) -> ServedModel:
+    return find_model(directory, request.headers.get(MODEL_ID_HEADER), asked)
+
+
+def json_response(answer: msgspec.Struct, warning: str | None = None) -> web.Response:
+    response = web.Response(body=encode(answer), content_type="application/json")
+    if warning is not None:
+        response.headers["Warning"] = warning
+    return response
+
+
+async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+    if len(text) <= THREAD_ABOVE_CHARS:
+        return model.text.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(model.text.encode, text, add_special_tokens=add_special_tokens)
+
+
+def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
+    """Parts of a message's content are put together, a line each. Raises NotSupported for parts that aren't text."""
+    if not turns:
+        raise InvalidRequest("messages is empty: it needs at least one message", param="messages")
+    messages: list[ChatMessage] = []
+    for index, turn in enumerate(turns):
+        extra: dict[str, str] = {}
+        if turn.name is not None:
+            extra["name"] = turn.name
+        if turn.reasoning_content is not None:
+            extra["reasoning_content"] = turn.reasoning_content
+        messages.append(ChatMessage(turn.role, _content(index, turn), extra))
+    return messages
+
+
+def _content(index: int, turn: ChatTurn) -> str:
+    if isinstance(turn.content, str):
+        return turn.content
+    texts: list[str] = []
+    for position, part in enumerate(turn.content or ()):
+        where = f"messages[{index}].content[{position}]"
+        kind = part.get("type", "text")
+        if kind not in ("text", "input_text", "output_text", "refusal"):
+            raise NotSupported(f"{where}: content of type {kind!r} is not supported, only text")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{where}: text is missing or not a string", param=where)
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    return int(time.time())

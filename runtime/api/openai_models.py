@@ -1,0 +1,43 @@
+"""GET /v1/models and /v1/models/{id}: what is loaded here. The mesh, which also knows what isn't loaded, answers these itself."""
+
+import msgspec
+from aiohttp import web
+
+from runtime.api.naming import find_model
+from runtime.api.openai_context import json_response
+from runtime.served import ModelDirectory, ServedModel
+
+
+class Status(msgspec.Struct, frozen=True):
+    value: str
+
+
+class ModelEntry(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    max_model_len: int
+    root: str
+    object: str = "model"
+    owned_by: str = "repertory"
+    status: Status = Status("loaded")
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[ModelEntry]
+    object: str = "list"
+
+
+class Models:
+    def __init__(self, directory: ModelDirectory) -> None:
+        self._directory = directory
+
+    async def get_all(self, request: web.Request) -> web.Response:
+        return json_response(ModelList([_entry(model) for model in self._directory.list()]))
+
+    async def get_one(self, request: web.Request) -> web.Response:
+        """Ids may hold slashes."""
+        return json_response(_entry(find_model(self._directory, None, request.match_info["id"])))
+
+
+def _entry(model: ServedModel) -> ModelEntry:
+    return ModelEntry(model.name, int(model.loaded_at_s), model.facts.max_model_len, model.model_id)

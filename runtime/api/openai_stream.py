@@ -1,0 +1,76 @@
+"""Server-sent events of one streamed answer: headers at the first event, one write a delta, errors as events, keep-alive comments.
+
+What the events say is runtime.api.openai_chunks' business.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from runtime.api.http_errors import error_event, internal
+from runtime.api.openai_chunks import EventChunks
+from runtime.generation.merge import close
+from runtime.generation.request import Delta
+
+KEEP_ALIVE_S = 15.0
+_KEEP_ALIVE = b": keep-alive\n\n"
+_DONE = b"data: [DONE]\n\n"
+_LOG = logging.getLogger(__name__)
+_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def send_events(request: web.Request, deltas: AsyncIterator[Delta], chunks: EventChunks, warning: str | None) -> web.StreamResponse:
+    """Sends the whole answer. An error before the first event is raised, so that it gets a status of its own."""
+    response = web.StreamResponse(headers=_HEADERS)
+    if warning is not None:
+        response.headers["Warning"] = warning
+    first: asyncio.Task[Delta] = asyncio.ensure_future(_next(deltas))
+    silence: asyncio.Task[None] | None = None
+    try:
+        done, _ = await asyncio.wait({first}, timeout=KEEP_ALIVE_S)
+        if done:
+            first.result()
+        await response.prepare(request)
+        silence = asyncio.create_task(_keep_alive(response, chunks))
+        try:
+            data = chunks.delta(await first)
+            if data:
+                await response.write(data)
+            async for delta in deltas:
+                data = chunks.delta(delta)
+                if data:
+                    await response.write(data)
+            await response.write(chunks.end() + _DONE)
+        except ConnectionError:
+            _LOG.info("caller left a stream")
+        except Exception as error:
+            await response.write(error_event(internal(error)))
+        await response.write_eof()
+    except ConnectionError:
+        _LOG.info("caller left a stream")
+    finally:
+        if silence is not None:
+            silence.cancel()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await close(deltas)
+    return response
+
+
+async def _next(deltas: AsyncIterator[Delta]) -> Delta:
+    return await anext(deltas)
+
+
+async def _keep_alive(response: web.StreamResponse, chunks: EventChunks) -> None:
+    """Comments while nothing else is sent: proxies cut idle streams."""
+    seen = -1
+    while True:
+        if chunks.num_events == seen:
+            try:
+                await response.write(_KEEP_ALIVE)
+            except ConnectionError:
+                return
+        seen = chunks.num_events
+        await asyncio.sleep(KEEP_ALIVE_S)

@@ -1,0 +1,112 @@
+"""Detokenizing against the `tokenizers` library and transformers: nothing lost, no character split."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.text.model import TextModel, load_text
+from runtime.types import ModelSettings
+from tests.support import tokenizers as tiny
+
+FAMILIES = ("byte_level", "sentencepiece", "gemma_like", "metaspace", "word_pieces")
+_MAKERS = {
+    "byte_level": tiny.byte_level,
+    "sentencepiece": tiny.sentencepiece,
+    "gemma_like": lambda path: tiny.sentencepiece(path, strip=False),
+    "metaspace": tiny.metaspace,
+    "word_pieces": tiny.word_pieces,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TextModel, object]]:
+    from transformers import PreTrainedTokenizerFast
+
+    made: dict[str, tuple[TextModel, object]] = {}
+    for family in FAMILIES:
+        path: Path = _MAKERS[family](tmp_path_factory.mktemp(family))
+        made[family] = (load_text(path, ModelSettings()), PreTrainedTokenizerFast.from_pretrained(str(path)))
+    return made
+
+
+TEXTS = ["The dog sleeps.", " the dog", "Grüße 🤖🙂 東京", "a  b\n\n c", "", "naïve café — END", "👩‍👩‍👧 e\u0301"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_encodes_and_decodes_as_transformers(models: dict[str, tuple[TextModel, object]], family: str, text: str) -> None:
+    ours, theirs = models[family]
+    ids = ours.encode(text)
+    assert ids == theirs(text)["input_ids"]  # type: ignore[operator]
+    assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    for skip in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
+        assert ours.decode(ids, skip_special_tokens=skip) == wanted
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("family", ["byte_level", "metaspace", "word_pieces"])
+def test_deltas_of_any_tokens_make_the_full_decoding(models: dict[str, tuple[TextModel, object]], family: str, data: st.DataObject) -> None:
+    ours, theirs = models[family]
+    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=30))
+    skip = data.draw(st.booleans())
+    stream = ours.detokenizer((), skip_special_tokens=skip)
+    deltas: list[str] = []
+    at = 0
+    while at < len(ids):
+        size = data.draw(st.integers(1, 4))
+        deltas.append(stream.push(ids[at : at + size]))
+        at += size
+    assert "".join(deltas) + stream.flush() == theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=20), prompt=st.sampled_from(["", "the dog", "the "]))
+@pytest.mark.parametrize("family", ["sentencepiece", "gemma_like"])
+def test_byte_fallback_text_comes_back(models: dict[str, tuple[TextModel, object]], family: str, text: str, prompt: str) -> None:
+    ours, _ = models[family]
+    before = ours.encode(prompt)
+    ids = ours.encode(text, add_special_tokens=False)
+    stream = ours.detokenizer(before if prompt else ())
+    deltas = [stream.push((token,)) for token in ids]
+    whole = "".join(deltas) + stream.flush()
+    assert whole == ours.decode([*before, *ids] if prompt else ids)[len(ours.decode(before)) if prompt else 0 :]
+    if "�" not in text:
+        assert all("�" not in delta for delta in deltas)
+
+
+def test_a_character_is_held_until_it_is_whole(models: dict[str, tuple[TextModel, object]]) -> None:
+    ours, _ = models["sentencepiece"]
+    ids = [ours.encode("x")[0] * 0 + 3 + byte for byte in "🤖".encode()]   # byte tokens follow the three special ones
+    stream = ours.detokenizer(ours.encode("the"))
+    assert [stream.push((token,)) for token in ids] == ["", "", "", "🤖"]
+    assert stream.push(ids[:2]) == ""
+    assert stream.flush() == "�"
+
+
+def test_a_leading_space_stays_after_a_prompt_and_goes_at_the_start(models: dict[str, tuple[TextModel, object]]) -> None:
+    ours, _ = models["sentencepiece"]
+    dog = ours.encode("dog", add_special_tokens=False)
+    assert ours.detokenizer(()).push(dog) == "dog"
+    assert ours.detokenizer(ours.encode("")).push(dog) == "dog", "a prompt of special tokens alone has no text"
+    assert ours.detokenizer(ours.encode("the")).push(dog) == " dog"
+
+
+def test_ids_outside_of_the_vocabulary_add_nothing(models: dict[str, tuple[TextModel, object]]) -> None:
+    for ours, _ in models.values():
+        assert ours.decode([ours.vocab_size + 5]) == ""
+        assert ours.piece(ours.vocab_size + 5) == ""
+
+
+def test_offsets_are_characters(models: dict[str, tuple[TextModel, object]]) -> None:
+    ours, _ = models["byte_level"]
+    text = "Köln dog"
+    found = ours.encode_with_offsets(text)
+    assert found.offsets[-1][1] == len(text)
+    assert len(found.ids) == len(found.pieces) == len(found.offsets)
