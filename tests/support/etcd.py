@@ -52,8 +52,10 @@ class EtcdServer:
     def url(self) -> str:
         return f"etcd://{self.endpoint}"
 
-    def start(self) -> None:
-        client, peer = f"http://127.0.0.1:{self._port}", f"http://127.0.0.1:{self._peer_port}"
+    def start(self, *, elsewhere: bool = False) -> str:
+        """Returns the endpoint. `elsewhere`: on another port, where clients that know only the usual one don't see it."""
+        port = free_port() if elsewhere else self._port
+        client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{self._peer_port}"
         with (self._directory / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -65,7 +67,8 @@ class EtcdServer:
                 ],
                 stdout=log, stderr=log,
             )
-        self._wait_until_serving()
+        self._wait_until_serving(port)
+        return f"127.0.0.1:{port}"
 
     def kill(self) -> None:
         if self._process is not None:
@@ -86,7 +89,7 @@ class EtcdServer:
         self.kill()
         shutil.rmtree(self._data)
 
-    def _wait_until_serving(self) -> None:
+    def _wait_until_serving(self, port: int) -> None:
         """The port opens when the node has joined; what is not answered then is the client's to bear."""
         give_up = time.monotonic() + 30
         while True:
@@ -94,7 +97,7 @@ class EtcdServer:
             if self._process.poll() is not None:
                 raise RuntimeError(f"etcd ended: {(self._directory / 'etcd.log').read_text()[-2000:]}")
             try:
-                socket.create_connection(("127.0.0.1", self._port), 1).close()
+                socket.create_connection(("127.0.0.1", port), 1).close()
                 return
             except OSError:
                 if time.monotonic() > give_up:

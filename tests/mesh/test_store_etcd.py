@@ -1,0 +1,323 @@
+"""What only etcd can do to us: die and return, forget its past, expire leases, be several, ask for a password."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mesh.errors import StoreError, StoreUncertain
+from mesh.store.etcd import EtcdStore
+from mesh.store.etcd_connection import Method
+from mesh.store.leased import LeasedKey
+from mesh.store.location import EtcdLocation
+from mesh.store.protocol import Compare, Delete, EntryDeleted, EntryPut, Put, Relisted, WatchEvent
+from tests.support.etcd import EtcdServer, free_port
+from wire import etcd_pb2 as pb
+
+roots = (f"/etcd{number}/" for number in itertools.count())
+
+COMPACT = Method("/etcdserverpb.KV/Compact", pb.CompactionResponse.FromString, repeatable=True)
+
+
+@pytest.fixture
+def root() -> str:
+    return next(roots)
+
+
+@asynccontextmanager
+async def opened(*endpoints: str, **options: float) -> AsyncIterator[EtcdStore]:
+    store = EtcdStore(EtcdLocation(endpoints), **options)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def take(events: AsyncIterator[WatchEvent], count: int) -> list[WatchEvent]:
+    async with asyncio.timeout(20):
+        return [await anext(events) for _ in range(count)]
+
+
+async def compact(store: EtcdStore, revision: int) -> None:
+    await store._connection.call(COMPACT, pb.CompactionRequest(revision=revision, physical=True))
+
+
+async def test_a_watch_survives_a_kill_and_misses_nothing(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+        await take(events, 1)
+        await store.put("/a/before", b"")
+        await take(events, 1)
+        own_etcd.kill()
+        async with opened(own_etcd.start(elsewhere=True)) as other:
+            await other.put("/a/gap", b"1")
+            await other.delete("/a/before")
+            await other.put("/a/gap", b"2")
+        own_etcd.kill()
+        own_etcd.start()
+        got = await take(events, 3)
+        assert [event.entry.value if isinstance(event, EntryPut) else None for event in got] == [b"1", None, b"2"]
+        await store.put("/a/after", b"")
+        assert isinstance((await take(events, 1))[0], EntryPut)
+
+
+async def test_catching_up_over_more_than_one_batch_misses_nothing(own_etcd: EtcdServer) -> None:
+    """etcd sends at most a thousand revisions an answer, with the store's current revision in each answer's header."""
+    async with opened(own_etcd.endpoint) as store:
+        first = await store.put("/n/start", b"")
+        written = 2500
+        for start in range(0, written, 100):
+            await asyncio.gather(*(store.put(f"/n/{number}", b"") for number in range(start, start + 100)))
+        seen: set[str] = set()
+        async with aclosing(store.watch("/n/", first + 1)) as events:  # type: ignore[type-var]
+            for number, event in enumerate(await take(events, 1500)):
+                assert isinstance(event, EntryPut), number
+                seen.add(event.entry.key)
+            own_etcd.kill()
+            own_etcd.start()
+            for event in await take(events, written - 1500):
+                assert isinstance(event, EntryPut)
+                seen.add(event.entry.key)
+        assert len(seen) == written
+
+
+async def test_compaction_in_a_gap_becomes_a_listing(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+        await take(events, 1)
+        await store.put("/a/old", b"")
+        await take(events, 1)
+        own_etcd.kill()
+        async with opened(own_etcd.start(elsewhere=True)) as other:
+            await other.delete("/a/old")
+            revision = await other.put("/a/new", b"")
+            await compact(other, revision)
+        own_etcd.kill()
+        own_etcd.start()
+        (listed,) = await take(events, 1)
+        assert isinstance(listed, Relisted)
+        assert [entry.key for entry in listed.listing.entries] == ["/a/new"]
+        assert not listed.went_back
+        await store.put("/a/after", b"")
+        assert isinstance((await take(events, 1))[0], EntryPut)
+
+
+async def test_a_watch_from_a_compacted_revision_lists_and_goes_on(etcd: EtcdServer, root: str) -> None:
+    async with opened(etcd.endpoint) as store:
+        first = await store.put(root + "a", b"1")
+        await store.put(root + "a", b"2")
+        last = await store.put(root + "a", b"3")
+        await compact(store, last)
+        async with aclosing(store.watch(root, first)) as events:  # type: ignore[type-var]
+            (listed,) = await take(events, 1)
+            assert isinstance(listed, Relisted)
+            assert [entry.value for entry in listed.listing.entries] == [b"3"]
+            await store.put(root + "a", b"4")
+            (put,) = await take(events, 1)
+            assert isinstance(put, EntryPut)
+            assert put.entry.value == b"4"
+
+
+async def test_a_store_that_lost_its_data_is_noticed(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+        await take(events, 1)
+        for number in range(5):
+            await store.put(f"/a/{number}", b"")
+        await take(events, 5)
+        own_etcd.wipe()
+        own_etcd.start()
+        (listed,) = await take(events, 1)
+        assert isinstance(listed, Relisted)
+        assert listed.went_back
+        assert listed.listing.entries == ()
+
+
+async def test_a_watch_begun_while_etcd_is_away_begins_when_it_is_back(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
+        await store.put("/a/x", b"")
+        own_etcd.kill()
+        async with aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+            first = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(1.0)
+            assert not first.done()
+            own_etcd.start()
+            async with asyncio.timeout(20):
+                listed = await first
+            assert isinstance(listed, Relisted)
+            assert [entry.key for entry in listed.listing.entries] == ["/a/x"]
+
+
+async def test_calls_fail_clearly_while_etcd_is_away_and_work_again_after(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
+        own_etcd.kill()
+        with pytest.raises(StoreError, match="could be reached within"):
+            await store.get("/a")
+        with pytest.raises(StoreError) as refused:
+            await store.put("/a", b"")
+        assert not isinstance(refused.value, StoreUncertain), "nothing was sent, so nothing can have happened"
+        own_etcd.start()
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await store.put("/a", b"1")
+                    break
+                except StoreError:
+                    await asyncio.sleep(0.05)
+        assert (await store.get("/a")) is not None
+
+
+async def test_a_write_whose_answer_is_lost_is_uncertain_and_a_read_is_not(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint, call_timeout_s=0.7) as store:
+        await store.put("/a", b"1")
+        own_etcd.pause()
+        writes = [store.put("/a", b"2"), store.delete("/b"), store.txn([Compare("/a", mod_revision=1)], [Put("/c", b"")])]
+        for outcome in await asyncio.gather(*writes, return_exceptions=True):
+            assert isinstance(outcome, StoreUncertain)
+        with pytest.raises(StoreError) as refused:
+            await store.get("/a")
+        assert not isinstance(refused.value, StoreUncertain)
+        own_etcd.resume()
+
+
+async def test_no_etcd_at_all_fails_within_the_connect_timeout() -> None:
+    store = EtcdStore(EtcdLocation((f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")), connect_timeout_s=0.5)
+    with pytest.raises(StoreError, match=r"no etcd endpoint of 127\.0\.0\.1:\d+, 127\.0\.0\.1:\d+ could be reached within 0\.5 s"):
+        await store.open()
+    await store.close()
+
+
+async def test_a_dead_endpoint_is_passed_over(etcd: EtcdServer, root: str) -> None:
+    async with opened(f"127.0.0.1:{free_port()}", etcd.endpoint) as store:
+        await store.put(root + "a", b"")
+        async with aclosing(store.watch(root)) as events:  # type: ignore[type-var]
+            await take(events, 1)
+
+
+async def test_an_unwatched_lease_expires_and_a_held_one_does_not(etcd: EtcdServer, root: str) -> None:
+    async with opened(etcd.endpoint) as watcher, aclosing(watcher.watch(root)) as events:  # type: ignore[type-var]
+        await take(events, 1)
+        async with opened(etcd.endpoint) as holder, opened(etcd.endpoint) as dying:
+            held, dropped = await holder.grant(2), await dying.grant(2)
+            assert held.ttl_s >= 2
+            await holder.put(root + "held", b"", lease=held)
+            await dying.put(root + "dropped", b"", lease=dropped)
+            await take(events, 2)
+            await dying.close()
+            (gone,) = await take(events, 1)
+            assert gone == EntryDeleted(root + "dropped", gone.mod_revision)  # type: ignore[union-attr]
+            assert await watcher.get(root + "held") is not None
+            assert not held.lost.is_set()
+
+
+async def test_a_lease_that_etcd_ended_is_lost_and_the_key_published_again(etcd: EtcdServer, root: str) -> None:
+    async with opened(etcd.endpoint) as store, opened(etcd.endpoint) as other:
+        key = LeasedKey(store, root + "pod", ttl_s=2)
+        await key.set(b"1")
+        lease = key._lease
+        assert lease is not None
+        async with aclosing(other.watch(root)) as events:  # type: ignore[type-var]
+            await take(events, 1)
+            await other.revoke(lease)
+            gone, back = await take(events, 2)
+            assert isinstance(gone, EntryDeleted)
+            assert isinstance(back, EntryPut)
+            assert back.entry.value == b"1"
+            assert back.entry.lease_id not in (0, lease.id)
+            assert lease.lost.is_set()
+            await key.remove()
+            assert isinstance((await take(events, 1))[0], EntryDeleted)
+
+
+async def test_leases_survive_a_restart_of_etcd(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint) as store:
+        key = LeasedKey(store, "/i/pod", ttl_s=2)
+        await key.set(b"1")
+        own_etcd.kill()
+        own_etcd.start()
+        async with opened(own_etcd.endpoint) as other:
+            entry = await other.get("/i/pod")
+            assert entry is not None
+            await asyncio.sleep(3.0)
+            assert await other.get("/i/pod") is not None
+        await key.remove()
+
+
+async def test_a_leased_key_set_while_etcd_is_away_appears_when_it_is_back(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
+        key = LeasedKey(store, "/i/pod", ttl_s=5)
+        own_etcd.kill()
+        with pytest.raises(StoreError):
+            await key.set(b"1")
+        own_etcd.start()
+        async with opened(own_etcd.endpoint) as other, aclosing(other.watch("/i/")) as events:  # type: ignore[type-var]
+            (listed,) = await take(events, 1)
+            assert isinstance(listed, Relisted)
+            if not listed.listing.entries:
+                await take(events, 1)
+            entry = await other.get("/i/pod")
+            assert entry is not None
+            assert entry.value == b"1"
+        await key.remove()
+
+
+class AuthAdmin:
+    """Switches etcd's authentication on by hand: field 1 and 2 of these requests are name and password, name and role."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._channel = grpc.aio.insecure_channel(endpoint)
+
+    async def call(self, path: str, *fields: str) -> None:
+        request = pb.AuthenticateRequest(name=fields[0] if fields else "", password=fields[1] if len(fields) > 1 else "")
+        rpc = self._channel.unary_unary(f"/etcdserverpb.Auth/{path}", request_serializer=pb.AuthenticateRequest.SerializeToString)
+        await rpc(request)
+
+    async def enable(self) -> None:
+        await self.call("UserAdd", "root", "secret")
+        await self.call("RoleAdd", "root")
+        await self.call("UserGrantRole", "root", "root")
+        await self.call("AuthEnable")
+        await self._channel.close()
+
+
+async def test_user_and_password_and_a_token_that_a_restart_made_worthless(own_etcd: EtcdServer) -> None:
+    known = EtcdLocation((own_etcd.endpoint,), user="root", password="secret")
+    before = EtcdStore(known)
+    await before.open()
+    await before.put("/a/x", b"0")
+    await before.close()
+    await AuthAdmin(own_etcd.endpoint).enable()
+    store = EtcdStore(known)
+    await store.open()
+    async with aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+        await take(events, 1)
+        await store.put("/a/x", b"1")
+        lease = await store.grant(5)
+        await store.put("/a/leased", b"1", lease=lease)
+        await take(events, 2)
+        own_etcd.kill()
+        own_etcd.start()
+        await store.put("/a/x", b"2")
+        async with asyncio.timeout(20):
+            while True:
+                (event,) = await take(events, 1)
+                if isinstance(event, EntryPut) and event.entry.value == b"2":
+                    break
+        assert (await store.txn([], [Delete("/a/x")])).succeeded
+    await store.close()
+    for user, text in (("root", "etcd refused user 'root'"), ("", "user name is empty")):
+        wrong = EtcdStore(EtcdLocation((own_etcd.endpoint,), user=user, password="wrong"))
+        with pytest.raises(StoreError, match=text) as error:
+            await wrong.open()
+            await wrong.get("/a/x")
+        assert "wrong" not in error.value.message
+        await wrong.close()
+
+
+async def test_open_names_what_is_wrong(tmp_path: Path) -> None:
+    store = EtcdStore(EtcdLocation(("127.0.0.1:1",)))
+    with pytest.raises(StoreError, match="not open"):
+        await store.get("/a")
+    await store.close()

@@ -1,0 +1,113 @@
+"""The pure plans of vmodels: whatever is set, finished, parked and deleted, references are what they say and nothing in use is deleted."""
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.errors import MeshError
+from mesh.registry.moves import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
+from mesh.registry.records import ModelRecord, VModelRecord
+from mesh.types import ModelInfo
+
+MODELS = ("m0", "m1", "m2")
+VMODELS = ("v0", "v1")
+
+wishes = st.builds(
+    Wish, vmodel_id=st.sampled_from(VMODELS), target_id=st.sampled_from(MODELS),
+    info=st.one_of(st.none(), st.sampled_from([ModelInfo("llm", "a"), ModelInfo("llm", "b")])),
+    auto_delete=st.booleans(), update_only=st.booleans(), force=st.booleans(),
+    expected_target_id=st.sampled_from(("", *MODELS)), owner=st.sampled_from(("", "x", "y")),
+)
+actions = st.one_of(
+    st.tuples(st.just("set"), wishes, st.booleans()),
+    st.tuples(st.sampled_from(["finish", "park", "delete"]), st.sampled_from(VMODELS), st.sampled_from(MODELS)),
+    st.tuples(st.just("copies"), st.sampled_from(MODELS), st.integers(0, 2)),
+)
+
+
+class World:
+    """All records, changed by plans alone (and by placement, which changes copies)."""
+
+    def __init__(self) -> None:
+        self.vmodels: dict[str, VModelRecord] = {}
+        self.models: dict[str, ModelRecord] = {}
+
+    def view(self, vmodel_id: str, *more: str) -> View:
+        vmodel = self.vmodels.get(vmodel_id)
+        ids = {*more, *((vmodel.active_id, vmodel.target_id) if vmodel else ())}
+        return View(vmodel, {model_id: self.models.get(model_id) for model_id in ids})
+
+    def apply(self, vmodel_id: str, plan: Plan) -> None:
+        for table, changes in ((self.vmodels, {vmodel_id: plan.vmodel}), (self.models, plan.models)):
+            for record_id, record in changes.items():
+                if record is None:
+                    table.pop(record_id, None)  # type: ignore[attr-defined]
+                else:
+                    table[record_id] = record  # type: ignore[index]
+
+    def step(self, action: tuple[object, ...]) -> None:
+        match action:
+            case ("set", Wish() as wish, bool() as loaded):
+                view = self.view(wish.vmodel_id, wish.target_id)
+                try:
+                    plan = plan_set(wish, view, target_is_loaded=loaded, now_ms=5, default_owner="x")
+                except MeshError:
+                    return
+                again = plan_set(wish, self.after(view, plan, wish), target_is_loaded=loaded, now_ms=5, default_owner="x")
+                assert again == Plan(plan.vmodel), "asking twice changes nothing the second time"
+                assert plan.vmodel is not None
+                assert plan.vmodel.target_id == wish.target_id
+                assert not plan.vmodel.failed
+                self.apply(wish.vmodel_id, plan)
+            case ("finish", str() as vmodel_id, str() as target_id):
+                self.apply(vmodel_id, plan_finish(self.view(vmodel_id), target_id=target_id))
+            case ("park", str() as vmodel_id, str() as target_id):
+                self.apply(vmodel_id, plan_park(self.view(vmodel_id), target_id=target_id))
+            case ("delete", str() as vmodel_id, str()):
+                self.apply(vmodel_id, plan_delete(self.view(vmodel_id), owner=""))
+            case ("copies", str() as model_id, int() as copies) if model_id in self.models:
+                placed = {f"pod-{number}": 1 for number in range(copies)}
+                self.models[model_id] = msgspec.structs.replace(self.models[model_id], instance_ids=placed)
+
+    def after(self, view: View, plan: Plan, wish: Wish) -> View:
+        return View(plan.vmodel, {**view.models, **plan.models})
+
+    def check(self) -> None:
+        for model_id, model in self.models.items():
+            assert model.refs == sum(model_id in (vmodel.active_id, vmodel.target_id) for vmodel in self.vmodels.values())
+            assert model.refs > 0 or not model.auto_delete
+        for vmodel in self.vmodels.values():
+            assert {vmodel.active_id, vmodel.target_id} <= self.models.keys(), "what a vmodel points at exists"
+            assert vmodel.moving or not vmodel.failed
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(actions, max_size=25))
+def test_references_stay_true(steps: list[tuple[object, ...]]) -> None:
+    world = World()
+    for action in steps:
+        world.step(action)
+        world.check()
+
+
+@given(wishes, st.booleans())
+def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has_none(wish: Wish, auto: bool) -> None:
+    """No gap: unless forced, a name with a loaded active model never points at one that isn't."""
+    active = ModelRecord(type="llm", path="active", refs=1, auto_delete=auto, instance_ids={"pod": 1})
+    view = View(VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, wish.target_id: None})
+    try:
+        plan = plan_set(wish, view, target_is_loaded=False, now_ms=5, default_owner="x")
+    except MeshError:
+        return
+    assert plan.vmodel is not None
+    assert plan.vmodel.active_id == (wish.target_id if wish.force else "active")
+    if not wish.force:
+        assert "active" not in plan.models, "the active model is not touched"
+
+
+@given(st.sampled_from(MODELS))
+def test_finishing_what_has_been_moved_elsewhere_does_nothing(target_id: str) -> None:
+    vmodel = VModelRecord(active_id="a", target_id="b")
+    view = View(vmodel, {"a": ModelRecord(refs=1), "b": ModelRecord(refs=1)})
+    assert plan_finish(view, target_id=target_id) == Plan(vmodel)
+    assert plan_park(view, target_id=target_id) == Plan(vmodel)
