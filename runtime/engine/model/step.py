@@ -15,6 +15,9 @@ from typing import Protocol
 
 import torch
 
+from runtime.engine.kernels.scratch import Scratch
+from runtime.engine.model.host_plan import HostPlan
+
 
 @dataclass(frozen=True, slots=True)
 class KvPlanes:
@@ -38,6 +41,8 @@ class StepContext:
         slots: [T] int64; element offset of each token's K (V) in the plane, -1 = padding.
         block_tokens: tokens in a block.
         max_query_len, max_context_len: host-side upper bounds; they choose kernels, never results.
+        scratch: what attention kernels may scribble on (GPU).
+        host: what attention's CPU path worked out for this step; it fills it at the first layer and reads it at the others.
     """
 
     planes: Sequence[KvPlanes]
@@ -49,6 +54,8 @@ class StepContext:
     block_tokens: int
     max_query_len: int
     max_context_len: int
+    scratch: Scratch | None = None
+    host: HostPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +105,4 @@ class BuiltModel:
     kv_dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     path: str                            # "fused: …" or "unfused: …"
+    token_stride: int                    # elements from one token's K (V) to the next one's in a block: KV heads × head dim, the same in every layer

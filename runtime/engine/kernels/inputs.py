@@ -1,0 +1,120 @@
+"""A step's inputs, built on the device from what the device already knows and one small upload.
+
+Knows the upload's words and the row tables; nothing of requests. Layout of the upload, int32 words:
+
+    header[16]: num_rows, num_tokens, num_samples, num_blocks, ring line, then where each section begins, in the order below
+    per row:    slot · start (position of its first token here) · first token in the batch (one more entry: num_tokens)
+                · where its ids begin in `tokens`, -1 = its one id is the row's last drawn token
+    per sample: token whose logits count · row slot
+    blocks:     (row slot, index in its page table, page id) each
+    tokens:     input ids
+
+What a step leaves of the padded sizes is filled with rows of no queries and tokens of slot -1, so that one CUDA graph serves every smaller step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HEADER_WORDS = 16
+NUM_ROWS, NUM_TOKENS, NUM_SAMPLES, NUM_BLOCKS, RING_LINE, AT_SLOT, AT_START, AT_FIRST, AT_IDS, AT_SAMPLE, AT_SAMPLE_ROW, AT_BLOCKS, AT_TOKENS = range(13)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Where a step's inputs go; shapes are the most that a step may have. See model.step.StepContext and CausalForward for their meaning."""
+
+    input_ids: Tensor        # [T] int64
+    positions: Tensor        # [T] int64
+    slots: Tensor            # [T] int64
+    row_slots: Tensor        # [B] int32
+    query_starts: Tensor     # [B + 1] int32
+    context_lens: Tensor     # [B] int32
+    logits_at: Tensor        # [B] int64
+    sample_rows: Tensor      # [B] int32, -1 = no sample
+
+    @staticmethod
+    def allocate(device: torch.device, max_tokens: int, max_rows: int) -> "StepInputs":
+        def zeros(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return StepInputs(
+            zeros(max_tokens, torch.int64), zeros(max_tokens, torch.int64), zeros(max_tokens, torch.int64), zeros(max_rows, torch.int32),
+            zeros(max_rows + 1, torch.int32), zeros(max_rows, torch.int32), zeros(max_rows, torch.int64), zeros(max_rows, torch.int32),
+        )
+
+
+def build_inputs(
+    upload: Tensor, page_table: Tensor, last_token: Tensor, inputs: StepInputs, *, num_tokens: int, num_rows: int, num_samples: int,
+    block_tokens: int, page_unit: int, token_stride: int,
+) -> None:
+    """Enter new blocks in `page_table` [R, W] and fill the first `num_tokens`, `num_rows`, `num_samples` places of `inputs`; those counts are the
+    padded ones, the upload holds the true ones. A token's slot is page id · `page_unit` + its place in the block · `token_stride`."""
+    arguments = (upload, page_table, last_token, inputs, num_tokens, num_rows, num_samples, block_tokens, page_unit, token_stride)
+    if upload.is_cuda:
+        from runtime.engine.kernels.gpu import inputs as gpu
+
+        gpu.build_inputs(*arguments)
+    else:
+        build_inputs_torch(*arguments)
+
+
+def commit_draws(drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, *, num_samples: int) -> None:
+    """Make `drawn` [S] int64 the rows' last tokens, and copy it to the upload's line of `ring` [lines, B] int64 (padded samples are left out)."""
+    arguments = (drawn, upload, inputs, last_token, ring, num_samples)
+    if upload.is_cuda:
+        from runtime.engine.kernels.gpu import inputs as gpu
+
+        gpu.commit_draws(*arguments)
+    else:
+        commit_draws_torch(*arguments)
+
+
+def build_inputs_torch(
+    upload: Tensor, page_table: Tensor, last_token: Tensor, inputs: StepInputs, num_tokens: int, num_rows: int, num_samples: int,
+    block_tokens: int, page_unit: int, token_stride: int,
+) -> None:
+    """Torch twin of the Triton launches."""
+    head = upload[:HEADER_WORDS].tolist()
+    rows, tokens, samples, blocks = head[NUM_ROWS], head[NUM_TOKENS], head[NUM_SAMPLES], head[NUM_BLOCKS]
+
+    def section(where: int, size: int) -> Tensor:
+        begin = head[where]
+        return upload[begin : begin + size]
+
+    if blocks:
+        row, index, page = section(AT_BLOCKS, 3 * blocks).view(blocks, 3).long().unbind(1)
+        page_table[row, index] = page.to(page_table.dtype)
+    slot, start, first, ids_at = (section(where, rows) for where in (AT_SLOT, AT_START, AT_FIRST, AT_IDS))
+    counts = section(AT_FIRST, rows + 1).diff()
+    batch_row = torch.repeat_interleave(torch.arange(rows, device=upload.device), counts, output_size=tokens)
+    offset = torch.arange(tokens, device=upload.device) - first.long()[batch_row]
+    position = start.long()[batch_row] + offset
+    at = ids_at.long()[batch_row]
+    given = upload[(head[AT_TOKENS] + at + offset).clamp(0, upload.numel() - 1)].long()
+    inputs.input_ids[:num_tokens] = 0
+    inputs.input_ids[:tokens] = torch.where(at >= 0, given, last_token[slot.long()[batch_row]])
+    inputs.positions[:num_tokens] = 0
+    inputs.positions[:tokens] = position
+    page = page_table[slot.long()[batch_row], position // block_tokens].long()
+    inputs.slots[:num_tokens] = -1
+    inputs.slots[:tokens] = page * page_unit + position % block_tokens * token_stride
+    inputs.row_slots[:num_rows] = 0
+    inputs.row_slots[:rows] = slot
+    inputs.query_starts[: num_rows + 1] = tokens
+    inputs.query_starts[:rows] = first
+    inputs.context_lens[:num_rows] = 0
+    inputs.context_lens[:rows] = start + counts
+    inputs.logits_at[:num_samples] = 0
+    inputs.logits_at[:samples] = section(AT_SAMPLE, samples)
+    inputs.sample_rows[:num_samples] = -1
+    inputs.sample_rows[:samples] = section(AT_SAMPLE_ROW, samples)
+
+
+def commit_draws_torch(drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, num_samples: int) -> None:
+    """Torch twin of the Triton launch."""
+    samples, line = int(upload[NUM_SAMPLES]), int(upload[RING_LINE])
+    samples = min(samples, num_samples)
+    last_token[inputs.sample_rows[:samples].long()] = drawn[:samples]
+    ring[line, :samples] = drawn[:samples]

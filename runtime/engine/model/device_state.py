@@ -1,0 +1,52 @@
+"""What all models of one engine share on the device: row tables, input buffers, the upload ring, the line of results, the graph pool.
+
+Made once at the engine's start; every tensor keeps its address. Knows sizes; nothing of any model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.config import EngineConfig
+from runtime.engine.kernels.inputs import StepInputs
+from runtime.engine.kernels.scratch import Scratch
+from runtime.engine.model.graphs import GraphPool
+from runtime.engine.model.results import ResultRing
+from runtime.engine.model.rows import RowTables
+from runtime.engine.model.upload import UploadRing
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """Everything runs on the stream that was current when it was made.
+
+    Attributes:
+        drawn: [max_rows] int64, the tokens drawn in the running step, in the order of the rows that sample.
+    """
+
+    device: torch.device
+    max_rows: int
+    max_tokens: int
+    rows: RowTables
+    inputs: StepInputs
+    drawn: torch.Tensor
+    uploads: UploadRing
+    results: ResultRing
+    graphs: GraphPool
+    scratch: Scratch | None
+
+    @staticmethod
+    def create(device: torch.device, config: EngineConfig) -> "DeviceState":
+        """Take the memory. A step may have as many tokens as the token budget, or one a row if that is more."""
+        max_tokens = max(config.max_batch_tokens, config.max_rows)
+        max_blocks = max_tokens // config.block_tokens + 2 * config.max_rows
+        on_gpu = device.type == "cuda"
+        return DeviceState(
+            device, config.max_rows, max_tokens, RowTables(device, config.max_rows), StepInputs.allocate(device, max_tokens, config.max_rows),
+            torch.zeros(config.max_rows, dtype=torch.int64, device=device), UploadRing(device, max_tokens, config.max_rows, max_blocks),
+            ResultRing(device, config.max_rows), GraphPool(enabled=on_gpu and config.graphs), Scratch.allocate(device) if on_gpu else None,
+        )
+
+    def capture_one(self) -> bool:
+        """Capture one graph that is asked for, if there is one; for idle turns. True if it did."""
+        return self.graphs.capture_one()

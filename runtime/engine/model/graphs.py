@@ -1,0 +1,135 @@
+"""CUDA graphs of small steps, captured lazily.
+
+A bucket's first use runs eagerly; its second asks for a graph, which is captured in an idle turn, or in place once the bucket has run eagerly often
+enough to show that no idle turn comes. All models' graphs share one memory pool: they run one after another on one stream and leave nothing
+behind in it but what the next step reads at once. Weights, KV and inputs keep their addresses, so a graph outlives its model's evictions.
+
+Knows buckets, captures and bytes; nothing of what a pass computes.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from runtime.engine.model.buckets import Bucket
+
+EAGER_USES = 12                          # then a graph is captured at once
+POOL_LIMIT_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """A captured pass. `logits` [num_rows, V] are where it leaves them; the next replay of any graph may overwrite them."""
+
+    graph: "torch.cuda.CUDAGraph"
+    logits: torch.Tensor
+
+
+class GraphPool:
+    """The memory and the queue of captures that all models share."""
+
+    def __init__(self, *, enabled: bool, limit_bytes: int = POOL_LIMIT_BYTES) -> None:
+        self.enabled = enabled
+        self.used_bytes = 0
+        self._limit_bytes = limit_bytes
+        self._wanted: deque[tuple[ModelGraphs, Bucket]] = deque()
+        self._handle = torch.cuda.graph_pool_handle() if enabled else None
+        self._stream = torch.cuda.Stream() if enabled else None
+
+    @property
+    def full(self) -> bool:
+        return self.used_bytes >= self._limit_bytes
+
+    def want(self, graphs: "ModelGraphs", bucket: Bucket) -> None:
+        self._wanted.append((graphs, bucket))
+
+    def forget(self, graphs: "ModelGraphs") -> None:
+        self._wanted = deque(item for item in self._wanted if item[0] is not graphs)
+
+    def capture_one(self) -> bool:
+        """Capture the longest-wanted graph whose model is resident. True if one was captured."""
+        for _ in range(len(self._wanted)):
+            graphs, bucket = self._wanted.popleft()
+            if graphs.capture(bucket):
+                return True
+        return False
+
+    def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
+        """Capture `run`, which returns logits, without running it. Other threads may use the device meanwhile."""
+        assert self._stream is not None
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            try:
+                logits = run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self.used_bytes += max(0, torch.cuda.memory_reserved() - before)
+        return StepGraph(graph, alias(logits))
+
+
+class ModelGraphs:
+    """One model's graphs. `blank()` makes the device's upload a step of no rows, `run(bucket)` is a pass padded to the bucket's sizes, and
+    `ready()` says whether the weights are in."""
+
+    def __init__(
+        self, pool: GraphPool, blank: Callable[[], None], run: Callable[[Bucket], torch.Tensor], ready: Callable[[], bool]
+    ) -> None:
+        self._pool = pool
+        self._blank = blank
+        self._run = run
+        self._ready = ready
+        self._graphs: dict[Bucket, StepGraph] = {}
+        self._uses: dict[Bucket, int] = {}
+
+    def find(self, bucket: Bucket) -> StepGraph | None:
+        """The graph to replay for a step, if there is one and the weights are in; counts the use. May blank the upload."""
+        if not self._pool.enabled or not self._ready():
+            return None
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            return graph
+        uses = self._uses[bucket] = self._uses.get(bucket, 0) + 1
+        if uses == 2:
+            self._pool.want(self, bucket)
+        if uses > EAGER_USES:
+            self.capture(bucket)
+        return self._graphs.get(bucket)
+
+    def capture(self, bucket: Bucket) -> bool:
+        """Capture the bucket's graph now. False if there is one, the weights are away, or the pool is full."""
+        if bucket in self._graphs or self._pool.full or not self._ready():
+            if not self._ready():
+                self._uses[bucket] = 0                       # asked for again when the model is back
+            return False
+        self._blank()
+        self._run(bucket)                                    # compiles kernels and wakes libraries, which a capture may not
+        self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
+        return True
+
+    def close(self) -> None:
+        """Give the graphs up, after the device is done with them."""
+        self._pool.forget(self)
+        if self._graphs:
+            torch.cuda.current_stream().synchronize()
+        self._graphs.clear()
+
+
+class _Alias:
+    """Foreign device memory in the form that torch.as_tensor takes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel() * tensor.element_size(),), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
+        }
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without owning it: a graph's results stay in the pool, free for the next graph's use."""
+    flat = torch.as_tensor(_Alias(tensor.contiguous()), device=tensor.device)
+    return flat.view(tensor.dtype).view(tensor.shape)

@@ -1,0 +1,77 @@
+"""Attention and KV writes on a CPU, quick enough to serve: pages gathered (or seen in place) for a tile of rows, then torch's own attention.
+
+Knows one layer's planes and a HostPlan's tiles; nothing of models. kernels.attention's torch twin is the plain statement of the same thing.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from runtime.engine.model.host_plan import HostPlan, Tile
+from runtime.engine.model.step import AttentionSpec, KvPlanes
+
+
+def write_on_host(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, planes: KvPlanes) -> None:
+    """Write `k` and `v` [T, Hkv, D] at element offsets `slots` [T] (all ≥ 0: a CPU step has no padding)."""
+    width = k.shape[1] * k.shape[2]
+    for x, plane in ((k, planes.k), (v, planes.v)):
+        # every element starts a (overlapping) row of this view, so that a slot is a row index
+        rows = plane.as_strided((plane.numel() - width + 1, width), (1, 1))
+        rows.index_copy_(0, slots, x.reshape(-1, width).to(plane.dtype))
+
+
+def attend_on_host(
+    plan: HostPlan, planes: KvPlanes, block_tokens: int, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None
+) -> None:
+    """Attention of `q` [T, Hq, D] into `out` [T, Hq, D]."""
+    for tile in plan.tiles(spec.sliding_window, q.dtype):
+        k = _keys(planes.k, planes.page_unit, tile, block_tokens, spec, q.dtype)
+        v = _keys(planes.v, planes.page_unit, tile, block_tokens, spec, q.dtype)
+        queries = q[tile.tokens].view(tile.num_rows, tile.num_queries, spec.num_q_heads, spec.head_dim).transpose(1, 2)
+        if sinks is None and not spec.softcap:
+            mixed = scaled_dot_product_attention(
+                queries, k, v, attn_mask=tile.bias, is_causal=tile.causal, scale=spec.scale, enable_gqa=spec.num_q_heads != spec.num_kv_heads
+            )
+        else:
+            mixed = _written_out(tile, spec, queries, k, v, sinks)
+        out[tile.tokens] = mixed.transpose(1, 2).reshape(-1, spec.num_q_heads, spec.head_dim)
+
+
+def _keys(
+    plane: torch.Tensor, page_unit: int, tile: Tile, block_tokens: int, spec: AttentionSpec, dtype: torch.dtype
+) -> torch.Tensor:
+    """The tile's keys (values): [num_rows, Hkv, length, D]."""
+    width = spec.num_kv_heads * spec.head_dim
+    block = block_tokens * width
+    if tile.page_step == -1 or tile.page_step * page_unit == block:       # neighbours in memory: no copy
+        begin = plane.storage_offset() + tile.first_page * page_unit
+        seen = plane.as_strided((1, tile.length, spec.num_kv_heads, spec.head_dim), (0, width, spec.head_dim, 1), begin)
+    else:
+        blocks = plane.as_strided(((plane.numel() - block) // page_unit + 1, block), (page_unit, 1))
+        if plane.element_size() == 1:                                      # FP8 has no index_select
+            gathered = blocks.view(torch.uint8).index_select(0, tile.pages).view(plane.dtype)
+        else:
+            # given its result, index_select copies whole blocks; without, it goes element by element over a view like this
+            gathered = torch.index_select(blocks, 0, tile.pages, out=plane.new_empty((tile.pages.numel(), block)))
+        seen = gathered.view(tile.num_rows, -1, spec.num_kv_heads, spec.head_dim)[:, : tile.length]
+    return seen.to(dtype).transpose(1, 2)
+
+
+def _written_out(
+    tile: Tile, spec: AttentionSpec, queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """What torch's attention lacks: soft-capped scores and sinks. [num_rows, Hq, num_queries, D]."""
+    group = spec.num_q_heads // spec.num_kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (queries @ k.transpose(2, 3)).float() * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if tile.bias is not None:
+        scores = scores + tile.bias
+    elif tile.causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    return weights.to(v.dtype) @ v

@@ -1,0 +1,100 @@
+"""The way of a step's draws from the device to the host, one step late: a ring on the device, a pinned twin, a copy stream.
+
+Knows lines, counts and events; nothing of what the tokens mean.
+"""
+
+import time
+from typing import Protocol
+
+import torch
+
+from runtime.engine.model.upload import RING_LINES
+from runtime.engine.plan import StepResult
+from runtime.messages import TokenLogprobs
+
+
+class LogprobsOnTheWay(Protocol):
+    """Log-probabilities whose copy to the host is queued before the step's last event."""
+
+    def generated(self) -> list[TokenLogprobs | None] | None: ...
+
+    def prompt(self) -> dict[int, list[TokenLogprobs | None]] | None: ...
+
+
+class StepLaunched:
+    """A step on its way (plan.Launched). On a CPU it is over when it is made."""
+
+    def __init__(
+        self, tokens: torch.Tensor, logprobs: LogprobsOnTheWay | None, events: "tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None",
+        host_us: float,
+    ) -> None:
+        self._tokens = tokens
+        self._logprobs = logprobs
+        self._events = events
+        self._device_us = host_us
+        self._result: StepResult | None = None
+
+    def ready(self) -> bool:
+        return self._events is None or self._events[2].query()
+
+    def settle(self) -> None:
+        """Take the result off the ring, waiting for it if need be; the line may then be used again."""
+        if self._result is not None:
+            return
+        if self._events is not None:
+            begin, end, copied = self._events
+            copied.synchronize()
+            self._device_us = begin.elapsed_time(end) * 1e3
+            self._events = None
+        lp = self._logprobs
+        self._result = StepResult(self._tokens.tolist(), self._device_us, lp and lp.generated(), lp and lp.prompt())
+
+    def collect(self) -> StepResult:
+        self.settle()
+        assert self._result is not None
+        return self._result
+
+
+class ResultRing:
+    """Lines of drawn tokens in turn."""
+
+    def __init__(self, device: torch.device, max_rows: int) -> None:
+        self.lines = torch.zeros((RING_LINES, max_rows), dtype=torch.int64, device=device)
+        self._on_gpu = device.type == "cuda"
+        self._host = torch.zeros((RING_LINES, max_rows), dtype=torch.int64, pin_memory=True) if self._on_gpu else self.lines
+        self._copies = torch.cuda.Stream(device) if self._on_gpu else None
+        self._users: list[StepLaunched | None] = [None] * RING_LINES
+        self._turn = 0
+        self._begin_event: torch.cuda.Event | None = None
+        self._begin_s = 0.0
+
+    def begin(self) -> int:
+        """A line for the next step, whose device time counts from now. Waits only if RING_LINES steps are under way."""
+        line = self._turn
+        self._turn = (line + 1) % RING_LINES
+        user = self._users[line]
+        if user is not None:
+            user.settle()
+        if self._on_gpu:
+            self._begin_event = torch.cuda.Event(enable_timing=True)
+            self._begin_event.record()
+        else:
+            self._begin_s = time.perf_counter()
+        return line
+
+    def finish(self, line: int, num_samples: int, logprobs: LogprobsOnTheWay | None) -> StepLaunched:
+        """Queue the copy of the line's first `num_samples` draws."""
+        tokens = self._host[line, :num_samples]
+        if self._copies is None or self._begin_event is None:
+            launched = StepLaunched(tokens, logprobs, None, (time.perf_counter() - self._begin_s) * 1e6)
+        else:
+            end, copied = torch.cuda.Event(enable_timing=True), torch.cuda.Event()
+            end.record()
+            self._copies.wait_event(end)
+            with torch.cuda.stream(self._copies):
+                if num_samples:
+                    tokens.copy_(self.lines[line, :num_samples], non_blocking=True)
+                copied.record()
+            launched = StepLaunched(tokens, logprobs, (self._begin_event, end, copied), 0.0)
+        self._users[line] = launched
+        return launched

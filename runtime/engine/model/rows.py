@@ -1,0 +1,66 @@
+"""What the device keeps of every row slot between steps: its last drawn token, its page table, its sampling rules.
+
+One set for the whole engine: a slot belongs to one model at a time, and all steps run in one order, so models share the tables. Knows slots and
+words; nothing of models, batches or how a token is drawn.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runtime.types import SamplingParams
+
+# Words of a row's rules (int32; F: the bits of a float32). kernels/sample.py reads them by these numbers.
+TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED_LOW, SEED_HIGH, REPETITION, FREQUENCY, PRESENCE = range(10)
+NUM_WORDS = 12
+
+
+class RowTables:
+    """Tensors indexed by row slot; their addresses never change.
+
+    Attributes:
+        last_token: [max_rows] int64, the token drawn last.
+        rules: [max_rows, NUM_WORDS] int32; only rows that do more than plain greedy drawing ever write or read theirs.
+    """
+
+    def __init__(self, device: torch.device, max_rows: int) -> None:
+        self.device = device
+        self.max_rows = max_rows
+        self.last_token = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.rules = torch.zeros((max_rows, NUM_WORDS), dtype=torch.int32, device=device)
+        self._page_tables: dict[int, torch.Tensor] = {}
+
+    def page_table(self, num_pages: int) -> torch.Tensor:
+        """A table of at least `num_pages` entries a row, [max_rows, W] int32: one for each power of two, shared by the models of that width."""
+        width = max(16, 1 << (num_pages - 1).bit_length())
+        if width not in self._page_tables:
+            self._page_tables[width] = torch.zeros((self.max_rows, width), dtype=torch.int32, device=self.device)
+        return self._page_tables[width]
+
+    def write_rules(self, rows: list[int], rules: list[SamplingParams]) -> None:
+        """Set rows' rules, after all steps launched so far."""
+        words = np.stack([_words(rule) for rule in rules])
+        self.rules.index_copy_(0, to_device(np.asarray(rows, np.int64), self.device), to_device(words, self.device))
+
+
+def to_device(array: "npt.NDArray[np.generic]", device: torch.device) -> torch.Tensor:
+    """A copy of `array` on the device, without waiting for it (torch keeps the pinned copy until the transfer is over)."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _words(rule: SamplingParams) -> npt.NDArray[np.int32]:
+    words = np.zeros(NUM_WORDS, np.int32)
+    floats = words.view(np.float32)
+    floats[TEMPERATURE] = rule.temperature
+    words[TOP_K] = max(0, rule.top_k)
+    floats[TOP_P] = rule.top_p
+    floats[MIN_P] = rule.min_p
+    floats[TYPICAL_P] = rule.typical_p
+    seed = rule.seed & 0xFFFF_FFFF_FFFF_FFFF
+    words.view(np.uint32)[SEED_LOW] = seed & 0xFFFF_FFFF
+    words.view(np.uint32)[SEED_HIGH] = seed >> 32
+    floats[REPETITION] = rule.repetition_penalty
+    floats[FREQUENCY] = rule.frequency_penalty
+    floats[PRESENCE] = rule.presence_penalty
+    return words

@@ -1,0 +1,132 @@
+"""One model's steps: upload, inputs, forward pass, draws, results on their way (plan.Runner).
+
+The hot path. Every model, every device and every feature passes through `launch`, so nothing may be added here that waits for the device,
+loops over rows in Python when all rows are plain, or knows a family: features attach through the sampler, the log-probabilities and the plan.
+Knows the order of things on the stream; nothing of scheduling, pages' owners or weights.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from runtime.config import EngineConfig
+from runtime.engine.kernels.inputs import build_inputs, commit_draws
+from runtime.engine.model.buckets import Bucket, bucket_of
+from runtime.engine.model.device_state import DeviceState
+from runtime.engine.model.graphs import ModelGraphs
+from runtime.engine.model.logprobs import LogprobRows, StepLogprobs, score
+from runtime.engine.model.results import StepLaunched
+from runtime.engine.model.rows import to_device
+from runtime.engine.model.sampler import Sampler
+from runtime.engine.model.step import BuiltModel, StepContext
+from runtime.engine.model.upload import StepShape
+from runtime.engine.plan import RowSetup, StepPlan
+from runtime.types import ModelFacts
+
+
+class ModelRunner:
+    """Runs one built model. `weights_ready`: whether the last byte of the weights is in (graphs wait for that; eager passes wait on the device)."""
+
+    def __init__(
+        self, built: BuiltModel, facts: ModelFacts, config: EngineConfig, state: DeviceState, weights_ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        del config
+        self.facts = facts
+        self._built = built
+        self._state = state
+        self._page_table = state.rows.page_table(-(-built.max_model_len // built.block_tokens) + 1)
+        self._sampler = Sampler(built.vocab_size, state.rows)
+        self._logprobs = LogprobRows()
+        self._graphs = ModelGraphs(state.graphs, state.uploads.blank, self._padded_pass, weights_ready)
+
+    def open_row(self, setup: RowSetup) -> None:
+        self._sampler.open(setup)
+        self._logprobs.open(setup)
+
+    def close_row(self, row: int) -> None:
+        self._sampler.close(row)
+        self._logprobs.close(row)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepLaunched:
+        state = self._state
+        line = state.results.begin()
+        shape = state.uploads.pack(plan, line)
+        prompt_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
+        plain = self._sampler.all_plain(shape)
+        bucket = None if prompt_at else bucket_of(shape.num_tokens, shape.num_rows, shape.max_query_len, shape.max_context_len)
+        graph = self._graphs.find(bucket) if bucket is not None else None
+        state.uploads.send()
+        self._sampler.begin(plan)
+        if graph is not None:
+            graph.graph.replay()
+            logits = graph.logits
+        else:
+            logits = self._pass(
+                shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len, prompt_at, greedy=plain
+            )
+        raw, processed = self._logprobs.asking(shape)
+        job = StepLogprobs() if raw or processed or prompt_at else None
+        scores = self._sampler.processed(logits, processed, shape) if processed else None
+        if not plain:
+            self._draw(logits, shape, eager=graph is None)
+        if job is not None:
+            self._score(job, logits, scores, raw, processed, plan, shape)
+        return state.results.finish(line, shape.num_samples, job)
+
+    def close(self) -> None:
+        """Give up graphs; the runner is not used again."""
+        self._graphs.close()
+
+    def _pass(
+        self, num_tokens: int, num_rows: int, num_samples: int, max_query_len: int, max_context_len: int, prompt_at: list[int], *, greedy: bool
+    ) -> torch.Tensor:
+        """Inputs, forward and, if all draws are plain, the draws. Returns logits [num_samples, V], followed by those at `prompt_at`."""
+        state, built = self._state, self._built
+        inputs = state.inputs
+        build_inputs(
+            state.uploads.device_words, self._page_table, state.rows.last_token, inputs, num_tokens=num_tokens, num_rows=num_rows,
+            num_samples=num_samples, block_tokens=built.block_tokens, page_unit=built.planes[0].page_unit, token_stride=built.token_stride,
+        )
+        step = StepContext(
+            built.planes, self._page_table, inputs.row_slots[:num_rows], inputs.query_starts[: num_rows + 1], inputs.context_lens[:num_rows],
+            inputs.slots[:num_tokens], built.block_tokens, max_query_len, max_context_len, state.scratch,
+        )
+        logits_at = inputs.logits_at[: max(1, num_samples)]
+        if prompt_at:
+            logits_at = torch.cat((logits_at[:num_samples], to_device(np.array(prompt_at, np.int64), state.device)))
+        logits = built.forward(inputs.input_ids[:num_tokens], inputs.positions[:num_tokens], logits_at, step)
+        if greedy and num_samples:
+            torch.argmax(logits[:num_samples], 1, out=state.drawn[:num_samples])
+            self._commit(num_samples)
+        return logits
+
+    def _padded_pass(self, bucket: Bucket) -> torch.Tensor:
+        return self._pass(bucket.num_tokens, bucket.num_rows, bucket.num_rows, bucket.max_query_len, bucket.max_context_len, [], greedy=True)
+
+    def _draw(self, logits: torch.Tensor, shape: StepShape, *, eager: bool) -> None:
+        drawn = self._state.drawn[: shape.num_samples]
+        if eager:
+            torch.argmax(logits[: shape.num_samples], 1, out=drawn)
+        self._sampler.draw(logits, shape, drawn)
+        self._commit(shape.num_samples)
+
+    def _commit(self, num_samples: int) -> None:
+        state = self._state
+        commit_draws(
+            state.drawn, state.uploads.device_words, state.inputs, state.rows.last_token, state.results.lines, num_samples=num_samples
+        )
+
+    def _score(
+        self, job: StepLogprobs, logits: torch.Tensor, scores: torch.Tensor | None, raw: list[int], processed: list[int], plan: StepPlan,
+        shape: StepShape,
+    ) -> None:
+        for samples, source in ((raw, logits), (processed, scores)):
+            if samples and source is not None:
+                at = to_device(np.array(samples, np.int64), self._state.device)
+                tops = self._logprobs.tops(shape, samples)
+                rows = source[at] if source is logits else source
+                job.add_drawn(score(rows, self._state.drawn[at], max(tops)), samples, tops, shape.num_samples)
+        if plan.prompt_logprobs:
+            self._logprobs.score_prompts(plan, shape, logits[shape.num_samples :], job)

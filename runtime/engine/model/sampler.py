@@ -1,0 +1,111 @@
+"""Drawing the tokens of a step's rows that want more than the largest logit; only they pay.
+
+Knows which rows ask for what; the arithmetic is in kernels/sample.py and edits.py. Rows of one step fall in three groups: plain greedy (drawn with the
+forward pass), drawn straight from the logits, and drawn from an edited copy.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from runtime.engine.kernels import sample
+from runtime.engine.model.edits import LogitEdits
+from runtime.engine.model.rows import RowTables, to_device
+from runtime.engine.model.upload import StepShape
+from runtime.engine.plan import RowSetup, StepPlan
+from runtime.types import SamplingParams
+
+_PLAIN, _RANDOM, _EDITED = range(3)
+
+
+class Sampler:
+    """One model's open rows and their rules."""
+
+    def __init__(self, vocab_size: int, tables: RowTables) -> None:
+        self._tables = tables
+        self._edits = LogitEdits(vocab_size, tables)
+        self._kinds = np.zeros(tables.max_rows, np.uint8)
+        self._sorts = np.zeros(tables.max_rows, np.bool_)
+        self._unsent: dict[int, SamplingParams] = {}
+
+    def open(self, setup: RowSetup) -> None:
+        """Take up a row; its rules go to the device with the next step."""
+        rules = setup.sampling
+        row = setup.row
+        self._edits.close(row)
+        self._unsent.pop(row, None)
+        self._sorts[row] = not rules.greedy and (rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1)
+        kind = _PLAIN if rules.greedy else _RANDOM
+        if self._edits.open(setup):
+            kind = _EDITED
+        self._kinds[row] = kind
+        if kind != _PLAIN:
+            self._unsent[row] = rules
+
+    def close(self, row: int) -> None:
+        self._edits.close(row)
+        self._kinds[row] = _PLAIN
+        self._unsent.pop(row, None)
+
+    def all_plain(self, shape: StepShape) -> bool:
+        """Whether the largest logit is the draw of every row."""
+        return not self._kinds[shape.sample_rows].any()
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before a step: send new rows' rules, count what the host gives to rows that keep a history."""
+        if self._unsent:
+            self._tables.write_rules(list(self._unsent), list(self._unsent.values()))
+            self._unsent.clear()
+        if plan.tokens and (self._kinds[np.array(plan.rows)] == _EDITED).any():
+            at = 0
+            for row, start, count, from_device in zip(plan.rows, plan.starts, plan.counts, plan.from_device, strict=True):
+                if not from_device:
+                    self._edits.note_given(row, start, plan.tokens[at : at + count])
+                    at += count
+
+    def draw(self, logits: torch.Tensor, shape: StepShape, drawn: torch.Tensor) -> None:
+        """Overwrite `drawn` [S] int64 for the rows that aren't plain; `logits` [S or more, V] of the step's samples."""
+        kinds = self._kinds[shape.sample_rows]
+        special = np.flatnonzero(kinds).tolist()
+        rows, positions = shape.sample_rows.tolist(), shape.sample_positions.tolist()
+        edited = [s for s in special if kinds[s] == _EDITED and self._edits.active(rows[s], positions[s])]
+        unchanged = set(edited)
+        direct = [s for s in special if s not in unchanged]
+        if direct:
+            self._draw(logits, direct, direct, rows, positions, drawn)
+        if edited:
+            self._draw(self._edited(logits, edited, rows, positions), list(range(len(edited))), edited, rows, positions, drawn)
+            self._edits.note_drawn([rows[s] for s in edited], [positions[s] for s in edited], edited, drawn)
+
+    def processed(self, logits: torch.Tensor, samples: list[int], shape: StepShape) -> torch.Tensor:
+        """What samples are drawn from: float32 [m, V], -inf where filters cut. To be asked before `draw` counts the new tokens."""
+        rows, positions = shape.sample_rows.tolist(), shape.sample_positions.tolist()
+        scores = logits.index_select(0, to_device(np.array(samples, np.int64), logits.device)).float()
+        edited = [i for i, s in enumerate(samples) if self._edits.active(rows[s], positions[s])]
+        if edited:
+            at = to_device(np.array(edited, np.int64), logits.device)
+            part = scores[at]
+            self._edits.apply(part, [rows[samples[i]] for i in edited], [positions[samples[i]] for i in edited])
+            scores[at] = part
+        random = [i for i, s in enumerate(samples) if self._kinds[rows[s]] != _PLAIN]
+        if random:
+            at, slot = to_device(np.array([random, [rows[samples[i]] for i in random]], np.int64), logits.device)
+            words = self._tables.rules[slot]
+            part = sample.scaled(scores[at], words)
+            hot = words.view(torch.float32)[:, sample.TEMPERATURE, None] > 0
+            scores[at] = torch.where(hot, sample.filtered(part, words, None), part)
+        return scores
+
+    def _edited(self, logits: torch.Tensor, samples: list[int], rows: list[int], positions: list[int]) -> torch.Tensor:
+        scores = logits.index_select(0, to_device(np.array(samples, np.int64), logits.device)).float()
+        self._edits.apply(scores, [rows[s] for s in samples], [positions[s] for s in samples])
+        return scores
+
+    def _draw(
+        self, logits: torch.Tensor, source: Sequence[int], samples: list[int], rows: list[int], positions: list[int], drawn: torch.Tensor
+    ) -> None:
+        slots = [rows[s] for s in samples]
+        words = np.array([source, samples, slots, [positions[s] for s in samples]], np.int64)
+        where, target, slot, position = to_device(words, logits.device)
+        sample.draw(logits, where, target, slot, position, self._tables.rules, drawn, sorts=bool(self._sorts[slots].any()))

@@ -1,0 +1,109 @@
+"""A step plan as the words that the device needs of it, and the pinned buffers that carry them over.
+
+Knows plans and the layout in kernels/inputs.py; nothing of models or sampling.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runtime.engine.kernels import inputs as layout
+from runtime.engine.plan import StepPlan
+
+RING_LINES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the host must know of a step to run it, and arrays it will want again.
+
+    Attributes:
+        sample_at: [S] index into the plan's rows of each row that samples.
+        sample_rows: [S] their row slots.
+        sample_positions: [S] the position that the drawn token will have.
+        firsts: [B + 1] first token of each row in the batch.
+    """
+
+    num_tokens: int
+    num_rows: int
+    num_samples: int
+    num_blocks: int
+    max_query_len: int
+    max_context_len: int
+    sample_at: npt.NDArray[np.int64]
+    sample_rows: npt.NDArray[np.int64]
+    sample_positions: npt.NDArray[np.int64]
+    firsts: npt.NDArray[np.int64]
+
+
+def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32]) -> tuple[StepShape, int]:
+    """Write `plan` into `words`; returns its shape and how many words it took. `line`: where in the ring of results its draws will lie."""
+    num_rows = len(plan.rows)
+    rows = np.array(plan.rows, np.int64)
+    starts = np.array(plan.starts, np.int64)
+    counts = np.array(plan.counts, np.int64)
+    firsts = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(counts, out=firsts[1:])
+    num_tokens = int(firsts[-1])
+    given = ~np.array(plan.from_device, np.bool_)
+    ids_at = np.full(num_rows, -1, np.int64)
+    if plan.tokens:
+        given_counts = np.where(given, counts, 0)
+        ids_at[given] = (np.cumsum(given_counts) - given_counts)[given]
+    sample_at = np.flatnonzero(np.array(plan.samples, np.bool_))
+    ends = starts + counts
+    shape = StepShape(
+        num_tokens, num_rows, len(sample_at), len(plan.new_blocks), int(counts.max()), int(ends.max()), sample_at, rows[sample_at],
+        ends[sample_at], firsts,
+    )
+    sections: list[tuple[int, Sequence[int] | npt.NDArray[np.int64]]] = [
+        (layout.AT_SLOT, rows), (layout.AT_START, starts), (layout.AT_FIRST, firsts), (layout.AT_IDS, ids_at),
+        (layout.AT_SAMPLE, firsts[1:][sample_at] - 1), (layout.AT_SAMPLE_ROW, shape.sample_rows),
+        (layout.AT_BLOCKS, np.array(plan.new_blocks, np.int64).ravel()), (layout.AT_TOKENS, plan.tokens),
+    ]
+    words[layout.NUM_ROWS], words[layout.NUM_TOKENS] = num_rows, num_tokens
+    words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = len(sample_at), len(plan.new_blocks)
+    words[layout.RING_LINE] = line
+    at = layout.HEADER_WORDS
+    for name, values in sections:
+        words[name] = at
+        words[at : at + len(values)] = values
+        at += len(values)
+    return shape, at
+
+
+class UploadRing:
+    """Host buffers in turn, and the device buffer that they are copied to (always the same one: CUDA graphs read it)."""
+
+    def __init__(self, device: torch.device, max_tokens: int, max_rows: int, max_blocks: int) -> None:
+        num_words = layout.HEADER_WORDS + 7 * max_rows + max_tokens + 3 * max_blocks + 1
+        on_gpu = device.type == "cuda"
+        self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
+        lines = RING_LINES if on_gpu else 1
+        self._host = [torch.zeros(num_words, dtype=torch.int32, pin_memory=on_gpu) if on_gpu else self.device_words for _ in range(lines)]
+        self._words = [host.numpy() for host in self._host]
+        self._sent = [torch.cuda.Event() for _ in range(lines)] if on_gpu else []
+        self._turn = 0
+        self._num_words = 0
+
+    def pack(self, plan: StepPlan, line: int) -> StepShape:
+        """Put `plan` into words on the host. Waits for the device only if it is RING_LINES steps behind."""
+        if self._sent:
+            self._sent[self._turn].synchronize()
+        shape, self._num_words = pack(plan, line, self._words[self._turn])
+        return shape
+
+    def send(self) -> None:
+        """Start the copy of what was packed last."""
+        if self._sent:
+            turn, size = self._turn, self._num_words
+            self.device_words[:size].copy_(self._host[turn][:size], non_blocking=True)
+            self._sent[turn].record()
+            self._turn = (turn + 1) % len(self._host)
+
+    def blank(self) -> None:
+        """Make the device's words a step of no rows: what a graph is captured over."""
+        self.device_words.zero_()
