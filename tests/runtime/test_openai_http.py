@@ -1,0 +1,284 @@
+"""OpenAI's routes on the wire: what clients other than the official one send, and how bad input is answered."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from runtime.config import RuntimeConfig
+from runtime.served import ServedModel
+from runtime.types import DefaultSampling, ModelSettings
+from tests.runtime.openai_server import Server, serve
+from tests.support import tokenizers as tiny
+from tests.support.scripted_engine import ScriptedEngine, served
+
+TEXT = "The dog sleeps."
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.byte_level(tmp_path_factory.mktemp("m"))
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> ServedModel:
+    return served(model_dir, "m1")
+
+
+@pytest.fixture
+async def server(model: ServedModel) -> AsyncIterator[Server]:
+    tokens = model.text.encode(TEXT, add_special_tokens=False)
+    async with serve(ScriptedEngine(lambda asked: [*tokens, 0]), model, config=RuntimeConfig(http_max_body_bytes=200_000)) as found:
+        yield found
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as found:
+        yield found
+
+
+async def post(http: aiohttp.ClientSession, server: Server, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+    data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    async with http.post(server.url + path, data=data, headers=headers) as response:
+        raw = await response.read()
+        return response.status, msgspec.json.decode(raw), response.headers
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "m1", "messages": [{"role": "user", "content": "hi"}], **fields}
+
+
+async def test_log_likelihood_request(http: aiohttp.ClientSession, server: Server) -> None:
+    """What lm-eval sends for multiple choice."""
+    prompt = server.script("The quick brown fox")
+    for given in ([prompt], prompt, "The quick brown fox", ["The quick brown fox"]):
+        body = {"model": "m1", "prompt": given, "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
+        status, answer, _ = await post(http, server, "/v1/completions", body, Authorization="Bearer ")
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        found = choice["logprobs"]
+        assert choice["text"] == "The quick brown fox" + server.model.text.decode(server.script(TEXT)[:1])
+        assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["top_logprobs"]) == len(found["text_offset"])
+        assert len(found["tokens"]) == len(prompt) + 1
+        assert found["token_logprobs"][0] is None
+        assert found["top_logprobs"][0] is None
+        assert found["token_logprobs"][1:] == [-1.5] * len(prompt)
+        assert all(len(best) == 2 and found["tokens"][i + 1] in best for i, best in enumerate(found["top_logprobs"][1:]))
+        for offset, token in zip(found["text_offset"], found["tokens"], strict=True):
+            assert choice["text"].startswith(token, offset)
+
+
+async def test_echo_without_output(http: aiohttp.ClientSession, server: Server) -> None:
+    body = {"model": "m1", "prompt": "The fox", "max_tokens": 0, "logprobs": 0, "echo": True}
+    status, answer, _ = await post(http, server, "/v1/completions", body)
+    assert status == 200
+    assert answer["choices"][0]["text"] == "The fox"
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == len(server.script("The fox"))
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+    lines = await events(http, server, "/v1/completions", {**body, "stream": True})
+    assert "".join(line["choices"][0]["text"] for line in lines) == "The fox"
+    assert lines[0]["choices"][0]["logprobs"]["token_logprobs"][0] is None
+
+
+async def events(http: aiohttp.ClientSession, server: Server, path: str, body: Any) -> list[Any]:
+    async with http.post(server.url + path, json=body) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        assert response.headers["Cache-Control"] == "no-cache"
+        assert response.headers["X-Accel-Buffering"] == "no"
+        text = await response.text()
+    blocks = text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [msgspec.json.decode(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+async def test_several_prompts_streamed_with_echo(http: aiohttp.ClientSession, server: Server) -> None:
+    body = {"model": "m1", "prompt": ["The fox", "a dog"], "n": 2, "echo": True, "stream": True, "stream_options": {"include_usage": True}}
+    lines = await events(http, server, "/v1/completions", body)
+    texts = [""] * 4
+    for line in lines[:-1]:
+        texts[line["choices"][0]["index"]] += line["choices"][0]["text"]
+    assert texts == ["The fox" + TEXT, "The fox" + TEXT, "a dog" + TEXT, "a dog" + TEXT]
+    assert lines[-1]["choices"] == []
+    assert lines[-1]["usage"]["prompt_tokens"] == len(server.script("The fox")) + len(server.script("a dog"))
+    assert lines[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+
+
+async def test_offsets_go_on_through_a_stream(http: aiohttp.ClientSession, server: Server) -> None:
+    body = {"model": "m1", "prompt": "The fox", "logprobs": 1, "echo": True, "stream": True}
+    lines = await events(http, server, "/v1/completions", body)
+    text = "".join(line["choices"][0]["text"] for line in lines)
+    pairs = [
+        pair
+        for line in lines
+        if (found := line["choices"][0]["logprobs"]) is not None
+        for pair in zip(found["text_offset"], found["tokens"], strict=True)
+    ]
+    assert all(text.startswith(token, offset) for offset, token in pairs[:-1])
+    assert pairs[-1] == (len(text), "<|end|>")
+
+
+async def test_benchmark_clients_bodies(http: aiohttp.ClientSession, server: Server) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    body = chat(messages=parts, max_completion_tokens=5, ignore_eos=True, stream=False, logprobs=None, repetition_penalty=1.0)
+    status, _, headers = await post(http, server, "/v1/chat/completions", body, **{"X-Request-Id": "bench-1"})
+    assert status == 200
+    assert headers["X-Request-Id"] == "bench-1"
+    assert "user\na\nb<|im_end|>" in server.model.text.decode(server.engine.asked[0].prompt, skip_special_tokens=False)
+    assert server.engine.asked[0].stop.ignore_eos
+
+
+async def test_an_assistant_at_the_end_is_continued(http: aiohttp.ClientSession, server: Server) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]
+    await post(http, server, "/v1/chat/completions", chat(messages=turns))
+    await post(http, server, "/v1/chat/completions", chat(messages=turns, add_generation_prompt=True))
+    texts = [server.model.text.decode(asked.prompt, skip_special_tokens=False) for asked in server.engine.asked]
+    assert texts[0].endswith("<|im_start|>assistant\nWell, ")
+    assert texts[1].endswith("Well, <|im_end|>\n<|im_start|>assistant\n")
+
+
+async def test_unknown_fields_are_named_in_a_header(http: aiohttp.ClientSession, server: Server) -> None:
+    status, _, headers = await post(http, server, "/v1/chat/completions", chat(top_a=1, **{"x\r\ny": 2}))
+    assert status == 200
+    assert headers["Warning"] == '299 repertory "unknown fields were ignored: top_a, x??y"'
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"functions": [{"name": "f"}]},
+        {"response_format": {"type": "json_object"}},
+        {"guided_regex": "a+"},
+        {"tool_choice": "required"},
+        {"best_of": 2},
+        {"lora_request": {"name": "x"}},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+    ],
+)
+async def test_what_is_not_here_says_so(http: aiohttp.ClientSession, server: Server, fields: dict[str, Any]) -> None:
+    status, answer, _ = await post(http, server, "/v1/chat/completions", chat(**fields))
+    assert status == 501
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert "not supported" in answer["error"]["message"]
+    assert not server.engine.asked
+
+
+async def test_empty_forms_of_what_is_not_here_are_taken(http: aiohttp.ClientSession, server: Server) -> None:
+    body = chat(tools=[], tool_choice="none", response_format={"type": "text"}, functions=None, best_of=1)
+    assert (await post(http, server, "/v1/chat/completions", body))[0] == 200
+    assert (await post(http, server, "/v1/completions", {"model": "m1", "prompt": "a", "suffix": "b"}))[0] == 501
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temperature": -1}, "temperature", "-1"),
+        ({"top_p": 0}, "top_p", "> 0"),
+        ({"n": 0}, "n", "0"),
+        ({"n": 1000}, "n", "1000"),
+        ({"max_tokens": 0}, "max_tokens", "0"),
+        ({"max_tokens": 500}, "max_tokens", "200"),
+        ({"max_completion_tokens": 500}, "max_completion_tokens", "200"),
+        ({"max_tokens": "many"}, "max_tokens", "int"),
+        ({"messages": []}, "messages", "empty"),
+        ({"messages": [{"role": "user", "content": "word " * 300}]}, "messages", "200"),
+        ({"messages": [{"content": "x"}]}, "messages[0]", "role"),
+        ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias", "999999"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "-1"),
+        ({"stop": ["a"] * 65}, "stop", "64"),
+        ({"stop": [""]}, "stop", "1 to"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "9"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template", "template"),
+    ],
+)
+async def test_bad_parameters(http: aiohttp.ClientSession, server: Server, fields: dict[str, Any], param: str, words: str) -> None:
+    status, answer, _ = await post(http, server, "/v1/chat/completions", chat(**fields))
+    assert status == 400, answer
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["param"] == param
+    assert words in answer["error"]["message"]
+    assert not server.engine.asked
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [(b"", 400), (b"{", 400), (b"[]", 400), (b"\xff", 400), (b'{"model":"m1"}', 400), (b"[" * 50_000, 400), (b" " * 300_000, 413)],
+)
+async def test_bad_bodies(http: aiohttp.ClientSession, server: Server, raw: bytes, status: int) -> None:
+    found, answer, _ = await post(http, server, "/v1/chat/completions", raw)
+    assert found == status
+    assert answer["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], "", [1, "a"], ["a", [1]], [100_000], [[-1]], ["a", ""], [1] * 200])
+async def test_bad_prompts(http: aiohttp.ClientSession, server: Server, prompt: Any) -> None:
+    status, answer, _ = await post(http, server, "/v1/completions", {"model": "m1", "prompt": prompt})
+    assert status == 400, answer
+    assert answer["error"]["param"] == "prompt"
+
+
+async def test_routes_that_are_not_there(http: aiohttp.ClientSession, server: Server) -> None:
+    assert (await post(http, server, "/v1/embeddings", {}))[0] == 404
+    async with http.get(server.url + "/v1/chat/completions") as response:
+        assert response.status == 405
+        assert response.headers["Allow"] == "POST"
+        assert "error" in await response.json()
+
+
+async def test_the_header_names_the_model_and_the_body_the_answer(http: aiohttp.ClientSession, server: Server) -> None:
+    status, answer, _ = await post(http, server, "/v1/chat/completions", chat(model="alias"), **{"mm-model-id": "m1"})
+    assert (status, answer["model"]) == (200, "alias")
+    assert (await post(http, server, "/v1/chat/completions", chat(), **{"mm-model-id": "gone"}))[0] == 404
+    assert (await post(http, server, "/v1/chat/completions", chat(model="")))[0] == 400
+
+
+async def test_defaults_of_the_registration_come_before_the_apis(http: aiohttp.ClientSession, model_dir: Path) -> None:
+    settings = ModelSettings(sampling=DefaultSampling(temperature=0.2, top_k=5, max_tokens=7), display_name="shown", max_concurrency=1)
+    model = served(model_dir, "m2", settings=settings)
+    async with serve(ScriptedEngine(lambda asked: [5] * 50), model) as server:
+        status, answer, _ = await post(http, server, "/v1/chat/completions", chat(model="shown", top_k=9))
+        asked = server.engine.asked[0]
+        assert (status, answer["model"]) == (200, "shown")
+        assert (asked.sampling.temperature, asked.sampling.top_k, asked.stop.max_tokens) == (0.2, 9, 7)
+        status, answer, headers = await post(http, server, "/v1/chat/completions", chat(model="m2", n=2))
+        assert status == 429
+        assert "limit is 1" in answer["error"]["message"]
+        assert headers["Retry-After"] == "1"
+
+
+async def test_tokenize_and_back(http: aiohttp.ClientSession, server: Server) -> None:
+    _, answer, _ = await post(http, server, "/tokenize", {"model": "m1", "prompt": "The dog", "return_token_strs": True})
+    assert answer["tokens"] == server.script("The dog")
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 200
+    _, back, _ = await post(http, server, "/detokenize", {"model": "m1", "tokens": answer["tokens"]})
+    assert back["prompt"] == "The dog"
+    _, chatted, _ = await post(http, server, "/tokenize", chat())
+    assert chatted["tokens"][0] == 1
+    assert (await post(http, server, "/tokenize", {"model": "m1"}))[0] == 400
+
+
+async def test_metrics_and_health(http: aiohttp.ClientSession, server: Server) -> None:
+    async with http.get(server.url + "/health") as response:
+        assert response.status == 200
+    await post(http, server, "/v1/chat/completions", chat())
+    for method in ("GET", "HEAD"):
+        async with http.request(method, server.url + "/metrics") as response:
+            assert response.status == 200
+            text = await response.text()
+            if method == "GET":
+                assert 'vllm:request_success_total{finished_reason="stop",model_name="m1"} 1.0' in text
+                assert 'vllm:time_to_first_token_seconds_count{model_name="m1"} 1.0' in text
+    server.metrics.forget("m1")
+    async with http.get(server.url + "/metrics") as response:
+        assert 'model_name="m1"' not in await response.text()
