@@ -7,7 +7,7 @@ once; a table goes on answering while the store is away. Listeners hear of every
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Generic
 
@@ -153,18 +153,19 @@ class Table(Generic[R]):
             stop()
 
     async def _follow(self) -> None:
-        async for event in self._store.watch(self._prefix):
-            match event:
-                case EntryPut(entry):
-                    self._absorb_put(entry)
-                case EntryDeleted(key, revision):
-                    record_id = key.removeprefix(self._prefix)
-                    if self._deleted_at.get(record_id, revision + 1) <= revision:
-                        del self._deleted_at[record_id]
-                    self._drop(record_id, revision)
-                case Relisted(listing, went_back):
-                    self._relist(listing, went_back)
-                    self._listed.set()
+        async with aclosing(self._store.watch(self._prefix)) as events:
+            async for event in events:
+                match event:
+                    case EntryPut(entry):
+                        self._absorb_put(entry)
+                    case EntryDeleted(key, revision):
+                        record_id = key.removeprefix(self._prefix)
+                        if self._deleted_at.get(record_id, revision + 1) <= revision:
+                            del self._deleted_at[record_id]
+                        self._drop(record_id, revision)
+                    case Relisted(listing, went_back):
+                        self._relist(listing, went_back)
+                        self._listed.set()
 
     def _relist(self, listing: Listing, went_back: bool) -> None:
         listed = {entry.key.removeprefix(self._prefix) for entry in listing.entries}

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import sqlite3
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -113,7 +113,7 @@ class EmbeddedStore:
             # which keys are its own is read when the write's turn has come
             await self._write(lambda: ([], [Delete(entry.key) for entry in self._entries.values() if entry.lease_id == lease.id]))
 
-    async def watch(self, prefix: str, from_revision: int | None = None) -> AsyncIterator[WatchEvent]:
+    async def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
         self._check_open()
         queue: asyncio.Queue[tuple[WatchEvent, ...] | None] = asyncio.Queue()
         if from_revision is None or from_revision < self._history_from:

@@ -3,7 +3,7 @@
 Knows etcd's messages; connection, watching and leases are its parts' work. Values are opaque; keys are UTF-8 text.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from mesh.store.etcd_connection import EtcdConnection, Method
 from mesh.store.etcd_lease import LeaseKeeper
@@ -67,7 +67,7 @@ class EtcdStore:
     async def revoke(self, lease: Lease) -> None:
         await self._leases.revoke(lease)
 
-    def watch(self, prefix: str, from_revision: int | None = None) -> AsyncIterator[WatchEvent]:
+    def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
         return PrefixWatch(self._connection, self.get_prefix, prefix, from_revision).events()
 
 

@@ -7,7 +7,8 @@ from there would lose some.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 import grpc
 
@@ -46,7 +47,7 @@ class PrefixWatch:
         self._cluster_id: int | None = None
         self._pause_s = FIRST_PAUSE_S
 
-    async def events(self) -> AsyncIterator[WatchEvent]:
+    async def events(self) -> AsyncGenerator[WatchEvent, None]:
         while True:
             try:
                 if self._next is None:
@@ -54,8 +55,9 @@ class PrefixWatch:
                     self._next = listing.revision + 1
                     went_back, self._went_back = self._went_back, False
                     yield Relisted(listing, went_back)
-                async for event in self._one_stream(self._next):
-                    yield event
+                async with aclosing(self._one_stream(self._next)) as events:
+                    async for event in events:
+                        yield event
             except _HistoryLost as lost:
                 logger.info("events of %s after revision %s are gone; listing again", self._prefix, self._next)
                 self._next, self._went_back = None, lost.went_back
@@ -67,7 +69,7 @@ class PrefixWatch:
                 await asyncio.sleep(self._pause_s)
                 self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
 
-    async def _one_stream(self, start_revision: int) -> AsyncIterator[WatchEvent]:
+    async def _one_stream(self, start_revision: int) -> AsyncGenerator[WatchEvent, None]:
         stream = await self._connection.stream(WATCH)
         key, end = prefix_range(self._prefix)
         try:

@@ -7,7 +7,7 @@ Failures: `StoreError` means that nothing was changed, `StoreUncertain` that the
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -128,7 +128,7 @@ class Store(Protocol):
     async def revoke(self, lease: Lease) -> None:
         """End it and delete its keys, now. An unknown or ended lease: nothing happens."""
 
-    def watch(self, prefix: str, from_revision: int | None = None) -> AsyncIterator[WatchEvent]:
+    def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
         """Events from `from_revision` on, in order, each once; without it a `Relisted` first, then what follows it.
 
         Survives reconnects and restarts of the store; ends only when closed. Events of one revision are never torn apart by a reconnect.

@@ -124,7 +124,7 @@ async def test_concurrent_compare_and_set_loses_no_update(store: Store, root: st
 
 async def test_watch_begins_with_a_listing_and_follows_in_order(store: Store, root: str) -> None:
     before = await store.put(root + "before", b"0")
-    async with aclosing(store.watch(root)) as events:  # type: ignore[type-var]
+    async with aclosing(store.watch(root)) as events:
         (first,) = await take(events, 1)
         assert isinstance(first, Relisted)
         assert not first.went_back
@@ -141,7 +141,7 @@ async def test_watch_from_a_revision_replays(store: Store, root: str) -> None:
     first = await store.put(root + "a", b"1")
     second = await store.put(root + "a", b"2")
     await store.delete(root + "a")
-    async with aclosing(store.watch(root, second)) as events:  # type: ignore[type-var]
+    async with aclosing(store.watch(root, second)) as events:
         got = await take(events, 2)
     assert got[0] == EntryPut(Entry(root + "a", b"2", first, second))
     assert isinstance(got[1], EntryDeleted)
@@ -163,7 +163,7 @@ async def test_listing_and_watch_leave_no_gap(store: Store, root: str) -> None:
     await asyncio.sleep(0.02)
     listing: Listing = await store.get_prefix(root)
     seen = [entry.key for entry in listing.entries]
-    async with aclosing(store.watch(root, listing.revision + 1)) as events:  # type: ignore[type-var]
+    async with aclosing(store.watch(root, listing.revision + 1)) as events:
         await asyncio.sleep(0.05)
         stop.set()
         await writer
@@ -180,7 +180,7 @@ async def test_a_lease_takes_its_keys_with_it(store: Store, root: str) -> None:
     await store.put(root + "b", b"", lease=lease)
     await store.put(root + "c", b"", lease=other)
     await store.put(root + "b", b"now without a lease")
-    async with aclosing(store.watch(root)) as events:  # type: ignore[type-var]
+    async with aclosing(store.watch(root)) as events:
         await take(events, 1)
         await store.revoke(lease)
         (gone,) = await take(events, 1)

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 
 import grpc
 import pytest
@@ -48,7 +47,7 @@ async def compact(store: EtcdStore, revision: int) -> None:
 
 
 async def test_a_watch_survives_a_kill_and_misses_nothing(own_etcd: EtcdServer) -> None:
-    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         await store.put("/a/before", b"")
         await take(events, 1)
@@ -73,7 +72,7 @@ async def test_catching_up_over_more_than_one_batch_misses_nothing(own_etcd: Etc
         for start in range(0, written, 100):
             await asyncio.gather(*(store.put(f"/n/{number}", b"") for number in range(start, start + 100)))
         seen: set[str] = set()
-        async with aclosing(store.watch("/n/", first + 1)) as events:  # type: ignore[type-var]
+        async with aclosing(store.watch("/n/", first + 1)) as events:
             for number, event in enumerate(await take(events, 1500)):
                 assert isinstance(event, EntryPut), number
                 seen.add(event.entry.key)
@@ -86,7 +85,7 @@ async def test_catching_up_over_more_than_one_batch_misses_nothing(own_etcd: Etc
 
 
 async def test_compaction_in_a_gap_becomes_a_listing(own_etcd: EtcdServer) -> None:
-    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         await store.put("/a/old", b"")
         await take(events, 1)
@@ -111,7 +110,7 @@ async def test_a_watch_from_a_compacted_revision_lists_and_goes_on(etcd: EtcdSer
         await store.put(root + "a", b"2")
         last = await store.put(root + "a", b"3")
         await compact(store, last)
-        async with aclosing(store.watch(root, first)) as events:  # type: ignore[type-var]
+        async with aclosing(store.watch(root, first)) as events:
             (listed,) = await take(events, 1)
             assert isinstance(listed, Relisted)
             assert [entry.value for entry in listed.listing.entries] == [b"3"]
@@ -122,7 +121,7 @@ async def test_a_watch_from_a_compacted_revision_lists_and_goes_on(etcd: EtcdSer
 
 
 async def test_a_store_that_lost_its_data_is_noticed(own_etcd: EtcdServer) -> None:
-    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         for number in range(5):
             await store.put(f"/a/{number}", b"")
@@ -139,7 +138,7 @@ async def test_a_watch_begun_while_etcd_is_away_begins_when_it_is_back(own_etcd:
     async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
         await store.put("/a/x", b"")
         own_etcd.kill()
-        async with aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+        async with aclosing(store.watch("/a/")) as events:
             first = asyncio.ensure_future(anext(events))
             await asyncio.sleep(1.0)
             assert not first.done()
@@ -192,12 +191,12 @@ async def test_no_etcd_at_all_fails_within_the_connect_timeout() -> None:
 async def test_a_dead_endpoint_is_passed_over(etcd: EtcdServer, root: str) -> None:
     async with opened(f"127.0.0.1:{free_port()}", etcd.endpoint) as store:
         await store.put(root + "a", b"")
-        async with aclosing(store.watch(root)) as events:  # type: ignore[type-var]
+        async with aclosing(store.watch(root)) as events:
             await take(events, 1)
 
 
 async def test_an_unwatched_lease_expires_and_a_held_one_does_not(etcd: EtcdServer, root: str) -> None:
-    async with opened(etcd.endpoint) as watcher, aclosing(watcher.watch(root)) as events:  # type: ignore[type-var]
+    async with opened(etcd.endpoint) as watcher, aclosing(watcher.watch(root)) as events:
         await take(events, 1)
         async with opened(etcd.endpoint) as holder, opened(etcd.endpoint) as dying:
             held, dropped = await holder.grant(2), await dying.grant(2)
@@ -218,7 +217,7 @@ async def test_a_lease_that_etcd_ended_is_lost_and_the_key_published_again(etcd:
         await key.set(b"1")
         lease = key._lease
         assert lease is not None
-        async with aclosing(other.watch(root)) as events:  # type: ignore[type-var]
+        async with aclosing(other.watch(root)) as events:
             await take(events, 1)
             await other.revoke(lease)
             gone, back = await take(events, 2)
@@ -252,7 +251,7 @@ async def test_a_leased_key_set_while_etcd_is_away_appears_when_it_is_back(own_e
         with pytest.raises(StoreError):
             await key.set(b"1")
         own_etcd.start()
-        async with opened(own_etcd.endpoint) as other, aclosing(other.watch("/i/")) as events:  # type: ignore[type-var]
+        async with opened(own_etcd.endpoint) as other, aclosing(other.watch("/i/")) as events:
             (listed,) = await take(events, 1)
             assert isinstance(listed, Relisted)
             if not listed.listing.entries:
@@ -291,7 +290,7 @@ async def test_user_and_password_and_a_token_that_a_restart_made_worthless(own_e
     await AuthAdmin(own_etcd.endpoint).enable()
     store = EtcdStore(known)
     await store.open()
-    async with aclosing(store.watch("/a/")) as events:  # type: ignore[type-var]
+    async with aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         await store.put("/a/x", b"1")
         lease = await store.grant(5)
@@ -310,13 +309,17 @@ async def test_user_and_password_and_a_token_that_a_restart_made_worthless(own_e
     for user, text in (("root", "etcd refused user 'root'"), ("", "user name is empty")):
         wrong = EtcdStore(EtcdLocation((own_etcd.endpoint,), user=user, password="wrong"))
         with pytest.raises(StoreError, match=text) as error:
-            await wrong.open()
-            await wrong.get("/a/x")
+            await open_and_read(wrong)
         assert "wrong" not in error.value.message
         await wrong.close()
 
 
-async def test_open_names_what_is_wrong(tmp_path: Path) -> None:
+async def open_and_read(store: EtcdStore) -> None:
+    await store.open()
+    await store.get("/a/x")
+
+
+async def test_a_store_that_is_not_open_says_so() -> None:
     store = EtcdStore(EtcdLocation(("127.0.0.1:1",)))
     with pytest.raises(StoreError, match="not open"):
         await store.get("/a")

@@ -1,0 +1,122 @@
+"""Two pods on one etcd: each sees what the other registers, who is there, and who does the housekeeping."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import grpc
+import pytest
+
+from mesh.registry.naming import Registration
+from mesh.registry.records import CopyReport, InstanceRecord
+from mesh.registry.registry import Registry
+from mesh.store.etcd import EtcdStore
+from mesh.store.location import EtcdLocation
+from mesh.store.protocol import Store
+from mesh.types import ModelInfo, Tier
+from tests.support.etcd import EtcdServer
+from tests.support.mesh_node import NOW_MS, running_node
+from wire.mmesh import model_mesh_pb2 as pb
+
+
+def registry_of(store: Store, instance_id: str) -> Registry:
+    return Registry(
+        store, root_prefix="/root", kv_prefix="mm", service_name="svc", instance_id=instance_id, session_ttl_s=2.0, default_owner="repertory"
+    )
+
+
+@pytest.fixture
+async def stores(own_etcd: EtcdServer) -> AsyncIterator[tuple[Store, Store]]:
+    both = (EtcdStore(EtcdLocation((own_etcd.endpoint,))), EtcdStore(EtcdLocation((own_etcd.endpoint,))))
+    for store in both:
+        await store.open()
+    yield both
+    for store in both:
+        await store.close()
+
+
+async def test_what_one_pod_registers_every_pod_serves(stores: tuple[Store, Store]) -> None:
+    async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
+        info = pb.ModelInfo(type="llm", path="/m")
+        await a.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True))
+        # at once, before b's watch has told it
+        assert (await b.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == pb.ModelStatusInfo.LOADED
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await b.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(type="llm", path="/other")))
+        assert error.value.code() is grpc.StatusCode.ALREADY_EXISTS
+        await b.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m"))
+        async with asyncio.timeout(10):
+            await a.registry.models.table.until("m", lambda record: record is None)
+
+
+async def test_a_vmodel_moved_through_one_pod_is_moved_for_all(stores: tuple[Store, Store]) -> None:
+    async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
+        first = pb.SetVModelRequest(vModelId="v", targetModelId="m1", modelInfo=pb.ModelInfo(type="llm", path="/1"), loadNow=True, sync=True)
+        await a.mesh.setVModel(first)
+        assert await b.registry.resolve_fresh("v") == "m1"
+        second = pb.SetVModelRequest(vModelId="v", targetModelId="m2", modelInfo=pb.ModelInfo(type="llm", path="/2"), sync=True)
+        assert (await b.mesh.setVModel(second)).activeModelId == "m2"
+        async with asyncio.timeout(10):
+            await a.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and vmodel.active_id == "m2")
+        assert a.registry.resolve("v") == "m2"
+
+
+async def test_two_pods_naming_the_same_at_once_agree(stores: tuple[Store, Store]) -> None:
+    async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
+        calls = [
+            node.mesh.setVModel(pb.SetVModelRequest(vModelId="v", targetModelId=f"m{number}", modelInfo=pb.ModelInfo(type="llm", path="/m")))
+            for number in range(6)
+            for node in (a, b)
+        ]
+        await asyncio.gather(*calls)
+        vmodel = (await a.registry.vmodels.table.read("v")).record
+        assert vmodel is not None
+        for number in range(6):
+            record = (await b.registry.models.table.read(f"m{number}")).record
+            assert (record.refs if record else 0) == (f"m{number}" in (vmodel.active_id, vmodel.target_id))
+
+
+async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Store]) -> None:
+    a, b = registry_of(stores[0], "a"), registry_of(stores[1], "b")
+    async with AsyncExitStack() as stack:
+        for registry in (a, b):
+            await registry.start()
+            stack.push_async_callback(registry.close)
+        report = CopyReport(tier=Tier.HOST, running=2)
+        await a.instances.publish(InstanceRecord(start_time_ms=NOW_MS, grpc_address="h:1", copies={"m": report}))
+        await b.instances.publish(InstanceRecord(start_time_ms=NOW_MS, grpc_address="h:2"))
+        async with asyncio.timeout(10):
+            await b.instances.table.until("a", lambda record: record is not None)
+            await b.instances.table.until("b", lambda record: record is not None)
+            await a.instances.table.until("b", lambda record: record is not None)
+        seen = b.instances.get("a")
+        assert seen is not None
+        assert seen.copies["m"] == report
+        assert [registry.instances.leads() for registry in (a, b)] == [True, False]
+        await a.instances.publish(InstanceRecord(start_time_ms=NOW_MS, grpc_address="h:1", shutting_down=True))
+        async with asyncio.timeout(10):
+            await b.instances.table.until("a", lambda record: record is not None and record.shutting_down)
+            assert [instance_id for instance_id, _ in b.instances.live()] == ["b"]
+            # a dies: nobody renews its lease
+            await stores[0].close()
+            await b.instances.table.until("a", lambda record: record is None)
+        assert b.instances.leads()
+
+
+async def test_keys_lie_where_modelmesh_has_them(stores: tuple[Store, Store]) -> None:
+    registry = registry_of(stores[0], "pod")
+    await registry.start()
+    await registry.register_name("smol", smol(), now_ms=NOW_MS, is_loaded=lambda _: False)
+    await registry.instances.publish(InstanceRecord(start_time_ms=NOW_MS))
+    keys = [entry.key for entry in (await stores[1].get_prefix("")).entries]
+    target = registry.resolve("smol")
+    assert keys == ["/root/mm/svc/instances/pod", f"/root/mm/svc/registry/{target}", "/root/mm/svc/vmodels/smol"]
+    leased = await stores[1].get("/root/mm/svc/instances/pod")
+    assert leased is not None
+    assert leased.lease_id != 0
+    await registry.close()
+    assert await stores[1].get("/root/mm/svc/instances/pod") is None
+
+
+def smol() -> ModelInfo:
+    return Registration(name="smol", uri="/m").info()
