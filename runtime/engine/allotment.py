@@ -1,0 +1,57 @@
+"""What one plan of one model may use: tokens, rows and KV blocks, given who else wants them now.
+
+Joins the cost model, the residency and the row pool into scheduler.Limits; plans nothing itself.
+"""
+
+from dataclasses import dataclass
+
+from runtime.engine.hosted import Hosted
+from runtime.engine.house import House
+from runtime.engine.scheduler import Limits
+from runtime.types import FinishReason
+
+_LEAST_CHUNK = 64                        # tokens of prefill that a step may have however short the quantum
+
+
+@dataclass(slots=True)
+class Allotment:
+    house: House
+
+    def limits(self, model: Hosted, num_active: int, now: float) -> Limits:
+        """Finds room for what the plan will want, as far as there is any."""
+        scheduler, resident = model.scheduler, self.house.resident
+        budget = self._token_budget(model, num_active)
+        wanted = scheduler.blocks_wanted(budget)
+        if wanted > model.cache.blocks.obtainable():
+            resident.make_room(model, wanted, now)
+            for other in self.house.models.values():
+                self.house.close_rows(other)
+        if model.draining or not len(scheduler.waiting):
+            return Limits(budget, 0, 0)
+        return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
+
+    def refuse_starved(self, model: Hosted, now: float) -> None:
+        """A request that wants more KV than there can ever be (models were pinned after it was let in) mustn't wait for ever."""
+        sequence = model.scheduler.starved()
+        if sequence is None:
+            return
+        tokens = self.house.resident.ceiling_blocks(model) * model.cache.blocks.geometry.block_tokens
+        if len(sequence.tokens) + 1 > tokens:
+            text = f"model {model.model_id}: {len(sequence.tokens)} tokens need more KV than the {tokens} tokens that pinned models leave"
+            self.house.end(model, (sequence,), FinishReason.ERROR, now, "RESOURCE_EXHAUSTED", text)
+
+    def _token_budget(self, model: Hosted, num_active: int) -> int:
+        config = self.house.config
+        if num_active == 1:
+            return config.max_batch_tokens
+        decoding, kv_tokens = model.scheduler.decoding()
+        return min(config.max_batch_tokens, model.cost.tokens_within(config.quantum_us, kv_tokens, decoding + _LEAST_CHUNK))
+
+    def _rows_to_admit(self, model: Hosted, num_active: int) -> int:
+        """All free rows, but no more than the model's share while another has none and waits for one."""
+        free = self.house.rows.free
+        models = self.house.models.values()
+        if num_active > 1 and any(m.resident and not m.scheduler.running and m.has_work() for m in models if m is not model):
+            share = max(1, self.house.rows.total // num_active)
+            return min(free, max(0, share - model.scheduler.running))
+        return free

@@ -1,0 +1,74 @@
+"""What the front asks for, applied to the engine's books: requests in and out, policy, shutdown. Loads and unloads are loads.py's."""
+
+from dataclasses import dataclass
+
+from runtime.engine.fairness import RoundRobin
+from runtime.engine.house import House
+from runtime.engine.loads import Loads
+from runtime.engine.sequence import from_add
+from runtime.messages import Abort, Add, Command, Load, RowTokens, SetPolicy, Shutdown, Unload
+from runtime.types import FinishReason
+
+
+@dataclass(slots=True)
+class Commands:
+    """`stop_by_s` is set by a Shutdown."""
+
+    house: House
+    loads: Loads
+    turns: RoundRobin
+    stop_by_s: float | None = None
+    _arrivals: int = 0
+
+    def apply(self, command: Command, now: float) -> None:
+        match command:
+            case Add():
+                self._add(command, now)
+            case Abort(request_ids=ids):
+                self._abort(frozenset(ids), now)
+            case Load():
+                self.loads.load(command, now)
+            case Unload(model_id=model_id):
+                self.loads.unload(model_id, now)
+                if model_id not in self.house.models:
+                    self.turns.forget(model_id)
+            case SetPolicy(model_id=model_id, pinned=pinned, weight=weight):
+                model = self.house.models.get(model_id)
+                if model is not None:
+                    model.pinned, model.weight = pinned, max(weight, 1e-3)
+                    self.turns.set_weight(model_id, weight)
+            case Shutdown(grace_s=grace_s):
+                self.stop_by_s = now + grace_s
+
+    def _add(self, add: Add, now: float) -> None:
+        model = self.house.models.get(add.model_id)
+        if self.stop_by_s is not None:
+            self.house.refuse(add.request_id, add.model_id, "UNAVAILABLE", f"model {add.model_id}: the engine is shutting down")
+            return
+        if model is None:
+            self.house.refuse(add.request_id, add.model_id, "NOT_FOUND", f"model {add.model_id} is not loaded here")
+            return
+        waiting = len(model.scheduler.waiting)
+        if waiting >= model.max_waiting:
+            text = f"model {add.model_id}: {waiting} requests wait already, the limit is {model.max_waiting}"
+            self.house.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text)
+            return
+        most = model.facts.max_model_len
+        sequence = from_add(add, self._arrivals, now, most)
+        self._arrivals += 1
+        if not 0 < sequence.prompt_len <= most:
+            text = f"model {add.model_id}: a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
+            self.house.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
+            return
+        model.last_used_s = now
+        if sequence.limit == 0 and add.logprobs.prompt is None:
+            reason = FinishReason.LENGTH if add.stop.max_tokens == 0 else FinishReason.CONTEXT
+            self.house.tell(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])
+            return
+        model.scheduler.add(sequence)
+
+    def _abort(self, request_ids: frozenset[int], now: float) -> None:
+        for model in self.house.models.values():
+            found = [s for s in map(model.scheduler.find, request_ids) if s is not None]
+            if found:
+                self.house.end(model, found, FinishReason.ABORTED, now)

@@ -1,0 +1,56 @@
+"""Whose turn it is: deficit round robin over models, in microseconds of device time.
+
+A round gives every model with work `quantum_us` times its weight; a model that has credit left may step, one step at a turn, and pays what the
+step took. Debts carry over to the next round, riches don't. So in every stretch of (models × quantum) each gets its share, to within one step.
+Knows nothing of what a step is. (Shreedhar and Varghese, SIGCOMM 1995; here the price is known only after the purchase.)
+"""
+
+import math
+from collections.abc import Collection
+
+
+class RoundRobin:
+    def __init__(self, quantum_us: float) -> None:
+        self._quantum_us = quantum_us
+        self._credit_us: dict[str, float] = {}               # in order of turns; members had work at the last pick
+        self._weights: dict[str, float] = {}
+
+    def set_weight(self, model_id: str, weight: float) -> None:
+        self._weights[model_id] = max(weight, 1e-3)
+
+    def forget(self, model_id: str) -> None:
+        self._credit_us.pop(model_id, None)
+        self._weights.pop(model_id, None)
+
+    def credit_us(self, model_id: str) -> float:
+        return self._credit_us.get(model_id, 0.0)
+
+    def pick(self, active: Collection[str]) -> str | None:
+        """The model among `active` whose turn it is; it goes to the end of the row."""
+        if not active:
+            return None
+        for model_id in [m for m in self._credit_us if m not in active]:
+            del self._credit_us[model_id]                    # out of work: neither riches nor debts are kept
+        for model_id in active:
+            self._credit_us.setdefault(model_id, 0.0)
+        chosen = self._first_with_credit()
+        if chosen is None:
+            self._new_round()
+            chosen = self._first_with_credit()
+        if chosen is not None:
+            self._credit_us[chosen] = self._credit_us.pop(chosen)
+        return chosen
+
+    def charge(self, model_id: str, device_us: float) -> None:
+        if model_id in self._credit_us:
+            self._credit_us[model_id] -= device_us
+
+    def _first_with_credit(self) -> str | None:
+        return next((m for m, credit in self._credit_us.items() if credit > 0), None)
+
+    def _new_round(self) -> None:
+        shares = {m: self._quantum_us * self._weights.get(m, 1.0) for m in self._credit_us}
+        # as many rounds at once as the least indebted needs
+        rounds = min(math.floor(-credit / shares[m]) + 1 for m, credit in self._credit_us.items())
+        for model_id, share in shares.items():
+            self._credit_us[model_id] = min(self._credit_us[model_id] + rounds * share, share)

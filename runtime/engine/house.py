@@ -1,0 +1,145 @@
+"""The engine's books: which models are loaded, who holds rows and slabs, and what the front is told of it.
+
+Takes models in and lets them go so that nothing stays lent; when that happens is the loop's business.
+"""
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from runtime.config import EngineConfig
+from runtime.engine.admission import blocks_for
+from runtime.engine.cost import CostModel
+from runtime.engine.hosted import Hosted
+from runtime.engine.kvcache.blocks import BlockPool
+from runtime.engine.kvcache.prefix import PrefixCache
+from runtime.engine.memory.slabs import SlabPool
+from runtime.engine.plan import Backend, LoadedModel
+from runtime.engine.resident import Resident
+from runtime.engine.rows import RowPool
+from runtime.engine.scheduler import Scheduler
+from runtime.engine.sequence import Sequence
+from runtime.errors import Overloaded
+from runtime.messages import EngineStats, Event, Load, RowTokens, Tokens
+from runtime.types import FinishReason
+
+_LEAST_KV_TOKENS = 256                   # a model that can't hold this many beside its weights isn't loaded
+
+
+class House:
+    def __init__(self, config: EngineConfig, backend: Backend, emit: Callable[[Event], None], mark: Callable[[str], None]) -> None:
+        self.config = config
+        self.backend = backend
+        self.emit = emit
+        self.slabs = SlabPool(backend.total_slabs)
+        self.rows = RowPool(min(config.max_rows, backend.max_rows, config.max_batch_tokens))
+        self.models: dict[str, Hosted] = {}
+        self.resident = Resident(self.slabs, self.models, mark)
+
+    def refuse_hopeless(self, request: Load, weight_bytes: int) -> None:
+        """Raises Overloaded, with the sizes, for weights that exceed the whole budget."""
+        budget = self.slabs.total * self.backend.slab_bytes
+        if weight_bytes > budget:
+            raise Overloaded(f"model {request.model_id}: its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes")
+
+    def adopt(self, request: Load, loaded: LoadedModel, now: float) -> Hosted:
+        """Take a model in. Raises Overloaded, with the sizes, if weights and the least useful KV can never be on the device together."""
+        runner, memory = loaded.runner, loaded.memory
+        geometry = memory.kv
+        facts = runner.facts
+        block_tokens = geometry.block_tokens
+        least_blocks = blocks_for(min(_LEAST_KV_TOKENS, facts.max_model_len), block_tokens)
+        kv_slabs = min(self.slabs.total - memory.weight_slabs, geometry.max_slabs)
+        if kv_slabs * geometry.blocks_per_slab < least_blocks:
+            slab_bytes = self.backend.slab_bytes
+            raise Overloaded(
+                f"model {request.model_id}: weights of {memory.weight_slabs * slab_bytes} bytes and KV of "
+                f"{blocks_for(least_blocks, geometry.blocks_per_slab) * slab_bytes} bytes for {least_blocks * block_tokens} tokens "
+                f"exceed the device budget of {self.slabs.total * slab_bytes} bytes"
+            )
+        # a context that could never be held must not be promised
+        facts = msgspec.structs.replace(facts, max_model_len=min(facts.max_model_len, kv_slabs * geometry.blocks_per_slab * block_tokens))
+        cache = PrefixCache(BlockPool(geometry, self.slabs, f"{request.model_id}/kv", memory))
+        model = Hosted(
+            request, facts, runner, memory, cache, Scheduler(facts.eos_token_ids, cache, self.rows), CostModel(),
+            min(request.max_waiting, self.config.max_waiting), now,
+        )
+        self.models[request.model_id] = model
+        self.resident.changed = True
+        return model
+
+    def dismiss(self, model: Hosted, reason: FinishReason, now: float, code: str | None = None, error: str | None = None) -> None:
+        """Forget a model: its rows end for `reason`, all that it held goes back. No step of it may be in flight."""
+        self.end(model, model.scheduler.sequences(), reason, now, code, error)
+        model.cache.forget()
+        self.resident.evict(model)
+        model.runner.close()
+        model.memory.close()
+        del self.models[model.model_id]
+        self.resident.changed = True
+
+    def end(
+        self, model: Hosted, sequences: Iterable[Sequence], reason: FinishReason, now: float, code: str | None = None, error: str | None = None
+    ) -> None:
+        """End sequences for a reason that isn't in their text, and say so."""
+        rows = []
+        for sequence in sequences:
+            model.scheduler.end(sequence, now)
+            rows.append(RowTokens(sequence.request_id, (), reason, error_code=code, error=error))
+        self.close_rows(model)
+        self.tell(model.model_id, rows)
+
+    def say_lost(self, model: Hosted, sequences: Iterable[Sequence], error: str) -> None:
+        """These have ended already, with the step that failed."""
+        self.close_rows(model)
+        rows = [RowTokens(s.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error=error) for s in sequences]
+        self.tell(model.model_id, rows)
+
+    def refuse(self, request_id: int, model_id: str, code: str, error: str) -> None:
+        self.tell(model_id, [RowTokens(request_id, (), FinishReason.ERROR, error_code=code, error=error)])
+
+    def tell(self, model_id: str, rows: list[RowTokens]) -> None:
+        if rows:
+            self.emit(Tokens(model_id, tuple(rows)))
+
+    def close_rows(self, model: Hosted) -> None:
+        """Rows that the scheduler gave up: the runner forgets them first, then another model may have them."""
+        closed = model.scheduler.closed_rows
+        for row in closed:
+            model.runner.close_row(row)
+            self.rows.give_back(row)
+        closed.clear()
+
+    def make_host_room(self, size_bytes: int) -> None:
+        """Host copies go, least recently used first, until a model of this size fits."""
+        if not self.backend.host_total_bytes:
+            return
+        for model in sorted(self.models.values(), key=lambda m: (m.scheduler.running > 0, m.last_used_s)):
+            if self.backend.host_free_bytes() >= size_bytes:
+                return
+            if model.memory.host_bytes() and not model.swapping:
+                model.memory.drop_host()
+
+    def stats(self) -> EngineStats:
+        slab_bytes = self.backend.slab_bytes
+        models = self.models.values()
+        return EngineStats(
+            device_budget_bytes=self.slabs.total * slab_bytes,
+            device_used_bytes=(self.slabs.total - self.slabs.free) * slab_bytes,
+            host_budget_bytes=self.backend.host_total_bytes,
+            host_used_bytes=self.backend.host_total_bytes - self.backend.host_free_bytes(),
+            stranded_bytes=sum(model.stranded_bytes() for model in models),
+            models=tuple(model.stats(slab_bytes) for model in models),
+        )
+
+    def check(self) -> None:
+        """Whatever was lent is accounted for."""
+        self.slabs.check()
+        self.rows.check()
+        for model in self.models.values():
+            model.scheduler.check()
+            if self.slabs.lent(model.weights_owner) != len(model.weight_slabs or ()):
+                raise AssertionError(f"{model.model_id}: weights hold {self.slabs.lent(model.weights_owner)} slabs")
+        running = sum(model.scheduler.running + len(model.scheduler.closed_rows) for model in self.models.values())
+        if running != self.rows.total - self.rows.free:
+            raise AssertionError(f"{running} rows run, {self.rows.total - self.rows.free} are taken")

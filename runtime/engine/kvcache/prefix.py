@@ -1,0 +1,131 @@
+"""One model's KV blocks by content: a full block is known by the hash of all tokens up to its end, and shared by every row that begins so.
+
+Knows reference counts and what nobody reads any more (idle: kept until the room is wanted, least recently used first). Positions, rows and
+steps are the scheduler's; slabs are blocks.py's.
+"""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from runtime.engine.kvcache.blocks import BlockPool
+
+_ROOT = b""
+
+
+def chain(tokens: Sequence[int], block_tokens: int, digests: list[bytes], num_blocks: int) -> None:
+    """Extend `digests` to `num_blocks` entries. 128 bits: a collision isn't to be expected in the life of any machine."""
+    parent = digests[-1] if digests else _ROOT
+    for i in range(len(digests), num_blocks):
+        content = array("i", tokens[i * block_tokens : (i + 1) * block_tokens]).tobytes()
+        parent = blake2b(parent + content, digest_size=16).digest()
+        digests.append(parent)
+
+
+class PrefixCache:
+    """Reference-counted blocks with an index by content."""
+
+    def __init__(self, blocks: BlockPool) -> None:
+        self.blocks = blocks
+        self._references: dict[int, int] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._idle: dict[int, float] = {}                    # page → when it was last read; oldest first
+
+    @property
+    def oldest_idle_s(self) -> float | None:
+        """When the least recently used idle block was last read."""
+        return next(iter(self._idle.values()), None)
+
+    def obtainable(self) -> int:
+        """Blocks that `take` could give, idle ones included."""
+        return self.blocks.obtainable() + len(self._idle)
+
+    def take(self) -> int | None:
+        """A block for new content: a free one, or else the longest idle one of this model's."""
+        page = self.blocks.take()
+        if page is None:
+            if not self._idle:
+                return None
+            page = next(iter(self._idle))
+            self._forget_idle(page)
+        self._references[page] = 1
+        return page
+
+    def match(self, digests: Sequence[bytes]) -> int:
+        """How many of these blocks, from the first on, are here."""
+        page_of = self._page_of
+        for i, digest in enumerate(digests):
+            if digest not in page_of:
+                return i
+        return len(digests)
+
+    def idle_among(self, digests: Sequence[bytes]) -> int:
+        """How many of these (matched) blocks nobody reads now: acquiring them lessens what is obtainable."""
+        return sum(self._page_of[digest] in self._idle for digest in digests)
+
+    def acquire(self, digests: Sequence[bytes]) -> list[int]:
+        """The pages of matched blocks, each with one reference more."""
+        pages = [self._page_of[digest] for digest in digests]
+        for page in pages:
+            if page in self._idle:
+                del self._idle[page]
+                self.blocks.set_used(page)
+                self._references[page] = 1
+            else:
+                self._references[page] += 1
+        return pages
+
+    def publish(self, page: int, digest: bytes) -> None:
+        """Let others find this block. Of two with equal content the first stays known."""
+        if digest not in self._page_of and page not in self._digest_of:
+            self._page_of[digest] = page
+            self._digest_of[page] = digest
+
+    def release(self, pages: Sequence[int], now: float) -> None:
+        """Drop one reference of each. A row's last blocks grow old first, since the first ones serve more prefixes."""
+        for page in reversed(pages):
+            left = self._references[page] - 1
+            if left:
+                self._references[page] = left
+                continue
+            del self._references[page]
+            if page in self._digest_of:
+                self._idle[page] = now
+                self.blocks.set_idle(page)
+            else:
+                self.blocks.free(page)
+
+    def drop_oldest_slab(self) -> bool:
+        """Return the slab that holds nothing but idle blocks and whose turn comes first; False if there is none."""
+        for page in self._idle:
+            if self.blocks.idle_slab(page):
+                pages_per_slab = self.blocks.geometry.pages_per_slab
+                place = page // pages_per_slab
+                for other in [p for p in self._idle if p // pages_per_slab == place]:
+                    self._forget_idle(other)
+                    self.blocks.free(other)
+                return True
+        return False
+
+    def forget(self) -> None:
+        """No content can be trusted any more (a step failed): rows keep their blocks, nobody finds them."""
+        for page in list(self._idle):
+            self._forget_idle(page)
+            self.blocks.free(page)
+        self._page_of.clear()
+        self._digest_of.clear()
+
+    def _forget_idle(self, page: int) -> None:
+        del self._idle[page]
+        self.blocks.set_used(page)
+        del self._page_of[self._digest_of.pop(page)]
+
+    def check(self) -> None:
+        self.blocks.check()
+        if len(self._references) != self.blocks.used_blocks or len(self._idle) != self.blocks.idle_blocks:
+            raise AssertionError(f"{len(self._references)} referenced, {self.blocks.used_blocks} used; {len(self._idle)} idle, {self.blocks.idle_blocks}")
+        if not self._references.keys().isdisjoint(self._idle) or any(count < 1 for count in self._references.values()):
+            raise AssertionError("a block is both idle and referenced, or has no reference")
+        if any(self._page_of[digest] != page for page, digest in self._digest_of.items()) or len(self._page_of) != len(self._digest_of):
+            raise AssertionError("the index of contents disagrees with itself")

@@ -1,0 +1,151 @@
+"""Loads on their way: one job a model, an answer for every Load and Unload, and none that overtakes another of the same model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from runtime.engine.house import House
+from runtime.engine.plan import LoadJob, LoadRequest
+from runtime.errors import RepertoryError
+from runtime.messages import Load, Loaded, LoadFailed, Unloaded
+from runtime.types import FinishReason
+
+
+@dataclass(slots=True)
+class _Pending:
+    """`loads` and `unloads` are answers owed when the job ends; `then` is what came after a cancellation."""
+
+    request: Load
+    job: LoadJob
+    loads: int = 1
+    unloads: int = 0
+    cancelled: bool = False
+    then: Load | None = None
+    then_loads: int = 0
+
+
+@dataclass(slots=True)
+class Loads:
+    """`settle` collects the steps of a model that are in flight: it can't go before them."""
+
+    house: House
+    settle: Callable[[str], None]
+    _pending: dict[str, _Pending] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def load(self, request: Load, now: float) -> None:
+        model_id = request.model_id
+        pending = self._pending.get(model_id)
+        if pending is not None:
+            if not pending.cancelled and pending.request == request:
+                pending.loads += 1
+                return
+            self._cancel(pending, f"model {model_id}: another load of it came")
+            if pending.then is not None and pending.then != request:
+                self._fail(model_id, pending.then_loads, "CANCELLED", f"model {model_id}: another load of it came")
+                pending.then_loads = 0
+            pending.then = request
+            pending.then_loads += 1
+            return
+        model = self.house.models.get(model_id)
+        if model is not None:
+            if (model.request.checkpoint, model.request.max_model_len) == (request.checkpoint, request.max_model_len):
+                self.house.emit(Loaded(model.facts))
+                return
+            self._dismiss(model_id, now)
+        self._start(request)
+
+    def unload(self, model_id: str, now: float) -> None:
+        pending = self._pending.get(model_id)
+        if pending is not None:
+            text = f"model {model_id}: it was unloaded while it loaded"
+            self._cancel(pending, text)
+            self._fail(model_id, pending.then_loads, "CANCELLED", text)
+            pending.then, pending.then_loads = None, 0
+            pending.unloads += 1
+            return
+        self._dismiss(model_id, now)
+        self.house.emit(Unloaded(model_id))
+
+    def poll(self, now: float) -> None:
+        """Take in what has come."""
+        for model_id, pending in [(m, p) for m, p in self._pending.items() if p.job.done()]:
+            del self._pending[model_id]
+            self._finish(pending, now)
+            for _ in range(pending.unloads):
+                self.house.emit(Unloaded(model_id))
+            if pending.then is not None:
+                self._start(pending.then, pending.then_loads)
+
+    def stop(self) -> None:
+        """Cancel all and wait for them (the engine ends)."""
+        for pending in self._pending.values():
+            pending.job.cancel()
+        for pending in self._pending.values():
+            try:
+                pending.job.result().memory.close()
+            except Exception:
+                continue                 # a cancelled load has nothing to say any more
+        self._pending.clear()
+
+    def _start(self, request: Load, answers: int = 1) -> None:
+        size_bytes = request.checkpoint.weight_bytes
+        try:
+            self.house.refuse_hopeless(request, size_bytes)
+            self.house.make_host_room(size_bytes)
+            job = self.house.backend.load(LoadRequest(request.model_id, request.checkpoint, request.max_model_len))
+        except Exception as error:
+            self._fail(request.model_id, answers, *_reason(request.model_id, error))
+            return
+        self._pending[request.model_id] = _Pending(request, job, answers)
+
+    def _finish(self, pending: _Pending, now: float) -> None:
+        request = pending.request
+        try:
+            loaded = pending.job.result()
+        except Exception as error:
+            self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
+            return
+        if pending.cancelled:
+            loaded.memory.close()
+            return
+        try:
+            model = self.house.adopt(request, loaded, now)
+        except Exception as error:
+            loaded.memory.close()
+            self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
+            return
+        try:
+            self.house.resident.load_if_free(model, now)
+        except Exception as error:
+            self.house.dismiss(model, FinishReason.ERROR, now)
+            self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
+            return
+        for _ in range(pending.loads):
+            self.house.emit(Loaded(model.facts))
+
+    def _dismiss(self, model_id: str, now: float) -> None:
+        if model_id in self.house.models:
+            self.settle(model_id)
+        # settling may have found the model broken, and forgotten it
+        model = self.house.models.get(model_id)
+        if model is not None:
+            self.house.dismiss(model, FinishReason.ABORTED, now)
+
+    def _cancel(self, pending: _Pending, text: str) -> None:
+        if not pending.cancelled:
+            pending.cancelled = True
+            pending.job.cancel()
+        self._fail(pending.request.model_id, pending.loads, "CANCELLED", text)
+        pending.loads = 0
+
+    def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
+        for _ in range(answers):
+            self.house.emit(LoadFailed(model_id, code, message))
+
+
+def _reason(model_id: str, error: Exception) -> tuple[str, str]:
+    if isinstance(error, RepertoryError):
+        return error.code, error.message
+    return "FAILED_PRECONDITION", f"model {model_id}: {type(error).__name__}: {error}"

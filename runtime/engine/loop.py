@@ -1,0 +1,235 @@
+"""The engine thread: commands → whose turn → plan → launch → collect the launch before → one message.
+
+At most two steps are in flight, over all models. Keep this file to the order of things: no policy (scheduler, fairness, resident), no bookkeeping
+(house, loads, commands), no torch, no I/O, no per-row work, and nothing that waits while a step could be launched. At most 250 lines.
+"""
+
+import queue
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runtime.config import EngineConfig
+from runtime.engine.allotment import Allotment
+from runtime.engine.commands import Commands
+from runtime.engine.fairness import RoundRobin
+from runtime.engine.hosted import Hosted
+from runtime.engine.house import House
+from runtime.engine.loads import Loads
+from runtime.engine.plan import Backend, Launched
+from runtime.engine.resident import SwapInFailed
+from runtime.engine.results import Step
+from runtime.messages import Command, Event, LoadFailed
+from runtime.types import FinishReason
+
+_STATS_EVERY_S = 1.0
+_POLL_S = 0.005                          # while a load or a swap-in is on its way and nothing else is to be done
+_FAULTS = 2                              # in a row, and the model is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step. `predicted_us` was charged already."""
+
+    model: Hosted
+    step: Step
+    launched: Launched
+    tokens: int
+    predicted_us: float
+
+
+class EngineLoop:
+    """`inbox` brings commands; None in it means that the front is gone. `emit` must not block. `mark` notes which model is about to run."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        backend: Backend,
+        inbox: "queue.SimpleQueue[Command | None]",
+        emit: Callable[[Event], None],
+        mark: Callable[[str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.house = House(config, backend, emit, mark)
+        self._config = config
+        self._backend = backend
+        self._inbox = inbox
+        self._mark = mark
+        self._clock = clock
+        self._allotment = Allotment(self.house)
+        self._turns = RoundRobin(config.quantum_us)
+        self._loads = Loads(self.house, self._land_all_of)
+        self._commands = Commands(self.house, self._loads, self._turns)
+        self._flights: deque[Flight] = deque()
+        self._stats_due_s = 0.0
+        self.done = False
+
+    def run(self) -> None:
+        """Until a Shutdown is through or the front is gone. Raises what the device raises when it is lost: then this process must end."""
+        while not self.done:
+            if not self.turn():
+                self._rest()
+        self._close()
+
+    def turn(self) -> bool:
+        """One turn; False if there was nothing to do."""
+        now = self._clock()
+        worked = self._take_commands(now)
+        if len(self._loads):
+            self._loads.poll(now)
+        self._tend(now)
+        while self._flights and self._flights[0].launched.ready():
+            self._land()
+            worked = True
+        launched = self._launch(now)
+        if self._flights and (len(self._flights) > 1 or not launched):
+            self._land()
+            worked = True
+        if self._config.debug_checks:
+            self.house.check()
+        if self.house.resident.changed or now >= self._stats_due_s:
+            self.house.resident.changed = False
+            self._stats_due_s = now + _STATS_EVERY_S
+            self.house.emit(self.house.stats())
+        stop_by_s = self._commands.stop_by_s
+        if stop_by_s is not None and (now >= stop_by_s or not self._anything_left()):
+            self.done = True
+        return worked or launched
+
+    def _take_commands(self, now: float) -> bool:
+        took = False
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return took
+            self._obey(command, now)
+            took = True
+
+    def _obey(self, command: Command | None, now: float) -> None:
+        if command is None:
+            self.done = True
+            return
+        self._commands.apply(command, now)
+
+    def _tend(self, now: float) -> None:
+        """Residency. A swap-in that fails takes its model with it, and no other."""
+        for model in list(self.house.models.values()):
+            self.house.close_rows(model)
+        try:
+            hopeless = self.house.resident.tend(now)
+        except SwapInFailed as failure:
+            self._give_up(failure.model, str(failure))
+            return
+        for model in hopeless:
+            total = self.house.slabs.total * self._backend.slab_bytes
+            text = f"model {model.model_id}: {model.memory.weight_bytes} bytes of weights do not fit into {total} bytes beside the pinned models"
+            self.house.end(model, model.scheduler.sequences(), FinishReason.ERROR, now, "RESOURCE_EXHAUSTED", text)
+
+    # Launching ------------------------------------------------------------------------------------------------------------------------------
+
+    def _launch(self, now: float) -> bool:
+        """Plan and launch one step of the model whose turn it is; if that one can't move, of the next."""
+        active = {m.model_id: m for m in self.house.models.values() if m.resident and m.has_work()}
+        arrived = {model_id: m for model_id, m in active.items() if not m.swapping}
+        # a model whose weights are still on their way would hold up the others' steps behind its own
+        active = arrived or active
+        num_active = len(active)
+        while active:
+            model_id = self._turns.pick(active)
+            if model_id is None:
+                return False
+            model = active.pop(model_id)
+            if self._launch_step(model, num_active, now):
+                return True
+        return False
+
+    def _launch_step(self, model: Hosted, num_active: int, now: float) -> bool:
+        step = model.scheduler.plan(self._allotment.limits(model, num_active, now), now)
+        self.house.close_rows(model)
+        if step is None:
+            self._allotment.refuse_starved(model, now)
+            return False
+        model.last_used_s = now
+        self._mark(model.model_id)
+        tokens = step.plan.num_tokens
+        predicted_us = model.cost.predict_us(tokens, step.kv_tokens)
+        self._turns.charge(model.model_id, predicted_us)
+        try:
+            for setup in step.opened:
+                model.runner.open_row(setup)
+            launched = model.runner.launch(step.plan)
+        except Exception as error:
+            self._fault(model, step, error)
+            return True
+        self._flights.append(Flight(model, step, launched, tokens, predicted_us))
+        return True
+
+    # Landing --------------------------------------------------------------------------------------------------------------------------------
+
+    def _land(self) -> None:
+        """Wait for the oldest launch and pass its tokens on."""
+        flight = self._flights.popleft()
+        model, step = flight.model, flight.step
+        try:
+            result = flight.launched.collect()
+        except Exception as error:
+            self._fault(model, step, error)
+            return
+        model.faults = 0
+        model.cost.observe(flight.tokens, step.kv_tokens, result.device_us)
+        self._turns.charge(model.model_id, result.device_us - flight.predicted_us)
+        rows = model.scheduler.settle(step, result, self._clock())
+        self.house.close_rows(model)
+        self.house.tell(model.model_id, rows)
+
+    def _land_all_of(self, model_id: str) -> None:
+        """Land every flight up to the last one of this model."""
+        while any(flight.model.model_id == model_id for flight in self._flights):
+            self._land()
+
+    def _fault(self, model: Hosted, step: Step, error: Exception) -> None:
+        """A step raised: its rows are lost, the model stays, until it happens twice in a row."""
+        self._backend.synchronize()      # raises if the device itself is lost
+        now = self._clock()
+        counts = not step.void
+        text = f"model {model.model_id}: a step failed: {type(error).__name__}: {error}"
+        lost = model.scheduler.fail(step, now)
+        self.house.say_lost(model, lost, text)
+        if not counts:
+            return
+        model.faults += 1
+        if model.faults >= _FAULTS:
+            self._give_up(model, f"{text} ({model.faults} times in a row)")
+
+    def _give_up(self, model: Hosted, text: str) -> None:
+        model.faults = 0                 # what is in flight may fail too, and must not come here again
+        self._land_all_of(model.model_id)
+        self.house.dismiss(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)
+        self._turns.forget(model.model_id)
+        self.house.emit(LoadFailed(model.model_id, "INTERNAL", text))
+
+    # Rest and end ---------------------------------------------------------------------------------------------------------------------------
+
+    def _anything_left(self) -> bool:
+        return bool(self._flights) or any(m.scheduler.sequences() for m in self.house.models.values())
+
+    def _rest(self) -> None:
+        if self._backend.idle():
+            return
+        soon = len(self._loads) > 0 or any(m.swapping or len(m.scheduler.waiting) for m in self.house.models.values())
+        timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
+        try:
+            command = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        self._obey(command, self._clock())
+
+    def _close(self) -> None:
+        """End what is left, and give everything back."""
+        while self._flights:
+            self._land()
+        self._loads.stop()
+        for model in list(self.house.models.values()):
+            self.house.dismiss(model, FinishReason.ERROR, self._clock(), "UNAVAILABLE", f"model {model.model_id}: the engine has shut down")
+        self.house.slabs.check()

@@ -1,0 +1,196 @@
+"""Keeps the right models in device memory: brings in those with waiting requests, evicts, and finds room for KV under pressure.
+
+Order of what gives way: cached prefixes (least recently used over all models), idle models' weights, then the newest rows of the model furthest
+above its share. Applies residency.py's choices to slabs and memory ranges; knows no torch and no clock.
+"""
+
+from collections.abc import Callable, Iterable
+
+from runtime.engine.admission import blocks_for
+from runtime.engine.hosted import Hosted
+from runtime.engine.memory.residency import choose_to_drain, choose_victims
+from runtime.engine.memory.slabs import SlabPool
+
+_LONGEST_DRAIN_S = 10.0                  # then the rows of a draining model are preempted
+
+
+class SwapInFailed(Exception):  # noqa: N818  an event of its own, not a kind of mistake
+    """The weights did not come; the model holds its slabs until it is dismissed."""
+
+    def __init__(self, model: Hosted, error: Exception) -> None:
+        super().__init__(f"model {model.model_id}: its weights did not come in: {type(error).__name__}: {error}")
+        self.model = model
+
+
+class Resident:
+    """`models` is the loop's own table. `changed` is set when something went in or out; the loop clears it."""
+
+    def __init__(self, pool: SlabPool, models: dict[str, Hosted], mark: Callable[[str], None]) -> None:
+        self._pool = pool
+        self._models = models
+        self._mark = mark
+        self.changed = False
+
+    # Weights --------------------------------------------------------------------------------------------------------------------------------
+
+    def tend(self, now: float) -> list[Hosted]:
+        """Note finished swap-ins, hasten drains, bring in who waits, longest wait first. Returns models that can't come in while others are pinned."""
+        absent: list[tuple[float, Hosted]] = []
+        for model in self._models.values():
+            if model.swapping and model.memory.swap_in_done():
+                model.swapping = False
+                model.swap_seconds[model.lower_tier] = now - model.resident_since_s
+                self.changed = True
+            if not model.resident:
+                since = model.scheduler.waiting.oldest_s()
+                if since is not None:
+                    absent.append((since, model))
+            elif model.draining_since_s is not None and now - model.draining_since_s > _LONGEST_DRAIN_S:
+                while model.scheduler.preempt_newest(now):
+                    pass
+        if not absent:
+            self._end_drains()
+            return []
+        absent.sort(key=lambda entry: entry[0])
+        return [model for since, model in absent if not self._bring_in(model, now - since, now)]
+
+    def load_if_free(self, model: Hosted, now: float) -> None:
+        """A model that was just loaded becomes resident at once where that costs nobody anything."""
+        if self._pool.free >= model.memory.weight_slabs + 1:
+            self._swap_in(model, now)
+
+    def evict(self, model: Hosted) -> None:
+        """Weights leave the device; cached prefixes stay until their room is wanted."""
+        if model.weight_slabs is None:
+            return
+        model.memory.evict()
+        self._pool.give_back(model.weights_owner, model.weight_slabs)
+        model.weight_slabs = None
+        model.swapping = False
+        model.draining_since_s = None
+        model.evictions += 1
+        self.changed = True
+
+    def _bring_in(self, model: Hosted, waited_s: float, now: float) -> bool:
+        """False: not even without all others that may ever leave."""
+        need = self._slabs_to_begin(model)
+        short = need - self._pool.free
+        if short > 0:
+            others = [m for m in self._models.values() if m.resident and m is not model]
+            if need > self._pool.total - sum(m.memory.weight_slabs for m in others if m.pinned):
+                return False
+            short -= sum(m.cache.blocks.idle_slabs for m in self._models.values())
+            holders = [m.holder() for m in others]
+            victims = choose_victims(holders, max(short, 0), now)
+            if victims is None:
+                # running rows' KV goes with the rows, so a model that drains frees more than its weights
+                kv = sum(m.cache.blocks.slabs - m.cache.blocks.idle_slabs for m in others if not m.pinned)
+                for victim in choose_to_drain(holders, max(short - kv, 1), waited_s, model.return_cost_s, now):
+                    self._models[victim].draining_since_s = now
+                return True
+            while self._pool.free < need and self._drop_oldest_prefix(self._models.values()):
+                pass
+            for victim in victims:
+                if self._pool.free < need:
+                    self.evict(self._models[victim])
+        if self._pool.free >= need:
+            self._swap_in(model, now)
+        return True
+
+    def _slabs_to_begin(self, model: Hosted) -> int:
+        """Weights, and KV for the first request in the queue, less the KV slabs that it holds."""
+        head = model.scheduler.waiting.head()
+        geometry = model.cache.blocks.geometry
+        blocks = blocks_for(len(head.tokens) + 1 if head else 1, geometry.block_tokens)
+        return model.memory.weight_slabs + max(blocks_for(blocks, geometry.blocks_per_slab) - model.cache.blocks.slabs, 0)
+
+    def _swap_in(self, model: Hosted, now: float) -> None:
+        slabs = self._pool.lend(model.weights_owner, model.memory.weight_slabs)
+        if slabs is None:
+            return
+        self._mark(model.model_id)
+        model.weight_slabs = slabs
+        model.resident_since_s = now
+        model.swapping = True
+        model.swap_ins += 1
+        self.changed = True
+        try:
+            model.memory.swap_in(slabs)
+        except Exception as error:
+            raise SwapInFailed(model, error) from error
+
+    def _end_drains(self) -> None:
+        for model in self._models.values():
+            model.draining_since_s = None
+
+    # KV -------------------------------------------------------------------------------------------------------------------------------------
+
+    def kv_blocks(self, model: Hosted) -> int:
+        """Blocks that the model could have, its own included, without turning out anybody's rows or breaking what others were promised."""
+        slabs = self._pool.free
+        for other in self._models.values():
+            if other is model:
+                continue
+            blocks = other.cache.blocks
+            slabs += blocks.idle_slabs
+            if other.resident and other.holder().evictable:
+                slabs += other.memory.weight_slabs
+            promised = blocks_for(other.scheduler.promised_blocks, blocks.geometry.blocks_per_slab)
+            slabs -= max(0, promised - (blocks.slabs - blocks.idle_slabs))
+        own = model.cache.blocks
+        return min(max(slabs, 0) + own.slabs, own.geometry.max_slabs) * own.geometry.blocks_per_slab
+
+    def ceiling_blocks(self, model: Hosted) -> int:
+        """Blocks that the model could have if everybody made way who ever would."""
+        pinned = sum(m.memory.weight_slabs for m in self._models.values() if m.pinned and m is not model and m.resident)
+        geometry = model.cache.blocks.geometry
+        return min(self._pool.total - model.memory.weight_slabs - pinned, geometry.max_slabs) * geometry.blocks_per_slab
+
+    def make_room(self, model: Hosted, blocks: int, now: float) -> None:
+        """Try to let the model's cache give out `blocks` more."""
+        cache = model.cache
+        others = [m for m in self._models.values() if m is not model]
+        own_oldest = cache.oldest_idle_s
+        while cache.blocks.obtainable() < blocks and self._drop_oldest_prefix(others, own_oldest):
+            pass
+        while cache.obtainable() < blocks and self._drop_oldest_prefix(others):
+            pass
+        short = blocks - cache.obtainable()
+        if short > 0:
+            slabs = blocks_for(short, cache.blocks.geometry.blocks_per_slab)
+            for count in (slabs, 1):
+                victims = choose_victims([m.holder() for m in others if m.resident], count, now)
+                if victims is not None:
+                    for victim in victims:
+                        self.evict(self._models[victim])
+                    break
+        while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
+            pass
+
+    def _drop_oldest_prefix(self, models: Iterable[Hosted], older_than_s: float | None = None) -> bool:
+        """Return the slab of cached prefixes that was least recently used over these models."""
+        ages: list[tuple[float, Hosted]] = []
+        for model in models:
+            oldest_s = model.cache.oldest_idle_s
+            if oldest_s is not None and model.cache.blocks.idle_slabs and (older_than_s is None or oldest_s < older_than_s):
+                ages.append((oldest_s, model))
+        ages.sort(key=lambda entry: entry[0])
+        return any(model.cache.drop_oldest_slab() for _, model in ages)
+
+    def _preempt_above_share(self, model: Hosted, others: list[Hosted], now: float) -> bool:
+        """Turn out the newest row of the model that holds most for its weight, if that is more than this one would hold."""
+        running = [m for m in others if m.scheduler.running]
+        furthest = max(running, key=_share_slabs, default=None)
+        if furthest is None or _share_slabs(furthest) <= _share_slabs(model) + 1 / model.weight:
+            return False
+        if not furthest.scheduler.preempt_newest(now):
+            return False
+        while self._drop_oldest_prefix((furthest,)):
+            pass
+        return True
+
+
+def _share_slabs(model: Hosted) -> float:
+    """KV in running rows, in slabs, over its weight."""
+    blocks = model.cache.blocks
+    return blocks.used_blocks / blocks.geometry.blocks_per_slab / model.weight

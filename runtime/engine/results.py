@@ -1,0 +1,160 @@
+"""What a step was, and what its result says to whom: tokens, stops and finish reasons.
+
+Knows when a sequence ends; what its end frees is the scheduler's.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from runtime.engine.decoding import DecodeRows
+from runtime.engine.plan import RowSetup, StepPlan, StepResult
+from runtime.engine.sequence import Sequence, State
+from runtime.messages import RowTokens, TokenLogprobs
+from runtime.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some of a sequence's known tokens, in one step. `row` is the row it had then; `last`: nothing known is left to compute."""
+
+    sequence: Sequence
+    row: int
+    draws: bool
+    last: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """A planned step: what goes to the runner, and for whom. `stale` is set when one of its sequences ended after it was planned,
+    `void` when the step before it broke, so that nothing it drew counts."""
+
+    number: int
+    plan: StepPlan
+    opened: list[RowSetup]
+    decode: DecodeRows
+    prefill: list[Chunk]
+    kv_tokens: int
+    stale: bool = False
+    void: bool = False
+
+    def sequences(self) -> Iterable[Sequence]:
+        yield from self.decode.sequences
+        for chunk in self.prefill:
+            yield chunk.sequence
+
+
+class StopRules:
+    """Which ids end a sequence of this model. `watched` holds all that any live sequence may end on, so that most steps cost one set operation."""
+
+    def __init__(self, eos: Iterable[int]) -> None:
+        self.eos = frozenset(eos)
+        self.watched: dict[int, int] = dict.fromkeys(self.eos, 1)
+
+    def join(self, sequence: Sequence) -> None:
+        for token in sequence.stop.stop_token_ids:
+            self.watched[token] = self.watched.get(token, 0) + 1
+
+    def leave(self, sequence: Sequence) -> None:
+        for token in sequence.stop.stop_token_ids:
+            self.watched[token] -= 1
+            if not self.watched[token]:
+                del self.watched[token]
+
+    def suppressed(self, sequence: Sequence) -> tuple[int, ...]:
+        """Ids that the sampler may not draw before `min_tokens`."""
+        if not sequence.stop.min_tokens:
+            return ()
+        eos = frozenset() if sequence.stop.ignore_eos else self.eos
+        return tuple(sorted(eos | frozenset(sequence.stop.stop_token_ids)))
+
+    def ends_on(self, sequence: Sequence, token: int) -> FinishReason | None:
+        if token not in self.watched or sequence.drawn <= sequence.stop.min_tokens:
+            return None
+        if token in sequence.stop.stop_token_ids:
+            return FinishReason.STOP_TOKEN
+        return FinishReason.EOS if token in self.eos and not sequence.stop.ignore_eos else None
+
+
+def outcome(sequence: Sequence, token: int, rules: StopRules) -> tuple[FinishReason | None, int | None]:
+    """Why the sequence ends with this token (already in its history), if it does, and the id that ended it."""
+    reason = rules.ends_on(sequence, token)
+    if reason is not None:
+        return reason, token
+    return (at_limit(sequence), None) if sequence.drawn >= sequence.limit else (None, None)
+
+
+def at_limit(sequence: Sequence) -> FinishReason:
+    return FinishReason.LENGTH if sequence.limit == sequence.stop.max_tokens else FinishReason.CONTEXT
+
+
+def settle_decode(
+    step: Step, result: StepResult, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
+) -> list[RowTokens]:
+    """Every decode row's token. Rows that had ended before the step ran have drawn in vain, and get nothing."""
+    batch = step.decode
+    tokens = result.tokens
+    for history, token in zip(batch.histories, tokens, strict=False):
+        history.append(token)
+    rows: list[RowTokens | None] = list(map(RowTokens, batch.ids, zip(tokens, strict=False)))  # type: ignore[arg-type]
+    count = len(rows)
+    special: Iterable[int]
+    if result.logprobs is not None or step.stale:
+        special = range(count)
+    else:
+        special = set(batch.finals)
+        if not rules.watched.keys().isdisjoint(tokens):
+            special.update(i for i, token in enumerate(tokens[:count]) if token in rules.watched)
+    for i in special:
+        sequence = batch.sequences[i]
+        if sequence.state is State.ENDED:
+            rows[i] = None
+            continue
+        reason, stop_token = outcome(sequence, tokens[i], rules)
+        logprob = result.logprobs[i] if result.logprobs is not None else None
+        if reason is not None or logprob is not None:
+            rows[i] = RowTokens(batch.ids[i], (tokens[i],), reason, stop_token, None if logprob is None else (logprob,))
+        if reason is not None:
+            end(sequence, reason)
+    return [row for row in rows if row is not None]
+
+
+def settle_prefill(
+    step: Step, result: StepResult, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
+) -> list[RowTokens]:
+    """First tokens, and prompt log-probabilities as they come."""
+    rows: list[RowTokens] = []
+    drawn_at = len(step.decode.ids)
+    for chunk in step.prefill:
+        sequence, row = chunk.sequence, chunk.row
+        at = drawn_at
+        drawn_at += chunk.draws
+        if sequence.state is State.ENDED:
+            continue
+        if result.prompt_logprobs is not None and row in result.prompt_logprobs and sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
+        if chunk.draws:
+            token = result.tokens[at]
+            sequence.tokens.append(token)
+            logprob = result.logprobs[at] if result.logprobs is not None else None
+            reason, stop_token = outcome(sequence, token, rules)
+            rows.append(_first(sequence, (token,), reason, stop_token, logprob))
+        elif chunk.last:                 # nothing was to be drawn
+            reason = at_limit(sequence)
+            rows.append(_first(sequence, (), reason, None, None))
+        else:
+            continue
+        if reason is not None:
+            end(sequence, reason)
+    return rows
+
+
+def _first(
+    sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None, stop_token: int | None, logprob: TokenLogprobs | None
+) -> RowTokens:
+    logprobs = None if logprob is None else (logprob,)
+    if sequence.told:                    # it comes back from a preemption
+        return RowTokens(sequence.request_id, tokens, reason, stop_token, logprobs)
+    sequence.told = True
+    prompt_logprobs = None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
+    sequence.prompt_logprobs = None
+    return RowTokens(sequence.request_id, tokens, reason, stop_token, logprobs, prompt_logprobs, sequence.cached)

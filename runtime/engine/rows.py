@@ -1,0 +1,25 @@
+"""Row slots of the engine's row tables, shared by all models. A slot is taken from admission to the end (or preemption) of a sequence."""
+
+
+class RowPool:
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = list(range(total - 1, -1, -1))
+        self._taken: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        row = self._free.pop()
+        self._taken.add(row)
+        return row
+
+    def give_back(self, row: int) -> None:
+        self._taken.remove(row)
+        self._free.append(row)
+
+    def check(self) -> None:
+        if len(self._free) + len(self._taken) != self.total or not self._taken.isdisjoint(self._free):
+            raise AssertionError(f"{len(self._free)} free + {len(self._taken)} taken != {self.total} rows")

@@ -1,0 +1,369 @@
+"""One model's requests: who runs, what the next step computes, and what its result means.
+
+There are no phases: a sequence has tokens computed and tokens wanted, decode rows come first and prefill chunks fill what is left of the budget.
+A step is planned before the one before it is known, so a row may be planned once more than it needs; that token is dropped. What ends by count is
+known beforehand and never overrun. Knows no torch, no clock and no other model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from runtime.engine.admission import LengthEstimate, blocks_for, peak_blocks
+from runtime.engine.decoding import DecodeBatch
+from runtime.engine.kvcache.prefix import PrefixCache, chain
+from runtime.engine.plan import RowSetup, StepPlan, StepResult
+from runtime.engine.results import Chunk, Step, StopRules, settle_decode, settle_prefill
+from runtime.engine.rows import RowPool
+from runtime.engine.sequence import Sequence, State
+from runtime.engine.waiting import WaitingQueue
+from runtime.messages import RowTokens
+from runtime.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one plan may use. `kv_blocks`: blocks that the model could have for itself, those it holds included."""
+
+    token_budget: int
+    kv_blocks: int
+    admit_rows: int
+
+
+@dataclass(slots=True)
+class Totals:
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+
+
+class Scheduler:
+    def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: RowPool) -> None:
+        self.totals = Totals()
+        self.waiting = WaitingQueue()
+        self.promised_blocks = 0         # what admission counted on at the last look
+        self.closed_rows: list[int] = []  # for the runner to close, then for the pool
+        self._cache = cache
+        self._rows = rows
+        self._block_tokens = cache.blocks.geometry.block_tokens
+        self._rules = StopRules(eos)
+        self._decode = DecodeBatch(rows.total)
+        self._prefill: list[Sequence] = []
+        self._live: dict[int, Sequence] = {}
+        self._lengths = LengthEstimate()
+        self._flying: list[Step] = []
+        self._planned = 0
+        self._settled = 0
+        self._running: set[Sequence] = set()
+        self._set_aside = 0
+        self._refused_at: tuple[int, int, int] | None = None
+        self._opened: list[RowSetup] = []
+        self._new_blocks: list[tuple[int, int, int]] = []
+
+    @property
+    def running(self) -> int:
+        """Sequences with a row, those included whose last token is on its way."""
+        return len(self._running)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flying)
+
+    def decoding(self) -> tuple[int, int]:
+        """Decode rows, and the tokens that they hold."""
+        return len(self._decode), self._decode.kv_tokens()
+
+    def sequences(self) -> list[Sequence]:
+        return list(self._live.values())
+
+    def find(self, request_id: int) -> Sequence | None:
+        return self._live.get(request_id)
+
+    def add(self, sequence: Sequence) -> None:
+        self._live[sequence.request_id] = sequence
+        self.totals.prompt_tokens += sequence.prompt_len
+        self._rules.join(sequence)
+        self.waiting.push(sequence)
+
+    def blocks_wanted(self, token_budget: int) -> int:
+        """Blocks that the next plan would take if it could."""
+        pending = sum(len(s.tokens) - s.computed for s in self._prefill)
+        head = self.waiting.head()
+        if head is not None and self._rows.free:
+            pending += len(head.tokens)
+        wanted = len(self._decode.without_room()) + len(self._prefill)
+        return wanted + blocks_for(min(pending, token_budget), self._block_tokens)
+
+    def starved(self) -> Sequence | None:
+        """After an empty plan with nothing in flight: the sequence that would be first if there were room for it."""
+        if self._flying:
+            return None
+        return min(self._prefill, key=lambda s: s.order, default=None) or self.waiting.head()
+
+    # Planning -------------------------------------------------------------------------------------------------------------------------------
+
+    def plan(self, limits: Limits, now: float) -> Step | None:
+        """The next step, or None if nothing can move."""
+        preemptions = self.totals.preemptions
+        self._give_decode_blocks(now)
+        count = len(self._decode)
+        plan = StepPlan(self._decode.rows.copy(), self._decode.starts(), [1] * count, [True] * count, [True] * count, [])
+        kv_tokens = self._decode.kv_tokens()
+        budget = limits.token_budget - count
+        chunks: list[Chunk] = []
+        for sequence in self._prefill.copy():
+            if budget <= 0:
+                break
+            budget -= self._plan_chunk(sequence, budget, plan, chunks)
+        admitted = 0
+        # what was turned out for want of room must not come back in the same breath
+        while budget > 0 and admitted < limits.admit_rows and self._rows.free and self.totals.preemptions == preemptions:
+            head = self.waiting.head()
+            if head is None or not self._admit(head, limits.kv_blocks):
+                break
+            admitted += 1
+            budget -= self._plan_chunk(head, budget, plan, chunks)
+        if not plan.rows:
+            if len(self._prefill) > 1 and not self._flying:
+                self.preempt_newest(now)
+            return None
+        kv_tokens += sum(chunk.sequence.computed for chunk in chunks)
+        plan.new_blocks.extend(self._new_blocks)
+        opened, self._opened = self._opened, []
+        self._new_blocks.clear()
+        decode = self._decode.advance()
+        self._planned += 1
+        self._start_decoding(chunks)
+        step = Step(self._planned, plan, opened, decode, chunks, kv_tokens)
+        self._flying.append(step)
+        return step
+
+    def _give_decode_blocks(self, now: float) -> None:
+        """A block for each decode row that has none for its next token; the newest rows make way where there is no room."""
+        wanting = self._decode.without_room()
+        if len(wanting) > 1:
+            wanting.sort(key=lambda s: s.order)
+        for sequence in wanting:
+            while sequence.place >= 0:           # until it made way itself
+                page = self._cache.take()
+                if page is not None:
+                    self._publish(sequence, self._decode.start_of(sequence))
+                    self._new_blocks.append((sequence.row, len(sequence.pages), page))
+                    sequence.pages.append(page)
+                    self._decode.set_room(sequence, len(sequence.pages) * self._block_tokens)
+                    break
+                self.preempt_newest(now)
+
+    def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, chunks: list[Chunk]) -> int:
+        """Plan as much of the sequence's wanted tokens as budget and blocks allow; returns the number."""
+        start, total = sequence.computed, len(sequence.tokens)
+        end = min(total, start + budget)
+        while len(sequence.pages) * self._block_tokens < end:
+            page = self._cache.take()
+            if page is None:
+                end = len(sequence.pages) * self._block_tokens
+                break
+            self._new_blocks.append((sequence.row, len(sequence.pages), page))
+            sequence.pages.append(page)
+        if end <= start:
+            return 0
+        draws = end == total and sequence.limit > 0
+        plan.rows.append(sequence.row)
+        plan.starts.append(start)
+        plan.counts.append(end - start)
+        plan.from_device.append(False)
+        plan.samples.append(draws)
+        plan.tokens.extend(sequence.tokens[start:end])
+        if sequence.wants_prompt_logprobs and start < sequence.prompt_len:
+            plan.prompt_logprobs.append(sequence.row)
+        chunks.append(Chunk(sequence, sequence.row, draws, end == total))
+        sequence.computed = end
+        return end - start
+
+    def _start_decoding(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            sequence = chunk.sequence
+            self._publish(sequence, sequence.computed)
+            if not chunk.last:
+                continue
+            self._prefill.remove(sequence)
+            left = sequence.limit - sequence.drawn - 1
+            if left > 0:
+                self._decode.add(sequence, len(sequence.tokens), left, len(sequence.pages) * self._block_tokens)
+
+    def _publish(self, sequence: Sequence, computed: int) -> None:
+        """Let others find the blocks that `computed` tokens fill, as far as their ids are known."""
+        full = min(computed, len(sequence.tokens)) // self._block_tokens
+        if full <= sequence.published:
+            return
+        chain(sequence.tokens, self._block_tokens, sequence.digests, full)
+        for i in range(sequence.published, full):
+            self._cache.publish(sequence.pages[i], sequence.digests[i])
+        sequence.published = full
+
+    # Admission ------------------------------------------------------------------------------------------------------------------------------
+
+    def _admit(self, sequence: Sequence, kv_blocks: int) -> bool:
+        if sequence.hold_until > self._settled:
+            return False
+        key = (sequence.request_id, kv_blocks, len(self._running))
+        if key == self._refused_at:
+            return False
+        hits = self._prefix_hits(sequence)
+        if not self._fits(sequence, hits, kv_blocks):
+            self._refused_at = key
+            return False
+        self.waiting.discard(sequence)
+        sequence.shared = hits
+        sequence.pages = self._cache.acquire(sequence.digests[:hits])
+        sequence.published = hits
+        sequence.computed = hits * self._block_tokens
+        if not sequence.told:
+            self.totals.prefix_hit_tokens += min(sequence.computed, sequence.prompt_len) - sequence.cached
+            sequence.cached = min(sequence.computed, sequence.prompt_len)
+            sequence.prompt_logprobs = [] if sequence.wants_prompt_logprobs else None
+        sequence.row = self._rows.take()
+        sequence.state = State.RUNNING
+        self._set_aside += sequence.set_aside
+        self._running.add(sequence)
+        self._prefill.append(sequence)
+        self._new_blocks.extend((sequence.row, i, page) for i, page in enumerate(sequence.pages))
+        self._opened.append(
+            RowSetup(
+                sequence.row, sequence.sampling, sequence.logprobs, sequence.tokens[: sequence.prompt_len], sequence.prompt_len,
+                sequence.stop.min_tokens, self._rules.suppressed(sequence),
+            )
+        )
+        return True
+
+    def _prefix_hits(self, sequence: Sequence) -> int:
+        """Blocks of its beginning that are here. The last known token is always computed: something must be drawn after it."""
+        if sequence.wants_prompt_logprobs:
+            return 0
+        # the runner counts what was generated before a preemption from the tokens it is given again
+        known = sequence.prompt_len if sequence.sampling.needs_history else len(sequence.tokens)
+        most = min(known, len(sequence.tokens) - 1) // self._block_tokens
+        chain(sequence.tokens, self._block_tokens, sequence.digests, most)
+        return self._cache.match(sequence.digests[:most])
+
+    def _fits(self, sequence: Sequence, hits: int, kv_blocks: int) -> bool:
+        block_tokens = self._block_tokens
+        remaining = self._lengths.expected(sequence.limit, sequence.drawn)
+        sequence.set_aside = blocks_for(len(sequence.tokens) + remaining, block_tokens)
+        if not self._running:
+            # alone it may try with what there is: what it lacks later comes from others, or it waits again
+            if blocks_for(len(sequence.tokens) + 1, block_tokens) > kv_blocks:
+                return False
+            self.promised_blocks = min(sequence.set_aside, kv_blocks)
+            return True
+        if self._set_aside + sequence.set_aside <= kv_blocks:
+            self.promised_blocks = self._set_aside + sequence.set_aside
+            return True
+        held = [len(s.tokens) - s.shared * block_tokens for s in self._running]
+        left = [self._lengths.expected(s.limit, s.drawn) for s in self._running]
+        own = sum(len(s.pages) - s.shared for s in self._running)
+        base = max(self._cache.blocks.used_blocks - own, 0) + self._cache.idle_among(sequence.digests[:hits])
+        held.append(len(sequence.tokens) - hits * block_tokens)
+        left.append(remaining)
+        peak = base + peak_blocks(held, left, block_tokens)
+        if peak > kv_blocks:
+            return False
+        self.promised_blocks = peak
+        return True
+
+    # Results and ends -----------------------------------------------------------------------------------------------------------------------
+
+    def settle(self, step: Step, result: StepResult, now: float) -> list[RowTokens]:
+        """The step's result: a row of tokens for every sequence that still listens."""
+        self._take_off(step)
+        self.totals.steps += 1
+        self.totals.step_seconds += result.device_us * 1e-6
+        if step.void:
+            return []
+
+        def end(sequence: Sequence, reason: FinishReason) -> None:
+            self.end(sequence, now)
+
+        rows = settle_decode(step, result, self._rules, end)
+        if step.prefill:
+            rows += settle_prefill(step, result, self._rules, end)
+        self.totals.generated_tokens += len(rows)
+        return rows
+
+    def fail(self, step: Step, now: float) -> list[Sequence]:
+        """The step broke: its sequences end and are returned. What it was to compute may have been read by others already: they begin again."""
+        self._take_off(step)
+        if step.void:
+            return []
+        lost = [sequence for sequence in step.sequences() if sequence.state is not State.ENDED]
+        for sequence in lost:
+            self.end(sequence, now)
+        for sequence in sorted(self._running, key=lambda s: s.order):
+            self._turn_out(sequence, now)
+        for later in self._flying:
+            later.void = True
+        self._cache.forget()
+        return lost
+
+    def _take_off(self, step: Step) -> None:
+        self._flying.remove(step)
+        self._settled = max(self._settled, step.number)
+
+    def end(self, sequence: Sequence, now: float) -> None:
+        """It is over, whatever its state; what it held is free at once."""
+        if sequence.state is State.RUNNING:
+            self._leave_row(sequence, now)
+            self._lengths.record(sequence.drawn)
+        else:
+            self.waiting.discard(sequence)
+        sequence.state = State.ENDED
+        self._rules.leave(sequence)
+        del self._live[sequence.request_id]
+        for step in self._flying:
+            step.stale = True
+
+    def preempt_newest(self, now: float) -> bool:
+        """Turn out the least entitled running sequence; it begins again later with all that it has drawn. False if none runs."""
+        newest = max((*self._decode.sequences, *self._prefill), key=lambda s: s.order, default=None)
+        if newest is None:
+            return False
+        self._turn_out(newest, now)
+        return True
+
+    def _turn_out(self, sequence: Sequence, now: float) -> None:
+        self._leave_row(sequence, now)
+        sequence.state = State.WAITING
+        sequence.hold_until = self._planned
+        self.waiting.push(sequence)
+        self.totals.preemptions += 1
+
+    def _leave_row(self, sequence: Sequence, now: float) -> None:
+        # of the known tokens, the last may not have been computed
+        computed = sequence.computed if sequence in self._prefill else len(sequence.tokens) - 1
+        self._publish(sequence, computed)
+        if sequence.place >= 0:
+            self._decode.remove(sequence)
+        elif sequence in self._prefill:
+            self._prefill.remove(sequence)
+        if self._opened:
+            self._opened = [setup for setup in self._opened if setup.row != sequence.row]
+        if self._new_blocks:
+            self._new_blocks = [block for block in self._new_blocks if block[0] != sequence.row]
+        self._running.remove(sequence)
+        self._set_aside -= sequence.set_aside
+        self.promised_blocks = min(self.promised_blocks, self._set_aside)
+        self.closed_rows.append(sequence.row)
+        self._cache.release(sequence.pages, now)
+        sequence.pages = []
+        sequence.published = sequence.computed = sequence.shared = 0
+        sequence.row = -1
+
+    def check(self) -> None:
+        self._cache.check()
+        held = {page for sequence in self._running for page in sequence.pages}
+        if len(held) != self._cache.blocks.used_blocks:
+            raise AssertionError(f"rows hold {len(held)} blocks, {self._cache.blocks.used_blocks} are used")
+        if self._set_aside != sum(s.set_aside for s in self._running):
+            raise AssertionError("blocks set aside are miscounted")

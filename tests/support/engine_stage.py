@@ -1,0 +1,207 @@
+"""An engine loop on the fake backend and a clock of its own, with what every request should have answered."""
+
+import queue
+from array import array
+from dataclasses import dataclass, field
+
+from runtime.config import EngineConfig
+from runtime.engine.loop import EngineLoop
+from runtime.messages import (
+    Abort,
+    Add,
+    EngineStats,
+    Event,
+    Load,
+    Loaded,
+    LoadFailed,
+    RowTokens,
+    SetPolicy,
+    Shutdown,
+    TokenLogprobs,
+    Tokens,
+    Unload,
+    Unloaded,
+)
+from runtime.types import Checkpoint, FinishReason, LogprobParams, SamplingParams, StopParams
+from tests.support.fake_backend import FakeBackend, FakeRunner, FakeSpec, draw
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass
+class Answer:
+    add: Add
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int | None = None
+    last: RowTokens | None = None
+
+    @property
+    def finish(self) -> FinishReason | None:
+        return None if self.last is None else self.last.finish
+
+    @property
+    def prompt(self) -> list[int]:
+        ids = array("i")
+        ids.frombytes(self.add.prompt)
+        return ids.tolist()
+
+
+def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
+    """What a request answers that has the engine to itself."""
+    history = array("i", [])
+    history.frombytes(add.prompt)
+    ids = history.tolist()
+    prompt_len = len(ids)
+    stop = add.stop
+    eos = () if stop.ignore_eos else spec.eos
+    ends = set(eos) | set(stop.stop_token_ids)
+    while True:
+        drawn = len(ids) - prompt_len
+        if drawn == stop.max_tokens:
+            return ids[prompt_len:], FinishReason.LENGTH
+        if len(ids) == spec.max_model_len:
+            return ids[prompt_len:], FinishReason.CONTEXT
+        suppressed = tuple(sorted(ends)) if drawn < stop.min_tokens else ()
+        token = draw(add.model_id, ids, spec.vocab, suppressed)
+        ids.append(token)
+        if token in ends and drawn >= stop.min_tokens:
+            own = token in stop.stop_token_ids
+            return ids[prompt_len:], FinishReason.STOP_TOKEN if own else FinishReason.EOS
+
+
+class Stage:
+    """Drives a loop turn by turn; time passes `turn_s` a turn."""
+
+    def __init__(self, backend: FakeBackend, *, turn_s: float = 0.005, **config: object) -> None:
+        self.backend = backend
+        self.now = 100.0
+        self.turn_s = turn_s
+        self.events: list[Event] = []
+        self.answers: dict[int, Answer] = {}
+        self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.marks: list[str] = []
+        settings = EngineConfig(**{  # type: ignore[arg-type]
+            "debug_checks": True, "max_rows": backend.max_rows, "max_batch_tokens": backend.max_batch_tokens, **config,
+        })
+        self.loop = EngineLoop(settings, backend, self.inbox, self._emit, self.marks.append, lambda: self.now)  # type: ignore[arg-type]
+        self._ids = 0
+
+    def _emit(self, event: Event) -> None:
+        self.events.append(event)
+        if not isinstance(event, Tokens):
+            return
+        for row in event.rows:
+            answer = self.answers[row.request_id]
+            assert answer.last is None, "a row after the last"
+            assert answer.add.model_id == event.model_id
+            answer.tokens += row.tokens
+            answer.logprobs += row.logprobs or ()
+            if row.prompt_logprobs is not None:
+                assert answer.prompt_logprobs is None
+                answer.prompt_logprobs = row.prompt_logprobs
+            if row.cached_tokens is not None:
+                assert answer.cached_tokens is None
+                answer.cached_tokens = row.cached_tokens
+            if row.finish is not None:
+                answer.last = row
+
+    def turn(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.loop.turn()
+            self.now += self.turn_s
+
+    def load(self, model_id: str, **more: object) -> None:
+        self.inbox.put(Load(model_id, Checkpoint(model_dir=model_id), **more))  # type: ignore[arg-type]
+
+    def unload(self, model_id: str) -> None:
+        self.inbox.put(Unload(model_id))
+
+    def add(
+        self,
+        model_id: str,
+        prompt: list[int],
+        max_tokens: int = 16,
+        *,
+        sampling: SamplingParams = GREEDY,
+        logprobs: LogprobParams | None = None,
+        priority: int = 0,
+        **stop: object,
+    ) -> Answer:
+        self._ids += 1
+        add = Add(
+            self._ids, model_id, array("i", prompt).tobytes(), sampling, StopParams(max_tokens, **stop),  # type: ignore[arg-type]
+            logprobs or LogprobParams(), priority,
+        )
+        answer = self.answers[self._ids] = Answer(add)
+        self.inbox.put(add)
+        return answer
+
+    def abort(self, *request_ids: int) -> None:
+        self.inbox.put(Abort(request_ids))
+
+    def pin(self, model_id: str, pinned: bool = True) -> None:
+        self.inbox.put(SetPolicy(model_id, pinned))
+
+    def shutdown(self, grace_s: float) -> None:
+        self.inbox.put(Shutdown(grace_s))
+
+    def until_quiet(self, most_turns: int = 20_000) -> None:
+        """Turn until every request has ended and every load is answered."""
+        for _ in range(most_turns):
+            self.turn()
+            if self.inbox.empty() and not len(self.loop._loads) and all(a.last is not None for a in self.answers.values()):
+                self.turn(3)
+                return
+        waiting = [(i, a.add.model_id, len(a.tokens)) for i, a in self.answers.items() if a.last is None]
+        raise AssertionError(f"these never ended: {waiting}; {self.loop.house.stats()}")
+
+    def of(self, kind: type) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def loaded(self) -> list[str]:
+        return [event.facts.model_id for event in self.of(Loaded)]  # type: ignore[union-attr]
+
+    def failures(self) -> list[LoadFailed]:
+        return self.of(LoadFailed)  # type: ignore[return-value]
+
+    def unloaded(self) -> list[str]:
+        return [event.model_id for event in self.of(Unloaded)]  # type: ignore[union-attr]
+
+    def stats(self) -> EngineStats:
+        return self.loop.house.stats()
+
+    def check_text(self, answer: Answer) -> None:
+        spec = self.backend.specs[answer.add.model_id]
+        text, finish = expected(answer.add, spec)
+        if answer.finish in (FinishReason.ABORTED, FinishReason.ERROR):
+            assert answer.tokens == text[: len(answer.tokens)]
+            return
+        assert (answer.tokens, answer.finish) == (text, finish), f"{answer.add}"
+        assert answer.last is not None
+        if finish in (FinishReason.EOS, FinishReason.STOP_TOKEN):
+            assert answer.last.stop_token == text[-1]
+        if answer.add.logprobs.generated is not None:
+            history = answer.prompt
+            for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
+                history.append(token)
+                assert logprob == FakeRunner.logprob(history)
+        if answer.add.logprobs.prompt is not None:
+            prompt = answer.prompt
+            entries = [None, *(FakeRunner.logprob(prompt[: i + 1]) for i in range(1, len(prompt)))]
+            assert answer.prompt_logprobs == tuple(entries)
+
+    def check_all(self) -> None:
+        for answer in self.answers.values():
+            self.check_text(answer)
+
+    def close(self) -> None:
+        """End the loop; nothing may stay lent, mapped or open."""
+        self.inbox.put(None)
+        self.loop.run()
+        assert self.loop.house.slabs.free == self.backend.total_slabs
+        assert self.loop.house.rows.free == self.loop.house.rows.total
+        assert self.backend.mapped == 0 and not self.backend.open_rows
+        assert all(memory.closed for memory in self.backend.memories)
+        assert all(answer.last is not None for answer in self.answers.values())

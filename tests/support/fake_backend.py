@@ -1,0 +1,294 @@
+"""A deterministic Backend whose token depends on every token before it, read back through the page tables.
+
+So a block that is shared wrongly, dropped too early or written twice shows as a wrong text. It checks each plan against the rules of
+runtime.engine.plan and keeps what the mechanism would keep: mapped slabs, rows, weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from runtime.engine.plan import KvGeometry, LoadedModel, LoadRequest, RowSetup, StepPlan, StepResult
+from runtime.errors import LoadFailed
+from runtime.messages import TokenLogprobs
+from runtime.types import ModelFacts, Quantization
+
+
+def draw(model_id: str, history: Sequence[int], vocab: int, suppressed: Sequence[int] = ()) -> int:
+    digest = blake2b(repr((model_id, tuple(history))).encode(), digest_size=8).digest()
+    token = int.from_bytes(digest, "little") % vocab
+    while token in suppressed:
+        token = (token + 1) % vocab
+    return token
+
+
+@dataclass
+class FakeSpec:
+    """Handed as Load.checkpoint.model_dir's stand-in: see FakeBackend.specs."""
+
+    weight_slabs: int = 4
+    vocab: int = 48
+    eos: tuple[int, ...] = (0, 1)
+    max_model_len: int = 200
+    kv: KvGeometry = field(default_factory=lambda: KvGeometry(4, 4, 8, 2, 256, 64))
+    load_polls: int = 2
+    swap_polls: int = 3
+    latency_polls: int = 2
+    fails: str = ""
+
+
+class FakeMemory:
+    def __init__(self, backend: "FakeBackend", model_id: str, spec: FakeSpec) -> None:
+        self.weight_slabs = spec.weight_slabs
+        self.weight_bytes = spec.weight_slabs * backend.slab_bytes
+        self.kv = spec.kv
+        self._backend = backend
+        self._model_id = model_id
+        self._spec = spec
+        self._polls = 0
+        self.resident = False
+        self.closed = False
+        self.kv_slab: dict[int, int] = {}
+        self.cells: dict[tuple[int, int], tuple[int, int]] = {}   # (page, offset) → (position, token)
+
+    def swap_in(self, slabs: Sequence[int]) -> None:
+        assert not self.resident and len(slabs) == self.weight_slabs and not self.closed
+        if self._backend.broken_swap_ins.pop(self._model_id, None):
+            raise OSError("no such file")
+        for slab in slabs:
+            self._backend.map(slab, (self._model_id, "weights"))
+        self._slabs = list(slabs)
+        self.resident = True
+        self._polls = 0
+
+    def swap_in_done(self) -> bool:
+        self._polls += 1
+        return self._polls > self._spec.swap_polls
+
+    def evict(self) -> None:
+        if self.resident:
+            for slab in self._slabs:
+                self._backend.unmap(slab, (self._model_id, "weights"))
+        self.resident = False
+
+    def map_kv(self, index: int, slab: int) -> None:
+        assert 0 <= index < self.kv.max_slabs and index not in self.kv_slab
+        self._backend.map(slab, (self._model_id, "kv"))
+        self.kv_slab[index] = slab
+
+    def unmap_kv(self, index: int) -> None:
+        self._backend.unmap(self.kv_slab.pop(index), (self._model_id, "kv"))
+        self.cells = {cell: value for cell, value in self.cells.items() if cell[0] // self.kv.pages_per_slab != index}
+
+    def host_bytes(self) -> int:
+        return 0
+
+    def drop_host(self) -> None:
+        raise AssertionError("there is no host arena")
+
+    def close(self) -> None:
+        assert not self.resident and not self.kv_slab and not self.closed
+        self.closed = True
+
+
+@dataclass
+class FakeRow:
+    setup: RowSetup
+    table: dict[int, int] = field(default_factory=dict)
+    last: int | None = None
+
+
+class FakeLaunched:
+    def __init__(self, result: StepResult | None, polls: int) -> None:
+        self._result = result
+        self._polls = polls
+
+    def ready(self) -> bool:
+        self._polls -= 1
+        return self._polls < 0
+
+    def collect(self) -> StepResult:
+        if self._result is None:
+            raise RuntimeError("the fake device stumbled")
+        return self._result
+
+
+class FakeRunner:
+    def __init__(self, backend: "FakeBackend", facts: ModelFacts, spec: FakeSpec, memory: FakeMemory) -> None:
+        self.facts = facts
+        self._backend = backend
+        self._spec = spec
+        self._memory = memory
+        self.rows: dict[int, FakeRow] = {}
+
+    def open_row(self, setup: RowSetup) -> None:
+        assert setup.row not in self.rows and setup.row not in self._backend.open_rows, "the row is taken"
+        assert 0 <= setup.row < self._backend.max_rows and len(setup.prompt) == setup.prompt_len
+        self.rows[setup.row] = FakeRow(setup)
+        self._backend.open_rows.add(setup.row)
+
+    def close(self) -> None:
+        pass
+
+    def close_row(self, row: int) -> None:
+        # a row whose step broke at its launch may never have been opened
+        if self.rows.pop(row, None) is not None:
+            self._backend.open_rows.remove(row)
+
+    def launch(self, plan: StepPlan) -> FakeLaunched:
+        assert self._memory.resident, "launched without weights"
+        fault = self._backend.faults.pop(self.facts.model_id, "")
+        if fault == "launch":
+            raise RuntimeError("the fake device refuses")
+        self._check(plan)
+        for row, index, page in plan.new_blocks:
+            assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
+            assert (page % self._memory.kv.pages_per_slab) % self._memory.kv.pages_per_block == 0
+            self.rows[row].table[index] = page
+        shared: dict[int, int] = {}
+        for row in self.rows.values():
+            for page in row.table.values():
+                shared[page] = shared.get(page, 0) + 1
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        at = 0
+        work = []
+        for i, slot in enumerate(plan.rows):
+            row = self.rows[slot]
+            if plan.from_device[i]:
+                assert row.last is not None, "nothing was drawn yet"
+                ids = [row.last]
+            else:
+                ids = plan.tokens[at : at + plan.counts[i]]
+                at += plan.counts[i]
+            self._write(row, plan.starts[i], ids, shared)
+            work.append((i, slot, row, ids))
+        assert at == len(plan.tokens)
+        for i, slot, row, ids in work:
+            end = plan.starts[i] + len(ids)
+            history = self._read(row, end)
+            if slot in plan.prompt_logprobs:
+                entries: list[TokenLogprobs | None] = []
+                for position in range(plan.starts[i], end):
+                    entries.append(None if position == 0 else self.logprob(history[: position + 1]))
+                prompt_logprobs[slot] = entries
+            if plan.samples[i]:
+                drawn = end - row.setup.prompt_len
+                suppressed = row.setup.suppressed if drawn < row.setup.min_tokens else ()
+                token = draw(self.facts.model_id, history, self._spec.vocab, suppressed)
+                row.last = token
+                tokens.append(token)
+                wanted = row.setup.logprobs.generated is not None
+                logprobs.append(self.logprob([*history, token]) if wanted else None)
+        self._backend.steps += 1
+        self._backend.largest_step = max(self._backend.largest_step, plan.num_tokens)
+        if fault == "collect":
+            return FakeLaunched(None, self._spec.latency_polls)
+        result = StepResult(
+            tokens, 100.0 + 2.0 * plan.num_tokens, logprobs if any(logprobs) else None, prompt_logprobs or None
+        )
+        return FakeLaunched(result, self._spec.latency_polls)
+
+    @staticmethod
+    def logprob(history: Sequence[int]) -> TokenLogprobs:
+        return TokenLogprobs(-float(draw("logprob", history, 1000)) / 100.0, 1)
+
+    def _check(self, plan: StepPlan) -> None:
+        count = len(plan.rows)
+        assert count and count == len(plan.starts) == len(plan.counts) == len(plan.from_device) == len(plan.samples)
+        assert len(set(plan.rows)) == count, "a row twice"
+        assert all(row in self.rows for row in plan.rows), "a row that isn't open"
+        assert all(c >= 1 for c in plan.counts)
+        assert sorted(plan.from_device, reverse=True) == plan.from_device, "decode rows come first"
+        assert all(c == 1 and s for c, s, d in zip(plan.counts, plan.samples, plan.from_device, strict=True) if d)
+        assert plan.num_tokens <= max(self._backend.max_batch_tokens, sum(plan.from_device))
+
+    def _write(self, row: FakeRow, start: int, ids: Sequence[int], shared: dict[int, int]) -> None:
+        size = self._memory.kv.block_tokens
+        for position, token in enumerate(ids, start):
+            assert position < self.facts.max_model_len, f"position {position} is past the context"
+            page = row.table[position // size]
+            assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
+            assert shared[page] == 1, f"page {page} is written while {shared[page]} rows hold it"
+            self._memory.cells[page, position % size] = (position, token)
+
+    def _read(self, row: FakeRow, end: int) -> list[int]:
+        size = self._memory.kv.block_tokens
+        history = []
+        for position in range(end):
+            at, token = self._memory.cells[row.table[position // size], position % size]
+            assert at == position, f"position {position} reads what was written for {at}"
+            history.append(token)
+        return history
+
+
+class FakeJob:
+    def __init__(self, backend: "FakeBackend", request: LoadRequest, spec: FakeSpec) -> None:
+        self._backend, self._request, self._spec = backend, request, spec
+        self._polls = spec.load_polls
+        self.cancelled = False
+
+    def done(self) -> bool:
+        self._polls -= 1
+        return self._polls < 0
+
+    def result(self) -> LoadedModel:
+        model_id, spec = self._request.model_id, self._spec
+        if spec.fails:
+            raise LoadFailed(f"model {model_id}: {spec.fails}")
+        longest = min(spec.max_model_len, self._request.max_model_len or spec.max_model_len)
+        facts = ModelFacts(
+            model_id, "FakeForCausalLM", "fake", "float32", Quantization.NONE, spec.weight_slabs * self._backend.slab_bytes,
+            spec.kv.bytes_per_token, longest, spec.vocab, 1, spec.eos,
+        )
+        memory = FakeMemory(self._backend, model_id, spec)
+        self._backend.memories.append(memory)
+        return LoadedModel(FakeRunner(self._backend, facts, spec, memory), memory)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeBackend:
+    """`specs` names the models that can be loaded. `faults[model]` = "launch" or "collect" breaks its next step."""
+
+    device = "fake"
+    device_name = "Fake"
+    slab_bytes = 4096
+    host_total_bytes = 0
+
+    def __init__(self, specs: dict[str, FakeSpec], total_slabs: int = 32, max_rows: int = 16, max_batch_tokens: int = 64) -> None:
+        self.specs = specs
+        self.total_slabs = total_slabs
+        self.max_rows = max_rows
+        self.max_batch_tokens = max_batch_tokens
+        self.faults: dict[str, str] = {}
+        self.broken_swap_ins: dict[str, bool] = {}
+        self.open_rows: set[int] = set()
+        self.memories: list[FakeMemory] = []
+        self.steps = 0
+        self.largest_step = 0
+        self._mapped: dict[int, tuple[str, str]] = {}
+
+    def map(self, slab: int, owner: tuple[str, str]) -> None:
+        assert 0 <= slab < self.total_slabs and slab not in self._mapped, f"slab {slab} is mapped already"
+        self._mapped[slab] = owner
+
+    def unmap(self, slab: int, owner: tuple[str, str]) -> None:
+        assert self._mapped.pop(slab) == owner
+
+    @property
+    def mapped(self) -> int:
+        return len(self._mapped)
+
+    def host_free_bytes(self) -> int:
+        return 0
+
+    def load(self, request: LoadRequest) -> FakeJob:
+        return FakeJob(self, request, self.specs[request.model_id])
+
+    def synchronize(self) -> None: ...
+
+    def idle(self) -> bool:
+        return False
