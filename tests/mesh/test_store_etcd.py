@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -324,3 +325,22 @@ async def test_a_store_that_is_not_open_says_so() -> None:
     with pytest.raises(StoreError, match="not open"):
         await store.get("/a")
     await store.close()
+
+
+async def test_tls(tmp_path: Path) -> None:
+    server = EtcdServer(tmp_path, tls=True)
+    server.start()
+    try:
+        trusting = EtcdStore(EtcdLocation((server.endpoint,), tls=True, ca_pem=server.certificate))
+        await trusting.open()
+        await trusting.put("/a", b"1")
+        async with aclosing(trusting.watch("/")) as events:
+            await take(events, 1)
+        await trusting.close()
+        for location in (EtcdLocation((server.endpoint,), tls=True), EtcdLocation((server.endpoint,))):
+            other = EtcdStore(location, connect_timeout_s=0.5)
+            with pytest.raises(StoreError):
+                await open_and_read(other)
+            await other.close()
+    finally:
+        server.kill()

@@ -36,10 +36,10 @@ def etcd_binary(scratch: Path) -> Path:
 class EtcdServer:
     """`start`, `kill` (SIGKILL) and `start` again keep port and data; `wipe` loses the data, as a store restored from nothing would."""
 
-    def __init__(self, directory: Path, *, extra: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, *, tls: bool = False) -> None:
         self._directory = directory
         self._data = directory / "data"
-        self._extra = extra
+        self._scheme = "https" if tls else "http"
         self._port = free_port()
         self._peer_port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,10 +52,15 @@ class EtcdServer:
     def url(self) -> str:
         return f"etcd://{self.endpoint}"
 
+    @property
+    def certificate(self) -> bytes:
+        """What the server made for itself, to be trusted by clients."""
+        return (self._data / "fixtures" / "client" / "cert.pem").read_bytes()
+
     def start(self, *, elsewhere: bool = False) -> str:
         """Returns the endpoint. `elsewhere`: on another port, where clients that know only the usual one don't see it."""
         port = free_port() if elsewhere else self._port
-        client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{self._peer_port}"
+        client, peer = f"{self._scheme}://127.0.0.1:{port}", f"http://127.0.0.1:{self._peer_port}"
         with (self._directory / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -63,7 +68,8 @@ class EtcdServer:
                     "--name=test", f"--data-dir={self._data}", f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
                     f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=test={peer}",
                     # a kill -9 of the process loses nothing of the page cache, and tests' disks are slow
-                    "--unsafe-no-fsync", "--heartbeat-interval=20", "--election-timeout=200", *self._extra,
+                    "--unsafe-no-fsync", "--heartbeat-interval=20", "--election-timeout=200",
+                    *(["--auto-tls"] if self._scheme == "https" else []),
                 ],
                 stdout=log, stderr=log,
             )
