@@ -1,0 +1,136 @@
+"""The engine's device and what is made on it: loads run in threads of their own and end in a runner over ranges of device memory.
+
+Knows how hardware, builder and runner fit together; decides nothing about who is resident or runs.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from typing import cast
+
+import torch
+from transformers import logging as transformers_logging
+
+from runtime.config import EngineConfig
+from runtime.engine.cpu_hardware import CpuHardware
+from runtime.engine.hardware import Hardware
+from runtime.engine.model.build import assemble, draw, facts_of
+from runtime.engine.model.device_state import DeviceState
+from runtime.engine.model.fuse_proof import Prover
+from runtime.engine.model.geometry import kv_geometry
+from runtime.engine.model.runner import ModelRunner
+from runtime.engine.plan import LoadedModel, LoadRequest
+from runtime.errors import Cancelled, LoadFailed
+from runtime.types import Checkpoint
+
+
+def make_backend(config: EngineConfig) -> "EngineBackend":
+    """The backend that `config.device` names ("auto": a GPU if there is one). Called from the engine thread, on whose stream everything runs.
+
+    Raises ValueError for an unknown device or a budget that the machine hasn't.
+    """
+    transformers_logging.set_verbosity_error()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        from runtime.engine.cuda_hardware import CudaHardware
+
+        return EngineBackend(config, CudaHardware(torch.device("cuda", device.index or 0), config))
+    if device.type == "cpu":
+        return EngineBackend(config, CpuHardware(config))
+    raise ValueError(f"device {config.device} is neither auto, cpu nor cuda[:N]")
+
+
+class EngineBackend:
+    """Implements plan.Backend."""
+
+    def __init__(self, config: EngineConfig, hardware: Hardware) -> None:
+        self._config = config
+        self._hardware = hardware
+        self._prover = Prover(config.fuse)
+        self._state = DeviceState.create(hardware.device, config)
+        self.device = str(hardware.device)
+        self.device_name = hardware.name
+        self.slab_bytes = hardware.memory.slab_bytes
+        self.total_slabs = hardware.memory.total_slabs
+        self.host_total_bytes = hardware.host_total_bytes
+        self.max_rows = config.max_rows
+
+    def host_free_bytes(self) -> int:
+        return self._hardware.host_free_bytes()
+
+    def load(self, request: LoadRequest) -> "Loading":
+        return Loading(lambda cancelled: self._load(request, cancelled))
+
+    def synchronize(self) -> None:
+        self._hardware.synchronize()
+
+    def idle(self) -> bool:
+        return self._state.capture_one() or self._hardware.idle()
+
+    def close(self) -> None:
+        """Give the device back; all models must be closed."""
+        self._hardware.close()
+
+    def _load(self, request: LoadRequest, cancelled: threading.Event) -> LoadedModel:
+        config, hardware = self._config, self._hardware
+        checkpoint = cast("Checkpoint", request.checkpoint)
+        blueprint = draw(
+            request.model_id, checkpoint, request.max_model_len, self._prover,
+            num_threads=hardware.num_read_threads, min_group_bytes=hardware.min_group_bytes,
+        )
+        if cancelled.is_set():
+            raise Cancelled(f"loading model {request.model_id} was cancelled")
+        kv_dtype = blueprint.card.dtype if config.kv_dtype == "auto" else torch.float8_e4m3fn
+        kv = kv_geometry(
+            request.model_id, blueprint.shape, config.block_tokens, kv_dtype.itemsize, hardware.memory.slab_bytes, hardware.memory.total_slabs
+        )
+        weight_slabs = -(-blueprint.layout.size_bytes // hardware.memory.slab_bytes)
+        if weight_slabs >= hardware.memory.total_slabs:
+            raise LoadFailed(
+                f"model {request.model_id} needs {blueprint.layout.size_bytes} bytes for its weights ({weight_slabs} slabs) and a slab of KV, "
+                f"the device budget is {hardware.memory.total_slabs * hardware.memory.slab_bytes} bytes ({hardware.memory.total_slabs} slabs)"
+            )
+        memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, cancelled)
+        try:
+            built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory)
+            runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)
+        except BaseException:
+            memory.close()
+            raise
+        return LoadedModel(runner, memory)
+
+
+class Loading:
+    """A load in a thread of its own. Implements plan.LoadJob."""
+
+    def __init__(self, work: Callable[[threading.Event], LoadedModel]) -> None:
+        self._work = work
+        self._cancelled = threading.Event()
+        self._future: Future[LoadedModel] = Future()
+        threading.Thread(target=self._run, name="load", daemon=True).start()
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def result(self) -> LoadedModel:
+        try:
+            return self._future.result()
+        except CancelledError as error:
+            raise Cancelled("the load was cancelled") from error
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _run(self) -> None:
+        try:
+            loaded = self._work(self._cancelled)
+            if self._cancelled.is_set():
+                loaded.memory.close()
+                raise Cancelled("the load was cancelled")
+        except BaseException as error:
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(loaded)

@@ -1,0 +1,56 @@
+"""A CPU as the engine's device: slabs of ordinary memory, no host tier beside it, no background work."""
+
+import os
+import platform
+import threading
+
+import psutil
+import torch
+
+from runtime.config import MIB, EngineConfig
+from runtime.engine.hardware import TakenMemory
+from runtime.engine.memory.cpu import CpuMemory
+from runtime.engine.memory.cpu_model import CpuModelMemory
+from runtime.engine.memory.device import DeviceMemory
+from runtime.engine.memory.image import Filler
+from runtime.engine.memory.kv_range import KvRange
+from runtime.engine.plan import KvGeometry
+
+_SLAB_BYTES = 4 * MIB
+_GROUP_BYTES = 32 * MIB
+_READ_THREADS = 8
+
+
+class CpuHardware:
+    """Implements Hardware."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        slab_bytes = config.slab_bytes or _SLAB_BYTES
+        budget = config.device_budget_bytes or psutil.virtual_memory().available // 2
+        if budget < slab_bytes:
+            raise ValueError(f"device_budget_bytes {budget} is less than one slab of {slab_bytes} bytes")
+        self.device = torch.device("cpu")
+        self.name = platform.processor() or platform.machine()
+        self.memory: DeviceMemory = CpuMemory(slab_bytes, budget // slab_bytes)
+        self.host_total_bytes = 0
+        self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
+        self.min_group_bytes = _GROUP_BYTES
+
+    def host_free_bytes(self) -> int:
+        return 0
+
+    def take(self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event) -> TakenMemory:
+        del identity, cancelled
+        weights = self.memory.reserve(weight_slabs)
+        return CpuModelMemory(weights, KvRange(self.memory.reserve(kv.max_slabs)), kv, filler)
+
+    def synchronize(self) -> None:
+        """Nothing is ever under way."""
+
+    def idle(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.memory.close()

@@ -1,0 +1,81 @@
+"""One loaded model's memory on a CPU: no host tier, so its weights come straight from files into the mapped range.
+
+Knows ranges and a filler; nothing of tensors or of who decides.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from runtime.engine.memory.device import VirtualRange
+from runtime.engine.memory.filling import Filling
+from runtime.engine.memory.image import Contiguous, Filler
+from runtime.engine.memory.kv_range import KvRange
+from runtime.engine.plan import KvGeometry
+
+
+class CpuModelMemory:
+    """Implements plan.ModelMemory and Arrival."""
+
+    def __init__(self, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry, filler: Filler) -> None:
+        self.weight_slabs = weights.num_slabs
+        self.weight_bytes = filler.group_ends[-1]
+        self.kv = kv
+        self._weights = weights
+        self._kv_range = kv_range
+        self._filler = filler
+        self._filling: Filling | None = None
+        self._pending = True
+
+    @property
+    def weights_view(self) -> Tensor:
+        return self._weights.bytes_view
+
+    @property
+    def kv_view(self) -> Tensor:
+        return self._kv_range.bytes_view
+
+    @property
+    def pending(self) -> bool:
+        return self._pending
+
+    def wait(self, group: int) -> None:
+        if self._filling is None:
+            raise RuntimeError("a model that is not resident was asked to run")
+        self._filling.wait(group)
+        self.swap_in_done()
+
+    def swap_in(self, slabs: Sequence[int]) -> None:
+        self._weights.map(0, slabs)
+        self._filling = Filling(self._filler, Contiguous(self._weights.bytes_view))
+
+    def swap_in_done(self) -> bool:
+        if self._filling is None or not self._filling.done():
+            return False
+        # a failed one is over, too: what runs next gets its error from `wait`
+        self._pending = self._filling.failed() is not None
+        return True
+
+    def evict(self) -> None:
+        if self._filling is not None:
+            self._filling.cancel()
+            self._filling = None
+        self._pending = True
+        self._weights.unmap(0, self.weight_slabs)
+
+    def map_kv(self, index: int, slab: int) -> None:
+        self._kv_range.map(index, slab)
+
+    def unmap_kv(self, index: int) -> None:
+        self._kv_range.unmap(index)
+
+    def host_bytes(self) -> int:
+        return 0
+
+    def drop_host(self) -> None:
+        """There is no host tier beside the device."""
+
+    def close(self) -> None:
+        self.evict()
+        self._kv_range.close()
+        self._weights.close()

@@ -1,0 +1,210 @@
+"""Slabs on a GPU, through CUDA's virtual memory calls: physical handles made once at start, put under reserved addresses at need.
+
+Unmapping is put off: a place that was given up keeps its old physical memory until something else is mapped there or a quiet moment comes, because
+the driver may only unmap what no launched kernel uses, and waiting for that would stall the engine. A slab may so be reachable from an old place and
+a new one at once; that is safe because all work on slabs is ordered on the compute stream (copies wait for it first). Knows nothing of models.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from runtime.engine.memory.device import SlabLedger, VirtualRange
+
+
+class CudaError(RuntimeError):
+    """A driver call failed."""
+
+
+class _ForeignArray:
+    """Device memory as torch's `as_tensor` takes it."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size_bytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None}
+
+
+class Driver:
+    """The eight driver calls that we make, with their results checked. Holds the module and the properties of our allocations."""
+
+    def __init__(self, ordinal: int) -> None:
+        from cuda.bindings import driver
+
+        self._driver: Any = driver
+        self.ordinal = ordinal
+        location = driver.CUmemLocation()
+        location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = ordinal
+        self._prop = driver.CUmemAllocationProp()
+        self._prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._prop.location = location
+        self._access = driver.CUmemAccessDesc()
+        self._access.location = location
+        self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+    def granularity(self) -> int:
+        """Bytes that every size must be a multiple of."""
+        flag = self._driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+        return int(self._checked("cuMemGetAllocationGranularity", self._driver.cuMemGetAllocationGranularity(self._prop, flag)))
+
+    def create(self, size: int) -> Any:
+        return self._checked("cuMemCreate", self._driver.cuMemCreate(size, self._prop, 0))
+
+    def release(self, handle: Any) -> None:
+        self._checked("cuMemRelease", self._driver.cuMemRelease(handle))
+
+    def reserve(self, size: int) -> int:
+        return int(self._checked("cuMemAddressReserve", self._driver.cuMemAddressReserve(size, 0, 0, 0)))
+
+    def free(self, address: int, size: int) -> None:
+        self._checked("cuMemAddressFree", self._driver.cuMemAddressFree(address, size))
+
+    def map(self, address: int, size: int, handle: Any) -> None:
+        self._checked("cuMemMap", self._driver.cuMemMap(address, size, 0, handle, 0))
+
+    def allow(self, address: int, size: int) -> None:
+        self._checked("cuMemSetAccess", self._driver.cuMemSetAccess(address, size, [self._access], 1))
+
+    def unmap(self, address: int, size: int) -> None:
+        self._checked("cuMemUnmap", self._driver.cuMemUnmap(address, size))
+
+    def _checked(self, call: str, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if int(status) != 0:
+            raise CudaError(f"{call} failed on device {self.ordinal}: {status.name}")
+        return values[0] if values else None
+
+
+class CudaMemory:
+    """A budget of device memory in slabs. Implements DeviceMemory.
+
+    Everything but the constructor is called from the engine thread, except `reserve`, which any thread may call.
+    """
+
+    def __init__(self, device: torch.device, slab_bytes: int, total_slabs: int, compute_stream: torch.cuda.Stream) -> None:
+        torch.cuda.set_device(device)
+        torch.cuda.current_stream(device).synchronize()  # makes the primary context, torch's own, the current one
+        self.device = device
+        self.slab_bytes = slab_bytes
+        self.total_slabs = total_slabs
+        self.ledger = SlabLedger(total_slabs)
+        self.driver = Driver(device.index or 0)
+        self.compute_stream = compute_stream
+        granularity = self.driver.granularity()
+        if slab_bytes % granularity:
+            raise ValueError(f"slab_bytes {slab_bytes} is no multiple of the device's granularity {granularity}")
+        self.handles: list[Any] = []
+        try:
+            for _ in range(total_slabs):
+                self.handles.append(self.driver.create(slab_bytes))
+            # torch asks the driver which device an address is on, and only mapped addresses have an answer
+            self.anchor: Any = self.driver.create(granularity)
+        except CudaError:
+            for handle in self.handles:
+                self.driver.release(handle)
+            raise
+        self.anchor_bytes = granularity
+        self.ranges: list[CudaRange] = []
+
+    def reserve(self, num_slabs: int) -> VirtualRange:
+        torch.cuda.set_device(self.device)
+        made = CudaRange(self, num_slabs)
+        self.ranges.append(made)
+        return made
+
+    def tidy(self) -> bool:
+        return any(made.tidy() for made in self.ranges)
+
+    def close(self) -> None:
+        for made in list(self.ranges):
+            made.close()
+        for handle in self.handles:
+            self.driver.release(handle)
+        self.driver.release(self.anchor)
+        self.handles.clear()
+
+
+class CudaRange:
+    """Implements VirtualRange."""
+
+    def __init__(self, memory: CudaMemory, num_slabs: int) -> None:
+        self.num_slabs = num_slabs
+        self._memory = memory
+        self._driver = memory.driver
+        self._size = max(num_slabs, 1) * memory.slab_bytes
+        self._live: list[int | None] = [None] * num_slabs      # what the owner sees
+        self._under: list[int | None] = [None] * num_slabs     # what the driver has mapped
+        self._stale: dict[int, torch.cuda.Event] = {}          # place → when its last user has passed
+        self._address = self._driver.reserve(self._size)
+        self._driver.map(self._address, memory.anchor_bytes, memory.anchor)
+        self._driver.allow(self._address, memory.anchor_bytes)
+        self._view = torch.as_tensor(_ForeignArray(self._address, self._size), device=memory.device)
+        self._driver.unmap(self._address, memory.anchor_bytes)
+        if self._view.data_ptr() != self._address:
+            raise CudaError("torch copied a reserved range instead of viewing it")
+
+    @property
+    def bytes_view(self) -> torch.Tensor:
+        return self._view
+
+    def map(self, first: int, slabs: Sequence[int]) -> None:
+        places = range(first, first + len(slabs))
+        if any(self._live[place] is not None for place in places):
+            raise ValueError(f"places {first} to {first + len(slabs) - 1} are not all empty")
+        self._memory.ledger.take(slabs)
+        slab_bytes = self._memory.slab_bytes
+        fresh: list[int] = []
+        self._drop([place for place, slab in zip(places, slabs, strict=True) if self._under[place] not in (None, slab)])
+        for place, slab in zip(places, slabs, strict=True):
+            self._stale.pop(place, None)
+            if self._under[place] is None:
+                self._driver.map(self._address + place * slab_bytes, slab_bytes, self._memory.handles[slab])
+                self._under[place] = slab
+                fresh.append(place)
+            self._live[place] = slab
+        for start, count in _runs(fresh):
+            self._driver.allow(self._address + start * slab_bytes, count * slab_bytes)
+
+    def unmap(self, first: int, count: int) -> None:
+        slabs = [slab for slab in self._live[first : first + count] if slab is not None]
+        if not slabs:
+            return
+        passed = torch.cuda.Event()
+        passed.record(self._memory.compute_stream)
+        for place in range(first, first + count):
+            if self._live[place] is not None:
+                self._stale[place] = passed
+                self._live[place] = None
+        self._memory.ledger.give(slabs)
+
+    def tidy(self) -> bool:
+        """Unmap what is stale and no longer in use; True if there was something."""
+        passed = [place for place, event in self._stale.items() if event.query()]
+        self._drop(passed)
+        return bool(passed)
+
+    def close(self) -> None:
+        self.unmap(0, self.num_slabs)
+        self._drop([place for place, slab in enumerate(self._under) if slab is not None])
+        self._driver.free(self._address, self._size)
+        self._memory.ranges.remove(self)
+
+    def _drop(self, places: list[int]) -> None:
+        slab_bytes = self._memory.slab_bytes
+        for place in places:
+            if event := self._stale.pop(place, None):
+                event.synchronize()
+            self._under[place] = None
+            # the driver wants each mapping unmapped whole; one call may span several, but then they must be neighbours
+            self._driver.unmap(self._address + place * slab_bytes, slab_bytes)
+
+
+def _runs(places: list[int]) -> list[tuple[int, int]]:
+    """Ascending places as (first, count) of their unbroken runs."""
+    runs: list[tuple[int, int]] = []
+    for place in places:
+        if runs and runs[-1][0] + runs[-1][1] == place:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((place, 1))
+    return runs

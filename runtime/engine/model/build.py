@@ -1,0 +1,205 @@
+"""From a checkpoint to a model that can run: drawn up without touching memory (a Blueprint), then put together over ranges that hold the weights.
+
+Knows how the parts of this folder fit; nothing of devices' memory, slabs or threads.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.engine.memory.arrival import Arrival
+from runtime.engine.model.attention import IMPLEMENTATION
+from runtime.engine.model.catalog import ModelCard, read_card
+from runtime.engine.model.fuse import NoMatchError, match_stack
+from runtime.engine.model.fuse_proof import Prover, Verdict
+from runtime.engine.model.fused_spec import StackSpec
+from runtime.engine.model.fused_stack import FusedStack
+from runtime.engine.model.geometry import AttentionGeometry, attention_geometry, kv_planes
+from runtime.engine.model.layout import Join, Placed, TensorSpec, WeightLayout, lay_out
+from runtime.engine.model.load import WeightFiller
+from runtime.engine.model.names import resolve
+from runtime.engine.model.packed import packed_specs, resolve_packed
+from runtime.engine.model.rope import fix_frequencies, rotary_tables
+from runtime.engine.model.safetensors_index import StoredTensor, read_index
+from runtime.engine.model.skeleton import bind, build_skeleton, stored_specs, tied_names, untie
+from runtime.engine.model.step import BuiltModel, CausalForward
+from runtime.engine.model.unfused import UnfusedForward
+from runtime.engine.plan import KvGeometry
+from runtime.errors import LoadFailed
+from runtime.types import Checkpoint, ModelFacts, Quantization
+
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A model as it will be: everything but memory.
+
+    Attributes:
+        spec: of the fused stack; None = the module runs as it is.
+        identity: the same for two loads whose images hold the same bytes.
+    """
+
+    card: ModelCard
+    skeleton: nn.Module
+    spec: StackSpec | None
+    path: str
+    shape: AttentionGeometry
+    layout: WeightLayout
+    filler: WeightFiller
+    quantization: Quantization
+    num_parameters: int
+    identity: str
+
+
+def draw(
+    model_id: str, checkpoint: Checkpoint, max_model_len: int | None, prover: Prover, *, num_threads: int, min_group_bytes: int
+) -> Blueprint:
+    """Read configuration and headers, decide how the model runs and where its tensors go. Raises LoadFailed naming the model and the cause."""
+    card = read_card(model_id, checkpoint, max_model_len)
+    try:
+        return _draw(card, checkpoint, prover, num_threads, min_group_bytes)
+    except LoadFailed as error:
+        raise LoadFailed(f"model {model_id}: {error.message}") from error
+    except Exception as error:
+        raise LoadFailed(f"model {model_id}: {card.architecture} can't be built: {type(error).__name__}: {error}") from error
+
+
+def _draw(card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: int, min_group_bytes: int) -> Blueprint:
+    packed = checkpoint.packed_file is not None
+    files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
+    if not files:
+        raise LoadFailed(f"there are no weight files in {checkpoint.model_dir}")
+    index = read_index(files)
+
+    verdict = prover.verdict(card.model_class, card.config)
+    if verdict.refused:
+        raise LoadFailed(f"{card.architecture} is not supported: {verdict.reason}")
+    skeleton = build_skeleton(card.model_class, card.config, IMPLEMENTATION)
+    fix_frequencies(skeleton, card.max_model_len)
+    for alias, owner in tied_names(skeleton).items():
+        if alias in index and owner in index and _differ(index[alias], index[owner]):
+            untie(skeleton, alias)
+    aliases = tied_names(skeleton)
+    specs = stored_specs(skeleton, card.dtype, card.num_layers)
+    num_parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
+    if packed:
+        specs = packed_specs(specs, index)
+        resolution = resolve_packed(specs, index, aliases)
+    else:
+        resolution = resolve(skeleton, specs, index, aliases)
+
+    spec, joins, reason = _choose(skeleton, specs, verdict)
+    layout = lay_out(specs, joins, card.num_layers, min_group_bytes)
+    return Blueprint(
+        card=card,
+        skeleton=skeleton,
+        spec=spec,
+        path=f"fused: {card.num_layers} layers" if spec else f"unfused: {reason}",
+        shape=attention_geometry(skeleton),
+        layout=layout,
+        filler=WeightFiller(layout, resolution, skeleton, num_threads),
+        quantization=checkpoint.quantization,
+        num_parameters=num_parameters,
+        identity=_identity(layout, files),
+    )
+
+
+def assemble(
+    blueprint: Blueprint, weights: Tensor, kv_memory: Tensor, kv: KvGeometry, kv_dtype: torch.dtype, arrival: Arrival
+) -> BuiltModel:
+    """A runnable model over `weights` and `kv_memory` (uint8 on the engine's device, at addresses that stay). No byte of either is read."""
+    card = blueprint.card
+    device = weights.device
+    views = image_views(weights, (*blueprint.layout.tensors, *blueprint.layout.joined))
+    forward: CausalForward
+    if blueprint.spec is not None:
+        aliases = tied_names(blueprint.skeleton)
+        views |= {alias: views[owner] for alias, owner in aliases.items()}
+        tables = rotary_tables(blueprint.skeleton.get_submodule(blueprint.spec.rotary), device)
+        forward = FusedStack(blueprint.spec, views, tables, blueprint.quantization, arrival, blueprint.layout.layer_groups)
+    else:
+        bind(blueprint.skeleton, views, blueprint.quantization)
+        forward = UnfusedForward(blueprint.skeleton, arrival, len(blueprint.layout.group_ends) - 1)
+    return BuiltModel(
+        forward=forward,
+        planes=kv_planes(kv_memory, kv, blueprint.shape, kv_dtype),
+        block_tokens=kv.block_tokens,
+        vocab_size=card.vocab_size,
+        max_model_len=card.max_model_len,
+        device=device,
+        dtype=card.dtype,
+        kv_dtype=kv_dtype,
+        eos_token_ids=card.eos_token_ids,
+        path=blueprint.path,
+        token_stride=blueprint.shape.token_stride,
+    )
+
+
+def facts_of(blueprint: Blueprint, kv: KvGeometry) -> ModelFacts:
+    """What the rest of the runtime is told."""
+    card = blueprint.card
+    return ModelFacts(
+        model_id=card.model_id,
+        architecture=card.architecture,
+        path=blueprint.path,
+        dtype=str(card.dtype).removeprefix("torch."),
+        quantization=blueprint.quantization,
+        weight_bytes=blueprint.layout.size_bytes,
+        kv_bytes_per_token=kv.bytes_per_token,
+        max_model_len=card.max_model_len,
+        vocab_size=card.vocab_size,
+        num_parameters=blueprint.num_parameters,
+        eos_token_ids=card.eos_token_ids,
+    )
+
+
+def image_views(image: Tensor, placed: Sequence[Placed]) -> dict[str, Tensor]:
+    """Tensors over an image, by name."""
+    return {
+        tensor.name: image[tensor.offset : tensor.offset + tensor.size_bytes].view(tensor.dtype).view(tensor.shape) for tensor in placed
+    }
+
+
+def _choose(skeleton: Any, specs: Sequence[TensorSpec], verdict: Verdict) -> tuple[StackSpec | None, list[Join], str]:
+    """The fused form with its joins, or None with the reason."""
+    if not verdict.fused:
+        return None, [], verdict.reason
+    try:
+        spec = match_stack(skeleton, verdict.interleaved)
+    except NoMatchError as error:
+        return None, [], str(error)
+    by_name = {tensor.name: tensor for tensor in specs}
+    joins = spec.joins(set(by_name))
+    for join in joins:
+        if len({(by_name[name].dtype, by_name[name].shape[1:]) for name in join.members}) > 1:
+            return None, [], f"{', '.join(join.members)} are stored in different ways"
+    return spec, joins, ""
+
+
+def _differ(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors that should be tied are not, judged by their shapes and their first and last bytes."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return True
+    count = min(_SAMPLE_BYTES, a.size_bytes)
+    with Path(a.path).open("rb") as file_a, Path(b.path).open("rb") as file_b:
+        for start in (0, a.size_bytes - count):
+            file_a.seek(a.offset + start)
+            file_b.seek(b.offset + start)
+            if file_a.read(count) != file_b.read(count):
+                return True
+    return False
+
+
+def _identity(layout: WeightLayout, files: Sequence[str]) -> str:
+    """A hash of where every byte goes and of the files that it comes from, as they are now."""
+    digest = hashlib.blake2b(layout.digest().encode(), digest_size=16)
+    for file in files:
+        status = Path(file).stat()
+        digest.update(f"\n{file} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()

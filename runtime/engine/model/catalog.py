@@ -1,0 +1,114 @@
+"""What a checkpoint's configuration says before any weight is read: the class, the limits, the end tokens; and what we can't run, said clearly.
+
+Knows config.json and generation_config.json through transformers; nothing of weights, devices or memory.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from runtime.engine.model.rope import longrope_limit
+from runtime.errors import LoadFailed
+from runtime.types import Checkpoint
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model's configuration, judged. `config` is transformers' object and `model_class` its …ForCausalLM."""
+
+    model_id: str
+    config: Any
+    model_class: Any
+    dtype: torch.dtype
+    num_layers: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.model_class.__name__)
+
+
+def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelCard:
+    """Raises LoadFailed naming what is missing, unsupported or out of bounds."""
+    if checkpoint.dtype not in _DTYPES:
+        raise LoadFailed(f"model {model_id}: dtype {checkpoint.dtype} is not one of {', '.join(_DTYPES)}")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.model_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadFailed(f"model {model_id}: config.json can't be used: {error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise LoadFailed(f"model {model_id}: {type(config).__name__} is no causal language model")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if reason := _unsupported(config, model_class):
+        raise LoadFailed(f"model {model_id}: {model_class.__name__} is not supported: {reason}")
+    return ModelCard(
+        model_id=model_id,
+        config=config,
+        model_class=model_class,
+        dtype=_DTYPES[checkpoint.dtype],
+        num_layers=int(config.num_hidden_layers),
+        vocab_size=int(config.vocab_size),
+        max_model_len=_context_limit(model_id, config, max_model_len),
+        eos_token_ids=_eos_token_ids(checkpoint.model_dir, config),
+    )
+
+
+def _unsupported(config: Any, model_class: Any) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if getattr(config, "auto_map", None) and model_class.__module__.split(".")[0] != "transformers":
+        return "it brings its own code"
+    if getattr(model_class, "_is_stateful", False):
+        return "it keeps a recurrent state, which is not paged"
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return "its code has no attention hook"
+    if getattr(config, "text_config", None) is not None and config.get_text_config() is not config:
+        return "it is a multimodal model; only text models run here"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantised in a format that was not converted"
+    return None
+
+
+def _context_limit(model_id: str, config: Any, asked: int | None) -> int:
+    """Tokens of a sequence. LongRoPE models keep to their original length unless more is asked for: their short and long frequencies don't mix."""
+    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
+    if limit <= 0:
+        if asked is None:
+            raise LoadFailed(f"model {model_id}: config.json has no context limit, and max_model_len is not set")
+        return asked
+    if asked is None:
+        return min(limit, longrope_limit(getattr(config, "rope_parameters", None)) or limit)
+    if not 0 < asked <= limit:
+        raise LoadFailed(f"model {model_id}: max_model_len {asked} is not within the checkpoint's {limit} tokens")
+    return asked
+
+
+def _eos_token_ids(model_dir: str, config: Any) -> tuple[int, ...]:
+    """generation_config.json wins over config.json; either has one id or a list."""
+    path = Path(model_dir) / "generation_config.json"
+    ids = None
+    if path.is_file():
+        try:
+            ids = json.loads(path.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise LoadFailed(f"{path} is damaged: {error}") from error
+    if ids is None:
+        ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(dict.fromkeys(int(token) for token in (ids if isinstance(ids, list) else [ids])))

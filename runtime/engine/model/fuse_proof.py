@@ -1,0 +1,121 @@
+"""Which way a class of models may run: tried on a miniature, in numbers, against Hugging Face's own forward pass.
+
+The fused form is kept if it agrees; else the module's own code behind our hook, if that agrees (a mask or a bias that does not pass through the
+hook would show here). Knows forwards and verdicts; nothing of files or devices.
+"""
+
+import json
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.engine.memory.arrival import Arrived
+from runtime.engine.model.attention import IMPLEMENTATION, register
+from runtime.engine.model.fuse import NoMatchError, match_stack
+from runtime.engine.model.fused_spec import StackSpec
+from runtime.engine.model.fused_stack import FusedStack
+from runtime.engine.model.geometry import attention_geometry
+from runtime.engine.model.miniature import random_model, shrink
+from runtime.engine.model.rope import fix_frequencies, rotary_tables
+from runtime.engine.model.step import CausalForward
+from runtime.engine.model.trial import TrialRows, trial_planes
+from runtime.engine.model.unfused import UnfusedForward
+from runtime.types import Quantization
+
+_TOLERANCE = 3e-5          # of the largest logit; float32 noise through a few layers is ten times smaller
+_BLOCK_TOKENS = 16
+_LENGTHS = (27, 10)        # tokens of two rows; more than a page, more than a miniature's window
+_STEPS = (((0, 0, 13), (1, 0, 9)), ((0, 13, 12),), ((1, 9, 1), (0, 25, 1)), ((0, 26, 1),))   # (row, first, count): chunks, then decode
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a class of models runs. `reason`: why it isn't fused, or why it can't run at all (`refused`)."""
+
+    fused: bool
+    interleaved: bool
+    refused: bool
+    reason: str
+
+
+class Prover:
+    """Gives verdicts and remembers them: one trial a class and set of flags. Safe to use from several loading threads."""
+
+    def __init__(self, fuse: bool) -> None:
+        register()
+        self._fuse = fuse
+        self._lock = threading.Lock()
+        self._verdicts: dict[str, Verdict] = {}
+
+    def verdict(self, model_class: Any, config: Any) -> Verdict:
+        small = shrink(config)
+        key = f"{model_class.__name__} {json.dumps(small.to_dict(), sort_keys=True, default=str)}"
+        with self._lock:
+            if key not in self._verdicts:
+                with torch.inference_mode():
+                    self._verdicts[key] = self._try(model_class, small)
+            return self._verdicts[key]
+
+    def _try(self, model_class: Any, config: Any) -> Verdict:
+        ids = [torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)) for length in _LENGTHS]
+        try:
+            oracle = random_model(model_class, config, "eager")
+            fix_frequencies(oracle, 1)
+            expected = [oracle(input_ids=row[None], use_cache=False).logits[0] for row in ids]
+        except Exception as error:  # a configuration that can't be made small says nothing about the model
+            return Verdict(False, False, False, f"untried, for a miniature of it can't be run: {error}")
+        scale = max(float(row.abs().max()) for row in expected)
+        reasons = []
+        if self._fuse:
+            for interleaved in (False, True):
+                try:
+                    spec = match_stack(oracle, interleaved)
+                    worst = _difference(fused_from_module(oracle, spec), oracle, ids, expected)
+                except NoMatchError as error:
+                    reasons.append(str(error))
+                    break
+                if worst <= _TOLERANCE * scale:
+                    return Verdict(True, interleaved, False, "")
+                reasons.append(f"a miniature differs by {worst:.1e}")
+        else:
+            reasons.append("fusing is switched off")
+
+        try:
+            hooked = random_model(model_class, config, IMPLEMENTATION)
+            fix_frequencies(hooked, 1)
+            worst = _difference(UnfusedForward(hooked, Arrived(), 0), hooked, ids, expected)
+        except Exception as error:
+            return Verdict(False, False, True, f"its code does not run behind the attention hook: {error}")
+        if worst > _TOLERANCE * scale:
+            return Verdict(False, False, True, f"its code needs more than the attention hook carries: a miniature differs by {worst:.1e}")
+        return Verdict(False, False, False, reasons[0])
+
+
+def fused_from_module(model: nn.Module, spec: StackSpec) -> FusedStack:
+    """A fused stack over copies of a real module's own tensors, joined where the spec joins."""
+    views: dict[str, Tensor] = dict(model.state_dict())
+    for join in spec.joins(set(views)):
+        views[join.name] = torch.cat([views[name] for name in join.members])
+    rotary = model.get_submodule(spec.rotary)
+    return FusedStack(spec, views, rotary_tables(rotary, torch.device("cpu")), Quantization.NONE, Arrived(), [0] * (len(spec.layers) + 2))
+
+
+def _difference(forward: CausalForward, model: nn.Module, ids: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference of any logit, over steps that mix prefill chunks and decode."""
+    geometry = attention_geometry(model)
+    stride = geometry.token_stride
+    planes = trial_planes(geometry.num_layers, stride, _BLOCK_TOKENS, 8, torch.float32)
+    rows = TrialRows(planes, stride, _BLOCK_TOKENS, [3, 1, 4, 0, 5, 2], len(ids), 4, torch.device("cpu"))
+    worst = 0.0
+    for chunks in _STEPS:
+        positions, context = rows.step(chunks)
+        tokens = torch.cat([ids[row][first : first + count] for row, first, count in chunks])
+        logits = forward(tokens, positions, torch.arange(len(tokens)), context)
+        wanted = torch.cat([expected[row][first : first + count] for row, first, count in chunks])
+        difference = (logits - wanted).abs().max()
+        worst = max(worst, float(difference.nan_to_num(float("inf"))))
+    return worst
+

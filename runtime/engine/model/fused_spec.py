@@ -1,0 +1,75 @@
+"""What a fused decoder stack is, as data: which named weights play which part, and the few numbers that families set differently.
+
+Made by matching a module's structure, used to join siblings in the weights image and to run. Knows no tensor.
+"""
+
+from dataclasses import dataclass
+
+from runtime.engine.kernels.activation import Activation
+from runtime.engine.model.layout import Join
+from runtime.engine.model.step import AttentionSpec, RopeSpec
+
+_SUFFIXES = ("weight", "absmax", "scale", "bias")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRef:
+    """A matrix by its module path; more than one member are siblings that are read as one, under a name of their own."""
+
+    name: str
+    members: tuple[str, ...]
+
+    @classmethod
+    def single(cls, name: str) -> "LinearRef":
+        return cls(name, (name,))
+
+    def joins(self, stored: set[str]) -> list[Join]:
+        """What has to lie end to end, given the names of all stored tensors."""
+        if len(self.members) == 1:
+            return []
+        found = []
+        for suffix in _SUFFIXES:
+            names = tuple(f"{member}.{suffix}" for member in self.members)
+            if all(name in stored for name in names):
+                found.append(Join(f"{self.name}.{suffix}", names))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer. Norms are module paths; the two `after_…` ones are Gemma's, on a branch's output before it is added."""
+
+    attention: AttentionSpec
+    rope: RopeSpec
+    rope_key: str
+    qkv: LinearRef
+    out: LinearRef
+    gate_up: LinearRef
+    down: LinearRef
+    input_norm: str
+    mlp_norm: str
+    after_attention_norm: str | None = None
+    after_mlp_norm: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StackSpec:
+    """embed · embed_scale → layers → norm → lm_head / logits_divisor → softcap; branches are scaled by `residual_scale` before they are added."""
+
+    embed: str
+    norm: str
+    lm_head: str
+    rotary: str
+    layers: tuple[LayerSpec, ...]
+    activation: Activation
+    norm_eps: float
+    norm_plus_one: bool
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+    logits_softcap: float = 0.0
+
+    def joins(self, stored: set[str]) -> list[Join]:
+        return [join for layer in self.layers for ref in (layer.qkv, layer.gate_up) for join in ref.joins(stored)]

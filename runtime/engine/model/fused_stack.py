@@ -1,0 +1,134 @@
+"""A Llama-shaped decoder as we run it: nine calls a layer, the residual carried between layers, logits only where they are wanted.
+
+Built from a StackSpec and named views of the weights image. Knows tensors and the attention calls; nothing of Hugging Face's modules, of how
+weights arrived or of batches beyond a StepContext.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from runtime.engine.kernels.activation import act_mul
+from runtime.engine.kernels.norm import add_rms_norm, rms_norm
+from runtime.engine.memory.arrival import Arrival
+from runtime.engine.model.attention import attend, rope_write
+from runtime.engine.model.fused_spec import LayerSpec, StackSpec
+from runtime.engine.model.linear import Linear, make_linear
+from runtime.engine.model.rope import RotaryTable
+from runtime.engine.model.step import StepContext
+from runtime.types import Quantization
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's spec and weights. `group` is the weights group that has to be in before it runs."""
+
+    spec: LayerSpec
+    group: int
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
+    input_norm: Tensor
+    mlp_norm: Tensor
+    after_attention_norm: Tensor | None
+    after_mlp_norm: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+class FusedStack:
+    """Implements CausalForward.
+
+    Args:
+        views: every tensor of the image by its name, joined ones included.
+        tables: rotary tables by layer type.
+        layer_groups: as in WeightLayout.
+    """
+
+    def __init__(
+        self, spec: StackSpec, views: Mapping[str, Tensor], tables: Mapping[str, RotaryTable], quantization: Quantization,
+        arrival: Arrival, layer_groups: Sequence[int],
+    ) -> None:
+        self._spec = spec
+        self._tables = dict(tables)
+        self._arrival = arrival
+        self._embed = views[f"{spec.embed}.weight"]
+        self._norm = views[f"{spec.norm}.weight"]
+        self._dtype = self._norm.dtype
+        # rounded as the embedding module rounds it
+        self._embed_scale = float(torch.tensor(spec.embed_scale).to(self._dtype))
+        linears = dict(views)
+        self._lm_head = make_linear(spec.lm_head, linears, quantization)
+        self._first_group, self._last_group = layer_groups[0], layer_groups[-1]
+
+        def weight(name: str | None) -> Tensor | None:
+            return None if name is None else views[f"{name}.weight"]
+
+        self._layers = [
+            _Layer(
+                spec=layer,
+                group=layer_groups[index + 1],
+                qkv=make_linear(layer.qkv.name, linears, quantization),
+                out=make_linear(layer.out.name, linears, quantization),
+                gate_up=make_linear(layer.gate_up.name, linears, quantization),
+                down=make_linear(layer.down.name, linears, quantization),
+                input_norm=views[f"{layer.input_norm}.weight"],
+                mlp_norm=views[f"{layer.mlp_norm}.weight"],
+                after_attention_norm=weight(layer.after_attention_norm),
+                after_mlp_norm=weight(layer.after_mlp_norm),
+                q_norm=weight(layer.q_norm),
+                k_norm=weight(layer.k_norm),
+            )
+            for index, layer in enumerate(spec.layers)
+        ]
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, logits_at: Tensor, step: StepContext) -> Tensor:
+        spec, eps, plus_one = self._spec, self._spec.norm_eps, self._spec.norm_plus_one
+        arriving = self._arrival.pending
+        if arriving:
+            self._arrival.wait(self._first_group)
+        residual = functional.embedding(input_ids, self._embed)
+        if spec.embed_scale != 1.0:
+            residual.mul_(self._embed_scale)
+        turns = {key: table(positions, self._dtype) for key, table in self._tables.items()}
+
+        branch: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            if arriving:
+                self._arrival.wait(layer.group)
+            if branch is None:
+                hidden = rms_norm(residual, layer.input_norm, eps, plus_one)
+            else:
+                hidden, residual = add_rms_norm(branch, residual, layer.input_norm, eps, plus_one)
+            cos, sin = turns[layer.spec.rope_key]
+            q = rope_write(step, layer.spec.attention, layer.spec.rope, layer.qkv(hidden), cos, sin, layer.q_norm, layer.k_norm)
+            mixed = attend(step, layer.spec.attention, q).flatten(1)
+            if index == len(self._layers) - 1:
+                # nothing after the last attention looks across tokens
+                mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
+            branch = self._scaled(layer.out(mixed), layer.after_attention_norm)
+            hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
+            branch = self._scaled(layer.down(act_mul(layer.gate_up(hidden), spec.activation)), layer.after_mlp_norm)
+
+        if arriving:
+            self._arrival.wait(self._last_group)
+        assert branch is not None, "a stack has layers"
+        hidden, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
+        logits = self._lm_head(hidden)
+        if spec.logits_divisor != 1.0:
+            logits.div_(spec.logits_divisor)
+        if spec.logits_softcap:
+            logits.div_(spec.logits_softcap).tanh_().mul_(spec.logits_softcap)
+        return logits
+
+    def _scaled(self, branch: Tensor, norm: Tensor | None) -> Tensor:
+        """A branch's output as it is added to the residual."""
+        if norm is not None:
+            branch = rms_norm(branch, norm, self._spec.norm_eps, self._spec.norm_plus_one)
+        if self._spec.residual_scale != 1.0:
+            branch = branch * self._spec.residual_scale
+        return branch

@@ -1,0 +1,77 @@
+"""Linear layers over views of the weights image: plain, 4-bit and int8 behind one call. Knows matrices; nothing of layers or models."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from runtime.engine.kernels.linear4 import linear_4bit
+from runtime.engine.kernels.linear8 import linear_int8
+from runtime.types import Quantization
+
+
+class Linear(Protocol):
+    """x [..., K] → x · weightᵀ (+ bias) [..., N]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """`weight` [N, K] in the activations' type."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear4:
+    """`weight` uint8 [N, K/2], `absmax` float32 [N, K/64]: bitsandbytes' layout."""
+
+    weight: Tensor
+    absmax: Tensor
+    codebook: Literal["nf4", "fp4"]
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_4bit(x, self.weight, self.absmax, self.codebook, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear8:
+    """`weight` int8 [N, K], `scale` float32 [N]: bitsandbytes' rowwise int8."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_int8(x, self.weight, self.scale, self.bias)
+
+
+class LinearModule(nn.Module):
+    """A Linear in the place of an nn.Linear inside Hugging Face's own code."""
+
+    def __init__(self, linear: Linear, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization) -> Linear:
+    """The linear layer `name` over its views; which kind follows from the tensors that are there."""
+    weight, bias = views[f"{name}.weight"], views.get(f"{name}.bias")
+    if (absmax := views.get(f"{name}.absmax")) is not None:
+        return Linear4(weight, absmax, "fp4" if quantization is Quantization.FP4 else "nf4", bias)
+    if (scale := views.get(f"{name}.scale")) is not None and weight.dtype is torch.int8:
+        return Linear8(weight, scale, bias)
+    return PlainLinear(weight, bias)

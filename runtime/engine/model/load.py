@@ -1,0 +1,176 @@
+"""Filling a weights image from files: many threads read straight into place, in image order, converting types where they must.
+
+Knows where each tensor comes from and goes; nothing of devices, modules or who asked. The same filler serves again at every return from disk.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.engine.memory.image import ImageBuffer
+from runtime.engine.model.layout import Placed, WeightLayout
+from runtime.engine.model.names import Conversion, Resolution
+from runtime.engine.model.safetensors_index import StoredTensor
+from runtime.errors import Cancelled, LoadFailed
+
+_PIECE_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Fill `placed` from byte `start` to `end` with what lies in the file."""
+
+    placed: Placed
+    stored: StoredTensor
+    start: int
+    end: int
+
+
+class WeightFiller:
+    """One model's way from files to an image. Implements Filler."""
+
+    def __init__(self, layout: WeightLayout, resolution: Resolution, model: Any, num_threads: int) -> None:
+        self.group_ends = layout.group_ends
+        self._model = model            # converters ask it for its configuration
+        self._num_threads = num_threads
+        placed = {tensor.name: tensor for tensor in layout.tensors}
+        self._placed = placed
+        self._groups: list[list[_Read | Conversion]] = [[] for _ in layout.group_ends]
+        for conversion in resolution.conversions:
+            # done with the first group that needs any of its targets
+            self._groups[min(self._group_of(placed[name]) for name in conversion.targets)].append(conversion)
+        for tensor in layout.tensors:
+            if stored := resolution.direct.get(tensor.name):
+                self._groups[self._group_of(tensor)].extend(_reads(tensor, stored))
+
+    def fill(self, image: ImageBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
+        """Fill the whole image; `on_group(i)` is called from this thread, in order, once groups 0 … i are in.
+
+        Raises LoadFailed (a file is gone or too short) or Cancelled.
+        """
+        files = _Files()
+        try:
+            with ThreadPoolExecutor(self._num_threads, thread_name_prefix="weights") as pool:
+                waiting: list[list[Future[None]]] = [
+                    [pool.submit(self._do, work, image, files, cancelled) for work in group] for group in self._groups
+                ]
+                try:
+                    for index, futures in enumerate(waiting):
+                        for future in futures:
+                            future.result()
+                        on_group(index)
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+        finally:
+            files.close()
+
+    def _group_of(self, tensor: Placed) -> int:
+        end = tensor.offset + tensor.size_bytes
+        return next(index for index, limit in enumerate(self.group_ends) if end <= limit)
+
+    def _do(self, work: "_Read | Conversion", image: ImageBuffer, files: "_Files", cancelled: threading.Event) -> None:
+        if cancelled.is_set():
+            raise Cancelled("the load was cancelled")
+        if isinstance(work, _Read):
+            _read(work, image, files)
+        else:
+            self._convert(work, image, files)
+
+    def _convert(self, work: Conversion, image: ImageBuffer, files: "_Files") -> None:
+        converter = deepcopy(work.converter)
+        for pattern, stored in work.sources:
+            converter.add_tensor(work.first_target, stored.name, pattern, _Lazy(stored, files))
+        try:
+            made: Mapping[str, Tensor | list[Tensor]] = converter.convert(work.first_target, model=self._model, config=self._model.config)
+        except LoadFailed:
+            raise
+        except Exception as error:
+            raise LoadFailed(f"tensor {work.first_target} can't be made from the checkpoint's: {error}") from error
+        for name in work.targets:
+            if name not in made:
+                raise LoadFailed(f"tensor {name} did not come of converting {work.sources[0][1].name}")
+            value = made[name]
+            tensor = value[0] if isinstance(value, list) else value
+            placed = self._placed[name]
+            if tuple(tensor.shape) != placed.shape:
+                raise LoadFailed(f"tensor {name} has shape {list(tensor.shape)} after conversion, the model wants {list(placed.shape)}")
+            flat = tensor.to(placed.dtype).contiguous().view(-1).view(torch.uint8)
+            start = 0
+            for piece in image.pieces(placed.offset, placed.size_bytes):
+                piece.copy_(flat[start : start + piece.numel()])
+                start += piece.numel()
+
+
+class _Lazy:
+    """A tensor that is read when transformers' converter calls for it."""
+
+    def __init__(self, stored: StoredTensor, files: "_Files") -> None:
+        self._stored = stored
+        self._files = files
+
+    def __call__(self) -> Tensor:
+        memory = torch.empty(self._stored.size_bytes, dtype=torch.uint8)
+        self._files.read(self._stored, 0, memory)
+        return memory.view(self._stored.dtype).view(self._stored.shape)
+
+
+def _reads(placed: Placed, stored: StoredTensor) -> Sequence[_Read]:
+    step = _PIECE_BYTES
+    return [_Read(placed, stored, start, min(start + step, placed.size_bytes)) for start in range(0, placed.size_bytes, step)]
+
+
+def _read(work: _Read, image: ImageBuffer, files: "_Files") -> None:
+    placed, stored = work.placed, work.stored
+    start = work.start
+    for piece in image.pieces(placed.offset + work.start, work.end - work.start):
+        if stored.dtype is placed.dtype:
+            files.read(stored, start, piece)
+        else:
+            count = piece.numel() // placed.dtype.itemsize
+            memory = torch.empty(count * stored.dtype.itemsize, dtype=torch.uint8)
+            files.read(stored, start // placed.dtype.itemsize * stored.dtype.itemsize, memory)
+            piece.view(placed.dtype).copy_(memory.view(stored.dtype))
+        start += piece.numel()
+
+
+class _Files:
+    """Open files, shared by the reading threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, int] = {}
+
+    def read(self, stored: StoredTensor, start: int, into: Tensor) -> None:
+        """Fill `into` (uint8) with the tensor's bytes from `start`."""
+        if not into.numel():
+            return
+        buffer = memoryview(into.numpy())
+        try:
+            file = self._descriptor(stored.path)
+            at, done = stored.offset + start, 0
+            while done < len(buffer):
+                count = os.preadv(file, [buffer[done:]], at + done)
+                if count == 0:
+                    raise LoadFailed(f"{stored.path} is truncated: tensor {stored.name} ends beyond the file's end")
+                done += count
+        except OSError as error:
+            raise LoadFailed(f"{stored.path} can't be read: {error.strerror}") from error
+
+    def close(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+        self._open.clear()
+
+    def _descriptor(self, path: str) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            return self._open[path]

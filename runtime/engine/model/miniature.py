@@ -1,0 +1,87 @@
+"""A small random model of the same class and flags as a real one, to try ideas on in milliseconds.
+
+Knows configurations and how to fill a module with numbers that would show a mistake; nothing of what is tried.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.engine.model.skeleton import build_skeleton, tied_names
+
+_HEADS = 4
+_VOCAB = 96
+_WINDOW = 8
+_MAX_LAYERS = 4
+
+
+def shrink(config: Any) -> Any:
+    """A copy of `config` with few layers, heads and channels. Head size and every flag stay; layers that differ are each kept once."""
+    small = copy.deepcopy(config)
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kept = _representative_layers(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers and config.num_hidden_layers > 1:
+            setattr(small, name, [value[index] for index in kept])
+    sizes = {
+        "hidden_size": _HEADS * head_dim,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": len(kept),
+        "vocab_size": _VOCAB,
+    }
+    for name, size in sizes.items():
+        if getattr(small, name, None) is not None:
+            setattr(small, name, size)
+    if getattr(small, "sliding_window", None):
+        small.sliding_window = _WINDOW
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, name, None)
+    small._name_or_path = ""
+    return small
+
+
+def _representative_layers(config: Any) -> list[int]:
+    """Indices of layers, one of each kind that per-layer lists of the configuration tell apart, at least two in all."""
+    count = int(config.num_hidden_layers)
+    lists = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == count]
+    kinds: dict[str, int] = {}
+    for index in range(count):
+        kinds.setdefault(repr([value[index] for value in lists]), index)
+    kept = sorted(kinds.values())[:_MAX_LAYERS]
+    if len(kept) < 2 and count > 1:
+        kept.append(count - 1 if kept[0] != count - 1 else 0)
+    return sorted(kept)
+
+
+def random_model(model_class: Any, config: Any, attention: str, seed: int = 0) -> nn.Module:
+    """A float32 model on the CPU whose every parameter matters: nothing is left at one or zero, and branches have the residual's size."""
+    model = build_skeleton(model_class, config, attention)
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    aliases = tied_names(model)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        path, _, leaf = name.rpartition(".")
+        if name not in aliases:
+            made[name] = _values(leaf, parameter, generator)
+        model.get_submodule(path)._parameters[leaf] = nn.Parameter(made[aliases.get(name, name)], requires_grad=False)
+    return model
+
+
+def _values(leaf: str, parameter: nn.Parameter, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.dim() == 1:
+        # rounded: transformers may have drawn small numbers from the global generator
+        base: Tensor | float = parameter.detach().round() if not parameter.is_meta else float(leaf == "weight")
+        return base + 0.2 * noise
+    return noise / parameter.shape[-1] ** 0.5

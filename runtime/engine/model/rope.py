@@ -1,0 +1,77 @@
+"""Rotary tables: cosines and sines of a step's positions, from the frequencies that Hugging Face's own module computed.
+
+Two of its schemes change their frequencies with the longest sequence seen, which a batch of unrelated rows has none of; here the
+model's context limit decides once. Knows frequencies and positions; nothing of heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """`inv_freq` [R/2] float32 on the engine's device."""
+
+    inv_freq: Tensor
+    scaling: float
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.shape[0]
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, R/2] of `positions` [T], in `dtype`."""
+        angles = positions[:, None] * self.inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        if self.scaling != 1.0:
+            cos, sin = cos * self.scaling, sin * self.scaling
+        return cos.to(dtype), sin.to(dtype)
+
+
+def fix_frequencies(module: nn.Module, max_model_len: int) -> None:
+    """Choose the frequencies of every rotary module below `module` for good, by the context limit: LongRoPE's long ones only for a limit beyond
+    its original length, dynamic NTK's unscaled ones (its limit is the original length)."""
+    for rotary in module.modules():
+        if not hasattr(rotary, "rope_type") or not hasattr(rotary, "config"):
+            continue
+        if isinstance(rotary.rope_type, dict):
+            for layer_type, kind in list(rotary.rope_type.items()):
+                parameters = rotary.config.rope_parameters[layer_type]
+                rotary.rope_type[layer_type] = _fixed(rotary, kind, parameters, f"{layer_type}_", layer_type, max_model_len)
+        else:
+            rotary.rope_type = _fixed(rotary, rotary.rope_type, rotary.config.rope_parameters, "", None, max_model_len)
+
+
+def longrope_limit(rope_parameters: object) -> int | None:
+    """Tokens up to which a LongRoPE model runs with its short frequencies, None for any other scheme."""
+    if not isinstance(rope_parameters, dict):
+        return None
+    if rope_parameters.get("rope_type") == "longrope":
+        return int(rope_parameters["original_max_position_embeddings"])
+    limits = [limit for nested in rope_parameters.values() if (limit := longrope_limit(nested)) is not None]
+    return min(limits) if limits else None
+
+
+def rotary_tables(rotary: nn.Module, device: torch.device) -> dict[str, RotaryTable]:
+    """The tables of a rotary module whose frequencies are fixed, by layer type ("" where all layers share one)."""
+    tables = {}
+    for name, inv_freq in rotary.named_buffers(recurse=False):
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+            prefix = name.removesuffix("inv_freq")
+            scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+            tables[prefix.removesuffix("_")] = RotaryTable(inv_freq.to(device=device, dtype=torch.float32), scaling)
+    return tables
+
+
+def _fixed(rotary: nn.Module, kind: str, parameters: dict[str, object], prefix: str, layer_type: str | None, max_model_len: int) -> str:
+    if kind == "longrope":
+        original = int(str(parameters["original_max_position_embeddings"]))
+        if max_model_len > original:
+            kwargs = {} if layer_type is None else {"layer_type": layer_type}
+            long, _ = ROPE_INIT_FUNCTIONS[kind](rotary.config, torch.device("cpu"), seq_len=original + 1, **kwargs)
+            getattr(rotary, f"{prefix}inv_freq").copy_(long)
+        return "default"
+    return "default" if "dynamic" in kind else kind

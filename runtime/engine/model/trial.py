@@ -1,0 +1,63 @@
+"""Steps over a handful of rows with pages handed out in order: enough of a KV cache to try a forward pass on.
+
+Knows planes and rows; nothing of scheduling, sampling or who owns pages. What the engine serves with is the runner's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from runtime.engine.model.step import KvPlanes, StepContext
+
+
+def trial_planes(num_layers: int, token_stride: int, block_tokens: int, num_blocks: int, dtype: torch.dtype) -> list[KvPlanes]:
+    """CPU planes of `num_blocks` blocks whose page ids are 0, 1, …"""
+    unit = block_tokens * token_stride
+    return [KvPlanes(*torch.zeros(2, num_blocks * unit, dtype=dtype).unbind(0), page_unit=unit) for _ in range(num_layers)]
+
+
+class TrialRows:
+    """Rows that grow by steps. `pages`: free page ids, taken from the front."""
+
+    def __init__(
+        self, planes: Sequence[KvPlanes], token_stride: int, block_tokens: int, pages: Sequence[int], max_rows: int, max_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self._planes = planes
+        self._stride = token_stride
+        self._block_tokens = block_tokens
+        self._free = list(pages)
+        self._device = device
+        self._table = torch.zeros((max_rows, max_blocks), dtype=torch.int32)
+        self._held = [0] * max_rows
+
+    def step(self, chunks: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, StepContext]:
+        """One step over (row, first position, number of tokens); returns the tokens' positions [T] and the context."""
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for row, first, count in chunks:
+            while self._held[row] * self._block_tokens < first + count:
+                self._table[row, self._held[row]] = self._free.pop(0)
+                self._held[row] += 1
+            for position in range(first, first + count):
+                block, inside = divmod(position, self._block_tokens)
+                positions.append(position)
+                slots.append(int(self._table[row, block]) * self._planes[0].page_unit + inside * self._stride)
+            starts.append(starts[-1] + count)
+
+        def upload(values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self._device)
+
+        context = StepContext(
+            planes=self._planes,
+            page_table=self._table.to(self._device),
+            row_slots=upload([row for row, _, _ in chunks], torch.int32),
+            query_starts=upload(starts, torch.int32),
+            context_lens=upload([first + count for _, first, count in chunks], torch.int32),
+            slots=upload(slots, torch.int64),
+            block_tokens=self._block_tokens,
+            max_query_len=max(count for _, _, count in chunks),
+            max_context_len=max(first + count for _, first, count in chunks),
+        )
+        return upload(positions, torch.int64), context
