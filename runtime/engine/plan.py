@@ -101,6 +101,9 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> Launched:
         """Queue one forward pass and the draws; returns without waiting for the device (on a CPU: when it is done)."""
 
+    def close(self) -> None:
+        """Give up what it holds on the device beside its memory (graphs). Before the memory's own close; no step may be in flight."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:

@@ -28,7 +28,7 @@ class Scored:
     top: torch.Tensor
     top_ids: torch.Tensor
 
-    def entries(self, tops: list[int]) -> list[TokenLogprobs]:
+    def entries(self, tops: list[int]) -> list[TokenLogprobs | None]:
         """Read them, with tops[i] alternatives each."""
         logprobs, ranks, top, ids = self.logprobs.tolist(), self.ranks.tolist(), self.top.tolist(), self.top_ids.tolist()
         return [TokenLogprobs(logprobs[i], ranks[i], tuple(zip(ids[i][:n], top[i][:n], strict=True))) for i, n in enumerate(tops)]

@@ -35,7 +35,7 @@ class StepLaunched:
         self._result: StepResult | None = None
 
     def ready(self) -> bool:
-        return self._events is None or self._events[2].query()
+        return self._events is None or bool(self._events[2].query())
 
     def settle(self) -> None:
         """Take the result off the ring, waiting for it if need be; the line may then be used again."""
@@ -46,8 +46,10 @@ class StepLaunched:
             copied.synchronize()
             self._device_us = begin.elapsed_time(end) * 1e3
             self._events = None
-        lp = self._logprobs
-        self._result = StepResult(self._tokens.tolist(), self._device_us, lp and lp.generated(), lp and lp.prompt())
+        job = self._logprobs
+        self._result = StepResult(
+            self._tokens.tolist(), self._device_us, job.generated() if job is not None else None, job.prompt() if job is not None else None
+        )
 
     def collect(self) -> StepResult:
         self.settle()

@@ -33,9 +33,10 @@ class RowTables:
     def page_table(self, num_pages: int) -> torch.Tensor:
         """A table of at least `num_pages` entries a row, [max_rows, W] int32: one for each power of two, shared by the models of that width."""
         width = max(16, 1 << (num_pages - 1).bit_length())
-        if width not in self._page_tables:
-            self._page_tables[width] = torch.zeros((self.max_rows, width), dtype=torch.int32, device=self.device)
-        return self._page_tables[width]
+        table = self._page_tables.get(width)
+        if table is None:                # two loading threads may meet here: both get the same
+            table = self._page_tables.setdefault(width, torch.zeros((self.max_rows, width), dtype=torch.int32, device=self.device))
+        return table
 
     def write_rules(self, rows: list[int], rules: list[SamplingParams]) -> None:
         """Set rows' rules, after all steps launched so far."""
