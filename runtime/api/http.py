@@ -21,10 +21,18 @@ _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 def build_http_app(
-    directory: ModelDirectory, engine: TokenEngine, config: RuntimeConfig, metrics: RuntimeMetrics
+    directory: ModelDirectory,
+    engine: TokenEngine,
+    config: RuntimeConfig,
+    metrics: RuntimeMetrics,
+    *,
+    generator: Generator | None = None,
 ) -> web.Application:
-    """Serve it with `http_runner`, so that a caller who leaves cancels its handler."""
-    generator = Generator(engine, metrics)
+    """Serve it with `http_runner`, so that a caller who leaves cancels its handler.
+
+    Give the gRPC services' generator too, so that a model's concurrency limit counts both.
+    """
+    generator = generator or Generator(engine, metrics)
     chat = ChatCompletions(directory, generator)
     completions = Completions(directory, generator)
     models = Models(directory)

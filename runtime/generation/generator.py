@@ -78,7 +78,7 @@ class Generator:
                     delta = sequence.push(part)
                     observer.tokens(len(delta.tokens), time.monotonic(), row)
                     finish = delta.finish
-                    if delta.text or first or finish is not None or request.with_details:
+                    if delta.text or first or finish is not None or request.with_details or request.one_token_deltas:
                         yield delta
                     if finish is not None:
                         return

@@ -25,7 +25,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     length_before_stop: bool = False     # a stop string that the last allowed token completes doesn't count
     skip_special_tokens: bool = True
     drop_incomplete: bool = False        # an incomplete character at the end is dropped, not shown as U+FFFD
-    one_token_deltas: bool = False
+    one_token_deltas: bool = False       # a delta for each token, with text or without
     deadline_s: float | None = None
 
     @property

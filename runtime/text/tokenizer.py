@@ -19,11 +19,28 @@ from runtime.text.pieces import START_KEEP, Decoding, Pieces, decoding_of
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Token ids, their vocabulary pieces, and where each lies in the text, in characters (a special token that was added: 0, 0)."""
+    """Token ids, their vocabulary pieces, where each lies in the text, in characters (a special token that was added: 0, 0),
+    and which ones were added."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
     offsets: tuple[tuple[int, int], ...]
+    added: tuple[bool, ...]
+
+    def last(self, limit: int) -> "Encoding":
+        """At most `limit` tokens: those that were added, and the last of the text's own."""
+        if len(self.ids) <= limit:
+            return self
+        room = max(0, limit - sum(self.added))
+        own = [index for index, added in enumerate(self.added) if not added]
+        dropped = set(own[: len(own) - room])
+        kept = [index for index in range(len(self.ids)) if index not in dropped][:limit]
+        return Encoding(
+            tuple(self.ids[i] for i in kept),
+            tuple(self.pieces[i] for i in kept),
+            tuple(self.offsets[i] for i in kept),
+            tuple(self.added[i] for i in kept),
+        )
 
 
 class TextTokenizer:
@@ -45,7 +62,7 @@ class TextTokenizer:
     def encode_with_offsets(self, text: str) -> Encoding:
         """With special tokens."""
         found = self._tokenizer.encode(text)
-        return Encoding(tuple(found.ids), tuple(found.tokens), tuple(found.offsets))
+        return Encoding(tuple(found.ids), tuple(found.tokens), tuple(found.offsets), tuple(map(bool, found.special_tokens_mask)))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         stream = self.detokenizer((), skip_special_tokens=skip_special_tokens)

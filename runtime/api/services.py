@@ -1,0 +1,34 @@
+"""The gRPC inference services put together on a server."""
+
+import grpc.aio
+
+from runtime.api.oip import InferenceService
+from runtime.api.tgis import GenerationService
+from runtime.config import RuntimeConfig
+from runtime.generation.generator import Generator
+from runtime.metrics import RuntimeMetrics
+from runtime.served import ModelDirectory, TokenEngine
+from wire.fmaas import generation_pb2, generation_pb2_grpc
+from wire.inference import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
+
+
+def add_inference_services(
+    server: grpc.aio.Server,
+    directory: ModelDirectory,
+    engine: TokenEngine,
+    config: RuntimeConfig,
+    metrics: RuntimeMetrics,
+    *,
+    generator: Generator | None = None,
+) -> list[str]:
+    """Adds TGIS and the Open Inference Protocol; returns their full names, for reflection and health.
+
+    Give the HTTP app's generator too, so that a model's concurrency limit counts both.
+    """
+    generator = generator or Generator(engine, metrics)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(directory, generator, config), server)
+    grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(directory, generator), server)
+    return [
+        generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+        grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+    ]

@@ -1,0 +1,122 @@
+"""fmaas.GenerationService: TGIS's contract over the generator. Checks and their texts are in tgis_params, message shapes in tgis_answers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
+from runtime.api.naming import find_model
+from runtime.api.tgis_answers import Answers
+from runtime.api.tgis_params import Prompt, check, deadline_of, plan, refuse_adapters
+from runtime.config import RuntimeConfig
+from runtime.errors import InvalidRequest
+from runtime.generation.generator import Generator
+from runtime.generation.merge import close
+from runtime.served import ModelDirectory, ServedModel
+from runtime.text.tokenizer import Encoding
+from wire.fmaas import generation_pb2 as pb
+from wire.fmaas import generation_pb2_grpc as rpc
+
+THREAD_ABOVE_CHARS = 8192
+
+
+class GenerationService(rpc.GenerationServiceServicer):
+    def __init__(self, directory: ModelDirectory, generator: Generator, config: RuntimeConfig) -> None:
+        self._directory = directory
+        self._generator = generator
+        self._config = config
+
+    async def Generate(
+        self, request: pb.BatchedGenerationRequest, context: grpc.aio.ServicerContext[pb.BatchedGenerationRequest, pb.BatchedGenerationResponse]
+    ) -> pb.BatchedGenerationResponse:
+        answer = pb.BatchedGenerationResponse()
+        async with statuses(context):
+            deadline_s = deadline_of(request.params)
+            model = self._model(context, request.model_id)
+            refuse_adapters(request)
+            check(request.params, self._config.max_new_tokens)
+            prompts = [await _prompt(model, each.text, request.params) for each in request.requests]
+            planned = plan(model, self._config, request.params, prompts, deadline_s)
+            if planned:
+                answers = Answers(model.text, request.params.response)
+                results = await self._generator.complete(model, [each.request for each in planned])
+                for each, result, prompt in zip(planned, results, prompts, strict=True):
+                    answer.responses.append(answers.whole(each, result, prompt.text))
+        return answer
+
+    async def GenerateStream(
+        self, request: pb.SingleGenerationRequest, context: grpc.aio.ServicerContext[pb.SingleGenerationRequest, pb.GenerationResponse]
+    ) -> AsyncIterator[pb.GenerationResponse]:
+        async with statuses(context):
+            deadline_s = deadline_of(request.params)
+            model = self._model(context, request.model_id)
+            refuse_adapters(request)
+            check(request.params, self._config.max_new_tokens)
+            if not request.HasField("request"):
+                raise InvalidRequest("missing request")
+            prompt = await _prompt(model, request.request.text, request.params)
+            [planned] = plan(model, self._config, request.params, [prompt], deadline_s)
+            answers = Answers(model.text, request.params.response)
+            yield answers.first(planned, prompt.text)
+            inputs_due = request.params.response.input_tokens
+            deltas = self._generator.stream(model, [planned.request])
+            try:
+                async for delta in deltas:
+                    if inputs_due:
+                        inputs_due = False
+                        yield answers.inputs(planned, delta)
+                    message = answers.delta(planned, delta)
+                    if message is not None:
+                        yield message
+            finally:
+                await close(deltas)
+
+    async def Tokenize(
+        self, request: pb.BatchedTokenizeRequest, context: grpc.aio.ServicerContext[pb.BatchedTokenizeRequest, pb.BatchedTokenizeResponse]
+    ) -> pb.BatchedTokenizeResponse:
+        answer = pb.BatchedTokenizeResponse()
+        async with statuses(context):
+            model = self._model(context, request.model_id)
+            refuse_adapters(request)
+            for each in request.requests:
+                found = await _encode(model, each.text, request.truncate_input_tokens)
+                answer.responses.append(
+                    pb.TokenizeResponse(
+                        token_count=len(found.ids),
+                        tokens=found.pieces if request.return_tokens else (),
+                        offsets=[pb.TokenizeResponse.Offset(start=start, end=end) for start, end in found.offsets]
+                        if request.return_offsets
+                        else (),
+                    )
+                )
+        return answer
+
+    async def ModelInfo(
+        self, request: pb.ModelInfoRequest, context: grpc.aio.ServicerContext[pb.ModelInfoRequest, pb.ModelInfoResponse]
+    ) -> pb.ModelInfoResponse:
+        async with statuses(context):
+            model = self._model(context, request.model_id)
+            length = model.facts.max_model_len
+            return pb.ModelInfoResponse(
+                model_kind=pb.ModelInfoResponse.DECODER_ONLY,
+                max_sequence_length=length,
+                max_new_tokens=min(self._config.max_new_tokens, length - 1),
+            )
+        raise AssertionError("unreachable: the call was ended")
+
+    def _model(self, context: AnyContext, asked: str) -> ServedModel:
+        return find_model(self._directory, model_id_header(context), asked, lone_takes_all=True)
+
+
+async def _prompt(model: ServedModel, text: str, params: pb.Parameters) -> Prompt:
+    return Prompt(text, (await _encode(model, text, params.truncate_input_tokens)).ids)
+
+
+async def _encode(model: ServedModel, text: str, limit: int) -> Encoding:
+    """The last `limit` tokens (0 = all), special tokens kept."""
+    if len(text) > THREAD_ABOVE_CHARS:
+        found = await asyncio.to_thread(model.text.encode_with_offsets, text)
+    else:
+        found = model.text.encode_with_offsets(text)
+    return found.last(limit) if limit else found

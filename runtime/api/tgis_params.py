@@ -1,0 +1,168 @@
+"""TGIS's parameters: its checks, in the adapter's order and with its texts, and what they mean to the generator.
+
+Where TGIS (I) and its vLLM adapter (V) differ:
+repetition_penalty may have any value above 0 (I), temperature any from 0, and 0 sent explicitly is greedy (V); top_n_tokens is at most 10 (V);
+max_new_tokens not given means up to the server's limit, ended by TOKEN_LIMIT (V), unless the model's registration has a max_tokens: then that,
+ended by MAX_TOKENS (as I does with 20). A stop sequence's length is counted in UTF-8 bytes (I).
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from runtime.config import RuntimeConfig
+from runtime.errors import InvalidRequest, NotSupported
+from runtime.generation.limits import draw_seed, engine_seed
+from runtime.generation.request import SequenceRequest
+from runtime.served import ServedModel
+from runtime.types import LogprobParams, SamplingParams, StopParams
+from wire.fmaas import generation_pb2 as pb
+
+MAX_STOPS = 6
+MAX_STOP_BYTES = 240
+MAX_TOP_N = 10
+_STOPS_TEXT = f"can specify at most {MAX_STOPS} non-empty stop sequences, each not more than {MAX_STOP_BYTES} UTF8 bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One input, tokenized and truncated. `text` is whole."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One input's sequence. `seed` is what the caller is told; None when greedy. `server_limited`: a length stop is TOKEN_LIMIT."""
+
+    request: SequenceRequest
+    seed: int | None
+    server_limited: bool
+
+
+def refuse_adapters(request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest) -> None:
+    for field in ("adapter_id", "prefix_id"):
+        if request.HasField(field):
+            raise NotSupported(f"{field} is not supported yet: this runtime serves base models only")
+
+
+def check(params: pb.Parameters, server_limit: int) -> None:
+    """Raises InvalidRequest with TGIS's texts, then NotSupported for what isn't here."""
+    decoding, stopping, sampling, response = params.decoding, params.stopping, params.sampling, params.response
+    if decoding.HasField("length_penalty") and not 1.0 <= decoding.length_penalty.decay_factor <= 10.0:
+        raise InvalidRequest("length_penalty.decay_factor must be >= 1.0 and <= 10.0")
+    if decoding.repetition_penalty != 0 and not decoding.repetition_penalty > 0:
+        raise InvalidRequest("repetition_penalty must be > 0.0")
+    if stopping.max_new_tokens > server_limit:
+        raise InvalidRequest(f"max_new_tokens must be <= {server_limit}")
+    if stopping.min_new_tokens > (stopping.max_new_tokens or server_limit):
+        raise InvalidRequest("min_new_tokens must be <= max_new_tokens")
+    stops = stopping.stop_sequences
+    if len(stops) > MAX_STOPS or not all(0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
+        raise InvalidRequest(_STOPS_TEXT)
+    if response.top_n_tokens > MAX_TOP_N:
+        raise InvalidRequest(f"top_n_tokens ({response.top_n_tokens}) must be <= {MAX_TOP_N}")
+    if _wants_details(response) and not (response.input_tokens or response.generated_tokens):
+        raise InvalidRequest("must request input and/or generated tokens to request extra token detail")
+    if sampling.top_p != 0 and not 0 < sampling.top_p <= 1:
+        raise InvalidRequest("top_p must be > 0.0 and <= 1.0")
+    if not sampling.typical_p <= 1:
+        raise InvalidRequest("typical_p must be <= 1.0")
+    if sampling.HasField("temperature") and not sampling.temperature >= 0:
+        raise InvalidRequest(f"temperature must be >= 0.0, got {sampling.temperature:g}")
+    _refuse_guided(decoding)
+
+
+def plan(model: ServedModel, config: RuntimeConfig, params: pb.Parameters, prompts: list[Prompt], deadline_s: float | None) -> list[Planned]:
+    """Checks each input's length and makes its sequence. Each input gets a seed of its own if none is given."""
+    return [_plan_one(model, config, params, prompt, index, deadline_s) for index, prompt in enumerate(prompts)]
+
+
+def deadline_of(params: pb.Parameters) -> float | None:
+    """On the event loop's clock; it counts from now."""
+    limit_ms = params.stopping.time_limit_millis
+    return asyncio.get_running_loop().time() + limit_ms / 1000 if limit_ms else None
+
+
+def _plan_one(
+    model: ServedModel, config: RuntimeConfig, params: pb.Parameters, prompt: Prompt, index: int, deadline_s: float | None
+) -> Planned:
+    stopping = params.stopping
+    context, num_prompt = model.facts.max_model_len, len(prompt.token_ids)
+    if num_prompt == 0:
+        raise InvalidRequest(f"model {model.name}: the input is empty (0 tokens); it needs at least 1")
+    if num_prompt >= context:
+        raise InvalidRequest(f"input tokens ({num_prompt}) plus prefix length (0) must be < {context}")
+    if num_prompt + stopping.min_new_tokens > context:
+        raise InvalidRequest(
+            f"input tokens ({num_prompt}) plus prefix length (0) plus min_new_tokens ({stopping.min_new_tokens}) must be <= {context}"
+        )
+    wanted = stopping.max_new_tokens or model.settings.sampling.max_tokens
+    limit = min(wanted or config.max_new_tokens, config.max_new_tokens, context - num_prompt)
+    limit = max(limit, stopping.min_new_tokens)
+    sampling = _sampling(params)
+    seed = None
+    if not sampling.greedy:
+        seed = params.sampling.seed if params.sampling.HasField("seed") else draw_seed()
+    include = config.default_include_stop_seqs
+    if stopping.HasField("include_stop_sequence"):
+        include = stopping.include_stop_sequence
+    response = params.response
+    details = response.top_n_tokens if _wants_details(response) else None
+    request = SequenceRequest(
+        prompt=prompt.token_ids,
+        sampling=sampling if seed is None else _seeded(sampling, engine_seed(seed)),
+        stop=StopParams(max_tokens=limit, min_tokens=stopping.min_new_tokens),
+        logprobs=LogprobParams(
+            generated=details if response.generated_tokens else None, prompt=details if response.input_tokens else None
+        ),
+        index=index,
+        stop_strings=tuple(stopping.stop_sequences),
+        include_stop=include,
+        stops_by_list=True,
+        length_before_stop=True,
+        skip_special_tokens=not config.output_special_tokens,
+        drop_incomplete=True,
+        one_token_deltas=response.generated_tokens,
+        deadline_s=deadline_s,
+    )
+    return Planned(request, seed, server_limited=wanted is None or limit < wanted)
+
+
+def _sampling(params: pb.Parameters) -> SamplingParams:
+    penalty = params.decoding.repetition_penalty or 1.0
+    given = params.sampling
+    if params.method == pb.GREEDY or (given.HasField("temperature") and given.temperature == 0):
+        return SamplingParams(temperature=0.0, repetition_penalty=penalty)
+    return SamplingParams(
+        temperature=given.temperature if given.HasField("temperature") else 1.0,
+        top_k=given.top_k,
+        top_p=given.top_p or 1.0,
+        typical_p=given.typical_p if 0 < given.typical_p < 1 else 1.0,
+        repetition_penalty=penalty,
+    )
+
+
+def _seeded(sampling: SamplingParams, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        typical_p=sampling.typical_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=seed,
+    )
+
+
+def _wants_details(response: pb.ResponseOptions) -> bool:
+    return bool(response.token_logprobs or response.token_ranks or response.top_n_tokens)
+
+
+def _refuse_guided(decoding: pb.DecodingParameters) -> None:
+    guided = decoding.WhichOneof("guided")
+    if guided == "choice" and len(decoding.choice.choices) < 2:
+        raise InvalidRequest("Must provide at least two choices")
+    if guided is not None and not (guided == "format" and decoding.format == pb.DecodingParameters.TEXT):
+        raise NotSupported(f"decoding.{guided} is not supported yet: guided decoding isn't here")
+    if decoding.HasField("length_penalty"):
+        raise NotSupported("decoding.length_penalty is not supported yet")
