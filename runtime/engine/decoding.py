@@ -4,6 +4,7 @@ Knows where each row stands; not why it is here or what it drew.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +50,9 @@ class DecodeBatch:
     def remove(self, sequence: Sequence) -> None:
         place, last = sequence.place, len(self.sequences) - 1
         moved = self.sequences[last]
-        for column in (self.sequences, self.rows, self._ids, self._histories):
-            column[place] = column[last]  # type: ignore[index]
+        columns: tuple[list[Any], ...] = (self.sequences, self.rows, self._ids, self._histories)
+        for column in columns:
+            column[place] = column[last]
             column.pop()
         for array in (self._starts, self._left, self._room):
             array[place] = array[last]

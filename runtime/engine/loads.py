@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from runtime.engine.house import House
-from runtime.engine.plan import LoadJob, LoadRequest
+from runtime.engine.plan import LoadedModel, LoadJob, LoadRequest
 from runtime.errors import RepertoryError
 from runtime.messages import Load, Loaded, LoadFailed, Unloaded
 from runtime.types import FinishReason
@@ -84,7 +84,7 @@ class Loads:
             pending.job.cancel()
         for pending in self._pending.values():
             try:
-                pending.job.result().memory.close()
+                _let_go(pending.job.result())
             except Exception:
                 continue                 # a cancelled load has nothing to say any more
         self._pending.clear()
@@ -108,12 +108,12 @@ class Loads:
             self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
             return
         if pending.cancelled:
-            loaded.memory.close()
+            _let_go(loaded)
             return
         try:
             model = self.house.adopt(request, loaded, now)
         except Exception as error:
-            loaded.memory.close()
+            _let_go(loaded)
             self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
             return
         try:
@@ -143,6 +143,11 @@ class Loads:
     def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
         for _ in range(answers):
             self.house.emit(LoadFailed(model_id, code, message))
+
+
+def _let_go(loaded: LoadedModel) -> None:
+    loaded.runner.close()
+    loaded.memory.close()
 
 
 def _reason(model_id: str, error: Exception) -> tuple[str, str]:

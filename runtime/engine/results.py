@@ -95,7 +95,7 @@ def settle_decode(
     tokens = result.tokens
     for history, token in zip(batch.histories, tokens, strict=False):
         history.append(token)
-    rows: list[RowTokens | None] = list(map(RowTokens, batch.ids, zip(tokens, strict=False)))  # type: ignore[arg-type]
+    rows: list[RowTokens | None] = list(map(RowTokens, batch.ids, zip(tokens, strict=False)))
     count = len(rows)
     special: Iterable[int]
     if result.logprobs is not None or step.stale:

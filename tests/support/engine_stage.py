@@ -202,6 +202,8 @@ class Stage:
         self.loop.run()
         assert self.loop.house.slabs.free == self.backend.total_slabs
         assert self.loop.house.rows.free == self.loop.house.rows.total
-        assert self.backend.mapped == 0 and not self.backend.open_rows
+        assert self.backend.mapped == 0
+        assert not self.backend.open_rows
         assert all(memory.closed for memory in self.backend.memories)
+        assert all(runner.closed for runner in self.backend.runners)
         assert all(answer.last is not None for answer in self.answers.values())

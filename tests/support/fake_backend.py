@@ -52,7 +52,9 @@ class FakeMemory:
         self.cells: dict[tuple[int, int], tuple[int, int]] = {}   # (page, offset) → (position, token)
 
     def swap_in(self, slabs: Sequence[int]) -> None:
-        assert not self.resident and len(slabs) == self.weight_slabs and not self.closed
+        assert not self.resident
+        assert len(slabs) == self.weight_slabs
+        assert not self.closed
         if self._backend.broken_swap_ins.pop(self._model_id, None):
             raise OSError("no such file")
         for slab in slabs:
@@ -72,7 +74,8 @@ class FakeMemory:
         self.resident = False
 
     def map_kv(self, index: int, slab: int) -> None:
-        assert 0 <= index < self.kv.max_slabs and index not in self.kv_slab
+        assert 0 <= index < self.kv.max_slabs
+        assert index not in self.kv_slab
         self._backend.map(slab, (self._model_id, "kv"))
         self.kv_slab[index] = slab
 
@@ -87,7 +90,9 @@ class FakeMemory:
         raise AssertionError("there is no host arena")
 
     def close(self) -> None:
-        assert not self.resident and not self.kv_slab and not self.closed
+        assert not self.resident
+        assert not self.kv_slab
+        assert not self.closed
         self.closed = True
 
 
@@ -120,20 +125,24 @@ class FakeRunner:
         self._spec = spec
         self._memory = memory
         self.rows: dict[int, FakeRow] = {}
+        self.closed = False
 
     def open_row(self, setup: RowSetup) -> None:
-        assert setup.row not in self.rows and setup.row not in self._backend.open_rows, "the row is taken"
-        assert 0 <= setup.row < self._backend.max_rows and len(setup.prompt) == setup.prompt_len
+        assert setup.row not in self._backend.open_rows, "the row is taken"
+        assert 0 <= setup.row < self._backend.max_rows
+        assert len(setup.prompt) == setup.prompt_len
         self.rows[setup.row] = FakeRow(setup)
         self._backend.open_rows.add(setup.row)
-
-    def close(self) -> None:
-        pass
 
     def close_row(self, row: int) -> None:
         # a row whose step broke at its launch may never have been opened
         if self.rows.pop(row, None) is not None:
             self._backend.open_rows.remove(row)
+
+    def close(self) -> None:
+        assert not self.rows
+        assert not self._memory.closed
+        self.closed = True
 
     def launch(self, plan: StepPlan) -> FakeLaunched:
         assert self._memory.resident, "launched without weights"
@@ -169,10 +178,8 @@ class FakeRunner:
             end = plan.starts[i] + len(ids)
             history = self._read(row, end)
             if slot in plan.prompt_logprobs:
-                entries: list[TokenLogprobs | None] = []
-                for position in range(plan.starts[i], end):
-                    entries.append(None if position == 0 else self.logprob(history[: position + 1]))
-                prompt_logprobs[slot] = entries
+                positions = range(plan.starts[i], end)
+                prompt_logprobs[slot] = [self.logprob(history[: position + 1]) if position else None for position in positions]
             if plan.samples[i]:
                 drawn = end - row.setup.prompt_len
                 suppressed = row.setup.suppressed if drawn < row.setup.min_tokens else ()
@@ -196,7 +203,8 @@ class FakeRunner:
 
     def _check(self, plan: StepPlan) -> None:
         count = len(plan.rows)
-        assert count and count == len(plan.starts) == len(plan.counts) == len(plan.from_device) == len(plan.samples)
+        assert count
+        assert count == len(plan.starts) == len(plan.counts) == len(plan.from_device) == len(plan.samples)
         assert len(set(plan.rows)) == count, "a row twice"
         assert all(row in self.rows for row in plan.rows), "a row that isn't open"
         assert all(c >= 1 for c in plan.counts)
@@ -244,7 +252,9 @@ class FakeJob:
         )
         memory = FakeMemory(self._backend, model_id, spec)
         self._backend.memories.append(memory)
-        return LoadedModel(FakeRunner(self._backend, facts, spec, memory), memory)
+        runner = FakeRunner(self._backend, facts, spec, memory)
+        self._backend.runners.append(runner)
+        return LoadedModel(runner, memory)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -267,12 +277,14 @@ class FakeBackend:
         self.broken_swap_ins: dict[str, bool] = {}
         self.open_rows: set[int] = set()
         self.memories: list[FakeMemory] = []
+        self.runners: list[FakeRunner] = []
         self.steps = 0
         self.largest_step = 0
         self._mapped: dict[int, tuple[str, str]] = {}
 
     def map(self, slab: int, owner: tuple[str, str]) -> None:
-        assert 0 <= slab < self.total_slabs and slab not in self._mapped, f"slab {slab} is mapped already"
+        assert 0 <= slab < self.total_slabs
+        assert slab not in self._mapped, f"slab {slab} is mapped already"
         self._mapped[slab] = owner
 
     def unmap(self, slab: int, owner: tuple[str, str]) -> None:

@@ -67,10 +67,9 @@ class BlockPool:
         while not self._by_room[room]:
             room += 1
         places = self._by_room[room]
-        place = next(iter(places))
+        place, _ = places.popitem()
         self._idle_slabs -= self._is_idle(place)
         page = self._free_in[place].pop()
-        del places[place]
         self._by_room[room - 1][place] = None
         self._least_room = max(room - 1, 1)
         self._num_free -= 1

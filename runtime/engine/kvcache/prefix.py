@@ -5,6 +5,7 @@ steps are the scheduler's; slabs are blocks.py's.
 """
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -30,7 +31,8 @@ class PrefixCache:
         self._references: dict[int, int] = {}
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._idle: dict[int, float] = {}                    # page → when it was last read; oldest first
+        # page → when it was last read; oldest first (a plain dict finds its first slowly once many before it were deleted)
+        self._idle: OrderedDict[int, float] = OrderedDict()
 
     @property
     def oldest_idle_s(self) -> float | None:

@@ -1,0 +1,67 @@
+"""`python -m runtime.engine --socket PATH --config JSON [--blackbox PATH]`: one engine, connected to its front.
+
+Exits 0 after a Shutdown or when the front hangs up, 1 with a line on standard error when the device is lost.
+"""
+
+import argparse
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import msgspec
+
+from runtime.config import EngineConfig
+from runtime.engine.blackbox import Blackbox
+from runtime.engine.channel import Channel
+from runtime.engine.loop import EngineLoop
+from runtime.messages import Hello
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m runtime.engine", description=__doc__)
+    parser.add_argument("--socket", required=True, help="unix socket on which the front listens")
+    parser.add_argument("--config", default="{}", help="EngineConfig as JSON")
+    parser.add_argument("--blackbox", help="file that keeps the name of the model that runs")
+    options = parser.parse_args(arguments)
+    config = msgspec.json.decode(options.config, type=EngineConfig)
+    # the front decides when the engine ends, and hangs up if it dies itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    blackbox = Blackbox(options.blackbox) if options.blackbox else None
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(options.socket)
+
+    # late, because torch takes seconds to import and the front waits for the connection
+    from runtime.engine.backend import make_backend
+
+    backend = make_backend(config)
+    channel = Channel(connection)
+    try:
+        slab_bytes = backend.slab_bytes
+        channel.emit(
+            Hello(os.getpid(), backend.device, backend.device_name, backend.total_slabs * slab_bytes, backend.host_total_bytes)
+        )
+        mark = blackbox.mark if blackbox is not None else lambda _: None
+        loop = EngineLoop(config, backend, channel.inbox, channel.emit, mark, time.monotonic)
+        # what was imported lives as long as the process: full collections needn't look at it, nor pause a step for it
+        gc.collect()
+        gc.freeze()
+        loop.run()
+        mark("")
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        channel.close()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # loader threads and device libraries may have work that nobody waits for any more
+    os._exit(status)
