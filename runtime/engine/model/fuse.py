@@ -5,6 +5,7 @@ runs as its own code says. Knows no class by name, no weights and no device.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,8 +58,9 @@ def match_stack(model: nn.Module, interleaved: bool) -> StackSpec:
     )
 
 
-def _match_layer(layer: nn.Module, path: str, index: int, body: nn.Module, config: object, interleaved: bool) -> LayerSpec:
-    attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
+def _match_layer(layer: nn.Module, path: str, index: int, body: nn.Module, config: Any, interleaved: bool) -> LayerSpec:
+    attention: Any = _child(layer, "self_attn")
+    mlp = _child(layer, "mlp")
     norms = [name for name, child in layer.named_children() if list(child.parameters()) and name not in ("self_attn", "mlp")]
     if set(norms) == {"input_layernorm", "post_attention_layernorm"}:
         mlp_norm, after_attention, after_mlp = "post_attention_layernorm", None, None
@@ -125,7 +127,7 @@ def _match_layer(layer: nn.Module, path: str, index: int, body: nn.Module, confi
     )
 
 
-def sliding_window(attention: nn.Module, config: object, index: int) -> int:
+def sliding_window(attention: Any, config: Any, index: int) -> int:
     """Tokens that layer `index` sees, 0 = all: the attention module's own word, else the layer's type, else the model's."""
     if hasattr(attention, "sliding_window"):
         return int(attention.sliding_window or 0)
@@ -136,7 +138,7 @@ def sliding_window(attention: nn.Module, config: object, index: int) -> int:
     return window
 
 
-def _rope_key(body: nn.Module, config: object, index: int) -> str:
+def _rope_key(body: nn.Module, config: Any, index: int) -> str:
     if hasattr(_child(body, "rotary_emb"), "inv_freq"):
         return ""
     types = getattr(config, "layer_types", None)
@@ -185,7 +187,7 @@ def _is_plus_one(norm: nn.Module) -> bool:
     """Whether the norm multiplies by 1 + weight. Raises NoMatchError if it is no RMSNorm of one weight."""
     if [name for name, _ in norm.named_parameters()] != ["weight"]:
         raise NoMatchError(f"{type(norm).__name__} is no RMSNorm")
-    probe = copy.deepcopy(norm)
+    probe: Any = copy.deepcopy(norm)
     size = probe.weight.shape[0]
     probe.weight = nn.Parameter(torch.zeros(size), requires_grad=False)
     x = torch.linspace(-1.0, 2.0, size)[None]

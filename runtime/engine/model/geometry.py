@@ -30,7 +30,7 @@ class AttentionGeometry:
         return self.num_kv_heads * self.head_dim
 
 
-def attention_geometry(model: nn.Module) -> AttentionGeometry:
+def attention_geometry(model: Any) -> AttentionGeometry:
     """Read off the attention modules. Raises LoadFailed if layers differ, or K and V do."""
     found: dict[int, tuple[int, int]] = {}
     for name, module in model.named_modules():

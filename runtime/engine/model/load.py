@@ -152,7 +152,7 @@ class _Files:
         """Fill `into` (uint8) with the tensor's bytes from `start`."""
         if not into.numel():
             return
-        buffer = memoryview(into.numpy())
+        buffer = into.numpy().data
         try:
             file = self._descriptor(stored.path)
             at, done = stored.offset + start, 0

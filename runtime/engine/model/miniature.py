@@ -83,5 +83,5 @@ def _values(leaf: str, parameter: nn.Parameter, generator: torch.Generator) -> T
     if parameter.dim() == 1:
         # rounded: transformers may have drawn small numbers from the global generator
         base: Tensor | float = parameter.detach().round() if not parameter.is_meta else float(leaf == "weight")
-        return base + 0.2 * noise
-    return noise / parameter.shape[-1] ** 0.5
+        return noise.mul(0.2).add(base)
+    return noise.mul(float(parameter.shape[-1]) ** -0.5)

@@ -5,6 +5,7 @@ model's context limit decides once. Knows frequencies and positions; nothing of 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class RotaryTable:
 def fix_frequencies(module: nn.Module, max_model_len: int) -> None:
     """Choose the frequencies of every rotary module below `module` for good, by the context limit: LongRoPE's long ones only for a limit beyond
     its original length, dynamic NTK's unscaled ones (its limit is the original length)."""
+    rotary: Any
     for rotary in module.modules():
         if not hasattr(rotary, "rope_type") or not hasattr(rotary, "config"):
             continue
@@ -66,9 +68,9 @@ def rotary_tables(rotary: nn.Module, device: torch.device) -> dict[str, RotaryTa
     return tables
 
 
-def _fixed(rotary: nn.Module, kind: str, parameters: dict[str, object], prefix: str, layer_type: str | None, max_model_len: int) -> str:
+def _fixed(rotary: Any, kind: str, parameters: dict[str, Any], prefix: str, layer_type: str | None, max_model_len: int) -> str:
     if kind == "longrope":
-        original = int(str(parameters["original_max_position_embeddings"]))
+        original = int(parameters["original_max_position_embeddings"])
         if max_model_len > original:
             kwargs = {} if layer_type is None else {"layer_type": layer_type}
             long, _ = ROPE_INIT_FUNCTIONS[kind](rotary.config, torch.device("cpu"), seq_len=original + 1, **kwargs)

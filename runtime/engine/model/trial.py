@@ -13,7 +13,8 @@ from runtime.engine.model.step import KvPlanes, StepContext
 def trial_planes(num_layers: int, token_stride: int, block_tokens: int, num_blocks: int, dtype: torch.dtype) -> list[KvPlanes]:
     """CPU planes of `num_blocks` blocks whose page ids are 0, 1, …"""
     unit = block_tokens * token_stride
-    return [KvPlanes(*torch.zeros(2, num_blocks * unit, dtype=dtype).unbind(0), page_unit=unit) for _ in range(num_layers)]
+    planes = torch.zeros(num_layers, 2, num_blocks * unit, dtype=dtype)
+    return [KvPlanes(planes[layer, 0], planes[layer, 1], unit) for layer in range(num_layers)]
 
 
 class TrialRows:

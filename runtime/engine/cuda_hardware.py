@@ -1,0 +1,90 @@
+"""A GPU as the engine's device: slabs through CUDA's virtual memory, a pinned host arena, one copy stream."""
+
+import os
+import threading
+from pathlib import Path
+
+import psutil
+import torch
+
+from runtime.config import MIB, EngineConfig
+from runtime.engine.hardware import TakenMemory
+from runtime.engine.memory.arena_index import ArenaIndex
+from runtime.engine.memory.cuda import CudaMemory
+from runtime.engine.memory.cuda_model import CudaModelMemory
+from runtime.engine.memory.device import DeviceMemory
+from runtime.engine.memory.host import HostArena
+from runtime.engine.memory.image import Filler
+from runtime.engine.memory.kv_range import KvRange
+from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
+from runtime.engine.plan import KvGeometry
+from runtime.errors import Cancelled
+
+_SLAB_BYTES = 64 * MIB
+_GROUP_BYTES = 32 * MIB
+_READ_THREADS = 16
+
+
+class CudaHardware:
+    """Implements Hardware. Made in the engine thread: the stream that is current there is the one that everything is ordered on."""
+
+    def __init__(self, device: torch.device, config: EngineConfig) -> None:
+        torch.cuda.set_device(device)
+        slab_bytes = config.slab_bytes or _SLAB_BYTES
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        budget = config.device_budget_bytes or max(0, free_bytes - config.device_reserve_bytes)
+        if not slab_bytes <= budget <= free_bytes:
+            raise ValueError(f"device budget {budget} bytes is not between one slab of {slab_bytes} and the {free_bytes} bytes that are free")
+        self.device = device
+        self.name = torch.cuda.get_device_name(device)
+        self._compute_stream = torch.cuda.current_stream(device)
+        self._copy_stream = torch.cuda.Stream(device)
+        self._memory = CudaMemory(device, slab_bytes, budget // slab_bytes, self._compute_stream)
+        self.memory: DeviceMemory = self._memory
+        host_bytes = _host_bytes(config, slab_bytes)
+        self._pinned = PinnedMemory(host_bytes, config.host_arena_path, device)
+        self._arena = HostArena(self._pinned.view, slab_bytes, ArenaIndex(config.host_arena_path))
+        self._pinned.start_registering()
+        self.host_total_bytes = self._arena.total_bytes
+        self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
+        self.min_group_bytes = _GROUP_BYTES
+
+    def host_free_bytes(self) -> int:
+        return self._arena.free_bytes()
+
+    def take(self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event) -> TakenMemory:
+        torch.cuda.set_device(self.device)
+        weights = self._memory.reserve(weight_slabs)
+        kv_range = KvRange(self._memory.reserve(kv.max_slabs))
+        model = CudaModelMemory(self._memory, self._copy_stream, self._arena, weights, kv_range, kv, filler, identity)
+        try:
+            if cancelled.is_set():
+                raise Cancelled("the load was cancelled")
+            model.stage(cancelled)
+        except BaseException:
+            model.close()
+            raise
+        return model
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def idle(self) -> bool:
+        return self._memory.tidy()
+
+    def close(self) -> None:
+        self.synchronize()
+        self._memory.close()
+        self._pinned.close()
+
+
+def _host_bytes(config: EngineConfig, slab_bytes: int) -> int:
+    """The arena's size: as configured, else what an earlier engine left, else half of free memory; never more than its file system holds."""
+    path = config.host_arena_path
+    wanted = config.host_budget_bytes
+    if not wanted and path and Path(path).exists():
+        wanted = Path(path).stat().st_size
+    wanted = wanted or psutil.virtual_memory().available // 2
+    if path:
+        wanted = min(wanted, shared_memory_free_bytes(path))
+    return max(wanted // slab_bytes, 1) * slab_bytes

@@ -1,0 +1,48 @@
+"""Which images lie in a host arena, in a file beside it, so that an engine that comes back finds its models still there. Knows keys and chunks."""
+
+from pathlib import Path
+
+import msgspec
+
+
+class IndexEntry(msgspec.Struct, frozen=True):
+    """A complete image: `size_bytes` in `chunks`, in order. Entries lie least recently used first."""
+
+    key: str
+    size_bytes: int
+    chunks: tuple[int, ...]
+
+
+class IndexPage(msgspec.Struct, frozen=True):
+    """Everything in the file. An arena of other sizes makes it worthless."""
+
+    chunk_bytes: int
+    total_chunks: int
+    entries: tuple[IndexEntry, ...]
+
+
+class ArenaIndex:
+    """The file `<arena>.index`; with an empty path nothing is kept."""
+
+    def __init__(self, arena_path: str) -> None:
+        self._path = Path(f"{arena_path}.index") if arena_path else None
+
+    def read(self, chunk_bytes: int, total_chunks: int) -> tuple[IndexEntry, ...]:
+        """What was kept by an arena of the same sizes; nothing if the file is missing, damaged or of another arena."""
+        if self._path is None:
+            return ()
+        try:
+            page = msgspec.msgpack.decode(self._path.read_bytes(), type=IndexPage)
+        except (OSError, msgspec.MsgspecError):
+            return ()
+        chunks = [chunk for entry in page.entries for chunk in entry.chunks]
+        sound = len(set(chunks)) == len(chunks) and all(0 <= chunk < total_chunks for chunk in chunks)
+        return page.entries if sound and (page.chunk_bytes, page.total_chunks) == (chunk_bytes, total_chunks) else ()
+
+    def write(self, chunk_bytes: int, total_chunks: int, entries: tuple[IndexEntry, ...]) -> None:
+        """Replace the file's contents in one step."""
+        if self._path is None:
+            return
+        fresh = self._path.with_suffix(".new")
+        fresh.write_bytes(msgspec.msgpack.encode(IndexPage(chunk_bytes, total_chunks, entries)))
+        fresh.replace(self._path)

@@ -1,0 +1,121 @@
+"""The host tier: weights images in chunks of one arena, the least recently used giving way. Safe to use from loading threads.
+
+An image lies in the index only while all of it is there, so what a later engine finds is whole. Knows keys, sizes and chunks; nothing of models
+or devices' memory.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from runtime.engine.memory.arena_index import ArenaIndex, IndexEntry
+
+
+class HostImage:
+    """One image in the arena. Implements ImageBuffer. `gone` once its chunks were given to another.
+
+    `readers`: one call each for whoever holds the image, saying whether it is being read or filled right now.
+    """
+
+    def __init__(self, key: str, size_bytes: int, chunks: tuple[int, ...], memory: Tensor, chunk_bytes: int) -> None:
+        self.key = key
+        self.size_bytes = size_bytes
+        self.chunks = chunks
+        self.complete = False
+        self.gone = False
+        self.readers: list[Callable[[], bool]] = []
+        self._memory = memory
+        self._chunk_bytes = chunk_bytes
+
+    def busy(self) -> bool:
+        return any(reads() for reads in self.readers)
+
+    def pieces(self, offset: int, size_bytes: int) -> Iterable[Tensor]:
+        end = offset + size_bytes
+        while offset < end:
+            place, inside = divmod(offset, self._chunk_bytes)
+            count = min(self._chunk_bytes - inside, end - offset)
+            start = self.chunks[place] * self._chunk_bytes + inside
+            yield self._memory[start : start + count]
+            offset += count
+
+
+class HostArena:
+    """`memory` (uint8 on the host) in chunks of `chunk_bytes`."""
+
+    def __init__(self, memory: Tensor, chunk_bytes: int, index: ArenaIndex) -> None:
+        self.chunk_bytes = chunk_bytes
+        self.total_chunks = memory.numel() // chunk_bytes
+        self._memory = memory
+        self._index = index
+        self._lock = threading.Lock()
+        self._images: dict[str, HostImage] = {}              # least recently used first
+        kept = index.read(chunk_bytes, self.total_chunks)
+        for entry in kept:
+            image = HostImage(entry.key, entry.size_bytes, entry.chunks, memory, chunk_bytes)
+            image.complete = True
+            self._images[entry.key] = image
+        taken = {chunk for entry in kept for chunk in entry.chunks}
+        # low chunks last: they are registered first, so they are given first
+        self._free = [chunk for chunk in range(self.total_chunks - 1, -1, -1) if chunk not in taken]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.total_chunks * self.chunk_bytes
+
+    def free_bytes(self) -> int:
+        """Bytes in chunks that hold nothing, or an image that no model holds: such a one is kept for its model's return, and gives way first."""
+        with self._lock:
+            idle = sum(len(image.chunks) for image in self._images.values() if image.complete and not image.readers)
+            return (len(self._free) + idle) * self.chunk_bytes
+
+    def find(self, key: str) -> HostImage | None:
+        """A complete image by its key; it becomes the most recently used."""
+        with self._lock:
+            image = self._images.get(key)
+            if image is None or not image.complete:
+                return None
+            self._images[key] = self._images.pop(key)
+            return image
+
+    def allocate(self, key: str, size_bytes: int) -> HostImage | None:
+        """Room for an image, taken from the least recently used idle ones; None if even that is not enough, or `key` is being filled already."""
+        count = -(-size_bytes // self.chunk_bytes)
+        with self._lock:
+            if key in self._images:
+                return None
+            idle = sorted((image for image in self._images.values() if image.complete and not image.busy()), key=lambda image: bool(image.readers))
+            if len(self._free) + sum(len(image.chunks) for image in idle) < count:
+                return None
+            while len(self._free) < count:
+                self._forget(idle.pop(0))
+            self._write_index()
+            chunks = tuple(self._free.pop() for _ in range(count))
+            image = HostImage(key, size_bytes, chunks, self._memory, self.chunk_bytes)
+            self._images[key] = image
+            return image
+
+    def commit(self, image: HostImage) -> None:
+        """All of it is in: it may be found, kept and given up."""
+        with self._lock:
+            image.complete = True
+            self._write_index()
+
+    def drop(self, image: HostImage) -> None:
+        """Give its chunks back."""
+        with self._lock:
+            if not image.gone:
+                self._forget(image)
+                self._write_index()
+
+    def _forget(self, image: HostImage) -> None:
+        image.gone = True
+        del self._images[image.key]
+        self._free += sorted(image.chunks, reverse=True)
+
+    def _write_index(self) -> None:
+        entries = tuple(
+            IndexEntry(image.key, image.size_bytes, image.chunks) for image in self._images.values() if image.complete
+        )
+        self._index.write(self.chunk_bytes, self.total_chunks, entries)

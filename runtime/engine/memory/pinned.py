@@ -1,0 +1,101 @@
+"""Host memory that a GPU copies from at full speed: mapped once, touched by many threads and registered slab by slab in the background.
+
+It is usable at once; what isn't registered yet copies slower. A file in shared memory keeps its contents when the process ends. Knows addresses;
+nothing of what lies there.
+"""
+
+import ctypes
+import mmap
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_REGISTER_BYTES = 4 << 30
+_TOUCH_BYTES = 64 << 20
+_TOUCH_THREADS = 16
+_MADV_POPULATE_WRITE = 23            # Linux 5.14: backs pages with memory and leaves what they hold
+
+
+class PinnedMemory:
+    """`size_bytes` of host memory. `path`: a file on a shared-memory file system, "" = private to this process."""
+
+    def __init__(self, size_bytes: int, path: str, device: torch.device) -> None:
+        self.size_bytes = size_bytes
+        self._device = device
+        if path:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                if os.fstat(file).st_size != size_bytes:
+                    os.ftruncate(file, 0)                # another size means another engine's: nothing in it is ours
+                    os.ftruncate(file, size_bytes)
+                self._pages = mmap.mmap(file, size_bytes)
+            finally:
+                os.close(file)
+        else:
+            self._pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        self._view = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._registered: list[tuple[int, int]] = []     # (offset, size)
+        self._registered_bytes = 0
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def view(self) -> Tensor:
+        """All of it as uint8."""
+        return self._view
+
+    @property
+    def registered_bytes(self) -> int:
+        """How much from the start is registered by now."""
+        return self._registered_bytes
+
+    def start_registering(self) -> None:
+        self._thread = threading.Thread(target=self._register_all, name="register", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Unregister. Copies from it must have ended."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        for offset, _ in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._view.data_ptr() + offset)
+        self._registered.clear()
+
+    def _register_all(self) -> None:
+        torch.cuda.set_device(self._device)
+        with ThreadPoolExecutor(_TOUCH_THREADS, thread_name_prefix="touch") as pool:
+            for offset in range(0, self.size_bytes, _REGISTER_BYTES):
+                size = min(_REGISTER_BYTES, self.size_bytes - offset)
+                touched = list(pool.map(self._touch, range(offset, offset + size, _TOUCH_BYTES)))
+                if self._stopping.is_set() or not all(touched):
+                    return
+                status = torch.cuda.cudart().cudaHostRegister(self._view.data_ptr() + offset, size, 0)
+                if int(status) != 0:
+                    return                               # the limit of lockable memory: the rest copies slower
+                self._registered.append((offset, size))
+                self._registered_bytes = offset + size
+
+    def _touch(self, offset: int) -> bool:
+        """Back a stretch with memory. False if there is none left (a full shared-memory file system)."""
+        if self._stopping.is_set():
+            return False
+        size = min(_TOUCH_BYTES, self.size_bytes - offset)
+        libc = ctypes.CDLL(None, use_errno=True)
+        address = ctypes.c_void_p(self._view.data_ptr() + offset)
+        if libc.madvise(address, ctypes.c_size_t(size), _MADV_POPULATE_WRITE) == 0:
+            return True
+        # an older kernel doesn't know the advice: registering touches the pages itself, in one thread
+        return ctypes.get_errno() == 22
+
+
+def shared_memory_free_bytes(path: str) -> int:
+    """What the file system below `path` can still hold, the file itself included."""
+    file = Path(path)
+    status = os.statvfs(file.parent)
+    held = file.stat().st_blocks * 512 if file.exists() else 0
+    return status.f_bavail * status.f_frsize + held
