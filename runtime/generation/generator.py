@@ -7,6 +7,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
+import msgspec
+
 from runtime.errors import Overloaded, Unavailable, from_code
 from runtime.generation.merge import close, merge
 from runtime.generation.request import Completed, Delta, SequenceRequest, put_together
@@ -64,14 +66,14 @@ class Generator:
         )
         timed = rows if request.deadline_s is None else _until(rows, request.deadline_s)
         finish: FinishReason | None = None
+        silent: tuple[int, ...] = ()   # tokens whose text is still held back
         try:
             async for row in timed:
                 if row.error_code is not None or row.finish is FinishReason.ERROR:
                     raise from_code(row.error_code or "INTERNAL", row.error or f"model {model.name}: the engine failed")
                 if row.finish is FinishReason.TIME_LIMIT:
-                    delta = sequence.end(FinishReason.TIME_LIMIT)
-                    finish = delta.finish
-                    yield delta
+                    finish = row.finish
+                    yield sequence.end(finish, silent)
                     return
                 for part in split_tokens(row) if request.one_token_deltas else (row,):
                     first = sequence.num_generated == 0
@@ -79,7 +81,11 @@ class Generator:
                     observer.tokens(len(delta.tokens), time.monotonic(), row)
                     finish = delta.finish
                     if delta.text or first or finish is not None or request.with_details or request.one_token_deltas:
+                        if silent:
+                            delta, silent = msgspec.structs.replace(delta, tokens=silent + delta.tokens), ()
                         yield delta
+                    else:
+                        silent += delta.tokens
                     if finish is not None:
                         return
             raise Unavailable(f"model {model.name}: the engine ended a sequence without a reason")

@@ -50,9 +50,9 @@ class RunningSequence:
             texts.append(self._rest())
         return self._delta(row, "".join(texts), len(row.tokens), tuple(offsets), row.finish, row.stop_token)
 
-    def end(self, finish: FinishReason) -> Delta:
-        """The sequence ends for a reason of the front's own."""
-        return Delta(self._request.index, self._rest(), (), self.num_generated, finish)
+    def end(self, finish: FinishReason, tokens: tuple[int, ...]) -> Delta:
+        """The sequence ends for a reason of the front's own; `tokens` were pushed and not told of yet."""
+        return Delta(self._request.index, self._rest(), tokens, self.num_generated, finish)
 
     def _push_plain(self, row: RowTokens) -> Delta:
         tokens = row.tokens

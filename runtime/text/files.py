@@ -1,4 +1,4 @@
-"""What a checkpoint's tokenizer files say: names of special tokens, BOS/EOS rules, chat templates, default sampling.
+"""What a checkpoint's tokenizer files say: names of special tokens, chat templates, default sampling.
 
 Reads tokenizer_config.json, generation_config.json, chat_template.jinja and additional_chat_templates/. Knows nothing of how text is split.
 """
@@ -41,8 +41,6 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     mask_token: str | TokenSpec | bool | None = None
     additional_special_tokens: list[str | TokenSpec] | None = None
     added_tokens_decoder: dict[str, TokenSpec] = {}
-    add_bos_token: bool | msgspec.UnsetType | None = msgspec.UNSET
-    add_eos_token: bool | msgspec.UnsetType | None = msgspec.UNSET
     chat_template: str | list[NamedTemplate] | None = None
 
     def named_tokens(self) -> dict[str, str]:

@@ -1,15 +1,14 @@
 """Text to token ids and back, by the checkpoint's tokenizer.json. No torch and no transformers: the front starts fast.
 
-Knows special tokens and the BOS/EOS rules; nothing of chats or streams. Safe to use from several threads.
+What is put before and after a text (BOS, EOS) is tokenizer.json's post-processor's business alone: as in transformers 5, add_bos_token and add_eos_token
+of tokenizer_config.json change nothing. Knows special tokens; nothing of chats or streams. Safe to use from several threads.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from runtime.errors import LoadFailed
 from runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
@@ -107,7 +106,6 @@ def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_missing_tokens(tokenizer, config)
-    _set_bos_eos(tokenizer, config)
     return TextTokenizer(tokenizer)
 
 
@@ -130,16 +128,3 @@ def _add_missing_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
             tokenizer.add_special_tokens([token])
         else:
             tokenizer.add_tokens([token])
-
-
-def _set_bos_eos(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
-    """An explicit add_bos_token or add_eos_token goes before what tokenizer.json's post-processor does, as in transformers."""
-    if isinstance(config.add_bos_token, msgspec.UnsetType) and isinstance(config.add_eos_token, msgspec.UnsetType):
-        return
-    names = config.named_tokens()
-    bos = names.get("bos_token") if config.add_bos_token is True else None
-    eos = names.get("eos_token") if config.add_eos_token is True else None
-    single = " ".join([f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos))
-    pair = " ".join([single] + [f"{bos}:1"] * bool(bos) + ["$B:1"] + [f"{eos}:1"] * bool(eos))
-    tokens = [(name, tokenizer.token_to_id(name)) for name in dict.fromkeys((bos, eos)) if name]
-    tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=tokens)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import openai
 import pytest
@@ -11,7 +10,7 @@ from runtime.messages import FinishReason
 from runtime.served import ServedModel
 from tests.runtime.openai_server import Server, serve
 from tests.support import tokenizers as tiny
-from tests.support.scripted_engine import ScriptedEngine, served
+from tests.support.scripted_engine import ScriptedEngine, served, until
 
 TEXT = "The quick brown fox — 東京 🤖 END. The dog"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -104,6 +103,9 @@ async def test_stop_strings_cut_the_text_and_end_the_row(
         text, finish = answer.choices[0].message.content or "", answer.choices[0].finish_reason
     assert text == TEXT[: TEXT.index("END")]
     assert finish == "stop"
+    if not stream:
+        assert answer.usage is not None
+        assert len(server.script(TEXT[: TEXT.index("END") + 3])) == answer.usage.completion_tokens
     assert server.engine.asked[0].closed, "the row was left before its end"
 
 
@@ -175,11 +177,7 @@ async def test_leaving_a_stream_frees_the_row(client: openai.AsyncOpenAI, server
         break
     await stream.close()
     asked = server.engine.asked[0]
-    for _ in range(200):
-        if asked.closed:
-            break
-        await asyncio.sleep(0.02)
-    assert asked.closed
+    await until(lambda: asked.closed)
     assert asked.sent < 390
 
 
@@ -188,11 +186,7 @@ async def test_leaving_before_the_answer_frees_the_row(client: openai.AsyncOpenA
     server.engine.script = lambda asked: [5] * 100_000
     with pytest.raises(openai.APITimeoutError):
         await client.completions.create(model="org/m1", prompt="The", max_tokens=390, timeout=0.3)
-    for _ in range(200):
-        if server.engine.asked[0].closed:
-            break
-        await asyncio.sleep(0.02)
-    assert server.engine.asked[0].closed
+    await until(lambda: server.engine.asked[0].closed)
 
 
 async def test_an_error_before_the_first_token_has_a_status(client: openai.AsyncOpenAI, server: Server) -> None:
@@ -209,10 +203,13 @@ async def test_an_error_before_the_first_token_has_a_status(client: openai.Async
 async def test_an_error_in_a_stream_is_an_event_and_the_end(client: openai.AsyncOpenAI, server: Server) -> None:
     server.engine.fail_after = 4
     got: list[str] = []
-    stream = await client.chat.completions.create(model="org/m1", messages=HELLO, stream=True)
+
+    async def read() -> None:
+        async for chunk in await client.chat.completions.create(model="org/m1", messages=HELLO, stream=True):
+            got.append(chunk.choices[0].delta.content or "")  # noqa: PERF401  (what came before the error is looked at)
+
     with pytest.raises(openai.APIError, match="the engine died"):
-        async for chunk in stream:
-            got.append(chunk.choices[0].delta.content or "")
+        await read()
     assert got[0] == ""
     assert TEXT.startswith("".join(got))
 

@@ -1,0 +1,39 @@
+"""A real gRPC server with the inference services over a scripted engine."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from runtime.api.services import add_inference_services
+from runtime.config import RuntimeConfig
+from runtime.metrics import RuntimeMetrics
+from runtime.served import ServedModel
+from tests.support.scripted_engine import Directory, ScriptedEngine
+from wire.fmaas.generation_pb2_grpc import GenerationServiceStub
+from wire.inference.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+
+
+@dataclass(frozen=True)
+class Services:
+    tgis: GenerationServiceStub
+    oip: GRPCInferenceServiceStub
+    engine: ScriptedEngine
+    model: ServedModel
+    names: tuple[str, ...]
+
+    def script(self, text: str) -> list[int]:
+        return self.model.text.encode(text, add_special_tokens=False)
+
+
+@asynccontextmanager
+async def serve_grpc(engine: ScriptedEngine, *models: ServedModel, config: RuntimeConfig | None = None) -> AsyncIterator[Services]:
+    server = grpc.aio.server()
+    names = add_inference_services(server, Directory(list(models)), engine, config or RuntimeConfig(), RuntimeMetrics())
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield Services(GenerationServiceStub(channel), GRPCInferenceServiceStub(channel), engine, models[0], tuple(names))
+    await server.stop(0)

@@ -1,0 +1,388 @@
+"""fmaas.GenerationService through its stubs: message sequences, stop reasons, seeds, details, limits and texts of errors."""
+
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from runtime.config import RuntimeConfig
+from runtime.served import ServedModel
+from runtime.types import DefaultSampling, FinishReason, ModelSettings
+from tests.runtime.grpc_server import Services, serve_grpc
+from tests.support import tokenizers as tiny
+from tests.support.scripted_engine import ScriptedEngine, served, until
+from wire.fmaas import generation_pb2 as pb
+
+TEXT = "The first time I saw the movie, I was a little bit confused 🤖. The dog"
+CONFIG = RuntimeConfig(max_new_tokens=169)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.byte_level(tmp_path_factory.mktemp("m"))
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> ServedModel:
+    return served(model_dir, "m1", max_model_len=200)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return served(tiny.sentencepiece(tmp_path_factory.mktemp("l")), "llama", max_model_len=200)
+
+
+@pytest.fixture
+async def services(model: ServedModel) -> AsyncIterator[Services]:
+    tokens = model.text.encode(TEXT, add_special_tokens=False)
+    async with serve_grpc(ScriptedEngine(lambda asked: [*tokens, 0]), model, config=CONFIG) as found:
+        yield found
+
+
+def batch(*texts: str, **params: Any) -> pb.BatchedGenerationRequest:
+    return pb.BatchedGenerationRequest(
+        model_id="unused", requests=[pb.GenerationRequest(text=text) for text in texts], params=pb.Parameters(**params)
+    )
+
+
+def single(text: str = "The fox", **params: Any) -> pb.SingleGenerationRequest:
+    return pb.SingleGenerationRequest(model_id="unused", request=pb.GenerationRequest(text=text), params=pb.Parameters(**params))
+
+
+async def generate(services: Services, text: str = "The fox", **params: Any) -> pb.GenerationResponse:
+    answer = await services.tgis.Generate(batch(text, **params))
+    return answer.responses[0]
+
+
+async def test_empty_batch(services: Services) -> None:
+    assert len((await services.tgis.Generate(pb.BatchedGenerationRequest())).responses) == 0
+
+
+async def test_defaults_are_greedy_up_to_the_servers_limit(services: Services) -> None:
+    answer = await generate(services)
+    assert answer.text == TEXT
+    assert answer.stop_reason == pb.EOS_TOKEN
+    assert answer.stop_sequence == ""
+    assert answer.seed == 0
+    assert answer.generated_token_count == len(services.script(TEXT)) + 1
+    assert answer.input_token_count == len(services.script("The fox"))
+    asked = services.engine.asked[0]
+    assert asked.sampling.greedy
+    assert asked.stop.max_tokens == 169
+    assert not asked.stop.stop_token_ids
+
+
+async def test_length_stops_say_whose_limit_it_was(services: Services, model_dir: Path) -> None:
+    services.engine.script = lambda asked: [5] * 1000
+    asked_for = await generate(services, stopping=pb.StoppingCriteria(max_new_tokens=4))
+    assert (asked_for.stop_reason, asked_for.generated_token_count) == (pb.MAX_TOKENS, 4)
+    assert (await generate(services)).stop_reason == pb.TOKEN_LIMIT
+    long = "a " * 90
+    num = len(services.script(long))
+    clipped = await generate(services, long, stopping=pb.StoppingCriteria(max_new_tokens=169))
+    assert (clipped.stop_reason, clipped.generated_token_count) == (pb.TOKEN_LIMIT, 200 - num)
+    with_default = served(model_dir, "m2", settings=ModelSettings(sampling=DefaultSampling(max_tokens=20)))
+    async with serve_grpc(ScriptedEngine(lambda asked: [5] * 1000), with_default, config=CONFIG) as other:
+        answer = await generate(other)
+        assert (answer.stop_reason, answer.generated_token_count) == (pb.MAX_TOKENS, 20)
+
+
+async def test_each_of_a_batch_is_limited_by_its_own_length(services: Services) -> None:
+    services.engine.script = lambda asked: [5] * 1000
+    long = "a " * 90
+    answer = await services.tgis.Generate(batch(long, "a", stopping=pb.StoppingCriteria(max_new_tokens=150)))
+    assert [each.stop_reason for each in answer.responses] == [pb.TOKEN_LIMIT, pb.MAX_TOKENS]
+    assert answer.responses[1].generated_token_count == 150
+
+
+async def test_seeds(services: Services) -> None:
+    answer = await services.tgis.Generate(batch("a", "a", "a", "a", "a", method=pb.SAMPLE))
+    seeds = [each.seed for each in answer.responses]
+    assert len(set(seeds)) == 5
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert sorted(seeds) == sorted(asked.sampling.seed for asked in services.engine.asked)
+    given = await generate(services, method=pb.SAMPLE, sampling=pb.SamplingParameters(seed=2**63 + 5, top_k=3, typical_p=0.5))
+    assert given.seed == 2**63 + 5
+    asked = services.engine.asked[-1]
+    assert (asked.sampling.top_k, asked.sampling.typical_p, asked.sampling.top_p, asked.sampling.temperature) == (3, 0.5, 1.0, 1.0)
+    greedy = await generate(services, method=pb.SAMPLE, sampling=pb.SamplingParameters(temperature=0.0, seed=3))
+    assert greedy.seed == 0
+    assert services.engine.asked[-1].sampling.greedy
+
+
+@pytest.mark.parametrize(
+    ("stops", "include", "text", "stop"),
+    [
+        (["confused"], None, TEXT[: TEXT.index(" 🤖")], "confused"),
+        ([" movie"], False, "The first time I saw the", " movie"),
+        (["confu"], True, TEXT[: TEXT.index("sed")], "confu"),
+        (["w the movie, I was a little bit confused"], False, "The first time I sa", "w the movie, I was a little bit confused"),
+        (["🤖"], True, TEXT[: TEXT.index(".")], "🤖"),
+        (["never", "I was"], False, TEXT[: TEXT.index("I was")], "I was"),
+    ],
+)
+async def test_stop_sequences(services: Services, stops: list[str], include: bool | None, text: str, stop: str) -> None:
+    stopping = pb.StoppingCriteria(stop_sequences=stops, max_new_tokens=100)
+    if include is not None:
+        stopping.include_stop_sequence = include
+    answer = await generate(services, stopping=stopping)
+    assert (answer.text, answer.stop_sequence, answer.stop_reason) == (text, stop, pb.STOP_SEQUENCE)
+    assert services.engine.asked[0].closed
+    streamed = [each async for each in services.tgis.GenerateStream(single(stopping=stopping))]
+    assert "".join(each.text for each in streamed) == text
+    assert streamed[-1].generated_token_count == answer.generated_token_count
+    assert (streamed[-1].stop_sequence, streamed[-1].stop_reason) == (stop, pb.STOP_SEQUENCE)
+
+
+async def test_a_stop_sequence_at_the_last_allowed_token_is_a_length_stop(services: Services) -> None:
+    upto = TEXT[: TEXT.index(" movie") + len(" movie")]
+    stopping = pb.StoppingCriteria(stop_sequences=[upto[-3:]], include_stop_sequence=False, max_new_tokens=len(services.script(upto)))
+    answer = await generate(services, stopping=stopping)
+    assert (answer.stop_reason, answer.text) == (pb.MAX_TOKENS, upto)
+
+
+async def test_min_new_tokens_put_off_stop_sequences(services: Services) -> None:
+    stopping = pb.StoppingCriteria(stop_sequences=["first", "bit"], min_new_tokens=12, max_new_tokens=100)
+    answer = await generate(services, stopping=stopping)
+    assert answer.stop_sequence == "bit"
+    assert services.engine.asked[0].stop.min_tokens == 12
+
+
+async def test_stream_sequence(services: Services) -> None:
+    request = single(
+        method=pb.SAMPLE,
+        response=pb.ResponseOptions(input_text=True, input_tokens=True, generated_tokens=True, token_logprobs=True, token_ranks=True, top_n_tokens=2),
+    )  # fmt: skip
+    first, inputs, *rest = [each async for each in services.tgis.GenerateStream(request)]
+    num_input = len(services.script("The fox"))
+    assert (first.input_token_count, first.text, first.generated_token_count, first.stop_reason) == (num_input, "The fox", 0, 0)
+    assert first.seed != 0
+    assert len(inputs.input_tokens) == inputs.input_token_count == num_input
+    assert inputs.text == ""
+    assert math.isnan(inputs.input_tokens[0].logprob)
+    assert inputs.input_tokens[0].rank == 0
+    assert inputs.input_tokens[1].rank == 2
+    assert [len(each.tokens) for each in rest] == [1] * len(rest)
+    assert [each.generated_token_count for each in rest] == list(range(1, len(rest) + 1))
+    assert all(each.seed == 0 and each.stop_reason == 0 and each.input_token_count == 0 for each in rest[:-1])
+    assert (rest[-1].seed, rest[-1].stop_reason) == (first.seed, pb.EOS_TOKEN)
+    assert "".join(each.text for each in rest) == TEXT
+    assert [each.tokens[0].text for each in rest] == [services.model.text.piece(token) for token in [*services.script(TEXT), 0]]
+    assert rest[3].tokens[0].logprob == -1.5
+    assert [top.logprob for top in rest[3].tokens[0].top_tokens] == [-0.5, -1.5]
+
+
+async def test_merged_rows_still_come_a_token_at_a_time(services: Services) -> None:
+    services.engine.per_row = 7
+    request = single(response=pb.ResponseOptions(generated_tokens=True))
+    _, *rest = [each async for each in services.tgis.GenerateStream(request)]
+    assert [each.generated_token_count for each in rest] == list(range(1, len(services.script(TEXT)) + 2))
+    assert "".join(each.text for each in rest) == TEXT
+
+
+async def test_stream_without_details_sends_only_text(services: Services) -> None:
+    first, *rest = [each async for each in services.tgis.GenerateStream(single())]
+    assert (first.text, first.seed) == ("", 0)
+    assert all(each.text or each.stop_reason for each in rest)
+    assert "".join(each.text for each in rest) == TEXT
+
+
+async def test_details_whole(services: Services) -> None:
+    options = pb.ResponseOptions(input_text=True, generated_tokens=True, input_tokens=True, top_n_tokens=1)
+    answer = await generate(services, response=options, stopping=pb.StoppingCriteria(max_new_tokens=2))
+    assert answer.text.startswith("The foxThe")
+    assert len(answer.tokens) == 2
+    assert answer.tokens[0].logprob == 0
+    assert len(answer.tokens[0].top_tokens) == 1
+    assert answer.tokens[0].top_tokens[0].logprob == 0
+    assert not answer.input_tokens[0].top_tokens
+
+
+async def test_truncation_keeps_the_last_tokens_and_bos(services: Services, llama: ServedModel) -> None:
+    text = "the dog the dog"
+    answer = await generate(services, text, truncate_input_tokens=2, response=pb.ResponseOptions(input_text=True))
+    assert services.engine.asked[0].prompt == tuple(services.script(text)[-2:])
+    assert answer.input_token_count == 2
+    assert answer.text.startswith(text)
+    async with serve_grpc(ScriptedEngine(lambda asked: [5]), llama, config=CONFIG) as other:
+        await generate(other, text, truncate_input_tokens=3)
+        assert other.engine.asked[0].prompt == (1, *other.script(text)[-2:])
+        await generate(other, text, truncate_input_tokens=1)
+        assert other.engine.asked[1].prompt == (1,)
+
+
+@pytest.mark.parametrize("limit_ms", [1, 150])
+async def test_time_limit(services: Services, limit_ms: int) -> None:
+    services.engine.step_s = 0.02
+    services.engine.script = lambda asked: [5] * 1000
+    stopping = pb.StoppingCriteria(time_limit_millis=limit_ms)
+    answer = await generate(services, stopping=stopping)
+    assert answer.stop_reason == pb.TIME_LIMIT
+    assert 1 <= answer.generated_token_count < 100
+    streamed = [each async for each in services.tgis.GenerateStream(single(stopping=stopping))]
+    assert streamed[-1].stop_reason == pb.TIME_LIMIT
+    assert all(asked.closed for asked in services.engine.asked)
+
+
+async def test_time_limit_of_a_request_that_never_starts(services: Services) -> None:
+    services.engine.step_s = 60
+    answer = await generate(services, stopping=pb.StoppingCriteria(time_limit_millis=10))
+    assert (answer.stop_reason, answer.generated_token_count) == (pb.TIME_LIMIT, 0)
+
+
+async def test_an_incomplete_character_at_the_end_is_dropped(services: Services) -> None:
+    services.engine.script = lambda asked: services.script("a🤖")[:-1]
+    assert (await generate(services)).text == "a"
+
+
+async def test_unloaded_meanwhile(services: Services) -> None:
+    services.engine.finish_with = FinishReason.ABORTED
+    services.engine.script = lambda asked: [5]
+    assert (await generate(services)).stop_reason == pb.CANCELLED
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=0.5))},
+     "length_penalty.decay_factor must be >= 1.0 and <= 10.0"),
+    ({"decoding": pb.DecodingParameters(repetition_penalty=-1)}, "repetition_penalty must be > 0.0"),
+    ({"stopping": pb.StoppingCriteria(max_new_tokens=170)}, "max_new_tokens must be <= 169"),
+    ({"stopping": pb.StoppingCriteria(min_new_tokens=5, max_new_tokens=4)}, "min_new_tokens must be <= max_new_tokens"),
+    ({"stopping": pb.StoppingCriteria(stop_sequences=[""])},
+     "can specify at most 6 non-empty stop sequences, each not more than 240 UTF8 bytes"),
+    ({"stopping": pb.StoppingCriteria(stop_sequences=["é" * 121])},
+     "can specify at most 6 non-empty stop sequences, each not more than 240 UTF8 bytes"),
+    ({"stopping": pb.StoppingCriteria(stop_sequences=list("abcdefg"))},
+     "can specify at most 6 non-empty stop sequences, each not more than 240 UTF8 bytes"),
+    ({"response": pb.ResponseOptions(generated_tokens=True, top_n_tokens=11)}, "top_n_tokens (11) must be <= 10"),
+    ({"response": pb.ResponseOptions(token_logprobs=True)}, "must request input and/or generated tokens to request extra token detail"),
+    ({"sampling": pb.SamplingParameters(top_p=1.5)}, "top_p must be > 0.0 and <= 1.0"),
+    ({"sampling": pb.SamplingParameters(top_p=math.nan)}, "top_p must be > 0.0 and <= 1.0"),
+    ({"sampling": pb.SamplingParameters(typical_p=1.5)}, "typical_p must be <= 1.0"),
+    ({"stopping": pb.StoppingCriteria(min_new_tokens=150)}, "input tokens (69) plus prefix length (0) plus min_new_tokens (150) must be <= 200"),
+    ({"decoding": pb.DecodingParameters(choice=pb.DecodingParameters.StringChoices(choices=["a"]))}, "Must provide at least two choices"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("params", "text"), BAD)
+async def test_bad_parameters(services: Services, params: dict[str, Any], text: str) -> None:
+    prompt = "a"
+    if "min_new_tokens (150)" in text:
+        prompt = next(candidate for size in range(1, 600) if len(services.script(candidate := "\x01" * size)) == 69)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services.tgis.Generate(batch(prompt, **params))
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, text)
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        _ = [each async for each in services.tgis.GenerateStream(single(prompt, **params))]
+    assert streamed.value.details() == text
+    assert not services.engine.asked
+
+
+async def test_prompt_lengths(services: Services) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services.tgis.Generate(batch("\x01" * 200))
+    assert caught.value.details() == "input tokens (200) plus prefix length (0) must be < 200"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services.tgis.Generate(batch(""))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("params", "word"),
+    [
+        ({"decoding": pb.DecodingParameters(regex="a+")}, "regex"),
+        ({"decoding": pb.DecodingParameters(format=pb.DecodingParameters.JSON)}, "format"),
+        ({"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=1.5))}, "length_penalty"),
+    ],
+)
+async def test_what_is_not_here_says_so(services: Services, params: dict[str, Any], word: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services.tgis.Generate(batch("a", **params))
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert word in (caught.value.details() or "")
+
+
+async def test_adapters_are_refused_and_plain_text_format_is_taken(services: Services) -> None:
+    for field in ("adapter_id", "prefix_id"):
+        with pytest.raises(grpc.aio.AioRpcError, match=field) as caught:
+            await services.tgis.GenerateStream(pb.SingleGenerationRequest(**{field: "x"})).read()
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    plain = pb.DecodingParameters(format=pb.DecodingParameters.TEXT, repetition_penalty=2.5)
+    assert (await generate(services, decoding=plain)).text == TEXT
+
+
+async def test_missing_request(services: Services) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="missing request") as caught:
+        await services.tgis.GenerateStream(pb.SingleGenerationRequest()).read()
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_models_by_header_by_field_and_alone(model: ServedModel, llama: ServedModel) -> None:
+    async with serve_grpc(ScriptedEngine(lambda asked: [5]), model, llama, config=CONFIG) as services:
+        await services.tgis.Generate(batch("a"), metadata=(("mm-model-id", "llama"),))
+        await services.tgis.Generate(pb.BatchedGenerationRequest(model_id="m1", requests=[pb.GenerationRequest(text="a")]))
+        assert [asked.model_id for asked in services.engine.asked] == ["llama", "m1"]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await services.tgis.Generate(batch("a"))
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await services.tgis.Generate(batch("a"), metadata=(("mm-model-id-bin", b"gone"),))
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_engine_errors_have_their_status_and_hint(services: Services) -> None:
+    from runtime.errors import Overloaded
+
+    services.engine.raises = Overloaded("full", retry_after_s=0.25)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services.tgis.Generate(batch("a", "b"))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(caught.value.trailing_metadata() or ())["retry-after-ms"] == "250"
+
+
+async def test_one_failure_ends_a_batch(services: Services) -> None:
+    services.engine.step_s = 0.01
+    services.engine.fail_after = 3
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services.tgis.Generate(batch("a", "b"))
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine died")
+
+
+async def test_cancelling_frees_the_rows(services: Services) -> None:
+    services.engine.step_s = 0.01
+    services.engine.script = lambda asked: [5] * 1000
+    call = services.tgis.GenerateStream(single())
+    await call.read()
+    await call.read()
+    call.cancel()
+    unary = services.tgis.Generate(batch("a", "b"))
+    await until(lambda: len(services.engine.asked) == 3)
+    unary.cancel()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services.tgis.Generate(batch("a"), timeout=0.1)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: [asked.closed for asked in services.engine.asked] == [True] * 4)
+    assert all(asked.sent < 160 for asked in services.engine.asked)
+
+
+async def test_tokenize(services: Services, llama: ServedModel) -> None:
+    text = "Köln dog"
+    request = pb.BatchedTokenizeRequest(requests=[pb.TokenizeRequest(text=text)], return_tokens=True, return_offsets=True)
+    found = (await services.tgis.Tokenize(request)).responses[0]
+    assert found.token_count == len(found.tokens) == len(found.offsets) == len(services.script(text))
+    assert found.offsets[-1].end == len(text)
+    request.truncate_input_tokens = 2
+    short = (await services.tgis.Tokenize(request)).responses[0]
+    assert (short.token_count, list(short.tokens)) == (2, list(found.tokens)[-2:])
+    async with serve_grpc(ScriptedEngine(lambda asked: [5]), llama, config=CONFIG) as other:
+        with_bos = (await other.tgis.Tokenize(request)).responses[0]
+        assert with_bos.tokens[0] == "<s>"
+        assert (with_bos.offsets[0].start, with_bos.offsets[0].end) == (0, 0)
+
+
+async def test_model_info(services: Services) -> None:
+    info = await services.tgis.ModelInfo(pb.ModelInfoRequest())
+    assert (info.model_kind, info.max_sequence_length, info.max_new_tokens) == (pb.ModelInfoResponse.DECODER_ONLY, 200, 169)
