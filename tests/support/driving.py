@@ -105,12 +105,29 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs | None]
 
 
+@dataclass
+class Work:
+    """Asks under way."""
+
+    rows: list[_Row]
+
+    @property
+    def finished(self) -> bool:
+        return all(row.finished for row in self.rows)
+
+    def answers(self) -> list[Answer]:
+        return [Answer(row.said, row.logprobs, row.prompt_logprobs) for row in self.rows]
+
+
 class Driver:
     """Runs asks on a runner to their ends. `chaos` False: all rows in every step, whole prompts, no preemption."""
 
-    def __init__(self, built: BuiltModel, pages: Pages, *, seed: int = 0, chaos: bool = True, max_rows: int = 16, max_tokens: int = 256) -> None:
+    def __init__(
+        self, built: BuiltModel, pages: Pages, *, seed: int = 0, chaos: bool = True, max_rows: int = 16, max_tokens: int = 256,
+        state: DeviceState | None = None,
+    ) -> None:
         config = EngineConfig(max_rows=max_rows, max_batch_tokens=max_tokens)
-        self.state = DeviceState.create(built.device, config)
+        self.state = state or DeviceState.create(built.device, config)
         self.runner = ModelRunner(built, facts_of(built), config, self.state)
         self.plans: list[StepPlan] = []
         self.preemptions = 0
@@ -122,13 +139,22 @@ class Driver:
         self._rng.shuffle(self._free_slots)
 
     def run(self, asks: list[Ask]) -> list[Answer]:
-        rows = [_Row(ask) for ask in asks]
-        while not all(row.finished for row in rows):
-            self._step([row for row in rows if not row.finished])
-            for row in rows:
-                if row.slot >= 0 and (row.finished or (self._chaos and self._preempts(row))):
-                    self._close(row)
-        return [Answer(row.said, row.logprobs, row.prompt_logprobs) for row in rows]
+        work = self.start(asks)
+        while not work.finished:
+            self.turn(work)
+        return work.answers()
+
+    def start(self, asks: list[Ask]) -> "Work":
+        return Work([_Row(ask) for ask in asks])
+
+    def turn(self, work: "Work", *, close_all: bool = False) -> None:
+        """One step. `close_all`: leave no row open after it, so that another model may have the slots."""
+        running = [row for row in work.rows if not row.finished]
+        if running:
+            self._step(running)
+        for row in work.rows:
+            if row.slot >= 0 and (close_all or row.finished or (self._chaos and self._preempts(row))):
+                self._close(row)
 
     def _preempts(self, row: _Row) -> bool:
         # what a prompt's earlier chunks brought would come twice

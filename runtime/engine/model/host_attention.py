@@ -14,9 +14,12 @@ def write_on_host(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, planes:
     """Write `k` and `v` [T, Hkv, D] at element offsets `slots` [T] (all ≥ 0: a CPU step has no padding)."""
     width = k.shape[1] * k.shape[2]
     for x, plane in ((k, planes.k), (v, planes.v)):
-        # every element starts a (overlapping) row of this view, so that a slot is a row index
+        # every element starts an (overlapping) row of this view, so that a slot is a row index
         rows = plane.as_strided((plane.numel() - width + 1, width), (1, 1))
-        rows.index_copy_(0, slots, x.reshape(-1, width).to(plane.dtype))
+        values = x.reshape(-1, width).to(plane.dtype)
+        if plane.element_size() == 1:                                      # FP8 has no index_copy
+            rows, values = rows.view(torch.uint8), values.view(torch.uint8)
+        rows.index_copy_(0, slots, values)
 
 
 def attend_on_host(

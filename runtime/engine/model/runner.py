@@ -55,7 +55,7 @@ class ModelRunner:
         shape = state.uploads.pack(plan, line)
         prompt_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
         plain = self._sampler.all_plain(shape)
-        bucket = None if prompt_at else bucket_of(shape.num_tokens, shape.num_rows, shape.max_query_len, shape.max_context_len)
+        bucket = None if plan.prompt_logprobs else bucket_of(shape.num_tokens, shape.num_rows, shape.max_query_len, shape.max_context_len)
         graph = self._graphs.find(bucket) if bucket is not None else None
         state.uploads.send()
         self._sampler.begin(plan)
@@ -67,7 +67,7 @@ class ModelRunner:
                 shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len, prompt_at, greedy=plain
             )
         raw, processed = self._logprobs.asking(shape)
-        job = StepLogprobs() if raw or processed or prompt_at else None
+        job = StepLogprobs() if raw or processed or plan.prompt_logprobs else None
         scores = self._sampler.processed(logits, processed, shape) if processed else None
         if not plain:
             self._draw(logits, shape, eager=graph is None)
@@ -87,7 +87,7 @@ class ModelRunner:
         inputs = state.inputs
         build_inputs(
             state.uploads.device_words, self._page_table, state.rows.last_token, inputs, num_tokens=num_tokens, num_rows=num_rows,
-            num_samples=num_samples, block_tokens=built.block_tokens, page_unit=built.planes[0].page_unit, token_stride=built.token_stride,
+            num_samples=max(1, num_samples), block_tokens=built.block_tokens, page_unit=built.planes[0].page_unit, token_stride=built.token_stride,
         )
         step = StepContext(
             built.planes, self._page_table, inputs.row_slots[:num_rows], inputs.query_starts[: num_rows + 1], inputs.context_lens[:num_rows],
