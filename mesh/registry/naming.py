@@ -78,6 +78,11 @@ def belongs_to(model_id: str, name: str) -> bool:
     return model_id.startswith(f"{name}__") and bool(_CONCRETE.fullmatch(model_id[len(name):]))
 
 
+def name_in(model_id: str) -> str:
+    """The name that an id was made from; an id that wasn't made from one is its own."""
+    return _CONCRETE.sub("", model_id) or model_id
+
+
 def check_name(name: str) -> None:
     """Raises InvalidRequest. Slashes are fine (`org/model`); what would be lost in a header or a URL is not."""
     if not name:

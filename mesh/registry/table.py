@@ -38,7 +38,8 @@ class Table(Generic[R]):
         self._prefix = prefix
         self._kind = kind
         self._cache: dict[str, Versioned[R]] = {}
-        self._deleted_at: dict[str, int] = {}      # own deletions that the watch hasn't passed yet
+        self._absent_at: dict[str, int] = {}       # known to be absent at a revision that the watch hasn't reached yet
+        self._followed = ABSENT                    # the revision that the watch has reached
         self._listeners: list[Listener[R]] = []
         self._listed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -89,8 +90,9 @@ class Table(Generic[R]):
         entry = await self._store.get(self._prefix + record_id)
         if entry is None:
             return Versioned(None)
-        self._absorb_put(entry)
-        return self._decode(entry)
+        found = self._decode(entry)
+        self._absorb_early(record_id, found)
+        return found
 
     async def update(self, record_id: str, change: Callable[[R | None], R | None]) -> R | None:
         """Change one record, or create or delete it, on top of whatever others write meanwhile; returns what is then there.
@@ -119,17 +121,17 @@ class Table(Generic[R]):
 
     def absorb_write(self, record_id: str, known: Versioned[R], new: R | None, revision: int) -> None:
         if new is None:
-            self._deleted_at[record_id] = revision
-            self._drop(record_id, revision)
+            self._absorb_absence(record_id, revision)
         else:
-            self._absorb(record_id, Versioned(new, known.create_revision or revision, revision))
+            self._absorb_early(record_id, Versioned(new, known.create_revision or revision, revision))
 
     def absorb_conflict(self, record_id: str, current: Entry | None, revision: int) -> Versioned[R]:
         if current is None:
-            self._drop(record_id, revision)
+            self._absorb_absence(record_id, revision)
             return Versioned(None)
-        self._absorb_put(current)
-        return self._decode(current)
+        found = self._decode(current)
+        self._absorb_early(record_id, found)
+        return found
 
     def listen(self, listener: Listener[R]) -> Callable[[], None]:
         """Returns what ends it."""
@@ -157,12 +159,11 @@ class Table(Generic[R]):
             async for event in events:
                 match event:
                     case EntryPut(entry):
+                        self._followed_to(entry.mod_revision)
                         self._absorb_put(entry)
                     case EntryDeleted(key, revision):
-                        record_id = key.removeprefix(self._prefix)
-                        if self._deleted_at.get(record_id, revision + 1) <= revision:
-                            del self._deleted_at[record_id]
-                        self._drop(record_id, revision)
+                        self._followed_to(revision)
+                        self._drop(key.removeprefix(self._prefix), revision)
                     case Relisted(listing, went_back):
                         self._relist(listing, went_back)
                         self._listed.set()
@@ -171,13 +172,29 @@ class Table(Generic[R]):
         listed = {entry.key.removeprefix(self._prefix) for entry in listing.entries}
         if went_back:
             # revisions can't be compared with what was known: forget it all, but tell listeners only of real differences
-            self._deleted_at.clear()
+            self._absent_at.clear()
             self._cache = {record_id: Versioned(known.record) for record_id, known in self._cache.items()}
         for record_id in [record_id for record_id in self._cache if record_id not in listed]:
             self._drop(record_id, listing.revision)
-        self._deleted_at = {record_id: at for record_id, at in self._deleted_at.items() if at > listing.revision}
+        self._followed_to(listing.revision)
         for entry in listing.entries:
             self._absorb_put(entry)
+
+    def _followed_to(self, revision: int) -> None:
+        self._followed = revision
+        if self._absent_at:
+            self._absent_at = {record_id: at for record_id, at in self._absent_at.items() if at > revision}
+
+    def _absorb_early(self, record_id: str, found: Versioned[R]) -> None:
+        """What a call has told before the watch did. If the watch is past it, it knows better: the record may be gone again by now."""
+        if found.mod_revision > self._followed:
+            self._absorb(record_id, found)
+
+    def _absorb_absence(self, record_id: str, revision: int) -> None:
+        """Events on their way may still tell of the record as it was before."""
+        if revision > self._followed:
+            self._absent_at[record_id] = revision
+        self._drop(record_id, revision)
 
     def _absorb_put(self, entry: Entry) -> None:
         try:
@@ -187,7 +204,7 @@ class Table(Generic[R]):
 
     def _absorb(self, record_id: str, new: Versioned[R]) -> None:
         old = self._cache.get(record_id)
-        if new.mod_revision > max(old.mod_revision if old else ABSENT, self._deleted_at.get(record_id, ABSENT)):
+        if new.mod_revision > max(old.mod_revision if old else ABSENT, self._absent_at.get(record_id, ABSENT)):
             self._cache[record_id] = new
             self._tell(record_id, old.record if old else None, new.record)
 

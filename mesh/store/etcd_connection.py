@@ -112,7 +112,7 @@ class EtcdConnection:
             await asyncio.sleep(RETRY_PAUSE_S)
 
     async def stream(self, method: Method[Answer]) -> "grpc.aio.StreamStreamCall[Any, Answer]":
-        """A two-way stream on a connected channel; its errors (grpc.aio.AioRpcError, UsageError) are the caller's."""
+        """A two-way stream on a connected channel, to be used through `read` and `write`."""
         deadline = asyncio.get_running_loop().time() + self._call_timeout_s
         channel = await self._ready(deadline, self._call_timeout_s)
         opener = channel.stream_stream(method.path, request_serializer=_serialize, response_deserializer=method.parse)
@@ -121,11 +121,16 @@ class EtcdConnection:
 
     async def read(self, stream: "grpc.aio.StreamStreamCall[Any, Answer]") -> Answer:
         """The next message. Raises StoreError if there is none."""
-        with self._close_is_no_cancellation():
+        with self._stream_errors():
             answer = await stream.read()
         if answer is grpc.aio.EOF:
             raise StoreError("store: etcd ended the stream")
         return cast("Answer", answer)
+
+    async def write(self, stream: "grpc.aio.StreamStreamCall[Any, Answer]", message: Message) -> None:
+        """Raises StoreError if the stream has ended."""
+        with self._stream_errors():
+            await stream.write(message)
 
     def rotate(self) -> None:
         """The endpoint in use has failed: try the next one first."""
@@ -141,6 +146,17 @@ class EtcdConnection:
         with self._close_is_no_cancellation():
             answer: Answer = await unary(request, timeout=timeout_s, metadata=self._metadata())
             return answer
+
+    @contextmanager
+    def _stream_errors(self) -> Iterator[None]:
+        """gRPC tells of an ended stream in three ways, depending on who noticed first."""
+        try:
+            with self._close_is_no_cancellation():
+                yield
+        except grpc.aio.AioRpcError as error:
+            raise StoreError(f"store: the stream broke: {error.code().name}: {error.details()}") from None
+        except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
+            raise StoreError(f"store: the stream broke: {error}") from None
 
     @contextmanager
     def _close_is_no_cancellation(self) -> Iterator[None]:

@@ -70,9 +70,12 @@ class LeaseKeeper:
         while True:
             try:
                 await self._keep_alive()
-            except (StoreError, grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError) as error:
+            except (StoreError, TimeoutError) as error:
                 logger.debug("lease stream broken: %s", error)
                 self._connection.rotate()
+            except Exception:
+                # a keeper that ends would cost the pod its place in the mesh
+                logger.exception("lease stream broken in an unknown way")
             self._drop_expired()
             await asyncio.sleep(RECONNECT_PAUSE_S)
 
@@ -95,7 +98,7 @@ class LeaseKeeper:
         asked = list(self._held)
         async with asyncio.timeout(self._interval_s()):
             for lease_id in asked:
-                await stream.write(pb.LeaseKeepAliveRequest(ID=lease_id))
+                await self._connection.write(stream, pb.LeaseKeepAliveRequest(ID=lease_id))
             for _ in asked:
                 answer = await self._connection.read(stream)
                 held = self._held.get(answer.ID)

@@ -10,8 +10,6 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
-import grpc
-
 from mesh.errors import StoreError
 from mesh.store.etcd_connection import EtcdConnection, Method
 from mesh.store.protocol import Entry, EntryDeleted, EntryPut, Listing, Relisted, WatchEvent
@@ -61,7 +59,7 @@ class PrefixWatch:
             except _HistoryLost as lost:
                 logger.info("events of %s after revision %s are gone; listing again", self._prefix, self._next)
                 self._next, self._went_back = None, lost.went_back
-            except (StoreError, grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            except StoreError as error:
                 if self._connection.closed:
                     return
                 logger.debug("watch of %s broken: %s", self._prefix, error)
@@ -74,7 +72,7 @@ class PrefixWatch:
         key, end = prefix_range(self._prefix)
         try:
             create = pb.WatchCreateRequest(key=key, range_end=end, start_revision=start_revision, progress_notify=True)
-            await stream.write(pb.WatchRequest(create_request=create))
+            await self._connection.write(stream, pb.WatchRequest(create_request=create))
             while True:
                 answer = await self._connection.read(stream)
                 if answer.compact_revision:

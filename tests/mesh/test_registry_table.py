@@ -1,18 +1,21 @@
 """A watched table: cache, own writes, others' writes, listeners, a store that goes away or back in time."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mesh.errors import StoreError
-from mesh.registry.records import ModelRecord
+from mesh.registry.records import ModelRecord, decode_record
 from mesh.registry.table import Table
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
+from mesh.store.protocol import Compare, TxnResult, Write
 from tests.support.etcd import EtcdServer
 
 PREFIX = "/mm/svc/registry/"
@@ -101,6 +104,35 @@ async def test_a_failing_listener_does_not_stop_the_table(tables: tuple[Table[Mo
     assert heard == ["a", "b"]
 
 
+class LateStore:
+    """The answer to a transaction comes only when the gate is open: by then the watch may long be past it."""
+
+    def __init__(self, inner: EmbeddedStore) -> None:
+        self._inner = inner
+        self.gate = asyncio.Event()
+        self.get, self.watch = inner.get, inner.watch
+
+    async def txn(self, compares: Sequence[Compare], writes: Sequence[Write]) -> TxnResult:
+        result = await self._inner.txn(compares, writes)
+        await self.gate.wait()
+        return result
+
+
+async def test_an_own_write_whose_answer_comes_after_its_deletion_does_not_bring_the_record_back(store: EmbeddedStore) -> None:
+    late = LateStore(store)
+    table = Table(late, PREFIX, ModelRecord)  # type: ignore[arg-type]
+    await table.start()
+    write = asyncio.create_task(table.update("m", one_more_ref))
+    async with asyncio.timeout(10):
+        await table.until("m", lambda record: record is not None)
+        await store.delete(PREFIX + "m")
+        await table.until("m", lambda record: record is None)
+        late.gate.set()
+        await write
+    assert table.get("m") is None
+    await table.close()
+
+
 async def test_find_asks_the_store_only_for_what_is_absent(store: EmbeddedStore) -> None:
     table = Table(store, PREFIX, ModelRecord)      # never started: its cache hears of nothing
     assert await table.find("m") is None
@@ -148,4 +180,77 @@ async def test_a_store_that_lost_everything_is_believed(own_etcd: EtcdServer) ->
     await table.update("m", one_more_ref)
     assert table.get("m") == ModelRecord(type="llm", refs=1)
     await table.close()
+    await store.close()
+
+
+ids = st.sampled_from(["a", "b", "c"])
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), ids, st.integers(0, 1)),
+        st.tuples(st.just("delete"), ids, st.integers(0, 1)),
+        st.tuples(st.just("foreign"), ids, st.integers(0, 9)),
+        st.tuples(st.just("read"), ids, st.integers(0, 1)),
+        st.tuples(st.just("pause"), ids, st.integers(0, 3)),
+        st.tuples(st.just("race"), ids, st.integers(0, 63)),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps)
+async def test_listeners_hear_an_unbroken_story_that_ends_with_the_truth(
+    tmp_path_factory: pytest.TempPathFactory, script: list[tuple[str, str, int]]
+) -> None:
+    """Own writes, the other pod's, and writes past both, with the watch running late: each change is told once, from what was told before."""
+    store = EmbeddedStore(tmp_path_factory.mktemp("story"))
+    await store.open()
+    both = (Table(store, PREFIX, ModelRecord), Table(store, PREFIX, ModelRecord))
+    told: tuple[dict[str, ModelRecord | None], ...] = ({}, {})
+
+    def listener(story: dict[str, ModelRecord | None]) -> Callable[[str, ModelRecord | None, ModelRecord | None], None]:
+        def hear(model_id: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
+            assert story.get(model_id) == old != new
+            story[model_id] = new
+
+        return hear
+
+    errors: list[BaseException] = []
+    for table, story in zip(both, told, strict=True):
+        hear = listener(story)
+
+        def safe(model_id: str, old: ModelRecord | None, new: ModelRecord | None, hear: Callable[..., None] = hear) -> None:
+            try:
+                hear(model_id, old, new)
+            except AssertionError as error:
+                errors.append(error)
+
+        table.listen(safe)
+        await table.start()
+    for action, model_id, number in script:
+        match action:
+            case "add":
+                await both[number].update(model_id, one_more_ref)
+            case "delete":
+                await both[number].update(model_id, lambda _: None)
+            case "foreign":
+                await store.put(PREFIX + model_id, b'{"refs":%d}' % (number + 100))
+            case "read":
+                await both[number].read(model_id)
+            case "race":
+                moves = [(both[number >> 2 * bit & 1], number >> 2 * bit & 2) for bit in range(3)]
+                await asyncio.gather(*(table.update(model_id, one_more_ref if add else lambda _: None) for table, add in moves))
+            case "pause":
+                for _ in range(number):
+                    await asyncio.sleep(0)
+    await store.put(PREFIX + "end", b"{}")
+    truth = {entry.key.removeprefix(PREFIX): decode_record(ModelRecord, entry.value) for entry in (await store.get_prefix(PREFIX)).entries}
+    for table, story in zip(both, told, strict=True):
+        async with asyncio.timeout(10):
+            await table.until("end", lambda record: record is not None)
+        assert dict(table.items()) == truth
+        assert {model_id: record for model_id, record in story.items() if record is not None} == truth
+        assert not table._absent_at, "nothing is remembered for ever"
+        await table.close()
+    assert not errors
     await store.close()

@@ -12,6 +12,7 @@ import pytest
 from mesh.errors import StoreError, StoreUncertain
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_connection import Method
+from mesh.store.etcd_lease import KEEP_ALIVE
 from mesh.store.leased import LeasedKey
 from mesh.store.location import EtcdLocation
 from mesh.store.protocol import Compare, Delete, EntryDeleted, EntryPut, Put, Relisted, WatchEvent
@@ -243,6 +244,24 @@ async def test_leases_survive_a_restart_of_etcd(own_etcd: EtcdServer) -> None:
             await asyncio.sleep(3.0)
             assert await other.get("/i/pod") is not None
         await key.remove()
+
+
+async def test_an_ended_stream_is_a_store_error_whoever_ended_it(own_etcd: EtcdServer) -> None:
+    """gRPC raises InvalidStateError, UsageError or AioRpcError; a keeper that only expects one of them dies of another."""
+    async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
+        connection = store._connection
+        message = pb.LeaseKeepAliveRequest(ID=1)
+        cancelled = await connection.stream(KEEP_ALIVE)
+        cancelled.cancel()
+        killed = await connection.stream(KEEP_ALIVE)
+        await connection.write(killed, message)
+        await connection.read(killed)
+        own_etcd.kill()
+        with pytest.raises(StoreError):
+            await connection.read(killed)
+        for stream in (cancelled, killed):
+            with pytest.raises(StoreError):
+                await connection.write(stream, message)
 
 
 async def test_a_leased_key_set_while_etcd_is_away_appears_when_it_is_back(own_etcd: EtcdServer) -> None:
