@@ -1,12 +1,11 @@
 """How 4-bit weights lie in memory for the kernels, and how they come from and go back to bitsandbytes' layout. Pure tensor arithmetic.
 
-bitsandbytes packs row-major pairs, the first element in the high nibble, with one absmax for each 64 elements. A kernel wants to unpack one loaded
-byte tile into two operands that each lie in one block of 64. So each row is cut into groups of 128, and byte i of a group holds
+bitsandbytes packs row-major pairs, the first element in the high nibble, with one absmax for each 64 elements. A kernel wants 32-bit words
+that unpack into operands of a matrix product without moving anything between threads. So each row is cut into groups of 128 elements, 16 words of
+8 codes, and code j of word i (bits 4j to 4j + 3, counted from the least) is element 16j + i of the group: the eight codes of a row of words are
+eight stretches of 16 neighbouring elements, four of them in either block of 64.
 
-    high nibble = element i          (first block of 64)
-    low nibble  = element 64 + i     (second block)
-
-Same bytes, same absmax, other order. A row of an odd number of blocks is padded by one block whose absmax is 0.
+Same size, same absmax, other order. A row of an odd number of blocks is padded by one block whose absmax is 0.
 """
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 BLOCK = 64
 GROUP = 2 * BLOCK
+_WORDS = GROUP // 8
 
 
 def padded_width(in_features: int) -> int:
@@ -35,14 +35,17 @@ def kernel_layout_4bit(weight: Tensor, absmax: Tensor, out_features: int, in_fea
     if extra:
         codes = torch.nn.functional.pad(codes, (0, extra))
         scales = torch.nn.functional.pad(scales, (0, 1))
-    groups = codes.view(out_features, -1, 2, BLOCK)
-    return ((groups[:, :, 0] << 4) | groups[:, :, 1]).reshape(out_features, -1), scales.contiguous()
+    # [N, groups, j, word] -> [N, groups, word, byte, nibble]; a word's bytes lie least first
+    nibbles = codes.view(out_features, -1, 4, 2, _WORDS).permute(0, 1, 4, 2, 3)
+    return (nibbles[..., 0] | (nibbles[..., 1] << 4)).reshape(out_features, -1), scales.contiguous()
 
 
 def codes_4bit(weight: Tensor, in_features: int) -> Tensor:
     """The codes [N, K] (uint8 0..15) of a weight in the kernels' layout [N, P/2]."""
-    groups = weight.view(weight.shape[0], -1, BLOCK)
-    return torch.stack((groups >> 4, groups & 15), dim=2).reshape(weight.shape[0], -1)[:, :in_features]
+    num_rows = weight.shape[0]
+    words = weight.view(num_rows, -1, _WORDS, 4)
+    nibbles = torch.stack((words & 15, words >> 4), dim=-1)  # [N, groups, word, byte, nibble]
+    return nibbles.permute(0, 1, 3, 4, 2).reshape(num_rows, -1)[:, :in_features]
 
 
 def bitsandbytes_layout_4bit(weight: Tensor, absmax: Tensor, in_features: int) -> tuple[Tensor, Tensor]:

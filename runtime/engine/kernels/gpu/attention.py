@@ -67,7 +67,7 @@ def _start_sinks(sinks_ptr, heads, row_mask, SINKS: tl.constexpr, BLOCK_M: tl.co
     return m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window", "num_splits"])
 def _decode_kernel(
     out_ptr, q_ptr, k_plane_ptr, v_plane_ptr, page_unit, table_ptr, table_stride, row_slots_ptr, starts_ptr, lens_ptr, scale, softcap, window,
     sinks_ptr, k_scale_ptr, v_scale_ptr, partials_ptr, counters_ptr, num_splits,
@@ -154,7 +154,7 @@ def _decode_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window", "num_rows"])
 def _mixed_kernel(
     out_ptr, q_ptr, k_plane_ptr, v_plane_ptr, page_unit, table_ptr, table_stride, row_slots_ptr, starts_ptr, lens_ptr, scale, softcap, window,
     sinks_ptr, k_scale_ptr, v_scale_ptr, num_rows,
@@ -229,6 +229,16 @@ def num_key_splits(num_rows: int, num_kv_heads: int, max_context_len: int, num_p
     return max(1, min(wanted, triton.cdiv(max_context_len, split_tokens), 64))
 
 
+def decode_tiling(wide: bool, block_d: int, num_rows: int) -> tuple[int, int, int, int]:
+    """(keys a turn, warps, stages, least turns of a split) from measurements: docs/benchmarks/linear.md."""
+    return (32, 4, 2, 2) if wide or block_d > 128 else (64, 4, 3, 2)
+
+
+def mixed_tiling(wide: bool, block_d: int) -> tuple[int, int, int, int]:
+    """(query rows, keys a turn, warps, stages), likewise."""
+    return (32, 32, 4, 1) if wide else (64, 32, 4, 2) if block_d > 128 else (128, 64, 8, 3)
+
+
 def paged_attention(
     out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
     context_lens: Tensor, block_tokens: int, num_kv_heads: int, scale: float, max_query_len: int, max_context_len: int, sliding_window: int,
@@ -248,7 +258,7 @@ def paged_attention(
               score_scale, softcap, sliding_window, sinks if sinks is not None else q,
               k_scale if k_scale is not None else q, v_scale if v_scale is not None else q)
     if max_query_len == 1:
-        tile, num_warps, num_stages, min_tiles = (32, 4, 2, 2) if wide or block_d > 128 else (64, 4, 3, 2)
+        tile, num_warps, num_stages, min_tiles = decode_tiling(wide, block_d, num_rows)
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
         block_m = max(16, triton.next_power_of_2(group))
         splits = num_key_splits(num_rows, num_kv_heads, max_context_len, processors, tile * min_tiles)
@@ -267,7 +277,7 @@ def paged_attention(
             num_warps=num_warps, num_stages=num_stages,
         )
         return
-    block_m, tile, num_warps, num_stages = (32, 32, 4, 1) if wide else (64, 32, 4, 2) if block_d > 128 else (128, 64, 8, 3)
+    block_m, tile, num_warps, num_stages = mixed_tiling(wide, block_d)
     block_m = max(block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     num_blocks = num_tokens // block_q + num_rows

@@ -1,9 +1,9 @@
 """The 4-bit linear in Triton: fused at few rows, dequantise + cuBLAS at many.
 
-The fused kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix unit. A byte tile [BLOCK_N, 64] gives two
-operands of one absmax block each: the products are scaled as sums (few rows), or the weights as they are unpacked (more rows).
+The fused kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix unit. A tile of words [BLOCK_N, 16]
+gives eight operands [BLOCK_N, 16], four in either absmax block: the products are scaled as sums (few rows), or the weights as they are unpacked (more).
 
-Unpacking must cost less than the memory it saves: about two integer instructions a weight is all there is room for. `_lookup_asm` gets there with
+Unpacking must cost less than the memory it saves: two or three integer instructions a weight is all there is room for. `_lookup_asm` gets there with
 byte permutes: a permute picks four bytes out of eight by four 3-bit indices, so two of them and a third by each code's top bit look up one byte of
 four codes at once; bf16 and fp16 values are two such bytes.
 """
@@ -26,47 +26,79 @@ MAX_FUSED_ROWS = 256
 
 
 @functools.cache
-def _lookup_asm(codebook: Codebook, dtype: torch.dtype) -> str:
-    """PTX that turns four bytes into the four high-nibble values ($0, $1) and the four low-nibble values ($2, $3), 16 bits each."""
-    if dtype == torch.bfloat16:
-        halves = torch.tensor(codebook_values(codebook), dtype=torch.float32).to(torch.bfloat16).view(torch.int16).tolist()
-    else:
-        halves = torch.tensor(codebook_values(codebook), dtype=torch.float32).to(torch.float16).view(torch.int16).tolist()
-    low = bytes(half & 0xFF for half in halves)
-    high = bytes((half >> 8) & 0xFF for half in halves)
-    a = [f"0x{word:08x}" for word in struct.unpack("<4I", low)]
-    b = [f"0x{word:08x}" for word in struct.unpack("<4I", high)]
-    lines = [
-        "{", ".reg .b32 s, m, p, q, l, h;",
-        "and.b32 s, $4, 0x77777777;",
-        "shr.u32 m, $4, 1;",
-        "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;",
-    ]
-    for first, second in (("$0", "$2"), ("$1", "$3")):
-        lines += [
-            f"prmt.b32 p, {a[0]}, {a[1]}, s;", f"prmt.b32 q, {a[2]}, {a[3]}, s;", "prmt.b32 l, p, q, m;",
-            f"prmt.b32 p, {b[0]}, {b[1]}, s;", f"prmt.b32 q, {b[2]}, {b[3]}, s;", "prmt.b32 h, p, q, m;",
-            f"prmt.b32 {first}, l, h, 0x7351;", f"prmt.b32 {second}, l, h, 0x6240;",
-        ]
-        if first == "$0":
-            lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;"]
+def lookup_tables(codebook: Codebook, dtype: torch.dtype) -> tuple[int, ...]:
+    """The 16 values in a 16-bit `dtype` as eight 32-bit words: four with their low bytes, four with their high bytes."""
+    halves = torch.tensor(codebook_values(codebook), dtype=torch.float32).to(dtype).view(torch.int16).tolist()
+    return struct.unpack("<8I", bytes(half & 0xFF for half in halves) + bytes((half >> 8) & 0xFF for half in halves))
+
+
+@functools.cache
+def lookup_asm(codebook: Codebook, dtype: torch.dtype) -> str:
+    """PTX that turns words $8 and $9 into $0..$7: register j holds the values of both words' code j, 16 bits each."""
+    a, b = (lambda t: (t[:4], t[4:]))([f"0x{word:08x}" for word in lookup_tables(codebook, dtype)])
+    lines = ["{", ".reg .b32 e, o, s, m, p, q, l, h, z, a0, a2, b0, b2;"]
+    # A permute takes one constant at most, and the assembler copies a second one into a register before each use, unless it can't see that it is
+    # one: z is 0, because a lane's mask has one bit.
+    lines += ["mov.u32 z, %lanemask_eq;", "popc.b32 z, z;", "sub.u32 z, z, 1;"]
+    lines += [f"or.b32 a0, z, {a[0]};", f"or.b32 a2, z, {a[2]};", f"or.b32 b0, z, {b[0]};", f"or.b32 b2, z, {b[2]};"]
+    # Neighbouring nibbles must be the two words' same code: even codes into e, odd codes into o.
+    lines += ["shl.b32 p, $9, 4;", "lop3.b32 e, $8, p, 0x0f0f0f0f, 0xE4;", "shr.u32 p, $8, 4;", "lop3.b32 o, p, $9, 0x0f0f0f0f, 0xE4;"]
+    for pairs, outputs in (("e", (0, 2, 4, 6)), ("o", (1, 3, 5, 7))):
+        lines += [f"and.b32 s, {pairs}, 0x77777777;", f"shr.u32 m, {pairs}, 1;", "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;"]
+        for first, second in (outputs[:2], outputs[2:]):
+            lines += [
+                f"prmt.b32 p, a0, {a[1]}, s;", f"prmt.b32 q, a2, {a[3]}, s;", "prmt.b32 l, p, q, m;",
+                f"prmt.b32 p, b0, {b[1]}, s;", f"prmt.b32 q, b2, {b[3]}, s;", "prmt.b32 h, p, q, m;",
+                f"prmt.b32 ${first}, l, h, 0x5140;", f"prmt.b32 ${second}, l, h, 0x7362;",
+            ]
+            if first == outputs[0]:
+                lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;"]
     return "\n".join([*lines, "}"])
 
 
+_OPERANDS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
+
+
 @triton.jit
-def _unpack(packed, codes_ptr, ASM: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes to (high-nibble values, low-nibble values), unscaled."""
-    if ASM != "":
-        first, second = tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(DTYPE, DTYPE), is_pure=True, pack=4)
+def _code(words, codes_ptr, J: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.load(codes_ptr + ((words >> (4 * J)) & 15)).to(DTYPE)
+
+
+@triton.jit
+def _unpack(words, codes_ptr, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """int32 words to eight tensors of values, unscaled: the j-th holds each word's code j."""
+    if ASM == "":
+        c0 = _code(words, codes_ptr, 0, DTYPE)
+        c1 = _code(words, codes_ptr, 1, DTYPE)
+        c2 = _code(words, codes_ptr, 2, DTYPE)
+        c3 = _code(words, codes_ptr, 3, DTYPE)
+        c4 = _code(words, codes_ptr, 4, DTYPE)
+        c5 = _code(words, codes_ptr, 5, DTYPE)
+        c6 = _code(words, codes_ptr, 6, DTYPE)
+        c7 = _code(words, codes_ptr, 7, DTYPE)
+    elif tl.bfloat16 == DTYPE:  # types must be written out: a tuple of constexprs is not unwrapped
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            ASM, _OPERANDS, [words],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )
     else:
-        first = tl.load(codes_ptr + (packed >> 4).to(tl.int32)).to(DTYPE)
-        second = tl.load(codes_ptr + (packed & 15).to(tl.int32)).to(DTYPE)
-    return first, second
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            ASM, _OPERANDS, [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )
+    return c0, c1, c2, c3, c4, c5, c6, c7
 
 
 @triton.jit
+def _load_x(x_ptrs, mask_m, k, K, J: tl.constexpr, PADDED: tl.constexpr):
+    if PADDED:
+        return tl.load(x_ptrs + 16 * J, mask=mask_m[None, :] & (k + 16 * J < K), other=0.0)
+    return tl.load(x_ptrs + 16 * J, mask=mask_m[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["M", "groups_each"])
 def _linear4_kernel(
-    x_ptr, weight_ptr, absmax_ptr, codes_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, num_groups, groups_each,
+    x_ptr, words_ptr, absmax_ptr, codes_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, num_groups, groups_each,
     ASM: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, EVEN_N: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -79,29 +111,49 @@ def _linear4_kernel(
     mask_m = rows_m < M
     group = split * groups_each
     last_group = tl.minimum(group + groups_each, num_groups)
-    bytes_k = tl.arange(0, 64)
+    words_k = tl.arange(0, 16)
     safe_n = rows_n if EVEN_N else tl.where(mask_n, rows_n, 0)
-    w_ptrs = weight_ptr + safe_n.to(tl.int64)[:, None] * (num_groups * 64) + group * 64 + bytes_k[None, :]
+    w_ptrs = words_ptr + safe_n.to(tl.int64)[:, None] * (num_groups * 16) + group * 16 + words_k[None, :]
     s_ptrs = absmax_ptr + safe_n.to(tl.int64) * (num_groups * 2) + group * 2
-    x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + group * 128 + bytes_k[:, None]
+    x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + group * 128 + words_k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for g in range(group, last_group):
-        packed = tl.load(w_ptrs)
-        x_first = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
-        if PADDED:
-            x_second = tl.load(x_ptrs + 64, mask=mask_m[None, :] & (g * 128 + 64 + bytes_k < K)[:, None], other=0.0)
-        else:
-            x_second = tl.load(x_ptrs + 64, mask=mask_m[None, :], other=0.0)
-        s_first = tl.load(s_ptrs)
-        s_second = tl.load(s_ptrs + 1)
-        first, second = _unpack(packed, codes_ptr, ASM, WORK)
+        words = tl.load(w_ptrs)
+        s0 = tl.load(s_ptrs)[:, None]
+        s1 = tl.load(s_ptrs + 1)[:, None]
+        k = g * 128
+        x0 = _load_x(x_ptrs, mask_m, k, K, 0, PADDED)
+        x1 = _load_x(x_ptrs, mask_m, k, K, 1, PADDED)
+        x2 = _load_x(x_ptrs, mask_m, k, K, 2, PADDED)
+        x3 = _load_x(x_ptrs, mask_m, k, K, 3, PADDED)
+        x4 = _load_x(x_ptrs, mask_m, k, K, 4, PADDED)
+        x5 = _load_x(x_ptrs, mask_m, k, K, 5, PADDED)
+        x6 = _load_x(x_ptrs, mask_m, k, K, 6, PADDED)
+        x7 = _load_x(x_ptrs, mask_m, k, K, 7, PADDED)
+        c0, c1, c2, c3, c4, c5, c6, c7 = _unpack(words, codes_ptr, ASM, WORK)
         if SCALE_SUMS:
-            acc += dot(first, x_first, PRECISION) * s_first[:, None]
-            acc += dot(second, x_second, PRECISION) * s_second[:, None]
+            low = dot(c0, x0, PRECISION)
+            low = dot_add(c1, x1, low, PRECISION)
+            low = dot_add(c2, x2, low, PRECISION)
+            low = dot_add(c3, x3, low, PRECISION)
+            high = dot(c4, x4, PRECISION)
+            high = dot_add(c5, x5, high, PRECISION)
+            high = dot_add(c6, x6, high, PRECISION)
+            high = dot_add(c7, x7, high, PRECISION)
+            acc += low * s0
+            acc += high * s1
         else:
-            acc = dot_add(first * s_first.to(WORK)[:, None], x_first, acc, PRECISION)
-            acc = dot_add(second * s_second.to(WORK)[:, None], x_second, acc, PRECISION)
-        w_ptrs += 64
+            s0 = s0.to(WORK)
+            s1 = s1.to(WORK)
+            acc = dot_add(c0 * s0, x0, acc, PRECISION)
+            acc = dot_add(c1 * s0, x1, acc, PRECISION)
+            acc = dot_add(c2 * s0, x2, acc, PRECISION)
+            acc = dot_add(c3 * s0, x3, acc, PRECISION)
+            acc = dot_add(c4 * s1, x4, acc, PRECISION)
+            acc = dot_add(c5 * s1, x5, acc, PRECISION)
+            acc = dot_add(c6 * s1, x6, acc, PRECISION)
+            acc = dot_add(c7 * s1, x7, acc, PRECISION)
+        w_ptrs += 16
         s_ptrs += 2
         x_ptrs += 128
     mask = mask_n[:, None] & mask_m[None, :]
@@ -127,32 +179,23 @@ def _linear4_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(
-    weight_ptr, absmax_ptr, codes_ptr, out_ptr, num_rows, K, num_groups, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
-):
+def _dequantize_kernel(words_ptr, absmax_ptr, codes_ptr, out_ptr, num_rows, K, num_groups, BLOCK_N: tl.constexpr):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     group = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = rows < num_rows
+    cols = tl.arange(0, 128)
+    k = group * 128 + cols
+    mask = (rows < num_rows)[:, None] & (k < K)[None, :]
     rows = rows.to(tl.int64)
-    cols = tl.arange(0, 64)
-    packed = tl.load(weight_ptr + rows[:, None] * (num_groups * 64) + group * 64 + cols[None, :], mask=mask[:, None], other=0)
-    s_ptrs = absmax_ptr + rows * (num_groups * 2) + group * 2
-    s_first = tl.load(s_ptrs, mask=mask, other=0.0)
-    s_second = tl.load(s_ptrs + 1, mask=mask, other=0.0)
-    first, second = _unpack(packed, codes_ptr, ASM, tl.float32 if ASM == "" else DTYPE)
-    place = out_ptr + rows[:, None] * K + group * 128 + cols[None, :]
-    tl.store(place, (first.to(tl.float32) * s_first[:, None]).to(DTYPE), mask=mask[:, None])
-    tl.store(place + 64, (second.to(tl.float32) * s_second[:, None]).to(DTYPE), mask=mask[:, None] & (group * 128 + 64 < K))
+    words = tl.load(words_ptr + rows[:, None] * (num_groups * 16) + (group * 16 + cols % 16)[None, :], mask=mask, other=0)
+    scales = tl.load(absmax_ptr + rows[:, None] * (num_groups * 2) + (group * 2 + cols // 64)[None, :], mask=mask, other=0.0)
+    values = tl.load(codes_ptr + ((words >> (cols // 16 * 4)[None, :]) & 15))
+    tl.store(out_ptr + rows[:, None] * K + k[None, :], (values * scales).to(DTYPE), mask=mask)
 
 
 @functools.cache
 def _codes_tensor(codebook: Codebook, device: torch.device) -> Tensor:
     return torch.tensor(codebook_values(codebook), dtype=torch.float32, device=device)
-
-
-def _asm_for(tensor: Tensor, codebook: Codebook) -> str:
-    return _lookup_asm(codebook, tensor.dtype) if tensor.is_cuda and tensor.element_size() == 2 else ""
 
 
 def linear_4bit(
@@ -167,10 +210,10 @@ def linear_4bit(
     if num_rows > MAX_FUSED_ROWS:
         _linear_unpacked(rows, weight, absmax, codebook, bias, out.view(num_rows, num_outputs), scratch)
         return
-    launch_fused(rows, weight, absmax, codebook, bias, out, scratch, *_tiling(num_rows, num_outputs, in_features))
+    launch_fused(rows, weight, absmax, codebook, bias, out, scratch, *tiling(num_rows, num_outputs, in_features))
 
 
-def _tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, bool]:
+def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, bool]:
     """(BLOCK_M, BLOCK_N, splits of K, warps, stages, scale the sums) from measurements: docs/benchmarks/linear.md."""
     block_m = max(16, triton.next_power_of_2(num_rows))
     block_n, num_warps, num_stages = (64, 4, 4) if block_m <= 64 else (128, 8, 3)
@@ -196,9 +239,9 @@ def launch_fused(
             scratch = Scratch.allocate(rows.device, partial_elements=elements, num_counters=tiles_n * tiles_m)
         elif not scratch.holds(elements, tiles_n * tiles_m):
             groups_each, splits = num_groups, 1
-    asm = _asm_for(rows, codebook)
+    asm = lookup_asm(codebook, rows.dtype) if rows.is_cuda and rows.element_size() == 2 else ""
     _linear4_kernel[(tiles_n, splits, tiles_m)](
-        rows, weight, absmax, absmax if asm else _codes_tensor(codebook, rows.device), bias if bias is not None else rows, out,
+        rows, weight.view(torch.int32), absmax, absmax if asm else _codes_tensor(codebook, rows.device), bias if bias is not None else rows, out,
         scratch.partials if scratch is not None else absmax, scratch.counters if scratch is not None else absmax,
         num_rows, num_outputs, in_features, rows.stride(0), num_groups, groups_each,
         ASM=asm, HAS_BIAS=bias is not None, SPLIT=splits > 1, SCALE_SUMS=scale_sums or rows.element_size() == 4,
@@ -214,8 +257,7 @@ def dequantize_4bit(weight: Tensor, absmax: Tensor, codebook: Codebook, out: Ten
     block_n = 32
     # Codes are looked up as float32 here: a weight is then rounded once, as bitsandbytes does it.
     _dequantize_kernel[(num_groups, triton.cdiv(num_rows, block_n))](
-        weight, absmax, _codes_tensor(codebook, weight.device), out, num_rows, in_features, num_groups,
-        ASM="", BLOCK_N=block_n, num_warps=4,
+        weight.view(torch.int32), absmax, _codes_tensor(codebook, weight.device), out, num_rows, in_features, num_groups, BLOCK_N=block_n, num_warps=4,
     )
 
 

@@ -24,7 +24,7 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr):
     tl.store(scale_ptr + row, absmax / 127.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps_each"])
 def _linear8_kernel(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, steps_each,
     INTEGERS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
@@ -88,10 +88,10 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, o
     if rows.shape[0] == 0:
         return
     weight_only = rows.shape[0] <= WEIGHT_ONLY_ROWS
-    launch(rows, weight, scale, bias, out, scratch, weight_only, *_tiling(rows.shape[0], weight.shape[0], rows.shape[1], weight_only))
+    launch(rows, weight, scale, bias, out, scratch, weight_only, *tiling(rows.shape[0], weight.shape[0], rows.shape[1], weight_only))
 
 
-def _tiling(num_rows: int, num_outputs: int, in_features: int, weight_only: bool) -> tuple[int, int, int, int, int, int]:
+def tiling(num_rows: int, num_outputs: int, in_features: int, weight_only: bool) -> tuple[int, int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from measurements: docs/benchmarks/linear.md."""
     block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
     block_n, block_k, num_warps, num_stages = (64, 128, 4, 4) if block_m <= 64 else (128, 128, 8, 4)
