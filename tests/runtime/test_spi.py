@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -79,6 +79,11 @@ async def refused(call: "grpc.aio.UnaryUnaryCall[object, object]") -> tuple[grpc
     return caught.value.code(), caught.value.details() or ""
 
 
+async def until(runtime: Runtime, done: Callable[[], bool]) -> None:
+    while not done():
+        await runtime.models.changes.wait_past(runtime.models.changes.count, 0.05)
+
+
 async def ready(stub: ModelRuntimeStub) -> spi.RuntimeStatusResponse:
     while True:
         status = await stub.runtimeStatus(spi.RuntimeStatusRequest())
@@ -133,16 +138,13 @@ async def test_bad_requests_name_the_field(stub: ModelRuntimeStub) -> None:
 
 async def test_a_cancelled_call_leaves_nothing(runtime: Runtime, stub: ModelRuntimeStub) -> None:
     call = stub.loadModel(request("slow"))
-    while not runtime.models.views():
-        await asyncio.sleep(0.02)
+    await until(runtime, lambda: bool(runtime.models.views()))
     call.cancel()
-    while runtime.models.views():
-        await asyncio.sleep(0.02)
+    await until(runtime, lambda: not runtime.models.views())
     assert runtime.preparer.held == 0
     code, _ = await refused(stub.loadModel(request("endless", "endless:x"), timeout=0.2))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    while runtime.models.views():
-        await asyncio.sleep(0.02)
+    await until(runtime, lambda: not runtime.models.views())
 
 
 async def test_prediction_is_quick_or_unknown(stub: ModelRuntimeStub) -> None:

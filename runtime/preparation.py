@@ -1,0 +1,219 @@
+"""From a registration to a Checkpoint: pull, look, pack if need be, each once. Knows the order and the keys; the work is runtime.puller's."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from runtime.config import RuntimeConfig
+from runtime.errors import InvalidRequest, LoadFailed
+from runtime.fit import DTYPE_BYTES, compute_dtype, geometry_of, needs_of, tensor_bytes
+from runtime.fitting import Look
+from runtime.lifecycle import Phase, Prepared, Report
+from runtime.puller.cache import Cache, Held
+from runtime.puller.headers import read_header
+from runtime.puller.inspect import Inspection, Kind, Policy, inspect
+from runtime.puller.job import Job
+from runtime.puller.locate import locate
+from runtime.puller.look import look_local, look_remote
+from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
+from runtime.puller.packer import run_packer
+from runtime.puller.source import Listing, Source
+from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
+
+T = TypeVar("T")
+
+_GGUF_GROWTH = 4                         # dequantised bytes for one byte of file, at most about
+
+
+class Preparation:
+    """Implements runtime.lifecycle.Preparer and runtime.fitting.Fitter over one disk cache."""
+
+    def __init__(self, config: RuntimeConfig, cache: Cache) -> None:
+        self._config = config
+        self._cache = cache
+        self._policy = Policy(config.allow_pickle, config.allow_remote_code)
+        self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
+
+    async def prepare(self, source: ModelSource, settings: ModelSettings, device: str, report: Report) -> Prepared:
+        """See runtime.lifecycle.Preparer."""
+        job = Job(report)
+        return await self._in_thread(lambda: self._prepare(source, settings, device, job), job)
+
+    async def look(self, source: ModelSource, settings: ModelSettings, *, local_only: bool = False, device: str = "cpu") -> Look:
+        """See runtime.fitting.Fitter."""
+        job = Job(lambda progress: None)
+        return await self._in_thread(lambda: self._look(source, settings, device, local_only, job), job)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], T], job: Job) -> T:
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            # the thread stops at its next check; what it may have brought all the same is given back
+            job.cancel()
+            future.add_done_callback(_give_back)
+            await asyncio.wait((future,))
+            raise
+
+    def _prepare(self, source: ModelSource, settings: ModelSettings, device: str, job: Job) -> Prepared:
+        job.say(Phase.PULLING, 0, 0, "looking")
+        place = locate(source, self._config)
+        if isinstance(place, Path):
+            return self._from_files(place, None, "", settings, device, job)
+        listing = place.listing(job)
+        packed = self._find_packed(_pack_key(listing.key, settings, device))
+        if packed is not None:
+            return packed
+        pulled = self._pull(place, listing, job)
+        try:
+            path = pulled.path / listing.files[0].name if listing.files[0].name.endswith(".gguf") else pulled.path
+            return self._from_files(path, pulled, listing.key, settings, device, job)
+        except BaseException:
+            pulled.release()
+            raise
+
+    def _pull(self, source: Source, listing: Listing, job: Job) -> Held:
+        total_bytes = listing.total_bytes
+        done_bytes = 0
+
+        def fill(work: Path) -> None:
+            nonlocal done_bytes
+            for file in listing.files:
+                target = work / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+
+                def arrived(count: int, name: str = file.name) -> None:
+                    nonlocal done_bytes
+                    done_bytes += count
+                    job.say(Phase.PULLING, done_bytes, total_bytes, name)
+
+                source.fetch(file, target, job, arrived)
+
+        return self._cache.obtain("pulled", listing.key, total_bytes, fill, job, listing.origin)
+
+    def _from_files(self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: Job) -> Prepared:
+        found = inspect(path, self._policy)
+        quantization = _quantization(found, settings)
+        dtype = compute_dtype(settings.dtype, str(found.config.get("dtype") or found.config.get("torch_dtype") or ""), device)
+        if found.kind is Kind.SAFETENSORS and quantization is Quantization.NONE:
+            return self._as_it_lies(found, pulled, dtype, job)
+        key = _pack_key(identity or found.identity, settings, device)
+        packed = self._find_packed(key)
+        if packed is None:
+            request = PackRequest(
+                kind=found.kind.value, model_dir=str(found.model_dir), weight_files=tuple(str(file) for file in found.weight_files), out_dir="",
+                source=identity or found.identity, quantization=quantization, double_quant=settings.double_quant, dtype=dtype,
+            )
+            self._pack(key, request, _packed_bytes(found, quantization, dtype), job).release()
+            packed = self._find_packed(key)
+            if packed is None:
+                raise LoadFailed(f"{path.name}: the packed file was dropped from the disk cache at once; its budget is too small")
+        if pulled is not None:
+            pulled.release()
+        return packed
+
+    def _as_it_lies(self, found: Inspection, pulled: Held | None, dtype: str, job: Job) -> Prepared:
+        model_dir, beside = str(found.model_dir), None
+        if found.needs_tokenizer:
+            request = PackRequest(
+                kind=found.kind.value, model_dir=model_dir, weight_files=(), out_dir="", source=found.identity, pack_weights=False
+            )
+            beside = self._pack(f"{found.identity}-tokenizer", request, 64 << 20, job)
+            model_dir = str(beside.path)
+        held = [one for one in (pulled, beside) if one is not None]
+        checkpoint = Checkpoint(
+            model_dir=model_dir,
+            weight_files=tuple(str(file) for file in found.weight_files),
+            dtype=dtype,
+            weight_bytes=sum(tensor_bytes(tensor, Quantization.NONE, DTYPE_BYTES[dtype]) for tensor in found.tensors),
+        )
+
+        def release() -> None:
+            for one in held:
+                one.release()
+
+        return Prepared(checkpoint, release)
+
+    def _pack(self, key: str, request: PackRequest, need_bytes: int, job: Job) -> Held:
+        def fill(work: Path) -> None:
+            for file in work.iterdir():
+                if file.is_file():
+                    file.unlink()          # a half-written packed file is of no use to the next try
+            run_packer(msgspec.structs.replace(request, out_dir=str(work)), job)
+
+        job.say(Phase.PACKING, 0, 0, "starting the packer")
+        return self._cache.obtain("packed", key, need_bytes, fill, job, f"packing {Path(request.model_dir).name}")
+
+    def _find_packed(self, key: str) -> Prepared | None:
+        held = self._cache.find("packed", key)
+        if held is None:
+            return None
+        try:
+            header = read_header(held.path / PACKED_NAME)
+        except LoadFailed:
+            held.release()
+            raise
+        checkpoint = Checkpoint(
+            model_dir=str(held.path),
+            packed_file=str(held.path / PACKED_NAME),
+            quantization=Quantization(header.metadata["quantization"]),
+            dtype=header.metadata["dtype"],
+            weight_bytes=header.file_bytes,
+        )
+        return Prepared(checkpoint, held.release)
+
+    def _look(self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: Job) -> Look:
+        place = locate(source, self._config)
+        if isinstance(place, Path):
+            found = inspect(place, self._policy)
+            config, tensors = look_local(found)
+            quantization = _quantization(found, settings)
+        elif local_only:
+            raise LoadFailed(f"{source.uri} is not on this machine")
+        else:
+            config, tensors = look_remote(place, job)
+            quantization = settings.quantize
+        try:
+            geometry = geometry_of(config)
+        except KeyError as error:
+            raise LoadFailed(f"{source.uri}: config.json has no {error.args[0]}") from error
+        needs = needs_of(geometry, tensors, msgspec.structs.replace(settings, quantize=quantization), device)
+        return Look(geometry, needs, quantization, exact=bool(tensors) and quantization is Quantization.NONE)
+
+
+def _quantization(found: Inspection, settings: ModelSettings) -> Quantization:
+    """What the model will run in. A checkpoint that is quantised already is not quantised again."""
+    if found.quantization is Quantization.NONE:
+        return settings.quantize
+    if settings.quantize not in (Quantization.NONE, found.quantization):
+        raise InvalidRequest(
+            f"quantize is {settings.quantize.value}, and {found.model_dir.name} is stored in {found.quantization.value} already", param="quantize"
+        )
+    return found.quantization
+
+
+def _pack_key(identity: str, settings: ModelSettings, device: str) -> str:
+    """Of what decides a packed file's bytes, as far as it is known before the files are here."""
+    parts = (PACKER_VERSION, identity, settings.quantize.value, str(settings.double_quant), settings.dtype, "cpu" if device == "cpu" else "gpu")
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _packed_bytes(found: Inspection, quantization: Quantization, dtype: str) -> int:
+    if not found.tensors:
+        return sum(file.stat().st_size for file in found.weight_files) * (_GGUF_GROWTH if found.kind is Kind.GGUF else 1)
+    return sum(tensor_bytes(tensor, quantization, DTYPE_BYTES[dtype]) for tensor in found.tensors)
+
+
+def _give_back(future: "asyncio.Future[T]") -> None:
+    if not future.cancelled() and future.exception() is None:
+        result = future.result()
+        if isinstance(result, Prepared):
+            result.release()

@@ -1,0 +1,212 @@
+"""Directories of files on disk, each made once, found by a key, held while in use, and dropped least recently used under a byte budget.
+
+A directory appears under its key whole or not at all: it is filled elsewhere, flushed, and renamed. Holds and fills are file locks, so several
+processes may share one cache. Knows nothing of what the files are.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import Overloaded, RepertoryError
+from runtime.lifecycle import Phase
+from runtime.puller.job import Job
+
+_MANIFEST = ".repertory.json"
+_POLL_S = 0.1
+_STALE_S = 7 * 24 * 3600.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Held:
+    """An entry that can't be dropped until `release`."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+
+    def release(self) -> None:
+        """Idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    path: Path
+    lock_name: str
+    size_bytes: int
+    used_s: float
+
+
+class Cache:
+    """`budget_bytes` 0 = 80 % of what the disk has free, counting what the cache holds already. All methods block; call them in threads."""
+
+    def __init__(self, root: Path, budget_bytes: int) -> None:
+        self._root = root
+        for name in ("pulled", "packed", "work", "locks"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        self.budget_bytes = budget_bytes or (shutil.disk_usage(root).free + self.used_bytes()) * 8 // 10
+
+    def used_bytes(self) -> int:
+        return sum(item.size_bytes for item in self._items())
+
+    def find(self, area: str, key: str) -> Held | None:
+        """A complete entry, held; None if there is none."""
+        path = self._root / area / key
+        if not path.is_dir():
+            return None
+        lock = self._open(f"{area}-{key}")
+        if _try_lock(lock, fcntl.LOCK_SH) and path.is_dir():
+            _touch(path)
+            return Held(path, lock)
+        os.close(lock)
+        return None
+
+    def obtain(self, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], job: Job, what: str) -> Held:
+        """The entry, held; made by `fill` into an empty or half-filled directory if there is none yet. Of many who ask, one fills.
+
+        A `fill` that raises leaves what it has for the next try, except on a full disk. Raises Overloaded when the bytes can't be had.
+        """
+        while True:
+            held = self.find(area, key)
+            if held is not None:
+                return held
+            lock = self._open(f"{area}-{key}")
+            if _try_lock(lock, fcntl.LOCK_EX):
+                try:
+                    path = self._root / area / key
+                    if not path.is_dir():
+                        self._fill(path, area, key, need_bytes, fill, what)
+                    fcntl.flock(lock, fcntl.LOCK_SH)      # not atomic: whoever came between may have dropped it
+                    if path.is_dir():
+                        _touch(path)
+                        return Held(path, lock)
+                except BaseException:
+                    os.close(lock)
+                    raise
+            os.close(lock)
+            work = self._root / "work" / f"{area}-{key}"
+            job.say(Phase.PULLING if area == "pulled" else Phase.PACKING, _size_of(work), need_bytes, f"{what}: another load has begun it")
+            job.wait(_POLL_S)
+
+    def make_room(self, need_bytes: int, what: str, *, keep: str = "") -> None:
+        """Drop idle entries, least recently used first, until `need_bytes` more fit the budget and the disk."""
+        if need_bytes > self.budget_bytes:
+            raise Overloaded(f"{what} needs {need_bytes} bytes, more than the disk cache's budget of {self.budget_bytes} bytes")
+        items = [item for item in self._items() if item.lock_name != keep]
+        used = sum(item.size_bytes for item in items)
+        for item in sorted(items, key=lambda one: one.used_s):
+            if used + need_bytes <= self.budget_bytes and shutil.disk_usage(self._root).free >= need_bytes:
+                return
+            if self._drop(item):
+                used -= item.size_bytes
+        free = shutil.disk_usage(self._root).free
+        if free < need_bytes:
+            raise _disk_full(what, need_bytes, free, self._root)
+        if used + need_bytes > self.budget_bytes:
+            raise Overloaded(
+                f"{what} needs {need_bytes} bytes; models in use hold {used} bytes of the disk cache's budget of {self.budget_bytes} bytes"
+            )
+
+    def _fill(self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str) -> None:
+        work = self._root / "work" / f"{area}-{key}"
+        self.make_room(max(need_bytes - _size_of(work), 0), what, keep=f"{area}-{key}")
+        try:
+            work.mkdir(exist_ok=True)
+            fill(work)
+            size_bytes = _size_of(work)
+            (work / _MANIFEST).write_text(json.dumps({"what": what, "size_bytes": size_bytes}))
+            for file in work.rglob("*"):
+                _flush(file)
+            _flush(work)
+            work.rename(path)
+            _flush(path.parent)
+        except (OSError, RepertoryError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _FULL:
+                free = shutil.disk_usage(self._root).free
+                shutil.rmtree(work, ignore_errors=True)
+                raise _disk_full(what, need_bytes, free, self._root) from error
+            raise
+
+    def _items(self) -> list[_Item]:
+        items = []
+        for area in ("pulled", "packed"):
+            for path in (self._root / area).iterdir():
+                with suppress(OSError, ValueError, KeyError):
+                    manifest = path / _MANIFEST
+                    size_bytes = int(json.loads(manifest.read_text())["size_bytes"])
+                    items.append(_Item(path, f"{area}-{path.name}", size_bytes, manifest.stat().st_mtime))
+        for path in (self._root / "work").iterdir():
+            with suppress(OSError):
+                items.append(_Item(path, path.name, _size_of(path), path.stat().st_mtime))
+        return items
+
+    def _drop(self, item: _Item) -> bool:
+        lock = self._open(item.lock_name)
+        try:
+            if not _try_lock(lock, fcntl.LOCK_EX):
+                return False
+            trash = self._root / "work" / f"trash-{uuid.uuid4().hex}"
+            with suppress(FileNotFoundError):
+                item.path.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+            return True
+        finally:
+            os.close(lock)
+
+    def _sweep(self) -> None:
+        for path in (self._root / "work").iterdir():
+            with suppress(OSError):
+                if path.name.startswith("trash-"):
+                    shutil.rmtree(path, ignore_errors=True)
+                elif time.time() - path.stat().st_mtime > _STALE_S:
+                    self._drop(_Item(path, path.name, 0, 0.0))
+
+    def _open(self, name: str) -> int:
+        return os.open(self._root / "locks" / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _try_lock(lock: int, kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _touch(path: Path) -> None:
+    with suppress(OSError):
+        os.utime(path / _MANIFEST)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size_of(path: Path) -> int:
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(OSError):
+            if file.is_file():
+                total += file.stat().st_size
+    return total
+
+
+def _disk_full(what: str, need_bytes: int, free_bytes: int, root: Path) -> Overloaded:
+    return Overloaded(f"{what} needs {need_bytes} bytes; the disk of the cache ({root}) is full: {free_bytes} bytes are free")

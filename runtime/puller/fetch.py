@@ -1,0 +1,182 @@
+"""Fetching over HTTP: ranges, resuming, retries, checks. Knows URLs and headers; nothing of models."""
+
+import hashlib
+import http.client
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from pathlib import Path
+from typing import IO
+
+from runtime.errors import LoadFailed
+from runtime.puller.job import Job
+from runtime.puller.source import Arrived, RemoteFile
+
+_CHUNK_BYTES = 1024 * 1024
+_TIMEOUT_S = 60.0
+_TRIES = 6
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_SECRET_HEADERS = ("authorization", "cookie", "x-amz-security-token")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """A token is for the host that it was given to, not for the one that it redirects to."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> urllib.request.Request | None:
+        following = super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
+        if following is not None:
+            if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+                raise LoadFailed(f"{_shown(req.full_url)} redirects to {_shown(newurl)}, which is not HTTP")
+            if urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
+                for name in list(following.headers):
+                    if name.lower() in _SECRET_HEADERS:
+                        del following.headers[name]
+            following.method = req.get_method()
+        return following
+
+
+@dataclass(frozen=True, slots=True)
+class HttpClient:
+    """`headers` go with every request to the URL's own host. `context` None = the system's certificates."""
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    context: ssl.SSLContext | None = None
+
+    def open(self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None) -> http.client.HTTPResponse:
+        """Raises HTTPError, URLError, OSError."""
+        handlers: list[urllib.request.BaseHandler] = [_Redirects()]
+        if self.context is not None:
+            handlers.append(urllib.request.HTTPSHandler(context=self.context))
+        opener = urllib.request.build_opener(*handlers)
+        merged = {"User-Agent": "repertory", "Accept-Encoding": "identity", **self.headers, **(headers or {})}
+        response = opener.open(urllib.request.Request(url, headers=merged, method=method), timeout=_TIMEOUT_S)
+        assert isinstance(response, http.client.HTTPResponse)
+        return response
+
+    def look(self, name: str, url: str) -> RemoteFile | None:
+        """Size and ETag of a file; None if there isn't one. Raises LoadFailed when the server can't be asked."""
+        try:
+            with self.open(url, method="HEAD") as response:
+                return _described(name, url, response.headers)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                return None
+            if error.code in (405, 501):
+                with self.open(url, headers={"Range": "bytes=0-0"}) as response:
+                    return _described(name, url, response.headers)
+            raise LoadFailed(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise LoadFailed(f"{_shown(url)} can't be reached: {error}") from error
+
+    def read(self, url: str, start: int, count: int) -> bytes:
+        try:
+            with self.open(url, headers={"Range": f"bytes={start}-{start + count - 1}"}) as response:
+                if response.status != 206 and start:
+                    raise LoadFailed(f"{_shown(url)}: the server gives no parts of files")
+                return response.read(count)
+        except (OSError, http.client.HTTPException) as error:
+            raise LoadFailed(f"{_shown(url)} can't be read: {error}") from error
+
+    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+        """Bring a file, going on where an earlier try ended, if it is still the same file. Raises LoadFailed, and OSError for our own disk."""
+        done = target.with_name(target.name + ".part")
+        tag = target.with_name(target.name + ".tag")
+        if target.exists():
+            arrived(target.stat().st_size)
+            return
+        if done.exists() and (not tag.exists() or tag.read_text() != _identity(file)):
+            done.unlink()
+        tag.write_text(_identity(file))
+        if done.exists():
+            arrived(done.stat().st_size)
+        for attempt in range(_TRIES):
+            job.check()
+            try:
+                self._receive(file, done, job, arrived)
+                break
+            except _InterruptedError as error:
+                if attempt == _TRIES - 1:
+                    raise LoadFailed(f"{_shown(file.location)}: {error}, after {_TRIES} tries") from error
+                job.wait(min(0.25 * 2**attempt, 10.0))
+        _verify(file, done, job)
+        done.rename(target)
+        tag.unlink(missing_ok=True)
+
+    def _receive(self, file: RemoteFile, done: Path, job: Job, arrived: Arrived) -> None:
+        start = done.stat().st_size if done.exists() else 0
+        if start and start == file.size_bytes:
+            return
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        if start and file.digest.startswith('"'):
+            headers["If-Range"] = file.digest
+        try:
+            response = self.open(file.location, headers=headers)
+        except urllib.error.HTTPError as error:
+            if error.code in _AGAIN:
+                raise _InterruptedError(f"the server answers {error.code}") from error
+            raise LoadFailed(f"{_shown(file.location)}: the server answers {error.code} {error.reason}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise _InterruptedError(f"can't be reached: {error}") from error
+        with response, done.open("ab" if response.status == 206 else "wb") as out:
+            if response.status != 206 and start:
+                arrived(-start)          # it changed, or the server gives no parts: from the beginning
+                start = 0
+            expected = response.headers.get("Content-Length")
+            received = 0
+            while True:
+                job.check()
+                try:
+                    chunk = response.read1(_CHUNK_BYTES)
+                except (OSError, http.client.HTTPException) as error:
+                    raise _InterruptedError(f"cut off after {start + received} bytes: {error}") from error
+                if not chunk:
+                    break
+                out.write(chunk)
+                received += len(chunk)
+                arrived(len(chunk))
+            if expected is not None and received < int(expected):
+                raise _InterruptedError(f"cut off after {start + received} of {start + int(expected)} bytes")
+
+
+class _InterruptedError(Exception):
+    """Worth another try."""
+
+
+def _verify(file: RemoteFile, path: Path, job: Job) -> None:
+    size_bytes = path.stat().st_size
+    if file.size_bytes >= 0 and size_bytes != file.size_bytes:
+        path.unlink()
+        raise LoadFailed(f"{file.name}: {size_bytes} bytes came, the source lists {file.size_bytes}")
+    for name, expected in (("sha256", file.sha256), ("md5", file.md5)):
+        if expected:
+            digest = hashlib.new(name, usedforsecurity=False)
+            with path.open("rb") as content:
+                while chunk := content.read(_CHUNK_BYTES):
+                    job.check()
+                    digest.update(chunk)
+            if digest.hexdigest() != expected:
+                path.unlink()
+                raise LoadFailed(f"{file.name} is corrupt: its {name} is {digest.hexdigest()}, the source gives {expected}")
+            return
+
+
+def _described(name: str, url: str, headers: Message) -> RemoteFile:
+    size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+    digest = headers.get("ETag") or headers.get("Last-Modified") or ""
+    return RemoteFile(name, url, int(size) if size.isdigit() else -1, digest)
+
+
+def _identity(file: RemoteFile) -> str:
+    return f"{file.size_bytes} {file.sha256 or file.md5 or file.digest}"
+
+
+def _shown(url: str) -> str:
+    """Without query and user, which may be secrets."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

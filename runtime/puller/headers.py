@@ -1,0 +1,67 @@
+"""What a safetensors file says it holds: its header, checked against the file's size. Reads no tensor; knows nothing of models or torch."""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import LoadFailed
+from runtime.fit import DTYPE_BYTES, TensorShape
+
+_MAX_HEADER_BYTES = 100 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    tensors: Sequence[TensorShape]
+    metadata: dict[str, str]
+    file_bytes: int                      # as the header needs it
+
+
+def read_header(path: Path) -> Header:
+    """Raises LoadFailed naming the file and the sizes when it is truncated, too long or no safetensors file."""
+    try:
+        actual_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = header_length(path.name, file.read(8), actual_bytes)
+            header = parse_header(path.name, file.read(length))
+    except OSError as error:
+        raise LoadFailed(f"{path.name} can't be read: {error.strerror}") from error
+    if header.file_bytes != actual_bytes:
+        what = "truncated" if actual_bytes < header.file_bytes else "corrupt"
+        raise LoadFailed(f"{path.name} is {what}: {actual_bytes} bytes, its header describes {header.file_bytes}")
+    return header
+
+
+def header_length(name: str, prefix: bytes, file_bytes: int) -> int:
+    """The header's length from a file's first eight bytes."""
+    if len(prefix) < 8:
+        raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, less than a header's length")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > _MAX_HEADER_BYTES or length == 0:
+        raise LoadFailed(f"{name} is no safetensors file: it claims a header of {length} bytes")
+    if 8 + length > file_bytes:
+        raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, its header alone needs {8 + length}")
+    return int(length)
+
+
+def parse_header(name: str, data: bytes) -> Header:
+    """`data` is the header's JSON, without its length."""
+    try:
+        entries = json.loads(data)
+        metadata = entries.pop("__metadata__", None) or {}
+        tensors = []
+        end_bytes = 0
+        for tensor, entry in entries.items():
+            start, end = entry["data_offsets"]
+            shape = tuple(int(size) for size in entry["shape"])
+            expected = math.prod(shape) * DTYPE_BYTES[entry["dtype"]]
+            if end - start != expected:
+                raise LoadFailed(f"{name} is corrupt: tensor {tensor} has {end - start} bytes, its shape needs {expected}")
+            tensors.append(TensorShape(tensor, entry["dtype"], shape))
+            end_bytes = max(end_bytes, end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadFailed(f"{name} is no safetensors file: its header can't be read ({type(error).__name__}: {error})") from error
+    return Header(tensors, metadata, 8 + len(data) + end_bytes)

@@ -1,0 +1,68 @@
+"""Models of the Hugging Face hub, or of a mirror (HF_ENDPOINT): the hub's library lists and names, our fetcher brings, since it can be cancelled."""
+
+import os
+from pathlib import Path
+
+from runtime.errors import InvalidRequest, LoadFailed
+from runtime.puller.fetch import HttpClient
+from runtime.puller.job import Job
+from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name, wanted
+
+
+class HubSource:
+    """`hf://owner/name[:revision | @revision][/file.gguf]`. `token` None = HF_TOKEN or what the hub's own tools have stored."""
+
+    def __init__(self, reference: str, token: str | None, *, allow_pickle: bool) -> None:
+        parts = reference.strip("/").split("/")
+        if len(parts) not in (2, 3) or not all(parts):
+            raise InvalidRequest(f"hf://{reference}: owner/name is needed, with :revision if not the main one", param="modelPath")
+        name, separator, revision = parts[1].partition("@" if "@" in parts[1] else ":")
+        if not name or (separator and not revision):
+            raise InvalidRequest(f"hf://{reference}: the revision is empty", param="modelPath")
+        self._repo = f"{parts[0]}/{name}"
+        self._revision = revision or "main"
+        self._file = parts[2] if len(parts) == 3 else None
+        self._token = token
+        self._allow_pickle = allow_pickle
+        self._client = HttpClient()
+
+    def listing(self, job: Job) -> Listing:
+        from huggingface_hub import HfApi, constants, get_token, hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+        origin = f"hf://{self._repo}@{self._revision}"
+        endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        try:
+            info = HfApi(endpoint=endpoint, token=self._token).model_info(self._repo, revision=self._revision, files_metadata=True, timeout=30)
+        except RevisionNotFoundError as error:
+            raise LoadFailed(f"{origin}: the repository has no revision {self._revision!r}") from error
+        except RepositoryNotFoundError as error:
+            raise LoadFailed(f"{origin}: no such repository, or it is private or gated and HF_TOKEN gives no access") from error
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise LoadFailed(f"{origin}: the hub can't be asked: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        except Exception as error:      # the library's HTTP client has a tree of its own, which changes with its major versions
+            raise LoadFailed(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
+        token = self._token or get_token()
+        self._client = HttpClient(headers={"Authorization": f"Bearer {token}"} if token else {})
+        files = [
+            RemoteFile(
+                checked_name(sibling.rfilename, origin),
+                hf_hub_url(self._repo, sibling.rfilename, revision=info.sha, endpoint=endpoint),
+                -1 if sibling.size is None else sibling.size,
+                sibling.blob_id or "",
+                sibling.lfs.sha256 if sibling.lfs is not None else "",
+            )
+            for sibling in info.siblings or []
+        ]
+        if self._file is not None:
+            chosen = [file for file in files if file.name == self._file]
+            if not chosen:
+                raise LoadFailed(f"{origin} has no file {self._file}")
+            return Listing(f"hf://{self._repo}@{info.sha}/{self._file}", chosen)
+        return Listing(f"hf://{self._repo}@{info.sha}", wanted(files, origin, allow_pickle=self._allow_pickle))
+
+    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+        self._client.fetch(file, target, job, arrived)
+
+    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+        return self._client.read(file.location, start, count)

@@ -1,0 +1,172 @@
+"""Looks at a checkpoint's files before anyone computes with them: what kind it is, whether it is whole, whether we may and can use it.
+
+Reads JSON and headers only. Knows file formats; nothing of where files came from, nor of torch.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from runtime.errors import LoadFailed
+from runtime.fit import TensorShape
+from runtime.puller.headers import read_header
+from runtime.types import Quantization
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+
+
+class Kind(StrEnum):
+    SAFETENSORS = "safetensors"
+    BITSANDBYTES = "bitsandbytes"
+    GGUF = "gguf"
+    PICKLE = "pickle"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    allow_pickle: bool = False
+    allow_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found. GGUF carries its configuration and tokenizer inside: `config` and `tensors` are then empty."""
+
+    kind: Kind
+    model_dir: Path
+    weight_files: Sequence[Path]
+    config: Mapping[str, object]
+    tensors: Sequence[TensorShape]
+    quantization: Quantization           # that the files hold already
+    double_quant: bool
+    needs_tokenizer: bool                # has only a slow tokenizer
+    identity: str                        # of the files as they are: names, sizes, times
+
+
+def inspect(path: Path, policy: Policy) -> Inspection:
+    """`path` is a directory or a .gguf file. Raises LoadFailed naming the file and what is wrong with it."""
+    if path.is_file():
+        return _inspect_file(path)
+    if not path.is_dir():
+        raise LoadFailed(f"{path}: no such file or directory")
+    if not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return _inspect_file(ggufs[0])
+        if ggufs:
+            raise LoadFailed(f"{path} has {len(ggufs)} GGUF files ({', '.join(file.name for file in ggufs[:4])}…): name one of them")
+        raise LoadFailed(f"{path} has no config.json")
+    config = read_json(path / "config.json")
+    _refuse_remote_code(path, config, policy)
+    quantization, double_quant = _stored_quantization(config)
+    files = _safetensors(path)
+    kind = Kind.SAFETENSORS if quantization is Quantization.NONE else Kind.BITSANDBYTES
+    if not files:
+        files = sorted(file for file in path.iterdir() if file.suffix in _PICKLES and file.name != "training_args.bin")
+        if not files:
+            raise LoadFailed(f"{path} has no weights: no *.safetensors and no .gguf file")
+        if not policy.allow_pickle:
+            raise LoadFailed(
+                f"{path} has only pickled weights ({files[0].name}), which can run code when they are read; "
+                "convert them to safetensors, or set allow_pickle"
+            )
+        kind = Kind.PICKLE
+    tensors = [] if kind is Kind.PICKLE else [tensor for file in files for tensor in read_header(file).tensors]
+    return Inspection(
+        kind, path, files, config, tensors, quantization, double_quant, _needs_tokenizer(path), _identity([path / "config.json", *files])
+    )
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object in a checkpoint. Raises LoadFailed naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadFailed(f"{path.name} is missing in {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise LoadFailed(f"{path} can't be read: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadFailed(f"{path} is not a JSON object")
+    return value
+
+
+def _inspect_file(path: Path) -> Inspection:
+    if path.suffix != ".gguf":
+        raise LoadFailed(f"{path}: a single file must be .gguf; name the directory of a safetensors checkpoint")
+    with path.open("rb") as file:
+        magic = file.read(8)
+    if magic[:4] != b"GGUF":
+        raise LoadFailed(f"{path} is no GGUF file: it begins with {magic[:4]!r}")
+    return Inspection(Kind.GGUF, path.parent, [path], {}, [], Quantization.NONE, False, True, _identity([path]))
+
+
+def _safetensors(path: Path) -> list[Path]:
+    index_path = path / "model.safetensors.index.json"
+    if index_path.is_file():
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise LoadFailed(f"{index_path} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise LoadFailed(f"{index_path.name} names {name!r}, which is outside the checkpoint")
+            if not (path / name).is_file():
+                raise LoadFailed(f"{name} is missing: {index_path.name} names {len(names)} files")
+        return [path / name for name in names]
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    return sorted(path.glob("*.safetensors"))
+
+
+def _stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, bool]:
+    stored = config.get("quantization_config")
+    if not isinstance(stored, dict):
+        return Quantization.NONE, False
+    method = str(stored.get("quant_method", "unknown"))
+    if method == "bitsandbytes" or "load_in_4bit" in stored:
+        if stored.get("load_in_8bit"):
+            if stored.get("llm_int8_has_fp16_weight"):
+                raise LoadFailed("the checkpoint keeps fp16 weights beside int8 (llm_int8_has_fp16_weight), which is not supported")
+            return Quantization.INT8, False
+        if stored.get("load_in_4bit"):
+            return Quantization(str(stored.get("bnb_4bit_quant_type", "fp4"))), bool(stored.get("bnb_4bit_use_double_quant"))
+    raise LoadFailed(
+        f"the checkpoint is quantised with {method}, which is not supported; use bitsandbytes (int8, nf4, fp4), GGUF, or an unquantised one"
+    )
+
+
+def _refuse_remote_code(path: Path, config: Mapping[str, object], policy: Policy) -> None:
+    # many checkpoints carry code beside an architecture that transformers has: then its own code is used and theirs never runs
+    model_type = str(config.get("model_type", ""))
+    if "auto_map" not in config or policy.allow_remote_code or _is_native(model_type):
+        return
+    raise LoadFailed(f"{path.name} needs its own code (auto_map in config.json, model type {model_type!r}), which is not run")
+
+
+def _is_native(model_type: str) -> bool:
+    spec = importlib.util.find_spec("transformers")      # finds, doesn't import
+    if spec is None or spec.origin is None or not model_type:
+        return False
+    return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
+
+
+def _needs_tokenizer(path: Path) -> bool:
+    if (path / "tokenizer.json").is_file():
+        return False
+    if any((path / name).is_file() for name in _SLOW_TOKENIZERS):
+        return True
+    raise LoadFailed(f"{path} has no tokenizer: no tokenizer.json and none of {', '.join(_SLOW_TOKENIZERS)}")
+
+
+def _identity(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

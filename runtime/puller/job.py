@@ -1,0 +1,39 @@
+"""One piece of slow work on files: who wants to know how far it is, and whether it is still wanted. Safe to use from any thread."""
+
+import threading
+import time
+
+from runtime.errors import Cancelled
+from runtime.lifecycle import Phase, Progress, Report
+
+_SHORTEST_S = 0.1
+
+
+class Job:
+    """`check` between pieces of work, `say` after them; reports are thinned to ten a second."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._cancelled = threading.Event()
+        self._last_s = 0.0
+        self._last_text = ""
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raises Cancelled once the work isn't wanted any more."""
+        if self._cancelled.is_set():
+            raise Cancelled("the load was cancelled")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but wake to raise Cancelled."""
+        self._cancelled.wait(seconds)
+        self.check()
+
+    def say(self, phase: Phase, done_bytes: int, total_bytes: int, text: str) -> None:
+        now_s = time.monotonic()
+        if text == self._last_text and done_bytes != total_bytes and now_s - self._last_s < _SHORTEST_S:
+            return
+        self._last_s, self._last_text = now_s, text
+        self._report(Progress(phase, done_bytes, total_bytes, text))

@@ -1,0 +1,46 @@
+"""A model's configuration and its tensors' shapes without its weights: from files here, or from a source by a few small reads."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from runtime.errors import LoadFailed
+from runtime.fit import TensorShape
+from runtime.puller.gguf import read_gguf
+from runtime.puller.headers import header_length, parse_header
+from runtime.puller.inspect import Inspection, Kind
+from runtime.puller.job import Job
+from runtime.puller.source import RemoteFile, Source
+
+Found = tuple[Mapping[str, object], Sequence[TensorShape]]
+
+
+def look_local(found: Inspection) -> Found:
+    if found.kind is Kind.GGUF:
+        return read_gguf(found.weight_files[0])
+    return found.config, found.tensors
+
+
+def look_remote(source: Source, job: Job) -> Found:
+    """Raises LoadFailed; for GGUF, whose index can be megabytes in, saying that it must be pulled first."""
+    listing = source.listing(job)
+    by_name = {file.name: file for file in listing.files}
+    config_file = by_name.get("config.json")
+    if config_file is None:
+        raise LoadFailed(f"{listing.origin}: a GGUF file tells its sizes only when it is here; load it once")
+    try:
+        config = json.loads(source.read(config_file, 0, max(config_file.size_bytes, 1 << 20), job))
+    except ValueError as error:
+        raise LoadFailed(f"{listing.origin}: config.json is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise LoadFailed(f"{listing.origin}: config.json is not a JSON object")
+    tensors: list[TensorShape] = []
+    for file in listing.files:
+        if file.name.endswith(".safetensors"):
+            job.check()
+            tensors.extend(_read_shapes(source, file, job))
+    return config, tensors
+
+
+def _read_shapes(source: Source, file: RemoteFile, job: Job) -> Sequence[TensorShape]:
+    length = header_length(file.name, source.read(file, 0, 8, job), file.size_bytes if file.size_bytes >= 0 else 1 << 62)
+    return parse_header(file.name, source.read(file, 8, length, job)).tensors

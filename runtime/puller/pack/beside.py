@@ -1,0 +1,44 @@
+"""What lies beside the weights in a packed directory: configuration and tokenizer files, copied or converted. Knows transformers' file names."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import LoadFailed
+
+_COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def copy_beside(model_dir: Path, out_dir: Path) -> None:
+    """config.json without its quantisation, and the rest as it is."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    write_config(config, out_dir)
+    for name in _COPIED:
+        if (model_dir / name).is_file():
+            shutil.copyfile(model_dir / name, out_dir / name)
+    templates = model_dir / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, out_dir / templates.name, dirs_exist_ok=True)
+
+
+def write_config(config: "dict[str, Any]", out_dir: Path) -> None:
+    for name in ("quantization_config", "_name_or_path", "auto_map"):
+        config.pop(name, None)
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+
+
+def convert_tokenizer(model_dir: Path, out_dir: Path, *, gguf_file: str | None = None) -> None:
+    """Make a tokenizer.json of a slow tokenizer's files or of what a GGUF file carries. Raises LoadFailed with transformers' own words."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), gguf_file=gguf_file, local_files_only=True, trust_remote_code=False)
+        tokenizer.save_pretrained(str(out_dir))
+    except Exception as error:      # whatever a converter raises means the same: this tokenizer can't be used
+        raise LoadFailed(f"the tokenizer can't be converted to tokenizer.json: {type(error).__name__}: {error}") from error
+    if not (out_dir / "tokenizer.json").is_file():
+        raise LoadFailed(f"the tokenizer can't be converted to tokenizer.json: {type(tokenizer).__name__} has no fast form")

@@ -1,0 +1,92 @@
+"""bitsandbytes' quantisation of one matrix, in our layout; and bitsandbytes' serialised matrices, in our layout without quantising again.
+
+Knows numbers; nothing of models or files. Layout: runtime.types.Checkpoint.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from runtime.errors import LoadFailed
+from runtime.types import Quantization
+
+BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """`scale_name` is absmax (4 bit) or scale (int8)."""
+
+    weight: Tensor
+    scale_name: str
+    scale: Tensor
+
+
+def packed_shapes(shape: tuple[int, ...], quantization: Quantization) -> tuple[tuple[int, ...], str, tuple[int, ...]] | None:
+    """Shape of the codes, name and shape of the scales; None where a matrix stays as it is (4-bit blocks must not cross rows)."""
+    rows, columns = shape
+    if quantization is Quantization.INT8:
+        return (rows, columns), "scale", (rows,)
+    if columns % BLOCK:
+        return None
+    return (rows, columns // 2), "absmax", (rows, columns // BLOCK)
+
+
+def quantize(weight: Tensor, quantization: Quantization, *, double_quant: bool) -> Matrix:
+    """`weight` [N, K] in the model's dtype, on the device that shall do it. What bitsandbytes' linear layers would hold."""
+    rows, columns = weight.shape
+    if quantization is Quantization.INT8:
+        codes, absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous(), threshold=0.0)
+        return Matrix(codes.view(rows, columns), "scale", absmax.float().view(rows) / 127.0)
+    codes, state = bnb.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type=quantization.value
+    )
+    return Matrix(codes.view(rows, columns // 2), "absmax", _absmax(state).view(rows, columns // BLOCK))
+
+
+def _absmax(state: "bnb.QuantState") -> Tensor:
+    absmax: Tensor = state.absmax
+    if state.nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+    return absmax.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored4Bit:
+    """One serialised 4-bit matrix: `parts` by what follows the weight's name (absmax, quant_map, quant_state…, nested_…)."""
+
+    weight: Tensor
+    parts: Mapping[str, Tensor]
+
+
+def stored_shape(state: Tensor) -> tuple[int, ...]:
+    """The matrix's shape, from its `quant_state.bitsandbytes__…` tensor."""
+    return tuple(int(size) for size in _state_fields(state)["shape"])
+
+
+def unpack_4bit(stored: Stored4Bit, name: str) -> Matrix | Tensor:
+    """Serialised → ours, bit for bit; a matrix whose rows our blocks don't fit comes back dequantised."""
+    keys = [key for key in stored.parts if key.startswith("quant_state.")]
+    if not keys:
+        raise LoadFailed(f"tensor {name} is quantised and has no quant_state")
+    state = bnb.QuantState.from_dict(dict(stored.parts), device=torch.device("cpu"))
+    if state.blocksize != BLOCK:
+        raise LoadFailed(f"tensor {name} is quantised in blocks of {state.blocksize}; only {BLOCK} is supported")
+    rows, columns = (int(size) for size in state.shape)
+    if columns % BLOCK:
+        plain: Tensor = bnb.dequantize_4bit(stored.weight, state)
+        return plain
+    return Matrix(stored.weight.reshape(rows, columns // 2), "absmax", _absmax(state).view(rows, columns // BLOCK))
+
+
+def unpack_int8(codes: Tensor, absmax: Tensor) -> Matrix:
+    return Matrix(codes, "scale", absmax.float().reshape(-1) / 127.0)
+
+
+def _state_fields(state: Tensor) -> "dict[str, list[int]]":
+    fields: dict[str, list[int]] = json.loads(bytes(state.tolist()))
+    return fields

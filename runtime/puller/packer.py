@@ -1,0 +1,76 @@
+"""Runs the packer process and hears how far it is. Knows processes and the packer's words; no torch."""
+
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from typing import IO
+
+import msgspec
+
+from runtime.errors import LoadFailed, from_code
+from runtime.lifecycle import Phase
+from runtime.puller.job import Job
+from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackProgress, PackRequest
+
+_STDERR_LINES = 20
+_POLL_S = 0.1
+
+
+def run_packer(request: PackRequest, job: Job) -> None:
+    """Blocks until the packed directory is filled. Raises what the packer says, LoadFailed if it dies, OSError (ENOSPC) on a full disk."""
+    command = [sys.executable, "-m", "runtime.puller.pack"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    last: list[PackEvent] = []
+    errors: list[bytes] = []
+    readers = [
+        threading.Thread(target=_hear, args=(process.stdout, job, last), daemon=True),
+        threading.Thread(target=_keep_tail, args=(process.stderr, errors), daemon=True),
+    ]
+    try:
+        with suppress(BrokenPipeError):
+            process.stdin.write(msgspec.json.encode(request))
+            process.stdin.close()
+        for reader in readers:
+            reader.start()
+        while process.poll() is None:
+            job.wait(_POLL_S)
+        for reader in readers:
+            reader.join()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for reader in readers:
+            if reader.is_alive():
+                reader.join(5.0)
+        process.stdout.close()
+        process.stderr.close()
+    match last[-1] if last else None:
+        case PackDone():
+            return
+        case PackFailed(code=code, message=message, errno=number):
+            if number:
+                raise OSError(number, message)
+            raise from_code(code, message)
+    tail = b"".join(errors[-3:]).decode(errors="replace").strip()
+    raise LoadFailed(f"the packer ended without a word (exit status {process.returncode}; killed for its memory?): {tail}")
+
+
+def _hear(stream: IO[bytes], job: Job, last: list[PackEvent]) -> None:
+    decoder = msgspec.json.Decoder(PackEvent)
+    for line in stream:
+        with suppress(msgspec.DecodeError):
+            event = decoder.decode(line)
+            last[:] = [event]
+            if isinstance(event, PackProgress):
+                job.say(Phase.PACKING, event.done_bytes, event.total_bytes, event.text)
+
+
+def _keep_tail(stream: IO[bytes], lines: list[bytes]) -> None:
+    for line in stream:
+        lines.append(line)
+        del lines[:-_STDERR_LINES]

@@ -1,0 +1,72 @@
+"""Models behind a plain web server: one .gguf file, or a directory whose files have the usual names (a web server lists none)."""
+
+import json
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.errors import LoadFailed
+from runtime.puller.fetch import HttpClient
+from runtime.puller.job import Job
+from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name
+
+_INDEX = "model.safetensors.index.json"
+_BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+)
+
+
+class WebSource:
+    def __init__(self, url: str, client: HttpClient) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self._url = url
+        self._origin = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        self._client = client
+
+    def listing(self, job: Job) -> Listing:
+        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(self._url).path)).name
+        if name.endswith(".gguf"):
+            file = self._client.look(name, self._url)
+            if file is None:
+                raise LoadFailed(f"{self._origin}: the server has no such file")
+            return Listing(self._origin, [file])
+        config = self._look("config.json")
+        if config is None:
+            raise LoadFailed(f"{self._origin} has no config.json, and is no .gguf file")
+        files = [config, *self._weights()]
+        for beside in _BESIDE:
+            job.check()
+            if (file := self._look(beside)) is not None:
+                files.append(file)
+        return Listing(self._origin, files)
+
+    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+        self._client.fetch(file, target, job, arrived)
+
+    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+        return self._client.read(file.location, start, count)
+
+    def _weights(self) -> Sequence[RemoteFile]:
+        index = self._look(_INDEX)
+        if index is None:
+            single = self._look("model.safetensors")
+            if single is None:
+                raise LoadFailed(f"{self._origin} has neither model.safetensors nor {_INDEX}")
+            return [single]
+        try:
+            names = sorted(set(json.loads(self._client.read(index.location, 0, max(index.size_bytes, 1 << 26)))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise LoadFailed(f"{self._origin}/{_INDEX} can't be read: {error}") from error
+        files = [index]
+        for name in names:
+            file = self._look(checked_name(name, self._origin))
+            if file is None:
+                raise LoadFailed(f"{self._origin} has no {name}, which {_INDEX} names")
+            files.append(file)
+        return files
+
+    def _look(self, name: str) -> RemoteFile | None:
+        parts = urllib.parse.urlsplit(self._url)
+        path = f"{parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
+        return self._client.look(name, urllib.parse.urlunsplit(parts._replace(path=path)))
