@@ -1,0 +1,59 @@
+"""The cost model finds the line that steps lie on, follows it when it moves, and keeps steps within their quantum."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.engine.cost import CostModel
+
+
+def learn(model: CostModel, a: float, b: float, c: float, steps: int, seed: int = 0) -> None:
+    rng = random.Random(seed)
+    for _ in range(steps):
+        tokens, kv = rng.choice((1, 8, 64, 300, 2000)), rng.randrange(200_000)
+        model.observe(tokens, kv, (a + b * tokens + c * kv) * rng.uniform(0.98, 1.02))
+
+
+@given(st.floats(100, 10_000), st.floats(1, 50), st.floats(0, 0.05), st.integers(0, 5))
+def test_it_learns_any_line(a: float, b: float, c: float, seed: int) -> None:
+    model = CostModel()
+    learn(model, a, b, c, 150, seed)
+    for tokens, kv in ((1, 0), (256, 100_000), (2000, 50_000)):
+        truth = a + b * tokens + c * kv
+        assert abs(model.predict_us(tokens, kv) - truth) < 0.1 * truth + 50
+
+
+def test_it_follows_a_change() -> None:
+    model = CostModel()
+    learn(model, 5000, 20, 0.01, 200)
+    learn(model, 1000, 5, 0.01, 300)
+    assert abs(model.predict_us(256, 0) - 2280) < 300
+
+
+def test_one_outlier_teaches_little() -> None:
+    model = CostModel()
+    learn(model, 1000, 10, 0.0, 100)
+    model.observe(64, 0, 5e6)
+    assert model.predict_us(64, 0) < 2 * 1640
+
+
+@given(st.floats(100, 5000), st.floats(1, 50), st.integers(0, 300))
+def test_steps_fit_their_quantum(a: float, b: float, decoding: int) -> None:
+    model = CostModel()
+    learn(model, a, b, 0.002, 150)
+    least = decoding + 64
+    tokens = model.tokens_within(20_000, 1000, least)
+    assert tokens >= least
+    if tokens > least:
+        assert a + b * tokens <= 20_000 * 1.15
+
+
+def test_a_thousand_equal_steps_leave_it_sane() -> None:
+    model = CostModel()
+    for _ in range(5000):
+        model.observe(256, 70_000, 6000)
+    assert abs(model.predict_us(256, 70_000) - 6000) < 60
+    assert 1 <= model.tokens_within(20_000, 70_000, 1) < 1_000_000
+    learn(model, 1000, 10, 0.01, 200)
+    assert abs(model.predict_us(300, 0) - 4000) < 600

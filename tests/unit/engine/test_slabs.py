@@ -1,0 +1,37 @@
+"""free + lent = total, whatever is asked of the pool."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.engine.memory.slabs import SlabPool
+
+
+@given(st.integers(0, 20), st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 8), st.booleans()), max_size=60))
+def test_accounts_always_balance(total: int, asks: list[tuple[str, int, bool]]) -> None:
+    pool = SlabPool(total)
+    held: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    for owner, count, borrow in asks:
+        if borrow:
+            lent = pool.lend(owner, count)
+            assert (lent is None) == (count > total - sum(map(len, held.values())))
+            held[owner] += lent or []
+        else:
+            back, held[owner] = held[owner][:count], held[owner][count:]
+            pool.give_back(owner, back)
+        pool.check()
+        everything = [slab for slabs in held.values() for slab in slabs]
+        assert len(set(everything)) == len(everything)
+        assert pool.free == total - len(everything)
+        assert all(pool.lent(name) == len(slabs) for name, slabs in held.items())
+
+
+def test_a_slab_goes_back_only_from_who_has_it() -> None:
+    pool = SlabPool(2)
+    slabs = pool.lend("a", 1)
+    assert slabs is not None
+    with pytest.raises(ValueError, match="lent to 'a', not to 'b'"):
+        pool.give_back("b", slabs)
+    pool.give_back("a", slabs)
+    with pytest.raises(ValueError, match="None"):
+        pool.give_back("a", slabs)
