@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
-from msgspec.structs import fields
 
 from runtime.api.openai_types import ChatBody, Shared
 from runtime.errors import InvalidRequest, NotSupported
@@ -48,7 +47,7 @@ def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
         raise InvalidRequest(f"{found['path']}: {found['what']}", param=found["path"]) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
-    known = {field.encode_name for field in fields(kind)}
+    known = kind.__struct_encode_fields__
     return Parsed(body, tuple(name for name in names if name not in known))
 
 

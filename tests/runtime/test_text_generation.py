@@ -1,0 +1,200 @@
+"""Sequences and the generator: what comes out doesn't depend on how the engine's rows are cut; leaving, limits and failures free rows."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import EngineFault, InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from runtime.generation.generator import Generator
+from runtime.generation.limits import check_output, draw_seed, engine_seed, room_for_output
+from runtime.generation.merge import merge
+from runtime.generation.request import Completed, SequenceRequest, put_together
+from runtime.generation.sequence import RunningSequence, split_tokens
+from runtime.messages import RowTokens
+from runtime.metrics import RuntimeMetrics
+from runtime.served import ServedModel
+from runtime.types import FinishReason, LogprobParams, ModelSettings, SamplingParams, StopParams
+from tests.support import tokenizers as tiny
+from tests.support.scripted_engine import ScriptedEngine, entry, served, until
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return served(tiny.byte_level(tmp_path_factory.mktemp("m")), "m1")
+
+
+def request_of(*, max_tokens: int = 100, index: int = 0, **fields: object) -> SequenceRequest:
+    return SequenceRequest(prompt=(5, 6), sampling=GREEDY, stop=StopParams(max_tokens), index=index, **fields)  # type: ignore[arg-type]
+
+
+def play(model: ServedModel, request: SequenceRequest, rows: list[RowTokens]) -> Completed:
+    sequence = RunningSequence(request, model.text.detokenizer(request.prompt))
+    deltas = []
+    for row in rows:
+        deltas.append(sequence.push(row))
+        if deltas[-1].finish is not None:
+            break
+    assert [delta.num_generated for delta in deltas] == [sum(len(d.tokens) for d in deltas[: i + 1]) for i in range(len(deltas))]
+    return put_together(deltas)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_the_cut_of_rows_changes_nothing(model: ServedModel, data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(1, model.text.vocab_size - 1), min_size=1, max_size=25))
+    ended_by_eos = data.draw(st.booleans())
+    details = data.draw(st.sampled_from([None, 0, 2]))
+    text = model.text.decode(tokens)
+    pieces = [text[at : at + size] for at in range(len(text)) for size in (1, 2, 3)] or ["x"]
+    stops = tuple(data.draw(st.lists(st.sampled_from(pieces), max_size=2)))
+    request = request_of(
+        stop_strings=stops, include_stop=data.draw(st.booleans()), stops_by_list=True, logprobs=LogprobParams(generated=details)
+    )
+    if ended_by_eos:
+        tokens = [*tokens, 0]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(tokens)), max_size=6)) | {len(tokens)})
+    rows: list[RowTokens] = []
+    for start, end in zip([0, *cuts], cuts, strict=False):
+        last = end == len(tokens)
+        part = tuple(tokens[start:end])
+        rows.append(
+            RowTokens(
+                1,
+                part,
+                (FinishReason.EOS if ended_by_eos else FinishReason.LENGTH) if last else None,
+                0 if last and ended_by_eos else None,
+                logprobs=None if details is None else tuple(entry(token, details) for token in part),
+                cached_tokens=1 if start == 0 else None,
+            )
+        )
+    whole = play(model, request, rows)
+    single = play(model, request, [part for row in rows for part in split_tokens(row)])
+    assert whole == single
+    assert text.startswith(whole.text)
+    if whole.finish is not FinishReason.STOP_STRING:
+        assert whole.text == text
+        assert list(whole.tokens) == tokens
+    if details is not None:
+        assert len(whole.logprobs) == len(whole.offsets) == len(whole.tokens)
+
+
+def test_a_stop_token_shows_only_if_asked(model: ServedModel) -> None:
+    row = RowTokens(1, (5, 9), FinishReason.STOP_TOKEN, 9)
+    assert play(model, request_of(), [row]).text == model.text.decode([5])
+    assert play(model, request_of(show_stop_token=True), [row]).text == model.text.decode([5, 9])
+    bare = RowTokens(1, (5,), FinishReason.STOP_TOKEN, 9)   # an engine that leaves the stop token out
+    assert play(model, request_of(), [bare]).text == model.text.decode([5])
+
+
+def test_a_stop_string_wins_over_the_length_it_ends_at(model: ServedModel) -> None:
+    tokens = tuple(model.text.encode("the dog"))
+    row = RowTokens(1, tokens, FinishReason.LENGTH)
+    assert play(model, request_of(stop_strings=("dog",), max_tokens=len(tokens)), [row]).finish is FinishReason.STOP_STRING
+    length_first = request_of(stop_strings=("dog",), max_tokens=len(tokens), length_before_stop=True)
+    assert play(model, length_first, [row]).finish is FinishReason.LENGTH
+    assert play(model, length_first, [row]).text == "the dog"
+
+
+async def test_tokens_whose_text_is_held_back_are_counted(model: ServedModel) -> None:
+    tokens = model.text.encode("a STOP STO")
+    generator = Generator(ScriptedEngine(lambda asked: [*tokens, 0]), RuntimeMetrics())
+    [result] = await generator.complete(model, [request_of(stop_strings=("STOP STOP",))])
+    assert (result.text, list(result.tokens)) == ("a STOP STO", [*tokens, 0])
+
+
+async def test_sequences_go_on_at_once_and_come_back_in_order(model: ServedModel) -> None:
+    engine = ScriptedEngine(lambda asked: [asked.stop.max_tokens] * asked.stop.max_tokens, eos=-1, step_s=0.001)
+    requests = [request_of(index=index, max_tokens=5 + index) for index in range(5)]
+    results = await Generator(engine, RuntimeMetrics()).complete(model, requests)
+    assert [len(result.tokens) for result in results] == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_leaving_frees_all_rows(model: ServedModel, count: int) -> None:
+    engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
+    generator = Generator(engine, RuntimeMetrics())
+    deltas = generator.stream(model, [request_of(index=index, max_tokens=1000) for index in range(count)])
+    await anext(deltas)
+    await deltas.aclose()  # type: ignore[attr-defined]
+    await until(lambda: len(engine.asked) == count and all(asked.closed for asked in engine.asked))
+
+
+async def test_one_failure_frees_the_others(model: ServedModel) -> None:
+    engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
+    real = engine.generate
+
+    def generate(model_id: str, prompt: object, *rest: object, **more: object) -> object:
+        if len(engine.asked) == 2:
+            engine.raises = ModelNotFound("gone")
+        return real(model_id, prompt, *rest, **more)  # type: ignore[arg-type]
+
+    engine.generate = generate  # type: ignore[method-assign, assignment]
+    with pytest.raises(ModelNotFound):
+        await Generator(engine, RuntimeMetrics()).complete(model, [request_of(index=index, max_tokens=1000) for index in range(4)])
+    assert all(asked.closed or asked.sent == 0 for asked in engine.asked)
+
+
+@pytest.mark.parametrize(("code", "kind"), [("UNAVAILABLE", Unavailable), ("INTERNAL", EngineFault), ("RESOURCE_EXHAUSTED", Overloaded)])
+async def test_engine_failures_have_their_kind(model: ServedModel, code: str, kind: type[Exception]) -> None:
+    engine = ScriptedEngine(lambda asked: [5] * 10, fail_after=2, fail_with=(code, "why"))
+    with pytest.raises(kind, match="why"):
+        await Generator(engine, RuntimeMetrics()).complete(model, [request_of()])
+
+
+async def test_concurrency_limit_counts_waiting_and_running(model: ServedModel, tmp_path: Path) -> None:
+    limited = served(tiny.byte_level(tmp_path), "m2", settings=ModelSettings(max_concurrency=2))
+    engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
+    generator = Generator(engine, RuntimeMetrics())
+    running = asyncio.create_task(generator.complete(limited, [request_of(index=index, max_tokens=1000) for index in range(2)]))
+    await until(lambda: len(engine.asked) == 2)
+    with pytest.raises(Overloaded, match="its limit is 2") as caught:
+        await generator.complete(limited, [request_of()])
+    assert caught.value.retry_after_s is not None
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    engine.script = lambda asked: [5]
+    assert len(await generator.complete(limited, [request_of(), request_of(index=1)])) == 2
+
+
+async def test_merge_raises_the_first_failure_and_closes_the_rest() -> None:
+    closed: list[int] = []
+
+    async def endless(number: int):  # type: ignore[no-untyped-def]
+        try:
+            while True:
+                await asyncio.sleep(0)
+                yield number
+        finally:
+            closed.append(number)
+
+    async def failing():  # type: ignore[no-untyped-def]
+        yield 9
+        raise ValueError("broke")
+
+    async def drain() -> None:
+        async for _ in merge([endless(1), failing(), endless(2)]):
+            pass
+
+    with pytest.raises(ValueError, match="broke"):
+        await drain()
+    assert sorted(closed) == [1, 2]
+
+
+def test_limits_name_model_limit_and_value(model: ServedModel) -> None:
+    assert room_for_output(model, 199) == 1
+    for call in (lambda: room_for_output(model, 200), lambda: check_output(model, 150, 51), lambda: room_for_output(model, 0)):
+        with pytest.raises(InvalidRequest, match="model m1"):
+            call()
+    check_output(model, 150, 50)
+
+
+def test_seeds() -> None:
+    assert 0 <= draw_seed() < 2**32
+    assert engine_seed(7, 2) == 9
+    assert 0 <= engine_seed(2**64 - 1, 3) < 2**63
+    assert 0 <= engine_seed(-5) < 2**63

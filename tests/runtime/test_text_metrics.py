@@ -1,0 +1,63 @@
+"""Metrics: vLLM's names with values that add up, counters over an engine's restart, series that go with their model."""
+
+from runtime.messages import EngineStats, ModelStats, RowTokens
+from runtime.metrics import RuntimeMetrics
+from runtime.types import FinishReason, Tier
+
+
+def stats(*models: ModelStats) -> EngineStats:
+    return EngineStats(1000, 400, 2000, 500, 7, models)
+
+
+def model_stats(model_id: str = "id1", **fields: float) -> ModelStats:
+    values = {
+        "weight_bytes": 100, "device_bytes": 300, "kv_bytes": 200, "kv_used_tokens": 30, "kv_cached_tokens": 10, "running": 3, "waiting": 4,
+        "swap_in_s": 0.0, **fields,
+    }  # fmt: skip
+    return ModelStats(model_id=model_id, tier=Tier.DEVICE, **values)  # type: ignore[arg-type]
+
+
+def test_gauges_come_from_the_engines_report() -> None:
+    metrics = RuntimeMetrics()
+    metrics.update(stats(model_stats(), model_stats("unknown")), {"id1": "shown"})
+    text = metrics.render().decode()
+    assert 'vllm:num_requests_running{model_name="shown"} 3.0' in text
+    assert 'vllm:num_requests_waiting{model_name="shown"} 4.0' in text
+    assert 'vllm:kv_cache_usage_perc{model_name="shown"} 0.1875' in text   # 150 of the 200 it has and the 600 that are free
+    assert 'repertory_model_tier{model_name="shown"} 3.0' in text
+    assert "repertory_device_used_bytes 400.0" in text
+    assert "unknown" not in text
+
+
+def test_counters_add_up_over_a_restart_of_the_engine() -> None:
+    metrics = RuntimeMetrics()
+    for steps, preemptions in ((10, 2.0), (20, 5.0), (3, 1.0), (4, 1.0)):
+        metrics.update(stats(model_stats(steps_total=steps, preemptions_total=preemptions)), {"id1": "m"})
+    assert 'vllm:num_preemptions_total{model_name="m"} 6.0' in metrics.render().decode()
+
+
+def test_a_sequence_is_observed_from_start_to_end() -> None:
+    metrics = RuntimeMetrics()
+    observer = metrics.of("m").start(7)
+    row = RowTokens(1, (5,), queue_s=0.25)
+    now_s = 1e9
+    observer.tokens(1, now_s, row)
+    observer.tokens(2, now_s + 0.2, RowTokens(1, (5, 6)))
+    observer.end(FinishReason.EOS)
+    metrics.of("m").start(1).end(None)
+    text = metrics.render().decode()
+    assert 'vllm:prompt_tokens_total{model_name="m"} 8.0' in text
+    assert 'vllm:generation_tokens_total{model_name="m"} 3.0' in text
+    assert 'vllm:request_queue_time_seconds_sum{model_name="m"} 0.25' in text
+    assert 'vllm:inter_token_latency_seconds_count{model_name="m"} 1.0' in text
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="m"} 1.0' in text
+    assert 'vllm:request_success_total{finished_reason="abort",model_name="m"} 1.0' in text
+
+
+def test_an_unloaded_models_series_go() -> None:
+    metrics = RuntimeMetrics()
+    metrics.of("a").start(1).end(FinishReason.EOS)
+    metrics.update(stats(model_stats()), {"id1": "b"})
+    text = metrics.render().decode()
+    assert 'model_name="a"' not in text
+    assert 'model_name="b"' in text
