@@ -225,8 +225,8 @@ def _mixed_kernel(
 
 def num_key_splits(num_rows: int, num_kv_heads: int, max_context_len: int, num_processors: int, split_tokens: int = 128) -> int:
     """How many programs share one row's keys: enough to give each multiprocessor four programs, no more than one per `split_tokens`."""
-    wanted = triton.cdiv(4 * num_processors, max(num_rows * num_kv_heads, 1))
-    return max(1, min(wanted, triton.cdiv(max_context_len, split_tokens), 64))
+    wanted = -(-4 * num_processors // max(num_rows * num_kv_heads, 1))
+    return max(1, min(wanted, -(-max_context_len // split_tokens), 64))
 
 
 def decode_tiling(wide: bool, block_d: int, num_rows: int) -> tuple[int, int, int, int]:

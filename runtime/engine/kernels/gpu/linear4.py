@@ -117,10 +117,16 @@ def _linear4_kernel(
     s_ptrs = absmax_ptr + safe_n.to(tl.int64) * (num_groups * 2) + group * 2
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + group * 128 + words_k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    next_s0 = tl.load(s_ptrs)
+    next_s1 = tl.load(s_ptrs + 1)
     for g in range(group, last_group):
         words = tl.load(w_ptrs)
-        s0 = tl.load(s_ptrs)[:, None]
-        s1 = tl.load(s_ptrs + 1)[:, None]
+        s0 = next_s0[:, None]
+        s1 = next_s1[:, None]
+        # The compiler pipelines what a product reads; scales it does not, so they are fetched a turn ahead here.
+        s_ptrs += 2
+        next_s0 = tl.load(s_ptrs, mask=g + 1 < last_group, other=0.0)
+        next_s1 = tl.load(s_ptrs + 1, mask=g + 1 < last_group, other=0.0)
         k = g * 128
         x0 = _load_x(x_ptrs, mask_m, k, K, 0, PADDED)
         x1 = _load_x(x_ptrs, mask_m, k, K, 1, PADDED)
@@ -154,7 +160,6 @@ def _linear4_kernel(
             acc = dot_add(c6 * s1, x6, acc, PRECISION)
             acc = dot_add(c7 * s1, x7, acc, PRECISION)
         w_ptrs += 16
-        s_ptrs += 2
         x_ptrs += 128
     mask = mask_n[:, None] & mask_m[None, :]
     place = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
