@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from runtime.engine.kernels.attention import paged_attention_torch
+from runtime.engine.kernels.rope import rope_and_cache_torch
 from runtime.engine.model import host_plan
-from runtime.engine.model.attention import attend, write_kv
-from runtime.engine.model.step import AttentionSpec, KvPlanes, StepContext
+from runtime.engine.model.attention import attend, rope_write, write_kv
+from runtime.engine.model.step import AttentionSpec, KvPlanes, RopeSpec, StepContext
 
 BLOCK = 16
 
@@ -79,3 +80,29 @@ def test_fp8_planes_hold_what_fits_in_them() -> None:
     wide = [KvPlanes(p.k.float(), p.v.float(), p.page_unit) for p in step.planes]
     reference = StepContext(wide, *(getattr(step, name) for name in StepContext.__slots__[1:9]))
     torch.testing.assert_close(attend(step, spec, q), attend(reference, spec, q), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeSpec(20), RopeSpec(8), RopeSpec(12, interleaved=True), RopeSpec(20, norm_eps=1e-5), RopeSpec(20, norm_eps=1e-5, norm_plus_one=True),
+    ],
+)  # fmt: skip
+def test_rope_and_write_equal_the_twin(rope: RopeSpec, dtype: torch.dtype) -> None:
+    step, num_tokens = a_step(1, 2, 20, dtype, contiguous=False)
+    spec = AttentionSpec(0, 6, 2, 20, 0.3)
+    planes = step.planes[0]
+    qkv = torch.randn(num_tokens, 10 * 20).to(dtype)
+    angles = torch.randn(num_tokens, rope.rotary_dim // 2)
+    norms = torch.rand(2, 20).to(dtype) + 0.5 if rope.norm_eps else (None, None)
+    expected = torch.empty(num_tokens, 6, 20, dtype=dtype)
+    k, v = planes.k.clone(), planes.v.clone()
+    rope_and_cache_torch(
+        expected, qkv, angles.cos(), angles.sin(), step.slots, k, v, 6, 2, 20, rope.rotary_dim, rope.interleaved, norms[0], norms[1], rope.norm_eps,
+        rope.norm_plus_one, None, None,
+    )  # fmt: skip
+    q = rope_write(step, spec, rope, qkv, angles.cos(), angles.sin(), norms[0], norms[1])
+    torch.testing.assert_close(q, expected)
+    torch.testing.assert_close(planes.k, k)
+    assert torch.equal(planes.v, v)

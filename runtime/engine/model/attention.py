@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from runtime.engine.kernels.attention import paged_attention
 from runtime.engine.kernels.rope import rope_and_cache
 from runtime.engine.kernels.rope import write_kv as write_kv_kernel
-from runtime.engine.model.host_attention import attend_on_host, write_on_host
+from runtime.engine.model.host_attention import attend_on_host, rope_write_on_host, write_on_host
 from runtime.engine.model.host_plan import HostPlan
 from runtime.engine.model.step import AttentionSpec, RopeSpec, StepContext
 
@@ -74,8 +74,10 @@ def rope_write(
     step: StepContext, spec: AttentionSpec, rope: RopeSpec, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Split `qkv` [T, (Hq + 2·Hkv)·D], normalise and rotate the heads, write K and V; returns q [T, Hq, D]. `cos`, `sin`: [T, rotary_dim]."""
+    """Split `qkv` [T, (Hq + 2·Hkv)·D], normalise and rotate the heads, write K and V; returns q [T, Hq, D]. `cos`, `sin`: [T, rotary_dim / 2 or more]."""
     planes = step.planes[spec.layer]
+    if not qkv.is_cuda:
+        return rope_write_on_host(qkv, cos, sin, step.slots, planes, spec, rope, q_norm, k_norm)
     q = torch.empty((qkv.shape[0], spec.num_q_heads, spec.head_dim), dtype=qkv.dtype, device=qkv.device)
     rope_and_cache(
         q, qkv, cos, sin, step.slots, planes.k, planes.v, num_q_heads=spec.num_q_heads, num_kv_heads=spec.num_kv_heads,

@@ -6,8 +6,9 @@ Knows one layer's planes and a HostPlan's tiles; nothing of models. kernels.atte
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from runtime.engine.kernels.norm import rms_norm
 from runtime.engine.model.host_plan import HostPlan, Tile
-from runtime.engine.model.step import AttentionSpec, KvPlanes
+from runtime.engine.model.step import AttentionSpec, KvPlanes, RopeSpec
 
 
 def write_on_host(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, planes: KvPlanes) -> None:
@@ -20,6 +21,35 @@ def write_on_host(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, planes:
         if plane.element_size() == 1:                                      # FP8 has no index_copy
             rows, values = rows.view(torch.uint8), values.view(torch.uint8)
         rows.index_copy_(0, slots, values)
+
+
+def rope_write_on_host(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, planes: KvPlanes, spec: AttentionSpec, rope: RopeSpec,
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None,
+) -> torch.Tensor:
+    """kernels.rope's rope_and_cache with few passes over memory: queries and keys turn together. Returns q [T, Hq, D], a view."""
+    heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
+    num_turning = spec.num_q_heads + spec.num_kv_heads
+    turning = heads[:, :num_turning]
+    if q_norm is not None and k_norm is not None:
+        q, k = turning.split((spec.num_q_heads, spec.num_kv_heads), 1)
+        turning = torch.cat(
+            (rms_norm(q, q_norm, rope.norm_eps, rope.norm_plus_one), rms_norm(k, k_norm, rope.norm_eps, rope.norm_plus_one)), 1
+        )
+    half = rope.rotary_dim // 2
+    c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
+    wide = turning.float()
+    turned = torch.empty(wide.shape, dtype=torch.float32)
+    first = slice(0, rope.rotary_dim, 2) if rope.interleaved else slice(0, half)
+    second = slice(1, rope.rotary_dim, 2) if rope.interleaved else slice(half, rope.rotary_dim)
+    a, b = wide[..., first], wide[..., second]
+    torch.mul(a, c, out=turned[..., first]).addcmul_(b, s, value=-1)
+    torch.mul(b, c, out=turned[..., second]).addcmul_(a, s)
+    if rope.rotary_dim < spec.head_dim:
+        turned[..., rope.rotary_dim :] = wide[..., rope.rotary_dim :]
+    turned = turned.to(qkv.dtype)
+    write_on_host(turned[:, spec.num_q_heads :], heads[:, num_turning:], slots, planes)
+    return turned[:, : spec.num_q_heads]
 
 
 def attend_on_host(
