@@ -23,9 +23,9 @@ from runtime.engine.model.geometry import AttentionGeometry, attention_geometry,
 from runtime.engine.model.layout import Join, Placed, TensorSpec, WeightLayout, lay_out
 from runtime.engine.model.load import WeightFiller
 from runtime.engine.model.names import resolve
-from runtime.engine.model.packed import packed_specs, resolve_packed
+from runtime.engine.model.packed import PackedTensors
 from runtime.engine.model.rope import fix_frequencies, rotary_tables
-from runtime.engine.model.safetensors_index import StoredTensor, read_index
+from runtime.engine.model.safetensors_index import StoredTensor, read_index, read_metadata
 from runtime.engine.model.skeleton import bind, build_skeleton, stored_specs, tied_names, untie
 from runtime.engine.model.step import BuiltModel, CausalForward
 from runtime.engine.model.unfused import UnfusedForward
@@ -71,7 +71,6 @@ def draw(
 
 
 def _draw(card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: int, min_group_bytes: int) -> Blueprint:
-    packed = checkpoint.packed_file is not None
     files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
     if not files:
         raise LoadFailed(f"there are no weight files in {checkpoint.model_dir}")
@@ -88,9 +87,9 @@ def _draw(card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: 
     aliases = tied_names(skeleton)
     specs = stored_specs(skeleton, card.dtype, card.num_layers)
     num_parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
-    if packed:
-        specs = packed_specs(specs, index)
-        resolution = resolve_packed(specs, index, aliases)
+    if checkpoint.packed_file is not None:
+        stored = PackedTensors(specs, index, read_metadata(checkpoint.packed_file))
+        specs, resolution = stored.specs, stored.resolve(aliases)
     else:
         resolution = resolve(skeleton, specs, index, aliases)
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,14 @@ def read_index(paths: Sequence[str]) -> dict[str, StoredTensor]:
     return found
 
 
-def _read_header(path: str) -> list[StoredTensor]:
+def read_metadata(path: str) -> dict[str, str]:
+    """The file's own words about itself."""
+    metadata = _header(path)[0].get("__metadata__") or {}
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def _header(path: str) -> tuple[dict[str, Any], int, int]:
+    """(entries, bytes before the data, bytes of the file)."""
     try:
         file_bytes = Path(path).stat().st_size
         with Path(path).open("rb") as file:
@@ -62,7 +70,13 @@ def _read_header(path: str) -> list[StoredTensor]:
         raise LoadFailed(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise LoadFailed(f"{path} is no safetensors file: its header isn't JSON") from error
+    if not isinstance(header, dict):
+        raise LoadFailed(f"{path} is no safetensors file: its header is no object")
+    return header, 8 + header_bytes, file_bytes
 
+
+def _read_header(path: str) -> list[StoredTensor]:
+    header, data_start, file_bytes = _header(path)
     tensors = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -75,7 +89,7 @@ def _read_header(path: str) -> list[StoredTensor]:
             raise LoadFailed(f"{path}: tensor {name} has a damaged header entry") from error
         if code not in _DTYPES:
             raise LoadFailed(f"{path}: tensor {name} is of type {code}, which is not supported")
-        tensor = StoredTensor(name, path, 8 + header_bytes + start, shape, _DTYPES[code])
+        tensor = StoredTensor(name, path, data_start + start, shape, _DTYPES[code])
         if end - start != tensor.size_bytes:
             raise LoadFailed(f"{path}: tensor {name} needs {tensor.size_bytes} bytes and has {end - start}")
         if tensor.offset + tensor.size_bytes > file_bytes:
