@@ -1,7 +1,9 @@
 """The runtime's configuration: one typed tree, given whole to the front process and its engine part to the engine process.
 
-Knows defaults and ranges; where a value comes from (flag, environment, file) is `__main__`'s business.
+Knows defaults and ranges; where a value comes from (flag, environment, file) is runtime.configure's business.
 """
+
+from typing import Annotated
 
 import msgspec
 
@@ -9,48 +11,56 @@ GIB = 1024**3
 MIB = 1024**2
 
 
+def _about(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process is told at its start. Sizes in bytes, 0 = choose from the machine."""
 
-    device: str = "auto"                    # auto | cpu | cuda | cuda:N
-    device_budget_bytes: int = 0            # weights and KV of all models; 0 = free device memory less the reserve (CPU: half of free memory)
-    device_reserve_bytes: int = 6 * GIB     # on a GPU: context, cuBLAS, graph pools, activations, the packer
-    host_budget_bytes: int = 0              # pinned arena; 0 = half of free memory (GPU); the CPU has none
-    slab_bytes: int = 0                     # 0 = 64 MiB on a GPU, 4 MiB on a CPU
-    host_arena_path: str = ""               # shared memory that outlives the engine; "" = private
-    block_tokens: int = 16
-    max_rows: int = 512                     # running sequences, over all models
-    max_batch_tokens: int = 8192            # a step's token budget
-    quantum_us: int = 20_000                # a step's time budget when several models have work
-    max_waiting: int = 4096                 # queued sequences a model
-    kv_dtype: str = "auto"                  # auto | fp8
-    graphs: bool = True                     # CUDA graphs
-    fuse: bool = True
-    debug_checks: bool = False              # assert free + lent = total after every step
-    num_threads: int = 0                    # torch threads on a CPU; 0 = torch's choice
-    oversubscribe: str = "auto"             # none | host | disk; auto = host on a GPU, none on a CPU
+    device: Annotated[str, _about("auto | cpu | cuda | cuda:N")] = "auto"
+    device_budget_bytes: Annotated[
+        int, _about("weights and KV of all models; 0 = free device memory less the reserve (CPU: half of free memory)")
+    ] = 0
+    device_reserve_bytes: Annotated[int, _about("on a GPU: context, cuBLAS, graph pools, activations, the packer")] = 6 * GIB
+    host_budget_bytes: Annotated[int, _about("pinned arena; 0 = half of free memory (GPU); the CPU has none")] = 0
+    slab_bytes: Annotated[int, _about("0 = 64 MiB on a GPU, 4 MiB on a CPU")] = 0
+    host_arena_path: Annotated[str, _about("shared memory that outlives the engine; empty = private")] = ""
+    block_tokens: Annotated[int, _about("tokens in a KV block")] = 16
+    max_rows: Annotated[int, _about("running sequences, over all models")] = 512
+    max_batch_tokens: Annotated[int, _about("a step's token budget")] = 8192
+    quantum_us: Annotated[int, _about("a step's time budget when several models have work")] = 20_000
+    max_waiting: Annotated[int, _about("queued sequences a model")] = 4096
+    kv_dtype: Annotated[str, _about("auto | fp8")] = "auto"
+    graphs: Annotated[bool, _about("CUDA graphs")] = True
+    fuse: Annotated[bool, _about("join layers where a family's structure allows it")] = True
+    debug_checks: Annotated[bool, _about("assert free + lent = total after every step")] = False
+    num_threads: Annotated[int, _about("torch threads on a CPU; 0 = torch's choice")] = 0
+    oversubscribe: Annotated[str, _about("none | host | disk; auto = host on a GPU, none on a CPU")] = "auto"
 
 
 class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the front process is told."""
 
-    listen: tuple[str, ...] = ("unix:/tmp/repertory/runtime.sock",)   # gRPC: unix:PATH or HOST:PORT
-    http_listen: str = "unix:/tmp/repertory/runtime-http.sock"       # OpenAI and health: unix:PATH or HOST:PORT
-    cache_dir: str = ""                     # pulled and packed files; "" = $XDG_CACHE_HOME/repertory
-    cache_budget_bytes: int = 0             # 0 = 80 % of the disk's free space at start
-    model_roots: tuple[str, ...] = ()       # plain paths and file:// must lie below one of these; () = anywhere readable
-    storage_config_dir: str = ""            # ModelMesh's storage-config secret, one JSON file a key
-    pvc_dir: str = "/pvc_mounts"
-    allow_pickle: bool = False
-    allow_remote_code: bool = False
-    max_loading_concurrency: int = 2
-    load_timeout_s: float = 3600.0
-    max_new_tokens: int = 4096              # TGIS: server limit and ceiling of a default
-    default_include_stop_seqs: bool = True
-    output_special_tokens: bool = False
-    grpc_max_message_bytes: int = 16 * MIB
-    http_max_body_bytes: int = 8 * MIB
-    grace_s: float = 30.0
-    log_json: bool = False
-    log_level: str = "info"
-    engine: EngineConfig = EngineConfig()
+    listen: Annotated[tuple[str, ...], _about("gRPC addresses: unix:PATH or HOST:PORT")] = ("unix:/tmp/repertory/runtime.sock",)
+    http_listen: Annotated[str, _about("OpenAI API, health and metrics: unix:PATH or HOST:PORT")] = "unix:/tmp/repertory/runtime-http.sock"
+    cache_dir: Annotated[str, _about("pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
+    cache_budget_bytes: Annotated[int, _about("0 = 80 % of the disk's free space at start")] = 0
+    model_roots: Annotated[
+        tuple[str, ...], _about("plain paths, file:// and links must lie below one of these; none = anywhere readable")
+    ] = ()
+    storage_config_dir: Annotated[str, _about("ModelMesh's storage-config secret, one JSON file a key")] = ""
+    pvc_dir: Annotated[str, _about("where pvc:// volumes are mounted")] = "/pvc_mounts"
+    allow_pickle: Annotated[bool, _about("read .bin and .pt checkpoints (weights only)")] = False
+    allow_remote_code: Annotated[bool, _about("take checkpoints that bring code; the code itself is never run")] = False
+    max_loading_concurrency: Annotated[int, _about("loads beside each other")] = 2
+    load_timeout_s: Annotated[float, _about("one load, from pull to ready")] = 3600.0
+    max_new_tokens: Annotated[int, _about("TGIS: server limit and ceiling of a default")] = 4096
+    default_include_stop_seqs: Annotated[bool, _about("TGIS: stop sequences are part of the text")] = True
+    output_special_tokens: Annotated[bool, _about("TGIS: special tokens are part of the text")] = False
+    grpc_max_message_bytes: Annotated[int, _about("one gRPC message")] = 16 * MIB
+    http_max_body_bytes: Annotated[int, _about("one HTTP body")] = 8 * MIB
+    grace_s: Annotated[float, _about("on SIGTERM, and when a model is unloaded: running answers may take this long")] = 30.0
+    log_json: Annotated[bool, _about("logs as JSON lines")] = False
+    log_level: Annotated[str, _about("debug, info, warning or error")] = "info"
+    engine: Annotated[EngineConfig, _about("the engine process's part")] = EngineConfig()

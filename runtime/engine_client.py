@@ -23,7 +23,7 @@ from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
 from runtime.engine_process import EngineProcess, engine_command
 from runtime.engine_streams import RowStream
-from runtime.errors import Overloaded, RepertoryError, Unavailable, from_code
+from runtime.errors import RepertoryError, Unavailable, from_code
 from runtime.messages import (
     Abort,
     Add,
@@ -71,6 +71,9 @@ class EngineListener(Protocol):
 
     def engine_died(self, death: EngineDeath) -> None: ...
 
+    def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
+        """A loaded model failed on its own and is out of the engine."""
+
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
@@ -100,7 +103,6 @@ class EngineClient:
         self._hello: asyncio.Future[Hello] | None = None
         self._streams: dict[int, RowStream] = {}
         self._open: Counter[str] = Counter()
-        self._limits: dict[str, int] = {}
         self._loads: dict[str, deque[asyncio.Future[ModelFacts]]] = {}
         self._unloads: dict[str, deque[asyncio.Future[None]]] = {}
         self._ids = itertools.count(1)
@@ -160,13 +162,6 @@ class EngineClient:
     def set_policy(self, policy: SetPolicy) -> None:
         self._send(policy)
 
-    def limit(self, model_id: str, max_open: int | None) -> None:
-        """At most this many open sequences of a model; None = no limit here."""
-        if max_open is None:
-            self._limits.pop(model_id, None)
-        else:
-            self._limits[model_id] = max_open
-
     def running(self, model_id: str) -> int:
         """Open sequences of a model, queued ones included."""
         return self._open[model_id]
@@ -195,9 +190,6 @@ class EngineClient:
         priority: int = 0,
     ) -> AsyncIterator[RowTokens]:
         """See runtime.served.TokenEngine."""
-        limit = self._limits.get(model_id)
-        if limit is not None and self._open[model_id] >= limit:
-            raise Overloaded(f"model {model_id!r}: {limit} requests are running or waiting, its max_concurrency", retry_after_s=1.0)
         request_id = next(self._ids)
         stream = RowStream(model_id)
         self._send(Add(request_id, model_id, array.array("i", prompt).tobytes(), sampling, stop, logprobs, priority))
@@ -247,7 +239,9 @@ class EngineClient:
             case Loaded(facts=facts):
                 _answer(self._loads, facts.model_id, facts)
             case LoadFailed(model_id=model_id):
-                _answer(self._loads, model_id, from_code(event.code, event.message))
+                failure = from_code(event.code, event.message)
+                if not _answer(self._loads, model_id, failure) and self._listener is not None:
+                    self._listener.engine_dropped(model_id, failure)
             case Unloaded(model_id=model_id):
                 _answer(self._unloads, model_id, None)
             case Hello():
@@ -256,6 +250,11 @@ class EngineClient:
 
     def _send(self, command: Command) -> None:
         if self.state is not EngineState.READY or self._life is None or not self._life.send(command):
+            raise self._absent()
+
+    def check(self) -> None:
+        """Raises Unavailable unless an engine is up."""
+        if self.state is not EngineState.READY:
             raise self._absent()
 
     def _absent(self) -> Unavailable:
@@ -358,20 +357,21 @@ class EngineClient:
         self.changes.notify()
 
 
-def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result: T | RepertoryError) -> None:
+def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result: T | RepertoryError) -> bool:
     # answers come in the order of the questions; one whose asker has left is still taken out here
     queue = queues.get(model_id)
     if not queue:
-        return
+        return False
     future = queue.popleft()
     if not queue:
         del queues[model_id]
     if future.done():
-        return
+        return True
     if isinstance(result, RepertoryError):
         future.set_exception(result)
     else:
         future.set_result(result)
+    return True
 
 
 def _without_finish(row: RowTokens) -> RowTokens:

@@ -21,5 +21,5 @@ class Look:
 
 
 class Fitter(Protocol):
-    async def look(self, source: ModelSource, settings: ModelSettings, *, local_only: bool = False) -> Look:
+    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
         """`local_only`: raise LoadFailed at once where it would need the network. Raises InvalidRequest, LoadFailed."""

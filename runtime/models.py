@@ -115,6 +115,7 @@ class Models:
                 raise ModelNotFound(f"model {model_id!r} is not loaded here: it is {entry.phase.value}")
 
     def list(self) -> Sequence[ServedModel]:
+        self._engine.check()
         return [entry.served for entry in self._entries.values() if entry.phase is Phase.LOADED and entry.served is not None]
 
     def views(self) -> Sequence[ModelView]:
@@ -173,13 +174,17 @@ class Models:
         """Unload everything."""
         await asyncio.gather(*(self.unload(model_id) for model_id in {*self._entries, *self._tails}))
 
-    async def close(self) -> None:
-        """Give up loads on their way and let go of the files. The engine is stopped by its owner."""
+    async def stop_loads(self) -> None:
+        """Give up loads on their way and take no more; loaded models go on answering."""
         self._closing = True
         tickets = [*self._tails.values()]
         for ticket in tickets:
             ticket.cancel()
         await asyncio.gather(*(ticket.task for ticket in tickets), return_exceptions=True)
+
+    async def close(self) -> None:
+        """Let go of everything. The engine is stopped by its owner."""
+        await self.stop_loads()
         for entry in self._entries.values():
             self._release(entry)
         self._threads.shutdown(wait=False)
@@ -200,6 +205,14 @@ class Models:
             if entry.phase is Phase.RETURNING and self._quarantine.holds(entry.model_id, entry.mark):
                 self._isolate(entry)
         self.changes.notify()
+
+    def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
+        entry = self._entries.get(model_id)
+        if entry is not None and entry.phase is Phase.LOADED:
+            log.error("the engine gave up %s: %s", model_id, error.message)
+            self._release(entry)
+            self._fail(entry, error)
+            self.changes.notify()
 
     # Order
 
@@ -287,15 +300,12 @@ class Models:
             await self._engine.wait_ready()
             lives = self._engine.restarts
             try:
-                facts = await self._engine.load(request)
+                return await self._engine.load(request)
             except Unavailable:
                 # a death while loading: once more, unless this model was it
                 if self._engine.restarts == lives or self._engine.state is EngineState.STOPPED:
                     raise
                 self._refuse_quarantined(entry.model_id, entry.mark)
-                continue
-            self._engine.limit(entry.model_id, settings.max_concurrency)
-            return facts
 
     async def _return(self, entry: _Entry) -> None:
         if entry.phase is not Phase.RETURNING:
@@ -329,7 +339,6 @@ class Models:
             self.changes.notify()
             await self._engine.drain(model_id, self._config.grace_s)
             await self._engine.unload(model_id)
-        self._engine.limit(model_id, None)
         self._release(entry)
         if self._entries.get(model_id) is entry:
             del self._entries[model_id]

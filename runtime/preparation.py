@@ -44,7 +44,7 @@ class Preparation:
         job = Job(report)
         return await self._in_thread(lambda: self._prepare(source, settings, device, job), job)
 
-    async def look(self, source: ModelSource, settings: ModelSettings, *, local_only: bool = False, device: str = "cpu") -> Look:
+    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
         """See runtime.fitting.Fitter."""
         job = Job(lambda progress: None)
         return await self._in_thread(lambda: self._look(source, settings, device, local_only, job), job)

@@ -1,7 +1,10 @@
 """The runtime's HTTP side put together: routes, request ids, error answers, limits."""
 
+import logging
 import re
+import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -17,6 +20,8 @@ from runtime.metrics import RuntimeMetrics
 from runtime.served import ModelDirectory, TokenEngine
 
 REQUEST_ID_HEADER = "X-Request-Id"
+_REQUEST_ID = "request_id"
+_LOG = logging.getLogger(__name__)
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
@@ -38,7 +43,7 @@ def build_http_app(
     models = Models(directory)
     tokenizing = Tokenizing(directory)
     health = Health(directory, metrics)
-    app = web.Application(middlewares=[errors_as_json], client_max_size=config.http_max_body_bytes)
+    app = web.Application(middlewares=[_log_requests, errors_as_json], client_max_size=config.http_max_body_bytes)
     app.on_response_prepare.append(_echo_request_id)
     app.add_routes(
         [
@@ -56,12 +61,27 @@ def build_http_app(
     return app
 
 
-def http_runner(app: web.Application) -> web.AppRunner:
-    """An unset-up runner whose handlers are cancelled when their caller leaves."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None)
+def http_runner(app: web.Application, *, grace_s: float = 60.0) -> web.AppRunner:
+    """An unset-up runner whose handlers are cancelled when their caller leaves, and `grace_s` after its clean-up began."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=grace_s)
+
+
+@web.middleware
+async def _log_requests(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """One line a request, when it has ended: never its text."""
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    request[_REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+    start_s = time.monotonic()
+    status = 499   # the caller left
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        level = logging.DEBUG if request.method in ("GET", "HEAD") else logging.INFO
+        _LOG.log(level, "%s %s %d in %.3f s, request %s", request.method, request.path, status, time.monotonic() - start_s, request[_REQUEST_ID])
 
 
 async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """The caller's request id, or a new one."""
-    given = request.headers.get(REQUEST_ID_HEADER, "")
-    response.headers[REQUEST_ID_HEADER] = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+    if _REQUEST_ID in request:   # not if the request couldn't even be parsed
+        response.headers[REQUEST_ID_HEADER] = request[_REQUEST_ID]

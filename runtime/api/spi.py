@@ -5,10 +5,10 @@ Each method's specification is its comment in proto/mmesh/model_runtime.proto.
 
 import asyncio
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn, TypeVar
 
 import grpc.aio
 
+from runtime.api.grpc_errors import statuses
 from runtime.capacity import Capacity, capacity_of
 from runtime.config import RuntimeConfig
 from runtime.engine_client import EngineClient, EngineState
@@ -27,18 +27,6 @@ _ID_IN_FIELD_1 = (
     "fmaas.GenerationService/ModelInfo", "inference.GRPCInferenceService/ModelReady", "inference.GRPCInferenceService/ModelMetadata",
     "inference.GRPCInferenceService/ModelInfer",
 )
-Request = TypeVar("Request")
-Response = TypeVar("Response")
-Q = TypeVar("Q")
-R = TypeVar("R")
-
-
-async def refuse(context: "grpc.aio.ServicerContext[Q, R]", error: RepertoryError) -> NoReturn:
-    """End a call with the error's status; a retry hint goes in `retry-after`, in seconds."""
-    trailers = (("retry-after", f"{error.retry_after_s:g}"),) if error.retry_after_s is not None else ()
-    await context.abort(getattr(grpc.StatusCode, error.code), error.message, trailers)
-    raise AssertionError("abort returned")
-
 
 class ModelRuntimeApi(ModelRuntimeServicer):
     """One runtime's SPI. `cache_budget_bytes` is the disk tier's size."""
@@ -53,39 +41,34 @@ class ModelRuntimeApi(ModelRuntimeServicer):
     async def loadModel(
         self, request: pb.LoadModelRequest, context: "grpc.aio.ServicerContext[pb.LoadModelRequest, pb.LoadModelResponse]"
     ) -> pb.LoadModelResponse:
-        try:
+        async with statuses(context):
             _check_id(request.modelId)
             source, settings = parse_model(request.modelPath, request.modelKey)
             served = await self._models.load(request.modelId, source, settings)
             return pb.LoadModelResponse(
                 sizeInBytes=(await self._capacity()).charge_of(served.facts), maxConcurrency=settings.max_concurrency or 2**31 - 1
             )
-        except RepertoryError as error:
-            await refuse(context, error)
 
     async def unloadModel(
         self, request: pb.UnloadModelRequest, context: "grpc.aio.ServicerContext[pb.UnloadModelRequest, pb.UnloadModelResponse]"
     ) -> pb.UnloadModelResponse:
-        try:
+        async with statuses(context):
             _check_id(request.modelId)
             await self._models.unload(request.modelId)
             return pb.UnloadModelResponse()
-        except RepertoryError as error:
-            await refuse(context, error)
 
     async def predictModelSize(
         self,
         request: pb.PredictModelSizeRequest,
         context: "grpc.aio.ServicerContext[pb.PredictModelSizeRequest, pb.PredictModelSizeResponse]",
     ) -> pb.PredictModelSizeResponse:
-        try:
+        async with statuses(context):
             source, settings = parse_model(request.modelPath, request.modelKey)
-        except RepertoryError as error:
-            await refuse(context, error)
         try:
             async with asyncio.timeout(_PREDICT_S):
                 capacity = await self._capacity()
-                needs = (await self._fitter.look(source, settings, local_only=True)).needs
+                hello = await self._engine.wait_ready()
+                needs = (await self._fitter.look(source, settings, hello.device, local_only=True)).needs
         except (RepertoryError, TimeoutError):
             return pb.PredictModelSizeResponse()      # 0: unknown
         return pb.PredictModelSizeResponse(
@@ -95,14 +78,12 @@ class ModelRuntimeApi(ModelRuntimeServicer):
     async def modelSize(
         self, request: pb.ModelSizeRequest, context: "grpc.aio.ServicerContext[pb.ModelSizeRequest, pb.ModelSizeResponse]"
     ) -> pb.ModelSizeResponse:
-        try:
+        async with statuses(context):
             _check_id(request.modelId)
             for served in self._models.list():
                 if served.model_id == request.modelId:
                     return pb.ModelSizeResponse(sizeInBytes=(await self._capacity()).charge_of(served.facts))
             raise ModelNotFound(f"model {request.modelId!r} is not loaded here")
-        except RepertoryError as error:
-            await refuse(context, error)
 
     async def runtimeStatus(
         self, request: pb.RuntimeStatusRequest, context: "grpc.aio.ServicerContext[pb.RuntimeStatusRequest, pb.RuntimeStatusResponse]"

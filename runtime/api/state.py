@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 import grpc.aio
 
-from runtime.api.spi import refuse
+from runtime.api.grpc_errors import statuses
 from runtime.capacity import capacity_of
 from runtime.config import RuntimeConfig
 from runtime.engine_client import EngineClient, EngineState
-from runtime.errors import RepertoryError
 from runtime.fit import Resident, victims
 from runtime.fitting import Fitter
 from runtime.lifecycle import ModelView, Phase
@@ -71,6 +70,12 @@ class RuntimeStateApi(RuntimeStateServicer):
         self._models = models
         self._fitter = fitter
         self._cache_budget_bytes = cache_budget_bytes
+        self._stopping = False
+
+    def stop(self) -> None:
+        """End all watches, which would else outlast every grace period."""
+        self._stopping = True
+        self._models.changes.notify()
 
     async def watch(
         self, request: pb.WatchRequest, context: "grpc.aio.ServicerContext[pb.WatchRequest, pb.RuntimeSnapshot]"
@@ -79,9 +84,9 @@ class RuntimeStateApi(RuntimeStateServicer):
         while True:
             seen_models, seen_engine = self._models.changes.count, self._engine.changes.count
             yield self._snapshot(rates)
-            if self._engine.state is EngineState.STOPPED:
-                return
             await asyncio.sleep(_SHORTEST_S)
+            if self._stopping or self._engine.state is EngineState.STOPPED:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the runtime is shutting down")
             waits = [
                 asyncio.create_task(self._models.changes.wait_past(seen_models, _LONGEST_S - _SHORTEST_S)),
                 asyncio.create_task(self._engine.changes.wait_past(seen_engine, _LONGEST_S - _SHORTEST_S)),
@@ -95,12 +100,10 @@ class RuntimeStateApi(RuntimeStateServicer):
     async def fit(
         self, request: pb.FitRequest, context: "grpc.aio.ServicerContext[pb.FitRequest, pb.FitResponse]"
     ) -> pb.FitResponse:
-        try:
+        async with statuses(context):
             source, settings = parse_model(request.model_path, request.model_key)
             hello = await self._engine.wait_ready()
-            look = await self._fitter.look(source, settings)
-        except RepertoryError as error:
-            await refuse(context, error)
+            look = await self._fitter.look(source, settings, hello.device)
         needs = look.needs
         budget = hello.device_budget_bytes
         stats = self._engine.stats

@@ -35,6 +35,9 @@ class Listener:
     def engine_died(self, death: EngineDeath) -> None:
         self.deaths.append(death)
 
+    def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
+        raise AssertionError(model_id)
+
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[EngineClient]:

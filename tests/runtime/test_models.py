@@ -240,15 +240,6 @@ async def test_unload_while_the_engine_is_away(house: House) -> None:
         house.models.get("slow")
 
 
-async def test_max_concurrency_is_kept(house: House) -> None:
-    await house.models.load("a", SOURCE, ModelSettings(max_concurrency=1))
-    running = asyncio.create_task(house.generate("a", STALL))
-    await asyncio.sleep(0.01)
-    with pytest.raises(Overloaded, match="max_concurrency"):
-        await house.generate("a", 5)
-    running.cancel()
-
-
 async def test_purge_leaves_nothing(house: House) -> None:
     await house.models.load("a", SOURCE, PLAIN)
     loading = asyncio.create_task(house.models.load("b", ModelSource("endless:x"), PLAIN))

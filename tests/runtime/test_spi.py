@@ -33,10 +33,10 @@ GEOMETRY = Geometry("FakeForCausalLM", 2, 1, 8, 16, 32, 100, 64, "float32")
 
 
 class ScriptedFitter:
-    async def look(self, source: ModelSource, settings: ModelSettings, *, local_only: bool = False) -> Look:
+    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
         if source.uri.startswith("missing:"):
             raise LoadFailed(f"{source.uri}: no such files")
-        return Look(GEOMETRY, needs_of(GEOMETRY, (), settings, "cpu"), Quantization.NONE, exact=False)
+        return Look(GEOMETRY, needs_of(GEOMETRY, (), settings, device), Quantization.NONE, exact=False)
 
 
 class Runtime:

@@ -1,0 +1,176 @@
+"""`python -m runtime`: one serving runtime. Reads the configuration, puts the parts together, listens, and ends in order on SIGTERM.
+
+This is where the front process is wired; the parts know each other only by what they are given here.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import grpc.aio
+import msgspec
+import uvloop
+from aiohttp import web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from runtime import logs
+from runtime.api.http import build_http_app, http_runner
+from runtime.api.services import add_inference_services
+from runtime.api.spi import ModelRuntimeApi, add_spi
+from runtime.api.state import RuntimeStateApi, add_state
+from runtime.config import RuntimeConfig
+from runtime.configure import configure
+from runtime.engine_client import EngineClient, EngineState
+from runtime.errors import RepertoryError, Unavailable
+from runtime.generation.generator import Generator
+from runtime.host_arena import HostArena, wants_arena
+from runtime.listening import claim, parse_address
+from runtime.metrics import RuntimeMetrics
+from runtime.models import Models
+from runtime.preparation import Preparation
+from runtime.puller.cache import Cache
+from runtime.text.model import load_text
+
+log = logging.getLogger("runtime")
+
+
+class Runtime:
+    """The front process's parts, made but not started. `run` starts them, and returns the exit status when they have ended."""
+
+    def __init__(self, config: RuntimeConfig, arena: HostArena | None) -> None:
+        if arena is not None:
+            config = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, host_arena_path=str(arena.path)))
+        self._config = config
+        self._addresses = [parse_address(text) for text in config.listen]
+        self._http_address = parse_address(config.http_listen)
+        cache = Cache(_cache_dir(config), config.cache_budget_bytes)
+        self._engine = EngineClient(config.engine)
+        self._preparation = Preparation(config, cache)
+        self._models = Models(config, self._engine, self._preparation, load_text)
+        self._metrics = RuntimeMetrics()
+        generator = Generator(self._engine, self._metrics)
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),       # else a second runtime would share the port in silence
+                ("grpc.max_receive_message_length", config.grpc_max_message_bytes),
+                ("grpc.max_send_message_length", config.grpc_max_message_bytes),
+            )
+        )
+        self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)
+        self._health = health.HealthServicer()
+        self._services = [
+            add_spi(self._server, ModelRuntimeApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)),
+            add_state(self._server, self._state),
+            *add_inference_services(self._server, self._models, self._engine, config, self._metrics, generator=generator),
+        ]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*self._services, health_name, reflection.SERVICE_NAME), self._server)
+        app = build_http_app(self._models, self._engine, config, self._metrics, generator=generator)
+        self._runner = http_runner(app, grace_s=config.grace_s)
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Until `stop` is set (0) or the engine is given up (1). Raises Unavailable if an address is taken."""
+        await self._listen()
+        self._engine.start()
+        watching = asyncio.create_task(self._watch(stop))
+        log.info("listening on %s and %s", ", ".join(str(address) for address in self._addresses), self._http_address)
+        try:
+            await stop.wait()
+        finally:
+            watching.cancel()
+            await self._end()
+        return 1 if self._engine.failure and self._engine.restarts == 0 and self._engine.hello is None else 0
+
+    async def _listen(self) -> None:
+        for address in (*self._addresses, self._http_address):
+            await asyncio.to_thread(claim, address)
+        await self._runner.setup()
+        site: web.BaseSite
+        if self._http_address.path:
+            site = web.UnixSite(self._runner, self._http_address.path)
+        else:
+            site = web.TCPSite(self._runner, self._http_address.host, self._http_address.port)
+        try:
+            await site.start()
+            for address in self._addresses:
+                self._server.add_insecure_port(str(address))
+            await self._server.start()
+        except (OSError, RuntimeError) as error:
+            await self._runner.cleanup()
+            raise Unavailable(f"can't listen: {error}") from None
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        """Keep health and metrics with the engine's state."""
+        seen: EngineState | None = None
+        while True:
+            count = self._engine.changes.count
+            if self._engine.state is not seen:
+                seen = self._engine.state
+                serving = health_pb2.HealthCheckResponse.SERVING if seen is EngineState.READY else health_pb2.HealthCheckResponse.NOT_SERVING
+                for service in ("", *self._services):
+                    await self._health.set(service, serving)
+                if seen is EngineState.STOPPED:
+                    log.error("the engine is given up: %s", self._engine.failure)
+                    stop.set()
+            if self._engine.stats is not None:
+                names = {view.model_id: view.settings.display_name or view.model_id for view in self._models.views()}
+                self._metrics.update(self._engine.stats, names)
+            await self._engine.changes.wait_past(count)
+
+    async def _end(self) -> None:
+        """Take nothing new, let answers finish within the grace period, then end the engine."""
+        log.info("ending within %g s", self._config.grace_s)
+        await self._health.enter_graceful_shutdown()
+        self._state.stop()
+        await self._models.stop_loads()
+        await asyncio.gather(self._server.stop(self._config.grace_s), self._runner.cleanup())
+        await self._models.close()
+        self._preparation.close()
+        await self._engine.stop(1.0)
+        for address in (*self._addresses, self._http_address):
+            if address.path:
+                await asyncio.to_thread(Path(address.path).unlink, missing_ok=True)
+
+
+def _cache_dir(config: RuntimeConfig) -> Path:
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repertory"
+
+
+async def _serve(config: RuntimeConfig) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    arena = HostArena() if wants_arena(config.engine.device) and not config.engine.host_arena_path else None
+    try:
+        return await Runtime(config, arena).run(stop)
+    finally:
+        if arena is not None:
+            arena.remove()
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        config = configure(arguments, os.environ)
+        logs.set_up(as_json=config.log_json, level=config.log_level)
+        return int(uvloop.run(_serve(config)))
+    except RepertoryError as error:
+        print(f"repertory runtime: {error.message}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"repertory runtime: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""The runtime's configuration out of flags, environment and a file: flag beats environment beats file beats default.
+
+Every field of RuntimeConfig and of its engine part has a flag and a variable of its name. Knows the tree's shape, not what the fields mean,
+but for sizes (`512MiB`) where a name ends in `_bytes`.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from runtime.config import EngineConfig, RuntimeConfig
+from runtime.errors import InvalidRequest
+
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_Fields = dict[str, msgspec.inspect.Field]
+
+
+def configure(arguments: Sequence[str], env: Mapping[str, str]) -> RuntimeConfig:
+    """Raises InvalidRequest naming the flag, variable or file and the field; SystemExit for --help and unknown flags."""
+    runtime, engine = _fields(RuntimeConfig), _fields(EngineConfig)
+    del runtime["engine"]
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime",
+        description="One runtime: holds models, answers gRPC (TGIS, Open Inference Protocol, mmesh.ModelRuntime) and OpenAI HTTP.",
+        epilog="Every flag has an environment variable of its name (REPERTORY_…) and a field in the file. Sizes: 512MiB, 40GiB.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of the fields below, the engine's under `engine:`; or JSON text")
+    _add_flags(parser.add_argument_group("runtime"), runtime)
+    _add_flags(parser.add_argument_group("engine"), engine)
+    given = vars(parser.parse_args(arguments))
+    content = _read_file(given["config"]) if given["config"] else {}
+    inner = content.pop("engine", None) or {}
+    if not isinstance(inner, dict):
+        raise InvalidRequest("configuration file: `engine:` must hold fields")
+    tree = {**_merge(content, runtime, env, given), "engine": _merge(inner, engine, env, given)}
+    try:
+        return msgspec.convert(tree, RuntimeConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"configuration: {error}") from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `123`, `4GiB`, `4G` (both binary) or `4GB` (decimal). Raises ValueError."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB or TiB")
+    number, unit, binary = match.groups()
+    decimal = not binary and text.strip().lower().endswith("b") and unit != ""
+    return int(float(number) * (1000 if decimal else 1024) ** _POWER[unit.lower()])
+
+
+def _fields(kind: type[msgspec.Struct]) -> _Fields:
+    info = msgspec.inspect.type_info(kind)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return {field.name: field for field in info.fields}
+
+
+def _add_flags(group: "argparse._ArgumentGroup", fields: _Fields) -> None:
+    for name, field in fields.items():
+        kind, text = _plain(field.type)
+        shown = "" if field.default in ("", 0, False, ()) else f" (default {field.default})"
+        flag = "--" + name.replace("_", "-").removesuffix("-bytes").removesuffix("-s")
+        options: dict[str, Any] = {"dest": name, "default": None, "help": f"{text}{shown}".replace("%", "%%")}
+        if isinstance(kind, msgspec.inspect.BoolType):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            metavar = "SIZE" if name.endswith("_bytes") else "SECONDS" if name.endswith("_s") else "A,B,…" if _is_list(kind) else "X"
+            group.add_argument(flag, metavar=metavar, **options)
+
+
+def _merge(content: Mapping[str, object], fields: _Fields, env: Mapping[str, str], given: Mapping[str, object]) -> dict[str, object]:
+    if unknown := sorted(set(content) - set(fields)):
+        raise InvalidRequest(f"configuration file: unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
+    merged = {name: _value("configuration file", name, fields[name], value) for name, value in content.items()}
+    for name, field in fields.items():
+        variable = f"REPERTORY_{name.upper()}"
+        if variable in env:
+            merged[name] = _value(f"environment variable {variable}", name, field, env[variable])
+        if given.get(name) is not None:
+            merged[name] = _value("flag", name, field, given[name])
+    return merged
+
+
+def _value(where: str, name: str, field: msgspec.inspect.Field, value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    kind, _ = _plain(field.type)
+    if name.endswith("_bytes"):
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            raise InvalidRequest(f"{where}, {name}: {error}") from None
+    if _is_list(kind):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(kind, msgspec.inspect.BoolType):
+        return value.strip().lower() in ("1", "true", "yes", "on")
+    return value
+
+
+def _plain(kind: msgspec.inspect.Type) -> tuple[msgspec.inspect.Type, str]:
+    if isinstance(kind, msgspec.inspect.Metadata):
+        return kind.type, str((kind.extra_json_schema or {}).get("description", ""))
+    return kind, ""
+
+
+def _is_list(kind: msgspec.inspect.Type) -> bool:
+    return isinstance(kind, msgspec.inspect.VarTupleType)
+
+
+def _read_file(given: str) -> dict[str, Any]:
+    try:
+        text = given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise InvalidRequest(f"configuration file {given}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InvalidRequest(f"configuration file {given}: {error}") from None
+    if not isinstance(content, dict):
+        raise InvalidRequest(f"configuration file {given}: expected `name: value` lines")
+    return content
