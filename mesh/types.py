@@ -112,6 +112,7 @@ class Target:
     local: bool
     grpc_address: str
     http_address: str  # "unix:PATH" or "HOST:PORT"
+    generation: int = 0  # which load of a local copy this is: a late "not found" about an earlier one means nothing
 
 
 class Resolver(Protocol):

@@ -1,0 +1,168 @@
+"""Which model a gRPC request is for, and what of its headers goes on: ModelMesh's addressing conventions.
+
+Pure: metadata and message bytes in, names out. Knows no registry: a name may turn out to be unknown.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from mesh.api.message_path import extract
+from mesh.errors import InvalidRequest, NotSupported
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+HOP_HEADER = "repertory-hop"
+PREFIX_HEADER = "repertory-prefix-hash"
+MODEL_HEADER = "mm-model-id"
+VMODEL_HEADER = "mm-vmodel-id"
+
+_RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", HOP_HEADER, PREFIX_HEADER})
+# a status' details are the application's, whatever their name
+_APPLICATION = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A name as the caller wrote it; `virtual`: it must be a vmodel's."""
+
+    name: str
+    virtual: bool
+
+
+class _Rpc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: tuple[int, ...] = msgspec.field(default=(), name="idExtractionPath")
+    is_vmodel: bool = msgspec.field(default=False, name="vModelId")
+
+
+class DataplaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """ModelMesh's MM_DATAPLANE_CONFIG."""
+
+    rpcs: dict[str, _Rpc] = msgspec.field(default_factory=dict, name="rpcConfigs")
+    allow_others: bool = msgspec.field(default=False, name="allowOtherRpcs")
+
+
+# Without a configuration: the APIs that name their model in the message. A name may be a model's or a vmodel's.
+_BUILT_IN_PATHS: Mapping[str, tuple[int, ...]] = {
+    "fmaas.GenerationService": (1,),
+    "inference.GRPCInferenceService": (1,),
+}
+
+
+class Addressing:
+    """The rules in force."""
+
+    def __init__(self, config: DataplaneConfig | None) -> None:
+        self._config = config
+
+    @classmethod
+    def parse(cls, text: str) -> "Addressing":
+        """`text`: JSON, `@FILE`, or empty. Raises InvalidRequest."""
+        if not text:
+            return cls(None)
+        try:
+            content = Path(text[1:]).read_bytes() if text.startswith("@") else text.encode()
+            return cls(msgspec.json.decode(content, type=DataplaneConfig))
+        except (OSError, msgspec.MsgspecError) as error:
+            raise InvalidRequest(f"dataplane configuration: {error}") from None
+
+    def check_allowed(self, method: str) -> None:
+        """`method`: `package.Service/Method`. Raises NotSupported."""
+        if method.startswith("mmesh.ModelRuntime/"):
+            raise NotSupported(f"Method not found or not permitted: {method}")
+        if self._config is not None and not self._config.allow_others and method not in self._config.rpcs:
+            raise NotSupported(f"Method not found or not permitted: {method}")
+
+    def wants_message(self, method: str, metadata: Metadata) -> bool:
+        """Whether the first message must be seen to know the model."""
+        return self._configured(method) is not None or _from_headers(metadata) is None
+
+    def address(self, method: str, metadata: Metadata, message: bytes | None) -> Address:
+        """A configured path in the message wins over headers, headers over the built-in paths. Raises InvalidRequest."""
+        configured = self._configured(method)
+        if configured is not None and message is not None:
+            name = _extract(method, message, configured.path)
+            if name:
+                return Address(name, configured.is_vmodel)
+        address = _from_headers(metadata)
+        if address is not None:
+            return address
+        path = _BUILT_IN_PATHS.get(method.partition("/")[0])
+        if path and message is not None:
+            name = _extract(method, message, path)
+            if name:
+                return Address(name, False)
+        raise InvalidRequest("must include mm-model-id header")
+
+    def _configured(self, method: str) -> _Rpc | None:
+        rpc = self._config.rpcs.get(method) if self._config else None
+        return rpc if rpc is not None and rpc.path else None
+
+
+def _extract(method: str, message: bytes, path: Sequence[int]) -> str | None:
+    try:
+        return extract(message, path)
+    except ValueError as error:
+        raise InvalidRequest(f"{method}: the request message can't be read: {error}") from None
+
+
+def _from_headers(metadata: Metadata) -> Address | None:
+    model = _header(metadata, MODEL_HEADER)
+    vmodel = _header(metadata, VMODEL_HEADER)
+    if model is not None and vmodel is not None:
+        raise InvalidRequest("must include only one of model id and vmodel id")
+    if model is None and vmodel is None:
+        model = next((_text(value) for key, value in metadata if key == "tas-model-id"), None)
+    name = vmodel if vmodel is not None else model
+    if name is None:
+        return None
+    if not name:
+        raise InvalidRequest("provided (v)model-id header must be non-empty")
+    return Address(name, vmodel is not None)
+
+
+def _header(metadata: Metadata, key: str) -> str | None:
+    plain = [_text(value) for at, value in metadata if at == key] or [_text(value) for at, value in metadata if at == f"{key}-bin"]
+    if len(plain) > 1:
+        raise NotSupported(f"{len(plain)} {key} headers: one request to several models is not supported")
+    return plain[0] if plain else None
+
+
+def _text(value: str | bytes) -> str:
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise InvalidRequest("the model id header is not UTF-8") from None
+
+
+def header(metadata: Metadata, key: str) -> str:
+    return next((_text(value) for at, value in metadata if at == key), "")
+
+
+def onward(metadata: Metadata, model_id: str, *, hop_from: str = "") -> list[tuple[str, str | bytes]]:
+    """The caller's own headers, without ours and the transport's, and the concrete model id.
+
+    `hop_from`: this pod's id if the next is another pod; the bearer key goes there, never to a runtime.
+    """
+    passed = [(key, value) for key, value in _passed(metadata) if hop_from or key != "authorization"]
+    passed.append((f"{MODEL_HEADER}-bin", model_id.encode()))
+    if model_id.isascii() and model_id.isprintable():
+        passed.append((MODEL_HEADER, model_id))
+    if hop_from:
+        passed.append((HOP_HEADER, hop_from))
+    return passed
+
+
+def backward(metadata: Metadata) -> list[tuple[str, str | bytes]]:
+    """Of the answer's headers or trailers, what the caller gets: all but the transport's."""
+    return _passed(metadata)
+
+
+def _passed(metadata: Metadata) -> list[tuple[str, str | bytes]]:
+    return [
+        (key, value)
+        for key, value in metadata
+        if key == _APPLICATION or (not key.startswith(("mm-", "grpc-", ":")) and key not in _RESERVED)
+    ]

@@ -1,0 +1,187 @@
+"""The command line's routes: register, show, remove and alias models by name, ask whether one fits, list pods.
+
+The same registry and loader as the gRPC management API stand behind it; the JSON shapes are mesh.client.admin's.
+"""
+
+import msgspec
+from aiohttp import web
+
+from mesh.api.http_body import decode, read_body
+from mesh.api.model_view import ModelViews
+from mesh.api.request_log import Record
+from mesh.client.admin import Fit, Models
+from mesh.errors import InvalidRequest, NotFound
+from mesh.placement.copies import epoch_ms
+from mesh.placement.reconcile import Placement
+from mesh.registry.naming import Registration, concrete_id
+from mesh.registry.records import CAPACITY_UNIT_BYTES
+from mesh.registry.registry import Registry
+from mesh.types import FitAnswer, ModelStatus, RuntimeClient
+
+_BODY_BYTES = 1024 * 1024
+
+
+class _Register(Registration, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    load: bool = False
+
+
+class _FitAsk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Either a registered name, or a source with settings as in a registration."""
+
+    name: str = ""
+    uri: str = ""
+    type: str = "llm"
+    quantize: str | None = None
+    double_quant: bool = False
+    dtype: str | None = None
+    max_model_len: int | None = None
+    storage_key: str | None = None
+    storage_params: dict[str, str] | None = None
+
+
+class _Alias(msgspec.Struct, frozen=True):
+    target: str
+
+
+class Pod(msgspec.Struct, frozen=True):
+    """Bytes; 0 = not told."""
+
+    instance_id: str
+    grpc_address: str
+    http_address: str
+    capacity_bytes: int
+    used_bytes: int
+    device_budget_bytes: int
+    device_used_bytes: int
+    num_models: int
+    loading: int
+    running: int
+    waiting: int
+    shutting_down: bool
+    start_time_ms: int
+    labels: list[str]
+
+
+class Pods(msgspec.Struct, frozen=True):
+    pods: list[Pod]
+
+
+class AdminRoutes:
+    def __init__(self, registry: Registry, placement: Placement, runtime: RuntimeClient, views: ModelViews) -> None:
+        self._registry = registry
+        self._placement = placement
+        self._runtime = runtime
+        self._views = views
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        router.add_get("/admin/v1/models", self.models)
+        router.add_post("/admin/v1/models", self.register)
+        router.add_get("/admin/v1/models/{name:.+}", self.model)
+        router.add_delete("/admin/v1/models/{name:.+}", self.remove)
+        router.add_post("/admin/v1/fit", self.fit)
+        router.add_put("/admin/v1/aliases/{name:.+}", self.set_alias)
+        router.add_delete("/admin/v1/aliases/{name:.+}", self.remove_alias)
+        router.add_get("/admin/v1/pods", self.pods)
+
+    async def models(self, _: web.Request) -> web.Response:
+        return _json(Models(self._views.all()))
+
+    async def model(self, request: web.Request) -> web.Response:
+        return _json(await self._views.one(request.match_info["name"]))
+
+    async def register(self, request: web.Request) -> web.Response:
+        asked = decode(await read_body(request, _BODY_BYTES), _Register)
+        model_id = await self._registry.register_name(asked.name, asked.info(), now_ms=epoch_ms(), is_loaded=self._is_loaded)
+        Record.of(request).model_id = model_id
+        if asked.load:
+            await self._placement.ensure_loaded(model_id, retry_failed=True)
+        return _json(await self._views.one(asked.name))
+
+    async def remove(self, request: web.Request) -> web.Response:
+        """Answers when the copies are gone too."""
+        name = request.match_info["name"]
+        model_id = Record.of(request).model_id = await self._registry.resolve_fresh(name)
+        await self._registry.remove_name(name)
+        if self._registry.models.get(model_id) is None:
+            await self._placement.unload(model_id)
+        return web.Response(status=204)
+
+    async def fit(self, request: web.Request) -> web.Response:
+        asked = decode(await read_body(request, _BODY_BYTES), _FitAsk)
+        if bool(asked.name) == bool(asked.uri):
+            raise InvalidRequest("give either the name of a registered model or the uri of one that isn't")
+        if asked.name:
+            model_id = await self._registry.resolve_fresh(asked.name)
+            record = self._registry.models.get(model_id)
+            if record is None:
+                raise NotFound(f"model {asked.name!r} not found")
+            info = record.info
+        else:
+            settings = {key: value for key, value in msgspec.structs.asdict(asked).items() if key not in ("name", "uri")}
+            info = Registration(name=asked.uri, uri=asked.uri, **settings).info()
+            model_id = concrete_id("fit", info)
+        return _json(self._fit_view(await self._runtime.fit(model_id, info)))
+
+    async def set_alias(self, request: web.Request) -> web.Response:
+        asked = decode(await read_body(request, _BODY_BYTES), _Alias)
+        if not asked.target:
+            raise InvalidRequest("target is missing: the name of the model that the alias points at")
+        alias = request.match_info["name"]
+        await self._registry.set_alias(alias, asked.target, now_ms=epoch_ms(), is_loaded=self._is_loaded)
+        return web.Response(status=204)
+
+    async def remove_alias(self, request: web.Request) -> web.Response:
+        alias = request.match_info["name"]
+        if await self._registry.vmodels.find(alias) is None:
+            raise NotFound(f"alias {alias!r} not found")
+        await self._registry.remove_name(alias)
+        return web.Response(status=204)
+
+    async def pods(self, _: web.Request) -> web.Response:
+        return _json(
+            Pods(
+                [
+                    Pod(
+                        instance_id=instance_id,
+                        grpc_address=pod.grpc_address,
+                        http_address=pod.http_address,
+                        capacity_bytes=pod.capacity_units * CAPACITY_UNIT_BYTES,
+                        used_bytes=pod.used_units * CAPACITY_UNIT_BYTES,
+                        device_budget_bytes=pod.device_budget_bytes,
+                        device_used_bytes=pod.device_used_bytes,
+                        num_models=pod.count,
+                        loading=pod.loads_in_progress,
+                        running=pod.running,
+                        waiting=pod.waiting,
+                        shutting_down=pod.shutting_down,
+                        start_time_ms=pod.start_time_ms,
+                        labels=list(pod.labels),
+                    )
+                    for instance_id, pod in self._registry.instances.table.items()
+                ]
+            )
+        )
+
+    def _is_loaded(self, model_id: str) -> bool:
+        return self._placement.status(model_id).status is ModelStatus.LOADED
+
+    def _fit_view(self, answer: FitAnswer) -> Fit:
+        return Fit(
+            fits=answer.fits,
+            reason=answer.reason,
+            weight_bytes=answer.weight_bytes,
+            kv_bytes_per_token=answer.kv_bytes_per_token,
+            min_kv_bytes=answer.min_kv_bytes,
+            workspace_bytes=answer.workspace_bytes,
+            capacity_bytes=answer.capacity_bytes,
+            evicts=[self._registry.name_of(model_id) for model_id in answer.evicts],
+            max_model_len=answer.max_model_len,
+            quantization=answer.quantization,
+            architecture=answer.architecture,
+            num_parameters=answer.num_parameters,
+            exact=answer.exact,
+        )
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

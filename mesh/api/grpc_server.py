@@ -1,0 +1,134 @@
+"""The pod's gRPC port: management, the server's own part of the Open Inference Protocol, health, reflection, and pass-through for the rest.
+
+Assembles; decides nothing.
+"""
+
+from __future__ import annotations  # grpc's handler types take parameters only for the type checker
+
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from mesh.api.inference import InferenceGateway, refuse
+from mesh.errors import Unauthenticated
+from wire.fmaas import generation_pb2
+from wire.inference import grpc_predict_v2_pb2 as oip
+from wire.mmesh import model_mesh_pb2
+from wire.mmesh.model_mesh_pb2_grpc import ModelMeshServicer, add_ModelMeshServicer_to_server
+
+_OIP = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_SERVICES = (
+    model_mesh_pb2.DESCRIPTOR.services_by_name["ModelMesh"].full_name,
+    _OIP,
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+)
+_OPEN_TO_ALL = ("/grpc.health.v1.", "/grpc.reflection.")
+
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
+
+
+class KeyGuard(grpc.aio.ServerInterceptor):
+    """Bearer keys, any of which opens everything; health and reflection need none."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._keys = keys
+        self._refusal = grpc.stream_stream_rpc_method_handler(
+            refuse(Unauthenticated("a valid API key is needed: send `authorization: Bearer KEY`"))  # type: ignore[arg-type]
+        )
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        if handler_call_details.method.startswith(_OPEN_TO_ALL):
+            return await continuation(handler_call_details)
+        given = next((value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"), "")
+        return await continuation(handler_call_details) if key_is_known(str(given), self._keys) else self._refusal
+
+
+def key_is_known(authorization: str, keys: tuple[str, ...]) -> bool:
+    """`authorization`: the header's value. Takes the same time whatever is wrong."""
+    scheme, _, given = authorization.partition(" ")
+    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+class GrpcServer:
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one."""
+
+    def __init__(
+        self,
+        address: str,
+        management: ModelMeshServicer,
+        gateway: InferenceGateway,
+        *,
+        keys: tuple[str, ...],
+        max_message_bytes: int,
+        is_ready: Callable[[], bool],
+        version: str,
+    ) -> None:
+        self._address = address
+        self._is_ready = is_ready
+        self._version = version
+        self._health = HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=(KeyGuard(keys),) if keys else (),
+            options=(
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+                # two servers on one port would share its requests in silence
+                ("grpc.so_reuseport", 0),
+            ),
+        )
+        add_ModelMeshServicer_to_server(management, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_OIP, self._own_oip()), gateway))
+        self.port = 0
+
+    async def start(self) -> None:
+        """Raises OSError if the address is taken."""
+        try:
+            self.port = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+        if not self.port:
+            raise OSError(f"cannot listen on {self._address}")
+        await self._server.start()
+        await self.tell_ready(False)
+
+    async def tell_ready(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *_SERVICES):
+            await self._health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """New requests are refused; running ones may end within the grace period."""
+        await self._server.stop(grace_s)
+
+    def _own_oip(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        async def live(_: oip.ServerLiveRequest, __: object) -> oip.ServerLiveResponse:
+            return oip.ServerLiveResponse(live=True)
+
+        async def ready(_: oip.ServerReadyRequest, __: object) -> oip.ServerReadyResponse:
+            return oip.ServerReadyResponse(ready=self._is_ready())
+
+        async def metadata(_: oip.ServerMetadataRequest, __: object) -> oip.ServerMetadataResponse:
+            return oip.ServerMetadataResponse(name="repertory", version=self._version)
+
+        return {
+            "ServerLive": _unary(live, oip.ServerLiveRequest),
+            "ServerReady": _unary(ready, oip.ServerReadyRequest),
+            "ServerMetadata": _unary(metadata, oip.ServerMetadataRequest),
+        }
+
+
+def _unary(serve: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    return grpc.unary_unary_rpc_method_handler(
+        serve, request_deserializer=request.FromString, response_serializer=lambda message: message.SerializeToString()
+    )

@@ -1,0 +1,56 @@
+"""Is the pod alive, is it ready, and its figures: what probes and Prometheus ask. Open to all but for the figures."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp import web
+
+from mesh.client.peer import Connections
+
+logger = logging.getLogger(__name__)
+
+_RUNTIME_S = 2.0
+
+
+class HealthRoutes:
+    """`figures` gives this pod's own metrics; those of the runtime at `runtime_http` (empty: it has none) are appended."""
+
+    def __init__(self, connections: Connections, runtime_http: str, is_ready: Callable[[], bool], figures: Callable[[], bytes]) -> None:
+        self._connections = connections
+        self._runtime_http = runtime_http
+        self._is_ready = is_ready
+        self._figures = figures
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        for path in ("/health", "/healthz"):
+            router.add_get(path, self.alive)
+        router.add_get("/readyz", self.ready)
+        router.add_get("/metrics", self.metrics)
+
+    async def alive(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, _: web.Request) -> web.Response:
+        if self._is_ready():
+            return web.json_response({"status": "ready"})
+        return web.json_response({"status": "not ready"}, status=503)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        text = self._figures()
+        if request.method == "GET":
+            text += await self._runtime_figures()
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _runtime_figures(self) -> bytes:
+        """Empty if the runtime doesn't answer: the pod's own must still be had."""
+        if not self._runtime_http:
+            return b""
+        session, base = self._connections.http(self._runtime_http)
+        try:
+            async with asyncio.timeout(_RUNTIME_S), session.get(f"{base}/metrics") as answer:
+                return await answer.read() if answer.status == 200 else b""
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            logger.debug("no metrics from the runtime: %s", error)
+            return b""

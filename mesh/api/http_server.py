@@ -1,0 +1,74 @@
+"""The pod's HTTP port: OpenAI pass-through, models, admin, health. Assembles routes, keys and limits; decides nothing."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from aiohttp import web
+
+from mesh.api.grpc_server import key_is_known
+from mesh.api.http_errors import Handler, errors_as_json, response_of
+from mesh.api.openai_gateway import OpenAiGateway
+from mesh.api.request_log import request_log
+from mesh.errors import Unauthenticated
+from mesh.metrics import Metrics
+
+_OPEN_TO_ALL = ("/health", "/healthz", "/readyz")
+_HEADERS_BYTES = 16 * 1024
+
+
+class Routes(Protocol):
+    def add_to(self, router: web.UrlDispatcher) -> None: ...
+
+
+class HttpServer:
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one."""
+
+    def __init__(
+        self, address: str, gateway: OpenAiGateway, routes: Sequence[Routes], metrics: Metrics, *, keys: tuple[str, ...], grace_s: float
+    ) -> None:
+        self._address = address
+        middlewares = [request_log(metrics), errors_as_json, *([key_guard(keys)] if keys else [])]
+        app = web.Application(middlewares=middlewares)  # type: ignore[arg-type]
+        for part in routes:
+            part.add_to(app.router)
+        app.router.add_post("/v1/{path:.+}", gateway.post)
+        # a caller that leaves must free what it held
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            shutdown_timeout=grace_s,
+            access_log=None,
+            max_field_size=_HEADERS_BYTES,
+            max_line_size=_HEADERS_BYTES,
+        )
+        self._sites: list[web.BaseSite] = []
+        self.port = 0
+
+    async def start(self) -> None:
+        """Raises OSError if the address is taken."""
+        await self._runner.setup()
+        if self._address.startswith("unix:"):
+            site: web.BaseSite = web.UnixSite(self._runner, self._address.removeprefix("unix:"))
+        else:
+            host, _, port = self._address.rpartition(":")
+            site = web.TCPSite(self._runner, host.strip("[]") or None, int(port), backlog=1024, reuse_port=False)
+        await site.start()
+        self._sites.append(site)
+        addresses = self._runner.addresses
+        self.port = addresses[0][1] if addresses and isinstance(addresses[0], tuple) else 0
+
+    async def stop(self) -> None:
+        """Takes no new connections; running answers may end within the grace period."""
+        await self._runner.cleanup()
+
+
+def key_guard(keys: tuple[str, ...]) -> Handler:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in _OPEN_TO_ALL or key_is_known(request.headers.get("Authorization", ""), keys):
+            return await handler(request)
+        response = response_of(Unauthenticated("a valid API key is needed: send `Authorization: Bearer KEY`"))
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    return middleware  # type: ignore[return-value]

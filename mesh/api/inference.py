@@ -1,0 +1,233 @@
+"""Inference over gRPC: any method, unary or streaming in either direction, passed on as opaque bytes to a copy of the model it names.
+
+Knows addressing and routing; of a message at most the field that holds the model's name. A request that was not answered yet is sent again
+once: to another copy if its target is away, to a fresh load if its target no longer has the model.
+"""
+
+from __future__ import annotations  # grpc's handler types take parameters only for the type checker
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from mesh.api.addressing import HOP_HEADER, PREFIX_HEADER, Address, Addressing, Metadata, backward, header, onward
+from mesh.api.inbound import Inbound, ServerContext
+from mesh.api.message_path import inject
+from mesh.client.peer import Connections
+from mesh.errors import MeshError, NotFound, NotSupported
+from mesh.metrics import Metrics
+from mesh.registry.registry import Registry
+from mesh.routing.forward import CopyRouter
+from mesh.types import RuntimeLimits, Target
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = "x-request-id"
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How one attempt ended. `begun`: the caller has already got a part of the answer."""
+
+    code: grpc.StatusCode
+    details: str
+    trailers: tuple[tuple[str, str | bytes], ...]
+    begun: bool
+
+
+@dataclass(slots=True)
+class _Request:
+    method: str
+    metadata: Metadata
+    started_s: float
+    request_id: str
+    model_id: str = ""
+    code: str = "OK"
+
+
+class InferenceGateway(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """The handler of last resort: whatever service the mesh itself doesn't have. `limits`: the runtime's, once they are known."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        router: CopyRouter,
+        connections: Connections,
+        addressing: Addressing,
+        metrics: Metrics,
+        *,
+        own_id: str,
+        limits: Callable[[], RuntimeLimits | None],
+        max_message_bytes: int,
+    ) -> None:
+        self._registry = registry
+        self._router = router
+        self._connections = connections
+        self._addressing = addressing
+        self._metrics = metrics
+        self._own_id = own_id
+        self._limits = limits
+        self._max_message_bytes = max_message_bytes
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        method = handler_call_details.method.lstrip("/")
+
+        async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
+            await self._serve(method, context)
+
+        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(serve)  # type: ignore[arg-type]
+        return handler
+
+    async def _serve(self, method: str, context: ServerContext) -> None:
+        metadata = tuple(context.invocation_metadata() or ())
+        request = _Request(method, metadata, time.monotonic(), header(metadata, _REQUEST_ID) or uuid.uuid4().hex)
+        inbound = Inbound(context, 2 * self._max_message_bytes)
+        try:
+            outcome = await self._answer(request, inbound, context)
+            request.code = outcome.code.name
+            if outcome.code is not grpc.StatusCode.OK:
+                await context.abort(outcome.code, outcome.details, outcome.trailers)
+            context.set_trailing_metadata(outcome.trailers)
+        except MeshError as error:
+            request.code = error.code
+            trailers = (("retry-after", str(round(error.retry_after_s))),) if error.retry_after_s is not None else ()
+            await context.abort(grpc.StatusCode[error.code], error.message, trailers)
+        except asyncio.CancelledError:
+            request.code = "CANCELLED"
+            raise
+        finally:
+            inbound.close()
+            self._account(request)
+
+    async def _answer(self, request: _Request, inbound: Inbound, context: ServerContext) -> _Outcome:
+        self._check_allowed(request.method)
+        first = await inbound.message(0) if self._addressing.wants_message(request.method, request.metadata) else None
+        here = bool(header(request.metadata, HOP_HEADER))
+        request.model_id = await self._resolve(self._addressing.address(request.method, request.metadata, first))
+        exclude: frozenset[str] = frozenset()
+        retried = reloaded = False
+        while True:
+            target = await self._router.route(
+                request.model_id,
+                deadline_s=context.time_remaining(),
+                prefix_hash=header(request.metadata, PREFIX_HEADER),
+                exclude=exclude,
+                here=here,
+            )
+            try:
+                outcome = await self._attempt(request, target, inbound, context)
+            finally:
+                self._router.end(request.model_id, target)
+            if outcome.begun or not inbound.replayable:
+                return outcome
+            if says_gone(outcome.code, outcome.details) and not reloaded:
+                reloaded = True
+                self._router.forget(request.model_id, target)
+            elif outcome.code is grpc.StatusCode.UNAVAILABLE and not retried and not here:
+                retried = True
+                exclude = frozenset({target.instance_id})
+            else:
+                return outcome
+
+    async def _resolve(self, address: Address) -> str:
+        """The cache first; a name that it doesn't have may just have been registered elsewhere."""
+        try:
+            return self._registry.resolve_vmodel(address.name) if address.virtual else self._registry.resolve(address.name)
+        except NotFound:
+            if address.virtual and await self._registry.vmodels.find(address.name) is None:
+                raise
+            return await self._registry.resolve_fresh(address.name)
+
+    async def _attempt(self, request: _Request, target: Target, inbound: Inbound, context: ServerContext) -> _Outcome:
+        metadata = onward(request.metadata, request.model_id, hop_from="" if target.local else self._own_id)
+        if not header(metadata, _REQUEST_ID):
+            metadata.append((_REQUEST_ID, request.request_id))
+        stub: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._connections.grpc(target.grpc_address).stream_stream(
+            f"/{request.method}"
+        )
+        call = stub(metadata=metadata, timeout=context.time_remaining())
+        sending = asyncio.create_task(self._send(call, inbound, self._rewrite(request, target)))
+        begun = False
+        try:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    if not begun:
+                        begun = True
+                        inbound.commit()
+                        self._metrics.first_byte(request.model_id, time.monotonic() - request.started_s)
+                        await context.send_initial_metadata(backward(tuple(await call.initial_metadata())))
+                    await context.write(message)
+            code = await call.code()
+            if code is grpc.StatusCode.OK and not begun:
+                begun = True
+                await context.send_initial_metadata(backward(tuple(await call.initial_metadata())))
+            return _Outcome(code, await call.details() or "", tuple(backward(tuple(await call.trailing_metadata() or ()))), begun)
+        finally:
+            sending.cancel()
+            call.cancel()
+
+    async def _send(
+        self, call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: Inbound, rewrite: Callable[[bytes], bytes] | None
+    ) -> None:
+        index = 0
+        # a call that has ended takes no more; its reader learns why
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while (message := await inbound.message(index)) is not None:
+                await call.write(rewrite(message) if rewrite else message)
+                index += 1
+            await call.done_writing()
+
+    def _rewrite(self, request: _Request, target: Target) -> Callable[[bytes], bytes] | None:
+        """What the runtime wants done to each message: the concrete id written into it."""
+        limits = self._limits()
+        path = limits.allowed_methods.get(request.method) if limits else None
+        if not path or not target.local:
+            return None
+        model_id, injection_path = request.model_id, path
+        return lambda message: inject(message, injection_path, model_id)
+
+    def _check_allowed(self, method: str) -> None:
+        self._addressing.check_allowed(method)
+        limits = self._limits()
+        if limits is not None and not limits.allow_any_method and method not in limits.allowed_methods:
+            raise NotSupported(f"Method not found or not permitted: {method}")
+
+    def _account(self, request: _Request) -> None:
+        seconds = time.monotonic() - request.started_s
+        self._metrics.request(request.model_id, "grpc", request.code, request.method.rpartition("/")[2], seconds)
+        logger.info(
+            "request",
+            extra={
+                "request_id": request.request_id,
+                "carrier": "grpc",
+                "method": request.method,
+                "model": request.model_id,
+                "code": request.code,
+                "seconds": round(seconds, 4),
+            },
+        )
+
+
+def says_gone(code: grpc.StatusCode, details: str) -> bool:
+    """Whether a runtime's status means that it no longer has the model: NOT_FOUND, or what two known servers say instead."""
+    if code is grpc.StatusCode.NOT_FOUND:
+        return True
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return details.startswith("Request for unknown model") and details.endswith((" is not found", " has no available versions"))
+    return code is grpc.StatusCode.INVALID_ARGUMENT and details.startswith("Model ") and details.endswith(" not found")
+
+
+def refuse(error: MeshError) -> Callable[[AsyncIterator[bytes], ServerContext], Awaitable[None]]:
+    """A handler that answers every request with this error."""
+
+    async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
+        await context.abort(grpc.StatusCode[error.code], error.message)
+
+    return serve

@@ -1,0 +1,97 @@
+"""A registered model as people see it: one name, its settings, its state over all pods. Reads the registry and the loader; changes nothing."""
+
+from collections.abc import Callable
+
+from mesh.client.admin import Copy, Model
+from mesh.registry.naming import settings_of
+from mesh.registry.registry import NamedModel, Registry
+from mesh.types import CopyInfo, CopyState, Loader, ModelStatus, StatusInfo, Tier
+
+_NEAREST = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE)
+_COMING = (CopyState.LOADING, CopyState.PACKING, CopyState.PULLING, CopyState.QUEUED)
+
+
+class ModelViews:
+    """`last_used_ms` tells when this pod last used a model; 0 = not that it knew."""
+
+    def __init__(self, registry: Registry, loader: Loader, last_used_ms: Callable[[str], int]) -> None:
+        self._registry = registry
+        self._loader = loader
+        self._last_used_ms = last_used_ms
+
+    def all(self) -> list[Model]:
+        return [self._view(named) for named in self._registry.named()]
+
+    async def one(self, name: str) -> Model:
+        """By name or concrete id. Raises NotFound."""
+        model_id = await self._registry.resolve_fresh(name)
+        for named in self._registry.named():
+            if named.name == name:
+                return self._view(named)
+        record = self._registry.models.get(model_id)
+        assert record is not None
+        return self._view(NamedModel(name, model_id, model_id, record))
+
+    def _view(self, named: NamedModel) -> Model:
+        status = self._loader.status(named.model_id)
+        # a name that moves shows how far the files are that it moves to
+        coming = self._loader.status(named.target_id) if named.target_id != named.model_id else status
+        best = _best(status)
+        step = _best(coming) if coming is not status and coming.status is not ModelStatus.LOADED else best
+        errors = coming.errors if named.move_failed or not status.errors else status.errors
+        settings = {key: value for key, value in settings_of(named.record.info).items() if key not in ("display_name", "model_type")}
+        return Model(
+            name=named.name,
+            model_id=named.model_id,
+            uri=named.record.path,
+            type=named.record.type,
+            settings=settings,
+            status=status.status.name,
+            state=_state(status, best),
+            tier=best.tier or "" if best and best.status is ModelStatus.LOADED else "",
+            weight_bytes=best.weight_bytes if best else 0,
+            device_bytes=sum(copy.device_bytes for copy in status.copies),
+            quantization=(best.quantization if best else "") or str(settings.get("quantize") or ""),
+            copies=[_copy(copy) for copy in status.copies],
+            last_used_ms=max(self._last_used_ms(named.model_id), named.record.last_used_ms),
+            running=sum(copy.running for copy in status.copies),
+            waiting=sum(copy.waiting for copy in status.copies),
+            progress=step.progress if step else 0.0,
+            progress_text=step.progress_text if step else "",
+            error=errors[0] if errors and status.status is not ModelStatus.LOADED else "",
+            aliases=list(named.aliases),
+        )
+
+
+def _best(status: StatusInfo) -> CopyInfo | None:
+    """The copy that tells most: a loaded one in the nearest tier, else the one furthest on its way, else the newest."""
+    loaded = [copy for copy in status.copies if copy.status is ModelStatus.LOADED]
+    if loaded:
+        return min(loaded, key=lambda copy: _NEAREST.index(copy.tier) if copy.tier else len(_NEAREST))
+    coming = [copy for copy in status.copies if copy.state in _COMING]
+    if coming:
+        return min(coming, key=lambda copy: _COMING.index(copy.state) if copy.state in _COMING else 0)
+    return status.copies[0] if status.copies else None
+
+
+def _state(status: StatusInfo, best: CopyInfo | None) -> str:
+    """A CopyState's value; empty: not loaded anywhere."""
+    if best is None or status.status in (ModelStatus.NOT_LOADED, ModelStatus.NOT_FOUND):
+        return ""
+    return str(best.state) if best.state else status.status.name.lower()
+
+
+def _copy(copy: CopyInfo) -> Copy:
+    return Copy(
+        instance_id=copy.instance_id,
+        status=copy.status.name,
+        state=copy.state or "",
+        tier=copy.tier or "",
+        error=copy.error,
+        progress=copy.progress,
+        progress_text=copy.progress_text,
+        weight_bytes=copy.weight_bytes,
+        device_bytes=copy.device_bytes,
+        running=copy.running,
+        waiting=copy.waiting,
+    )

@@ -1,0 +1,172 @@
+"""The models as chat front ends list and control them: OpenAI's /v1/models, and llama.cpp's `status`, load, unload and events beside it.
+
+Knows those two vocabularies; what a model's state is comes from the views, what loading means from the loader.
+"""
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from mesh.api.addressing import HOP_HEADER
+from mesh.api.held_stream import HEADERS
+from mesh.api.http_body import decode, read_body
+from mesh.api.model_view import ModelViews
+from mesh.api.request_log import Record
+from mesh.client.admin import Model
+from mesh.errors import InvalidRequest
+from mesh.placement.copies import Changes
+from mesh.placement.reconcile import Placement
+from mesh.registry.registry import Registry
+
+_BODY_BYTES = 64 * 1024
+_EVENTS_EVERY_S = 0.25
+_SILENCE_S = 15.0
+_FAILED = ("failed", "quarantined")
+
+
+class _Which(msgspec.Struct, frozen=True):
+    model: str = ""
+    last_used_ms: int = 0
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """llama.cpp's: the stage that runs, and how far it is (0 … 1)."""
+
+    stages: list[str]
+    current: str
+    value: float
+    text: str = ""
+
+
+class Status(msgspec.Struct, frozen=True, omit_defaults=True):
+    """llama.cpp's, which knows no failed state: `failed` marks an unloaded model whose last load failed. `error` and `tier` are ours."""
+
+    value: str
+    progress: Progress | None = None
+    failed: bool = False
+    error: str = ""
+    tier: str = ""
+
+
+class Entry(msgspec.Struct, frozen=True):
+    id: str
+    status: Status
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "repertory"
+
+
+class Listing(msgspec.Struct, frozen=True):
+    data: list[Entry]
+    object: str = "list"
+
+
+class Event(msgspec.Struct, frozen=True):
+    model: str
+    event: str
+    data: dict[str, Any]
+
+
+class ModelsRoutes:
+    def __init__(self, registry: Registry, placement: Placement, views: ModelViews, changes: Changes, stopping: asyncio.Event) -> None:
+        self._registry = registry
+        self._placement = placement
+        self._views = views
+        self._changes = changes
+        self._stopping = stopping
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        router.add_get("/v1/models", self.list)
+        router.add_get("/models", self.list)
+        router.add_get("/models/sse", self.events)
+        router.add_get("/v1/models/{name:.+}", self.show)
+        router.add_post("/models/load", self.load)
+        router.add_post("/models/unload", self.unload)
+
+    async def list(self, _: web.Request) -> web.Response:
+        return _json(Listing([_entry(model) for model in self._views.all()]))
+
+    async def show(self, request: web.Request) -> web.Response:
+        return _json(_entry(await self._views.one(request.match_info["name"])))
+
+    async def load(self, request: web.Request) -> web.Response:
+        """Begins the load and answers; how it goes is in the status. From another pod: to be loaded here and nowhere else."""
+        which = decode(await read_body(request, _BODY_BYTES), _Which)
+        if HOP_HEADER in request.headers:
+            await self._placement.ensure_loaded(which.model, last_used_ms=which.last_used_ms, here=True)
+        else:
+            record = Record.of(request)
+            record.model_id = await self._resolve(which)
+            await self._placement.ensure_loaded(record.model_id, retry_failed=True)
+        return _json({"success": True})
+
+    async def unload(self, request: web.Request) -> web.Response:
+        """Answers when all copies are gone. The registration stays."""
+        which = decode(await read_body(request, _BODY_BYTES), _Which)
+        record = Record.of(request)
+        record.model_id = await self._resolve(which)
+        await self._placement.unload(record.model_id)
+        return _json({"success": True})
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Each model's status now, then each change of it, until the caller leaves."""
+        response = web.StreamResponse(headers={**HEADERS, "X-Request-Id": Record.of(request).request_id})
+        await response.prepare(request)
+        known: dict[str, Status] = {}
+        spoken_s = time.monotonic()
+        while not self._stopping.is_set():
+            now = {model.name: _status(model) for model in self._views.all()}
+            for name in known.keys() - now.keys():
+                await _send(response, Event(name, "model_removed", {"status": "unloaded"}))
+            for name, status in now.items():
+                if known.get(name) != status:
+                    kind = "status_change" if name in known else "model_status"
+                    spoken_s = time.monotonic()
+                    await _send(response, Event(name, kind, _event_data(status)))
+            known = now
+            if time.monotonic() - spoken_s > _SILENCE_S:
+                spoken_s = time.monotonic()
+                await response.write(b": keep-alive\n\n")
+            await asyncio.sleep(_EVENTS_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changes.wait(), 1.0)
+        await response.write_eof()
+        return response
+
+    async def _resolve(self, which: _Which) -> str:
+        if not which.model:
+            raise InvalidRequest("model is missing: it names the model")
+        return await self._registry.resolve_fresh(which.model)
+
+
+def _entry(model: Model) -> Entry:
+    return Entry(model.name, _status(model))
+
+
+def _status(model: Model) -> Status:
+    if model.state == "loaded" or (not model.state and model.status == "LOADED"):
+        return Status("loaded", tier=model.tier)
+    if model.state in _FAILED or model.status == "LOADING_FAILED":
+        return Status("unloaded", failed=True, error=model.error)
+    if not model.state or model.state == "unloading":
+        return Status("unloaded")
+    progress = Progress(["pulling", "packing", "loading"], model.state, round(model.progress, 3), model.progress_text)
+    return Status("loading", progress=progress)
+
+
+def _event_data(status: Status) -> dict[str, Any]:
+    data: dict[str, Any] = msgspec.to_builtins(status)
+    data["status"] = data.pop("value")
+    return data
+
+
+async def _send(response: web.StreamResponse, event: Event) -> None:
+    await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -1,0 +1,75 @@
+"""What is kept of one HTTP request for the log and the metrics: its id, its model, how it ended. Never its content."""
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from mesh.api.http_errors import Handler
+from mesh.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_KEY = "repertory.record"
+_PLAIN = re.compile(r"^[\x21-\x7e]{1,128}$")
+_QUIET = ("/health", "/healthz", "/readyz", "/metrics")
+
+
+@dataclass(slots=True)
+class Record:
+    request_id: str
+    started_s: float = field(default_factory=time.monotonic)
+    model_id: str = ""
+    code: str = ""
+
+    @classmethod
+    def of(cls, request: web.Request) -> "Record":
+        record = request[_KEY]
+        assert isinstance(record, cls)
+        return record
+
+
+def request_log(metrics: Metrics) -> Handler:
+    """A middleware: an id for each request (the caller's, if it sent a sane one), echoed; a line and a count when it has ended."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("X-Request-Id", "")
+        record = Record(given if _PLAIN.match(given) else uuid.uuid4().hex)
+        request[_KEY] = record
+        try:
+            response = await handler(request)
+            record.code = record.code or str(response.status)
+            if not response.prepared:
+                response.headers.setdefault("X-Request-Id", record.request_id)
+            return response
+        except BaseException as error:
+            record.code = "CANCELLED" if not isinstance(error, Exception) else "DISCONNECTED"
+            raise
+        finally:
+            _account(request, record, metrics)
+
+    return middleware  # type: ignore[return-value]
+
+
+def _account(request: web.Request, record: Record, metrics: Metrics) -> None:
+    seconds = time.monotonic() - record.started_s
+    resource = request.match_info.route.resource
+    path = resource.canonical if resource is not None else "unknown"
+    if path not in _QUIET:
+        metrics.request(record.model_id, "http", record.code, path, seconds)
+    logger.log(
+        logging.DEBUG if path in _QUIET else logging.INFO,
+        "request",
+        extra={
+            "request_id": record.request_id,
+            "carrier": "http",
+            "method": f"{request.method} {path}",
+            "model": record.model_id,
+            "code": record.code,
+            "seconds": round(seconds, 4),
+        },
+    )

@@ -1,0 +1,64 @@
+"""Connections to where requests go on: the local runtime and other pods, gRPC and HTTP, each opened once and kept.
+
+Knows addresses and limits; nothing of what is sent.
+"""
+
+import asyncio
+
+import aiohttp
+import grpc.aio
+
+_CONNECT_S = 5.0
+_READ_BUFFER_BYTES = 256 * 1024
+
+
+class Connections:
+    """Addresses are `HOST:PORT` or `unix:PATH`."""
+
+    def __init__(self, *, max_message_bytes: int) -> None:
+        self._options = (
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            # a runtime or a pod that comes back is to be seen at once: the default waits up to two minutes
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.enable_retries", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+        )
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+
+    def grpc(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+        return channel
+
+    def http(self, address: str) -> tuple[aiohttp.ClientSession, str]:
+        """A session, and the URL's beginning for it. Answers come as they are: no decompression, no redirects followed, no time limit."""
+        session = self._sessions.get(address)
+        if session is None:
+            session = self._sessions[address] = _session(address)
+        return session, "http://runtime" if address.startswith("unix:") else f"http://{address}"
+
+    async def close(self) -> None:
+        channels, self._channels = self._channels, {}
+        sessions, self._sessions = self._sessions, {}
+        await asyncio.gather(*(channel.close() for channel in channels.values()), *(session.close() for session in sessions.values()))
+
+
+def _session(address: str) -> aiohttp.ClientSession:
+    connector: aiohttp.BaseConnector
+    if address.startswith("unix:"):
+        connector = aiohttp.UnixConnector(path=address.removeprefix("unix:"), limit=0)
+    else:
+        connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=_READ_BUFFER_BYTES,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+    )

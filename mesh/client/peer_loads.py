@@ -1,0 +1,33 @@
+"""Asking another pod to load a model, over its HTTP port. Implements mesh.placement.reconcile.PeerLoads."""
+
+import asyncio
+
+import aiohttp
+import msgspec
+
+from mesh.client.peer import Connections
+from mesh.errors import MeshError, Unavailable
+from mesh.registry.records import InstanceRecord
+
+HOP_HEADER = "repertory-hop"
+_ANSWER_S = 10.0
+
+
+class HttpPeerLoads:
+    """`key`: a bearer key that the pods share, or empty."""
+
+    def __init__(self, connections: Connections, own_id: str, key: str) -> None:
+        self._connections = connections
+        self._headers = {HOP_HEADER: own_id, "Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int) -> None:
+        session, base = self._connections.http(pod.http_address)
+        body = msgspec.json.encode({"model": model_id, "last_used_ms": last_used_ms})
+        try:
+            async with asyncio.timeout(_ANSWER_S), session.post(f"{base}/models/load", data=body, headers=self._headers) as answer:
+                if answer.status != 200:
+                    raise MeshError(f"{pod.http_address} answered {answer.status}: {(await answer.text())[:200]}")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"{pod.http_address}: {error or 'no answer'}") from None

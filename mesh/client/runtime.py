@@ -1,0 +1,163 @@
+"""The local runtime over gRPC: mmesh.ModelRuntime's calls, with its status codes turned into the mesh's errors.
+
+Knows the contract of `proto/mmesh/model_runtime.proto` and nothing of placement. Only the mesh in charge of the runtime may use it: readiness
+purges. What the runtime tells of itself while it runs is runtime_state's.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from mesh.client.runtime_state import RuntimeWatch, fit_answer
+from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, NotSupported, Overloaded, Unavailable
+from mesh.types import FitAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
+from wire.mmesh import model_runtime_pb2 as pb
+from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
+from wire.repertory import runtime_pb2 as state_pb
+from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
+
+_POLLS_S = (0.05, 0.1, 0.2, 0.5, 1.0)  # then every two seconds, as ModelMesh
+_POLL_S = 2.0
+_ATTEMPT_S = 10.0  # an answer to one poll; the runtime may be purging
+_PREDICT_S = 0.5
+_SIZE_S = 30.0
+_MIN_LOADING_TIMEOUT_MS = 100
+
+
+class GrpcRuntime:
+    """RuntimeClient of mesh.types. The channel stays the caller's."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = ModelRuntimeStub(channel)
+        self._state = RuntimeStateStub(channel)
+        self._channel = channel
+        self._predicts = True
+        self._limits: RuntimeLimits | None = None
+
+    async def wait_ready(self, timeout_s: float) -> RuntimeLimits:
+        """Poll until READY. Raises Unavailable: not within the time, or it says that it never will be; InvalidRequest: impossible limits."""
+        give_up_s = time.monotonic() + timeout_s
+        last = "it did not answer"
+        pauses = iter(_POLLS_S)
+        while True:
+            try:
+                answer = await self._stub.runtimeStatus(pb.RuntimeStatusRequest(), timeout=_ATTEMPT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise Unavailable("the runtime does not offer mmesh.ModelRuntime") from None
+                last = f"{error.code().name}: {error.details()}"
+            else:
+                if answer.status == pb.RuntimeStatusResponse.READY:
+                    self._limits = _limits(answer)
+                    return self._limits
+                if answer.status != pb.RuntimeStatusResponse.STARTING:
+                    raise Unavailable("the runtime says that it will not become ready (status FAILING)")
+                last = "it is still starting"
+            pause_s = next(pauses, _POLL_S)
+            if time.monotonic() + pause_s > give_up_s:
+                raise Unavailable(f"the runtime is not ready after {timeout_s:.0f} s: {last}")
+            await asyncio.sleep(pause_s)
+
+    async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> int:
+        """Size in bytes. Whatever else than OK comes of it, the runtime is told to unload: it must hold nothing of it."""
+        request = pb.LoadModelRequest(modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key)
+        loaded = False
+        try:
+            answer = await self._stub.loadModel(request, timeout=timeout_s)
+            loaded = True
+        except grpc.aio.AioRpcError as error:
+            raise _load_error(model_id, error, timeout_s) from None
+        finally:
+            if not loaded:
+                await self._undo(model_id)
+        if answer.sizeInBytes:
+            return answer.sizeInBytes
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            return (await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)).sizeInBytes
+        return 0
+
+    async def unload(self, model_id: str) -> None:
+        """Raises Unavailable: the memory isn't free, try again."""
+        try:
+            await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise Unavailable(f"model {model_id}: the runtime could not unload it: {error.code().name}: {error.details()}") from None
+
+    async def predict_size(self, model_id: str, info: ModelInfo) -> int | None:
+        """None: the runtime can't tell. One that has no such call isn't asked again."""
+        if not self._predicts:
+            return None
+        request = pb.PredictModelSizeRequest(modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key)
+        try:
+            return (await self._stub.predictModelSize(request, timeout=_PREDICT_S)).sizeInBytes or None
+        except grpc.aio.AioRpcError as error:
+            self._predicts = error.code() is not grpc.StatusCode.UNIMPLEMENTED
+            return None
+
+    async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer:
+        """Raises NotSupported for a foreign runtime, InvalidRequest, LoadFailed (files missing or unsupported), Unavailable."""
+        try:
+            request = state_pb.FitRequest(model_id=model_id, model_path=info.path, model_key=info.key)
+            return fit_answer(await self._state.fit(request))
+        except grpc.aio.AioRpcError as error:
+            kinds: dict[grpc.StatusCode, type[MeshError]] = {
+                grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+                grpc.StatusCode.FAILED_PRECONDITION: LoadFailed,
+                grpc.StatusCode.NOT_FOUND: NotFound,
+                grpc.StatusCode.UNIMPLEMENTED: NotSupported,
+                grpc.StatusCode.UNAVAILABLE: Unavailable,
+            }
+            message = error.details() or error.code().name
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                message = f"{info.path}: this runtime can't say whether a model fits"
+            raise kinds.get(error.code(), MeshError)(message) from None
+
+    def watch(self) -> AsyncIterator[RuntimeSnapshot]:
+        capacity_bytes = self._limits.capacity_bytes if self._limits else 0
+        return RuntimeWatch(self._channel, capacity_bytes).snapshots()
+
+    async def _undo(self, model_id: str) -> None:
+        """Even when the load was cancelled; what can't be undone now is undone by the runtime's own rule (a failed load leaves nothing)."""
+        undo = asyncio.ensure_future(self.unload(model_id))
+        try:
+            with contextlib.suppress(Unavailable):
+                await asyncio.shield(undo)
+        except asyncio.CancelledError:
+            undo.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+
+
+def _limits(answer: pb.RuntimeStatusResponse) -> RuntimeLimits:
+    if answer.maxLoadingConcurrency < 1:
+        raise InvalidRequest(f"the runtime's maxLoadingConcurrency is {answer.maxLoadingConcurrency}; it must be at least 1")
+    if answer.modelLoadingTimeoutMs < _MIN_LOADING_TIMEOUT_MS:
+        raise InvalidRequest(
+            f"the runtime's modelLoadingTimeoutMs is {answer.modelLoadingTimeoutMs}; it must be at least {_MIN_LOADING_TIMEOUT_MS}"
+        )
+    methods = {name: tuple(info.idInjectionPath) for name, info in answer.methodInfos.items()}
+    return RuntimeLimits(
+        capacity_bytes=answer.capacityInBytes,
+        max_loading_concurrency=answer.maxLoadingConcurrency,
+        model_loading_timeout_s=answer.modelLoadingTimeoutMs / 1000,
+        default_model_size_bytes=answer.defaultModelSizeInBytes,
+        version=answer.runtimeVersion,
+        allowed_methods=methods,
+        allow_any_method=answer.allowAnyMethod or not methods,
+        limit_model_concurrency=answer.limitModelConcurrency,
+    )
+
+
+def _load_error(model_id: str, error: grpc.aio.AioRpcError, timeout_s: float) -> MeshError:
+    code, details = error.code(), error.details() or error.code().name
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return LoadFailed(f"model {model_id}: loading took longer than {timeout_s:.0f} s")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Overloaded(details)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(details)
+    return LoadFailed(details)

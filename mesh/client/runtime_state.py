@@ -1,0 +1,130 @@
+"""What the local runtime tells of itself: repertory.RuntimeState as the mesh's own types.
+
+A runtime that has no such service ("foreign") is watched by its connection alone: it is ready while that stands. Knows nothing of loading.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from mesh.types import CopyState, FitAnswer, RuntimeModel, RuntimeSnapshot, Tier
+from wire.repertory import runtime_pb2 as pb
+from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
+
+logger = logging.getLogger(__name__)
+
+_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+_STATES = {
+    pb.ModelState.PULLING: CopyState.PULLING,
+    pb.ModelState.PACKING: CopyState.PACKING,
+    pb.ModelState.LOADING: CopyState.LOADING,
+    pb.ModelState.LOADED: CopyState.LOADED,
+    pb.ModelState.FAILED: CopyState.FAILED,
+    pb.ModelState.QUARANTINED: CopyState.QUARANTINED,
+}
+_TIERS = {
+    pb.ModelState.REMOTE: Tier.REMOTE,
+    pb.ModelState.DISK: Tier.DISK,
+    pb.ModelState.HOST: Tier.HOST,
+    pb.ModelState.DEVICE: Tier.DEVICE,
+}
+
+
+class RuntimeWatch:
+    """Follows one runtime for ever. `capacity_bytes` is reported while the runtime itself doesn't say."""
+
+    def __init__(self, channel: grpc.aio.Channel, capacity_bytes: int) -> None:
+        self._channel = channel
+        self._stub = RuntimeStateStub(channel)
+        self._capacity_bytes = capacity_bytes
+
+    async def snapshots(self) -> AsyncIterator[RuntimeSnapshot]:
+        """Each snapshot as it comes. A broken connection gives one that isn't ready and holds nothing, then what follows the reconnect."""
+        failures = 0
+        while True:
+            try:
+                async for message in self._stub.watch(pb.WatchRequest()):
+                    failures = 0
+                    yield snapshot(message)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    async for foreign in self._connection():
+                        yield foreign
+                    return
+                logger.debug("the runtime's state is not to be had: %s %s", error.code().name, error.details())
+            yield RuntimeSnapshot(self._capacity_bytes)
+            await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
+            failures += 1
+
+    async def _connection(self) -> AsyncIterator[RuntimeSnapshot]:
+        state = self._channel.get_state(try_to_connect=True)
+        while state is not grpc.ChannelConnectivity.SHUTDOWN:
+            # an idle connection says nothing of the runtime behind it
+            if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE):
+                yield RuntimeSnapshot(self._capacity_bytes, ready=state is grpc.ChannelConnectivity.READY, foreign=True)
+            await self._channel.wait_for_state_change(state)
+            state = self._channel.get_state(try_to_connect=True)
+
+
+def snapshot(message: pb.RuntimeSnapshot) -> RuntimeSnapshot:
+    return RuntimeSnapshot(
+        capacity_bytes=message.capacity_bytes,
+        ready=message.engine_state == pb.ENGINE_READY,
+        device_budget_bytes=message.device_budget_bytes,
+        device_used_bytes=message.device_used_bytes,
+        host_budget_bytes=message.host_budget_bytes,
+        host_used_bytes=message.host_used_bytes,
+        engine_state=pb.EngineState.Name(message.engine_state).removeprefix("ENGINE_").lower(),
+        engine_restarts=message.engine_restarts,
+        device_name=message.device_name,
+        models=tuple(_model(model) for model in message.models),
+    )
+
+
+def _model(model: pb.ModelState) -> RuntimeModel:
+    return RuntimeModel(
+        model_id=model.model_id,
+        state=_STATES.get(model.state, CopyState.LOADING),
+        tier=_TIERS.get(model.tier, Tier.REMOTE),
+        progress=model.progress,
+        progress_bytes=model.progress_bytes,
+        total_bytes=model.total_bytes,
+        progress_text=model.progress_text,
+        weight_bytes=model.weight_bytes,
+        device_bytes=model.device_bytes,
+        kv_bytes=model.kv_bytes,
+        kv_usage=model.kv_usage,
+        running=model.running,
+        waiting=model.waiting,
+        swap_in_s=model.swap_in_seconds,
+        load_s=model.load_seconds,
+        quantization=model.quantization,
+        dtype=model.dtype,
+        architecture=model.architecture,
+        path=model.path,
+        max_model_len=model.max_model_len,
+        tokens_per_s=model.tokens_per_second,
+        error=model.error,
+    )
+
+
+def fit_answer(answer: pb.FitResponse) -> FitAnswer:
+    return FitAnswer(
+        fits=answer.fits,
+        reason=answer.reason,
+        weight_bytes=answer.weight_bytes,
+        kv_bytes_per_token=answer.kv_bytes_per_token,
+        min_kv_bytes=answer.min_kv_bytes,
+        workspace_bytes=answer.workspace_bytes,
+        capacity_bytes=answer.capacity_bytes,
+        evicts=tuple(answer.evicts),
+        max_model_len=answer.max_model_len,
+        quantization=answer.quantization,
+        architecture=answer.architecture,
+        num_parameters=answer.num_parameters,
+        exact=answer.exact,
+    )

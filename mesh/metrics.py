@@ -1,0 +1,146 @@
+"""The pod's figures for Prometheus: requests, waiting, loads, evictions; ModelMesh's names beside our own where dashboards know them.
+
+One registry a pod. Knows names and labels; a model that is no longer registered loses its series.
+"""
+
+from collections import Counter as TallyOf
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mesh.registry.naming import name_in
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_MILLISECONDS = (0.5, 1, 2, 5, 10, 20, 50, 75, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 60000, 120000, 300000)
+
+
+@dataclass(frozen=True, slots=True)
+class PodFigures:
+    """Read whenever the metrics are asked for. Bytes, epoch milliseconds."""
+
+    capacity_bytes: int
+    used_bytes: int
+    num_models: int
+    lru_ms: int
+    now_ms: int
+    models_managed: int
+    models_loaded: int
+    models_failed: int
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._known: dict[str, set[tuple[Counter | Gauge | Histogram, tuple[str, ...]]]] = {}
+        self._busy: TallyOf[str] = TallyOf()  # a gauge that will still go down must not be dropped
+        label = ("model",)
+        self._requests = Counter(
+            "repertory_mesh_requests", "Requests by model, carrier and final code", ("model", "carrier", "code"), registry=self._registry
+        )
+        self._first_byte = Histogram(
+            "repertory_mesh_time_to_first_byte_seconds",
+            "From a request's arrival to the first byte or message of its answer, loading included",
+            label,
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._held = Gauge(
+            "repertory_mesh_held_requests", "Requests that wait for their model to be loaded", label, registry=self._registry
+        )
+        self._in_flight = Gauge("repertory_mesh_in_flight_requests", "Requests at a copy", label, registry=self._registry)
+        self._loads = Counter("repertory_mesh_loads", "Loads by outcome", ("model", "outcome"), registry=self._registry)
+        self._load_seconds = Histogram("repertory_mesh_load_seconds", "Successful loads", label, buckets=_SECONDS, registry=self._registry)
+        self._evictions = Counter("repertory_mesh_evictions", "Models unloaded to make room", label, registry=self._registry)
+        self._mm_load_ms = Histogram(
+            "modelmesh_loadmodel_milliseconds", "ModelMesh's name for load times", buckets=_MILLISECONDS, registry=self._registry
+        )
+        self._mm_request_ms = Histogram(
+            "modelmesh_api_request_milliseconds",
+            "ModelMesh's name for request times",
+            ("method", "code"),
+            buckets=_MILLISECONDS,
+            registry=self._registry,
+        )
+        self._mm_failures = Gauge("modelmesh_loadmodel_failure", "ModelMesh's name for failed loads", registry=self._registry)
+        self._pod = {
+            name: Gauge(f"modelmesh_{name}", text, registry=self._registry)
+            for name, text in (
+                ("instance_capacity_bytes", "Bytes that loaded models may take"),
+                ("instance_used_bytes", "Bytes that loaded models take"),
+                ("instance_used_bps", "Used capacity in basis points"),
+                ("instance_models_total", "Models on this pod"),
+                ("instance_lru_seconds", "When the longest unused model was used"),
+                ("instance_lru_age_seconds", "How long ago that was"),
+                ("models_managed_total", "Registered models"),
+                ("models_loaded_total", "Models with a loaded copy"),
+                ("models_with_failure_total", "Models with a failed load"),
+            )
+        }
+
+    def request(self, model_id: str, carrier: str, code: str, method: str, seconds: float) -> None:
+        """`carrier`: grpc or http. `model_id` empty: none could be made out."""
+        self._counter(self._requests, model_id, carrier, code)
+        self._mm_request_ms.labels(method, code).observe(seconds * 1000)
+
+    def first_byte(self, model_id: str, seconds: float) -> None:
+        self._observe(self._first_byte, model_id, seconds)
+
+    def held(self, model_id: str, change: int) -> None:
+        self._level(self._held, model_id, change)
+
+    def in_flight(self, model_id: str, change: int) -> None:
+        self._level(self._in_flight, model_id, change)
+
+    def loaded(self, model_id: str, seconds: float) -> None:
+        self._counter(self._loads, model_id, "loaded")
+        self._observe(self._load_seconds, model_id, seconds)
+        self._mm_load_ms.observe(seconds * 1000)
+
+    def load_failed(self, model_id: str) -> None:
+        self._counter(self._loads, model_id, "failed")
+        self._mm_failures.inc()
+
+    def evicted(self, model_id: str) -> None:
+        self._counter(self._evictions, model_id)
+
+    def text(self, figures: PodFigures, is_registered: Callable[[str], bool]) -> bytes:
+        """All series, in Prometheus' text format; those of models that are gone are dropped first."""
+        for name in [name for name in self._known if name and not self._busy[name] and not is_registered(name)]:
+            self._drop(name)
+        used = figures.used_bytes / figures.capacity_bytes if figures.capacity_bytes else 0.0
+        values = {
+            "instance_capacity_bytes": figures.capacity_bytes,
+            "instance_used_bytes": figures.used_bytes,
+            "instance_used_bps": round(used * 10_000),
+            "instance_models_total": figures.num_models,
+            "instance_lru_seconds": figures.lru_ms / 1000 if figures.num_models else 0,
+            "instance_lru_age_seconds": (figures.now_ms - figures.lru_ms) / 1000 if figures.num_models else 0,
+            "models_managed_total": figures.models_managed,
+            "models_loaded_total": figures.models_loaded,
+            "models_with_failure_total": figures.models_failed,
+        }
+        for name, value in values.items():
+            self._pod[name].set(value)
+        return generate_latest(self._registry)
+
+    def _counter(self, family: Counter, model_id: str, *labels: str) -> None:
+        family.labels(*self._series(family, model_id, labels)).inc()
+
+    def _observe(self, family: Histogram, model_id: str, seconds: float) -> None:
+        family.labels(*self._series(family, model_id)).observe(seconds)
+
+    def _level(self, family: Gauge, model_id: str, change: int) -> None:
+        self._busy[name_in(model_id)] += change
+        family.labels(*self._series(family, model_id)).inc(change)
+
+    def _series(self, family: Counter | Gauge | Histogram, model_id: str, labels: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """One label a name, whichever files stand behind it."""
+        name = name_in(model_id)
+        self._known.setdefault(name, set()).add((family, (name, *labels)))
+        return (name, *labels)
+
+    def _drop(self, name: str) -> None:
+        for family, labels in self._known.pop(name):
+            family.remove(*labels)
+        del self._busy[name]

@@ -1,0 +1,133 @@
+"""The models that this pod holds or is about to: their states, sizes and users. Bookkeeping only; calls nobody.
+
+All on one event loop: between two awaits nothing changes, which is what makes choosing a victim and marking it one step.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mesh.placement.usage import Held, Usage
+from mesh.types import CopyState, ModelInfo
+
+_COMING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
+
+
+def epoch_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Changes:
+    """Wakes whoever waits for something to be different."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def tell(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+@dataclass(eq=False, slots=True)
+class LocalCopy:
+    """`announced`: the registry's record has it, so that its absence there later means "unload". `size_bytes` counts from the load's start."""
+
+    model_id: str
+    info: ModelInfo
+    state: CopyState = CopyState.QUEUED
+    size_bytes: int = 0
+    started_ms: int = field(default_factory=epoch_ms)
+    started_s: float = field(default_factory=time.monotonic)
+    last_used_ms: int = 0
+    announced: bool = False
+
+    @property
+    def coming(self) -> bool:
+        return self.state in _COMING
+
+    @property
+    def loaded(self) -> bool:
+        return self.state is CopyState.LOADED
+
+
+class LocalCopies:
+    def __init__(self, changes: Changes) -> None:
+        self._copies: dict[str, LocalCopy] = {}
+        # by id, not in the copies: a request may outlive the copy it began on
+        self._in_flight: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
+        self._changes = changes
+        self.capacity_bytes = 0
+
+    def __iter__(self) -> Iterator[LocalCopy]:
+        return iter(tuple(self._copies.values()))
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    def get(self, model_id: str) -> LocalCopy | None:
+        return self._copies.get(model_id)
+
+    def add(self, copy: LocalCopy) -> None:
+        self._copies[copy.model_id] = copy
+        self._changes.tell()
+
+    def set_state(self, copy: LocalCopy, state: CopyState) -> None:
+        copy.state = state
+        self._changes.tell()
+
+    def remove(self, copy: LocalCopy) -> None:
+        if self._copies.get(copy.model_id) is copy:
+            del self._copies[copy.model_id]
+        self._changes.tell()
+
+    def usage(self) -> Usage:
+        held = tuple(
+            Held(
+                copy.model_id,
+                copy.size_bytes,
+                copy.last_used_ms,
+                self._in_flight[copy.model_id] + self._held[copy.model_id],
+                leaving=copy.state is CopyState.UNLOADING,
+                pinned=copy.coming,
+            )
+            for copy in self._copies.values()
+        )
+        return Usage(self.capacity_bytes, held)
+
+    def touch(self, model_id: str, at_ms: int) -> None:
+        copy = self._copies.get(model_id)
+        if copy is not None and at_ms > copy.last_used_ms:
+            copy.last_used_ms = at_ms
+
+    def in_flight(self, model_id: str) -> int:
+        return self._in_flight[model_id]
+
+    def held(self, model_id: str) -> int:
+        """Requests that wait for the model to be loaded."""
+        return self._held[model_id]
+
+    def begin(self, model_id: str) -> None:
+        self._in_flight[model_id] += 1
+        self.touch(model_id, epoch_ms())
+
+    def end(self, model_id: str) -> None:
+        self._less(self._in_flight, model_id)
+
+    def hold(self, model_id: str) -> None:
+        self._held[model_id] += 1
+
+    def release(self, model_id: str) -> None:
+        self._less(self._held, model_id)
+
+    def _less(self, counts: Counter[str], model_id: str) -> None:
+        counts[model_id] -= 1
+        if counts[model_id] <= 0:
+            del counts[model_id]
+            # whoever waits for room, or for the copy to drain
+            self._changes.tell()

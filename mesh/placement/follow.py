@@ -1,0 +1,98 @@
+"""The local runtime's life, as placement follows it: ready, gone, back again; what it lost is loaded again.
+
+Knows the runtime's snapshots and this pod's copies; nothing of requests or other pods.
+"""
+
+import logging
+from collections.abc import Callable
+
+from mesh.errors import MeshError
+from mesh.placement.copies import Changes, LocalCopies, LocalCopy
+from mesh.placement.loads import LocalLoads
+from mesh.types import CopyState, RuntimeClient, RuntimeLimits, RuntimeModel, RuntimeSnapshot
+
+logger = logging.getLogger(__name__)
+
+_READY_S = 180.0  # ModelMesh gives up here; a supervised runtime may come later, so it is asked again
+
+
+class RuntimeFollower:
+    """`first_ready` is called once, when the runtime is ready for the first time."""
+
+    def __init__(
+        self,
+        runtime: RuntimeClient,
+        copies: LocalCopies,
+        loads: LocalLoads,
+        changes: Changes,
+        *,
+        first_ready: Callable[[], None],
+        changed: Callable[[RuntimeSnapshot], None],
+    ) -> None:
+        self._runtime = runtime
+        self._copies = copies
+        self._loads = loads
+        self._changes = changes
+        self._first_ready = first_ready
+        self._changed = changed
+        self._connected = False
+        self.limits: RuntimeLimits | None = None
+        self.snapshot = RuntimeSnapshot(0)
+
+    @property
+    def ready(self) -> bool:
+        """It takes loads and requests, or will when its engine is back."""
+        return self._connected and self.snapshot.engine_state != "stopped"
+
+    @property
+    def serving(self) -> bool:
+        """It answers requests now."""
+        return self._connected and (self.snapshot.ready or not self.snapshot.engine_state)
+
+    def model(self, model_id: str) -> RuntimeModel | None:
+        return next((model for model in self.snapshot.models if model.model_id == model_id), None)
+
+    async def run(self) -> None:
+        await self._await_ready()
+        self._connected = True
+        self._first_ready()
+        async for snapshot in self._runtime.watch():
+            gone = not snapshot.ready and not snapshot.engine_state
+            if gone and self._connected:
+                logger.warning("the runtime is gone")
+                self._connected = False
+                self._loads.pause()
+            self.snapshot = snapshot
+            if not gone and not self._connected:
+                await self._returned(snapshot)
+                self._connected = True
+            if snapshot.capacity_bytes and not gone:
+                self._copies.capacity_bytes = snapshot.capacity_bytes
+            self._changed(snapshot)
+            self._changes.tell()
+
+    async def _await_ready(self) -> RuntimeLimits:
+        while True:
+            try:
+                self.limits = await self._runtime.wait_ready(_READY_S)
+            except MeshError as error:
+                logger.error("%s", error.message)
+            else:
+                self._loads.begin(self.limits)
+                return self.limits
+
+    async def _returned(self, snapshot: RuntimeSnapshot) -> None:
+        """A broken connection or a new process? A new one holds nothing of ours, and is to be asked for readiness before it is used."""
+        ours = [copy for copy in self._copies if copy.loaded]
+        kept = {model.model_id for model in snapshot.models if model.state is CopyState.LOADED}
+        lost = [copy for copy in ours if copy.model_id not in kept]
+        logger.warning("the runtime is back; %d of %d models are to be loaded again", len(lost), len(ours))
+        if len(lost) == len(ours):
+            await self._await_ready()
+        elif self.limits is not None:
+            self._loads.begin(self.limits)
+        self._load_again(lost)
+
+    def _load_again(self, lost: list[LocalCopy]) -> None:
+        for copy in sorted(lost, key=lambda copy: copy.last_used_ms, reverse=True):
+            self._loads.load(copy.model_id, copy.info, last_used_ms=copy.last_used_ms, urgent=False)

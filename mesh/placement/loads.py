@@ -1,0 +1,277 @@
+"""Loading and unloading on this pod's runtime: one load a model however many ask, victims out first, failures recorded with their cause.
+
+Knows the runtime's contract, room and the registry's announcements; nothing of other pods, routes or requests. A load that nobody waits for
+any more goes on; only `drop` ends it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable
+
+from mesh.errors import LoadFailed, MeshError, NotFound, Overloaded, StoreError, Unavailable
+from mesh.metrics import Metrics
+from mesh.placement.announce import Announcer
+from mesh.placement.copies import Changes, LocalCopies, LocalCopy, epoch_ms
+from mesh.placement.load_times import LoadTimes
+from mesh.placement.plan import make_room
+from mesh.types import CopyState, ModelInfo, RuntimeClient, RuntimeLimits
+
+logger = logging.getLogger(__name__)
+
+_ROOM_S = 180.0  # ModelMesh's: a load that finds no room by then is given up, and not held against the model
+_PATIENCE_S = 5.0  # after it, models in use must make room: they finish what they run and are then unloaded
+_DRAIN_S = 120.0
+_AWAY_S = 60.0  # a runtime that says UNAVAILABLE gets this long to come back
+_AGAIN_S = 0.2
+_UNLOAD_RETRIES_S = (0.5, 1.0, 2.0, 5.0)
+_UNLOAD_RETRY_S = 10.0
+_UNLOAD_ATTEMPTS = 90
+
+
+class LocalLoads:
+    """`load_timeout_s` 0: what the runtime asks for. `begin` must be called with its limits before the first load."""
+
+    def __init__(
+        self,
+        runtime: RuntimeClient,
+        announcer: Announcer,
+        copies: LocalCopies,
+        changes: Changes,
+        metrics: Metrics,
+        *,
+        load_timeout_s: float,
+    ) -> None:
+        self._runtime = runtime
+        self._announcer = announcer
+        self._copies = copies
+        self._changes = changes
+        self._metrics = metrics
+        self._load_timeout_s = load_timeout_s
+        self._default_size_bytes = 0
+        self._slots: asyncio.Semaphore | None = None
+        self._ready = asyncio.Event()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._unloading: dict[str, asyncio.Task[None]] = {}
+        self.times = LoadTimes()
+
+    def begin(self, limits: RuntimeLimits) -> None:
+        """The runtime is ready and holds nothing."""
+        self._copies.capacity_bytes = limits.capacity_bytes
+        self._default_size_bytes = limits.default_model_size_bytes
+        self._load_timeout_s = self._load_timeout_s or limits.model_loading_timeout_s
+        if self._slots is None:
+            self._slots = asyncio.Semaphore(limits.max_loading_concurrency)
+        self._ready.set()
+        self._changes.tell()
+
+    def pause(self) -> None:
+        """The runtime is away: loads wait for it."""
+        self._ready.clear()
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    def load(self, model_id: str, info: ModelInfo, *, last_used_ms: int, urgent: bool = True) -> asyncio.Task[None]:
+        """The model's one load; a new one if none is under way. Wait for it with `asyncio.shield`.
+
+        It ends well also when the load failed for a reason that is the model's own: that is then recorded. It raises Overloaded when there was no
+        room and Unavailable when the runtime went away. `urgent` False: it displaces only what was used before `last_used_ms`.
+        """
+        task = self._loading.get(model_id)
+        if task is not None:
+            self._copies.touch(model_id, last_used_ms)
+            return task
+        copy = LocalCopy(model_id, info, last_used_ms=last_used_ms)
+        previous = self._copies.get(model_id)
+        if previous is not None and previous.state is not CopyState.UNLOADING:
+            copy.size_bytes = previous.size_bytes
+            copy.announced = previous.announced
+        task = asyncio.create_task(self._load(copy, urgent), name=f"load {model_id}")
+        self._loading[model_id] = task
+        task.add_done_callback(lambda done: self._ended(model_id, done))
+        if previous is None or previous.state is not CopyState.UNLOADING:
+            self._copies.add(copy)
+        return task
+
+    def task(self, model_id: str) -> asyncio.Task[None] | None:
+        """The load that is under way."""
+        return self._loading.get(model_id)
+
+    def forget(self, model_id: str) -> None:
+        """It is no longer registered."""
+        self.times = self.times.without(model_id)
+
+    async def drop(self, model_id: str) -> None:
+        """Unload, or stop loading. Returns when it is gone; idempotent."""
+        task = self._loading.get(model_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        copy = self._copies.get(model_id)
+        if copy is not None:
+            await asyncio.shield(self._unload(copy))
+
+    async def close(self) -> None:
+        tasks = [*self._loading.values(), *self._unloading.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
+
+    def _ended(self, model_id: str, task: asyncio.Task[None]) -> None:
+        self._loading.pop(model_id, None)
+        if not task.cancelled() and task.exception() is not None:
+            logger.info("load of %s ended: %s", model_id, task.exception())
+        self._changes.tell()
+
+    async def _load(self, copy: LocalCopy, urgent: bool) -> None:
+        model_id = copy.model_id
+        leaving = self._unloading.get(model_id)
+        if leaving is not None:
+            await asyncio.wait([leaving])
+        self._copies.add(copy)
+        keep = False
+        try:
+            await self._announce(copy)
+            await self._ready.wait()
+            assert self._slots is not None
+            async with self._slots:
+                await self._admit(copy, urgent)
+                self._copies.set_state(copy, CopyState.LOADING)
+                begun_s = time.monotonic()
+                copy.size_bytes = await self._load_on_runtime(copy)
+                seconds = time.monotonic() - begun_s
+            self.times = self.times.measured(model_id, copy.size_bytes, seconds)
+            self._metrics.loaded(model_id, seconds)
+            keep = True
+            logger.info("model loaded", extra={"model": model_id, "seconds": round(seconds, 3), "bytes": copy.size_bytes})
+            self._copies.set_state(copy, CopyState.LOADED)
+        except LoadFailed as error:
+            await self._failed(copy, error.message)
+        finally:
+            if not keep:
+                self._copies.remove(copy)
+                await self._quietly(self._announcer.gone(model_id))
+        await self._trim()
+
+    async def _announce(self, copy: LocalCopy) -> None:
+        try:
+            await self._announcer.loading(copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms)
+            copy.announced = True
+        except StoreError as error:
+            # a store that is away must not keep a known model from being served; the next sweep announces it
+            logger.warning("model %s is loaded unannounced: %s", copy.model_id, error.message)
+
+    async def _load_on_runtime(self, copy: LocalCopy) -> int:
+        """What doesn't fit although it should is given room, one idle model after the other; a runtime that restarts is waited for."""
+        give_up_s = time.monotonic() + _AWAY_S
+        while True:
+            await self._ready.wait()
+            try:
+                return await self._runtime.load(copy.model_id, copy.info, self._load_timeout_s) or copy.size_bytes
+            except Unavailable as error:
+                if time.monotonic() > give_up_s:
+                    raise
+                logger.info("model %s: %s; trying again", copy.model_id, error.message)
+                await asyncio.sleep(_AGAIN_S)
+            except Overloaded as error:
+                victim = next(iter(self._idle()), None)
+                if victim is None:
+                    raise LoadFailed(error.message) from None
+                logger.warning("model %s: %s; unloading %s for it", copy.model_id, error.message, victim.model_id)
+                await self._evict(victim)
+
+    async def _admit(self, copy: LocalCopy, urgent: bool) -> None:
+        """Reserve room for the predicted size, once there is."""
+        predicted = copy.size_bytes or await self._runtime.predict_size(copy.model_id, copy.info) or self._default_size_bytes
+        give_up_s = time.monotonic() + _ROOM_S
+        impatient_s = time.monotonic() + _PATIENCE_S
+        while True:
+            now_s = time.monotonic()
+            wanted_ms = None if urgent or self._copies.held(copy.model_id) else copy.last_used_ms
+            room = make_room(self._copies.usage(), copy.model_id, predicted, last_used_ms=wanted_ms, patient=now_s < impatient_s)
+            if room.refusal:
+                raise LoadFailed(room.refusal)
+            if not room.wait:
+                copy.size_bytes = predicted
+                return
+            if now_s > give_up_s:
+                raise Overloaded(f"model {copy.model_id}: no room for its {predicted} bytes within {_ROOM_S:.0f} s", retry_after_s=30)
+            for victim_id in room.victims:
+                victim = self._copies.get(victim_id)
+                if victim is not None and victim.loaded:
+                    self._start_unload(victim, evicted=True)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(
+                    self._changes.wait(), max(0.05, min(give_up_s, impatient_s if now_s < impatient_s else give_up_s) - now_s)
+                )
+
+    async def _trim(self) -> None:
+        """After a load that turned out larger than predicted: what no longer fits goes, as far as it is idle."""
+        while self._copies.usage().used_bytes - self._copies.usage().leaving_bytes > self._copies.capacity_bytes:
+            victim = next(iter(self._idle()), None)
+            if victim is None:
+                return
+            self._start_unload(victim, evicted=True)
+
+    def _idle(self) -> list[LocalCopy]:
+        """Loaded copies that nobody uses, the longest unused first; never the newest, which somebody has just asked for."""
+        users = {held.model_id: held.users for held in self._copies.usage().held}
+        loaded = sorted((copy for copy in self._copies if copy.loaded), key=lambda copy: (copy.last_used_ms, copy.started_ms))
+        newest = max(loaded, key=lambda copy: copy.started_ms, default=None)
+        alone = not any(copy.coming for copy in self._copies)
+        return [copy for copy in loaded if users.get(copy.model_id, 0) == 0 and not (alone and copy is newest)]
+
+    async def _failed(self, copy: LocalCopy, message: str) -> None:
+        self._metrics.load_failed(copy.model_id)
+        logger.warning("model failed to load", extra={"model": copy.model_id, "error": message})
+        copy.announced = False  # its absence from the record is our own doing
+        await self._quietly(self._announcer.failed(copy.model_id, message, at_ms=epoch_ms()))
+
+    async def _evict(self, copy: LocalCopy) -> None:
+        await asyncio.wait([self._start_unload(copy, evicted=True)])
+
+    def _unload(self, copy: LocalCopy) -> asyncio.Task[None]:
+        return self._start_unload(copy, evicted=False)
+
+    def _start_unload(self, copy: LocalCopy, *, evicted: bool) -> asyncio.Task[None]:
+        """From here on no new request is sent to this copy."""
+        task = self._unloading.get(copy.model_id)
+        if task is None:
+            self._copies.set_state(copy, CopyState.UNLOADING)
+            if evicted:
+                self._metrics.evicted(copy.model_id)
+            logger.info("model leaves", extra={"model": copy.model_id, "evicted": evicted})
+            task = asyncio.create_task(self._unload_copy(copy), name=f"unload {copy.model_id}")
+            self._unloading[copy.model_id] = task
+            task.add_done_callback(lambda _: self._unloading.pop(copy.model_id, None))
+        return task
+
+    async def _unload_copy(self, copy: LocalCopy) -> None:
+        await self._quietly(self._announcer.gone(copy.model_id, last_used_ms=copy.last_used_ms))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while self._copies.in_flight(copy.model_id):
+                    await self._changes.wait()
+        for attempt in range(_UNLOAD_ATTEMPTS):
+            try:
+                await self._runtime.unload(copy.model_id)
+                break
+            except Unavailable as error:
+                if not self._ready.is_set():
+                    break  # the runtime is gone, and the memory with it
+                logger.warning("%s (attempt %d)", error.message, attempt + 1)
+                await asyncio.sleep(_UNLOAD_RETRIES_S[attempt] if attempt < len(_UNLOAD_RETRIES_S) else _UNLOAD_RETRY_S)
+        self._copies.remove(copy)
+
+    async def _quietly(self, work: Awaitable[None]) -> None:
+        """The store may be away, or the registration gone; the sweep puts right what is then wrong."""
+        try:
+            await work
+        except (StoreError, NotFound) as error:
+            logger.debug("not announced: %s", error.message)
+        except MeshError as error:
+            logger.warning("not announced: %s", error.message)

@@ -1,0 +1,139 @@
+"""This pod's own record: what it tells the others of its room, its copies and its load.
+
+A change of state is told at once; loads, which change all the time, every few seconds and only while there is another pod to hear of them.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from mesh.errors import StoreError
+from mesh.placement.copies import Changes, LocalCopies, LocalCopy, epoch_ms
+from mesh.placement.usage import NEVER_MS
+from mesh.registry.instances import Instances
+from mesh.registry.records import CAPACITY_UNIT_BYTES, LRU_EMPTY_MS, CopyReport, InstanceRecord
+from mesh.types import RuntimeModel, RuntimeSnapshot, Tier
+
+logger = logging.getLogger(__name__)
+
+_LOADS_EVERY_S = 2.0
+_AT_MOST_EVERY_S = 0.1
+
+
+class Publisher:
+    """`identity`: a record with what doesn't change (start, addresses, labels). `snapshot` and `num_loading` tell of now."""
+
+    def __init__(
+        self,
+        instances: Instances,
+        identity: InstanceRecord,
+        copies: LocalCopies,
+        changes: Changes,
+        *,
+        snapshot: Callable[[], RuntimeSnapshot],
+        num_loading: Callable[[], int],
+        loading_threads: Callable[[], int],
+    ) -> None:
+        self._instances = instances
+        self._identity = identity
+        self._copies = copies
+        self._changes = changes
+        self._snapshot = snapshot
+        self._num_loading = num_loading
+        self._loading_threads = loading_threads
+        self._shutting_down = False
+        self._told: InstanceRecord | None = None
+
+    async def run(self) -> None:
+        loads_at_s = 0.0
+        while True:
+            record = self.record()
+            now_s = time.monotonic()
+            due = now_s - loads_at_s >= _LOADS_EVERY_S and len(self._instances.table) > 1
+            if self._told is None or _settled(record) != _settled(self._told) or (due and record != self._told):
+                loads_at_s = now_s
+                await self._publish(record)
+            await asyncio.sleep(_AT_MOST_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changes.wait(), _LOADS_EVERY_S)
+
+    async def shut_down(self) -> None:
+        """Others stop placing and sending here."""
+        self._shutting_down = True
+        await self._publish(self.record())
+
+    def record(self) -> InstanceRecord:
+        snapshot = self._snapshot()
+        models = {model.model_id: model for model in snapshot.models}
+        usage = self._copies.usage()
+        reports = {copy.model_id: _report(copy, models.get(copy.model_id)) for copy in self._copies}
+        return msgspec.structs.replace(
+            self._identity,
+            lru_time_ms=LRU_EMPTY_MS if usage.lru_ms == NEVER_MS else usage.lru_ms,
+            count=len(reports),
+            capacity_units=usage.capacity_bytes // CAPACITY_UNIT_BYTES,
+            used_units=(usage.used_bytes - usage.leaving_bytes) // CAPACITY_UNIT_BYTES,
+            loading_threads=self._loading_threads(),
+            loads_in_progress=self._num_loading(),
+            shutting_down=self._shutting_down,
+            device_budget_bytes=snapshot.device_budget_bytes,
+            device_used_bytes=snapshot.device_used_bytes,
+            host_budget_bytes=snapshot.host_budget_bytes,
+            host_used_bytes=snapshot.host_used_bytes,
+            kv_usage=max((model.kv_usage for model in snapshot.models), default=0.0),
+            running=sum(model.running for model in snapshot.models),
+            waiting=sum(model.waiting for model in snapshot.models),
+            tokens_per_s=sum(model.tokens_per_s for model in snapshot.models),
+            copies=reports,
+        )
+
+    async def _publish(self, record: InstanceRecord) -> None:
+        try:
+            await self._instances.publish(record)
+            self._told = record
+        except StoreError as error:
+            logger.warning("this pod's record could not be told: %s", error.message)
+
+
+def identity(*, grpc_address: str, http_address: str, labels: tuple[str, ...], location: str) -> InstanceRecord:
+    return InstanceRecord(
+        start_time_ms=epoch_ms(), location=location, labels=tuple(sorted(labels)), grpc_address=grpc_address, http_address=http_address
+    )
+
+
+def _report(copy: LocalCopy, model: RuntimeModel | None) -> CopyReport:
+    if model is None or not copy.loaded:
+        return CopyReport(state=copy.state, tier=Tier.DEVICE, weight_bytes=copy.size_bytes)
+    return CopyReport(
+        state=copy.state,
+        tier=model.tier,
+        weight_bytes=model.weight_bytes or copy.size_bytes,
+        running=model.running,
+        waiting=model.waiting,
+        swap_in_s=model.swap_in_s,
+        tokens_per_s=model.tokens_per_s,
+    )
+
+
+def _settled(record: InstanceRecord) -> InstanceRecord:
+    """Without what changes with every request."""
+    copies = {
+        model_id: msgspec.structs.replace(report, running=0, waiting=0, swap_in_s=0.0, tokens_per_s=0.0)
+        for model_id, report in record.copies.items()
+    }
+    return msgspec.structs.replace(
+        record,
+        lru_time_ms=0,
+        used_units=0,
+        device_used_bytes=0,
+        host_used_bytes=0,
+        kv_usage=0.0,
+        running=0,
+        waiting=0,
+        tokens_per_s=0.0,
+        copies=copies,
+    )

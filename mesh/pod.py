@@ -1,0 +1,294 @@
+"""One pod's mesh, wired: store, registry, placement, routing, both ports. Constructs and connects; the parts decide.
+
+`run_pod` is the process: it serves until SIGTERM, then lets what runs come to its end.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import uvloop
+
+from mesh import logs
+from mesh.api.addressing import Addressing
+from mesh.api.admin import AdminRoutes
+from mesh.api.grpc_server import GrpcServer
+from mesh.api.health import HealthRoutes
+from mesh.api.http_server import HttpServer
+from mesh.api.inference import InferenceGateway
+from mesh.api.management import ManagementService
+from mesh.api.model_view import ModelViews
+from mesh.api.models_routes import ModelsRoutes
+from mesh.api.openai_gateway import OpenAiGateway
+from mesh.client.peer import Connections
+from mesh.client.peer_loads import HttpPeerLoads
+from mesh.client.runtime import GrpcRuntime
+from mesh.config import MeshConfig
+from mesh.errors import InvalidRequest, MeshError
+from mesh.metrics import Metrics, PodFigures
+from mesh.placement.announce import Announcer
+from mesh.placement.copies import Changes, LocalCopies, epoch_ms
+from mesh.placement.loads import LocalLoads
+from mesh.placement.publish import Publisher, identity
+from mesh.placement.reconcile import Placement
+from mesh.registry.registry import Registry
+from mesh.registry.transitions import Transitions
+from mesh.routing.forward import CopyRouter, Limits
+from mesh.store.location import parse_store
+from mesh.store.opening import store_at
+from mesh.types import Target
+
+logger = logging.getLogger(__name__)
+
+_ANY_HOST = ("", "0.0.0.0", "[::]", "::", "*")
+
+
+def run_pod(config: MeshConfig) -> int:
+    """Blocks until SIGTERM or SIGINT. 0 after an orderly end; 1, with one line on stderr, if it can't start."""
+    try:
+        logs.set_up(as_json=config.log_json, level=config.log_level)
+    except ValueError:
+        print(f"repertory: log_level {config.log_level!r}: expected debug, info, warning or error", file=sys.stderr)
+        return 1
+    try:
+        return uvloop.run(_serve(config))
+    except (MeshError, OSError) as error:
+        print(f"repertory: {error}", file=sys.stderr)
+        return 1
+
+
+async def _serve(config: MeshConfig) -> int:
+    pod = Pod(config)
+    asked_to_stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked_to_stop.set)
+    try:
+        await pod.start()
+        await asked_to_stop.wait()
+    finally:
+        await pod.stop()
+    return 0
+
+
+class Pod:
+    """`start`, then `stop`, on one event loop. Raises MeshError for a configuration that can't be."""
+
+    def __init__(self, config: MeshConfig) -> None:
+        if not config.store:
+            raise InvalidRequest("store: say where registrations are kept: a directory, or etcd://HOST:PORT")
+        self._config = config
+        self.instance_id = config.instance_id or _made_up_id(config.grpc_listen)
+        if "," in self.instance_id:
+            raise InvalidRequest(f"instance_id {self.instance_id!r} may not contain a comma")
+        location = parse_store(config.store)
+        self._store = store_at(location)
+        self.registry = Registry(
+            self._store,
+            root_prefix=location.root_prefix,
+            kv_prefix=config.kv_prefix,
+            service_name=config.service_name,
+            instance_id=self.instance_id,
+            session_ttl_s=config.session_ttl_s,
+            default_owner=config.owner,
+        )
+        self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._publisher: Publisher | None = None
+        self._build()
+
+    def _build(self) -> None:
+        config = self._config
+        self._metrics = Metrics()
+        self._connections = Connections(max_message_bytes=config.grpc_max_message_bytes)
+        self._changes = Changes()
+        self._copies = LocalCopies(self._changes)
+        runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
+        announcer = Announcer(self.registry.models, self.instance_id)
+        self._loads = LocalLoads(runtime, announcer, self._copies, self._changes, self._metrics, load_timeout_s=config.load_timeout_s)
+        peers = HttpPeerLoads(self._connections, self.instance_id, next(iter(config.api_keys), ""))
+        self.placement = Placement(
+            self.registry, runtime, announcer, self._copies, self._loads, peers, self._changes, failure_expiry_s=config.failure_expiry_s
+        )
+        self._transitions = Transitions(self.registry, self.placement, leads=self.registry.instances.leads)
+        self._router = CopyRouter(
+            self.registry,
+            self.placement,
+            self._copies,
+            self._changes,
+            self._metrics,
+            Target(self.instance_id, True, config.runtime_grpc, config.runtime_http),
+            Limits(config.wait_budget_s, config.max_held),
+        )
+        self.grpc = GrpcServer(
+            config.grpc_listen,
+            ManagementService(self.registry, self.placement),
+            InferenceGateway(
+                self.registry,
+                self._router,
+                self._connections,
+                Addressing.parse(config.dataplane_config),
+                self._metrics,
+                own_id=self.instance_id,
+                limits=lambda: self.placement.runtime.limits,
+                max_message_bytes=config.grpc_max_message_bytes,
+            ),
+            keys=config.api_keys,
+            max_message_bytes=config.grpc_max_message_bytes,
+            is_ready=self.is_ready,
+            version=_version(),
+        )
+        views = ModelViews(self.registry, self.placement, self._last_used_ms)
+        self.http = HttpServer(
+            config.http_listen,
+            OpenAiGateway(
+                self.registry,
+                self.placement,
+                self._router,
+                self._connections,
+                self._metrics,
+                own_id=self.instance_id,
+                max_body_bytes=config.http_max_body_bytes,
+                keep_alive_s=config.keep_alive_s,
+            ),
+            (
+                HealthRoutes(self._connections, config.runtime_http, self.is_ready, self._figures),
+                ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
+                AdminRoutes(self.registry, self.placement, runtime, views),
+            ),
+            self._metrics,
+            keys=config.api_keys,
+            grace_s=config.grace_s,
+        )
+
+    def is_ready(self) -> bool:
+        """It takes requests, and will load what they need."""
+        return self._publisher is not None and self.placement.runtime.ready and not self._stopping.is_set()
+
+    async def start(self) -> None:
+        """Raises StoreError, or OSError if a port is taken."""
+        await self._store.open()
+        await self.registry.start()
+        await _listening("gRPC", self._config.grpc_listen, self.grpc.start())
+        await _listening("HTTP", self._config.http_listen, self.http.start())
+        self._publisher = Publisher(
+            self.registry.instances,
+            identity(
+                grpc_address=_advertised(self._config.grpc_listen, self.grpc.port, self._config.advertise_host),
+                http_address=_advertised(self._config.http_listen, self.http.port, self._config.advertise_host),
+                labels=self._config.labels,
+                location=self._config.advertise_host or socket.gethostname(),
+            ),
+            self._copies,
+            self._changes,
+            snapshot=lambda: self.placement.runtime.snapshot,
+            num_loading=lambda: self._loads.num_loading,
+            loading_threads=lambda: limits.max_loading_concurrency if (limits := self.placement.runtime.limits) else 0,
+        )
+        self.placement.start()
+        self._transitions.start()
+        self._tasks = [asyncio.create_task(self._publisher.run()), asyncio.create_task(self._tell_health())]
+        logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
+
+    async def stop(self) -> None:
+        """Not ready, no new requests, running answers to their end within the grace period, own records withdrawn."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        logger.info("pod stops", extra={"instance": self.instance_id})
+        await _cancel(self._tasks)
+        self._router.stop()
+        if self._publisher is not None:
+            await self.grpc.tell_ready(False)
+            await self._publisher.shut_down()
+            await self.placement.withdraw()
+        await asyncio.gather(self.grpc.stop(self._config.grace_s), self.http.stop())
+        if self._publisher is not None:
+            await self._transitions.close()
+        await self.placement.close()
+        await self.registry.close()
+        await self._connections.close()
+        await self._store.close()
+
+    async def _tell_health(self) -> None:
+        told = False
+        while True:
+            if self.is_ready() is not told:
+                told = not told
+                await self.grpc.tell_ready(told)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changes.wait(), 1.0)
+
+    def _last_used_ms(self, model_id: str) -> int:
+        copy = self._copies.get(model_id)
+        return copy.last_used_ms if copy is not None else 0
+
+    def _figures(self) -> bytes:
+        usage = self._copies.usage()
+        records = [record for _, record in self.registry.models.table.items()]
+        figures = PodFigures(
+            capacity_bytes=usage.capacity_bytes,
+            used_bytes=usage.used_bytes,
+            num_models=len(usage.held),
+            lru_ms=usage.lru_ms,
+            now_ms=epoch_ms(),
+            models_managed=len(records),
+            models_loaded=sum(1 for record in records if record.instance_ids),
+            models_failed=sum(1 for record in records if record.failed_in),
+        )
+        return self._metrics.text(figures, self._is_registered)
+
+    def _is_registered(self, name: str) -> bool:
+        return name in self.registry.models.table or name in self.registry.vmodels.table
+
+
+async def _listening(kind: str, address: str, starting: "asyncio._CoroutineLike[None]") -> None:
+    try:
+        await starting
+    except OSError as error:
+        raise OSError(f"{kind} address {address} can't be listened on: {error.strerror or error}") from None
+
+
+def _made_up_id(grpc_listen: str) -> str:
+    """The same after a restart, different for two pods of one host."""
+    host = socket.gethostname().replace(",", "-")[-12:]
+    port = grpc_listen.rpartition(":")[2]
+    if grpc_listen.startswith("unix:") or port == "0":
+        return f"{host}-{secrets.token_hex(3)}"
+    return f"{host}-{port}"
+
+
+def _advertised(listen: str, port: int, host: str) -> str:
+    if listen.startswith("unix:"):
+        return listen
+    own = listen.rpartition(":")[0]
+    return f"{host or (_own_ip() if own in _ANY_HOST else own)}:{port}"
+
+
+def _own_ip() -> str:
+    """The address that this host would send from; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 1))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+def _version() -> str:
+    try:
+        return version("repertory")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,238 @@
+"""One routing decision, whatever carries the request: which copy, after waiting for one if none is loaded.
+
+Implements mesh.types.Router. Knows copies, pods and how long a request may wait; nothing of gRPC, HTTP or bytes.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from mesh.errors import DeadlineExceeded, LoadFailed, NotFound, Overloaded, Unavailable
+from mesh.metrics import Metrics
+from mesh.placement.copies import Changes, LocalCopies, epoch_ms
+from mesh.placement.load_times import retry_after_s
+from mesh.placement.reconcile import Placement
+from mesh.registry.records import InstanceRecord, ModelRecord
+from mesh.registry.registry import Registry
+from mesh.routing.choose import Candidate, choose
+from mesh.types import CopyState, ModelStatus, Target, Tier
+
+_FORGOTTEN_S = 5.0  # a pod that said NOT_FOUND isn't asked for that model until its record had time to say so
+_LOOK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`wait_budget_s`: how long a request may wait for its model. `max_held`: how many may wait for one."""
+
+    wait_budget_s: float
+    max_held: int
+
+
+class CopyRouter:
+    """`local`: the target that stands for this pod's own runtime."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        placement: Placement,
+        copies: LocalCopies,
+        changes: Changes,
+        metrics: Metrics,
+        local: Target,
+        limits: Limits,
+    ) -> None:
+        self._registry = registry
+        self._placement = placement
+        self._copies = copies
+        self._changes = changes
+        self._metrics = metrics
+        self._local = local
+        self._limits = limits
+        self._to_peers: Counter[tuple[str, str]] = Counter()
+        self._forgotten_until_s: dict[tuple[str, str], float] = {}
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Requests that wait for a model are refused from now on."""
+        self._stopping = True
+        self._changes.tell()
+
+    async def route(
+        self,
+        model_id: str,
+        *,
+        deadline_s: float | None,
+        prefix_hash: str = "",
+        exclude: frozenset[str] = frozenset(),
+        here: bool = False,
+    ) -> Target:
+        """As Router; `deadline_s` is the time left. `here`: another pod sent it, so only this pod's copy will do; NotFound if there is none.
+
+        The chosen copy is counted as in use when this returns: the caller ends with `end`.
+        """
+        if here and self._copies.get(model_id) is None:
+            raise NotFound(f"model {model_id} is not on this pod")
+        target = self._choose(model_id, prefix_hash, exclude, here)
+        if target is None:
+            target = await self._wait(model_id, deadline_s, prefix_hash, exclude, here)
+        self.begin(model_id, target)
+        return target
+
+    def is_loaded(self, model_id: str) -> bool:
+        """Whether a request for it would go on without waiting here."""
+        return self._choose(model_id, "", frozenset(), False) is not None
+
+    def begin(self, model_id: str, target: Target) -> None:
+        self._metrics.in_flight(model_id, +1)
+        if target.local:
+            self._copies.begin(model_id)
+        else:
+            self._to_peers[model_id, target.instance_id] += 1
+
+    def end(self, model_id: str, target: Target) -> None:
+        self._metrics.in_flight(model_id, -1)
+        if target.local:
+            self._copies.end(model_id)
+            return
+        self._to_peers[model_id, target.instance_id] -= 1
+        if not self._to_peers[model_id, target.instance_id]:
+            del self._to_peers[model_id, target.instance_id]
+
+    def forget(self, model_id: str, target: Target) -> None:
+        """A local runtime that says so is asked to load it again: loading is idempotent, so a false alarm costs one call."""
+        if not target.local:
+            self._forgotten_until_s[model_id, target.instance_id] = time.monotonic() + _FORGOTTEN_S
+            return
+        copy = self._copies.get(model_id)
+        if copy is not None and copy.loaded and copy.started_ms == target.generation:
+            self._placement.load_here(model_id, last_used_ms=epoch_ms())
+
+    async def _wait(self, model_id: str, deadline_s: float | None, prefix_hash: str, exclude: frozenset[str], here: bool) -> Target:
+        held = self._copies.held(model_id)
+        if held >= self._limits.max_held:
+            raise Overloaded(
+                f"model {model_id}: {held} requests are waiting for it to be loaded; the limit is {self._limits.max_held}",
+                retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
+            )
+        budget_s = self._limits.wait_budget_s
+        by_deadline = deadline_s is not None and deadline_s < budget_s
+        self._copies.hold(model_id)
+        self._metrics.held(model_id, +1)
+        try:
+            async with asyncio.timeout(deadline_s if by_deadline else budget_s):
+                return await self._until_chosen(model_id, prefix_hash, exclude, here)
+        except TimeoutError:
+            if by_deadline:
+                raise DeadlineExceeded(f"model {model_id}: the deadline passed while it was being loaded") from None
+            raise Unavailable(
+                f"model {model_id}: not loaded within the wait budget of {budget_s:g} s",
+                retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
+            ) from None
+        finally:
+            self._metrics.held(model_id, -1)
+            self._copies.release(model_id)
+
+    async def _until_chosen(self, model_id: str, prefix_hash: str, exclude: frozenset[str], here: bool) -> Target:
+        while True:
+            if self._stopping:
+                raise Unavailable("this pod is shutting down", retry_after_s=1)
+            if exclude:
+                # it failed a moment ago: let the runtime's own account of itself catch up before the same copy is tried again
+                await self._changed()
+                target = self._choose(model_id, prefix_hash, exclude, here) or self._choose(model_id, prefix_hash, frozenset(), here)
+                exclude = frozenset()
+            else:
+                target = self._choose(model_id, prefix_hash, exclude, here)
+            if target is not None:
+                return target
+            await self._load(model_id, here)
+
+    async def _load(self, model_id: str, here: bool) -> None:
+        """Until something is different: it is loaded, or is not going to be (raises), or a copy is elsewhere than thought."""
+        status = self._placement.status(model_id)
+        if status.status is ModelStatus.LOADED:
+            # a copy that can't be used now: the runtime's engine is coming back, or a pod has just said that it hasn't got it
+            await self._changed()
+            return
+        outcome = await self._placement.ensure_loaded(model_id, wait=True, here=here)
+        if outcome.status is ModelStatus.LOADING_FAILED:
+            blocked_s = self._placement.blocked_for_s(model_id)
+            cause = outcome.errors[0] if outcome.errors else "the cause is not known"
+            raise LoadFailed(f"model {model_id} failed to load: {cause}", retry_after_s=retry_after_s(blocked_s) if blocked_s else None)
+        if outcome.status is ModelStatus.NOT_FOUND:
+            raise NotFound(f"model {model_id} was unregistered")
+
+    async def _changed(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changes.wait(), _LOOK_S)
+
+    def _choose(self, model_id: str, prefix_hash: str, exclude: frozenset[str], here: bool) -> Target | None:
+        candidates = []
+        copy = self._copies.get(model_id)
+        own_id = self._local.instance_id
+        if copy is not None and copy.loaded and self._placement.runtime.serving and own_id not in exclude:
+            candidates.append(self._own_candidate(model_id))
+        record = self._registry.models.get(model_id)
+        pods: dict[str, InstanceRecord] = {}
+        if not here and record is not None and record.instance_ids.keys() - {own_id}:
+            pods = dict(self._registry.instances.live())
+            candidates += self._peer_candidates(model_id, record, pods, exclude)
+        chosen = choose(candidates, prefix_hash)
+        if chosen is None:
+            return None
+        if chosen.local:
+            assert copy is not None
+            return Target(own_id, True, self._local.grpc_address, self._local.http_address, copy.started_ms)
+        pod = pods[chosen.instance_id]
+        return Target(chosen.instance_id, False, pod.grpc_address, pod.http_address)
+
+    def _own_candidate(self, model_id: str) -> Candidate:
+        model = self._placement.runtime.model(model_id)
+        in_flight = self._copies.in_flight(model_id)
+        if model is None:
+            return Candidate(self._local.instance_id, True, in_flight=in_flight)
+        return Candidate(
+            self._local.instance_id,
+            True,
+            tier=model.tier,
+            swap_in_s=model.swap_in_s,
+            running=model.running,
+            waiting=model.waiting,
+            in_flight=in_flight,
+            kv_usage=model.kv_usage,
+        )
+
+    def _peer_candidates(
+        self, model_id: str, record: ModelRecord, pods: dict[str, InstanceRecord], exclude: frozenset[str]
+    ) -> list[Candidate]:
+        """A copy that is still loading elsewhere is one too: that pod holds the request, and tells of its progress."""
+        now_s = time.monotonic()
+        found = []
+        for pod_id, since_ms in record.instance_ids.items():
+            pod = pods.get(pod_id)
+            if pod is None or not pod.grpc_address or pod_id == self._local.instance_id or pod_id in exclude:
+                continue
+            if self._forgotten_until_s.get((model_id, pod_id), 0.0) > now_s:
+                continue
+            report = pod.copies.get(model_id)
+            loaded = report is not None and report.state is CopyState.LOADED
+            if report is not None and report.state is CopyState.UNLOADING:
+                continue
+            elapsed_s = (epoch_ms() - since_ms) / 1000
+            found.append(
+                Candidate(
+                    pod_id,
+                    False,
+                    tier=report.tier if report is not None and loaded else Tier.DEVICE,
+                    loading_s=0.0 if loaded else max(0.1, self._placement.expected_load_s(model_id) - elapsed_s),
+                    swap_in_s=report.swap_in_s if report else 0.0,
+                    running=report.running if report else 0,
+                    waiting=report.waiting if report else 0,
+                    in_flight=self._to_peers[model_id, pod_id],
+                    kv_usage=pod.kv_usage,
+                )
+            )
+        return found

@@ -1,0 +1,284 @@
+"""A serving runtime that loads nothing: real gRPC and HTTP servers on unix sockets, with faults, delays and streams to be switched.
+
+Speaks mmesh.ModelRuntime, repertory.RuntimeState (unless foreign), fmaas-like and arbitrary gRPC methods as bytes, and OpenAI-like HTTP.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from aiohttp import web
+
+from wire.mmesh import model_runtime_pb2 as pb
+from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
+from wire.repertory import runtime_pb2 as state_pb
+from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
+
+MB = 1_000_000
+
+
+@dataclass
+class Switches:
+    """What is to go wrong or slowly. Sizes by model path; `fail` maps a path to the cause of its failure."""
+
+    capacity_bytes: int = 100 * MB
+    size_bytes: dict[str, int] = field(default_factory=dict)
+    default_size_bytes: int = 10 * MB
+    load_s: float = 0.0
+    load_gate: asyncio.Event | None = None
+    fail: dict[str, str] = field(default_factory=dict)
+    loading_concurrency: int = 4
+    unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
+    progress: float = 0.0
+    chunk_s: float = 0.0
+    max_message_bytes: int = 16 * 1024 * 1024
+    methods: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class FakeRuntime:
+    def __init__(self, directory: Path, *, foreign: bool = False, switches: Switches | None = None) -> None:
+        self.switches = switches or Switches()
+        self.grpc_address = f"unix:{directory}/runtime.sock"
+        self.http_address = f"unix:{directory}/http.sock"
+        self.foreign = foreign
+        self.loaded: dict[str, str] = {}
+        self.loading: set[str] = set()
+        self.calls: Counter[str] = Counter()
+        self.log: list[tuple[str, str]] = []
+        self.cancelled: list[str] = []
+        self.metadata: list[tuple[tuple[str, str | bytes], ...]] = []
+        self.deadlines: list[float | None] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.changed = asyncio.Event()
+        self._server: grpc.aio.Server | None = None
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        size = self.switches.max_message_bytes
+        options = (("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", size))
+        self._server = grpc.aio.server(options=options)
+        add_ModelRuntimeServicer_to_server(_Spi(self), self._server)
+        if not self.foreign:
+            add_RuntimeStateServicer_to_server(_State(self), self._server)
+        self._server.add_generic_rpc_handlers((_AnyMethod(self),))
+        self._server.add_insecure_port(self.grpc_address)
+        await self._server.start()
+        app = web.Application()
+        app.router.add_post("/v1/{path:.+}", self._post)
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.UnixSite(self._runner, self.http_address.removeprefix("unix:")).start()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(0)
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def restart_empty(self) -> None:
+        """As a process that died and came back."""
+        await self.stop()
+        self.loaded.clear()
+        self.loading.clear()
+        await self.start()
+
+    def drop(self, model_id: str) -> None:
+        """Lose a model without telling anybody."""
+        self.loaded.pop(model_id, None)
+        self.tell()
+
+    def tell(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def used_bytes(self) -> int:
+        return sum(self.size_of(path) for path in self.loaded.values())
+
+    def size_of(self, path: str) -> int:
+        return self.switches.size_bytes.get(path, self.switches.default_size_bytes)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text="# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 3\n")
+
+    async def _post(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        model_id = request.headers.get("mm-model-id", "")
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        if self.switches.unavailable:
+            self.switches.unavailable -= 1
+            return web.json_response({"error": {"message": "restarting", "type": "unavailable_error"}}, status=503)
+        if model_id not in self.loaded:
+            return web.json_response({"error": {"message": f"{model_id} is not loaded here"}}, status=404)
+        self.calls[model_id] += 1
+        if not body.get("stream"):
+            return web.json_response({"answer": model_id, "path": request.path, "id": request.headers.get("X-Request-Id", "")})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        try:
+            for index in range(int(body.get("chunks", 3))):
+                await asyncio.sleep(self.switches.chunk_s)
+                await response.write(f"data: {json.dumps({'model': model_id, 'n': index})}\n\n".encode())
+                if body.get("break_at") == index:
+                    request.transport.abort()  # type: ignore[union-attr]
+                    return response
+            await response.write(b"data: [DONE]\n\n")
+            await response.write_eof()
+        except (asyncio.CancelledError, ConnectionError):
+            self.cancelled.append(model_id)
+            raise
+        return response
+
+
+class _Spi(ModelRuntimeServicer):
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self._runtime = runtime
+
+    async def runtimeStatus(self, request: pb.RuntimeStatusRequest, context: Any) -> pb.RuntimeStatusResponse:
+        runtime, switches = self._runtime, self._runtime.switches
+        runtime.loaded.clear()
+        runtime.log.append(("purge", ""))
+        methods = {name: pb.RuntimeStatusResponse.MethodInfo(idInjectionPath=path) for name, path in switches.methods.items()}
+        return pb.RuntimeStatusResponse(
+            status=pb.RuntimeStatusResponse.READY,
+            capacityInBytes=switches.capacity_bytes,
+            maxLoadingConcurrency=switches.loading_concurrency,
+            modelLoadingTimeoutMs=30_000,
+            defaultModelSizeInBytes=switches.default_size_bytes,
+            runtimeVersion="fake",
+            methodInfos=methods,
+            allowAnyMethod=True,
+        )
+
+    async def loadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        runtime, switches = self._runtime, self._runtime.switches
+        runtime.log.append(("load", request.modelId))
+        if request.modelId not in runtime.loaded:
+            runtime.loading.add(request.modelId)
+            runtime.tell()
+            try:
+                if switches.load_gate is not None:
+                    await switches.load_gate.wait()
+                await asyncio.sleep(switches.load_s)
+            finally:
+                runtime.loading.discard(request.modelId)
+            if request.modelPath in switches.fail:
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, switches.fail[request.modelPath])
+            size = runtime.size_of(request.modelPath)
+            if runtime.used_bytes() + size > switches.capacity_bytes:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{size} bytes do not fit")
+            runtime.loaded[request.modelId] = request.modelPath
+            runtime.tell()
+        return pb.LoadModelResponse(sizeInBytes=runtime.size_of(request.modelPath))
+
+    async def unloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
+        runtime = self._runtime
+        runtime.log.append(("unload", request.modelId))
+        if runtime.loaded.pop(request.modelId, None) is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.modelId} is not loaded")
+        runtime.tell()
+        return pb.UnloadModelResponse()
+
+    async def predictModelSize(self, request: pb.PredictModelSizeRequest, context: Any) -> pb.PredictModelSizeResponse:
+        return pb.PredictModelSizeResponse(sizeInBytes=self._runtime.size_of(request.modelPath))
+
+    async def modelSize(self, request: pb.ModelSizeRequest, context: Any) -> pb.ModelSizeResponse:
+        return pb.ModelSizeResponse(sizeInBytes=self._runtime.size_of(self._runtime.loaded.get(request.modelId, "")))
+
+
+class _State(RuntimeStateServicer):
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self._runtime = runtime
+
+    async def watch(self, request: state_pb.WatchRequest, context: Any) -> AsyncIterator[state_pb.RuntimeSnapshot]:
+        runtime = self._runtime
+        while True:
+            changed = runtime.changed
+            yield self._snapshot()
+            await changed.wait()
+
+    async def fit(self, request: state_pb.FitRequest, context: Any) -> state_pb.FitResponse:
+        size = self._runtime.size_of(request.model_path)
+        fits = size <= self._runtime.switches.capacity_bytes
+        return state_pb.FitResponse(
+            weight_bytes=size, fits=fits, reason="" if fits else "too large", capacity_bytes=self._runtime.switches.capacity_bytes, exact=True
+        )
+
+    def _snapshot(self) -> state_pb.RuntimeSnapshot:
+        runtime = self._runtime
+        models = [
+            state_pb.ModelState(model_id=model_id, state=state_pb.ModelState.LOADED, tier=state_pb.ModelState.DEVICE, weight_bytes=runtime.size_of(path))
+            for model_id, path in runtime.loaded.items()
+        ]
+        models += [
+            state_pb.ModelState(
+                model_id=model_id, state=state_pb.ModelState.PULLING, progress=runtime.switches.progress, progress_text="of the files"
+            )
+            for model_id in runtime.loading
+        ]
+        return state_pb.RuntimeSnapshot(
+            capacity_bytes=runtime.switches.capacity_bytes,
+            device_budget_bytes=runtime.switches.capacity_bytes,
+            device_used_bytes=runtime.used_bytes(),
+            engine_state=state_pb.ENGINE_READY,
+            models=models,
+        )
+
+
+class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """/test.Any/Echo: each message comes back; Slow: never ends; Big: N bytes; Fail: the status named in the message; else as Echo."""
+
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self._runtime = runtime
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        method = handler_call_details.method
+
+        async def serve(_: AsyncIterator[bytes], context: Any) -> None:
+            await self._serve(method, context)
+
+        return grpc.stream_stream_rpc_method_handler(serve)  # type: ignore[arg-type]
+
+    async def _serve(self, method: str, context: Any) -> None:
+        runtime = self._runtime
+        metadata = tuple(context.invocation_metadata())
+        runtime.metadata.append(metadata)
+        runtime.deadlines.append(context.time_remaining())
+        model_id = next((value for key, value in metadata if key == "mm-model-id"), "")
+        if runtime.switches.unavailable:
+            runtime.switches.unavailable -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+        if model_id not in runtime.loaded:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"{model_id} is not loaded here")
+        runtime.calls[model_id] += 1
+        try:
+            await self._answer(method.rpartition("/")[2], context)
+        except asyncio.CancelledError:
+            runtime.cancelled.append(model_id)
+            raise
+
+    async def _answer(self, verb: str, context: Any) -> None:
+        await context.send_initial_metadata((("answered-by", "fake"),))
+        while (message := await context.read()) is not grpc.aio.EOF:
+            if verb == "Fail":
+                await context.abort(grpc.StatusCode[message.decode()], "as asked", (("why", "because"), ("why-bin", b"\x00\xff")))
+            if verb == "Slow":
+                await context.write(b"first")
+                await asyncio.sleep(3600)
+            if verb == "Big":
+                await context.write(b"x" * int(message))
+            elif verb == "Count":
+                for index in range(int(message)):
+                    await asyncio.sleep(self._runtime.switches.chunk_s)
+                    await context.write(str(index).encode())
+            else:
+                await context.write(message)
+        context.set_trailing_metadata((("trailer", "kept"), ("trailer-bin", b"\x01\xfe")))

@@ -1,0 +1,89 @@
+"""A pod of the mesh in this process, over a fake runtime, with clients for its two ports."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc.aio
+import msgspec
+
+from mesh.config import MeshConfig
+from mesh.pod import Pod
+from tests.support.fake_runtime import FakeRuntime, Switches
+from tests.support.waiting import until
+from wire.mmesh import model_mesh_pb2 as mm
+from wire.mmesh.model_mesh_pb2_grpc import ModelMeshStub
+
+
+@dataclass
+class RunningPod:
+    pod: Pod
+    runtime: FakeRuntime
+    channel: grpc.aio.Channel
+    http: aiohttp.ClientSession
+
+    @property
+    def management(self) -> ModelMeshStub:
+        return ModelMeshStub(self.channel)
+
+    async def register(self, model_id: str, path: str = "/m") -> None:
+        info = mm.ModelInfo(type="llm", path=path)
+        await self.management.registerModel(mm.RegisterModelRequest(modelId=model_id, modelInfo=info))
+
+    async def load(self, model_id: str) -> mm.ModelStatusInfo:
+        return await self.management.ensureLoaded(mm.EnsureLoadedRequest(modelId=model_id, sync=True))
+
+    async def name(self, name: str, uri: str, **settings: Any) -> dict[str, Any]:
+        async with self.http.post("/admin/v1/models", json={"name": name, "uri": uri, **settings}) as answer:
+            body: dict[str, Any] = await answer.json()
+            assert answer.status == 200, body
+            return body
+
+    async def model(self, name: str) -> dict[str, Any]:
+        async with self.http.get(f"/admin/v1/models/{name}") as answer:
+            body: dict[str, Any] = await answer.json()
+            return body
+
+    def method(self, verb: str) -> grpc.aio.StreamStreamMultiCallable[bytes, bytes]:
+        return self.channel.stream_stream(f"/test.Any/{verb}")
+
+    async def echo(self, model_id: str, message: bytes = b"hi", **options: Any) -> bytes:
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self.channel.unary_unary("/test.Any/Echo")
+        return await call(message, metadata=(("mm-model-id", model_id),), **options)
+
+    async def chat(self, model: str, **body: Any) -> tuple[int, dict[str, Any], Any]:
+        async with self.http.post("/v1/chat/completions", json={"model": model, **body}) as answer:
+            return answer.status, await answer.json(), answer.headers
+
+
+@asynccontextmanager
+async def running_pod(
+    directory: Path, *, store: str = "", switches: Switches | None = None, foreign: bool = False, wait: bool = True, **settings: Any
+) -> AsyncIterator[RunningPod]:
+    directory.mkdir(parents=True, exist_ok=True)
+    runtime = FakeRuntime(directory, foreign=foreign, switches=switches)
+    await runtime.start()
+    config = MeshConfig(
+        grpc_listen="127.0.0.1:0",
+        http_listen="127.0.0.1:0",
+        store=store or f"embedded:{directory}/registry",
+        runtime_grpc=runtime.grpc_address,
+        runtime_http=runtime.http_address,
+        **{"grace_s": 2.0, **settings},
+    )
+    pod = Pod(msgspec.structs.replace(config, instance_id=settings.get("instance_id") or directory.name))
+    await pod.start()
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{pod.grpc.port}", options=(("grpc.max_receive_message_length", 64 * 1024 * 1024),))
+    http = aiohttp.ClientSession(f"http://127.0.0.1:{pod.http.port}")
+    try:
+        if wait:
+            await until(pod.is_ready)
+        yield RunningPod(pod, runtime, channel, http)
+    finally:
+        await http.close()
+        await channel.close()
+        await pod.stop()
+        await runtime.stop()
