@@ -123,7 +123,7 @@ def encode_record(record: Record) -> bytes:
 def decode_record(kind: type[R], data: bytes) -> R:
     """Raises msgspec.MsgspecError if it isn't a JSON object or a known property has another type. A null is as good as absent."""
     properties = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    names = {item.encode_name for item in msgspec.structs.fields(kind)} - {OWN_FIELD}
+    names = {*kind.__struct_encode_fields__} - {OWN_FIELD}
     known = {name: raw for name, raw in properties.items() if name in names and bytes(raw).strip() != b"null"}
     unknown = tuple((name, bytes(raw)) for name, raw in properties.items() if name not in names)
     record = msgspec.json.decode(msgspec.json.encode(known) if len(known) < len(properties) else data, type=kind)

@@ -44,8 +44,12 @@ class Registry:
 
     async def start(self, timeout_s: float = 20.0) -> None:
         """Returns when all tables are filled. Raises StoreError."""
-        for table in (self.models.table, self.vmodels.table, self.instances.table):
-            await table.start(timeout_s)
+        try:
+            for table in (self.models.table, self.vmodels.table, self.instances.table):
+                await table.start(timeout_s)
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Withdraws this pod's record, then stops following."""

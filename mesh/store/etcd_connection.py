@@ -66,6 +66,7 @@ class EtcdConnection:
         self._connect_timeout_s = connect_timeout_s
         self._call_timeout_s = call_timeout_s
         self._channels: list[grpc.aio.Channel] = []
+        self._streams: set[Any] = set()
         self._current = 0
         self._token = ""
         self._authenticating = asyncio.Lock()
@@ -80,6 +81,9 @@ class EtcdConnection:
 
     async def close(self) -> None:
         self.closed = True
+        # not every version of gRPC ends the streams of a channel that is closed
+        for stream in tuple(self._streams):
+            stream.cancel()
         for channel in self._channels:
             await channel.close(None)
 
@@ -117,7 +121,10 @@ class EtcdConnection:
         channel = await self._ready(deadline, self._call_timeout_s)
         opener = channel.stream_stream(method.path, request_serializer=_serialize, response_deserializer=method.parse)
         # a member cut off from its leader must say so instead of keeping silent for ever
-        return opener(metadata=(*self._metadata(), ("hasleader", "true")))
+        stream: grpc.aio.StreamStreamCall[Any, Answer] = opener(metadata=(*self._metadata(), ("hasleader", "true")))
+        self._streams.add(stream)
+        stream.add_done_callback(self._streams.discard)
+        return stream
 
     async def read(self, stream: "grpc.aio.StreamStreamCall[Any, Answer]") -> Answer:
         """The next message. Raises StoreError if there is none."""

@@ -62,7 +62,8 @@ class PrefixWatch:
             except StoreError as error:
                 if self._connection.closed:
                     return
-                logger.debug("watch of %s broken: %s", self._prefix, error)
+                first_of_many = self._pause_s == FIRST_PAUSE_S
+                logger.log(logging.WARNING if first_of_many else logging.DEBUG, "watch of %s broken: %s", self._prefix, error)
                 self._connection.rotate()
                 await asyncio.sleep(self._pause_s)
                 self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
