@@ -13,7 +13,7 @@ from typing import Generic
 
 import msgspec
 
-from mesh.errors import StoreError
+from mesh.errors import StoreError, StoreUncertain
 from mesh.registry.records import R, decode_record, encode_record
 from mesh.store.protocol import ABSENT, Compare, Delete, Entry, EntryDeleted, EntryPut, Listing, Put, Relisted, Store, Write
 
@@ -94,18 +94,34 @@ class Table(Generic[R]):
         self._absorb_early(record_id, found)
         return found
 
+    async def read_after_doubt(self, record_id: str) -> Versioned[R]:
+        """As read, after a write whose answer was lost. Raises StoreUncertain if the store doesn't answer now either."""
+        try:
+            return await self.read(record_id)
+        except StoreError as error:
+            raise StoreUncertain(error.message) from None
+
     async def update(self, record_id: str, change: Callable[[R | None], R | None]) -> R | None:
         """Change one record, or create or delete it, on top of whatever others write meanwhile; returns what is then there.
 
-        `change` may be called several times; the record it was given, returned unchanged, means that nothing is to be written.
+        `change` may be called several times, also on top of its own result if the store's answer was lost: applied twice it must be as good
+        as once. The record it was given, returned unchanged, means that nothing is to be written.
         """
         known = self._cache.get(record_id) or await self.read(record_id)
+        doubted = False
         while True:
             new = change(known.record)
             if new == known.record:
                 return new
             write, compare = self.stage(record_id, known, new)
-            result = await self._store.txn([compare], [write])
+            try:
+                result = await self._store.txn([compare], [write])
+            except StoreUncertain:
+                if doubted:
+                    raise
+                doubted = True
+                known = await self.read_after_doubt(record_id)
+                continue
             if result.succeeded:
                 self.absorb_write(record_id, known, new, result.revision)
                 return new

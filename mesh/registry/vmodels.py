@@ -5,6 +5,7 @@ Knows how to read, write and retry; what is to be written is decided in moves.py
 
 from collections.abc import Callable, Iterable
 
+from mesh.errors import StoreUncertain
 from mesh.registry.models import Models, check_registrable
 from mesh.registry.moves import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
 from mesh.registry.records import ModelRecord, VModelRecord
@@ -55,6 +56,7 @@ class VModels:
         """Read what the plan may touch, plan, and write it all at once, on condition that nothing read has changed; until it succeeds."""
         vmodel = await self.table.read(vmodel_id)
         models: dict[str, Versioned[ModelRecord]] = {}
+        doubted = False
         while True:
             for model_id in {*involved, *_referred(vmodel.record)} - {"", *models}:
                 models[model_id] = await self._models.table.read(model_id)
@@ -62,7 +64,16 @@ class VModels:
             writes, compares = self._stage(vmodel_id, vmodel, models, planned)
             if not writes:
                 return planned.vmodel
-            result = await self._store.txn(compares, writes)
+            try:
+                result = await self._store.txn(compares, writes)
+            except StoreUncertain:
+                # planned again on top of what is there now: every plan that has been carried out is empty the second time
+                if doubted:
+                    raise
+                doubted = True
+                vmodel = await self.table.read_after_doubt(vmodel_id)
+                models.clear()
+                continue
             if result.succeeded:
                 if planned.vmodel != vmodel.record:
                     self.table.absorb_write(vmodel_id, vmodel, planned.vmodel, result.revision)

@@ -9,13 +9,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesh.errors import StoreError
+from mesh.errors import StoreError, StoreUncertain
+from mesh.registry.models import Models
+from mesh.registry.moves import Wish
 from mesh.registry.records import ModelRecord, decode_record
 from mesh.registry.table import Table
+from mesh.registry.vmodels import VModels
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
 from mesh.store.protocol import Compare, TxnResult, Write
+from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 
 PREFIX = "/mm/svc/registry/"
@@ -102,6 +106,46 @@ async def test_a_failing_listener_does_not_stop_the_table(tables: tuple[Table[Mo
     async with asyncio.timeout(10):
         await tables[1].until("b", lambda record: record is not None)
     assert heard == ["a", "b"]
+
+
+class DoubtfulStore:
+    """Every other transaction happens, or not, and its answer is lost."""
+
+    def __init__(self, inner: EmbeddedStore, *, happens: bool, losses: int) -> None:
+        self._inner = inner
+        self._happens = happens
+        self.losses = losses
+        self.get, self.watch = inner.get, inner.watch
+
+    async def txn(self, compares: Sequence[Compare], writes: Sequence[Write]) -> TxnResult:
+        if not self.losses:
+            return await self._inner.txn(compares, writes)
+        self.losses -= 1
+        if self._happens:
+            await self._inner.txn(compares, writes)
+        raise StoreUncertain("store: the answer was lost")
+
+
+@pytest.mark.parametrize("happens", [True, False])
+async def test_a_lost_answer_is_looked_up_once(store: EmbeddedStore, happens: bool) -> None:
+    doubtful = DoubtfulStore(store, happens=happens, losses=1)
+    models = Models(doubtful, PREFIX)  # type: ignore[arg-type]
+    vmodels = VModels(doubtful, "/mm/svc/vmodels/", models, default_owner="o")  # type: ignore[arg-type]
+    info = ModelInfo("llm", "/m")
+    assert (await models.register("m", info, last_used_ms=1)).info == info
+    for vmodel_id, losses in (("v", 1), ("w", 1), ("x", 0)):
+        doubtful.losses = losses
+        await vmodels.set(Wish(vmodel_id, "m"), now_ms=1, is_loaded=lambda _: False)
+    doubtful.losses = 1
+    await vmodels.delete("v")
+    got = (await models.table.read("m")).record
+    assert got is not None
+    assert got.refs == 2
+    if not happens:
+        for call in (models.touch("m", 99), vmodels.delete("w")):
+            doubtful.losses = 2
+            with pytest.raises(StoreUncertain):
+                await call
 
 
 class LateStore:
