@@ -20,7 +20,7 @@ from runtime.metrics import RuntimeMetrics
 from runtime.served import ModelDirectory, TokenEngine
 
 REQUEST_ID_HEADER = "X-Request-Id"
-_REQUEST_ID = "request_id"
+_REQUEST_ID = web.RequestKey("request_id", str)
 _LOG = logging.getLogger(__name__)
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 

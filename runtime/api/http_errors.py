@@ -53,6 +53,8 @@ async def errors_as_json(request: web.Request, handler: _Handler) -> web.StreamR
         body = ErrorBody(f"{request.method} {request.path}: {error.reason}", "invalid_request_error", None, None)
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         return web.Response(status=error.status, body=encode(ErrorAnswer(body)), content_type="application/json", headers=headers)
+    except web.RequestPayloadError as error:
+        return error_response(InvalidRequest(f"the body can't be read: {error}"))
     except ConnectionError:
         raise   # the caller is gone: nobody to tell
     except Exception as error:

@@ -18,7 +18,7 @@ from runtime.api.openai_answers import (
 )
 from runtime.api.openai_body import refuse_unsupported
 from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage, num_prompt_tokens
-from runtime.api.openai_context import encode_text, json_response, model_of, new_id, now, read_body
+from runtime.api.openai_context import encode_last, encode_text, json_response, model_of, new_id, now, read_body
 from runtime.api.openai_params import check_logprobs, check_ranges, refuse_suffix, sequences, truncated
 from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import CompletionBody
@@ -80,6 +80,8 @@ class Completions:
                 check_token_ids(model, given, param="prompt")
                 full = given
             kept = truncated(body, full)
+            if isinstance(given, str) and special and len(kept) < len(full):
+                kept = await encode_last(model, given, len(kept))   # BOS stays
             prompts.append(Prompt(kept, given if isinstance(given, str) and len(kept) == len(full) else None))
         return prompts
 

@@ -48,6 +48,11 @@ async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool
     return await asyncio.to_thread(model.text.encode, text, add_special_tokens=add_special_tokens)
 
 
+async def encode_last(model: ServedModel, text: str, limit: int) -> list[int]:
+    """With special tokens, and of the text's own at most as many, from its end, as make `limit` together."""
+    return list((await asyncio.to_thread(model.text.encode_with_offsets, text)).last(limit).ids)
+
+
 def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
     """Parts of a message's content are put together, a line each. Raises NotSupported for parts that aren't text."""
     if not turns:

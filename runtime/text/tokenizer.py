@@ -56,11 +56,13 @@ class TextTokenizer:
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # the batch call, unlike the single one, lets other threads run, and the fast one leaves out offsets
+        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
 
     def encode_with_offsets(self, text: str) -> Encoding:
         """With special tokens."""
-        found = self._tokenizer.encode(text)
+        [found] = self._tokenizer.encode_batch([text])
         return Encoding(tuple(found.ids), tuple(found.tokens), tuple(found.offsets), tuple(map(bool, found.special_tokens_mask)))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

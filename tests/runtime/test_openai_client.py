@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+import aiohttp
 import openai
 import pytest
 
@@ -187,6 +188,21 @@ async def test_leaving_before_the_answer_frees_the_row(client: openai.AsyncOpenA
     with pytest.raises(openai.APITimeoutError):
         await client.completions.create(model="org/m1", prompt="The", max_tokens=390, timeout=0.3)
     await until(lambda: server.engine.asked[0].closed)
+
+
+async def test_a_stream_that_waits_is_kept_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.api.openai_stream.KEEP_ALIVE_S", 0.02)
+    server.engine.step_s = 0.1
+    server.engine.script = lambda asked: [5, 6, 7]
+    body = {"model": "org/m1", "prompt": "The", "stream": True}
+    async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/completions", json=body) as response:
+        assert response.status == 200
+        blocks = (await response.text()).split("\n\n")
+    assert blocks[0] == ": keep-alive"
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    events = [block for block in blocks[:-2] if block.startswith("data: {")]
+    assert len(events) >= 2
+    assert all(block == ": keep-alive" for block in blocks[:-2] if block not in events)
 
 
 async def test_an_error_before_the_first_token_has_a_status(client: openai.AsyncOpenAI, server: Server) -> None:

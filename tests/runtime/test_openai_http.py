@@ -1,5 +1,6 @@
 """OpenAI's routes on the wire: what clients other than the official one send, and how bad input is answered."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,37 @@ async def test_bad_bodies(http: aiohttp.ClientSession, server: Server, raw: byte
     found, answer, _ = await post(http, server, "/v1/chat/completions", raw)
     assert found == status
     assert answer["error"]["message"]
+
+
+async def test_half_a_request_harms_nobody(http: aiohttp.ClientSession, server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{\"model\":")
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    status, answer, _ = await post(http, server, "/v1/completions", b"not gzip", **{"Content-Encoding": "gzip", "Connection": "close"})
+    assert status == 400, answer
+    assert (await post(http, server, "/v1/completions", {"model": "m1", "prompt": "a"}))[0] == 200
+
+
+async def test_truncation_keeps_the_end_and_bos(http: aiohttp.ClientSession, server: Server, tmp_path: Path) -> None:
+    body = {"prompt": "the dog the dog", "truncate_prompt_tokens": 3, "echo": True, "max_tokens": 2}
+    await post(http, server, "/v1/completions", {"model": "m1", **body})
+    assert server.engine.asked[0].prompt == tuple(server.script("the dog the dog")[-3:])
+    with_bos = served(tiny.sentencepiece(tmp_path), "m2")
+    async with serve(ScriptedEngine(lambda asked: [5]), with_bos) as other:
+        await post(http, other, "/v1/completions", {"model": "m2", **body})
+        assert other.engine.asked[0].prompt == (1, *other.script("the dog the dog")[-2:])
+
+
+async def test_many_prompts(http: aiohttp.ClientSession, server: Server) -> None:
+    status, answer, _ = await post(http, server, "/v1/completions", {"model": "m1", "prompt": [[5, 6]] * 300, "max_tokens": 1})
+    assert status == 200
+    assert len(answer["choices"]) == 300
+    status, answer, _ = await post(http, server, "/v1/completions", {"model": "m1", "prompt": [[5, 6]] * 2049})
+    assert status == 400
+    assert "2048" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], "", [1, "a"], ["a", [1]], [100_000], [[-1]], ["a", ""], [1] * 200])
