@@ -176,7 +176,8 @@ class EngineLoop:
         except Exception as error:
             self._fault(model, step, error)
             return
-        model.faults = 0
+        if not step.void:
+            model.faults = 0
         model.cost.observe(flight.tokens, step.kv_tokens, result.device_us)
         self._turns.charge(model.model_id, result.device_us - flight.predicted_us)
         rows = model.scheduler.settle(step, result, self._clock())

@@ -157,4 +157,6 @@ def _first(
     sequence.told = True
     prompt_logprobs = None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
     sequence.prompt_logprobs = None
-    return RowTokens(sequence.request_id, tokens, reason, stop_token, logprobs, prompt_logprobs, sequence.cached)
+    return RowTokens(
+        sequence.request_id, tokens, reason, stop_token, logprobs, prompt_logprobs, sequence.cached, queue_s=sequence.queued_s
+    )

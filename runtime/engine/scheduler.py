@@ -121,7 +121,7 @@ class Scheduler:
         # what was turned out for want of room must not come back in the same breath
         while budget > 0 and admitted < limits.admit_rows and self._rows.free and self.totals.preemptions == preemptions:
             head = self.waiting.head()
-            if head is None or not self._admit(head, limits.kv_blocks):
+            if head is None or not self._admit(head, limits.kv_blocks, now):
                 break
             admitted += 1
             budget -= self._plan_chunk(head, budget, plan, chunks)
@@ -205,7 +205,7 @@ class Scheduler:
 
     # Admission ------------------------------------------------------------------------------------------------------------------------------
 
-    def _admit(self, sequence: Sequence, kv_blocks: int) -> bool:
+    def _admit(self, sequence: Sequence, kv_blocks: int, now: float) -> bool:
         if sequence.hold_until > self._settled:
             return False
         key = (sequence.request_id, kv_blocks, len(self._running))
@@ -224,6 +224,8 @@ class Scheduler:
             self.totals.prefix_hit_tokens += min(sequence.computed, sequence.prompt_len) - sequence.cached
             sequence.cached = min(sequence.computed, sequence.prompt_len)
             sequence.prompt_logprobs = [] if sequence.wants_prompt_logprobs else None
+        if sequence.queued_s is None:
+            sequence.queued_s = now - sequence.arrived_s
         sequence.row = self._rows.take()
         sequence.state = State.RUNNING
         self._set_aside += sequence.set_aside

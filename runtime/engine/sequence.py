@@ -49,6 +49,7 @@ class Sequence:
     set_aside: int = 0
     shared: int = 0
     cached: int = 0
+    queued_s: float | None = None        # from its arrival to its first row
     told: bool = False                   # its first token has been sent
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 

@@ -1,0 +1,396 @@
+"""The loop on the fake backend, scene by scene: loads, residency, faults, limits, ends."""
+
+import pytest
+
+from runtime.engine.plan import KvGeometry
+from runtime.messages import EngineStats, LogprobParams, Tokens
+from runtime.types import FinishReason, SamplingParams, Tier
+from tests.support.engine_stage import Answer, Stage
+from tests.support.fake_backend import FakeBackend, FakeSpec
+
+
+def stage(names: str = "ab", *, total_slabs: int = 32, turn_s: float = 0.005, config: dict[str, object] | None = None, **spec: object) -> Stage:
+    roomy = KvGeometry(4, 32, 32, 1, 32, 64)                 # 128 tokens a slab
+    specs = {name: FakeSpec(**{"eos": (), "kv": roomy, **spec}) for name in names}  # type: ignore[arg-type]
+    made = Stage(FakeBackend(specs, total_slabs=total_slabs), turn_s=turn_s, **(config or {}))
+    for name in names:
+        made.load(name)
+    made.turn(10)
+    assert sorted(made.loaded() + [f.model_id for f in made.failures()]) == sorted(names)
+    return made
+
+
+def tier(made: Stage, name: str) -> Tier:
+    return next(m.tier for m in made.stats().models if m.model_id == name)
+
+
+def error_of(answer: Answer) -> tuple[str | None, str]:
+    assert answer.last is not None
+    assert answer.finish is FinishReason.ERROR
+    return answer.last.error_code, answer.last.error or ""
+
+
+def test_one_message_a_step_with_all_rows() -> None:
+    made = stage("a")
+    for i in range(5):
+        made.add("a", [10 + i], 6)
+    made.until_quiet()
+    made.check_all()
+    sizes = [len(event.rows) for event in made.of(Tokens)]  # type: ignore[union-attr]
+    assert sizes == [5] * 6
+    assert made.backend.steps == 6
+    made.close()
+
+
+def test_two_resident_models_take_turns() -> None:
+    made = stage("ab")
+    made.add("a", [10], 30)
+    made.add("b", [10], 30)
+    made.until_quiet()
+    order = [event.model_id for event in made.of(Tokens)]  # type: ignore[union-attr]
+    assert order[:20] in (["a", "b"] * 10, ["b", "a"] * 10)
+    made.close()
+
+
+def test_a_long_prompt_is_cut_to_the_quantum_only_beside_others() -> None:
+    made = stage("ab", max_model_len=1000, config={"quantum_us": 250, "max_batch_tokens": 512, "max_rows": 16}, kv=KvGeometry(16, 8, 8, 1, 64, 64))
+    made.backend.max_batch_tokens = 512
+    for _ in range(20):                                      # learn what a step costs: 100 + 2 µs a token
+        made.add("a", [10], 3)
+        made.add("b", [10], 3)
+        made.until_quiet()
+    made.backend.largest_step = 0
+    made.add("a", list(range(20, 40)) * 20, 3)
+    made.until_quiet()
+    assert made.backend.largest_step == 400
+    made.backend.largest_step = 0
+    made.add("b", [11], 60)
+    made.add("a", list(range(40, 60)) * 20, 3)
+    made.until_quiet()
+    assert 64 <= made.backend.largest_step <= 90             # (250 - 100) / 2 = 75
+    made.check_all()
+    made.close()
+
+
+def test_an_idle_model_is_evicted_for_one_that_is_asked_for_and_comes_back() -> None:
+    made = stage("abc", total_slabs=14, weight_slabs=5)
+    assert [tier(made, name) for name in "abc"] == [Tier.DEVICE, Tier.DEVICE, Tier.DISK]
+    made.add("b", [3], 4)
+    made.until_quiet()
+    made.add("c", [3], 4)
+    made.until_quiet()
+    assert [tier(made, name) for name in "abc"] == [Tier.DISK, Tier.DEVICE, Tier.DEVICE]
+    made.add("a", [3], 4)
+    made.until_quiet()
+    assert [tier(made, name) for name in "abc"] == [Tier.DEVICE, Tier.DISK, Tier.DEVICE]
+    assert [m.evictions_total for m in made.stats().models] == [1, 1, 0]
+    made.check_all()
+    made.close()
+
+
+def test_a_pinned_model_stays_and_who_cannot_come_in_is_told_so() -> None:
+    made = stage("ab", total_slabs=12, weight_slabs=8)
+    made.pin("a")
+    refused = made.add("b", [3], 4)
+    made.until_quiet()
+    code, text = error_of(refused)
+    assert code == "RESOURCE_EXHAUSTED"
+    assert "b" in text
+    assert str(8 * 4096) in text
+    assert tier(made, "a") is Tier.DEVICE
+    made.pin("a", False)
+    made.add("b", [3], 4)
+    made.until_quiet()
+    assert tier(made, "b") is Tier.DEVICE
+    made.close()
+
+
+def test_requests_of_an_absent_model_are_served_together() -> None:
+    made = stage("ab", total_slabs=14, weight_slabs=8)
+    answers = [made.add("b", [3 + i], 5) for i in range(6)]
+    made.until_quiet()
+    made.check_all()
+    sizes = [len(e.rows) for e in made.of(Tokens) if e.model_id == "b"]  # type: ignore[union-attr]
+    assert sizes == [6] * 5
+    assert all(a.last is not None for a in answers)
+    assert sum(m.swap_ins_total for m in made.stats().models) == 2
+    made.close()
+
+
+def test_a_busy_model_makes_way_for_one_that_has_waited_long_enough() -> None:
+    made = stage("ab", total_slabs=14, weight_slabs=8, turn_s=0.02)
+    waiting: list[Answer] = []
+    served_at: dict[str, float] = {}
+    start_s = made.now
+    for turn in range(1500):                                 # "a" never runs dry by itself
+        if turn % 3 == 0:
+            made.add("a", [turn % 40 + 2], 8)
+        if turn == 10:
+            waiting.append(made.add("b", [5], 8))
+        made.turn()
+        if waiting and waiting[0].last is not None:
+            served_at["b"] = made.now - start_s
+            break
+    assert served_at["b"] < 5.0
+    made.until_quiet()
+    made.check_all()
+    made.close()
+
+
+def test_a_row_that_never_ends_is_preempted_for_one_that_waits() -> None:
+    made = stage("ab", total_slabs=75, weight_slabs=40, turn_s=0.5, max_model_len=400, kv=KvGeometry(16, 8, 8, 1, 64, 64))
+    endless = made.add("a", [5], 390)
+    made.turn(5)
+    short = made.add("b", [5], 3)
+    for _ in range(80):
+        made.turn()
+        if short.last is not None:
+            break
+    assert short.last is not None
+    assert endless.last is None
+    made.until_quiet()
+    made.check_all()
+    assert sum(m.preemptions_total for m in made.stats().models) == 1
+    made.close()
+
+
+def test_cached_prefixes_go_before_idle_weights_and_those_before_rows() -> None:
+    made = stage("ab", total_slabs=20, weight_slabs=4, max_model_len=150, kv=KvGeometry(4, 4, 4, 1, 64, 64))
+    made.add("b", list(range(60)), 2)                        # leaves four slabs of cached prefix
+    made.until_quiet()
+    cached = next(m for m in made.stats().models if m.model_id == "b").kv_cached_tokens
+    assert cached >= 48
+    made.add("a", list(range(100)), 10)                      # 7 slabs: there is room without b's prefix
+    made.until_quiet()
+    assert tier(made, "b") is Tier.DEVICE
+    answers = [made.add("a", [i] * 100, 40) for i in range(2)]   # 18 slabs
+    made.until_quiet()
+    assert tier(made, "b") is Tier.DISK
+    made.check_all()
+    assert all(a.finish is FinishReason.LENGTH for a in answers)
+    assert sum(m.preemptions_total for m in made.stats().models) == 0
+    made.close()
+
+
+def test_what_can_never_fit_is_refused_with_the_sizes() -> None:
+    made = Stage(FakeBackend({"big": FakeSpec(weight_slabs=32), "huge": FakeSpec(weight_slabs=99)}, total_slabs=32))
+    made.load("big")
+    made.load("huge")
+    made.turn(10)
+    assert [f.code for f in made.failures()] == ["RESOURCE_EXHAUSTED"] * 2
+    for failure in made.failures():
+        assert failure.model_id in failure.message
+        assert str(32 * 4096) in failure.message
+    made.close()
+
+
+def test_the_context_is_cut_to_what_the_budget_holds() -> None:
+    spec = FakeSpec(weight_slabs=20, max_model_len=10_000, eos=())
+    made = Stage(FakeBackend({"a": spec}, total_slabs=40, max_batch_tokens=512))
+    made.load("a")
+    made.turn(10)
+    assert made.loop.house.models["a"].facts.max_model_len == 20 * 16
+    spec.max_model_len = 320
+    made.add("a", [4] * 300, 1000)
+    made.until_quiet()
+    made.check_all()
+    assert made.answers[1].finish is FinishReason.CONTEXT
+    made.close()
+
+
+def test_loads_answer_every_time_and_in_order() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec(load_polls=4), "bad": FakeSpec(fails="no config.json")}))
+    made.load("a")
+    made.load("a")
+    made.turn(10)
+    made.load("a")
+    made.turn(2)
+    assert made.loaded() == ["a", "a", "a"]
+    made.load("bad")
+    made.turn(5)
+    assert [(f.code, "no config.json" in f.message) for f in made.failures()] == [("FAILED_PRECONDITION", True)]
+    made.load("a", max_model_len=50)                         # another context: loaded anew
+    made.turn(10)
+    assert made.loop.house.models["a"].facts.max_model_len == 50
+    made.unload("a")
+    made.unload("a")
+    made.turn(2)
+    assert made.unloaded() == ["a", "a"]
+    made.close()
+
+
+def test_an_unload_while_loading_cancels_and_a_load_after_it_counts() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec(load_polls=4)}))
+    made.load("a")
+    made.turn()
+    made.unload("a")
+    made.turn()
+    assert [f.code for f in made.failures()] == ["CANCELLED"]
+    assert made.unloaded() == []                             # not before it is really gone
+    made.load("a")
+    made.turn(20)
+    assert made.unloaded() == ["a"]
+    assert made.loaded() == ["a"]
+    assert sum(not memory.closed for memory in made.backend.memories) == 1
+    made.close()
+
+
+def test_unloading_aborts_rows_and_frees_all() -> None:
+    made = stage("a")
+    answers = [made.add("a", [4], 100) for _ in range(20)]
+    made.turn(6)
+    made.unload("a")
+    made.turn(2)
+    assert {a.finish for a in answers} == {FinishReason.ABORTED}
+    assert made.loop.house.slabs.free == 32
+    late = made.add("a", [4], 4)
+    made.turn(2)
+    assert error_of(late)[0] == "NOT_FOUND"
+    made.close()
+
+
+def test_an_abort_frees_the_row_at_once() -> None:
+    made = stage("a", latency_polls=50)
+    answer = made.add("a", [4], 100)
+    made.turn(5)
+    assert made.loop.house.rows.free == 15
+    made.abort(1, 999)
+    made.turn()
+    assert answer.finish is FinishReason.ABORTED
+    assert made.loop.house.rows.free == 16
+    made.turn(5)
+    made.close()
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_a_fault_costs_the_rows_of_its_step_and_two_in_a_row_the_model(where: str) -> None:
+    made = stage("ab", latency_polls=50)
+    lost = [made.add("a", [4], 100) for _ in range(3)]
+    other = made.add("b", [4], 20)
+    made.turn(6)
+    made.backend.faults["a"] = where
+    made.turn(6)
+    assert [error_of(a)[0] for a in lost] == ["INTERNAL"] * 3
+    assert "stumbled" in error_of(lost[0])[1] or "refuses" in error_of(lost[0])[1]
+    good = made.add("a", [4], 4)
+    made.until_quiet()
+    assert good.finish is FinishReason.LENGTH
+    for _ in range(2):
+        made.backend.faults["a"] = where
+        made.add("a", [4], 4)
+        made.turn(8)
+    assert [f.model_id for f in made.failures()] == ["a"]
+    assert "a" not in made.loop.house.models
+    made.until_quiet()
+    assert other.finish is FinishReason.LENGTH
+    made.check_all()
+    made.close()
+
+
+def test_a_lost_device_ends_the_engine() -> None:
+    made = stage("a")
+    made.add("a", [4], 10)
+    made.turn(2)
+
+    def lost() -> None:
+        raise RuntimeError("the device fell off the bus")
+
+    made.backend.synchronize = lost  # type: ignore[method-assign]
+    made.backend.faults["a"] = "launch"
+    with pytest.raises(RuntimeError, match="fell off"):
+        made.turn(5)
+
+
+def test_weights_that_do_not_come_back_take_one_model() -> None:
+    made = stage("ab", total_slabs=14, weight_slabs=8)
+    made.backend.broken_swap_ins["b"] = True
+    lost = made.add("b", [4], 4)
+    good = made.add("a", [4], 4)
+    made.until_quiet()
+    assert error_of(lost)[0] == "INTERNAL"
+    assert good.finish is FinishReason.LENGTH or "a" in made.loop.house.models
+    assert [f.model_id for f in made.failures()] == ["b"]
+    made.close()
+
+
+def test_refusals_name_the_model_the_limit_and_the_value() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec(max_model_len=20)}))
+    made.load("a", max_waiting=3)
+    made.turn(10)
+    too_long = made.add("a", [4] * 21, 4)
+    empty = made.add("a", [], 4)
+    made.turn()
+    for answer, value in ((too_long, "21"), (empty, "0")):
+        code, text = error_of(answer)
+        assert code == "INVALID_ARGUMENT"
+        assert "model a" in text
+        assert "20" in text
+        assert value in text
+    answers = [made.add("a", [4], 4) for _ in range(5)]
+    made.turn()
+    refused = [error_of(a) for a in answers if a.finish is FinishReason.ERROR]
+    assert [code for code, _ in refused] == ["RESOURCE_EXHAUSTED"] * 2
+    assert "limit is 3" in refused[0][1]
+    made.until_quiet()
+    made.close()
+
+
+def test_tokens_carry_what_was_asked_once() -> None:
+    made = stage("a", eos=(0, 1))
+    made.add("a", list(range(20)), 5, logprobs=LogprobParams(generated=0, prompt=0))
+    made.add("a", list(range(20)), 0)
+    made.until_quiet()
+    again = made.add("a", list(range(20)), 5, logprobs=LogprobParams(generated=0))
+    made.until_quiet()
+    made.check_all()
+    assert again.cached_tokens == 16
+    assert made.answers[2].finish is FinishReason.LENGTH
+    made.close()
+
+
+def test_priorities_and_samplers_reach_the_runner() -> None:
+    made = stage("a")
+    sampling = SamplingParams(temperature=0.7, seed=5, top_p=0.9)
+    made.add("a", [7, 8], 3, sampling=sampling, min_tokens=2, stop_token_ids=(3,))
+    made.turn(2)
+    (row,) = made.backend.runners[0].rows.values()
+    assert row.setup.sampling == sampling
+    assert row.setup.suppressed == (3,)
+    assert list(row.setup.prompt) == [7, 8]
+    assert made.marks[-1] == "a"
+    made.until_quiet()
+    made.close()
+
+
+@pytest.mark.parametrize(("grace_s", "finish"), [(100.0, FinishReason.LENGTH), (0.02, FinishReason.ERROR)])
+def test_shutdown_waits_for_what_runs_as_long_as_it_may(grace_s: float, finish: FinishReason) -> None:
+    made = stage("a")
+    answer = made.add("a", [4], 50)
+    made.turn(5)
+    made.shutdown(grace_s)
+    made.turn()
+    late = made.add("a", [4], 4)
+    for _ in range(200):
+        if made.loop.done:
+            break
+        made.turn()
+    assert made.loop.done
+    made.loop.run()
+    assert answer.finish is finish
+    assert error_of(late)[0] == "UNAVAILABLE"
+    assert made.backend.mapped == 0
+
+
+def test_stats_come_every_second_and_on_changes() -> None:
+    made = stage("ab", turn_s=0.01)
+    made.turn(5)
+    before = len(made.of(EngineStats))
+    made.turn(100)
+    assert len(made.of(EngineStats)) - before == 1
+    made.unload("b")
+    made.turn()
+    stats = made.of(EngineStats)[-1]
+    assert isinstance(stats, EngineStats)
+    assert [m.model_id for m in stats.models] == ["a"]
+    assert stats.device_used_bytes == 4 * 4096
+    made.close()
