@@ -1,0 +1,78 @@
+"""The engine's socket: frames both ways, big and small, and what the engine learns when the front goes."""
+
+import queue
+import socket
+import struct
+import threading
+
+import msgspec
+import pytest
+
+from runtime.engine.channel import Channel
+from runtime.messages import Abort, Command, Event, Load, RowTokens, Shutdown, Tokens, Unloaded
+from runtime.types import Checkpoint
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def ends() -> tuple[socket.socket, Channel]:
+    front, engine = socket.socketpair()
+    return front, Channel(engine)
+
+
+def frame(command: Command) -> bytes:
+    body = msgspec.msgpack.encode(command)
+    return struct.pack("<I", len(body)) + body
+
+
+def read_events(front: socket.socket, count: int) -> list[Event]:
+    decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+    stream = front.makefile("rb")
+    return [decoder.decode(stream.read(struct.unpack("<I", stream.read(4))[0])) for _ in range(count)]
+
+
+def test_commands_arrive_whole_and_in_order(ends: tuple[socket.socket, Channel]) -> None:
+    front, channel = ends
+    commands = [Load("m", Checkpoint("/x" * 100_000)), Abort(tuple(range(1000))), Shutdown(1.5)]
+    data = b"".join(map(frame, commands))
+    sender = threading.Thread(target=lambda: [front.sendall(data[i : i + 7919]) for i in range(0, len(data), 7919)])
+    sender.start()
+    assert [channel.inbox.get(timeout=WAIT_S) for _ in commands] == commands
+    sender.join()
+    front.close()
+    assert channel.inbox.get(timeout=WAIT_S) is None
+    channel.close()
+
+
+def test_events_arrive_in_order_and_before_the_end(ends: tuple[socket.socket, Channel]) -> None:
+    front, channel = ends
+    events: list[Event] = [Tokens("m", tuple(RowTokens(i, (i, n)) for i in range(50))) for n in range(300)]
+    for event in [*events, Unloaded("m")]:
+        channel.emit(event)
+    closer = threading.Thread(target=channel.close)
+    closer.start()
+    assert read_events(front, 301) == [*events, Unloaded("m")]
+    assert front.recv(1) == b""
+    closer.join()
+
+
+@pytest.mark.parametrize("garbage", [struct.pack("<I", 3) + b"abc", struct.pack("<I", 0xFFFFFFFF)])
+def test_a_front_that_cannot_be_understood_is_gone(ends: tuple[socket.socket, Channel], garbage: bytes) -> None:
+    front, channel = ends
+    front.sendall(frame(Abort((1,))) + garbage)
+    assert channel.inbox.get(timeout=WAIT_S) == Abort((1,))
+    assert channel.inbox.get(timeout=WAIT_S) is None
+    with pytest.raises(queue.Empty):
+        channel.inbox.get_nowait()
+    channel.close()
+    front.close()
+
+
+def test_writing_to_a_front_that_left_does_no_harm(ends: tuple[socket.socket, Channel]) -> None:
+    front, channel = ends
+    front.close()
+    for _ in range(200):
+        channel.emit(Tokens("m", tuple(RowTokens(i, (1,)) for i in range(500))))
+    assert channel.inbox.get(timeout=WAIT_S) is None
+    channel.close()
