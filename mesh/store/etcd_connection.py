@@ -37,6 +37,15 @@ class Method(Generic[Answer]):
     repeatable: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream(Generic[Answer]):
+    call: "grpc.aio.StreamStreamCall[Any, Answer]"
+    endpoint: int
+
+    def cancel(self) -> None:
+        self.call.cancel()
+
+
 AUTHENTICATE = Method("/etcdserverpb.Auth/Authenticate", pb.AuthenticateResponse.FromString, repeatable=True)
 
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
@@ -94,7 +103,7 @@ class EtcdConnection:
         refreshed = False
         while True:
             channel = await self._ready(deadline, self._call_timeout_s)
-            token = self._token
+            endpoint, token = self._current, self._token
             try:
                 return await self._send(channel, method, request, deadline - loop.time())
             except grpc.aio.AioRpcError as error:
@@ -105,7 +114,7 @@ class EtcdConnection:
                 self._check_open()
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
                     raise StoreError(f"store: etcd refused {method.path}: {error.code().name}: {error.details()}") from None
-                self.rotate()
+                self._pass_over(endpoint)
                 never_sent = error.details() == "etcdserver: no leader"
                 if not (method.repeatable or never_sent):
                     raise StoreUncertain(f"store: the answer to {method.path} was lost ({error.code().name}: {error.details()})") from None
@@ -115,38 +124,45 @@ class EtcdConnection:
                     ) from None
             await asyncio.sleep(RETRY_PAUSE_S)
 
-    async def stream(self, method: Method[Answer]) -> "grpc.aio.StreamStreamCall[Any, Answer]":
+    async def stream(self, method: Method[Answer]) -> Stream[Answer]:
         """A two-way stream on a connected channel, to be used through `read` and `write`."""
         deadline = asyncio.get_running_loop().time() + self._call_timeout_s
         channel = await self._ready(deadline, self._call_timeout_s)
         opener = channel.stream_stream(method.path, request_serializer=_serialize, response_deserializer=method.parse)
         # a member cut off from its leader must say so instead of keeping silent for ever
-        stream: grpc.aio.StreamStreamCall[Any, Answer] = opener(metadata=(*self._metadata(), ("hasleader", "true")))
-        self._streams.add(stream)
-        stream.add_done_callback(self._streams.discard)
-        return stream
+        call: grpc.aio.StreamStreamCall[Any, Answer] = opener(metadata=(*self._metadata(), ("hasleader", "true")))
+        self._streams.add(call)
+        call.add_done_callback(self._streams.discard)
+        return Stream(call, self._current)
 
-    async def read(self, stream: "grpc.aio.StreamStreamCall[Any, Answer]") -> Answer:
+    async def read(self, stream: Stream[Answer]) -> Answer:
         """The next message. Raises StoreError if there is none."""
-        with self._stream_errors():
-            answer = await stream.read()
+        with self._stream_errors(stream):
+            answer = await stream.call.read()
         if answer is grpc.aio.EOF:
+            self._pass_over(stream.endpoint)
             raise StoreError("store: etcd ended the stream")
         return cast("Answer", answer)
 
-    async def write(self, stream: "grpc.aio.StreamStreamCall[Any, Answer]", message: Message) -> None:
+    async def write(self, stream: Stream[Answer], message: Message) -> None:
         """Raises StoreError if the stream has ended."""
-        with self._stream_errors():
-            await stream.write(message)
+        with self._stream_errors(stream):
+            await stream.call.write(message)
 
-    def rotate(self) -> None:
-        """The endpoint in use has failed: try the next one first."""
-        self._current = (self._current + 1) % len(self._channels)
+    def give_up(self, stream: Stream[Answer]) -> None:
+        """Its endpoint keeps silent."""
+        self._pass_over(stream.endpoint)
+        stream.cancel()
 
     async def reauthenticate(self) -> None:
         """Get a new token if there is a user at all."""
         if self._location.user:
             await self._authenticate(self._token)
+
+    def _pass_over(self, endpoint: int) -> None:
+        """It has failed: the next one is taken, unless others have already moved on from it."""
+        if endpoint == self._current:
+            self._current = (endpoint + 1) % len(self._channels)
 
     async def _send(self, channel: grpc.aio.Channel, method: Method[Answer], request: Message, timeout_s: float) -> Answer:
         unary = channel.unary_unary(method.path, request_serializer=_serialize, response_deserializer=method.parse)
@@ -155,25 +171,26 @@ class EtcdConnection:
             return answer
 
     @contextmanager
-    def _stream_errors(self) -> Iterator[None]:
+    def _stream_errors(self, stream: Stream[Answer]) -> Iterator[None]:
         """gRPC tells of an ended stream in three ways, depending on who noticed first."""
         try:
             with self._close_is_no_cancellation():
                 yield
         except grpc.aio.AioRpcError as error:
+            self._pass_over(stream.endpoint)
             raise StoreError(f"store: the stream broke: {error.code().name}: {error.details()}") from None
         except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise StoreError(f"store: the stream broke: {error}") from None
 
     @contextmanager
     def _close_is_no_cancellation(self) -> Iterator[None]:
-        """Closing the channel makes gRPC raise CancelledError in tasks that nobody cancelled."""
+        """Closing a channel or cancelling a stream makes gRPC raise CancelledError in tasks that nobody cancelled."""
         try:
             yield
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self.closed and task is not None and not task.cancelling():
-                raise StoreError("store: closed") from None
+            if task is not None and not task.cancelling():
+                raise StoreError("store: closed" if self.closed else "store: the stream was given up") from None
             raise
 
     async def _ready(self, deadline: float, budget_s: float) -> grpc.aio.Channel:
@@ -191,7 +208,7 @@ class EtcdConnection:
                 return channel
             if loop.time() >= deadline:
                 raise StoreError(f"store: no etcd endpoint of {', '.join(self._location.endpoints)} could be reached within {budget_s} s")
-            self.rotate()
+            self._pass_over(self._current)
             failed_in_a_row += 1
             if failed_in_a_row % len(self._channels) == 0:
                 await asyncio.sleep(RETRY_PAUSE_S)

@@ -9,10 +9,8 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 
-import grpc
-
 from mesh.errors import StoreError
-from mesh.store.etcd_connection import EtcdConnection, Method
+from mesh.store.etcd_connection import EtcdConnection, Method, Stream
 from mesh.store.protocol import Lease
 from wire import etcd_pb2 as pb
 
@@ -72,7 +70,6 @@ class LeaseKeeper:
                 await self._keep_alive()
             except (StoreError, TimeoutError) as error:
                 logger.debug("lease stream broken: %s", error)
-                self._connection.rotate()
             except Exception:
                 # a keeper that ends would cost the pod its place in the mesh
                 logger.exception("lease stream broken in an unknown way")
@@ -91,11 +88,18 @@ class LeaseKeeper:
         finally:
             stream.cancel()
 
-    async def _round(self, stream: "grpc.aio.StreamStreamCall[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]") -> None:
+    async def _round(self, stream: Stream[pb.LeaseKeepAliveResponse]) -> None:
         """Renew every lease once. etcd answers one for one, in order."""
         loop = asyncio.get_running_loop()
         sent_at_s = loop.time()
         asked = list(self._held)
+        try:
+            await self._renew(stream, asked, sent_at_s)
+        except TimeoutError:
+            self._connection.give_up(stream)
+            raise
+
+    async def _renew(self, stream: Stream[pb.LeaseKeepAliveResponse], asked: list[int], sent_at_s: float) -> None:
         async with asyncio.timeout(self._interval_s()):
             for lease_id in asked:
                 await self._connection.write(stream, pb.LeaseKeepAliveRequest(ID=lease_id))

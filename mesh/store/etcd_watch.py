@@ -1,17 +1,17 @@
 """Following a prefix of etcd for as long as the mesh lives: over broken streams, restarts, compaction and restored backups.
 
-Knows watch streams and revisions; nothing of what the values mean. The position is the last event's mod_revision + 1, or a progress
-answer's revision + 1: while etcd catches a watch up, the revision in the headers of its answers runs ahead of the events, and going on
-from there would lose some.
+Knows watch streams and revisions; nothing of what the values mean. The position is the last event's mod_revision + 1 and nothing else:
+while etcd catches a watch up, the revision in the headers of its answers runs ahead of the events, that of progress answers in some
+versions too, and going on from there would lose some.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from mesh.errors import StoreError
-from mesh.store.etcd_connection import EtcdConnection, Method
+from mesh.store.etcd_connection import EtcdConnection, Method, Stream
 from mesh.store.protocol import Entry, EntryDeleted, EntryPut, Listing, Relisted, WatchEvent
 from wire import etcd_pb2 as pb
 
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchResponse.FromString)
 
+ASK_EVERY_S = 3.0
+SILENCE_S = 8.0
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
 
@@ -44,6 +46,7 @@ class PrefixWatch:
         self._went_back = False
         self._cluster_id: int | None = None
         self._pause_s = FIRST_PAUSE_S
+        self._heard_at_s = 0.0
 
     async def events(self) -> AsyncGenerator[WatchEvent, None]:
         while True:
@@ -64,18 +67,19 @@ class PrefixWatch:
                     return
                 first_of_many = self._pause_s == FIRST_PAUSE_S
                 logger.log(logging.WARNING if first_of_many else logging.DEBUG, "watch of %s broken: %s", self._prefix, error)
-                self._connection.rotate()
                 await asyncio.sleep(self._pause_s)
                 self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
 
     async def _one_stream(self, start_revision: int) -> AsyncGenerator[WatchEvent, None]:
         stream = await self._connection.stream(WATCH)
         key, end = prefix_range(self._prefix)
+        asking = asyncio.create_task(self._keep_asking(stream), name=f"watch of {self._prefix}: still there?")
         try:
             create = pb.WatchCreateRequest(key=key, range_end=end, start_revision=start_revision, progress_notify=True)
             await self._connection.write(stream, pb.WatchRequest(create_request=create))
             while True:
                 answer = await self._connection.read(stream)
+                self._heard_at_s = asyncio.get_running_loop().time()
                 if answer.compact_revision:
                     raise _HistoryLost(went_back=False)
                 if answer.canceled:
@@ -88,10 +92,21 @@ class PrefixWatch:
                     continue
                 for event in answer.events:
                     yield _event(event)
-                position = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
-                self._next = max(start_revision, position + 1)
+                if answer.events:
+                    self._next = answer.events[-1].kv.mod_revision + 1
         finally:
+            asking.cancel()
             stream.cancel()
+
+    async def _keep_asking(self, stream: Stream[pb.WatchResponse]) -> None:
+        """A member that hangs keeps its connections and says nothing; gRPC's own pings are too rare to notice."""
+        loop = asyncio.get_running_loop()
+        self._heard_at_s = loop.time()
+        with suppress(StoreError):
+            while loop.time() - self._heard_at_s < SILENCE_S:
+                await asyncio.sleep(ASK_EVERY_S)
+                await self._connection.write(stream, pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
+        self._connection.give_up(stream)
 
     async def _check_same_store(self, header: pb.ResponseHeader, start_revision: int) -> None:
         """A store restored from a backup would keep silent until it reached our position again."""

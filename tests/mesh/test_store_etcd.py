@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from mesh.errors import StoreError, StoreUncertain
+from mesh.store import etcd_watch
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_connection import Method
 from mesh.store.etcd_lease import KEEP_ALIVE
@@ -134,6 +135,26 @@ async def test_a_store_that_lost_its_data_is_noticed(own_etcd: EtcdServer) -> No
         assert isinstance(listed, Relisted)
         assert listed.went_back
         assert listed.listing.entries == ()
+
+
+async def test_a_watch_on_a_server_that_hangs_is_given_up_and_begun_again(
+    own_etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(etcd_watch, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(etcd_watch, "SILENCE_S", 0.5)
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
+        await take(events, 1)
+        following = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(1.0)
+        assert "given up" not in caplog.text, "silence alone is no reason: it answers when asked"
+        own_etcd.pause()
+        async with asyncio.timeout(20):
+            while "given up" not in caplog.text:  # noqa: ASYNC110 - a log has no event to wait for
+                await asyncio.sleep(0.05)
+        own_etcd.resume()
+        await store.put("/a/x", b"1")
+        async with asyncio.timeout(20):
+            assert isinstance(await following, EntryPut)
 
 
 async def test_a_watch_begun_while_etcd_is_away_begins_when_it_is_back(own_etcd: EtcdServer) -> None:
