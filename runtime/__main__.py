@@ -158,6 +158,8 @@ async def _serve(config: RuntimeConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    # gRPC's fork handlers are for children that use gRPC; ours exec at once, and each of them would write a line
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         config = configure(arguments, os.environ)
         logs.set_up(as_json=config.log_json, level=config.log_level)
