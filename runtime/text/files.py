@@ -40,11 +40,13 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     cls_token: str | TokenSpec | bool | None = None
     mask_token: str | TokenSpec | bool | None = None
     additional_special_tokens: list[str | TokenSpec] | None = None
+    extra_special_tokens: list[str | TokenSpec] | dict[str, str | TokenSpec] | None = None       # transformers 5's name for it
+    model_specific_special_tokens: dict[str, str | TokenSpec] | None = None
     added_tokens_decoder: dict[str, TokenSpec] = {}
     chat_template: str | list[NamedTemplate] | None = None
 
     def named_tokens(self) -> dict[str, str]:
-        """`bos_token` → its text, and so on, for those that the checkpoint has."""
+        """`bos_token` → its text, and so on, for those that the checkpoint has; templates may use these names."""
         found: dict[str, str] = {}
         for name in NAMED_TOKENS:
             value = getattr(self, name)
@@ -52,7 +54,15 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
                 found[name] = value.content
             elif isinstance(value, str) and value:
                 found[name] = value
+        extra = self.extra_special_tokens if isinstance(self.extra_special_tokens, dict) else {}
+        for name, token in {**extra, **(self.model_specific_special_tokens or {})}.items():
+            found[name] = token.content if isinstance(token, TokenSpec) else token
         return found
+
+    def unnamed_tokens(self) -> list[TokenSpec]:
+        """Further special tokens."""
+        extra = self.extra_special_tokens if isinstance(self.extra_special_tokens, list) else []
+        return [token if isinstance(token, TokenSpec) else TokenSpec(token) for token in [*(self.additional_special_tokens or ()), *extra]]
 
 
 class GenerationConfig(msgspec.Struct, frozen=True):

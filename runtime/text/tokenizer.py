@@ -114,7 +114,7 @@ def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
 def _add_missing_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     """Adds what tokenizer_config.json names and tokenizer.json lacks, in the order of their ids."""
     named = set(config.named_tokens().values())
-    extra = [spec if isinstance(spec, TokenSpec) else TokenSpec(spec) for spec in config.additional_special_tokens or ()]
+    extra = config.unnamed_tokens()
     specials = named | {spec.content for spec in extra}
     by_id = [spec for _, spec in sorted(config.added_tokens_decoder.items(), key=lambda item: int(item[0]))]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

@@ -129,12 +129,19 @@ def test_bos_and_eos_rules_as_transformers(tmp_path: Path, bos: bool | None, eos
 def test_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    path = tiny.byte_level(tmp_path / "m", pad_token="<|pad|>", additional_special_tokens=["<|x|>"])
+    path = tiny.byte_level(tmp_path / "m", pad_token="<|pad|>", additional_special_tokens=["<|x|>"], chat_template=None)
     ours, theirs = load_text(path, ModelSettings()), PreTrainedTokenizerFast.from_pretrained(str(path))
     text = "a<|x|>b<|pad|>"
     assert ours.decode(ours.encode(text)) == "ab"
     assert ours.decode(ours.encode(text), skip_special_tokens=False) == text == theirs.decode(theirs(text)["input_ids"])
     assert len(ours.encode(text)) == len(theirs(text)["input_ids"]) == 4
+
+
+def test_special_tokens_by_transformers_5s_names(tmp_path: Path) -> None:
+    more = {"extra_special_tokens": ["<|y|>"], "model_specific_special_tokens": {"image_token": "<|img|>"}, "chat_template": "{{ image_token }}"}
+    ours = load_text(tiny.byte_level(tmp_path / "m", **more), ModelSettings())
+    assert ours.decode(ours.encode("a<|y|><|img|>b")) == "ab"
+    assert ours.render_chat("m", turns(CHATS[0]), ChatOptions()) == "<|img|>"
 
 
 def test_defaults_of_the_registration_come_before_generation_config(tmp_path: Path) -> None:
