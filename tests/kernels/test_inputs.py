@@ -57,7 +57,7 @@ def expected(plan: StepPlan, table: torch.Tensor, last: torch.Tensor) -> tuple[l
 def test_inputs(seed: int, padded: bool, which: str, device: torch.device) -> None:
     plan, table, last = a_step(seed)
     words = np.zeros(16 + 8 * MAX_ROWS + 4000 + 1000, np.int32)
-    shape, size = pack(plan, 3, words)
+    shape, size = pack(plan, 3, words, 1000)
     upload = torch.from_numpy(words)[:size].to(device)
     tokens, rows, samples = shape.num_tokens, shape.num_rows, shape.num_samples
     if padded:

@@ -28,7 +28,7 @@ def setup(row: int, rules: SamplingParams, prompt: list[int] | None = None, min_
 
 def shape(rows: list[int], positions: list[int]) -> StepShape:
     n = len(rows)
-    return StepShape(n, n, n, 0, 1, 1, np.arange(n), np.array(rows), np.array(positions), np.arange(n + 1))
+    return StepShape(n, n, n, 1, 1, np.arange(n), np.array(rows), np.array(positions), np.arange(n + 1))
 
 
 NO_PLAN = StepPlan([], [], [], [], [], [])

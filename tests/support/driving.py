@@ -124,9 +124,9 @@ class Driver:
 
     def __init__(
         self, built: BuiltModel, pages: Pages, *, seed: int = 0, chaos: bool = True, max_rows: int = 16, max_tokens: int = 256,
-        state: DeviceState | None = None,
+        state: DeviceState | None = None, graphs: bool = True,
     ) -> None:
-        config = EngineConfig(max_rows=max_rows, max_batch_tokens=max_tokens)
+        config = EngineConfig(max_rows=max_rows, max_batch_tokens=max_tokens, graphs=graphs)
         self.state = state or DeviceState.create(built.device, config)
         self.runner = ModelRunner(built, facts_of(built), config, self.state)
         self.plans: list[StepPlan] = []

@@ -11,6 +11,7 @@ Over z = logit / temperature, with M the mass of what the filters before kept:
     typical  |−log p − entropy| at most the smallest bound under which `typical_p` of the mass lies
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def min_p_filtered(scores: Tensor, words: Tensor) -> Tensor:
 def filtered(scores: Tensor, words: Tensor, total: Tensor | None) -> Tensor:
     """`scores` [n, C] with -inf where the filters cut. If they are the best C of more, `total` [n, 1] is all tokens' mass over the largest one's."""
     floats = words.view(torch.float32)
-    ordered = scores.sort(1, descending=True).values
+    ordered = _descending(scores)
     best = ordered[:, :1]
     weight = (ordered - best).exp()
     k = words[:, TOP_K, None].long()
@@ -109,6 +110,13 @@ def filtered(scores: Tensor, words: Tensor, total: Tensor | None) -> Tensor:
     if bool((typical < 1).any()) if scores.device.type == "cpu" else True:
         kept = torch.where(typical < 1, _typical(kept, typical), kept)
     return kept
+
+
+def _descending(scores: Tensor) -> Tensor:
+    if scores.is_cuda:
+        return scores.sort(1, descending=True).values
+    # numpy sorts bare floats three times as fast as torch sorts floats with their places
+    return torch.from_numpy(-np.sort(-scores.numpy(), axis=1))
 
 
 def _typical(scores: Tensor, typical: Tensor) -> Tensor:

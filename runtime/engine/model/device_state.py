@@ -44,7 +44,7 @@ class DeviceState:
         return DeviceState(
             device, config.max_rows, max_tokens, RowTables(device, config.max_rows), StepInputs.allocate(device, max_tokens, config.max_rows),
             torch.zeros(config.max_rows, dtype=torch.int64, device=device), UploadRing(device, max_tokens, config.max_rows, max_blocks),
-            ResultRing(device, config.max_rows), GraphPool(enabled=on_gpu and config.graphs), Scratch.allocate(device) if on_gpu else None,
+            ResultRing(device, config.max_rows), GraphPool(device, enabled=on_gpu and config.graphs), Scratch.allocate(device) if on_gpu else None,
         )
 
     def capture_one(self) -> bool:

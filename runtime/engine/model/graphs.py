@@ -30,13 +30,13 @@ class StepGraph:
 class GraphPool:
     """The memory and the queue of captures that all models share."""
 
-    def __init__(self, *, enabled: bool, limit_bytes: int = POOL_LIMIT_BYTES) -> None:
+    def __init__(self, device: torch.device, *, enabled: bool, limit_bytes: int = POOL_LIMIT_BYTES) -> None:
         self.enabled = enabled
         self.used_bytes = 0
         self._limit_bytes = limit_bytes
         self._wanted: deque[tuple[ModelGraphs, Bucket]] = deque()
         self._handle = torch.cuda.graph_pool_handle() if enabled else None
-        self._stream = torch.cuda.Stream() if enabled else None
+        self._stream = torch.cuda.Stream(device) if enabled else None
 
     @property
     def full(self) -> bool:
@@ -130,6 +130,8 @@ class _Alias:
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory without owning it: a graph's results stay in the pool, free for the next graph's use."""
-    flat = torch.as_tensor(_Alias(tensor.contiguous()), device=tensor.device)
+    """The same memory without owning it, where that is possible: a graph's results stay in the pool, free for the next graph's use."""
+    if not tensor.is_contiguous():
+        return tensor
+    flat = torch.as_tensor(_Alias(tensor), device=tensor.device)
     return flat.view(tensor.dtype).view(tensor.shape)

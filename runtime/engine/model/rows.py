@@ -4,6 +4,8 @@ One set for the whole engine: a slot belongs to one model at a time, and all ste
 words; nothing of models, batches or how a token is drawn.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -37,6 +39,11 @@ class RowTables:
         if table is None:                # two loading threads may meet here: both get the same
             table = self._page_tables.setdefault(width, torch.zeros((self.max_rows, width), dtype=torch.int32, device=self.device))
         return table
+
+    def enter_blocks(self, table: torch.Tensor, blocks: Sequence[tuple[int, int, int]]) -> None:
+        """Write (row slot, index, page id) entries into a page table: those that a step's upload has no room for."""
+        row, index, page = to_device(np.array(blocks, np.int64).T.copy(), self.device)
+        table[row, index] = page.int()
 
     def write_rules(self, rows: list[int], rules: list[SamplingParams]) -> None:
         """Set rows' rules, after all steps launched so far."""

@@ -53,6 +53,8 @@ class ModelRunner:
         state = self._state
         line = state.results.begin()
         shape = state.uploads.pack(plan, line)
+        if len(plan.new_blocks) > state.uploads.max_blocks:
+            state.rows.enter_blocks(self._page_table, plan.new_blocks[state.uploads.max_blocks :])
         prompt_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
         plain = self._sampler.all_plain(shape)
         bucket = None if plan.prompt_logprobs else bucket_of(shape.num_tokens, shape.num_rows, shape.max_query_len, shape.max_context_len)

@@ -12,6 +12,7 @@ import torch
 
 from runtime.engine.kernels import inputs as layout
 from runtime.engine.plan import StepPlan
+from runtime.errors import EngineFault
 
 RING_LINES = 8
 
@@ -30,7 +31,6 @@ class StepShape:
     num_tokens: int
     num_rows: int
     num_samples: int
-    num_blocks: int
     max_query_len: int
     max_context_len: int
     sample_at: npt.NDArray[np.int64]
@@ -39,8 +39,9 @@ class StepShape:
     firsts: npt.NDArray[np.int64]
 
 
-def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32]) -> tuple[StepShape, int]:
-    """Write `plan` into `words`; returns its shape and how many words it took. `line`: where in the ring of results its draws will lie."""
+def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: int) -> tuple[StepShape, int]:
+    """Write `plan` into `words`, with no more than `max_blocks` of its new blocks; returns its shape and how many words it took. `line`: where in
+    the ring of results its draws will lie."""
     num_rows = len(plan.rows)
     rows = np.array(plan.rows, np.int64)
     starts = np.array(plan.starts, np.int64)
@@ -55,17 +56,18 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32]) -> tuple[StepS
         ids_at[given] = (np.cumsum(given_counts) - given_counts)[given]
     sample_at = np.flatnonzero(np.array(plan.samples, np.bool_))
     ends = starts + counts
+    blocks = plan.new_blocks[:max_blocks] if len(plan.new_blocks) > max_blocks else plan.new_blocks
     shape = StepShape(
-        num_tokens, num_rows, len(sample_at), len(plan.new_blocks), int(counts.max()), int(ends.max()), sample_at, rows[sample_at],
+        num_tokens, num_rows, len(sample_at), int(counts.max()), int(ends.max()), sample_at, rows[sample_at],
         ends[sample_at], firsts,
     )
     sections: list[tuple[int, Sequence[int] | npt.NDArray[np.int64]]] = [
         (layout.AT_SLOT, rows), (layout.AT_START, starts), (layout.AT_FIRST, firsts), (layout.AT_IDS, ids_at),
         (layout.AT_SAMPLE, firsts[1:][sample_at] - 1), (layout.AT_SAMPLE_ROW, shape.sample_rows),
-        (layout.AT_BLOCKS, np.array(plan.new_blocks, np.int64).ravel()), (layout.AT_TOKENS, plan.tokens),
+        (layout.AT_BLOCKS, np.array(blocks, np.int64).ravel()), (layout.AT_TOKENS, plan.tokens),
     ]
     words[layout.NUM_ROWS], words[layout.NUM_TOKENS] = num_rows, num_tokens
-    words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = len(sample_at), len(plan.new_blocks)
+    words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = len(sample_at), len(blocks)
     words[layout.RING_LINE] = line
     at = layout.HEADER_WORDS
     for name, values in sections:
@@ -76,9 +78,16 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32]) -> tuple[StepS
 
 
 class UploadRing:
-    """Host buffers in turn, and the device buffer that they are copied to (always the same one: CUDA graphs read it)."""
+    """Host buffers in turn, and the device buffer that they are copied to (always the same one: CUDA graphs read it).
+
+    Attributes:
+        max_blocks: new blocks that a step's words have room for; a plan's further ones (many long prefix hits at once) go another way.
+    """
 
     def __init__(self, device: torch.device, max_tokens: int, max_rows: int, max_blocks: int) -> None:
+        self.max_blocks = max_blocks
+        self._max_tokens = max_tokens
+        self._max_rows = max_rows
         num_words = layout.HEADER_WORDS + 7 * max_rows + max_tokens + 3 * max_blocks + 1
         on_gpu = device.type == "cuda"
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
@@ -90,10 +99,12 @@ class UploadRing:
         self._num_words = 0
 
     def pack(self, plan: StepPlan, line: int) -> StepShape:
-        """Put `plan` into words on the host. Waits for the device only if it is RING_LINES steps behind."""
+        """Put `plan` into words on the host. Waits for the device only if it is RING_LINES steps behind. Raises EngineFault if it is too large."""
+        if plan.num_tokens > self._max_tokens or len(plan.rows) > self._max_rows:
+            raise EngineFault(f"a step of {plan.num_tokens} tokens in {len(plan.rows)} rows exceeds {self._max_tokens} tokens, {self._max_rows} rows")
         if self._sent:
             self._sent[self._turn].synchronize()
-        shape, self._num_words = pack(plan, line, self._words[self._turn])
+        shape, self._num_words = pack(plan, line, self._words[self._turn], self.max_blocks)
         return shape
 
     def send(self) -> None:

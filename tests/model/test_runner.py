@@ -1,0 +1,107 @@
+"""The runner's promises beside its text: sizes refused, many blocks at once, no wait for the device in a step."""
+
+import pytest
+import torch
+
+from runtime.config import EngineConfig
+from runtime.engine.model.device_state import DeviceState
+from runtime.engine.model.runner import ModelRunner
+from runtime.engine.plan import RowSetup, StepPlan
+from runtime.errors import EngineFault
+from runtime.types import LogprobParams, SamplingParams
+from tests.support.driving import Ask, Driver, facts_of, hooked
+from tests.support.families import family
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def test_a_step_beyond_the_buffers_is_refused_and_the_next_one_runs() -> None:
+    driver = Driver(*hooked(family("llama")), max_rows=4, max_tokens=32, chaos=False)
+    too_long = StepPlan([0], [0], [33], [False], [True], [1] * 33, [(0, 0, 0), (0, 1, 3), (0, 2, 6)])
+    with pytest.raises(EngineFault, match="33 tokens"):
+        driver.runner.launch(too_long)
+    assert len(driver.run([Ask([1, 2, 3], 4)])[0].tokens) == 4
+
+
+def test_more_blocks_at_once_than_the_upload_holds() -> None:
+    """Rows admitted with long prefix hits bring all their pages in one step."""
+    built, pages = hooked(family("llama"), num_slabs=60)
+    config = EngineConfig(max_rows=2, max_batch_tokens=32)
+    prompt = [(5 * i + 1) % 190 for i in range(400)]
+    blocks = [(1, i, pages.ids[3 * i + 1]) for i in range(26)]
+
+    def text(first_blocks: int) -> list[int]:
+        """The prompt's chunks with `first_blocks` blocks at the first step and the rest at the second."""
+        runner = ModelRunner(built, facts_of(built), config, DeviceState.create(built.device, config))
+        runner.open_row(RowSetup(1, GREEDY, LogprobParams(), prompt, len(prompt)))
+        for start in range(0, 400, 25):
+            new = blocks[:first_blocks] if start == 0 else blocks[first_blocks:] if start == 25 else []
+            last = start == 375
+            plan = StepPlan([1], [start], [25], [False], [last], prompt[start : start + 25], new)
+            tokens = runner.launch(plan).collect().tokens
+        for position in range(400, 410):
+            tokens += runner.launch(StepPlan([1], [position], [1], [True], [True], [])).collect().tokens
+        return tokens
+
+    assert DeviceState.create(built.device, config).uploads.max_blocks < 26
+    assert text(26) == text(2)
+
+
+def test_results_are_in_the_order_of_the_rows_that_sample() -> None:
+    model = family("llama")
+    driver = Driver(*hooked(model), max_rows=4, chaos=False)
+    for row in range(3):
+        driver.runner.open_row(RowSetup(row, GREEDY, LogprobParams(), [row], 1))
+    plan = StepPlan([2, 0, 1], [0, 0, 0], [2, 1, 3], [False] * 3, [True, False, True], [3, 4, 5, 6, 7, 8], [(r, 0, 3 * r * 4) for r in range(3)])
+    launched = driver.runner.launch(plan)
+    assert launched.ready()
+    result = launched.collect()
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected = [int(model(torch.tensor([ids])).logits[0, -1].argmax()) for ids in ([3, 4], [6, 7, 8])]
+    assert result.tokens == expected
+    assert result.device_us > 0
+    assert result.logprobs is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY, SamplingParams(temperature=0.8, top_p=0.9, seed=1),
+        SamplingParams(temperature=0.9, repetition_penalty=1.2, logit_bias=((4, 1.0),), seed=2),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("logprobs", [LogprobParams(), LogprobParams(generated=3, prompt=1), LogprobParams(generated=1, processed=True)])
+def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: LogprobParams) -> None:
+    built, pages = hooked(family("llama").cuda(), device="cuda")
+    driver = Driver(built, pages, max_rows=8)
+    prompts = [[1 + i, 2, 3, 4] for i in range(4)]
+
+    def steps() -> None:
+        """Prefill, decode and a prompt's chunk, launched end to end."""
+        launched = []
+        rows = list(range(4))
+        for row in rows:
+            driver.runner.open_row(RowSetup(row, sampling, logprobs, prompts[row], 4, 2, (7,)))
+        tokens = [t for prompt in prompts for t in prompt]
+        wants = rows if logprobs.prompt is not None else []
+        blocks = [(row, 0, pages.ids[row]) for row in rows]
+        launched.append(driver.runner.launch(StepPlan(rows, [0] * 4, [4] * 4, [False] * 4, [True] * 4, tokens, blocks, wants)))
+        decodes = [StepPlan(rows, [4 + step] * 4, [1] * 4, [True] * 4, [True] * 4, []) for step in range(4)]
+        launched += [driver.runner.launch(plan) for plan in decodes]
+        torch.cuda.set_sync_debug_mode("default")
+        for each in launched:
+            assert len(each.collect().tokens) == 4
+        for row in rows:
+            driver.runner.close_row(row)
+
+    steps()                                                # compiles kernels, fills torch's pinned memory
+    for _ in range(3):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        while driver.state.capture_one():
+            pass
