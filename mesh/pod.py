@@ -4,13 +4,14 @@
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import uvloop
 
@@ -56,7 +57,8 @@ def run_pod(config: MeshConfig) -> int:
         print(f"repertory: log_level {config.log_level!r}: expected debug, info, warning or error", file=sys.stderr)
         return 1
     try:
-        return uvloop.run(_serve(config))
+        status: int = uvloop.run(_serve(config))
+        return status
     except (MeshError, OSError) as error:
         print(f"repertory: {error}", file=sys.stderr)
         return 1
@@ -221,8 +223,7 @@ class Pod:
             if self.is_ready() is not told:
                 told = not told
                 await self.grpc.tell_ready(told)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changes.wait(), 1.0)
+            await self._changes.wait(1.0)
 
     def _last_used_ms(self, model_id: str) -> int:
         copy = self._copies.get(model_id)
@@ -247,7 +248,7 @@ class Pod:
         return name in self.registry.models.table or name in self.registry.vmodels.table
 
 
-async def _listening(kind: str, address: str, starting: "asyncio._CoroutineLike[None]") -> None:
+async def _listening(kind: str, address: str, starting: Coroutine[Any, Any, None]) -> None:
     try:
         await starting
     except OSError as error:

@@ -30,7 +30,7 @@ _SERVICES = (
 )
 _OPEN_TO_ALL = ("/grpc.health.v1.", "/grpc.reflection.")
 
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 
 class KeyGuard(grpc.aio.ServerInterceptor):
@@ -38,13 +38,13 @@ class KeyGuard(grpc.aio.ServerInterceptor):
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._keys = keys
-        self._refusal = grpc.stream_stream_rpc_method_handler(
-            refuse(Unauthenticated("a valid API key is needed: send `authorization: Bearer KEY`"))  # type: ignore[arg-type]
+        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
+            refuse(Unauthenticated("a valid API key is needed: send `authorization: Bearer KEY`"))
         )
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         if handler_call_details.method.startswith(_OPEN_TO_ALL):
             return await continuation(handler_call_details)
         given = next((value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"), "")

@@ -27,7 +27,7 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
     length = request.content_length
     if length is not None and length > limit_bytes:
         raise TooLarge(f"the body is {length} bytes long; the limit is {limit_bytes} bytes")
-    chunks = []
+    chunks: list[bytes] = []
     size_bytes = 0
     while True:
         try:

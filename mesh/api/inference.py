@@ -52,7 +52,7 @@ class _Request:
     code: str = "OK"
 
 
-class InferenceGateway(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+class InferenceGateway(grpc.GenericRpcHandler):
     """The handler of last resort: whatever service the mesh itself doesn't have. `limits`: the runtime's, once they are known."""
 
     def __init__(
@@ -82,7 +82,7 @@ class InferenceGateway(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
             await self._serve(method, context)
 
-        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(serve)  # type: ignore[arg-type]
+        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(serve)
         return handler
 
     async def _serve(self, method: str, context: ServerContext) -> None:

@@ -4,7 +4,6 @@ Knows those two vocabularies; what a model's state is comes from the views, what
 """
 
 import asyncio
-import contextlib
 import time
 from typing import Any
 
@@ -132,8 +131,7 @@ class ModelsRoutes:
                 spoken_s = time.monotonic()
                 await response.write(b": keep-alive\n\n")
             await asyncio.sleep(_EVENTS_EVERY_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changes.wait(), 1.0)
+            await self._changes.wait(1.0)
         await response.write_eof()
         return response
 

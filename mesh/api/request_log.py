@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -13,7 +14,6 @@ from mesh.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_KEY = "repertory.record"
 _PLAIN = re.compile(r"^[\x21-\x7e]{1,128}$")
 _QUIET = ("/health", "/healthz", "/readyz", "/metrics")
 
@@ -30,6 +30,10 @@ class Record:
         record = request[_KEY]
         assert isinstance(record, cls)
         return record
+
+
+# aiohttp before 3.14 has no typed keys for requests, later ones warn about others
+_KEY: Any = web.RequestKey("record", Record) if hasattr(web, "RequestKey") else "record"
 
 
 def request_log(metrics: Metrics) -> Handler:

@@ -4,6 +4,7 @@ All on one event loop: between two awaits nothing changes, which is what makes c
 """
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,8 +30,12 @@ class Changes:
         self._event.set()
         self._event = asyncio.Event()
 
-    async def wait(self) -> None:
-        await self._event.wait()
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Returns after the next change, or after the time."""
+        # not wait_for: before Python 3.12 that may swallow a cancellation
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
 
 
 @dataclass(eq=False, slots=True)

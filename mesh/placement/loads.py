@@ -204,10 +204,7 @@ class LocalLoads:
                 victim = self._copies.get(victim_id)
                 if victim is not None and victim.loaded:
                     self._start_unload(victim, evicted=True)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._changes.wait(), max(0.05, min(give_up_s, impatient_s if now_s < impatient_s else give_up_s) - now_s)
-                )
+            await self._changes.wait(max(0.05, min(give_up_s, impatient_s if now_s < impatient_s else give_up_s) - now_s))
 
     async def _trim(self) -> None:
         """After a load that turned out larger than predicted: what no longer fits goes, as far as it is idle."""

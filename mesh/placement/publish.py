@@ -4,7 +4,6 @@ A change of state is told at once; loads, which change all the time, every few s
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -58,8 +57,7 @@ class Publisher:
                 loads_at_s = now_s
                 await self._publish(record)
             await asyncio.sleep(_AT_MOST_EVERY_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changes.wait(), _LOADS_EVERY_S)
+            await self._changes.wait(_LOADS_EVERY_S)
 
     async def shut_down(self) -> None:
         """Others stop placing and sending here."""

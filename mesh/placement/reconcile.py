@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any, Protocol
 
 from mesh.errors import MeshError, NotFound, StoreError
 from mesh.placement.announce import Announcer
@@ -219,8 +219,7 @@ class Placement:
             starting = status.status is ModelStatus.NOT_LOADED and time.monotonic() - started_s < _REMOTE_START_S
             if status.status is not ModelStatus.LOADING and not starting:
                 return status
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changes.wait(), _REMOTE_START_S)
+            await self._changes.wait(_REMOTE_START_S)
 
     def _blocked_for_s(self, record: ModelRecord) -> float:
         return blocked_for_s(record, own_id=self._own_id, pods=self._pods(), now_ms=epoch_ms(), expiry_s=self._failure_expiry_s)
@@ -283,7 +282,7 @@ class Placement:
             if now_ms - record.failed_in.get(self._own_id, now_ms) > _FAILURE_KEPT_MS:
                 await self._announcer.forgive_own(model_id)
 
-    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)

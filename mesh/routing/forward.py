@@ -4,7 +4,6 @@ Implements mesh.types.Router. Knows copies, pods and how long a request may wait
 """
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from mesh.types import CopyState, ModelStatus, Target, Tier
 
 _FORGOTTEN_S = 5.0  # a pod that said NOT_FOUND isn't asked for that model until its record had time to say so
 _LOOK_S = 1.0
+_SETTLE_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class CopyRouter:
                 raise Unavailable("this pod is shutting down", retry_after_s=1)
             if exclude:
                 # it failed a moment ago: let the runtime's own account of itself catch up before the same copy is tried again
-                await self._changed()
+                await self._changes.wait(_SETTLE_S)
                 target = self._choose(model_id, prefix_hash, exclude, here) or self._choose(model_id, prefix_hash, frozenset(), here)
                 exclude = frozenset()
             else:
@@ -155,7 +155,7 @@ class CopyRouter:
         status = self._placement.status(model_id)
         if status.status is ModelStatus.LOADED:
             # a copy that can't be used now: the runtime's engine is coming back, or a pod has just said that it hasn't got it
-            await self._changed()
+            await self._changes.wait(_LOOK_S)
             return
         outcome = await self._placement.ensure_loaded(model_id, wait=True, here=here)
         if outcome.status is ModelStatus.LOADING_FAILED:
@@ -164,10 +164,6 @@ class CopyRouter:
             raise LoadFailed(f"model {model_id} failed to load: {cause}", retry_after_s=retry_after_s(blocked_s) if blocked_s else None)
         if outcome.status is ModelStatus.NOT_FOUND:
             raise NotFound(f"model {model_id} was unregistered")
-
-    async def _changed(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changes.wait(), _LOOK_S)
 
     def _choose(self, model_id: str, prefix_hash: str, exclude: frozenset[str], here: bool) -> Target | None:
         candidates = []

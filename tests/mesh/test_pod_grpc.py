@@ -7,19 +7,296 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
+from wire.fmaas import generation_pb2 as fmaas
+from wire.inference import grpc_predict_v2_pb2 as oip
+from wire.inference.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 FOR_M = (("mm-model-id", "m"),)
 
 
 @pytest.fixture
 async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
-    async with running_pod(tmp_path / "pod") as running:
+    async with running_pod(tmp_path / "pod", failure_expiry_s=0.2) as running:
         await running.register("m")
         yield running
 
 
-async def test_unary(pod: RunningPod) -> None:
+async def code_of(call: "grpc.aio.Call | asyncio.Future[object]") -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call  # type: ignore[misc]
+    return caught.value.code(), caught.value.details() or ""
+
+
+async def test_unary_bytes_come_back_and_the_model_was_loaded_for_it(pod: RunningPod) -> None:
     assert await pod.echo("m", b"payload \x00\xff") == b"payload \x00\xff"
+    assert pod.runtime.log == [("purge", ""), ("load", "m")]
+
+
+async def test_a_stream_both_ways_interleaves(pod: RunningPod) -> None:
+    call = pod.method("Echo")(metadata=FOR_M)
+    for index in range(3):
+        await call.write(str(index).encode())
+        assert await call.read() == str(index).encode()
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+
+
+async def test_a_server_stream_of_many_messages_keeps_order(pod: RunningPod) -> None:
+    call = pod.channel.unary_stream("/test.Any/Count")(b"200", metadata=FOR_M)
+    assert [message async for message in call] == [str(index).encode() for index in range(200)]
+
+
+async def test_headers_and_trailers_pass_both_ways_but_not_ours(pod: RunningPod) -> None:
+    metadata = (*FOR_M, ("x-request-id", "abc"), ("custom-bin", b"\x00\x80"), ("authorization", "Bearer secret"))
+    call = pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=metadata)
+    await call
+    seen = dict(pod.runtime.metadata[-1])
+    assert seen["x-request-id"] == "abc"
+    assert seen["custom-bin"] == b"\x00\x80"
+    assert seen["mm-model-id"] == "m"
+    assert seen["mm-model-id-bin"] == b"m"
+    assert "authorization" not in seen
+    assert ("answered-by", "fake") in tuple(await call.initial_metadata())
+    trailers = dict(tuple(await call.trailing_metadata()))
+    assert trailers["trailer"] == "kept"
+    assert trailers["trailer-bin"] == b"\x01\xfe"
+
+
+async def test_a_status_passes_with_its_details_and_trailers(pod: RunningPod) -> None:
+    call = pod.channel.unary_unary("/test.Any/Fail")(b"FAILED_PRECONDITION", metadata=FOR_M)
+    assert await code_of(call) == (grpc.StatusCode.FAILED_PRECONDITION, "as asked")
+    trailers = dict(tuple(await call.trailing_metadata()))
+    assert (trailers["why"], trailers["why-bin"]) == ("because", b"\x00\xff")
+
+
+async def test_cancelling_reaches_the_runtime(pod: RunningPod) -> None:
+    call = pod.channel.unary_stream("/test.Any/Slow")(b"go", metadata=FOR_M)
+    assert await call.read() == b"first"
+    call.cancel()
+    await until(lambda: pod.runtime.cancelled == ["m"])
+    await until(lambda: pod.pod._copies.in_flight("m") == 0)
+
+
+async def test_a_deadline_reaches_the_runtime_and_ends_the_call(pod: RunningPod) -> None:
+    await pod.load("m")
+    call = pod.channel.unary_stream("/test.Any/Slow")(b"go", metadata=FOR_M, timeout=0.5)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    deadline_s = pod.runtime.deadlines[-1]
+    assert deadline_s is not None
+    assert 0 < deadline_s < 1
+    await until(lambda: pod.runtime.cancelled == ["m"])
+
+
+async def test_message_limits_hold_both_ways(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", grpc_max_message_bytes=100_000) as pod:
+        await pod.register("m")
+        assert len(await pod.echo("m", b"x" * 90_000)) == 90_000
+        code, _ = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"x" * 110_000, metadata=FOR_M))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        code, _ = await code_of(pod.channel.unary_unary("/test.Any/Big")(b"110000", metadata=FOR_M))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code", "text"),
+    [
+        ((), "INVALID_ARGUMENT", "must include mm-model-id header"),
+        ((("mm-model-id", ""),), "INVALID_ARGUMENT", "provided (v)model-id header must be non-empty"),
+        ((("mm-model-id", "m"), ("mm-vmodel-id", "v")), "INVALID_ARGUMENT", "must include only one of model id and vmodel id"),
+        ((("mm-model-id", "nope"),), "NOT_FOUND", "'nope' not found; served here: m"),
+        ((("mm-vmodel-id", "m"),), "NOT_FOUND", "vmodel not found"),
+        ((("mm-model-id", "m"), ("mm-model-id", "n")), "UNIMPLEMENTED", "several models"),
+    ],
+)
+async def test_addresses_that_are_wrong(pod: RunningPod, metadata: tuple[tuple[str, str], ...], code: str, text: str) -> None:
+    got, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=metadata))
+    assert got is grpc.StatusCode[code]
+    assert text in details
+
+
+async def test_binary_headers_address_a_model_that_ascii_cannot(pod: RunningPod) -> None:
+    await pod.register("modèle")
+    call = pod.channel.unary_unary("/test.Any/Echo")
+    code, _ = await code_of(call(b"hi", metadata=(("mm-model-id-bin", "modèle".encode()),)))
+    # the fake knows models by the plain header only, which such an id can't have
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert dict(pod.runtime.metadata[-1])["mm-model-id-bin"] == "modèle".encode()
+    assert "mm-model-id" not in dict(pod.runtime.metadata[-1])
+
+
+async def test_a_vmodel_becomes_its_concrete_model(pod: RunningPod) -> None:
+    model = await pod.name("smol", "/files")
+    await pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=(("mm-vmodel-id", "smol"),))
+    assert dict(pod.runtime.metadata[-1])["mm-model-id"] == model["model_id"]
+    assert await pod.echo("smol", b"by plain name") == b"by plain name"
+
+
+async def test_the_model_is_read_from_messages_that_name_it(pod: RunningPod) -> None:
+    request = fmaas.BatchedGenerationRequest(model_id="m").SerializeToString()
+    assert await pod.channel.unary_unary("/fmaas.GenerationService/Generate")(request) == request
+    infer = oip.ModelInferRequest(model_name="m").SerializeToString()
+    assert await pod.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(infer) == infer
+    other = fmaas.BatchedGenerationRequest(model_id="nope").SerializeToString()
+    code, _ = await code_of(pod.channel.unary_unary("/fmaas.GenerationService/Generate")(other))
+    assert code is grpc.StatusCode.NOT_FOUND
+    # a header wins over what the message says, unless a configuration says otherwise
+    assert await pod.channel.unary_unary("/fmaas.GenerationService/Generate")(other, metadata=FOR_M) == other
+
+
+async def test_dataplane_configuration(tmp_path: Path) -> None:
+    config = '{"rpcConfigs": {"test.Any/Echo": {"idExtractionPath": [1], "vModelId": true}}, "allowOtherRpcs": false}'
+    async with running_pod(tmp_path / "pod", dataplane_config=config) as pod:
+        await pod.name("smol", "/files")
+        message = fmaas.BatchedGenerationRequest(model_id="smol").SerializeToString()
+        assert await pod.channel.unary_unary("/test.Any/Echo")(message, metadata=(("mm-model-id", "other"),)) == message
+        code, _ = await code_of(pod.channel.unary_unary("/test.Any/Count")(b"1", metadata=(("mm-vmodel-id", "smol"),)))
+        assert code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_concrete_id_is_written_where_the_runtime_wants_it(tmp_path: Path) -> None:
+    switches = Switches(methods={"fmaas.GenerationService/Generate": (1,)})
+    async with running_pod(tmp_path / "pod", switches=switches) as pod:
+        model = await pod.name("smol", "/files")
+        request = fmaas.BatchedGenerationRequest(model_id="smol", requests=[fmaas.GenerationRequest(text="hi")])
+        answer = await pod.channel.unary_unary("/fmaas.GenerationService/Generate")(request.SerializeToString())
+        seen = fmaas.BatchedGenerationRequest.FromString(answer)
+        assert (seen.model_id, seen.requests[0].text) == (model["model_id"], "hi")
+
+
+async def test_the_runtimes_own_management_is_not_open(pod: RunningPod) -> None:
+    code, details = await code_of(pod.channel.unary_unary("/mmesh.ModelRuntime/unloadModel")(b"", metadata=FOR_M))
+    assert code is grpc.StatusCode.UNIMPLEMENTED
+    assert "not permitted" in details
+
+
+async def test_a_model_that_the_runtime_lost_is_loaded_again_unseen(pod: RunningPod) -> None:
+    await pod.echo("m")
+    pod.runtime.drop("m")
+    assert await pod.echo("m", b"again") == b"again"
+    assert pod.runtime.log.count(("load", "m")) == 2
+
+
+async def test_unavailable_before_the_answer_is_tried_once_more(pod: RunningPod) -> None:
+    await pod.echo("m")
+    pod.runtime.switches.unavailable = 1
+    assert await pod.echo("m") == b"hi"
+    pod.runtime.switches.unavailable = 2
+    code, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
+    assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "restarting")
+    assert pod.runtime.switches.unavailable == 0
+
+
+async def test_a_hundred_requests_start_one_load(pod: RunningPod) -> None:
+    pod.runtime.switches.load_gate = asyncio.Event()
+    calls = [asyncio.ensure_future(pod.echo("m", str(index).encode())) for index in range(100)]
+    await until(lambda: pod.pod._copies.held("m") == 100)
+    pod.runtime.switches.load_gate.set()
+    assert await asyncio.gather(*calls) == [str(index).encode() for index in range(100)]
+    assert pod.runtime.log.count(("load", "m")) == 1
+    assert pod.pod._copies.in_flight("m") == 0
+
+
+async def test_a_waiter_that_leaves_does_not_stop_the_load(pod: RunningPod) -> None:
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    call = pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
+    await until(lambda: "m" in pod.runtime.loading)
+    call.cancel()
+    await until(lambda: pod.pod._copies.held("m") == 0)
+    gate.set()
+    await until(lambda: "m" in pod.runtime.loaded)
+
+
+async def test_a_failed_load_tells_its_cause_and_is_not_repeated_at_once(pod: RunningPod) -> None:
+    pod.runtime.switches.fail["/m"] = "no tensors in it"
+    for _ in range(2):
+        code, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "no tensors in it" in details
+    assert pod.runtime.log.count(("load", "m")) == 1
+    assert pod.runtime.log.count(("unload", "m")) == 1
+    pod.runtime.switches.fail.clear()
+    await asyncio.sleep(0.25)
+    assert await pod.echo("m") == b"hi"
+
+
+async def test_the_wait_budget_ends_in_unavailable_with_a_hint(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", wait_budget_s=0.2) as pod:
+        await pod.register("m")
+        gate = pod.runtime.switches.load_gate = asyncio.Event()
+        call = pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
+        code, details = await code_of(call)
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert "wait budget of 0.2 s" in details
+        assert 1 <= int(str(dict(tuple(await call.trailing_metadata()))["retry-after"])) <= 120
+        gate.set()
+        await until(lambda: "m" in pod.runtime.loaded)
+
+
+async def test_a_deadline_shorter_than_the_load(pod: RunningPod) -> None:
+    pod.runtime.switches.load_gate = asyncio.Event()
+    code, _ = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M, timeout=0.2))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    pod.runtime.switches.load_gate.set()
+
+
+async def test_more_waiters_than_allowed_are_refused(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", max_held=2) as pod:
+        await pod.register("m")
+        gate = pod.runtime.switches.load_gate = asyncio.Event()
+        waiting = [asyncio.ensure_future(pod.echo("m")) for _ in range(2)]
+        await until(lambda: pod.pod._copies.held("m") == 2)
+        code, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "the limit is 2" in details
+        gate.set()
+        await asyncio.gather(*waiting)
+
+
+async def test_health_reflection_and_the_servers_own_oip(pod: RunningPod) -> None:
+    health = health_pb2_grpc.HealthStub(pod.channel)
+    await until(pod.pod.is_ready)
+    answer = await health.Check(health_pb2.HealthCheckRequest(service=""))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    oip_stub = GRPCInferenceServiceStub(pod.channel)
+    assert (await oip_stub.ServerLive(oip.ServerLiveRequest())).live
+    assert (await oip_stub.ServerReady(oip.ServerReadyRequest())).ready
+    assert (await oip_stub.ServerMetadata(oip.ServerMetadataRequest())).name == "repertory"
+    stub = reflection_pb2_grpc.ServerReflectionStub(pod.channel)
+    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    services = {service.name async for item in stub.ServerReflectionInfo(iter([asked])) for service in item.list_services_response.service}
+    assert {"mmesh.ModelMesh", "fmaas.GenerationService", "grpc.health.v1.Health"} <= services
+    assert pod.runtime.metadata == []
+
+
+async def test_keys_guard_inference_and_not_health(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", api_keys=("k1", "k2")) as pod:
+        call = pod.channel.unary_unary("/test.Any/Echo")
+        code, _ = await code_of(call(b"hi", metadata=FOR_M))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+        code, _ = await code_of(call(b"hi", metadata=(*FOR_M, ("authorization", "Bearer k3"))))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+        code, _ = await code_of(call(b"hi", metadata=(*FOR_M, ("authorization", "Bearer k2"))))
+        assert code is grpc.StatusCode.NOT_FOUND
+        await health_pb2_grpc.HealthStub(pod.channel).Check(health_pb2.HealthCheckRequest())
+
+
+async def test_least_recently_used_leaves_when_the_capacity_is_full(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=25 * MB)) as pod:
+        for name in ("a", "b", "c"):
+            await pod.register(name)
+        await pod.echo("a")
+        await pod.echo("b")
+        await pod.echo("a")
+        await pod.echo("c")
+        assert set(pod.runtime.loaded) == {"a", "c"}
+        await pod.echo("b")
+        assert set(pod.runtime.loaded) == {"b", "c"}

@@ -209,13 +209,19 @@ class _State(RuntimeStateServicer):
         size = self._runtime.size_of(request.model_path)
         fits = size <= self._runtime.switches.capacity_bytes
         return state_pb.FitResponse(
-            weight_bytes=size, fits=fits, reason="" if fits else "too large", capacity_bytes=self._runtime.switches.capacity_bytes, exact=True
+            weight_bytes=size,
+            fits=fits,
+            reason="" if fits else "too large",
+            capacity_bytes=self._runtime.switches.capacity_bytes,
+            exact=True,
         )
 
     def _snapshot(self) -> state_pb.RuntimeSnapshot:
         runtime = self._runtime
         models = [
-            state_pb.ModelState(model_id=model_id, state=state_pb.ModelState.LOADED, tier=state_pb.ModelState.DEVICE, weight_bytes=runtime.size_of(path))
+            state_pb.ModelState(
+                model_id=model_id, state=state_pb.ModelState.LOADED, tier=state_pb.ModelState.DEVICE, weight_bytes=runtime.size_of(path)
+            )
             for model_id, path in runtime.loaded.items()
         ]
         models += [

@@ -63,7 +63,7 @@ class RunningPod:
 async def running_pod(
     directory: Path, *, store: str = "", switches: Switches | None = None, foreign: bool = False, wait: bool = True, **settings: Any
 ) -> AsyncIterator[RunningPod]:
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - a test's own
     runtime = FakeRuntime(directory, foreign=foreign, switches=switches)
     await runtime.start()
     config = MeshConfig(

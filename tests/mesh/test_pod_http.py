@@ -1,0 +1,381 @@
+"""A pod over a fake runtime: OpenAI's API at the edge, held requests, limits, keys, models and admin routes."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support.fake_runtime import MB, Switches
+from tests.support.pods import RunningPod, running_pod
+from tests.support.waiting import until
+
+
+@pytest.fixture
+async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
+    async with running_pod(tmp_path / "pod", keep_alive_s=0.1, failure_expiry_s=60.0) as running:
+        await running.name("org/smol", "/files")
+        yield running
+
+
+async def stream(pod: RunningPod, model: str = "org/smol", **body: Any) -> tuple[int, str]:
+    async with pod.http.post("/v1/chat/completions", json={"model": model, "stream": True, **body}) as answer:
+        return answer.status, await answer.text()
+
+
+def events(text: str) -> list[Any]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
+
+
+async def test_a_request_goes_to_the_model_that_its_body_names(pod: RunningPod) -> None:
+    model_id = (await pod.model("org/smol"))["model_id"]
+    status, body, headers = await pod.chat("org/smol", messages=[{"role": "user", "content": "hi"}])
+    assert (status, body["answer"], body["path"]) == (200, model_id, "/v1/chat/completions")
+    assert headers["X-Request-Id"] == body["id"]
+    # the body is passed on as it came
+    assert pod.runtime.bodies[-1] == {"model": "org/smol", "messages": [{"role": "user", "content": "hi"}]}
+
+
+async def test_the_callers_request_id_is_kept(pod: RunningPod) -> None:
+    async with pod.http.post("/v1/completions", json={"model": "org/smol"}, headers={"X-Request-Id": "mine"}) as answer:
+        assert answer.headers["X-Request-Id"] == "mine"
+        assert (await answer.json())["id"] == "mine"
+
+
+async def test_a_stream_is_passed_on_whole(pod: RunningPod) -> None:
+    status, text = await stream(pod, chunks=50)
+    assert status == 200
+    assert [event["n"] for event in events(text)] == list(range(50))
+    assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_stream_begins_with_comments_while_the_model_is_loaded(pod: RunningPod) -> None:
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    pod.runtime.switches.progress = 0.42
+    async with pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True}) as answer:
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        seen = b""
+        while b"pulling 42 % of the files" not in seen:
+            seen += await answer.content.readany()
+        gate.set()
+        text = (seen + await answer.read()).decode()
+    assert [event["n"] for event in events(text)] == [0, 1, 2]
+    assert text.startswith(": ")
+
+
+async def test_a_caller_that_does_not_stream_just_waits(pod: RunningPod) -> None:
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    waiting = asyncio.ensure_future(pod.chat("org/smol"))
+    await until(lambda: pod.runtime.loading)
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    gate.set()
+    assert (await waiting)[0] == 200
+
+
+async def test_past_the_wait_budget(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", wait_budget_s=0.4, keep_alive_s=0.1) as pod:
+        await pod.name("smol", "/files")
+        gate = pod.runtime.switches.load_gate = asyncio.Event()
+        status, body, headers = await pod.chat("smol")
+        assert status == 503
+        assert "wait budget of 0.4 s" in body["error"]["message"]
+        assert 1 <= int(headers["Retry-After"]) <= 120
+        status, text = await stream(pod, "smol")
+        assert status == 200
+        assert "wait budget" in events(text)[-1]["error"]["message"]
+        assert "[DONE]" not in text
+        gate.set()
+
+
+async def test_a_load_that_fails(pod: RunningPod) -> None:
+    pod.runtime.switches.fail["/files"] = "weights are truncated"
+    status, body, _ = await pod.chat("org/smol")
+    assert status == 424
+    assert "weights are truncated" in body["error"]["message"]
+    assert body["error"]["type"] == "model_load_error"
+    # a failure that is known gets its own status on a stream too
+    status, text = await stream(pod)
+    assert status == 424
+    assert "weights are truncated" in json.loads(text)["error"]["message"]
+
+
+async def test_a_load_that_fails_after_the_stream_began(pod: RunningPod) -> None:
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    pod.runtime.switches.fail["/files"] = "weights are truncated"
+    async with pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True}) as answer:
+        await answer.content.readany()
+        gate.set()
+        text = (await answer.read()).decode()
+    assert "weights are truncated" in events(text)[-1]["error"]["message"]
+
+
+async def test_a_caller_that_leaves_frees_the_row(pod: RunningPod) -> None:
+    await pod.chat("org/smol")
+    pod.runtime.switches.chunk_s = 0.05
+    answer = await pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True, "chunks": 1000})
+    await answer.content.readany()
+    answer.close()
+    await until(lambda: pod.runtime.cancelled)
+    model_id = (await pod.model("org/smol"))["model_id"]
+    await until(lambda: pod.pod._copies.in_flight(model_id) == 0)
+
+
+async def test_a_caller_that_leaves_while_it_waits_does_not_stop_the_load(pod: RunningPod) -> None:
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    model_id = (await pod.model("org/smol"))["model_id"]
+    answer = await pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True})
+    await answer.content.readany()
+    answer.close()
+    await until(lambda: pod.pod._copies.held(model_id) == 0)
+    gate.set()
+    await until(lambda: model_id in pod.runtime.loaded)
+    assert pod.runtime.bodies == []
+
+
+async def test_a_lost_model_and_a_moment_of_unavailability_are_not_seen(pod: RunningPod) -> None:
+    model_id = (await pod.model("org/smol"))["model_id"]
+    assert (await pod.chat("org/smol"))[0] == 200
+    pod.runtime.drop(model_id)
+    assert (await pod.chat("org/smol"))[0] == 200
+    pod.runtime.switches.unavailable = 1
+    assert (await pod.chat("org/smol"))[0] == 200
+    pod.runtime.switches.unavailable = 2
+    assert (await pod.chat("org/smol"))[0] == 503
+
+
+async def test_an_answer_that_breaks_off_ends_in_an_error_event(pod: RunningPod) -> None:
+    status, text = await stream(pod, chunks=5, break_at=2)
+    assert status == 200
+    assert [event["n"] for event in events(text)[:-1]] == [0, 1, 2]
+    assert "broke off" in events(text)[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        (b"{", 400, "not valid JSON"),
+        (b'{"messages": []}', 400, "model is missing"),
+        (b'{"model": 7}', 400, "$.model"),
+        (b'{"model": "nope"}', 404, "served here: org/smol"),
+        (b"\xff\xfe", 400, "JSON"),
+    ],
+)
+async def test_bad_requests(pod: RunningPod, body: bytes, status: int, text: str) -> None:
+    async with pod.http.post("/v1/chat/completions", data=body) as answer:
+        assert answer.status == status
+        error = (await answer.json())["error"]
+        assert text in error["message"]
+        assert error["type"] == "invalid_request_error"
+        assert answer.headers["X-Request-Id"]
+
+
+async def test_a_body_over_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", http_max_body_bytes=1000) as pod:
+        async with pod.http.post("/v1/completions", data=io.BytesIO(b"x" * 100_000_000)) as answer:
+            assert answer.status == 413
+            assert "1000 bytes" in (await answer.json())["error"]["message"]
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(11):
+                yield b"x" * 100
+
+        async with pod.http.post("/v1/completions", data=chunks()) as answer:
+            assert answer.status == 413
+
+
+async def test_half_a_request_disturbs_nobody(pod: RunningPod) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", pod.pod.http.port)
+    writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model": "org')
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    assert (await pod.chat("org/smol"))[0] == 200
+
+
+async def test_unknown_paths_and_methods_are_answered_in_json(pod: RunningPod) -> None:
+    async with pod.http.get("/nothing") as answer:
+        assert answer.status == 404
+        assert (await answer.json())["error"]["message"]
+    async with pod.http.delete("/v1/models") as answer:
+        assert answer.status == 405
+        assert "GET" in answer.headers["Allow"]
+
+
+async def test_health_and_metrics(pod: RunningPod) -> None:
+    for path in ("/health", "/healthz", "/readyz"):
+        async with pod.http.get(path) as answer:
+            assert answer.status == 200
+    await pod.chat("org/smol")
+    async with pod.http.get("/metrics") as answer:
+        text = await answer.text()
+    assert 'repertory_mesh_requests_total{model="org/smol",carrier="http",code="200"} 1.0' in text
+    assert 'repertory_mesh_loads_total{model="org/smol",outcome="loaded"} 1.0' in text
+    assert 'repertory_mesh_in_flight_requests{model="org/smol"} 0.0' in text
+    assert "modelmesh_instance_models_total 1.0" in text
+    assert "vllm:num_requests_running 3" in text
+    async with pod.http.head("/metrics") as answer:
+        assert answer.status == 200
+    async with pod.http.delete("/admin/v1/models/org/smol") as answer:
+        assert answer.status == 204
+    async with pod.http.get("/metrics") as answer:
+        assert 'model="org/smol"' not in await answer.text()
+
+
+async def test_not_ready_without_a_runtime(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        await pod.runtime.stop()
+        await until(lambda: not pod.pod.is_ready())
+        async with pod.http.get("/readyz") as answer:
+            assert answer.status == 503
+        async with pod.http.get("/healthz") as answer:
+            assert answer.status == 200
+
+
+async def test_keys_guard_all_but_health(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", api_keys=("secret",)) as pod:
+        for path in ("/v1/models", "/metrics", "/admin/v1/models", "/models", "/nothing"):
+            async with pod.http.get(path) as answer:
+                assert answer.status == 401, path
+                assert "secret" not in await answer.text()
+        async with pod.http.get("/health") as answer:
+            assert answer.status == 200
+        async with pod.http.get("/v1/models", headers={"Authorization": "Bearer secret"}) as answer:
+            assert answer.status == 200
+        async with pod.http.get("/v1/models", headers={"Authorization": "Bearer "}) as answer:
+            assert answer.status == 401
+
+
+async def test_models_as_chat_front_ends_read_them(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+
+        async def status(name: str) -> dict[str, Any]:
+            async with pod.http.get(f"/v1/models/{name}") as answer:
+                body: dict[str, Any] = await answer.json()
+                assert answer.status == 200, body
+                return dict(body["status"])
+
+        async def post(path: str, model: str) -> int:
+            async with pod.http.post(path, json={"model": model}) as answer:
+                return answer.status
+
+        async with pod.http.get("/v1/models") as answer:
+            assert (answer.status, await answer.json()) == (200, {"data": [], "object": "list"})
+        await pod.name("org/smol", "/files")
+        assert (await status("org/smol"))["value"] == "unloaded"
+        gate = pod.runtime.switches.load_gate = asyncio.Event()
+        pod.runtime.switches.progress = 0.5
+        assert await post("/models/load", "org/smol") == 200
+        await until(lambda: pod.runtime.loading)
+        await asyncio.sleep(0.1)
+        loading = await status("org/smol")
+        assert loading["value"] == "loading"
+        assert (loading["progress"]["current"], loading["progress"]["value"]) == ("pulling", 0.5)
+        gate.set()
+        await until(lambda: pod.runtime.loaded)
+        await asyncio.sleep(0.1)
+        assert (await status("org/smol"))["value"] == "loaded"
+        assert await post("/models/unload", "org/smol") == 200
+        assert pod.runtime.loaded == {}
+        assert (await status("org/smol"))["value"] == "unloaded"
+        pod.runtime.switches.fail["/files"] = "broken"
+        assert await post("/models/load", "org/smol") == 200
+        await asyncio.sleep(0.2)
+        failed = await status("org/smol")
+        assert (failed["value"], failed["failed"], failed["error"]) == ("unloaded", True, "broken")
+        assert await post("/models/load", "nope") == 404
+        # asked for by name, it is tried again at once
+        pod.runtime.switches.fail.clear()
+        assert await post("/models/load", "org/smol") == 200
+        await until(lambda: pod.runtime.loaded)
+
+
+async def test_events_tell_each_change(pod: RunningPod) -> None:
+    async with pod.http.get("/models/sse") as answer:
+        assert (await _event(answer))["data"]["status"] == "unloaded"
+        await pod.http.post("/models/load", json={"model": "org/smol"})
+        seen = []
+        while "loaded" not in seen:
+            event = await _event(answer)
+            assert (event["model"], event["event"]) == ("org/smol", "status_change")
+            seen.append(event["data"]["status"])
+
+
+async def _event(answer: aiohttp.ClientResponse) -> dict[str, Any]:
+    while True:
+        line = (await asyncio.wait_for(answer.content.readline(), 10)).decode()
+        if line.startswith("data: "):
+            event: dict[str, Any] = json.loads(line[6:])
+            return event
+
+
+async def test_admin_routes(pod: RunningPod) -> None:
+    model = await pod.name("llm", "/other", quantize="nf4", load=True)
+    assert (model["name"], model["uri"], model["settings"]["quantize"]) == ("llm", "/other", "nf4")
+    await until(lambda: model["model_id"] in pod.runtime.loaded)
+    await asyncio.sleep(0.1)
+    model = await pod.model("llm")
+    assert (model["status"], model["state"], model["tier"], model["weight_bytes"]) == ("LOADED", "loaded", "device", 10 * MB)
+    assert len(model["copies"]) == 1
+    async with pod.http.put("/admin/v1/aliases/best", json={"target": "llm"}) as answer:
+        assert answer.status == 204
+    assert (await pod.model("llm"))["aliases"] == ["best"]
+    assert (await pod.chat("best"))[1]["answer"] == model["model_id"]
+    async with pod.http.get("/admin/v1/models") as answer:
+        assert [item["name"] for item in (await answer.json())["models"]] == ["best", "llm", "org/smol"]
+    async with pod.http.post("/admin/v1/fit", json={"name": "llm"}) as answer:
+        assert (await answer.json())["fits"] is True
+    async with pod.http.post("/admin/v1/fit", json={"uri": "/other", "quantize": "nf4"}) as answer:
+        assert (await answer.json())["weight_bytes"] == 10 * MB
+    async with pod.http.post("/admin/v1/fit", json={}) as answer:
+        assert answer.status == 400
+    async with pod.http.get("/admin/v1/pods") as answer:
+        assert [item["instance_id"] for item in (await answer.json())["pods"]] == ["pod"]
+    async with pod.http.delete("/admin/v1/aliases/best") as answer:
+        assert answer.status == 204
+    async with pod.http.delete("/admin/v1/models/llm") as answer:
+        assert answer.status == 204
+    assert model["model_id"] not in pod.runtime.loaded
+    assert (await pod.chat("llm"))[0] == 404
+    async with pod.http.post("/admin/v1/models", json={"name": "x", "uri": "/x", "storage_params": {"secret_access_key": "s3cr3t"}}) as answer:
+        assert answer.status == 400
+        assert "s3cr3t" not in await answer.text()
+
+
+async def test_the_same_name_with_new_files_is_replaced_without_a_gap(pod: RunningPod) -> None:
+    old = (await pod.name("org/smol", "/files"))["model_id"]
+    assert (await pod.chat("org/smol"))[1]["answer"] == old
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    await pod.name("org/smol", "/newer")
+    await until(lambda: pod.runtime.loading)
+    for _ in range(3):
+        assert (await pod.chat("org/smol"))[1]["answer"] == old
+    gate.set()
+
+    async def moved() -> bool:
+        return (await pod.chat("org/smol"))[1]["answer"] != old
+
+    while not await moved():
+        await asyncio.sleep(0.02)
+    await until(lambda: old not in pod.runtime.loaded)
+    assert [request["model"] for request in pod.runtime.bodies] == ["org/smol"] * len(pod.runtime.bodies)
+
+
+async def test_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=25 * MB)) as pod:
+        for name in ("a", "b", "c"):
+            await pod.name(name, f"/{name}")
+        for name in ("a", "b", "a", "c"):
+            assert (await pod.chat(name))[0] == 200
+        assert sorted(path for path in pod.runtime.loaded.values()) == ["/a", "/c"]
+        await pod.name("huge", "/huge")
+        pod.runtime.switches.size_bytes["/huge"] = 26 * MB
+        status, body, _ = await pod.chat("huge")
+        assert status == 424
+        assert "needs 26000000 bytes; the capacity is 25000000 bytes" in body["error"]["message"]
+        assert len(pod.runtime.loaded) == 2
