@@ -14,7 +14,19 @@ from runtime.generation.request import Delta
 from runtime.served import ServedModel
 
 _PLAIN_END = b',"logprobs":null,"finish_reason":null}]'
-_encode_text = msgspec.json.Encoder().encode
+_LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_encode_json = msgspec.json.Encoder().encode
+
+
+def _encode_text(text: str) -> bytes:
+    """As JSON without anything that a client might take for a line's end: some split lines as Unicode does."""
+    data = _encode_json(text)
+    if text.isascii() or not any(end in text for end in _LINE_ENDS):
+        return data
+    escaped = data.decode()
+    for end, escape in _LINE_ENDS.items():
+        escaped = escaped.replace(end, escape)
+    return escaped.encode()
 
 
 class StreamUsage:

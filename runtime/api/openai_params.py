@@ -6,6 +6,8 @@ Ranges follow OpenAI's reference where it has one, vLLM's for its extensions. Kn
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from runtime.api.openai_types import Shared
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import check_token_ids, draw_seed, engine_seed
@@ -121,7 +123,7 @@ def sequences(
             made.append(
                 SequenceRequest(
                     prompt=tuple(prompt),
-                    sampling=sampling if sampling.greedy else _with_seed(sampling, seed),
+                    sampling=sampling if sampling.greedy else msgspec.structs.replace(sampling, seed=seed),
                     stop=stop,
                     logprobs=logprobs,
                     index=len(made),
@@ -160,13 +162,6 @@ def _logit_bias(model: ServedModel, body: Shared) -> tuple[tuple[int, float], ..
         )
     check_token_ids(model, [token for token, _ in pairs], param="logit_bias")
     return tuple(pairs)
-
-
-def _with_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
-    return SamplingParams(
-        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.typical_p, sampling.repetition_penalty,
-        sampling.frequency_penalty, sampling.presence_penalty, sampling.logit_bias, seed,
-    )  # fmt: skip
 
 
 def _first(*values: float | None) -> float:

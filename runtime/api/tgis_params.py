@@ -9,6 +9,8 @@ ended by MAX_TOKENS (as I does with 20). A stop sequence's length is counted in 
 import asyncio
 from dataclasses import dataclass
 
+import msgspec
+
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import draw_seed, engine_seed
@@ -111,7 +113,7 @@ def _plan_one(
     details = response.top_n_tokens if _wants_details(response) else None
     request = SequenceRequest(
         prompt=prompt.token_ids,
-        sampling=sampling if seed is None else _seeded(sampling, engine_seed(seed)),
+        sampling=sampling if seed is None else msgspec.structs.replace(sampling, seed=engine_seed(seed)),
         stop=StopParams(max_tokens=limit, min_tokens=stopping.min_new_tokens),
         logprobs=LogprobParams(
             generated=details if response.generated_tokens else None, prompt=details if response.input_tokens else None
@@ -140,17 +142,6 @@ def _sampling(params: pb.Parameters) -> SamplingParams:
         top_p=given.top_p or 1.0,
         typical_p=given.typical_p if 0 < given.typical_p < 1 else 1.0,
         repetition_penalty=penalty,
-    )
-
-
-def _seeded(sampling: SamplingParams, seed: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        typical_p=sampling.typical_p,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=seed,
     )
 
 

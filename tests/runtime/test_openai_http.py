@@ -98,6 +98,16 @@ async def events(http: aiohttp.ClientSession, server: Server, path: str, body: A
     return [msgspec.json.decode(block.removeprefix("data: ")) for block in blocks[:-2]]
 
 
+async def test_an_event_is_one_line_however_lines_are_split(http: aiohttp.ClientSession, server: Server) -> None:
+    text = 'a\u2028b\u2029c\x85d\r\n\x0b\x0c\x1ee"\\'
+    server.engine.script = lambda asked: [*server.script(text), 0]
+    async with http.post(server.url + "/v1/chat/completions", json=chat(stream=True)) as response:
+        raw = await response.text()
+    assert raw.splitlines() == raw.split("\n")[:-1]
+    lines = [msgspec.json.decode(line[6:]) for line in raw.splitlines() if line.startswith("data: {")]
+    assert "".join(line["choices"][0]["delta"]["content"] for line in lines) == text
+
+
 async def test_several_prompts_streamed_with_echo(http: aiohttp.ClientSession, server: Server) -> None:
     body = {"model": "m1", "prompt": ["The fox", "a dog"], "n": 2, "echo": True, "stream": True, "stream_options": {"include_usage": True}}
     lines = await events(http, server, "/v1/completions", body)
