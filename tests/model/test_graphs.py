@@ -47,6 +47,7 @@ class FakePool:
 
     enabled: bool = True
     full: bool = False
+    fails: bool = False
     wanted: list[Bucket] = field(default_factory=list)
     recorded: int = 0
 
@@ -55,6 +56,8 @@ class FakePool:
 
     def record(self, run: object) -> StepGraph:
         self.recorded += 1
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
         return StepGraph(cast("torch.cuda.CUDAGraph", None), torch.zeros(0))
 
 
@@ -68,7 +71,7 @@ def graphs_of(pool: FakePool, ready: bool = True) -> tuple[ModelGraphs, list[str
         done.append("run")
         return torch.zeros(0)
 
-    return ModelGraphs(cast("GraphPool", pool), lambda: done.append("blank"), run, lambda: ready), done
+    return ModelGraphs("tiny", cast("GraphPool", pool), lambda: done.append("blank"), run, lambda: ready), done
 
 
 def test_the_second_use_asks_and_an_idle_turn_captures() -> None:
@@ -98,6 +101,15 @@ def test_nothing_is_captured_into_a_full_pool_or_replayed_while_weights_come() -
     assert all(absent.find(BUCKET) is None for _ in range(2 * EAGER_USES))
     assert not absent.capture(BUCKET)
     assert done == []
+
+
+def test_a_model_that_cannot_be_captured_is_tried_once_and_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    pool = FakePool(fails=True)
+    graphs, _ = graphs_of(pool)
+    assert all(graphs.find(BUCKET) is None for _ in range(3 * EAGER_USES))
+    assert not graphs.capture(Bucket(8, 8, 1, 512))
+    assert pool.recorded == 1
+    assert "model tiny runs without CUDA graphs" in caplog.text
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ behind in it but what the next step reads at once. Weights, KV and inputs keep t
 Knows buckets, captures and bytes; nothing of what a pass computes.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from runtime.engine.model.buckets import Bucket
+
+_LOG = logging.getLogger(__name__)
 
 EAGER_USES = 12                          # then a graph is captured at once
 POOL_LIMIT_BYTES = 2 << 30
@@ -41,6 +44,10 @@ class GraphPool:
     @property
     def full(self) -> bool:
         return self.used_bytes >= self._limit_bytes
+
+    def stop(self) -> None:
+        """Capture no more: there is no memory for it."""
+        self._limit_bytes = 0
 
     def want(self, graphs: "ModelGraphs", bucket: Bucket) -> None:
         self._wanted.append((graphs, bucket))
@@ -74,13 +81,15 @@ class GraphPool:
 
 
 class ModelGraphs:
-    """One model's graphs. `blank()` makes the device's upload a step of no rows, `run(bucket)` is a pass padded to the bucket's sizes, and
-    `ready()` says whether the weights are in."""
+    """One model's graphs; `name` is for the log. `blank()` makes the device's upload a step of no rows, `run(bucket)` is a pass padded to the
+    bucket's sizes, and `ready()` says whether the weights are in."""
 
     def __init__(
-        self, pool: GraphPool, blank: Callable[[], None], run: Callable[[Bucket], torch.Tensor], ready: Callable[[], bool]
+        self, name: str, pool: GraphPool, blank: Callable[[], None], run: Callable[[Bucket], torch.Tensor], ready: Callable[[], bool]
     ) -> None:
+        self._name = name
         self._pool = pool
+        self._refused = False
         self._blank = blank
         self._run = run
         self._ready = ready
@@ -89,7 +98,7 @@ class ModelGraphs:
 
     def find(self, bucket: Bucket) -> StepGraph | None:
         """The graph to replay for a step, if there is one and the weights are in; counts the use. May blank the upload."""
-        if not self._pool.enabled or not self._ready():
+        if not self._pool.enabled or self._refused or not self._ready():
             return None
         graph = self._graphs.get(bucket)
         if graph is not None:
@@ -102,14 +111,23 @@ class ModelGraphs:
         return self._graphs.get(bucket)
 
     def capture(self, bucket: Bucket) -> bool:
-        """Capture the bucket's graph now. False if there is one, the weights are away, or the pool is full."""
-        if bucket in self._graphs or self._pool.full or not self._ready():
+        """Capture the bucket's graph now. False if there is one, the weights are away, the pool is full, or the model's code can't be captured
+        (it asks the device for a number); such a model runs eagerly from then on."""
+        if bucket in self._graphs or self._refused or self._pool.full or not self._ready():
             if not self._ready():
                 self._uses[bucket] = 0                       # asked for again when the model is back
             return False
         self._blank()
         self._run(bucket)                                    # compiles kernels and wakes libraries, which a capture may not
-        self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
+        try:
+            self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
+        except torch.OutOfMemoryError:
+            self._pool.stop()
+            return False
+        except RuntimeError as error:
+            self._refused = True
+            _LOG.warning("model %s runs without CUDA graphs: %s", self._name, error)
+            return False
         return True
 
     def close(self) -> None:

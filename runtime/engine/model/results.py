@@ -70,19 +70,22 @@ class ResultRing:
         self._begin_event: torch.cuda.Event | None = None
         self._begin_s = 0.0
 
-    def begin(self) -> int:
-        """A line for the next step, whose device time counts from now. Waits only if RING_LINES steps are under way."""
+    def take_line(self) -> int:
+        """A line for the next step. Waits only if RING_LINES steps are under way."""
         line = self._turn
         self._turn = (line + 1) % RING_LINES
         user = self._users[line]
         if user is not None:
             user.settle()
+        return line
+
+    def begin(self) -> None:
+        """The step's device time counts from now."""
         if self._on_gpu:
             self._begin_event = torch.cuda.Event(enable_timing=True)
             self._begin_event.record()
         else:
             self._begin_s = time.perf_counter()
-        return line
 
     def finish(self, line: int, num_samples: int, logprobs: LogprobsOnTheWay | None) -> StepLaunched:
         """Queue the copy of the line's first `num_samples` draws."""

@@ -38,7 +38,7 @@ class ModelRunner:
         self._page_table = state.rows.page_table(-(-built.max_model_len // built.block_tokens) + 1)
         self._sampler = Sampler(built.vocab_size, state.rows)
         self._logprobs = LogprobRows()
-        self._graphs = ModelGraphs(state.graphs, state.uploads.blank, self._padded_pass, weights_ready)
+        self._graphs = ModelGraphs(facts.model_id, state.graphs, state.uploads.blank, self._padded_pass, weights_ready)
 
     def open_row(self, setup: RowSetup) -> None:
         self._sampler.open(setup)
@@ -51,7 +51,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepLaunched:
         state = self._state
-        line = state.results.begin()
+        line = state.results.take_line()
         shape = state.uploads.pack(plan, line)
         if len(plan.new_blocks) > state.uploads.max_blocks:
             state.rows.enter_blocks(self._page_table, plan.new_blocks[state.uploads.max_blocks :])
@@ -59,6 +59,7 @@ class ModelRunner:
         plain = self._sampler.all_plain(shape)
         bucket = None if plan.prompt_logprobs else bucket_of(shape.num_tokens, shape.num_rows, shape.max_query_len, shape.max_context_len)
         graph = self._graphs.find(bucket) if bucket is not None else None
+        state.results.begin()
         state.uploads.send()
         self._sampler.begin(plan)
         if graph is not None:
@@ -104,6 +105,7 @@ class ModelRunner:
             self._commit(num_samples)
         return logits
 
+    @torch.inference_mode()
     def _padded_pass(self, bucket: Bucket) -> torch.Tensor:
         return self._pass(bucket.num_tokens, bucket.num_rows, bucket.num_rows, bucket.max_query_len, bucket.max_context_len, [], greedy=True)
 
