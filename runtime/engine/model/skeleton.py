@@ -97,16 +97,16 @@ def _layer_prefix(model: nn.Module, num_layers: int) -> str:
 
 
 def bind(model: nn.Module, views: Mapping[str, Tensor], quantization: Quantization) -> None:
-    """Hang `views` into the module under their names, aliases included; quantised linears are replaced by twins that compute on them.
+    """Hang `views` into the module under their names, aliases included; linears are replaced by twins that compute on them.
 
     Buffers that no checkpoint brings move to the views' device.
     """
     aliases = tied_names(model)
     device = next(iter(views.values())).device
     linears = dict(views)
-    for name in {name.rpartition(".")[0] for name in views if name.endswith((".absmax", ".scale"))}:
-        old = model.get_submodule(name)
-        if isinstance(old, nn.Linear):
+    linears |= {alias: views[owner] for alias, owner in aliases.items()}
+    for name, old in list(model.named_modules()):
+        if type(old) is nn.Linear:
             parent, leaf = _parent(model, name)
             setattr(parent, leaf, LinearModule(make_linear(name, linears, quantization), old.in_features, old.out_features))
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
