@@ -67,6 +67,21 @@ def test_deltas_of_any_tokens_make_the_full_decoding(models: dict[str, tuple[Tex
 
 
 @settings(max_examples=150, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("family", ["sentencepiece", "gemma_like"])
+def test_bytes_that_make_no_character_are_shown_alike_however_they_come(
+    models: dict[str, tuple[TextModel, object]], family: str, data: st.DataObject
+) -> None:
+    ours, _ = models[family]
+    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1) | st.integers(3, 258), max_size=30))
+    stream = ours.detokenizer(())
+    single = "".join([stream.push((token,)) for token in ids]) + stream.flush()
+    assert single == ours.decode(ids)
+    text = b"".join(ours.token_bytes(token) for token in ids if not ours.is_special(token)).decode(errors="replace")
+    assert single in (text, text.removeprefix(" "))
+
+
+@settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=20), prompt=st.sampled_from(["", "the dog", "the "]))
 @pytest.mark.parametrize("family", ["sentencepiece", "gemma_like"])
 def test_byte_fallback_text_comes_back(models: dict[str, tuple[TextModel, object]], family: str, text: str, prompt: str) -> None:
