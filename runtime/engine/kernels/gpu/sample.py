@@ -1,13 +1,13 @@
 """Drawing tokens in Triton: one program a row; thresholds by bisection over the bits of the scores, so nothing is sorted or copied.
 
-Signed integers order as floats do once the bits below the sign of negative ones are flipped; 32 halvings find any threshold exactly.
+Signed integers order as floats do once the bits below the sign of negative ones are flipped; at most 32 halvings find any threshold exactly.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
+_BLOCK = 8192
 
 
 @triton.jit
@@ -49,37 +49,52 @@ def _count_from(row_ptr, vocab, temperature, bound, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK: tl.constexpr):
-    """Mass, over the largest score's, of scores of `bound` or more."""
+    """Mass, over the largest score's, of scores of `bound` or more, and how many there are."""
     total = tl.zeros((), tl.float32)
+    count = tl.zeros((), tl.int32)
     for begin in range(0, vocab, BLOCK):
-        _, z = _scores(row_ptr, begin, vocab, temperature, BLOCK)
-        total += tl.sum(tl.where(_ordered(z).to(tl.int64) >= bound, tl.exp(z - best), 0.0), axis=0)
-    return total
+        ids, z = _scores(row_ptr, begin, vocab, temperature, BLOCK)
+        kept = (_ordered(z).to(tl.int64) >= bound) & (ids < vocab)
+        total += tl.sum(tl.where(kept, tl.exp(z - best), 0.0), axis=0)
+        count += tl.sum(kept.to(tl.int32), axis=0)
+    return total, count
 
 
 @triton.jit
 def _top_k_bound(row_ptr, vocab, temperature, k, best_key, BLOCK: tl.constexpr):
+    """Halves until one score lies between: then it is the k-th."""
     low = tl.full((), -2147483648, tl.int64)      # enough scores from here on
     high = best_key + 1                           # too few
-    while high - low > 1:
+    from_low = vocab + 0 * k
+    from_high = 0 * k
+    while (high - low > 1) & (from_low - from_high > 1):
         middle = (low + high) >> 1
-        enough = _count_from(row_ptr, vocab, temperature, middle, BLOCK) >= k
+        count = _count_from(row_ptr, vocab, temperature, middle, BLOCK)
+        enough = count >= k
         low = tl.where(enough, middle, low)
+        from_low = tl.where(enough, count, from_low)
         high = tl.where(enough, high, middle)
+        from_high = tl.where(enough, from_high, count)
     return low
 
 
 @triton.jit
 def _top_p_bound(row_ptr, vocab, temperature, p, best, best_key, bound, BLOCK: tl.constexpr):
-    enough = p * _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK)
-    low = bound - 1
-    high = best_key                               # what lies above has less than `enough`
-    while high - low > 1:
+    """Halves until one score lies between: then it is the last one kept."""
+    mass, above_low = _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK)
+    enough = p * mass
+    low = bound - 1                               # what lies above has `enough` or more
+    high = best_key                               # what lies above has less
+    above_high = above_low * 0
+    while (high - low > 1) & (above_low - above_high > 1):
         middle = (low + high) >> 1
-        less = _mass_from(row_ptr, vocab, temperature, best, middle + 1, BLOCK) < enough
+        mass, count = _mass_from(row_ptr, vocab, temperature, best, middle + 1, BLOCK)
+        less = mass < enough
         high = tl.where(less, middle, high)
+        above_high = tl.where(less, count, above_high)
         low = tl.where(less, low, middle)
-    return high
+        above_low = tl.where(less, above_low, count)
+    return low + 1
 
 
 @triton.jit
@@ -138,7 +153,8 @@ def _draw_kernel(
     if SORTS:
         typical = tl.load(rule_ptr + 4).to(tl.float32, bitcast=True)
         if (typical < 1.0) & (not greedy):
-            log_mass = tl.log(_mass_from(row_ptr, vocab, temperature, best, bound, BLOCK))
+            mass, _ = _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK)
+            log_mass = tl.log(mass)
             for begin in range(0, vocab, BLOCK):
                 _, z = _scores(row_ptr, begin, vocab, temperature, BLOCK)
                 log_p = z - best - log_mass
@@ -169,5 +185,5 @@ def draw(
 ) -> None:
     _draw_kernel[(source.shape[0],)](
         logits, source, target, row_slots, positions, rules, drawn, logits.stride(0), rules.stride(0), logits.shape[1],
-        SORTS=sorts, BLOCK=_BLOCK, num_warps=8,
+        SORTS=sorts, BLOCK=_BLOCK, num_warps=16,
     )
