@@ -31,6 +31,7 @@ def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:
         cached_tokens=cached_tokens,
         error_code=last.error_code,
         error=last.error,
+        queue_s=next((row.queue_s for row in rows if row.queue_s is not None), None),
     )
 
 

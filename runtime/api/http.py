@@ -15,6 +15,7 @@ from runtime.api.openai_completions import Completions
 from runtime.api.openai_models import Models
 from runtime.api.openai_tokenize import Tokenizing
 from runtime.config import RuntimeConfig
+from runtime.errors import NotSupported
 from runtime.generation.generator import Generator
 from runtime.metrics import RuntimeMetrics
 from runtime.served import ModelDirectory, TokenEngine
@@ -22,6 +23,7 @@ from runtime.served import ModelDirectory, TokenEngine
 REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID = web.RequestKey("request_id", str)
 _LOG = logging.getLogger(__name__)
+_NOT_HERE = ("/v1/embeddings", "/v1/responses", "/v1/messages", "/generate", "/generate_stream", "/")   # other servers' routes that clients try
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
@@ -58,12 +60,17 @@ def build_http_app(
             web.get("/metrics", health.metrics),
         ]
     )
+    app.add_routes([web.post(path, _not_here) for path in _NOT_HERE])
     return app
 
 
 def http_runner(app: web.Application, *, grace_s: float = 60.0) -> web.AppRunner:
     """An unset-up runner whose handlers are cancelled when their caller leaves, and `grace_s` after its clean-up began."""
     return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=grace_s)
+
+
+async def _not_here(request: web.Request) -> web.Response:
+    raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
 @web.middleware

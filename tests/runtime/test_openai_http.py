@@ -270,7 +270,11 @@ async def test_bad_prompts(http: aiohttp.ClientSession, server: Server, prompt: 
 
 
 async def test_routes_that_are_not_there(http: aiohttp.ClientSession, server: Server) -> None:
-    assert (await post(http, server, "/v1/embeddings", {}))[0] == 404
+    assert (await post(http, server, "/v1/nothing", {}))[0] == 404
+    for path in ("/v1/embeddings", "/generate", "/generate_stream", "/", "/v1/responses"):
+        status, answer, _ = await post(http, server, path, {})
+        assert status == 501
+        assert "not supported" in answer["error"]["message"]
     async with http.get(server.url + "/v1/chat/completions") as response:
         assert response.status == 405
         assert response.headers["Allow"] == "POST"
