@@ -105,20 +105,21 @@ class FusedStack:
             else:
                 hidden, residual = add_rms_norm(branch, residual, layer.input_norm, eps, plus_one)
             cos, sin = turns[layer.spec.rope_key]
-            q = rope_write(step, layer.spec.attention, layer.spec.rope, layer.qkv(hidden), cos, sin, layer.q_norm, layer.k_norm)
+            q = rope_write(step, layer.spec.attention, layer.spec.rope, layer.qkv(hidden, step.scratch), cos, sin, layer.q_norm, layer.k_norm)
             mixed = attend(step, layer.spec.attention, q).flatten(1)
             if index == len(self._layers) - 1:
                 # nothing after the last attention looks across tokens
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
-            branch = self._scaled(layer.out(mixed), layer.after_attention_norm)
+            branch = self._scaled(layer.out(mixed, step.scratch), layer.after_attention_norm)
             hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
-            branch = self._scaled(layer.down(act_mul(layer.gate_up(hidden), spec.activation)), layer.after_mlp_norm)
+            inner = act_mul(layer.gate_up(hidden, step.scratch), spec.activation)
+            branch = self._scaled(layer.down(inner, step.scratch), layer.after_mlp_norm)
 
         if arriving:
             self._arrival.wait(self._last_group)
         assert branch is not None, "a stack has layers"
         hidden, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
-        logits = self._lm_head(hidden)
+        logits = self._lm_head(hidden, step.scratch)
         if spec.logits_divisor != 1.0:
             logits.div_(spec.logits_divisor)
         if spec.logits_softcap:

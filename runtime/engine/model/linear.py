@@ -9,13 +9,14 @@ from torch.nn import functional
 
 from runtime.engine.kernels.linear4 import linear_4bit
 from runtime.engine.kernels.linear8 import linear_int8
+from runtime.engine.kernels.scratch import Scratch
 from runtime.types import Quantization
 
 
 class Linear(Protocol):
-    """x [..., K] → x · weightᵀ (+ bias) [..., N]."""
+    """x [..., K] → x · weightᵀ (+ bias) [..., N]. With `scratch` a kernel need not allocate (GPU)."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class PlainLinear:
     weight: Tensor
     bias: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -37,7 +38,7 @@ class HostLinear:
     weight: Tensor
     bias: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
@@ -51,8 +52,8 @@ class Linear4:
     codebook: Literal["nf4", "fp4"]
     bias: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear_4bit(x, self.weight, self.absmax, self.codebook, self.bias)
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        return linear_4bit(x, self.weight, self.absmax, self.codebook, self.bias, scratch=scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class Linear8:
     scale: Tensor
     bias: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear_int8(x, self.weight, self.scale, self.bias)
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        return linear_int8(x, self.weight, self.scale, self.bias, scratch=scratch)
 
 
 class LinearModule(nn.Module):
