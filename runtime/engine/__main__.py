@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> int:
         # what was imported lives as long as the process: full collections needn't look at it, nor pause a step for it
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000, 50, 50)
         loop.run()
         mark("")
     except Exception:

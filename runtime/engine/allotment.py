@@ -30,15 +30,19 @@ class Allotment:
             return Limits(budget, 0, 0)
         return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
 
-    def refuse_starved(self, model: Hosted, now: float) -> None:
-        """A request that wants more KV than there can ever be (models were pinned after it was let in) mustn't wait for ever."""
+    def attend_starved(self, model: Hosted, now: float) -> None:
+        """After an empty plan: others make way, unless there can never be room enough (models were pinned after the request was let in)."""
         sequence = model.scheduler.starved()
-        if sequence is None:
+        if sequence is None or model.draining:
             return
         tokens = self.house.resident.ceiling_blocks(model) * model.cache.blocks.geometry.block_tokens
         if len(sequence.tokens) + 1 > tokens:
             text = f"model {model.model_id}: {len(sequence.tokens)} tokens need more KV than the {tokens} tokens that pinned models leave"
             self.house.end(model, (sequence,), FinishReason.ERROR, now, "RESOURCE_EXHAUSTED", text)
+            return
+        self.house.resident.make_way(model, sequence, now)
+        for other in self.house.models.values():
+            self.house.close_rows(other)
 
     def _token_budget(self, model: Hosted, num_active: int) -> int:
         config = self.house.config

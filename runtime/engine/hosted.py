@@ -68,10 +68,13 @@ class Hosted:
         """Whether a step could be planned for it, were it resident."""
         return bool(self.scheduler.running) or (len(self.scheduler.waiting) > 0 and not self.draining)
 
-    def holder(self) -> Holder:
+    def holder(self, yields_to: tuple[int, int] | None = None) -> Holder:
+        """`yields_to`: waiting requests that come after this order don't count."""
+        foremost = self.scheduler.foremost() if yields_to is not None else None
+        yields = foremost is not None and yields_to is not None and foremost > yields_to
         return Holder(
             self.model_id, self.memory.weight_slabs, self.last_used_s, self.resident_since_s, self.return_cost_s,
-            self.pinned or self.swapping, self.scheduler.running, len(self.scheduler.waiting), self.draining,
+            self.pinned or self.swapping, self.scheduler.running, 0 if yields else len(self.scheduler.waiting), self.draining,
         )
 
     def stats(self, slab_bytes: int) -> ModelStats:

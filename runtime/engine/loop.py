@@ -148,7 +148,7 @@ class EngineLoop:
         step = model.scheduler.plan(self._allotment.limits(model, num_active, now), now)
         self.house.close_rows(model)
         if step is None:
-            self._allotment.refuse_starved(model, now)
+            self._allotment.attend_starved(model, now)
             return False
         model.last_used_s = now
         self._mark(model.model_id)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 
 from runtime.engine.admission import blocks_for
 from runtime.engine.hosted import Hosted
-from runtime.engine.memory.residency import choose_to_drain, choose_victims
+from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims
 from runtime.engine.memory.slabs import SlabPool
+from runtime.engine.sequence import Sequence
 
 _LONGEST_DRAIN_S = 10.0                  # then the rows of a draining model are preempted
 
@@ -56,7 +57,7 @@ class Resident:
 
     def load_if_free(self, model: Hosted, now: float) -> None:
         """A model that was just loaded becomes resident at once where that costs nobody anything."""
-        if self._pool.free >= model.memory.weight_slabs + 1:
+        if self._pool.free >= model.memory.weight_slabs + 1 and not self._room_is_kept():
             self._swap_in(model, now)
 
     def evict(self, model: Hosted) -> None:
@@ -68,11 +69,14 @@ class Resident:
         model.weight_slabs = None
         model.swapping = False
         model.draining_since_s = None
+        model.scheduler.promised_blocks = 0
         model.evictions += 1
         self.changed = True
 
     def _bring_in(self, model: Hosted, waited_s: float, now: float) -> bool:
         """False: not even without all others that may ever leave."""
+        if self._room_is_kept(model):
+            return True
         need = self._slabs_to_begin(model)
         short = need - self._pool.free
         if short > 0:
@@ -155,17 +159,56 @@ class Resident:
             pass
         while cache.obtainable() < blocks and self._drop_oldest_prefix(others):
             pass
-        short = blocks - cache.obtainable()
-        if short > 0:
-            slabs = blocks_for(short, cache.blocks.geometry.blocks_per_slab)
-            for count in (slabs, 1):
-                victims = choose_victims([m.holder() for m in others if m.resident], count, now)
-                if victims is not None:
-                    for victim in victims:
-                        self.evict(self._models[victim])
-                    break
+        self._evict_for(model, blocks, [m.holder() for m in others if m.resident], now)
         while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
             pass
+
+    def make_way(self, model: Hosted, sequence: Sequence, now: float) -> None:
+        """Nothing of this model can move: whatever came after its first sequence gives up its room, share or no share.
+
+        The order is the same for everyone and never changes, so the first sequence of all gets through in the end, and nobody takes turns at
+        turning each other out.
+        """
+        blocks = blocks_for(len(sequence.tokens) + 1, model.cache.blocks.geometry.block_tokens)
+        others = [m for m in self._models.values() if m is not model]
+        if self._room_is_kept(model):
+            return
+        for other in others:
+            if not other.scheduler.running:
+                other.scheduler.promised_blocks = 0
+        while model.cache.obtainable() < blocks and self._drop_oldest_prefix(others):
+            pass
+        self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
+        for other in others:
+            while model.cache.obtainable() < blocks and other.scheduler.preempt_newest(now, sequence.order):
+                while self._drop_oldest_prefix((other,)):
+                    pass
+        self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
+        if not model.scheduler.running and model.cache.obtainable() >= blocks:
+            model.scheduler.promised_blocks = blocks     # or those who made way would take it back
+
+    def _room_is_kept(self, model: Hosted | None = None) -> bool:
+        """Whether room was made for a request that hasn't taken it yet and comes before all of this model's."""
+        order = model.scheduler.foremost() if model is not None else None
+        for other in self._models.values():
+            if other is model or other.scheduler.running or not other.scheduler.promised_blocks:
+                continue
+            foremost = other.scheduler.foremost()
+            if foremost is not None and (order is None or foremost < order):
+                return True
+        return False
+
+    def _evict_for(self, model: Hosted, blocks: int, holders: list[Holder], now: float) -> None:
+        """Evict what lets the model have these blocks; if nothing does, what helps at all."""
+        short = blocks - model.cache.obtainable()
+        if short <= 0:
+            return
+        slabs = blocks_for(short, model.cache.blocks.geometry.blocks_per_slab)
+        victims = choose_victims(holders, slabs, now)
+        if victims is None:
+            victims = choose_victims(holders, 1, now)
+        for victim in victims or ():
+            self.evict(self._models[victim])
 
     def _drop_oldest_prefix(self, models: Iterable[Hosted], older_than_s: float | None = None) -> bool:
         """Return the slab of cached prefixes that was least recently used over these models."""
@@ -178,12 +221,15 @@ class Resident:
         return any(model.cache.drop_oldest_slab() for _, model in ages)
 
     def _preempt_above_share(self, model: Hosted, others: list[Hosted], now: float) -> bool:
-        """Turn out the newest row of the model that holds most for its weight, if that is more than this one would hold."""
+        """Turn out the newest row of the model that holds most for its weight, if that is more than this one would hold.
+
+        Never one that came before all of this model's: two models would turn each other out for ever.
+        """
         running = [m for m in others if m.scheduler.running]
         furthest = max(running, key=_share_slabs, default=None)
         if furthest is None or _share_slabs(furthest) <= _share_slabs(model) + 1 / model.weight:
             return False
-        if not furthest.scheduler.preempt_newest(now):
+        if not furthest.scheduler.preempt_newest(now, model.scheduler.foremost()):
             return False
         while self._drop_oldest_prefix((furthest,)):
             pass

@@ -180,12 +180,13 @@ class Scheduler:
             plan.prompt_logprobs.append(sequence.row)
         chunks.append(Chunk(sequence, sequence.row, draws, end == total))
         sequence.computed = end
+        # a row after it in this very plan may share them: a layer writes the whole step's K and V before any row reads
+        self._publish(sequence, end)
         return end - start
 
     def _start_decoding(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
-            self._publish(sequence, sequence.computed)
             if not chunk.last:
                 continue
             self._prefill.remove(sequence)
@@ -320,16 +321,23 @@ class Scheduler:
             self._lengths.record(sequence.drawn)
         else:
             self.waiting.discard(sequence)
+            if not self._running:
+                self.promised_blocks = 0
         sequence.state = State.ENDED
         self._rules.leave(sequence)
         del self._live[sequence.request_id]
         for step in self._flying:
             step.stale = True
 
-    def preempt_newest(self, now: float) -> bool:
-        """Turn out the least entitled running sequence; it begins again later with all that it has drawn. False if none runs."""
+    def foremost(self) -> tuple[int, int] | None:
+        """The order of the most entitled sequence here."""
+        head = self.waiting.head()
+        return min((s.order for s in (*self._running, *((head,) if head else ()))), default=None)
+
+    def preempt_newest(self, now: float, newer_than: tuple[int, int] | None = None) -> bool:
+        """Turn out the least entitled running sequence; it begins again later with all that it has drawn. False if none (newer) runs."""
         newest = max((*self._decode.sequences, *self._prefill), key=lambda s: s.order, default=None)
-        if newest is None:
+        if newest is None or (newer_than is not None and newest.order <= newer_than):
             return False
         self._turn_out(newest, now)
         return True

@@ -156,6 +156,16 @@ def test_prefix_hits_are_shared_and_never_cover_the_last_token() -> None:
     assert tables[third.row, 0] == first.pages[0]
 
 
+def test_equal_prompts_that_come_at_once_are_computed_once() -> None:
+    bench = Bench()
+    prompt = list(range(10, 30))
+    for _ in range(3):
+        bench.add(prompt)
+    step = bench.must_plan()
+    assert step.plan.counts == [20, 4, 4]
+    assert step.plan.starts == [0, 16, 16]
+
+
 def test_prompt_logprobs_skip_the_cache_and_penalties_skip_what_was_generated() -> None:
     bench = Bench()
     prompt = list(range(10, 22))
