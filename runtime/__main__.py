@@ -3,10 +3,14 @@
 This is where the front process is wired; the parts know each other only by what they are given here.
 """
 
+import os
+
+# gRPC's fork handlers are for children that use gRPC; ours exec at once, and each would write a line. It must be set before gRPC is imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -158,8 +162,6 @@ async def _serve(config: RuntimeConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    # gRPC's fork handlers are for children that use gRPC; ours exec at once, and each of them would write a line
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         config = configure(arguments, os.environ)
         logs.set_up(as_json=config.log_json, level=config.log_level)

@@ -33,7 +33,8 @@ _GGUF_GROWTH = 4                         # dequantised bytes for one byte of fil
 class Preparation:
     """Implements runtime.lifecycle.Preparer and runtime.fitting.Fitter over one disk cache."""
 
-    def __init__(self, config: RuntimeConfig, cache: Cache) -> None:
+    def __init__(self, config: RuntimeConfig, cache: Cache, packer: Callable[[PackRequest, Job], None] = run_packer) -> None:
+        self._packer = packer
         self._config = config
         self._cache = cache
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
@@ -112,13 +113,30 @@ class Preparation:
                 kind=found.kind.value, model_dir=str(found.model_dir), weight_files=tuple(str(file) for file in found.weight_files), out_dir="",
                 source=identity or found.identity, quantization=quantization, double_quant=settings.double_quant, dtype=dtype,
             )
-            self._pack(key, request, _packed_bytes(found, quantization, dtype), job).release()
+            plain = self._dequantised(request, identity or found.identity, settings, device)
+            try:
+                if plain is not None:
+                    packed_file = plain.checkpoint.packed_file or ""
+                    request = msgspec.structs.replace(
+                        request, kind=Kind.SAFETENSORS.value, model_dir=plain.checkpoint.model_dir, weight_files=(packed_file,)
+                    )
+                self._pack(key, request, _packed_bytes(found, quantization, dtype), job).release()
+            finally:
+                if plain is not None:
+                    plain.release()
             packed = self._find_packed(key)
             if packed is None:
                 raise LoadFailed(f"{path.name}: the packed file was dropped from the disk cache at once; its budget is too small")
         if pulled is not None:
             pulled.release()
         return packed
+
+    def _dequantised(self, request: PackRequest, identity: str, settings: ModelSettings, device: str) -> Prepared | None:
+        """A GGUF file's unquantised pack, if there is one: reading GGUF anew takes much longer than quantising."""
+        if request.kind != Kind.GGUF.value or request.quantization is Quantization.NONE:
+            return None
+        plain = msgspec.structs.replace(settings, quantize=Quantization.NONE, double_quant=False)
+        return self._find_packed(_pack_key(identity, plain, device))
 
     def _as_it_lies(self, found: Inspection, pulled: Held | None, dtype: str, job: Job) -> Prepared:
         model_dir, beside = str(found.model_dir), None
@@ -147,7 +165,7 @@ class Preparation:
             for file in work.iterdir():
                 if file.is_file():
                     file.unlink()          # a half-written packed file is of no use to the next try
-            run_packer(msgspec.structs.replace(request, out_dir=str(work)), job)
+            self._packer(msgspec.structs.replace(request, out_dir=str(work)), job)
 
         job.say(Phase.PACKING, 0, 0, "starting the packer")
         return self._cache.obtain("packed", key, need_bytes, fill, job, f"packing {Path(request.model_dir).name}")

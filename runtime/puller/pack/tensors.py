@@ -17,6 +17,7 @@ from runtime.engine.model.names import Conversion, Resolution, resolve
 from runtime.engine.model.safetensors_index import StoredTensor, read_index
 from runtime.errors import LoadFailed
 from runtime.puller.pack.quantize import Matrix, Stored4Bit, stored_shape, unpack_4bit, unpack_int8
+from runtime.puller.pack.writer import PADDING
 
 _PART = re.compile(r"^(?P<weight>.+\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 _INT8_PART = re.compile(r"^(?P<module>.+)\.(SCB|weight_format)$")
@@ -50,6 +51,8 @@ class FromFiles:
         self._parts: dict[str, dict[str, StoredTensor]] = {}
         plain: dict[str, StoredTensor] = {}
         for name, stored in index.items():
+            if name.startswith(PADDING):
+                continue
             if (match := _PART.match(name)) is not None:
                 self._parts.setdefault(match["weight"], {})[match["part"]] = stored
             elif (match := _INT8_PART.match(name)) is not None:

@@ -15,7 +15,7 @@ from runtime.puller.pack.request import FORMAT
 ALIGNMENT_BYTES = 256
 _HASH = "content_blake2b"
 _PLACE = "0" * 64
-_PADDING = "_padding."                   # a reader looks tensors up by name and never meets these
+PADDING = "_padding."                   # a reader looks tensors up by name and never meets these
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class PackedWriter:
             header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.size_bytes]}
             offset += entry.size_bytes
             if padding := -offset % ALIGNMENT_BYTES:
-                header[f"{_PADDING}{number}"] = {"dtype": "U8", "shape": [padding], "data_offsets": [offset, offset + padding]}
+                header[f"{PADDING}{number}"] = {"dtype": "U8", "shape": [padding], "data_offsets": [offset, offset + padding]}
                 offset += padding
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)

@@ -1,0 +1,216 @@
+"""The packer as a process: what it writes is bitsandbytes' own numbers in our layout, whole, aligned, and made once."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from runtime.config import RuntimeConfig
+from runtime.errors import InvalidRequest, LoadFailed, Overloaded
+from runtime.lifecycle import Phase, Prepared, Progress
+from runtime.preparation import Preparation
+from runtime.puller.cache import Cache
+from runtime.puller.job import Job
+from runtime.puller.pack.__main__ import pack
+from runtime.puller.pack.request import PackRequest
+from runtime.types import ModelSettings, ModelSource, Quantization
+from tests.runtime.checkpoints import tiny_llama
+
+
+@pytest.fixture
+def preparation(tmp_path: Path) -> Iterator[Preparation]:
+    """With the packer in this process, which has torch already."""
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30), pack_here)
+    yield preparation
+    preparation.close()
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[Preparation]:
+    """With the packer in a process of its own, as it is meant."""
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    yield preparation
+    preparation.close()
+
+
+def pack_here(request: PackRequest, job: Job) -> None:
+    with torch.inference_mode():
+        pack(request, lambda event: job.check())
+
+
+async def prepare(preparation: Preparation, path: Path, seen: list[Progress] | None = None, **settings: object) -> Prepared:
+    report = seen.append if seen is not None else lambda progress: None
+    return await preparation.prepare(ModelSource(str(path)), ModelSettings(**settings), "cpu", report)  # type: ignore[arg-type]
+
+
+def packed(prepared: Prepared) -> dict[str, torch.Tensor]:
+    assert prepared.checkpoint.packed_file is not None
+    return load_file(prepared.checkpoint.packed_file)
+
+
+async def test_unquantised_safetensors_are_used_where_they_lie(preparation: Preparation, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "m", shard="60KB")
+    prepared = await prepare(preparation, tmp_path / "m")
+    checkpoint = prepared.checkpoint
+    assert checkpoint.packed_file is None
+    assert checkpoint.model_dir == str(tmp_path / "m")
+    assert len(checkpoint.weight_files) > 1
+    assert checkpoint.weight_bytes == sum(p.numel() * 4 for p in model.parameters())
+    prepared.release()
+    assert not list((tmp_path / "cache" / "packed").iterdir())
+
+
+async def test_int8_is_bitsandbytes_own(apart: Preparation, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "m")
+    seen: list[Progress] = []
+    prepared = await prepare(apart, tmp_path / "m", seen, quantize=Quantization.INT8)
+    tensors = packed(prepared)
+    weight = model.model.layers[1].mlp.down_proj.weight.detach()
+    codes, absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+    assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], codes)
+    assert torch.equal(tensors["model.layers.1.mlp.down_proj.scale"], absmax.float() / 127.0)
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(tensors[name], model.state_dict()[name])
+    packing = [progress for progress in seen if progress.phase is Phase.PACKING]
+    assert any("layer 2 of 2" in progress.text for progress in packing)
+    assert packing[-1].done_bytes == packing[-1].total_bytes > 0
+
+
+@pytest.mark.parametrize(("quantize", "double"), [(Quantization.NF4, False), (Quantization.FP4, False), (Quantization.NF4, True)])
+async def test_4_bit_is_bitsandbytes_own(preparation: Preparation, tmp_path: Path, quantize: Quantization, double: bool) -> None:
+    model = tiny_llama(tmp_path / "m", tied=True)
+    prepared = await prepare(preparation, tmp_path / "m", quantize=quantize, double_quant=double)
+    tensors = packed(prepared)
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach()
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=quantize.value)
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(tensors[f"{name}.weight"], codes.view(64, 32))
+    absmax = tensors[f"{name}.absmax"]
+    assert absmax.shape == (64, 1)
+    # our layout read by hand: high nibble first, a scale for each 64 values of a row
+    nibbles = torch.stack((tensors[f"{name}.weight"] >> 4, tensors[f"{name}.weight"] & 15), dim=-1).view(64, 64).long()
+    table = bnb.get_4bit_type(quantize.value, device="cpu")
+    assert torch.allclose(table[nibbles] * absmax, bnb.dequantize_4bit(codes, state), atol=1e-6)
+    assert "lm_head.weight" not in tensors
+
+
+async def test_rows_that_blocks_do_not_fit_stay_as_they_are(preparation: Preparation, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m", hidden=96)
+    tensors = packed(await prepare(preparation, tmp_path / "m", quantize=Quantization.NF4))
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype is torch.float32
+    assert tensors["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8      # 192 columns
+
+
+async def test_the_file_is_aligned_ordered_and_signed(preparation: Preparation, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m", hidden=72)
+    prepared = await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
+    assert prepared.checkpoint.packed_file is not None
+    data = Path(prepared.checkpoint.packed_file).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    assert metadata["format"] == "repertory-packed-1"
+    assert metadata["quantization"] == "int8"
+    assert set(metadata["content_blake2b"]) != {"0"}
+    assert (8 + length) % 256 == 0
+    starts = {name: entry["data_offsets"][0] for name, entry in header.items() if not name.startswith("_padding")}
+    assert all(start % 256 == 0 for start in starts.values())
+    names = sorted(starts, key=lambda name: starts[name])
+    assert names[0] == "model.embed_tokens.weight"
+    layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
+    assert layers == sorted(layers)
+    with safe_open(prepared.checkpoint.packed_file, "pt") as file:      # any reader of the format takes it
+        assert "model.norm.weight" in file.keys()  # noqa: SIM118 — a handle, not a dict
+
+
+async def test_a_second_load_never_quantises(preparation: Preparation, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m")
+    (await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)).release()
+    seen: list[Progress] = []
+    await prepare(preparation, tmp_path / "m", seen, quantize=Quantization.INT8)
+    assert all(progress.phase is Phase.PULLING for progress in seen)
+    both = await asyncio.gather(*(prepare(preparation, tmp_path / "m", quantize=Quantization.NF4) for _ in range(3)))
+    assert len({one.checkpoint.packed_file for one in both}) == 1
+    assert len(list((tmp_path / "cache" / "packed").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double"])
+async def test_serialised_checkpoints_are_not_quantised_again(preparation: Preparation, tmp_path: Path, kind: str) -> None:
+    model = tiny_llama(tmp_path / "plain")
+    quantize, double = Quantization(kind.removesuffix("-double")), kind.endswith("double")
+    ours = packed(await prepare(preparation, tmp_path / "plain", quantize=quantize, double_quant=double))
+    serialise(model, tmp_path / "plain", tmp_path / "stored", quantize, double)
+    prepared = await prepare(preparation, tmp_path / "stored")
+    assert prepared.checkpoint.quantization is quantize
+    theirs = packed(prepared)
+    assert theirs.keys() == ours.keys()
+    for name in ours:
+        assert torch.equal(theirs[name], ours[name]), name
+    assert "quantization_config" not in json.loads((Path(prepared.checkpoint.model_dir) / "config.json").read_text())
+    other = Quantization.FP4
+    with pytest.raises(InvalidRequest, match="is stored in"):
+        await prepare(preparation, tmp_path / "stored", quantize=other)
+
+
+def serialise(model: torch.nn.Module, plain: Path, stored: Path, quantize: Quantization, double: bool) -> None:
+    """What transformers writes for a model that bitsandbytes quantised."""
+    stored.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in model.state_dict().items():
+        if "_proj" not in name:
+            tensors[name] = weight.clone()
+        elif quantize is Quantization.INT8:
+            codes, absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+            module = name.removesuffix(".weight")
+            tensors |= {name: codes, f"{module}.SCB": absmax, f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+        else:
+            codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=quantize.value)
+            tensors[name] = codes
+            tensors |= {f"{name}.{key}": part.clone() for key, part in state.as_dict(packed=True).items()}
+    save_file(tensors, stored / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    stored_as = {"load_in_8bit": True} if quantize is Quantization.INT8 else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": quantize.value, "bnb_4bit_use_double_quant": double
+    }
+    config["quantization_config"] = {"quant_method": "bitsandbytes", **stored_as}
+    (stored / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (stored / name).write_bytes((plain / name).read_bytes())
+
+
+async def test_a_pack_that_fails_says_why_and_leaves_nothing(apart: Preparation, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadFailed, match=r"model\.norm\.weight"):
+        await prepare(apart, tmp_path / "m", quantize=Quantization.INT8)
+    assert not list((tmp_path / "cache" / "packed").iterdir())
+
+
+async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(apart: Preparation, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m")
+    seen: list[Progress] = []
+    packing = asyncio.create_task(prepare(apart, tmp_path / "m", seen, quantize=Quantization.NF4))
+    while not any(progress.phase is Phase.PACKING for progress in seen):  # noqa: ASYNC110 — the report comes from a thread
+        await asyncio.sleep(0.02)
+    packing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await packing
+    assert not list((tmp_path / "cache" / "packed").iterdir())
+    children = Path("/proc/self/task").glob("*/children")
+    assert not any("runtime.puller.pack" in Path(f"/proc/{pid}/cmdline").read_text() for one in children for pid in one.read_text().split())
+
+
+async def test_a_budget_too_small_is_named(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m")
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1000))
+    with pytest.raises(Overloaded, match="budget of 1000 bytes"):
+        await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
+    preparation.close()

@@ -1,0 +1,145 @@
+"""The disk cache: whole or not there, one fill for many, bounded, and clear about a full disk. With real processes where it matters."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import Cancelled, Overloaded
+from runtime.puller import cache as cache_module
+from runtime.puller.cache import Cache
+from runtime.puller.job import Job
+
+
+def job() -> Job:
+    return Job(lambda progress: None)
+
+
+def put(cache: Cache, key: str, size: int) -> None:
+    cache.obtain("pulled", key, size, lambda work: (work / "f").write_bytes(bytes(size)) and None, job(), key).release()
+
+
+def keys(cache: Cache, root: Path) -> set[str]:
+    return {path.name for path in (root / "pulled").iterdir()}
+
+
+def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1 << 20)
+    made: list[int] = []
+
+    def fill(work: Path) -> None:
+        made.append(1)
+        time.sleep(0.1)
+        (work / "f").write_text("x")
+
+    threads = [threading.Thread(target=lambda: cache.obtain("pulled", "k", 1, fill, job(), "k").release()) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1]
+    held = Cache(tmp_path, 1 << 20).find("pulled", "k")
+    assert held is not None
+    assert (held.path / "f").read_text() == "x"
+    held.release()
+
+
+def test_a_fill_that_fails_is_never_seen_and_is_taken_up_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1 << 20)
+
+    def half(work: Path) -> None:
+        (work / "part").write_text("half")
+        raise ConnectionError("cut")
+
+    with pytest.raises(ConnectionError):
+        cache.obtain("pulled", "k", 1, half, job(), "k")
+    assert cache.find("pulled", "k") is None
+    found: list[bool] = []
+
+    def rest(work: Path) -> None:
+        found.append((work / "part").exists())
+
+    cache.obtain("pulled", "k", 1, rest, job(), "k").release()
+    assert found == [True]
+
+
+def _fill_for_ever(root: str, started: "multiprocessing.synchronize.Event") -> None:
+    def fill(work: Path) -> None:
+        (work / "part").write_text("half")
+        started.set()
+        time.sleep(60)
+
+    Cache(Path(root), 1 << 20).obtain("pulled", "k", 1, fill, job(), "k")
+
+
+def test_a_killed_pull_frees_its_place(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    process = context.Process(target=_fill_for_ever, args=(str(tmp_path), started))
+    process.start()
+    assert started.wait(30)
+    cache = Cache(tmp_path, 1 << 20)
+    assert cache.find("pulled", "k") is None
+    waiter = job()
+    threading.Timer(0.3, waiter.cancel).start()
+    with pytest.raises(Cancelled):         # the other process has it
+        cache.obtain("pulled", "k", 1, lambda work: None, waiter, "k")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    seen: list[str] = []
+    cache.obtain("pulled", "k", 1, lambda work: seen.extend(file.name for file in work.iterdir()), job(), "k").release()
+    assert seen == ["part"]
+
+
+def test_the_least_recently_used_goes_first_and_nothing_in_use(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    for number, key in enumerate("abc"):
+        put(cache, key, 300)
+        os.utime(tmp_path / "pulled" / key / ".repertory.json", (number, number))
+    held = cache.find("pulled", "a")       # used now
+    assert held is not None
+    put(cache, "d", 300)
+    assert keys(cache, tmp_path) == {"a", "c", "d"}
+    os.utime(tmp_path / "pulled" / "a" / ".repertory.json", (0, 0))
+    put(cache, "e", 300)                   # a is oldest, and held
+    assert "a" in keys(cache, tmp_path)
+    with pytest.raises(Overloaded, match="budget of 1000 bytes"):
+        put(cache, "huge", 1001)
+    with pytest.raises(Overloaded, match="models in use hold 300 bytes"):
+        put(cache, "f", 900)
+    held.release()
+    put(cache, "f", 900)
+    assert keys(cache, tmp_path) == {"f"}
+    assert cache.used_bytes() == 900
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path, 1 << 40)
+
+    def full(work: Path) -> None:
+        (work / "part").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(Overloaded, match="is full"):
+        cache.obtain("pulled", "k", 1, full, job(), "org/model")
+    assert not list((tmp_path / "work").iterdir())
+    usage = cache_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(Overloaded, match=r"org/model needs 11 bytes.*10 bytes are free"):
+        cache.obtain("pulled", "k", 11, lambda work: None, job(), "org/model")
+
+
+def test_leftovers_are_swept(tmp_path: Path) -> None:
+    Cache(tmp_path, 1000)
+    (tmp_path / "work" / "trash-1").mkdir()
+    (tmp_path / "work" / "pulled-old").mkdir()
+    os.utime(tmp_path / "work" / "pulled-old", (0, 0))
+    (tmp_path / "work" / "pulled-new").mkdir()
+    Cache(tmp_path, 1000)
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"pulled-new"}

@@ -1,0 +1,86 @@
+"""A web server over a directory, with ranges and ETags, that can cut connections, answer 503, and ask for a header."""
+
+import hashlib
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class WebServer:
+    """`cut_after` bytes of a body the connection is closed, `cuts` times; the first `refusals` requests get 503. `log` has what was asked."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.cut_after = 0
+        self.cuts = 0
+        self.refusals = 0
+        self.ranges = True
+        self.secret = ""
+        self.routes: dict[str, Callable[[], tuple[int, dict[str, str], bytes]]] = {}
+        self.log: list[tuple[str, str, str]] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = self.path.split("?")[0]
+            web.log.append((self.command, path, self.headers.get("Range", "")))
+            if web.refusals and body:
+                web.refusals -= 1
+                self.send_error(503)
+                return
+            if web.secret and self.headers.get("Authorization") != web.secret:
+                self.send_error(401)
+                return
+            headers: dict[str, str] = {}
+            if path in web.routes:
+                status, headers, data = web.routes[path]()
+            else:
+                file = web.root / path.lstrip("/")
+                if not file.is_file():
+                    self.send_error(404)
+                    return
+                status, data = 200, file.read_bytes()
+                headers["ETag"] = f'"{hashlib.md5(data).hexdigest()}"'
+            asked = self.headers.get("Range", "")
+            if asked and web.ranges and status == 200 and self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag"):
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                end = min(int(last) + 1 if last else len(data), len(data))
+                headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
+                status, data = 206, data[int(first) : end]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if not body:
+                return
+            if web.cuts and len(data) > web.cut_after:
+                web.cuts -= 1
+                self.wfile.write(data[: web.cut_after])
+                self.wfile.flush()
+                self.close_connection = True
+                self.connection.close()
+                return
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 — the base class's name
+            pass
+
+    return Handler
