@@ -49,6 +49,11 @@ class RuntimeFollower:
         """It answers requests now."""
         return self._connected and (self.snapshot.ready or not self.snapshot.engine_state)
 
+    def serves(self, model_id: str) -> bool:
+        """It answers requests for this model now, by its own account; after an engine's death a model takes a moment to come back."""
+        model = self.model(model_id)
+        return self.serving and (model is None or model.state is CopyState.LOADED)
+
     def model(self, model_id: str) -> RuntimeModel | None:
         return next((model for model in self.snapshot.models if model.model_id == model_id), None)
 
