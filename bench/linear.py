@@ -37,6 +37,7 @@ class Line:
 
 def time_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
     """Median microseconds of one call, over replays of a graph that makes all calls one after another."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -64,14 +65,16 @@ def floor_us(num_rows: int, num_outputs: int, in_features: int, weight_bytes: in
     return 1e6 * max(moved / BYTES_PER_S, 2 * num_rows * num_outputs * in_features / OPERATIONS_PER_S)
 
 
-def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch) -> list[Line]:
-    """Every format at one shape, over random weights."""
+def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch, formats: set[str]) -> list[Line]:
+    """The formats at one shape, over random weights."""
     x = torch.randn(num_rows, in_features, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(num_rows, num_outputs, device="cuda", dtype=torch.bfloat16)
     size = num_outputs * in_features
     lines = []
 
     def add(name: str, weight_bytes: int, make: Callable[[], Callable[[], object]], least: int = 4) -> None:
+        if name not in formats:
+            return
         copies = max(least, ROTATION_BYTES // weight_bytes)
         calls = [make() for _ in range(copies)]
         lines.append(Line(name, time_us(calls * max(1, 16 // copies)), floor_us(num_rows, num_outputs, in_features, weight_bytes)))
@@ -96,7 +99,7 @@ def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch)
     add("int8", size, int8)
     peer = _bitsandbytes(x, num_outputs, in_features)
     if peer is not None:
-        add("NF4 bitsandbytes", size // 2 + size // 16, peer)
+        add("bitsandbytes", size // 2 + size // 16, peer)
     return lines
 
 
@@ -118,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", default="28672x4096,6144x4096,4096x4096,4096x14336", help="outputs x inputs")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,1024")
+    parser.add_argument("--formats", default="bf16,NF4,FP4,int8,bitsandbytes")
     options = parser.parse_args()
     scratch = Scratch.allocate("cuda", staging_bytes=256 << 20)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds (share of the floor)")
@@ -125,7 +129,7 @@ def main() -> None:
         num_outputs, in_features = (int(part) for part in shape.split("x"))
         print(f"\n{shape}")
         for index, num_rows in enumerate(int(part) for part in options.rows.split(",")):
-            lines = measure(num_rows, num_outputs, in_features, scratch)
+            lines = measure(num_rows, num_outputs, in_features, scratch, set(options.formats.split(",")))
             if index == 0:
                 print(f"| {'M':>5} | " + " | ".join(f"{line.name:>16}" for line in lines) + " |")
                 print("|--:|" + "--:|" * len(lines))

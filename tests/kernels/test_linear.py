@@ -116,7 +116,7 @@ def test_int8_twin_is_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "num_outputs", "in_features"), [(1, 70, 200), (16, 64, 1024), (17, 30, 512), (130, 140, 100)])
+@pytest.mark.parametrize(("num_rows", "num_outputs", "in_features"), [(1, 70, 200), (16, 64, 1024), (17, 30, 2048), (130, 140, 100)])
 def test_int8_kernel_equals_twin(device: torch.device, dtype: torch.dtype, num_rows: int, num_outputs: int, in_features: int) -> None:
     weight, scale = _int8(num_outputs, in_features, device)
     x = torch.randn(num_rows, in_features, device=device).to(dtype)
@@ -124,10 +124,8 @@ def test_int8_kernel_equals_twin(device: torch.device, dtype: torch.dtype, num_r
     ours, twin = x.new_full((2, num_rows, num_outputs), torch.nan)
     scratch = Scratch.allocate(device, partial_elements=1 << 18, num_counters=64, staging_bytes=1 << 15)
     gpu8.linear_int8(x, weight, scale, bias, ours, scratch)
-    few = num_rows <= linear8.WEIGHT_ONLY_ROWS
-    (linear8.linear_int8_weight_only_torch if few else linear8.linear_int8_torch)(x, weight, scale, bias, twin)
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    assert _relative_error(ours, twin) < tolerance
+    linear8.linear_int8_torch(x, weight, scale, bias, twin)
+    assert _relative_error(ours, twin) < {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert scratch.counters.count_nonzero() == 0
 
 

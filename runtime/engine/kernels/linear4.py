@@ -1,6 +1,6 @@
 """x · Wᵀ with W in 4 bits (NF4 or FP4, one absmax for each 64 elements), as `layout.py` lays it out. Knows nothing of modules.
 
-Paths on a GPU, by rows M of x: up to 256 one fused kernel that unpacks in registers; above, the weight is unpacked into scratch memory and
+Paths on a GPU, by rows M of x: up to 128 one fused kernel that unpacks in registers; above, the weight is unpacked into scratch memory and
 multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
 """
 
@@ -41,7 +41,7 @@ def linear_4bit(
     """`x` [..., K] times the transpose of a 4-bit weight: [..., N] in x's type.
 
     `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] as `kernel_layout_4bit` gives them; 1-D for a K that is no multiple of 64, which then
-    is dequantised at every call. `bias` [N]. With `out` and `scratch` given, nothing is allocated for M <= 256.
+    is dequantised at every call. `bias` [N]. With `out` and `scratch` given, nothing is allocated for M <= 128 (more, if `staging` is as large as the weight in x's type or a share of it).
     """
     if out is None:
         out = x.new_empty((*x.shape[:-1], num_rows_4bit(weight, x.shape[-1])))

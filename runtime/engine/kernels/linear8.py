@@ -1,15 +1,13 @@
 """x · Wᵀ with W in int8, one scale a row: bitsandbytes' rowwise int8 with threshold 0. Knows nothing of modules.
 
-Paths on a GPU, by rows M of x: up to 16 the weight alone is quantised (unpacked in registers: no extra launch, more exact than the rule); above,
-activations are quantised for each token as well and integers are multiplied, as bitsandbytes does. On a CPU: always the rule, integers times integers.
+One path at every number of rows: activations are quantised for each token, and integers are multiplied by integers. A weight-only path for few rows
+was measured and left out: turning int8 into bf16 costs more than quantising a few rows (docs/benchmarks/linear.md).
 """
 
 import torch
 from torch import Tensor
 
 from runtime.engine.kernels.scratch import Scratch
-
-WEIGHT_ONLY_ROWS = 16
 
 
 def linear_int8(
@@ -32,12 +30,6 @@ def linear_int8_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     quantized, x_scale = quantize_rows_torch(x)
     sums = (quantized.double() @ weight.t().double()).float()
     y = sums * (x_scale * scale)
-    out.copy_(y if bias is None else y + bias.float())
-
-
-def linear_int8_weight_only_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Torch twin of the path for few rows: activations as they are, sums in float32, the scale applied to the sums."""
-    y = (x.float() @ weight.t().float()) * scale
     out.copy_(y if bias is None else y + bias.float())
 
 

@@ -72,23 +72,27 @@ def _decode_kernel(
     out_ptr, q_ptr, k_plane_ptr, v_plane_ptr, page_unit, table_ptr, table_stride, row_slots_ptr, starts_ptr, lens_ptr, scale, softcap, window,
     sinks_ptr, k_scale_ptr, v_scale_ptr, partials_ptr, counters_ptr, num_splits,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, MIN_TILES: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
+    # Loaded together, before any branch: at few rows their latencies would add up.
     token = tl.load(starts_ptr + row).to(tl.int64)
-    if tl.load(starts_ptr + row + 1) <= token:
-        return
+    next_token = tl.load(starts_ptr + row + 1)
     length = tl.load(lens_ptr + row)
+    slot = tl.load(row_slots_ptr + row).to(tl.int64)
+    if next_token <= token:
+        return
     first = 0
     if WINDOW:
         first = tl.maximum(length - window, 0) // TILE * TILE
     num_tiles = tl.cdiv(length - first, TILE)
     tiles_each = num_tiles
     if SPLIT:
-        tiles_each = tl.maximum(tl.cdiv(num_tiles, num_splits), MIN_TILES)
+        # One turn a part while there are few parts; merging many costs more than it saves.
+        tiles_each = tl.maximum(tl.cdiv(num_tiles, num_splits), tl.minimum(tl.cdiv(num_tiles, 16), 4))
     begin = first + split * tiles_each * TILE
     if begin >= length:
         return
@@ -109,7 +113,6 @@ def _decode_kernel(
     if SINKS:
         m = tl.where(split == 0, m, float("-inf"))
         total = tl.where(split == 0, total, 0.0)
-    slot = tl.load(row_slots_ptr + row).to(tl.int64)
     q_pos = tl.zeros((BLOCK_M,), tl.int32) + (length - 1)
     acc, m, total = _attend(
         q, begin, end, q_pos, row_mask, table_ptr + slot * table_stride, k_plane_ptr, v_plane_ptr, page_unit, kv_head * HEAD_DIM, k_scale, softcap,
@@ -229,14 +232,18 @@ def num_key_splits(num_rows: int, num_kv_heads: int, max_context_len: int, num_p
     return max(1, min(wanted, -(-max_context_len // split_tokens), 64))
 
 
-def decode_tiling(wide: bool, block_d: int, num_rows: int) -> tuple[int, int, int, int]:
-    """(keys a turn, warps, stages, least turns of a split) from measurements: docs/benchmarks/linear.md."""
-    return (32, 4, 2, 2) if wide or block_d > 128 else (64, 4, 3, 2)
+def decode_tiling(wide: bool, block_d: int, num_rows: int) -> tuple[int, int, int]:
+    """(keys a turn, warps, stages) from measurements: docs/benchmarks/linear.md."""
+    if wide or block_d > 128:
+        return 32, 4, 2
+    return (128, 4, 3) if num_rows <= 16 else (64, 2, 3)
 
 
 def mixed_tiling(wide: bool, block_d: int) -> tuple[int, int, int, int]:
     """(query rows, keys a turn, warps, stages), likewise."""
-    return (32, 32, 4, 1) if wide else (64, 32, 4, 2) if block_d > 128 else (128, 64, 8, 3)
+    if wide:
+        return 32, 32, 4, 1
+    return (64, 64, 4, 2) if block_d <= 64 else (128, 32, 4, 2) if block_d == 128 else (64, 32, 4, 2)
 
 
 def paged_attention(
@@ -258,10 +265,10 @@ def paged_attention(
               score_scale, softcap, sliding_window, sinks if sinks is not None else q,
               k_scale if k_scale is not None else q, v_scale if v_scale is not None else q)
     if max_query_len == 1:
-        tile, num_warps, num_stages, min_tiles = decode_tiling(wide, block_d, num_rows)
+        tile, num_warps, num_stages = decode_tiling(wide, block_d, num_rows)
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
         block_m = max(16, triton.next_power_of_2(group))
-        splits = num_key_splits(num_rows, num_kv_heads, max_context_len, processors, tile * min_tiles)
+        splits = num_key_splits(num_rows, num_kv_heads, max_context_len, processors, tile)
         pairs = num_rows * num_kv_heads
         if splits > 1:
             elements = pairs * splits * block_m * (block_d + 2)
@@ -272,7 +279,7 @@ def paged_attention(
         _decode_kernel[(num_kv_heads, num_rows, splits)](
             *arrays, scratch.partials if scratch is not None else q, scratch.counters if scratch is not None else q, splits,
             GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_D=block_d, TILE=tile,
-            MIN_TILES=min_tiles, SPLIT=splits > 1, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
+            SPLIT=splits > 1, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
             SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q),
             num_warps=num_warps, num_stages=num_stages,
         )

@@ -22,7 +22,8 @@ from runtime.engine.kernels.layout import BLOCK, GROUP
 from runtime.engine.kernels.linear4 import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
 
-MAX_FUSED_ROWS = 256
+MAX_FUSED_ROWS = 128
+_PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on
 
 
 @functools.cache
@@ -220,11 +221,21 @@ def linear_4bit(
 
 def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, bool]:
     """(BLOCK_M, BLOCK_N, splits of K, warps, stages, scale the sums) from measurements: docs/benchmarks/linear.md."""
-    block_m = max(16, triton.next_power_of_2(num_rows))
-    block_n, num_warps, num_stages = (64, 4, 4) if block_m <= 64 else (128, 8, 3)
-    num_tiles = triton.cdiv(num_outputs, block_n)
-    splits = max(1, min(triton.cdiv(2 * 132, num_tiles), triton.cdiv(in_features, 4 * GROUP)))
-    return block_m, block_n, splits, num_warps, num_stages, block_m <= 32
+    block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
+    most_programs = 2 * _PROCESSORS
+    if block_m == 16:
+        block_n, num_warps, most_programs = 64, 4, 7 * _PROCESSORS
+    elif block_m <= 64:
+        block_n, num_warps = 128, 8
+    elif num_outputs < 16384:
+        block_n, num_warps = 128, 4
+    else:
+        block_n, num_warps, most_programs = 256, 8, _PROCESSORS
+    num_tiles = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_rows, block_m)
+    splits = 1
+    while 2 * splits * num_tiles <= most_programs and in_features >= 2 * splits * 8 * GROUP:
+        splits *= 2
+    return block_m, block_n, splits, num_warps, 3, block_m <= 64
 
 
 def launch_fused(

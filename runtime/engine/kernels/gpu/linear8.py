@@ -1,13 +1,13 @@
-"""The int8 linear in Triton: W · xᵀ, integers by integers or, at few rows, integers unpacked to x's type."""
+"""The int8 linear in Triton: one launch quantises the rows of x, one multiplies W · xᵀ in integers."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu.products import dot_add, precision
-from runtime.engine.kernels.linear8 import WEIGHT_ONLY_ROWS
 from runtime.engine.kernels.scratch import Scratch
+
+_PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "steps_each"])
 def _linear8_kernel(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, steps_each,
-    INTEGERS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     split = tl.program_id(1)
     rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -40,7 +40,7 @@ def _linear8_kernel(
     w_ptrs = weight_ptr + safe_n.to(tl.int64)[:, None] * K + cols[None, :]
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + cols[:, None]
     num_steps = tl.minimum(steps_each, tl.cdiv(K, BLOCK_K) - split * steps_each)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGERS else tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(num_steps):
         if EVEN_K:
             w = tl.load(w_ptrs)
@@ -49,10 +49,7 @@ def _linear8_kernel(
             in_k = cols + step * BLOCK_K < K
             w = tl.load(w_ptrs, mask=in_k[None, :], other=0)
             x = tl.load(x_ptrs, mask=in_k[:, None] & mask_m[None, :], other=0)
-        if INTEGERS:
-            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-        else:
-            acc = dot_add(w.to(tl.float32 if PRECISION == "widen" else x.dtype), x, acc, PRECISION)
+        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
     if SPLIT:
@@ -73,9 +70,7 @@ def _linear8_kernel(
     else:
         sums = acc.to(tl.float32)
     scale = tl.load(scale_ptr + rows_n, mask=mask_n, other=0.0)[:, None]
-    if INTEGERS:
-        scale = scale * tl.load(x_scale_ptr + rows_m, mask=mask_m, other=0.0)[None, :]
-    y = sums * scale
+    y = sums * (scale * tl.load(x_scale_ptr + rows_m, mask=mask_m, other=0.0)[None, :])
     if HAS_BIAS:
         y += tl.load(bias_ptr + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     place = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
@@ -87,24 +82,30 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, o
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return
-    weight_only = rows.shape[0] <= WEIGHT_ONLY_ROWS
-    launch(rows, weight, scale, bias, out, scratch, weight_only, *tiling(rows.shape[0], weight.shape[0], rows.shape[1], weight_only))
+    launch(rows, weight, scale, bias, out, scratch, *tiling(rows.shape[0], weight.shape[0], rows.shape[1]))
 
 
-def tiling(num_rows: int, num_outputs: int, in_features: int, weight_only: bool) -> tuple[int, int, int, int, int, int]:
+def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from measurements: docs/benchmarks/linear.md."""
-    block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
-    block_n, block_k, num_warps, num_stages = (64, 128, 4, 4) if block_m <= 64 else (128, 128, 8, 4)
-    tiles = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_rows, block_m)
-    splits = max(1, min(triton.cdiv(2 * 132, tiles), triton.cdiv(in_features, 4 * block_k)))
+    block_m = min(256, max(16, triton.next_power_of_2(num_rows)))
+    if block_m <= 32:
+        block_n, block_k, num_warps, num_stages = 64, 256, 4, 4
+    elif block_m == 64 or num_outputs < 16384:
+        block_m, block_n, block_k, num_warps, num_stages = min(block_m, 128), 64, 256, 4, 3
+    elif block_m == 128:
+        block_n, block_k, num_warps, num_stages = 128, 128, 4, 3
+    else:
+        block_n, block_k, num_warps, num_stages = 128, 128, 8, 4
+    num_tiles = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_rows, block_m)
+    splits = 2 if 2 * num_tiles <= _PROCESSORS and in_features >= 8 * block_k else 1
     return block_m, block_n, block_k, splits, num_warps, num_stages
 
 
 def launch(
-    rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None, weight_only: bool, block_m: int,
-    block_n: int, block_k: int, splits: int, num_warps: int, num_stages: int,
+    rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None, block_m: int, block_n: int, block_k: int,
+    splits: int, num_warps: int, num_stages: int,
 ) -> None:
-    """Launch one path with a given tiling (the benchmark tries several)."""
+    """Launch with a given tiling (the benchmark tries several)."""
     num_rows, in_features = rows.shape
     num_outputs = weight.shape[0]
     tiles_n, tiles_m = triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m)
@@ -121,12 +122,11 @@ def launch(
             partials, counters = scratch.partials, scratch.counters
         else:
             steps_each, splits = num_steps, 1
-    x, x_scale = (rows, scale) if weight_only else quantize_rows(rows, scratch)
+    x, x_scale = quantize_rows(rows, scratch)
     _linear8_kernel[(tiles_n, splits, tiles_m)](
         x, x_scale, weight, scale, bias if bias is not None else scale, out, partials, counters, num_rows, num_outputs, in_features, x.stride(0),
-        steps_each, INTEGERS=not weight_only, HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0,
-        EVEN_K=in_features % block_k == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
+        steps_each, HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0,
+        EVEN_K=in_features % block_k == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
     )
 
 
