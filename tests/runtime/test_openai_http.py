@@ -71,6 +71,8 @@ async def test_log_likelihood_request(http: aiohttp.ClientSession, server: Serve
         assert all(len(best) == 2 and found["tokens"][i + 1] in best for i, best in enumerate(found["top_logprobs"][1:]))
         for offset, token in zip(found["text_offset"], found["tokens"], strict=True):
             assert choice["text"].startswith(token, offset)
+        assert found["text_offset"] == sorted(set(found["text_offset"]))
+        assert found["text_offset"][-1] == len("The quick brown fox")
 
 
 async def test_echo_without_output(http: aiohttp.ClientSession, server: Server) -> None:

@@ -84,3 +84,6 @@ def test_before_the_least_length_nothing_ends_and_older_text_is_not_looked_at_ag
     assert scanner.push("N").text == ""
     match = scanner.push("D")
     assert (match.text, match.stop) == ("", "END")
+    longer = StopScanner(["END", "something longer"], include=True)
+    assert longer.push("END ", check=False).stop is None
+    assert longer.push("x").stop is None
