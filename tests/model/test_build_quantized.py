@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
-from runtime.engine.kernels.layout import kernel_layout_4bit
+from runtime.engine.kernels.layout import bitsandbytes_layout_4bit
 from runtime.errors import LoadFailed
 from runtime.puller.pack.quantize import quantize
 from runtime.types import Quantization
@@ -43,8 +43,10 @@ def pack(model: PreTrainedModel, file: Path, quantization: Quantization, *, kern
     for name in quantized_linears(model):
         made = quantize(tensors[f"{name}.weight"], quantization, double_quant=False)
         codes, scale = made.weight, made.scale
-        if kernel_layout and quantization is not Quantization.INT8:
-            codes, scale = kernel_layout_4bit(codes, scale, *tensors[f"{name}.weight"].shape)
+        if not kernel_layout and quantization is not Quantization.INT8:
+            rows, columns = tensors[f"{name}.weight"].shape
+            codes, scale = bitsandbytes_layout_4bit(codes, scale, columns)
+            codes, scale = codes.view(rows, columns // 2), scale.view(rows, columns // 64)
         tensors[f"{name}.weight"] = codes
         tensors[f"{name}.{made.scale_name}"] = scale
     metadata = {"format": "repertory-packed-1", **({"layout_4bit": "kernel"} if kernel_layout else {})}

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runtime.config import RuntimeConfig
+from runtime.engine.kernels.layout import bitsandbytes_layout_4bit
 from runtime.errors import InvalidRequest, LoadFailed, Overloaded
 from runtime.lifecycle import Phase, Prepared, Progress
 from runtime.preparation import Preparation
@@ -90,13 +91,15 @@ async def test_4_bit_is_bitsandbytes_own(preparation: Preparation, tmp_path: Pat
     weight = model.model.layers[0].self_attn.q_proj.weight.detach()
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=quantize.value)
     name = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(tensors[f"{name}.weight"], codes.view(64, 32))
-    absmax = tensors[f"{name}.absmax"]
-    assert absmax.shape == (64, 1)
-    # our layout read by hand: high nibble first, a scale for each 64 values of a row
-    nibbles = torch.stack((tensors[f"{name}.weight"] >> 4, tensors[f"{name}.weight"] & 15), dim=-1).view(64, 64).long()
+    # in the kernels' layout, a row of one block padded to two
+    assert tensors[f"{name}.weight"].shape == (64, 64)
+    assert tensors[f"{name}.absmax"].shape == (64, 2)
+    theirs, absmax = bitsandbytes_layout_4bit(tensors[f"{name}.weight"], tensors[f"{name}.absmax"], 64)
+    assert torch.equal(theirs, codes)
+    # read by hand: high nibble first, a scale for each 64 values of a row
+    nibbles = torch.stack((theirs >> 4, theirs & 15), dim=-1).view(64, 64).long()
     table = bnb.get_4bit_type(quantize.value, device="cpu")
-    assert torch.allclose(table[nibbles] * absmax, bnb.dequantize_4bit(codes, state), atol=1e-6)
+    assert torch.allclose(table[nibbles] * absmax[:, None], bnb.dequantize_4bit(codes, state), atol=1e-6)
     assert "lm_head.weight" not in tensors
 
 

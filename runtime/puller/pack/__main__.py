@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.engine.model.catalog import ModelCard, read_card
 from runtime.engine.model.layout import TensorSpec
+from runtime.engine.model.packed import KERNEL_LAYOUT
 from runtime.engine.model.skeleton import build_skeleton, stored_specs, tied_names
 from runtime.errors import LoadFailed, RepertoryError
 from runtime.puller.pack.beside import convert_tokenizer, copy_beside, write_config
@@ -74,7 +75,7 @@ def _pack_weights(request: PackRequest, card: ModelCard, whole: Any, path: Path,
     entries = [entry for spec in specs for entry in _entries(spec, request.quantization, spec.name in chosen)]
     metadata = {
         "quantization": request.quantization.value, "double_quant": str(request.double_quant).lower(), "dtype": request.dtype,
-        "source": request.source,
+        "source": request.source, "layout_4bit": KERNEL_LAYOUT,
     }
     writer = PackedWriter(path, entries, metadata)
     try:

@@ -1,6 +1,6 @@
 """bitsandbytes' quantisation of one matrix, in our layout; and bitsandbytes' serialised matrices, in our layout without quantising again.
 
-Knows numbers; nothing of models or files. Layout: runtime.types.Checkpoint.
+Knows numbers; nothing of models or files. Layout: runtime.types.Checkpoint, 4-bit codes and scales as runtime.engine.kernels.layout has them.
 """
 
 import json
@@ -11,6 +11,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from runtime.engine.kernels.layout import kernel_layout_4bit, padded_width
 from runtime.errors import LoadFailed
 from runtime.types import Quantization
 
@@ -33,7 +34,8 @@ def packed_shapes(shape: tuple[int, ...], quantization: Quantization) -> tuple[t
         return (rows, columns), "scale", (rows,)
     if columns % BLOCK:
         return None
-    return (rows, columns // 2), "absmax", (rows, columns // BLOCK)
+    width = padded_width(columns)
+    return (rows, width // 2), "absmax", (rows, width // BLOCK)
 
 
 def quantize(weight: Tensor, quantization: Quantization, *, double_quant: bool) -> Matrix:
@@ -45,7 +47,12 @@ def quantize(weight: Tensor, quantization: Quantization, *, double_quant: bool) 
     codes, state = bnb.quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type=quantization.value
     )
-    return Matrix(codes.view(rows, columns // 2), "absmax", _absmax(state).view(rows, columns // BLOCK))
+    return _matrix(codes, _absmax(state), rows, columns)
+
+
+def _matrix(codes: Tensor, absmax: Tensor, rows: int, columns: int) -> Matrix:
+    weight, scales = kernel_layout_4bit(codes, absmax, rows, columns)
+    return Matrix(weight, "absmax", scales)
 
 
 def _absmax(state: "bnb.QuantState") -> Tensor:
@@ -80,7 +87,7 @@ def unpack_4bit(stored: Stored4Bit, name: str) -> Matrix | Tensor:
     if columns % BLOCK:
         plain: Tensor = bnb.dequantize_4bit(stored.weight, state)
         return plain
-    return Matrix(stored.weight.reshape(rows, columns // 2), "absmax", _absmax(state).view(rows, columns // BLOCK))
+    return _matrix(stored.weight, _absmax(state), rows, columns)
 
 
 def unpack_int8(codes: Tensor, absmax: Tensor) -> Matrix:
