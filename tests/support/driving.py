@@ -17,7 +17,7 @@ from runtime.engine.model.device_state import DeviceState
 from runtime.engine.model.geometry import attention_geometry, kv_geometry, kv_planes
 from runtime.engine.model.runner import ModelRunner
 from runtime.engine.model.step import BuiltModel, StepContext
-from runtime.engine.plan import RowSetup, StepPlan, StepResult
+from runtime.engine.plan import KvGeometry, RowSetup, Runner, StepPlan, StepResult
 from runtime.messages import TokenLogprobs
 from runtime.types import LogprobParams, ModelFacts, Quantization, SamplingParams
 
@@ -58,8 +58,13 @@ def hooked(model: PreTrainedModel, *, num_slabs: int = 24, device: str = "cpu", 
         HookedForward(model), planes, BLOCK_TOKENS, model.config.get_text_config().vocab_size, 512, torch.device(device), model.dtype, dtype, (),
         "unfused: test", shape.token_stride,
     )
+    return built, pages_of(kv, num_slabs)
+
+
+def pages_of(kv: KvGeometry, num_slabs: int) -> Pages:
+    """All page ids of the first slabs."""
     ids = [slab * kv.pages_per_slab + block * kv.pages_per_block for slab in range(num_slabs) for block in range(kv.blocks_per_slab)]
-    return built, Pages(ids)
+    return Pages(ids)
 
 
 def facts_of(built: BuiltModel) -> ModelFacts:
@@ -119,16 +124,12 @@ class Work:
         return [Answer(row.said, row.logprobs, row.prompt_logprobs) for row in self.rows]
 
 
-class Driver:
+class RunnerDriver:
     """Runs asks on a runner to their ends. `chaos` False: all rows in every step, whole prompts, no preemption."""
 
-    def __init__(
-        self, built: BuiltModel, pages: Pages, *, seed: int = 0, chaos: bool = True, max_rows: int = 16, max_tokens: int = 256,
-        state: DeviceState | None = None, graphs: bool = True,
-    ) -> None:
-        config = EngineConfig(max_rows=max_rows, max_batch_tokens=max_tokens, graphs=graphs)
-        self.state = state or DeviceState.create(built.device, config)
-        self.runner = ModelRunner(built, facts_of(built), config, self.state)
+    def __init__(self, runner: Runner, pages: Pages, *, seed: int, chaos: bool, max_rows: int, max_tokens: int) -> None:
+        self.runner = runner
+        self._max_tokens = max_tokens
         self.plans: list[StepPlan] = []
         self.preemptions = 0
         self._rng = random.Random(seed)
@@ -184,7 +185,7 @@ class Driver:
         decoding = [row for row in taken if row.on_device]
         filling = [row for row in taken if row not in decoding]
         plan = StepPlan([], [], [], [], [], [])
-        budget = self.state.max_tokens - len(decoding)
+        budget = self._max_tokens - len(decoding)
         for row in decoding + filling:
             self._plan(plan, row, budget)
             budget -= 0 if row in decoding else plan.counts[-1]
@@ -223,3 +224,16 @@ class Driver:
                 rows[slot].logprobs.append(next(entries))
         for slot, found in (result.prompt_logprobs or {}).items():
             rows[slot].prompt_logprobs += found
+
+
+class Driver(RunnerDriver):
+    """A driver with a ModelRunner of its own over `built`, and with the device's state or someone else's."""
+
+    def __init__(
+        self, built: BuiltModel, pages: Pages, *, seed: int = 0, chaos: bool = True, max_rows: int = 16, max_tokens: int = 256,
+        state: DeviceState | None = None, graphs: bool = True,
+    ) -> None:
+        config = EngineConfig(max_rows=max_rows, max_batch_tokens=max_tokens, graphs=graphs)
+        self.state = state or DeviceState.create(built.device, config)
+        runner = ModelRunner(built, facts_of(built), config, self.state)
+        super().__init__(runner, pages, seed=seed, chaos=chaos, max_rows=max_rows, max_tokens=self.state.max_tokens)
