@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import ssl
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,6 +20,7 @@ from runtime.puller.source import Arrived, RemoteFile
 _CHUNK_BYTES = 1024 * 1024
 _TIMEOUT_S = 60.0
 _TRIES = 6
+_SMALL_TRIES = 3
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _SECRET_HEADERS = ("authorization", "cookie", "x-amz-security-token")
 
@@ -62,26 +64,38 @@ class HttpClient:
     def look(self, name: str, url: str) -> RemoteFile | None:
         """Size and ETag of a file; None if there isn't one. Raises LoadFailed when the server can't be asked."""
         try:
-            with self.open(url, method="HEAD") as response:
+            with self._open_patiently(url, "HEAD", {}) as response:
                 return _described(name, url, response.headers)
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
                 return None
             if error.code in (405, 501):
-                with self.open(url, headers={"Range": "bytes=0-0"}) as response:
+                with self._open_patiently(url, "GET", {"Range": "bytes=0-0"}) as response:
                     return _described(name, url, response.headers)
             raise LoadFailed(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
             raise LoadFailed(f"{_shown(url)} can't be reached: {error}") from error
 
     def read(self, url: str, start: int, count: int) -> bytes:
+        """A few bytes. Raises LoadFailed."""
         try:
-            with self.open(url, headers={"Range": f"bytes={start}-{start + count - 1}"}) as response:
+            with self._open_patiently(url, "GET", {"Range": f"bytes={start}-{start + count - 1}"}) as response:
                 if response.status != 206 and start:
                     raise LoadFailed(f"{_shown(url)}: the server gives no parts of files")
                 return response.read(count)
         except (OSError, http.client.HTTPException) as error:
             raise LoadFailed(f"{_shown(url)} can't be read: {error}") from error
+
+    def _open_patiently(self, url: str, method: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        for attempt in range(_SMALL_TRIES):
+            try:
+                return self.open(url, method=method, headers=headers)
+            except urllib.error.HTTPError as error:
+                if error.code not in _AGAIN or attempt == _SMALL_TRIES - 1:
+                    raise
+                error.close()
+            time.sleep(0.25 * 2**attempt)
+        raise AssertionError("the last try returns or raises")
 
     def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
         """Bring a file, going on where an earlier try ended, if it is still the same file. Raises LoadFailed, and OSError for our own disk."""

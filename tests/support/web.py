@@ -18,6 +18,7 @@ class WebServer:
         self.ranges = True
         self.secret = ""
         self.routes: dict[str, Callable[[], tuple[int, dict[str, str], bytes]]] = {}
+        self.authorizations: list[str] = []
         self.log: list[tuple[str, str, str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -41,6 +42,7 @@ def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
         def answer(self, *, body: bool) -> None:
             path = self.path.split("?")[0]
             web.log.append((self.command, path, self.headers.get("Range", "")))
+            web.authorizations.append(self.headers.get("Authorization", ""))
             if web.refusals and body:
                 web.refusals -= 1
                 self.send_error(503)

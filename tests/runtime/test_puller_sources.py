@@ -1,0 +1,295 @@
+"""Where models come from: web servers that cut and change, the hub's protocol, storage configurations, buckets, paths and their bounds."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.config import RuntimeConfig
+from runtime.errors import Cancelled, InvalidRequest, LoadFailed
+from runtime.lifecycle import Phase, Progress
+from runtime.preparation import Preparation
+from runtime.puller.buckets import BucketSource
+from runtime.puller.cache import Cache
+from runtime.puller.fetch import HttpClient
+from runtime.puller.hub import HubSource
+from runtime.puller.job import Job
+from runtime.puller.locate import locate
+from runtime.puller.source import RemoteFile, Source, wanted
+from runtime.puller.storage import storage_options
+from runtime.puller.web import WebSource
+from runtime.types import ModelSettings, ModelSource
+from tests.runtime.checkpoints import tiny_llama
+from tests.support.web import WebServer
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebServer]:
+    root = tmp_path / "www"
+    root.mkdir()
+    server = WebServer(root)
+    yield server
+    server.close()
+
+
+def job() -> Job:
+    return Job(lambda progress: None)
+
+
+def source_of(uri: str, config: RuntimeConfig | None = None, **source: Any) -> Source:
+    place = locate(ModelSource(uri, **source), config or RuntimeConfig())
+    assert not isinstance(place, Path)
+    return place
+
+
+async def test_a_directory_on_a_web_server_is_pulled_once_and_resumed(web: WebServer, tmp_path: Path) -> None:
+    tiny_llama(web.root / "org" / "tiny", shard="100KB")
+    web.cuts, web.cut_after, web.refusals = 2, 50_000, 1
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    seen: list[Progress] = []
+    source = ModelSource(f"{web.url}/org/tiny")
+    prepared = await preparation.prepare(source, ModelSettings(), "cpu", seen.append)
+    files = {Path(name).name: Path(name) for name in prepared.checkpoint.weight_files}
+    assert len(files) > 1
+    for name, path in files.items():
+        assert path.read_bytes() == (web.root / "org" / "tiny" / name).read_bytes()
+    assert any(asked == "bytes=50000-" for _, _, asked in web.log)
+    pulling = [progress for progress in seen if progress.phase is Phase.PULLING]
+    assert pulling[-1].done_bytes == pulling[-1].total_bytes > 0
+    web.log.clear()
+    again = await preparation.prepare(source, ModelSettings(), "cpu", seen.append)
+    assert {method for method, path, _ in web.log if path.endswith(".safetensors")} == {"HEAD"}
+    look = await preparation.look(source, ModelSettings(), "cpu")
+    assert look.exact
+    assert look.needs.weight_bytes == prepared.checkpoint.weight_bytes
+    prepared.release()
+    again.release()
+    preparation.close()
+
+
+async def test_a_file_that_changed_is_another_model(web: WebServer, tmp_path: Path) -> None:
+    tiny_llama(web.root / "m")
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
+    tiny_llama(web.root / "m", seed=1)
+    second = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
+    assert first.checkpoint.model_dir != second.checkpoint.model_dir
+    preparation.close()
+
+
+def test_a_half_fetched_file_is_gone_on_with_only_if_it_is_the_same(web: WebServer, tmp_path: Path) -> None:
+    (web.root / "f").write_bytes(bytes(range(256)) * 100)
+    client = HttpClient()
+    file = client.look("f", f"{web.url}/f")
+    assert file is not None
+    target = tmp_path / "f"
+    target.with_name("f.part").write_bytes((web.root / "f").read_bytes()[:1000])
+    target.with_name("f.tag").write_text("of another file")
+    arrived: list[int] = []
+    client.fetch(file, target, job(), arrived.append)
+    assert target.read_bytes() == (web.root / "f").read_bytes()
+    assert sum(arrived) == 25600
+    assert not target.with_name("f.tag").exists()
+
+
+def test_a_server_without_ranges_starts_over(web: WebServer, tmp_path: Path) -> None:
+    (web.root / "f").write_bytes(b"x" * 10_000)
+    web.ranges, web.cuts, web.cut_after = False, 1, 4000
+    file = HttpClient().look("f", f"{web.url}/f")
+    assert file is not None
+    arrived: list[int] = []
+    HttpClient().fetch(file, tmp_path / "f", job(), arrived.append)
+    assert (tmp_path / "f").stat().st_size == sum(arrived) == 10_000
+
+
+def test_a_wrong_checksum_is_corrupt_and_not_kept(web: WebServer, tmp_path: Path) -> None:
+    (web.root / "f").write_bytes(b"data")
+    file = HttpClient().look("f", f"{web.url}/f")
+    assert file is not None
+    with pytest.raises(LoadFailed, match="f is corrupt: its sha256"):
+        HttpClient().fetch(replace(file, sha256="0" * 64), tmp_path / "f", job(), lambda count: None)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("f") and path.suffix != ".tag"]
+
+
+def test_errors_name_the_place_and_no_secret(web: WebServer) -> None:
+    with pytest.raises(LoadFailed, match=r"no config\.json"):
+        source_of(f"{web.url}/nothing?sig=SECRET").listing(job())
+    web.secret = "Bearer right"
+    with pytest.raises(LoadFailed, match="401") as caught:
+        WebSource(f"{web.url}/m?sig=SECRET", HttpClient({"Authorization": "Bearer WRONG"})).listing(job())
+    assert "SECRET" not in str(caught.value)
+    assert "WRONG" not in str(caught.value)
+    with pytest.raises(LoadFailed, match="can't be reached"):
+        source_of("http://127.0.0.1:1/m").listing(job())
+
+
+def test_a_token_does_not_follow_a_redirect_to_another_host(web: WebServer, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = WebServer(tmp_path / "other")
+    try:
+        (other.root / "f").write_bytes(b"data")
+        web.routes["/f"] = lambda: (302, {"Location": f"{other.url}/f"}, b"")
+        web.secret = "Bearer T"
+        HttpClient({"Authorization": "Bearer T"}).fetch(RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None)
+        assert (tmp_path / "f").read_bytes() == b"data"
+        assert web.authorizations == ["Bearer T"]
+        assert other.authorizations == [""]
+    finally:
+        other.close()
+
+
+def test_a_cancelled_fetch_stops(web: WebServer, tmp_path: Path) -> None:
+    (web.root / "f").write_bytes(bytes(10 << 20))
+    file = HttpClient().look("f", f"{web.url}/f")
+    assert file is not None
+    work = job()
+    with pytest.raises(Cancelled):
+        HttpClient().fetch(file, tmp_path / "f", work, lambda count: work.cancel())
+    assert not (tmp_path / "f").exists()
+
+
+def test_the_hub_is_asked_in_its_own_words(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", web.url)
+    data = b"weights"
+    sha = "0123456789abcdef0123456789abcdef01234567"
+    info = {
+        "id": "org/m", "modelId": "org/m", "sha": sha, "private": False, "tags": [], "downloads": 0, "likes": 0,
+        "siblings": [
+            {"rfilename": "model.safetensors", "size": 7, "blobId": "b1",
+             "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": 7, "pointerSize": 100}},
+            {"rfilename": "config.json", "size": 2, "blobId": "b2"},
+            {"rfilename": "pytorch_model.bin", "size": 9, "blobId": "b3"},
+            {"rfilename": "onnx/model.onnx", "size": 9, "blobId": "b4"},
+        ],
+    }
+    web.routes["/api/models/org/m/revision/v1"] = lambda: (200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+    web.routes[f"/org/m/resolve/{sha}/model.safetensors"] = lambda: (200, {}, data)
+    web.secret = "Bearer hub-token"
+    source = HubSource("org/m:v1", "hub-token", allow_pickle=False)
+    listing = source.listing(job())
+    assert listing.origin == f"hf://org/m@{sha}"
+    assert [file.name for file in listing.files] == ["model.safetensors", "config.json"]
+    source.fetch(listing.files[0], tmp_path / "w", job(), lambda count: None)
+    assert (tmp_path / "w").read_bytes() == data
+    with pytest.raises(LoadFailed, match="no such repository|can't be asked|can't be reached"):
+        HubSource("org/absent", "hub-token", allow_pickle=False).listing(job())
+    for bad in ("onlyname", "a/b/c/d", "a/", "a/b:"):
+        with pytest.raises(InvalidRequest):
+            HubSource(bad, None, allow_pickle=False)
+
+
+class DictBucket:
+    """An object store in memory; `fail` reads fail first."""
+
+    origin = "s3://bucket"
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+        self.fail = 0
+
+    def list(self, prefix: str) -> Iterator[RemoteFile]:
+        for key, data in self.objects.items():
+            if key.startswith(prefix):
+                yield RemoteFile(key, key, len(data), "tag", md5=hashlib.md5(data).hexdigest())
+
+    def open(self, key: str, start: int, count: int) -> Any:
+        import io
+
+        if self.fail:
+            self.fail -= 1
+            raise ConnectionResetError("reset")
+        return io.BytesIO(self.objects[key][start : start + count])
+
+
+def test_a_bucket_gives_what_lies_below_its_prefix(tmp_path: Path) -> None:
+    objects = {"m/model.safetensors": b"abc", "m/config.json": b"{}", "m/sub/": b"", "m2/config.json": b"{}", "m/x/../../evil": b"x"}
+    bucket = DictBucket({key: data for key, data in objects.items() if "evil" not in key})
+    source = BucketSource(bucket, "m", allow_pickle=False)
+    listing = source.listing(job())
+    assert sorted(file.name for file in listing.files) == ["config.json", "model.safetensors"]
+    bucket.fail = 1
+    weights = next(file for file in listing.files if file.name == "model.safetensors")
+    source.fetch(weights, tmp_path / "w", job(), lambda count: None)
+    assert (tmp_path / "w").read_bytes() == b"abc"
+    bucket.objects["m/model.safetensors"] = b"xyz"
+    with pytest.raises(LoadFailed, match="corrupt"):
+        source.fetch(weights, tmp_path / "v", job(), lambda count: None)
+    with pytest.raises(LoadFailed, match="outside the model's directory"):
+        BucketSource(DictBucket(objects), "m", allow_pickle=False).listing(job())
+    with pytest.raises(LoadFailed, match="nothing is there"):
+        BucketSource(bucket, "absent", allow_pickle=False).listing(job())
+
+
+def test_only_one_kind_of_weights_is_wanted() -> None:
+    def names(*given: str, allow_pickle: bool = False) -> list[str]:
+        return [file.name for file in wanted([RemoteFile(name, name, 1) for name in given], "o", allow_pickle=allow_pickle)]
+
+    assert names("model.safetensors", "pytorch_model.bin", "config.json", "m.gguf", "tf.h5") == ["model.safetensors", "config.json"]
+    assert names("a.gguf", "README.md") == ["a.gguf"]
+    with pytest.raises(LoadFailed, match="2 GGUF files"):
+        names("a.gguf", "b.gguf")
+    with pytest.raises(LoadFailed, match="pickled"):
+        names("pytorch_model.bin", "config.json")
+    assert names("pytorch_model.bin", "config.json", allow_pickle=True) == ["pytorch_model.bin", "config.json"]
+    with pytest.raises(LoadFailed, match="no weights"):
+        names("config.json")
+
+
+def test_storage_configuration_is_read_and_overlaid(tmp_path: Path, web: WebServer) -> None:
+    (tmp_path / "mine").write_text(json.dumps({"type": "http", "url": f"{web.url}/base/", "headers": {"Authorization": "Bearer K"}}))
+    config = RuntimeConfig(storage_config_dir=str(tmp_path), pvc_dir=str(tmp_path / "pvc"))
+    tiny_llama(web.root / "base" / "m")
+    web.secret = "Bearer K"
+    listing = source_of("m", config, storage_key="mine").listing(job())
+    assert {file.name for file in listing.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert storage_options(str(tmp_path), "mine", {"url": "u"})["url"] == "u"
+    with pytest.raises(LoadFailed, match="Did not find storage config for key other"):
+        locate(ModelSource("m", "other"), config)
+    with pytest.raises(InvalidRequest, match="not a name"):
+        locate(ModelSource("m", "../etc/passwd"), config)
+    (tmp_path / "broken").write_text("SECRET{")
+    with pytest.raises(LoadFailed, match="not a readable JSON object") as caught:
+        locate(ModelSource("m", "broken"), config)
+    assert "SECRET" not in str(caught.value)
+    (tmp_path / "pvc" / "claim" / "m").mkdir(parents=True)
+    assert locate(ModelSource("m", None, {"type": "pvc", "name": "claim"}), config) == tmp_path / "pvc" / "claim" / "m"
+    assert locate(ModelSource("pvc://claim/m"), config) == tmp_path / "pvc" / "claim" / "m"
+    with pytest.raises(InvalidRequest, match="outside"):
+        locate(ModelSource("pvc://claim/../../secret"), config)
+    with pytest.raises(InvalidRequest, match="ftp:// is not known"):
+        locate(ModelSource("ftp://x/y"), config)
+
+
+def test_paths_stay_within_their_roots(tmp_path: Path) -> None:
+    root, outside = tmp_path / "models", tmp_path / "outside"
+    (root / "m").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "secret").write_text("x")
+    config = RuntimeConfig(model_roots=(str(root),))
+    assert locate(ModelSource(str(root / "m")), config) == root / "m"
+    assert locate(ModelSource(f"file://{root}/m"), config) == root / "m"
+    for path in (str(outside), f"{root}/../outside", f"{root}/m/../../outside"):
+        with pytest.raises(InvalidRequest, match="outside the model roots"):
+            locate(ModelSource(path), config)
+    (root / "link").symlink_to(outside)
+    with pytest.raises(InvalidRequest, match="outside the model roots"):
+        locate(ModelSource(str(root / "link")), config)
+    (root / "m" / "config.json").symlink_to(outside / "secret")
+    with pytest.raises(InvalidRequest, match="links outside"):
+        locate(ModelSource(str(root / "m")), config)
+    with pytest.raises(InvalidRequest, match="relative"):
+        locate(ModelSource("m"), config)
+    with pytest.raises(LoadFailed, match="no such file"):
+        locate(ModelSource(str(root / "absent")), config)
+
+
+@pytest.mark.parametrize(("uri", "extra"), [("s3://b/m", "s3"), ("gs://b/m", "gcs"), ("az://a/c/m", "azure")])
+def test_a_store_whose_library_is_missing_says_which_extra(uri: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("boto3", "google.cloud", "azure.storage.blob"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(LoadFailed, match=rf"repertory\[{extra}\]"):
+        locate(ModelSource(uri), RuntimeConfig())

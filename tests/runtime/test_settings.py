@@ -1,0 +1,195 @@
+"""The model key's JSON: what is taken, what is refused, and by which name; the configuration's sources; a checkpoint's first look."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from runtime.configure import configure
+from runtime.errors import InvalidRequest, LoadFailed, Unavailable
+from runtime.fit import Resident, geometry_of, needs_of, victims
+from runtime.listening import Address, claim, parse_address
+from runtime.puller.inspect import Kind, Policy, inspect
+from runtime.settings import fingerprint, parse_model
+from runtime.types import DefaultSampling, ModelSettings, ModelSource, Quantization
+from tests.runtime.checkpoints import tiny_llama
+
+
+def test_the_meshs_fields_and_ours_lie_side_by_side() -> None:
+    key = {
+        "storage_key": "mine", "storage_params": {"bucket": "b"}, "model_type": {"name": "llm", "version": "1"}, "schema_path": "s", "bucket": "old",
+        "disk_size_bytes": 5, "quantize": "nf4", "double_quant": True, "max_model_len": 100, "sampling": {"temperature": 0.5},
+    }
+    source, settings = parse_model("m", json.dumps(key))
+    assert source == ModelSource("m", "mine", {"bucket": "b"})
+    assert settings == ModelSettings(
+        quantize=Quantization.NF4, double_quant=True, max_model_len=100, sampling=DefaultSampling(temperature=0.5)
+    )
+    assert parse_model("hf://a/b", "") == (ModelSource("hf://a/b"), ModelSettings())
+    assert fingerprint(*parse_model("m", json.dumps(key))) == fingerprint(source, settings)
+    assert fingerprint(source, ModelSettings()) != fingerprint(source, settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ({"quantise": "nf4"}, "'quantise'"),
+        ({"quantize": "int3"}, "int3"),
+        ({"quantize": "int8", "double_quant": True}, "double_quant"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"max_model_len": 0}, "max_model_len"),
+        ({"max_concurrency": -1}, "max_concurrency"),
+        ({"sampling": {"temperature": -1}}, "sampling.temperature"),
+        ({"sampling": {"temprature": 1}}, "'sampling.temprature'"),
+        ({"sampling": {"top_p": 0}}, "sampling.top_p"),
+        ({"storage_params": {"a": 1}}, "storage_params"),
+    ],
+)
+def test_what_is_wrong_is_named(key: dict[str, object], named: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_model("/m", json.dumps(key))
+    assert named in str(caught.value)
+
+
+def test_an_empty_path_needs_a_storage() -> None:
+    with pytest.raises(InvalidRequest, match="path is empty"):
+        parse_model("", "{}")
+    with pytest.raises(InvalidRequest, match="not valid JSON"):
+        parse_model("/m", "{")
+
+
+def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("cache_dir: from-file\ngrace_s: 1\nengine:\n  max_rows: 7\n  device_budget_bytes: 1GiB\n")
+    env = {"REPERTORY_GRACE_S": "2", "REPERTORY_SLAB_BYTES": "4MiB", "REPERTORY_LISTEN": "unix:/a, 0.0.0.0:1"}
+    config = configure(["--config", str(file), "--max-rows", "9", "--no-fuse"], env)
+    assert (config.cache_dir, config.grace_s, config.listen) == ("from-file", 2.0, ("unix:/a", "0.0.0.0:1"))
+    assert (config.engine.max_rows, config.engine.device_budget_bytes, config.engine.slab_bytes) == (9, 1 << 30, 4 << 20)
+    assert config.engine.fuse is False
+    assert configure(["--config", '{"log_json": true}'], {}).log_json
+    for arguments, named in ((["--device-budget", "lots"], "'lots'"), (["--config", '{"grase_s": 1}'], "'grase_s'"), (["--max-rows", "x"], "max_rows")):
+        with pytest.raises(InvalidRequest) as caught:
+            configure(arguments, {})
+        assert named in str(caught.value)
+
+
+def test_addresses_and_who_has_them(tmp_path: Path) -> None:
+    import socket
+
+    assert parse_address("unix:/a/b") == Address(path="/a/b")
+    assert parse_address("[::1]:80") == Address(host="::1", port=80)
+    for bad in ("nonsense", "host:port", "host:99999", "unix:"):
+        with pytest.raises(InvalidRequest):
+            parse_address(bad)
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        with pytest.raises(Unavailable, match="taken"):
+            claim(Address(path=str(path)))
+    claim(Address(path=str(path)))         # stale now
+    assert not path.exists()
+    path.write_text("a file")
+    with pytest.raises(Unavailable, match="no socket"):
+        claim(Address(path=str(path)))
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with pytest.raises(Unavailable, match="can't be listened on"):
+            claim(Address(host="127.0.0.1", port=server.getsockname()[1]))
+
+
+def look(path: Path, **policy: bool) -> object:
+    return inspect(path, Policy(**policy))
+
+
+def test_a_damaged_checkpoint_is_named_with_its_sizes(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(LoadFailed, match=rf"model\.safetensors is truncated: {len(whole) - 100} bytes, its header describes {len(whole)}"):
+        look(tmp_path / "m")
+    weights.write_bytes(whole[:5])
+    with pytest.raises(LoadFailed, match="truncated"):
+        look(tmp_path / "m")
+    weights.write_bytes(b"\xff" * 1000)
+    with pytest.raises(LoadFailed, match="no safetensors file"):
+        look(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(LoadFailed, match="no weights"):
+        look(tmp_path / "m")
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(LoadFailed, match="pickled"):
+        look(tmp_path / "m")
+    assert inspect(tmp_path / "m", Policy(allow_pickle=True)).kind is Kind.PICKLE
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(LoadFailed, match=r"config\.json"):
+        look(tmp_path / "m")
+
+
+def test_a_shard_that_is_missing_or_outside_is_named(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m", shard="100KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    shard = sorted((tmp_path / "m").glob("model-*.safetensors"))[1]
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(LoadFailed, match=rf"{shard.name} is missing"):
+        look(tmp_path / "m")
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere"}}))
+    with pytest.raises(LoadFailed, match="outside the checkpoint"):
+        look(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}, "model_type": "own_thing"}, "own code"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
+    tiny_llama(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(LoadFailed, match=named):
+        look(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "own.Model"}}))
+    look(tmp_path / "m")                   # transformers has the architecture: the code beside it is never run
+
+
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes(b"x")
+    (tmp_path / "m.gguf").write_bytes(b"not gguf")
+    with pytest.raises(LoadFailed, match=r"must be \.gguf"):
+        look(tmp_path / "m.bin")
+    with pytest.raises(LoadFailed, match="no GGUF file"):
+        look(tmp_path / "m.gguf")
+    tiny_llama(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(LoadFailed, match="no tokenizer"):
+        look(tmp_path / "m")
+
+
+def test_needs_follow_from_the_files(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "m")
+    found = inspect(tmp_path / "m", Policy())
+    geometry = geometry_of(found.config)
+    needs = needs_of(geometry, found.tensors, ModelSettings(), "cpu")
+    assert needs.num_parameters == sum(p.numel() for p in model.parameters())
+    assert needs.weight_bytes == 4 * needs.num_parameters
+    assert needs.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert needs.min_kv_bytes == 256 * needs.kv_bytes_per_token
+    smaller = needs_of(geometry, found.tensors, ModelSettings(quantize=Quantization.NF4, max_model_len=64), "cpu")
+    assert smaller.weight_bytes < needs.weight_bytes
+    assert smaller.max_model_len == 64
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, tmp_path / "m" / "model.safetensors")
+    assert needs_of(geometry, inspect(tmp_path / "m", Policy()).tensors, ModelSettings(), "cpu").weight_bytes == needs.weight_bytes
+
+
+def test_victims_are_idle_and_least_recently_used() -> None:
+    residents = [Resident("new", 10, False, 9.0), Resident("busy", 10, True, 1.0), Resident("old", 10, False, 2.0)]
+    assert victims(5, 5, residents) == ([], 0)
+    assert victims(12, 5, residents) == (["old"], 0)
+    assert victims(40, 5, residents) == (["old", "new"], 15)
