@@ -15,6 +15,7 @@ from mesh.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _PLAIN = re.compile(r"^[\x21-\x7e]{1,128}$")
+INFERENCE_PATH = "/v1/{path}"
 _QUIET = ("/health", "/healthz", "/readyz", "/metrics")
 
 
@@ -63,7 +64,7 @@ def _account(request: web.Request, record: Record, metrics: Metrics) -> None:
     seconds = time.monotonic() - record.started_s
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "unknown"
-    if path not in _QUIET:
+    if path == INFERENCE_PATH:
         metrics.request(record.model_id, "http", record.code, path, seconds)
     logger.log(
         logging.DEBUG if path in _QUIET else logging.INFO,

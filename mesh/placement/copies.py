@@ -48,6 +48,7 @@ class LocalCopy:
     size_bytes: int = 0
     started_ms: int = field(default_factory=epoch_ms)
     started_s: float = field(default_factory=time.monotonic)
+    loaded_s: float = 0.0
     last_used_ms: int = 0
     announced: bool = False
 

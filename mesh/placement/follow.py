@@ -4,6 +4,7 @@ Knows the runtime's snapshots and this pod's copies; nothing of requests or othe
 """
 
 import logging
+import time
 from collections.abc import Callable
 
 from mesh.errors import MeshError
@@ -38,6 +39,7 @@ class RuntimeFollower:
         self._connected = False
         self.limits: RuntimeLimits | None = None
         self.snapshot = RuntimeSnapshot(0)
+        self._told_s = 0.0
 
     @property
     def ready(self) -> bool:
@@ -49,10 +51,13 @@ class RuntimeFollower:
         """It answers requests now."""
         return self._connected and (self.snapshot.ready or not self.snapshot.engine_state)
 
-    def serves(self, model_id: str) -> bool:
-        """It answers requests for this model now, by its own account; after an engine's death a model takes a moment to come back."""
-        model = self.model(model_id)
-        return self.serving and (model is None or model.state is CopyState.LOADED)
+    def serves(self, copy: LocalCopy) -> bool:
+        """It answers requests for this copy now, by its own account; after an engine's death a model takes a moment to come back.
+
+        An account that is older than the load's end knows nothing of it yet.
+        """
+        model = self.model(copy.model_id)
+        return self.serving and (model is None or model.state is CopyState.LOADED or copy.loaded_s >= self._told_s)
 
     def model(self, model_id: str) -> RuntimeModel | None:
         return next((model for model in self.snapshot.models if model.model_id == model_id), None)
@@ -68,6 +73,7 @@ class RuntimeFollower:
                 self._connected = False
                 self._loads.pause()
             self.snapshot = snapshot
+            self._told_s = time.monotonic()
             if not gone and not self._connected:
                 await self._returned(snapshot)
                 self._connected = True

@@ -148,6 +148,7 @@ class LocalLoads:
             self._metrics.loaded(model_id, seconds)
             keep = True
             logger.info("model loaded", extra={"model": model_id, "seconds": round(seconds, 3), "bytes": copy.size_bytes})
+            copy.loaded_s = time.monotonic()
             self._copies.set_state(copy, CopyState.LOADED)
         except LoadFailed as error:
             await self._failed(copy, error.message)

@@ -169,7 +169,7 @@ class CopyRouter:
         candidates = []
         copy = self._copies.get(model_id)
         own_id = self._local.instance_id
-        if copy is not None and copy.loaded and self._placement.runtime.serves(model_id) and own_id not in exclude:
+        if copy is not None and copy.loaded and self._placement.runtime.serves(copy) and own_id not in exclude:
             candidates.append(self._own_candidate(model_id))
         record = self._registry.models.get(model_id)
         pods: dict[str, InstanceRecord] = {}

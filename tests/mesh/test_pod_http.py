@@ -214,7 +214,7 @@ async def test_health_and_metrics(pod: RunningPod) -> None:
     await pod.chat("org/smol")
     async with pod.http.get("/metrics") as answer:
         text = await answer.text()
-    assert 'repertory_mesh_requests_total{model="org/smol",carrier="http",code="200"} 1.0' in text
+    assert 'repertory_mesh_requests_total{carrier="http",code="200",model="org/smol"} 1.0' in text
     assert 'repertory_mesh_loads_total{model="org/smol",outcome="loaded"} 1.0' in text
     assert 'repertory_mesh_in_flight_requests{model="org/smol"} 0.0' in text
     assert "modelmesh_instance_models_total 1.0" in text
@@ -342,7 +342,9 @@ async def test_admin_routes(pod: RunningPod) -> None:
         assert answer.status == 204
     assert model["model_id"] not in pod.runtime.loaded
     assert (await pod.chat("llm"))[0] == 404
-    async with pod.http.post("/admin/v1/models", json={"name": "x", "uri": "/x", "storage_params": {"secret_access_key": "s3cr3t"}}) as answer:
+    async with pod.http.post(
+        "/admin/v1/models", json={"name": "x", "uri": "/x", "storage_params": {"secret_access_key": "s3cr3t"}}
+    ) as answer:
         assert answer.status == 400
         assert "s3cr3t" not in await answer.text()
 
@@ -363,7 +365,7 @@ async def test_the_same_name_with_new_files_is_replaced_without_a_gap(pod: Runni
     while not await moved():
         await asyncio.sleep(0.02)
     await until(lambda: old not in pod.runtime.loaded)
-    assert [request["model"] for request in pod.runtime.bodies] == ["org/smol"] * len(pod.runtime.bodies)
+    assert [request["model"] for request in pod.runtime.bodies] == ["org/smol" for _ in pod.runtime.bodies]
 
 
 async def test_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""A pod and its runtime over time: the runtime that dies and comes back, contention for room, restarts, shutting down; foreign runtimes."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from tests.support.etcd import EtcdServer, free_port
+from tests.support.fake_runtime import MB, FakeRuntime, Switches
+from tests.support.pods import running_pod
+from tests.support.waiting import until
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+async def test_a_runtime_that_died_has_its_models_again(tmp_path: Path, foreign: bool) -> None:
+    async with running_pod(tmp_path / "pod", foreign=foreign) as pod:
+        for name in ("a", "b"):
+            await pod.register(name)
+            await pod.echo(name)
+        await pod.runtime.stop()
+        await until(lambda: not pod.pod.is_ready())
+        waiting = asyncio.ensure_future(pod.echo("a"))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        await pod.runtime.restart_empty()
+        assert await waiting == b"hi"
+        await until(lambda: set(pod.runtime.loaded) == {"a", "b"})
+        # the second process was asked for readiness before it was given anything
+        assert [verb for verb, _ in pod.runtime.log] == ["purge", "load", "load", "purge", "load", "load"]
+
+
+async def test_a_connection_that_breaks_purges_nothing(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        await pod.register("a")
+        await pod.echo("a")
+        await pod.runtime.stop()
+        await until(lambda: not pod.pod.is_ready())
+        await pod.runtime.start()
+        assert await pod.echo("a") == b"hi"
+        assert pod.runtime.log == [("purge", ""), ("load", "a")]
+
+
+async def test_a_foreign_runtime_serves(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", foreign=True, switches=Switches(capacity_bytes=25 * MB)) as pod:
+        for name in ("a", "b", "c"):
+            await pod.register(name)
+            assert await pod.echo(name) == b"hi"
+        assert set(pod.runtime.loaded) == {"b", "c"}
+        async with pod.http.post("/admin/v1/fit", json={"name": "a"}) as answer:
+            assert answer.status == 501
+
+
+async def test_what_was_loaded_before_a_crash_is_loaded_again_and_an_orderly_end_leaves_nothing(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        await pod.register("a")
+        await pod.echo("a")
+        record = pod.pod.registry.models.get("a")
+        assert record is not None
+        assert list(record.instance_ids) == ["pod"]
+    async with running_pod(tmp_path / "pod") as pod:
+        record = pod.pod.registry.models.get("a")
+        assert record is not None
+        assert record.instance_ids == {}
+        assert record.last_used_ms > 0
+        # as a crash would leave it
+        await pod.pod.placement._announcer.loading("a", record.info, started_ms=1, last_used_ms=2)
+        pod.pod.placement.withdraw = _nothing  # type: ignore[method-assign]
+    async with running_pod(tmp_path / "pod") as pod:
+        await until(lambda: "a" in pod.runtime.loaded)
+
+
+async def _nothing() -> None:
+    pass
+
+
+async def test_two_models_that_need_the_same_room_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.placement.loads._PATIENCE_S", 0.2)
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB, chunk_s=0.02)) as pod:
+        for name in ("a", "b"):
+            await pod.register(name)
+
+        async def count(name: str) -> int:
+            call = pod.channel.unary_stream("/test.Any/Count")(b"40", metadata=(("mm-model-id", name),))
+            return len([message async for message in call])
+
+        running = asyncio.ensure_future(count("a"))
+        await until(lambda: "a" in pod.runtime.loaded)
+        assert await count("b") == 40
+        # the one in use was let finish before it had to leave
+        assert await running == 40
+        assert set(pod.runtime.loaded) == {"b"}
+        answers = await asyncio.gather(*(pod.echo(name) for name in ("a", "b") * 20))
+        assert answers == [b"hi"] * 40
+
+
+async def test_unregistering_unloads(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        model = await pod.name("a", "/files")
+        await pod.echo("a")
+        await pod.pod.registry.remove_name("a")
+        await until(lambda: model["model_id"] not in pod.runtime.loaded)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pod.echo("a")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_what_is_known_is_served_while_the_store_is_away(tmp_path: Path, own_etcd: EtcdServer) -> None:
+    async with running_pod(tmp_path / "pod", store=own_etcd.url) as pod:
+        for name in ("a", "b"):
+            await pod.register(name)
+        await pod.echo("a")
+        own_etcd.kill()
+        assert await pod.echo("a") == b"hi"
+        # a model that isn't loaded is known too
+        assert await pod.echo("b", timeout=30) == b"hi"
+        own_etcd.start()
+
+
+@contextlib.asynccontextmanager
+async def _process(directory: Path, runtime: FakeRuntime, http_port: int, **settings: object):  # type: ignore[no-untyped-def]
+    config = {
+        "grpc_listen": f"127.0.0.1:{free_port()}",
+        "http_listen": f"127.0.0.1:{http_port}",
+        "store": f"embedded:{directory}/registry",
+        "runtime_grpc": runtime.grpc_address,
+        "runtime_http": runtime.http_address,
+        "log_json": True,
+        **settings,
+    }
+    file = directory / "mesh.json"
+    file.write_text(json.dumps(config))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "mesh", "serve-mesh", "--config", str(file), stderr=asyncio.subprocess.PIPE, env={**os.environ}
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def test_sigterm_lets_streams_finish_and_the_log_has_no_prompt(tmp_path: Path) -> None:
+    import aiohttp
+
+    runtime = FakeRuntime(tmp_path, switches=Switches(chunk_s=0.05))
+    await runtime.start()
+    port = free_port()
+    async with _process(tmp_path, runtime, port) as process, aiohttp.ClientSession(f"http://127.0.0.1:{port}") as http:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with http.get("/readyz") as answer:
+                    if answer.status == 200:
+                        break
+            await asyncio.sleep(0.05)
+        async with http.post("/admin/v1/models", json={"name": "m", "uri": "/m"}) as answer:
+            assert answer.status == 200
+        body = {"model": "m", "stream": True, "chunks": 20, "prompt": "my secret words"}
+        async with http.post("/v1/completions", json=body, headers={"X-Request-Id": "r-1"}) as answer:
+            await answer.content.readany()
+            process.send_signal(signal.SIGTERM)
+            text = (await answer.read()).decode()
+        assert text.endswith("data: [DONE]\n\n")
+        _, log = await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode == 0
+    await runtime.stop()
+    assert b"secret words" not in log
+    lines = [json.loads(line) for line in log.decode().splitlines()]
+    assert any(line.get("request_id") == "r-1" and line["model"].startswith("m__") and line["code"] == "200" for line in lines)
+
+
+async def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
+    runtime = FakeRuntime(tmp_path)
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with _process(tmp_path, runtime, port) as process:
+        _, log = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 1
+        last = log.decode().strip().splitlines()[-1]
+        assert last.startswith("repertory: HTTP address 127.0.0.1:")
+        assert "Traceback" not in log.decode()
+    server.close()
