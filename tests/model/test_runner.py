@@ -64,6 +64,24 @@ def test_results_are_in_the_order_of_the_rows_that_sample() -> None:
     assert result.logprobs is None
 
 
+def test_steps_launched_ahead_keep_their_results() -> None:
+    """The loop collects one step late; nobody loses tokens if it is later still."""
+    rules = SamplingParams(temperature=1.0, seed=5)
+    built, pages = hooked(family("llama"))
+    texts = []
+    for late in (False, True):
+        driver = Driver(built, pages, max_rows=2)
+        driver.runner.open_row(RowSetup(1, rules, LogprobParams(generated=1), [4, 5], 2))
+        blocks = [(1, i, page) for i, page in enumerate(pages.ids[:4])]
+        plans = [StepPlan([1], [0], [2], [False], [True], [4, 5], blocks)]
+        plans += [StepPlan([1], [position], [1], [True], [True], []) for position in range(2, 30)]
+        launched = [driver.runner.launch(plan) for plan in plans] if late else []
+        results = [step.collect() for step in launched] if late else [driver.runner.launch(plan).collect() for plan in plans]
+        texts.append([(result.tokens, result.logprobs) for result in results])
+    assert texts[0] == texts[1]
+    assert len({tokens[0] for tokens, _ in texts[0]}) > 5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "sampling",

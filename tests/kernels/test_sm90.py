@@ -1,0 +1,32 @@
+"""Kernels of the running side compile for Hopper, on a machine that has none: the interpreter accepts programs that the compiler refuses."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from runtime.engine.kernels.gpu import inputs, sample
+
+def check(kernel, constants, num_warps, **pointers):
+    types = {name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compile(ASTSource(fn=kernel, signature=types, constexprs=values), target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+
+longs = ["source_ptr", "target_ptr", "slots_ptr", "positions_ptr", "drawn_ptr", "last_token_ptr", "ids_ptr", "logits_at_ptr", "ring_ptr"]
+wide = {name: "*i64" for name in longs}
+for sorts in (True, False):
+    check(sample._draw_kernel, {"SORTS": sorts, "BLOCK": 8192}, 16, logits_ptr="*bf16", **wide)
+check(inputs._blocks_kernel, {"BLOCK": 256}, 4)
+check(inputs._rows_kernel, {"BLOCK_TOKENS": 16, "BLOCK": 256}, 4, **wide)
+check(inputs._commit_kernel, {"BLOCK": 256}, 4, **wide)
+print("compiled")
+"""
+
+
+def test_the_running_sides_kernels_compile() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
