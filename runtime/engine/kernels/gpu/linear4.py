@@ -185,18 +185,33 @@ def _linear4_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(words_ptr, absmax_ptr, codes_ptr, out_ptr, num_rows, K, num_groups, BLOCK_N: tl.constexpr):
+def _store_values(out_ptr, values, scale, rows, k, mask_n, K, DTYPE: tl.constexpr):
+    mask = mask_n[:, None] & (k < K)[None, :]
+    tl.store(out_ptr + rows[:, None] * K + k[None, :], (values.to(tl.float32) * scale[:, None]).to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _dequantize_kernel(words_ptr, absmax_ptr, codes_ptr, out_ptr, num_rows, K, num_groups, ASM: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    WORK: tl.constexpr = tl.float32 if WIDE else DTYPE
     group = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, 128)
-    k = group * 128 + cols
-    mask = (rows < num_rows)[:, None] & (k < K)[None, :]
+    mask_n = rows < num_rows
     rows = rows.to(tl.int64)
-    words = tl.load(words_ptr + rows[:, None] * (num_groups * 16) + (group * 16 + cols % 16)[None, :], mask=mask, other=0)
-    scales = tl.load(absmax_ptr + rows[:, None] * (num_groups * 2) + (group * 2 + cols // 64)[None, :], mask=mask, other=0.0)
-    values = tl.load(codes_ptr + ((words >> (cols // 16 * 4)[None, :]) & 15))
-    tl.store(out_ptr + rows[:, None] * K + k[None, :], (values * scales).to(DTYPE), mask=mask)
+    cols = tl.arange(0, 16)
+    words = tl.load(words_ptr + rows[:, None] * (num_groups * 16) + (group * 16 + cols)[None, :], mask=mask_n[:, None], other=0)
+    s0 = tl.load(absmax_ptr + rows * (num_groups * 2) + group * 2, mask=mask_n, other=0.0)
+    s1 = tl.load(absmax_ptr + rows * (num_groups * 2) + group * 2 + 1, mask=mask_n, other=0.0)
+    c0, c1, c2, c3, c4, c5, c6, c7 = _unpack(words, codes_ptr, ASM, WORK)
+    k = group * 128 + cols
+    _store_values(out_ptr, c0, s0, rows, k, mask_n, K, DTYPE)
+    _store_values(out_ptr, c1, s0, rows, k + 16, mask_n, K, DTYPE)
+    _store_values(out_ptr, c2, s0, rows, k + 32, mask_n, K, DTYPE)
+    _store_values(out_ptr, c3, s0, rows, k + 48, mask_n, K, DTYPE)
+    _store_values(out_ptr, c4, s1, rows, k + 64, mask_n, K, DTYPE)
+    _store_values(out_ptr, c5, s1, rows, k + 80, mask_n, K, DTYPE)
+    _store_values(out_ptr, c6, s1, rows, k + 96, mask_n, K, DTYPE)
+    _store_values(out_ptr, c7, s1, rows, k + 112, mask_n, K, DTYPE)
 
 
 @functools.cache
@@ -270,10 +285,11 @@ def dequantize_4bit(weight: Tensor, absmax: Tensor, codebook: Codebook, out: Ten
     """Unpack `weight` [N, P/2] into `out` [N, K]."""
     num_rows, in_features = out.shape
     num_groups = weight.shape[1] // BLOCK
-    block_n = 32
-    # Codes are looked up as float32 here: a weight is then rounded once, as bitsandbytes does it.
+    block_n = 64
+    asm = lookup_asm(codebook, out.dtype) if out.is_cuda and out.element_size() == 2 else ""
     _dequantize_kernel[(num_groups, triton.cdiv(num_rows, block_n))](
-        weight.view(torch.int32), absmax, _codes_tensor(codebook, weight.device), out, num_rows, in_features, num_groups, BLOCK_N=block_n, num_warps=4,
+        weight.view(torch.int32), absmax, absmax if asm else _codes_tensor(codebook, weight.device), out, num_rows, in_features, num_groups,
+        ASM=asm, WIDE=asm == "", BLOCK_N=block_n, num_warps=4,
     )
 
 
