@@ -104,7 +104,9 @@ class FakeRow:
 
 
 class FakeLaunched:
-    def __init__(self, result: StepResult | None, polls: int) -> None:
+    def __init__(self, runner: "FakeRunner", result: StepResult | None, polls: int) -> None:
+        self._runner = runner
+        runner.flying += 1
         self._result = result
         self._polls = polls
 
@@ -113,6 +115,7 @@ class FakeLaunched:
         return self._polls < 0
 
     def collect(self) -> StepResult:
+        self._runner.flying -= 1
         if self._result is None:
             raise RuntimeError("the fake device stumbled")
         return self._result
@@ -126,6 +129,7 @@ class FakeRunner:
         self._memory = memory
         self.rows: dict[int, FakeRow] = {}
         self.closed = False
+        self.flying = 0
 
     def open_row(self, setup: RowSetup) -> None:
         assert setup.row not in self._backend.open_rows, "the row is taken"
@@ -141,6 +145,7 @@ class FakeRunner:
 
     def close(self) -> None:
         assert not self.rows
+        assert not self.flying, "closed under a step in flight"
         assert not self._memory.closed
         self.closed = True
 
@@ -191,11 +196,11 @@ class FakeRunner:
         self._backend.steps += 1
         self._backend.largest_step = max(self._backend.largest_step, plan.num_tokens)
         if fault == "collect":
-            return FakeLaunched(None, self._spec.latency_polls)
+            return FakeLaunched(self, None, self._spec.latency_polls)
         result = StepResult(
             tokens, 100.0 + 2.0 * plan.num_tokens, logprobs if any(logprobs) else None, prompt_logprobs or None
         )
-        return FakeLaunched(result, self._spec.latency_polls)
+        return FakeLaunched(self, result, self._spec.latency_polls)
 
     @staticmethod
     def logprob(history: Sequence[int]) -> TokenLogprobs:

@@ -69,7 +69,8 @@ def one_life(seed: int, turns: int) -> Stage:
     return stage
 
 
-@pytest.mark.parametrize("seed", range(16))
+# 32: models that starved of KV took turns at turning each other out
+@pytest.mark.parametrize("seed", [*range(16), 32])
 def test_a_life(seed: int) -> None:
     stage = one_life(seed, 500)
     stage.check_all()
