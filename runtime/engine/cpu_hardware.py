@@ -14,6 +14,7 @@ from runtime.engine.memory.cpu_model import CpuModelMemory
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.image import Filler
 from runtime.engine.memory.kv_range import KvRange
+from runtime.engine.model.packed import Layout4Bit
 from runtime.engine.plan import KvGeometry
 
 _SLAB_BYTES = 4 * MIB
@@ -37,6 +38,7 @@ class CpuHardware:
         self.host_total_bytes = 0
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
         self.min_group_bytes = _GROUP_BYTES
+        self.layout_4bit: Layout4Bit = "bitsandbytes"
 
     def host_free_bytes(self) -> int:
         return 0

@@ -17,6 +17,7 @@ from runtime.engine.memory.host import HostArena
 from runtime.engine.memory.image import Filler
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
+from runtime.engine.model.packed import Layout4Bit
 from runtime.engine.plan import KvGeometry
 from runtime.errors import Cancelled
 
@@ -48,6 +49,7 @@ class CudaHardware:
         self.host_total_bytes = self._arena.total_bytes
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
         self.min_group_bytes = _GROUP_BYTES
+        self.layout_4bit: Layout4Bit = "kernel"
 
     def host_free_bytes(self) -> int:
         return self._arena.free_bytes()

@@ -9,6 +9,7 @@ from torch import Tensor
 from runtime.engine.memory.arrival import Arrival
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.image import Filler
+from runtime.engine.model.packed import Layout4Bit
 from runtime.engine.plan import KvGeometry, ModelMemory
 
 
@@ -28,6 +29,7 @@ class Hardware(Protocol):
     Attributes:
         num_read_threads: threads that read a checkpoint.
         min_group_bytes: weights come in groups of at least this size.
+        layout_4bit: how it reads 4-bit codes.
     """
 
     device: torch.device
@@ -36,6 +38,7 @@ class Hardware(Protocol):
     host_total_bytes: int
     num_read_threads: int
     min_group_bytes: int
+    layout_4bit: Layout4Bit
 
     def host_free_bytes(self) -> int: ...
 

@@ -112,7 +112,7 @@ class Stage:
         self.arena = HostArena(self.pinned.view, SLAB, ArenaIndex(arena_path))
         self.pinned.start_registering()
         checkpoint = save(self.model, folder)
-        self.blueprint: Blueprint = draw("m", checkpoint, None, Prover(fuse=True), num_threads=4, min_group_bytes=1)
+        self.blueprint: Blueprint = draw("m", checkpoint, None, Prover(fuse=True), num_threads=4, min_group_bytes=1, layout_4bit="kernel")
         self.kv = kv_geometry("m", self.blueprint.shape, 16, 4, SLAB, 8)
         self.weight_slabs = -(-self.blueprint.layout.size_bytes // SLAB)
         self.model_memory = CudaModelMemory(

@@ -23,7 +23,7 @@ from runtime.engine.model.geometry import AttentionGeometry, attention_geometry,
 from runtime.engine.model.layout import Join, Placed, TensorSpec, WeightLayout, lay_out
 from runtime.engine.model.load import WeightFiller
 from runtime.engine.model.names import resolve
-from runtime.engine.model.packed import PackedTensors
+from runtime.engine.model.packed import Layout4Bit, PackedTensors
 from runtime.engine.model.rope import fix_frequencies, rotary_tables
 from runtime.engine.model.safetensors_index import StoredTensor, read_index, read_metadata
 from runtime.engine.model.skeleton import bind, build_skeleton, stored_specs, tied_names, untie
@@ -58,19 +58,25 @@ class Blueprint:
 
 
 def draw(
-    model_id: str, checkpoint: Checkpoint, max_model_len: int | None, prover: Prover, *, num_threads: int, min_group_bytes: int
+    model_id: str, checkpoint: Checkpoint, max_model_len: int | None, prover: Prover, *, num_threads: int, min_group_bytes: int,
+    layout_4bit: Layout4Bit = "bitsandbytes",
 ) -> Blueprint:
-    """Read configuration and headers, decide how the model runs and where its tensors go. Raises LoadFailed naming the model and the cause."""
+    """Read configuration and headers, decide how the model runs and where its tensors go. Raises LoadFailed naming the model and the cause.
+
+    `layout_4bit`: how the device reads 4-bit codes ("bitsandbytes" on a CPU, "kernel" on a GPU).
+    """
     card = read_card(model_id, checkpoint, max_model_len)
     try:
-        return _draw(card, checkpoint, prover, num_threads, min_group_bytes)
+        return _draw(card, checkpoint, prover, num_threads, min_group_bytes, layout_4bit)
     except LoadFailed as error:
         raise LoadFailed(f"model {model_id}: {error.message}") from error
     except Exception as error:
         raise LoadFailed(f"model {model_id}: {card.architecture} can't be built: {type(error).__name__}: {error}") from error
 
 
-def _draw(card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: int, min_group_bytes: int) -> Blueprint:
+def _draw(
+    card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: int, min_group_bytes: int, layout_4bit: Layout4Bit
+) -> Blueprint:
     files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
     if not files:
         raise LoadFailed(f"there are no weight files in {checkpoint.model_dir}")
@@ -88,7 +94,7 @@ def _draw(card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: 
     specs = stored_specs(skeleton, card.dtype, card.num_layers)
     num_parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
     if checkpoint.packed_file is not None:
-        stored = PackedTensors(specs, index, read_metadata(checkpoint.packed_file))
+        stored = PackedTensors(specs, index, read_metadata(checkpoint.packed_file), layout_4bit)
         specs, resolution = stored.specs, stored.resolve(aliases)
     else:
         resolution = resolve(skeleton, specs, index, aliases)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from runtime.engine.kernels.linear4 import linear_4bit
 from runtime.engine.kernels.linear8 import linear_int8
 from runtime.engine.kernels.scratch import Scratch
+from runtime.engine.model.host_linear import HostLinear, HostLinear4, HostLinear8
 from runtime.types import Quantization
 
 
@@ -31,21 +32,8 @@ class PlainLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class HostLinear:
-    """`weight` [N, K] float32 on a CPU, through oneDNN: 1.2 to 2.7 times as fast as the BLAS behind `linear` for 1 to 32 rows (measured on an
-    AMD EPYC with AVX-512), and reads the weight where it lies."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
-
-
-@dataclass(frozen=True, slots=True)
 class Linear4:
-    """`weight` uint8 [N, K/2], `absmax` float32 [N, K/64]: bitsandbytes' layout."""
+    """`weight` uint8 [N, P/2], `absmax` float32 [N, P/64] in the kernels' layout (kernels.layout)."""
 
     weight: Tensor
     absmax: Tensor
@@ -82,12 +70,12 @@ class LinearModule(nn.Module):
 
 
 def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization) -> Linear:
-    """The linear layer `name` over its views; which kind follows from the tensors that are there."""
+    """The linear layer `name` over its views; which kind follows from the tensors that are there and where they are."""
     weight, bias = views[f"{name}.weight"], views.get(f"{name}.bias")
+    on_host = weight.device.type == "cpu"
     if (absmax := views.get(f"{name}.absmax")) is not None:
-        return Linear4(weight, absmax, "fp4" if quantization is Quantization.FP4 else "nf4", bias)
+        codebook: Literal["nf4", "fp4"] = "fp4" if quantization is Quantization.FP4 else "nf4"
+        return HostLinear4(weight, absmax, codebook, bias) if on_host else Linear4(weight, absmax, codebook, bias)
     if (scale := views.get(f"{name}.scale")) is not None and weight.dtype is torch.int8:
-        return Linear8(weight, scale, bias)
-    if weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkldnn.is_available():
-        return HostLinear(weight, bias)
-    return PlainLinear(weight, bias)
+        return HostLinear8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)
+    return HostLinear(weight, bias) if on_host else PlainLinear(weight, bias)

@@ -1,38 +1,43 @@
-"""A packed file's tensors as a model's: quantised weights beside their scales, under the module's own names, in the layout that kernels read.
+"""A packed file's tensors as a model's: quantised weights beside their scales, under the module's own names, in the layout that the device reads.
 
-A file whose 4-bit codes still lie as bitsandbytes has them is rearranged on the way in. Knows names and shapes; quantises nothing.
+4-bit codes lie as our GPU kernels or as bitsandbytes' CPU routines want them; a file of the other kind is rearranged on the way in. Knows names
+and shapes; quantises nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.layout import BLOCK, kernel_layout_4bit, padded_width
+from runtime.engine.kernels.layout import BLOCK, bitsandbytes_layout_4bit, kernel_layout_4bit, padded_width
 from runtime.engine.model.layout import TensorSpec
 from runtime.engine.model.names import Conversion, Resolution
 from runtime.engine.model.safetensors_index import StoredTensor
 from runtime.errors import LoadFailed
 
-KERNEL_LAYOUT = "kernel"                 # the file's metadata "layout_4bit" says so; without it codes lie as bitsandbytes has them
+Layout4Bit = Literal["kernel", "bitsandbytes"]
+KERNEL_LAYOUT: Layout4Bit = "kernel"     # the file's metadata "layout_4bit"; without it codes lie as bitsandbytes has them
 
 
 class PackedTensors:
     """What a packed file holds of a model. `specs` are what its class wants, unquantised."""
 
-    def __init__(self, specs: Sequence[TensorSpec], index: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], index: Mapping[str, StoredTensor], metadata: Mapping[str, str], wanted: Layout4Bit) -> None:
         self._index = index
         self._rearranged: list[tuple[TensorSpec, str, str]] = []         # wanted, names of codes and scales
         self.specs: list[TensorSpec] = []
-        as_it_lies = metadata.get("layout_4bit") == KERNEL_LAYOUT
+        self._wanted = wanted
+        as_it_lies = (metadata.get("layout_4bit") == KERNEL_LAYOUT) == (wanted == KERNEL_LAYOUT)
         for spec in specs:
             module, _, leaf = spec.name.rpartition(".")
             absmax, scale = f"{module}.absmax", f"{module}.scale"
             if leaf != "weight" or spec.name not in index:
                 self.specs.append(spec)
             elif absmax in index and len(spec.shape) == 2 and not as_it_lies and spec.shape[1] % BLOCK == 0:
-                rows, width = spec.shape[0], padded_width(spec.shape[1])
+                rows, width = spec.shape
+                if wanted == KERNEL_LAYOUT:
+                    width = padded_width(width)
                 self.specs.append(TensorSpec(spec.name, (rows, width // 2), torch.uint8, spec.layer))
                 self.specs.append(TensorSpec(absmax, (rows, width // BLOCK), torch.float32, spec.layer))
                 self._rearranged.append((spec, spec.name, absmax))
@@ -60,7 +65,7 @@ class PackedTensors:
             direct[spec.name] = tensor
         conversions = [
             Conversion(
-                codes, (codes, scales), _Rearrange(codes, scales, spec.shape), [("codes", self._index[codes]), ("scales", self._index[scales])]
+                codes, (codes, scales), _Rearrange(codes, scales, spec.shape, self._wanted), [("codes", self._index[codes]), ("scales", self._index[scales])]
             )
             for spec, codes, scales in self._rearranged
         ]
@@ -68,11 +73,12 @@ class PackedTensors:
 
 
 class _Rearrange:
-    """bitsandbytes' layout → the kernels', in the form of transformers' converters."""
+    """One layout → the other, in the form of transformers' converters."""
 
-    def __init__(self, codes: str, scales: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, codes: str, scales: str, shape: tuple[int, ...], wanted: Layout4Bit) -> None:
         self._names = (codes, scales)
         self._shape = shape
+        self._wanted = wanted
         self._parts: dict[str, Callable[[], Tensor]] = {}
 
     def add_tensor(self, target: str, source: str, pattern: str, read: Callable[[], Tensor]) -> None:
@@ -81,5 +87,11 @@ class _Rearrange:
 
     def convert(self, target: str, *, model: Any, config: Any) -> dict[str, Tensor]:
         del target, model, config
-        codes, scales = kernel_layout_4bit(self._parts["codes"](), self._parts["scales"](), self._shape[0], self._shape[1])
-        return dict(zip(self._names, (codes, scales), strict=True))
+        rows, columns = self._shape
+        codes, scales = self._parts["codes"](), self._parts["scales"]()
+        if self._wanted == KERNEL_LAYOUT:
+            made = kernel_layout_4bit(codes, scales, rows, columns)
+        else:
+            codes, scales = bitsandbytes_layout_4bit(codes, scales, columns)
+            made = codes.view(rows, columns // 2), scales.view(rows, columns // BLOCK)
+        return dict(zip(self._names, made, strict=True))
