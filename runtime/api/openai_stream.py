@@ -47,6 +47,7 @@ async def send_events(request: web.Request, deltas: AsyncIterator[Delta], chunks
             _LOG.info("caller left a stream")
         except Exception as error:
             await response.write(error_event(internal(error)))
+        silence.cancel()   # nothing may be written after the end
         await response.write_eof()
     except ConnectionError:
         _LOG.info("caller left a stream")
