@@ -81,7 +81,12 @@ class Runtime:
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until `stop` is set (0) or the engine is given up (1). Raises Unavailable if an address is taken."""
-        await self._listen()
+        try:
+            await self._listen()
+        except BaseException:
+            await self._engine.stop(0.0)
+            self._preparation.close()
+            raise
         self._engine.start()
         watching = asyncio.create_task(self._watch(stop))
         log.info("listening on %s and %s", ", ".join(str(address) for address in self._addresses), self._http_address)

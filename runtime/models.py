@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from enum import Enum, auto
 from pathlib import Path
 
 from runtime.changes import Changes
@@ -32,6 +31,7 @@ from runtime.quarantine import Quarantine
 from runtime.served import ServedModel
 from runtime.settings import fingerprint
 from runtime.text.model import TextModel
+from runtime.tickets import Kind, Ticket, settled
 from runtime.types import ModelFacts, ModelSettings, ModelSource
 
 log = logging.getLogger(__name__)
@@ -39,29 +39,6 @@ log = logging.getLogger(__name__)
 TextLoader = Callable[[Path, ModelSettings], TextModel]
 
 _MAX_FAILURES_SHOWN = 64
-
-
-class _Kind(Enum):
-    LOAD = auto()
-    RETURN = auto()
-    UNLOAD = auto()
-
-
-@dataclass(eq=False, slots=True)
-class _Ticket:
-    """One operation on one id, in its queue. `waiters` counts callers of a load; the last to leave takes it along."""
-
-    kind: _Kind
-    mark: bytes
-    task: "asyncio.Task[None]"
-    waiters: int = 0
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        """Once only: a second cancellation would cut short the undoing."""
-        if not self.cancelled:
-            self.cancelled = True
-            self.task.cancel()
 
 
 @dataclass(eq=False, slots=True)
@@ -88,7 +65,7 @@ class Models:
         self._preparer = preparer
         self._load_text = load_text
         self._entries: dict[str, _Entry] = {}
-        self._tails: dict[str, _Ticket] = {}
+        self._tails: dict[str, Ticket] = {}
         self._quarantine = Quarantine()
         self._slots = asyncio.Semaphore(config.max_loading_concurrency)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency, thread_name_prefix="text")
@@ -137,7 +114,7 @@ class Models:
         """
         mark = fingerprint(source, settings)
         tail = self._tails.get(model_id)
-        while tail is not None and tail.kind is _Kind.RETURN and tail.mark == mark:
+        while tail is not None and tail.kind is Kind.RETURN and tail.mark == mark:
             await self._join(model_id, tail)
             tail = self._tails.get(model_id)
         if self._closing:
@@ -148,8 +125,8 @@ class Models:
             if entry is not None and entry.phase is Phase.LOADED and entry.mark == mark:
                 assert entry.served is not None
                 return entry.served
-        if tail is None or tail.kind is _Kind.UNLOAD or tail.mark != mark:
-            tail = self._enqueue(model_id, _Kind.LOAD, mark, lambda: self._load(model_id, source, settings, mark))
+        if tail is None or tail.kind is Kind.UNLOAD or tail.mark != mark:
+            tail = self._enqueue(model_id, Kind.LOAD, mark, lambda: self._load(model_id, source, settings, mark))
         await self._join(model_id, tail)
         entry = self._entries.get(model_id)
         if entry is None or entry.served is None:
@@ -162,12 +139,12 @@ class Models:
         entry = self._entries.get(model_id)
         if tail is None and entry is None:
             return
-        if tail is None or tail.kind is not _Kind.UNLOAD:
+        if tail is None or tail.kind is not Kind.UNLOAD:
             if entry is not None and entry.phase in (Phase.LOADED, Phase.RETURNING):
                 entry.phase = Phase.UNLOADING      # from now on new requests get NOT_FOUND
             if tail is not None:
                 tail.cancel()
-            tail = self._enqueue(model_id, _Kind.UNLOAD, b"", lambda: self._unload(model_id))
+            tail = self._enqueue(model_id, Kind.UNLOAD, b"", lambda: self._unload(model_id))
         await asyncio.shield(tail.task)
 
     async def purge(self) -> None:
@@ -194,7 +171,7 @@ class Models:
     def engine_ready(self, hello: Hello) -> None:
         for entry in self._entries.values():
             if entry.phase is Phase.RETURNING:
-                self._enqueue(entry.model_id, _Kind.RETURN, entry.mark, lambda entry=entry: self._return(entry))  # type: ignore[misc]
+                self._enqueue(entry.model_id, Kind.RETURN, entry.mark, lambda entry=entry: self._return(entry))  # type: ignore[misc]
 
     def engine_died(self, death: EngineDeath) -> None:
         names = {*death.loading, *([death.stepping] if death.stepping is not None else [])}
@@ -216,33 +193,33 @@ class Models:
 
     # Order
 
-    def _enqueue(self, model_id: str, kind: _Kind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]) -> _Ticket:
+    def _enqueue(self, model_id: str, kind: Kind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]) -> Ticket:
         before = self._tails.get(model_id)
 
         async def run() -> None:
             try:
                 if before is not None:
-                    await _settled(before.task)
+                    await settled(before.task)
                 await work()
             finally:
                 if self._tails.get(model_id) is ticket:
                     del self._tails[model_id]
                 self.changes.notify()
 
-        ticket = _Ticket(kind, mark, asyncio.create_task(run(), name=f"{kind.name.lower()} {model_id}"))
+        ticket = Ticket(kind, mark, asyncio.create_task(run(), name=f"{kind.name.lower()} {model_id}"))
         # whoever waits has the result; a task without a waiter (a model's return) has logged it
         ticket.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._tails[model_id] = ticket
         return ticket
 
-    async def _join(self, model_id: str, ticket: _Ticket) -> None:
+    async def _join(self, model_id: str, ticket: Ticket) -> None:
         ticket.waiters += 1
         try:
             await asyncio.shield(ticket.task)
         except asyncio.CancelledError:
             if ticket.task.cancelled():
                 raise Cancelled(f"model {model_id!r} was unloaded while it was loading") from None
-            if ticket.waiters == 1 and ticket.kind is _Kind.LOAD:
+            if ticket.waiters == 1 and ticket.kind is Kind.LOAD:
                 ticket.cancel()
             raise
         finally:
@@ -382,15 +359,6 @@ class Models:
         if entry.prepared is not None:
             entry.prepared.release()
             entry.prepared = None
-
-
-async def _settled(task: "asyncio.Task[None]") -> None:
-    # who is cancelled while it waits still keeps its place, or the next one would run beside the one before
-    try:
-        await asyncio.wait((task,))
-    except asyncio.CancelledError:
-        await asyncio.wait((task,))
-        raise
 
 
 def _quarantine_text(model_id: str) -> str:
