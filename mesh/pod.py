@@ -220,10 +220,11 @@ class Pod:
     async def _tell_health(self) -> None:
         told = False
         while True:
+            seen = self._changes.version
             if self.is_ready() is not told:
                 told = not told
                 await self.grpc.tell_ready(told)
-            await self._changes.wait(1.0)
+            await self._changes.wait(1.0, since=seen)
 
     def _last_used_ms(self, model_id: str) -> int:
         copy = self._copies.get(model_id)

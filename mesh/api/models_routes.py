@@ -118,6 +118,7 @@ class ModelsRoutes:
         known: dict[str, Status] = {}
         spoken_s = time.monotonic()
         while not self._stopping.is_set():
+            seen = self._changes.version
             now = {model.name: _status(model) for model in self._views.all()}
             for name in known.keys() - now.keys():
                 await _send(response, Event(name, "model_removed", {"status": "unloaded"}))
@@ -131,7 +132,7 @@ class ModelsRoutes:
                 spoken_s = time.monotonic()
                 await response.write(b": keep-alive\n\n")
             await asyncio.sleep(_EVENTS_EVERY_S)
-            await self._changes.wait(1.0)
+            await self._changes.wait(1.0, since=seen)
         await response.write_eof()
         return response
 

@@ -25,13 +25,17 @@ class Changes:
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self.version = 0
 
     def tell(self) -> None:
+        self.version += 1
         self._event.set()
         self._event = asyncio.Event()
 
-    async def wait(self, timeout_s: float | None = None) -> None:
-        """Returns after the next change, or after the time."""
+    async def wait(self, timeout_s: float | None = None, *, since: int | None = None) -> None:
+        """Returns after the next change, or after the time. `since`: a version; if there has been a change after it, returns at once."""
+        if since is not None and since != self.version:
+            return
         # not wait_for: before Python 3.12 that may swallow a cancellation
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

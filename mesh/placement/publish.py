@@ -50,6 +50,7 @@ class Publisher:
     async def run(self) -> None:
         loads_at_s = 0.0
         while True:
+            seen = self._changes.version
             record = self.record()
             now_s = time.monotonic()
             due = now_s - loads_at_s >= _LOADS_EVERY_S and len(self._instances.table) > 1
@@ -57,7 +58,7 @@ class Publisher:
                 loads_at_s = now_s
                 await self._publish(record)
             await asyncio.sleep(_AT_MOST_EVERY_S)
-            await self._changes.wait(_LOADS_EVERY_S)
+            await self._changes.wait(_LOADS_EVERY_S, since=seen)
 
     async def shut_down(self) -> None:
         """Others stop placing and sending here."""

@@ -81,7 +81,8 @@ class Placement:
     async def ensure_loaded(
         self, model_id: str, *, last_used_ms: int = 0, wait: bool = False, retry_failed: bool = False, here: bool = False
     ) -> StatusInfo:
-        """As Loader. `retry_failed`: somebody asks for it by name, so a failure that still holds it back is forgotten. `here`: on this pod only.
+        """As Loader. `retry_failed`: somebody asks for it by name, so a failure that still holds it back is forgotten.
+        `here`: on this pod, whatever others have.
 
         Raises NotFound; with `wait` also Overloaded (no room while all is in use) and Unavailable (the runtime went away).
         """
@@ -91,9 +92,10 @@ class Placement:
         used_ms = last_used_ms or epoch_ms()
         self._copies.touch(model_id, used_ms)
         status = self.status(model_id)
-        if status.status is ModelStatus.LOADED or (status.status is ModelStatus.LOADING and not wait):
+        now = self._status_here(model_id) if here else status.status
+        if now is ModelStatus.LOADED or (now is ModelStatus.LOADING and not wait):
             return status
-        if status.status is not ModelStatus.LOADING:
+        if now is not ModelStatus.LOADING:
             if retry_failed:
                 await self._announcer.forgive(model_id)
                 record = self._registry.models.get(model_id) or record
@@ -228,6 +230,12 @@ class Placement:
         """How long a failed model is not tried again, unless asked for by name."""
         record = self._registry.models.get(model_id)
         return self._blocked_for_s(record) if record else 0.0
+
+    def _status_here(self, model_id: str) -> ModelStatus:
+        if self._loads.task(model_id) is not None:
+            return ModelStatus.LOADING
+        copy = self._copies.get(model_id)
+        return ModelStatus.LOADED if copy is not None and copy.loaded else ModelStatus.NOT_LOADED
 
     def _own_copy(self, model_id: str) -> OwnCopy | None:
         copy = self._copies.get(model_id)

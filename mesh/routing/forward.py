@@ -139,25 +139,25 @@ class CopyRouter:
         while True:
             if self._stopping:
                 raise Unavailable("this pod is shutting down", retry_after_s=1)
-            if exclude:
-                # it failed a moment ago: let the runtime's own account of itself catch up before the same copy is tried again
+            if self._local.instance_id in exclude:
+                # our runtime failed a moment ago: let its own account of itself catch up before it is tried again
                 await self._changes.wait(_SETTLE_S)
-                target = self._choose(model_id, prefix_hash, exclude, here) or self._choose(model_id, prefix_hash, frozenset(), here)
-                exclude = frozenset()
-            else:
-                target = self._choose(model_id, prefix_hash, exclude, here)
+                exclude -= {self._local.instance_id}
+            target = self._choose(model_id, prefix_hash, exclude, here)
             if target is not None:
                 return target
             await self._load(model_id, here)
 
     async def _load(self, model_id: str, here: bool) -> None:
         """Until something is different: it is loaded, or is not going to be (raises), or a copy is elsewhere than thought."""
-        status = self._placement.status(model_id)
-        if status.status is ModelStatus.LOADED:
-            # a copy that can't be used now: the runtime's engine is coming back, or a pod has just said that it hasn't got it
+        copy = self._copies.get(model_id)
+        if copy is not None and copy.loaded:
+            # it can't be used now: the runtime or its engine is coming back
             await self._changes.wait(_LOOK_S)
             return
-        outcome = await self._placement.ensure_loaded(model_id, wait=True, here=here)
+        # a copy elsewhere that wasn't chosen is out of reach, or not there in truth
+        elsewhere = self._placement.status(model_id).status in (ModelStatus.LOADED, ModelStatus.LOADING) and copy is None
+        outcome = await self._placement.ensure_loaded(model_id, wait=True, here=here or elsewhere)
         if outcome.status is ModelStatus.LOADING_FAILED:
             blocked_s = self._placement.blocked_for_s(model_id)
             cause = outcome.errors[0] if outcome.errors else "the cause is not known"

@@ -1,0 +1,175 @@
+"""Two pods over one real etcd, each with a fake runtime: they see each other's models and pass requests on in one hop."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import grpc
+import grpc.aio
+import pytest
+
+from tests.support.etcd import EtcdServer
+from tests.support.fake_runtime import MB, Switches
+from tests.support.pods import RunningPod, running_pod
+from tests.support.waiting import until
+
+FOR_M = (("mm-model-id", "m"),)
+
+
+@pytest.fixture
+async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[tuple[RunningPod, RunningPod]]:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    async with running_pod(tmp_path / "a", store=store, keep_alive_s=0.1) as a, running_pod(tmp_path / "b", store=store) as b:
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        yield a, b
+
+
+async def loaded_at(pod: RunningPod, other: RunningPod, model_id: str) -> None:
+    """`pod` has it, and `other` knows."""
+    await pod.pod.placement.ensure_loaded(model_id, wait=True, here=True)
+
+    def known() -> bool:
+        return any(
+            pod.pod.instance_id in copy.instance_id and copy.state == "loaded" for copy in other.pod.placement.status(model_id).copies
+        )
+
+    await until(known)
+
+
+async def test_a_request_goes_in_one_hop_to_the_pod_that_has_the_model(pods: tuple[RunningPod, RunningPod]) -> None:
+    a, b = pods
+    await a.register("m")
+    await loaded_at(b, a, "m")
+    assert await a.echo("m", b"over there") == b"over there"
+    assert (a.runtime.loaded, b.runtime.calls["m"]) == ({}, 1)
+    seen = dict(b.runtime.metadata[-1])
+    assert seen["mm-model-id"] == "m"
+    assert not any(key.startswith("repertory") for key in seen)
+    # streams, statuses and trailers pass the hop as well
+    call = a.channel.unary_stream("/test.Any/Count")(b"20", metadata=FOR_M)
+    assert [message async for message in call] == [str(index).encode() for index in range(20)]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await a.channel.unary_unary("/test.Any/Fail")(b"ABORTED", metadata=FOR_M)
+    assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert dict(tuple(caught.value.trailing_metadata()))["why-bin"] == b"\x00\xff"
+
+
+async def test_http_goes_in_one_hop_too_and_cancelling_crosses_it(pods: tuple[RunningPod, RunningPod]) -> None:
+    a, b = pods
+    model_id = (await a.name("smol", "/files"))["model_id"]
+    await b.pod.registry.models.find(model_id)
+    await loaded_at(b, a, model_id)
+    status, body, headers = await a.chat("smol")
+    assert (status, body["answer"]) == (200, model_id)
+    assert headers["X-Request-Id"] == body["id"]
+    b.runtime.switches.chunk_s = 0.05
+    answer = await a.http.post("/v1/completions", json={"model": "smol", "stream": True, "chunks": 1000})
+    await answer.content.readany()
+    answer.close()
+    await until(lambda: b.runtime.cancelled == [model_id])
+    assert a.runtime.loaded == {}
+
+
+async def test_what_one_pod_registers_the_other_serves_at_once(pods: tuple[RunningPod, RunningPod]) -> None:
+    a, b = pods
+    await a.name("smol", "/files")
+    assert (await b.chat("smol"))[0] == 200
+    async with b.http.get("/v1/models") as answer:
+        assert [entry["id"] for entry in (await answer.json())["data"]] == ["smol"]
+
+
+async def test_a_model_being_loaded_elsewhere_is_waited_for_there_with_its_progress(pods: tuple[RunningPod, RunningPod]) -> None:
+    a, b = pods
+    model_id = (await a.name("smol", "/files"))["model_id"]
+    await b.pod.registry.models.find(model_id)
+    gate = b.runtime.switches.load_gate = asyncio.Event()
+    b.runtime.switches.progress = 0.3
+    await b.pod.placement.ensure_loaded(model_id, here=True)
+    await until(lambda: b.runtime.loading)
+    record = await a.pod.registry.models.find(model_id)
+    assert record is not None
+    await until(lambda: "b" in (a.pod.registry.models.get(model_id) or record).instance_ids)
+    async with a.http.post("/v1/completions", json={"model": "smol", "stream": True}) as answer:
+        seen = b""
+        while b"30 %" not in seen:
+            seen += await asyncio.wait_for(answer.content.readany(), 10)
+        gate.set()
+        text = (seen + await answer.read()).decode()
+    assert [json.loads(line[6:])["n"] for line in text.splitlines() if line.startswith("data: {")] == [0, 1, 2]
+    assert a.runtime.log.count(("load", model_id)) == 0
+
+
+async def test_a_pod_that_lost_the_model_is_not_asked_twice(pods: tuple[RunningPod, RunningPod]) -> None:
+    a, b = pods
+    await a.register("m")
+    await loaded_at(b, a, "m")
+    # its books say otherwise than its record, as in the moment of an eviction
+    copy = b.pod._copies.get("m")
+    assert copy is not None
+    copy.announced = False
+    b.pod._copies.remove(copy)
+    assert await a.echo("m") == b"hi"
+
+
+async def test_a_pod_that_dies_is_replaced_within_the_request(tmp_path: Path, etcd: EtcdServer) -> None:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    async with running_pod(tmp_path / "a", store=store) as a:
+        async with running_pod(tmp_path / "b", store=store) as b:
+            await until(lambda: len(a.pod.registry.instances.live()) == 2)
+            await a.register("m")
+            await loaded_at(b, a, "m")
+            # its ports close, its record stays: as when the machine is gone
+            await b.pod.grpc.stop(0)
+            await b.pod.http.stop()
+            assert await asyncio.wait_for(a.echo("m"), 20) == b"hi"
+            assert "m" in a.runtime.loaded
+
+
+async def test_a_full_pod_has_an_empty_one_load(tmp_path: Path, etcd: EtcdServer) -> None:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    small = Switches(capacity_bytes=15 * MB)
+    async with running_pod(tmp_path / "a", store=store, switches=small) as a, running_pod(tmp_path / "b", store=store) as b:
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        await until(lambda: all(record.capacity_units for _, record in a.pod.registry.instances.live()))
+        for name in ("m", "n"):
+            await a.register(name)
+        assert await a.echo("m") == b"hi"
+        assert await a.echo("n") == b"hi"
+        assert (set(a.runtime.loaded), set(b.runtime.loaded)) == ({"m"}, {"n"})
+        # unloading at either pod reaches the copy
+        await a.pod.placement.unload("n")
+        assert b.runtime.loaded == {}
+
+
+async def test_a_pod_that_stops_leaves_nothing_behind(tmp_path: Path, etcd: EtcdServer) -> None:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    async with running_pod(tmp_path / "a", store=store) as a:
+        async with running_pod(tmp_path / "b", store=store) as b:
+            await a.register("m")
+            await loaded_at(b, a, "m")
+        await until(lambda: len(a.pod.registry.instances.live()) == 1)
+        record = a.pod.registry.models.get("m")
+        assert record is not None
+        await until(lambda: (a.pod.registry.models.get("m") or record).instance_ids == {})
+        assert await a.echo("m") == b"hi"
+
+
+async def test_keys_are_shared_over_the_hop(tmp_path: Path, etcd: EtcdServer) -> None:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    keys = {"api_keys": ("k",)}
+    async with running_pod(tmp_path / "a", store=store, **keys) as a, running_pod(tmp_path / "b", store=store, **keys) as b:
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        headers = {"Authorization": "Bearer k"}
+        async with a.http.post("/admin/v1/models", json={"name": "smol", "uri": "/f"}, headers=headers) as answer:
+            model_id = (await answer.json())["model_id"]
+        await b.pod.registry.models.find(model_id)
+        await loaded_at(b, a, model_id)
+        async with a.http.post("/v1/completions", json={"model": "smol"}, headers=headers) as answer:
+            assert answer.status == 200
+        assert "Authorization" not in b.runtime.headers[-1]
+        assert isinstance(a.http, aiohttp.ClientSession)
+        metadata = (("mm-model-id", model_id), ("authorization", "Bearer k"))
+        assert await a.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=metadata) == b"hi"

@@ -1,0 +1,207 @@
+"""Room, pods, load times and the choice of a copy: properties of the mesh's pure policies."""
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mesh.placement.load_times import LoadTimes, remaining_s, retry_after_s
+from mesh.placement.plan import make_room
+from mesh.placement.status import blocked_for_s, status_of
+from mesh.placement.usage import Held, Usage
+from mesh.placement.where import Pod, choose_pod
+from mesh.registry.records import CopyReport, Failure, InstanceRecord, ModelRecord
+from mesh.routing.choose import AFFINITY_S, Candidate, choose, expected_wait_s
+from mesh.types import CopyState, ModelStatus, Tier
+
+HELD = st.builds(
+    Held,
+    model_id=st.uuids().map(str),
+    size_bytes=st.integers(0, 100),
+    last_used_ms=st.integers(0, 1000),
+    users=st.integers(0, 2),
+    leaving=st.booleans(),
+    pinned=st.booleans(),
+)
+USAGES = st.builds(
+    lambda held, slack: Usage(sum(item.size_bytes for item in held) + slack, tuple(held)), st.lists(HELD, max_size=8), st.integers(0, 150)
+)
+
+
+@given(USAGES, st.integers(1, 300), st.booleans())
+def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_bytes: int, patient: bool) -> None:
+    room = make_room(usage, "new", need_bytes, patient=patient)
+    held = {item.model_id: item for item in usage.held}
+    victims = [held[model_id] for model_id in room.victims]
+    assert bool(room.refusal) == (need_bytes > usage.capacity_bytes)
+    if room.refusal:
+        assert not victims
+        return
+    assert not any(victim.leaving or victim.pinned for victim in victims)
+    if not room.wait:
+        assert usage.used_bytes + need_bytes <= usage.capacity_bytes
+        return
+    assert usage.used_bytes + need_bytes > usage.capacity_bytes
+    short = usage.used_bytes - usage.leaving_bytes + need_bytes - usage.capacity_bytes
+    if victims:
+        freed = sum(victim.size_bytes for victim in victims)
+        assert freed >= short
+        # none too many
+        assert all(freed - victim.size_bytes < short for victim in victims[:-1])
+    in_use = [victim for victim in victims if victim.users]
+    idle_bytes = sum(item.size_bytes for item in usage.held if not (item.users or item.leaving or item.pinned))
+    if patient or idle_bytes >= short:
+        assert not in_use
+    if idle_bytes >= short > 0:
+        assert victims
+
+
+@given(USAGES, st.integers(1, 300), st.integers(0, 1000))
+def test_a_model_from_long_ago_displaces_nothing_younger(usage: Usage, need_bytes: int, last_used_ms: int) -> None:
+    room = make_room(usage, "new", need_bytes, last_used_ms=last_used_ms)
+    held = {item.model_id: item for item in usage.held}
+    assert all(held[model_id].last_used_ms < last_used_ms for model_id in room.victims)
+
+
+def test_what_is_coming_free_is_waited_for_and_an_own_entry_does_not_count() -> None:
+    usage = Usage(100, (Held("a", 60, 1, leaving=True), Held("b", 30, 2), Held("new", 50, 3, pinned=True)))
+    assert make_room(usage, "new", 60).victims == ()
+    assert make_room(usage, "new", 60).wait
+    assert make_room(Usage(100, (Held("new", 100, 1),)), "new", 100) == make_room(Usage(100), "new", 100)
+
+
+PODS = st.lists(
+    st.builds(
+        Pod,
+        instance_id=st.uuids().map(str),
+        local=st.just(False),
+        capacity_bytes=st.integers(0, 100),
+        free_bytes=st.integers(0, 100),
+        lru_ms=st.integers(0, 100),
+        num_loading=st.integers(0, 3),
+    ),
+    max_size=6,
+)
+
+
+@given(PODS, st.integers(0, 100))
+def test_a_pod_with_room_is_preferred_and_none_is_too_small(pods: list[Pod], size_bytes: int) -> None:
+    pod = choose_pod(pods, size_bytes)
+    able = [item for item in pods if item.capacity_bytes >= size_bytes]
+    assert (pod is None) == (not able)
+    if pod is not None:
+        assert pod.capacity_bytes >= size_bytes
+        if any(item.free_bytes >= size_bytes for item in able):
+            assert pod.free_bytes >= size_bytes
+        else:
+            assert pod.lru_ms == min(item.lru_ms for item in able)
+    assert choose_pod(list(reversed(pods)), size_bytes) == pod
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 100), st.floats(0.01, 100)), max_size=10))
+def test_load_times_stay_within_what_was_measured(loads: list[tuple[str, int, float]]) -> None:
+    times = LoadTimes()
+    for model_id, size_bytes, seconds in loads:
+        times = times.measured(model_id, size_bytes, seconds)
+    for model_id in "abc":
+        own = [seconds for at, _, seconds in loads if at == model_id]
+        if own:
+            assert min(own) - 1e-6 <= times.expected_s(model_id) <= max(max(own), 0.05) + 1e-6
+    assert times.expected_s("unknown") > 0
+    assert times.expected_s("unknown", 50) > 0
+
+
+@given(st.floats(0.1, 1000), st.floats(0, 1000), st.floats(0, 1))
+def test_what_remains_is_positive_and_hints_are_what_clients_honour(expected_s: float, elapsed_s: float, progress: float) -> None:
+    left_s = remaining_s(expected_s, elapsed_s, progress)
+    assert left_s > 0
+    assert 1 <= retry_after_s(left_s) <= 120
+
+
+CANDIDATES = st.lists(
+    st.builds(
+        Candidate,
+        instance_id=st.uuids().map(str),
+        local=st.booleans(),
+        tier=st.sampled_from(Tier),
+        loading_s=st.one_of(st.just(0.0), st.floats(0.1, 60)),
+        swap_in_s=st.floats(0, 5),
+        running=st.integers(0, 300),
+        waiting=st.integers(0, 100),
+        in_flight=st.integers(0, 300),
+        kv_usage=st.floats(0, 1),
+    ),
+    max_size=6,
+)
+
+
+@given(CANDIDATES, st.text(max_size=8))
+def test_the_least_wait_is_chosen_but_for_affinity(candidates: list[Candidate], prefix: str) -> None:
+    chosen = choose(candidates, prefix)
+    assert (chosen is None) == (not candidates)
+    if chosen is None:
+        return
+    least = min(map(expected_wait_s, candidates))
+    assert expected_wait_s(chosen) <= least + (AFFINITY_S if prefix else 0) + 1e-9
+    assert choose(list(reversed(candidates)), prefix) == chosen
+
+
+@given(CANDIDATES)
+def test_more_load_makes_no_copy_more_attractive(candidates: list[Candidate]) -> None:
+    chosen = choose(candidates)
+    assume(chosen is not None)
+    assert chosen is not None
+    from dataclasses import replace
+
+    others = [replace(item, waiting=item.waiting + 5) if item is not chosen else item for item in candidates]
+    assert choose(others) == chosen
+
+
+def test_resident_before_host_before_disk_before_loading() -> None:
+    tiers = [
+        Candidate("a", True, loading_s=5),
+        Candidate("b", True, tier=Tier.DISK),
+        Candidate("c", True, tier=Tier.HOST),
+        Candidate("d", False),
+    ]
+    for left in range(4, 0, -1):
+        chosen = choose(tiers[:left])
+        assert chosen is not None
+        if left > 2:
+            assert chosen.instance_id == tiers[left - 1].instance_id
+
+
+@given(st.text(min_size=1), CANDIDATES)
+def test_a_prompt_goes_where_it_went_before_whoever_else_comes_or_goes(prefix: str, candidates: list[Candidate]) -> None:
+    equal = [Candidate(item.instance_id, True) for item in candidates]
+    chosen = choose(equal, prefix)
+    for item in equal:
+        if item != chosen:
+            assert choose([other for other in equal if other != item], prefix) == chosen
+
+
+PEERS = {"p": InstanceRecord(grpc_address="x:1", copies={"m": CopyReport(state=CopyState.LOADED)}), "q": InstanceRecord(grpc_address="y:1")}
+
+
+def test_status_over_pods() -> None:
+    def status(record: ModelRecord | None) -> ModelStatus:
+        return status_of("m", record, own_id="me", own=None, own_model=None, pods=PEERS).status
+
+    assert status(None) is ModelStatus.NOT_FOUND
+    assert status(ModelRecord()) is ModelStatus.NOT_LOADED
+    assert status(ModelRecord(instance_ids={"gone": 1})) is ModelStatus.NOT_LOADED
+    assert status(ModelRecord(instance_ids={"q": 1})) is ModelStatus.LOADING
+    assert status(ModelRecord(instance_ids={"p": 1, "q": 2})) is ModelStatus.LOADED
+    failed = ModelRecord(failed_in={"p": 1, "q": 2}, failures={"p": Failure("old"), "q": Failure("new")})
+    info = status_of("m", failed, own_id="me", own=None, own_model=None, pods=PEERS)
+    assert (info.status, info.errors) == (ModelStatus.LOADING_FAILED, ("new", "old"))
+
+
+def test_failures_hold_a_model_back_until_a_pod_may_try() -> None:
+    def blocked(now_ms: int, **failed_in: int) -> float:
+        return blocked_for_s(ModelRecord(failed_in=failed_in), own_id="me", pods={"p": InstanceRecord()}, now_ms=now_ms, expiry_s=60)
+
+    assert blocked(1000) == 0
+    assert blocked(1000, me=0) == 0  # the other pod hasn't tried
+    assert blocked(1000, me=0, p=500) == 59
+    assert blocked(60_000, me=0, p=500) == 0
+    # three pods failed within ModelMesh's 7.5 minutes: nobody tries
+    assert blocked(100_000, x=0, y=0, z=0) == 350
