@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.model.buckets import DECODE_ROWS, MIXED_TOKENS, Bucket, bucket_of
+from runtime.engine.model.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, Bucket, bucket_of
 from runtime.engine.model.graphs import EAGER_USES, GraphPool, ModelGraphs, StepGraph
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family
 
 
-@given(rows=st.integers(1, 600), context=st.integers(1, 3_000_000))
+@given(rows=st.integers(1, 600), context=st.integers(1, 5_000_000))
 def test_decode_steps_fit_their_bucket(rows: int, context: int) -> None:
     bucket = bucket_of(rows, rows, 1, context)
-    if rows > DECODE_ROWS[-1] or context > 2_097_152:
+    if rows > DECODE_ROWS[-1] or context > CONTEXT_TOKENS[-1]:
         assert bucket is None
         return
     assert bucket is not None
@@ -61,7 +61,7 @@ class FakePool:
         return StepGraph(cast("torch.cuda.CUDAGraph", None), torch.zeros(0))
 
 
-BUCKET = Bucket(4, 4, 1, 512)
+BUCKET = Bucket(4, 4, 1, 1024)
 
 
 def graphs_of(pool: FakePool, ready: bool = True) -> tuple[ModelGraphs, list[str]]:
@@ -107,7 +107,7 @@ def test_a_model_that_cannot_be_captured_is_tried_once_and_runs_eagerly(caplog: 
     pool = FakePool(fails=True)
     graphs, _ = graphs_of(pool)
     assert all(graphs.find(BUCKET) is None for _ in range(3 * EAGER_USES))
-    assert not graphs.capture(Bucket(8, 8, 1, 512))
+    assert not graphs.capture(Bucket(8, 8, 1, 1024))
     assert pool.recorded == 1
     assert "model tiny runs without CUDA graphs" in caplog.text
 

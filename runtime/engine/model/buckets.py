@@ -7,7 +7,7 @@ DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320,
 MIXED_TOKENS = (16, 32, 64, 128, 256, 384, 512)
 MIXED_ROWS = (4, 16, 64, 256, 512)
 # Attention divides a row's keys among programs by the longest context that may come.
-CONTEXT_TOKENS = (512, 2048, 8192, 32768, 131072, 524288, 2097152)
+CONTEXT_TOKENS = (1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
 
 
 class Bucket(NamedTuple):

@@ -66,7 +66,7 @@ class GraphPool:
     def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
         """Capture `run`, which returns logits, without running it. Other threads may use the device meanwhile."""
         assert self._stream is not None
-        before = torch.cuda.memory_reserved()
+        before, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -76,7 +76,8 @@ class GraphPool:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        self.used_bytes += max(0, torch.cuda.memory_reserved() - before)
+        after, _ = torch.cuda.mem_get_info()               # with what the driver keeps of a graph
+        self.used_bytes += max(0, before - after)
         return StepGraph(graph, alias(logits))
 
 
