@@ -144,7 +144,9 @@ class _Child:
         """Keep it running until `stopping`; returns its exit status if it can't even start."""
         while True:
             started_s = time.monotonic()
-            self._process = await asyncio.create_subprocess_exec(*self._command, preexec_fn=_die_with_parent, start_new_session=True)
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, env=_environment(), preexec_fn=_die_with_parent, start_new_session=True
+            )
             status = await self._process.wait()
             if stopping.is_set():
                 return 0
@@ -169,6 +171,11 @@ class _Child:
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+
+
+def _environment() -> dict[str, str]:
+    """The children's: REPERTORY_… variables were read here, and some of their names mean something else to a child."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("REPERTORY_")}
 
 
 def _die_with_parent() -> None:

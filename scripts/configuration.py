@@ -1,0 +1,92 @@
+"""Writes docs/configuration.md's tables from the configuration itself: `python scripts/configuration.py [--check]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mesh.cli import serve  # noqa: E402 - the script runs from a checkout
+from mesh.config import MeshConfig  # noqa: E402
+from runtime.config import EngineConfig, RuntimeConfig  # noqa: E402
+
+PAGE = ROOT / "docs" / "configuration.md"
+
+HEAD = """\
+# Configuration
+
+A flag beats an environment variable, which beats the YAML file, which beats the default. Sizes are bytes or `512MiB`, `40GiB`; times are seconds; addresses are
+`HOST:PORT` or `unix:PATH`; lists are comma separated.
+
+| program | flags | environment | file |
+| --- | --- | --- | --- |
+| `repertory serve` | first table | `REPERTORY_<FLAG>` | `--config FILE` with sections `mesh:` and `runtime:`, each with any field of its table; they go over the flags |
+| `repertory serve-mesh` | `--<field>` (without `-bytes`, `-s`) | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the mesh |
+| `repertory serve-runtime` | the same, engine's fields included | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the runtime, the engine's under `engine:` |
+
+Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own variables belong to the runtime's environment, other stores' keys into files of
+`storage_config_dir` (ModelMesh's `storage-config` secret, one JSON object a file), named by `--storage-key` at registration.
+
+Per model, at `repertory register` (ModelMesh: fields of the model key): `quantize` (none, int8, nf4, fp4), `double_quant`, `dtype`, `max_model_len`, `chat_template`,
+`sampling` (default temperature, top_p, top_k, min_p, repetition_penalty, max_tokens), `max_concurrency`, `storage_key`, `storage_params`.
+"""
+
+
+def page() -> str:
+    parser = argparse.ArgumentParser(add_help=False)
+    serve.add_flags(parser)
+    parts = [HEAD, "## `repertory serve`\n", "| flag | default | meaning |\n| --- | --- | --- |"]
+    for action in parser._actions:
+        default = "" if action.default in (None, "", False) else f"`{action.default}`".replace(str(Path.home()), "~")
+        text = (action.help or "").replace("%%", "%").split(" [REPERTORY_")[0]
+        parts.append(f"| `{action.option_strings[0]}` | {default} | {_cell(text)} |")
+    for title, kind in (
+        ("The mesh", MeshConfig),
+        ("The runtime", RuntimeConfig),
+        ("The engine (`engine:` in the runtime's file)", EngineConfig),
+    ):
+        parts += [f"\n## {title}\n", "| field | default | meaning |\n| --- | --- | --- |", *_rows(kind)]
+    return "\n".join(parts) + "\n"
+
+
+def _rows(kind: type[msgspec.Struct]) -> list[str]:
+    info = msgspec.inspect.type_info(kind)
+    assert isinstance(info, msgspec.inspect.StructType)
+    rows = []
+    for field in info.fields:
+        if not isinstance(field.type, msgspec.inspect.Metadata):
+            continue
+        text = str((field.type.extra_json_schema or {}).get("description", ""))
+        default = "" if field.default in ("", (), msgspec.NODEFAULT) else f"`{_shown(field.name, field.default)}`"
+        rows.append(f"| `{field.name}` | {default} | {_cell(text)} |")
+    return rows
+
+
+def _shown(name: str, value: object) -> object:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if name.endswith("_bytes") and isinstance(value, int) and value and value % 2**20 == 0:
+        return f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value // 2**20}MiB"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> int:
+    check = "--check" in sys.argv[1:]
+    if check:
+        if PAGE.read_text() != page():
+            print(f"{PAGE.relative_to(ROOT)} is behind the configuration; run scripts/configuration.py", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
