@@ -3,6 +3,7 @@
 Knows how hardware, builder and runner fit together; decides nothing about who is resident or runs.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -30,6 +31,7 @@ def make_backend(config: EngineConfig) -> "EngineBackend":
     Raises ValueError for an unknown device or a budget that the machine hasn't.
     """
     transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # it warns of an optional package at its import
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

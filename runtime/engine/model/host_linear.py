@@ -7,7 +7,6 @@ own routine, so in its layout) and multiplied by unrounded activations. Knows ma
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,6 +30,10 @@ class HostLinear4:
     """`weight` uint8 [N, K/2] and `absmax` float32 [N, K/64] in bitsandbytes' layout."""
 
     def __init__(self, weight: Tensor, absmax: Tensor, codebook: str, bias: Tensor | None = None) -> None:
+        # imported here: an engine that serves no such model on a CPU starts without it
+        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+
+        self._unpack = dequantize_4bit
         self._weight = weight.view(-1, 1)
         self._bias = bias
         code = get_4bit_type(codebook, device="cpu")
@@ -41,7 +44,7 @@ class HostLinear4:
         }
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        return multiply(x, dequantize_4bit(self._weight, self._states[x.dtype]), self._bias)
+        return multiply(x, self._unpack(self._weight, self._states[x.dtype]), self._bias)
 
 
 @dataclass(frozen=True, slots=True)
