@@ -46,7 +46,7 @@ class FrameProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)      # uvloop's is one in all but name
+        self._transport = cast("asyncio.Transport", transport)      # uvloop's is one in all but name
         self._on_connected()
 
     def connection_lost(self, exc: Exception | None) -> None:

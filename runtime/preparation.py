@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +23,10 @@ from runtime.puller.locate import locate
 from runtime.puller.look import look_local, look_remote
 from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
 from runtime.puller.packer import run_packer
-from runtime.puller.source import Listing, Source
+from runtime.puller.source import Listing, Source, Unreachable
 from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -69,7 +72,7 @@ class Preparation:
         place = locate(source, self._config)
         if isinstance(place, Path):
             return self._from_files(place, None, "", settings, device, job)
-        listing = place.listing(job)
+        listing = self._listing(place, source, job)
         packed = self._find_packed(_pack_key(listing.key, settings, device))
         if packed is not None:
             return packed
@@ -80,6 +83,22 @@ class Preparation:
         except BaseException:
             pulled.release()
             raise
+
+    def _listing(self, place: Source, source: ModelSource, job: Job) -> Listing:
+        """What the source lists now; if it doesn't answer, what it listed last."""
+        name = hashlib.blake2b(msgspec.json.encode((source.uri, source.storage_key)), digest_size=16).hexdigest()
+        try:
+            listing = place.listing(job)
+        except Unreachable as error:
+            remembered = self._cache.recall(name)
+            if remembered is None:
+                raise
+            log.warning("%s; using what it listed before", error.message)
+            return msgspec.json.decode(remembered, type=Listing)
+        # a signature or a password in a URL is a secret, and notes are kept
+        if not any("?" in file.location or "@" in file.location for file in listing.files):
+            self._cache.remember(name, msgspec.json.encode(listing))
+        return listing
 
     def _pull(self, source: Source, listing: Listing, job: Job) -> Held:
         total_bytes = listing.total_bytes

@@ -53,10 +53,22 @@ class Cache:
 
     def __init__(self, root: Path, budget_bytes: int) -> None:
         self._root = root
-        for name in ("pulled", "packed", "work", "locks"):
+        for name in ("pulled", "packed", "work", "locks", "notes"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self._sweep()
         self.budget_bytes = budget_bytes or (shutil.disk_usage(root).free + self.used_bytes()) * 8 // 10
+
+    def remember(self, name: str, content: bytes) -> None:
+        """Keep a small note, replacing the one before."""
+        temporary = self._root / "work" / f"trash-{uuid.uuid4().hex}"
+        temporary.write_bytes(content)
+        temporary.rename(self._root / "notes" / name)
+
+    def recall(self, name: str) -> bytes | None:
+        try:
+            return (self._root / "notes" / name).read_bytes()
+        except FileNotFoundError:
+            return None
 
     def used_bytes(self) -> int:
         return sum(item.size_bytes for item in self._items())

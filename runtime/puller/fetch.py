@@ -15,7 +15,7 @@ from typing import IO
 
 from runtime.errors import LoadFailed
 from runtime.puller.job import Job
-from runtime.puller.source import Arrived, RemoteFile
+from runtime.puller.source import Arrived, RemoteFile, Unreachable
 
 _CHUNK_BYTES = 1024 * 1024
 _TIMEOUT_S = 60.0
@@ -74,7 +74,7 @@ class HttpClient:
                     return _described(name, url, response.headers)
             raise LoadFailed(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
-            raise LoadFailed(f"{_shown(url)} can't be reached: {error}") from error
+            raise Unreachable(f"{_shown(url)} can't be reached: {error}") from error
 
     def read(self, url: str, start: int, count: int) -> bytes:
         """A few bytes. Raises LoadFailed."""

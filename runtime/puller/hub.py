@@ -6,7 +6,7 @@ from pathlib import Path
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.fetch import HttpClient
 from runtime.puller.job import Job
-from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name, wanted
+from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
 
 
 class HubSource:
@@ -41,7 +41,7 @@ class HubSource:
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise LoadFailed(f"{origin}: the hub can't be asked: {type(error).__name__}: {str(error).splitlines()[0]}") from error
         except Exception as error:      # the library's HTTP client has a tree of its own, which changes with its major versions
-            raise LoadFailed(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
+            raise Unreachable(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
         token = self._token or get_token()
         self._client = HttpClient(headers={"Authorization": f"Bearer {token}"} if token else {})
         files = [

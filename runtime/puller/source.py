@@ -17,6 +17,10 @@ _PICKLES = (".bin", ".pt", ".pth")
 _LARGEST_TEXT_BYTES = 256 * 1024 * 1024
 
 
+class Unreachable(LoadFailed):
+    """The source doesn't answer at all; what was pulled from it before may still be used."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """`digest` changes with the content (an ETag, a hash); `sha256` and `md5` are hex, "" = not given. `size_bytes` -1 = not known."""

@@ -81,6 +81,21 @@ async def test_a_file_that_changed_is_another_model(web: WebServer, tmp_path: Pa
     preparation.close()
 
 
+async def test_a_source_that_is_away_does_not_take_what_was_pulled(tmp_path: Path) -> None:
+    (tmp_path / "www").mkdir()
+    web = WebServer(tmp_path / "www")
+    tiny_llama(web.root / "m")
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
+    first.release()
+    web.close()
+    again = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
+    assert again.checkpoint == first.checkpoint
+    with pytest.raises(LoadFailed, match="can't be reached"):
+        await preparation.prepare(ModelSource(f"{web.url}/other"), ModelSettings(), "cpu", lambda progress: None)
+    preparation.close()
+
+
 def test_a_half_fetched_file_is_gone_on_with_only_if_it_is_the_same(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(range(256)) * 100)
     client = HttpClient()

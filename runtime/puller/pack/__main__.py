@@ -125,10 +125,18 @@ def _made(tensor: Tensor | Matrix, spec: TensorSpec, request: PackRequest, chose
             raise LoadFailed(f"tensor {spec.name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(spec.shape)}")
         if not chosen:
             return [(spec.name, tensor.to(spec.dtype) if tensor.dtype.is_floating_point else tensor)]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        tensor = quantize(tensor.to(device).to(spec.dtype), request.quantization, double_quant=request.double_quant)
+        tensor = _quantize(tensor, spec, request)
     module = spec.name.rpartition(".")[0]
     return [(spec.name, tensor.weight), (f"{module}.{tensor.scale_name}", tensor.scale)]
+
+
+def _quantize(tensor: Tensor, spec: TensorSpec, request: PackRequest) -> Matrix:
+    if torch.cuda.is_available():
+        try:
+            return quantize(tensor.to("cuda").to(spec.dtype), request.quantization, double_quant=request.double_quant)
+        except torch.cuda.OutOfMemoryError:      # the engine has the device; there is time
+            torch.cuda.empty_cache()
+    return quantize(tensor.to(spec.dtype), request.quantization, double_quant=request.double_quant)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

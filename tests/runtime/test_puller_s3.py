@@ -1,0 +1,50 @@
+"""S3 as its own library speaks it, against a server that imitates the service. Skipped where boto3 and moto aren't installed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.config import RuntimeConfig
+from runtime.errors import LoadFailed
+from runtime.preparation import Preparation
+from runtime.puller.cache import Cache
+from runtime.types import ModelSettings, ModelSource
+from tests.runtime.checkpoints import tiny_llama
+
+boto3 = pytest.importorskip("boto3")
+moto_server = pytest.importorskip("moto.server")
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    server = moto_server.ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+async def test_a_model_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
+    keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
+    client = boto3.client("s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="models")
+    tiny_llama(tmp_path / "m", shard="100KB")
+    for file in (tmp_path / "m").iterdir():
+        client.upload_file(str(file), "models", f"org/tiny/{file.name}")
+    for number in range(1100):              # more than a page of a neighbour's
+        client.put_object(Bucket="models", Key=f"org/tiny/notes/{number:04}", Body=b"x")
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    source = ModelSource("s3://models/org/tiny", None, keys)
+    prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
+    assert all(same(Path(name), tmp_path / "m" / Path(name).name) for name in prepared.checkpoint.weight_files)
+    look = await preparation.look(ModelSource("org/tiny", None, {"type": "s3", "bucket": "models", **keys}), ModelSettings(), "cpu")
+    assert look.needs.weight_bytes == prepared.checkpoint.weight_bytes
+    with pytest.raises(LoadFailed, match="s3://absent") as caught:
+        await preparation.prepare(ModelSource("s3://absent/m", None, keys), ModelSettings(), "cpu", lambda progress: None)
+    assert "SECRET" not in str(caught.value)
+    preparation.close()
