@@ -80,18 +80,21 @@ def play(served: stack.Stack) -> None:
 def load_and_watch(served: stack.Stack, name: str) -> Model:
     """Ask for a load and show each state that it goes through."""
     served.admin.load(name)
-    started, last = time.perf_counter(), ""
+    started, last = time.perf_counter(), ("", 0)
     while True:
         model = served.admin.model(name)
-        line = f"{model.state} {model.progress:.0%} {model.progress_text}".strip() if model.progress else model.state
-        if line != last and line:
-            console.print(f"  [dim]{time.perf_counter() - started:5.1f} s[/dim]  {line}", highlight=False)
-            last = line
+        now = (model.state, int(model.progress * 4))
+        if now != last and model.state:
+            done = f" {model.progress:.0%}" if model.progress else ""
+            console.print(
+                f"  [dim]{time.perf_counter() - started:5.1f} s[/dim]  {model.state}{done} {model.progress_text}", highlight=False
+            )
+            last = now
         if model.state == "loaded":
             return model
         if model.state in ("failed", "quarantined"):
             raise RuntimeError(f"{name}: {model.error}")
-        time.sleep(0.25)
+        time.sleep(0.1)
 
 
 def ask_grpc(served: stack.Stack, name: str) -> str:
