@@ -1,6 +1,6 @@
 """x · Wᵀ with W in 4 bits (NF4 or FP4, one absmax for each 64 elements), as `layout.py` lays it out. Knows nothing of modules.
 
-Paths on a GPU, by rows M of x: up to 128 one fused kernel that unpacks in registers; above, the weight is unpacked into scratch memory and
+Paths on a GPU, by rows M of x: up to 128 (256 for large weights) one fused kernel that unpacks in registers; above, the weight is unpacked into scratch memory and
 multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
 """
 

@@ -22,7 +22,6 @@ from runtime.engine.kernels.layout import BLOCK, GROUP
 from runtime.engine.kernels.linear4 import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
 
-MAX_FUSED_ROWS = 128
 _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on
 
 
@@ -228,10 +227,15 @@ def linear_4bit(
     num_rows, num_outputs = rows.shape[0], weight.shape[0]
     if num_rows == 0:
         return
-    if num_rows > MAX_FUSED_ROWS:
+    if num_rows > max_fused_rows(weight.shape[0], in_features):
         _linear_unpacked(rows, weight, absmax, codebook, bias, out.view(num_rows, num_outputs), scratch)
         return
     launch_fused(rows, weight, absmax, codebook, bias, out, scratch, *tiling(num_rows, num_outputs, in_features))
+
+
+def max_fused_rows(num_outputs: int, in_features: int) -> int:
+    """Up to how many rows the fused kernel was the faster one: a weight that fits the L2 cache is cheap to unpack there."""
+    return 256 if num_outputs * in_features > 32 << 20 else 128
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, bool]:
