@@ -1,0 +1,65 @@
+"""The backend on a CPU: loads end in runners, or in errors that name the model and the sizes; what was cancelled leaves nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.config import EngineConfig
+from runtime.engine.backend import EngineBackend, make_backend
+from runtime.engine.plan import LoadRequest
+from runtime.errors import Cancelled, LoadFailed
+from runtime.types import Quantization
+from tests.model.test_build import tiny
+from tests.support.steps import save
+
+SLAB = 256 * 1024
+
+
+def backend(slabs: int = 64) -> EngineBackend:
+    return make_backend(
+        EngineConfig(device="cpu", slab_bytes=SLAB, device_budget_bytes=slabs * SLAB, max_rows=4, max_batch_tokens=64, num_threads=1)
+    )
+
+
+def test_a_load_ends_in_a_runner(tmp_path: Path) -> None:
+    made = backend()
+    assert (made.device, made.total_slabs, made.slab_bytes, made.host_total_bytes) == ("cpu", 64, SLAB, 0)
+    checkpoint = save(tiny("llama"), tmp_path)
+    loaded = made.load(LoadRequest("m", checkpoint, 77)).result()
+    facts = loaded.runner.facts
+    assert (facts.model_id, facts.architecture, facts.path) == ("m", "LlamaForCausalLM", "fused: 3 layers")
+    assert (facts.max_model_len, facts.dtype, facts.quantization) == (77, "float32", Quantization.NONE)
+    assert loaded.memory.weight_slabs == -(-facts.weight_bytes // SLAB)
+    assert facts.kv_bytes_per_token == loaded.memory.kv.bytes_per_token == 2 * 3 * 2 * 12 * 4
+    assert loaded.memory.kv.max_slabs == 64
+    loaded.memory.close()
+    loaded.memory.close()
+    made.close()
+
+
+def test_what_can_never_fit_is_refused_with_the_sizes(tmp_path: Path) -> None:
+    checkpoint = save(tiny("llama"), tmp_path)
+    with pytest.raises(LoadFailed, match=r"model big needs \d+ bytes for its weights .* the device budget is 262144 bytes \(1 slabs\)"):
+        backend(slabs=1).load(LoadRequest("big", checkpoint, None)).result()
+
+
+def test_a_slab_must_hold_a_block(tmp_path: Path) -> None:
+    made = make_backend(EngineConfig(device="cpu", slab_bytes=4096, device_budget_bytes=SLAB * 64, max_rows=4, max_batch_tokens=64))
+    with pytest.raises(LoadFailed, match=r"model m: one KV block of 16 tokens takes \d+ bytes, slab_bytes is 4096"):
+        made.load(LoadRequest("m", save(tiny("llama"), tmp_path), None)).result()
+
+
+def test_a_cancelled_load_leaves_nothing(tmp_path: Path) -> None:
+    made = backend()
+    job = made.load(LoadRequest("m", save(tiny("llama"), tmp_path), None))
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.result()
+    assert job.done()
+
+
+def test_the_machine_must_have_what_is_asked() -> None:
+    with pytest.raises(ValueError, match="device meta is neither"):
+        make_backend(EngineConfig(device="meta"))
+    with pytest.raises(ValueError, match="less than one slab"):
+        make_backend(EngineConfig(device="cpu", slab_bytes=SLAB, device_budget_bytes=100))
