@@ -8,6 +8,7 @@ from yarl import URL
 
 from mesh.api.addressing import HOP_HEADER, MODEL_HEADER
 from mesh.client.peer import Connections
+from mesh.errors import NotSupported
 from mesh.routing.forward import CopyRouter
 from mesh.types import Target
 
@@ -28,6 +29,7 @@ _HOP_BY_HOP = frozenset(
     }
 )
 _ABSENT = 404
+_ABSENT_CODE = b"model_not_found"  # OpenAI's, in the error's JSON
 _AWAY = (502, 503)
 
 
@@ -50,6 +52,8 @@ class Exchange:
     ) -> None:
         """Returns with the answer's status, headers and first bytes. Raises as CopyRouter.route, and UnreachableError."""
         self.target = await self._router.route(self._model_id, deadline_s=None, prefix_hash=prefix_hash, exclude=exclude, here=here)
+        if not self.target.http_address:
+            raise NotSupported(f"model {self._model_id}: its runtime has no HTTP API; call it by gRPC")
         session, base = self._connections.http(self.target.http_address)
         try:
             self.answer = await session.request(
@@ -65,8 +69,8 @@ class Exchange:
 
     @property
     def is_gone(self) -> bool:
-        """The target says that it hasn't got the model (or the path: then a second attempt says so again)."""
-        return self.answer is not None and self.answer.status == _ABSENT
+        """The target says that it hasn't got the model; an unknown path is something else, and no reason to load anything."""
+        return self.answer is not None and self.answer.status == _ABSENT and _ABSENT_CODE in self.first
 
     @property
     def is_away(self) -> bool:

@@ -39,6 +39,7 @@ class RuntimeFollower:
         self._connected = False
         self.limits: RuntimeLimits | None = None
         self.snapshot = RuntimeSnapshot(0)
+        self._models: dict[str, RuntimeModel] = {}
         self._told_s = 0.0
 
     @property
@@ -60,7 +61,7 @@ class RuntimeFollower:
         return self.serving and (model is None or model.state is CopyState.LOADED or copy.loaded_s >= self._told_s)
 
     def model(self, model_id: str) -> RuntimeModel | None:
-        return next((model for model in self.snapshot.models if model.model_id == model_id), None)
+        return self._models.get(model_id)
 
     async def run(self) -> None:
         await self._await_ready()
@@ -73,6 +74,7 @@ class RuntimeFollower:
                 self._connected = False
                 self._loads.pause()
             self.snapshot = snapshot
+            self._models = {model.model_id: model for model in snapshot.models}
             self._told_s = time.monotonic()
             if not gone and not self._connected:
                 await self._returned(snapshot)

@@ -169,6 +169,7 @@ class LocalLoads:
     async def _load_on_runtime(self, copy: LocalCopy) -> int:
         """What doesn't fit although it should is given room, one idle model after the other; a runtime that restarts is waited for."""
         give_up_s = time.monotonic() + _AWAY_S
+        refusal = ""
         while True:
             await self._ready.wait()
             try:
@@ -180,10 +181,18 @@ class LocalLoads:
                 await asyncio.sleep(_AGAIN_S)
             except Overloaded as error:
                 victim = next(iter(self._idle()), None)
-                if victim is None:
+                # the same words after somebody has left: it isn't room that is missing
+                if victim is None or error.message == refusal or await self._never_fits(copy):
                     raise LoadFailed(error.message) from None
+                refusal = error.message
                 logger.warning("model %s: %s; unloading %s for it", copy.model_id, error.message, victim.model_id)
                 await self._evict(victim)
+
+    async def _never_fits(self, copy: LocalCopy) -> bool:
+        try:
+            return not (await self._runtime.fit(copy.model_id, copy.info)).fits
+        except MeshError:
+            return False
 
     async def _admit(self, copy: LocalCopy, urgent: bool) -> None:
         """Reserve room for the predicted size, once there is."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
-from mesh.errors import MeshError, NotFound, StoreError
+from mesh.errors import MeshError, NotFound, StoreError, Unavailable
 from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
 from mesh.placement.follow import RuntimeFollower
@@ -97,9 +97,9 @@ class Placement:
             return status
         if now is not ModelStatus.LOADING:
             if retry_failed:
-                await self._announcer.forgive(model_id)
+                await self._forgive(model_id)
                 record = self._registry.models.get(model_id) or record
-            elif self._blocked_for_s(record) > 0:
+            elif self._blocked_for_s(model_id, record) > 0:
                 return status
             await self._begin(model_id, record, last_used_ms=used_ms, urgent=last_used_ms == 0 or retry_failed, here=here)
         return await self._outcome(model_id) if wait else self.status(model_id)
@@ -107,6 +107,8 @@ class Placement:
     async def unload(self, model_id: str) -> None:
         await self._announcer.drop_everywhere(model_id)
         await self._loads.drop(model_id)
+        if self._quarantined(model_id):
+            await self._forgive(model_id)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_UNLOAD_S):
                 while any(model_id in pod.copies for pod_id, pod in self._registry.instances.live() if pod_id != self._own_id):
@@ -179,6 +181,18 @@ class Placement:
                 self._copies.remove(copy)
                 self._spawn(self._give_up(model.model_id, model.error or f"{model.state} by the runtime"))
 
+    def _quarantined(self, model_id: str) -> bool:
+        """It took the engine down, and would again: it is loaded no more until somebody asks for it by name."""
+        model = self._follower.model(model_id)
+        return model is not None and model.state is CopyState.QUARANTINED
+
+    async def _forgive(self, model_id: str) -> None:
+        """To a runtime, a model that is unloaded on purpose has a new chance."""
+        if self._quarantined(model_id):
+            with contextlib.suppress(Unavailable):
+                await self._runtime.unload(model_id)
+        await self._announcer.forgive(model_id)
+
     async def _give_up(self, model_id: str, error: str) -> None:
         with contextlib.suppress(StoreError):
             await self._announcer.failed(model_id, error, at_ms=epoch_ms())
@@ -202,7 +216,8 @@ class Placement:
         candidates = [
             self._own_pod() if pod_id == self._own_id else _pod(pod_id, pod)
             for pod_id, pod in pods.items()
-            if may_load(record, pod_id, now_ms=now_ms, expiry_s=self._failure_expiry_s) and (pod_id == self._own_id or pod.http_address)
+            if may_load(record, pod_id, now_ms=now_ms, expiry_s=self._failure_expiry_s)
+            and (not self._quarantined(model_id) if pod_id == self._own_id else pod.http_address)
         ]
         return choose_pod(candidates, size_bytes or (limits.default_model_size_bytes if limits else 0))
 
@@ -223,13 +238,20 @@ class Placement:
                 return status
             await self._changes.wait(_REMOTE_START_S)
 
-    def _blocked_for_s(self, record: ModelRecord) -> float:
-        return blocked_for_s(record, own_id=self._own_id, pods=self._pods(), now_ms=epoch_ms(), expiry_s=self._failure_expiry_s)
+    def _blocked_for_s(self, model_id: str, record: ModelRecord) -> float:
+        return blocked_for_s(
+            record,
+            own_id=self._own_id,
+            pods=self._pods(),
+            now_ms=epoch_ms(),
+            expiry_s=self._failure_expiry_s,
+            quarantined=self._quarantined(model_id),
+        )
 
     def blocked_for_s(self, model_id: str) -> float:
         """How long a failed model is not tried again, unless asked for by name."""
         record = self._registry.models.get(model_id)
-        return self._blocked_for_s(record) if record else 0.0
+        return self._blocked_for_s(model_id, record) if record else 0.0
 
     def _status_here(self, model_id: str) -> ModelStatus:
         if self._loads.task(model_id) is not None:
@@ -287,7 +309,7 @@ class Placement:
         for model_id, record in self._registry.models.table.items():
             if self._own_id in record.instance_ids and self._copies.get(model_id) is None and self._loads.task(model_id) is None:
                 await self._announcer.gone(model_id)
-            if now_ms - record.failed_in.get(self._own_id, now_ms) > _FAILURE_KEPT_MS:
+            if now_ms - record.failed_in.get(self._own_id, now_ms) > _FAILURE_KEPT_MS and not self._quarantined(model_id):
                 await self._announcer.forgive_own(model_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

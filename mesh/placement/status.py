@@ -52,14 +52,19 @@ def status_of(
     return StatusInfo(status, errors, everything)
 
 
-def blocked_for_s(record: ModelRecord, *, own_id: str, pods: Mapping[str, InstanceRecord], now_ms: int, expiry_s: float) -> float:
-    """How long no pod should try to load this model again; 0 = it may be tried (somewhere: see `may_load`)."""
+def blocked_for_s(
+    record: ModelRecord, *, own_id: str, pods: Mapping[str, InstanceRecord], now_ms: int, expiry_s: float, quarantined: bool = False
+) -> float:
+    """How long no pod should try to load this model again; 0 = it may be tried (somewhere: see `may_load`).
+
+    `quarantined`: this pod's runtime won't have it until somebody asks for it by name.
+    """
     recent = sorted(at_ms for at_ms in record.failed_in.values() if now_ms - at_ms < FAILURES_FOR_MS)
     if len(recent) >= MAX_FAILURES:
         return (recent[-MAX_FAILURES] + FAILURES_FOR_MS - now_ms) / 1000
-    candidates = {own_id, *pods}
+    candidates = {own_id, *pods} - ({own_id} if quarantined else set())
     waits_s = [max(0.0, expiry_s - (now_ms - record.failed_in[pod]) / 1000) if pod in record.failed_in else 0.0 for pod in candidates]
-    return min(waits_s)
+    return min(waits_s, default=expiry_s)
 
 
 def may_load(record: ModelRecord, instance_id: str, *, now_ms: int, expiry_s: float) -> bool:

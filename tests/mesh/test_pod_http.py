@@ -149,6 +149,22 @@ async def test_a_lost_model_and_a_moment_of_unavailability_are_not_seen(pod: Run
     assert (await pod.chat("org/smol"))[0] == 503
 
 
+async def test_a_path_that_the_runtime_does_not_know_loads_nothing_again(pod: RunningPod) -> None:
+    assert (await pod.chat("org/smol"))[0] == 200
+    log = list(pod.runtime.log)
+    async with pod.http.post("/v1/nothing", json={"model": "org/smol"}) as answer:
+        assert (answer.status, (await answer.json())["error"]["message"]) == (404, "no such path")
+    assert pod.runtime.log == log
+
+
+async def test_a_runtime_without_http(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", runtime_http="") as pod:
+        await pod.name("smol", "/files")
+        status, body, _ = await pod.chat("smol")
+        assert status == 501
+        assert "gRPC" in body["error"]["message"]
+
+
 async def test_an_answer_that_breaks_off_ends_in_an_error_event(pod: RunningPod) -> None:
     status, text = await stream(pod, chunks=5, break_at=2)
     assert status == 200

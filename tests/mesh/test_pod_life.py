@@ -100,6 +100,41 @@ async def test_two_models_that_need_the_same_room_take_turns(tmp_path: Path, mon
         assert answers == [b"hi"] * 40
 
 
+async def test_a_runtime_that_refuses_for_another_reason_costs_one_eviction_at_most(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=100 * MB)) as pod:
+        for name in ("a", "b", "c", "d"):
+            await pod.register(name, f"/{name}")
+            await pod.echo(name)
+        pod.runtime.switches.full_disk = True
+        await pod.register("e", "/e")
+        with pytest.raises(grpc.aio.AioRpcError, match="disk is full"):
+            await pod.echo("e")
+        assert set(pod.runtime.loaded) >= {"b", "c", "d"}
+
+
+async def test_a_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", failure_expiry_s=0.1) as pod:
+        await pod.register("bad")
+        await pod.register("good")
+        await pod.echo("bad")
+        pod.runtime.switches.quarantined.add("bad")
+        pod.runtime.drop("bad")
+        await until(lambda: pod.pod._copies.get("bad") is None)
+        for _ in range(2):
+            # also after the pause that any other failure has
+            await asyncio.sleep(0.15)
+            with pytest.raises(grpc.aio.AioRpcError, match="quarantined") as caught:
+                await pod.echo("bad")
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert pod.runtime.log.count(("load", "bad")) == 1
+        assert ("unload", "bad") not in pod.runtime.log
+        assert (await pod.model("bad"))["state"] == "quarantined"
+        assert await pod.echo("good") == b"hi"
+        async with pod.http.post("/models/load", json={"model": "bad"}) as answer:
+            assert answer.status == 200
+        assert await pod.echo("bad") == b"hi"
+
+
 async def test_unregistering_unloads(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         model = await pod.name("a", "/files")

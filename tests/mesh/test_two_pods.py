@@ -116,16 +116,15 @@ async def test_a_pod_that_lost_the_model_is_not_asked_twice(pods: tuple[RunningP
 
 async def test_a_pod_that_dies_is_replaced_within_the_request(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
-    async with running_pod(tmp_path / "a", store=store) as a:
-        async with running_pod(tmp_path / "b", store=store) as b:
-            await until(lambda: len(a.pod.registry.instances.live()) == 2)
-            await a.register("m")
-            await loaded_at(b, a, "m")
-            # its ports close, its record stays: as when the machine is gone
-            await b.pod.grpc.stop(0)
-            await b.pod.http.stop()
-            assert await asyncio.wait_for(a.echo("m"), 20) == b"hi"
-            assert "m" in a.runtime.loaded
+    async with running_pod(tmp_path / "a", store=store) as a, running_pod(tmp_path / "b", store=store) as b:
+        await until(lambda: len(a.pod.registry.instances.live()) == 2)
+        await a.register("m")
+        await loaded_at(b, a, "m")
+        # its ports close, its record stays: as when the machine is gone
+        await b.pod.grpc.stop(0)
+        await b.pod.http.stop()
+        assert await asyncio.wait_for(a.echo("m"), 20) == b"hi"
+        assert "m" in a.runtime.loaded
 
 
 async def test_a_full_pod_has_an_empty_one_load(tmp_path: Path, etcd: EtcdServer) -> None:

@@ -35,6 +35,8 @@ class Switches:
     fail: dict[str, str] = field(default_factory=dict)
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
+    full_disk: bool = False
+    quarantined: set[str] = field(default_factory=set)
     progress: float = 0.0
     chunk_s: float = 0.0
     max_message_bytes: int = 16 * 1024 * 1024
@@ -117,7 +119,9 @@ class FakeRuntime:
             self.switches.unavailable -= 1
             return web.json_response({"error": {"message": "restarting", "type": "unavailable_error"}}, status=503)
         if model_id not in self.loaded:
-            return web.json_response({"error": {"message": f"{model_id} is not loaded here"}}, status=404)
+            return web.json_response({"error": {"message": f"{model_id} is not loaded here", "code": "model_not_found"}}, status=404)
+        if request.path == "/v1/nothing":
+            return web.json_response({"error": {"message": "no such path", "code": None}}, status=404)
         self.calls[model_id] += 1
         if not body.get("stream"):
             return web.json_response({"answer": model_id, "path": request.path, "id": request.headers.get("X-Request-Id", "")})
@@ -161,6 +165,8 @@ class _Spi(ModelRuntimeServicer):
     async def loadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
         runtime, switches = self._runtime, self._runtime.switches
         runtime.log.append(("load", request.modelId))
+        if request.modelId in switches.quarantined:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{request.modelId} is quarantined")
         if request.modelId not in runtime.loaded:
             runtime.loading.add(request.modelId)
             runtime.tell()
@@ -170,6 +176,8 @@ class _Spi(ModelRuntimeServicer):
                 await asyncio.sleep(switches.load_s)
             finally:
                 runtime.loading.discard(request.modelId)
+            if switches.full_disk:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the disk is full")
             if request.modelPath in switches.fail:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, switches.fail[request.modelPath])
             size = runtime.size_of(request.modelPath)
@@ -182,6 +190,9 @@ class _Spi(ModelRuntimeServicer):
     async def unloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         runtime = self._runtime
         runtime.log.append(("unload", request.modelId))
+        if request.modelId in runtime.switches.quarantined:
+            runtime.switches.quarantined.discard(request.modelId)
+            runtime.tell()
         if runtime.loaded.pop(request.modelId, None) is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.modelId} is not loaded")
         runtime.tell()
@@ -229,6 +240,10 @@ class _State(RuntimeStateServicer):
                 model_id=model_id, state=state_pb.ModelState.PULLING, progress=runtime.switches.progress, progress_text="of the files"
             )
             for model_id in runtime.loading
+        ]
+        models += [
+            state_pb.ModelState(model_id=model_id, state=state_pb.ModelState.QUARANTINED, error=f"{model_id} is quarantined")
+            for model_id in runtime.switches.quarantined
         ]
         return state_pb.RuntimeSnapshot(
             capacity_bytes=runtime.switches.capacity_bytes,

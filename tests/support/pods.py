@@ -63,7 +63,7 @@ class RunningPod:
 async def running_pod(
     directory: Path, *, store: str = "", switches: Switches | None = None, foreign: bool = False, wait: bool = True, **settings: Any
 ) -> AsyncIterator[RunningPod]:
-    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - a test's own
+    directory.mkdir(parents=True, exist_ok=True)
     runtime = FakeRuntime(directory, foreign=foreign, switches=switches)
     await runtime.start()
     config = MeshConfig(
@@ -71,8 +71,7 @@ async def running_pod(
         http_listen="127.0.0.1:0",
         store=store or f"embedded:{directory}/registry",
         runtime_grpc=runtime.grpc_address,
-        runtime_http=runtime.http_address,
-        **{"grace_s": 2.0, **settings},
+        **{"grace_s": 2.0, "runtime_http": runtime.http_address, **settings},
     )
     pod = Pod(msgspec.structs.replace(config, instance_id=settings.get("instance_id") or directory.name))
     await pod.start()
