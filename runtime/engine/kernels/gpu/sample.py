@@ -153,7 +153,7 @@ def _draw_kernel(
     if SORTS:
         typical = tl.load(rule_ptr + 4).to(tl.float32, bitcast=True)
         if (typical < 1.0) & (not greedy):
-            mass, num_kept = _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK)
+            mass, _num_kept = _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK)
             log_mass = tl.log(mass)
             for begin in range(0, vocab, BLOCK):
                 _, z = _scores(row_ptr, begin, vocab, temperature, BLOCK)
