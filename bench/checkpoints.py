@@ -121,20 +121,26 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
 
 
 def _write_tokenizer(folder: Path, vocab: int) -> None:
-    """A word-level tokenizer with an entry for each id, so that any output can be decoded."""
-    words = {f"w{i}": i for i in range(vocab)}
+    """A word for each id, so that any output can be decoded, in byte-level form, as the families of these shapes have theirs."""
+    words = {f"Ġw{i}": i for i in range(vocab)}
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "WhitespaceSplit"},
+                {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
+            ],
+        },
         "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "Ġw0"},
     }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w0", "eos_token": "w1"})
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "Ġw0", "eos_token": "Ġw1"})
     )

@@ -30,7 +30,8 @@ from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import RuntimeStateApi, add_state
 from runtime.config import RuntimeConfig
 from runtime.configure import configure
-from runtime.engine_client import EngineClient, EngineState
+from runtime.engine_client import CommandBuilder, EngineClient, EngineState
+from runtime.engine_process import engine_command
 from runtime.errors import RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.host_arena import HostArena, wants_arena
@@ -47,14 +48,14 @@ log = logging.getLogger("runtime")
 class Runtime:
     """The front process's parts, made but not started. `run` starts them, and returns the exit status when they have ended."""
 
-    def __init__(self, config: RuntimeConfig, arena: HostArena | None) -> None:
+    def __init__(self, config: RuntimeConfig, arena: HostArena | None, *, command: CommandBuilder = engine_command) -> None:
         if arena is not None:
             config = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, host_arena_path=str(arena.path)))
         self._config = config
         self._addresses = [parse_address(text) for text in config.listen]
         self._http_address = parse_address(config.http_listen)
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
-        self._engine = EngineClient(config.engine)
+        self._engine = EngineClient(config.engine, command=command)
         self._preparation = Preparation(config, cache)
         self._models = Models(config, self._engine, self._preparation, load_text)
         self._metrics = RuntimeMetrics()

@@ -1,0 +1,139 @@
+"""The served path without a model: client → mesh → runtime front → an engine that only keeps a beat. What a token costs in each process.
+
+    python -m bench.front [--streams 256] [--output 200] [--step-ms 10] [--path mesh|runtime] [--api http|grpc]
+
+Prints CPU microseconds per token of the runtime front and of the mesh: the figure to watch where cores are few or shared, since a process can carry
+at most one over it. Wall figures stand beside it; they mean something only where each process has a core of its own.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import load
+from bench.checkpoints import TINY, write
+from bench.processes import cpu_seconds, process_of
+from bench.stack import free_port
+from mesh.client.admin import AdminClient
+
+MODEL = "front"
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """`url` is the mesh's HTTP base, `grpc` its gRPC address; `runtime_…` the runtime's own sockets; `model_id` what it calls the model."""
+
+    url: str
+    grpc: str
+    runtime_http: str
+    runtime_grpc: str
+    runtime_pid: int
+    mesh_pid: int
+    model_id: str
+
+
+@contextlib.contextmanager
+def serve(step_s: float, log: Path | None = None) -> Iterator[Front]:
+    """Mesh and runtime front over bench.fast_engine, with one model loaded; ended with the block."""
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repertory-front-")))
+        checkpoint = write(TINY, home / "checkpoint")
+        runtime = {"listen": [f"unix:{home}/runtime.sock"], "http_listen": f"unix:{home}/http.sock", "cache_dir": str(home / "cache")}
+        http, grpc = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        mesh = {
+            "http_listen": http,
+            "grpc_listen": grpc,
+            "store": f"embedded:{home}/registry",
+            "runtime_grpc": runtime["listen"][0],
+            "runtime_http": runtime["http_listen"],
+        }
+        (home / "runtime.json").write_text(json.dumps({**runtime, "grace_s": 1.0}))
+        (home / "mesh.json").write_text(json.dumps({**mesh, "grace_s": 1.0}))
+        sink = stack.enter_context(log.open("wb")) if log is not None else subprocess.DEVNULL
+        environment = {**os.environ, "BENCH_STEP_S": str(step_s), "BENCH_VOCAB": str(TINY.vocab)}
+        pids = []
+        for words in (["bench.fast_runtime", "--config", f"{home}/runtime.json"], ["mesh", "serve-mesh", "--config", f"{home}/mesh.json"]):
+            process = subprocess.Popen([sys.executable, "-m", *words], stdout=sink, stderr=subprocess.STDOUT, env=environment)
+            stack.callback(_end, process)
+            pids.append(process.pid)
+        url = f"http://{http}"
+        _wait(url)
+        admin = AdminClient(url)
+        admin.register({"name": MODEL, "uri": f"file://{checkpoint}"})
+        admin.load(MODEL)
+        while (model := admin.model(MODEL)).state != "loaded":
+            if model.state in ("failed", "quarantined"):
+                raise RuntimeError(model.error)
+            time.sleep(0.05)
+        yield Front(url, grpc, str(runtime["http_listen"]), str(runtime["listen"][0]), pids[0], pids[1], model.model_id)
+
+
+def _wait(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.1)
+    raise RuntimeError("mesh and runtime were not ready within 60 s")
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--output", type=int, default=200)
+    parser.add_argument("--step-ms", type=float, default=10.0)
+    parser.add_argument("--path", choices=("mesh", "runtime"), default="mesh")
+    parser.add_argument("--clients", type=int, default=1, help="client processes")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--log", type=Path, default=None, help="file for the servers' output")
+    parser.add_argument("--profile", default="", help="a program that is started with `--pid N` while runtime and mesh work, such as a sampler")
+    args = parser.parse_args()
+    with serve(args.step_ms / 1000, args.log) as front:
+        url, headers = (front.url, None) if args.path == "mesh" else (front.runtime_http, {"mm-model-id": front.model_id})
+        parts = {"runtime": front.runtime_pid, "mesh": front.mesh_pid}
+        print(f"{'':>8} {'tok/s':>8} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8} {'tok/event':>9} | CPU µs per token: runtime, engine, mesh")
+        for repeat in range(args.repeats):
+            workload = load.Workload(args.streams, 16, args.output, TINY.vocab, seed=repeat)
+            before = [cpu_seconds(pid) for pid in parts.values()]
+            samplers = _samplers(args.profile, parts) if args.profile and repeat == args.repeats - 1 else []
+            outcome = load.run_spread(url, MODEL, workload, args.clients, headers)
+            spent = [cpu_seconds(pid).since(old) for pid, old in zip(parts.values(), before, strict=True)]
+            by_part = {part: seconds for each in spent for part, seconds in each.by_part.items()}
+            us = {part: 1e6 * seconds / outcome.tokens for part, seconds in by_part.items()}
+            print(
+                f"{args.path:>8} {outcome.tokens_per_s:>8.0f} {outcome.ttft_p50_s * 1e3:>7.0f}ms {outcome.gap_p50_s * 1e3:>6.1f}ms "
+                f"{outcome.gap_p99_s * 1e3:>6.1f}ms {outcome.tokens / max(1, outcome.events):>9.2f} | "
+                f"{us.get('runtime', 0):.1f}, {us.get('engine', 0):.1f}, {us.get('mesh', 0):.1f}",
+                flush=True,
+            )
+            for sampler in samplers:
+                sampler.wait()
+
+
+def _samplers(command: str, parts: dict[str, int]) -> "list[subprocess.Popen[bytes]]":
+    return [subprocess.Popen([*command.replace("PART", part).split(), "--pid", str(process_of(pid, part))]) for part, pid in parts.items()]
+
+
+if __name__ == "__main__":
+    main()
