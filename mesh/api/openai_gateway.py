@@ -112,16 +112,23 @@ class OpenAiGateway:
             # the stream has begun as if all were well: what came instead is its last event
             record.code = str(answer.status)
             return await _finish(held.response, event_of(exchange.first + await answer.content.read()))
+        record.code = str(answer.status)
         response = held.response if held is not None else None
         if response is None:
-            response = web.StreamResponse(status=answer.status, reason=answer.reason)
+            length = answer.headers.get("Content-Length")
+            whole = length == str(len(exchange.first))
+            # an answer that is all here leaves in one write
+            response = web.Response(body=exchange.first) if whole else web.StreamResponse()
+            response.set_status(answer.status, answer.reason)
+            response.headers.pop("Content-Type", None)
             for key, value in end_to_end(list(answer.headers.items())):
                 response.headers.add(key, value)
-            if (length := answer.headers.get("Content-Length")) is not None:
-                response.headers["Content-Length"] = length
             response.headers["X-Request-Id"] = record.request_id
+            if whole:
+                return response
+            if length is not None:
+                response.headers["Content-Length"] = length
             await response.prepare(request)
-        record.code = str(answer.status)
         try:
             chunk = exchange.first
             while chunk:

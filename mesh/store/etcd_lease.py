@@ -83,8 +83,10 @@ class LeaseKeeper:
             while True:
                 self._wake.clear()
                 await self._round(stream)
+                # not wait_for: before Python 3.12 that may swallow a cancellation
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._interval_s())
+                    async with asyncio.timeout(self._interval_s()):
+                        await self._wake.wait()
         finally:
             stream.cancel()
 
