@@ -44,6 +44,8 @@ from runtime.text.model import load_text
 
 log = logging.getLogger("runtime")
 
+_BACKLOG = 4096   # a unix socket refuses at once what is over it, and a mesh may open hundreds of connections together
+
 
 class Runtime:
     """The front process's parts, made but not started. `run` starts them, and returns the exit status when they have ended."""
@@ -104,9 +106,9 @@ class Runtime:
         await self._runner.setup()
         site: web.BaseSite
         if self._http_address.path:
-            site = web.UnixSite(self._runner, self._http_address.path)
+            site = web.UnixSite(self._runner, self._http_address.path, backlog=_BACKLOG)
         else:
-            site = web.TCPSite(self._runner, self._http_address.host, self._http_address.port)
+            site = web.TCPSite(self._runner, self._http_address.host, self._http_address.port, backlog=_BACKLOG)
         try:
             await site.start()
             for address in self._addresses:
