@@ -30,6 +30,10 @@ _UNLOAD_RETRY_S = 10.0
 _UNLOAD_ATTEMPTS = 90
 
 
+class _DeclinedError(Exception):
+    """Not loaded, and nothing is wrong with it."""
+
+
 class LocalLoads:
     """`load_timeout_s` 0: what the runtime asks for. `begin` must be called with its limits before the first load."""
 
@@ -152,6 +156,8 @@ class LocalLoads:
             self._copies.set_state(copy, CopyState.LOADED)
         except LoadFailed as error:
             await self._failed(copy, error.message)
+        except _DeclinedError:
+            pass
         finally:
             if not keep:
                 self._copies.remove(copy)
@@ -205,6 +211,9 @@ class LocalLoads:
             room = make_room(self._copies.usage(), copy.model_id, predicted, last_used_ms=wanted_ms, patient=now_s < impatient_s)
             if room.refusal:
                 raise LoadFailed(room.refusal)
+            if room.declined:
+                logger.info("model %s is not loaded: all that it would displace was used more recently", copy.model_id)
+                raise _DeclinedError
             if not room.wait:
                 copy.size_bytes = predicted
                 return

@@ -7,11 +7,15 @@ from mesh.placement.usage import Held, Usage
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """`victims` are to be unloaded, in this order. `wait`: there isn't room yet, look again after a change. `refusal`: there never will be."""
+    """`victims` are to be unloaded, in this order. `wait`: there isn't room yet, look again after a change. `refusal`: there never will be.
+
+    `declined`: what would have to leave was used more recently than the newcomer.
+    """
 
     victims: tuple[str, ...] = ()
     wait: bool = False
     refusal: str = ""
+    declined: bool = False
 
 
 def make_room(usage: Usage, model_id: str, need_bytes: int, *, last_used_ms: int | None = None, patient: bool = True) -> Room:
@@ -34,7 +38,7 @@ def make_room(usage: Usage, model_id: str, need_bytes: int, *, last_used_ms: int
     if last_used_ms is not None:
         candidates = [held for held in candidates if held.last_used_ms < last_used_ms]
         if sum(held.size_bytes for held in candidates) < short_bytes:
-            return Room(refusal=f"model {model_id}: all that would make room for its {need_bytes} bytes was used more recently")
+            return Room(declined=True)
     idle = _take([held for held in candidates if held.users == 0], short_bytes)
     if idle is not None:
         return Room(victims=idle, wait=True)

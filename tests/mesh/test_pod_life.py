@@ -16,6 +16,7 @@ from tests.support.etcd import EtcdServer, free_port
 from tests.support.fake_runtime import MB, FakeRuntime, Switches
 from tests.support.pods import running_pod
 from tests.support.waiting import until
+from wire.mmesh import model_mesh_pb2 as mm
 
 
 @pytest.mark.parametrize("foreign", [False, True])
@@ -133,6 +134,31 @@ async def test_a_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(t
         async with pod.http.post("/models/load", json={"model": "bad"}) as answer:
             assert answer.status == 200
         assert await pod.echo("bad") == b"hi"
+
+
+async def test_what_nobody_has_used_yet_displaces_nothing_in_use_until_it_is_asked_for(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB)) as pod:
+        await pod.register("a")
+        await pod.echo("a")
+        request = mm.RegisterModelRequest(modelId="b", modelInfo=mm.ModelInfo(type="llm", path="/b"), loadNow=True, sync=True)
+        assert (await pod.management.registerModel(request)).status == mm.ModelStatusInfo.NOT_LOADED
+        assert set(pod.runtime.loaded) == {"a"}
+        assert await pod.echo("b") == b"hi"
+        assert set(pod.runtime.loaded) == {"b"}
+
+
+async def test_unloading_ends_a_load_that_is_under_way(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        await pod.name("a", "/files")
+        pod.runtime.switches.load_gate = asyncio.Event()
+        await pod.http.post("/models/load", json={"model": "a"})
+        await until(lambda: pod.runtime.loading)
+        async with pod.http.post("/models/unload", json={"model": "a"}) as answer:
+            assert answer.status == 200
+        await until(lambda: not pod.runtime.loading)
+        assert (await pod.model("a"))["status"] == "NOT_LOADED"
+        pod.runtime.switches.load_gate.set()
+        assert (await pod.chat("a"))[0] == 200
 
 
 async def test_unregistering_unloads(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_byt
         assert not victims
         return
     assert not any(victim.leaving or victim.pinned for victim in victims)
+    assert not room.declined
     if not room.wait:
         assert usage.used_bytes + need_bytes <= usage.capacity_bytes
         return
@@ -59,6 +60,9 @@ def test_a_model_from_long_ago_displaces_nothing_younger(usage: Usage, need_byte
     room = make_room(usage, "new", need_bytes, last_used_ms=last_used_ms)
     held = {item.model_id: item for item in usage.held}
     assert all(held[model_id].last_used_ms < last_used_ms for model_id in room.victims)
+    if room.declined:
+        older = sum(item.size_bytes for item in usage.held if item.last_used_ms < last_used_ms and not (item.leaving or item.pinned))
+        assert usage.used_bytes - usage.leaving_bytes - older + need_bytes > usage.capacity_bytes
 
 
 def test_what_is_coming_free_is_waited_for_and_an_own_entry_does_not_count() -> None:
