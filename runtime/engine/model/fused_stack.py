@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.engine.kernels.activation import act_mul
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.memory.arrival import Arrival
 from runtime.engine.model.attention import attend, rope_write
 from runtime.engine.model.fused_spec import LayerSpec, StackSpec
-from runtime.engine.model.linear import Linear, make_linear
+from runtime.engine.model.linear import Linear, gated, make_linear
 from runtime.engine.model.rope import RotaryTable
 from runtime.engine.model.step import StepContext
 from runtime.types import Quantization
@@ -112,7 +111,7 @@ class FusedStack:
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
             branch = self._scaled(layer.out(mixed, step.scratch), layer.after_attention_norm)
             hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
-            inner = act_mul(layer.gate_up(hidden, step.scratch), spec.activation)
+            inner = gated(layer.gate_up, hidden, spec.activation, step.scratch)
             branch = self._scaled(layer.down(inner, step.scratch), layer.after_mlp_norm)
 
         if arriving:

@@ -35,11 +35,13 @@ class GraphPool:
 
     def __init__(self, device: torch.device, *, enabled: bool, limit_bytes: int = POOL_LIMIT_BYTES) -> None:
         self.enabled = enabled
+        self._device = device
         self.used_bytes = 0
         self._limit_bytes = limit_bytes
         self._wanted: deque[tuple[ModelGraphs, Bucket]] = deque()
         self._handle = torch.cuda.graph_pool_handle() if enabled else None
         self._stream = torch.cuda.Stream(device) if enabled else None
+        self._anchor: torch.cuda.CUDAGraph | None = None
 
     @property
     def full(self) -> bool:
@@ -66,6 +68,8 @@ class GraphPool:
     def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
         """Capture `run`, which returns logits, without running it. Other threads may use the device meanwhile."""
         assert self._stream is not None
+        if self._anchor is None:
+            self._anchor = self._tiny()
         before, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -79,6 +83,15 @@ class GraphPool:
         after, _ = torch.cuda.mem_get_info()               # with what the driver keeps of a graph
         self.used_bytes += max(0, before - after)
         return StepGraph(graph, alias(logits))
+
+    def _tiny(self) -> "torch.cuda.CUDAGraph":
+        """A graph that stays: torch gives a pool up with its last graph, and its handle can't be used again."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            torch.zeros(1, device=self._device)
+            graph.capture_end()
+        return graph
 
 
 class ModelGraphs:

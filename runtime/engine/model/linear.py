@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.linear4 import linear_4bit
 from runtime.engine.kernels.linear8 import linear_int8
+from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.host_linear import HostLinear, HostLinear4, HostLinear8
 from runtime.types import Quantization
@@ -28,6 +30,8 @@ class PlainLinear:
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        if serves(x, self.weight):
+            return linear_16bit(x, self.weight, self.bias, scratch=scratch)
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -54,6 +58,13 @@ class Linear8:
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         return linear_int8(x, self.weight, self.scale, self.bias, scratch=scratch)
+
+
+def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | None) -> Tensor:
+    """act(gate) × up of a layer that gives gate, then up: in one launch where its kernel can."""
+    if isinstance(linear, PlainLinear) and serves(x, linear.weight):
+        return linear_16bit(x, linear.weight, linear.bias, activation, scratch=scratch)
+    return act_mul(linear(x, scratch), activation)
 
 
 class LinearModule(nn.Module):

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.engine.kernels.gpu import chain
 from runtime.engine.kernels.gpu.products import dot, dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
 
@@ -73,8 +74,10 @@ def _decode_kernel(
     sinks_ptr, k_scale_ptr, v_scale_ptr, partials_ptr, counters_ptr, num_splits,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):
+    chain.begin(PDL)
+    chain.wait(PDL)
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
@@ -163,8 +166,10 @@ def _mixed_kernel(
     sinks_ptr, k_scale_ptr, v_scale_ptr, num_rows,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr,
-    PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):
+    chain.begin(PDL)
+    chain.wait(PDL)
     # Row b owns query blocks starts[b] // BLOCK_Q + b and up: at most one block a row is wasted, and nothing depends on the host.
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -281,7 +286,7 @@ def paged_attention(
             GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_D=block_d, TILE=tile,
             SPLIT=splits > 1, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
             SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q),
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, PDL=chain.overlaps(q), **chain.options(q),
         )
         return
     block_m, tile, num_warps, num_stages = mixed_tiling(wide, block_d)
@@ -292,5 +297,5 @@ def paged_attention(
         *arrays, num_rows,
         GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_D=block_d,
         TILE=tile, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, SCALED=k_scale is not None,
-        PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q), num_warps=num_warps, num_stages=num_stages,
+        PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q), num_warps=num_warps, num_stages=num_stages, PDL=chain.overlaps(q), **chain.options(q),
     )

@@ -1,0 +1,47 @@
+"""x · Wᵀ with a 16-bit W at few rows, where memory is all that counts. Knows matrices; nothing of modules.
+
+At few rows a matrix product is a stream of weights, and what a library's product loses is the beginning and the end of each: ours fetches weights
+while the kernels before it still run (gpu/chain.py), splits what would leave multiprocessors idle, and applies the gate of an MLP where the sums are.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from runtime.engine.kernels.activation import Activation, act_mul
+from runtime.engine.kernels.scratch import Scratch
+
+MAX_ROWS = 64                            # beyond, arithmetic counts and the library's product is as fast
+LEAST_COLUMNS = 512                      # of K; and a multiple of it
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear_16bit` is the way for these operands: a GPU, 16-bit types, few rows, a wide K."""
+    rows = x.numel() // x.shape[-1]
+    return x.is_cuda and x.element_size() == 2 and weight.dtype == x.dtype and rows <= MAX_ROWS and x.shape[-1] % LEAST_COLUMNS == 0
+
+
+def linear_16bit(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Activation | None = None, out: Tensor | None = None, scratch: Scratch | None = None
+) -> Tensor:
+    """`x` [..., K] times the transpose of `weight` [N, K], plus `bias` [N]: [..., N]. With `gate`, the weight holds gate, then up, and the result is
+    act(gate) × up: [..., N/2]. For what `serves` says yes to."""
+    num_outputs = weight.shape[0] // (1 if gate is None else 2)
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], num_outputs))
+    if x.is_cuda:
+        from runtime.engine.kernels.gpu import linear16
+
+        linear16.linear_16bit(x, weight, bias, gate, out, scratch)
+    else:
+        linear_16bit_torch(x, weight, bias, gate, out)
+    return out
+
+
+def linear_16bit_torch(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Activation | None, out: Tensor) -> None:
+    """Torch twin of the Triton launch."""
+    y = functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(torch.promote_types(x.dtype, weight.dtype))
+    if gate is None:
+        out.copy_(y)
+    else:
+        act_mul(y, gate, out)
