@@ -1,7 +1,7 @@
 """Load for an OpenAI server: N streams at once of random token ids, and what came back when. Knows nothing of who serves.
 
 The client reads bytes and counts events, no more, so that one process of it keeps up with what one server process can send; `run_spread` takes
-several. As a program (`python -m bench.load`) it is one of those: a job as JSON on stdin, a line "go" when all are connected, answers on stdout.
+several. As a program (`python -m bench.load`) it is one of those: a job as JSON on stdin, a line "go" when all are connected, a report on stdout.
 """
 
 import asyncio
@@ -55,9 +55,10 @@ class Outcome:
     wall_s: float
     tokens: int
     events: int
+    client_cpu_s: float  # of all client processes; 0 if the caller was the client
 
     @staticmethod
-    def of(answers: list[Answer]) -> "Outcome":
+    def of(answers: list[Answer], client_cpu_s: float = 0.0) -> "Outcome":
         start = min(answer.sent_s for answer in answers)
         wall = max(answer.ended_s for answer in answers) - start
         tokens = sum(answer.tokens for answer in answers)
@@ -72,6 +73,7 @@ class Outcome:
             wall,
             tokens,
             sum(len(answer.events_s) for answer in answers),
+            client_cpu_s,
         )
 
 
@@ -102,8 +104,9 @@ def run_spread(url: str, model: str, workload: Workload, processes: int, headers
             _hear(client)  # connected
         for client in clients:
             _tell(client, "go")
-        answers = [Answer(**answer) for client in clients for answer in json.loads(_hear(client))]
-        return Outcome.of(answers)
+        reports = [json.loads(_hear(client)) for client in clients]
+        answers = [Answer(**answer) for report in reports for answer in report["answers"]]
+        return Outcome.of(answers, sum(report["cpu_s"] for report in reports))
     finally:
         for client in clients:
             client.kill()
@@ -215,8 +218,10 @@ async def _serve_job() -> None:
     streams = await _connect(job["url"], job["model"], job["prompts"], job["output_tokens"], job["headers"])
     print("connected", flush=True)
     sys.stdin.readline()
+    started_s = time.process_time()
     answers = await _run_all(streams)
-    print(json.dumps([asdict(answer) for answer in answers]), flush=True)
+    spent_s = time.process_time() - started_s
+    print(json.dumps({"cpu_s": spent_s, "answers": [asdict(answer) for answer in answers]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.client.admin import AdminClient
+from mesh.configure import parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,14 @@ class Stack:
     admin: AdminClient
     ready_s: float
     pid: int
+
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def bytes_of(text: str) -> int:
+    """Of a size as `serve --memory` takes it."""
+    return parse_size(text)
 
 
 def free_port() -> int:
