@@ -1,6 +1,6 @@
 """The served path without a model: client → mesh → runtime front → an engine that only keeps a beat. What a token costs in each process.
 
-    python -m bench.front [--streams 256] [--output 200] [--step-ms 10] [--path mesh|runtime] [--api http|grpc]
+    python -m bench.front [--streams 256] [--output 200] [--step-ms 10] [--path mesh|runtime]
 
 Prints CPU microseconds per token of the runtime front and of the mesh: the figure to watch where cores are few or shared, since a process can carry
 at most one over it. Wall figures stand beside it; they mean something only where each process has a core of its own.
@@ -9,23 +9,15 @@ at most one over it. Wall figures stand beside it; they mean something only wher
 import argparse
 import contextlib
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import load
+from bench import load, stack
 from bench.checkpoints import TINY, write
 from bench.processes import cpu_seconds, process_of
-from bench.stack import free_port
-from mesh.client.admin import AdminClient
 
 MODEL = "front"
 
@@ -46,56 +38,19 @@ class Front:
 @contextlib.contextmanager
 def serve(step_s: float, log: Path | None = None) -> Iterator[Front]:
     """Mesh and runtime front over bench.fast_engine, with one model loaded; ended with the block."""
-    with contextlib.ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repertory-front-")))
+    with contextlib.ExitStack() as parts:
+        home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-front-")))
         checkpoint = write(TINY, home / "checkpoint")
-        runtime = {"listen": [f"unix:{home}/runtime.sock"], "http_listen": f"unix:{home}/http.sock", "cache_dir": str(home / "cache")}
-        http, grpc = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-        mesh = {
-            "http_listen": http,
-            "grpc_listen": grpc,
-            "store": f"embedded:{home}/registry",
-            "runtime_grpc": runtime["listen"][0],
-            "runtime_http": runtime["http_listen"],
-        }
-        (home / "runtime.json").write_text(json.dumps({**runtime, "grace_s": 1.0}))
-        (home / "mesh.json").write_text(json.dumps({**mesh, "grace_s": 1.0}))
-        sink = stack.enter_context(log.open("wb")) if log is not None else subprocess.DEVNULL
-        environment = {**os.environ, "BENCH_STEP_S": str(step_s), "BENCH_VOCAB": str(TINY.vocab)}
-        pids = []
-        for words in (["bench.fast_runtime", "--config", f"{home}/runtime.json"], ["mesh", "serve-mesh", "--config", f"{home}/mesh.json"]):
-            process = subprocess.Popen([sys.executable, "-m", *words], stdout=sink, stderr=subprocess.STDOUT, env=environment)
-            stack.callback(_end, process)
-            pids.append(process.pid)
-        url = f"http://{http}"
-        _wait(url)
-        admin = AdminClient(url)
-        admin.register({"name": MODEL, "uri": f"file://{checkpoint}"})
-        admin.load(MODEL)
-        while (model := admin.model(MODEL)).state != "loaded":
-            if model.state in ("failed", "quarantined"):
-                raise RuntimeError(model.error)
-            time.sleep(0.05)
-        yield Front(url, grpc, str(runtime["http_listen"]), str(runtime["listen"][0]), pids[0], pids[1], model.model_id)
-
-
-def _wait(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
-            if answer.status == 200:
-                return
-        time.sleep(0.1)
-    raise RuntimeError("mesh and runtime were not ready within 60 s")
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        grpc, http = f"unix:{home}/runtime.sock", f"unix:{home}/http.sock"
+        settings = {"listen": [grpc], "http_listen": http, "cache_dir": str(home / "cache"), "grace_s": 1.0}
+        (home / "runtime.json").write_text(json.dumps(settings))
+        pace = {"BENCH_STEP_S": str(step_s), "BENCH_VOCAB": str(TINY.vocab)}
+        runtime = parts.enter_context(
+            stack.program("bench.fast_runtime", "--config", f"{home}/runtime.json", log=log, environment=pace)
+        )
+        mesh = parts.enter_context(stack.mesh(home, grpc, http, log))
+        stack.load_and_wait(mesh, MODEL, f"file://{checkpoint}")
+        yield Front(mesh.url, mesh.grpc, http, grpc, runtime.pid, mesh.pid, mesh.admin.model(MODEL).model_id)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """A whole Repertory for a benchmark: `repertory serve` in a folder of its own, on free ports, ended with the block."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -81,6 +82,44 @@ def serve(*flags: str, home: Path | None = None, environment: dict[str, str] | N
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    url: str
+    grpc: str
+    admin: AdminClient
+    pid: int
+
+
+@contextlib.contextmanager
+def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = None) -> Iterator[Mesh]:
+    """Only the mesh, in front of a runtime that is up or about to be; files below `home`."""
+    http, grpc = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    settings = {
+        "http_listen": http,
+        "grpc_listen": grpc,
+        "store": f"embedded:{home}/registry",
+        "runtime_grpc": runtime_grpc,
+        "runtime_http": runtime_http,
+        "grace_s": 1.0,
+    }
+    (home / "mesh.json").write_text(json.dumps(settings))
+    with program("mesh", "serve-mesh", "--config", f"{home}/mesh.json", log=log) as process:
+        _wait_ready(process, f"http://{http}/readyz", log)
+        yield Mesh(f"http://{http}", grpc, AdminClient(f"http://{http}"), process.pid)
+
+
+@contextlib.contextmanager
+def program(*words: str, log: Path | None = None, environment: dict[str, str] | None = None) -> "Iterator[subprocess.Popen[bytes]]":
+    """`python -m …`, ended with the block. `log` is added to; None discards the output."""
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(log.open("ab")) if log is not None else subprocess.DEVNULL
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words], stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        )
+        stack.callback(_stop, process)
+        yield process
+
+
 def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -103,7 +142,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
             process.wait()
 
 
-def load_and_wait(stack: Stack, name: str, uri: str, timeout_s: float = 900.0, **settings: object) -> float:
+def load_and_wait(stack: Stack | Mesh, name: str, uri: str, timeout_s: float = 900.0, **settings: object) -> float:
     """Register and load; returns the seconds from the call for the load to LOADED. Raises RuntimeError with the cause."""
     stack.admin.register({"name": name, "uri": uri, **settings})
     started = time.perf_counter()

@@ -1,0 +1,166 @@
+"""A call through the mesh beside the same call to the runtime directly, and through a proxy that only moves bytes; in turns, in one run.
+
+    python -m bench.overhead [--seconds 1.0] [--repeats 3] [--carriers http,grpc]
+
+The runtime computes nothing, so everything that is seen is transport. Unary: one small request and answer. Stream: one request, 100 small events.
+All processes share the machine: believe the differences and ratios, not the absolute figures.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import grpc.aio
+import uvloop
+
+from bench import stack
+from bench.load import quantile
+
+EVENTS = 100
+MODEL = "overhead"
+_PATHS = ("direct", "bytes", "mesh")
+
+Call = Callable[[], Awaitable[int]]  # makes one call, returns its messages
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One path to the runtime: HTTP base (or unix:PATH) and gRPC address."""
+
+    http: str
+    grpc: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    p50_s: float
+    p99_s: float
+    messages_per_s: float
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[tuple[dict[str, Way], str]]:
+    """The three ways, and the model's id in the runtime."""
+    with contextlib.ExitStack() as parts:
+        home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-overhead-")))
+        parts.enter_context(stack.program("bench.idle_runtime", str(home)))
+        http, grpc_ = stack.free_port(), stack.free_port()
+        parts.enter_context(stack.program("bench.byte_proxy", str(http), f"{home}/http.sock", str(grpc_), f"{home}/runtime.sock"))
+        mesh = parts.enter_context(stack.mesh(home, f"unix:{home}/runtime.sock", f"unix:{home}/http.sock"))
+        stack.load_and_wait(mesh, MODEL, "file:///nothing")
+        ways = {
+            "direct": Way(f"unix:{home}/http.sock", f"unix:{home}/runtime.sock"),
+            "bytes": Way(f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc_}"),
+            "mesh": Way(mesh.url, mesh.grpc),
+        }
+        yield ways, mesh.admin.model(MODEL).model_id
+
+
+async def measure(calls: list[Call], seconds: float) -> Run:
+    """Each of `calls` again and again, all beside each other."""
+    took: list[float] = []
+    messages = 0
+
+    async def one(call: Call) -> None:
+        nonlocal messages
+        await call()
+        while (start := time.perf_counter()) < end:
+            count = await call()
+            took.append(time.perf_counter() - start)
+            messages += count
+
+    began = time.perf_counter()
+    end = began + seconds
+    await asyncio.gather(*(one(call) for call in calls))
+    return Run(quantile(took, 0.5), quantile(took, 0.99), messages / (time.perf_counter() - began))
+
+
+def http_call(session: aiohttp.ClientSession, base: str, headers: dict[str, str], stream: bool) -> Call:
+    body = {"model": MODEL, "prompt": "x" * 32, **({"stream": True, "chunks": EVENTS - 1} if stream else {})}
+
+    async def call() -> int:
+        async with session.post(f"{base}/v1/completions", json=body, headers=headers) as answer:
+            data = await answer.read()
+            if answer.status != 200:
+                raise RuntimeError(data.decode())
+            return data.count(b"data: ") if stream else 1
+
+    return call
+
+
+def grpc_call(channel: grpc.aio.Channel, model_id: str, stream: bool) -> Call:
+    metadata = (("mm-model-id", model_id),)
+    method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream("/test.Any/Count")
+    unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Any/Echo")
+
+    async def call() -> int:
+        if not stream:
+            await unary(b"x" * 64, metadata=metadata)
+            return 1
+        answers = method(metadata=metadata)
+        await answers.write(str(EVENTS).encode())
+        await answers.done_writing()
+        count = 0
+        async for _ in answers:
+            count += 1
+        return count
+
+    return call
+
+
+async def run(carrier: str, way: Way, model_id: str, stream: bool, concurrency: int, seconds: float) -> Run:
+    if carrier == "grpc":
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(way.grpc, options=options) as channel:
+            return await measure([grpc_call(channel, model_id, stream)] * concurrency, seconds)
+    unix = way.http.startswith("unix:")
+    connector = aiohttp.UnixConnector(way.http.removeprefix("unix:"), limit=0) if unix else aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        base = "http://runtime" if unix else way.http
+        return await measure([http_call(session, base, {"mm-model-id": model_id}, stream)] * concurrency, seconds)
+
+
+async def compare(ways: dict[str, Way], model_id: str, carrier: str, stream: bool, concurrency: int, seconds: float, repeats: int) -> None:
+    runs: dict[str, list[Run]] = {path: [] for path in _PATHS}
+    for _ in range(repeats):
+        for path in _PATHS:
+            runs[path].append(await run(carrier, ways[path], model_id, stream, concurrency, seconds))
+    kind = f"stream of {EVENTS}" if stream else "unary"
+    direct = statistics.median(each.messages_per_s for each in runs["direct"])
+    least = statistics.median(each.p50_s for each in runs["direct"])
+    for path in _PATHS:
+        rate = statistics.median(each.messages_per_s for each in runs[path])
+        p50 = statistics.median(each.p50_s for each in runs[path])
+        p99 = statistics.median(each.p99_s for each in runs[path])
+        print(
+            f"| {carrier} | {kind} | {concurrency} | {path} | {rate:,.0f} | {rate / direct:.2f} "
+            f"| {p50 * 1e3:.2f} | {(p50 - least) * 1e3:+.2f} | {p99 * 1e3:.2f} |",
+            flush=True,
+        )
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--carriers", default="http,grpc")
+    parser.add_argument("--concurrency", default="1,32")
+    args = parser.parse_args()
+    print("| carrier | call | at once | path | messages/s | of direct | p50 ms | more | p99 ms |")
+    print("| --- | --- | --: | --- | --: | --: | --: | --: | --: |")
+    with serve() as (ways, model_id):
+        for carrier in args.carriers.split(","):
+            for stream in (False, True):
+                for concurrency in args.concurrency.split(","):
+                    await compare(ways, model_id, carrier, stream, int(concurrency), args.seconds, args.repeats)
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
