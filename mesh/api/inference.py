@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -156,7 +156,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         sending = asyncio.create_task(self._send(call, inbound, self._rewrite(request, target)))
         begun = False
         try:
-            with contextlib.suppress(grpc.aio.AioRpcError):
+            with _ended_is_no_error():
                 while (message := await call.read()) is not grpc.aio.EOF:
                     if not begun:
                         begun = True
@@ -213,6 +213,19 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 "seconds": round(seconds, 4),
             },
         )
+
+
+@contextlib.contextmanager
+def _ended_is_no_error() -> Iterator[None]:
+    """A call's bad end is told by its status. One that ended as CANCELLED raises as if this task were cancelled, and it isn't."""
+    try:
+        yield
+    except grpc.aio.AioRpcError:
+        pass
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
 
 
 def says_gone(code: grpc.StatusCode, details: str) -> bool:

@@ -44,12 +44,14 @@ class Changes:
 
 @dataclass(eq=False, slots=True)
 class LocalCopy:
-    """`announced`: the registry's record has it, so that its absence there later means "unload". `size_bytes` counts from the load's start."""
+    """`announced`: the registry's record has it, so that its absence there later means "unload". `size_bytes` counts from the moment
+    that room is reserved: a load that only waits must not keep others from theirs. `expected_bytes`: what it was before; 0 = not known."""
 
     model_id: str
     info: ModelInfo
     state: CopyState = CopyState.QUEUED
     size_bytes: int = 0
+    expected_bytes: int = 0
     started_ms: int = field(default_factory=epoch_ms)
     started_s: float = field(default_factory=time.monotonic)
     loaded_s: float = 0.0

@@ -79,7 +79,7 @@ class LocalLoads:
         return len(self._loading)
 
     def load(self, model_id: str, info: ModelInfo, *, last_used_ms: int, urgent: bool = True) -> asyncio.Task[None]:
-        """The model's one load; a new one if none is under way. Wait for it with `asyncio.shield`.
+        """The model's one load; a new one if none is under way. Wait for it with `asyncio.wait`: `drop` cancels it.
 
         It ends well also when the load failed for a reason that is the model's own: that is then recorded. It raises Overloaded when there was no
         room and Unavailable when the runtime went away. `urgent` False: it displaces only what was used before `last_used_ms`.
@@ -91,7 +91,7 @@ class LocalLoads:
         copy = LocalCopy(model_id, info, last_used_ms=last_used_ms)
         previous = self._copies.get(model_id)
         if previous is not None and previous.state is not CopyState.UNLOADING:
-            copy.size_bytes = previous.size_bytes
+            copy.expected_bytes = previous.size_bytes or previous.expected_bytes
             copy.announced = previous.announced
         task = asyncio.create_task(self._load(copy, urgent), name=f"load {model_id}")
         self._loading[model_id] = task
@@ -202,7 +202,7 @@ class LocalLoads:
 
     async def _admit(self, copy: LocalCopy, urgent: bool) -> None:
         """Reserve room for the predicted size, once there is."""
-        predicted = copy.size_bytes or await self._runtime.predict_size(copy.model_id, copy.info) or self._default_size_bytes
+        predicted = copy.expected_bytes or await self._runtime.predict_size(copy.model_id, copy.info) or self._default_size_bytes
         give_up_s = time.monotonic() + _ROOM_S
         impatient_s = time.monotonic() + _PATIENCE_S
         while True:

@@ -230,7 +230,10 @@ class Placement:
         while True:
             task = self._loads.task(model_id)
             if task is not None:
-                await asyncio.shield(task)
+                # not shield: a load that is dropped would take those who wait for it along
+                await asyncio.wait([task])
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    raise error
                 return self.status(model_id)
             status = self.status(model_id)
             starting = status.status is ModelStatus.NOT_LOADED and time.monotonic() - started_s < _REMOTE_START_S

@@ -75,6 +75,24 @@ async def test_a_status_passes_with_its_details_and_trailers(pod: RunningPod) ->
     assert (trailers["why"], trailers["why-bin"]) == ("because", b"\x00\xff")
 
 
+async def test_a_runtimes_own_cancelled_is_a_status_like_any_other(pod: RunningPod) -> None:
+    call = pod.channel.unary_unary("/test.Any/Fail")(b"CANCELLED", metadata=FOR_M, timeout=5)
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+        await call
+    assert await call.code() is grpc.StatusCode.CANCELLED
+
+
+async def test_a_load_that_is_dropped_does_not_take_its_waiters_along(pod: RunningPod) -> None:
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    waiting = asyncio.ensure_future(pod.echo("m", timeout=10))
+    await until(lambda: pod.runtime.loading)
+    dropping = asyncio.ensure_future(pod.pod.placement.unload("m"))
+    await until(lambda: pod.runtime.log.count(("load", "m")) == 2)
+    gate.set()
+    await dropping
+    assert await waiting == b"hi"
+
+
 async def test_cancelling_reaches_the_runtime(pod: RunningPod) -> None:
     call = pod.channel.unary_stream("/test.Any/Slow")(b"go", metadata=FOR_M)
     assert await call.read() == b"first"
