@@ -30,6 +30,9 @@ from mesh.types import RuntimeLimits, Target
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = "x-request-id"
+# grpc.aio's words when a call ended while a message was being written to it: the status that it ended with is lost, so it is asked for again
+_MASKED = "Internal error from Core"
+_MASKED_RETRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         request.model_id = await self._resolve(self._addressing.address(request.method, request.metadata, first))
         exclude: frozenset[str] = frozenset()
         retried = reloaded = False
+        masked = 0
         while True:
             target = await self._router.route(
                 request.model_id,
@@ -127,7 +131,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 self._router.end(request.model_id, target)
             if outcome.begun or not inbound.replayable:
                 return outcome
-            if says_gone(outcome.code, outcome.details) and not reloaded:
+            if outcome.code is grpc.StatusCode.INTERNAL and outcome.details == _MASKED and masked < _MASKED_RETRIES:
+                masked += 1
+            elif says_gone(outcome.code, outcome.details) and not reloaded:
                 reloaded = True
                 self._router.forget(request.model_id, target)
             elif outcome.code is grpc.StatusCode.UNAVAILABLE and not retried and not here:

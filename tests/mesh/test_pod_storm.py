@@ -1,6 +1,7 @@
 """Everything at once, at random: requests, cancels, unloads, losses and failures over too little room. Every request ends; nothing leaks."""
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
 
@@ -28,10 +29,10 @@ async def act(pod: RunningPod, dice: random.Random) -> None:
             text = await answer.text()
             assert text.rstrip().endswith("data: [DONE]") or "error" in text
     elif kind < 0.8:
-        with pytest.raises((TimeoutError, asyncio.CancelledError)):
-            async with asyncio.timeout(dice.random() * 0.05):
-                async with pod.http.post("/v1/completions", json={"model": name, "stream": True, "chunks": 10_000}) as answer:
-                    await answer.read()
+        body = {"model": name, "stream": True, "chunks": 10_000}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(dice.random() * 0.05), pod.http.post("/v1/completions", json=body) as answer:
+                await answer.read()
     elif kind < 0.9:
         async with pod.http.post("/models/unload", json={"model": name}) as answer:
             assert answer.status == 200
