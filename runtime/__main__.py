@@ -10,6 +10,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -91,6 +92,10 @@ class Runtime:
             self._preparation.close()
             raise
         self._engine.start()
+        # what is here now stays; a full collection that walked it would hold every stream up
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 50, 50)
         watching = asyncio.create_task(self._watch(stop))
         log.info("listening on %s and %s", ", ".join(str(address) for address in self._addresses), self._http_address)
         try:

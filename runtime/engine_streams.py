@@ -38,10 +38,11 @@ def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:
 class RowStream:
     """One sequence's mailbox. One producer and one consumer, both in the event loop."""
 
-    __slots__ = ("_error", "_items", "_waiter", "model_id")
+    __slots__ = ("_error", "_items", "_loop", "_waiter", "model_id")
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
+        self._loop = asyncio.get_running_loop()   # asked for once: each time it costs a system call before Python 3.12
         self._items: list[RowTokens] = []
         self._error: RepertoryError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -60,7 +61,7 @@ class RowStream:
         while not self._items:
             if self._error is not None:
                 raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

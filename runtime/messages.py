@@ -88,7 +88,7 @@ class Unloaded(msgspec.Struct, frozen=True, tag=True):
     model_id: str
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One token's log-probability, its 1-based rank, and the best alternatives as (token id, log-probability), best first."""
 
     logprob: float
@@ -96,7 +96,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class RowTokens(msgspec.Struct, frozen=True, array_like=True):
+class RowTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one step brought to one sequence. The last of a sequence has `finish` set (and may have no token)."""
 
     request_id: int

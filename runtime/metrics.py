@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics import MetricWrapperBase
 
 from runtime.messages import EngineStats, ModelStats, RowTokens
+from runtime.token_tally import TokenTallies
 from runtime.types import FinishReason, Tier
 
 _M = TypeVar("_M", bound=MetricWrapperBase)
@@ -37,14 +38,14 @@ class Instruments:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.by_model: list[MetricWrapperBase] = []
+        self.tallies = TokenTallies(_LABEL[0], _INTER_TOKEN_S)
+        registry.register(self.tallies)
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that were started.")
-        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens that were generated.")
         self.success = self._counter("vllm:request_success", "Sequences that ended, by reason.", "finished_reason")
         self.preemptions = self._counter("vllm:num_preemptions", "Sequences whose KV was taken away while they ran.")
         self.prefix_queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", _TTFT_S)
-        self.inter_token = self._histogram("vllm:inter_token_latency_seconds", "Between a sequence's tokens.", _INTER_TOKEN_S)
         self.per_output_token = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time between a request's tokens.", _INTER_TOKEN_S
         )
@@ -104,10 +105,10 @@ class Observer:
             if row.queue_s is not None:
                 model.queue.observe(row.queue_s)
         else:
-            model.inter_token.observe((now_s - self._last_s) / count)
+            model.tally.gap((now_s - self._last_s) / count)
         self._last_s = now_s
         self._num_tokens += count
-        model.generation_tokens.inc(count)
+        model.tally.tokens += count
 
     def end(self, finish: FinishReason | None) -> None:
         """`finish` None: the caller left, or the engine failed."""
@@ -130,9 +131,8 @@ class ModelMetrics:
         self._instruments = instruments
         self._seen: ModelStats | None = None
         self.prompt_tokens = instruments.prompt_tokens.labels(name)
-        self.generation_tokens = instruments.generation_tokens.labels(name)
         self.ttft = instruments.ttft.labels(name)
-        self.inter_token = instruments.inter_token.labels(name)
+        self.tally = instruments.tallies.of(name)
         self.per_output_token = instruments.per_output_token.labels(name)
         self.e2e = instruments.e2e.labels(name)
         self.queue = instruments.queue.labels(name)
@@ -206,6 +206,7 @@ class RuntimeMetrics:
             return
         for metric in self._instruments.by_model:
             metric.remove_by_labels({"model_name": name})
+        self._instruments.tallies.forget(name)
 
     def render(self) -> bytes:
         """Prometheus' text format, version 0.0.4."""

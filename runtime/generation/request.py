@@ -33,7 +33,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.logprobs.generated is not None
 
 
-class Delta(msgspec.Struct, frozen=True):
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """What came of one sequence. Text may lag behind tokens (half a character, a possible stop string)."""
 
     index: int
