@@ -119,6 +119,37 @@ class Engine:
                 timeline.steps.append((now, count))
         return timeline
 
+    def texts(self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int) -> list[list[int]]:
+        """The token ids that each prompt brings, greedy, EOS ignored, all at once."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for index, row in self._rows(prompts, output_tokens, LogprobParams()):
+            tokens[index].extend(row.tokens)
+        return tokens
+
+    def prompt_logprobs(self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]) -> list[list[float]]:
+        """The log-probability of each prompt's tokens but the first, given those before."""
+        scores: list[list[float]] = [[] for _ in prompts]
+        for index, row in self._rows(prompts, 1, LogprobParams(prompt=0)):
+            scores[index].extend(entry.logprob for entry in row.prompt_logprobs or () if entry is not None)
+        return scores
+
+    def _rows(
+        self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int, logprobs: LogprobParams
+    ) -> Iterator[tuple[int, messages.RowTokens]]:
+        first = self._next_id
+        self._next_id += len(prompts)
+        for offset, (model_id, ids) in enumerate(prompts):
+            stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
+            self._send(messages.Add(first + offset, model_id, ids.astype("<i4").tobytes(), SamplingParams(temperature=0.0), stop, logprobs))
+        waiting = len(prompts)
+        while waiting:
+            event = self._receive(300)
+            for row in event.rows if isinstance(event, messages.Tokens) else ():
+                if row.error is not None:
+                    raise RuntimeError(row.error)
+                yield row.request_id - first, row
+                waiting -= row.finish is not None
+
     def wait_idle(self, seconds: float) -> None:
         """Let the engine do its idle work (graph captures), reading what it says."""
         deadline = time.perf_counter() + seconds

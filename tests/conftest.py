@@ -1,10 +1,15 @@
-"""Fixtures that several areas share: a real etcd."""
+"""Fixtures that several areas share: a real etcd. Chooses Triton's interpreter where there is no GPU, before any test imports triton."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.support.etcd import EtcdServer
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton's own library is imported, by whichever module comes first
 
 
 @pytest.fixture(scope="session")

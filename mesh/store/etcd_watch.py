@@ -27,7 +27,7 @@ LONGEST_PAUSE_S = 2.0
 ListPrefix = Callable[[str], Awaitable[Listing]]
 
 
-class _HistoryLost(Exception):  # noqa: N818 - an outcome, not an error
+class _HistoryLost(Exception):
     """Events after the position can't be had. `went_back`: the store is older than what was seen of it."""
 
     def __init__(self, *, went_back: bool) -> None:

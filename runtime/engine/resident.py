@@ -15,7 +15,7 @@ from runtime.engine.sequence import Sequence
 _LONGEST_DRAIN_S = 10.0                  # then the rows of a draining model are preempted
 
 
-class SwapInFailed(Exception):  # noqa: N818  an event of its own, not a kind of mistake
+class SwapInFailed(Exception):
     """The weights did not come; the model holds its slabs until it is dismissed."""
 
     def __init__(self, model: Hosted, error: Exception) -> None:

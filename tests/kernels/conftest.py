@@ -1,15 +1,11 @@
 """Kernels run natively where there is a CUDA device, and in Triton's interpreter on the CPU elsewhere: one process can do only one of the two."""
 
-import os
 import warnings
 from collections.abc import Iterator
 
 import numpy
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any kernel module is imported
 
 pytest.importorskip("triton")
 

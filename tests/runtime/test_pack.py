@@ -201,7 +201,7 @@ async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(a
     tiny_llama(tmp_path / "m")
     seen: list[Progress] = []
     packing = asyncio.create_task(prepare(apart, tmp_path / "m", seen, quantize=Quantization.NF4))
-    while not any(progress.phase is Phase.PACKING for progress in seen):  # noqa: ASYNC110 — the report comes from a thread
+    while not any(progress.phase is Phase.PACKING for progress in seen):
         await asyncio.sleep(0.02)
     packing.cancel()
     with pytest.raises(asyncio.CancelledError):
