@@ -20,6 +20,10 @@ from runtime.messages import RowTokens
 from runtime.types import FinishReason
 
 
+# Prompt tokens a step whose log-probabilities are wanted: each leaves a whole row of logits (a quarter of a megabyte with a vocabulary of 128k).
+SCORED_TOKENS = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one plan may use. `kv_blocks`: blocks that the model could have for itself, those it holds included."""
@@ -57,6 +61,7 @@ class Scheduler:
         self._planned = 0
         self._settled = 0
         self._running: set[Sequence] = set()
+        self._score_budget = SCORED_TOKENS
         self._set_aside = 0
         self._refused_at: tuple[int, int, int] | None = None
         self._opened: list[RowSetup] = []
@@ -112,6 +117,7 @@ class Scheduler:
         plan = StepPlan(self._decode.rows.copy(), self._decode.starts(), [1] * count, [True] * count, [True] * count, [])
         kv_tokens = self._decode.kv_tokens()
         budget = limits.token_budget - count
+        self._score_budget = SCORED_TOKENS
         chunks: list[Chunk] = []
         for sequence in self._prefill.copy():
             if budget <= 0:
@@ -159,7 +165,8 @@ class Scheduler:
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, chunks: list[Chunk]) -> int:
         """Plan as much of the sequence's wanted tokens as budget and blocks allow; returns the number."""
         start, total = sequence.computed, len(sequence.tokens)
-        end = min(total, start + budget)
+        scored = sequence.wants_prompt_logprobs and start < sequence.prompt_len
+        end = min(total, start + (min(budget, self._score_budget) if scored else budget))
         while len(sequence.pages) * self._block_tokens < end:
             page = self._cache.take()
             if page is None:
@@ -176,8 +183,9 @@ class Scheduler:
         plan.from_device.append(False)
         plan.samples.append(draws)
         plan.tokens.extend(sequence.tokens[start:end])
-        if sequence.wants_prompt_logprobs and start < sequence.prompt_len:
+        if scored:
             plan.prompt_logprobs.append(sequence.row)
+            self._score_budget -= end - start
         chunks.append(Chunk(sequence, sequence.row, draws, end == total))
         sequence.computed = end
         # a row after it in this very plan may share them: a layer writes the whole step's K and V before any row reads

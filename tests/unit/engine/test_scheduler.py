@@ -11,7 +11,7 @@ from runtime.engine.memory.slabs import SlabPool
 from runtime.engine.plan import KvGeometry, StepResult
 from runtime.engine.results import Step
 from runtime.engine.rows import RowPool
-from runtime.engine.scheduler import Limits, Scheduler
+from runtime.engine.scheduler import SCORED_TOKENS, Limits, Scheduler
 from runtime.engine.sequence import Sequence, State, from_add
 from runtime.messages import Add, RowTokens
 from runtime.types import FinishReason, LogprobParams, SamplingParams, StopParams
@@ -266,3 +266,12 @@ def test_nothing_drawn_when_nothing_is_asked_but_the_prompts_logprobs() -> None:
     assert bench.settle(steps[0]) == {}
     row = bench.settle(steps[1])[sequence.request_id]
     assert (row.tokens, row.finish) == ((), FinishReason.LENGTH)
+
+
+def test_a_step_scores_a_bounded_number_of_prompt_tokens() -> None:
+    bench = Bench(slabs=2000, max_model_len=8000)
+    scored = bench.add(list(range(2, 1502)), logprobs=LogprobParams(prompt=0))
+    plain = bench.add(list(range(3, 1503)))
+    step = bench.must_plan(8000)
+    counts = dict(zip(step.plan.rows, step.plan.counts, strict=True))
+    assert counts == {scored.row: SCORED_TOKENS, plain.row: 1500}
