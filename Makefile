@@ -4,7 +4,7 @@
 #   make test     the tests; T=tests/mesh picks some, ARGS='-k name -x' goes to pytest
 #   make check    ruff, mypy, import-linter, and wire/ equal to what proto/ generates
 #   make proto    regenerate wire/ from proto/
-#   make bench    the commands that docs/benchmarks quotes
+#   make bench    a benchmark of bench/README.md: B=cpu, overhead, engine, …; ARGS='--repeats 1'
 #   make setup    only make the environment (.venv)
 #   make clean    remove environments and caches
 
@@ -26,9 +26,11 @@ HAS_NVIDIA := $(shell { test -e /dev/nvidiactl || command -v nvidia-smi; } >/dev
 ifeq ($(HAS_NVIDIA),yes)
 TORCH ?= torch
 EXTRA := ,cuda
+B ?= engine
 else
 TORCH ?= torch==2.13.0
 EXTRA :=
+B ?= cpu
 endif
 
 # The oldest generator whose stubs serve: generated code refuses a protobuf or grpcio that is older than itself (5.29 and 1.71 here).
@@ -67,7 +69,7 @@ proto: $(PROTO_STAMP)
 	$(PROTO_ENV)/bin/python scripts/proto.py
 
 bench: $(VENV)/.dev
-	$(RUN)/python bench/run.py $(ARGS)
+	$(RUN)/python -m bench.$(B) $(ARGS)
 
 clean:
 	rm -rf .venv .env-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -19,7 +19,6 @@ from runtime.engine.waiting import WaitingQueue
 from runtime.messages import RowTokens
 from runtime.types import FinishReason
 
-
 # Prompt tokens a step whose log-probabilities are wanted: each leaves a whole row of logits (a quarter of a megabyte with a vocabulary of 128k).
 SCORED_TOKENS = 1024
 
