@@ -25,6 +25,7 @@ from bench.load import quantile
 
 EVENTS = 100
 MODEL = "overhead"
+SERVICE = "fmaas.GenerationService"
 _PATHS = ("direct", "bytes", "mesh")
 
 Call = Callable[[], Awaitable[int]]  # makes one call, returns its messages
@@ -97,18 +98,15 @@ def http_call(session: aiohttp.ClientSession, base: str, headers: dict[str, str]
 
 def grpc_call(channel: grpc.aio.Channel, model_id: str, stream: bool) -> Call:
     metadata = (("mm-model-id", model_id),)
-    method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream("/test.Any/Count")
-    unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Any/Echo")
+    method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{SERVICE}/GenerateStream")
+    unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/Generate")
 
     async def call() -> int:
         if not stream:
             await unary(b"x" * 64, metadata=metadata)
             return 1
-        answers = method(metadata=metadata)
-        await answers.write(str(EVENTS).encode())
-        await answers.done_writing()
         count = 0
-        async for _ in answers:
+        async for _ in method(str(EVENTS).encode(), metadata=metadata):
             count += 1
         return count
 

@@ -12,14 +12,15 @@ ServerContext = grpc.aio.ServicerContext[Any, Any]
 
 
 class Inbound:
-    """`max_kept_bytes`: a caller that has sent more can't be replayed; then nothing is kept any longer."""
+    """`max_kept_bytes`: a caller that has sent more can't be replayed; then nothing is kept any longer. `only`: all that it sends, if that is known."""
 
-    def __init__(self, context: ServerContext, max_kept_bytes: int) -> None:
+    def __init__(self, context: ServerContext, max_kept_bytes: int, *, only: bytes | None = None) -> None:
         self._context = context
         self._left_bytes = max_kept_bytes
-        self._kept: list[bytes] = []
+        self.only = only
+        self._kept: list[bytes] = [] if only is None else [only]
         self._dropped = 0
-        self._ended = False
+        self._ended = only is not None
         self._keep = True
         self._reading: asyncio.Task[None] | None = None
 

@@ -19,9 +19,10 @@ import grpc.aio
 
 from mesh.api.addressing import HOP_HEADER, PREFIX_HEADER, Address, Addressing, Metadata, backward, header, onward
 from mesh.api.inbound import Inbound, ServerContext
+from mesh.api.known_methods import single_message_methods
 from mesh.api.message_path import inject
 from mesh.client.peer import Connections
-from mesh.errors import MeshError, NotFound, NotSupported
+from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.forward import CopyRouter
@@ -78,20 +79,28 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self._own_id = own_id
         self._limits = limits
         self._max_message_bytes = max_message_bytes
+        self._single_message = single_message_methods()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
         method = handler_call_details.method.lstrip("/")
 
         async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
-            await self._serve(method, context)
+            await self._serve(method, None, context)
 
-        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(serve)
+        async def serve_one(message: bytes, context: ServerContext) -> None:
+            await self._serve(method, message, context)
+
+        single = method in self._single_message
+        handler: grpc.RpcMethodHandler[bytes, bytes] = (
+            grpc.unary_stream_rpc_method_handler(serve_one) if single else grpc.stream_stream_rpc_method_handler(serve)
+        )
         return handler
 
-    async def _serve(self, method: str, context: ServerContext) -> None:
+    async def _serve(self, method: str, message: bytes | None, context: ServerContext) -> None:
+        """`message`: the caller's only one; None: there may be any number to read."""
         metadata = tuple(context.invocation_metadata() or ())
         request = _Request(method, metadata, time.monotonic(), header(metadata, _REQUEST_ID) or uuid.uuid4().hex)
-        inbound = Inbound(context, 2 * self._max_message_bytes)
+        inbound = Inbound(context, 2 * self._max_message_bytes, only=message)
         try:
             outcome = await self._answer(request, inbound, context)
             request.code = outcome.code.name
@@ -155,11 +164,20 @@ class InferenceGateway(grpc.GenericRpcHandler):
         metadata = onward(request.metadata, request.model_id, hop_from="" if target.local else self._own_id)
         if not header(metadata, _REQUEST_ID):
             metadata.append((_REQUEST_ID, request.request_id))
-        stub: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._connections.grpc(target.grpc_address).stream_stream(
-            f"/{request.method}"
-        )
-        call = stub(metadata=metadata, timeout=context.time_remaining())
-        sending = asyncio.create_task(self._send(call, inbound, self._rewrite(request, target)))
+        channel = self._connections.grpc(target.grpc_address)
+        timeout_s = context.time_remaining()
+        rewrite = self._rewrite(request, target)
+        call: grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]
+        sending: asyncio.Task[None] | None = None
+        if inbound.only is not None:
+            single: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{request.method}")
+            call = single(rewrite(inbound.only) if rewrite else inbound.only, metadata=metadata, timeout=timeout_s)
+        else:
+            stub: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{request.method}")
+            call = streaming = stub(metadata=metadata, timeout=timeout_s)
+            sending = asyncio.create_task(self._send(streaming, inbound, rewrite))
+            # what can't be sent is never answered either
+            sending.add_done_callback(lambda task: streaming.cancel() if _error_of(task) else None)
         begun = False
         try:
             with _ended_is_no_error():
@@ -168,16 +186,24 @@ class InferenceGateway(grpc.GenericRpcHandler):
                         begun = True
                         inbound.commit()
                         self._metrics.first_byte(request.model_id, time.monotonic() - request.started_s)
-                        await context.send_initial_metadata(backward(tuple(await call.initial_metadata())))
+                        await self._send_headers(call, context)
                     await context.write(message)
             code = await call.code()
+            if sending is not None and (error := _error_of(sending)) is not None:
+                raise error
             if code is grpc.StatusCode.OK and not begun:
                 begun = True
-                await context.send_initial_metadata(backward(tuple(await call.initial_metadata())))
+                await self._send_headers(call, context)
             return _Outcome(code, await call.details() or "", tuple(backward(tuple(await call.trailing_metadata() or ()))), begun)
         finally:
-            sending.cancel()
+            if sending is not None:
+                sending.cancel()
             call.cancel()
+
+    async def _send_headers(self, call: grpc.aio.Call, context: ServerContext) -> None:
+        # without any of the runtime's own they leave with the first message, in one write
+        if headers := backward(tuple(await call.initial_metadata())):
+            await context.send_initial_metadata(headers)
 
     async def _send(
         self, call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: Inbound, rewrite: Callable[[bytes], bytes] | None
@@ -197,7 +223,14 @@ class InferenceGateway(grpc.GenericRpcHandler):
         if not path or not target.local:
             return None
         model_id, injection_path = request.model_id, path
-        return lambda message: inject(message, injection_path, model_id)
+
+        def rewrite(message: bytes) -> bytes:
+            try:
+                return inject(message, injection_path, model_id)
+            except ValueError as error:
+                raise InvalidRequest(f"{request.method}: the request message can't be read: {error}") from None
+
+        return rewrite
 
     def _check_allowed(self, method: str) -> None:
         self._addressing.check_allowed(method)
@@ -219,6 +252,10 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 "seconds": round(seconds, 4),
             },
         )
+
+
+def _error_of(task: asyncio.Task[None]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
 
 
 @contextlib.contextmanager

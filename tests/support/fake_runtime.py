@@ -255,7 +255,8 @@ class _State(RuntimeStateServicer):
 
 
 class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """/test.Any/Echo: each message comes back; Slow: never ends; Big: N bytes; Fail: the status named in the message; else as Echo."""
+    """/test.Any/Echo: each message comes back; Slow: never ends; Big: N bytes; Count, or any GenerateStream: N messages; Fail: the status named
+    in the message; else as Echo."""
 
     def __init__(self, runtime: FakeRuntime) -> None:
         self._runtime = runtime
@@ -298,7 +299,7 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
                 await asyncio.sleep(3600)
             if verb == "Big":
                 await context.write(b"x" * int(message))
-            elif verb == "Count":
+            elif verb == "Count" or (verb == "GenerateStream" and message.isdigit()):
                 for index in range(int(message)):
                     await asyncio.sleep(self._runtime.switches.chunk_s)
                     await context.write(str(index).encode())
