@@ -153,9 +153,9 @@ class EngineProcess:
         code = await self._process.wait()
         if code < 0:
             try:
-                self.exit_text = f"killed by {signal.Signals(-code).name}"
+                self.exit_text = f"was killed by {signal.Signals(-code).name}"
             except ValueError:
-                self.exit_text = f"killed by signal {-code}"
+                self.exit_text = f"was killed by signal {-code}"
         else:
             self.exit_text = f"exited with code {code}"
         self._server.close()

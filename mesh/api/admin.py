@@ -91,6 +91,8 @@ class AdminRoutes:
 
     async def register(self, request: web.Request) -> web.Response:
         asked = decode(await read_body(request, _BODY_BYTES), _Register)
+        if not asked.uri:
+            raise InvalidRequest(f"model {asked.name}: uri is missing: it says where the files are")
         model_id = await self._registry.register_name(asked.name, asked.info(), now_ms=epoch_ms(), is_loaded=self._is_loaded)
         Record.of(request).model_id = model_id
         if asked.load:

@@ -54,7 +54,7 @@ class KeyGuard(grpc.aio.ServerInterceptor):
 def key_is_known(authorization: str, keys: tuple[str, ...]) -> bool:
     """`authorization`: the header's value. Takes the same time whatever is wrong."""
     scheme, _, given = authorization.partition(" ")
-    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    matches = [hmac.compare_digest(given.strip().encode(errors="surrogateescape"), key.encode()) for key in keys]
     return scheme.lower() == "bearer" and any(matches)
 
 

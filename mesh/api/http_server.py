@@ -9,11 +9,12 @@ from mesh.api.grpc_server import key_is_known
 from mesh.api.http_errors import Handler, errors_as_json, response_of
 from mesh.api.openai_gateway import OpenAiGateway
 from mesh.api.request_log import request_log
-from mesh.errors import Unauthenticated
+from mesh.errors import NotSupported, Unauthenticated
 from mesh.metrics import Metrics
 
 _OPEN_TO_ALL = ("/health", "/healthz", "/readyz")
 _HEADERS_BYTES = 16 * 1024
+_NOT_HERE = ("/", "/generate", "/generate_stream", "/invocations", "/embed", "/rerank")  # text-generation-inference's and its kin's
 
 
 class Routes(Protocol):
@@ -31,7 +32,10 @@ class HttpServer:
         app = web.Application(middlewares=middlewares)  # type: ignore[arg-type]
         for part in routes:
             part.add_to(app.router)
-        app.router.add_post("/v1/{path:.+}", gateway.post)
+        for path in ("/v1/{path:.+}", "/tokenize", "/detokenize"):
+            app.router.add_post(path, gateway.post)
+        for path in _NOT_HERE:
+            app.router.add_post(path, _not_here)
         # a caller that leaves must free what it held
         self._runner = web.AppRunner(
             app,
@@ -60,6 +64,10 @@ class HttpServer:
     async def stop(self) -> None:
         """Takes no new connections; running answers may end within the grace period."""
         await self._runner.cleanup()
+
+
+async def _not_here(request: web.Request) -> web.StreamResponse:
+    raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
 def key_guard(keys: tuple[str, ...]) -> Handler:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -28,7 +29,7 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         "storage_params": _pairs(args.storage_param),
         "sampling": _numbers(args.sampling),
     }
-    request: dict[str, object] = {"name": args.name, "uri": args.uri, **{key: value for key, value in settings.items() if value}}
+    request: dict[str, object] = {"name": args.name, "uri": _absolute(args.uri), **{key: value for key, value in settings.items() if value}}
     model = client.register(request)
     if args.load:
         model = _wait_loaded(client, args.name, quiet=args.json)
@@ -39,8 +40,8 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
 def fit(client: AdminClient, args: argparse.Namespace) -> int:
     request: dict[str, object] = {"quantize": args.quantize, "dtype": args.dtype, "max_model_len": args.max_model_len}
     request = {key: value for key, value in request.items() if value}
-    is_uri = "://" in args.name or args.name.startswith(("/", "./"))
-    answer = client.fit({("uri" if is_uri else "name"): args.name, **request})
+    is_uri = "://" in args.name or args.name.startswith(("/", "./", "../"))
+    answer = client.fit({"uri": _absolute(args.name), **request} if is_uri else {"name": args.name, **request})
     if args.json:
         _print_json(answer)
     else:
@@ -132,6 +133,11 @@ def _print_model(model: Model, as_json: bool, sentence: str) -> None:
 
 def _print_json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _absolute(uri: str) -> str:
+    """A path from here is no path to the server, which runs elsewhere."""
+    return uri if "://" in uri or not Path(uri).exists() else str(Path(uri).absolute())
 
 
 def _text_or_file(value: str | None) -> str | None:

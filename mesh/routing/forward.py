@@ -114,7 +114,7 @@ class CopyRouter:
         held = self._copies.held(model_id)
         if held >= self._limits.max_held:
             raise Overloaded(
-                f"model {model_id}: {held} requests are waiting for it to be loaded; the limit is {self._limits.max_held}",
+                f"model {self._registry.name_of(model_id)}: {held} requests are waiting for it to be loaded; the limit is {self._limits.max_held}",
                 retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
             )
         budget_s = self._limits.wait_budget_s
@@ -126,9 +126,9 @@ class CopyRouter:
                 return await self._until_chosen(model_id, prefix_hash, exclude, here)
         except TimeoutError:
             if by_deadline:
-                raise DeadlineExceeded(f"model {model_id}: the deadline passed while it was being loaded") from None
+                raise DeadlineExceeded(f"model {self._registry.name_of(model_id)}: the deadline passed while it was being loaded") from None
             raise Unavailable(
-                f"model {model_id}: not loaded within the wait budget of {budget_s:g} s",
+                f"model {self._registry.name_of(model_id)}: not loaded within the wait budget of {budget_s:g} s",
                 retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
             ) from None
         finally:
@@ -160,8 +160,10 @@ class CopyRouter:
         outcome = await self._placement.ensure_loaded(model_id, wait=True, here=here or elsewhere)
         if outcome.status is ModelStatus.LOADING_FAILED:
             blocked_s = self._placement.blocked_for_s(model_id)
-            cause = outcome.errors[0] if outcome.errors else "the cause is not known"
-            raise LoadFailed(f"model {model_id} failed to load: {cause}", retry_after_s=retry_after_s(blocked_s) if blocked_s else None)
+            name = self._registry.name_of(model_id)
+            cause = outcome.errors[0].removeprefix(f"model {model_id}: ") if outcome.errors else "the cause is not known"
+            cause = cause.replace(model_id, name)  # people know the name
+            raise LoadFailed(f"model {name} failed to load: {cause}", retry_after_s=retry_after_s(blocked_s) if blocked_s else None)
         if outcome.status is ModelStatus.NOT_FOUND:
             raise NotFound(f"model {model_id} was unregistered")
 

@@ -23,7 +23,11 @@ from runtime.served import ModelDirectory, TokenEngine
 REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID = web.RequestKey("request_id", str)
 _LOG = logging.getLogger(__name__)
-_NOT_HERE = ("/v1/embeddings", "/v1/responses", "/v1/messages", "/generate", "/generate_stream", "/")   # other servers' routes that clients try
+# other servers' routes that clients try
+_NOT_HERE = (
+    "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank", "/v1/score", "/v1/moderations", "/v1/audio/{path:.+}", "/v1/images/{path:.+}",
+    "/generate", "/generate_stream", "/",
+)
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 

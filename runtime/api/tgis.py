@@ -110,7 +110,11 @@ class GenerationService(rpc.GenerationServiceServicer):
 
 
 async def _prompt(model: ServedModel, text: str, params: pb.Parameters) -> Prompt:
-    return Prompt(text, (await _encode(model, text, params.truncate_input_tokens)).ids)
+    if params.truncate_input_tokens:
+        return Prompt(text, (await _encode(model, text, params.truncate_input_tokens)).ids)
+    # without offsets, which take several times as long
+    ids = await asyncio.to_thread(model.text.encode, text) if len(text) > THREAD_ABOVE_CHARS else model.text.encode(text)
+    return Prompt(text, tuple(ids))
 
 
 async def _encode(model: ServedModel, text: str, limit: int) -> Encoding:
