@@ -1,6 +1,6 @@
 """The served path without a model: client → mesh → runtime front → an engine that only keeps a beat. What a token costs in each process.
 
-    python -m bench.front [--streams 256] [--output 200] [--step-ms 10] [--path mesh|runtime]
+    python -m bench.front [--streams 256] [--output 200] [--step-ms 10] [--path mesh|runtime] [--api http|grpc]
 
 Prints CPU microseconds per token of the runtime front and of the mesh: the figure to watch where cores are few or shared, since a process can carry
 at most one over it. Wall figures stand beside it; they mean something only where each process has a core of its own.
@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import load, stack
+import uvloop
+
+from bench import load, load_tgis, stack
 from bench.checkpoints import TINY, write
 from bench.processes import cpu_seconds, process_of
 
@@ -59,20 +61,26 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--path", choices=("mesh", "runtime"), default="mesh")
+    parser.add_argument("--api", choices=("http", "grpc"), default="http", help="OpenAI completions or TGIS' GenerateStream")
     parser.add_argument("--clients", type=int, default=1, help="client processes")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--log", type=Path, default=None, help="file for the servers' output")
     parser.add_argument("--profile", default="", help="a program that is started with `--pid N` while runtime and mesh work, such as a sampler")
     args = parser.parse_args()
     with serve(args.step_ms / 1000, args.log) as front:
-        url, headers = (front.url, None) if args.path == "mesh" else (front.runtime_http, {"mm-model-id": front.model_id})
+        through_mesh = args.path == "mesh"
+        url, headers = (front.url, None) if through_mesh else (front.runtime_http, {"mm-model-id": front.model_id})
         parts = {"runtime": front.runtime_pid, "mesh": front.mesh_pid}
         print(f"{'':>8} {'tok/s':>8} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8} {'tok/event':>9} | CPU µs per token: runtime, engine, mesh")
         for repeat in range(args.repeats):
             workload = load.Workload(args.streams, 16, args.output, TINY.vocab, seed=repeat)
             before = [cpu_seconds(pid) for pid in parts.values()]
             samplers = _samplers(args.profile, parts) if args.profile and repeat == args.repeats - 1 else []
-            outcome = load.run_spread(url, MODEL, workload, args.clients, headers)
+            if args.api == "http":
+                outcome = load.run_spread(url, MODEL, workload, args.clients, headers)
+            else:
+                target = (front.grpc, ()) if through_mesh else (front.runtime_grpc, (("mm-model-id", front.model_id),))
+                outcome = uvloop.run(load_tgis.run(target[0], MODEL, workload, target[1]))
             spent = [cpu_seconds(pid).since(old) for pid, old in zip(parts.values(), before, strict=True)]
             by_part = {part: seconds for each in spent for part, seconds in each.by_part.items()}
             us = {part: 1e6 * seconds / outcome.tokens for part, seconds in by_part.items()}

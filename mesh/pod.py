@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import gc
 import logging
 import secrets
 import signal
@@ -72,6 +73,10 @@ async def _serve(config: MeshConfig) -> int:
         loop.add_signal_handler(number, asked_to_stop.set)
     try:
         await pod.start()
+        # what is here now stays; a full collection that walked it would hold every stream up
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 50, 50)
         await asked_to_stop.wait()
     finally:
         await pod.stop()
