@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["serve-runtime"]:
         # The runtime is a program of its own, with flags of its own: the mesh doesn't know them.
         os.execv(sys.executable, [sys.executable, "-m", "runtime", *arguments[1:]])
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         return _run(args)
     except MeshError as error:
@@ -51,6 +51,17 @@ def _run(args: argparse.Namespace) -> int:
         return run_pod(configure.load(MeshConfig, flags=vars(args), env=os.environ, file=args.config))
     verb: Verb = args.do
     return verb(AdminClient(args.server, args.api_key), args)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (args.verb != "run" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        # argparse takes a list of words before the first option as all there is; a prompt may also come after the options
+        args.prompt += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -100,12 +100,16 @@ def remove(client: AdminClient, args: argparse.Namespace) -> int:
 def alias(client: AdminClient, args: argparse.Namespace) -> int:
     if args.delete:
         client.remove_alias(args.alias)
-        print(f"alias {args.alias} is removed")
+        if not args.json:
+            print(f"alias {args.alias} is removed")
         return 0
     if not args.target:
         raise InvalidRequest(f"alias {args.alias}: name the model it points at, or give --delete")
     client.set_alias(args.alias, args.target)
-    print(f"{args.alias} → {args.target}")
+    if args.json:
+        _print_json({"alias": args.alias, "target": args.target})
+    else:
+        print(f"{args.alias} → {args.target}")
     return 0
 
 
