@@ -22,7 +22,7 @@ from runtime.changes import Changes
 from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
 from runtime.engine_process import EngineProcess, engine_command
-from runtime.engine_streams import RowStream
+from runtime.engine_streams import Pace, RowStream
 from runtime.errors import RepertoryError, Unavailable, from_code
 from runtime.messages import (
     Abort,
@@ -102,6 +102,7 @@ class EngineClient:
         self._supervisor: asyncio.Task[None] | None = None
         self._hello: asyncio.Future[Hello] | None = None
         self._streams: dict[int, RowStream] = {}
+        self._pace = Pace()
         self._open: Counter[str] = Counter()
         self._loads: dict[str, deque[asyncio.Future[ModelFacts]]] = {}
         self._unloads: dict[str, deque[asyncio.Future[None]]] = {}
@@ -188,12 +189,14 @@ class EngineClient:
         logprobs: LogprobParams,
         *,
         priority: int = 0,
+        event_s: float = 0.0,
     ) -> AsyncIterator[RowTokens]:
         """See runtime.served.TokenEngine."""
         request_id = next(self._ids)
-        stream = RowStream(model_id)
+        stream = RowStream(model_id, event_s)
         self._send(Add(request_id, model_id, array.array("i", prompt).tobytes(), sampling, stop, logprobs, priority))
         self._streams[request_id] = stream
+        self._pace.opened(stream)
         self._open[model_id] += 1
         try:
             while True:
@@ -215,6 +218,7 @@ class EngineClient:
         stream = self._streams.pop(request_id, None)
         if stream is None:
             return False
+        self._pace.closed(stream)
         self._open[stream.model_id] -= 1
         if not self._open[stream.model_id]:
             del self._open[stream.model_id]
@@ -226,11 +230,12 @@ class EngineClient:
     def _on_event(self, event: Event) -> None:
         match event:
             case Tokens(rows=rows):
+                now_s = asyncio.get_running_loop().time()
                 for row in rows:
                     stream = self._streams.get(row.request_id)
                     if stream is None:
                         continue
-                    stream.put(row)
+                    self._pace.deliver(stream, row, now_s)
                     if row.finish is not None:
                         self._close_stream(row.request_id)
             case EngineStats():

@@ -1,9 +1,10 @@
-"""The front's end of one sequence: a small mailbox in which items wait, merged, for a consumer that may be slow.
+"""The front's end of the sequences: a small mailbox each, in which items wait, merged, for a consumer that may be slow; and how often it is woken.
 
 Knows rows; nothing of sockets or of what the tokens mean.
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 from runtime.errors import RepertoryError
@@ -36,12 +37,14 @@ def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:
 
 
 class RowStream:
-    """One sequence's mailbox. One producer and one consumer, both in the event loop."""
+    """One sequence's mailbox. One producer and one consumer, both in the event loop. `event_s` and `woken_s` are Pace's."""
 
-    __slots__ = ("_error", "_items", "_loop", "_waiter", "model_id")
+    __slots__ = ("_error", "_items", "_loop", "_waiter", "event_s", "model_id", "woken_s")
 
-    def __init__(self, model_id: str) -> None:
+    def __init__(self, model_id: str, event_s: float = 0.0) -> None:
         self.model_id = model_id
+        self.event_s = event_s
+        self.woken_s = -math.inf
         self._loop = asyncio.get_running_loop()   # asked for once: each time it costs a system call before Python 3.12
         self._items: list[RowTokens] = []
         self._error: RepertoryError | None = None
@@ -50,6 +53,17 @@ class RowStream:
     def put(self, row: RowTokens) -> None:
         self._items.append(row)
         self._wake()
+
+    def hold(self, row: RowTokens) -> None:
+        """As `put`, but the consumer isn't woken for it: a later `put` or `wake` does that."""
+        self._items.append(row)
+
+    def wake(self) -> bool:
+        """Have the consumer take what is held; False if nothing is."""
+        if not self._items:
+            return False
+        self._wake()
+        return True
 
     def fail(self, error: RepertoryError) -> None:
         """End the stream with `error`, after what has come already."""
@@ -72,3 +86,42 @@ class RowStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class Pace:
+    """Wakes each consumer no more often than one event for every open sequence takes to send.
+
+    Below that rate every step's token goes out by itself. Above it the processes on the way can't follow: unpaced, they would fall behind by
+    whole buffers, and new requests would wait behind them. A sequence's first row and its end are never held.
+    """
+
+    MAX_SPACING_S = 0.05
+
+    def __init__(self) -> None:
+        self._round_s = 0.0
+        self._held: list[RowStream] = []
+
+    def opened(self, stream: RowStream) -> None:
+        self._round_s += stream.event_s
+
+    def closed(self, stream: RowStream) -> None:
+        self._round_s -= stream.event_s
+
+    def deliver(self, stream: RowStream, row: RowTokens, now_s: float) -> None:
+        spacing_s = min(self._round_s, self.MAX_SPACING_S)
+        if now_s - stream.woken_s >= spacing_s or row.finish is not None:
+            stream.woken_s = now_s
+            stream.put(row)
+            return
+        stream.hold(row)
+        if not self._held:
+            # the next row most often comes before this; it mustn't be waited for while other models have their turn
+            asyncio.get_running_loop().call_later(spacing_s, self._wake_held)
+        self._held.append(stream)
+
+    def _wake_held(self) -> None:
+        held, self._held = self._held, []
+        now_s = asyncio.get_running_loop().time()
+        for stream in held:
+            if stream.wake():
+                stream.woken_s = now_s

@@ -43,10 +43,12 @@ class TokenEngine(Protocol):
         logprobs: LogprobParams,
         *,
         priority: int = 0,
+        event_s: float = 0.0,
     ) -> AsyncIterator[RowTokens]:
         """One sequence. Ends after the item with `finish` set. Closing the iterator (aclose, cancellation) aborts the row at the next step.
 
-        Items of one sequence may be merged when the consumer is slow: tokens and log-probabilities then come together in one item.
+        Items of one sequence may be merged when the consumer is slow, or when all consumers together are: tokens and log-probabilities then
+        come together in one item. `event_s`: what sending one item on costs the busiest process on its way, 0 = nothing is sent.
 
         Raises ModelNotFound, Overloaded, Unavailable (the engine died), EngineFault.
         """

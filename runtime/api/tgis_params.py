@@ -14,7 +14,7 @@ import msgspec
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import draw_seed, engine_seed
-from runtime.generation.request import SequenceRequest
+from runtime.generation.request import GRPC_EVENT_S, SequenceRequest
 from runtime.served import ServedModel
 from runtime.types import LogprobParams, SamplingParams, StopParams
 from wire.fmaas import generation_pb2 as pb
@@ -127,6 +127,7 @@ def _plan_one(
         drop_incomplete=True,
         one_token_deltas=response.generated_tokens,
         deadline_s=deadline_s,
+        event_s=GRPC_EVENT_S,
     )
     return Planned(request, seed, server_limited=wanted is None or limit < wanted)
 

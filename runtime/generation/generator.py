@@ -62,7 +62,13 @@ class Generator:
         sequence = RunningSequence(request, model.text.detokenizer(request.prompt, skip_special_tokens=request.skip_special_tokens))
         observer = self._metrics.of(model.name).start(len(request.prompt))
         rows = self._engine.generate(
-            model.model_id, request.prompt, request.sampling, request.stop, request.logprobs, priority=request.priority
+            model.model_id,
+            request.prompt,
+            request.sampling,
+            request.stop,
+            request.logprobs,
+            priority=request.priority,
+            event_s=request.event_s,
         )
         timed = rows if request.deadline_s is None else _until(rows, request.deadline_s)
         finish: FinishReason | None = None

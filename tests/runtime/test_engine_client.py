@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
 from runtime.engine_client import EngineClient, EngineDeath, EngineState, RestartPolicy
-from runtime.engine_streams import RowStream, merge_rows
+from runtime.engine_streams import Pace, RowStream, merge_rows
 from runtime.errors import EngineFault, ModelNotFound, Overloaded, RepertoryError, Unavailable
 from runtime.messages import Hello, Load, RowTokens
 from runtime.types import Checkpoint, FinishReason, LogprobParams, SamplingParams, StopParams
@@ -214,3 +214,42 @@ async def test_a_slow_consumer_gets_one_item_and_then_the_error() -> None:
         await stream.take()
 
 
+
+
+async def test_above_its_rate_a_stream_is_woken_for_several_rows_at_once() -> None:
+    pace = Pace()
+    streams = [RowStream("a", event_s=0.001) for _ in range(10)]
+    for stream in streams:
+        pace.opened(stream)
+    first = streams[0]
+    pace.deliver(first, RowTokens(1, (1,)), now_s=100.0)
+    assert (await first.take()).tokens == (1,)                      # a first row is never held
+    reader = asyncio.create_task(first.take())
+    await asyncio.sleep(0)
+    pace.deliver(first, RowTokens(1, (2,)), now_s=100.004)          # ten streams at a millisecond each: 10 ms apart
+    await asyncio.sleep(0)
+    assert not reader.done()
+    pace.deliver(first, RowTokens(1, (3,)), now_s=100.011)
+    assert (await reader).tokens == (2, 3)
+
+
+async def test_what_is_held_goes_out_without_another_row_and_an_end_is_not_held() -> None:
+    pace = Pace()
+    stream, ending = RowStream("a", event_s=0.002), RowStream("a", event_s=0.002)
+    for each in (stream, ending):
+        pace.opened(each)
+        pace.deliver(each, RowTokens(1, (1,)), now_s=100.0)
+        await each.take()
+    pace.deliver(stream, RowTokens(1, (2,)), now_s=100.001)
+    assert (await asyncio.wait_for(stream.take(), 5.0)).tokens == (2,)
+    pace.deliver(ending, RowTokens(2, (3,), FinishReason.LENGTH), now_s=100.001)
+    assert (await asyncio.wait_for(ending.take(), 5.0)).finish is FinishReason.LENGTH
+
+
+async def test_few_streams_are_not_paced() -> None:
+    pace = Pace()
+    stream = RowStream("a", event_s=33e-6)
+    pace.opened(stream)
+    for step in range(3):
+        pace.deliver(stream, RowTokens(1, (step,)), now_s=100.0 + step * 0.001)
+        assert (await stream.take()).tokens == (step,)

@@ -52,6 +52,7 @@ class ScriptedEngine:
         logprobs: LogprobParams,
         *,
         priority: int = 0,
+        event_s: float = 0.0,
     ) -> AsyncIterator[RowTokens]:
         asked = Asked(model_id, tuple(prompt), sampling, stop, logprobs, priority)
         self.asked.append(asked)
