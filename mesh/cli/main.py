@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mesh import configure
@@ -64,9 +64,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _version() -> str:
+    try:
+        return version("repertory")
+    except PackageNotFoundError:   # run from a source tree
+        return "unknown"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="repertory", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"repertory {version('repertory')}")
+    parser.add_argument("--version", action="version", version=f"repertory {_version()}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_serve(commands)
     _add_client_verbs(commands)

@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -21,7 +22,8 @@ from runtime.metrics import RuntimeMetrics
 from runtime.served import ModelDirectory, TokenEngine
 
 REQUEST_ID_HEADER = "X-Request-Id"
-_REQUEST_ID = web.RequestKey("request_id", str)
+# aiohttp before 3.14 has no typed keys for requests, later ones warn about others
+_REQUEST_ID: Any = web.RequestKey("request_id", str) if hasattr(web, "RequestKey") else "request_id"
 _LOG = logging.getLogger(__name__)
 # other servers' routes that clients try
 _NOT_HERE = (
