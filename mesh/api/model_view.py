@@ -38,7 +38,7 @@ class ModelViews:
         coming = self._loader.status(named.target_id) if named.target_id != named.model_id else status
         best = _best(status)
         step = _best(coming) if coming is not status and coming.status is not ModelStatus.LOADED else best
-        errors = coming.errors if named.move_failed or not status.errors else status.errors
+        successor = self._registry.models.get(named.target_id) if named.target_id != named.model_id else None
         settings = {key: value for key, value in settings_of(named.record.info).items() if key not in ("display_name", "model_type")}
         return Model(
             name=named.name,
@@ -58,7 +58,8 @@ class ModelViews:
             waiting=sum(copy.waiting for copy in status.copies),
             progress=step.progress if step else 0.0,
             progress_text=step.progress_text if step else "",
-            error=errors[0] if errors and status.status is not ModelStatus.LOADED else "",
+            error=_error(status, coming, successor.path if successor and named.move_failed else ""),
+            moving_to=successor.path if successor else "",
             aliases=list(named.aliases),
         )
 
@@ -72,6 +73,16 @@ def _best(status: StatusInfo) -> CopyInfo | None:
     if coming:
         return min(coming, key=lambda copy: _COMING.index(copy.state) if copy.state in _COMING else 0)
     return status.copies[0] if status.copies else None
+
+
+def _error(status: StatusInfo, coming: StatusInfo, failed_path: str) -> str:
+    """`failed_path`: of the files that the name should have gone over to; what it has goes on answering."""
+    if failed_path:
+        return f"{failed_path} can't take its place: {coming.errors[0] if coming.errors else 'it failed to load'}"
+    if status.status is ModelStatus.LOADED:
+        return ""
+    errors = status.errors or coming.errors
+    return errors[0] if errors else ""
 
 
 def _state(status: StatusInfo, best: CopyInfo | None) -> str:

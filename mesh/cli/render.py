@@ -77,6 +77,7 @@ def show_model(console: Console, model: Model) -> None:
         ("name", model.name),
         ("model id", model.model_id),
         ("source", model.uri),
+        ("moving to", model.moving_to),
         ("type", model.type),
         ("state", state_of(model)),
         ("tier", model.tier),

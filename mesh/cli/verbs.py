@@ -119,11 +119,11 @@ def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
     with render.LoadBar(name, enabled=not quiet) as bar:
         while True:
             model = client.model(name)
-            if model.state in _ENDED:
+            if model.state in _ENDED and (not model.moving_to or model.error):
                 break
             bar.update(model.state or "queued", model.progress, model.progress_text)
             time.sleep(0.2)
-    if model.state != "loaded":
+    if model.state != "loaded" or model.moving_to:
         raise LoadFailed(f"{name}: {model.error or model.state}")
     return model
 

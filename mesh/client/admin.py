@@ -29,7 +29,7 @@ class Copy(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A registered model, as `/admin/v1/models` tells it."""
+    """A registered model, as `/admin/v1/models` tells it. `moving_to`: the source that the name goes over to once it is loaded."""
 
     name: str
     model_id: str = ""
@@ -49,6 +49,7 @@ class Model(msgspec.Struct, frozen=True):
     progress: float = 0.0
     progress_text: str = ""
     error: str = ""
+    moving_to: str = ""
     aliases: list[str] = []
 
 
