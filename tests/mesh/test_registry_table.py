@@ -219,7 +219,7 @@ async def test_a_store_that_lost_everything_is_believed(own_etcd: EtcdServer) ->
         await table.update("m", one_more_ref)
     own_etcd.wipe()
     own_etcd.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await table.until("m", lambda record: record is None)
     await table.update("m", one_more_ref)
     assert table.get("m") == ModelRecord(type="llm", refs=1)

@@ -10,6 +10,8 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+import psutil
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -83,9 +85,12 @@ class EtcdServer:
             self._process = None
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers."""
+        """SIGSTOP: connections stay open and nothing answers, from the return of this call on."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        seen = psutil.Process(self._process.pid)
+        while seen.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
 
     def resume(self) -> None:
         assert self._process is not None
