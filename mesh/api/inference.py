@@ -122,18 +122,27 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self._check_allowed(request.method)
         first = await inbound.message(0) if self._addressing.wants_message(request.method, request.metadata) else None
         here = bool(header(request.metadata, HOP_HEADER))
-        request.model_id = await self._resolve(self._addressing.address(request.method, request.metadata, first))
+        address = self._addressing.address(request.method, request.metadata, first)
+        request.model_id = await self._resolve(address)
         exclude: frozenset[str] = frozenset()
-        retried = reloaded = False
+        retried = reloaded = moved = False
         masked = 0
         while True:
-            target = await self._router.route(
-                request.model_id,
-                deadline_s=context.time_remaining(),
-                prefix_hash=header(request.metadata, PREFIX_HEADER),
-                exclude=exclude,
-                here=here,
-            )
+            try:
+                target = await self._router.route(
+                    request.model_id,
+                    deadline_s=context.time_remaining(),
+                    prefix_hash=header(request.metadata, PREFIX_HEADER),
+                    exclude=exclude,
+                    here=here,
+                )
+            except NotFound:
+                # the name has moved to another model between its resolution and now
+                successor = None if moved else await self._registry.successor(address.name, request.model_id)
+                if successor is None:
+                    raise
+                request.model_id, moved, reloaded = successor, True, False
+                continue
             try:
                 outcome = await self._attempt(request, target, inbound, context)
             finally:

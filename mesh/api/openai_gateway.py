@@ -67,7 +67,7 @@ class OpenAiGateway:
             every_s=self._keep_alive_s,
         )
         try:
-            return await self._pass_on(request, record, body, held if ask.stream else None, here)
+            return await self._pass_on(request, record, body, held if ask.stream else None, "" if here else ask.model)
         except (MeshError, UnreachableError) as error:
             mesh_error = Unavailable(str(error)) if isinstance(error, UnreachableError) else error
             if held.response is None:
@@ -75,9 +75,11 @@ class OpenAiGateway:
             record.code = mesh_error.code
             return await _finish(held.response, event_of(body_of(mesh_error)))
 
-    async def _pass_on(self, request: web.Request, record: Record, body: bytes, held: HeldStream | None, here: bool) -> web.StreamResponse:
+    async def _pass_on(self, request: web.Request, record: Record, body: bytes, held: HeldStream | None, name: str) -> web.StreamResponse:
+        """`name`: what the caller calls the model; empty if another pod sent it here by its id."""
+        here = not name
         exclude: frozenset[str] = frozenset()
-        reloaded = retried = False
+        reloaded = retried = moved = False
         headers = [(key, value) for key, value in request.headers.items() if key.lower() != "x-request-id"]
         headers.append(("X-Request-Id", record.request_id))
         prefix = prefix_hash(body)
@@ -87,6 +89,13 @@ class OpenAiGateway:
             try:
                 try:
                     await (held.company(opening) if held else opening)
+                except NotFound:
+                    # the name has moved to another model between its resolution and now
+                    successor = None if here or moved else await self._registry.successor(name, record.model_id)
+                    if successor is None:
+                        raise
+                    record.model_id, moved, reloaded = successor, True, False
+                    continue
                 except UnreachableError:
                     if retried or here or exchange.target is None:
                         raise

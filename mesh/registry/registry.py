@@ -70,14 +70,24 @@ class Registry:
         raise self._unknown(name)
 
     async def resolve_fresh(self, name: str) -> str:
-        """As resolve, asking the store about what the cache doesn't have: another pod may just have registered it."""
-        vmodel = await self.vmodels.find(name)
+        """As resolve, asking the store: another pod may just have registered or moved it."""
+        vmodel = (await self.vmodels.table.read(name)).record
         if vmodel is not None:
             await self.models.find(vmodel.active_id)
             return self.resolve(name)
         if await self.models.find(name) is not None:
             return name
         raise self._unknown(name)
+
+    async def successor(self, name: str, gone_id: str) -> str | None:
+        """What a name stands for now that the model it was resolved to is gone; None if nothing took its place. Raises StoreError."""
+        try:
+            model_id = self.resolve(name)
+            if model_id == gone_id:
+                model_id = await self.resolve_fresh(name)
+        except NotFound:
+            return None
+        return model_id if model_id != gone_id else None
 
     def resolve_vmodel(self, vmodel_id: str) -> str:
         """As resolve, of a vmodel alone. Raises NotFound with ModelMesh's text."""

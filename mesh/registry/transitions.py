@@ -93,8 +93,10 @@ class Transitions:
                 await self._registry.vmodels.finish(vmodel_id, target_id=target_id)
                 logger.info("vmodel %s moved from %s to %s", vmodel_id, vmodel.active_id, target_id)
             else:
-                await self._registry.vmodels.park(vmodel_id, target_id=target_id)
-                logger.warning("vmodel %s stays at %s: %s could not be loaded", vmodel_id, vmodel.active_id, target_id)
+                parked = await self._registry.vmodels.park(vmodel_id, target_id=target_id)
+                # one that has been moved elsewhere meanwhile is another move's business
+                if parked is not None and parked.target_id == target_id:
+                    logger.warning("vmodel %s stays at %s: %s could not be loaded", vmodel_id, vmodel.active_id, target_id)
         except MeshError as error:
             # most likely the store: the next sweep tries again
             logger.warning("vmodel %s: the move to %s is put off: %s", vmodel_id, target_id, error)
