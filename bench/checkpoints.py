@@ -95,7 +95,13 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
     shard(f"model-{num_shards:05d}-of-{num_shards:05d}.safetensors", rest)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
     _write_tokenizer(folder, shape.vocab)
-    config = {
+    (folder / "config.json").write_text(json.dumps(config_of(shape)))  # last: its presence says that the rest is whole
+    return folder
+
+
+def config_of(shape: Shape) -> dict[str, object]:
+    """A Llama's config.json."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape.hidden,
@@ -116,8 +122,6 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
         "attention_bias": False,
         "mlp_bias": False,
     }
-    (folder / "config.json").write_text(json.dumps(config))  # last: its presence says that the rest is whole
-    return folder
 
 
 def _write_tokenizer(folder: Path, vocab: int) -> None:

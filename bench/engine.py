@@ -16,7 +16,8 @@ import numpy as np
 from bench import limits
 from bench.checkpoints import SHAPES, Shape, write
 from bench.engine_process import Engine, engine
-from bench.packed import checkpoint_of
+from bench.packed import checkpoint_of, random_packed
+from runtime.types import Checkpoint
 
 # vLLM 0.22.1 on the same machine and workloads (docs/benchmarks/README.md), output tokens per second
 VLLM = {
@@ -43,15 +44,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))
     parser.add_argument("--log", type=Path, default=None)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--packer", action="store_true", help="quantise with the packer instead of drawing random codes")
     parser.add_argument("--budget-gib", type=float, default=0.0)
+    parser.add_argument("--host-gib", type=float, default=24.0, help="host arena: its registration ends within the warm-up")
     args = parser.parse_args()
     lines = args.lines.split(",")
     wanted = [text for text in args.workloads.split(",") if text]
-    paths = {
-        line: checkpoint_of(write(SHAPES[line.split("/")[0]], args.folder / line.split("/")[0]), line.split("/")[1], args.folder)
-        for line in lines
-    }
-    config = {"device": args.device, "max_rows": 512, "device_budget_bytes": int(args.budget_gib * 2**30)}
+    paths = {line: _checkpoint(line, args.folder, args.packer) for line in lines}
+    config = {"device": args.device, "max_rows": 512, "device_budget_bytes": int(args.budget_gib * 2**30), "host_budget_bytes": int(args.host_gib * 2**30)}
     with engine(config, log=args.log) as running:
         print(
             f"{running.hello.device_name}: ready after {running.ready_s:.1f} s, {running.hello.device_budget_bytes / 2**30:.0f} GiB for models"
@@ -66,6 +66,13 @@ def main() -> None:
             for workload in wanted or ASKED.get(line, ASKED["8B/bf16"]):
                 measure(running, line, SHAPES[name], format_, workload, args.repeats, args.idle)
             running.unload(line)
+
+
+def _checkpoint(line: str, folder: Path, packer: bool) -> Checkpoint:
+    name, format_ = line.split("/")
+    if format_ in limits.BODY_BYTES_PER_PARAMETER and format_ != "bf16" and not packer:
+        return random_packed(SHAPES[name], format_, folder)
+    return checkpoint_of(write(SHAPES[name], folder / name), format_, folder)
 
 
 def measure(running: Engine, line: str, shape: Shape, format_: str, workload: str, repeats: int, idle_s: float) -> None:

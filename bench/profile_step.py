@@ -21,7 +21,7 @@ import torch
 
 from bench import limits
 from bench.checkpoints import SHAPES, write
-from bench.packed import checkpoint_of
+from bench.packed import checkpoint_of, random_packed
 from runtime import messages
 from runtime.config import EngineConfig
 from runtime.engine.backend import make_backend
@@ -52,7 +52,8 @@ class Harness:
     def load(self, command: messages.Load) -> messages.Loaded:
         self.inbox.put(command)
         while True:
-            self.loop.turn()
+            if not self.loop.turn():
+                time.sleep(0.005)
             for event in self.events:
                 if isinstance(event, messages.LoadFailed):
                     raise RuntimeError(event.message)
@@ -100,7 +101,9 @@ def main() -> None:
     args = parser.parse_args()
     name, format_ = args.model.split("/")
     shape = SHAPES[name]
-    checkpoint = checkpoint_of(write(shape, args.folder / name), format_, args.folder)
+    checkpoint = (
+        random_packed(shape, format_, args.folder) if format_ != "bf16" else checkpoint_of(write(shape, args.folder / name), format_, args.folder)
+    )
     started = time.perf_counter()
     harness = Harness(EngineConfig(device="cuda", host_budget_bytes=24 << 30))
     print(f"backend after {time.perf_counter() - started:.1f} s")

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -19,6 +20,9 @@ from runtime.engine.blackbox import Blackbox
 from runtime.engine.channel import Channel
 from runtime.engine.loop import EngineLoop
 from runtime.messages import Hello
+
+# transformers imports these where it finds them, which takes seconds; `None` makes them look absent
+_NOT_FOR_TEXT = ("sklearn", "torchvision", "torchaudio", "librosa")
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +39,12 @@ def main(arguments: list[str]) -> int:
     connection.connect(options.socket)
 
     # late, because torch takes seconds to import and the front waits for the connection
+    for name in _NOT_FOR_TEXT:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+    # the driver's start takes a second beside the imports
+    if config.device != "cpu":
+        threading.Thread(target=_wake_device, args=(config.device,), name="wake", daemon=True).start()
     from runtime.engine.backend import make_backend
 
     backend = make_backend(config)
@@ -58,6 +68,14 @@ def main(arguments: list[str]) -> int:
     finally:
         channel.close()
     return 0
+
+
+def _wake_device(name: str) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.init()
+        torch.zeros(1, device="cuda" if name == "auto" else name)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ def test_twin_is_the_product(gate: linear16.Activation | None) -> None:
 @pytest.mark.parametrize(("num_rows", "num_outputs", "in_features", "gate"), [
     (1, 40, 512, None), (5, 64, 1024, "silu"), (17, 80, 512, "gelu_tanh"), (33, 128, 1024, None), (64, 40, 512, "gelu"),
 ])
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "early"), [(1, False), (2, True), (3, False)])
 def test_kernel_equals_twin(
-    device: torch.device, dtype: torch.dtype, num_rows: int, num_outputs: int, in_features: int, gate: linear16.Activation | None, splits: int
+    device: torch.device, dtype: torch.dtype, num_rows: int, num_outputs: int, in_features: int, gate: linear16.Activation | None, splits: int, early: bool
 ) -> None:
     x, weight, bias = _case(device, num_rows, num_outputs, in_features, dtype)
     bias_or_none = bias if num_rows % 2 else None
@@ -40,8 +40,8 @@ def test_kernel_equals_twin(
     linear16.linear_16bit_torch(x, weight, bias_or_none, gate, expected)
     out = torch.full_like(expected, float("nan"))
     scratch = Scratch.allocate(device)
-    block_m, block_n, block_k, _, prefetch, num_warps, num_stages = gpu.tiling(num_rows, expected.shape[1], in_features, gate is not None)
-    gpu.launch(x, weight, bias_or_none, gate, out, scratch, block_m, block_n, block_k, splits, prefetch, num_warps, num_stages)
+    block_m, block_n, block_k, _, _, num_warps, num_stages = gpu.tiling(num_rows, expected.shape[1], in_features, gate is not None)
+    gpu.launch(x, weight, bias_or_none, gate, out, scratch, block_m, block_n, block_k, splits, early, num_warps, num_stages)
     error = float((out.double() - expected.double()).norm() / expected.double().norm())
     assert error < (2e-2 if dtype is torch.bfloat16 else 2e-3)
     assert not scratch.counters.any()

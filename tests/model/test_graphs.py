@@ -16,7 +16,7 @@ from tests.support.families import VOCAB, family
 
 @given(rows=st.integers(1, 600), context=st.integers(1, 5_000_000))
 def test_decode_steps_fit_their_bucket(rows: int, context: int) -> None:
-    bucket = bucket_of(rows, rows, 1, context)
+    bucket = bucket_of(rows, rows, rows, 1, context)
     if rows > DECODE_ROWS[-1] or context > CONTEXT_TOKENS[-1]:
         assert bucket is None
         return
@@ -31,7 +31,7 @@ def test_decode_steps_fit_their_bucket(rows: int, context: int) -> None:
 def test_mixed_steps_fit_their_bucket(counts: list[int]) -> None:
     if max(counts) == 1:
         return
-    bucket = bucket_of(sum(counts), len(counts), max(counts), 300)
+    bucket = bucket_of(sum(counts), len(counts), len(counts), max(counts), 300)
     if sum(counts) > MIXED_TOKENS[-1]:
         assert bucket is None
         return

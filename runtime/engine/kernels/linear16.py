@@ -11,14 +11,17 @@ from torch.nn import functional
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.scratch import Scratch
 
-MAX_ROWS = 64                            # beyond, arithmetic counts and the library's product is as fast
+MAX_ROWS = 32                            # beyond, arithmetic counts and the library's product is as fast
+MAX_ROWS_OF_LARGE = 64                   # of weights of LARGE_OUTPUTS rows or more
+LARGE_OUTPUTS = 16384
 LEAST_COLUMNS = 512                      # of K; and a multiple of it
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear_16bit` is the way for these operands: a GPU, 16-bit types, few rows, a wide K."""
-    rows = x.numel() // x.shape[-1]
-    return x.is_cuda and x.element_size() == 2 and weight.dtype == x.dtype and rows <= MAX_ROWS and x.shape[-1] % LEAST_COLUMNS == 0
+    if not x.is_cuda or x.element_size() != 2 or weight.dtype != x.dtype or x.shape[-1] % LEAST_COLUMNS:
+        return False
+    return x.numel() // x.shape[-1] <= (MAX_ROWS_OF_LARGE if weight.shape[0] >= LARGE_OUTPUTS else MAX_ROWS)
 
 
 def linear_16bit(

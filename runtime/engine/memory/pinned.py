@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_REGISTER_BYTES = 4 << 30
-_TOUCH_BYTES = 64 << 20
-_TOUCH_THREADS = 16
+_REGISTER_BYTES = 64 << 20             # the driver holds launches up meanwhile: 3 ms at a time
+_TOUCH_BYTES = 2 << 20                  # whoever maps or unmaps memory meanwhile waits for one
+_MOST_TOUCH_THREADS = 16
 _MADV_POPULATE_WRITE = 23            # Linux 5.14: backs pages with memory and leaves what they hold
 
 
@@ -68,7 +68,9 @@ class PinnedMemory:
 
     def _register_all(self) -> None:
         torch.cuda.set_device(self._device)
-        with ThreadPoolExecutor(_TOUCH_THREADS, thread_name_prefix="touch") as pool:
+        # half of the cores stay with the engine and its loads
+        num_threads = max(1, min(_MOST_TOUCH_THREADS, (os.cpu_count() or 2) // 2))
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="touch") as pool:
             for offset in range(0, self.size_bytes, _REGISTER_BYTES):
                 size = min(_REGISTER_BYTES, self.size_bytes - offset)
                 touched = list(pool.map(self._touch, range(offset, offset + size, _TOUCH_BYTES)))

@@ -19,14 +19,15 @@ class Bucket(NamedTuple):
     max_context_len: int
 
 
-def bucket_of(num_tokens: int, num_rows: int, max_query_len: int, max_context_len: int) -> Bucket | None:
+def bucket_of(num_tokens: int, num_rows: int, num_samples: int, max_query_len: int, max_context_len: int) -> Bucket | None:
     """The bucket of a step, None if it is too large for a graph to pay."""
     context = _at_least(CONTEXT_TOKENS, max_context_len)
     if context is None:
         return None
     if max_query_len == 1:
         rows = _at_least(DECODE_ROWS, num_rows)
-        return None if rows is None else Bucket(rows, rows, 1, context)
+        # a decode graph takes every token's logits; a prompt's chunk of one token that isn't the last is rare
+        return None if rows is None or num_samples < num_rows else Bucket(rows, rows, 1, context)
     tokens = _at_least(MIXED_TOKENS, num_tokens)
     rows = _at_least(MIXED_ROWS, num_rows)
     if tokens is None or rows is None:

@@ -106,7 +106,7 @@ class FusedStack:
             cos, sin = turns[layer.spec.rope_key]
             q = rope_write(step, layer.spec.attention, layer.spec.rope, layer.qkv(hidden, step.scratch), cos, sin, layer.q_norm, layer.k_norm)
             mixed = attend(step, layer.spec.attention, q).flatten(1)
-            if index == len(self._layers) - 1:
+            if index == len(self._layers) - 1 and not step.each_samples:
                 # nothing after the last attention looks across tokens
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
             branch = self._scaled(layer.out(mixed, step.scratch), layer.after_attention_norm)

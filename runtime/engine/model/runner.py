@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from runtime.config import EngineConfig
+from runtime.engine.kernels.greedy import draw_largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
 from runtime.engine.model.buckets import Bucket, bucket_of
 from runtime.engine.model.device_state import DeviceState
@@ -57,7 +58,9 @@ class ModelRunner:
             state.rows.enter_blocks(self._page_table, plan.new_blocks[state.uploads.max_blocks :])
         prompt_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
         plain = self._sampler.all_plain(shape)
-        bucket = None if plan.prompt_logprobs else bucket_of(shape.num_tokens, shape.num_rows, shape.max_query_len, shape.max_context_len)
+        bucket = None
+        if not plan.prompt_logprobs:
+            bucket = bucket_of(shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len)
         graph = self._graphs.find(bucket) if bucket is not None else None
         state.results.begin()
         state.uploads.send()
@@ -95,14 +98,17 @@ class ModelRunner:
         step = StepContext(
             built.planes, self._page_table, inputs.row_slots[:num_rows], inputs.query_starts[: num_rows + 1], inputs.context_lens[:num_rows],
             inputs.slots[:num_tokens], built.block_tokens, max_query_len, max_context_len, state.scratch,
+            each_samples=max_query_len == 1 and num_samples == num_tokens and not prompt_at,
         )
         logits_at = inputs.logits_at[: max(1, num_samples)]
         if prompt_at:
             logits_at = torch.cat((logits_at[:num_samples], to_device(np.array(prompt_at, np.int64), state.device)))
         logits = built.forward(inputs.input_ids[:num_tokens], inputs.positions[:num_tokens], logits_at, step)
         if greedy and num_samples:
-            torch.argmax(logits[:num_samples], 1, out=state.drawn[:num_samples])
-            self._commit(num_samples)
+            draw_largest(
+                logits, state.drawn, state.uploads.device_words, inputs, state.rows.last_token, state.results.lines, num_samples=num_samples,
+                scratch=state.scratch,
+            )
         return logits
 
     @torch.inference_mode()

@@ -42,6 +42,7 @@ class StepContext:
         block_tokens: tokens in a block.
         max_query_len, max_context_len: host-side upper bounds; they choose kernels, never results.
         scratch: what attention kernels may scribble on (GPU).
+        each_samples: logits are wanted at every token, in order.
         host: what attention's CPU path worked out for this step; it fills it at the first layer and reads it at the others.
     """
 
@@ -56,6 +57,7 @@ class StepContext:
     max_context_len: int
     scratch: Scratch | None = None
     host: HostPlan | None = None
+    each_samples: bool = False
 
 
 @dataclass(frozen=True, slots=True)

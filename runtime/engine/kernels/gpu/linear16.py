@@ -12,19 +12,15 @@ _KINDS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
 @triton.jit
-def _prefetch(pointers, SIZE: tl.constexpr):
-    """Ask for SIZE bytes from each pointer to be brought into the second-level cache."""
-    if SIZE == 512:
+def _prefetch(pointers, PIECE: tl.constexpr):
+    """Ask for PIECE bytes from each pointer to be brought into the second-level cache."""
+    if PIECE == 512:
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
         )
-    elif SIZE == 1024:
+    else:
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
-    elif SIZE == 2048:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
         )
 
 
@@ -40,7 +36,7 @@ def _activated(g, KIND: tl.constexpr):
 
 
 @triton.jit
-def _summed(acc, base, cells, split, num_splits, CELLS: tl.constexpr):
+def _summed(acc, base, cells, num_splits, CELLS: tl.constexpr):
     """The last program's sum of all parts, in their order."""
     total = tl.zeros_like(acc)
     for _ in range(num_splits):
@@ -53,7 +49,7 @@ def _summed(acc, base, cells, split, num_splits, CELLS: tl.constexpr):
 def _linear16_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, steps_each,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):
     chain.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -65,19 +61,35 @@ def _linear16_kernel(
     mask_m = rows_m < M
     first = split * steps_each * BLOCK_K
     safe_n = (rows_n if EVEN_N else tl.where(mask_n, rows_n, 0)).to(tl.int64)
-    if PREFETCH > 0:
-        _prefetch(weight_ptr + safe_n * K + first, PREFETCH)
-        if KIND > 0:
-            _prefetch(weight_ptr + (safe_n + N) * K + first, PREFETCH)
-    chain.wait(PDL)
     cols = first + tl.arange(0, BLOCK_K)
     w_ptrs = weight_ptr + safe_n[:, None] * K + cols[None, :]
+    u_ptrs = w_ptrs
+    if KIND > 0:
+        u_ptrs = w_ptrs + N.to(tl.int64) * K
+    if PREFETCH > 0:
+        # a piece for each of 128 threads, so that none is asked for twice
+        pieces = (PREFETCH // 4) * tl.arange(0, 2)
+        _prefetch(weight_ptr + safe_n[:, None] * K + first + pieces[None, :], PREFETCH // 2)
+    if EARLY:
+        # on their way before the kernels that make x have ended
+        w_early = tl.load(w_ptrs, eviction_policy="evict_first")
+        if KIND > 0:
+            u_early = tl.load(u_ptrs, eviction_policy="evict_first")
+    chain.wait(PDL)
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + cols[:, None]
     num_steps = tl.minimum(steps_each, K // BLOCK_K - split * steps_each)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if EARLY:
+        x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0).to(WORK)
+        acc = dot_add(w_early.to(WORK), x, acc, PRECISION)
+        if KIND > 0:
+            up = dot_add(u_early.to(WORK), x, up, PRECISION)
+            u_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+        num_steps -= 1
     if KIND > 0:
-        u_ptrs = w_ptrs + N.to(tl.int64) * K
         for _ in range(num_steps):
             x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0).to(WORK)
             w = tl.load(w_ptrs, eviction_policy="evict_first")
@@ -107,9 +119,9 @@ def _linear16_kernel(
         arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived < num_splits - 1:
             return
-        acc = _summed(acc, base, cells, split, num_splits, CELLS)
+        acc = _summed(acc, base, cells, num_splits, CELLS)
         if KIND > 0:
-            up = _summed(up, base + BLOCK_N * BLOCK_M, cells, split, num_splits, CELLS)
+            up = _summed(up, base + BLOCK_N * BLOCK_M, cells, num_splits, CELLS)
         tl.store(counters_ptr + tile, 0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -134,21 +146,21 @@ def linear_16bit(
     launch(rows, weight, bias, gate, out, scratch, *tiling(rows.shape[0], num_outputs, rows.shape[1], gate is not None))
 
 
-def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tuple[int, int, int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, bytes of a row fetched ahead, warps, stages) from measurements: docs/benchmarks/linear.md."""
+def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tuple[int, int, int, int, bool, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, first weights before the wait, warps, stages) from measurements: docs/benchmarks/linear.md."""
     block_m = max(16, triton.next_power_of_2(num_rows))
     if gated:
-        return (block_m, 64, 64, 1, 1024, 4, 6) if block_m == 64 else (block_m, 64, 128, 1, 1024, 4, 4)
+        return (block_m, 64, 64, 1, False, 4, 6) if block_m == 64 else (block_m, 64, 128, 1, False, 4, 4)
     # two programs a multiprocessor at most; a power of two, so that parts are alike
     splits = 1
     while triton.cdiv(num_outputs, 64) * splits * 2 <= 4 * 80 and in_features // (splits * 2) >= 512:
         splits *= 2
-    return block_m, 64, 128, splits, 2048 if splits > 1 else 1024, 4, 3 if block_m == 64 else 4
+    return block_m, 64, 128, splits, False, 4, 3 if block_m == 64 else 4
 
 
 def launch(
     rows: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, out: Tensor, scratch: Scratch | None, block_m: int, block_n: int,
-    block_k: int, splits: int, prefetch: int, num_warps: int, num_stages: int,
+    block_k: int, splits: int, early: bool, num_warps: int, num_stages: int, prefetch: int = 0,
 ) -> None:
     """Launch with a given tiling (the benchmark tries several)."""
     num_rows, in_features = rows.shape
@@ -170,6 +182,6 @@ def launch(
     _linear16_kernel[(tiles_n, splits, tiles_m)](
         rows, weight, bias if bias is not None else weight, out, partials, counters, num_rows, num_outputs, in_features, rows.stride(0), steps_each,
         KIND=_KINDS[gate], HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, PREFETCH=prefetch if pdl else 0, PDL=pdl, PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
+        BLOCK_K=block_k, PREFETCH=prefetch if pdl else 0, EARLY=early and pdl, PDL=pdl, PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
         **chain.options(rows),
     )

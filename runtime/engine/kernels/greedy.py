@@ -1,0 +1,20 @@
+"""The draw of rows that ask for nothing: the largest logit, put where the next step and the host find it. Ties go to the smallest id."""
+
+import torch
+from torch import Tensor
+
+from runtime.engine.kernels.inputs import StepInputs, commit_draws_torch
+from runtime.engine.kernels.scratch import Scratch
+
+
+def draw_largest(
+    logits: Tensor, drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, *, num_samples: int, scratch: Scratch | None
+) -> None:
+    """The place of the largest of `logits` [S or more, V] of each sample to `drawn` [S] int64, and as commit_draws says (kernels/inputs.py)."""
+    if logits.is_cuda:
+        from runtime.engine.kernels.gpu import greedy
+
+        greedy.draw_largest(logits, drawn, upload, inputs, last_token, ring, num_samples, scratch)
+    else:
+        torch.argmax(logits[:num_samples], 1, out=drawn[:num_samples])
+        commit_draws_torch(drawn, upload, inputs, last_token, ring, num_samples)
