@@ -3,7 +3,8 @@
     python -m bench.overhead [--seconds 1.0] [--repeats 3] [--carriers http,grpc]
 
 The runtime computes nothing, so everything that is seen is transport. Unary: one small request and answer. Stream: one request, 100 small events.
-All processes share the machine: believe the differences and ratios, not the absolute figures.
+All processes share the machine: believe the differences and ratios, not the absolute figures. "CPU µs between" is what a message costs the process
+between client and runtime; it suffers least from other work on the machine.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import aiohttp
 import grpc.aio
+import psutil
 import uvloop
 
 from bench import stack
@@ -33,10 +35,17 @@ Call = Callable[[], Awaitable[int]]  # makes one call, returns its messages
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One path to the runtime: HTTP base (or unix:PATH) and gRPC address."""
+    """One path to the runtime: HTTP base (or unix:PATH) and gRPC address. `pid`: the process between, if there is one."""
 
     http: str
     grpc: str
+    pid: int | None = None
+
+    def cpu_s(self) -> float:
+        if self.pid is None:
+            return 0.0
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,7 @@ class Run:
     p50_s: float
     p99_s: float
     messages_per_s: float
+    messages: int
 
 
 @contextlib.contextmanager
@@ -53,13 +63,13 @@ def serve() -> Iterator[tuple[dict[str, Way], str]]:
         home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-overhead-")))
         parts.enter_context(stack.program("bench.idle_runtime", str(home)))
         http, grpc_ = stack.free_port(), stack.free_port()
-        parts.enter_context(stack.program("bench.byte_proxy", str(http), f"{home}/http.sock", str(grpc_), f"{home}/runtime.sock"))
+        proxy = parts.enter_context(stack.program("bench.byte_proxy", str(http), f"{home}/http.sock", str(grpc_), f"{home}/runtime.sock"))
         mesh = parts.enter_context(stack.mesh(home, f"unix:{home}/runtime.sock", f"unix:{home}/http.sock"))
         stack.load_and_wait(mesh, MODEL, "file:///nothing")
         ways = {
             "direct": Way(f"unix:{home}/http.sock", f"unix:{home}/runtime.sock"),
-            "bytes": Way(f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc_}"),
-            "mesh": Way(mesh.url, mesh.grpc),
+            "bytes": Way(f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc_}", proxy.pid),
+            "mesh": Way(mesh.url, mesh.grpc, mesh.pid),
         }
         yield ways, mesh.admin.model(MODEL).model_id
 
@@ -80,7 +90,7 @@ async def measure(calls: list[Call], seconds: float) -> Run:
     began = time.perf_counter()
     end = began + seconds
     await asyncio.gather(*(one(call) for call in calls))
-    return Run(quantile(took, 0.5), quantile(took, 0.99), messages / (time.perf_counter() - began))
+    return Run(quantile(took, 0.5), quantile(took, 0.99), messages / (time.perf_counter() - began), messages)
 
 
 def http_call(session: aiohttp.ClientSession, base: str, headers: dict[str, str], stream: bool) -> Call:
@@ -127,9 +137,12 @@ async def run(carrier: str, way: Way, model_id: str, stream: bool, concurrency: 
 
 async def compare(ways: dict[str, Way], model_id: str, carrier: str, stream: bool, concurrency: int, seconds: float, repeats: int) -> None:
     runs: dict[str, list[Run]] = {path: [] for path in _PATHS}
+    cpu_s = dict.fromkeys(_PATHS, 0.0)
     for _ in range(repeats):
         for path in _PATHS:
+            before_s = ways[path].cpu_s()
             runs[path].append(await run(carrier, ways[path], model_id, stream, concurrency, seconds))
+            cpu_s[path] += ways[path].cpu_s() - before_s
     kind = f"stream of {EVENTS}" if stream else "unary"
     direct = statistics.median(each.messages_per_s for each in runs["direct"])
     least = statistics.median(each.p50_s for each in runs["direct"])
@@ -137,9 +150,14 @@ async def compare(ways: dict[str, Way], model_id: str, carrier: str, stream: boo
         rate = statistics.median(each.messages_per_s for each in runs[path])
         p50 = statistics.median(each.p50_s for each in runs[path])
         p99 = statistics.median(each.p99_s for each in runs[path])
+        more, cost = "", ""
+        if path != "direct":
+            more = f"{(p50 - least) * 1e3:+.2f}"
+            cost = f"{1e6 * cpu_s[path] / sum(each.messages for each in runs[path]):.0f}"
         print(
             f"| {carrier} | {kind} | {concurrency} | {path} | {rate:,.0f} | {rate / direct:.2f} "
-            f"| {p50 * 1e3:.2f} | {(p50 - least) * 1e3:+.2f} | {p99 * 1e3:.2f} |",
+            f"| {p50 * 1e3:.2f} | {more} | {p99 * 1e3:.2f} "
+            f"| {cost} |",
             flush=True,
         )
 
@@ -151,8 +169,8 @@ async def main() -> None:
     parser.add_argument("--carriers", default="http,grpc")
     parser.add_argument("--concurrency", default="1,32")
     args = parser.parse_args()
-    print("| carrier | call | at once | path | messages/s | of direct | p50 ms | more | p99 ms |")
-    print("| --- | --- | --: | --- | --: | --: | --: | --: | --: |")
+    print("| carrier | call | at once | path | messages/s | of direct | p50 ms | more | p99 ms | CPU µs between |")
+    print("| --- | --- | --: | --- | --: | --: | --: | --: | --: | --: |")
     with serve() as (ways, model_id):
         for carrier in args.carriers.split(","):
             for stream in (False, True):
