@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.engine.kernels.gpu import chain
 from runtime.engine.kernels.gpu.products import dot, dot_add, precision
 from runtime.engine.kernels.layout import BLOCK, GROUP
 from runtime.engine.kernels.linear4 import Codebook, codebook_values
@@ -100,8 +101,9 @@ def _load_x(x_ptrs, mask_m, k, K, J: tl.constexpr, PADDED: tl.constexpr):
 def _linear4_kernel(
     x_ptr, words_ptr, absmax_ptr, codes_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, num_groups, groups_each,
     ASM: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, EVEN_N: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):
+    chain.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else DTYPE
     split = tl.program_id(1)
@@ -119,6 +121,7 @@ def _linear4_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     next_s0 = tl.load(s_ptrs)
     next_s1 = tl.load(s_ptrs + 1)
+    chain.wait(PDL)
     for g in range(group, last_group):
         words = tl.load(w_ptrs)
         s0 = next_s0[:, None]
@@ -281,7 +284,7 @@ def launch_fused(
         num_rows, num_outputs, in_features, rows.stride(0), num_groups, groups_each,
         ASM=asm, HAS_BIAS=bias is not None, SPLIT=splits > 1, SCALE_SUMS=scale_sums or rows.element_size() == 4,
         EVEN_N=num_outputs % block_n == 0, PADDED=in_features % GROUP != 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
+        PRECISION=precision(rows), PDL=chain.overlaps(rows), num_warps=num_warps, num_stages=num_stages, **chain.options(rows),
     )
 
 
