@@ -140,6 +140,16 @@ class AdminRoutes:
         return web.Response(status=204)
 
     async def pods(self, _: web.Request) -> web.Response:
+        """Of this pod as it is now: what changes with every request isn't written into the registry for itself alone."""
+        own_id, now = self._registry.instances.own_id, self._placement.runtime.snapshot
+        pods = dict(self._registry.instances.table.items())
+        if own_id in pods:
+            pods[own_id] = msgspec.structs.replace(
+                pods[own_id],
+                device_used_bytes=now.device_used_bytes,
+                running=sum(model.running for model in now.models),
+                waiting=sum(model.waiting for model in now.models),
+            )
         return _json(
             Pods(
                 [
@@ -159,7 +169,7 @@ class AdminRoutes:
                         start_time_ms=pod.start_time_ms,
                         labels=list(pod.labels),
                     )
-                    for instance_id, pod in self._registry.instances.table.items()
+                    for instance_id, pod in pods.items()
                 ]
             )
         )

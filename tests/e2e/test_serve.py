@@ -1,6 +1,9 @@
 """One machine, from the outside: `repertory serve` as processes, called by the official OpenAI client and by generated stubs."""
 
+import json
 import os
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -34,11 +37,6 @@ def engine_process(served: stack.Stack) -> psutil.Process:
         if "runtime.engine" in child.cmdline():
             return child
     raise AssertionError("no engine process")
-
-
-def test_models_are_listed_before_any_is_registered(tmp_path: Path) -> None:
-    with stack.serve("--memory", "64MiB", log=tmp_path / "log") as served:
-        assert client_of(served).models.list().data == []
 
 
 def test_answers_by_name_are_transformers_own(served: stack.Stack, models: dict[str, Path]) -> None:
@@ -92,6 +90,10 @@ def test_a_client_that_leaves_frees_its_row(served: stack.Stack, models: dict[st
 def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -> None:
     home = tmp_path / "home"
     with stack.serve("--memory", "64MiB", home=home, log=tmp_path / "log") as served:
+        assert client_of(served).models.list().data == []
+        many = [f"org/model-{number:03}" for number in range(300)]
+        for name in many:
+            served.admin.register({"name": name, "uri": str(models["bob"])})
         served.admin.register({"name": "ada", "uri": str(models["ada"])})
         before = stream_text(served, "ada", PROMPT, 8)
         processes = [psutil.Process(served.pid), *psutil.Process(served.pid).children(recursive=True)]
@@ -99,8 +101,9 @@ def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -
             process.kill()
         psutil.wait_procs(processes, timeout=20)
     with stack.serve("--memory", "64MiB", home=home, log=tmp_path / "log") as served:
-        assert [model.id for model in client_of(served).models.list()] == ["ada"]
+        assert [model.id for model in client_of(served).models.list()] == ["ada", *many]
         assert stream_text(served, "ada", PROMPT, 8) == before
+        assert stream_text(served, many[-1], PROMPT, 8)
 
 
 def test_sigterm_lets_streams_finish(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -122,10 +125,16 @@ def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    served.admin.register({"name": "cyd", "uri": str(models["cyd"])})
     assert "loaded" in repertory("register", "dan", str(models["cyd"]), "--load", "--max-model-len", "256")
     assert "dan" in repertory("ps")
     assert repertory("run", "dan", PROMPT, "--max-tokens", "4", "--temperature", "0").strip()
+    # the prompt's words may come after the options too
+    assert repertory("run", "dan", "--max-tokens", "4", "--temperature", "0", *PROMPT.split()).strip()
     assert "fits" in repertory("fit", "dan")
+    assert json.loads(repertory("fit", str(models["bob"]), "--json"))["fits"]
+    assert json.loads(repertory("show", "dan", "--json"))["state"] == "loaded"
+    assert "dan" in [model["name"] for model in json.loads(repertory("ps", "--json"))]
     assert "256" in repertory("show", "dan")
     repertory("alias", "theirs", "dan")
     assert stream_text(served, "theirs", PROMPT, 8) == stream_text(served, "cyd", PROMPT, 8)
@@ -134,3 +143,35 @@ def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
     repertory("alias", "theirs", "--delete")
     repertory("rm", "dan")
     assert "dan" not in repertory("ps")
+
+
+def test_a_conversation_in_a_terminal(served: stack.Stack, models: dict[str, Path]) -> None:
+    served.admin.register({"name": "bob", "uri": str(models["bob"])})
+    command = [sys.executable, "-m", "mesh", "run", "bob", "--max-tokens", "6", "--temperature", "0", "--server", served.url]
+    here, there = os.openpty()
+    with subprocess.Popen(command, stdin=there, stdout=there, stderr=there, start_new_session=True) as talk:
+        os.close(there)
+        try:
+            assert "talking to bob" in _until_prompt(here)
+            os.write(here, b"hello\n")
+            first = _until_prompt(here)
+            assert len(first.replace("hello", "").strip(" >\r\n")) > 0
+            os.write(here, b"/clear\n")
+            _until_prompt(here)
+            os.write(here, b"hello\n")
+            assert _until_prompt(here) == first
+            os.write(here, b"/bye\n")
+            assert talk.wait(20) == 0
+        finally:
+            talk.kill()
+            os.close(here)
+
+
+def _until_prompt(terminal: int) -> str:
+    """What is shown up to the next prompt, without what a terminal shows on the way and takes back."""
+    shown = b""
+    while not shown.endswith(b">>> "):
+        ready, _, _ = select.select([terminal], [], [], 60)
+        assert ready, shown
+        shown += os.read(terminal, 4096)
+    return re.sub(r"\r\x1b\[K[^\r]*(?=\r\x1b\[K)|\r\x1b\[K", "", shown.decode("utf-8", "replace"))

@@ -1,8 +1,11 @@
 """Two pods that share a real etcd: each sees what the other registered, and a call for a model that the other has goes there in one hop."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
+import psutil
 import pytest
 
 from bench import stack
@@ -34,3 +37,30 @@ def test_both_pods_list_the_same_models(pods: tuple[stack.Stack, stack.Stack], m
     a, b = pods
     b.admin.register({"name": "bob", "uri": str(models["bob"])})
     assert {model.id for model in client_of(a).models.list()} >= {"ada", "bob"}
+
+
+def test_a_pod_killed_outright_is_replaced_by_the_next_request(pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]) -> None:
+    a, b = pods
+    a.admin.register({"name": "cyd", "uri": str(models["cyd"])})
+    loaded = {name: stream_text(a, name, PROMPT, 8) for name in ("ada", "bob", "cyd")}
+    # one stream that is under way on the pod that dies, called through the other
+    lost = client_of(b).completions.create(model="ada", prompt=PROMPT, max_tokens=450, stream=True, extra_body={"ignore_eos": True})
+    next(iter(lost))
+    processes = [psutil.Process(a.pid), *psutil.Process(a.pid).children(recursive=True)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=20)
+    with pytest.raises(openai.APIError):
+        for _ in lost:
+            pass
+    assert {name: stream_text(b, name, PROMPT, 8) for name in loaded} == loaded
+    # what the dead pod had stays on record until its session ends
+    for name in loaded:
+        assert _pod_id(b) in {copy.instance_id for copy in b.admin.model(name).copies if copy.state == "loaded"}
+
+
+def _pod_id(pod: stack.Stack) -> str:
+    """Named after its host and its gRPC port."""
+    return next(
+        entry["instance_id"] for entry in json.loads(pod.admin.call("GET", "/admin/v1/pods"))["pods"] if pod.grpc in entry["grpc_address"]
+    )

@@ -2,19 +2,22 @@
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class WebServer:
-    """`cut_after` bytes of a body the connection is closed, `cuts` times; the first `refusals` requests get 503. `log` has what was asked."""
+    """`cut_after` bytes of a body the connection is closed, `cuts` times; the first `refusals` requests get 503. A body of more than
+    100 kB takes `drip_s`. `log` has what was asked."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.cut_after = 0
         self.cuts = 0
         self.refusals = 0
+        self.drip_s = 0.0
         self.ranges = True
         self.secret = ""
         self.routes: dict[str, Callable[[], tuple[int, dict[str, str], bytes]]] = {}
@@ -79,6 +82,12 @@ def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
                 self.wfile.flush()
                 self.close_connection = True
                 self.connection.close()
+                return
+            if web.drip_s and len(data) > 100_000:
+                step = -(-len(data) // 50)
+                for start in range(0, len(data), step):
+                    self.wfile.write(data[start : start + step])
+                    time.sleep(web.drip_s / 50)
                 return
             self.wfile.write(data)
 
