@@ -6,17 +6,22 @@ Implements mesh.types.Router. Knows copies, pods and how long a request may wait
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from mesh.errors import DeadlineExceeded, LoadFailed, NotFound, Overloaded, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
 from mesh.placement.load_times import retry_after_s
 from mesh.placement.reconcile import Placement
+from mesh.registry.naming import name_in
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
 from mesh.routing.choose import Candidate, choose
 from mesh.types import CopyState, ModelStatus, Target, Tier
+
+T = TypeVar("T")
 
 _FORGOTTEN_S = 5.0  # a pod that said NOT_FOUND isn't asked for that model until its record had time to say so
 _LOOK_S = 1.0
@@ -53,11 +58,11 @@ class CopyRouter:
         self._limits = limits
         self._to_peers: Counter[tuple[str, str]] = Counter()
         self._forgotten_until_s: dict[tuple[str, str], float] = {}
-        self._stopping = False
+        self._stopping = asyncio.Event()
 
     def stop(self) -> None:
         """Requests that wait for a model are refused from now on."""
-        self._stopping = True
+        self._stopping.set()
         self._changes.tell()
 
     async def route(
@@ -137,8 +142,8 @@ class CopyRouter:
 
     async def _until_chosen(self, model_id: str, prefix_hash: str, exclude: frozenset[str], here: bool) -> Target:
         while True:
-            if self._stopping:
-                raise Unavailable("this pod is shutting down", retry_after_s=1)
+            if self._stopping.is_set():
+                raise _leaving()
             if self._local.instance_id in exclude:
                 # our runtime failed a moment ago: let its own account of itself catch up before it is tried again
                 await self._changes.wait(_SETTLE_S)
@@ -157,7 +162,7 @@ class CopyRouter:
             return
         # a copy elsewhere that wasn't chosen is out of reach, or not there in truth
         elsewhere = self._placement.status(model_id).status in (ModelStatus.LOADED, ModelStatus.LOADING) and copy is None
-        outcome = await self._placement.ensure_loaded(model_id, wait=True, here=here or elsewhere)
+        outcome = await self._unless_stopping(self._placement.ensure_loaded(model_id, wait=True, here=here or elsewhere))
         if outcome.status is ModelStatus.LOADING_FAILED:
             blocked_s = self._placement.blocked_for_s(model_id)
             name = self._registry.name_of(model_id)
@@ -165,7 +170,19 @@ class CopyRouter:
             cause = cause.replace(model_id, name)  # people know the name
             raise LoadFailed(f"model {name} failed to load: {cause}", retry_after_s=retry_after_s(blocked_s) if blocked_s else None)
         if outcome.status is ModelStatus.NOT_FOUND:
-            raise NotFound(f"model {model_id} was unregistered")
+            raise NotFound(f"model {name_in(model_id)} was unregistered")
+
+    async def _unless_stopping(self, work: Coroutine[Any, Any, T]) -> T:
+        """A load may take longer than this pod is given to end."""
+        task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise _leaving()
+            return task.result()
+        finally:
+            task.cancel()
+            stopping.cancel()
 
     def _choose(self, model_id: str, prefix_hash: str, exclude: frozenset[str], here: bool) -> Target | None:
         candidates = []
@@ -234,3 +251,7 @@ class CopyRouter:
                 )
             )
         return found
+
+
+def _leaving() -> Unavailable:
+    return Unavailable("this pod is shutting down", retry_after_s=1)

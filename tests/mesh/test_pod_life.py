@@ -161,6 +161,21 @@ async def test_unloading_ends_a_load_that_is_under_way(tmp_path: Path) -> None:
         assert (await pod.chat("a"))[0] == 200
 
 
+async def test_a_pod_that_ends_refuses_who_waits_for_a_load_at_once(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", grace_s=30.0) as pod:
+        await pod.name("a", "/files")
+        pod.runtime.switches.load_gate = asyncio.Event()
+        waiting = asyncio.create_task(pod.chat("a"))
+        await until(lambda: pod.runtime.loading)
+        stopping = asyncio.create_task(pod.pod.stop())
+        status, body, headers = await waiting
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert "shutting down" in body["error"]["message"]
+        assert pod.runtime.loading  # it isn't the load's end that let it go
+        pod.runtime.switches.load_gate.set()
+        await stopping
+
+
 async def test_unregistering_unloads(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         model = await pod.name("a", "/files")
