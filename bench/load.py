@@ -195,7 +195,7 @@ async def _connect(url: str, model: str, prompts: list[list[int]], output_tokens
             await loop.create_unix_connection(lambda stream=stream: stream, url.removeprefix("unix:"))  # type: ignore[misc]
         else:
             split = urlsplit(url)
-            await loop.create_connection(lambda stream=stream: stream, split.hostname, split.port or 80)  # type: ignore[misc]
+            await loop.create_connection(lambda stream=stream: stream, split.hostname or "", split.port or 80)  # type: ignore[misc]
         streams.append(stream)
     return streams
 
