@@ -39,6 +39,7 @@ class ModelViews:
         best = _best(status)
         step = _best(coming) if coming is not status and coming.status is not ModelStatus.LOADED else best
         successor = self._registry.models.get(named.target_id) if named.target_id != named.model_id else None
+        last_used_ms = max(self._last_used_ms(named.model_id), named.record.last_used_ms)
         settings = {key: value for key, value in settings_of(named.record.info).items() if key not in ("display_name", "model_type")}
         return Model(
             name=named.name,
@@ -53,7 +54,7 @@ class ModelViews:
             device_bytes=sum(copy.device_bytes for copy in status.copies),
             quantization=(best.quantization if best else "") or str(settings.get("quantize") or ""),
             copies=[_copy(copy) for copy in status.copies],
-            last_used_ms=max(self._last_used_ms(named.model_id), named.record.last_used_ms),
+            last_used_ms=last_used_ms if last_used_ms > named.record.entered_ms else 0,
             running=sum(copy.running for copy in status.copies),
             waiting=sum(copy.waiting for copy in status.copies),
             progress=step.progress if step else 0.0,

@@ -67,7 +67,7 @@ class OpenAiGateway:
             every_s=self._keep_alive_s,
         )
         try:
-            return await self._pass_on(request, record, body, held if ask.stream else None, "" if here else ask.model)
+            return await self._pass_on(request, record, body, held if ask.stream else None, "" if here else ask.model or "")
         except (MeshError, UnreachableError) as error:
             mesh_error = Unavailable(str(error)) if isinstance(error, UnreachableError) else error
             if held.response is None:

@@ -26,9 +26,9 @@ def size(num_bytes: int) -> str:
 
 
 def ago(epoch_ms: int, now_s: float) -> str:
-    """`3 minutes ago`; an empty string if it never was."""
+    """`3 minutes ago`; 0: `never`."""
     if epoch_ms <= 0:
-        return ""
+        return "never"
     seconds = max(0.0, now_s - epoch_ms / 1000)
     for limit, step, word in ((60.0, 1.0, "second"), (3600.0, 60.0, "minute"), (86400.0, 3600.0, "hour"), (float("inf"), 86400.0, "day")):
         if seconds < limit:

@@ -43,7 +43,7 @@ class Model(msgspec.Struct, frozen=True):
     device_bytes: int = 0
     quantization: str = ""
     copies: list[Copy] = []
-    last_used_ms: int = 0
+    last_used_ms: int = 0  # 0 = never
     running: int = 0
     waiting: int = 0
     progress: float = 0.0

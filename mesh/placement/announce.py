@@ -54,8 +54,9 @@ class Announcer:
 
     async def gone(self, model_id: str, *, last_used_ms: int = 0) -> None:
         def change(record: ModelRecord | None) -> ModelRecord | None:
-            if record is None or self._own_id not in record.instance_ids:
-                return record
+            if record is None:
+                return None
+            # also of a record that somebody else has taken this pod out of already: when it was last used only this pod knows
             return msgspec.structs.replace(
                 record,
                 instance_ids=_without(record.instance_ids, self._own_id),

@@ -73,7 +73,9 @@ def plan_set(wish: Wish, view: View, *, target_is_loaded: bool, now_ms: int, def
         # the successor takes the predecessor's place in the LRU order
         heir = created or target
         assert heir is not None
-        heir = msgspec.structs.replace(heir, last_used_ms=max(active.last_used_ms, 0 if created else heir.last_used_ms))
+        last_used_ms = max(active.last_used_ms, 0 if created else heir.last_used_ms)
+        entered_ms = min(active.entered_ms, heir.entered_ms) if active.used or (heir.used and not created) else last_used_ms
+        heir = msgspec.structs.replace(heir, last_used_ms=last_used_ms, entered_ms=entered_ms)
         return _plan(view, new, wish.target_id, heir)
     return _plan(view, new, wish.target_id, created)
 

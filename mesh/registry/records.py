@@ -42,8 +42,14 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     refs: int = 0                        # vmodels that have it as active or target
     auto_delete: bool = field(default=False, name="autoDel")
     last_used_ms: int = field(default=0, name="lu")
+    entered_ms: int = field(default=0, name="enteredMs")               # ours: where it entered the order of last use; `lu` is that until it is used
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
+
+    @property
+    def used(self) -> bool:
+        """Whether anybody has used it since it was registered."""
+        return self.last_used_ms > self.entered_ms
 
     @property
     def info(self) -> ModelInfo:

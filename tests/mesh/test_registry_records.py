@@ -20,7 +20,7 @@ json_value = st.recursive(
 model_records = st.builds(
     ModelRecord, type=text, key=text, path=text, instance_ids=placement, failed_in=placement,
     failures=st.dictionaries(text, st.builds(Failure, message=text), max_size=2),
-    refs=st.integers(0, 9), auto_delete=st.booleans(), last_used_ms=epoch_ms, last_unload_ms=epoch_ms, actionable=st.booleans(),
+    refs=st.integers(0, 9), auto_delete=st.booleans(), last_used_ms=epoch_ms, entered_ms=epoch_ms, last_unload_ms=epoch_ms, actionable=st.booleans(),
 )
 vmodel_records = st.builds(VModelRecord, owner=text, active_id=text, target_id=text, failed=st.booleans())
 copies = st.builds(CopyReport, state=st.sampled_from(CopyState), tier=st.sampled_from(Tier), running=st.integers(0, 99))
