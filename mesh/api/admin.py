@@ -122,7 +122,12 @@ class AdminRoutes:
             settings = {key: value for key, value in msgspec.structs.asdict(asked).items() if key not in ("name", "uri")}
             info = Registration(name=asked.uri, uri=asked.uri, **settings).info()
             model_id = concrete_id("fit", info)
-        return _json(self._fit_view(await self._runtime.fit(model_id, info)))
+        answer = await self._runtime.fit(model_id, info)
+        leaving: tuple[str, ...] = ()
+        if answer.fits:
+            # what the runtime would move out of device memory stays loaded; what this pod would unload does not
+            leaving = self._placement.would_unload(model_id, await self._runtime.predict_size(model_id, info) or answer.weight_bytes)
+        return _json(self._fit_view(answer, leaving))
 
     async def set_alias(self, request: web.Request) -> web.Response:
         asked = decode(await read_body(request, _BODY_BYTES), _Alias)
@@ -177,7 +182,7 @@ class AdminRoutes:
     def _is_loaded(self, model_id: str) -> bool:
         return self._placement.status(model_id).status is ModelStatus.LOADED
 
-    def _fit_view(self, answer: FitAnswer) -> Fit:
+    def _fit_view(self, answer: FitAnswer, leaving: tuple[str, ...]) -> Fit:
         return Fit(
             fits=answer.fits,
             reason=answer.reason,
@@ -186,7 +191,7 @@ class AdminRoutes:
             min_kv_bytes=answer.min_kv_bytes,
             workspace_bytes=answer.workspace_bytes,
             capacity_bytes=answer.capacity_bytes,
-            evicts=[self._registry.name_of(model_id) for model_id in answer.evicts],
+            evicts=[self._registry.name_of(model_id) for model_id in dict.fromkeys((*leaving, *answer.evicts))],
             max_model_len=answer.max_model_len,
             quantization=answer.quantization,
             architecture=answer.architecture,

@@ -16,6 +16,7 @@ from mesh.placement.copies import Changes, LocalCopies, epoch_ms
 from mesh.placement.follow import RuntimeFollower
 from mesh.placement.load_times import remaining_s
 from mesh.placement.loads import LocalLoads
+from mesh.placement.plan import make_room
 from mesh.placement.status import OwnCopy, blocked_for_s, may_load, status_of
 from mesh.placement.where import Pod, choose_pod
 from mesh.registry.records import CAPACITY_UNIT_BYTES, InstanceRecord, ModelRecord
@@ -149,6 +150,13 @@ class Placement:
         model = self._follower.model(model_id)
         progress = model.progress if model is not None and model.state is CopyState.LOADING else 0.0
         return remaining_s(expected_s, time.monotonic() - copy.started_s, progress)
+
+    def would_unload(self, model_id: str, size_bytes: int) -> tuple[str, ...]:
+        """Whom this pod would unload for a model of this size if it were asked for now; models in use only if the idle ones don't suffice."""
+        copy = self._copies.get(model_id)
+        if copy is not None and copy.loaded:
+            return ()
+        return make_room(self._copies.usage(), model_id, size_bytes, patient=False).victims
 
     def expected_load_s(self, model_id: str) -> float:
         """A whole load, from beginning to end."""

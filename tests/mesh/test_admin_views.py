@@ -1,0 +1,52 @@
+"""What people are told of models before and after they are used: last use, and who would leave for whom."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.support.fake_runtime import MB, Switches
+from tests.support.pods import RunningPod, running_pod
+from wire.mmesh import model_mesh_pb2 as mm
+
+
+async def _fit(pod: RunningPod, **ask: str) -> dict[str, Any]:
+    async with pod.http.post("/admin/v1/fit", json=ask) as answer:
+        body: dict[str, Any] = await answer.json()
+        assert answer.status == 200, body
+        return body
+
+
+async def test_a_model_that_nobody_has_used_was_never_used(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        assert (await pod.name("m", "/first"))["last_used_ms"] == 0
+        await pod.register("plain")
+        assert (await pod.model("plain"))["last_used_ms"] == 0
+        info = mm.ModelInfo(type="llm", path="/m")
+        await pod.management.registerModel(mm.RegisterModelRequest(modelId="loaded", modelInfo=info, loadNow=True, sync=True))
+        assert "loaded" in pod.runtime.loaded
+        assert (await pod.model("loaded"))["last_used_ms"] == 0
+        # other files under the same name change nothing of that, until it is used; then they don't make it unused
+        assert (await pod.name("m", "/second"))["last_used_ms"] == 0
+        await pod.chat("m")
+        used_ms = (await pod.model("m"))["last_used_ms"]
+        assert used_ms > 0
+        await pod.pod.placement.unload((await pod.model("m"))["model_id"])
+        assert (await pod.model("m"))["last_used_ms"] == used_ms
+        third = await pod.name("m", "/third")
+        assert third["uri"] == "/third"
+        assert third["last_used_ms"] == used_ms
+
+
+async def test_fit_names_whom_the_pod_would_unload(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=25 * MB)) as pod:
+        for name in ("a", "b", "c"):
+            await pod.name(name, f"/{name}")
+        assert (await _fit(pod, name="c"))["evicts"] == []
+        for name in ("a", "b", "a"):
+            assert (await pod.chat(name))[0] == 200
+        assert (await _fit(pod, name="c"))["evicts"] == ["b"]
+        assert (await _fit(pod, name="a"))["evicts"] == [], "it is loaded"
+        pod.runtime.switches.size_bytes["/large"] = 20 * MB
+        assert (await _fit(pod, uri="/large"))["evicts"] == ["b", "a"]
+        pod.runtime.switches.size_bytes["/huge"] = 26 * MB
+        assert (await _fit(pod, uri="/huge"))["evicts"] == []
+        assert sorted(pod.runtime.loaded.values()) == ["/a", "/b"], "asking unloads nobody"
