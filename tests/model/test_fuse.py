@@ -56,6 +56,43 @@ class ExtraWeight(LlamaForCausalLM):
         self.model.layers[1].self_attn.extra = nn.Linear(4, 4)
 
 
+class Particular(LlamaForCausalLM):
+    """Can't be made in another width than this."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        if config.hidden_size % 96:
+            raise ValueError(f"{config.hidden_size} is no width for me")
+        super().__init__(config)
+
+
+class ParticularLookAlike(Particular):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.__class__ = Doubled
+
+
+def test_a_class_without_miniatures_is_tried_in_its_own_size() -> None:
+    config = LlamaConfig(num_hidden_layers=12, hidden_size=192, num_attention_heads=6, intermediate_size=100, vocab_size=5000, pad_token_id=4999)
+    assert Prover(fuse=True).verdict(Particular, config).fused
+    verdict = Prover(fuse=True).verdict(ParticularLookAlike, config)
+    assert not verdict.fused
+    assert not verdict.refused
+    assert "differs by" in verdict.reason
+
+
+def test_what_can_not_be_tried_is_refused() -> None:
+    odd = LlamaConfig(num_hidden_layers=12, hidden_size=200, num_attention_heads=5, intermediate_size=100, vocab_size=5000)
+    verdict = Prover(fuse=True).verdict(Particular, odd)
+    assert verdict.refused
+    assert "can't be tried" in verdict.reason
+    assert "200 is no width for me" in verdict.reason
+    large = LlamaConfig(num_hidden_layers=120, hidden_size=192 * 128, num_attention_heads=192, intermediate_size=65536, vocab_size=5000)
+    verdict = Prover(fuse=True).verdict(Particular, large)
+    assert verdict.refused
+    assert "are more than 536870912" in verdict.reason
+
+
 def test_a_llama_is_fused() -> None:
     verdict = Prover(fuse=True).verdict(LlamaForCausalLM, CONFIG)
     assert verdict.fused

@@ -1,7 +1,8 @@
 """Which way a class of models may run: tried on a miniature, in numbers, against Hugging Face's own forward pass.
 
 The fused form is kept if it agrees; else the module's own code behind our hook, if that agrees (a mask or a bias that does not pass through the
-hook would show here). Knows forwards and verdicts; nothing of files or devices.
+hook would show here). A class that no miniature can be made of is tried on a few random layers of its own size; one that can't be tried at all is
+refused: nothing is served unproven. Knows forwards and verdicts; nothing of files or devices.
 """
 
 import json
@@ -18,14 +19,16 @@ from runtime.engine.model.fuse import NoMatchError, match_stack
 from runtime.engine.model.fused_spec import StackSpec
 from runtime.engine.model.fused_stack import FusedStack
 from runtime.engine.model.geometry import attention_geometry
-from runtime.engine.model.miniature import random_model, shrink
+from runtime.engine.model.miniature import cut, random_model, shrink
 from runtime.engine.model.rope import fix_frequencies, rotary_tables
+from runtime.engine.model.skeleton import build_skeleton
 from runtime.engine.model.step import CausalForward
 from runtime.engine.model.trial import TrialRows, trial_planes
 from runtime.engine.model.unfused import UnfusedForward
 from runtime.types import Quantization
 
 _TOLERANCE = 3e-5          # of the largest logit; float32 noise through a few layers is ten times smaller
+_MAX_PARAMETERS = 1 << 29  # of what is tried: 2 GiB in float32, and as much again for its twin
 _BLOCK_TOKENS = 16
 _LENGTHS = (27, 10)        # tokens of two rows; more than a page, more than a miniature's window
 _STEPS = (((0, 0, 13), (1, 0, 9)), ((0, 13, 12),), ((1, 9, 1), (0, 25, 1)), ((0, 26, 1),))   # (row, first, count): chunks, then decode
@@ -41,6 +44,10 @@ class Verdict:
     reason: str
 
 
+class _UntriableError(Exception):
+    """Nothing was learnt: the reduced model itself can't be run."""
+
+
 class Prover:
     """Gives verdicts and remembers them: one trial a class and set of flags. Safe to use from several loading threads."""
 
@@ -51,22 +58,30 @@ class Prover:
         self._verdicts: dict[str, Verdict] = {}
 
     def verdict(self, model_class: Any, config: Any) -> Verdict:
-        small = shrink(config)
+        with self._lock, torch.inference_mode():
+            causes = []
+            for reduce in (shrink, cut):
+                try:
+                    return self._remembered(model_class, reduce(config))
+                except Exception as error:  # a configuration that can't be made small says nothing about the model
+                    causes.append(f"{type(error).__name__}: {error}" if not isinstance(error, _UntriableError) else str(error))
+            return Verdict(False, False, True, f"it can't be tried, neither as a miniature ({causes[0]}) nor as a few layers of it ({causes[1]})")
+
+    def _remembered(self, model_class: Any, small: Any) -> Verdict:
         key = f"{model_class.__name__} {json.dumps(small.to_dict(), sort_keys=True, default=str)}"
-        with self._lock:
-            if key not in self._verdicts:
-                with torch.inference_mode():
-                    self._verdicts[key] = self._try(model_class, small)
-            return self._verdicts[key]
+        if key not in self._verdicts:
+            self._verdicts[key] = self._try(model_class, small)
+        return self._verdicts[key]
 
     def _try(self, model_class: Any, config: Any) -> Verdict:
+        """Raises _UntriableError, and whatever a class raises that can't be made."""
+        num_parameters = sum(parameter.numel() for parameter in build_skeleton(model_class, config, "eager").parameters())
+        if num_parameters > _MAX_PARAMETERS:
+            raise _UntriableError(f"{num_parameters} parameters are more than {_MAX_PARAMETERS}")
         ids = [torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)) for length in _LENGTHS]
-        try:
-            oracle = random_model(model_class, config, "eager")
-            fix_frequencies(oracle, 1)
-            expected = [oracle(input_ids=row[None], use_cache=False).logits[0] for row in ids]
-        except Exception as error:  # a configuration that can't be made small says nothing about the model
-            return Verdict(False, False, False, f"untried, for a miniature of it can't be run: {error}")
+        oracle = random_model(model_class, config, "eager")
+        fix_frequencies(oracle, 1)
+        expected = [oracle(input_ids=row[None], use_cache=False).logits[0] for row in ids]
         scale = max(float(row.abs().max()) for row in expected)
         reasons = []
         if self._fuse:
@@ -74,8 +89,8 @@ class Prover:
                 try:
                     spec = match_stack(oracle, interleaved)
                     worst = _difference(fused_from_module(oracle, spec), oracle, ids, expected)
-                except NoMatchError as error:
-                    reasons.append(str(error))
+                except Exception as error:
+                    reasons.append(str(error) if isinstance(error, NoMatchError) else f"{type(error).__name__}: {error}")
                     break
                 if worst <= _TOLERANCE * scale:
                     return Verdict(True, interleaved, False, "")

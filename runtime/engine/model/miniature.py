@@ -15,18 +15,14 @@ _HEADS = 4
 _VOCAB = 96
 _WINDOW = 8
 _MAX_LAYERS = 4
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def shrink(config: Any) -> Any:
     """A copy of `config` with few layers, heads and channels. Head size and every flag stay; layers that differ are each kept once."""
-    small = copy.deepcopy(config)
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kept = _representative_layers(config)
-    for name, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers and config.num_hidden_layers > 1:
-            setattr(small, name, [value[index] for index in kept])
     sizes = {
         "hidden_size": _HEADS * head_dim,
         "num_attention_heads": _HEADS,
@@ -37,18 +33,44 @@ def shrink(config: Any) -> Any:
         "num_local_experts": 4,
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "num_hidden_layers": len(kept),
-        "vocab_size": _VOCAB,
     }
+    small = _with_few_layers(config)
     for name, size in sizes.items():
         if getattr(small, name, None) is not None:
             setattr(small, name, size)
-    if getattr(small, "sliding_window", None):
-        small.sliding_window = _WINDOW
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, name, None)
-    small._name_or_path = ""
+    for name in _TOKEN_IDS:
+        try:
+            setattr(small, name, None)
+        except Exception:  # a configuration that checks its fields may insist on a number
+            _clamp_token(small, name)
     return small
+
+
+def cut(config: Any) -> Any:
+    """A copy of `config` with few layers and words and nothing else smaller: for classes whose sizes hang together in ways of their own."""
+    few = _with_few_layers(config)
+    for name in _TOKEN_IDS:
+        _clamp_token(few, name)
+    return few
+
+
+def _clamp_token(config: Any, name: str) -> None:
+    if isinstance(token := getattr(config, name, None), int):
+        setattr(config, name, min(token, _VOCAB - 1))
+
+
+def _with_few_layers(config: Any) -> Any:
+    few = copy.deepcopy(config)
+    kept = _representative_layers(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers and config.num_hidden_layers > 1:
+            setattr(few, name, [value[index] for index in kept])
+    few.num_hidden_layers = len(kept)
+    few.vocab_size = _VOCAB
+    if getattr(few, "sliding_window", None):
+        few.sliding_window = _WINDOW
+    few._name_or_path = ""
+    return few
 
 
 def _representative_layers(config: Any) -> list[int]:
