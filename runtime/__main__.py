@@ -33,6 +33,7 @@ from runtime.config import RuntimeConfig
 from runtime.configure import configure
 from runtime.engine_client import CommandBuilder, EngineClient, EngineState
 from runtime.engine_process import engine_command
+from runtime.engine_restarts import RestartPolicy
 from runtime.errors import RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.host_arena import HostArena, wants_arena
@@ -58,7 +59,7 @@ class Runtime:
         self._addresses = [parse_address(text) for text in config.listen]
         self._http_address = parse_address(config.http_listen)
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
-        self._engine = EngineClient(config.engine, command=command)
+        self._engine = EngineClient(config.engine, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s))
         self._preparation = Preparation(config, cache)
         self._models = Models(config, self._engine, self._preparation, load_text)
         self._metrics = RuntimeMetrics()

@@ -22,6 +22,7 @@ from runtime.changes import Changes
 from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
 from runtime.engine_process import EngineProcess, engine_command
+from runtime.engine_restarts import RestartPolicy
 from runtime.engine_streams import Pace, RowStream
 from runtime.errors import RepertoryError, Unavailable, from_code
 from runtime.messages import (
@@ -75,17 +76,6 @@ class EngineListener(Protocol):
         """A loaded model failed on its own and is out of the engine."""
 
 
-@dataclass(frozen=True, slots=True)
-class RestartPolicy:
-    """Back-off doubles from `first_s` to `most_s` and starts anew after `healthy_s` of life; `max_failed_starts` in a row is giving up."""
-
-    first_s: float = 0.2
-    most_s: float = 15.0
-    healthy_s: float = 60.0
-    start_timeout_s: float = 300.0
-    max_failed_starts: int = 8
-
-
 class EngineClient:
     """Supervises one engine process and speaks with it. `start`, then use, then `stop`; event loop only."""
 
@@ -137,7 +127,8 @@ class EngineClient:
         life = self._life
         if life is not None and self.state is EngineState.READY and life.send(Shutdown(grace_s)):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(life.ended.wait(), grace_s + 5.0)
+                async with asyncio.timeout(grace_s + 5.0):
+                    await life.ended.wait()
         self._set_state(EngineState.STOPPED)
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -295,6 +286,8 @@ class EngineClient:
                     return
             else:
                 failed_starts = 0
+                assert self.hello is not None
+                life.watch(policy.silence_on(self.hello.device), self._has_work)
                 await life.ended.wait()
                 self._died(life.exit_text)
             if self._stopping:
@@ -345,6 +338,9 @@ class EngineClient:
         if self._listener is not None:
             self._listener.engine_died(death)
         self._fail_all(Unavailable(f"the engine {exit_text}; it is being restarted", retry_after_s=5.0))
+
+    def _has_work(self) -> bool:
+        return bool(self._streams) or any(self._loads.values()) or any(self._unloads.values())
 
     def _fail_all(self, error: RepertoryError) -> None:
         for request_id in list(self._streams):

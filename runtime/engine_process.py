@@ -1,6 +1,7 @@
 """One life of the engine process: spawn it, speak frames with it, know how it ended.
 
-The front listens on a unix socket and the engine connects to it. Knows framing and processes; nothing of models, requests or restarts.
+The front listens on a unix socket and the engine connects to it. A life that hangs is ended: an engine tells its state every second, whatever
+it does. Knows framing and processes; nothing of models, requests or restarts.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from runtime.messages import MAX_FRAME_BYTES, Command, Event
 
 _LENGTH = struct.Struct("<I")
 _EXIT_WAIT_S = 10.0
+_LISTEN_S = 1.0
 
 
 def engine_command(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:
@@ -44,6 +46,7 @@ class FrameProtocol(asyncio.Protocol):
         self._encoder = msgspec.msgpack.Encoder()
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
+        self.heard = False               # anything since this was last set to False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)      # uvloop's is one in all but name
@@ -54,6 +57,7 @@ class FrameProtocol(asyncio.Protocol):
         self._on_lost()
 
     def data_received(self, data: bytes) -> None:
+        self.heard = True
         buffer = self._buffer
         buffer += data
         start = 0
@@ -99,6 +103,8 @@ class EngineProcess:
         self.exit_text = ""
         self._waiter = asyncio.create_task(self._wait())
         self._reaper: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._hung_text = ""
 
     @classmethod
     async def launch(
@@ -135,6 +141,27 @@ class EngineProcess:
     def send(self, command: Command) -> bool:
         return self._protocol.send(command)
 
+    def watch(self, limit_s: float, has_work: Callable[[], bool]) -> None:
+        """End it when it has work and has been silent for `limit_s`; not positive: never."""
+        if limit_s > 0:
+            self._watcher = asyncio.create_task(self._watch(limit_s, has_work))
+
+    async def _watch(self, limit_s: float, has_work: Callable[[], bool]) -> None:
+        # counted in looks, not by the clock: after a pause of this process what the engine said meanwhile is still unread
+        look_s = min(_LISTEN_S, limit_s / 10)
+        silent_s = 0.0
+        while silent_s < limit_s:
+            self._protocol.heard = False
+            await asyncio.sleep(look_s)
+            silent_s = 0.0 if self._protocol.heard or not has_work() else silent_s + look_s
+        self._hung_text = f"hung (no word for {limit_s:g} s) and was killed"
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGABRT)        # its fault handler writes down where it hangs
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXIT_WAIT_S):
+                await self.ended.wait()
+        await self.kill()
+
     async def kill(self) -> None:
         """End it now and wait until it is gone."""
         if self._process.returncode is None:
@@ -145,7 +172,8 @@ class EngineProcess:
         # a process that closed its socket is no engine any more; it may still be writing a crash report
         await lost.wait()
         try:
-            await asyncio.wait_for(self.ended.wait(), _EXIT_WAIT_S)
+            async with asyncio.timeout(_EXIT_WAIT_S):
+                await self.ended.wait()
         except TimeoutError:
             await self.kill()
 
@@ -158,6 +186,9 @@ class EngineProcess:
                 self.exit_text = f"was killed by signal {-code}"
         else:
             self.exit_text = f"exited with code {code}"
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self.exit_text = self._hung_text or self.exit_text
         self._server.close()
         self._protocol.close()
         self.ended.set()

@@ -157,7 +157,8 @@ class _Child:
             pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
             print(f"repertory: the {self.name} process ended with status {status}; starting it again in {pause_s:g} s", file=sys.stderr)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await stopping.wait()
                 return 0
 
     async def stop(self, grace_s: float) -> None:
@@ -167,7 +168,8 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -48,7 +48,8 @@ class Table(Generic[R]):
         """Returns when the first listing is in. Raises StoreError if that takes longer."""
         self._task = asyncio.create_task(self._follow(), name=f"watch {self._prefix}")
         try:
-            await asyncio.wait_for(self._listed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._listed.wait()
         except TimeoutError:
             await self.close()
             raise StoreError(f"store: {self._prefix} could not be listed within {timeout_s} s") from None

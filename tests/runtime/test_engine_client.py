@@ -1,6 +1,7 @@
 """The engine client against a real process behind a real socket: streams, merging, cancelling, death and return."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
-from runtime.engine_client import EngineClient, EngineDeath, EngineState, RestartPolicy
+from runtime.engine_client import EngineClient, EngineDeath, EngineState
+from runtime.engine_restarts import RestartPolicy
 from runtime.engine_streams import Pace, RowStream, merge_rows
 from runtime.errors import EngineFault, ModelNotFound, Overloaded, RepertoryError, Unavailable
 from runtime.messages import Hello, Load, RowTokens
@@ -158,6 +160,35 @@ async def test_a_death_fails_the_load_that_was_on_its_way(client: EngineClient) 
     listener = client._listener
     assert isinstance(listener, Listener)
     assert listener.deaths[0].loading == ("deadly",)
+
+
+async def test_an_engine_that_hangs_is_killed_and_returns() -> None:
+    client = EngineClient(EngineConfig(), command=fake_command(), restart=dataclasses.replace(FAST, silence_s=0.5))
+    listener = Listener()
+    client.listen(listener)
+    client.start()
+    await client.wait_ready()
+    await client.load(load("a"))
+    # no work, no words, no harm
+    await asyncio.sleep(1.0)
+    assert client.restarts == 0
+    hung = asyncio.create_task(collect(client, "a", [STALL]))
+    for _ in range(40):
+        # as long as it says anything it is alive
+        await collect(client, "a", [5], 10)
+    assert client.restarts == 0
+    with pytest.raises(Unavailable, match=r"hung \(no word for 0.5 s\)"):
+        await hung
+    await client.wait_ready()
+    assert [death.stepping for death in listener.deaths] == ["a"]
+    await client.load(load("a"))
+    assert await collect(client, "a", [5], 2) == [6, 6]
+    await client.stop(0.0)
+
+
+@pytest.mark.parametrize(("silence_s", "device", "expected_s"), [(0.0, "cpu", 1800.0), (0.0, "cuda:0", 300.0), (7.0, "cpu", 7.0), (-1.0, "cpu", -1.0)])
+def test_how_long_silence_is_borne(silence_s: float, device: str, expected_s: float) -> None:
+    assert RestartPolicy(silence_s=silence_s).silence_on(device) == expected_s
 
 
 async def test_an_engine_that_never_starts_is_given_up() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from runtime.config import RuntimeConfig
-from runtime.engine_client import EngineClient, RestartPolicy
+from runtime.engine_client import EngineClient
+from runtime.engine_restarts import RestartPolicy
 from runtime.errors import Cancelled, DeadlineExceeded, LoadFailed, ModelNotFound, Overloaded, Quarantined, Unavailable
 from runtime.lifecycle import Phase
 from runtime.models import Models

@@ -13,7 +13,8 @@ from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import RuntimeStateApi, TokenRate, add_state
 from runtime.capacity import capacity_of
 from runtime.config import EngineConfig, RuntimeConfig
-from runtime.engine_client import EngineClient, RestartPolicy
+from runtime.engine_client import EngineClient
+from runtime.engine_restarts import RestartPolicy
 from runtime.errors import LoadFailed
 from runtime.fit import Geometry, needs_of
 from runtime.fitting import Look
