@@ -1,9 +1,11 @@
-"""S3 as its own library speaks it, against a server that imitates the service. Skipped where boto3 and moto aren't installed."""
+"""S3 as its own library speaks it, against a server that imitates the service."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
@@ -12,13 +14,10 @@ from runtime.puller.cache import Cache
 from runtime.types import ModelSettings, ModelSource
 from tests.runtime.checkpoints import tiny_llama
 
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
-
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
