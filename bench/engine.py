@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", default="8B/bf16,8B/nf4,1B/bf16")
     parser.add_argument("--workloads", default="", help="comma separated N/input/output; default: all of the line")
+    parser.add_argument("--skip", default="", help="comma separated workloads to leave out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--idle", type=float, default=1.0, help="seconds between warm-up and measurement")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))
@@ -63,7 +64,9 @@ def main() -> None:
             print(
                 f"{'N/in/out':>13} {'tok/s':>8} {'vLLM':>8} {'x':>5} {'asked':>8} {'met':>4} {'floor':>6} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8}"
             )
-            for workload in wanted or ASKED.get(line, ASKED["8B/bf16"]):
+            for workload in wanted or ASKED.get(line, ASKED["8B/nf4"]):
+                if workload in args.skip.split(","):
+                    continue
                 measure(running, line, SHAPES[name], format_, workload, args.repeats, args.idle)
             running.unload(line)
 

@@ -22,6 +22,7 @@ from runtime import messages
 from runtime.types import Checkpoint, LogprobParams, SamplingParams, StopParams
 
 _LENGTH = struct.Struct("<I")
+Prompts = list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class Timeline:
     steps: list[tuple[float, int]] = field(default_factory=list)
     first_s: dict[int, float] = field(default_factory=dict)  # request id → its first token
     gaps_s: list[float] = field(default_factory=list)
+    late_first_s: list[float] = field(default_factory=list)  # from its sending to its first token, of prompts that came later
 
     @property
     def tokens(self) -> int:
@@ -79,34 +81,31 @@ class Engine:
             pass
 
     def generate(
-        self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int, timeout_s: float = 300
+        self, prompts: Prompts, output_tokens: int, timeout_s: float = 300, late: "tuple[float, Prompts] | None" = None
     ) -> Timeline:
-        """Submit all prompts (model id, token ids) at once; greedy, EOS ignored; until the last is done."""
+        """Submit all prompts (model id, token ids) at once; greedy, EOS ignored; until the last is done. `late`: further prompts, each for one token,
+        submitted that many seconds after the others."""
         timeline = Timeline(time.perf_counter())
         last: dict[int, float] = {}
-        waiting = set()
-        for model_id, ids in prompts:
-            waiting.add(self._next_id)
-            self._send(
-                messages.Add(
-                    self._next_id,
-                    model_id,
-                    ids.astype("<i4").tobytes(),
-                    SamplingParams(temperature=0.0),
-                    StopParams(max_tokens=output_tokens, ignore_eos=True),
-                    LogprobParams(),
-                )
-            )
-            self._next_id += 1
+        late_sent_s: dict[int, float] = {}
+        waiting = {self._add(model_id, ids, output_tokens) for model_id, ids in prompts}
         while waiting:
             event = self._receive(timeout_s)
             if not isinstance(event, messages.Tokens):
                 continue
             now = time.perf_counter()
+            if late is not None and now - timeline.sent_s >= late[0]:
+                for model_id, ids in late[1]:
+                    number = self._add(model_id, ids, 1)
+                    waiting.add(number)
+                    late_sent_s[number] = now
+                late = None
             count = 0
             for row in event.rows:
                 count += len(row.tokens)
-                if row.tokens:
+                if row.tokens and row.request_id in late_sent_s:
+                    timeline.late_first_s.append(now - late_sent_s[row.request_id])
+                elif row.tokens:
                     if row.request_id in last:
                         timeline.gaps_s.append(now - last[row.request_id])
                     timeline.first_s.setdefault(row.request_id, now - timeline.sent_s)
@@ -118,6 +117,13 @@ class Engine:
             if count:
                 timeline.steps.append((now, count))
         return timeline
+
+    def _add(self, model_id: str, ids: "np.ndarray[Any, np.dtype[np.int32]]", output_tokens: int) -> int:
+        number = self._next_id
+        self._next_id += 1
+        stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
+        self._send(messages.Add(number, model_id, ids.astype("<i4").tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams()))
+        return number
 
     def texts(self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int) -> list[list[int]]:
         """The token ids that each prompt brings, greedy, EOS ignored, all at once."""

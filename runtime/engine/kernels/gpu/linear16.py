@@ -12,19 +12,6 @@ _KINDS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
 @triton.jit
-def _prefetch(pointers, PIECE: tl.constexpr):
-    """Ask for PIECE bytes from each pointer to be brought into the second-level cache."""
-    if PIECE == 512:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
-    else:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def _activated(g, KIND: tl.constexpr):
     if KIND == 1:
         return g / (1.0 + tl.exp(-g))
@@ -49,7 +36,7 @@ def _summed(acc, base, cells, num_splits, CELLS: tl.constexpr):
 def _linear16_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, steps_each,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):
     chain.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -66,10 +53,6 @@ def _linear16_kernel(
     u_ptrs = w_ptrs
     if KIND > 0:
         u_ptrs = w_ptrs + N.to(tl.int64) * K
-    if PREFETCH > 0:
-        # a piece for each of 128 threads, so that none is asked for twice
-        pieces = (PREFETCH // 4) * tl.arange(0, 2)
-        _prefetch(weight_ptr + safe_n[:, None] * K + first + pieces[None, :], PREFETCH // 2)
     if EARLY:
         # on their way before the kernels that make x have ended
         w_early = tl.load(w_ptrs, eviction_policy="evict_first")
@@ -147,7 +130,7 @@ def linear_16bit(
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tuple[int, int, int, int, bool, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, first weights before the wait, warps, stages) from measurements: docs/benchmarks/linear.md."""
+    """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, first weights before the wait, warps, stages) from measurements: docs/benchmarks/engine.md."""
     block_m = max(16, triton.next_power_of_2(num_rows))
     if gated:
         return (block_m, 64, 64, 1, False, 4, 6) if block_m == 64 else (block_m, 64, 128, 1, False, 4, 4)
@@ -155,12 +138,14 @@ def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tu
     splits = 1
     while triton.cdiv(num_outputs, 64) * splits * 2 <= 4 * 80 and in_features // (splits * 2) >= 512:
         splits *= 2
+    if block_m == 16 and min(num_outputs, in_features) >= 4096 and num_outputs < 16384:
+        return block_m, 64, 128, splits, num_outputs <= in_features, 4, 3
     return block_m, 64, 128, splits, False, 4, 3 if block_m == 64 else 4
 
 
 def launch(
     rows: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, out: Tensor, scratch: Scratch | None, block_m: int, block_n: int,
-    block_k: int, splits: int, early: bool, num_warps: int, num_stages: int, prefetch: int = 0,
+    block_k: int, splits: int, early: bool, num_warps: int, num_stages: int,
 ) -> None:
     """Launch with a given tiling (the benchmark tries several)."""
     num_rows, in_features = rows.shape
@@ -182,6 +167,6 @@ def launch(
     _linear16_kernel[(tiles_n, splits, tiles_m)](
         rows, weight, bias if bias is not None else weight, out, partials, counters, num_rows, num_outputs, in_features, rows.stride(0), steps_each,
         KIND=_KINDS[gate], HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, PREFETCH=prefetch if pdl else 0, EARLY=early and pdl, PDL=pdl, PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
+        BLOCK_K=block_k, EARLY=early and pdl, PDL=pdl, PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
         **chain.options(rows),
     )
