@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def measure(running: Engine, line: str, shape: Shape, format_: str, workload: st
     rows, input_tokens, output_tokens = (int(part) for part in workload.split("/"))
     rng = np.random.default_rng(rows * 7919 + input_tokens)
 
-    def prompts() -> list[tuple[str, "np.ndarray"]]:  # type: ignore[type-arg]
+    def prompts() -> list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]:
         return [(line, rng.integers(100, shape.vocab, input_tokens, dtype=np.int32)) for _ in range(rows)]
 
     running.generate(prompts(), output_tokens)

@@ -166,7 +166,7 @@ def kernels(harness: Harness, top: int) -> None:
     spans = []
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in profiler.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if str(event.device_type).endswith("CUDA"):
             spans.append((event.time_range.start, event.time_range.end))
             by_name[event.name].append(event.time_range.elapsed_us())
     if not spans:
