@@ -249,7 +249,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
 
     def _account(self, request: _Request) -> None:
         seconds = time.monotonic() - request.started_s
-        self._metrics.request(request.model_id, "grpc", request.code, request.method.rpartition("/")[2], seconds)
+        # a label is for methods that there are, not for whatever callers make up
+        exists = request.code == "OK" or request.method in self._single_message
+        self._metrics.request(request.model_id, "grpc", request.code, request.method.rpartition("/")[2] if exists else "other", seconds)
         logger.info(
             "request",
             extra={

@@ -14,6 +14,7 @@ from mesh.client.admin import AdminClient, Model
 from mesh.errors import InvalidRequest, LoadFailed
 
 _ENDED = ("loaded", "failed", "quarantined")
+_NO_LOAD_S = 10.0  # a load that was asked for and isn't under way after this long was given up, or never begun
 
 
 def register(client: AdminClient, args: argparse.Namespace) -> int:
@@ -116,11 +117,16 @@ def alias(client: AdminClient, args: argparse.Namespace) -> int:
 def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
     """Ask for a load and watch it to its end. Raises LoadFailed with the cause."""
     client.load(name)
+    under_way_s = time.monotonic()
     with render.LoadBar(name, enabled=not quiet) as bar:
         while True:
             model = client.model(name)
             if model.state in _ENDED and (not model.moving_to or model.error):
                 break
+            if model.state:
+                under_way_s = time.monotonic()
+            elif time.monotonic() - under_way_s > _NO_LOAD_S:
+                raise LoadFailed(f"{name}: it is not being loaded; there may be no room for it beside models in use (the server's log says more)")
             bar.update(model.state or "queued", model.progress, model.progress_text)
             time.sleep(0.2)
     if model.state != "loaded" or model.moving_to:

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from mesh.client.runtime_state import RuntimeWatch, fit_answer
-from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, NotSupported, Overloaded, Unavailable
+from mesh.errors import DeadlineExceeded, InvalidRequest, LoadFailed, MeshError, NotFound, NotSupported, Overloaded, Unavailable
 from mesh.types import FitAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
@@ -25,6 +25,8 @@ _POLL_S = 2.0
 _ATTEMPT_S = 10.0  # an answer to one poll; the runtime may be purging
 _PREDICT_S = 0.5
 _SIZE_S = 30.0
+_UNLOAD_S = 180.0  # the model's requests may come to their end first; after it the caller asks again
+_FIT_S = 120.0  # the files may have to be looked at where they come from
 _MIN_LOADING_TIMEOUT_MS = 100
 
 
@@ -83,7 +85,7 @@ class GrpcRuntime:
     async def unload(self, model_id: str) -> None:
         """Raises Unavailable: the memory isn't free, try again."""
         try:
-            await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id))
+            await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id), timeout=_UNLOAD_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise Unavailable(f"model {model_id}: the runtime could not unload it: {error.code().name}: {error.details()}") from None
@@ -100,10 +102,10 @@ class GrpcRuntime:
             return None
 
     async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer:
-        """Raises NotSupported for a foreign runtime, InvalidRequest, LoadFailed (files missing or unsupported), Unavailable."""
+        """Raises NotSupported for a foreign runtime, InvalidRequest, LoadFailed (files missing or unsupported), Unavailable, DeadlineExceeded."""
         try:
             request = state_pb.FitRequest(model_id=model_id, model_path=info.path, model_key=info.key)
-            return fit_answer(await self._state.fit(request))
+            return fit_answer(await self._state.fit(request, timeout=_FIT_S))
         except grpc.aio.AioRpcError as error:
             kinds: dict[grpc.StatusCode, type[MeshError]] = {
                 grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -111,6 +113,7 @@ class GrpcRuntime:
                 grpc.StatusCode.NOT_FOUND: NotFound,
                 grpc.StatusCode.UNIMPLEMENTED: NotSupported,
                 grpc.StatusCode.UNAVAILABLE: Unavailable,
+                grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
             }
             message = error.details() or error.code().name
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -75,6 +75,16 @@ async def test_a_status_passes_with_its_details_and_trailers(pod: RunningPod) ->
     assert (trailers["why"], trailers["why-bin"]) == ("because", b"\x00\xff")
 
 
+async def test_methods_that_callers_make_up_are_no_labels_of_metrics(pod: RunningPod) -> None:
+    await pod.echo("m")
+    assert (await code_of(pod.channel.unary_unary("/test.Any/Fail")(b"INVALID_ARGUMENT", metadata=FOR_M)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    async with pod.http.get("/metrics") as answer:
+        text = await answer.text()
+    assert 'method="other"' in text
+    assert 'method="Echo"' in text
+    assert 'method="Fail"' not in text
+
+
 async def test_a_runtimes_own_cancelled_is_a_status_like_any_other(pod: RunningPod) -> None:
     call = pod.channel.unary_unary("/test.Any/Fail")(b"CANCELLED", metadata=FOR_M, timeout=5)
     with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
