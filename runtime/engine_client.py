@@ -144,12 +144,12 @@ class EngineClient:
 
     async def load(self, request: Load) -> ModelFacts:
         """Admit a model and wait until it is; who gives up waiting sends `unload`. Raises what the engine says, or Unavailable."""
-        return await self._ask(request, self._loads.setdefault(request.model_id, deque()))
+        return await self._ask(request, self._loads)
 
     async def unload(self, model_id: str) -> None:
         """Forget a model and wait until its memory is free; a dead engine has forgotten all."""
         with contextlib.suppress(Unavailable):
-            await self._ask(Unload(model_id), self._unloads.setdefault(model_id, deque()))
+            await self._ask(Unload(model_id), self._unloads)
 
     def set_policy(self, policy: SetPolicy) -> None:
         self._send(policy)
@@ -260,10 +260,10 @@ class EngineClient:
             return Unavailable(self.failure or "the engine is stopped")
         return Unavailable(f"the engine is {self.state.value}; try again", retry_after_s=5.0)
 
-    async def _ask(self, command: Command, queue: "deque[asyncio.Future[T]]") -> T:
+    async def _ask(self, command: Load | Unload, queues: "dict[str, deque[asyncio.Future[T]]]") -> T:
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._send(command)
-        queue.append(answer)
+        queues.setdefault(command.model_id, deque()).append(answer)
         return await answer
 
     # Life and death

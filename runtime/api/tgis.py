@@ -7,6 +7,7 @@ import grpc.aio
 
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
 from runtime.api.naming import find_model
+from runtime.api.openai_context import THREAD_ABOVE_CHARS, encode_text
 from runtime.api.tgis_answers import Answers
 from runtime.api.tgis_params import Prompt, check, deadline_of, plan, refuse_adapters
 from runtime.config import RuntimeConfig
@@ -17,8 +18,6 @@ from runtime.served import ModelDirectory, ServedModel
 from runtime.text.tokenizer import Encoding
 from wire.fmaas import generation_pb2 as pb
 from wire.fmaas import generation_pb2_grpc as rpc
-
-THREAD_ABOVE_CHARS = 8192
 
 
 class GenerationService(rpc.GenerationServiceServicer):
@@ -113,8 +112,7 @@ async def _prompt(model: ServedModel, text: str, params: pb.Parameters) -> Promp
     if params.truncate_input_tokens:
         return Prompt(text, (await _encode(model, text, params.truncate_input_tokens)).ids)
     # without offsets, which take several times as long
-    ids = await asyncio.to_thread(model.text.encode, text) if len(text) > THREAD_ABOVE_CHARS else model.text.encode(text)
-    return Prompt(text, tuple(ids))
+    return Prompt(text, tuple(await encode_text(model, text, add_special_tokens=True)))
 
 
 async def _encode(model: ServedModel, text: str, limit: int) -> Encoding:

@@ -74,7 +74,6 @@ class House:
         model.cache.forget()
         self.resident.evict(model)
         model.runner.close()
-        model.runner.close()
         model.memory.close()
         del self.models[model.model_id]
         self.resident.changed = True

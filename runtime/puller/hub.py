@@ -39,7 +39,8 @@ class HubSource:
         except RepositoryNotFoundError as error:
             raise LoadFailed(f"{origin}: no such repository, or it is private or gated and HF_TOKEN gives no access") from error
         except (HfHubHTTPError, OSError, ValueError) as error:
-            raise LoadFailed(f"{origin}: the hub can't be asked: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+            first_line, *_ = str(error).splitlines() or [""]
+            raise LoadFailed(f"{origin}: the hub can't be asked: {type(error).__name__}: {first_line}") from error
         except Exception as error:      # the library's HTTP client has a tree of its own, which changes with its major versions
             raise Unreachable(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
         token = self._token or get_token()
