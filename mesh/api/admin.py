@@ -13,7 +13,7 @@ from mesh.client.admin import Fit, Models
 from mesh.errors import InvalidRequest, NotFound
 from mesh.placement.copies import epoch_ms
 from mesh.placement.reconcile import Placement
-from mesh.registry.naming import Registration, concrete_id
+from mesh.registry.naming import Dtype, Positive, Quantize, Registration, concrete_id
 from mesh.registry.records import CAPACITY_UNIT_BYTES
 from mesh.registry.registry import Registry
 from mesh.types import FitAnswer, ModelStatus, RuntimeClient
@@ -31,10 +31,10 @@ class _FitAsk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     name: str = ""
     uri: str = ""
     type: str = "llm"
-    quantize: str | None = None
+    quantize: Quantize | None = None
     double_quant: bool = False
-    dtype: str | None = None
-    max_model_len: int | None = None
+    dtype: Dtype | None = None
+    max_model_len: Positive | None = None
     storage_key: str | None = None
     storage_params: dict[str, str] | None = None
 

@@ -7,7 +7,7 @@ files or settings is another model id, loaded beside the old one and switched to
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,6 +20,23 @@ MAX_NAME_LENGTH = 200
 _CONCRETE = re.compile(rf"__[0-9a-f]{{{HASH_DIGITS}}}$")
 
 
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+Quantize = Literal["none", "int8", "nf4", "fp4"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A model's default sampling; None: the checkpoint's own. Ranges are checked when a registration is read, long before a load."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_p: _Share | None = None
+    min_p: _Share | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    max_tokens: Positive | None = None
+
+
 class Registration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What a person says of a model: where its files are and how it is to be served. None: the checkpoint's own, or the runtime's default.
 
@@ -29,13 +46,13 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     name: str
     uri: str
     type: str = "llm"
-    quantize: str | None = None
+    quantize: Quantize | None = None
     double_quant: bool = False
-    dtype: str | None = None
-    max_model_len: int | None = None
+    dtype: Dtype | None = None
+    max_model_len: Positive | None = None
     chat_template: str | None = None
-    sampling: dict[str, int | float] | None = None
-    max_concurrency: int | None = None
+    sampling: Sampling | None = None
+    max_concurrency: Positive | None = None
     storage_key: str | None = None
     storage_params: dict[str, str] | None = None
     version: str | None = None
@@ -51,7 +68,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
             "chat_template": self.chat_template,
-            "sampling": self.sampling or None,
+            "sampling": self.sampling if self.sampling != Sampling() else None,
             "max_concurrency": self.max_concurrency,
             "version": self.version,
             "display_name": self.name,

@@ -397,3 +397,22 @@ async def test_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) 
         assert status == 424
         assert "needs 26000000 bytes; the capacity is 25000000 bytes" in body["error"]["message"]
         assert len(pod.runtime.loaded) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_model_len", -5),
+        ("max_concurrency", 0),
+        ("quantize", "q4_k_m"),
+        ("dtype", "int4"),
+        ("sampling", {"heat": 1}),
+        ("sampling", {"top_p": 2}),
+    ],
+)
+async def test_settings_out_of_range_are_refused_at_registration(pod: RunningPod, field: str, value: object) -> None:
+    async with pod.http.post("/admin/v1/models", json={"name": "x", "uri": "/x", field: value}) as answer:
+        assert answer.status == 400
+        assert field in (await answer.json())["error"]["message"]
+    async with pod.http.get("/admin/v1/models/x") as answer:
+        assert answer.status == 404

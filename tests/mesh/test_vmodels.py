@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from mesh.errors import AlreadyExists, InvalidRequest, NotFound
-from mesh.registry.naming import Registration, belongs_to, concrete_id
+from mesh.registry.naming import Registration, Sampling, belongs_to, concrete_id
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo, ModelStatus
 from tests.support.mesh_node import NOW_MS, Node, running_node
@@ -273,9 +273,9 @@ async def test_a_registered_name_is_replaced_without_a_gap(node: Node) -> None:
     assert node.registry.name_of(second) == "org/smol"
 
 
-async def test_other_settings_are_another_model_and_their_order_is_none(node: Node) -> None:
+async def test_other_settings_are_another_model(node: Node) -> None:
     assert info("/a", quantize="nf4") != info("/a")
-    assert info("/a", sampling={"top_k": 5, "temperature": 0.5}) == info("/a", sampling={"temperature": 0.5, "top_k": 5})
+    assert info("/a", sampling=Sampling(top_k=5, temperature=0.5)) == info("/a", sampling=Sampling(temperature=0.5, top_k=5))
     assert info("/a", version="2") != info("/a")
     name = concrete_id("smol", info("/a"))
     assert belongs_to(name, "smol")
