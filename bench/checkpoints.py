@@ -58,7 +58,10 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
     generator = torch.Generator(device).manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator, device=device) * (0.7 / columns**0.5)).to(torch.bfloat16).cpu()
+        drawn: torch.Tensor = (
+            (torch.randn(rows, columns, generator=generator, device=device) * (0.7 / columns**0.5)).to(torch.bfloat16).cpu()
+        )
+        return drawn
 
     def ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
@@ -127,7 +130,7 @@ def config_of(shape: Shape) -> dict[str, object]:
 def _write_tokenizer(folder: Path, vocab: int) -> None:
     """A word for each id, so that any output can be decoded, in byte-level form, as the families of these shapes have theirs."""
     words = {f"Ġw{i}": i for i in range(vocab)}
-    content = {
+    content: dict[str, object] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

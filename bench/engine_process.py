@@ -175,7 +175,7 @@ class Engine:
                 if len(self._buffer) >= 4 + length:
                     frame = bytes(memoryview(self._buffer)[4 : 4 + length])
                     del self._buffer[: 4 + length]
-                    event = self._decoder.decode(frame)
+                    event: messages.Event = self._decoder.decode(frame)
                     if isinstance(event, messages.EngineStats):
                         self.stats = event
                         if time.perf_counter() > deadline:

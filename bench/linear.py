@@ -56,7 +56,7 @@ def time_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
         end.record()
         end.synchronize()
         spans.append(begin.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(spans)
+    return float(statistics.median(spans))
 
 
 def floor_us(num_rows: int, num_outputs: int, in_features: int, weight_bytes: int) -> float:
