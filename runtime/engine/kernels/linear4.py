@@ -1,7 +1,7 @@
 """x · Wᵀ with W in 4 bits (NF4 or FP4, one absmax for each 64 elements), as `layout.py` lays it out. Knows nothing of modules.
 
-Paths on a GPU, by rows M of x: up to 128 (256 for large weights) one fused kernel that unpacks in registers; above, the weight is unpacked into scratch memory and
-multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
+Paths on a GPU, by rows M of x: fused kernels that unpack on the way to the matrix unit up to some hundred rows (which of them: `gpu/linear4.py`); above, the weight is
+unpacked into scratch memory and multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
 """
 
 from typing import Literal
@@ -52,6 +52,14 @@ def linear_4bit(
     else:
         linear_4bit_torch(x, weight, absmax, codebook, bias, out)
     return out
+
+
+def warm(device: torch.device) -> None:
+    """Have the GPU's kernels ready before the first call; call it when a first 4-bit model is loaded. Nothing to do on a CPU."""
+    if device.type == "cuda":
+        from runtime.engine.kernels.gpu import linear4
+
+        linear4.warm(device)
 
 
 def num_rows_4bit(weight: Tensor, in_features: int) -> int:

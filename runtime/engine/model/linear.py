@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from runtime.engine.kernels.activation import Activation, act_mul
-from runtime.engine.kernels.linear4 import linear_4bit
+from runtime.engine.kernels.linear4 import linear_4bit, warm
 from runtime.engine.kernels.linear8 import linear_int8
 from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.scratch import Scratch
@@ -86,6 +86,7 @@ def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization)
     on_host = weight.device.type == "cpu"
     if (absmax := views.get(f"{name}.absmax")) is not None:
         codebook: Literal["nf4", "fp4"] = "fp4" if quantization is Quantization.FP4 else "nf4"
+        warm(weight.device)
         return HostLinear4(weight, absmax, codebook, bias) if on_host else Linear4(weight, absmax, codebook, bias)
     if (scale := views.get(f"{name}.scale")) is not None and weight.dtype is torch.int8:
         return HostLinear8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)

@@ -1,6 +1,6 @@
-"""The 4-bit linear in Triton: fused at few rows, dequantise + cuBLAS at many.
+"""The 4-bit linear on a GPU: CUDA C++ where it is faster (`linear4_cuda.py`, `linear4_wide.py`), else Triton; dequantise + cuBLAS at many rows.
 
-The fused kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix unit. A tile of words [BLOCK_N, 16]
+The fused Triton kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix unit. A tile of words [BLOCK_N, 16]
 gives eight operands [BLOCK_N, 16], four in either absmax block: the products are scaled as sums (few rows), or the weights as they are unpacked (more).
 
 Unpacking must cost less than the memory it saves: two or three integer instructions a weight is all there is room for. `_lookup_asm` gets there with
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import chain, linear4_cuda, linear4_wide
 from runtime.engine.kernels.gpu.products import dot, dot_add, precision
 from runtime.engine.kernels.layout import BLOCK, GROUP
 from runtime.engine.kernels.linear4 import Codebook, codebook_values
@@ -230,10 +230,22 @@ def linear_4bit(
     num_rows, num_outputs = rows.shape[0], weight.shape[0]
     if num_rows == 0:
         return
+    result = out.view(num_rows, num_outputs)
+    if num_rows <= linear4_cuda.MAX_ROWS:
+        if linear4_cuda.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch):
+            return
+    elif linear4_wide.serves(num_rows, num_outputs, in_features) and linear4_wide.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch):
+        return
     if num_rows > max_fused_rows(weight.shape[0], in_features):
-        _linear_unpacked(rows, weight, absmax, codebook, bias, out.view(num_rows, num_outputs), scratch)
+        _linear_unpacked(rows, weight, absmax, codebook, bias, result, scratch)
         return
     launch_fused(rows, weight, absmax, codebook, bias, out, scratch, *tiling(num_rows, num_outputs, in_features))
+
+
+def warm(device: torch.device) -> None:
+    """Compile or load the CUDA C++ kernels now (seconds the first time on a machine), so that no request waits for them."""
+    linear4_cuda.module(device)
+    linear4_wide.module(device)
 
 
 def max_fused_rows(num_outputs: int, in_features: int) -> int:

@@ -1,0 +1,122 @@
+"""CUDA C++ kernels beside the Triton ones: compiled by NVRTC once for each source and GPU architecture, kept on disk, launched on torch's stream.
+
+Knows nothing of what the kernels compute. A kernel takes one struct; every launch may overlap with the end of the kernel before it (`chain.py`).
+Where NVRTC, the bindings or the architecture are missing there is no module, the log says so once, and callers keep to Triton.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LOG = logging.getLogger(__name__)
+_OLDEST = (9, 0)  # the first whose launches may overlap
+SHARED_BYTES = 227 << 10  # what a block may have where the launch asks for it (Hopper)
+
+
+class NativeError(RuntimeError):
+    """A compiler or driver call failed."""
+
+
+def _checked(call: str, result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if int(status) != 0:
+        raise NativeError(f"{call}: {status.name}")
+    return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Module:
+    """The functions of one source on one device."""
+
+    driver: Any
+    functions: dict[str, Any]
+
+    def launch(self, name: str, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure) -> None:
+        """Put the kernel on torch's current stream. `arguments` is copied."""
+        driver = self.driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _checked(f"launch of {name}", driver.cuLaunchKernelEx(config, self.functions[name], ctypes.addressof(pointers), 0))
+
+
+@functools.cache
+def module(source: str, names: tuple[str, ...], device: torch.device) -> Module | None:
+    """The module of `source`, a file beside this one, with the functions `names`; None where it can't be had."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        _LOG.warning("%s: needs a GPU of compute capability 9.0 or later, this one has %d.%d; Triton serves instead", source, *capability)
+        return None
+    try:
+        from cuda.bindings import driver
+
+        image = cubin(source, architecture(device))
+        torch.zeros(1, device=device)  # the device's context is current from here on
+        held = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
+        functions = {name: _checked(f"cuModuleGetFunction {name}", driver.cuModuleGetFunction(held, name.encode())) for name in names}
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for function in functions.values():
+            _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, limit, SHARED_BYTES))
+    except (ImportError, RuntimeError, OSError) as error:
+        _LOG.warning("%s can't be compiled or loaded (%s); Triton serves instead", source, error)
+        return None
+    return Module(driver, functions)
+
+
+def architecture(device: torch.device) -> str:
+    """What the compiler calls this GPU; Hopper with the instructions that are its own."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def cubin(source: str, architecture: str) -> bytes:
+    """Machine code of `source`, from disk if it was compiled before."""
+    text = (pathlib.Path(__file__).parent / source).read_bytes()
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "repertory" / "kernels"
+    kept = home / f"{hashlib.sha256(text).hexdigest()[:32]}-{architecture}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    image = compile_source(source, text, architecture)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=home, delete=False) as file:
+            file.write(image)
+        pathlib.Path(file.name).replace(kept)
+    except OSError as error:
+        _LOG.warning("compiled kernels are not kept for the next start: %s", error)
+    return image
+
+
+def compile_source(name: str, text: bytes, architecture: str) -> bytes:
+    """NVRTC's machine code for one architecture."""
+    from cuda.bindings import nvrtc
+
+    program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
+    if int(status) != 0:
+        log = b" " * _checked("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise NativeError(f"{name} does not compile for {architecture}: {log.decode(errors='replace')}")
+    image: bytes = b" " * _checked("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program))
+    _checked("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, image))
+    nvrtc.nvrtcDestroyProgram(program)
+    return image
