@@ -29,16 +29,14 @@ extern "C" __global__ void __launch_bounds__(256) linear4_image(const __grid_con
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const int k0 = blockIdx.x * 64;
     uint4* tile = reinterpret_cast<uint4*>(a.image) + (static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x) * a.tile_rows * 8;
-    for (int i = threadIdx.x; i < a.tile_rows * 8; i += 256) {
-        const int row = i >> 3, cell = i & 7, m = blockIdx.y * a.tile_rows + row;
-        unsigned words[4] = {0, 0, 0, 0};
-        if (m < a.num_rows && k0 < a.in_features) {
-            const unsigned short* from = a.x + static_cast<long long>(m) * a.x_stride + k0 + (cell & 1) * 32 + (cell >> 1);
+    const int row = blockIdx.z * 32 + (threadIdx.x >> 3), cell = threadIdx.x & 7, m = blockIdx.y * a.tile_rows + row;
+    unsigned words[4] = {0, 0, 0, 0};
+    if (m < a.num_rows && k0 < a.in_features) {
+        const unsigned short* from = a.x + static_cast<long long>(m) * a.x_stride + k0 + (cell & 1) * 32 + (cell >> 1);
 #pragma unroll
-            for (int t = 0; t < 4; ++t) words[t] = from[4 * t] | static_cast<unsigned>(from[16 + 4 * t]) << 16;
-        }
-        tile[row * 8 + (cell ^ (row & 7))] = make_uint4(words[0], words[1], words[2], words[3]);
+        for (int t = 0; t < 4; ++t) words[t] = from[4 * t] | static_cast<unsigned>(from[16 + 4 * t]) << 16;
     }
+    tile[row * 8 + (cell ^ (row & 7))] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 template <bool HALF>

@@ -77,7 +77,7 @@ def linear_4bit(
         return False
     image = scratch.partials.data_ptr()
     compiled.launch(
-        "linear4_image", (2 * num_groups, tiles_m, 1), 256, 0,
+        "linear4_image", (2 * num_groups, tiles_m, columns // 32), 256, 0,
         _ImageArguments(rows.data_ptr(), image, num_rows, in_features, rows.stride(0), columns),
     )
     arguments = _Arguments(
