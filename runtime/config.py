@@ -55,7 +55,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_remote_code: Annotated[bool, _about("take checkpoints that bring code; the code itself is never run")] = False
     max_loading_concurrency: Annotated[int, _about("loads beside each other")] = 2
     engine_silence_s: Annotated[
-        float, _about("an engine with work to do that tells nothing for so long hangs, and is restarted; 0 = 300 on a GPU, 1800 on a CPU; negative = never")
+        float, _about("an engine with work to do that tells nothing for so long hangs, and is restarted; 0 = 300 on a GPU, never on a CPU; negative = never")
     ] = 0.0
     load_timeout_s: Annotated[float, _about("one load, from pull to ready")] = 3600.0
     max_new_tokens: Annotated[int, _about("TGIS: server limit and ceiling of a default")] = 4096

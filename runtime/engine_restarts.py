@@ -18,5 +18,5 @@ class RestartPolicy:
     silence_s: float = 0.0
 
     def silence_on(self, device: str) -> float:
-        """A step of a large model may take minutes on a CPU; on a GPU it is a kernel's compilation that may."""
-        return self.silence_s or (1800.0 if device == "cpu" else 300.0)
+        """Not positive: for ever. One step of a large model may take an hour on a CPU; on a GPU only a kernel's compilation takes minutes."""
+        return self.silence_s or (-1.0 if device == "cpu" else 300.0)
