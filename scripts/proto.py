@@ -41,8 +41,12 @@ def service_types(file: descriptor_pb2.FileDescriptorProto) -> str:
     """The .pyi of a *_pb2_grpc module, as asyncio uses it; messages must come from the same file."""
     module = file.name.removesuffix(".proto").rpartition("/")[2] + "_pb2"
     package = file.name.rpartition("/")[0].replace("/", ".")
-    lines = [HEADER.format(source=file.name.replace("wire/", "proto/", 1)), "from collections.abc import AsyncIterator, Awaitable\n",
-             "import grpc.aio\n", f"from {package} import {module} as pb\n"]
+    lines = [
+        HEADER.format(source=file.name.replace("wire/", "proto/", 1)),
+        "from collections.abc import AsyncIterator, Awaitable\n",
+        "import grpc.aio\n",
+        f"from {package} import {module} as pb\n",
+    ]
     for service in file.service:
         stub, servicer = [], []
         for method in service.method:
@@ -55,8 +59,14 @@ def service_types(file: descriptor_pb2.FileDescriptorProto) -> str:
             context = f"grpc.aio.ServicerContext[{request}, {response}]"
             servicer.append(f"    def {method.name}(self, request: {request}, context: {context}) -> {result}: ...\n")
         add = f"def add_{service.name}Servicer_to_server(servicer: {service.name}Servicer, server: grpc.aio.Server) -> None: ...\n"
-        lines += [f"\nclass {service.name}Stub:\n    def __init__(self, channel: grpc.aio.Channel) -> None: ...\n", *stub,
-                  f"\nclass {service.name}Servicer:\n", *servicer, "\n", add]
+        lines += [
+            f"\nclass {service.name}Stub:\n    def __init__(self, channel: grpc.aio.Channel) -> None: ...\n",
+            *stub,
+            f"\nclass {service.name}Servicer:\n",
+            *servicer,
+            "\n",
+            add,
+        ]
     return "".join(lines)
 
 
