@@ -212,11 +212,13 @@ def _flush(path: Path) -> None:
 
 
 def _size_of(path: Path) -> int:
+    """Bytes below `path`; what its maker moves away or drops meanwhile doesn't count."""
     total = 0
-    for file in path.rglob("*"):
-        with suppress(OSError):
-            if file.is_file():
-                total += file.stat().st_size
+    with suppress(FileNotFoundError):
+        for file in path.rglob("*"):
+            with suppress(OSError):
+                if file.is_file():
+                    total += file.stat().st_size
     return total
 
 

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from mesh.api.exchange import AWAY_RETRIES
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
@@ -213,11 +214,11 @@ async def test_a_model_that_the_runtime_lost_is_loaded_again_unseen(pod: Running
     assert pod.runtime.log.count(("load", "m")) == 2
 
 
-async def test_unavailable_before_the_answer_is_tried_once_more(pod: RunningPod) -> None:
+async def test_unavailable_before_the_answer_is_tried_again_a_few_times(pod: RunningPod) -> None:
     await pod.echo("m")
-    pod.runtime.switches.unavailable = 1
+    pod.runtime.switches.unavailable = AWAY_RETRIES
     assert await pod.echo("m") == b"hi"
-    pod.runtime.switches.unavailable = 2
+    pod.runtime.switches.unavailable = AWAY_RETRIES + 1
     code, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
     assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "restarting")
     assert pod.runtime.switches.unavailable == 0

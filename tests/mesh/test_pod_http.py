@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from mesh.api.exchange import AWAY_RETRIES
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
@@ -143,9 +144,9 @@ async def test_a_lost_model_and_a_moment_of_unavailability_are_not_seen(pod: Run
     assert (await pod.chat("org/smol"))[0] == 200
     pod.runtime.drop(model_id)
     assert (await pod.chat("org/smol"))[0] == 200
-    pod.runtime.switches.unavailable = 1
+    pod.runtime.switches.unavailable = AWAY_RETRIES
     assert (await pod.chat("org/smol"))[0] == 200
-    pod.runtime.switches.unavailable = 2
+    pod.runtime.switches.unavailable = AWAY_RETRIES + 1
     assert (await pod.chat("org/smol"))[0] == 503
 
 
