@@ -236,5 +236,8 @@ class RuntimeClient(Protocol):
 
     async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer: ...
 
+    async def look(self) -> RuntimeSnapshot | None:
+        """What it tells of itself when asked now; None: it doesn't answer, or has nothing to tell."""
+
     def watch(self) -> AsyncIterator[RuntimeSnapshot]:
         """The runtime's snapshots; reconnects by itself; a runtime that died and returned begins with `models` empty."""

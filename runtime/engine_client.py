@@ -288,6 +288,10 @@ class EngineClient:
                 failed_starts = 0
                 assert self.hello is not None
                 life.watch(policy.silence_on(self.hello.device), self._has_work)
+                await life.lost.wait()
+                if not self._stopping:
+                    # told at once: whoever is refused now must not read that it is ready
+                    self._set_state(EngineState.RESTARTING)
                 await life.ended.wait()
                 self._died(life.exit_text)
             if self._stopping:

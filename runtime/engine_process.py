@@ -94,12 +94,13 @@ class FrameProtocol(asyncio.Protocol):
 class EngineProcess:
     """A running engine. Make it with `launch`; `ended` is set when the process is gone, and `exit_text` says how it went."""
 
-    def __init__(self, process: asyncio.subprocess.Process, protocol: FrameProtocol, server: asyncio.Server) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, protocol: FrameProtocol, server: asyncio.Server, lost: asyncio.Event) -> None:
         self._process = process
         self._protocol = protocol
         self._server = server
         self.pid = process.pid
         self.ended = asyncio.Event()
+        self.lost = lost                 # it speaks no more; it may still be writing a crash report
         self.exit_text = ""
         self._waiter = asyncio.create_task(self._wait())
         self._reaper: asyncio.Task[None] | None = None
@@ -120,7 +121,7 @@ class EngineProcess:
         try:
             # a session of its own: Ctrl-C in a terminal must reach the front alone, which lets streams finish
             process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
-            life = cls(process, protocol, server)
+            life = cls(process, protocol, server, lost)
             waits = [asyncio.create_task(connected.wait()), asyncio.create_task(life.ended.wait())]
             try:
                 await asyncio.wait(waits, timeout=connect_timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +131,7 @@ class EngineProcess:
             if not connected.is_set():
                 await life.kill()
                 raise Unavailable(f"the engine did not come up: {life.exit_text or f'silent for {connect_timeout_s:g} s'}")
-            life._reaper = asyncio.create_task(life._reap(lost))
+            life._reaper = asyncio.create_task(life._reap())
             return life
         except BaseException:
             server.close()
@@ -168,9 +169,9 @@ class EngineProcess:
             _kill_group(self._process.pid)
         await self.ended.wait()
 
-    async def _reap(self, lost: asyncio.Event) -> None:
-        # a process that closed its socket is no engine any more; it may still be writing a crash report
-        await lost.wait()
+    async def _reap(self) -> None:
+        # a process that closed its socket is no engine any more
+        await self.lost.wait()
         try:
             async with asyncio.timeout(_EXIT_WAIT_S):
                 await self.ended.wait()

@@ -33,9 +33,6 @@ _ABSENT_CODE = b"model_not_found"  # OpenAI's, in the error's JSON
 _AWAY = (502, 503)
 
 
-AWAY_RETRIES = 5  # a local copy that is coming back after its engine's death is asked again while the runtime's account catches up
-
-
 class UnreachableError(Exception):
     """The target didn't answer, or ended before its answer's first byte."""
 

@@ -18,7 +18,6 @@ import grpc
 import grpc.aio
 
 from mesh.api.addressing import HOP_HEADER, PREFIX_HEADER, Address, Addressing, Metadata, backward, header, onward
-from mesh.api.exchange import AWAY_RETRIES
 from mesh.api.inbound import Inbound, ServerContext
 from mesh.api.known_methods import single_message_methods
 from mesh.api.message_path import inject
@@ -126,8 +125,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         address = self._addressing.address(request.method, request.metadata, first)
         request.model_id = await self._resolve(address)
         exclude: frozenset[str] = frozenset()
-        reloaded = moved = False
-        away = 0
+        retried = reloaded = moved = False
         masked = 0
         while True:
             try:
@@ -156,8 +154,8 @@ class InferenceGateway(grpc.GenericRpcHandler):
             elif says_gone(outcome.code, outcome.details) and not reloaded:
                 reloaded = True
                 self._router.forget(request.model_id, target)
-            elif outcome.code is grpc.StatusCode.UNAVAILABLE and away < AWAY_RETRIES and not here:
-                away += 1
+            elif outcome.code is grpc.StatusCode.UNAVAILABLE and not retried and not here:
+                retried = True
                 exclude = frozenset({target.instance_id})
             else:
                 return outcome

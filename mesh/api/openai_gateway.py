@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp import web
 
 from mesh.api.addressing import HOP_HEADER, MODEL_HEADER
-from mesh.api.exchange import AWAY_RETRIES, Exchange, UnreachableError, end_to_end
+from mesh.api.exchange import Exchange, UnreachableError, end_to_end
 from mesh.api.held_stream import HeldStream
 from mesh.api.http_body import Ask, decode, prefix_hash, read_body
 from mesh.api.http_errors import body_of, event_of
@@ -80,7 +80,6 @@ class OpenAiGateway:
         here = not name
         exclude: frozenset[str] = frozenset()
         reloaded = retried = moved = False
-        away = 0
         headers = [(key, value) for key, value in request.headers.items() if key.lower() != "x-request-id"]
         headers.append(("X-Request-Id", record.request_id))
         prefix = prefix_hash(body)
@@ -107,8 +106,8 @@ class OpenAiGateway:
                     reloaded = True
                     self._router.forget(record.model_id, exchange.target)
                     continue
-                if exchange.is_away and away < AWAY_RETRIES and not here:
-                    away, exclude = away + 1, frozenset({exchange.target.instance_id})
+                if exchange.is_away and not retried and not here:
+                    retried, exclude = True, frozenset({exchange.target.instance_id})
                     continue
                 self._metrics.first_byte(record.model_id, time.monotonic() - record.started_s)
                 return await self._relay(request, record, exchange, held)

@@ -120,9 +120,14 @@ class GrpcRuntime:
                 message = f"{info.path}: this runtime can't say whether a model fits"
             raise kinds.get(error.code(), MeshError)(message) from None
 
+    async def look(self) -> RuntimeSnapshot | None:
+        return await self._watch().look()
+
     def watch(self) -> AsyncIterator[RuntimeSnapshot]:
-        capacity_bytes = self._limits.capacity_bytes if self._limits else 0
-        return RuntimeWatch(self._channel, capacity_bytes).snapshots()
+        return self._watch().snapshots()
+
+    def _watch(self) -> RuntimeWatch:
+        return RuntimeWatch(self._channel, self._limits.capacity_bytes if self._limits else 0)
 
     async def _undo(self, model_id: str) -> None:
         """Even when the load was cancelled; what can't be undone now is undone by the runtime's own rule (a failed load leaves nothing)."""

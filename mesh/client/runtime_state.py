@@ -1,6 +1,7 @@
 """What the local runtime tells of itself: repertory.RuntimeState as the mesh's own types.
 
-A runtime that has no such service ("foreign") is watched by its connection alone: it is ready while that stands. Knows nothing of loading.
+A runtime that has no such service ("foreign") is watched by its connection alone: it is ready while that stands and something answers.
+One that hangs without dying answers no question in time, and counts as gone. Knows nothing of loading.
 """
 
 import asyncio
@@ -9,6 +10,8 @@ from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from mesh.types import CopyState, FitAnswer, RuntimeModel, RuntimeSnapshot, Tier
 from wire.repertory import runtime_pb2 as pb
@@ -16,7 +19,11 @@ from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
 
 logger = logging.getLogger(__name__)
 
+_Watch = grpc.aio.UnaryStreamCall[pb.WatchRequest, pb.RuntimeSnapshot]
+
 _PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+ANSWER_S = 10.0  # a runtime that hasn't answered by then hangs
+_SILENCE_S = 5.0  # after it, it is asked whether it is still there
 
 _STATES = {
     pb.ModelState.PULLING: CopyState.PULLING,
@@ -37,19 +44,41 @@ _TIERS = {
 class RuntimeWatch:
     """Follows one runtime for ever. `capacity_bytes` is reported while the runtime itself doesn't say."""
 
-    def __init__(self, channel: grpc.aio.Channel, capacity_bytes: int) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, capacity_bytes: int, *, silence_s: float = _SILENCE_S, answer_s: float = ANSWER_S
+    ) -> None:
         self._channel = channel
         self._stub = RuntimeStateStub(channel)
         self._capacity_bytes = capacity_bytes
+        self._silence_s = silence_s
+        self._answer_s = answer_s
+
+    async def look(self) -> RuntimeSnapshot | None:
+        """What it tells of itself when asked now; None: it doesn't answer, or has no such service."""
+        call = self._stub.watch(pb.WatchRequest())
+        try:
+            message = await self._read(call, self._answer_s)
+        except (grpc.aio.AioRpcError, TimeoutError):
+            return None
+        finally:
+            call.cancel()
+        return snapshot(message) if message is not None else None
 
     async def snapshots(self) -> AsyncIterator[RuntimeSnapshot]:
         """Each snapshot as it comes. A broken connection gives one that isn't ready and holds nothing, then what follows the reconnect."""
         failures = 0
         while True:
+            call = self._stub.watch(pb.WatchRequest())
+            heard = False
             try:
-                async for message in self._stub.watch(pb.WatchRequest()):
-                    failures = 0
+                while (message := await self._read(call, self._silence_s if heard else self._answer_s)) is not None:
+                    failures, heard = 0, True
                     yield snapshot(message)
+            except TimeoutError:
+                call.cancel()
+                if heard:
+                    continue  # perhaps there was nothing to tell: one that lives answers a new call at once
+                logger.warning("the runtime hasn't answered for %g s", self._answer_s)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     async for foreign in self._connection():
@@ -60,14 +89,34 @@ class RuntimeWatch:
             await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
             failures += 1
 
+    async def _read(self, call: _Watch, timeout_s: float) -> pb.RuntimeSnapshot | None:
+        """None: the stream has ended. Raises TimeoutError, and the call is then of no more use."""
+        async with asyncio.timeout(timeout_s):
+            message = await call.read()
+        return message if isinstance(message, pb.RuntimeSnapshot) else None
+
     async def _connection(self) -> AsyncIterator[RuntimeSnapshot]:
         state = self._channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.SHUTDOWN:
-            # an idle connection says nothing of the runtime behind it
-            if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE):
-                yield RuntimeSnapshot(self._capacity_bytes, ready=state is grpc.ChannelConnectivity.READY, foreign=True)
-            await self._channel.wait_for_state_change(state)
+            changed = asyncio.ensure_future(self._channel.wait_for_state_change(state))
+            try:
+                while not changed.done():
+                    # an idle connection says nothing of the runtime behind it
+                    if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE):
+                        ready = state is grpc.ChannelConnectivity.READY and await self._answers()
+                        yield RuntimeSnapshot(self._capacity_bytes, ready=ready, foreign=True)
+                    await asyncio.wait((changed,), timeout=self._silence_s)
+            finally:
+                changed.cancel()
             state = self._channel.get_state(try_to_connect=True)
+
+    async def _answers(self) -> bool:
+        """Whatever it answers, it is there."""
+        try:
+            await HealthStub(self._channel).Check(HealthCheckRequest(), timeout=self._answer_s)
+        except grpc.aio.AioRpcError as error:
+            return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+        return True
 
 
 def snapshot(message: pb.RuntimeSnapshot) -> RuntimeSnapshot:

@@ -3,6 +3,7 @@
 Knows the runtime's snapshots and this pod's copies; nothing of requests or other pods.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from mesh.types import CopyState, RuntimeClient, RuntimeLimits, RuntimeModel, Ru
 logger = logging.getLogger(__name__)
 
 _READY_S = 180.0  # ModelMesh gives up here; a supervised runtime may come later, so it is asked again
+_SETTLE_S = 0.3  # one that tells nothing of itself gets this long to come to itself
 
 
 class RuntimeFollower:
@@ -41,6 +43,8 @@ class RuntimeFollower:
         self.snapshot = RuntimeSnapshot(0)
         self._models: dict[str, RuntimeModel] = {}
         self._told_s = 0.0
+        self._asking = asyncio.Lock()
+        self._asked_s = 0.0
 
     @property
     def ready(self) -> bool:
@@ -73,9 +77,7 @@ class RuntimeFollower:
                 logger.warning("the runtime is gone")
                 self._connected = False
                 self._loads.pause()
-            self.snapshot = snapshot
-            self._models = {model.model_id: model for model in snapshot.models}
-            self._told_s = time.monotonic()
+            self._take(snapshot)
             if not gone and not self._connected:
                 await self._returned(snapshot)
                 self._connected = True
@@ -83,6 +85,30 @@ class RuntimeFollower:
                 self._copies.capacity_bytes = snapshot.capacity_bytes
             self._changed(snapshot)
             self._changes.tell()
+
+    async def newer_account(self) -> None:
+        """Returns when the runtime has told of itself what is newer than this call, and so than anything that it answered before."""
+        if self.snapshot.foreign:
+            await self._changes.wait(_SETTLE_S)
+            return
+        called_s = time.monotonic()
+        async with self._asking:
+            # who waited for another's question has its answer, if it was asked late enough
+            if self._asked_s < called_s:
+                asked_s = time.monotonic()
+                snapshot = await self._runtime.look()
+                if snapshot is not None and self._connected:
+                    self._asked_s = asked_s
+                    self._take(snapshot)
+                    self._changed(snapshot)
+                    self._changes.tell()
+        while self._asked_s < called_s and self._told_s < called_s:
+            await self._changes.wait()
+
+    def _take(self, snapshot: RuntimeSnapshot) -> None:
+        self.snapshot = snapshot
+        self._models = {model.model_id: model for model in snapshot.models}
+        self._told_s = time.monotonic()
 
     async def _await_ready(self) -> RuntimeLimits:
         while True:

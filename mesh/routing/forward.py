@@ -25,7 +25,6 @@ T = TypeVar("T")
 
 _FORGOTTEN_S = 5.0  # a pod that said NOT_FOUND isn't asked for that model until its record had time to say so
 _LOOK_S = 1.0
-_SETTLE_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +144,8 @@ class CopyRouter:
             if self._stopping.is_set():
                 raise _leaving()
             if self._local.instance_id in exclude:
-                # our runtime failed a moment ago: let its own account of itself catch up before it is tried again
-                await self._changes.wait(_SETTLE_S)
+                # our runtime failed a moment ago, and what it told of itself may be older than that
+                await self._unless_stopping(self._placement.runtime.newer_account())
                 exclude -= {self._local.instance_id}
             target = self._choose(model_id, prefix_hash, exclude, here)
             if target is not None:

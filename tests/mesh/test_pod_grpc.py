@@ -10,7 +10,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from mesh.api.exchange import AWAY_RETRIES
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
@@ -214,15 +213,28 @@ async def test_a_model_that_the_runtime_lost_is_loaded_again_unseen(pod: Running
     assert pod.runtime.log.count(("load", "m")) == 2
 
 
-async def test_unavailable_before_the_answer_is_tried_again_a_few_times(pod: RunningPod) -> None:
+async def test_unavailable_before_the_answer_is_tried_once_more(pod: RunningPod) -> None:
     await pod.echo("m")
-    pod.runtime.switches.unavailable = AWAY_RETRIES
-    assert await pod.echo("m") == b"hi"
-    pod.runtime.switches.unavailable = 1000
-    code, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
-    assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "restarting")
-    # grpc.aio may lose a status now and then, and such an answer is asked for again too
-    assert AWAY_RETRIES < 1000 - pod.runtime.switches.unavailable < 3 * AWAY_RETRIES
+    # a method of one message: of the others grpc.aio may lose the status, and then they are asked for again on that account too
+    generate = pod.channel.unary_unary("/fmaas.GenerationService/Generate")
+    pod.runtime.switches.unavailable = 1
+    assert await generate(b"hi", metadata=FOR_M) == b"hi"
+    pod.runtime.switches.unavailable = 2
+    assert await code_of(generate(b"hi", metadata=FOR_M)) == (grpc.StatusCode.UNAVAILABLE, "restarting")
+    assert (pod.runtime.refusals, pod.runtime.switches.unavailable) == (3, 0)
+
+
+async def test_a_refused_request_waits_for_an_account_that_is_newer_than_its_refusal(pod: RunningPod) -> None:
+    await pod.echo("m")
+    pod.runtime.switches.engine_ready = False  # and nobody is told
+    generate = pod.channel.unary_unary("/fmaas.GenerationService/Generate")
+    calls = [asyncio.ensure_future(generate(b"hi", metadata=FOR_M)) for _ in range(20)]
+    await until(lambda: pod.pod._copies.held("m") == 20)
+    assert not pod.pod.placement.runtime.serving
+    pod.runtime.switches.engine_ready = True
+    pod.runtime.tell()
+    assert await asyncio.gather(*calls) == [b"hi"] * 20
+    assert 0 < pod.runtime.refusals <= 20  # whoever came after the new account was not refused at all
 
 
 async def test_a_hundred_requests_start_one_load(pod: RunningPod) -> None:

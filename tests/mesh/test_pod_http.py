@@ -10,7 +10,6 @@ from typing import Any
 import aiohttp
 import pytest
 
-from mesh.api.exchange import AWAY_RETRIES
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
@@ -144,10 +143,11 @@ async def test_a_lost_model_and_a_moment_of_unavailability_are_not_seen(pod: Run
     assert (await pod.chat("org/smol"))[0] == 200
     pod.runtime.drop(model_id)
     assert (await pod.chat("org/smol"))[0] == 200
-    pod.runtime.switches.unavailable = AWAY_RETRIES
+    pod.runtime.switches.unavailable = 1
     assert (await pod.chat("org/smol"))[0] == 200
-    pod.runtime.switches.unavailable = AWAY_RETRIES + 1
+    pod.runtime.switches.unavailable = 2
     assert (await pod.chat("org/smol"))[0] == 503
+    assert (pod.runtime.refusals, pod.runtime.switches.unavailable) == (3, 0)
 
 
 async def test_a_path_that_the_runtime_does_not_know_loads_nothing_again(pod: RunningPod) -> None:

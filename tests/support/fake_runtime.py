@@ -35,6 +35,7 @@ class Switches:
     fail: dict[str, str] = field(default_factory=dict)
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
+    engine_ready: bool = True  # if not, they all do; told in the next snapshot, like everything else
     full_disk: bool = False
     quarantined: set[str] = field(default_factory=set)
     progress: float = 0.0
@@ -52,6 +53,7 @@ class FakeRuntime:
         self.loaded: dict[str, str] = {}
         self.loading: set[str] = set()
         self.calls: Counter[str] = Counter()
+        self.refusals = 0
         self.log: list[tuple[str, str]] = []
         self.cancelled: list[str] = []
         self.metadata: list[tuple[tuple[str, str | bytes], ...]] = []
@@ -101,6 +103,14 @@ class FakeRuntime:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def refuses(self) -> bool:
+        if self.switches.unavailable:
+            self.switches.unavailable -= 1
+        elif self.switches.engine_ready:
+            return False
+        self.refusals += 1
+        return True
+
     def used_bytes(self) -> int:
         return sum(self.size_of(path) for path in self.loaded.values())
 
@@ -115,8 +125,7 @@ class FakeRuntime:
         model_id = request.headers.get("mm-model-id", "")
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
-        if self.switches.unavailable:
-            self.switches.unavailable -= 1
+        if self.refuses():
             return web.json_response({"error": {"message": "restarting", "type": "unavailable_error"}}, status=503)
         if model_id not in self.loaded:
             return web.json_response({"error": {"message": f"{model_id} is not loaded here", "code": "model_not_found"}}, status=404)
@@ -249,7 +258,7 @@ class _State(RuntimeStateServicer):
             capacity_bytes=runtime.switches.capacity_bytes,
             device_budget_bytes=runtime.switches.capacity_bytes,
             device_used_bytes=runtime.used_bytes(),
-            engine_state=state_pb.ENGINE_READY,
+            engine_state=state_pb.ENGINE_READY if runtime.switches.engine_ready else state_pb.ENGINE_RESTARTING,
             models=models,
         )
 
@@ -277,8 +286,7 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         runtime.metadata.append(metadata)
         runtime.deadlines.append(context.time_remaining())
         model_id = next((value for key, value in metadata if key == "mm-model-id"), "")
-        if runtime.switches.unavailable:
-            runtime.switches.unavailable -= 1
+        if runtime.refuses():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
         if model_id not in runtime.loaded:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{model_id} is not loaded here")

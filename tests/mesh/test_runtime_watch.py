@@ -1,0 +1,77 @@
+"""Following a runtime that falls silent: asked again, counted as gone when it answers nothing, and back when it does."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthServicer, add_HealthServicer_to_server
+
+from mesh.client.runtime_state import RuntimeWatch
+from wire.repertory import runtime_pb2 as pb
+from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
+
+
+class Moody(RuntimeStateServicer, HealthServicer):
+    """Tells its state once a call and then nothing more; while it `hangs`, not even that."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.hangs = False
+
+    async def watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.RuntimeSnapshot]:
+        self.calls += 1
+        if not self.hangs:
+            yield pb.RuntimeSnapshot(capacity_bytes=self.calls, engine_state=pb.ENGINE_READY)
+        await asyncio.sleep(3600)
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        await asyncio.sleep(3600 if self.hangs else 0)
+        return health_pb2.HealthCheckResponse()
+
+
+async def serve(tmp_path: Path, moody: Moody, *, foreign: bool) -> tuple[grpc.aio.Server, RuntimeWatch]:
+    server = grpc.aio.server()
+    if not foreign:
+        add_RuntimeStateServicer_to_server(moody, server)
+    add_HealthServicer_to_server(moody, server)
+    address = f"unix:{tmp_path}/runtime.sock"
+    server.add_insecure_port(address)
+    await server.start()
+    return server, RuntimeWatch(grpc.aio.insecure_channel(address), 7, silence_s=0.1, answer_s=0.3)
+
+
+async def test_silence_is_no_death_but_no_answer_is(tmp_path: Path) -> None:
+    moody = Moody()
+    server, watch = await serve(tmp_path, moody, foreign=False)
+    snapshots = watch.snapshots()
+    seen = [await anext(snapshots) for _ in range(3)]
+    assert [(one.ready, one.capacity_bytes) for one in seen] == [(True, 1), (True, 2), (True, 3)]
+    moody.hangs = True
+    assert await watch.look() is None
+    assert not (await anext(snapshots)).ready
+    moody.hangs = False
+    assert (await anext(snapshots)).ready
+    assert (await watch.look() or seen[0]).capacity_bytes == moody.calls
+    await snapshots.aclose()
+    await server.stop(0)
+
+
+async def test_a_foreign_runtime_that_answers_nothing_is_gone(tmp_path: Path) -> None:
+    moody = Moody()
+    server, watch = await serve(tmp_path, moody, foreign=True)
+    snapshots = watch.snapshots()
+    while not (await anext(snapshots)).ready:
+        pass
+    moody.hangs = True
+    assert await watch.look() is None
+    while (told := await anext(snapshots)).ready:
+        pass
+    assert told.foreign
+    moody.hangs = False
+    while not (await anext(snapshots)).ready:
+        pass
+    await snapshots.aclose()
+    await server.stop(0)
