@@ -5,6 +5,7 @@ Knows how hardware, builder and runner fit together; decides nothing about who i
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import cast
@@ -19,10 +20,13 @@ from runtime.engine.model.build import assemble, draw, facts_of
 from runtime.engine.model.device_state import DeviceState
 from runtime.engine.model.fuse_proof import Prover
 from runtime.engine.model.geometry import kv_geometry
+from runtime.engine.model.rehearsal import Stage
 from runtime.engine.model.runner import ModelRunner
 from runtime.engine.plan import LoadedModel, LoadRequest
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Checkpoint
+
+_LOG = logging.getLogger(__name__)
 
 
 def make_backend(config: EngineConfig) -> "EngineBackend":
@@ -53,6 +57,8 @@ class EngineBackend:
         self._hardware = hardware
         self._prover = Prover(config.fuse)
         self._state = DeviceState.create(hardware.device, config)
+        # a CPU compiles nothing
+        self._stage = Stage(hardware.device, config) if hardware.device.type == "cuda" else None
         self.device = str(hardware.device)
         self.device_name = hardware.name
         self.slab_bytes = hardware.memory.slab_bytes
@@ -70,7 +76,9 @@ class EngineBackend:
         self._hardware.synchronize()
 
     def idle(self) -> bool:
-        return self._state.capture_one() or self._hardware.idle()
+        # what a rehearsal compiles needn't be compiled twice, and the memory that it takes is no graph's
+        rehearsing = self._stage is not None and self._stage.busy
+        return (not rehearsing and self._state.capture_one()) or self._hardware.idle()
 
     def close(self) -> None:
         """Give the device back; all models must be closed."""
@@ -79,6 +87,7 @@ class EngineBackend:
     def _load(self, request: LoadRequest, cancelled: threading.Event) -> LoadedModel:
         config, hardware = self._config, self._hardware
         checkpoint = cast("Checkpoint", request.checkpoint)
+        begun_s = time.monotonic()
         blueprint = draw(
             request.model_id, checkpoint, request.max_model_len, self._prover,
             num_threads=hardware.num_read_threads, min_group_bytes=hardware.min_group_bytes, layout_4bit=hardware.layout_4bit,
@@ -95,13 +104,24 @@ class EngineBackend:
                 f"model {request.model_id} needs {blueprint.layout.size_bytes} bytes for its weights ({weight_slabs} slabs) and a slab of KV, "
                 f"the device budget is {hardware.memory.total_slabs * hardware.memory.slab_bytes} bytes ({hardware.memory.total_slabs} slabs)"
             )
-        memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, cancelled)
+        drawn_s = time.monotonic()
+        rehearsal = self._stage.begin(blueprint, kv, kv_dtype, hardware.memory.slab_bytes) if self._stage is not None else None
         try:
-            built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory)
-            runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)
-        except BaseException:
-            memory.close()
-            raise
+            memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, cancelled)
+            taken_s = time.monotonic()
+            try:
+                built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory)
+                runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)
+            except BaseException:
+                memory.close()
+                raise
+        finally:
+            if rehearsal is not None:
+                rehearsal.finish()
+        _LOG.info(
+            "model %s: drawn up in %.2f s, %d bytes of weights brought in %.2f s, kernels awaited %.2f s", request.model_id, drawn_s - begun_s,
+            memory.weight_bytes, taken_s - drawn_s, time.monotonic() - taken_s,
+        )
         return LoadedModel(runner, memory)
 
 

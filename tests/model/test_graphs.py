@@ -1,5 +1,6 @@
 """Which steps are rounded up to what, and when a graph is asked for, captured and replayed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.model.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, Bucket, bucket_of
+from runtime.engine.model.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, Bucket, bucket_of, standard
 from runtime.engine.model.graphs import EAGER_USES, GraphPool, ModelGraphs, StepGraph
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family
@@ -50,6 +51,9 @@ class FakePool:
     fails: bool = False
     wanted: list[Bucket] = field(default_factory=list)
     recorded: int = 0
+
+    def join(self, graphs: ModelGraphs) -> None:
+        pass
 
     def want(self, graphs: ModelGraphs, bucket: Bucket) -> None:
         self.wanted.append(bucket)
@@ -110,6 +114,100 @@ def test_a_model_that_cannot_be_captured_is_tried_once_and_runs_eagerly(caplog: 
     assert not graphs.capture(Bucket(8, 8, 1, 1024))
     assert pool.recorded == 1
     assert "model tiny runs without CUDA graphs" in caplog.text
+
+
+@given(counts=st.lists(st.integers(1, 300), min_size=2, max_size=300))
+def test_padding_of_a_step_that_computes_much_is_bounded(counts: list[int]) -> None:
+    tokens = sum(counts)
+    bucket = bucket_of(tokens, len(counts), len(counts), max(2, *counts), 4000)
+    if bucket is not None and tokens > 256:
+        assert bucket.num_tokens <= 1.5 * tokens
+    if bucket is not None and tokens > 512:
+        assert bucket.num_tokens <= 4 / 3 * tokens
+
+
+def test_a_context_makes_no_difference_to_a_mixed_step() -> None:
+    assert bucket_of(60, 3, 3, 40, 100) == bucket_of(60, 3, 3, 40, 200_000)
+
+
+def test_what_is_likely_is_what_steps_ask_for() -> None:
+    buckets = standard()
+    assert len(set(buckets)) == len(buckets) <= 40
+    for bucket in buckets:
+        assert bucket_of(bucket.num_tokens, bucket.num_rows, bucket.num_rows, bucket.max_query_len, 1000) == bucket
+
+
+def idle_pool(limit_bytes: int = 1000) -> GraphPool:
+    """A pool without a device; every graph takes 100 bytes."""
+    pool = GraphPool(torch.device("cpu"), enabled=False, limit_bytes=limit_bytes)
+    pool.enabled = True
+
+    def record(run: Callable[[], torch.Tensor]) -> StepGraph:
+        pool.used_bytes += 100
+        return StepGraph(cast("torch.cuda.CUDAGraph", None), run())
+
+    pool.record = record  # type: ignore[method-assign]
+    return pool
+
+
+def member(pool: GraphPool, log: list[str], name: str, *likely: Bucket, ready: Callable[[], bool] = lambda: True) -> ModelGraphs:
+    def run(bucket: Bucket) -> torch.Tensor:
+        log.append(f"{name}{bucket.num_rows}")
+        return torch.zeros(0)
+
+    return ModelGraphs(name, pool, lambda: None, run, ready, likely)
+
+
+def test_idle_turns_capture_what_is_likely_model_by_model_one_thing_a_turn() -> None:
+    log: list[str] = []
+    pool = idle_pool()
+    buckets = [Bucket(n, n, 1, 1024) for n in (1, 2, 4)]
+    a, b = member(pool, log, "a", *buckets), member(pool, log, "b", *buckets[:2])
+    for _ in range(2):
+        assert pool.capture_one()
+    assert (a.num_graphs, b.num_graphs, log) == (1, 0, ["a1", "a1"])      # once to wake what it needs, once captured
+    while pool.capture_one():
+        assert abs(a.num_graphs - b.num_graphs) <= 1
+    assert (a.num_graphs, b.num_graphs) == (3, 2)
+
+
+def test_what_was_asked_for_comes_before_what_is_likely() -> None:
+    log: list[str] = []
+    pool = idle_pool()
+    graphs = member(pool, log, "a", Bucket(1, 1, 1, 1024))
+    asked = Bucket(96, 96, 1, 4096)
+    for _ in range(2):
+        graphs.find(asked)
+    pool.capture_one()
+    assert log == ["a96"]
+
+
+def test_likely_graphs_leave_half_of_the_memory_to_those_asked_for() -> None:
+    pool = idle_pool(limit_bytes=1000)
+    graphs = member(pool, [], "a", *(Bucket(n, n, 1, 1024) for n in range(1, 20)))
+    while pool.capture_one():
+        pass
+    assert graphs.num_graphs == 5
+    asked = Bucket(96, 96, 1, 4096)
+    for _ in range(2):
+        graphs.find(asked)
+    while pool.capture_one():
+        pass
+    assert graphs.find(asked) is not None
+
+
+def test_a_model_whose_weights_are_away_is_captured_when_they_are_back() -> None:
+    here: list[bool] = []
+    pool = idle_pool()
+    graphs = member(pool, [], "a", Bucket(1, 1, 1, 1024), ready=lambda: bool(here))
+    assert not pool.capture_one()
+    here.append(True)
+    while pool.capture_one():
+        pass
+    assert graphs.num_graphs == 1
+    more = member(pool, [], "b", Bucket(1, 1, 1, 1024))
+    pool.forget(more)
+    assert not pool.capture_one()
 
 
 @pytest.mark.gpu

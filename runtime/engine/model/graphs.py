@@ -1,15 +1,17 @@
 """CUDA graphs of small steps, captured lazily.
 
-A bucket's first use runs eagerly; its second asks for a graph, which is captured in an idle turn, or in place once the bucket has run eagerly often
-enough to show that no idle turn comes. All models' graphs share one memory pool: they run one after another on one stream and leave nothing
-behind in it but what the next step reads at once. Weights, KV and inputs keep their addresses, so a graph outlives its model's evictions.
+Idle turns capture what steps have asked for (a bucket's second eager use asks), then what each resident model will most likely meet, the model with
+the fewest graphs first; a turn either runs a bucket once or captures it, so that a request never waits for more than that. Where no idle turn comes, a
+bucket is captured in place once it has run eagerly often enough to pay. All models' graphs share one memory pool: they run one after another on one
+stream and leave nothing behind in it but what the next step reads at once. Weights, KV and inputs keep their addresses, so a graph outlives its
+model's evictions.
 
 Knows buckets, captures and bytes; nothing of what a pass computes.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +20,10 @@ from runtime.engine.model.buckets import Bucket
 
 _LOG = logging.getLogger(__name__)
 
-EAGER_USES = 12                          # then a graph is captured at once
+EAGER_USES = 4                           # then a graph is captured at once: it costs two or three eager steps
 POOL_LIMIT_BYTES = 2 << 30
+_LARGEST_GRAPH_BYTES = 512 << 20         # what more is gone was taken by another thread meanwhile
+UNASKED_SHARE = 0.5                      # of the limit, for graphs that nobody has asked for yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class GraphPool:
         self.used_bytes = 0
         self._limit_bytes = limit_bytes
         self._wanted: deque[tuple[ModelGraphs, Bucket]] = deque()
+        self._members: list[ModelGraphs] = []
         self._handle = torch.cuda.graph_pool_handle() if enabled else None
         self._stream = torch.cuda.Stream(device) if enabled else None
         self._anchor: torch.cuda.CUDAGraph | None = None
@@ -51,18 +56,28 @@ class GraphPool:
         """Capture no more: there is no memory for it."""
         self._limit_bytes = 0
 
+    def join(self, graphs: "ModelGraphs") -> None:
+        self._members.append(graphs)
+
     def want(self, graphs: "ModelGraphs", bucket: Bucket) -> None:
         self._wanted.append((graphs, bucket))
 
     def forget(self, graphs: "ModelGraphs") -> None:
         self._wanted = deque(item for item in self._wanted if item[0] is not graphs)
+        self._members = [member for member in self._members if member is not graphs]
 
     def capture_one(self) -> bool:
-        """Capture the longest-wanted graph whose model is resident. True if one was captured."""
-        for _ in range(len(self._wanted)):
-            graphs, bucket = self._wanted.popleft()
-            if graphs.capture(bucket):
+        """One idle turn's work: run or capture the bucket that has been asked for longest, else a likely one. False if there is nothing to do."""
+        while self._wanted:
+            graphs, bucket = self._wanted[0]
+            if graphs.advance(bucket):
                 return True
+            self._wanted.popleft()
+        if self.used_bytes < UNASKED_SHARE * self._limit_bytes:
+            for graphs in sorted(self._members, key=lambda member: member.num_graphs):
+                bucket_ahead = graphs.ahead()
+                if bucket_ahead is not None and graphs.advance(bucket_ahead):
+                    return True
         return False
 
     def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
@@ -81,7 +96,7 @@ class GraphPool:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         after, _ = torch.cuda.mem_get_info()               # with what the driver keeps of a graph
-        self.used_bytes += max(0, before - after)
+        self.used_bytes += min(max(0, before - after), _LARGEST_GRAPH_BYTES)
         return StepGraph(graph, alias(logits))
 
     def _tiny(self) -> "torch.cuda.CUDAGraph":
@@ -96,10 +111,11 @@ class GraphPool:
 
 class ModelGraphs:
     """One model's graphs; `name` is for the log. `blank()` makes the device's upload a step of no rows, `run(bucket)` is a pass padded to the
-    bucket's sizes, and `ready()` says whether the weights are in."""
+    bucket's sizes, `ready()` says whether the weights are in, and `likely` are the buckets to capture unasked, in this order."""
 
     def __init__(
-        self, name: str, pool: GraphPool, blank: Callable[[], None], run: Callable[[Bucket], torch.Tensor], ready: Callable[[], bool]
+        self, name: str, pool: GraphPool, blank: Callable[[], None], run: Callable[[Bucket], torch.Tensor], ready: Callable[[], bool],
+        likely: Sequence[Bucket] = (),
     ) -> None:
         self._name = name
         self._pool = pool
@@ -107,8 +123,22 @@ class ModelGraphs:
         self._blank = blank
         self._run = run
         self._ready = ready
+        self._likely = deque(likely)
         self._graphs: dict[Bucket, StepGraph] = {}
         self._uses: dict[Bucket, int] = {}
+        self._rehearsed: Bucket | None = None
+        if pool.enabled:
+            pool.join(self)
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def ahead(self) -> Bucket | None:
+        """The likeliest bucket without a graph."""
+        while self._likely and self._likely[0] in self._graphs:
+            self._likely.popleft()
+        return self._likely[0] if self._likely else None
 
     def find(self, bucket: Bucket) -> StepGraph | None:
         """The graph to replay for a step, if there is one and the weights are in; counts the use. May blank the upload."""
@@ -124,15 +154,39 @@ class ModelGraphs:
             self.capture(bucket)
         return self._graphs.get(bucket)
 
+    def advance(self, bucket: Bucket) -> bool:
+        """Run the bucket, or capture it if that was done last. False if there was nothing to do."""
+        if not self._possible(bucket):
+            return False
+        if self._rehearsed != bucket:
+            self._rehearse(bucket)
+            return True
+        return self._record(bucket)
+
     def capture(self, bucket: Bucket) -> bool:
         """Capture the bucket's graph now. False if there is one, the weights are away, the pool is full, or the model's code can't be captured
         (it asks the device for a number); such a model runs eagerly from then on."""
-        if bucket in self._graphs or self._refused or self._pool.full or not self._ready():
-            if not self._ready():
-                self._uses[bucket] = 0                       # asked for again when the model is back
+        if not self._possible(bucket):
             return False
+        self._rehearse(bucket)
+        return self._record(bucket)
+
+    def _possible(self, bucket: Bucket) -> bool:
+        if bucket in self._graphs or self._refused or self._pool.full:
+            return False
+        if not self._ready():
+            self._uses[bucket] = 0                           # asked for again when the model is back
+            return False
+        return True
+
+    def _rehearse(self, bucket: Bucket) -> None:
+        """Compile kernels and wake libraries, which a capture may not."""
         self._blank()
-        self._run(bucket)                                    # compiles kernels and wakes libraries, which a capture may not
+        self._run(bucket)
+        self._rehearsed = bucket
+
+    def _record(self, bucket: Bucket) -> bool:
+        self._rehearsed = None
         try:
             self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
         except torch.OutOfMemoryError:

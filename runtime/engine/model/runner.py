@@ -13,7 +13,7 @@ import torch
 from runtime.config import EngineConfig
 from runtime.engine.kernels.greedy import draw_largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
-from runtime.engine.model.buckets import Bucket, bucket_of
+from runtime.engine.model.buckets import Bucket, bucket_of, standard
 from runtime.engine.model.device_state import DeviceState
 from runtime.engine.model.graphs import ModelGraphs
 from runtime.engine.model.logprobs import LogprobRows, StepLogprobs, score
@@ -39,7 +39,8 @@ class ModelRunner:
         self._page_table = state.rows.page_table(-(-built.max_model_len // built.block_tokens) + 1)
         self._sampler = Sampler(built.vocab_size, state.rows)
         self._logprobs = LogprobRows()
-        self._graphs = ModelGraphs(facts.model_id, state.graphs, state.uploads.blank, self._padded_pass, weights_ready)
+        likely = tuple(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
+        self._graphs = ModelGraphs(facts.model_id, state.graphs, state.uploads.blank, self.rehearse, weights_ready, likely)
 
     def open_row(self, setup: RowSetup) -> None:
         self._sampler.open(setup)
@@ -61,7 +62,7 @@ class ModelRunner:
         bucket = None
         if not plan.prompt_logprobs:
             bucket = bucket_of(shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len)
-        graph = self._graphs.find(bucket) if bucket is not None else None
+        graph = self._graphs.find(bucket.within(state.max_rows, state.max_tokens)) if bucket is not None else None
         state.results.begin()
         state.uploads.send()
         self._sampler.begin(plan)
@@ -112,7 +113,8 @@ class ModelRunner:
         return logits
 
     @torch.inference_mode()
-    def _padded_pass(self, bucket: Bucket) -> torch.Tensor:
+    def rehearse(self, bucket: Bucket) -> torch.Tensor:
+        """A pass in the bucket's sizes over what the device's upload says. Returns its logits."""
         return self._pass(bucket.num_tokens, bucket.num_rows, bucket.num_rows, bucket.max_query_len, bucket.max_context_len, [], greedy=True)
 
     def _draw(self, logits: torch.Tensor, shape: StepShape, *, eager: bool) -> None:

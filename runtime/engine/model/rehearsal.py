@@ -1,0 +1,193 @@
+"""Steps of a model without its weights, while those come in: so that kernels are compiled and libraries awake before the first request.
+
+One layer of each kind and the output projection over zeros, in a thread and on a stream of its own, with inputs and results of its own: the engine's
+are not touched. What a process has rehearsed once it knows. Knows sizes and the order of likelihood; nothing of loads, residency or real text.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import torch
+
+from runtime.config import EngineConfig
+from runtime.engine.memory.arrival import Arrived
+from runtime.engine.model.buckets import standard
+from runtime.engine.model.build import Blueprint, facts_of
+from runtime.engine.model.device_state import DeviceState
+from runtime.engine.model.fused_spec import LayerSpec, StackSpec
+from runtime.engine.model.fused_stack import FusedStack
+from runtime.engine.model.geometry import kv_planes
+from runtime.engine.model.layout import Placed
+from runtime.engine.model.rope import rotary_tables
+from runtime.engine.model.runner import ModelRunner
+from runtime.engine.model.skeleton import tied_names
+from runtime.engine.model.step import BuiltModel
+from runtime.engine.plan import KvGeometry, RowSetup, StepPlan
+from runtime.types import LogprobParams, SamplingParams
+
+_LOG = logging.getLogger(__name__)
+
+_MOST_TOKENS = 2048
+_MOST_CONTEXT = 4096
+_PROMPT_TOKENS = 12                      # within one KV block of any size
+_GREEDY = SamplingParams(temperature=0.0)
+_SAMPLED = (SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0, top_p=0.9, seed=1))
+
+
+@dataclass(slots=True)
+class Stage:
+    """What has been rehearsed in this process. Safe to use from several loading threads."""
+
+    device: torch.device
+    config: EngineConfig
+    _known: set[object] = field(default_factory=set)
+    _running: list["Rehearsal"] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a rehearsal is under way."""
+        self._running = [rehearsal for rehearsal in self._running if not rehearsal.over]
+        return bool(self._running)
+
+    def begin(self, blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int) -> "Rehearsal | None":
+        """Start rehearsing; None where the model's own code runs, or its like was rehearsed before."""
+        if blueprint.spec is None:
+            return None
+        key = _key(blueprint, kv_dtype)
+        with self._lock:
+            if key in self._known:
+                return None
+            self._known.add(key)
+        rehearsal = Rehearsal(lambda: _steps(blueprint, kv, kv_dtype, slab_bytes, self.device, self.config), self.device)
+        self._running = [*self._running, rehearsal]
+        return rehearsal
+
+
+class Rehearsal:
+    """Starts at once; `finish` when the model is there."""
+
+    def __init__(self, steps: Callable[[], Iterator[bool]], device: torch.device) -> None:
+        self._device = device
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self.num_steps = 0
+        self._thread = threading.Thread(target=self._run, args=(steps,), name="rehearse", daemon=True)
+        self._thread.start()
+
+    @property
+    def over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for what a first request needs; idle turns see to the rest."""
+        self._ready.wait()
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, steps: Callable[[], Iterator[bool]]) -> None:
+        try:
+            with torch.inference_mode(), self._own_stream():
+                for first_done in steps():
+                    self.num_steps += 1
+                    if first_done:
+                        self._ready.set()
+                    if self._stop.is_set():
+                        break
+        except Exception as error:       # the first request will meet it again, and say so to those whom it concerns
+            _LOG.warning("a rehearsal ended early: %s: %s", type(error).__name__, error)
+        finally:
+            self._ready.set()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return nullcontext()
+        torch.cuda.set_device(self._device)
+        return torch.cuda.stream(torch.cuda.Stream(self._device))
+
+
+def _steps(
+    blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int, device: torch.device, config: EngineConfig
+) -> Iterator[bool]:
+    """Runs a step before each value; true once what a first request needs has run."""
+    own = msgspec.structs.replace(config, max_batch_tokens=min(config.max_batch_tokens, _MOST_TOKENS), graphs=False)
+    state = DeviceState.create(device, own)
+    built = _twin(blueprint, kv, kv_dtype, slab_bytes, device)
+    runner = ModelRunner(built, facts_of(blueprint, kv), own, state)
+    try:
+        _answer(runner, _GREEDY)
+        yield False
+        for sampling in _SAMPLED:
+            _answer(runner, sampling)
+            yield True
+        state.uploads.blank()
+        for bucket in dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()):
+            runner.rehearse(bucket)
+            yield True
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    finally:
+        runner.close()
+
+
+def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
+    """A prompt, its answer's first token and the one after it."""
+    runner.open_row(RowSetup(0, sampling, LogprobParams(), [0] * _PROMPT_TOKENS, _PROMPT_TOKENS))
+    prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [True], [0] * _PROMPT_TOKENS, [(0, 0, 0)])
+    for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [True], [])):
+        runner.launch(plan).collect()
+    runner.close_row(0)
+
+
+def _twin(blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int, device: torch.device) -> BuiltModel:
+    """The model with few layers, all of whose weights are the same zeros."""
+    assert blueprint.spec is not None
+    spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
+    placed = _used(blueprint, spec)
+    zeros = torch.zeros(max(tensor.size_bytes for tensor in placed), dtype=torch.uint8, device=device)
+    views = {tensor.name: zeros[: tensor.size_bytes].view(tensor.dtype).view(tensor.shape) for tensor in placed}
+    views |= {alias: views[owner] for alias, owner in tied_names(blueprint.skeleton).items() if owner in views}
+    tables = rotary_tables(blueprint.skeleton.get_submodule(spec.rotary), device)
+    card = blueprint.card
+    return BuiltModel(
+        forward=FusedStack(spec, views, tables, blueprint.quantization, Arrived(), [0] * (len(spec.layers) + 2)),
+        planes=kv_planes(torch.zeros(slab_bytes, dtype=torch.uint8, device=device), kv, blueprint.shape, kv_dtype),
+        block_tokens=kv.block_tokens,
+        vocab_size=card.vocab_size,
+        max_model_len=min(card.max_model_len, _MOST_CONTEXT),
+        device=device,
+        dtype=card.dtype,
+        kv_dtype=kv_dtype,
+        eos_token_ids=(),
+        path="rehearsal",
+        token_stride=blueprint.shape.token_stride,
+    )
+
+
+def _kinds(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """One layer of each kind."""
+    found: dict[object, LayerSpec] = {}
+    for layer in layers:
+        found.setdefault((replace(layer.attention, layer=0), layer.rope, layer.rope_key), layer)
+    return tuple(found.values())
+
+
+def _used(blueprint: Blueprint, spec: StackSpec) -> list[Placed]:
+    """The tensors of the layers that are kept, and of what surrounds them."""
+    assert blueprint.spec is not None
+    dropped = tuple(layer.input_norm.rpartition(".")[0] + "." for layer in blueprint.spec.layers if layer not in spec.layers)
+    return [tensor for tensor in (*blueprint.layout.tensors, *blueprint.layout.joined) if not tensor.name.startswith(dropped)]
+
+
+def _key(blueprint: Blueprint, kv_dtype: torch.dtype) -> object:
+    """Equal for models that need the same kernels in the same sizes."""
+    assert blueprint.spec is not None
+    spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
+    shapes = tuple((tensor.name, tensor.shape, tensor.dtype) for tensor in _used(blueprint, spec))
+    return spec, shapes, kv_dtype, blueprint.quantization
