@@ -11,6 +11,8 @@ from runtime.engine.scheduler import Limits
 from runtime.types import FinishReason
 
 _LEAST_CHUNK = 64                        # tokens of prefill that a step may have however short the quantum
+_ALONE_ON_CPU_US = 500_000               # no step can be stopped: a full one would hold up for half a minute whoever comes or leaves
+_GROWTH = 4                              # there a step is at most so many times as large as any before: what it takes is a guess
 
 
 @dataclass(slots=True)
@@ -46,10 +48,16 @@ class Allotment:
 
     def _token_budget(self, model: Hosted, num_active: int) -> int:
         config = self.house.config
-        if num_active == 1:
+        on_cpu, alone = self.house.backend.device == "cpu", num_active == 1
+        if alone and not on_cpu:
             return config.max_batch_tokens
+        quantum_us = max(config.quantum_us, _ALONE_ON_CPU_US) if alone else config.quantum_us
         decoding, kv_tokens = model.scheduler.decoding()
-        return min(config.max_batch_tokens, model.cost.tokens_within(config.quantum_us, kv_tokens, decoding + _LEAST_CHUNK))
+        least = decoding + _LEAST_CHUNK
+        tokens = model.cost.tokens_within(quantum_us, kv_tokens, least)
+        if on_cpu:
+            tokens = min(tokens, max(least, _GROWTH * model.cost.largest_tokens))
+        return min(config.max_batch_tokens, tokens)
 
     def _rows_to_admit(self, model: Hosted, num_active: int) -> int:
         """All free rows, but no more than the model's share while another has none and waits for one."""

@@ -15,10 +15,16 @@ _IGNORANCE = 1e6                # variance of what was never seen
 
 
 class CostModel:
-    def __init__(self, base_us: float = 1000.0, token_us: float = 10.0) -> None:
-        self._theta = [base_us, token_us * _TOKEN_SCALE, 0.0]
-        self._p = [[_IGNORANCE, 0.0, 0.0], [0.0, _IGNORANCE, 0.0], [0.0, 0.0, _IGNORANCE]]
+    """`slowness`: about how many times slower than a GPU the device is."""
+
+    def __init__(self, base_us: float = 1000.0, token_us: float = 10.0, *, slowness: float = 1.0) -> None:
+        # on a GPU a step larger than any before may have waited for its kernels: it is no more believed than other outliers
+        self._compiles = slowness == 1.0
+        self._ignorance, self._drift = _IGNORANCE * slowness**2, _DRIFT * slowness**2
+        self._theta = [base_us * slowness, token_us * slowness * _TOKEN_SCALE, 0.0]
+        self._p = [[self._ignorance, 0.0, 0.0], [0.0, self._ignorance, 0.0], [0.0, 0.0, self._ignorance]]
         self._observations = 0
+        self.largest_tokens = 0                              # of a step that was measured: beyond it all is a guess
 
     def predict_us(self, tokens: int, kv_tokens: int) -> float:
         a, b, c = self._theta
@@ -26,7 +32,9 @@ class CostModel:
 
     def observe(self, tokens: int, kv_tokens: int, device_us: float) -> None:
         theta, p = self._theta, self._p
-        if self._observations >= _WARMUP:
+        beyond = tokens > self.largest_tokens
+        self.largest_tokens = max(self.largest_tokens, tokens)
+        if self._observations >= _WARMUP and (self._compiles or not beyond):
             device_us = min(device_us, _OUTLIER * self.predict_us(tokens, kv_tokens))
         # relative errors count: a long prefill's noise mustn't drown what a decode step costs
         scale = _STEP_SCALE_US / max(device_us, 1.0)
@@ -40,7 +48,7 @@ class CostModel:
         for i in range(3):
             for j in range(3):
                 p[i][j] -= gain[i] * px[j]
-            p[i][i] = min(p[i][i] + _DRIFT, _IGNORANCE)
+            p[i][i] = min(p[i][i] + self._drift, self._ignorance)
         self._observations += 1
 
     def tokens_within(self, quantum_us: float, kv_tokens: int, least: int) -> int:

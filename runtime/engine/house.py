@@ -24,6 +24,7 @@ from runtime.messages import EngineStats, Event, Load, RowTokens, Tokens
 from runtime.types import FinishReason
 
 _LEAST_KV_TOKENS = 256                   # a model that can't hold this many beside its weights isn't loaded
+_CPU_SLOWNESS = 100.0                    # beside a GPU, to within an order of magnitude
 
 
 class House:
@@ -61,7 +62,8 @@ class House:
         facts = msgspec.structs.replace(facts, max_model_len=min(facts.max_model_len, kv_slabs * geometry.blocks_per_slab * block_tokens))
         cache = PrefixCache(BlockPool(geometry, self.slabs, f"{request.model_id}/kv", memory))
         model = Hosted(
-            request, facts, runner, memory, cache, Scheduler(facts.eos_token_ids, cache, self.rows), CostModel(),
+            request, facts, runner, memory, cache, Scheduler(facts.eos_token_ids, cache, self.rows),
+            CostModel(slowness=_CPU_SLOWNESS if self.backend.device == "cpu" else 1.0),
             min(request.max_waiting, self.config.max_waiting), now,
         )
         self.models[request.model_id] = model

@@ -122,6 +122,8 @@ class Loads:
             self.house.dismiss(model, FinishReason.ERROR, now)
             self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
             return
+        # before the answer: who reads it finds the model in its tier
+        self.house.emit(self.house.stats())
         for _ in range(pending.loads):
             self.house.emit(Loaded(model.facts))
 

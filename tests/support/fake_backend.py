@@ -198,7 +198,7 @@ class FakeRunner:
         if fault == "collect":
             return FakeLaunched(self, None, self._spec.latency_polls)
         result = StepResult(
-            tokens, 100.0 + 2.0 * plan.num_tokens, logprobs if any(logprobs) else None, prompt_logprobs or None
+            tokens, 100.0 + self._backend.token_us * plan.num_tokens, logprobs if any(logprobs) else None, prompt_logprobs or None
         )
         return FakeLaunched(self, result, self._spec.latency_polls)
 
@@ -285,6 +285,7 @@ class FakeBackend:
         self.runners: list[FakeRunner] = []
         self.steps = 0
         self.largest_step = 0
+        self.token_us = 2.0
         self._mapped: dict[int, tuple[str, str]] = {}
 
     def map(self, slab: int, owner: tuple[str, str]) -> None:

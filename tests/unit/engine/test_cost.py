@@ -57,3 +57,12 @@ def test_a_thousand_equal_steps_leave_it_sane() -> None:
     assert 1 <= model.tokens_within(20_000, 70_000, 1) < 1_000_000
     learn(model, 1000, 10, 0.01, 200)
     assert abs(model.predict_us(300, 0) - 4000) < 600
+
+
+def test_on_a_slow_device_one_longer_step_tells_what_a_token_takes() -> None:
+    model = CostModel(slowness=100.0)
+    for _ in range(60):
+        model.observe(1, 10, 4100.0)
+    model.observe(64, 64, 100 + 4000.0 * 64)
+    assert 120 <= model.tokens_within(500_000, 64, 1) <= 135
+    assert model.largest_tokens == 64
