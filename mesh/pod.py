@@ -37,6 +37,7 @@ from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
 from mesh.placement.loads import LocalLoads
 from mesh.placement.publish import Publisher, identity
+from mesh.placement.reap import Reaper
 from mesh.placement.reconcile import Placement
 from mesh.registry.registry import Registry
 from mesh.registry.transitions import Transitions
@@ -123,6 +124,7 @@ class Pod:
             self.registry, runtime, announcer, self._copies, self._loads, peers, self._changes, failure_expiry_s=config.failure_expiry_s
         )
         self._transitions = Transitions(self.registry, self.placement, leads=self.registry.instances.leads)
+        self._reaper = Reaper(self.registry, leads=self.registry.instances.leads)
         self._router = CopyRouter(
             self.registry,
             self.placement,
@@ -199,7 +201,7 @@ class Pod:
         )
         self.placement.start()
         self._transitions.start()
-        self._tasks = [asyncio.create_task(self._publisher.run()), asyncio.create_task(self._tell_health())]
+        self._tasks = [asyncio.create_task(work) for work in (self._publisher.run(), self._tell_health(), self._reaper.run())]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
 
     async def stop(self) -> None:

@@ -205,6 +205,14 @@ class RuntimeLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAnswer:
+    """`size_bytes` 0: the runtime can't tell. `max_concurrency`: requests at once that the mesh has to keep to; 0 = as many as come."""
+
+    size_bytes: int
+    max_concurrency: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class FitAnswer:
     fits: bool
     reason: str
@@ -226,8 +234,8 @@ class RuntimeClient(Protocol):
 
     async def wait_ready(self, timeout_s: float) -> RuntimeLimits: ...
 
-    async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> int:
-        """Load; returns size in bytes. Raises LoadFailed, Overloaded, Unavailable. Cancellable: leaves nothing."""
+    async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> LoadAnswer:
+        """Raises LoadFailed, Overloaded, Unavailable. Cancellable: leaves nothing."""
 
     async def unload(self, model_id: str) -> None:
         """Idempotent."""

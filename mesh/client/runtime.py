@@ -6,6 +6,7 @@ purges. What the runtime tells of itself while it runs is runtime_state's.
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 
@@ -14,11 +15,13 @@ import grpc.aio
 
 from mesh.client.runtime_state import RuntimeWatch, fit_answer
 from mesh.errors import DeadlineExceeded, InvalidRequest, LoadFailed, MeshError, NotFound, NotSupported, Overloaded, Unavailable
-from mesh.types import FitAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
+from mesh.types import FitAnswer, LoadAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
 from wire.repertory import runtime_pb2 as state_pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
+
+logger = logging.getLogger(__name__)
 
 _POLLS_S = (0.05, 0.1, 0.2, 0.5, 1.0)  # then every two seconds, as ModelMesh
 _POLL_S = 2.0
@@ -64,8 +67,8 @@ class GrpcRuntime:
                 raise Unavailable(f"the runtime is not ready after {timeout_s:.0f} s: {last}")
             await asyncio.sleep(pause_s)
 
-    async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> int:
-        """Size in bytes. Whatever else than OK comes of it, the runtime is told to unload: it must hold nothing of it."""
+    async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> LoadAnswer:
+        """Whatever else than OK comes of it, the runtime is told to unload: it must hold nothing of it."""
         request = pb.LoadModelRequest(modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key)
         loaded = False
         try:
@@ -76,11 +79,18 @@ class GrpcRuntime:
         finally:
             if not loaded:
                 await self._undo(model_id)
-        if answer.sizeInBytes:
-            return answer.sizeInBytes
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            return (await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)).sizeInBytes
-        return 0
+        size_bytes = answer.sizeInBytes
+        if not size_bytes:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                size_bytes = (await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)).sizeInBytes
+        return LoadAnswer(size_bytes, self._max_concurrency(model_id, answer.maxConcurrency))
+
+    def _max_concurrency(self, model_id: str, told: int) -> int:
+        if self._limits is None or not self._limits.limit_model_concurrency:
+            return 0
+        if told < 1:
+            logger.warning("model %s: the runtime limits concurrency and gives no limit; one request at a time", model_id)
+        return max(told, 1)
 
     async def unload(self, model_id: str) -> None:
         """Raises Unavailable: the memory isn't free, try again."""

@@ -55,6 +55,7 @@ class LocalCopy:
     started_ms: int = field(default_factory=epoch_ms)
     started_s: float = field(default_factory=time.monotonic)
     loaded_s: float = 0.0
+    max_concurrency: int = 0  # requests at once that its runtime asks for; 0 = as many as come
     last_used_ms: int = 0
     announced: bool = False
 

@@ -16,7 +16,7 @@ from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, LocalCopy, epoch_ms
 from mesh.placement.load_times import LoadTimes
 from mesh.placement.plan import make_room
-from mesh.types import CopyState, ModelInfo, RuntimeClient, RuntimeLimits
+from mesh.types import CopyState, LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ class LocalLoads:
                 await self._admit(copy, urgent)
                 self._copies.set_state(copy, CopyState.LOADING)
                 begun_s = time.monotonic()
-                copy.size_bytes = await self._load_on_runtime(copy)
+                answer = await self._load_on_runtime(copy)
+                copy.size_bytes, copy.max_concurrency = answer.size_bytes or copy.size_bytes, answer.max_concurrency
                 seconds = time.monotonic() - begun_s
             self.times = self.times.measured(model_id, copy.size_bytes, seconds)
             self._metrics.loaded(model_id, seconds)
@@ -172,14 +173,14 @@ class LocalLoads:
             # a store that is away must not keep a known model from being served; the next sweep announces it
             logger.warning("model %s is loaded unannounced: %s", copy.model_id, error.message)
 
-    async def _load_on_runtime(self, copy: LocalCopy) -> int:
+    async def _load_on_runtime(self, copy: LocalCopy) -> LoadAnswer:
         """What doesn't fit although it should is given room, one idle model after the other; a runtime that restarts is waited for."""
         give_up_s = time.monotonic() + _AWAY_S
         refusal = ""
         while True:
             await self._ready.wait()
             try:
-                return await self._runtime.load(copy.model_id, copy.info, self._load_timeout_s) or copy.size_bytes
+                return await self._runtime.load(copy.model_id, copy.info, self._load_timeout_s)
             except Unavailable as error:
                 if time.monotonic() > give_up_s:
                     raise

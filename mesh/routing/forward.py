@@ -19,6 +19,7 @@ from mesh.registry.naming import name_in
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
 from mesh.routing.choose import Candidate, choose
+from mesh.routing.turns import Turns
 from mesh.types import CopyState, ModelStatus, Target, Tier
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class CopyRouter:
         self._limits = limits
         self._to_peers: Counter[tuple[str, str]] = Counter()
         self._forgotten_until_s: dict[tuple[str, str], float] = {}
+        self._turns: dict[str, tuple[int, Turns]] = {}  # of local copies with a limit, and which load of theirs
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -79,11 +81,13 @@ class CopyRouter:
         """
         if here and self._copies.get(model_id) is None:
             raise NotFound(f"model {model_id} is not on this pod")
-        target = self._choose(model_id, prefix_hash, exclude, here)
-        if target is None:
-            target = await self._wait(model_id, deadline_s, prefix_hash, exclude, here)
-        self.begin(model_id, target)
-        return target
+        while True:
+            target = self._choose(model_id, prefix_hash, exclude, here)
+            if target is None:
+                target = await self._held(model_id, deadline_s, self._until_chosen(model_id, prefix_hash, exclude, here), "loaded")
+            if not target.local or await self._has_turn(model_id, target, deadline_s):
+                self.begin(model_id, target)
+                return target
 
     def is_loaded(self, model_id: str) -> bool:
         """Whether a request for it would go on without waiting here."""
@@ -100,6 +104,9 @@ class CopyRouter:
         self._metrics.in_flight(model_id, -1)
         if target.local:
             self._copies.end(model_id)
+            generation, turns = self._turns.get(model_id, (0, None))
+            if turns is not None and generation == target.generation:
+                turns.give_back()
             return
         self._to_peers[model_id, target.instance_id] -= 1
         if not self._to_peers[model_id, target.instance_id]:
@@ -114,9 +121,27 @@ class CopyRouter:
         if copy is not None and copy.loaded and copy.started_ms == target.generation:
             self._placement.load_here(model_id, last_used_ms=epoch_ms())
 
-    async def _wait(self, model_id: str, deadline_s: float | None, prefix_hash: str, exclude: frozenset[str], here: bool) -> Target:
+    async def _has_turn(self, model_id: str, target: Target, deadline_s: float | None) -> bool:
+        """Waits for it, if the copy takes only so many requests at once. False: it has left meanwhile, and another is to be chosen."""
+        copy = self._copies.get(model_id)
+        if copy is None or not copy.max_concurrency:
+            self._turns.pop(model_id, None)
+            return True
+        generation, turns = self._turns.get(model_id, (0, None))
+        if turns is None or generation != copy.started_ms:
+            turns = Turns(copy.max_concurrency)
+            self._turns[model_id] = copy.started_ms, turns
+        await self._held(model_id, deadline_s, turns.take(self._registry.name_of(model_id)), "free")
+        if copy.started_ms == target.generation and copy.loaded:
+            return True
+        turns.give_back()
+        return False
+
+    async def _held(self, model_id: str, deadline_s: float | None, wait: Coroutine[Any, Any, T], until: str) -> T:
+        """`wait`, within the time and the number of requests that may wait for one model. `until`: what they wait for it to be."""
         held = self._copies.held(model_id)
         if held >= self._limits.max_held:
+            wait.close()
             raise Overloaded(
                 f"model {self._registry.name_of(model_id)}: {held} requests are waiting for it to be loaded; the limit is {self._limits.max_held}",
                 retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
@@ -127,12 +152,12 @@ class CopyRouter:
         self._metrics.held(model_id, +1)
         try:
             async with asyncio.timeout(deadline_s if by_deadline else budget_s):
-                return await self._until_chosen(model_id, prefix_hash, exclude, here)
+                return await wait
         except TimeoutError:
             if by_deadline:
-                raise DeadlineExceeded(f"model {self._registry.name_of(model_id)}: the deadline passed while it was being loaded") from None
+                raise DeadlineExceeded(f"model {self._registry.name_of(model_id)}: the deadline passed before it was {until}") from None
             raise Unavailable(
-                f"model {self._registry.name_of(model_id)}: not loaded within the wait budget of {budget_s:g} s",
+                f"model {self._registry.name_of(model_id)}: not {until} within the wait budget of {budget_s:g} s",
                 retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
             ) from None
         finally:

@@ -11,7 +11,7 @@ import pytest
 
 from mesh.client.runtime import GrpcRuntime
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotSupported, Overloaded, Unavailable
-from mesh.types import ModelInfo
+from mesh.types import LoadAnswer, ModelInfo
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 
@@ -147,9 +147,9 @@ async def test_a_load_that_takes_too_long_or_is_cancelled_is_cleaned_up(scripted
 
 async def test_sizes(scripted: tuple[Script, GrpcRuntime]) -> None:
     script, runtime = scripted
-    assert await runtime.load("m", INFO, 5) == 7
+    assert await runtime.load("m", INFO, 5) == LoadAnswer(7)
     script.load = 0
-    assert await runtime.load("m", INFO, 5) == 42
+    assert await runtime.load("m", INFO, 5) == LoadAnswer(42)
     assert await runtime.predict_size("m", INFO) == 5
     script.predict = 0
     assert await runtime.predict_size("m", INFO) is None

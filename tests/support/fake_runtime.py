@@ -41,6 +41,7 @@ class Switches:
     progress: float = 0.0
     chunk_s: float = 0.0
     max_message_bytes: int = 16 * 1024 * 1024
+    max_concurrency: int = 0  # not 0: the mesh is to keep to it
     methods: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -54,6 +55,8 @@ class FakeRuntime:
         self.loading: set[str] = set()
         self.calls: Counter[str] = Counter()
         self.refusals = 0
+        self.running = 0
+        self.most_running = 0
         self.log: list[tuple[str, str]] = []
         self.cancelled: list[str] = []
         self.metadata: list[tuple[tuple[str, str | bytes], ...]] = []
@@ -168,6 +171,7 @@ class _Spi(ModelRuntimeServicer):
             defaultModelSizeInBytes=switches.default_size_bytes,
             runtimeVersion="fake",
             methodInfos=methods,
+            limitModelConcurrency=switches.max_concurrency != 0,
             allowAnyMethod=True,
         )
 
@@ -194,7 +198,7 @@ class _Spi(ModelRuntimeServicer):
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{size} bytes do not fit")
             runtime.loaded[request.modelId] = request.modelPath
             runtime.tell()
-        return pb.LoadModelResponse(sizeInBytes=runtime.size_of(request.modelPath))
+        return pb.LoadModelResponse(sizeInBytes=runtime.size_of(request.modelPath), maxConcurrency=max(switches.max_concurrency, 0))
 
     async def unloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         runtime = self._runtime
@@ -291,11 +295,15 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         if model_id not in runtime.loaded:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{model_id} is not loaded here")
         runtime.calls[model_id] += 1
+        runtime.running += 1
+        runtime.most_running = max(runtime.most_running, runtime.running)
         try:
             await self._answer(method.rpartition("/")[2], context)
         except asyncio.CancelledError:
             runtime.cancelled.append(model_id)
             raise
+        finally:
+            runtime.running -= 1
 
     async def _answer(self, verb: str, context: Any) -> None:
         await context.send_initial_metadata((("answered-by", "fake"),))
