@@ -67,7 +67,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _version() -> str:
     try:
         return version("repertory")
-    except PackageNotFoundError:   # run from a source tree
+    except PackageNotFoundError:  # run from a source tree
         return "unknown"
 
 

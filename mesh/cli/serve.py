@@ -1,33 +1,28 @@
 """`repertory serve`: mesh and runtime on one machine as supervised processes (the runtime supervises its engine).
 
-Knows their command lines and the few settings that a single machine needs; knows nothing of models. A child that dies is started again with
-growing pauses; when the supervisor is told to stop, the mesh drains first, then the runtime.
+Knows their command lines and the few settings that a single machine needs; knows nothing of models. A child that dies or hangs is
+started again; when the supervisor is told to stop, the mesh drains first, then the runtime.
 """
 
 import argparse
 import asyncio
-import contextlib
-import ctypes
 import json
 import os
 import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mesh.cli.child import Child
 from mesh.cli.render import size
 from mesh.configure import parse_size
 from mesh.errors import InvalidRequest
-
-_PR_SET_PDEATHSIG = 1
-_STEADY_S = 30.0  # a child that lived this long is well: its next pause is the first again
-_PAUSES_S = (0.2, 1.0, 3.0, 10.0)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -131,72 +126,21 @@ def serve(args: argparse.Namespace) -> int:
     return asyncio.run(_Supervisor(settings).run())
 
 
-class _Child:
-    """One supervised process: started, started again when it dies, stopped with SIGTERM."""
-
-    def __init__(self, name: str, command: Sequence[str]) -> None:
-        self.name = name
-        self._command = command
-        self._process: asyncio.subprocess.Process | None = None
-        self._deaths = 0
-
-    async def run(self, stopping: asyncio.Event) -> int:
-        """Keep it running until `stopping`; returns its exit status if it can't even start."""
-        while True:
-            started_s = time.monotonic()
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, env=_environment(), preexec_fn=_die_with_parent, start_new_session=True
-            )
-            status = await self._process.wait()
-            if stopping.is_set():
-                return 0
-            lived_s = time.monotonic() - started_s
-            self._deaths = 1 if lived_s > _STEADY_S else self._deaths + 1
-            if status == 1 and lived_s < _STEADY_S and self._deaths >= 2:
-                return status  # a configuration error repeats: it has said on stderr what it is
-            pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
-            print(f"repertory: the {self.name} process ended with status {status}; starting it again in {pause_s:g} s", file=sys.stderr)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await stopping.wait()
-                return 0
-
-    async def stop(self, grace_s: float) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(grace_s):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-
-
-def _environment() -> dict[str, str]:
-    """The children's: REPERTORY_… variables were read here, and some of their names mean something else to a child."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("REPERTORY_")}
-
-
-def _die_with_parent() -> None:
-    # A supervisor that is killed outright must not leave a runtime holding the GPU.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class _Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stopping = asyncio.Event()
         run_dir = settings.run_dir
         self._grace_s = float(settings.mesh["grace_s"])
-        self._runtime = _Child(
-            "runtime", [sys.executable, "-m", "runtime", "--config", str(_write(run_dir / "runtime.json", settings.runtime))]
+        self._runtime = Child(
+            "runtime",
+            [sys.executable, "-m", "runtime", "--config", str(_write(run_dir / "runtime.json", settings.runtime))],
+            str(settings.runtime["http_listen"]),
         )
-        self._mesh = _Child(
-            "mesh", [sys.executable, "-m", "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", settings.mesh))]
+        self._mesh = Child(
+            "mesh",
+            [sys.executable, "-m", "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", settings.mesh))],
+            str(settings.mesh["http_listen"]),
         )
 
     async def run(self) -> int:

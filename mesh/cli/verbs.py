@@ -126,7 +126,9 @@ def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
             if model.state:
                 under_way_s = time.monotonic()
             elif time.monotonic() - under_way_s > _NO_LOAD_S:
-                raise LoadFailed(f"{name}: it is not being loaded; there may be no room for it beside models in use (the server's log says more)")
+                raise LoadFailed(
+                    f"{name}: it is not being loaded; there may be no room for it beside models in use (the server's log says more)"
+                )
             bar.update(model.state or "queued", model.progress, model.progress_text)
             time.sleep(0.2)
     if model.state != "loaded" or model.moving_to:

@@ -1,0 +1,115 @@
+"""A supervised process: started, started again with growing pauses when it dies, killed first if it hangs. Knows nothing of what it does."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+_PR_SET_PDEATHSIG = 1
+_STEADY_S = 30.0  # a child that lived this long is well: its next pause is the first again
+_PAUSES_S = (0.2, 1.0, 3.0, 10.0)
+_LOOK_S = 10.0
+_LOOKS = 6
+
+
+class Child:
+    """One supervised process: started, started again when it dies or hangs, stopped with SIGTERM.
+
+    `http`: where it answers HTTP, "unix:PATH" or "HOST:PORT". Once it has answered, `looks` questions in a row without an answer, one every
+    `look_s`, mean that it hangs.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], http: str = "", *, look_s: float = _LOOK_S, looks: int = _LOOKS) -> None:
+        self.name = name
+        self._command = command
+        self._http = http
+        self._look_s = look_s
+        self._looks = looks
+        self._process: asyncio.subprocess.Process | None = None
+        self._deaths = 0
+
+    async def run(self, stopping: asyncio.Event) -> int:
+        """Keep it running until `stopping`; returns its exit status if it can't even start."""
+        while True:
+            started_s = time.monotonic()
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, env=_environment(), preexec_fn=_die_with_parent, start_new_session=True
+            )
+            watching = asyncio.create_task(self._kill_if_it_hangs(self._process))
+            status = await self._process.wait()
+            watching.cancel()
+            if stopping.is_set():
+                return 0
+            lived_s = time.monotonic() - started_s
+            self._deaths = 1 if lived_s > _STEADY_S else self._deaths + 1
+            if status == 1 and lived_s < _STEADY_S and self._deaths >= 2:
+                return status  # a configuration error repeats: it has said on stderr what it is
+            pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
+            print(f"repertory: the {self.name} process ended with status {status}; starting it again in {pause_s:g} s", file=sys.stderr)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await stopping.wait()
+                return 0
+
+    async def stop(self, grace_s: float) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(grace_s):
+                await process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+    async def _kill_if_it_hangs(self, process: asyncio.subprocess.Process) -> None:
+        """A process that is alive and does nothing is worse than a dead one: nobody starts it again."""
+        missed: int | None = None  # None: it hasn't answered yet, and may take its time to start
+        while self._http and (missed or 0) < self._looks:
+            await asyncio.sleep(self._look_s)
+            if await answers(self._http, self._look_s):
+                missed = 0
+            elif missed is not None:
+                missed += 1
+        if self._http:
+            print(f"repertory: the {self.name} process hangs: it hasn't answered {self._looks} times; ending it", file=sys.stderr)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+
+async def answers(address: str, timeout_s: float) -> bool:
+    """Whether whatever listens there answers HTTP at all."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            if address.startswith("unix:"):
+                reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+            else:
+                host, _, port = address.rpartition(":")
+                # one that listens everywhere listens here
+                reader, writer = await asyncio.open_connection(
+                    {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]")), port
+                )
+            try:
+                writer.write(b"GET /health HTTP/1.1\r\nHost: supervisor\r\nConnection: close\r\n\r\n")
+                return (await reader.read(5)).startswith(b"HTTP/")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+
+
+def _environment() -> dict[str, str]:
+    """The children's: REPERTORY_… variables were read here, and some of their names mean something else to a child."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("REPERTORY_")}
+
+
+def _die_with_parent() -> None:
+    # A supervisor that is killed outright must not leave a runtime holding the GPU.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

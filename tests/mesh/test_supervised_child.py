@@ -1,0 +1,79 @@
+"""A supervised process: started again when it dies and when it hangs, left alone while it starts, however long that takes."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh.cli.child import Child, answers
+from tests.support.etcd import free_port
+from tests.support.waiting import until
+
+# Says that it is here, begins to answer when the file "open" is there, and stops itself, alive, when "hang" is.
+SCRIPT = """
+import http.server, os, signal, sys, threading, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+(folder / f"started-{os.getpid()}").touch()
+while not (folder / "open").exists():
+    time.sleep(0.01)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503)
+        self.end_headers()
+    def log_message(self, *args): ...
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+while not (folder / "hang").exists():
+    time.sleep(0.01)
+(folder / "hang").unlink()
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+async def test_a_child_that_hangs_is_replaced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    child = Child("test", [sys.executable, "-c", SCRIPT, str(tmp_path), str(port)], address, look_s=0.2, looks=4)
+    stopping = asyncio.Event()
+    running = asyncio.create_task(child.run(stopping))
+
+    def starts() -> int:
+        return len(list(tmp_path.glob("started-*")))
+
+    try:
+        await until(lambda: starts() == 1)
+        await asyncio.sleep(0.5)  # many looks; it is still starting
+        assert starts() == 1
+        (tmp_path / "open").touch()
+        async with asyncio.timeout(10):
+            while not await answers(address, 1.0):
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)  # it has been seen to answer, with whatever status
+        (tmp_path / "hang").touch()
+        await until(lambda: starts() == 2)
+        async with asyncio.timeout(10):
+            while not await answers(address, 1.0):
+                await asyncio.sleep(0.02)
+    finally:
+        stopping.set()
+        await child.stop(5.0)
+        assert await running == 0
+    assert "the test process hangs" in capfd.readouterr().err
+
+
+async def test_a_socket_that_says_nothing_does_not_answer(tmp_path: Path) -> None:
+    path = tmp_path / "mute.sock"
+    done = asyncio.Event()
+
+    async def mute(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await done.wait()
+        writer.close()
+
+    server = await asyncio.start_unix_server(mute, path)
+    assert not await answers(f"unix:{path}", 0.1)
+    assert not await answers(f"unix:{tmp_path}/absent.sock", 0.1)
+    done.set()
+    server.close()
+    await server.wait_closed()
