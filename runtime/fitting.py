@@ -3,7 +3,9 @@
 Knows where to look; the arithmetic is runtime.fit's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from runtime.fit import Geometry, Needs
@@ -12,14 +14,19 @@ from runtime.types import ModelSettings, ModelSource, Quantization
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was found. `exact`: from the files' own index, not estimated."""
+    """What was found. `exact`: from the files' own index, not estimated. `config`: config.json, or of `gguf_file` what it says of itself."""
 
     geometry: Geometry
     needs: Needs
     quantization: Quantization
     exact: bool
+    config: Mapping[str, object]
+    gguf_file: Path | None = None
 
 
 class Fitter(Protocol):
     async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
         """`local_only`: raise LoadFailed at once where it would need the network. Raises InvalidRequest, LoadFailed."""
+
+    async def refusal(self, look: Look, settings: ModelSettings) -> str:
+        """Why the engine can't run what was found, whatever its size; empty if it can. Takes seconds, the first time."""

@@ -17,8 +17,9 @@ from runtime.fitting import Look
 from runtime.lifecycle import Phase, Prepared, Report
 from runtime.puller.cache import Cache, Held
 from runtime.puller.headers import read_header
-from runtime.puller.inspect import Inspection, Kind, Policy, inspect
+from runtime.puller.inspect import Inspection, Kind, Policy, inspect, stored_quantization
 from runtime.puller.job import Job
+from runtime.puller.judge import Judge
 from runtime.puller.locate import locate
 from runtime.puller.look import look_local, look_remote
 from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
@@ -40,6 +41,7 @@ class Preparation:
         self._packer = packer
         self._config = config
         self._cache = cache
+        self._judge = Judge()
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
 
@@ -52,6 +54,11 @@ class Preparation:
         """See runtime.fitting.Fitter."""
         job = Job(lambda progress: None)
         return await self._in_thread(lambda: self._look(source, settings, device, local_only, job), job)
+
+    async def refusal(self, look: Look, settings: ModelSettings) -> str:
+        """See runtime.fitting.Fitter."""
+        job = Job(lambda progress: None)
+        return await self._in_thread(lambda: self._judge.refusal(look.config, look.gguf_file, settings.max_model_len, job), job)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -121,7 +128,7 @@ class Preparation:
 
     def _from_files(self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: Job) -> Prepared:
         found = inspect(path, self._policy)
-        quantization = _quantization(found, settings)
+        quantization = _quantization(found.quantization, settings, found.model_dir.name)
         dtype = compute_dtype(settings.dtype, str(found.config.get("dtype") or found.config.get("torch_dtype") or ""), device)
         if found.kind is Kind.SAFETENSORS and quantization is Quantization.NONE:
             return self._as_it_lies(found, pulled, dtype, job)
@@ -209,32 +216,33 @@ class Preparation:
 
     def _look(self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: Job) -> Look:
         place = locate(source, self._config)
+        gguf_file = None
         if isinstance(place, Path):
             found = inspect(place, self._policy)
+            gguf_file = found.weight_files[0] if found.kind is Kind.GGUF else None
             config, tensors = look_local(found)
-            quantization = _quantization(found, settings)
+            quantization = _quantization(found.quantization, settings, found.model_dir.name)
         elif local_only:
             raise LoadFailed(f"{source.uri} is not on this machine")
         else:
             config, tensors = look_remote(place, job)
-            quantization = settings.quantize
+            quantization = _quantization(stored_quantization(config)[0], settings, source.uri)
         try:
             geometry = geometry_of(config)
         except KeyError as error:
-            raise LoadFailed(f"{source.uri}: config.json has no {error.args[0]}") from error
+            reason = "" if local_only else self._judge.refusal(config, gguf_file, settings.max_model_len, job)
+            raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         needs = needs_of(geometry, tensors, msgspec.structs.replace(settings, quantize=quantization), device)
-        return Look(geometry, needs, quantization, exact=bool(tensors) and quantization is Quantization.NONE)
+        return Look(geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file)
 
 
-def _quantization(found: Inspection, settings: ModelSettings) -> Quantization:
+def _quantization(stored: Quantization, settings: ModelSettings, name: str) -> Quantization:
     """What the model will run in. A checkpoint that is quantised already is not quantised again."""
-    if found.quantization is Quantization.NONE:
+    if stored is Quantization.NONE:
         return settings.quantize
-    if settings.quantize not in (Quantization.NONE, found.quantization):
-        raise InvalidRequest(
-            f"quantize is {settings.quantize.value}, and {found.model_dir.name} is stored in {found.quantization.value} already", param="quantize"
-        )
-    return found.quantization
+    if settings.quantize not in (Quantization.NONE, stored):
+        raise InvalidRequest(f"quantize is {settings.quantize.value}, and {name} is stored in {stored.value} already", param="quantize")
+    return stored
 
 
 def _pack_key(identity: str, settings: ModelSettings, device: str) -> str:

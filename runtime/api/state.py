@@ -104,6 +104,7 @@ class RuntimeStateApi(RuntimeStateServicer):
             source, settings = parse_model(request.model_path, request.model_key)
             hello = await self._engine.wait_ready()
             look = await self._fitter.look(source, settings, hello.device)
+            reason = await self._fitter.refusal(look, settings)
         needs = look.needs
         budget = hello.device_budget_bytes
         stats = self._engine.stats
@@ -113,8 +114,9 @@ class RuntimeStateApi(RuntimeStateServicer):
         least = needs.weight_bytes + needs.min_kv_bytes
         capacity = capacity_of(self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes)
         charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
-        reason = ""
-        if least > budget:
+        if reason:
+            pass  # whatever its size
+        elif least > budget:
             reason = (
                 f"weights {needs.weight_bytes} bytes and KV for one request of {needs.max_model_len} tokens {needs.min_kv_bytes} bytes "
                 f"exceed the device budget of {budget} bytes"

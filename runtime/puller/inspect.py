@@ -63,7 +63,7 @@ def inspect(path: Path, policy: Policy) -> Inspection:
         raise LoadFailed(f"{path} has no config.json")
     config = read_json(path / "config.json")
     _refuse_remote_code(path, config, policy)
-    quantization, double_quant = _stored_quantization(config)
+    quantization, double_quant = stored_quantization(config)
     files = _safetensors(path)
     kind = Kind.SAFETENSORS if quantization is Quantization.NONE else Kind.BITSANDBYTES
     if not files:
@@ -124,7 +124,8 @@ def _safetensors(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
 
-def _stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, bool]:
+def stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, bool]:
+    """What the weights are quantised in already, and whether their scales are too. Raises LoadFailed for formats that aren't supported."""
     stored = config.get("quantization_config")
     if not isinstance(stored, dict):
         return Quantization.NONE, False

@@ -37,7 +37,10 @@ class ScriptedFitter:
     async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
         if source.uri.startswith("missing:"):
             raise LoadFailed(f"{source.uri}: no such files")
-        return Look(GEOMETRY, needs_of(GEOMETRY, (), settings, device), Quantization.NONE, exact=False)
+        return Look(GEOMETRY, needs_of(GEOMETRY, (), settings, device), Quantization.NONE, exact=False, config={"uri": source.uri})
+
+    async def refusal(self, look: Look, settings: ModelSettings) -> str:
+        return "FakeForCausalLM is not supported" if look.config["uri"] == "/models/odd" else ""
 
 
 class Runtime:
@@ -193,6 +196,8 @@ async def test_fit_names_the_sizes_and_the_victims(runtime: Runtime, stub: Model
         assert answer.kv_bytes_per_token == 2 * 2 * 1 * 8 * 4
         assert answer.min_kv_bytes == 64 * answer.kv_bytes_per_token
         assert list(answer.evicts) == []
+        odd = await fit(state.FitRequest(model_path="/models/odd"))
+        assert (odd.fits, odd.reason) == (False, "FakeForCausalLM is not supported")
         code, _ = await refused(fit(state.FitRequest(model_path="missing:x")))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
 

@@ -1,0 +1,51 @@
+"""Whether the engine can run a checkpoint, from its configuration alone: `python -m runtime.engine.judge PATH [MAX_MODEL_LEN]`.
+
+A process of its own, since it takes torch and the model's code to tell: it tries a miniature, as a load does. PATH is a directory with
+config.json, or a .gguf file. Prints one JSON line: the reason why not, or an empty string. Reads no weights.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from runtime.engine.model.catalog import read_card
+from runtime.engine.model.fuse_proof import Prover
+from runtime.errors import LoadFailed
+from runtime.types import Checkpoint
+
+_NAME = "it"                             # stands for the model in messages, whose beginning is cut off
+
+
+def refusal(path: Path, max_model_len: int | None) -> str:
+    """Why it can't be run; empty if it can."""
+    if path.suffix != ".gguf":
+        return _refusal(path, max_model_len)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    except Exception as error:           # a reader of foreign files may raise anything
+        return f"{path.name} can't be read: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return _refusal(Path(folder), max_model_len)
+
+
+def _refusal(folder: Path, max_model_len: int | None) -> str:
+    try:
+        card = read_card(_NAME, Checkpoint(model_dir=str(folder), dtype="float32"), max_model_len)
+    except LoadFailed as error:
+        return error.message.removeprefix(f"model {_NAME}: ")
+    verdict = Prover(fuse=False).verdict(card.model_class, card.config)
+    return f"{card.architecture} is not supported: {verdict.reason}" if verdict.refused else ""
+
+
+def main(arguments: list[str]) -> int:
+    reason = refusal(Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None)
+    print(json.dumps(reason))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""Asks whether the engine could run a configuration at all, once for each: the answer takes a process with torch some seconds.
+
+Knows the process and remembers its answers; what can be run is runtime.engine.judge's to say.
+"""
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from cachetools import LRUCache
+
+from runtime.puller.job import Job
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_REMEMBERED = 256
+# of no meaning to the engine: a packed directory's configuration has none of them either
+_LEFT_OUT = ("quantization_config", "_name_or_path", "auto_map")
+
+
+class Judge:
+    """Safe to use from several threads; one question at a time, so that no more than one such process takes memory."""
+
+    def __init__(self) -> None:
+        self._answers: LRUCache[bytes, str] = LRUCache(_REMEMBERED)
+        self._lock = threading.Lock()
+
+    def refusal(self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: Job) -> str:
+        """Why it can't be run; empty if it can, or if that can't be told. `gguf_file` carries its configuration itself."""
+        kept = {name: value for name, value in config.items() if name not in _LEFT_OUT}
+        status = gguf_file.stat() if gguf_file is not None else None
+        subject = (str(gguf_file), status.st_size, status.st_mtime_ns) if status is not None else kept
+        key = hashlib.blake2b(json.dumps([subject, max_model_len], sort_keys=True, default=str).encode()).digest()
+        with self._lock:
+            known = self._answers.get(key)
+            if known is not None:
+                return known
+            with tempfile.TemporaryDirectory(prefix="repertory-judge-") as folder:
+                if gguf_file is None:
+                    (Path(folder) / "config.json").write_text(json.dumps(kept, default=str), encoding="utf-8")
+                reason = _ask(gguf_file or Path(folder), max_model_len, job)
+            if reason is None:
+                return ""
+            self._answers[key] = reason
+            return reason
+
+
+def _ask(path: Path, max_model_len: int | None, job: Job) -> str | None:
+    command = [sys.executable, "-m", "runtime.engine.judge", str(path), *([str(max_model_len)] if max_model_len is not None else [])]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None:
+            job.wait(_POLL_S)
+        assert process.stdout is not None
+        words = process.stdout.read()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    try:
+        return str(json.loads(words))
+    except ValueError:
+        log.warning("whether it can be run was not to be learnt: the process that tries it ended with status %d", process.returncode)
+        return None
