@@ -18,11 +18,9 @@ import msgspec
 from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
 from runtime.engine.channel import Channel
+from runtime.engine.imports import leave_out
 from runtime.engine.loop import EngineLoop
 from runtime.messages import Hello
-
-# transformers imports these where it finds them, which takes seconds; `None` makes them look absent
-_NOT_FOR_TEXT = ("sklearn", "torchvision", "torchaudio", "librosa")
 
 
 def main(arguments: list[str]) -> int:
@@ -39,9 +37,7 @@ def main(arguments: list[str]) -> int:
     connection.connect(options.socket)
 
     # late, because torch takes seconds to import and the front waits for the connection
-    for name in _NOT_FOR_TEXT:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-
+    leave_out()
     # the driver's start takes a second beside the imports
     if config.device != "cpu":
         threading.Thread(target=_wake_device, args=(config.device,), name="wake", daemon=True).start()

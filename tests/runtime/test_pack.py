@@ -18,7 +18,7 @@ from runtime.lifecycle import Phase, Prepared, Progress
 from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
 from runtime.puller.job import Job
-from runtime.puller.pack.__main__ import pack
+from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PackRequest
 from runtime.types import ModelSettings, ModelSource, Quantization
 from tests.runtime.checkpoints import tiny_llama

@@ -37,7 +37,7 @@ def bucket_of(num_tokens: int, num_rows: int, num_samples: int, max_query_len: i
         # a decode graph takes every token's logits; a prompt's chunk of one token that isn't the last is rare
         return None if rows is None or num_samples < num_rows else _decode(rows, context)
     tokens = _at_least(MIXED_TOKENS, num_tokens)
-    rows = _at_least(MIXED_ROWS, num_rows)
+    rows = _at_least(MIXED_ROWS, max(num_rows, 1 + MIXED_ROWS[0] if num_tokens <= 64 else 1))
     return None if tokens is None or rows is None else _mixed(tokens, rows)
 
 

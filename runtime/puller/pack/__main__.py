@@ -1,163 +1,16 @@
-"""The packer process: reads a request from stdin, writes a packed directory, says how far it is on stdout. Knows the order of the work.
+"""The packer process: reads a request from stdin, says how far it is on stdout. Knows its ends and its start; the work is packing's."""
 
-Memory stays near one tensor and its codes for safetensors; GGUF and pickles are held whole, as transformers reads them.
-"""
-
-import copy
 import errno
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TextIO
+import threading
+from typing import TextIO
 
 import msgspec
-import torch
-from torch import Tensor
 
-from runtime.engine.model.catalog import ModelCard, read_card
-from runtime.engine.model.layout import TensorSpec
-from runtime.engine.model.packed import KERNEL_LAYOUT
-from runtime.engine.model.skeleton import build_skeleton, stored_specs, tied_names
-from runtime.errors import LoadFailed, RepertoryError
-from runtime.puller.pack.beside import convert_tokenizer, copy_beside, write_config
-from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
-from runtime.puller.pack.request import PACKED_NAME, PackDone, PackEvent, PackFailed, PackProgress, PackRequest
-from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable
-from runtime.puller.pack.writer import Entry, PackedWriter
-from runtime.types import Checkpoint, Quantization
-
-Say = Callable[[PackEvent], None]
-_CODES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8", torch.int8: "I8",
-    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
-}
-
-
-def pack(request: PackRequest, say: Say) -> int:
-    """Fill `request.out_dir`; returns the packed file's bytes. Raises LoadFailed, OSError."""
-    out_dir = Path(request.out_dir)
-    model_dir = Path(request.model_dir)
-    whole: Any = None
-    if request.kind == "gguf":
-        name = Path(request.weight_files[0]).name
-        say(PackProgress(0, 0, f"reading {name}"))
-        whole = _read_whole(request, gguf_file=name)
-        say(PackProgress(0, 0, "converting the tokenizer"))
-        convert_tokenizer(model_dir, out_dir, gguf_file=name)
-        write_config({**whole.config.to_dict(), "architectures": [type(whole).__name__], "dtype": request.dtype}, out_dir)
-        whole.generation_config.save_pretrained(str(out_dir))
-    else:
-        copy_beside(model_dir, out_dir)
-        if not (out_dir / "tokenizer.json").is_file():
-            say(PackProgress(0, 0, "converting the tokenizer"))
-            convert_tokenizer(model_dir, out_dir)
-        if request.kind == "pickle":
-            say(PackProgress(0, 0, "reading the pickled weights"))
-            whole = _read_whole(request)
-    if not request.pack_weights:
-        return 0
-    card = read_card("", Checkpoint(model_dir=str(out_dir), dtype=request.dtype), None)
-    return _pack_weights(request, card, whole, out_dir / PACKED_NAME, say)
-
-
-def _pack_weights(request: PackRequest, card: ModelCard, whole: Any, path: Path, say: Say) -> int:
-    skeleton = build_skeleton(card.model_class, copy.deepcopy(card.config), "eager")
-    specs = stored_specs(skeleton, card.dtype, card.num_layers)
-    tensors: Tensors
-    if whole is not None:
-        tensors = InMemory(whole.state_dict())
-        serialised: set[str] = set()
-    else:
-        from_files = FromFiles(skeleton, specs, request.weight_files, tied_names(skeleton))
-        tensors, serialised = from_files, from_files.serialised
-    chosen = _chosen(request, skeleton, specs, serialised)
-    entries = [entry for spec in specs for entry in _entries(spec, request.quantization, spec.name in chosen)]
-    metadata = {
-        "quantization": request.quantization.value, "double_quant": str(request.double_quant).lower(), "dtype": request.dtype,
-        "source": request.source, "layout_4bit": KERNEL_LAYOUT,
-    }
-    writer = PackedWriter(path, entries, metadata)
-    try:
-        for spec in specs:
-            for name, tensor in _made(tensors.take(spec), spec, request, spec.name in chosen):
-                writer.write(name, _bytes(tensor))
-            layer = f"layer {spec.layer + 1} of {card.num_layers}" if 0 <= spec.layer < card.num_layers else spec.name.rpartition(".")[0]
-            what = "writing" if request.quantization is Quantization.NONE else f"quantising to {request.quantization.value}:"
-            say(PackProgress(writer.written_bytes, writer.total_bytes, f"{what} {layer}"))
-        say(PackProgress(writer.written_bytes, writer.total_bytes, "verifying"))
-        writer.finish()
-    finally:
-        writer.close()
-    return writer.total_bytes
-
-
-def _chosen(request: PackRequest, skeleton: Any, specs: list[TensorSpec], serialised: set[str]) -> set[str]:
-    """Names of the weights that lie quantised in the packed file."""
-    if request.quantization is Quantization.NONE:
-        return set()
-    if request.kind == "bitsandbytes":
-        names = serialised
-    else:
-        names = {f"{module}.weight" for module in quantizable(skeleton)}
-    shapes = {spec.name: spec.shape for spec in specs}
-    chosen = {name for name in names if name in shapes and packed_shapes(_two(shapes[name]), request.quantization) is not None}
-    if not chosen:
-        raise LoadFailed(f"{type(skeleton).__name__} has no linear layer that {request.quantization.value} could quantise")
-    return chosen
-
-
-def _entries(spec: TensorSpec, quantization: Quantization, chosen: bool) -> list[Entry]:
-    if chosen and (shapes := packed_shapes(_two(spec.shape), quantization)) is not None:
-        codes, scale_name, scales = shapes
-        module = spec.name.rpartition(".")[0]
-        count = 1
-        for size in scales:
-            count *= size
-        code = "I8" if quantization is Quantization.INT8 else "U8"
-        return [Entry(spec.name, code, codes, codes[0] * codes[1]), Entry(f"{module}.{scale_name}", "F32", scales, 4 * count)]
-    return [Entry(spec.name, _CODES[spec.dtype], spec.shape, spec.size_bytes)]
-
-
-def _made(tensor: Tensor | Matrix, spec: TensorSpec, request: PackRequest, chosen: bool) -> list[tuple[str, Tensor]]:
-    if isinstance(tensor, Tensor):
-        if tuple(tensor.shape) != spec.shape:
-            raise LoadFailed(f"tensor {spec.name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(spec.shape)}")
-        if not chosen:
-            return [(spec.name, tensor.to(spec.dtype) if tensor.dtype.is_floating_point else tensor)]
-        tensor = _quantize(tensor, spec, request)
-    module = spec.name.rpartition(".")[0]
-    return [(spec.name, tensor.weight), (f"{module}.{tensor.scale_name}", tensor.scale)]
-
-
-def _quantize(tensor: Tensor, spec: TensorSpec, request: PackRequest) -> Matrix:
-    if torch.cuda.is_available():
-        try:
-            return quantize(tensor.to("cuda").to(spec.dtype), request.quantization, double_quant=request.double_quant)
-        except torch.cuda.OutOfMemoryError:      # the engine has the device; there is time
-            torch.cuda.empty_cache()
-    return quantize(tensor.to(spec.dtype), request.quantization, double_quant=request.double_quant)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def _two(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (shape[0], shape[1]) if len(shape) == 2 else (1, 1)
-
-
-def _read_whole(request: PackRequest, gguf_file: str | None = None) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file is not None else {"use_safetensors": False, "weights_only": True}
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            request.model_dir, dtype=getattr(torch, request.dtype), local_files_only=True, trust_remote_code=False, **options
-        )
-    except Exception as error:      # the readers raise whatever they meet; all of it means that these files can't be used
-        raise LoadFailed(f"{Path(request.weight_files[0]).name} can't be read: {type(error).__name__}: {error}") from error
+from runtime.engine.imports import compile_nothing, leave_out
+from runtime.errors import RepertoryError
+from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackRequest
 
 
 def main() -> int:
@@ -170,10 +23,17 @@ def main() -> int:
         events.flush()
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # tensors are worked on beside each other, so none needs more than a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    leave_out()
+    # the driver's start takes a second or two, and goes beside the imports
+    threading.Thread(target=_wake_device, name="wake", daemon=True).start()
+    compile_nothing()
+    from runtime.puller.pack.packing import pack
+
     try:
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=PackRequest)
-        with torch.inference_mode():
-            say(PackDone(pack(request, say)))
+        say(PackDone(pack(request, say)))
         return 0
     except RepertoryError as error:
         say(PackFailed(error.code, error.message))
@@ -182,6 +42,13 @@ def main() -> int:
     except MemoryError:
         say(PackFailed("RESOURCE_EXHAUSTED", "packing failed: not enough memory"))
     return 1
+
+
+def _wake_device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Knows names and files; nothing of quantisation but how bitsandbytes names what i
 
 import copy
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ class InMemory:
 
 
 class FromFiles:
-    """safetensors files, read tensor by tensor. Holds no more than one conversion's results."""
+    """safetensors files, read tensor by tensor, by several threads if need be. Holds few conversions' results: they are done one at a time."""
 
     def __init__(self, model: Any, specs: Sequence[TensorSpec], files: Sequence[str], aliases: Mapping[str, str]) -> None:
         self._model = model
@@ -69,6 +70,7 @@ class FromFiles:
         self._direct = resolution.direct
         self._conversions = {target: conversion for conversion in resolution.conversions for target in conversion.targets}
         self._made: dict[str, Tensor] = {}
+        self._converting = threading.Lock()
 
     @property
     def serialised(self) -> set[str]:
@@ -77,9 +79,10 @@ class FromFiles:
 
     def take(self, spec: TensorSpec) -> Tensor | Matrix:
         if spec.name in self._conversions:
-            if spec.name not in self._made:
-                self._made.update(self._convert(self._conversions[spec.name]))
-            return self._made.pop(spec.name)
+            with self._converting:
+                if spec.name not in self._made:
+                    self._made.update(self._convert(self._conversions[spec.name]))
+                return self._made.pop(spec.name)
         stored = self._index[self._direct[spec.name].name]
         tensor = self._files.read(stored)
         parts = {key: self._files.read(part) for key, part in self._parts.get(stored.name, {}).items()}

@@ -1,0 +1,193 @@
+"""Fills a packed directory: what is read, quantised and written, in which order, by how many threads. Knows the order of the work.
+
+Tensors are worked on beside each other, as many as a bound on their bytes allows, or one; GGUF and pickles are held whole, as transformers reads
+them.
+"""
+
+import copy
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.engine.model.catalog import ModelCard, read_card
+from runtime.engine.model.layout import TensorSpec
+from runtime.engine.model.packed import KERNEL_LAYOUT
+from runtime.engine.model.skeleton import build_skeleton, stored_specs, tied_names
+from runtime.errors import LoadFailed
+from runtime.puller.pack.beside import convert_tokenizer, copy_beside, write_config
+from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
+from runtime.puller.pack.request import PACKED_NAME, PackEvent, PackProgress, PackRequest
+from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable
+from runtime.puller.pack.writer import Entry, PackedWriter
+from runtime.types import Checkpoint, Quantization
+
+Say = Callable[[PackEvent], None]
+_MOST_THREADS = 16
+_BYTES_AT_ONCE = 2 << 30
+_CODES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8", torch.int8: "I8",
+    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}
+
+
+@torch.inference_mode()
+def pack(request: PackRequest, say: Say) -> int:
+    """Fill `request.out_dir`; returns the packed file's bytes. Raises LoadFailed, OSError."""
+    out_dir = Path(request.out_dir)
+    model_dir = Path(request.model_dir)
+    whole: Any = None
+    if request.kind == "gguf":
+        name = Path(request.weight_files[0]).name
+        say(PackProgress(0, 0, f"reading {name}"))
+        whole = _read_whole(request, gguf_file=name)
+        say(PackProgress(0, 0, "converting the tokenizer"))
+        convert_tokenizer(model_dir, out_dir, gguf_file=name)
+        write_config({**whole.config.to_dict(), "architectures": [type(whole).__name__], "dtype": request.dtype}, out_dir)
+        whole.generation_config.save_pretrained(str(out_dir))
+    else:
+        copy_beside(model_dir, out_dir)
+        if not (out_dir / "tokenizer.json").is_file():
+            say(PackProgress(0, 0, "converting the tokenizer"))
+            convert_tokenizer(model_dir, out_dir)
+        if request.kind == "pickle":
+            say(PackProgress(0, 0, "reading the pickled weights"))
+            whole = _read_whole(request)
+    if not request.pack_weights:
+        return 0
+    card = read_card("", Checkpoint(model_dir=str(out_dir), dtype=request.dtype), None)
+    return _pack_weights(request, card, whole, out_dir / PACKED_NAME, say)
+
+
+def _pack_weights(request: PackRequest, card: ModelCard, whole: Any, path: Path, say: Say) -> int:
+    skeleton = build_skeleton(card.model_class, copy.deepcopy(card.config), "eager")
+    specs = stored_specs(skeleton, card.dtype, card.num_layers)
+    tensors: Tensors
+    if whole is not None:
+        tensors = InMemory(whole.state_dict())
+        serialised: set[str] = set()
+    else:
+        from_files = FromFiles(skeleton, specs, request.weight_files, tied_names(skeleton))
+        tensors, serialised = from_files, from_files.serialised
+    chosen = _chosen(request, skeleton, specs, serialised)
+    entries = [entry for spec in specs for entry in _entries(spec, request.quantization, spec.name in chosen)]
+    metadata = {
+        "quantization": request.quantization.value, "double_quant": str(request.double_quant).lower(), "dtype": request.dtype,
+        "source": request.source, "layout_4bit": KERNEL_LAYOUT,
+    }
+    writer = PackedWriter(path, entries, metadata)
+    bytes_at_once = _Budget(_BYTES_AT_ONCE)
+
+    def make(spec: TensorSpec) -> TensorSpec:
+        with torch.inference_mode(), bytes_at_once.share(spec.size_bytes):
+            for name, tensor in _made(tensors.take(spec), spec, request, spec.name in chosen):
+                writer.write(name, _bytes(tensor))
+        return spec
+
+    verb = "writing" if request.quantization is Quantization.NONE else f"quantising to {request.quantization.value}:"
+    threads = ThreadPoolExecutor(max(1, min(_MOST_THREADS, os.cpu_count() or 1)), thread_name_prefix="pack")
+    try:
+        for spec in threads.map(make, specs):
+            layer = f"layer {spec.layer + 1} of {card.num_layers}" if 0 <= spec.layer < card.num_layers else spec.name.rpartition(".")[0]
+            say(PackProgress(writer.written_bytes, writer.total_bytes, f"{verb} {layer}"))
+        say(PackProgress(writer.written_bytes, writer.total_bytes, "verifying"))
+        writer.finish(threads.map)
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+        writer.close()
+    return writer.total_bytes
+
+
+class _Budget:
+    """Bytes of tensors that are in memory together; one alone may be larger."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def share(self, size_bytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes)
+            self._used_bytes += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used_bytes -= size_bytes
+                self._changed.notify_all()
+
+
+def _chosen(request: PackRequest, skeleton: Any, specs: list[TensorSpec], serialised: set[str]) -> set[str]:
+    """Names of the weights that lie quantised in the packed file."""
+    if request.quantization is Quantization.NONE:
+        return set()
+    if request.kind == "bitsandbytes":
+        names = serialised
+    else:
+        names = {f"{module}.weight" for module in quantizable(skeleton)}
+    shapes = {spec.name: spec.shape for spec in specs}
+    chosen = {name for name in names if name in shapes and packed_shapes(_two(shapes[name]), request.quantization) is not None}
+    if not chosen:
+        raise LoadFailed(f"{type(skeleton).__name__} has no linear layer that {request.quantization.value} could quantise")
+    return chosen
+
+
+def _entries(spec: TensorSpec, quantization: Quantization, chosen: bool) -> list[Entry]:
+    if chosen and (shapes := packed_shapes(_two(spec.shape), quantization)) is not None:
+        codes, scale_name, scales = shapes
+        module = spec.name.rpartition(".")[0]
+        count = 1
+        for size in scales:
+            count *= size
+        code = "I8" if quantization is Quantization.INT8 else "U8"
+        return [Entry(spec.name, code, codes, codes[0] * codes[1]), Entry(f"{module}.{scale_name}", "F32", scales, 4 * count)]
+    return [Entry(spec.name, _CODES[spec.dtype], spec.shape, spec.size_bytes)]
+
+
+def _made(tensor: Tensor | Matrix, spec: TensorSpec, request: PackRequest, chosen: bool) -> list[tuple[str, Tensor]]:
+    if isinstance(tensor, Tensor):
+        if tuple(tensor.shape) != spec.shape:
+            raise LoadFailed(f"tensor {spec.name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(spec.shape)}")
+        if not chosen:
+            return [(spec.name, tensor.to(spec.dtype) if tensor.dtype.is_floating_point else tensor)]
+        tensor = _quantize(tensor, spec, request)
+    module = spec.name.rpartition(".")[0]
+    return [(spec.name, tensor.weight), (f"{module}.{tensor.scale_name}", tensor.scale)]
+
+
+def _quantize(tensor: Tensor, spec: TensorSpec, request: PackRequest) -> Matrix:
+    if torch.cuda.is_available():
+        try:
+            return quantize(tensor.to("cuda").to(spec.dtype), request.quantization, double_quant=request.double_quant)
+        except torch.cuda.OutOfMemoryError:      # the engine has the device; there is time
+            torch.cuda.empty_cache()
+    return quantize(tensor.to(spec.dtype), request.quantization, double_quant=request.double_quant)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _two(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 2 else (1, 1)
+
+
+def _read_whole(request: PackRequest, gguf_file: str | None = None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file is not None else {"use_safetensors": False, "weights_only": True}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            request.model_dir, dtype=getattr(torch, request.dtype), local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:      # the readers raise whatever they meet; all of it means that these files can't be used
+        raise LoadFailed(f"{Path(request.weight_files[0]).name} can't be read: {type(error).__name__}: {error}") from error
