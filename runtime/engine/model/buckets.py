@@ -11,6 +11,7 @@ MIXED_ROWS = (16, 512)                   # rows cost their logits alone: under a
 # Attention of a decode step divides a row's keys among programs by the longest context that may come.
 CONTEXT_TOKENS = (1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
 
+_ANY_ROWS_TOKENS = 64                    # up to here a token's logits cost nothing that shows
 _LIKELY_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -37,7 +38,7 @@ def bucket_of(num_tokens: int, num_rows: int, num_samples: int, max_query_len: i
         # a decode graph takes every token's logits; a prompt's chunk of one token that isn't the last is rare
         return None if rows is None or num_samples < num_rows else _decode(rows, context)
     tokens = _at_least(MIXED_TOKENS, num_tokens)
-    rows = _at_least(MIXED_ROWS, max(num_rows, 1 + MIXED_ROWS[0] if num_tokens <= 64 else 1))
+    rows = _at_least(MIXED_ROWS, num_rows) if num_tokens > _ANY_ROWS_TOKENS else MIXED_ROWS[-1]
     return None if tokens is None or rows is None else _mixed(tokens, rows)
 
 
@@ -47,9 +48,9 @@ def standard() -> tuple[Bucket, ...]:
     likely = [_decode(rows, context) for rows in _LIKELY_ROWS]
     others = [_decode(rows, context) for rows in DECODE_ROWS if rows not in _LIKELY_ROWS]
     many = [_mixed(tokens, MIXED_ROWS[-1]) for tokens in MIXED_TOKENS]
-    few = [bucket for tokens in MIXED_TOKENS if (bucket := _mixed(tokens, MIXED_ROWS[0])) not in many]
+    few = [_mixed(tokens, MIXED_ROWS[0]) for tokens in MIXED_TOKENS if tokens > _ANY_ROWS_TOKENS]
     # a lone request first, then a crowd that comes one by one
-    return (likely[0], many[0], *few[:2], *likely[1:], *many[1:], *few[2:], *others)
+    return (likely[0], *many[:3], *few[:2], *likely[1:], *many[3:], *few[2:], *others)
 
 
 def _decode(rows: int, context: int) -> Bucket:
