@@ -71,7 +71,9 @@ def test_models_of_one_shape_are_rehearsed_once(tmp_path: Path, caplog: pytest.L
     assert first.num_steps >= 2
     assert not stage.busy
     assert stage.begin(blueprint, kv, torch.float32, SLAB) is None
-    assert stage.begin(blueprint, kv, torch.float16, SLAB) is not None
+    other = stage.begin(blueprint, kv, torch.float16, SLAB)
+    assert other is not None
+    other.finish()
     assert stage.begin(dataclasses.replace(blueprint, spec=None), kv, torch.float32, SLAB) is None
     assert "ended early" not in caplog.text
 
