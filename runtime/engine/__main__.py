@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(options.socket)
 
+    # loads and compilers run beside the engine thread, which must not wait long for its turn
+    sys.setswitchinterval(0.001)
     # late, because torch takes seconds to import and the front waits for the connection
     leave_out()
     # the driver's start takes a second beside the imports

@@ -59,6 +59,8 @@ class EngineBackend:
         self._state = DeviceState.create(hardware.device, config)
         # a CPU compiles nothing
         self._stage = Stage(hardware.device, config) if hardware.device.type == "cuda" else None
+        if self._stage is not None:
+            self._stage.open()
         self.device = str(hardware.device)
         self.device_name = hardware.name
         self.slab_bytes = hardware.memory.slab_bytes
@@ -117,7 +119,7 @@ class EngineBackend:
                 raise
         finally:
             if rehearsal is not None:
-                rehearsal.finish()
+                rehearsal.wait()
         _LOG.info(
             "model %s: drawn up in %.2f s, %d bytes of weights brought in %.2f s, kernels awaited %.2f s", request.model_id, drawn_s - begun_s,
             memory.weight_bytes, taken_s - drawn_s, time.monotonic() - taken_s,

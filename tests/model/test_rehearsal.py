@@ -1,6 +1,7 @@
 """What runs while weights come in: every likely size, in the model's own shapes, once a process, and never at a load's expense."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from runtime.engine.model.buckets import Bucket, standard
 from runtime.engine.model.build import Blueprint, draw
 from runtime.engine.model.fuse_proof import Prover
 from runtime.engine.model.geometry import kv_geometry
-from runtime.engine.model.rehearsal import Rehearsal, Stage, _steps
+from runtime.engine.model.rehearsal import Rehearsal, Stage
 from runtime.engine.model.runner import ModelRunner
 from runtime.engine.plan import KvGeometry
 from runtime.types import Checkpoint
@@ -43,46 +44,56 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path) -> None:
+def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    with torch.inference_mode():
-        assert len(list(_steps(blueprint, kv, blueprint.card.dtype, SLAB, torch.device("cuda"), CONFIG))) > 10
+    stage = Stage(torch.device("cuda"), CONFIG)
+    for rehearsal in (stage.open(), stage.begin(blueprint, kv, blueprint.card.dtype, SLAB)):
+        assert rehearsal is not None
+        rehearsal.finish()
+        assert rehearsal.num_steps >= 4
+    assert "ended early" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_every_likely_size_runs_without_weights(name: str, tmp_path: Path, sizes: list[Bucket]) -> None:
+def test_every_likely_size_runs_without_weights(name: str, tmp_path: Path, sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    assert blueprint.spec is not None
-    with torch.inference_mode():
-        done = list(_steps(blueprint, kv, blueprint.card.dtype, SLAB, torch.device("cpu"), CONFIG))
-    assert done[0] is False
-    assert all(done[1:])
-    assert len(done) == 3 + len(sizes)
+    rehearsal = Stage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
+    assert rehearsal is not None
+    rehearsal.finish()
+    assert "ended early" not in caplog.text
+    assert rehearsal.num_steps == 1 + len(sizes)
     assert set(sizes) == {bucket.within(8, 96) for bucket in standard()}
 
 
+def test_what_models_share_is_rehearsed_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    rehearsal = Stage(torch.device("cpu"), CONFIG).open()
+    rehearsal.finish()
+    assert rehearsal.num_steps == 2
+    assert "ended early" not in caplog.text
+
+
 @pytest.mark.usefixtures("sizes")
-def test_models_of_one_shape_are_rehearsed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_models_of_one_shape_are_rehearsed_once(tmp_path: Path) -> None:
     stage = Stage(torch.device("cpu"), CONFIG)
     blueprint, kv = drawn("llama", tmp_path)
     first = stage.begin(blueprint, kv, torch.float32, SLAB)
     assert first is not None
+    first.wait()
     first.finish()
-    assert first.num_steps >= 2
     assert not stage.busy
     assert stage.begin(blueprint, kv, torch.float32, SLAB) is None
     other = stage.begin(blueprint, kv, torch.float16, SLAB)
     assert other is not None
     other.finish()
     assert stage.begin(dataclasses.replace(blueprint, spec=None), kv, torch.float32, SLAB) is None
-    assert "ended early" not in caplog.text
 
 
 def test_a_rehearsal_that_fails_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
-    def steps() -> "list[bool]":
+    def steps() -> Iterator[bool]:
         raise RuntimeError("no compiler")
 
-    rehearsal = Rehearsal(lambda: iter(steps()), torch.device("cpu"))
+    rehearsal = Rehearsal([steps], torch.device("cpu"))
+    rehearsal.wait()
     rehearsal.finish()
     assert rehearsal.over
     assert "a rehearsal ended early: RuntimeError: no compiler" in caplog.text

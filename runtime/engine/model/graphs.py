@@ -158,10 +158,17 @@ class ModelGraphs:
         """Run the bucket, or capture it if that was done last. False if there was nothing to do."""
         if not self._possible(bucket):
             return False
-        if self._rehearsed != bucket:
+        if self._rehearsed == bucket:
+            return self._record(bucket)
+        try:
             self._rehearse(bucket)
-            return True
-        return self._record(bucket)
+        except torch.OutOfMemoryError:
+            self._pool.stop()
+            return False
+        except RuntimeError as error:
+            self._refuse(error)
+            return False
+        return True
 
     def capture(self, bucket: Bucket) -> bool:
         """Capture the bucket's graph now. False if there is one, the weights are away, the pool is full, or the model's code can't be captured
@@ -193,10 +200,13 @@ class ModelGraphs:
             self._pool.stop()
             return False
         except RuntimeError as error:
-            self._refused = True
-            _LOG.warning("model %s runs without CUDA graphs: %s", self._name, error)
+            self._refuse(error)
             return False
         return True
+
+    def _refuse(self, error: Exception) -> None:
+        self._refused = True
+        _LOG.warning("model %s runs without CUDA graphs: %s", self._name, error)
 
     def close(self) -> None:
         """Give the graphs up, after the device is done with them."""

@@ -1,7 +1,7 @@
 """Steps of a model without its weights, while those come in: so that kernels are compiled and libraries awake before the first request.
 
-One layer of each kind and the output projection over zeros, in a thread and on a stream of its own, with inputs and results of its own: the engine's
-are not touched. What a process has rehearsed once it knows. Knows sizes and the order of likelihood; nothing of loads, residency or real text.
+One layer of each kind and the output projection over zeros, in threads and on streams of their own, with inputs and results of their own: the
+engine's are not touched. What a process has rehearsed once it knows. Knows sizes and the order of likelihood; nothing of loads or residency.
 """
 
 import logging
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 import torch
@@ -25,17 +26,22 @@ from runtime.engine.model.layout import Placed
 from runtime.engine.model.rope import rotary_tables
 from runtime.engine.model.runner import ModelRunner
 from runtime.engine.model.skeleton import tied_names
-from runtime.engine.model.step import BuiltModel
+from runtime.engine.model.step import BuiltModel, KvPlanes, StepContext
 from runtime.engine.plan import KvGeometry, RowSetup, StepPlan
-from runtime.types import LogprobParams, SamplingParams
+from runtime.types import LogprobParams, ModelFacts, Quantization, SamplingParams
 
 _LOG = logging.getLogger(__name__)
 
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
+_VOCAB = 32_768
+_FACTS = ModelFacts("", "", "rehearsal", "", Quantization.NONE, 0, 0, _MOST_CONTEXT, _VOCAB, 0)
 _PROMPT_TOKENS = 12                      # within one KV block of any size
 _GREEDY = SamplingParams(temperature=0.0)
 _SAMPLED = (SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0, top_p=0.9, seed=1))
+
+
+Part = Callable[[], Iterator[bool]]
 
 
 @dataclass(slots=True)
@@ -54,6 +60,10 @@ class Stage:
         self._running = [rehearsal for rehearsal in self._running if not rehearsal.over]
         return bool(self._running)
 
+    def open(self) -> "Rehearsal":
+        """Begin with what all models share: how a step's inputs are made and its tokens drawn."""
+        return self._begin([partial(_shared_steps, self.device, self.config, sorts) for sorts in (False, True)])
+
     def begin(self, blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int) -> "Rehearsal | None":
         """Start rehearsing; None where the model's own code runs, or its like was rehearsed before."""
         if blueprint.spec is None:
@@ -63,45 +73,55 @@ class Stage:
             if key in self._known:
                 return None
             self._known.add(key)
-        rehearsal = Rehearsal(lambda: _steps(blueprint, kv, kv_dtype, slab_bytes, self.device, self.config), self.device)
+        twin = partial(_twin, blueprint, kv, kv_dtype, slab_bytes, self.device)
+        facts = facts_of(blueprint, kv)
+        return self._begin([partial(_model_steps, twin, facts, self.device, self.config, decode) for decode in (False, True)])
+
+    def _begin(self, parts: Sequence[Part]) -> "Rehearsal":
+        rehearsal = Rehearsal(parts, self.device)
         self._running = [*self._running, rehearsal]
         return rehearsal
 
 
 class Rehearsal:
-    """Starts at once; `finish` when the model is there."""
+    """Parts, each in a thread and on a stream of its own: a compiler works for one thread at a time. Starts at once."""
 
-    def __init__(self, steps: Callable[[], Iterator[bool]], device: torch.device) -> None:
+    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
         self._device = device
-        self._stop = threading.Event()
-        self._ready = threading.Event()
         self.num_steps = 0
-        self._thread = threading.Thread(target=self._run, args=(steps,), name="rehearse", daemon=True)
-        self._thread.start()
+        self._ready = [threading.Event() for _ in parts]
+        self._threads = [
+            threading.Thread(target=self._run, args=(part, ready), name="rehearse", daemon=True)
+            for part, ready in zip(parts, self._ready, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def over(self) -> bool:
-        return not self._thread.is_alive()
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def wait(self) -> None:
+        """Until what a first request needs has run; the rest goes on."""
+        for ready in self._ready:
+            ready.wait()
 
     def finish(self) -> None:
-        """Wait for what a first request needs; idle turns see to the rest."""
-        self._ready.wait()
-        self._stop.set()
-        self._thread.join()
+        """Until all has run."""
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self, steps: Callable[[], Iterator[bool]]) -> None:
+    def _run(self, part: Part, ready: threading.Event) -> None:
         try:
             with torch.inference_mode(), self._own_stream():
-                for first_done in steps():
+                for first_done in part():
                     self.num_steps += 1
                     if first_done:
-                        self._ready.set()
-                    if self._stop.is_set():
-                        break
+                        ready.set()
         except Exception as error:       # the first request will meet it again, and say so to those whom it concerns
             _LOG.warning("a rehearsal ended early: %s: %s", type(error).__name__, error)
         finally:
-            self._ready.set()
+            ready.set()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -112,28 +132,55 @@ class Rehearsal:
         return torch.cuda.stream(torch.cuda.Stream(self._device))
 
 
-def _steps(
-    blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int, device: torch.device, config: EngineConfig
-) -> Iterator[bool]:
-    """Runs a step before each value; true once what a first request needs has run."""
+def _state(device: torch.device, config: EngineConfig) -> DeviceState:
     own = msgspec.structs.replace(config, max_batch_tokens=min(config.max_batch_tokens, _MOST_TOKENS), graphs=False)
-    state = DeviceState.create(device, own)
-    built = _twin(blueprint, kv, kv_dtype, slab_bytes, device)
-    runner = ModelRunner(built, facts_of(blueprint, kv), own, state)
-    try:
+    return DeviceState.create(device, own)
+
+
+def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> Iterator[bool]:
+    """A model that is nothing but logits: one word's answer in each of the types that logits have."""
+    state = _state(device, config)
+    for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,):
+        runner = ModelRunner(_nothing_but_logits(dtype, device), _FACTS, config, state)
+        torch.zeros((16, 64), dtype=dtype, device=device) @ torch.zeros((64, 64), dtype=dtype, device=device)     # wakes the library of products
+        _answer(runner, _SAMPLED[sorts])
+        if not sorts:
+            _answer(runner, _GREEDY)
+        yield True
+        runner.close()
+
+
+def _model_steps(twin: Callable[[], BuiltModel], facts: ModelFacts, device: torch.device, config: EngineConfig, decode: bool) -> Iterator[bool]:
+    """Runs a step before each value; true once what a first request needs has run. Prompts and what follows them are parts of their own."""
+    state = _state(device, config)
+    runner = ModelRunner(twin(), facts, config, state)
+    buckets = dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard())
+    if not decode:
         _answer(runner, _GREEDY)
-        yield False
-        for sampling in _SAMPLED:
-            _answer(runner, sampling)
-            yield True
-        state.uploads.blank()
-        for bucket in dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()):
+        yield True
+    state.uploads.blank()
+    for bucket in buckets:
+        if (bucket.max_query_len == 1) is decode:
             runner.rehearse(bucket)
             yield True
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-    finally:
-        runner.close()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    runner.close()
+
+
+class _Zeros:
+    """Implements CausalForward without a layer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext) -> torch.Tensor:
+        return torch.zeros((logits_at.numel(), _VOCAB), dtype=self._dtype, device=input_ids.device)
+
+
+def _nothing_but_logits(dtype: torch.dtype, device: torch.device) -> BuiltModel:
+    plane = torch.zeros(0, dtype=dtype, device=device)
+    return BuiltModel(_Zeros(dtype), [KvPlanes(plane, plane, 1)], 16, _VOCAB, _MOST_CONTEXT, device, dtype, dtype, (), "rehearsal", 1)
 
 
 def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
