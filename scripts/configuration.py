@@ -30,6 +30,12 @@ A flag beats an environment variable, which beats the YAML file, which beats the
 Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own variables belong to the runtime's environment, other stores' keys into files of
 `storage_config_dir` (ModelMesh's `storage-config` secret, one JSON object a file), named by `--storage-key` at registration.
 
+| store | install | keys of its file, or `storage_params` | without any |
+| --- | --- | --- | --- |
+| `s3://BUCKET/PATH` | `repertory[s3]` | `access_key_id`, `secret_access_key`, `region`, `endpoint_url`, `anonymous` | boto3's own chain |
+| `gs://BUCKET/PATH` | `repertory[gcs]` | those of a service account's key file; `endpoint_url`, `anonymous` | the machine's credentials, or public buckets |
+| `az://ACCOUNT/CONTAINER/PATH` | `repertory[azure]` | `connection_string`, or `account_key`, `sas_token`, or `tenant_id`, `client_id`, `client_secret`; `endpoint_url` | public containers |
+
 Per model, at `repertory register` (ModelMesh: fields of the model key): `quantize` (none, int8, nf4, fp4), `double_quant`, `dtype`, `max_model_len`, `chat_template`,
 `sampling` (default temperature, top_p, top_k, min_p, repetition_penalty, max_tokens), `max_concurrency`, `storage_key`, `storage_params`.
 """

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest
-from runtime.puller.buckets import AzureContainer, BucketSource, GcsBucket, S3Bucket
+from runtime.puller.azure import AzureContainer
+from runtime.puller.buckets import BucketSource
 from runtime.puller.fetch import HttpClient
+from runtime.puller.gcs import GcsBucket
 from runtime.puller.hub import HubSource
 from runtime.puller.local import local_path, volume_path
+from runtime.puller.s3 import S3Bucket
 from runtime.puller.source import Source
 from runtime.puller.storage import storage_options
 from runtime.puller.web import WebSource

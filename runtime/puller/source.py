@@ -23,7 +23,7 @@ class Unreachable(LoadFailed):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """`digest` changes with the content (an ETag, a hash); `sha256` and `md5` are hex, "" = not given. `size_bytes` -1 = not known."""
+    """`digest` changes with the content (an ETag, a hash); `sha256`, `md5` and `crc32c` are hex, "" = not given. `size_bytes` -1 = not known."""
 
     name: str
     location: str
@@ -31,6 +31,7 @@ class RemoteFile:
     digest: str = ""
     sha256: str = ""
     md5: str = ""
+    crc32c: str = ""
 
 
 @dataclass(frozen=True, slots=True)

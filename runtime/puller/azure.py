@@ -1,0 +1,64 @@
+"""Azure Blob Storage through azure-storage-blob. Knows listing, ranges and credentials; imports the libraries only when they are used."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runtime.puller.buckets import missing_extra
+from runtime.puller.source import RemoteFile
+
+_CONNECT_S = 10
+_RETRIES = 2  # the library's own; who reads tries again in its turn
+_PAUSE_S = 1
+_READ_S = 60
+
+
+class AzureContainer:
+    """`options`: connection_string, or account_key, sas_token, or tenant_id, client_id and client_secret; or none, for public containers.
+
+    `endpoint_url`: another server, with the account's name in it if it wants that.
+    """
+
+    def __init__(self, account: str, container: str, options: Mapping[str, str]) -> None:
+        try:
+            from azure.core import MatchConditions
+            from azure.core.exceptions import ServiceRequestError, ServiceResponseError
+            from azure.storage.blob import ContainerClient, ExponentialRetry
+        except ImportError as error:
+            raise missing_extra("azure", "azure-storage-blob") from error
+        self.origin = f"az://{account}/{container}"
+        self.away: tuple[type[Exception], ...] = (ServiceRequestError, ServiceResponseError)
+        self._unchanged = MatchConditions.IfNotModified
+        url = options.get("endpoint_url") or f"https://{account}.blob.core.windows.net"
+        manners: dict[str, Any] = {
+            "retry_policy": ExponentialRetry(initial_backoff=_PAUSE_S, increment_base=2, retry_total=_RETRIES, random_jitter_range=0),
+            "connection_timeout": _CONNECT_S,
+            "read_timeout": _READ_S,
+        }
+        if "connection_string" in options:
+            self._client = ContainerClient.from_connection_string(options["connection_string"], container, **manners)
+        else:
+            self._client = ContainerClient(url, container, credential=_credential(account, options), **manners)
+
+    def list(self, prefix: str) -> Iterator[RemoteFile]:
+        for blob in self._client.list_blobs(name_starts_with=prefix):
+            md5 = blob.content_settings.content_md5
+            tag = f'"{str(blob.etag).strip(chr(34))}"'  # lists give it without its quotes
+            yield RemoteFile(blob.name, blob.name, blob.size, tag, md5=bytes(md5).hex() if md5 else "")
+
+    def read(self, file: RemoteFile, start: int, count: int) -> bytes:
+        found = self._client.download_blob(file.location, offset=start, length=count, etag=file.digest, match_condition=self._unchanged)
+        return bytes(found.readall())
+
+
+def _credential(account: str, options: Mapping[str, str]) -> Any:
+    if "account_key" in options:
+        return {"account_name": account, "account_key": options["account_key"]}
+    if "sas_token" in options:
+        return options["sas_token"]
+    if "client_secret" in options:
+        try:
+            from azure.identity import ClientSecretCredential
+        except ImportError as error:
+            raise missing_extra("azure", "azure-identity") from error
+        return ClientSecretCredential(options["tenant_id"], options["client_id"], options["client_secret"])
+    return None
