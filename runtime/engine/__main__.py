@@ -5,6 +5,7 @@ Exits 0 after a Shutdown or when the front hangs up, 1 with a line on standard e
 
 import argparse
 import gc
+import importlib
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import msgspec
 from runtime.config import EngineConfig
 from runtime.engine.blackbox import Blackbox
 from runtime.engine.channel import Channel
-from runtime.engine.imports import leave_out
+from runtime.engine.imports import leave_out, without_compiler
 from runtime.engine.loop import EngineLoop
 from runtime.messages import Hello
 
@@ -43,7 +44,10 @@ def main(arguments: list[str]) -> int:
     # the driver's start takes a second beside the imports
     if config.device != "cpu":
         threading.Thread(target=_wake_device, args=(config.device,), name="wake", daemon=True).start()
-    from runtime.engine.backend import make_backend
+    with without_compiler():
+        from runtime.engine.backend import make_backend
+
+        importlib.import_module("transformers.generation.utils")     # every modelling file asks for it
 
     backend = make_backend(config)
     channel = Channel(connection)

@@ -17,19 +17,24 @@ from runtime.engine.model.linear import LinearModule, make_linear
 from runtime.types import Quantization
 
 _LARGE_ELEMENTS = 1 << 22
+_RANDOM = frozenset({"normal_", "uniform_", "trunc_normal_"})
 
 
 class _EmptyOnMeta(TorchFunctionMode):
     """`torch.empty` makes shapes only, and so does a large `zeros` or `ones`.
 
     Layers allocate their weights with them, while buffers are computed by other functions; those stay real, unlike under
-    torch.set_default_device. Touches no other thread.
+    torch.set_default_device. What has no numbers is not filled with random ones either. Touches no other thread.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        filled = args[0] if args else kwargs.get("tensor")
+        # numbers that nobody will see; torch's way to draw none of them imports its compiler
+        if getattr(func, "__name__", "") in _RANDOM and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
         if func is torch.empty or (func in (torch.zeros, torch.ones) and _num_elements(args) > _LARGE_ELEMENTS):
             kwargs["device"] = "meta"
         return func(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import msgspec
 
-from runtime.engine.imports import compile_nothing, leave_out
+from runtime.engine.imports import compile_nothing, leave_out, without_compiler
 from runtime.errors import RepertoryError
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackRequest
 
@@ -29,7 +29,8 @@ def main() -> int:
     # the driver's start takes a second or two, and goes beside the imports
     threading.Thread(target=_wake_device, name="wake", daemon=True).start()
     compile_nothing()
-    from runtime.puller.pack.packing import pack
+    with without_compiler():
+        from runtime.puller.pack.packing import pack
 
     try:
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=PackRequest)
