@@ -7,7 +7,7 @@ are two fifths of an engine's imports. What is left out here comes in as ever wh
 import contextlib
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 _ABSENT = ("sklearn", "scipy", "pandas", "torchvision", "torchaudio", "librosa", "accelerate", "boto3")
@@ -15,9 +15,9 @@ _COMPILER = "torch._dynamo"
 _INDEXING = "torch._dynamo._trace_wrapped_higher_order_op"
 
 
-def leave_out() -> None:
-    """Before the first import of torch or transformers: what serves no text model looks absent to them, unless it is here already."""
-    for name in _ABSENT:
+def leave_out(*, but: Collection[str] = ()) -> None:
+    """Before the first import of torch or transformers: what serves no text model looks absent to them, unless it is here already, or in `but`."""
+    for name in set(_ABSENT) - set(but):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 

@@ -9,8 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.engine.model.catalog import read_card
-from runtime.engine.model.fuse_proof import Prover
+from runtime.engine.imports import leave_out, without_compiler
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 
@@ -33,6 +32,9 @@ def refusal(path: Path, max_model_len: int | None) -> str:
 
 
 def _refusal(folder: Path, max_model_len: int | None) -> str:
+    from runtime.engine.model.catalog import read_card
+    from runtime.engine.model.fuse_proof import Prover
+
     try:
         card = read_card(_NAME, Checkpoint(model_dir=str(folder), dtype="float32"), max_model_len)
     except LoadFailed as error:
@@ -42,7 +44,9 @@ def _refusal(folder: Path, max_model_len: int | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    reason = refusal(Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None)
+    leave_out(but=("accelerate",))
+    with without_compiler():
+        reason = refusal(Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None)
     print(json.dumps(reason))
     return 0
 

@@ -25,7 +25,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # tensors are worked on beside each other, so none needs more than a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    leave_out()
+    leave_out(but=("accelerate",))       # without it transformers reads no GGUF
     # the driver's start takes a second or two, and goes beside the imports
     threading.Thread(target=_wake_device, name="wake", daemon=True).start()
     compile_nothing()
