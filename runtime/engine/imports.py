@@ -21,23 +21,18 @@ def leave_out(*, but: Collection[str] = ()) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-def compile_nothing() -> None:
-    """bitsandbytes wraps functions in torch.compile as it is imported, which brings torch's whole compiler in for nothing that we call."""
-    import torch
-
-    torch.compile = _as_it_is  # type: ignore[assignment]
-
-
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """While transformers' modules are imported: functions that they mark for torch's compiler stay as they are, and nothing is distributed, now or
-    later (an engine is one process). If the compiler is here already, nothing changes."""
+    """While transformers' modules are imported: functions that they mark for torch's compiler stay as they are. Nothing is distributed and nothing is
+    compiled, now or later: an engine is one process, and bitsandbytes would wrap functions that we never call, with torch's whole compiler brought in.
+    If the compiler is here already, nothing changes."""
     import torch
     import torch.distributed
 
     if _COMPILER in sys.modules:
         yield
         return
+    torch.compile = _as_it_is  # type: ignore[assignment]
     torch.distributed.is_available = _never
     indexing = types.ModuleType(_INDEXING)
     indexing.TransformGetItemToIndex = _Indexing  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import msgspec
 
-from runtime.engine.imports import compile_nothing, leave_out, without_compiler
+from runtime.engine.imports import leave_out, without_compiler
 from runtime.errors import RepertoryError
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackRequest
 
@@ -28,7 +28,6 @@ def main() -> int:
     leave_out(but=("accelerate",))       # without it transformers reads no GGUF
     # the driver's start takes a second or two, and goes beside the imports
     threading.Thread(target=_wake_device, name="wake", daemon=True).start()
-    compile_nothing()
     with without_compiler():
         from runtime.puller.pack.packing import pack
 
