@@ -23,7 +23,8 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 async def read_body(request: web.Request, limit_bytes: int) -> bytes:
-    """Raises TooLarge before more than the limit has been read, DeadlineExceeded if the rest doesn't come."""
+    """As it was before any Content-Encoding. Raises TooLarge before more than the limit has been read, DeadlineExceeded if the rest doesn't come, InvalidRequest if it can't be
+    decoded."""
     length = request.content_length
     if length is not None and length > limit_bytes:
         raise TooLarge(f"the body is {length} bytes long; the limit is {limit_bytes} bytes")
@@ -33,6 +34,8 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
         try:
             async with asyncio.timeout(_IDLE_S):
                 chunk = await request.content.readany()
+        except web.RequestPayloadError:
+            raise InvalidRequest("the body is not what its Content-Encoding says") from None
         except TimeoutError:
             raise DeadlineExceeded(f"the body stopped after {size_bytes} bytes") from None
         if not chunk:

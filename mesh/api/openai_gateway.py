@@ -80,7 +80,8 @@ class OpenAiGateway:
         here = not name
         exclude: frozenset[str] = frozenset()
         reloaded = retried = moved = False
-        headers = [(key, value) for key, value in request.headers.items() if key.lower() != "x-request-id"]
+        # the body was decoded as it was read
+        headers = [(key, value) for key, value in request.headers.items() if key.lower() not in ("x-request-id", "content-encoding")]
         headers.append(("X-Request-Id", record.request_id))
         prefix = prefix_hash(body)
         while True:

@@ -75,12 +75,12 @@ def test_a_damaged_checkpoint_says_what_is_wrong_and_harms_no_other(guarded: Gua
     shutil.copytree(guarded.base / "models" / "ada", folder)
     spoil(folder)
     guarded.edge.register(damage, folder)
-    answer = guarded.edge.complete(damage)
+    answer = guarded.edge.outcome(damage)
     assert answer.status == 424
     assert words in answer.error
     assert f"model {damage} failed to load" in answer.error
     assert f"{damage}__" not in answer.error
-    assert guarded.edge.complete("ada").status == 200
+    assert guarded.edge.outcome("ada").status == 200
 
 
 def test_paths_out_of_bounds_are_refused(guarded: Guarded) -> None:
@@ -88,7 +88,7 @@ def test_paths_out_of_bounds_are_refused(guarded: Guarded) -> None:
     (models / "link").symlink_to("/etc")
     for number, uri in enumerate(("/etc", f"{models}/../..", "file:///etc/passwd", str(models / "link"))):
         guarded.edge.register(f"bounds-{number}", uri)
-        answer = guarded.edge.complete(f"bounds-{number}")
+        answer = guarded.edge.outcome(f"bounds-{number}")
         assert answer.status == 424
         assert "outside the model roots" in answer.error
     assert guarded.edge.ask("POST", "/admin/v1/fit", {"uri": "/etc"}).status == 400
@@ -98,7 +98,7 @@ def test_paths_out_of_bounds_are_refused(guarded: Guarded) -> None:
 def test_a_model_larger_than_the_disk_cache_is_refused_with_the_sizes(guarded: Guarded) -> None:
     tiny_llama(guarded.base / "models" / "wide", hidden=256, layers=4)
     guarded.edge.register("wide", f"{guarded.web.url}/wide")
-    answer = guarded.edge.complete("wide")
+    answer = guarded.edge.outcome("wide")
     assert answer.status == 424
     assert "more than the disk cache's budget of 3145728 bytes" in answer.error
 
@@ -160,7 +160,7 @@ def test_bodies_that_are_too_long_are_refused_unread(guarded: Guarded) -> None:
             connection.sendall((b"100000\r\n" + b"x" * MIB + b"\r\n") * 100)
             answer = connection.recv(65536)
     assert not answer or b" 413 " in answer.split(b"\r\n")[0]
-    assert guarded.edge.complete("ada").status == 200
+    assert guarded.edge.outcome("ada").status == 200
 
 
 def test_half_a_request_and_garbage_leave_nothing_behind(guarded: Guarded) -> None:
@@ -182,7 +182,7 @@ def test_half_a_request_and_garbage_leave_nothing_behind(guarded: Guarded) -> No
             except ConnectionError:
                 answer = b""
         assert not answer or b" 400 " in answer.split(b"\r\n")[0]
-    assert guarded.edge.complete("ada").status == 200
+    assert guarded.edge.outcome("ada").status == 200
     _idle(guarded.edge, "ada")
 
 

@@ -201,6 +201,7 @@ class DictBucket:
     """An object store in memory; `fail` reads fail first."""
 
     origin = "s3://bucket"
+    away = (TimeoutError,)
 
     def __init__(self, objects: dict[str, bytes]) -> None:
         self.objects = objects
@@ -211,13 +212,11 @@ class DictBucket:
             if key.startswith(prefix):
                 yield RemoteFile(key, key, len(data), "tag", md5=hashlib.md5(data).hexdigest())
 
-    def open(self, key: str, start: int, count: int) -> Any:
-        import io
-
+    def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         if self.fail:
             self.fail -= 1
             raise ConnectionResetError("reset")
-        return io.BytesIO(self.objects[key][start : start + count])
+        return self.objects[file.location][start : start + count]
 
 
 def test_a_bucket_gives_what_lies_below_its_prefix(tmp_path: Path) -> None:

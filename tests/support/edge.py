@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
@@ -56,6 +57,13 @@ class Edge:
     def complete(self, model: str, **fields: object) -> Answer:
         """A short greedy completion; `fields` go over that."""
         return self.ask("POST", "/v1/completions", {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, **fields})
+
+    def outcome(self, model: str, timeout_s: float = 60) -> Answer:
+        """A completion's answer once the model has been loaded or can't be: past the wait budget it is asked for again."""
+        give_up_s = time.monotonic() + timeout_s
+        while (answer := self.complete(model)).status == 503 and "wait budget" in answer.text and time.monotonic() < give_up_s:
+            pass
+        return answer
 
     def stream(self, model: str, **fields: object) -> http.client.HTTPResponse:
         """The beginning of a streamed completion; close it to leave."""
