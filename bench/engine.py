@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--lines", default="8B/bf16,8B/nf4,1B/bf16")
     parser.add_argument("--workloads", default="", help="comma separated N/input/output; default: all of the line")
     parser.add_argument("--skip", default="", help="comma separated workloads to leave out")
+    parser.add_argument("--once", default="", help="comma separated workloads that run a single time, without a warm-up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--idle", type=float, default=1.0, help="seconds between warm-up and measurement")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))
@@ -53,7 +54,12 @@ def main() -> None:
     lines = args.lines.split(",")
     wanted = [text for text in args.workloads.split(",") if text]
     paths = {line: _checkpoint(line, args.folder, args.packer) for line in lines}
-    config = {"device": args.device, "max_rows": 512, "device_budget_bytes": int(args.budget_gib * 2**30), "host_budget_bytes": int(args.host_gib * 2**30)}
+    config = {
+        "device": args.device,
+        "max_rows": 512,
+        "device_budget_bytes": int(args.budget_gib * 2**30),
+        "host_budget_bytes": int(args.host_gib * 2**30),
+    }
     with engine(config, log=args.log) as running:
         print(
             f"{running.hello.device_name}: ready after {running.ready_s:.1f} s, {running.hello.device_budget_bytes / 2**30:.0f} GiB for models"
@@ -68,7 +74,7 @@ def main() -> None:
             for workload in wanted or ASKED.get(line, ASKED["8B/nf4"]):
                 if workload in args.skip.split(","):
                     continue
-                measure(running, line, SHAPES[name], format_, workload, args.repeats, args.idle)
+                measure(running, line, SHAPES[name], format_, workload, 0 if workload in args.once.split(",") else args.repeats, args.idle)
             running.unload(line)
 
 
@@ -86,10 +92,11 @@ def measure(running: Engine, line: str, shape: Shape, format_: str, workload: st
     def prompts() -> list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]:
         return [(line, rng.integers(100, shape.vocab, input_tokens, dtype=np.int32)) for _ in range(rows)]
 
-    running.generate(prompts(), output_tokens)
+    runs = [running.generate(prompts(), output_tokens)]
     running.wait_idle(idle_s)
-    runs = []
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if not repeat:
+            runs.clear()  # the warm-up
         runs.append(running.generate(prompts(), output_tokens))
         time.sleep(0.05)
     rate = statistics.median(run.tokens_per_s for run in runs)
