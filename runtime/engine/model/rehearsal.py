@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ import torch
 
 from runtime.config import EngineConfig
 from runtime.engine.memory.arrival import Arrived
-from runtime.engine.model.buckets import standard
+from runtime.engine.model.buckets import Bucket, standard
 from runtime.engine.model.build import Blueprint, facts_of
 from runtime.engine.model.device_state import DeviceState
 from runtime.engine.model.fused_spec import LayerSpec, StackSpec
@@ -35,7 +35,10 @@ _LOG = logging.getLogger(__name__)
 
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
-_VOCAB = 32_768
+_FEW_TOKENS = 32                         # more go through a library's products, which idle turns see to: those are ready, not compiled
+_SLACK_BYTES = 2 << 20                   # after the weights, as after a model's own
+_LONGEST_WAIT_S = 60.0
+_VOCAB = 131_072
 _FACTS = ModelFacts("", "", "rehearsal", "", Quantization.NONE, 0, 0, _MOST_CONTEXT, _VOCAB, 0)
 _PROMPT_TOKENS = 12                      # within one KV block of any size
 _GREEDY = SamplingParams(temperature=0.0)
@@ -105,7 +108,7 @@ class Rehearsal:
     def wait(self) -> None:
         """Until what a first request needs has run; the rest goes on."""
         for ready in self._ready:
-            ready.wait()
+            ready.wait(_LONGEST_WAIT_S)
 
     def finish(self) -> None:
         """Until all has run."""
@@ -121,13 +124,16 @@ class Rehearsal:
                     if first_done and not ready.is_set():
                         ready_s = time.monotonic() - begun_s
                         ready.set()
+                if self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()
             _LOG.info("rehearsed in %.2f s, what a first request needs in %.2f s", time.monotonic() - begun_s, ready_s)
         except Exception as error:       # the first request will meet it again, and say so to those whom it concerns
             _LOG.warning("a rehearsal ended early: %s: %s", type(error).__name__, error)
         finally:
             ready.set()
             if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):         # not while the engine captures a graph
+                    torch.cuda.empty_cache()
 
     def _own_stream(self) -> AbstractContextManager[object]:
         if self._device.type != "cuda":
@@ -146,11 +152,14 @@ def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> It
     state = _state(device, config)
     for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,):
         runner = ModelRunner(_nothing_but_logits(dtype, device), _FACTS, config, state)
-        torch.zeros((16, 64), dtype=dtype, device=device) @ torch.zeros((64, 64), dtype=dtype, device=device)     # wakes the library of products
         _answer(runner, _SAMPLED[sorts])
+        yield True
         if not sorts:
             _answer(runner, _GREEDY)
-        yield True
+            state.uploads.blank()
+            for bucket in _within(state):
+                runner.rehearse(bucket)
+            yield True
         runner.close()
 
 
@@ -158,18 +167,20 @@ def _model_steps(twin: Callable[[], BuiltModel], facts: ModelFacts, device: torc
     """Runs a step before each value; true once what a first request needs has run. Prompts and what follows them are parts of their own."""
     state = _state(device, config)
     runner = ModelRunner(twin(), facts, config, state)
-    buckets = dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard())
     if not decode:
         _answer(runner, _GREEDY)
         yield True
     state.uploads.blank()
-    for bucket in buckets:
-        if (bucket.max_query_len == 1) is decode:
+    for bucket in _within(state):
+        if (bucket.max_query_len == 1) is decode and bucket.num_tokens <= _FEW_TOKENS:
             runner.rehearse(bucket)
             yield True
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
     runner.close()
+
+
+def _within(state: DeviceState) -> list[Bucket]:
+    """Likely sizes, none larger than a step of `state` can be."""
+    return list(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
 
 
 class _Zeros:
@@ -201,7 +212,7 @@ def _twin(blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_byte
     assert blueprint.spec is not None
     spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
     placed = _used(blueprint, spec)
-    zeros = torch.zeros(max(tensor.size_bytes for tensor in placed), dtype=torch.uint8, device=device)
+    zeros = torch.zeros(max(tensor.size_bytes for tensor in placed) + _SLACK_BYTES, dtype=torch.uint8, device=device)
     views = {tensor.name: zeros[: tensor.size_bytes].view(tensor.dtype).view(tensor.shape) for tensor in placed}
     views |= {alias: views[owner] for alias, owner in tied_names(blueprint.skeleton).items() if owner in views}
     tables = rotary_tables(blueprint.skeleton.get_submodule(spec.rotary), device)
