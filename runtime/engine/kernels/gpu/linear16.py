@@ -1,10 +1,10 @@
-"""The 16-bit linear of few rows in Triton: W · xᵀ, so that the weights are the long operand of the matrix unit."""
+"""The 16-bit linear of few rows in Triton: W · xᵀ, so that the weights are the long operand of the matrix unit. Up to 16 rows `linear16_cuda.py` goes first."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import chain, linear16_cuda
 from runtime.engine.kernels.gpu.products import dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
 
@@ -123,7 +123,7 @@ def linear_16bit(
 ) -> None:
     """See runtime.engine.kernels.linear16.linear_16bit."""
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
+    if rows.shape[0] == 0 or linear16_cuda.linear_16bit(rows, weight, bias, gate, out, scratch):
         return
     num_outputs = weight.shape[0] // (1 if gate is None else 2)
     launch(rows, weight, bias, gate, out, scratch, *tiling(rows.shape[0], num_outputs, rows.shape[1], gate is not None))

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,8 @@ class Module:
 
 
 @functools.cache
-def module(source: str, names: tuple[str, ...], device: torch.device) -> Module | None:
-    """The module of `source`, a file beside this one, with the functions `names`; None where it can't be had."""
+def module(source: str, names: tuple[str, ...], device: torch.device, defines: tuple[str, ...] = ()) -> Module | None:
+    """The module of `source`, a file beside this one, with the functions `names`; None where it can't be had. `defines`: NAME=value each."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     capability = torch.cuda.get_device_capability(device)
@@ -68,7 +69,7 @@ def module(source: str, names: tuple[str, ...], device: torch.device) -> Module 
     try:
         from cuda.bindings import driver
 
-        image = cubin(source, architecture(device))
+        image = cubin(source, architecture(device), defines)
         torch.zeros(1, device=device)  # the device's context is current from here on
         held = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
         functions = {name: _checked(f"cuModuleGetFunction {name}", driver.cuModuleGetFunction(held, name.encode())) for name in names}
@@ -87,14 +88,14 @@ def architecture(device: torch.device) -> str:
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
-def cubin(source: str, architecture: str) -> bytes:
+def cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
     """Machine code of `source`, from disk if it was compiled before."""
-    text = (pathlib.Path(__file__).parent / source).read_bytes()
+    text = source_text(source)
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "repertory" / "kernels"
-    kept = home / f"{hashlib.sha256(text).hexdigest()[:32]}-{architecture}.cubin"
+    kept = home / f"{hashlib.sha256(text + ' '.join(('', *defines)).encode()).hexdigest()[:32]}-{architecture}.cubin"
     if kept.exists():
         return kept.read_bytes()
-    image = compile_source(source, text, architecture)
+    image = compile_source(source, text, architecture, defines)
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=home, delete=False) as file:
@@ -105,12 +106,18 @@ def cubin(source: str, architecture: str) -> bytes:
     return image
 
 
-def compile_source(name: str, text: bytes, architecture: str) -> bytes:
+def source_text(source: str) -> bytes:
+    """A source with the files beside it that it includes in their places."""
+    text = (pathlib.Path(__file__).parent / source).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda found: source_text(found[1]).decode(), text, flags=re.MULTILINE).encode()
+
+
+def compile_source(name: str, text: bytes, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
     """NVRTC's machine code for one architecture."""
     from cuda.bindings import nvrtc
 
     program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))
-    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", *(f"--define-macro={define}".encode() for define in defines)]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     if int(status) != 0:
         log = b" " * _checked("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))
