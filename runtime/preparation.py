@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from cachetools import LRUCache
 
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LOOKS = 256                             # that are remembered
 _GGUF_GROWTH = 4                         # dequantised bytes for one byte of file, at most about
 
 
@@ -42,6 +44,7 @@ class Preparation:
         self._config = config
         self._cache = cache
         self._judge = Judge()
+        self._looks: LRUCache[tuple[str, bytes, str], Look] = LRUCache(_LOOKS)
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
 
@@ -216,9 +219,13 @@ class Preparation:
 
     def _look(self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: Job) -> Look:
         place = locate(source, self._config)
-        gguf_file = None
+        gguf_file, remembered = None, None
         if isinstance(place, Path):
             found = inspect(place, self._policy)
+            # a GGUF's index takes long to read, and who predicts a size waits for half a second
+            remembered = (found.identity, msgspec.json.encode(settings), device)
+            if (known := self._looks.get(remembered)) is not None:
+                return known
             gguf_file = found.weight_files[0] if found.kind is Kind.GGUF else None
             config, tensors = look_local(found)
             quantization = _quantization(found.quantization, settings, found.model_dir.name)
@@ -233,7 +240,10 @@ class Preparation:
             reason = "" if local_only else self._judge.refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         needs = needs_of(geometry, tensors, msgspec.structs.replace(settings, quantize=quantization), device)
-        return Look(geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file)
+        look = Look(geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file)
+        if remembered is not None:
+            self._looks[remembered] = look
+        return look
 
 
 def _quantization(stored: Quantization, settings: ModelSettings, name: str) -> Quantization:

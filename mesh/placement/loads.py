@@ -58,6 +58,7 @@ class LocalLoads:
         self._ready = asyncio.Event()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._unloading: dict[str, asyncio.Task[None]] = {}
+        self._sizes_bytes: dict[str, int] = {}  # as they turned out, by model id: a model that comes back needs no prediction
         self.times = LoadTimes()
 
     def begin(self, limits: RuntimeLimits) -> None:
@@ -107,6 +108,7 @@ class LocalLoads:
     def forget(self, model_id: str) -> None:
         """It is no longer registered."""
         self.times = self.times.without(model_id)
+        self._sizes_bytes.pop(model_id, None)
 
     async def drop(self, model_id: str) -> None:
         """Unload, or stop loading. Returns when it is gone; idempotent."""
@@ -148,6 +150,7 @@ class LocalLoads:
                 begun_s = time.monotonic()
                 answer = await self._load_on_runtime(copy)
                 copy.size_bytes, copy.max_concurrency = answer.size_bytes or copy.size_bytes, answer.max_concurrency
+                self._sizes_bytes[model_id] = copy.size_bytes
                 seconds = time.monotonic() - begun_s
             self.times = self.times.measured(model_id, copy.size_bytes, seconds)
             self._metrics.loaded(model_id, seconds)
@@ -163,7 +166,7 @@ class LocalLoads:
             if not keep:
                 self._copies.remove(copy)
                 await self._quietly(self._announcer.gone(model_id))
-        await self._trim()
+        self.trim()
 
     async def _announce(self, copy: LocalCopy) -> None:
         try:
@@ -203,7 +206,8 @@ class LocalLoads:
 
     async def _admit(self, copy: LocalCopy, urgent: bool) -> None:
         """Reserve room for the predicted size, once there is."""
-        predicted = copy.expected_bytes or await self._runtime.predict_size(copy.model_id, copy.info) or self._default_size_bytes
+        known = copy.expected_bytes or self._sizes_bytes.get(copy.model_id)
+        predicted = known or await self._runtime.predict_size(copy.model_id, copy.info) or self._default_size_bytes
         give_up_s = time.monotonic() + _ROOM_S
         impatient_s = time.monotonic() + _PATIENCE_S
         while True:
@@ -226,8 +230,8 @@ class LocalLoads:
                     self._start_unload(victim, evicted=True)
             await self._changes.wait(max(0.05, min(give_up_s, impatient_s if now_s < impatient_s else give_up_s) - now_s))
 
-    async def _trim(self) -> None:
-        """After a load that turned out larger than predicted: what no longer fits goes, as far as it is idle."""
+    def trim(self) -> None:
+        """After a load that turned out larger than predicted: what no longer fits goes, as far as it is idle. What isn't goes at a later look."""
         while self._copies.usage().used_bytes - self._copies.usage().leaving_bytes > self._copies.capacity_bytes:
             victim = next(iter(self._idle()), None)
             if victim is None:

@@ -306,7 +306,8 @@ class Placement:
                 logger.warning("the registry is away: %s", error.message)
 
     async def _sweep(self) -> None:
-        """Put right what a store that was away, or a process that died, left wrong."""
+        """Put right what a store that was away, a process that died, or a prediction that was too low left wrong."""
+        self._loads.trim()
         for copy in self._copies:
             if copy.loaded and not copy.announced:
                 try:

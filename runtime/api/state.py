@@ -104,7 +104,6 @@ class RuntimeStateApi(RuntimeStateServicer):
             source, settings = parse_model(request.model_path, request.model_key)
             hello = await self._engine.wait_ready()
             look = await self._fitter.look(source, settings, hello.device)
-            reason = await self._fitter.refusal(look, settings)
         needs = look.needs
         budget = hello.device_budget_bytes
         stats = self._engine.stats
@@ -114,15 +113,17 @@ class RuntimeStateApi(RuntimeStateServicer):
         least = needs.weight_bytes + needs.min_kv_bytes
         capacity = capacity_of(self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes)
         charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
-        if reason:
-            pass  # whatever its size
-        elif least > budget:
+        reason = ""
+        if least > budget:
             reason = (
                 f"weights {needs.weight_bytes} bytes and KV for one request of {needs.max_model_len} tokens {needs.min_kv_bytes} bytes "
                 f"exceed the device budget of {budget} bytes"
             )
         elif charge > capacity.capacity_bytes:
             reason = f"it counts {charge} bytes, more than the capacity of {capacity.capacity_bytes} bytes"
+        if not reason:
+            async with statuses(context):
+                reason = await self._fitter.refusal(look, settings)
         return pb.FitResponse(
             weight_bytes=needs.weight_bytes,
             kv_bytes_per_token=needs.kv_bytes_per_token,

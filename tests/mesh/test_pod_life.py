@@ -263,3 +263,25 @@ async def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
         assert last.startswith("repertory: HTTP address 127.0.0.1:")
         assert "Traceback" not in log.decode()
     server.close()
+
+
+async def test_what_no_longer_fits_after_low_predictions_goes_once_it_is_idle(tmp_path: Path) -> None:
+    switches = Switches(default_size_bytes=60 * MB, predicted_bytes=10 * MB, overcommits=True)
+    async with running_pod(tmp_path / "pod", switches=switches) as pod:
+        calls = []
+        for model_id in ("a", "b"):
+            await pod.register(model_id)
+            calls.append(pod.method("Slow")(metadata=(("mm-model-id", model_id),)))
+            await calls[-1].write(b"x")
+            assert await calls[-1].read() == b"first"
+        await pod.pod.placement._sweep()
+        assert set(pod.runtime.loaded) == {"a", "b"}  # too much, and both in use
+        for call in calls:
+            call.cancel()
+        await until(lambda: not pod.pod._copies.in_flight("a"))
+        await pod.pod.placement._sweep()
+        await until(lambda: set(pod.runtime.loaded) == {"b"})
+        # and what is known now is no longer predicted: there is room for one of them only
+        await pod.load("a")
+        await until(lambda: set(pod.runtime.loaded) == {"a"})
+        assert pod.pod._copies.usage().used_bytes == 60 * MB

@@ -30,6 +30,8 @@ class Switches:
     capacity_bytes: int = 100 * MB
     size_bytes: dict[str, int] = field(default_factory=dict)
     default_size_bytes: int = 10 * MB
+    predicted_bytes: int = 0  # not 0: what is predicted, whatever the size
+    overcommits: bool = False
     load_s: float = 0.0
     load_gate: asyncio.Event | None = None
     fail: dict[str, str] = field(default_factory=dict)
@@ -194,7 +196,7 @@ class _Spi(ModelRuntimeServicer):
             if request.modelPath in switches.fail:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, switches.fail[request.modelPath])
             size = runtime.size_of(request.modelPath)
-            if runtime.used_bytes() + size > switches.capacity_bytes:
+            if runtime.used_bytes() + size > switches.capacity_bytes and not switches.overcommits:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{size} bytes do not fit")
             runtime.loaded[request.modelId] = request.modelPath
             runtime.tell()
@@ -212,7 +214,8 @@ class _Spi(ModelRuntimeServicer):
         return pb.UnloadModelResponse()
 
     async def predictModelSize(self, request: pb.PredictModelSizeRequest, context: Any) -> pb.PredictModelSizeResponse:
-        return pb.PredictModelSizeResponse(sizeInBytes=self._runtime.size_of(request.modelPath))
+        predicted = self._runtime.switches.predicted_bytes
+        return pb.PredictModelSizeResponse(sizeInBytes=predicted or self._runtime.size_of(request.modelPath))
 
     async def modelSize(self, request: pb.ModelSizeRequest, context: Any) -> pb.ModelSizeResponse:
         return pb.ModelSizeResponse(sizeInBytes=self._runtime.size_of(self._runtime.loaded.get(request.modelId, "")))
