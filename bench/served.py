@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=512)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--memory", default="", help="device memory for models, such as 60GiB; empty = chosen from the machine")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--clients", type=int, default=6, help="client processes")
     parser.add_argument("--idle", type=float, default=2.0, help="seconds between warm-up and measurement")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))

@@ -1,7 +1,7 @@
-"""From nothing to the first token, on one GPU: `repertory serve` until it is ready and through it; then the engine alone, with bf16 from local
-disk, a 4-bit model the first time, and from its packed file.
+"""From nothing to the first token, on one GPU: `repertory serve` until it is ready, and bf16 from local disk through it; then the engine alone, with
+a 4-bit model the first time and from its packed file (or any other of --formats).
 
-    python -m bench.start [--shape 8B] [--formats bf16,nf4] [--folder /tmp/checkpoints] [--fresh]
+    python -m bench.start [--shape 8B] [--formats nf4] [--folder /tmp/checkpoints] [--fresh]
 
 The page cache is warm and the host arena still registering. Each line has a process of its own, so nothing is mapped before. "packing" runs the
 packer's process, as a first load of a 4-bit model does. --fresh: compiled kernels are forgotten before each line, as on a machine that never ran
@@ -32,7 +32,7 @@ VLLM_S = {"bf16": 44.8, "nf4 packing": 72.0}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8B")
-    parser.add_argument("--formats", default="bf16,nf4")
+    parser.add_argument("--formats", default="nf4")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--fresh", action="store_true")
@@ -70,7 +70,8 @@ def through_serve(shape: Shape, folder: Path, device: str) -> None:
         first = load.run_spread(server.url, "start", load.Workload(1, 64, 2, shape.vocab), 1)
     print(
         f"{shape.name} {dtype} through `repertory serve`: ready after {server.ready_s:.1f} s (asked {READY_S:g}); first token "
-        f"{loaded_s + first.ttft_p50_s:.2f} s after loadModel (loading {loaded_s:.2f}, answer {first.ttft_p50_s:.2f})",
+        f"{loaded_s + first.ttft_p50_s:.2f} s after loadModel (loading {loaded_s:.2f}, answer {first.ttft_p50_s:.2f}); asked {ASKED_S['bf16']}, "
+        f"vLLM {VLLM_S['bf16']}",
         flush=True,
     )
 
