@@ -187,8 +187,10 @@ class Scheduler:
             self._score_budget -= end - start
         chunks.append(Chunk(sequence, sequence.row, draws, end == total))
         sequence.computed = end
-        # a row after it in this very plan may share them: a layer writes the whole step's K and V before any row reads
-        self._publish(sequence, end)
+        # A row after it in this very plan may share them: a layer writes the whole step's K and V before any row reads. Not those of a lone token:
+        # where all rows have one, each reads all but its own before that (gpu/attention_cuda.py).
+        if end - start > 1:
+            self._publish(sequence, end)
         return end - start
 
     def _start_decoding(self, chunks: list[Chunk]) -> None:

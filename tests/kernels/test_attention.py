@@ -7,6 +7,9 @@ import torch
 
 from runtime.engine.kernels import attention
 from runtime.engine.kernels.gpu import attention as gpu
+from runtime.engine.kernels.gpu import attention_cuda
+from runtime.engine.kernels.gpu.native import SHARED_BYTES
+from runtime.engine.kernels.rope import rope_and_cache
 from runtime.engine.kernels.scratch import Scratch
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -162,3 +165,97 @@ def test_splits_fill_the_device_and_no_more() -> None:
     assert gpu.num_key_splits(1, 8, 100, 132) == 1
     assert gpu.num_key_splits(256, 8, 4096, 132) == 1
     assert gpu.num_key_splits(8, 8, 1024, 132) == 8
+
+
+def _lengths(count: int, longest: int) -> tuple[tuple[int, int], ...]:
+    return tuple((1, int(length)) for length in torch.randint(1, longest + 1, (count,), generator=torch.Generator().manual_seed(count)))
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+CUT = attention_cuda.Cut
+CUDA = [
+    (Case(((1, 1), (1, 17), (1, 150)), dtype=BF16, heads=8, kv_heads=2, dim=64), (CUT(2, 3, 1, 8, 3), CUT(1, 9, 2, 4, 4))),
+    (Case(((1, 300),), dtype=BF16, heads=32, kv_heads=8, dim=128), (CUT(1, 1, 24, 8, 3), CUT(4, 5, 4, 4, 3), CUT(8, 3, 1, 8, 3))),
+    (Case(((1, 300), (1, 5)), padded_rows=1, dtype=BF16, heads=7, kv_heads=1, dim=80), (CUT(1, 4, 1, 8, 3),)),
+    (Case(((1, 290), (1, 33), (1, 260)), dtype=FP16, heads=12, kv_heads=4, dim=64, window=37, sinks=True), (CUT(4, 5, 2, 8, 3),)),
+    (Case(((1, 200), (1, 260)), softcap=5.0, sinks=True, dim=96, heads=3, kv_heads=1, block_tokens=32, dtype=FP16), (CUT(1, 9, 1, 8, 3),)),
+    (Case(((1, 140), (1, 600)), dtype=BF16, dim=128, heads=24, kv_heads=2), (CUT(2, 13, 1, 8, 2),)),
+    (Case(((1, 40), (1, 170)), dim=256, heads=2, kv_heads=1, dtype=FP16), (CUT(1, 2, 3, 4, 2),)),
+    (Case(((1, 4000), (1, 70)), dtype=BF16, heads=8, kv_heads=2, dim=128), (CUT(1, 40, 8, 8, 3), CUT(2, 66, 24, 4, 3))),
+    (Case(_lengths(60, 600), padded_rows=4, dtype=BF16, heads=32, kv_heads=8, dim=128), (CUT(2, 66, 32, 4, 3), CUT(4, 200, 5, 4, 3), CUT(1, 17, 1, 8, 3))),
+    (Case(_lengths(200, 500), padded_rows=30, dtype=BF16, heads=8, kv_heads=2, dim=64), (CUT(1, 132, 24, 4, 4), CUT(2, 60, 7, 8, 3))),
+    (Case(_lengths(700, 40), dtype=FP16, heads=2, kv_heads=2, dim=64), (CUT(2, 132, 24, 4, 4), CUT(1, 700, 1, 8, 3))),
+]
+
+
+@pytest.mark.parametrize(("case", "cuts"), CUDA)
+def test_cuda_decode_equals_twin(device: torch.device, case: Case, cuts: tuple[attention_cuda.Cut, ...]) -> None:
+    if device.type == "cpu" or attention_cuda.module(device, 64, BF16, 1, CUT(1, 1, 1, 8, 3)) is None:
+        pytest.skip("needs a GPU that the kernel is made for")
+    batch = _batch(case, device)
+    twin = torch.full_like(batch.out, torch.nan)
+    attention.paged_attention_torch(twin, *batch.arguments, None)  # type: ignore[arg-type]
+    (q, k, v, unit, table, slots, starts, contexts, block_tokens, kv_heads, scale, _, longest, window, softcap, sinks, _, _) = batch.arguments
+    for how in (*cuts, None) if len(case.rows) * case.kv_heads <= attention_cuda.MAX_PAIRS else cuts:
+        scratch = Scratch.allocate(device)
+        scratch.partials.fill_(torch.nan)
+        out = torch.full_like(twin, torch.nan)
+        torch.cuda.synchronize()
+        assert attention_cuda.decode_attention(
+            out, q, k, v, unit, table, slots, starts, contexts, block_tokens, kv_heads, scale, longest, window, softcap, sinks, scratch, how  # type: ignore[arg-type]
+        )
+        torch.testing.assert_close(out, twin, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True)
+        assert scratch.counters.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 300), (3, 1), (8, 330), (64, 200)])
+def test_overlapped_decode_sees_the_newest_token(device: torch.device, count: int, length: int) -> None:
+    """Whatever stood in its place before: the ring is filled while the kernel that writes it may still run."""
+    if device.type == "cpu" or attention_cuda.module(device, 64, BF16, 1, CUT(1, 1, 1, 8, 3)) is None:
+        pytest.skip("needs a GPU that the kernel is made for")
+    batch = _batch(Case(tuple((1, length) for _ in range(count)), dtype=BF16, heads=32, kv_heads=8, dim=128), device)
+    k, v, unit, table, slots = batch.arguments[1:6]
+    assert isinstance(k, torch.Tensor)
+    assert isinstance(v, torch.Tensor)
+    assert isinstance(table, torch.Tensor)
+    assert isinstance(slots, torch.Tensor)
+    assert isinstance(unit, int)
+    page = table[slots[:count].long(), (length - 1) // 16].long()
+    places = page * unit + (length - 1) % 16 * 1024
+    newest = (places[:, None] + torch.arange(1024, device=device)).flatten()
+    qkv = torch.randn(count, 48 * 128, device=device).to(BF16)
+    angles = torch.rand(count, 64, device=device)
+    q = torch.empty(count, 32, 128, dtype=BF16, device=device)
+    scratch = Scratch.allocate(device)
+
+    def step() -> None:
+        rope_and_cache(
+            q, qkv, angles.cos().to(BF16), angles.sin().to(BF16), places, k, v, num_q_heads=32, num_kv_heads=8, head_dim=128, rotary_dim=128,
+            interleaved=False, q_norm=None, k_norm=None, norm_eps=0.0, norm_plus_one=False,
+        )
+        gpu.paged_attention(batch.out, q, *batch.arguments[1:], scratch)  # type: ignore[arg-type]
+
+    step()
+    twin = torch.empty_like(q)
+    attention.paged_attention_torch(twin, q, *batch.arguments[1:], None)  # type: ignore[arg-type]
+    for _ in range(20):
+        k[newest] = v[newest] = 50.0
+        batch.out.fill_(torch.nan)
+        step()
+        torch.testing.assert_close(batch.out, twin, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_cuts_fit(head_dim: int) -> None:
+    for num_rows in (1, 2, 8, 16, 17, 33, 64, 512):
+        for kv_heads in (1, 2, 3, 5, 6, 8, 32):
+            for group in (1, 4, 7, 8, 16):
+                if num_rows * kv_heads > attention_cuda.MAX_PAIRS or (group > 8 and head_dim == 256):
+                    continue
+                for longest in (1, 1024, 131072):
+                    how = attention_cuda.cut(num_rows, kv_heads, group, head_dim, longest, 132)
+                    assert kv_heads % how.heads_each == 0
+                    assert how.warps % how.heads_each == 0
+                    assert how.blocks >= num_rows
+                    assert how.blocks * kv_heads // how.heads_each >= min(132, num_rows * (longest // 16 // 12))
+                    assert how.shared_bytes(num_rows, group, head_dim) <= SHARED_BYTES

@@ -9,20 +9,27 @@ import torch
 from torch.nn import functional
 
 from runtime.engine.kernels import linear4
-from runtime.engine.kernels.gpu import linear4_cuda, linear4_wide, native
+from runtime.engine.kernels.gpu import attention_cuda, linear4_cuda, linear4_wide, native
 from runtime.engine.kernels.layout import padded_width
 from runtime.engine.kernels.scratch import Scratch
 
-SOURCES = [linear4_cuda.SOURCE, linear4_wide.SOURCE]
+SOURCES = [
+    (linear4_cuda.SOURCE, ()),
+    (linear4_wide.SOURCE, ()),
+    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "TILES=1", "WARPS=8", "STAGES=3")),
+    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "TILES=2", "WARPS=8", "STAGES=2")),
+    (attention_cuda.SOURCE, ("HEAD_DIM=256", "HALF=false", "TILES=1", "WARPS=4", "STAGES=2")),
+]
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_compiles_for_hopper_without_spills(source: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("source", "defines"), SOURCES)
+def test_compiles_for_hopper_without_spills(source: str, defines: tuple[str, ...], tmp_path: pathlib.Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
     path = pathlib.Path(native.__file__).parent / source
     command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", str(path), "-o", str(tmp_path / "out.cubin")]
+    command += [f"-D{define}" for define in defines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stderr.splitlines() if "spill" in line]
@@ -34,15 +41,23 @@ def test_compiles_for_hopper_without_spills(source: str, tmp_path: pathlib.Path)
 def test_machine_code_is_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
 
-    def compile_source(name: str, text: bytes, architecture: str) -> bytes:
-        compiled.append(architecture)
+    def compile_source(name: str, text: bytes, architecture: str, defines: tuple[str, ...]) -> bytes:
+        compiled.append(" ".join((architecture, *defines)))
         return f"code for {architecture}".encode()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "compile_source", compile_source)
     for architecture in ("sm_90a", "sm_90a", "sm_100", "sm_90a"):
         assert native.cubin(linear4_cuda.SOURCE, architecture) == f"code for {architecture}".encode()
-    assert compiled == ["sm_90a", "sm_100"]
+    for _ in range(2):
+        native.cubin(linear4_cuda.SOURCE, "sm_90a", ("A=1",))
+    assert compiled == ["sm_90a", "sm_100", "sm_90a A=1"]
+
+
+def test_included_files_are_part_of_a_source() -> None:
+    text = native.source_text(attention_cuda.SOURCE).decode()
+    assert "#include" not in text
+    assert "struct Line" in text
 
 
 def test_no_module_without_a_gpu() -> None:
@@ -82,7 +97,7 @@ def test_equals_twin(
     wide = linear4.dequantize_4bit_torch(weight, absmax, kind, in_features, torch.float32)
     exact = functional.linear(x.double(), wide.double(), bias.double())
     twin = torch.empty(num_rows, num_outputs, dtype=dtype, device=device)
-    linear4.linear_4bit_torch(x, weight, absmax, kind, bias, twin)
+    linear4.linear_4bit_torch(x, weight, absmax, kind, bias, None, twin)
     allowed = 1.5 * float((twin.double() - exact).norm() / exact.norm())
     scratch = Scratch.allocate(device)
     for splits in (1, 3):
@@ -105,12 +120,12 @@ def test_replays_in_a_graph(device: torch.device) -> None:
     for num_rows in (1, 16, 100):
         x, weight, absmax, bias = _operands(num_rows, 512, 2048, torch.bfloat16, device)
         out = torch.empty(num_rows, 512, dtype=torch.bfloat16, device=device)
-        linear4.linear_4bit(x, weight, absmax, "nf4", bias, out, scratch)
+        linear4.linear_4bit(x, weight, absmax, "nf4", bias, None, out, scratch)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            linear4.linear_4bit(x, weight, absmax, "nf4", bias, out, scratch)
+            linear4.linear_4bit(x, weight, absmax, "nf4", bias, None, out, scratch)
         x.copy_(torch.randn_like(x))
         graph.replay()
         again = torch.empty_like(out)
-        linear4.linear_4bit(x, weight, absmax, "nf4", bias, again, scratch)
+        linear4.linear_4bit(x, weight, absmax, "nf4", bias, None, again, scratch)
         assert torch.equal(out, again)

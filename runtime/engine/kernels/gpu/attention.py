@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import attention_cuda, chain
 from runtime.engine.kernels.gpu.products import dot, dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
 
@@ -260,6 +260,11 @@ def paged_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_rows = row_slots.shape[0]
     if num_tokens == 0 or num_rows == 0:
+        return
+    if max_query_len == 1 and attention_cuda.decode_attention(
+        out, q, k_plane, v_plane, page_unit, page_table, row_slots, query_starts, context_lens, block_tokens, num_kv_heads, scale, max_context_len,
+        sliding_window, softcap, sinks, scratch,
+    ):
         return
     group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))

@@ -1,0 +1,120 @@
+"""Decode attention in CUDA C++ (`attention_decode.cu`): where it serves, how its work is cut, and its launch.
+
+Why not Triton: there every program begins with a chain of dependent loads (row, page table, keys, values), one after another; here a warp sends for
+its first tiles before the kernels before this one have ended. That is safe because of who writes what when. Lengths, slots and page tables are
+written by `build_inputs`, keys and values of earlier tokens in earlier steps; between either and the first attention of a step stands a launch that
+does not overlap (the inputs' own, the embedding), so they are in memory before anything later begins. This step's own token of each row is read
+after the wait, and where every row has one token none reads another's: `scheduler.py` lets nobody find a block that a lone token fills in its plan.
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.engine.kernels.gpu import native
+from runtime.engine.kernels.scratch import Scratch
+
+SOURCE = "attention_decode.cu"
+NAME = "attention_decode"
+MAX_PAIRS = 512  # of rows and KV heads: beyond, Triton's many small programs are as fast or faster
+_MAX_ROWS = 1024  # as the source has it
+_TILE = 16
+_LEAST = 12
+_LOG2E = 1.4426950408889634
+_HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "q", "k", "v", "sinks", "table", "row_slots", "starts", "lens", "partials", "counters")),
+        ("page_unit", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("table_stride", "num_rows", "num_kv_heads", "group", "heads_each", "whole", "block_shift", "window", "early")),
+        ("scale", ctypes.c_float), ("softcap", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a launch's work is cut: KV heads a block, blocks for them, tiles up to which a row is one block's; warps of a block, tiles in a warp's ring;
+    whether the ring is filled early (for measurements)."""
+
+    heads_each: int
+    blocks: int
+    whole: int
+    warps: int
+    stages: int
+    early: bool = True
+
+    def shared_bytes(self, num_rows: int, group: int, head_dim: int) -> int:
+        """Rows; then for each warp counters, sums of its heads, and its ring."""
+        ring = self.stages * 2 * _TILE * (head_dim * 2 + 16)
+        return (num_rows + 1) * 16 + self.warps * (16 + 128 + group * (head_dim + 4) * 4 + ring)
+
+
+def module(device: torch.device, head_dim: int, dtype: torch.dtype, group: int, how: Cut) -> native.Module | None:
+    """The compiled kernel, if it can be had on this device."""
+    half = "true" if dtype is torch.float16 else "false"
+    defines = (f"HEAD_DIM={head_dim}", f"HALF={half}", f"TILES={-(-group // 8)}", f"WARPS={how.warps}", f"STAGES={how.stages}")
+    return native.module(SOURCE, (NAME,), device, defines)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def cut(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context_len: int, processors: int) -> Cut:
+    """From measurements (docs/benchmarks/linear.md): rows stay whole where there are enough of them, since to merge parts costs some microseconds; few
+    pairs of row and head get a multiprocessor each, more of them half of one."""
+    pairs = num_rows * num_kv_heads
+    few = pairs <= processors
+    warps = 8 if few and head_dim <= 128 else 4
+    heads_each = next((heads for heads in (1, 2) if pairs // heads <= 2 * processors and num_kv_heads % heads == 0), 4)
+    while num_kv_heads % heads_each:
+        heads_each //= 2
+    wanted = -(-processors * (1 if few else 2) * heads_each // num_kv_heads)
+    blocks = max(num_rows, min(wanted, num_rows * -(-max_context_len // _TILE) // _LEAST), 1)
+    stages = 2 if head_dim > 128 else 4 if head_dim <= 64 and not few else 3
+    how = Cut(heads_each, blocks, 24 if few else 32, warps, stages)
+    while how.stages > 1 and how.shared_bytes(num_rows, group, head_dim) > native.SHARED_BYTES:
+        how = Cut(heads_each, blocks, how.whole, warps, how.stages - 1)
+    return how
+
+
+def serves(q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, num_rows: int, num_kv_heads: int, sinks: Tensor | None) -> bool:
+    """Whether these operands are ones that the kernel can read."""
+    head_dim, group = q.shape[2], q.shape[1] // num_kv_heads
+    return (
+        q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and k_plane.dtype is q.dtype and head_dim in _HEAD_DIMS
+        and group <= (8 if head_dim == 256 else 16) and num_rows <= _MAX_ROWS and page_unit % 8 == 0
+        and (k_plane.data_ptr() | v_plane.data_ptr()) % 16 == 0 and q.data_ptr() % 8 == 0 and (sinks is None or sinks.dtype is q.dtype)
+    )
+
+
+def decode_attention(
+    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
+    context_lens: Tensor, block_tokens: int, num_kv_heads: int, scale: float, max_context_len: int, sliding_window: int, softcap: float,
+    sinks: Tensor | None, scratch: Scratch | None, how: Cut | None = None,
+) -> bool:
+    """See runtime.engine.kernels.attention.paged_attention; every row has one query or none. False, and nothing done, where this kernel does not serve."""
+    num_rows, head_dim, group = row_slots.shape[0], q.shape[2], q.shape[1] // num_kv_heads
+    if scratch is None or (how is None and num_rows * num_kv_heads > MAX_PAIRS):
+        return False
+    if not serves(q, k_plane, v_plane, page_unit, num_rows, num_kv_heads, sinks):
+        return False
+    how = how or cut(num_rows, num_kv_heads, group, head_dim, max_context_len, _processors(q.device))
+    shared_bytes = how.shared_bytes(num_rows, group, head_dim)
+    if shared_bytes > native.SHARED_BYTES or not scratch.holds(2 * num_kv_heads * how.blocks * group * (head_dim + 4), num_rows * num_kv_heads):
+        return False
+    if (compiled := module(q.device, head_dim, q.dtype, group, how)) is None:
+        return False
+    tensors = (out, q, k_plane, v_plane, sinks, page_table, row_slots, query_starts, context_lens, scratch.partials, scratch.counters)
+    arguments = _Arguments(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors), page_unit, page_table.stride(0), num_rows, num_kv_heads, group,
+        how.heads_each, how.whole, block_tokens.bit_length() - 1, sliding_window, how.early, scale if softcap else scale * _LOG2E, softcap,
+    )
+    compiled.launch(NAME, (how.blocks, num_kv_heads // how.heads_each, 1), how.warps * 32, shared_bytes, arguments)
+    return True
