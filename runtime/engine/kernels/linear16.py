@@ -12,8 +12,9 @@ from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.scratch import Scratch
 
 MAX_ROWS = 32                            # beyond, arithmetic counts and the library's product is as fast
-MAX_ROWS_OF_LARGE = 64                   # of weights of LARGE_OUTPUTS rows or more
+MAX_ROWS_OF_LARGE = 64                   # of weights with so many outputs, or so wide a K
 LARGE_OUTPUTS = 16384
+LARGE_COLUMNS = 8192
 LEAST_COLUMNS = 512                      # of K; and a multiple of it
 
 
@@ -21,7 +22,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear_16bit` is the way for these operands: a GPU, 16-bit types, few rows, a wide K."""
     if not x.is_cuda or x.element_size() != 2 or weight.dtype != x.dtype or x.shape[-1] % LEAST_COLUMNS:
         return False
-    return x.numel() // x.shape[-1] <= (MAX_ROWS_OF_LARGE if weight.shape[0] >= LARGE_OUTPUTS else MAX_ROWS)
+    large = weight.shape[0] >= LARGE_OUTPUTS or weight.shape[1] >= LARGE_COLUMNS
+    return x.numel() // x.shape[-1] <= (MAX_ROWS_OF_LARGE if large else MAX_ROWS)
 
 
 def linear_16bit(
