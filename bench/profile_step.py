@@ -84,9 +84,12 @@ class Harness:
         self.events.clear()
 
     def rest(self) -> None:
-        """The idle turns' work: captures."""
-        while self.backend.idle():
-            pass
+        """The idle turns' work: captures, after what is rehearsed beside them."""
+        quiet = 0
+        while quiet < 10:
+            quiet = 0 if self.backend.idle() else quiet + 1
+            if quiet:
+                time.sleep(0.05)
 
 
 def main() -> None:

@@ -59,8 +59,7 @@ class EngineBackend:
         self._state = DeviceState.create(hardware.device, config)
         # a CPU compiles nothing
         self._stage = Stage(hardware.device, config) if hardware.device.type == "cuda" else None
-        if self._stage is not None:
-            self._stage.open()
+        self._opened = False
         self.device = str(hardware.device)
         self.device_name = hardware.name
         self.slab_bytes = hardware.memory.slab_bytes
@@ -78,6 +77,10 @@ class EngineBackend:
         self._hardware.synchronize()
 
     def idle(self) -> bool:
+        if self._stage is not None and not self._opened:
+            self._opened = True          # not before the engine has said that it is there
+            self._stage.open()
+            return True
         # what a rehearsal compiles needn't be compiled twice, and the memory that it takes is no graph's
         rehearsing = self._stage is not None and self._stage.busy
         return (not rehearsing and self._state.capture_one()) or self._hardware.idle()

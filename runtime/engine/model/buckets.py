@@ -25,7 +25,8 @@ class Bucket(NamedTuple):
 
     def within(self, max_rows: int, max_tokens: int) -> "Bucket":
         """No larger than any step can be."""
-        return self._replace(num_rows=min(self.num_rows, max_rows), num_tokens=min(self.num_tokens, max_tokens))
+        rows, tokens = min(self.num_rows, max_rows), min(self.num_tokens, max_tokens)
+        return Bucket(tokens, rows, min(self.max_query_len, tokens), self.max_context_len)
 
 
 def bucket_of(num_tokens: int, num_rows: int, num_samples: int, max_query_len: int, max_context_len: int) -> Bucket | None:
