@@ -242,7 +242,8 @@ class RuntimeClient(Protocol):
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
 
-    async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer: ...
+    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
+        """`sizes_only`: don't ask whether it can be run at all, which may take seconds to tell."""
 
     async def look(self) -> RuntimeSnapshot | None:
         """What it tells of itself when asked now; None: it doesn't answer, or has nothing to tell."""

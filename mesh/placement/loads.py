@@ -200,7 +200,7 @@ class LocalLoads:
 
     async def _never_fits(self, copy: LocalCopy) -> bool:
         try:
-            return not (await self._runtime.fit(copy.model_id, copy.info)).fits
+            return not (await self._runtime.fit(copy.model_id, copy.info, sizes_only=True)).fits
         except MeshError:
             return False
 

@@ -121,7 +121,7 @@ class RuntimeStateApi(RuntimeStateServicer):
             )
         elif charge > capacity.capacity_bytes:
             reason = f"it counts {charge} bytes, more than the capacity of {capacity.capacity_bytes} bytes"
-        if not reason:
+        if not reason and not request.sizes_only:
             async with statuses(context):
                 reason = await self._fitter.refusal(look, settings)
         return pb.FitResponse(

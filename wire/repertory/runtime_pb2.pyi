@@ -128,14 +128,16 @@ class ModelState(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., state: _Optional[_Union[ModelState.State, str]] = ..., tier: _Optional[_Union[ModelState.Tier, str]] = ..., progress: _Optional[float] = ..., progress_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., progress_text: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., swap_in_seconds: _Optional[float] = ..., load_seconds: _Optional[float] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., error: _Optional[str] = ..., kv_usage: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
 
 class FitRequest(_message.Message):
-    __slots__ = ("model_id", "model_path", "model_key")
+    __slots__ = ("model_id", "model_path", "model_key", "sizes_only")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     MODEL_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIZES_ONLY_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_path: str
     model_key: str
-    def __init__(self, model_id: _Optional[str] = ..., model_path: _Optional[str] = ..., model_key: _Optional[str] = ...) -> None: ...
+    sizes_only: bool
+    def __init__(self, model_id: _Optional[str] = ..., model_path: _Optional[str] = ..., model_key: _Optional[str] = ..., sizes_only: bool = ...) -> None: ...
 
 class FitResponse(_message.Message):
     __slots__ = ("weight_bytes", "kv_bytes_per_token", "min_kv_bytes", "workspace_bytes", "capacity_bytes", "fits", "reason", "evicts", "max_model_len", "quantization", "architecture", "num_parameters", "exact")

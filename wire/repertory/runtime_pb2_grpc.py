@@ -63,7 +63,7 @@ class RuntimeStateServicer(object):
         """What loading a model would take and cost, without loading it. Reads the checkpoint's metadata (from its source if need be: seconds) and no
         weights; changes nothing, and promises nothing: another load may come in between. Cancelling is free; repeatable.
 
-        A model that doesn't fit is OK with fits = false and the reason. INVALID_ARGUMENT: a bad key or path. FAILED_PRECONDITION: the files are missing
+        A model that doesn't fit, or that the engine couldn't run whatever its size, is OK with fits = false and the reason. INVALID_ARGUMENT: a bad key or path. FAILED_PRECONDITION: the files are missing
         or unsupported; details carry the cause. UNAVAILABLE: starting or stopping.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
