@@ -166,6 +166,22 @@ def test_equal_prompts_that_come_at_once_are_computed_once() -> None:
     assert step.plan.starts == [0, 16, 16]
 
 
+def test_a_block_that_a_lone_token_fills_is_found_from_the_next_plan_on() -> None:
+    """Where every row of a step has one token, a row reads all but its own before that step's are written."""
+    bench = Bench()
+    prompt = list(range(10, 18))
+    bench.add(prompt)
+    bench.settle(bench.must_plan(7))
+    second = bench.add([*prompt, 50])
+    step = bench.must_plan()
+    assert step.plan.counts == [1, 5]
+    assert second.shared == 1
+    bench.settle(step)
+    third = bench.add([*prompt, 60])
+    bench.settle(bench.must_plan())
+    assert third.shared == 2
+
+
 def test_prompt_logprobs_skip_the_cache_and_penalties_skip_what_was_generated() -> None:
     bench = Bench()
     prompt = list(range(10, 22))
