@@ -1,0 +1,21 @@
+"""Compressed bodies at the edge."""
+
+import gzip
+import json
+from pathlib import Path
+
+from tests.support.pods import running_pod
+
+
+async def test_a_compressed_body_is_passed_on_plain_and_a_broken_one_refused(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        await pod.name("org/smol", "/files")
+        body = gzip.compress(json.dumps({"model": "org/smol", "messages": []}).encode())
+        for data, status in ((body, 200), (body[:20], 400), (b"not compressed at all", 400)):
+            headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+            async with pod.http.post("/v1/chat/completions", data=data, headers=headers) as answer:
+                assert answer.status == status, await answer.text()
+                if status == 400:
+                    assert (await answer.json())["error"]["message"].startswith("the body is")
+        assert pod.runtime.bodies[-1]["model"] == "org/smol"
+        assert "Content-Encoding" not in pod.runtime.headers[-1]

@@ -1,0 +1,34 @@
+"""The loop with one model: how long its steps may be, and what is told of it first."""
+
+import pytest
+
+from runtime.engine.plan import KvGeometry
+from runtime.messages import EngineStats, Loaded
+from runtime.types import Tier
+from tests.support.fake_backend import FakeBackend
+from tests.unit.engine.test_loop import stage
+
+
+@pytest.mark.parametrize(("device", "most"), [("fake", 400), ("cpu", 130)])
+def test_a_long_prompt_alone_is_cut_only_where_a_whole_step_takes_long(device: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBackend, "device", device)
+    made = stage("a", max_model_len=1000, config={"max_batch_tokens": 512, "max_rows": 16}, kv=KvGeometry(16, 8, 8, 1, 64, 64))
+    made.backend.max_batch_tokens = 512
+    made.backend.token_us = 4000.0                           # half a second is 125 tokens
+    for _ in range(20):
+        made.add("a", [10], 3)
+        made.until_quiet()
+    made.backend.largest_step = 0
+    made.add("a", list(range(20, 40)) * 20, 3)
+    made.until_quiet()
+    assert most - 10 <= made.backend.largest_step <= most
+    made.check_all()
+    made.close()
+
+
+def test_a_loaded_model_is_in_its_tier_before_its_load_is_answered() -> None:
+    made = stage("a")
+    first = next(event for event in made.events if isinstance(event, EngineStats | Loaded) and (isinstance(event, Loaded) or event.models))
+    assert isinstance(first, EngineStats)
+    assert first.models[0].tier is Tier.DEVICE
+    made.close()
