@@ -12,8 +12,8 @@ from collections.abc import Sequence
 _PR_SET_PDEATHSIG = 1
 _STEADY_S = 30.0  # a child that lived this long is well: its next pause is the first again
 _PAUSES_S = (0.2, 1.0, 3.0, 10.0)
-_LOOK_S = 10.0
-_LOOKS = 6
+_LOOK_S = 10.0  # between questions, and the longest wait for an answer
+_LOOKS = 3  # a minute in all
 
 
 class Child:
