@@ -258,7 +258,7 @@ def _unload_all(edge: Edge) -> None:
     for model in edge.ask("GET", "/admin/v1/models").json()["models"]:
         assert edge.ask("POST", "/models/unload", {"model": model["name"]}).status == 200
     _until(
-        lambda: not any(pod["used_bytes"] or pod["num_models"] for pod in edge.ask("GET", "/admin/v1/pods").json()["pods"]), "models stay"
+        lambda: not any(pod["used_bytes"] or pod["num_models"] or pod["device_used_bytes"] for pod in edge.ask("GET", "/admin/v1/pods").json()["pods"]), "models stay"
     )
 
 

@@ -26,7 +26,7 @@ class FakeLoader:
 
     async def ensure_loaded(self, model_id: str, *, last_used_ms: int = 0, wait: bool = False) -> StatusInfo:
         self.asked.append((model_id, last_used_ms, wait))
-        if model_id not in self._registry.models.table:
+        if await self._registry.models.find(model_id) is None:  # another pod may just have written it
             raise NotFound("model not found")
         if self.status(model_id).status is not ModelStatus.LOADED and model_id not in self._loads:
             # ModelMesh announces a load before it begins
