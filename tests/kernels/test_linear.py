@@ -59,11 +59,11 @@ def test_4bit_kernel_equals_twin(
     x = torch.randn(num_rows, in_features, device=device).to(dtype)
     bias = torch.randn(num_outputs, device=device).to(dtype) if num_rows % 2 else None
     ours = x.new_full((num_rows, num_outputs), torch.nan)
-    gpu4.linear_4bit(x, weight, absmax, kind, bias, ours, None)
+    gpu4.linear_4bit(x, weight, absmax, kind, bias, None, ours, None)
     exact = functional.linear(x.double(), wide.double(), None if bias is None else bias.double())
     twin = linear4.linear_4bit_torch
     rounded = torch.empty_like(ours)
-    twin(x, weight, absmax, kind, bias, rounded)
+    twin(x, weight, absmax, kind, bias, None, rounded)
     # the interpreter cuts bf16 off where hardware rounds it
     allowed = 2.5 if device.type == "cpu" else 1.5
     assert _relative_error(ours, exact) <= max(allowed * _relative_error(rounded, exact), {torch.float32: 2e-6}.get(dtype, 5e-4))
@@ -85,7 +85,7 @@ def test_4bit_unpacks_in_pieces(device: torch.device) -> None:
     weight, absmax, wide = _quantized(20, 128, "nf4", device)
     x, bias = torch.randn(257, 128, device=device), torch.randn(20, device=device)
     ours = x.new_full((257, 20), torch.nan)
-    gpu4.linear_4bit(x, weight, absmax, "nf4", bias, ours, Scratch.allocate(device, partial_elements=1, staging_bytes=7 * 128 * 4))
+    gpu4.linear_4bit(x, weight, absmax, "nf4", bias, None, ours, Scratch.allocate(device, partial_elements=1, staging_bytes=7 * 128 * 4))
     assert _relative_error(ours, functional.linear(x.double(), wide.double(), bias.double())) < 2e-6
 
 

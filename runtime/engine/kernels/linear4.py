@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.layout import BLOCK, codes_4bit
 from runtime.engine.kernels.scratch import Scratch
 
@@ -35,22 +36,23 @@ def codebook_values(codebook: Codebook) -> tuple[float, ...]:
 
 
 def linear_4bit(
-    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None = None, out: Tensor | None = None,
-    scratch: Scratch | None = None,
+    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None = None, gate: Activation | None = None,
+    out: Tensor | None = None, scratch: Scratch | None = None,
 ) -> Tensor:
-    """`x` [..., K] times the transpose of a 4-bit weight: [..., N] in x's type.
+    """`x` [..., K] times the transpose of a 4-bit weight: [..., N] in x's type. With `gate`, the weight holds gate, then up, and the result is
+    act(gate) × up: [..., N/2].
 
     `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] as `kernel_layout_4bit` gives them; 1-D for a K that is no multiple of 64, which then
     is dequantised at every call. `bias` [N]. With `out` and `scratch` given, nothing is allocated for M <= 128 (more, if `staging` is as large as the weight in x's type or a share of it).
     """
     if out is None:
-        out = x.new_empty((*x.shape[:-1], num_rows_4bit(weight, x.shape[-1])))
+        out = x.new_empty((*x.shape[:-1], num_rows_4bit(weight, x.shape[-1]) // (1 if gate is None else 2)))
     if x.is_cuda and weight.dim() == 2:
         from runtime.engine.kernels.gpu import linear4
 
-        linear4.linear_4bit(x, weight, absmax, codebook, bias, out, scratch)
+        linear4.linear_4bit(x, weight, absmax, codebook, bias, gate, out, scratch)
     else:
-        linear_4bit_torch(x, weight, absmax, codebook, bias, out)
+        linear_4bit_torch(x, weight, absmax, codebook, bias, gate, out)
     return out
 
 
@@ -67,9 +69,15 @@ def num_rows_4bit(weight: Tensor, in_features: int) -> int:
     return weight.shape[0] if weight.dim() == 2 else weight.numel() * 2 // in_features
 
 
-def linear_4bit_torch(x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor) -> None:
-    """Torch twin of the Triton launch: dequantise, then multiply."""
-    out.copy_(functional.linear(x, dequantize_4bit_torch(weight, absmax, codebook, x.shape[-1], x.dtype), bias))
+def linear_4bit_torch(
+    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, gate: Activation | None, out: Tensor
+) -> None:
+    """Torch twin of the GPU's kernels: dequantise, then multiply."""
+    y = functional.linear(x, dequantize_4bit_torch(weight, absmax, codebook, x.shape[-1], x.dtype), bias)
+    if gate is None:
+        out.copy_(y)
+    else:
+        act_mul(y, gate, out)
 
 
 def dequantize_4bit_torch(weight: Tensor, absmax: Tensor, codebook: Codebook, in_features: int, dtype: torch.dtype) -> Tensor:

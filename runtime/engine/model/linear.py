@@ -64,6 +64,8 @@ def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | 
     """act(gate) × up of a layer that gives gate, then up: in one launch where its kernel can."""
     if isinstance(linear, PlainLinear) and serves(x, linear.weight):
         return linear_16bit(x, linear.weight, linear.bias, activation, scratch=scratch)
+    if isinstance(linear, Linear4):
+        return linear_4bit(x, linear.weight, linear.absmax, linear.codebook, linear.bias, activation, scratch=scratch)
     return act_mul(linear(x, scratch), activation)
 
 

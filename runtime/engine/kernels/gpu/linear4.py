@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.gpu import chain, linear4_cuda, linear4_wide
 from runtime.engine.kernels.gpu.products import dot, dot_add, precision
 from runtime.engine.kernels.layout import BLOCK, GROUP
@@ -222,7 +223,7 @@ def _codes_tensor(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 def linear_4bit(
-    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor, scratch: Scratch | None
+    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, gate: Activation | None, out: Tensor, scratch: Scratch | None
 ) -> None:
     """See runtime.engine.kernels.linear4.linear_4bit."""
     in_features = x.shape[-1]
@@ -230,16 +231,27 @@ def linear_4bit(
     num_rows, num_outputs = rows.shape[0], weight.shape[0]
     if num_rows == 0:
         return
+    if (cut := linear4_wide.choose(num_rows, num_outputs, _processors(x.device))) is not None and linear4_wide.linear_4bit(
+        rows, weight, absmax, codebook, bias, out.view(num_rows, -1), scratch, cut, gate
+    ):
+        return
+    if gate is not None:
+        both = x.new_empty((*x.shape[:-1], num_outputs))
+        linear_4bit(x, weight, absmax, codebook, bias, None, both, scratch)
+        act_mul(both, gate, out)
+        return
     result = out.view(num_rows, num_outputs)
-    if num_rows <= linear4_cuda.MAX_ROWS:
-        if linear4_cuda.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch):
-            return
-    elif linear4_wide.serves(num_rows, num_outputs, in_features) and linear4_wide.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch):
+    if num_rows <= linear4_cuda.MAX_ROWS and linear4_cuda.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch):
         return
     if num_rows > max_fused_rows(weight.shape[0], in_features):
         _linear_unpacked(rows, weight, absmax, codebook, bias, result, scratch)
         return
     launch_fused(rows, weight, absmax, codebook, bias, out, scratch, *tiling(num_rows, num_outputs, in_features))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else _PROCESSORS
 
 
 def warm(device: torch.device) -> None:

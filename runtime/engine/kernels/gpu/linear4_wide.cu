@@ -1,298 +1,358 @@
-// W · xᵀ with W in 4 bits, for some dozens to some hundreds of rows of x, on Hopper's matrix unit. linear4_wide.py launches it.
+// W · xᵀ with W in 4 bits on Hopper's matrix unit. linear4_wide.py says where it serves and how its work is cut, and launches it.
 //
-// Weights are unpacked into registers as in linear4.cu, scaled there, and are the first operand of wgmma; x is the second, from shared memory.
-// wgmma fixes which elements of K meet, so `linear4_image` first writes x in the order of the codes, in tiles that lie as shared memory wants them.
+// A block is one warp that fetches and some warpgroups that compute, 64 rows of W each. Weights, their scales and x come to shared memory by tensor copies
+// through two rings. Words of codes are looked up pair by pair in a table of 256 pairs, one copy for each bank, and scaled, in registers, which are the first
+// operand of wgmma; x is the second. While the matrix unit works on 64 elements of K, the next 64 are unpacked.
+//
+// Work is a line of units, 256 elements of K of one tile of the result, and each block takes an even stretch of it. Where a stretch ends inside a tile, sums meet
+// through global memory: of two blocks the second to come adds the first's, of more each adds up its share. A block waits for others only when it has nothing
+// left to give them, and not for long: whoever has waited PATIENCE turns leaves, and the last to come does its share. So nothing depends on who runs when.
 
-constexpr int TABLE_BYTES = 256 * 32 * 4, THREADS = 256, TILE_N = 256, STAGES = 8, LAG = 4;
+#include "linear4_instructions.cuh"
 
-struct ImageArguments {
-    const unsigned short* x;
-    unsigned char* image;
-    int num_rows, in_features, x_stride, tile_rows;
-};
+constexpr int PATIENCE = 1 << 13, STAGE_COLUMNS = 32, STAGE_STRIDE = 64 + 8;
 
 struct Arguments {
-    const unsigned char* words;
+    TensorMap words, x;
     const float* absmax;
-    const unsigned char* image;
     const unsigned short* bias;  // or null
     unsigned short* out;
     float4* partials;
-    int* counters;
-    int num_rows, num_outputs, num_groups, groups_each;
+    unsigned* counters;
+    int num_rows, num_outputs;  // of the result
+    int num_groups;             // of 128 elements of K
+    int gate;                   // 0, or W holds gate, then up, and the result is act(gate) · up: 1 SiLU, 2 GELU by tanh, 3 GELU
+    int num_units;   // of all tiles
+    int tile_units;  // of one
+    int tiles_m;
+    int x_stages, w_stages;
     unsigned short codes[16];
 };
 
-// x[m][k] to image[tile of rows][64 of K][row][16-byte cells, exclusive-or by row]: cell 2s + b holds elements 16(2b + e) + 4t + s at 2t + e.
-extern "C" __global__ void __launch_bounds__(256) linear4_image(const __grid_constant__ ImageArguments a) {
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int k0 = blockIdx.x * 64;
-    uint4* tile = reinterpret_cast<uint4*>(a.image) + (static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x) * a.tile_rows * 8;
-    const int row = blockIdx.z * 32 + (threadIdx.x >> 3), cell = threadIdx.x & 7, m = blockIdx.y * a.tile_rows + row;
-    unsigned words[4] = {0, 0, 0, 0};
-    if (m < a.num_rows && k0 < a.in_features) {
-        const unsigned short* from = a.x + static_cast<long long>(m) * a.x_stride + k0 + (cell & 1) * 32 + (cell >> 1);
-#pragma unroll
-        for (int t = 0; t < 4; ++t) words[t] = from[4 * t] | static_cast<unsigned>(from[16 + 4 * t]) << 16;
-    }
-    tile[row * 8 + (cell ^ (row & 7))] = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-template <bool HALF>
-__device__ __forceinline__ void multiply_add(float (&d)[32], const unsigned (&a)[4], unsigned long long b) {
-    if constexpr (HALF)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    else
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <bool HALF>
-__device__ __forceinline__ void multiply_add(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
-    if constexpr (HALF)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    else
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ uint4 load_words(const unsigned char* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
-__device__ __forceinline__ float2 load_scales(const float* p) {
-    float2 v;
-    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
-    return v;
-}
-
-template <bool HALF>
-__device__ __forceinline__ unsigned twice(float v) {
-    unsigned pair;
-    if constexpr (HALF)
-        asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(v));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(v));
-    return pair;
-}
-
-template <bool HALF>
-__device__ __forceinline__ unsigned scaled(unsigned pair, unsigned by) {
-    unsigned product;
-    if constexpr (HALF)
-        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(by));
-    else
-        asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(by));
-    return product;
-}
-
-template <bool HALF>
-__device__ __forceinline__ unsigned short narrow(float v) {
-    unsigned short result;
-    if constexpr (HALF)
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    else
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    return result;
-}
-
-template <bool HALF>
-__device__ __forceinline__ float widen(unsigned short v) {
-    float wide;
-    if constexpr (HALF)
-        asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v));
-    else
-        wide = __uint_as_float(static_cast<unsigned>(v) << 16);
-    return wide;
-}
-
-__device__ __forceinline__ void wait_for(unsigned barrier, int phase) {
-    asm volatile(
-        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(barrier), "r"(phase) : "memory");
-}
-
-template <bool HALF, int COLUMNS>
+// COLUMNS: rows of x in a tile. GROUPS: warpgroups, 64 rows of W each.
+template <bool HALF, int COLUMNS, int GROUPS>
 __device__ __forceinline__ void run(const Arguments& a) {
     extern __shared__ __align__(1024) char memory[];
-    constexpr int STAGE_BYTES = COLUMNS * 128, SUMS = COLUMNS / 2;
+    constexpr int TILE_N = GROUPS * 64, WARPS = GROUPS * 4, THREADS = WARPS * 32, SUMS = COLUMNS / 2;
+    constexpr int X_TURNS = COLUMNS <= 32 ? 4 : COLUMNS == 64 ? 2 : 1, X_TILE = COLUMNS * 128, X_BYTES = X_TILE * X_TURNS, W_BYTES = TILE_N * 128;
+    constexpr int ENTRY = COLUMNS <= 32 ? 256 : 128;  // bytes from entry to entry of the table: at 256 one permute makes an address, where there is room
+    constexpr int PIECE = COLUMNS < STAGE_COLUMNS ? COLUMNS : STAGE_COLUMNS;
     const unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(memory));
-    const unsigned ring = (base + TABLE_BYTES + 1023) & ~1023u, full = ring + STAGES * STAGE_BYTES, empty = full + STAGES * 8;
-    char* ring_memory = memory + (ring - base);
-    unsigned* table = reinterpret_cast<unsigned*>(memory);
+    const unsigned x_ring = (base + 256 * ENTRY + 1023) & ~1023u, w_ring = x_ring + a.x_stages * X_BYTES;
+    const unsigned pieces = w_ring + a.w_stages * W_BYTES, x_full = pieces + GROUPS * PIECE * STAGE_STRIDE * 2, x_empty = x_full + 16 * 8;
+    const unsigned w_full = x_empty + 16 * 8, w_empty = w_full + 8 * 8;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int unit0 = static_cast<int>(static_cast<long long>(a.num_units) * blockIdx.x / gridDim.x);
+    const int unit1 = static_cast<int>(static_cast<long long>(a.num_units) * (blockIdx.x + 1) / gridDim.x);
     asm volatile("griddepcontrol.launch_dependents;");
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int group0 = blockIdx.z * a.groups_each, num_groups = min(a.groups_each, a.num_groups - group0), turns = 2 * num_groups;
-    const int row0 = blockIdx.x * TILE_N + (warp >> 2) * 128 + (warp & 3) * 16 + g;
 
-    uint4 low[2], high[2];
-    float2 low_scale[2], high_scale[2];
-    auto load = [&](int group) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const unsigned at_low = min(row0 + i * 64, a.num_outputs - 1) * a.num_groups + group0 + group;
-            const unsigned at_high = min(row0 + i * 64 + 8, a.num_outputs - 1) * a.num_groups + group0 + group;
-            low[i] = load_words(a.words + t * 16 + at_low * 64ull);
-            high[i] = load_words(a.words + t * 16 + at_high * 64ull);
-            low_scale[i] = load_scales(a.absmax + at_low * 2ull);
-            high_scale[i] = load_scales(a.absmax + at_high * 2ull);
-        }
+    // Who walks along the units keeps count step by step: divisions would be what everybody waits for.
+    const int tile0 = unit0 / a.tile_units, k0 = unit0 - tile0 * a.tile_units, m0 = tile0 % a.tiles_m, tile_rows = a.gate ? TILE_N / 2 : TILE_N;
+    int w_k = k0, w_m = m0, w_row = tile0 / a.tiles_m * tile_rows;
+    auto step = [&]() {
+        if (++w_k < a.tile_units) return;
+        w_k = 0;
+        if (++w_m == a.tiles_m) w_m = 0, w_row += tile_rows;
     };
-    load(0);
-#pragma unroll 4
-    for (int i = 0; i < 32; ++i) {
-        const int entry = warp * 32 + i;
-        table[entry * 32 + lane] = static_cast<unsigned>(a.codes[entry >> 4]) << 16 | a.codes[entry & 15];
-    }
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; ++s) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + s * 8));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 8;" ::"r"(empty + s * 8));
+    auto bring_weights = [&](int stage) {
+        const unsigned barrier = w_full + stage * 8, to = w_ring + stage * W_BYTES;
+        expect(barrier, W_BYTES);
+        copy_tile(to, a.words, w_k * 128, w_row, barrier);
+        if (a.gate) copy_tile(to + W_BYTES / 2, a.words, w_k * 128, w_row + a.num_outputs, barrier);  // half a tile each
+        step();
+    };
+    if (warp == WARPS + 1) {
+        if (lane == 0) {
+            for (int i = 0; i < a.x_stages; ++i) {
+                initialize(x_full + i * 8, 1);
+                initialize(x_empty + i * 8, WARPS);
+            }
+            for (int i = 0; i < a.w_stages; ++i) {
+                initialize(w_full + i * 8, 1);
+                initialize(w_empty + i * 8, WARPS);
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            prefetch(a.words), prefetch(a.x);
+            for (int i = 0; i < min(a.w_stages, unit1 - unit0); ++i) bring_weights(i);  // nobody's output: no need to wait
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    } else if (warp < WARPS) {
+#pragma unroll 4
+        for (int entry = warp; entry < 256; entry += WARPS)
+            *reinterpret_cast<unsigned*>(memory + entry * ENTRY + lane * 4) = static_cast<unsigned>(a.codes[entry >> 4]) << 16 | a.codes[entry & 15];
     }
+    const int t = lane & 3, group = warp >> 2;
+    const int place = (lane >> 2 & 3) << 1 | lane >> 4;  // of eight rows, in an order in which 16 lanes' words never meet in a bank
+    const int row = warp * 16 + place;
+    const int scale_row = row + (a.gate && row >= TILE_N / 2 ? a.num_outputs - TILE_N / 2 : 0), last_row = (a.gate ? 2 * a.num_outputs : a.num_outputs) - 1;
+    float2 scales_ahead[2][2];  // of a unit: row, group
+    auto bring_scales = [&]() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float* from = a.absmax + static_cast<long long>(min(w_row + scale_row + r * 8, last_row)) * (2 * a.num_groups) + w_k * 4;
+            scales_ahead[r][0] = load_scales(from);
+            scales_ahead[r][1] = 2 * w_k + 1 < a.num_groups ? load_scales(from + 2) : make_float2(0.f, 0.f);
+        }
+        step();
+    };
+    if (warp < WARPS && unit0 < unit1) bring_scales();
     asm volatile("griddepcontrol.wait;" ::: "memory");
     __syncthreads();
-    const unsigned char* image = a.image + (static_cast<long long>(blockIdx.y) * a.num_groups * 2 + group0 * 2) * STAGE_BYTES;
-    auto copy = [&](int turn) {
-        const int s = turn % STAGES;
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + s * 8), "r"(STAGE_BYTES) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(ring + s * STAGE_BYTES),
-                     "l"(image + static_cast<long long>(turn) * STAGE_BYTES), "r"(STAGE_BYTES), "r"(full + s * 8)
-                     : "memory");
-    };
-    if (threadIdx.x == 0)
-        for (int turn = 0; turn < min(STAGES, turns); ++turn) copy(turn);
+    if (warp >= WARPS) {
+        fewer_registers<COLUMNS, GROUPS>();
+        if (lane != 0) return;
+        if (warp == WARPS + 1) {
+            int stage = 0, phase = 0;
+            for (int unit = unit0 + a.w_stages; unit < unit1; ++unit) {
+                wait_for(w_empty + stage * 8, phase);
+                bring_weights(stage);
+                if (++stage == a.w_stages) stage = 0, phase ^= 1;
+            }
+        } else if (warp == WARPS) {
+            int stage = 0, phase = 1, fresh = a.x_stages, k = k0, m = m0;
+            for (int unit = unit0; unit < unit1; ++unit) {
+                for (int turn = 0; turn < 4; turn += X_TURNS) {
+                    if (fresh)
+                        --fresh;
+                    else
+                        wait_for(x_empty + stage * 8, phase);
+                    expect(x_full + stage * 8, X_BYTES);
+                    copy_tile(x_ring + stage * X_BYTES, a.x, 0, m * COLUMNS, k * 4 + turn, x_full + stage * 8);
+                    if (++stage == a.x_stages) stage = 0, phase ^= 1;
+                }
+                if (++k == a.tile_units) {
+                    k = 0;
+                    if (++m == a.tiles_m) m = 0;
+                }
+            }
+        }
+        return;
+    }
+    more_registers<COLUMNS, GROUPS>();
 
     const char* own = memory + lane * 4;
-    auto values = [&](unsigned word, int byte) { return *reinterpret_cast<const unsigned*>(own + (__byte_perm(word, 0, 0x4440 | byte) << 7)); };
-    float sums[2][SUMS];
+    auto values = [&](unsigned word, int byte) {
+        if constexpr (ENTRY == 256) return *reinterpret_cast<const unsigned*>(memory + __byte_perm(word, lane * 4, 0x5504 | byte << 4));
+        return *reinterpret_cast<const unsigned*>(own + (__byte_perm(word, 0, 0x4440 | byte) << 7));
+    };
+    const char* words_at = memory + (w_ring - base) + row * 128;
+    const int word_at = (t >> 1 ^ place) << 4 | (t & 1) << 3;
+    int x_stage = 0, x_phase = 0, x_done = 0, w_at = 0, w_phase = 0;
+    float sums[SUMS];
+    int deferred = -1;  // a tile of which others have parts, left for when there is nothing else to do
+    unsigned deferred_last = 0;
+    unsigned* note = reinterpret_cast<unsigned*>(memory + (w_empty - base) + 8 * 8);
+    for (int unit = unit0; unit < unit1 || deferred >= 0;) {
+        int tile = deferred, stop = unit;
+        bool own_sums = false;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < SUMS; ++j) sums[j] = 0.f;
+        if (unit < unit1) {
+            tile = unit / a.tile_units, stop = min(unit1, (tile + 1) * a.tile_units), own_sums = true;
+            unsigned w[2][4][4];
+            for (int u = unit; u < stop; ++u) {
+                float2 scales[2][2];
 #pragma unroll
-        for (int j = 0; j < SUMS; ++j) sums[i][j] = 0.f;
-    unsigned w[2][4][4];
-    for (int group = 0; group < num_groups; ++group) {
+                for (int i = 0; i < 4; ++i) scales[i >> 1][i & 1] = scales_ahead[i >> 1][i & 1];
+                if (u + 1 < unit1) bring_scales();
+                wait_for(w_full + w_at * 8, w_phase);
+                const char* words = words_at + w_at * W_BYTES;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int turn = 2 * group + h;
-            // The other four warps keep the matrix unit busy meanwhile; registers of products under way must not be written to.
+                for (int q = 0; q < 2; ++q) {
+                    unsigned codes[2][2][2];  // row, half of 16 elements, code even or odd: each byte is two neighbours
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+                        for (int p = 0; p < 2; ++p) {
+                            const uint2 pair = *reinterpret_cast<const uint2*>(words + r * 1024 + (word_at ^ (4 * q + 2 * p) << 4));
+                            codes[r][p][0] = pair.x & 0x0f0f0f0f | pair.y << 4 & 0xf0f0f0f0;
+                            codes[r][p][1] = pair.x >> 4 & 0x0f0f0f0f | pair.y & 0xf0f0f0f0;
+                        }
+                    }
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const unsigned upper = twice<HALF>(h ? scales[0][q].y : scales[0][q].x), lower = twice<HALF>(h ? scales[1][q].y : scales[1][q].x);
+#pragma unroll
+                        for (int s = 0; s < 4; ++s) {
+                            const int byte = 2 * h + (s >> 1);
+                            w[h][s][0] = scaled<HALF>(values(codes[0][0][s & 1], byte), upper);
+                            w[h][s][1] = scaled<HALF>(values(codes[1][0][s & 1], byte), lower);
+                            w[h][s][2] = scaled<HALF>(values(codes[0][1][s & 1], byte), upper);
+                            w[h][s][3] = scaled<HALF>(values(codes[1][1][s & 1], byte), lower);
+                        }
+                        const int turn = (2 * q + h) % X_TURNS;  // of those that are fetched together
+                        wait_for(x_full + x_stage * 8, x_phase);
+                        // 128-byte rows, eight of them 1024 bytes apart, swizzled over 128 bytes
+                        const unsigned long long at = 1ull << 62 | 64ull << 32 | 1ull << 16 | ((x_ring + x_stage * X_BYTES + turn * X_TILE) >> 4 & 0x3FFF);
+#pragma unroll
+                        for (int s = 0; s < 4; ++s)  // the compiler must not put the unpacking off until the products are under way
+                            asm volatile("" : "+r"(w[h][s][0]), "+r"(w[h][s][1]), "+r"(w[h][s][2]), "+r"(w[h][s][3])::"memory");
+                        if (q == 1 && h == 0) {  // all words have been read, and not only asked for
+                            __syncwarp();
+                            if (lane == 0) arrive(w_empty + w_at * 8);
+                        }
+                        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                        for (int s = 0; s < 4; ++s) multiply_add<HALF>(sums, w[h][s], at + 2 * s);
+                        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the turn before is over: its registers and its part of x are free
+                        if (turn == 0 && (h == 1 || q == 1 || u > unit)) {
+                            if (lane == 0) arrive(x_empty + x_done * 8);
+                            if (++x_done == a.x_stages) x_done = 0;
+                        }
+                        if (turn == X_TURNS - 1 && ++x_stage == a.x_stages) x_stage = 0, x_phase ^= 1;
+                    }
+                }
+                if (++w_at == a.w_stages) w_at = 0, w_phase ^= 1;
+            }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (turn >= 1 && lane == 0)
-                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + (turn - 1) % STAGES * 8) : "memory");
-            if (threadIdx.x == 0 && turn >= LAG && turn - LAG + STAGES < turns) {
-                wait_for(empty + (turn - LAG) % STAGES * 8, (turn - LAG) / STAGES & 1);
-                copy(turn - LAG + STAGES);
-            }
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const unsigned top[4] = {low[i].x, low[i].y, low[i].z, low[i].w}, bottom[4] = {high[i].x, high[i].y, high[i].z, high[i].w};
-                const unsigned upper = twice<HALF>(h ? low_scale[i].y : low_scale[i].x), lower = twice<HALF>(h ? high_scale[i].y : high_scale[i].x);
-#pragma unroll
-                for (int s = 0; s < 4; ++s) {
-                    w[i][s][0] = scaled<HALF>(values(top[s], 2 * h), upper);
-                    w[i][s][1] = scaled<HALF>(values(bottom[s], 2 * h), lower);
-                    w[i][s][2] = scaled<HALF>(values(top[s], 2 * h + 1), upper);
-                    w[i][s][3] = scaled<HALF>(values(bottom[s], 2 * h + 1), lower);
-                }
-            }
-            if (h == 1 && group + 1 < num_groups) load(group + 1);
-            wait_for(full + turn % STAGES * 8, turn / STAGES & 1);
-            // 128-byte rows, eight of them 1024 bytes apart, swizzled over 128 bytes
-            const unsigned long long tile = 1ull << 62 | 64ull << 32 | 1ull << 16 | ((ring + turn % STAGES * STAGE_BYTES) >> 4 & 0x3FFF);
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int s = 0; s < 4; ++s)  // the compiler must not put the unpacking off until the products are under way
-                    asm volatile("" : "+r"(w[i][s][0]), "+r"(w[i][s][1]), "+r"(w[i][s][2]), "+r"(w[i][s][3])::"memory");
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-            for (int s = 0; s < 4; ++s)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) multiply_add<HALF>(sums[i], w[i][s], tile + 2 * s);
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            for (int j = 0; j < SUMS; ++j) asm volatile("" : "+f"(sums[j])::"memory");
+            if (lane == 0) arrive(x_empty + x_done * 8);
+            if (++x_done == a.x_stages) x_done = 0;
         }
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < SUMS; ++j) asm volatile("" : "+f"(sums[i][j])::"memory");
-    __syncthreads();
 
-    if (gridDim.z > 1) {  // the last of the parts to arrive adds them up, in their order
-        const int place = blockIdx.y * gridDim.x + blockIdx.x;
-        float4* parts = a.partials + static_cast<long long>(place) * gridDim.z * (SUMS / 2) * THREADS + threadIdx.x;
-        float4* mine = parts + static_cast<long long>(blockIdx.z) * (SUMS / 2) * THREADS;
+        // Whose is the tile? Block b owns unit u if b is the last with num_units · b / blocks <= u.
+        auto owner = [&](int u) { return static_cast<int>((static_cast<long long>(u + 1) * gridDim.x - 1) / a.num_units); };
+        const int head = owner(tile * a.tile_units), parts = owner(tile * a.tile_units + a.tile_units - 1) - head + 1, part = blockIdx.x - head;
+        auto slot = [&](int b) {  // a block's first stretch has the first of its two places
+            const bool first = static_cast<long long>(a.num_units) * b / gridDim.x >= tile * a.tile_units;
+            return a.partials + static_cast<long long>(2 * b + (first ? 0 : 1)) * (SUMS / 4) * THREADS + threadIdx.x;
+        };
+        unsigned mask = ~0u;  // of 8 columns each, what this block stores
+        if (parts > 1) {
+            unsigned* counter = a.counters + tile;
+            auto agreed = [&](unsigned v) {  // thread 0's value, everybody's
+                if (threadIdx.x == 0) *note = v;
+                meet(8, THREADS);
+                v = *note;
+                meet(8, THREADS);
+                return v;
+            };
+            auto publish = [&]() {
+                float4* mine = slot(blockIdx.x);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int j = 0; j < SUMS / 4; ++j)
-                __stcg(mine + (i * (SUMS / 4) + j) * THREADS, make_float4(sums[i][4 * j], sums[i][4 * j + 1], sums[i][4 * j + 2], sums[i][4 * j + 3]));
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) *reinterpret_cast<volatile int*>(memory) = atomicAdd(a.counters + place, 1);
-        __syncthreads();
-        if (*reinterpret_cast<volatile int*>(memory) != static_cast<int>(gridDim.z) - 1) return;
-        __threadfence();
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int j = 0; j < SUMS; ++j) sums[i][j] = 0.f;
-        for (int z = 0; z < gridDim.z; ++z, parts += (SUMS / 2) * THREADS)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int j = 0; j < SUMS / 4; ++j) {
-                    const float4 v = __ldcg(parts + (i * (SUMS / 4) + j) * THREADS);
-                    sums[i][4 * j] += v.x, sums[i][4 * j + 1] += v.y, sums[i][4 * j + 2] += v.z, sums[i][4 * j + 3] += v.w;
+                for (int j = 0; j < SUMS / 4; ++j) __stcg(mine + j * THREADS, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
+                __threadfence();
+                meet(8, THREADS);
+            };
+            unsigned parts_to_add;
+            if (parts == 2) {  // the second to come adds the first's sums to its own
+                if (!agreed(threadIdx.x == 0 ? acquired(counter) : 0)) {
+                    publish();
+                    if (!agreed(threadIdx.x == 0 ? atomicAdd(counter, 1u) : 0)) mask = 0;
                 }
-        if (threadIdx.x == 0) a.counters[place] = 0;
-    }
-    // Through shared memory, so that rows of the result are written whole.
-    constexpr int STRIDE = TILE_N + 8;
-    unsigned short* tile = reinterpret_cast<unsigned short*>(ring_memory);
+                if (threadIdx.x == 0 && mask) *counter = 0;
+                parts_to_add = mask ? 1u << (1 - part) : 0;
+            } else {
+                // Each adds up its share when all parts are there. A counter holds parts, from bit 8 on who left before, from bit 24 on who saw all.
+                unsigned state = 0;
+                if (own_sums) {
+                    publish();
+                    state = agreed(threadIdx.x == 0 ? atomicAdd(counter, 1u) + 1 : 0);
+                }
+                if (own_sums && stop < unit1) {
+                    mask = 0, deferred = tile, deferred_last = (state & 0xFF) == parts ? state : 0;
+                } else {
+                    unsigned last = own_sums ? ((state & 0xFF) == parts ? state : 0) : deferred_last;  // the last to come does what those do not who left
+                    bool left = false;
+                    if (threadIdx.x == 0 && !last) {
+                        int polls = 0;
+                        for (unsigned seen = acquired(counter); (seen & 0xFF) < parts;) {
+                            if (++polls < PATIENCE) {
+                                seen = acquired(counter);
+                            } else {
+                                const unsigned now = atomicCAS(counter, seen, seen | 0x100u << part);
+                                if (now == seen) {
+                                    left = true;
+                                    break;
+                                }
+                                seen = now;
+                            }
+                        }
+                    }
+                    left = agreed(left);
+                    mask = 0;
+                    if (!left) {
+                        for (int p = 0; p < parts; ++p)
+                            if (p == part || last >> (8 + p) & 1)
+                                for (int j = p; j < SUMS / 4; j += parts) mask |= 1u << j;
+                        if (threadIdx.x == 0) {
+                            const unsigned seen = atomicAdd(counter, 1u << 24);
+                            if ((seen >> 24) + 1 + __popc(seen & 0xFFFF00) == parts) *counter = 0;
+                        }
+                    }
+                    if (!own_sums) deferred = -1;
+                }
+                parts_to_add = mask ? (1u << parts) - 1 & ~(own_sums ? 1u << part : 0) : 0;
+            }
+            for (int p = 0; p < parts; ++p) {
+                if (!(parts_to_add >> p & 1)) continue;
+                const float4* from = slot(head + p);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; c += 2) {
-            const int n = (warp >> 2) * 128 + i * 64 + (warp & 3) * 16 + g + c * 4, at = blockIdx.x * TILE_N + n;
-            const float bias = a.bias && at < a.num_outputs ? widen<HALF>(a.bias[at]) : 0.f;
-#pragma unroll
-            for (int j = 0; j < SUMS / 4; ++j) {
-                tile[(8 * j + 2 * t) * STRIDE + n] = narrow<HALF>(sums[i][4 * j + c] + bias);
-                tile[(8 * j + 2 * t + 1) * STRIDE + n] = narrow<HALF>(sums[i][4 * j + c + 1] + bias);
+                for (int j = 0; j < SUMS / 4; ++j)
+                    if (mask >> j & 1) {
+                        const float4 v = __ldcg(from + j * THREADS);
+                        sums[4 * j] += v.x, sums[4 * j + 1] += v.y, sums[4 * j + 2] += v.z, sums[4 * j + 3] += v.w;
+                    }
             }
         }
-    __syncthreads();
-    const int rows = min(COLUMNS, a.num_rows - static_cast<int>(blockIdx.y) * COLUMNS), n0 = blockIdx.x * TILE_N;
-    unsigned short* out = a.out + static_cast<long long>(blockIdx.y) * COLUMNS * a.num_outputs + n0;
-    if (a.num_outputs % 8 == 0) {
-        for (int i = threadIdx.x; i < rows * (TILE_N / 8); i += THREADS) {
-            const int m = i / (TILE_N / 8), n = i % (TILE_N / 8) * 8;
-            if (n0 + n < a.num_outputs)
-                *reinterpret_cast<uint4*>(out + static_cast<long long>(m) * a.num_outputs + n) = *reinterpret_cast<const uint4*>(tile + m * STRIDE + n);
-        }
-    } else {
-        for (int i = threadIdx.x; i < rows * TILE_N; i += THREADS) {
-            const int m = i / TILE_N, n = i % TILE_N;
-            if (n0 + n < a.num_outputs) out[static_cast<long long>(m) * a.num_outputs + n] = tile[m * STRIDE + n];
+        unit = stop;
+        if (!mask) continue;
+
+        // Through shared memory, so that rows of the result are written in stretches; gate and up meet there.
+        constexpr int HALF_GROUPS = GROUPS / 2;
+        const int pair = a.gate ? group % HALF_GROUPS : group, team = a.gate ? 256 : 128, member = a.gate ? threadIdx.x & 127 | group / HALF_GROUPS << 7 : threadIdx.x & 127;
+        unsigned short* pieces_of = reinterpret_cast<unsigned short*>(memory + (pieces - base));
+        unsigned short* piece = pieces_of + group * PIECE * STAGE_STRIDE;
+        const unsigned short* first = pieces_of + pair * PIECE * STAGE_STRIDE;
+        const unsigned short* second = first + HALF_GROUPS * PIECE * STAGE_STRIDE;
+        const int n0 = tile / a.tiles_m * (a.gate ? TILE_N / 2 : TILE_N) + pair * 64, m0 = tile % a.tiles_m * COLUMNS, local = (warp & 3) * 16 + place;
+        const unsigned short* own_bias = a.bias + (group == pair ? 0 : a.num_outputs);
+        const float bias[2] = {a.bias && n0 + local < a.num_outputs ? widen<HALF>(own_bias[n0 + local]) : 0.f,
+                               a.bias && n0 + local + 8 < a.num_outputs ? widen<HALF>(own_bias[n0 + local + 8]) : 0.f};
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c += PIECE) {
+            if (m0 + c >= a.num_rows) break;
+#pragma unroll
+            for (int j = 0; j < PIECE / 8; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    piece[(8 * j + 2 * t + (i & 1)) * STAGE_STRIDE + local + (i >> 1) * 8] = narrow<HALF>(sums[(c / 8 + j) * 4 + i] + bias[i >> 1]);
+            meet(1 + pair, team);
+            for (int i = member; i < PIECE * 8; i += team) {
+                const int column = i >> 3, n = (i & 7) * 8, m = m0 + c + column;
+                if (m >= a.num_rows || !(mask >> (c + column) / 8 & 1) || n0 + n >= a.num_outputs) continue;
+                unsigned short* to = a.out + static_cast<long long>(m) * a.num_outputs + n0 + n;
+                uint4 eight = *reinterpret_cast<const uint4*>(first + column * STAGE_STRIDE + n);
+                if (a.gate) {
+                    const uint4 up = *reinterpret_cast<const uint4*>(second + column * STAGE_STRIDE + n);
+                    eight = make_uint4(gated<HALF>(eight.x, up.x, a.gate), gated<HALF>(eight.y, up.y, a.gate), gated<HALF>(eight.z, up.z, a.gate), gated<HALF>(eight.w, up.w, a.gate));
+                }
+                if (a.num_outputs % 8 == 0) {
+                    *reinterpret_cast<uint4*>(to) = eight;
+                } else {
+                    const unsigned twos[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+                    for (int e = 0; e < 8; ++e)
+                        if (n0 + n + e < a.num_outputs) to[e] = static_cast<unsigned short>(twos[e >> 1] >> (e & 1) * 16);
+                }
+            }
+            meet(1 + pair, team);
         }
     }
 }
 
-#define KERNEL(COLUMNS) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) linear4_wide_bf16_##COLUMNS(const __grid_constant__ Arguments a) { run<false, COLUMNS>(a); } \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) linear4_wide_f16_##COLUMNS(const __grid_constant__ Arguments a) { run<true, COLUMNS>(a); }
+#define KERNEL(COLUMNS, GROUPS)                                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wide_bf16_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {           \
+        run<false, COLUMNS, GROUPS>(a);                                                                                                                        \
+    }                                                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wide_f16_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {            \
+        run<true, COLUMNS, GROUPS>(a);                                                                                                                         \
+    }
 
-KERNEL(64)
-KERNEL(128)
+KERNEL(16, 4)
+KERNEL(32, 4)
+KERNEL(64, 4)
+KERNEL(128, 3)
+KERNEL(256, 2)

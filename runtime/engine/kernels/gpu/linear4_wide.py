@@ -1,41 +1,62 @@
-"""The 4-bit linear of some dozens to some hundreds of rows on Hopper's matrix unit, in CUDA C++ (`linear4_wide.cu`): when it serves, and its two launches.
+"""The 4-bit linear on Hopper's matrix unit, in CUDA C++ (`linear4_wide.cu`): when it serves, how its work is cut, and its launch.
 
-Weights are unpacked once for each 128 rows of x, into registers that the matrix unit reads; Triton's own product first writes them to shared memory.
+Weights are unpacked once for each tile of up to 256 rows of x, into registers that the matrix unit reads; Triton's own product first writes them to shared memory.
 """
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from runtime.engine.kernels.activation import Activation
 from runtime.engine.kernels.gpu import native
 from runtime.engine.kernels.gpu.linear4_cuda import codes_16bit
-from runtime.engine.kernels.layout import BLOCK, GROUP
+from runtime.engine.kernels.gpu.tensormap import TENSOR_MAP_BYTES, tensor_map
+from runtime.engine.kernels.layout import BLOCK
 from runtime.engine.kernels.linear4 import Codebook
 from runtime.engine.kernels.scratch import Scratch
 
+LARGE_OUTPUTS = 16384
 SOURCE = "linear4_wide.cu"
-TILE_OUTPUTS = 256
-_STAGES = 8
-_PROCESSORS = 132  # multiprocessors of the GPU that this was measured on
-_TABLE_BYTES = 256 * 32 * 4
+_BARRIER_BYTES = 48 * 8 + 8
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_NAMES = ("linear4_image", *(f"linear4_wide_{kind}_{columns}" for kind in _TYPES.values() for columns in (64, 128)))
-
-
-class _ImageArguments(ctypes.Structure):
-    _fields_ = (
-        ("x", ctypes.c_void_p), ("image", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int), ("in_features", ctypes.c_int), ("x_stride", ctypes.c_int), ("tile_rows", ctypes.c_int),
-    )
+_GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+SHAPES = ((16, 4), (32, 4), (64, 4), (128, 3), (256, 2))
+_MOST_PARTS = 16  # of a tile: a counter has as many bits for them
+_MAP = ctypes.c_ubyte * TENSOR_MAP_BYTES
+_NAMES = tuple(f"linear4_wide_{kind}_{columns}_{groups}" for kind in _TYPES.values() for columns, groups in SHAPES)
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("words", "absmax", "image", "bias", "out", "partials", "counters")),
-        *((name, ctypes.c_int) for name in ("num_rows", "num_outputs", "num_groups", "groups_each")),
+        *((name, _MAP) for name in ("words", "x")),
+        *((name, ctypes.c_void_p) for name in ("absmax", "bias", "out", "partials", "counters")),
+        *((name, ctypes.c_int) for name in ("num_rows", "num_outputs", "num_groups", "gate", "num_units", "tile_units", "tiles_m", "x_stages", "w_stages")),
         ("codes", ctypes.c_ushort * 16),
+        ("padding", ctypes.c_ubyte * 64),  # the kernel's struct is a multiple of 64 bytes
     )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`columns` rows of x by 64 · `groups` rows of W a tile; `blocks` share the tiles' units of K evenly; stages of x (64 of K) and of W (256 of K)."""
+
+    columns: int
+    groups: int
+    blocks: int
+    x_stages: int
+    w_stages: int
+
+    @property
+    def piece_bytes(self) -> int:
+        return self.groups * min(32, self.columns) * 72 * 2
+
+    @property
+    def shared_bytes(self) -> int:
+        table_bytes = 256 * (256 if self.columns <= 32 else 128)
+        rings_bytes = self.x_stages * self.columns * 128 * _x_turns(self.columns) + self.w_stages * self.groups * 64 * 128
+        return table_bytes + 1024 + rings_bytes + self.piece_bytes + _BARRIER_BYTES
 
 
 def module(device: torch.device) -> native.Module | None:
@@ -43,52 +64,73 @@ def module(device: torch.device) -> native.Module | None:
     return native.module(SOURCE, _NAMES, device) if native.architecture(device) == "sm_90a" else None
 
 
-def serves(num_rows: int, num_outputs: int, in_features: int) -> bool:
-    """Where it was the fastest of what there is: docs/benchmarks/linear.md."""
-    size = num_outputs * in_features
-    if num_rows <= 32:
-        return num_outputs >= 16384
-    if num_rows <= 64:
-        return size > 20 << 20
-    if num_rows <= 128:
-        return True
-    return num_rows <= (512 if size > 64 << 20 else 256) and size > 20 << 20
+def _x_turns(columns: int) -> int:
+    """How many 64 of K of x are fetched together: small tiles are not worth a copy each."""
+    return 4 if columns <= 32 else 2 if columns == 64 else 1
+
+
+def choose(num_rows: int, num_outputs: int, processors: int) -> Cut | None:
+    """The cut for a product, None where another kernel was the faster one: docs/benchmarks/linear.md."""
+    if num_rows > 512 or num_rows <= (8 if num_outputs >= LARGE_OUTPUTS else 16):
+        return None
+    columns, groups = next((shape for shape in SHAPES if shape[0] >= num_rows), SHAPES[-1])
+    tiles = -(-num_outputs // (64 * groups)) * -(-num_rows // columns)
+    # whole tiles where they keep most of the GPU busy, an even number of blocks for each where there are few
+    blocks = tiles if 0.8 * processors <= tiles <= processors else processors // tiles * tiles if tiles < processors else processors
+    return fill(columns, groups, blocks)
+
+
+def fill(columns: int, groups: int, blocks: int, shared_bytes: int = native.SHARED_BYTES) -> Cut:
+    """As many stages as shared memory takes: those of W first, four at most, then those of x, eight at most."""
+    w_stages, x_stages = 4, max(2, 4 // _x_turns(columns))  # two at least: a stage is given back when the next is in use
+    while w_stages > 2 and Cut(columns, groups, blocks, x_stages, w_stages).shared_bytes > shared_bytes:
+        w_stages -= 1
+    while x_stages < 8 // _x_turns(columns) and Cut(columns, groups, blocks, x_stages + 1, w_stages).shared_bytes <= shared_bytes:
+        x_stages += 1
+    return Cut(columns, groups, blocks, x_stages, w_stages)
 
 
 def linear_4bit(
-    rows: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor, scratch: Scratch | None,
-    columns: int = 0, splits: int = 0,
+    rows: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor, scratch: Scratch | None, cut: Cut,
+    gate: Activation | None = None,
 ) -> bool:
-    """`rows` [M, K] times the transpose of the weight into `out`. False, and nothing done, where this kernel can't."""
-    if not rows.is_cuda or rows.dtype not in _TYPES or out.data_ptr() % 16 or rows.stride(1) != 1 or (compiled := module(rows.device)) is None:
-        return False
+    """`rows` [M, K] times the transpose of the weight into `out`; with `gate`, of which W holds gate, then up: act(gate) × up.
+
+    False, and nothing done, where this kernel can't.
+    """
     num_rows, in_features = rows.shape
     num_outputs, num_groups = weight.shape[0], weight.shape[1] // BLOCK
-    columns = columns or (64 if num_rows <= 64 else 128)
-    tiles_n, tiles_m = -(-num_outputs // TILE_OUTPUTS), -(-num_rows // columns)
-    splits = splits or choose_splits(tiles_n * tiles_m, num_groups)
-    groups_each = -(-num_groups // splits)
-    splits = -(-num_groups // groups_each)
-    image_elements = tiles_m * columns * num_groups * GROUP // 2  # in units of partial sums
-    elements = image_elements + (tiles_n * tiles_m * splits * TILE_OUTPUTS * columns if splits > 1 else 0)
-    if scratch is None:
-        scratch = Scratch.allocate(rows.device, partial_elements=elements, num_counters=tiles_n * tiles_m)
-    elif not scratch.holds(elements, tiles_n * tiles_m):
+    if gate is not None and (cut.groups % 2 or num_outputs % 2):
         return False
-    image = scratch.partials.data_ptr()
-    compiled.launch(
-        "linear4_image", (2 * num_groups, tiles_m, columns // 32), 256, 0,
-        _ImageArguments(rows.data_ptr(), image, num_rows, in_features, rows.stride(0), columns),
-    )
+    if not rows.is_cuda or rows.dtype not in _TYPES or rows.stride(1) != 1 or rows.stride(0) % 8:
+        return False
+    if any(t.data_ptr() % 16 for t in (rows, weight, out)) or (compiled := module(rows.device)) is None:
+        return False
+    tile_outputs = 64 * cut.groups
+    copy_rows = tile_outputs
+    if gate is not None:
+        num_outputs, copy_rows = num_outputs // 2, tile_outputs // 2
+    tiles_n, tiles_m, tile_units = -(-num_outputs // copy_rows), -(-num_rows // cut.columns), -(-num_groups // 2)
+    num_tiles = tiles_n * tiles_m
+    blocks = min(cut.blocks, num_tiles * tile_units // -(-tile_units // (_MOST_PARTS - 2)))
+    if num_tiles % blocks:  # a block has two parts of tiles at most
+        if scratch is None:
+            scratch = Scratch.allocate(rows.device, partial_elements=2 * blocks * tile_outputs * cut.columns, num_counters=num_tiles)
+        blocks = min(blocks, scratch.partials.numel() // (2 * tile_outputs * cut.columns))
+        if blocks == 0 or not scratch.holds(0, num_tiles):
+            return False
     arguments = _Arguments(
-        weight.data_ptr(), absmax.data_ptr(), image, None if bias is None else bias.data_ptr(), out.data_ptr(), image + 4 * image_elements,
-        scratch.counters.data_ptr(), num_rows, num_outputs, num_groups, groups_each, (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
+        _MAP.from_buffer_copy(tensor_map(weight.data_ptr(), "byte", (num_groups * 64, weight.shape[0]), (num_groups * 64,), (128, copy_rows), True)),
+        _MAP.from_buffer_copy(
+            tensor_map(
+                rows.data_ptr(), "16-bit", (64, num_rows, in_features // 64), (rows.stride(0) * 2, 128), (64, cut.columns, _x_turns(cut.columns)), True
+            )
+        ),
+        absmax.data_ptr(),
+        None if bias is None else bias.data_ptr(), out.data_ptr(), None if scratch is None else scratch.partials.data_ptr(),
+        None if scratch is None else scratch.counters.data_ptr(), num_rows, num_outputs, num_groups, _GATES[gate], num_tiles * tile_units, tile_units, tiles_m,
+        cut.x_stages, cut.w_stages, (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
     )
-    shared_bytes = _TABLE_BYTES + 1024 + _STAGES * (columns * 128 + 16)
-    compiled.launch(f"linear4_wide_{_TYPES[rows.dtype]}_{columns}", (tiles_n, tiles_m, splits), 256, shared_bytes, arguments)
+    name = f"linear4_wide_{_TYPES[rows.dtype]}_{cut.columns}_{cut.groups}"
+    compiled.launch(name, (blocks, 1, 1), (cut.groups + 1) * 128, cut.shared_bytes, arguments)
     return True
-
-
-def choose_splits(num_tiles: int, num_groups: int) -> int:
-    """Parts of K, so that as many blocks as possible run at once."""
-    return max(1, min(_PROCESSORS // num_tiles, num_groups // 8))
