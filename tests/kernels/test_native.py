@@ -16,7 +16,8 @@ from runtime.engine.kernels.scratch import Scratch
 
 SOURCES = [
     (linear4_cuda.SOURCE, ()),
-    (linear4_wide.SOURCE, ()),
+    (linear4_wide.SOURCE, ("IS_HALF=false",)),
+    (linear4_wide.SOURCE, ("IS_HALF=true",)),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "TILES=1", "WARPS=8", "STAGES=3")),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "TILES=2", "WARPS=8", "STAGES=2")),
     (attention_cuda.SOURCE, ("HEAD_DIM=256", "HALF=false", "TILES=1", "WARPS=4", "STAGES=2")),
@@ -136,7 +137,7 @@ def test_equals_twin(
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize(("num_rows", "num_outputs", "in_features"), [(1, 28672, 4096), (10, 70, 64 * 33), (40, 600, 512), (200, 2 * 333, 1024)])
 def test_gate_equals_twin(device: torch.device, activation: Activation, num_rows: int, num_outputs: int, in_features: int) -> None:
-    if device.type == "cpu" or linear4_wide.module(device) is None:
+    if device.type == "cpu" or linear4_wide.module(device, torch.bfloat16) is None:
         pytest.skip("needs a GPU that the kernels are made for")
     x, weight, absmax, bias = _operands(num_rows, num_outputs, in_features, torch.bfloat16, device)
     wide = linear4.dequantize_4bit_torch(weight, absmax, "nf4", in_features, torch.float32)
@@ -158,7 +159,7 @@ def test_gate_equals_twin(device: torch.device, activation: Activation, num_rows
 
 def test_launches_in_a_row_agree(device: torch.device) -> None:
     """Launches overlap, rings are filled as fast as they are emptied: the same operands must give the same bits every time."""
-    if device.type == "cpu" or linear4_wide.module(device) is None:
+    if device.type == "cpu" or linear4_wide.module(device, torch.bfloat16) is None:
         pytest.skip("needs a GPU that the kernels are made for")
     scratch = Scratch.allocate(device)
     for num_rows in (8, 16, 32, 64, 128, 256):

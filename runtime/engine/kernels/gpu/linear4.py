@@ -255,9 +255,9 @@ def _processors(device: torch.device) -> int:
 
 
 def warm(device: torch.device) -> None:
-    """Compile or load the CUDA C++ kernels now (seconds the first time on a machine), so that no request waits for them."""
+    """Compile or load the CUDA C++ kernels for bf16 now (seconds the first time on a machine), so that no request waits for them."""
     linear4_cuda.module(device)
-    linear4_wide.module(device)
+    linear4_wide.module(device, torch.bfloat16)
 
 
 def max_fused_rows(num_outputs: int, in_features: int) -> int:

@@ -343,12 +343,10 @@ __device__ __forceinline__ void run(const Arguments& a) {
     }
 }
 
-#define KERNEL(COLUMNS, GROUPS)                                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wide_bf16_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {           \
-        run<false, COLUMNS, GROUPS>(a);                                                                                                                        \
-    }                                                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wide_f16_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {            \
-        run<true, COLUMNS, GROUPS>(a);                                                                                                                         \
+// IS_HALF: whether x is fp16 (it is bf16 otherwise): one type a compilation, because each takes seconds.
+#define KERNEL(COLUMNS, GROUPS)                                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wide_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {              \
+        run<IS_HALF, COLUMNS, GROUPS>(a);                                                                                                                    \
     }
 
 KERNEL(16, 4)

@@ -20,12 +20,12 @@ from runtime.engine.kernels.scratch import Scratch
 LARGE_OUTPUTS = 16384
 SOURCE = "linear4_wide.cu"
 _BARRIER_BYTES = 48 * 8 + 8
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_TYPES = {torch.bfloat16: "IS_HALF=false", torch.float16: "IS_HALF=true"}
 _GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 SHAPES = ((16, 4), (32, 4), (64, 4), (128, 3), (256, 2))
 _MOST_PARTS = 16  # of a tile: a counter has as many bits for them
 _MAP = ctypes.c_ubyte * TENSOR_MAP_BYTES
-_NAMES = tuple(f"linear4_wide_{kind}_{columns}_{groups}" for kind in _TYPES.values() for columns, groups in SHAPES)
+_NAMES = tuple(f"linear4_wide_{columns}_{groups}" for columns, groups in SHAPES)
 
 
 class _Arguments(ctypes.Structure):
@@ -59,9 +59,9 @@ class Cut:
         return table_bytes + 1024 + rings_bytes + self.piece_bytes + _BARRIER_BYTES
 
 
-def module(device: torch.device) -> native.Module | None:
+def module(device: torch.device, dtype: torch.dtype) -> native.Module | None:
     """The compiled kernels, if they can be had on this device: `wgmma` is Hopper's alone."""
-    return native.module(SOURCE, _NAMES, device) if native.architecture(device) == "sm_90a" else None
+    return native.module(SOURCE, _NAMES, device, (_TYPES[dtype],)) if native.architecture(device) == "sm_90a" else None
 
 
 def _x_turns(columns: int) -> int:
@@ -104,7 +104,7 @@ def linear_4bit(
         return False
     if not rows.is_cuda or rows.dtype not in _TYPES or rows.stride(1) != 1 or rows.stride(0) % 8:
         return False
-    if any(t.data_ptr() % 16 for t in (rows, weight, out)) or (compiled := module(rows.device)) is None:
+    if any(t.data_ptr() % 16 for t in (rows, weight, out)) or (compiled := module(rows.device, rows.dtype)) is None:
         return False
     tile_outputs = 64 * cut.groups
     copy_rows = tile_outputs
@@ -131,6 +131,6 @@ def linear_4bit(
         None if scratch is None else scratch.counters.data_ptr(), num_rows, num_outputs, num_groups, _GATES[gate], num_tiles * tile_units, tile_units, tiles_m,
         cut.x_stages, cut.w_stages, (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
     )
-    name = f"linear4_wide_{_TYPES[rows.dtype]}_{cut.columns}_{cut.groups}"
+    name = f"linear4_wide_{cut.columns}_{cut.groups}"
     compiled.launch(name, (blocks, 1, 1), (cut.groups + 1) * 128, cut.shared_bytes, arguments)
     return True
