@@ -1,7 +1,7 @@
 // W · xᵀ with W in 4 bits on Hopper's matrix unit. linear4_wide.py says where it serves and how its work is cut, and launches it.
 //
-// A block is one warp that fetches and some warpgroups that compute, 64 rows of W each. Weights, their scales and x come to shared memory by tensor copies
-// through two rings. Words of codes are looked up pair by pair in a table of 256 pairs, one copy for each bank, and scaled, in registers, which are the first
+// A block is two warps that fetch, one x and one W, and some warpgroups that compute, 64 rows of W each. Weights and x come to shared memory by tensor copies
+// through two rings, scales to registers a unit ahead. Words of codes are looked up pair by pair in a table of 256 pairs, one copy for each bank, and scaled, in registers, which are the first
 // operand of wgmma; x is the second. While the matrix unit works on 64 elements of K, the next 64 are unpacked.
 //
 // Work is a line of units, 256 elements of K of one tile of the result, and each block takes an even stretch of it. Where a stretch ends inside a tile, sums meet
@@ -22,8 +22,8 @@ struct Arguments {
     int num_rows, num_outputs;  // of the result
     int num_groups;             // of 128 elements of K
     int gate;                   // 0, or W holds gate, then up, and the result is act(gate) · up: 1 SiLU, 2 GELU by tanh, 3 GELU
-    int num_units;   // of all tiles
-    int tile_units;  // of one
+    int num_units;              // of all tiles
+    int tile_units;             // of one
     int tiles_m;
     int x_stages, w_stages;
     unsigned short codes[16];
