@@ -150,7 +150,7 @@ class OpenAiGateway:
             if response.content_type != "text/event-stream":
                 _break_off(request)
                 return response
-            broken = Unavailable(f"model {record.model_id}: the answer broke off")
+            broken = Unavailable(f"model {self._registry.name_of(record.model_id)}: the answer broke off")
             return await _finish(response, event_of(body_of(broken)))
         await response.write_eof()
         return response
