@@ -121,7 +121,8 @@ class RuntimeStateApi(RuntimeStateServicer):
             )
         elif charge > capacity.capacity_bytes:
             reason = f"it counts {charge} bytes, more than the capacity of {capacity.capacity_bytes} bytes"
-        if not reason and not request.sizes_only:
+        runs = any(view.model_id == request.model_id and view.phase is Phase.LOADED for view in self._models.views())
+        if not reason and not runs and not request.sizes_only:
             async with statuses(context):
                 reason = await self._fitter.refusal(look, settings)
         return pb.FitResponse(

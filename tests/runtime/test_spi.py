@@ -199,6 +199,7 @@ async def test_fit_names_the_sizes_and_the_victims(runtime: Runtime, stub: Model
         odd = await fit(state.FitRequest(model_path="/models/odd"))
         assert (odd.fits, odd.reason) == (False, "FakeForCausalLM is not supported")
         assert (await fit(state.FitRequest(model_path="/models/odd", sizes_only=True))).fits
+        assert (await fit(state.FitRequest(model_id="old", model_path="/models/odd"))).fits  # it runs, so it can
         code, _ = await refused(fit(state.FitRequest(model_path="missing:x")))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
 
