@@ -26,6 +26,8 @@ from tests.model.test_build import tiny
 from tests.support.families import VOCAB
 from tests.support.steps import hf_logits, prompts, save
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SLAB = 2 * MIB
 
@@ -83,6 +85,27 @@ def test_given_up_places_are_tidied_once_their_work_has_passed(memory: CudaMemor
     held.map(1, [2, 1])
     held.bytes_view[SLAB : 3 * SLAB] = 9
     assert int(held.bytes_view[: 4 * SLAB].sum(dtype=torch.int64)) == 20 * SLAB
+
+
+def _fill(pointer, count):  # type: ignore[no-untyped-def]
+    for at in range(count):
+        tl.store(pointer + at, 1)
+
+
+def test_triton_takes_the_address_of_an_empty_range(memory: CudaMemory) -> None:
+    """A kernel that touches nothing there may be launched: idle turns do so for a model without KV."""
+    empty, full = memory.reserve(2), memory.reserve(2)
+    full.map(0, [3])
+    full.unmap(0, 1)
+    torch.cuda.synchronize()
+    while memory.tidy():
+        pass
+    for made in (empty, full):
+        triton.jit(_fill)[(1,)](made.bytes_view, 0)
+        made.map(1, [5])
+        triton.jit(_fill)[(1,)](made.bytes_view, 0)
+        made.unmap(1, 1)
+    torch.cuda.synchronize()
 
 
 def test_a_graph_survives_another_slab_below(memory: CudaMemory) -> None:

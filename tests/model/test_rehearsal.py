@@ -1,6 +1,8 @@
 """What runs while weights come in: every likely size, in the model's own shapes, once a process, and never at a load's expense."""
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from runtime.config import EngineConfig
 from runtime.engine.model.buckets import Bucket, standard
 from runtime.engine.model.build import Blueprint, draw
 from runtime.engine.model.fuse_proof import Prover
+from runtime.engine.model.fused_stack import FusedStack
 from runtime.engine.model.geometry import kv_geometry
 from runtime.engine.model.rehearsal import Rehearsal, Stage
 from runtime.engine.model.runner import ModelRunner
@@ -46,7 +49,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    stage = Stage(torch.device("cuda"), CONFIG)
+    stage = Stage(torch.device("cuda", 0), CONFIG)
     for rehearsal in (stage.open(), stage.begin(blueprint, kv, blueprint.card.dtype, SLAB)):
         assert rehearsal is not None
         rehearsal.finish()
@@ -64,6 +67,23 @@ def test_every_likely_size_runs_without_weights(name: str, tmp_path: Path, sizes
     assert rehearsal.num_steps == 1 + len(sizes)
     assert set(sizes) == {bucket.within(8, 96) for bucket in standard() if bucket.within(8, 96).num_tokens <= 32}
     assert len(sizes) > 4
+
+
+@pytest.mark.usefixtures("sizes")
+def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine collects its garbage rarely, and the zeros are as large as the largest weight."""
+    made: list[weakref.ref[FusedStack]] = []
+    monkeypatch.setattr("runtime.engine.model.rehearsal.FusedStack", lambda *args: made.append(weakref.ref(stack := FusedStack(*args))) or stack)
+    blueprint, kv = drawn("llama", tmp_path)
+    gc.disable()
+    try:
+        begun = Stage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
+        assert begun is not None
+        begun.finish()
+        assert len(made) == 2
+        assert not any(twin() for twin in made)
+    finally:
+        gc.enable()
 
 
 def test_what_models_share_is_rehearsed_by_itself(sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:

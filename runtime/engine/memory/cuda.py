@@ -2,7 +2,10 @@
 
 Unmapping is put off: a place that was given up keeps its old physical memory until something else is mapped there or a quiet moment comes, because
 the driver may only unmap what no launched kernel uses, and waiting for that would stall the engine. A slab may so be reachable from an old place and
-a new one at once; that is safe because all work on slabs is ordered on the compute stream (copies wait for it first). Knows nothing of models.
+a new one at once; that is safe because all work on slabs is ordered on the compute stream (copies wait for it first).
+
+A range's first place is never without memory: torch and Triton ask the driver about the pointers that they are handed, and of an address with nothing
+below it the driver knows nothing. Where the owner has put no slab there lies the anchor, which nobody reads. Knows nothing of models.
 """
 
 from collections.abc import Sequence
@@ -11,6 +14,8 @@ from typing import Any
 import torch
 
 from runtime.engine.memory.device import SlabLedger, VirtualRange
+
+_ANCHOR = -1                             # in the place of a slab's number
 
 
 class CudaError(RuntimeError):
@@ -97,13 +102,11 @@ class CudaMemory:
         try:
             for _ in range(total_slabs):
                 self.handles.append(self.driver.create(slab_bytes))
-            # torch asks the driver which device an address is on, and only mapped addresses have an answer
-            self.anchor: Any = self.driver.create(granularity)
+            self.anchor: Any = self.driver.create(slab_bytes)
         except CudaError:
             for handle in self.handles:
                 self.driver.release(handle)
             raise
-        self.anchor_bytes = granularity
         self.ranges: list[CudaRange] = []
 
     def reserve(self, num_slabs: int) -> VirtualRange:
@@ -133,13 +136,11 @@ class CudaRange:
         self._driver = memory.driver
         self._size = max(num_slabs, 1) * memory.slab_bytes
         self._live: list[int | None] = [None] * num_slabs      # what the owner sees
-        self._under: list[int | None] = [None] * num_slabs     # what the driver has mapped
+        self._under: list[int | None] = [None] * max(num_slabs, 1)  # what the driver has mapped
         self._stale: dict[int, torch.cuda.Event] = {}          # place → when its last user has passed
         self._address = self._driver.reserve(self._size)
-        self._driver.map(self._address, memory.anchor_bytes, memory.anchor)
-        self._driver.allow(self._address, memory.anchor_bytes)
+        self._put_anchor()
         self._view = torch.as_tensor(_ForeignArray(self._address, self._size), device=memory.device)
-        self._driver.unmap(self._address, memory.anchor_bytes)
         if self._view.data_ptr() != self._address:
             raise CudaError("torch copied a reserved range instead of viewing it")
 
@@ -181,6 +182,8 @@ class CudaRange:
         """Unmap what is stale and no longer in use; True if there was something."""
         passed = [place for place, event in self._stale.items() if event.query()]
         self._drop(passed)
+        if 0 in passed:
+            self._put_anchor()
         return bool(passed)
 
     def close(self) -> None:
@@ -188,6 +191,11 @@ class CudaRange:
         self._drop([place for place, slab in enumerate(self._under) if slab is not None])
         self._driver.free(self._address, self._size)
         self._memory.ranges.remove(self)
+
+    def _put_anchor(self) -> None:
+        self._driver.map(self._address, self._memory.slab_bytes, self._memory.anchor)
+        self._driver.allow(self._address, self._memory.slab_bytes)
+        self._under[0] = _ANCHOR
 
     def _drop(self, places: list[int]) -> None:
         slab_bytes = self._memory.slab_bytes

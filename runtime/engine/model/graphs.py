@@ -142,7 +142,7 @@ class ModelGraphs:
 
     def find(self, bucket: Bucket) -> StepGraph | None:
         """The graph to replay for a step, if there is one and the weights are in; counts the use. May blank the upload."""
-        if not self._pool.enabled or self._refused or not self._ready():
+        if self._refused or not self._pool.enabled or not self._ready():
             return None
         graph = self._graphs.get(bucket)
         if graph is not None:
@@ -165,7 +165,7 @@ class ModelGraphs:
         except torch.OutOfMemoryError:
             self._pool.stop()
             return False
-        except RuntimeError as error:
+        except Exception as error:       # nobody asked for this pass, so nobody may suffer from it
             self._refuse(error)
             return False
         return True
@@ -214,6 +214,9 @@ class ModelGraphs:
         if self._graphs:
             torch.cuda.current_stream().synchronize()
         self._graphs.clear()
+        self._refused = True
+        # they are the runner's own: with them it would live until a full collection, which an engine does without for long
+        del self._run, self._blank, self._ready
 
 
 class _Alias:

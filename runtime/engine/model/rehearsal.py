@@ -77,7 +77,7 @@ class Stage:
             if key in self._known:
                 return None
             self._known.add(key)
-        twin = partial(_twin, blueprint, kv, kv_dtype, slab_bytes, self.device)
+        twin = partial(_twin, blueprint, kv, kv_dtype, slab_bytes, _shared_zeros(self.device))
         facts = facts_of(blueprint, kv)
         return self._begin([partial(_model_steps, twin, facts, self.device, self.config, decode) for decode in (False, True)])
 
@@ -207,12 +207,31 @@ def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
     runner.close_row(0)
 
 
-def _twin(blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int, device: torch.device) -> BuiltModel:
+def _shared_zeros(device: torch.device) -> Callable[[int], torch.Tensor]:
+    """So many bytes of zeros, once for all threads: an output projection alone may take a gigabyte."""
+    lock = threading.Lock()
+    made: list[torch.Tensor] = []
+
+    def zeros(size_bytes: int) -> torch.Tensor:
+        with lock:
+            if not made:
+                made.append(torch.zeros(size_bytes, dtype=torch.uint8, device=device))
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+            return made[0]
+
+    return zeros
+
+
+def _twin(
+    blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int, shared_zeros: Callable[[int], torch.Tensor]
+) -> BuiltModel:
     """The model with few layers, all of whose weights are the same zeros."""
     assert blueprint.spec is not None
     spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
     placed = _used(blueprint, spec)
-    zeros = torch.zeros(max(tensor.size_bytes for tensor in placed) + _SLACK_BYTES, dtype=torch.uint8, device=device)
+    zeros = shared_zeros(max(tensor.size_bytes for tensor in placed) + _SLACK_BYTES)
+    device = zeros.device
     views = {tensor.name: zeros[: tensor.size_bytes].view(tensor.dtype).view(tensor.shape) for tensor in placed}
     views |= {alias: views[owner] for alias, owner in tied_names(blueprint.skeleton).items() if owner in views}
     tables = rotary_tables(blueprint.skeleton.get_submodule(spec.rotary), device)
