@@ -16,6 +16,7 @@ from runtime.puller.job import Job
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
 
 _CHUNK_BYTES = 8 * 1024 * 1024
+_TRIES = 4
 
 
 class Bucket(Protocol):
@@ -69,7 +70,7 @@ class BucketSource:
             part.unlink()
             start = 0
         arrived(start)
-        for attempt in range(4):
+        for attempt in range(_TRIES):
             try:
                 with part.open("ab") as out:
                     while start < file.size_bytes:
@@ -83,7 +84,7 @@ class BucketSource:
                         arrived(len(chunk))
                 break
             except LoadFailed:
-                if attempt == 3:
+                if attempt == _TRIES - 1:
                     raise
                 job.wait(0.5 * 2**attempt)
         _verify(file, part, job)

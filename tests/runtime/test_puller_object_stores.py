@@ -101,6 +101,7 @@ async def test_a_pull_that_was_given_up_is_taken_up_again(
     kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.puller.buckets._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("runtime.puller.buckets._TRIES", 1)
     source = place(kind, "models/org/tiny", stores)
     reads = 0
 
