@@ -252,3 +252,27 @@ def test_the_backend_loads_and_gives_back(tmp_path: Path) -> None:
     while backend.idle():
         pass
     backend.close()
+
+
+def test_idle_turns_capture_what_is_likely_before_the_first_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model just loaded has no KV: nothing of its own lies below the addresses that its kernels are handed."""
+    from runtime.engine.backend import make_backend
+
+    backend = make_backend(
+        EngineConfig(device="cuda", slab_bytes=SLAB, device_budget_bytes=64 * SLAB, host_budget_bytes=64 * SLAB, max_rows=8, max_batch_tokens=96)
+    )
+    loaded = backend.load(LoadRequest("m", save(tiny("llama"), tmp_path), None)).result()
+    loaded.memory.swap_in(range(loaded.memory.weight_slabs))
+    turns, deadline_s = 0, time.monotonic() + 60
+    while turns < 8 and time.monotonic() < deadline_s:
+        if backend.idle():
+            turns += 1
+        else:
+            time.sleep(0.01)
+    assert turns == 8
+    assert "without CUDA graphs" not in caplog.text
+    backend.synchronize()
+    loaded.runner.close()
+    loaded.memory.evict()
+    loaded.memory.close()
+    backend.close()
