@@ -22,6 +22,7 @@ from runtime.engine.model.packed import KERNEL_LAYOUT
 from runtime.engine.model.skeleton import build_skeleton, stored_specs, tied_names
 from runtime.errors import LoadFailed
 from runtime.puller.pack.beside import convert_tokenizer, copy_beside, write_config
+from runtime.puller.pack.gguf_once import read_once
 from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
 from runtime.puller.pack.request import PACKED_NAME, PackEvent, PackProgress, PackRequest
 from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable
@@ -45,10 +46,11 @@ def pack(request: PackRequest, say: Say) -> int:
     whole: Any = None
     if request.kind == "gguf":
         name = Path(request.weight_files[0]).name
-        say(PackProgress(0, 0, f"reading {name}"))
-        whole = _read_whole(request, gguf_file=name)
-        say(PackProgress(0, 0, "converting the tokenizer"))
-        convert_tokenizer(model_dir, out_dir, gguf_file=name)
+        with read_once():
+            say(PackProgress(0, 0, f"reading {name}"))
+            whole = _read_whole(request, gguf_file=name)
+            say(PackProgress(0, 0, "converting the tokenizer"))
+            convert_tokenizer(model_dir, out_dir, gguf_file=name)
         write_config({**whole.config.to_dict(), "architectures": [type(whole).__name__], "dtype": request.dtype}, out_dir)
         whole.generation_config.save_pretrained(str(out_dir))
     else:
