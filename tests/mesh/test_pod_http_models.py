@@ -1,0 +1,172 @@
+"""The HTTP edge's models: what is listed and told, what administrators do, and what becomes of names, capacity and settings."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support.fake_runtime import MB, Switches
+from tests.support.pods import RunningPod, running_pod
+from tests.support.waiting import until
+
+
+@pytest.fixture
+async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
+    async with running_pod(tmp_path / "pod", keep_alive_s=0.1, failure_expiry_s=60.0) as running:
+        await running.name("org/smol", "/files")
+        yield running
+
+
+async def test_models_as_chat_front_ends_read_them(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+
+        async def status(name: str) -> dict[str, Any]:
+            async with pod.http.get(f"/v1/models/{name}") as answer:
+                body: dict[str, Any] = await answer.json()
+                assert answer.status == 200, body
+                return dict(body["status"])
+
+        async def post(path: str, model: str) -> int:
+            async with pod.http.post(path, json={"model": model}) as answer:
+                return answer.status
+
+        async with pod.http.get("/v1/models") as answer:
+            assert (answer.status, await answer.json()) == (200, {"data": [], "object": "list"})
+        await pod.name("org/smol", "/files")
+        assert (await status("org/smol"))["value"] == "unloaded"
+        gate = pod.runtime.switches.load_gate = asyncio.Event()
+        pod.runtime.switches.progress = 0.5
+        assert await post("/models/load", "org/smol") == 200
+        await until(lambda: pod.runtime.loading)
+        await asyncio.sleep(0.1)
+        loading = await status("org/smol")
+        assert loading["value"] == "loading"
+        assert (loading["progress"]["current"], loading["progress"]["value"]) == ("pulling", 0.5)
+        gate.set()
+        await until(lambda: pod.runtime.loaded)
+        await asyncio.sleep(0.1)
+        assert (await status("org/smol"))["value"] == "loaded"
+        assert await post("/models/unload", "org/smol") == 200
+        assert pod.runtime.loaded == {}
+        assert (await status("org/smol"))["value"] == "unloaded"
+        pod.runtime.switches.fail["/files"] = "broken"
+        assert await post("/models/load", "org/smol") == 200
+        await asyncio.sleep(0.2)
+        failed = await status("org/smol")
+        assert (failed["value"], failed["failed"], failed["error"]) == ("unloaded", True, "broken")
+        assert await post("/models/load", "nope") == 404
+        # asked for by name, it is tried again at once
+        pod.runtime.switches.fail.clear()
+        assert await post("/models/load", "org/smol") == 200
+        await until(lambda: pod.runtime.loaded)
+
+
+async def test_events_tell_each_change(pod: RunningPod) -> None:
+    async with pod.http.get("/models/sse") as answer:
+        assert (await _event(answer))["data"]["status"] == "unloaded"
+        await pod.http.post("/models/load", json={"model": "org/smol"})
+        seen = []
+        while "loaded" not in seen:
+            event = await _event(answer)
+            assert (event["model"], event["event"]) == ("org/smol", "status_change")
+            seen.append(event["data"]["status"])
+
+
+async def _event(answer: aiohttp.ClientResponse) -> dict[str, Any]:
+    while True:
+        line = (await asyncio.wait_for(answer.content.readline(), 10)).decode()
+        if line.startswith("data: "):
+            event: dict[str, Any] = json.loads(line[6:])
+            return event
+
+
+async def test_admin_routes(pod: RunningPod) -> None:
+    model = await pod.name("llm", "/other", quantize="nf4", load=True)
+    assert (model["name"], model["uri"], model["settings"]["quantize"]) == ("llm", "/other", "nf4")
+    await until(lambda: model["model_id"] in pod.runtime.loaded)
+    await asyncio.sleep(0.1)
+    model = await pod.model("llm")
+    assert (model["status"], model["state"], model["tier"], model["weight_bytes"]) == ("LOADED", "loaded", "device", 10 * MB)
+    assert len(model["copies"]) == 1
+    async with pod.http.put("/admin/v1/aliases/best", json={"target": "llm"}) as answer:
+        assert answer.status == 204
+    assert (await pod.model("llm"))["aliases"] == ["best"]
+    assert (await pod.chat("best"))[1]["answer"] == model["model_id"]
+    async with pod.http.get("/admin/v1/models") as answer:
+        assert [item["name"] for item in (await answer.json())["models"]] == ["best", "llm", "org/smol"]
+    async with pod.http.post("/admin/v1/fit", json={"name": "llm"}) as answer:
+        assert (await answer.json())["fits"] is True
+    async with pod.http.post("/admin/v1/fit", json={"uri": "/other", "quantize": "nf4"}) as answer:
+        assert (await answer.json())["weight_bytes"] == 10 * MB
+    async with pod.http.post("/admin/v1/fit", json={}) as answer:
+        assert answer.status == 400
+    async with pod.http.get("/admin/v1/pods") as answer:
+        assert [item["instance_id"] for item in (await answer.json())["pods"]] == ["pod"]
+    async with pod.http.delete("/admin/v1/aliases/best") as answer:
+        assert answer.status == 204
+    async with pod.http.delete("/admin/v1/models/llm") as answer:
+        assert answer.status == 204
+    assert model["model_id"] not in pod.runtime.loaded
+    assert (await pod.chat("llm"))[0] == 404
+    async with pod.http.post(
+        "/admin/v1/models", json={"name": "x", "uri": "/x", "storage_params": {"secret_access_key": "s3cr3t"}}
+    ) as answer:
+        assert answer.status == 400
+        assert "s3cr3t" not in await answer.text()
+
+
+async def test_the_same_name_with_new_files_is_replaced_without_a_gap(pod: RunningPod) -> None:
+    old = (await pod.name("org/smol", "/files"))["model_id"]
+    assert (await pod.chat("org/smol"))[1]["answer"] == old
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    await pod.name("org/smol", "/newer")
+    await until(lambda: pod.runtime.loading)
+    for _ in range(3):
+        assert (await pod.chat("org/smol"))[1]["answer"] == old
+    gate.set()
+
+    async def moved() -> bool:
+        return (await pod.chat("org/smol"))[1]["answer"] != old
+
+    while not await moved():
+        await asyncio.sleep(0.02)
+    await until(lambda: old not in pod.runtime.loaded)
+    assert [request["model"] for request in pod.runtime.bodies] == ["org/smol" for _ in pod.runtime.bodies]
+
+
+async def test_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=25 * MB)) as pod:
+        for name in ("a", "b", "c"):
+            await pod.name(name, f"/{name}")
+        for name in ("a", "b", "a", "c"):
+            assert (await pod.chat(name))[0] == 200
+        assert sorted(path for path in pod.runtime.loaded.values()) == ["/a", "/c"]
+        await pod.name("huge", "/huge")
+        pod.runtime.switches.size_bytes["/huge"] = 26 * MB
+        status, body, _ = await pod.chat("huge")
+        assert status == 424
+        assert "needs 26000000 bytes; the capacity is 25000000 bytes" in body["error"]["message"]
+        assert len(pod.runtime.loaded) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_model_len", -5),
+        ("max_concurrency", 0),
+        ("quantize", "q4_k_m"),
+        ("dtype", "int4"),
+        ("sampling", {"heat": 1}),
+        ("sampling", {"top_p": 2}),
+    ],
+)
+async def test_settings_out_of_range_are_refused_at_registration(pod: RunningPod, field: str, value: object) -> None:
+    async with pod.http.post("/admin/v1/models", json={"name": "x", "uri": "/x", field: value}) as answer:
+        assert answer.status == 400
+        assert field in (await answer.json())["error"]["message"]
+    async with pod.http.get("/admin/v1/models/x") as answer:
+        assert answer.status == 404
