@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -144,7 +145,7 @@ def idle_pool(limit_bytes: int = 1000) -> GraphPool:
 
     def record(run: Callable[[], torch.Tensor]) -> StepGraph:
         pool.used_bytes += 100
-        return StepGraph(cast("torch.cuda.CUDAGraph", None), run())
+        return StepGraph(cast("torch.cuda.CUDAGraph", None), run(), driver_bytes=90)
 
     pool.record = record  # type: ignore[method-assign]
     return pool
@@ -210,6 +211,20 @@ def test_a_model_whose_weights_are_away_is_captured_when_they_are_back() -> None
     assert not pool.capture_one()
 
 
+def test_a_model_that_goes_leaves_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names come and go for as long as an engine lives."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    pool = idle_pool(limit_bytes=800)
+    for turn in range(12):
+        graphs = member(pool, [], f"model {turn}", Bucket(1, 1, 1, 1024), Bucket(2, 2, 1, 1024))
+        while pool.capture_one():
+            pass
+        assert graphs.num_graphs == 2
+        graphs.close()
+        # what the pool itself holds is used again
+        assert pool.used_bytes == 20 * (turn + 1)
+
+
 @pytest.mark.gpu
 def test_replayed_steps_say_what_eager_ones_say() -> None:
     """Padded rows, changing batches, models that share the pool, rows that sample beside plain ones."""
@@ -227,6 +242,9 @@ def test_replayed_steps_say_what_eager_ones_say() -> None:
             assert [a.tokens for a in driver.run(asks)] == [a.tokens for a in expected]
         while drivers[0].state.capture_one():
             pass
-    assert drivers[0].state.graphs.used_bytes > 0
+    pool = drivers[0].state.graphs
+    used_bytes = pool.used_bytes
+    assert used_bytes > 0
     for driver in drivers:
         driver.runner.close()
+    assert 0 <= pool.used_bytes <= used_bytes

@@ -28,10 +28,12 @@ UNASKED_SHARE = 0.5                      # of the limit, for graphs that nobody 
 
 @dataclass(frozen=True, slots=True)
 class StepGraph:
-    """A captured pass. `logits` [num_rows, V] are where it leaves them; the next replay of any graph may overwrite them."""
+    """A captured pass. `logits` [num_rows, V] are where it leaves them; the next replay of any graph may overwrite them. `driver_bytes` end with it:
+    what the driver keeps of a graph, beside the pool's memory that all graphs share."""
 
     graph: "torch.cuda.CUDAGraph"
     logits: torch.Tensor
+    driver_bytes: int = 0
 
 
 class GraphPool:
@@ -58,6 +60,10 @@ class GraphPool:
 
     def join(self, graphs: "ModelGraphs") -> None:
         self._members.append(graphs)
+
+    def give_back(self, graph: StepGraph) -> None:
+        """A graph has ended."""
+        self.used_bytes -= graph.driver_bytes
 
     def want(self, graphs: "ModelGraphs", bucket: Bucket) -> None:
         self._wanted.append((graphs, bucket))
@@ -86,6 +92,7 @@ class GraphPool:
         if self._anchor is None:
             self._anchor = self._tiny()
         before, _ = torch.cuda.mem_get_info()
+        pooled_before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -96,8 +103,11 @@ class GraphPool:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         after, _ = torch.cuda.mem_get_info()               # with what the driver keeps of a graph
-        self.used_bytes += min(max(0, before - after), _LARGEST_GRAPH_BYTES)
-        return StepGraph(graph, alias(logits))
+        grown = min(max(0, before - after), _LARGEST_GRAPH_BYTES)
+        # the pool keeps its memory when graphs end, and uses it for the next ones
+        pooled = min(max(0, torch.cuda.memory_reserved(self._device) - pooled_before), grown)
+        self.used_bytes += grown
+        return StepGraph(graph, alias(logits), grown - pooled)
 
     def _tiny(self) -> "torch.cuda.CUDAGraph":
         """A graph that stays: torch gives a pool up with its last graph, and its handle can't be used again."""
@@ -213,6 +223,8 @@ class ModelGraphs:
         self._pool.forget(self)
         if self._graphs:
             torch.cuda.current_stream().synchronize()
+        for graph in self._graphs.values():
+            self._pool.give_back(graph)
         self._graphs.clear()
         self._refused = True
         # they are the runner's own: with them it would live until a full collection, which an engine does without for long
