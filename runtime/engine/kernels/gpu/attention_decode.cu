@@ -28,6 +28,7 @@ struct Arguments {
     float scale, softcap;
 };
 
+#include "instructions.cuh"
 #include "attention_instructions.cuh"
 #include "attention_rows.cuh"
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ void add(Sum& to, float4 value, float most, float tot
 }
 
 __device__ __forceinline__ void finish(const Arguments& a, Sum sum, int token, int head, int dim) {
-    if (a.sinks) add(sum, make_float4(0.f, 0.f, 0.f, 0.f), widen(a.sinks[head]) * 1.4426950408889634f, 1.f);
+    if (a.sinks) add(sum, make_float4(0.f, 0.f, 0.f, 0.f), widen<HALF>(a.sinks[head]) * 1.4426950408889634f, 1.f);
     const float scale = sum.total == 0.f ? 0.f : 1.f / sum.total;
     const uint2 packed = make_uint2(pack(sum.value.x * scale, sum.value.y * scale), pack(sum.value.z * scale, sum.value.w * scale));
     *reinterpret_cast<uint2*>(a.out + (static_cast<long long>(token) * a.num_kv_heads * a.group + head) * DIM + dim) = packed;
@@ -144,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
                 unsigned keys[4];
                 load_matrices(keys, k_from + s * 32);
 #pragma unroll
-                for (int n = 0; n < TILES; ++n) multiply_add(s & 1 ? odd[n] : score[n], keys, query[n][s][0], query[n][s][1]);
+                for (int n = 0; n < TILES; ++n) multiply_add<HALF>(s & 1 ? odd[n] : score[n], keys, query[n][s][0], query[n][s][1]);
             }
             const int low = first + g, high = low + 8;
             const bool low_seen = low < length && low >= seen_from, high_seen = high < length && high >= seen_from;
@@ -192,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
                 load_transposed(values, v_from + s * 32);
                 values[0] &= keep_low, values[1] &= keep_low, values[2] &= keep_high, values[3] &= keep_high;
 #pragma unroll
-                for (int n = 0; n < TILES; ++n) multiply_add(sum[n][s], values, weights[n][0], weights[n][1]);
+                for (int n = 0; n < TILES; ++n) multiply_add<HALF>(sum[n][s], values, weights[n][0], weights[n][1]);
             }
             __syncwarp();
             const int next = index + STAGES;

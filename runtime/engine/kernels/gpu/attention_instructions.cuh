@@ -1,14 +1,5 @@
 // The instructions that decode attention needs and C++ has no words for: the matrix unit and how it is fed, copies, overlapping launches.
 
-__device__ __forceinline__ void multiply_add(float4& d, const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    if constexpr (HALF)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ void load_matrices(unsigned (&a)[4], unsigned from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
 }
@@ -25,15 +16,6 @@ __device__ __forceinline__ unsigned transpose(unsigned v) {
 
 __device__ __forceinline__ float infinity() {
     return __uint_as_float(0x7f800000u);
-}
-
-__device__ __forceinline__ float widen(unsigned short v) {
-    float wide;
-    if constexpr (HALF)
-        asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v));
-    else
-        wide = __uint_as_float(static_cast<unsigned>(v) << 16);
-    return wide;
 }
 
 __device__ __forceinline__ unsigned pack(float low, float high) {
@@ -63,10 +45,6 @@ __device__ __forceinline__ void commit_copies() {
 template <int LEFT>
 __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ void meet(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ void release_followers() {

@@ -17,6 +17,8 @@
 constexpr int WARPS = 8, BRINGERS = 4;           // that multiply; that bring W, and one more that brings x
 constexpr int COLUMNS = 256, PITCH = COLUMNS * 2;  // of a chunk of K; of a row of it in bytes
 
+#include "instructions.cuh"
+
 struct Arguments {
     const unsigned short* x;
     const unsigned short* weight;
@@ -31,14 +33,6 @@ struct Arguments {
     int x_stages;      // chunks of x there
     int activation;    // 1 silu, 2 gelu by tanh, 3 gelu
 };
-
-__device__ __forceinline__ void initialize(unsigned barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 
 __device__ __forceinline__ void wait_for(unsigned barrier, int phase) {
     for (int polls = 0;; ++polls) {
@@ -79,36 +73,6 @@ __device__ __forceinline__ void wait_for_kernels_before() {
 
 __device__ __forceinline__ void meet_multipliers() {
     asm volatile("bar.sync 1, 256;" ::: "memory");
-}
-
-template <bool F16>
-__device__ __forceinline__ void multiply_add(float4& d, const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    if constexpr (F16)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <bool F16>
-__device__ __forceinline__ float widen(unsigned short v) {
-    float wide;
-    if constexpr (F16)
-        asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v));
-    else
-        wide = __uint_as_float(static_cast<unsigned>(v) << 16);
-    return wide;
-}
-
-template <bool F16>
-__device__ __forceinline__ unsigned short narrow(float v) {
-    unsigned short result;
-    if constexpr (F16)
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    else
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    return result;
 }
 
 __device__ __forceinline__ float activated(float g, int activation) {

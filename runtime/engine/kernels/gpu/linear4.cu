@@ -8,6 +8,8 @@
 
 constexpr int WARPS = 16, GROUP = 128, TABLE_BYTES = 256 * 32 * 4;
 
+#include "instructions.cuh"
+
 struct Arguments {
     const unsigned char* words;
     const float* absmax;
@@ -32,36 +34,6 @@ __device__ __forceinline__ float2 load_scales(const float* p) {
     float2 v;
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
     return v;
-}
-
-template <bool HALF>
-__device__ __forceinline__ void multiply_add(float4& d, const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    if constexpr (HALF)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <bool HALF>
-__device__ __forceinline__ float widen(unsigned short v) {
-    float wide;
-    if constexpr (HALF)
-        asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v));
-    else
-        wide = __uint_as_float(static_cast<unsigned>(v) << 16);
-    return wide;
-}
-
-template <bool HALF>
-__device__ __forceinline__ unsigned short narrow(float v) {
-    unsigned short result;
-    if constexpr (HALF)
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    else
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    return result;
 }
 
 // 32 lanes' four sums of one 16 × 8 tile, in the order of the matrix unit, to their places.

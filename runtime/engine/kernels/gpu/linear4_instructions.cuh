@@ -4,14 +4,6 @@ struct alignas(64) TensorMap {
     unsigned char bytes[128];
 };
 
-__device__ __forceinline__ void initialize(unsigned barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void expect(unsigned barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -47,10 +39,6 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-__device__ __forceinline__ void meet(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ unsigned acquired(const unsigned* p) {
     unsigned v;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -75,26 +63,6 @@ __device__ __forceinline__ unsigned scaled(unsigned pair, unsigned by) {
     else
         asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(by));
     return product;
-}
-
-template <bool HALF>
-__device__ __forceinline__ unsigned short narrow(float v) {
-    unsigned short result;
-    if constexpr (HALF)
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    else
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(v));
-    return result;
-}
-
-template <bool HALF>
-__device__ __forceinline__ float widen(unsigned short v) {
-    float wide;
-    if constexpr (HALF)
-        asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v));
-    else
-        wide = __uint_as_float(static_cast<unsigned>(v) << 16);
-    return wide;
 }
 
 __device__ __forceinline__ float activated(float g, int kind) {

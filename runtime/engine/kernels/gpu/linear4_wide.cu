@@ -8,6 +8,7 @@
 // through global memory: of two blocks the second to come adds the first's, of more each adds up its share. A block waits for others only when it has nothing
 // left to give them, and not for long: whoever has waited PATIENCE turns leaves, and the last to come does its share. So nothing depends on who runs when.
 
+#include "instructions.cuh"
 #include "linear4_instructions.cuh"
 
 constexpr int PATIENCE = 1 << 13, STAGE_COLUMNS = 32, STAGE_STRIDE = 64 + 8;
