@@ -7,20 +7,21 @@ import base64
 import hashlib
 import hmac
 import json
-import threading
 import urllib.parse
 from collections.abc import Callable
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import google_crc32c
+
+from tests.support.http_server import HttpServer
 
 ACCOUNT_KEY = base64.b64encode(b"an account's key, of no account").decode()
 TOKEN = "ya29.a-token-that-was-fetched"
 PAGE = 2
 
 
-class ObjectStores:
+class ObjectStores(HttpServer):
     """`objects` by "bucket/key" (Azure: "account/container/key"). `private`: containers and buckets that want to know who asks.
 
     `cuts`: so many bodies end in the middle; `refusals`: so many requests get 503; `no_md5`: as objects that were put together of parts.
@@ -36,15 +37,7 @@ class ObjectStores:
         self.corrupt = ""
         self.log: list[tuple[str, str, str]] = []
         self.before_read: Callable[[], None] = lambda: None
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_handler(self))
 
     def below(self, bucket: str) -> dict[str, bytes]:
         return {name.removeprefix(f"{bucket}/"): data for name, data in sorted(self.objects.items()) if name.startswith(f"{bucket}/")}

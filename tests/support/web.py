@@ -1,14 +1,15 @@
 """A web server over a directory, with ranges and ETags, that can cut connections, answer 503, and ask for a header."""
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+from tests.support.http_server import HttpServer
 
-class WebServer:
+
+class WebServer(HttpServer):
     """`cut_after` bytes of a body the connection is closed, `cuts` times; the first `refusals` requests get 503. A body of more than
     100 kB takes `drip_s`. `log` has what was asked."""
 
@@ -23,15 +24,7 @@ class WebServer:
         self.routes: dict[str, Callable[[], tuple[int, dict[str, str], bytes]]] = {}
         self.authorizations: list[str] = []
         self.log: list[tuple[str, str, str]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_handler(self))
 
 
 def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:

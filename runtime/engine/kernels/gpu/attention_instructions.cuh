@@ -1,4 +1,4 @@
-// The instructions that decode attention needs and C++ has no words for: the matrix unit and how it is fed, copies, overlapping launches.
+// The instructions that decode attention needs and C++ has no words for: how the matrix unit is fed, copies, overlapping launches.
 
 __device__ __forceinline__ void load_matrices(unsigned (&a)[4], unsigned from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
