@@ -1,6 +1,7 @@
 """Google Cloud Storage through google-cloud-storage. Knows listing, ranges and credentials; imports the library only when it is used."""
 
 import base64
+import os
 from collections.abc import Iterator, Mapping
 
 from runtime.puller.buckets import missing_extra
@@ -24,6 +25,8 @@ class GcsBucket:
             from requests.exceptions import Timeout
         except ImportError as error:
             raise missing_extra("gcs", "google-cloud-storage") from error
+        # a label for traces: the library would ask for the bucket itself, which a reader may have no right to, in a thread that outlives the pull
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         self.origin = f"gs://{bucket}"
         self.away: tuple[type[Exception], ...] = (RetryError, ServerError, TransportError, NoConnection, Timeout)
         self._no_credentials = InvalidOperation

@@ -77,6 +77,7 @@ async def test_a_model_in_a_public_bucket(kind: str, stores: ObjectStores, prepa
     assert look.exact
     assert sum(len(asked) for asked in stores.reads) < 1000  # headers, no weights
     await pull(preparation, source, tmp_path)
+    assert all(path.partition("/b/")[2] != "models" for _, path, _ in stores.log), "a reader of objects may have no right to ask for the bucket"
     # what is here is used when the store is away
     stores.log.clear()
     await pull(preparation, source, tmp_path)
