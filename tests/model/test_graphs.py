@@ -248,3 +248,30 @@ def test_replayed_steps_say_what_eager_ones_say() -> None:
     for driver in drivers:
         driver.runner.close()
     assert 0 <= pool.used_bytes <= used_bytes
+
+
+@pytest.mark.gpu
+def test_a_model_that_asks_the_device_leaves_the_others_their_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    """A capture that the driver calls void: torch must not take the next one for a second capture at once."""
+    device = torch.device("cuda", 0)
+    pool = GraphPool(device, enabled=True)
+    out = torch.zeros(8, device=device)
+
+    def asks(bucket: Bucket) -> torch.Tensor:
+        return out[: bucket.num_rows] + float(out.sum())
+
+    refused = ModelGraphs("asks", pool, lambda: None, asks, lambda: True)
+    others = [ModelGraphs(name, pool, lambda: None, lambda bucket: out[: bucket.num_rows] + 1, lambda: True) for name in "ab"]
+    assert others[0].capture(BUCKET)
+    assert not refused.capture(BUCKET)
+    assert "model asks runs without CUDA graphs" in caplog.text
+    assert others[1].capture(BUCKET)
+    out.fill_(2)
+    for graphs in others:
+        graph = graphs.find(BUCKET)
+        assert graph is not None
+        graph.graph.replay()
+        assert graph.logits.tolist() == [3, 3, 3, 3]
+    torch.cuda.empty_cache()                 # refused while torch believes in a capture under way
+    for graphs in (*others, refused):
+        graphs.close()

@@ -10,8 +10,10 @@ Knows buckets, captures and bytes; nothing of what a pass computes.
 """
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +48,11 @@ class GraphPool:
         self._limit_bytes = limit_bytes
         self._wanted: deque[tuple[ModelGraphs, Bucket]] = deque()
         self._members: list[ModelGraphs] = []
+        self._joining = threading.Lock()                     # models come from loading threads
         self._handle = torch.cuda.graph_pool_handle() if enabled else None
         self._stream = torch.cuda.Stream(device) if enabled else None
         self._anchor: torch.cuda.CUDAGraph | None = None
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     @property
     def full(self) -> bool:
@@ -59,7 +63,8 @@ class GraphPool:
         self._limit_bytes = 0
 
     def join(self, graphs: "ModelGraphs") -> None:
-        self._members.append(graphs)
+        with self._joining:
+            self._members.append(graphs)
 
     def give_back(self, graph: StepGraph) -> None:
         """A graph has ended."""
@@ -70,7 +75,8 @@ class GraphPool:
 
     def forget(self, graphs: "ModelGraphs") -> None:
         self._wanted = deque(item for item in self._wanted if item[0] is not graphs)
-        self._members = [member for member in self._members if member is not graphs]
+        with self._joining:
+            self._members = [member for member in self._members if member is not graphs]
 
     def capture_one(self) -> bool:
         """One idle turn's work: run or capture the bucket that has been asked for longest, else a likely one. False if there is nothing to do."""
@@ -88,20 +94,12 @@ class GraphPool:
 
     def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
         """Capture `run`, which returns logits, without running it. Other threads may use the device meanwhile."""
-        assert self._stream is not None
         if self._anchor is None:
-            self._anchor = self._tiny()
+            # torch gives a pool up with its last graph, and its handle can't be used again: this one stays
+            self._anchor, _ = self._capture(lambda: torch.zeros(1, device=self._device))
         before, _ = torch.cuda.mem_get_info()
         pooled_before = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
-            try:
-                logits = run()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        graph, logits = self._capture(run)
         after, _ = torch.cuda.mem_get_info()               # with what the driver keeps of a graph
         grown = min(max(0, before - after), _LARGEST_GRAPH_BYTES)
         # the pool keeps its memory when graphs end, and uses it for the next ones
@@ -109,14 +107,39 @@ class GraphPool:
         self.used_bytes += grown
         return StepGraph(graph, alias(logits), grown - pooled)
 
-    def _tiny(self) -> "torch.cuda.CUDAGraph":
-        """A graph that stays: torch gives a pool up with its last graph, and its handle can't be used again."""
+    def _capture(self, run: Callable[[], torch.Tensor]) -> "tuple[torch.cuda.CUDAGraph, torch.Tensor]":
+        assert self._stream is not None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
-            torch.zeros(1, device=self._device)
-            graph.capture_end()
-        return graph
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+                try:
+                    made = run()
+                except BaseException:
+                    with suppress(RuntimeError):             # what was captured so far is void; why is what counts
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        except BaseException:
+            self._begin_anew(graph)
+            raise
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph, made
+
+    def _begin_anew(self, failed: "torch.cuda.CUDAGraph") -> None:
+        """After a capture whose end failed. Torch believes then that the pool is still recorded to: it would take no other capture, and meanwhile
+        free no memory. Graphs that lie in the pool keep it alive."""
+        assert self._handle is not None
+        index = self._device.index or 0
+        try:
+            torch._C._cuda_endAllocateToPool(index, self._handle)
+        except RuntimeError:
+            return                                           # it isn't: only the pass failed
+        torch._C._cuda_releasePool(index, self._handle)
+        self._failed.append(failed)                          # torch's allocator of pinned memory goes on asking it
+        self._handle = torch.cuda.graph_pool_handle()
+        self._anchor = None
 
 
 class ModelGraphs:
@@ -168,25 +191,12 @@ class ModelGraphs:
         """Run the bucket, or capture it if that was done last. False if there was nothing to do."""
         if not self._possible(bucket):
             return False
-        if self._rehearsed == bucket:
-            return self._record(bucket)
-        try:
-            self._rehearse(bucket)
-        except torch.OutOfMemoryError:
-            self._pool.stop()
-            return False
-        except Exception as error:       # nobody asked for this pass, so nobody may suffer from it
-            self._refuse(error)
-            return False
-        return True
+        return self._attempt(self._record if self._rehearsed == bucket else self._rehearse, bucket)
 
     def capture(self, bucket: Bucket) -> bool:
         """Capture the bucket's graph now. False if there is one, the weights are away, the pool is full, or the model's code can't be captured
         (it asks the device for a number); such a model runs eagerly from then on."""
-        if not self._possible(bucket):
-            return False
-        self._rehearse(bucket)
-        return self._record(bucket)
+        return self._possible(bucket) and self._attempt(self._rehearse, bucket) and self._attempt(self._record, bucket)
 
     def _possible(self, bucket: Bucket) -> bool:
         if bucket in self._graphs or self._refused or self._pool.full:
@@ -202,14 +212,18 @@ class ModelGraphs:
         self._run(bucket)
         self._rehearsed = bucket
 
-    def _record(self, bucket: Bucket) -> bool:
+    def _record(self, bucket: Bucket) -> None:
         self._rehearsed = None
+        self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
+
+    def _attempt(self, work: Callable[[Bucket], None], bucket: Bucket) -> bool:
+        """Nobody asked for these passes, so nobody may suffer from them: whatever they raise costs graphs and nothing else."""
         try:
-            self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
+            work(bucket)
         except torch.OutOfMemoryError:
             self._pool.stop()
             return False
-        except RuntimeError as error:
+        except Exception as error:
             self._refuse(error)
             return False
         return True

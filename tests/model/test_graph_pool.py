@@ -1,0 +1,76 @@
+"""The pool that all models' graphs share, over a stand-in for torch's captures: one model's failure is no other's."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from runtime.engine.model.buckets import Bucket
+from runtime.engine.model.graphs import EAGER_USES, GraphPool, ModelGraphs
+from tests.support.torch_graphs import TorchGraphs
+
+BUCKET = Bucket(4, 4, 1, 1024)
+OTHER = Bucket(8, 8, 1, 1024)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> TorchGraphs:
+    made = TorchGraphs()
+    made.install(monkeypatch)
+    return made
+
+
+@pytest.fixture
+def pool(captures: TorchGraphs) -> GraphPool:
+    return GraphPool(torch.device("cpu"), enabled=True)
+
+
+def graphs_of(pool: GraphPool, run: Callable[[], object] = lambda: None, name: str = "a") -> ModelGraphs:
+    def logits(bucket: Bucket) -> torch.Tensor:
+        run()
+        return torch.zeros(bucket.num_rows)
+
+    return ModelGraphs(name, pool, lambda: None, logits, lambda: True, (BUCKET,))
+
+
+def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(captures: TorchGraphs, pool: GraphPool, caplog: pytest.LogCaptureFixture) -> None:
+    before = graphs_of(pool)
+    assert before.capture(BUCKET)
+    for name in ("asks the device", "asks it too"):
+        refused = graphs_of(pool, captures.void, name)
+        assert not refused.capture(BUCKET)
+        assert f"model {name} runs without CUDA graphs: operation not permitted" in caplog.text
+        assert not captures.recording, "torch frees nothing while it believes that a capture is under way"
+        refused.close()
+    after = graphs_of(pool)
+    assert before.capture(OTHER)
+    assert after.capture(BUCKET)
+    before.close()
+    after.close()
+    gc.collect()
+    # what the failed captures used goes with the last graph there
+    assert sum(captures.users.values()) == 1, "only the pool in use is kept"
+
+
+@pytest.mark.parametrize("error", [ValueError("a pointer that the driver doesn't know"), KeyError("x"), torch.OutOfMemoryError("no room")])
+@pytest.mark.parametrize("fails_at", ["rehearsal", "capture"])
+@pytest.mark.parametrize("asked", ["by an idle turn", "by a step"])
+def test_whatever_a_pass_raises_that_nobody_asked_for_costs_graphs_alone(
+    captures: TorchGraphs, pool: GraphPool, error: Exception, fails_at: str, asked: str
+) -> None:
+    def run() -> None:
+        if (captures.capturing is not None) == (fails_at == "capture"):
+            raise error
+
+    graphs = graphs_of(pool, run)
+    if asked == "by a step":
+        assert [graphs.find(BUCKET) for _ in range(EAGER_USES + 2)] == [None] * (EAGER_USES + 2)
+    else:
+        while pool.capture_one():
+            pass
+    assert graphs.num_graphs == 0
+    assert not captures.recording
+    assert pool.full == isinstance(error, torch.OutOfMemoryError)
+    if not pool.full:
+        assert graphs_of(pool).capture(BUCKET)
