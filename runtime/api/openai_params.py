@@ -10,7 +10,7 @@ import msgspec
 
 from runtime.api.openai_types import Shared
 from runtime.errors import InvalidRequest, NotSupported
-from runtime.generation.limits import check_token_ids, draw_seed, engine_seed
+from runtime.generation.limits import check_token_ids, draw_seed, engine_seed, within_float32
 from runtime.generation.request import SequenceRequest
 from runtime.served import ServedModel
 from runtime.types import LogprobParams, SamplingParams, StopParams
@@ -68,7 +68,7 @@ def sampling_of(model: ServedModel, body: Shared) -> SamplingParams:
     """Without a seed: each sequence gets its own."""
     defaults = model.text.sampling
     top_k = _first(body.top_k, defaults.top_k, 0)
-    return SamplingParams(
+    sampling = SamplingParams(
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_k=max(0, int(top_k)),
         top_p=_first(body.top_p, defaults.top_p, 1.0),
@@ -79,6 +79,7 @@ def sampling_of(model: ServedModel, body: Shared) -> SamplingParams:
         presence_penalty=_first(body.presence_penalty, 0.0),
         logit_bias=_logit_bias(model, body),
     )
+    return within_float32(model, sampling)
 
 
 def stop_strings_of(model: ServedModel, body: Shared) -> tuple[str, ...]:

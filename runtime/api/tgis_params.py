@@ -13,7 +13,7 @@ import msgspec
 
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest, NotSupported
-from runtime.generation.limits import draw_seed, engine_seed
+from runtime.generation.limits import draw_seed, engine_seed, within_float32
 from runtime.generation.request import GRPC_EVENT_S, SequenceRequest
 from runtime.served import ServedModel
 from runtime.types import LogprobParams, SamplingParams, StopParams
@@ -102,7 +102,7 @@ def _plan_one(
     wanted = stopping.max_new_tokens or model.settings.sampling.max_tokens
     limit = min(wanted or config.max_new_tokens, config.max_new_tokens, context - num_prompt)
     limit = max(limit, stopping.min_new_tokens)
-    sampling = _sampling(params)
+    sampling = within_float32(model, _sampling(params))
     seed = None
     if not sampling.greedy:
         seed = params.sampling.seed if params.sampling.HasField("seed") else draw_seed()

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 
 from runtime.errors import Overloaded, Unavailable, from_code
+from runtime.generation.limits import check_prompt
 from runtime.generation.merge import close, merge
 from runtime.generation.request import Completed, Delta, SequenceRequest, put_together
 from runtime.generation.sequence import RunningSequence, split_tokens
@@ -33,8 +34,10 @@ class Generator:
         """Deltas of all sequences in order of arrival; each sequence ends with one that has `finish`.
 
         A delta without text comes only as a sequence's first or last, or when details were asked.
-        Raises Overloaded, ModelNotFound, Unavailable, EngineFault; then all sequences are ended.
+        Raises InvalidRequest, Overloaded, ModelNotFound, Unavailable, EngineFault; then all sequences are ended.
         """
+        for request in requests:
+            check_prompt(model, request.prompt)
         self._enter(model, len(requests))
         try:
             runs = [self._run(model, request) for request in requests]

@@ -1,13 +1,21 @@
-"""A request against its model's limits: prompt and output lengths, seeds. Every refusal names the model, the limit and the value."""
+"""A request against its model's limits: prompt and output lengths, seeds, and what the engine's arithmetic can hold.
+
+Every refusal names the model, the limit and the value.
+"""
 
 import secrets
 from collections.abc import Sequence
 
+import msgspec
+
 from runtime.errors import InvalidRequest
 from runtime.served import ServedModel
+from runtime.types import SamplingParams
 
 SEED_BITS = 32
 _ENGINE_SEED_MASK = (1 << 63) - 1
+_LEAST_TEMPERATURE = 1e-5
+_MOST_REPETITION_PENALTY = 1e6
 
 
 def room_for_output(model: ServedModel, num_prompt: int, *, param: str = "prompt") -> int:
@@ -42,6 +50,17 @@ def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str)
         raise InvalidRequest(f"model {model.name}: token id {bad} is outside of its vocabulary (0 to {size - 1})", param=param)
 
 
+def check_prompt(model: ServedModel, prompt: Sequence[int]) -> None:
+    """Some tokenizers know tokens that were never given to their model; one of them would fail the step of every other request with it."""
+    size, highest = model.facts.vocab_size, max(prompt)
+    if highest >= size:
+        raise InvalidRequest(
+            f"model {model.name}: the prompt has the token {model.text.piece(highest)!r}, id {highest}, which its tokenizer knows "
+            f"and the model doesn't (its vocabulary is 0 to {size - 1})",
+            param="prompt",
+        )
+
+
 def draw_seed() -> int:
     return secrets.randbits(SEED_BITS)
 
@@ -49,3 +68,16 @@ def draw_seed() -> int:
 def engine_seed(seed: int, offset: int = 0) -> int:
     """A caller's seed (any 64 bits) as the engine takes it (63 bits)."""
     return (seed + offset) & _ENGINE_SEED_MASK
+
+
+def within_float32(model: ServedModel, sampling: SamplingParams) -> SamplingParams:
+    """The same way of drawing in the engine's 32-bit words, where a wild number would become an infinity, and fail the step of every other request with it.
+
+    A temperature too small to leave a second token any chance is greedy, a top-k that drops nothing is off.
+    """
+    return msgspec.structs.replace(
+        sampling,
+        temperature=sampling.temperature if sampling.temperature >= _LEAST_TEMPERATURE else 0.0,
+        top_k=sampling.top_k if sampling.top_k < model.facts.vocab_size else 0,
+        repetition_penalty=min(max(sampling.repetition_penalty, 1 / _MOST_REPETITION_PENALTY), _MOST_REPETITION_PENALTY),
+    )

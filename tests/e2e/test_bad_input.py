@@ -129,6 +129,28 @@ def test_impossible_parameters_are_named(guarded: Guarded, fields: dict[str, obj
     assert (answer.status, words in answer.error) == (status, True), answer.text
 
 
+def test_a_number_too_wide_for_the_engine_harms_nobody(guarded: Guarded) -> None:
+    """It would end whoever shares its step, and at the second time the model."""
+    with guarded.edge.stream("ada", max_tokens=100, ignore_eos=True) as shares_the_steps:
+        for _ in range(2):
+            answer = guarded.edge.complete("ada", temperature=1, top_k=2**40)
+            assert answer.status == 200, answer.text
+        assert shares_the_steps.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_a_token_without_an_embedding_is_refused(guarded: Guarded) -> None:
+    folder = guarded.base / "models" / "padded"
+    shutil.copytree(guarded.base / "models" / "ada", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 258, "content": "[PAD]"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    guarded.edge.register("padded", folder)
+    assert guarded.edge.outcome("padded").status == 200
+    for _ in range(2):
+        answer = guarded.edge.complete("padded", prompt="a[PAD]")
+        assert (answer.status, "'[PAD]', id 258" in answer.error) == (400, True), answer.text
+
+
 def test_what_is_not_here_yet_says_so(guarded: Guarded) -> None:
     chat = {"model": "ada", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
     for field, value in {

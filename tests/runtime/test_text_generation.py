@@ -1,15 +1,17 @@
 """Sequences and the generator: what comes out doesn't depend on how the engine's rows are cut; leaving, limits and failures free rows."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import EngineFault, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_output, draw_seed, engine_seed, room_for_output
+from runtime.generation.limits import check_output, draw_seed, engine_seed, room_for_output, within_float32
 from runtime.generation.merge import merge
 from runtime.generation.request import Completed, SequenceRequest, put_together
 from runtime.generation.sequence import RunningSequence, split_tokens
@@ -198,3 +200,28 @@ def test_seeds() -> None:
     assert engine_seed(7, 2) == 9
     assert 0 <= engine_seed(2**64 - 1, 3) < 2**63
     assert 0 <= engine_seed(-5) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("wild", "tame"),
+    [
+        (SamplingParams(top_k=2**40), SamplingParams(top_k=0)),
+        (SamplingParams(temperature=1e-45), SamplingParams(temperature=0.0)),
+        (SamplingParams(repetition_penalty=1e-300), SamplingParams(repetition_penalty=1e-6)),
+        (SamplingParams(repetition_penalty=1e300), SamplingParams(repetition_penalty=1e6)),
+        (SamplingParams(temperature=0.1, top_k=7, repetition_penalty=1.1), SamplingParams(temperature=0.1, top_k=7, repetition_penalty=1.1)),
+    ],
+)
+def test_wild_numbers_are_brought_to_where_they_mean_the_same(model: ServedModel, wild: SamplingParams, tame: SamplingParams) -> None:
+    assert within_float32(model, wild) == tame
+
+
+async def test_a_token_that_only_the_tokenizer_knows_never_reaches_the_engine(model: ServedModel) -> None:
+    """As Llama 2's descendants have it, whose [PAD] lies just above the embeddings."""
+    engine = ScriptedEngine(lambda asked: [5])
+    last = model.facts.vocab_size - 1
+    smaller = replace(model, facts=msgspec.structs.replace(model.facts, vocab_size=last))
+    generator = Generator(engine, RuntimeMetrics())
+    with pytest.raises(InvalidRequest, match=f"model m1: the prompt has the token .*, id {last}, .* 0 to {last - 1}"):
+        await generator.complete(smaller, [request_of(), msgspec.structs.replace(request_of(index=1), prompt=(5, last))])
+    assert not engine.asked
