@@ -5,6 +5,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from runtime.errors import LoadFailed
@@ -52,16 +53,22 @@ def parse_header(name: str, data: bytes) -> Header:
     try:
         entries = json.loads(data)
         metadata = entries.pop("__metadata__", None) or {}
-        tensors = []
-        end_bytes = 0
+        tensors, places = [], []
         for tensor, entry in entries.items():
             start, end = entry["data_offsets"]
-            shape = tuple(int(size) for size in entry["shape"])
+            shape = tuple(entry["shape"])
+            if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+                raise LoadFailed(f"{name} is corrupt: tensor {tensor} has offsets or sizes that are no whole numbers from 0 on")
             expected = math.prod(shape) * DTYPE_BYTES[entry["dtype"]]
             if end - start != expected:
                 raise LoadFailed(f"{name} is corrupt: tensor {tensor} has {end - start} bytes, its shape needs {expected}")
             tensors.append(TensorShape(tensor, entry["dtype"], shape))
-            end_bytes = max(end_bytes, end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            places.append((start, end))
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise LoadFailed(f"{name} is corrupt: its metadata has values that are no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadFailed(f"{name} is no safetensors file: its header can't be read ({type(error).__name__}: {error})") from error
-    return Header(tensors, metadata, 8 + len(data) + end_bytes)
+    places.sort()
+    if any(before > start for (_, before), (start, _) in pairwise(places)):
+        raise LoadFailed(f"{name} is corrupt: some of its tensors lie over each other")
+    return Header(tensors, metadata, 8 + len(data) + (places[-1][1] if places else 0))

@@ -17,6 +17,7 @@ from runtime.puller.headers import read_header
 from runtime.types import Quantization
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+LARGEST_JSON_BYTES = 64 * 1024 * 1024    # of a configuration or an index; the largest there are have ten
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
@@ -85,13 +86,24 @@ def inspect(path: Path, policy: Policy) -> Inspection:
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object in a checkpoint. Raises LoadFailed naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            return parse_json(str(path), file.read(LARGEST_JSON_BYTES + 1))
     except FileNotFoundError:
         raise LoadFailed(f"{path.name} is missing in {path.parent}") from None
-    except (OSError, ValueError) as error:
-        raise LoadFailed(f"{path} can't be read: {error}") from error
+    except OSError as error:
+        raise LoadFailed(f"{path} can't be read: {error.strerror}") from error
+
+
+def parse_json(name: str, data: bytes) -> dict[str, object]:
+    """A JSON object of foreign make: large, deep or broken as it may be. Raises LoadFailed naming it."""
+    if len(data) > LARGEST_JSON_BYTES:
+        raise LoadFailed(f"{name} is larger than {LARGEST_JSON_BYTES} bytes, which no configuration is")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise LoadFailed(f"{name} can't be read: {error}") from error
     if not isinstance(value, dict):
-        raise LoadFailed(f"{path} is not a JSON object")
+        raise LoadFailed(f"{name} is not a JSON object")
     return value
 
 
@@ -127,8 +139,10 @@ def _safetensors(path: Path) -> list[Path]:
 def stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, bool]:
     """What the weights are quantised in already, and whether their scales are too. Raises LoadFailed for formats that aren't supported."""
     stored = config.get("quantization_config")
-    if not isinstance(stored, dict):
+    if stored is None:
         return Quantization.NONE, False
+    if not isinstance(stored, dict):
+        raise LoadFailed(f"quantization_config in config.json is {type(stored).__name__}, not an object")
     method = str(stored.get("quant_method", "unknown"))
     if method == "bitsandbytes" or "load_in_4bit" in stored:
         if stored.get("load_in_8bit"):
@@ -136,7 +150,10 @@ def stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, boo
                 raise LoadFailed("the checkpoint keeps fp16 weights beside int8 (llm_int8_has_fp16_weight), which is not supported")
             return Quantization.INT8, False
         if stored.get("load_in_4bit"):
-            return Quantization(str(stored.get("bnb_4bit_quant_type", "fp4"))), bool(stored.get("bnb_4bit_use_double_quant"))
+            kind = str(stored.get("bnb_4bit_quant_type", "fp4"))
+            if kind not in (Quantization.NF4, Quantization.FP4):
+                raise LoadFailed(f"the checkpoint is quantised with bitsandbytes' {kind!r}, which is not supported; nf4 and fp4 are")
+            return Quantization(kind), bool(stored.get("bnb_4bit_use_double_quant"))
     raise LoadFailed(
         f"the checkpoint is quantised with {method}, which is not supported; use bitsandbytes (int8, nf4, fp4), GGUF, or an unquantised one"
     )

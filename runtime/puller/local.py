@@ -10,15 +10,18 @@ def local_path(path: str, roots: Sequence[str]) -> Path:
     """The real path, which must lie below one of `roots` (empty: anywhere). Raises InvalidRequest out of bounds, LoadFailed if missing."""
     if "\0" in path:
         raise InvalidRequest("the path has a NUL byte", param="modelPath")
-    given = Path(path).expanduser()
-    if not given.is_absolute():
-        raise InvalidRequest(f"path {path!r} is relative: give an absolute path or a URI", param="modelPath")
-    real = given.resolve()
     bounds = [Path(root).resolve() for root in roots]
-    if bounds and not any(real.is_relative_to(bound) for bound in bounds):
-        raise InvalidRequest(f"path {path!r} is outside the model roots ({', '.join(roots)})", param="modelPath")
-    if not real.exists():
-        raise LoadFailed(f"{path}: no such file or directory")
+    try:
+        given = Path(path).expanduser()
+        if not given.is_absolute():
+            raise InvalidRequest(f"path {path!r} is relative: give an absolute path or a URI", param="modelPath")
+        real = given.resolve()
+        if bounds and not any(real.is_relative_to(bound) for bound in bounds):
+            raise InvalidRequest(f"path {path!r} is outside the model roots ({', '.join(roots)})", param="modelPath")
+        if not real.exists():
+            raise LoadFailed(f"{path}: no such file or directory")
+    except (OSError, RuntimeError) as error:      # links in a circle, a name too long, a home that nobody has, no right to look
+        raise LoadFailed(f"{path[:200]} can't be used: {error.strerror if isinstance(error, OSError) else error}") from error
     if bounds and real.is_dir():
         for file in real.rglob("*"):
             if file.is_symlink() and not any(file.resolve().is_relative_to(bound) for bound in bounds):

@@ -1,13 +1,12 @@
 """A model's configuration and its tensors' shapes without its weights: from files here, or from a source by a few small reads."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 from runtime.errors import LoadFailed
 from runtime.fit import TensorShape
 from runtime.puller.gguf import read_gguf
 from runtime.puller.headers import header_length, parse_header
-from runtime.puller.inspect import Inspection, Kind
+from runtime.puller.inspect import LARGEST_JSON_BYTES, Inspection, Kind, parse_json
 from runtime.puller.job import Job
 from runtime.puller.source import RemoteFile, Source
 
@@ -27,12 +26,9 @@ def look_remote(source: Source, job: Job) -> Found:
     config_file = by_name.get("config.json")
     if config_file is None:
         raise LoadFailed(f"{listing.origin}: a GGUF file tells its sizes only when it is here; load it once")
-    try:
-        config = json.loads(source.read(config_file, 0, max(config_file.size_bytes, 1 << 20), job))
-    except ValueError as error:
-        raise LoadFailed(f"{listing.origin}: config.json is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise LoadFailed(f"{listing.origin}: config.json is not a JSON object")
+    # a size that the source doesn't know is -1, and one that it gives may be anything
+    count = config_file.size_bytes if 0 <= config_file.size_bytes <= LARGEST_JSON_BYTES else LARGEST_JSON_BYTES + 1
+    config = parse_json(f"{listing.origin}: config.json", source.read(config_file, 0, count, job))
     tensors: list[TensorShape] = []
     for file in listing.files:
         if file.name.endswith(".safetensors"):

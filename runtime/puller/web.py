@@ -1,12 +1,12 @@
 """Models behind a plain web server: one .gguf file, or a directory whose files have the usual names (a web server lists none)."""
 
-import json
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import LoadFailed
 from runtime.puller.fetch import HttpClient
+from runtime.puller.inspect import LARGEST_JSON_BYTES, parse_json
 from runtime.puller.job import Job
 from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name
 
@@ -54,12 +54,11 @@ class WebSource:
             if single is None:
                 raise LoadFailed(f"{self._origin} has neither model.safetensors nor {_INDEX}")
             return [single]
-        try:
-            names = sorted(set(json.loads(self._client.read(index.location, 0, max(index.size_bytes, 1 << 26)))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise LoadFailed(f"{self._origin}/{_INDEX} can't be read: {error}") from error
+        weight_map = parse_json(f"{self._origin}/{_INDEX}", self._client.read(index.location, 0, LARGEST_JSON_BYTES + 1)).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise LoadFailed(f"{self._origin}/{_INDEX} has no weight_map")
         files = [index]
-        for name in names:
+        for name in sorted({str(name) for name in weight_map.values()}):
             file = self._look(checked_name(name, self._origin))
             if file is None:
                 raise LoadFailed(f"{self._origin} has no {name}, which {_INDEX} names")

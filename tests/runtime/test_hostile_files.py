@@ -1,0 +1,78 @@
+"""Checkpoints that nobody's tools wrote: headers, indexes and configurations that are made to mislead, and paths that lead nowhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.config import RuntimeConfig
+from runtime.errors import LoadFailed
+from runtime.puller.headers import parse_header
+from runtime.puller.inspect import Policy, inspect
+from runtime.puller.locate import locate
+from runtime.types import ModelSource
+from tests.runtime.checkpoints import tiny_llama
+
+WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "whole numbers"),
+        ({"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}, "whole numbers"),
+        ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "whole numbers"),
+        ({"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}}, "whole numbers"),
+        ({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]}}, "whole numbers"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}, "whole numbers"),
+        ({"a": WHOLE, "b": {**WHOLE, "data_offsets": [4, 12]}}, "over each other"),
+        ({"a": {**WHOLE, "dtype": "F4"}}, "can't be read"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}}, "can't be read"),
+        ({"a": WHOLE, "__metadata__": {"quantization": ["nf4"]}}, "no text"),
+        ({"a": WHOLE, "__metadata__": 5}, "can't be read"),
+        ([WHOLE], "can't be read"),
+    ],
+)
+def test_a_header_that_misleads_is_refused(header: Any, named: str) -> None:
+    with pytest.raises(LoadFailed, match=rf"^m\.safetensors .*{named}"):
+        parse_header("m.safetensors", json.dumps(header).encode())
+
+
+def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    deep = b'{"a":' + b"[" * 200_000
+    with pytest.raises(LoadFailed, match="can't be read"):
+        parse_header("m.safetensors", deep)
+    tiny_llama(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_bytes(deep)
+    with pytest.raises(LoadFailed, match=r"config\.json can't be read"):
+        inspect(tmp_path / "m", Policy())
+
+
+def test_a_configuration_without_end_is_not_read_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.puller.inspect.LARGEST_JSON_BYTES", 5000)
+    tiny_llama(tmp_path / "m")
+    inspect(tmp_path / "m", Policy())
+    with (tmp_path / "m" / "config.json").open("a") as file:
+        file.write(" " * 5000)
+    with pytest.raises(LoadFailed, match=r"config\.json is larger than 5000 bytes"):
+        inspect(tmp_path / "m", Policy())
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "bitsandbytes' 'nf5'"), ("gptq", "str, not an object"), ([], "list, not an object")],
+)
+def test_a_quantisation_of_no_kind_is_named(tmp_path: Path, stored: object, named: str) -> None:
+    tiny_llama(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": stored}))
+    with pytest.raises(LoadFailed, match=named):
+        inspect(tmp_path / "m", Policy())
+
+
+def test_paths_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (str(tmp_path / "loop" / "m"), f"/{'a' * 5000}", "~nobody-of-this-name/m"):
+        with pytest.raises(LoadFailed, match=r"can't be used|no such file"):
+            locate(ModelSource(path), RuntimeConfig())
