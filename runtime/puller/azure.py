@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from runtime.errors import InvalidRequest
 from runtime.puller.buckets import missing_extra
 from runtime.puller.source import RemoteFile
 
@@ -56,6 +57,9 @@ def _credential(account: str, options: Mapping[str, str]) -> Any:
     if "sas_token" in options:
         return options["sas_token"]
     if "client_secret" in options:
+        for name in ("tenant_id", "client_id"):
+            if not options.get(name):
+                raise InvalidRequest(f"az://{account}: client_secret is given without {name}", param="storage_params")
         try:
             from azure.identity import ClientSecretCredential
         except ImportError as error:

@@ -122,6 +122,7 @@ def _verify(file: RemoteFile, path: Path, job: Job) -> None:
 
 
 _QUERY = re.compile(r"\?[^\s'\")<>]+=[^\s'\")<>]+")  # of a URL: it may hold a signature
+_USER = re.compile(r"(?<=//)[^\s/@]*@")
 _MOST_WORDS = 400
 
 
@@ -133,6 +134,6 @@ def _told(place: str, verb: str, away: tuple[type[Exception], ...] = ()) -> Iter
     except RepertoryError:
         raise
     except Exception as error:
-        words = _QUERY.sub("?…", " ".join(str(error).split()))[:_MOST_WORDS]
+        words = _USER.sub("", _QUERY.sub("?…", " ".join(str(error).split())))[:_MOST_WORDS]
         kind = Unreachable if isinstance(error, away) else LoadFailed
         raise kind(f"{place} can't be {verb}: {type(error).__name__}: {words}") from None

@@ -22,22 +22,27 @@ _TIMEOUT_S = 60.0
 _TRIES = 6
 _SMALL_TRIES = 3
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
-_SECRET_HEADERS = ("authorization", "cookie", "x-amz-security-token")
+# what a URL or a header that nobody could use raises is a ValueError, and its words quote it
+_BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """A token is for the host that it was given to, not for the one that it redirects to."""
+    """A token is for the host that it was given to, not for the one that it redirects to, nor for whoever listens on the way to it."""
+
+    def __init__(self, secret: frozenset[str]) -> None:
+        self._secret = secret
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> urllib.request.Request | None:
         following = super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
         if following is not None:
-            if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+            if new.scheme not in ("http", "https"):
                 raise LoadFailed(f"{_shown(req.full_url)} redirects to {_shown(newurl)}, which is not HTTP")
-            if urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
+            if new.netloc != old.netloc or (new.scheme == "http" and old.scheme == "https"):
                 for name in list(following.headers):
-                    if name.lower() in _SECRET_HEADERS:
+                    if name.lower() in self._secret:
                         del following.headers[name]
             following.method = req.get_method()
         return following
@@ -45,14 +50,16 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True, slots=True)
 class HttpClient:
-    """`headers` go with every request to the URL's own host. `context` None = the system's certificates."""
+    """`headers` go with every request to the URL's own host, and to no other. `context` None = the system's certificates."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
     context: ssl.SSLContext | None = None
 
     def open(self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None) -> http.client.HTTPResponse:
-        """Raises HTTPError, URLError, OSError."""
-        handlers: list[urllib.request.BaseHandler] = [_Redirects()]
+        """Raises HTTPError, URLError, OSError, ValueError."""
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise LoadFailed(f"{_shown(url)} is not HTTP")
+        handlers: list[urllib.request.BaseHandler] = [_Redirects(frozenset(name.lower() for name in self.headers))]
         if self.context is not None:
             handlers.append(urllib.request.HTTPSHandler(context=self.context))
         opener = urllib.request.build_opener(*handlers)
@@ -64,17 +71,22 @@ class HttpClient:
     def look(self, name: str, url: str) -> RemoteFile | None:
         """Size and ETag of a file; None if there isn't one. Raises LoadFailed when the server can't be asked."""
         try:
-            with self._open_patiently(url, "HEAD", {}) as response:
+            try:
+                response = self._open_patiently(url, "HEAD", {})
+            except urllib.error.HTTPError as error:
+                # a signed URL is signed for GET alone
+                if error.code not in (403, 405, 501):
+                    raise
+                response = self._open_patiently(url, "GET", {"Range": "bytes=0-0"})
+            with response:
                 return _described(name, url, response.headers)
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
                 return None
-            if error.code in (405, 501):
-                with self._open_patiently(url, "GET", {"Range": "bytes=0-0"}) as response:
-                    return _described(name, url, response.headers)
-            raise LoadFailed(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(f"{_shown(url)} can't be reached: {error}") from error
+            kind = Unreachable if error.code in _AGAIN else LoadFailed
+            raise kind(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
+        except _BROKEN as error:
+            raise Unreachable(f"{_shown(url)} can't be reached: {_words(error)}") from None
 
     def read(self, url: str, start: int, count: int) -> bytes:
         """A few bytes. Raises LoadFailed."""
@@ -83,8 +95,8 @@ class HttpClient:
                 if response.status != 206 and start:
                     raise LoadFailed(f"{_shown(url)}: the server gives no parts of files")
                 return response.read(count)
-        except (OSError, http.client.HTTPException) as error:
-            raise LoadFailed(f"{_shown(url)} can't be read: {error}") from error
+        except _BROKEN as error:
+            raise LoadFailed(f"{_shown(url)} can't be read: {_words(error)}") from None
 
     def _open_patiently(self, url: str, method: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for attempt in range(_SMALL_TRIES):
@@ -109,22 +121,26 @@ class HttpClient:
         tag.write_text(_identity(file))
         if done.exists():
             arrived(done.stat().st_size)
-        for attempt in range(_TRIES):
+        attempt = 0
+        while True:
             job.check()
+            before_bytes = _size(done)
             try:
                 self._receive(file, done, job, arrived)
                 break
             except _InterruptedError as error:
-                if attempt == _TRIES - 1:
+                # a long file may be cut often: only tries that bring nothing are counted
+                attempt = 1 if _size(done) > before_bytes else attempt + 1
+                if attempt >= _TRIES:
                     raise LoadFailed(f"{_shown(file.location)}: {error}, after {_TRIES} tries") from error
-                job.wait(min(0.25 * 2**attempt, 10.0))
+                job.wait(min(0.25 * 2 ** (attempt - 1), 10.0))
         _verify(file, done, job)
         done.rename(target)
         tag.unlink(missing_ok=True)
 
     def _receive(self, file: RemoteFile, done: Path, job: Job, arrived: Arrived) -> None:
-        start = done.stat().st_size if done.exists() else 0
-        if start and start == file.size_bytes:
+        start = _size(done)
+        if start and 0 <= file.size_bytes <= start:
             return
         headers = {"Range": f"bytes={start}-"} if start else {}
         if start and file.digest.startswith('"'):
@@ -135,8 +151,8 @@ class HttpClient:
             if error.code in _AGAIN:
                 raise _InterruptedError(f"the server answers {error.code}") from error
             raise LoadFailed(f"{_shown(file.location)}: the server answers {error.code} {error.reason}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _InterruptedError(f"can't be reached: {error}") from error
+        except _BROKEN as error:
+            raise _InterruptedError(f"can't be reached: {_words(error)}") from None
         with response, done.open("ab" if response.status == 206 else "wb") as out:
             if response.status != 206 and start:
                 arrived(-start)          # it changed, or the server gives no parts: from the beginning
@@ -154,12 +170,18 @@ class HttpClient:
                 out.write(chunk)
                 received += len(chunk)
                 arrived(len(chunk))
+                if 0 <= file.size_bytes < start + received:
+                    return               # it might go on till the disk is full; its size tells it from the file
             if expected is not None and received < int(expected):
                 raise _InterruptedError(f"cut off after {start + received} of {start + int(expected)} bytes")
 
 
 class _InterruptedError(Exception):
     """Worth another try."""
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _verify(file: RemoteFile, path: Path, job: Job) -> None:
@@ -188,6 +210,13 @@ def _described(name: str, url: str, headers: Message) -> RemoteFile:
 
 def _identity(file: RemoteFile) -> str:
     return f"{file.size_bytes} {file.sha256 or file.md5 or file.digest}"
+
+
+def _words(error: Exception) -> str:
+    """Without what was asked for: the library quotes it, query and headers and all."""
+    if isinstance(error, http.client.InvalidURL | ValueError):
+        return f"the address or a header of it is not valid ({type(error).__name__})"
+    return str(error.reason) if isinstance(error, urllib.error.URLError) else str(error)
 
 
 def _shown(url: str) -> str:

@@ -1,16 +1,19 @@
 """From what a registration says to where the files are: a path here, or a Source that can bring them. Knows every scheme; talks to none."""
 
+import base64
 import json
+import re
 import ssl
 import tempfile
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from runtime.config import RuntimeConfig
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, LoadFailed, RepertoryError
 from runtime.puller.azure import AzureContainer
-from runtime.puller.buckets import BucketSource
+from runtime.puller.buckets import Bucket, BucketSource
 from runtime.puller.fetch import HttpClient
 from runtime.puller.gcs import GcsBucket
 from runtime.puller.hub import HubSource
@@ -22,6 +25,8 @@ from runtime.puller.web import WebSource
 from runtime.types import ModelSource
 
 SCHEMES = ("hf", "s3", "gs", "az", "http", "https", "pvc", "file")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 
 
 def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
@@ -31,12 +36,12 @@ def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
         raise InvalidRequest(f"{scheme}:// is not known; known are {', '.join(name + '://' for name in SCHEMES)}", param="modelPath")
     if not separator and (source.storage_key is not None or "type" in source.storage_params):
         return _from_storage(source, config)
-    options = storage_options(config.storage_config_dir, source.storage_key, source.storage_params) if separator else {}
+    options = storage_options(config.storage_config_dir, source.storage_key, source.storage_params, source.uri) if separator else {}
     match scheme if separator else "":
         case "":
             return local_path(source.uri, config.model_roots)
         case "file":
-            parts = urllib.parse.urlsplit(source.uri)
+            parts = _split(source.uri)
             if parts.netloc not in ("", "localhost"):
                 raise InvalidRequest(f"{source.uri}: file:// takes three slashes and a path on this machine", param="modelPath")
             return local_path(urllib.parse.unquote(parts.path), config.model_roots)
@@ -46,17 +51,14 @@ def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
         case "hf":
             return HubSource(rest, options.get("token"), allow_pickle=config.allow_pickle)
         case "http" | "https":
-            return WebSource(source.uri, _client(options))
+            return _web(source.uri, "", options)
         case "az":
             account, _, path = rest.partition("/")
             container, _, prefix = path.partition("/")
-            _need(source.uri, account=account, container=container)
-            return BucketSource(AzureContainer(account, container, options), prefix, allow_pickle=config.allow_pickle)
+            return _azure(source.uri, account, container, prefix, options, config)
         case _:
             bucket, _, prefix = rest.partition("/")
-            _need(source.uri, bucket=bucket)
-            kind = S3Bucket if scheme == "s3" else GcsBucket
-            return BucketSource(kind(bucket, options), prefix, allow_pickle=config.allow_pickle)
+            return _bucket(source.uri, S3Bucket if scheme == "s3" else GcsBucket, bucket, prefix, options, config)
 
 
 def _from_storage(source: ModelSource, config: RuntimeConfig) -> Path | Source:
@@ -68,37 +70,93 @@ def _from_storage(source: ModelSource, config: RuntimeConfig) -> Path | Source:
             return volume_path(options.get("name", ""), path, config.pvc_dir)
         case "http" | "https":
             _need("storage of type http", url=options.get("url", ""))
-            return WebSource(f"{options['url'].rstrip('/')}/{path.lstrip('/')}", _client(options))
+            return _web(options["url"], path, options)
         case "s3":
-            _need("storage of type s3", bucket=options.get("bucket", ""))
-            return BucketSource(S3Bucket(options["bucket"], options), path, allow_pickle=config.allow_pickle)
+            return _bucket("storage of type s3", S3Bucket, options.get("bucket", ""), path, options, config)
         case "gcs" | "gs":
-            _need("storage of type gcs", bucket=options.get("bucket", ""))
-            return BucketSource(GcsBucket(options["bucket"], options), path, allow_pickle=config.allow_pickle)
+            return _bucket("storage of type gcs", GcsBucket, options.get("bucket", ""), path, options, config)
         case "azure" | "az":
-            _need("storage of type azure", account_name=options.get("account_name", ""), container=options.get("container", ""))
-            container = AzureContainer(options["account_name"], options["container"], options)
-            return BucketSource(container, path, allow_pickle=config.allow_pickle)
+            account, container = options.get("account_name", ""), options.get("container", "")
+            return _azure("storage of type azure", account, container, path, options, config)
         case _:
             raise InvalidRequest(f"storage type {kind!r} is not known; known are s3, gcs, azure, http, pvc", param="storage_params")
 
 
-def _client(options: Mapping[str, str]) -> HttpClient:
-    headers: dict[str, str] = {}
-    if "headers" in options:
-        try:
-            headers = {str(name): value if isinstance(value, str) else str(value[0]) for name, value in json.loads(options["headers"]).items()}
-        except (ValueError, AttributeError, IndexError, TypeError):
-            raise InvalidRequest("storage parameter headers must be a JSON object of names and values", param="storage_params") from None
-    context: ssl.SSLContext | None = None
-    if "certificate" in options or "client_certificate" in options:
+def _azure(where: str, account: str, container: str, prefix: str, options: Mapping[str, str], config: RuntimeConfig) -> Source:
+    _need(where, account_name=account, container=container)
+    return _bucket(where, partial(AzureContainer, account), container, prefix, options, config)
+
+
+def _bucket(
+    where: str, kind: Callable[[str, Mapping[str, str]], Bucket], bucket: str, prefix: str, options: Mapping[str, str], config: RuntimeConfig
+) -> Source:
+    _need(where, bucket=bucket)
+    try:
+        return BucketSource(kind(bucket, options), prefix, allow_pickle=config.allow_pickle)
+    except RepertoryError:
+        raise
+    except Exception as error:
+        # the libraries' own words may quote what they were given
+        given = ", ".join(sorted(options)) or "none"
+        raise LoadFailed(f"{where}: the storage options can't be used ({type(error).__name__}); given are {given}") from None
+
+
+def _web(url: str, path: str, options: Mapping[str, str]) -> WebSource:
+    """`path` goes between the URL's own path and its query. A user and password before the host become a header."""
+    parts = _split(url)
+    host = parts.netloc.rpartition("@")[2]
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidRequest(f"{parts.scheme or 'no scheme'}://{host}: an http:// or https:// URL with a host is needed", param="modelPath")
+    headers = _headers(options)
+    if parts.username is not None and not any(name.lower() == "authorization" for name in headers):
+        words = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(words.encode()).decode()}"
+    joined = f"{parts.path.rstrip('/')}/{path.lstrip('/')}" if path else parts.path
+    quoted = urllib.parse.quote(joined, safe="/%~!$&'()*+,;=:@")
+    return WebSource(urllib.parse.urlunsplit((parts.scheme, host, quoted, parts.query, "")), HttpClient(headers, _certificates(options)))
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # noqa: B018 — raises if it is no number
+        if parts.hostname:
+            parts.hostname.encode("idna")
+    except ValueError:
+        raise InvalidRequest(f"{url.partition('?')[0].rpartition('@')[2]!r} is no URL", param="modelPath") from None
+    return parts
+
+
+def _headers(options: Mapping[str, str]) -> dict[str, str]:
+    if "headers" not in options:
+        return {}
+    try:
+        found = {str(name): value if isinstance(value, str) else str(value[0]) for name, value in json.loads(options["headers"]).items()}
+    except (ValueError, AttributeError, IndexError, TypeError, RecursionError):
+        raise InvalidRequest("storage parameter headers must be a JSON object of names and values", param="storage_params") from None
+    # secrets that were made from files end in a line's end
+    headers = {name: value.strip() for name, value in found.items()}
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            raise InvalidRequest(f"storage parameter headers: {name[:100]!r} has a name or a value that no header can have", param="storage_params")
+    return headers
+
+
+def _certificates(options: Mapping[str, str]) -> ssl.SSLContext | None:
+    if "certificate" not in options and "client_certificate" not in options:
+        return None
+    try:
         context = ssl.create_default_context(cadata=options.get("certificate"))
         if "client_certificate" in options:
             with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:     # the library reads a chain from files only
                 pem.write(options["client_certificate"] + "\n" + options.get("client_key", ""))
                 pem.flush()
                 context.load_cert_chain(pem.name)
-    return HttpClient(headers, context)
+    except (ssl.SSLError, ValueError) as error:
+        raise InvalidRequest(
+            f"storage parameters certificate, client_certificate and client_key must be PEM ({type(error).__name__})", param="storage_params"
+        ) from None
+    return context
 
 
 def _need(where: str, **given: str) -> None:

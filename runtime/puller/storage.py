@@ -4,18 +4,28 @@ What it returns may hold secrets: it is used and forgotten, never logged, stored
 """
 
 import json
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
 
+_KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
+# where what a configuration holds is sent to; whoever may register a model may not read it, and so may not name the place either
+_PLACES = ("url", "endpoint_url", "token_uri")
+_OPEN = frozenset({"type", "bucket", "region", "default_region", "container", "account_name", "name", "project_id", "anonymous", "certificate", *_PLACES})
 
-def storage_options(config_dir: str, storage_key: str | None, params: Mapping[str, str]) -> dict[str, str]:
+
+def storage_options(config_dir: str, storage_key: str | None, params: Mapping[str, str], uri: str = "") -> dict[str, str]:
     """The named configuration with `params` over it. Without a key: `default_<type>` or `default`, if there is one.
 
-    Raises InvalidRequest for a key that is no name, LoadFailed for one that has no configuration.
+    `uri` as it is registered: a configuration of another type or for another web site isn't used for it. Raises InvalidRequest for a key that is
+    no name or isn't for this place, LoadFailed for one that has no configuration.
     """
     options: dict[str, str] = {}
+    scheme, separator, _ = uri.partition("://")
+    given = params.get("type") or (scheme if separator else "")
+    kind = _KINDS.get(given, given)
     if storage_key is not None:
         if not storage_key or "/" in storage_key or storage_key.startswith("."):
             raise InvalidRequest(f"storage_key {storage_key!r} is not a name", param="storage_key")
@@ -26,11 +36,38 @@ def storage_options(config_dir: str, storage_key: str | None, params: Mapping[st
             raise LoadFailed(f"Did not find storage config for key {storage_key}")
         options = _read(path)
     elif config_dir:
-        for name in (f"default_{params['type']}" if params.get("type") else "default", "default"):
-            if (Path(config_dir) / name).is_file():
+        for name in (f"default_{given}", f"default_{kind}", "default"):
+            if "/" not in name and (Path(config_dir) / name).is_file():
                 options = _read(Path(config_dir) / name)
                 break
+    strange = _strange(options, kind, uri) if separator else ""
+    if strange and storage_key is not None:
+        raise InvalidRequest(f"{uri}: storage key {storage_key!r} is {strange}", param="storage_key")
+    if strange:
+        options = {}
+    moved = [name for name in _PLACES if name in params and params[name] != options.get(name)]
+    if moved and not options.keys() <= _OPEN:
+        whose = f"storage key {storage_key!r}" if storage_key is not None else "the default storage configuration"
+        raise InvalidRequest(f"storage_params can't change {moved[0]} of {whose}: its credentials would go there", param="storage_params")
     return {**options, **params}
+
+
+def _strange(options: Mapping[str, str], kind: str, uri: str) -> str:
+    """Why a configuration isn't for this URI; empty if it is."""
+    own = options.get("type", kind)
+    if _KINDS.get(own, own) != kind:
+        return f"of type {own}"
+    if kind == "http" and "url" in options and _site(options["url"]) != _site(uri):
+        return "for another site"
+    return ""
+
+
+def _site(url: str) -> tuple[str, str]:
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return "", url
+    return parts.scheme, parts.netloc.rpartition("@")[2].lower()
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -260,7 +260,7 @@ def test_storage_configuration_is_read_and_overlaid(tmp_path: Path, web: WebServ
     web.secret = "Bearer K"
     listing = source_of("m", config, storage_key="mine").listing(job())
     assert {file.name for file in listing.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    assert storage_options(str(tmp_path), "mine", {"url": "u"})["url"] == "u"
+    assert storage_options(str(tmp_path), "mine", {"bucket": "b"})["bucket"] == "b"
     with pytest.raises(LoadFailed, match="Did not find storage config for key other"):
         locate(ModelSource("m", "other"), config)
     with pytest.raises(InvalidRequest, match="not a name"):

@@ -23,6 +23,7 @@ class WebServer(HttpServer):
         self.secret = ""
         self.routes: dict[str, Callable[[], tuple[int, dict[str, str], bytes]]] = {}
         self.authorizations: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.log: list[tuple[str, str, str]] = []
         super().__init__(_handler(self))
 
@@ -39,6 +40,7 @@ def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
             path = self.path.split("?")[0]
             web.log.append((self.command, path, self.headers.get("Range", "")))
             web.authorizations.append(self.headers.get("Authorization", ""))
+            web.headers.append(dict(self.headers.items()))
             if web.refusals and body:
                 web.refusals -= 1
                 self.send_error(503)
