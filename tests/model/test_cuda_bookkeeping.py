@@ -197,3 +197,32 @@ def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, tmp_path:
     taken.close()
     assert arena.free_bytes() == arena.total_bytes
     assert memory.ledger.num_mapped == 0
+
+
+def test_an_image_is_nobody_elses_from_the_moment_it_is_found(memory: CudaMemory, tmp_path: Path) -> None:
+    """A loading thread looks for room in the arena just when a swap-in has found its image there, and queued no copy yet."""
+    model = tiny("llama")
+    blueprint = draw("m", save(model, tmp_path), None, Prover(fuse=True), num_threads=2, min_group_bytes=1)
+    weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
+    arena = HostArena(torch.zeros(weight_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
+    kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
+    stream: Any = FakeStream()
+    taken = CudaModelMemory(
+        memory, stream, arena, memory.reserve(weight_slabs), KvRange(memory.reserve(16)), kv, blueprint.filler, blueprint.identity
+    )
+    taken.stage(threading.Event())
+    found: Any = arena.find
+
+    def find(*arguments: Any) -> Any:
+        image = found(*arguments)
+        assert arena.allocate("another model", SLAB) is None, "its chunks would be overwritten while they are copied"
+        return image
+
+    arena.find = find  # type: ignore[method-assign]
+    taken.swap_in(range(weight_slabs))
+    assert taken.host_bytes() > 0
+    arena.find = found
+    taken.evict()
+    assert arena.allocate("another model", SLAB) is not None
+    assert taken.host_bytes() == 0
+    taken.close()

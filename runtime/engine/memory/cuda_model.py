@@ -41,6 +41,7 @@ class CudaModelMemory:
         self._image: HostImage | None = None
         self._filling: Filling | None = None                         # a return from disk
         self._copied: list[torch.cuda.Event] = []                    # one a group whose copy is queued
+        self._queueing = False
         self._resident = False
         self._pending = True
 
@@ -51,9 +52,10 @@ class CudaModelMemory:
 
         Raises LoadFailed or Cancelled.
         """
-        if self._hold(self._arena.find(self._identity)):
+        self._image = self._arena.find(self._identity, self._busy)
+        if self._image is not None:
             return
-        image = self._arena.allocate(self._identity, self.weight_bytes)
+        image = self._arena.allocate(self._identity, self.weight_bytes, self._busy)
         if image is None:
             return
         try:
@@ -64,7 +66,7 @@ class CudaModelMemory:
         if cancelled.is_set():
             self._arena.drop(image)
             raise Cancelled("the load was cancelled")
-        self._hold(image)
+        self._image = image
         self._arena.commit(image)
 
     # Arrival -------------------------------------------------------------------------------------------------------------------------------
@@ -98,14 +100,17 @@ class CudaModelMemory:
         self._copied = []
         # a slab's last user may still be at work
         self._copy_stream.wait_stream(self._memory.compute_stream)
-        image = self._arena.find(self._identity)
-        if image is not None and self._hold(image):
-            for group in range(len(self._filler.group_ends)):
-                self._copy(image, group)
-            return
-        kept = self._arena.allocate(self._identity, self.weight_bytes)
-        self._hold(kept)
-        source: ImageBuffer = kept or PageableImage(self.weight_bytes)
+        self._queueing = True            # a loading thread may look for room between what is found and the first copy's event
+        try:
+            self._hold(self._arena.find(self._identity, self._busy))
+            if self._image is not None:
+                for group in range(len(self._filler.group_ends)):
+                    self._copy(self._image, group)
+                return
+        finally:
+            self._queueing = False
+        self._hold(self._arena.allocate(self._identity, self.weight_bytes, self._busy))
+        source: ImageBuffer = self._image or PageableImage(self.weight_bytes)
         self._filling = Filling(self._filler, source, lambda group: self._read_in(source, group))
 
     def swap_in_done(self) -> bool:
@@ -156,19 +161,15 @@ class CudaModelMemory:
         self._kv_range.close()
         self._weights.close()
 
-    def _hold(self, image: HostImage | None) -> bool:
-        """Let go of the host image that we hold and take hold of `image`; True if there is one."""
-        if self._image is not image:
-            if self._image is not None:
-                self._image.readers.remove(self._busy)
-            if image is not None:
-                image.readers.append(self._busy)
-            self._image = image
-        return image is not None
+    def _hold(self, image: HostImage | None) -> None:
+        """Let go of the host image held so far; `image` is held already."""
+        if self._image is not None and self._image is not image:
+            self._arena.let_go(self._image, self._busy)
+        self._image = image
 
     def _busy(self) -> bool:
         """Whether the host image is being read or filled."""
-        if self._filling is not None and not self._filling.done():
+        if self._queueing or (self._filling is not None and not self._filling.done()):
             return True
         return bool(self._copied) and not self._copied[-1].query()
 

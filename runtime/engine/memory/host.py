@@ -15,7 +15,7 @@ from runtime.engine.memory.arena_index import ArenaIndex, IndexEntry
 class HostImage:
     """One image in the arena. Implements ImageBuffer. `gone` once its chunks were given to another.
 
-    `readers`: one call each for whoever holds the image, saying whether it is being read or filled right now.
+    `readers`: one call each for whoever holds the image, saying whether it is being read or filled right now. The arena's own to change.
     """
 
     def __init__(self, key: str, size_bytes: int, chunks: tuple[int, ...], memory: Tensor, chunk_bytes: int) -> None:
@@ -70,17 +70,25 @@ class HostArena:
             idle = sum(len(image.chunks) for image in self._images.values() if image.complete and not image.readers)
             return (len(self._free) + idle) * self.chunk_bytes
 
-    def find(self, key: str) -> HostImage | None:
-        """A complete image by its key; it becomes the most recently used."""
+    def find(self, key: str, reader: Callable[[], bool] | None = None) -> HostImage | None:
+        """A complete image by its key; it becomes the most recently used, and `reader` holds it."""
         with self._lock:
             image = self._images.get(key)
             if image is None or not image.complete:
                 return None
             self._images[key] = self._images.pop(key)
+            if reader is not None and reader not in image.readers:
+                image.readers.append(reader)
             return image
 
-    def allocate(self, key: str, size_bytes: int) -> HostImage | None:
-        """Room for an image, taken from the least recently used idle ones; None if even that is not enough, or `key` is being filled already."""
+    def let_go(self, image: HostImage, reader: Callable[[], bool]) -> None:
+        """`reader` holds it no more."""
+        with self._lock:
+            image.readers.remove(reader)
+
+    def allocate(self, key: str, size_bytes: int, reader: Callable[[], bool] | None = None) -> HostImage | None:
+        """Room for an image that `reader` holds, taken from the least recently used idle ones; None if even that is not enough, or `key` is being
+        filled already."""
         count = -(-size_bytes // self.chunk_bytes)
         with self._lock:
             if key in self._images:
@@ -93,6 +101,8 @@ class HostArena:
             self._write_index()
             chunks = tuple(self._free.pop() for _ in range(count))
             image = HostImage(key, size_bytes, chunks, self._memory, self.chunk_bytes)
+            if reader is not None:
+                image.readers.append(reader)
             self._images[key] = image
             return image
 
