@@ -1,14 +1,14 @@
 """The mesh's configuration: one pod's share of it. Where a value comes from is mesh.configure's business."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 MIB = 1024**2
 
 
-def _about(text: str) -> msgspec.Meta:
-    return msgspec.Meta(description=text)
+def _about(text: str, **limits: Any) -> msgspec.Meta:
+    return msgspec.Meta(description=text, **limits)
 
 
 class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,20 +23,20 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_prefix: Annotated[str, _about("ModelMesh's MM_KVSTORE_PREFIX")] = "mm"
     runtime_grpc: Annotated[str, _about("the runtime that this pod fronts: its gRPC address")] = "unix:/tmp/repertory/runtime.sock"
     runtime_http: Annotated[str, _about("its HTTP address; empty for a runtime that has none")] = "unix:/tmp/repertory/runtime-http.sock"
-    wait_budget_s: Annotated[float, _about("how long a request may wait for its model to be loaded")] = 120.0
-    keep_alive_s: Annotated[float, _about("silence after which a waiting stream gets a comment")] = 5.0
-    max_held: Annotated[int, _about("requests that may wait for one model to be loaded")] = 1024
+    wait_budget_s: Annotated[float, _about("how long a request may wait for its model to be loaded", ge=0)] = 120.0
+    keep_alive_s: Annotated[float, _about("silence after which a waiting stream gets a comment", gt=0)] = 5.0
+    max_held: Annotated[int, _about("requests that may wait for one model to be loaded", ge=0)] = 1024
     api_keys: Annotated[tuple[str, ...], _about("bearer keys, any of which opens every route but health; none = open")] = ()
-    grpc_max_message_bytes: Annotated[int, _about("one gRPC message")] = 16 * MIB
-    http_max_body_bytes: Annotated[int, _about("one HTTP body")] = 8 * MIB
-    session_ttl_s: Annotated[float, _about("a pod that is silent for this long is gone")] = 25.0
-    load_timeout_s: Annotated[float, _about("one load, from pull to ready; 0 = what the runtime asks for")] = 0.0
-    failure_expiry_s: Annotated[float, _about("a failed load isn't tried again on the same pod until then, unless asked for by name")] = (
-        60.0
-    )
+    grpc_max_message_bytes: Annotated[int, _about("one gRPC message", gt=0)] = 16 * MIB
+    http_max_body_bytes: Annotated[int, _about("one HTTP body", gt=0)] = 8 * MIB
+    session_ttl_s: Annotated[float, _about("a pod that is silent for this long is gone", gt=0)] = 25.0
+    load_timeout_s: Annotated[float, _about("one load, from pull to ready; 0 = what the runtime asks for", ge=0)] = 0.0
+    failure_expiry_s: Annotated[
+        float, _about("a failed load isn't tried again on the same pod until then, unless asked for by name", ge=0)
+    ] = 60.0
     dataplane_config: Annotated[str, _about("ModelMesh's MM_DATAPLANE_CONFIG: JSON text, or @FILE")] = ""
     owner: Annotated[str, _about("owner written into vmodels that name none")] = "repertory"
     labels: Annotated[tuple[str, ...], _about("labels of this pod in its instance record")] = ()
-    grace_s: Annotated[float, _about("on SIGTERM, running answers may take this long to finish")] = 30.0
+    grace_s: Annotated[float, _about("on SIGTERM, running answers may take this long to finish", ge=0)] = 30.0
     log_json: Annotated[bool, _about("logs as JSON lines")] = False
-    log_level: Annotated[str, _about("debug, info, warning or error")] = "info"
+    log_level: Annotated[str, _about("debug, info, warning or error", pattern=r"^(?i:debug|info|warning|error)$")] = "info"

@@ -35,6 +35,10 @@ def env_name(field: str) -> str:
     return "REPERTORY_" + field.upper()
 
 
+def is_true(text: str) -> bool:
+    return text.strip().lower() in ("1", "true", "yes", "on")
+
+
 def add_flags(parser: argparse.ArgumentParser, kind: type[msgspec.Struct], only: frozenset[str] | None = None) -> None:
     """A `--flag` for each field (of `only`), with its description, default and environment variable in the help."""
     info = msgspec.inspect.type_info(kind)
@@ -125,5 +129,5 @@ def _read(source: str, name: str, kind: msgspec.inspect.Type, value: object) -> 
     if isinstance(kind, msgspec.inspect.VarTupleType):
         return [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(kind, msgspec.inspect.BoolType):
-        return value.strip().lower() in ("1", "true", "yes", "on")
+        return is_true(value)
     return value

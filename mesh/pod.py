@@ -32,6 +32,7 @@ from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
+from mesh.listening import check_address
 from mesh.metrics import Metrics, PodFigures
 from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
@@ -52,15 +53,14 @@ _ANY_HOST = ("", "0.0.0.0", "[::]", "::", "*")
 
 
 def run_pod(config: MeshConfig) -> int:
-    """Blocks until SIGTERM or SIGINT. 0 after an orderly end; 1, with one line on stderr, if it can't start."""
-    try:
-        logs.set_up(as_json=config.log_json, level=config.log_level)
-    except ValueError:
-        print(f"repertory: log_level {config.log_level!r}: expected debug, info, warning or error", file=sys.stderr)
-        return 1
+    """Blocks until SIGTERM or SIGINT. 0 after an orderly end; with one line on stderr 2 for a configuration that can't be, 1 if it can't start."""
+    logs.set_up(as_json=config.log_json, level=config.log_level)
     try:
         status: int = uvloop.run(_serve(config))
         return status
+    except InvalidRequest as error:
+        print(f"repertory: {error}", file=sys.stderr)
+        return 2
     except (MeshError, OSError) as error:
         print(f"repertory: {error}", file=sys.stderr)
         return 1
@@ -90,6 +90,9 @@ class Pod:
     def __init__(self, config: MeshConfig) -> None:
         if not config.store:
             raise InvalidRequest("store: say where registrations are kept: a directory, or etcd://HOST:PORT")
+        for what in ("grpc_listen", "http_listen", "runtime_grpc", "runtime_http"):
+            if address := getattr(config, what):
+                check_address(what, address)
         self._config = config
         self.instance_id = config.instance_id or _made_up_id(config.grpc_listen)
         if "," in self.instance_id:

@@ -34,7 +34,7 @@ from runtime.configure import configure
 from runtime.engine_client import CommandBuilder, EngineClient, EngineState
 from runtime.engine_process import engine_command
 from runtime.engine_restarts import RestartPolicy
-from runtime.errors import RepertoryError, Unavailable
+from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.host_arena import HostArena, wants_arena
 from runtime.listening import claim, parse_address
@@ -182,6 +182,7 @@ def main(arguments: list[str]) -> int:
         return int(uvloop.run(_serve(config)))
     except RepertoryError as error:
         print(f"repertory runtime: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, InvalidRequest) else 1
     except (OSError, ValueError) as error:
         print(f"repertory runtime: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import msgspec
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mesh.cli import serve  # noqa: E402 - the script runs from a checkout
+from mesh.cli import serve_flags  # noqa: E402 - the script runs from a checkout
 from mesh.config import MeshConfig  # noqa: E402
 from runtime.config import EngineConfig, RuntimeConfig  # noqa: E402
 
@@ -43,7 +43,7 @@ Per model, at `repertory register` (ModelMesh: fields of the model key): `quanti
 
 def page() -> str:
     parser = argparse.ArgumentParser(add_help=False)
-    serve.add_flags(parser)
+    serve_flags.add_flags(parser)
     parts = [HEAD, "## `repertory serve`\n", "| flag | default | meaning |\n| --- | --- | --- |"]
     for action in parser._actions:
         default = "" if action.default in (None, "", False) else f"`{action.default}`".replace(str(Path.home()), "~")

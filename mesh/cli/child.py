@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
+_USAGE = 2  # a configuration that can't be
 _STEADY_S = 30.0  # a child that lived this long is well: its next pause is the first again
 _PAUSES_S = (0.2, 1.0, 3.0, 10.0)
 _LOOK_S = 10.0  # between questions, and the longest wait for an answer
@@ -46,8 +47,8 @@ class Child:
                 return 0
             lived_s = time.monotonic() - started_s
             self._deaths = 1 if lived_s > _STEADY_S else self._deaths + 1
-            if status == 1 and lived_s < _STEADY_S and self._deaths >= 2:
-                return status  # a configuration error repeats: it has said on stderr what it is
+            if status == _USAGE or (status == 1 and lived_s < _STEADY_S and self._deaths >= 2):
+                return status  # it would say the same again
             pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
             print(f"repertory: the {self.name} process ended with status {status}; starting it again in {pause_s:g} s", file=sys.stderr)
             with contextlib.suppress(TimeoutError):

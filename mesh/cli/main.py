@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mesh import configure
-from mesh.cli import serve, verbs
+from mesh.cli import serve, serve_flags, verbs
 from mesh.client.admin import AdminClient
 from mesh.config import MeshConfig
-from mesh.errors import MeshError
+from mesh.errors import InvalidRequest, MeshError
 
 Verb = Callable[[AdminClient, argparse.Namespace], int]
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args)
     except MeshError as error:
         print(f"repertory: {error.message}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InvalidRequest) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -57,7 +57,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and (args.verb != "run" or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.usage_error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         # argparse takes a list of words before the first option as all there is; a prompt may also come after the options
         args.prompt += rest
@@ -81,13 +81,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    everything = commands.add_parser(
-        "serve", help="mesh, runtime and engine on this machine, supervised", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    serve.add_flags(everything)
+    text = "mesh, runtime and engine on this machine, supervised"
+    everything = commands.add_parser("serve", help=text, description=f"{text}. Stop it with Ctrl-C or SIGTERM: running answers may finish.")
+    serve_flags.add_flags(everything)
+    everything.set_defaults(usage_error=everything.error)
     mesh = commands.add_parser("serve-mesh", help="one pod's mesh, in front of any ModelMesh serving runtime")
     mesh.add_argument("--config", type=Path, help="YAML file with any of the fields below")
     configure.add_flags(mesh, MeshConfig)
+    mesh.set_defaults(usage_error=mesh.error)
     commands.add_parser(
         "serve-runtime", help="the serving runtime alone, to put under a mesh (flags: serve-runtime --help)", add_help=False
     )
@@ -96,16 +97,22 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--server", default=os.environ.get("REPERTORY_SERVER", "http://127.0.0.1:8080"), help="the mesh's HTTP address [REPERTORY_SERVER]"
+        "--server",
+        default=os.environ.get("REPERTORY_SERVER", "http://127.0.0.1:8080"),
+        metavar="URL",
+        help="the mesh's HTTP address (default http://127.0.0.1:8080) [REPERTORY_SERVER]",
     )
     common.add_argument(
-        "--api-key", default=os.environ.get("REPERTORY_API_KEY", ""), help="bearer key, if the mesh wants one [REPERTORY_API_KEY]"
+        "--api-key",
+        default=os.environ.get("REPERTORY_API_KEY", ""),
+        metavar="KEY",
+        help="bearer key, if the mesh wants one [REPERTORY_API_KEY]",
     )
     common.add_argument("--json", action="store_true", help="print JSON for a script")
 
     def verb(name: str, do: Verb, text: str, *, aliases: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[common], help=text, description=text, aliases=list(aliases))
-        sub.set_defaults(do=do)
+        sub.set_defaults(do=do, usage_error=sub.error)
         return sub
 
     sub = verb("register", verbs.register, "give a model a name; the same name with another source replaces it without a gap")
@@ -119,11 +126,11 @@ def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     verb("ps", verbs.ps, "the registered models and where they are", aliases=["ls", "list"])
     sub = verb("run", verbs.run, "ask a model; without a prompt, talk to it")
     sub.add_argument("name")
-    sub.add_argument("prompt", nargs="*")
-    sub.add_argument("--max-tokens", type=int)
-    sub.add_argument("--temperature", type=float)
-    sub.add_argument("--seed", type=int)
-    sub.add_argument("--system", help="system prompt")
+    sub.add_argument("prompt", nargs="*", help="the question; without one it is read from a pipe, or asked for in a conversation")
+    sub.add_argument("--max-tokens", type=int, metavar="N", help="of the answer; default: what fits the context")
+    sub.add_argument("--temperature", type=float, metavar="X", help="0 = always the likeliest token; default: the registration's")
+    sub.add_argument("--seed", type=int, metavar="N", help="the same answer again")
+    sub.add_argument("--system", metavar="TEXT", help="system prompt")
     sub = verb("load", verbs.load, "load a model now and wait")
     sub.add_argument("name")
     sub = verb("stop", verbs.stop, "unload a model; its registration stays", aliases=["unload"])
@@ -132,21 +139,21 @@ def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     sub.add_argument("name")
     sub = verb("rm", verbs.remove, "forget a model")
     sub.add_argument("name")
-    sub = verb("alias", verbs.alias, "a stable name for a model, movable without a gap (ModelMesh's vmodel)")
+    sub = verb("alias", verbs.alias, "another, stable name for a model, movable without a gap (ModelMesh's vmodel)")
     sub.add_argument("alias")
-    sub.add_argument("target", nargs="?")
-    sub.add_argument("--delete", action="store_true")
+    sub.add_argument("target", nargs="?", help="a registered name: the alias stands for what that stands for now")
+    sub.add_argument("--delete", action="store_true", help="forget the alias; the model stays")
 
 
 def _add_format(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--quantize", choices=["none", "int8", "nf4", "fp4"], help="bitsandbytes' formats")
+    sub.add_argument("--double-quant", action="store_true", help="quantise the 4-bit scales too")
     sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
     sub.add_argument("--max-model-len", type=int, metavar="TOKENS", help="context limit; default: the checkpoint's")
 
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     _add_format(sub)
-    sub.add_argument("--double-quant", action="store_true", help="quantise the 4-bit scales too")
     sub.add_argument("--chat-template", metavar="TEXT|@FILE", help="Jinja; default: the checkpoint's")
     sub.add_argument(
         "--sampling",

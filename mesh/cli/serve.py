@@ -21,39 +21,7 @@ import yaml
 
 from mesh.cli.child import Child
 from mesh.cli.render import size
-from mesh.configure import parse_size
 from mesh.errors import InvalidRequest
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `serve`; each has an environment variable REPERTORY_<NAME>."""
-    home = os.environ.get("REPERTORY_HOME") or str(Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "repertory")
-
-    def flag(name: str, default: str, text: str) -> None:
-        env = "REPERTORY_" + name.upper().replace("-", "_")
-        parser.add_argument(f"--{name}", default=os.environ.get(env, default), help=f"{text} [{env}]")
-
-    flag("http-listen", "127.0.0.1:8080", "OpenAI API, admin, health and metrics")
-    flag("grpc-listen", "127.0.0.1:8033", "gRPC: management and inference by model name")
-    flag("home", home, "registrations, sockets and, unless told otherwise, the model cache")
-    flag("store", "", "etcd://HOST:PORT[,…] to share the registry with other pods; empty = a file below the home directory")
-    flag("memory", "", "device memory for weights and KV of all models, such as 16GiB; empty = chosen from the machine")
-    flag("host-memory", "", "pinned host memory for models that wait (GPU only); empty = chosen from the machine")
-    flag("device", "auto", "auto, cpu, cuda or cuda:N")
-    flag("oversubscribe", "auto", "where loaded models may wait: none, host, disk; auto = host on a GPU, none on a CPU")
-    flag("cache-dir", "", "pulled and packed models; empty = below the home directory")
-    flag("cache-size", "", "its limit, such as 200GiB; empty = 80 %% of the free disk")
-    flag("api-keys", "", "bearer keys, comma separated, any of which opens the API; empty = open to all who reach the port")
-    flag("wait-budget", "120", "seconds that a request may wait for its model to be loaded")
-    flag("grace", "30", "seconds that running answers get on SIGTERM")
-    flag("log-level", "info", "debug, info, warning or error")
-    parser.add_argument("--config", type=Path, help="YAML file: `mesh:` and `runtime:` with any of their own fields, over the flags above")
-    parser.add_argument(
-        "--log-json",
-        action="store_true",
-        default=bool(os.environ.get("REPERTORY_LOG_JSON")),
-        help="logs as JSON lines [REPERTORY_LOG_JSON]",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,43 +34,33 @@ class Settings:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Raises InvalidRequest for a bad size or file."""
+    """Raises InvalidRequest for a bad file."""
     home = Path(args.home).expanduser()
     run_dir = home / "run"
     engine: dict[str, Any] = {"device": args.device, "oversubscribe": args.oversubscribe}
-    for key, text in (("device_budget_bytes", args.memory), ("host_budget_bytes", args.host_memory)):
-        if text:
-            engine[key] = _size(text)
-    common = {"log_json": args.log_json, "log_level": args.log_level, "grace_s": float(args.grace)}
+    engine |= {"device_budget_bytes": args.memory, "host_budget_bytes": args.host_memory}
+    common = {"log_json": args.log_json, "log_level": args.log_level, "grace_s": args.grace}
     runtime: dict[str, Any] = {
         "listen": [f"unix:{run_dir}/runtime.sock"],
         "http_listen": f"unix:{run_dir}/runtime-http.sock",
         "cache_dir": str(Path(args.cache_dir).expanduser() if args.cache_dir else home / "cache"),
+        "cache_budget_bytes": args.cache_size,
         "engine": engine,
         **common,
     }
-    if args.cache_size:
-        runtime["cache_budget_bytes"] = _size(args.cache_size)
     mesh: dict[str, Any] = {
         "grpc_listen": args.grpc_listen,
         "http_listen": args.http_listen,
         "store": args.store or f"embedded:{home / 'registry'}",
         "runtime_grpc": runtime["listen"][0],
         "runtime_http": runtime["http_listen"],
-        "wait_budget_s": float(args.wait_budget),
+        "wait_budget_s": args.wait_budget,
         "api_keys": [key.strip() for key in args.api_keys.split(",") if key.strip()],
         **common,
     }
     if args.config is not None:
         _overlay(args.config, mesh, runtime)
     return Settings(run_dir, mesh, runtime)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from None
 
 
 def _overlay(file: Path, mesh: dict[str, Any], runtime: dict[str, Any]) -> None:
@@ -114,10 +72,16 @@ def _overlay(file: Path, mesh: dict[str, Any], runtime: dict[str, Any]) -> None:
         raise InvalidRequest(f"configuration file {file}: {error}") from None
     if not isinstance(content, dict) or set(content) - {"mesh", "runtime"}:
         raise InvalidRequest(f"configuration file {file}: expected the sections `mesh:` and `runtime:`")
-    mesh.update(content.get("mesh") or {})
-    own = dict(content.get("runtime") or {})
-    runtime["engine"] = {**runtime["engine"], **(own.pop("engine", None) or {})}
+    mesh.update(_section(file, "mesh", content.get("mesh")))
+    own = dict(_section(file, "runtime", content.get("runtime")))
+    runtime["engine"] = {**runtime["engine"], **_section(file, "engine", own.pop("engine", None))}
     runtime.update(own)
+
+
+def _section(file: Path, name: str, content: object) -> Mapping[str, Any]:
+    if not isinstance(content, dict | None):
+        raise InvalidRequest(f"configuration file {file}: `{name}:` must hold `field: value` lines")
+    return content or {}
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -77,3 +77,9 @@ async def test_a_socket_that_says_nothing_does_not_answer(tmp_path: Path) -> Non
     done.set()
     server.close()
     await server.wait_closed()
+
+
+async def test_a_configuration_that_cant_be_is_said_once(tmp_path: Path) -> None:
+    script = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(2)"
+    assert await Child("test", [sys.executable, "-c", script, str(tmp_path)]).run(asyncio.Event()) == 2
+    assert len(list(tmp_path.iterdir())) == 1

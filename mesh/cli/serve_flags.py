@@ -1,0 +1,116 @@
+"""The flags of `repertory serve`, their environment variables, and what each takes. Knows nothing of the processes that they configure."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mesh.configure import env_name, is_true, parse_size
+from mesh.errors import InvalidRequest
+from mesh.listening import check_address
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Each has an environment variable REPERTORY_<NAME>, whose value is checked as a flag's is, and never shown: it may be a key."""
+    home = str(Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "repertory")
+
+    def flag(name: str, default: str, takes: Callable[[str], object], text: str, **options: Any) -> None:
+        env = env_name(name.replace("-", "_"))
+        shown = f" (default {default})" if default else ""
+        help_text = f"{text} [{env}]{shown}".replace("%", "%%")
+        parser.add_argument(f"--{name}", default=os.environ.get(env, default), type=takes, help=help_text, **options)
+
+    flag("http-listen", "127.0.0.1:8080", _address, "OpenAI API, admin, health and metrics", metavar="HOST:PORT")
+    flag("grpc-listen", "127.0.0.1:8033", _address, "gRPC: management and inference by model name", metavar="HOST:PORT")
+    flag("home", home, str, "registrations, sockets and, unless told otherwise, the model cache", metavar="DIR")
+    flag(
+        "store",
+        "",
+        str,
+        "etcd://HOST:PORT[,…] to share the registry with other pods; empty = a file below the home directory",
+        metavar="URL",
+    )
+    flag(
+        "memory",
+        "",
+        _size,
+        "device memory for weights and KV of all models, such as 16GiB; empty = chosen from the machine",
+        metavar="SIZE",
+    )
+    flag("host-memory", "", _size, "pinned host memory for models that wait (GPU only); empty = chosen from the machine", metavar="SIZE")
+    flag("device", "auto", _device, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
+    flag(
+        "oversubscribe",
+        "auto",
+        _one_of("auto", "none", "host", "disk"),
+        "where loaded models may wait: none, host, disk; auto = host on a GPU, none on a CPU",
+        metavar="WHERE",
+    )
+    flag("cache-dir", "", str, "pulled and packed models; empty = below the home directory", metavar="DIR")
+    flag("cache-size", "", _size, "its limit, such as 200GiB; empty = 80 % of the free disk", metavar="SIZE")
+    flag(
+        "api-keys",
+        "",
+        str,
+        "bearer keys, comma separated, any of which opens the API; empty = open to all who reach the port",
+        metavar="A,B,…",
+    )
+    flag("wait-budget", "120", _seconds, "seconds that a request may wait for its model to be loaded", metavar="SECONDS")
+    flag("grace", "30", _seconds, "seconds that running answers get on SIGTERM", metavar="SECONDS")
+    flag("log-level", "info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", metavar="LEVEL")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file: `mesh:` and `runtime:` with any of their own fields, over the flags above"
+    )
+    parser.add_argument(
+        "--log-json",
+        action=argparse.BooleanOptionalAction,
+        default=is_true(os.environ.get("REPERTORY_LOG_JSON", "")),
+        help="logs as JSON lines [REPERTORY_LOG_JSON]",
+    )
+
+
+def _address(text: str) -> str:
+    try:
+        check_address("address", text)
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+    return text
+
+
+def _size(text: str) -> int:
+    """Bytes; 0 if it is empty."""
+    try:
+        return parse_size(text) if text else 0
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    """Not argparse's choices: those let a default pass, and the environment's value is one."""
+
+    def takes(text: str) -> str:
+        if text.lower() not in words:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(words)}")
+        return text.lower()
+
+    return takes
+
+
+def _device(text: str) -> str:
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:N")
+    return text

@@ -1,0 +1,106 @@
+"""What `repertory serve` and the configuration take and refuse: one line that names the value, status 2, and no secret shown."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from mesh.cli import serve, serve_flags
+from mesh.cli.main import main
+from mesh.config import MeshConfig
+from mesh.configure import load
+from mesh.errors import InvalidRequest
+from runtime.config import RuntimeConfig
+from runtime.configure import configure
+from runtime.errors import InvalidRequest as RuntimeInvalid
+
+
+def settings(*arguments: str) -> serve.Settings:
+    parser = argparse.ArgumentParser()
+    serve_flags.add_flags(parser)
+    return serve.settings_of(parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--wait-budget", "soon"),
+        ("--wait-budget", "-1"),
+        ("--grace", "nan"),
+        ("--memory", "much"),
+        ("--cache-size", "12XB"),
+        ("--device", "gpu"),
+        ("--oversubscribe", "tape"),
+        ("--log-level", "loud"),
+        ("--http-listen", "99999"),
+        ("--http-listen", "127.0.0.1:99999"),
+        ("--grpc-listen", "unix:"),
+    ],
+)
+def test_a_bad_flag_is_refused_by_name(
+    arguments: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag, value = arguments
+    for given in (["serve", flag, value], ["serve"]):
+        with pytest.raises(SystemExit) as ended:
+            main(given)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert flag in said
+        assert value in said
+        # and the same from the environment
+        monkeypatch.setenv("REPERTORY_" + flag.removeprefix("--").replace("-", "_").upper(), value)
+
+
+def test_help_shows_no_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPERTORY_API_KEYS", "nobody-may-read")
+    monkeypatch.setenv("REPERTORY_API_KEY", "nobody-may-read")
+    for verb in ("serve", "ps", "serve-mesh"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        said = capsys.readouterr().out
+        assert "REPERTORY_API_KEY" in said
+        assert "nobody-may-read" not in said
+
+
+def test_flags_and_environment_reach_both_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REPERTORY_MEMORY", "2GiB")
+    monkeypatch.setenv("REPERTORY_LOG_JSON", "0")
+    found = settings("--home", str(tmp_path), "--cache-size", "1GiB", "--grace", "3", "--api-keys", "a, b")
+    assert found.runtime["engine"]["device_budget_bytes"] == 2 * 1024**3
+    assert found.runtime["cache_budget_bytes"] == 1024**3
+    assert found.runtime["grace_s"] == found.mesh["grace_s"] == 3
+    assert found.mesh["log_json"] is False
+    assert found.mesh["api_keys"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["mesh: 3", "runtime: [a]", "runtime: {engine: many}", "other: {}", "- a"])
+def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest, match=str(file)):
+        settings("--config", str(file))
+
+
+def test_empty_sections_mean_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("mesh:\nruntime:\n")
+    assert settings("--config", str(file)) == settings()
+
+
+@pytest.mark.parametrize(("field", "value"), [("wait_budget_s", -1), ("keep_alive_s", 0), ("log_level", "loud"), ("session_ttl_s", 0)])
+def test_a_mesh_that_cant_be_is_refused(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        load(MeshConfig, flags={field: value}, env={})
+
+
+@pytest.mark.parametrize("flags", [("--device", "gpu"), ("--oversubscribe", "tape"), ("--kv-dtype", "int4"), ("--max-rows", "0")])
+def test_a_runtime_that_cant_be_is_refused(flags: tuple[str, str]) -> None:
+    with pytest.raises(RuntimeInvalid, match=flags[0].removeprefix("--").replace("-", "_")):
+        configure(flags, {})
+    assert isinstance(configure((), {}), RuntimeConfig)
+
+
+def test_a_mesh_whose_addresses_cant_be_ends_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["serve-mesh", "--store", f"embedded:{tmp_path}", "--http-listen", "99999"]) == 2
+    assert "http_listen '99999'" in capsys.readouterr().err
