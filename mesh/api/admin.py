@@ -13,10 +13,10 @@ from mesh.client.admin import Fit, Models
 from mesh.errors import InvalidRequest, NotFound
 from mesh.placement.copies import epoch_ms
 from mesh.placement.reconcile import Placement
-from mesh.registry.naming import Dtype, Positive, Quantize, Registration, concrete_id
+from mesh.registry.naming import Dtype, Positive, Quantize, Registration, concrete_id, with_settings
 from mesh.registry.records import CAPACITY_UNIT_BYTES
 from mesh.registry.registry import Registry
-from mesh.types import FitAnswer, ModelStatus, RuntimeClient
+from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
 
 _BODY_BYTES = 1024 * 1024
 
@@ -26,13 +26,13 @@ class _Register(Registration, frozen=True, kw_only=True, omit_defaults=True, for
 
 
 class _FitAsk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Either a registered name, or a source with settings as in a registration."""
+    """Either a registered name or a source, with settings as in a registration; those of a name go over what is registered."""
 
     name: str = ""
     uri: str = ""
-    type: str = "llm"
+    type: str | None = None
     quantize: Quantize | None = None
-    double_quant: bool = False
+    double_quant: bool | None = None
     dtype: Dtype | None = None
     max_model_len: Positive | None = None
     storage_key: str | None = None
@@ -112,14 +112,13 @@ class AdminRoutes:
         asked = decode(await read_body(request, _BODY_BYTES), _FitAsk)
         if bool(asked.name) == bool(asked.uri):
             raise InvalidRequest("give either the name of a registered model or the uri of one that isn't")
+        settings = {key: value for key, value in msgspec.structs.asdict(asked).items() if key not in ("name", "uri") and value is not None}
         if asked.name:
-            model_id = await self._registry.resolve_fresh(asked.name)
-            record = self._registry.models.get(model_id)
-            if record is None:
-                raise NotFound(f"model {asked.name!r} not found")
-            info = record.info
+            model_id, info = await self._registered(asked.name)
+            if settings:
+                info = with_settings(info, settings)
+                model_id = concrete_id("fit", info)
         else:
-            settings = {key: value for key, value in msgspec.structs.asdict(asked).items() if key not in ("name", "uri")}
             info = Registration(name=asked.uri, uri=asked.uri, **settings).info()
             model_id = concrete_id("fit", info)
         answer = await self._runtime.fit(model_id, info)
@@ -138,10 +137,7 @@ class AdminRoutes:
         return web.Response(status=204)
 
     async def remove_alias(self, request: web.Request) -> web.Response:
-        alias = request.match_info["name"]
-        if await self._registry.vmodels.find(alias) is None:
-            raise NotFound(f"alias {alias!r} not found")
-        await self._registry.remove_name(alias)
+        await self._registry.remove_alias(request.match_info["name"])
         return web.Response(status=204)
 
     async def pods(self, _: web.Request) -> web.Response:
@@ -178,6 +174,13 @@ class AdminRoutes:
                 ]
             )
         )
+
+    async def _registered(self, name: str) -> tuple[str, ModelInfo]:
+        model_id = await self._registry.resolve_fresh(name)
+        record = self._registry.models.get(model_id)
+        if record is None:
+            raise NotFound(f"model {name!r} not found")
+        return model_id, record.info
 
     def _is_loaded(self, model_id: str) -> bool:
         return self._placement.status(model_id).status is ModelStatus.LOADED

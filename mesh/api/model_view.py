@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from mesh.client.admin import Copy, Model
-from mesh.registry.naming import settings_of
+from mesh.registry.naming import belongs_to, settings_of
 from mesh.registry.registry import NamedModel, Registry
 from mesh.types import CopyInfo, CopyState, Loader, ModelStatus, StatusInfo, Tier
 
@@ -62,7 +62,12 @@ class ModelViews:
             error=_said(_error(status, coming, successor.path if successor and named.move_failed else ""), named),
             moving_to=successor.path if successor else "",
             aliases=list(named.aliases),
+            alias_of=self._alias_of(named),
         )
+
+    def _alias_of(self, named: NamedModel) -> str:
+        own = named.name == named.model_id or belongs_to(named.model_id, named.name) or belongs_to(named.target_id, named.name)
+        return "" if own else self._registry.name_of(named.model_id)
 
 
 def _best(status: StatusInfo) -> CopyInfo | None:

@@ -1,5 +1,6 @@
 """`repertory run`: one streamed answer, or a conversation in the terminal. Speaks the OpenAI chat route; knows no model's template."""
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -20,12 +21,25 @@ class Options:
 
 def answer(client: AdminClient, name: str, prompt: str, options: Options) -> int:
     """Print one answer as it comes."""
-    _stream(client, name, [*_opening(options), {"role": "user", "content": prompt}], options)
+    try:
+        _stream(client, name, [*_opening(options), {"role": "user", "content": prompt}], options)
+    except KeyboardInterrupt:
+        print()  # the shell's prompt is not to follow half a line
+        raise
+    return 0
+
+
+def answer_as_json(client: AdminClient, name: str, prompt: str, options: Options) -> int:
+    """Print the API's own answer, whole."""
+    body = _body(name, [*_opening(options), {"role": "user", "content": prompt}], options)
+    print(json.dumps(json.loads(client.call("POST", "/v1/chat/completions", body)), indent=2, ensure_ascii=False))
     return 0
 
 
 def converse(client: AdminClient, name: str, options: Options) -> int:
     """A conversation until the user ends it. An error is shown and the conversation goes on without that turn."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - it gives `input` arrow keys and a history
     print(f"talking to {name}; {_HELP}")
     messages = _opening(options)
     while True:
@@ -57,9 +71,13 @@ def _opening(options: Options) -> list[dict[str, str]]:
     return [{"role": "system", "content": options.system}] if options.system else []
 
 
+def _body(name: str, messages: list[dict[str, str]], options: Options) -> dict[str, object]:
+    given = {key: value for key in ("max_tokens", "temperature", "seed") if (value := getattr(options, key)) is not None}
+    return {"model": name, "messages": messages, **given}
+
+
 def _stream(client: AdminClient, name: str, messages: list[dict[str, str]], options: Options) -> str:
-    body: dict[str, object] = {"model": name, "messages": messages, "stream": True}
-    body |= {key: value for key in ("max_tokens", "temperature", "seed") if (value := getattr(options, key)) is not None}
+    body = {**_body(name, messages, options), "stream": True}
     parts: list[str] = []
     waiting = False
     for kind, text in client.events("/v1/chat/completions", body):

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -55,7 +56,7 @@ def model_table(models: Sequence[Model], now_s: float) -> Table:
         state = state_of(model)
         loaded = [copy for copy in model.copies if copy.state in ("loaded", "") and copy.status == "LOADED"]
         table.add_row(
-            model.name,
+            f"{model.name} → {model.alias_of}" if model.alias_of else model.name,
             Text(state, style=_COLOURS.get(state, "yellow" if model.progress else "")),
             model.tier,
             size(model.weight_bytes),
@@ -84,7 +85,8 @@ def show_model(console: Console, model: Model) -> None:
         ("quantisation", model.quantization),
         ("weights", size(model.weight_bytes)),
         ("in device memory", size(model.device_bytes)),
-        ("aliases", ", ".join(model.aliases)),
+        ("alias of", model.alias_of),
+        ("other names", ", ".join(name for name in model.aliases if name != model.alias_of)),
         ("last used", ago(model.last_used_ms, time.time())),
         ("error", model.error),
     ]
@@ -108,6 +110,12 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
     verdict = "[green]fits[/green]" if fit.fits else "[red]doesn't fit[/red]"
     evicts = f"; would evict {', '.join(fit.evicts)}" if fit.evicts else ""
     console.print(f"  {verdict}{evicts}{': ' + fit.reason if fit.reason else ''}")
+
+
+def waiting(what: str, *, enabled: bool) -> AbstractContextManager[object]:
+    """Something that moves while a call takes its time; nothing on a pipe."""
+    console = Console(stderr=True)
+    return console.status(f"{what} …") if enabled and console.is_terminal else nullcontext()
 
 
 class LoadBar:

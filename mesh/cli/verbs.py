@@ -30,7 +30,7 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         "storage_params": _pairs(args.storage_param),
         "sampling": _numbers(args.sampling),
     }
-    request: dict[str, object] = {"name": args.name, "uri": _absolute(args.uri), **{key: value for key, value in settings.items() if value}}
+    request: dict[str, object] = {"name": args.name, "uri": _absolute(args.uri), **_given(settings)}
     model = client.register(request)
     if args.load:
         model = _wait_loaded(client, args.name, quiet=args.json)
@@ -39,10 +39,12 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
 
 
 def fit(client: AdminClient, args: argparse.Namespace) -> int:
-    request: dict[str, object] = {"quantize": args.quantize, "dtype": args.dtype, "max_model_len": args.max_model_len}
-    request = {key: value for key, value in request.items() if value}
+    settings = _given({"quantize": args.quantize, "dtype": args.dtype, "max_model_len": args.max_model_len})
+    settings |= _given({"double_quant": args.double_quant or None})
     is_uri = "://" in args.name or args.name.startswith(("/", "./", "../"))
-    answer = client.fit({"uri": _absolute(args.name), **request} if is_uri else {"name": args.name, **request})
+    # reading a checkpoint's metadata from afar, or finding out whether it can be run, may take seconds
+    with render.waiting(f"looking at {args.name}", enabled=not args.json):
+        answer = client.fit({"uri": _absolute(args.name), **settings} if is_uri else {"name": args.name, **settings})
     if args.json:
         _print_json(answer)
     else:
@@ -65,7 +67,13 @@ def run(client: AdminClient, args: argparse.Namespace) -> int:
     prompt = " ".join(args.prompt)
     if not prompt and not sys.stdin.isatty():
         prompt = sys.stdin.read()
+        if not prompt.strip():
+            raise InvalidRequest(f"run {args.name}: no prompt was given, and there is no terminal to talk at")
     options = chat.Options(max_tokens=args.max_tokens, temperature=args.temperature, system=args.system, seed=args.seed)
+    if args.json:
+        if not prompt:
+            raise InvalidRequest(f"run {args.name}: --json needs a prompt")
+        return chat.answer_as_json(client, args.name, prompt, options)
     if prompt:
         return chat.answer(client, args.name, prompt, options)
     return chat.converse(client, args.name, options)
@@ -147,9 +155,19 @@ def _print_json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
+def _given(settings: dict[str, object]) -> dict[str, object]:
+    """Without what wasn't asked for. A 0 was."""
+    return {key: value for key, value in settings.items() if value is not None and value != {} and value != ""}
+
+
 def _absolute(uri: str) -> str:
-    """A path from here is no path to the server, which runs elsewhere."""
-    return uri if "://" in uri or not Path(uri).exists() else str(Path(uri).absolute())
+    """A path from here is no path to the server, which runs elsewhere. Raises InvalidRequest for one that leads nowhere from here."""
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    if not Path(uri).exists():
+        hint = f"; a model of the Hugging Face hub is written hf://{uri}" if uri.count("/") == 1 and not uri.startswith(".") else ""
+        raise InvalidRequest(f"{uri}: no such file or directory{hint}")
+    return str(Path(uri).absolute())
 
 
 def _text_or_file(value: str | None) -> str | None:

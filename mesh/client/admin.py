@@ -11,6 +11,8 @@ import msgspec
 
 from mesh.errors import InvalidRequest, MeshError, Unavailable
 
+_BROKEN = (OSError, http.client.HTTPException)
+
 
 class Copy(msgspec.Struct, frozen=True):
     """One pod's copy, as `/admin/v1/models` tells it."""
@@ -29,7 +31,10 @@ class Copy(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A registered model, as `/admin/v1/models` tells it. `moving_to`: the source that the name goes over to once it is loaded."""
+    """A registered name, as `/admin/v1/models` tells it. `moving_to`: the source that the name goes over to once it is loaded.
+
+    `alias_of`: the name that was registered, if this is another for it; `aliases`: all other names of the same model.
+    """
 
     name: str
     model_id: str = ""
@@ -51,6 +56,7 @@ class Model(msgspec.Struct, frozen=True):
     error: str = ""
     moving_to: str = ""
     aliases: list[str] = []
+    alias_of: str = ""
 
 
 class Models(msgspec.Struct, frozen=True):
@@ -115,11 +121,13 @@ class AdminClient:
         response, connection = self._send(method, path, body)
         try:
             return response.read()
+        except _BROKEN as error:
+            raise self._broke_off(error) from None
         finally:
             connection.close()
 
     def events(self, path: str, body: dict[str, object]) -> Iterator[tuple[str, str]]:
-        """A stream of server-sent events: ("data", text) and ("comment", text), until [DONE] or the end."""
+        """A stream of server-sent events: ("data", text) and ("comment", text), until [DONE]. Raises Unavailable if it ends before."""
         response, connection = self._send("POST", path, body)
         try:
             for raw in response:
@@ -131,15 +139,15 @@ class AdminClient:
                     if data == "[DONE]":
                         return
                     yield "data", data
+        except _BROKEN as error:
+            raise self._broke_off(error) from None
         finally:
             connection.close()
+        # http.client takes the end of the connection for the end of the answer
+        raise self._broke_off(None)
 
     def _send(self, method: str, path: str, body: dict[str, object] | None) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
-        parts = urlsplit(self.server if "://" in self.server else f"http://{self.server}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidRequest(f"server {self.server!r} is not an http:// or https:// address")
-        make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = make(parts.hostname, parts.port, timeout=self.timeout_s)
+        connection = self._connection()
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -151,11 +159,32 @@ class AdminClient:
             raise Unavailable(
                 f"no Repertory answers at {self.server} ({error.strerror or error}); start one with `repertory serve`"
             ) from None
+        except http.client.HTTPException as error:
+            connection.close()
+            raise Unavailable(f"what answers at {self.server} speaks no HTTP ({type(error).__name__}); is it the gRPC port?") from None
         if response.status >= 400:
-            text = response.read()
+            try:
+                text = response.read()
+            except _BROKEN:
+                text = b""
             connection.close()
             raise _error(response.status, text)
         return response, connection
+
+    def _connection(self) -> http.client.HTTPConnection:
+        refusal = InvalidRequest(f"server {self.server!r} is not an http:// or https:// address")
+        try:
+            parts = urlsplit(self.server if "://" in self.server else f"http://{self.server}")
+            port = parts.port
+        except ValueError:
+            raise refusal from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise refusal
+        make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        return make(parts.hostname, port, timeout=self.timeout_s)
+
+    def _broke_off(self, error: Exception | None) -> Unavailable:
+        return Unavailable(f"the answer of {self.server} broke off" + (f" ({error})" if error and str(error) else ""))
 
 
 def _error(status: int, body: bytes) -> MeshError:

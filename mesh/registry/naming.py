@@ -85,6 +85,16 @@ def settings_of(info: ModelInfo) -> Mapping[str, Any]:
         return {}
 
 
+def with_settings(info: ModelInfo, settings: Mapping[str, Any]) -> ModelInfo:
+    """The same files with other settings, by their names in a model key. Raises InvalidRequest if the key is nobody's but its runtime's."""
+    try:
+        key = msgspec.json.decode(info.key or "{}", type=dict[str, Any])
+    except msgspec.MsgspecError:
+        raise InvalidRequest("the model's key is no JSON object: settings can't be put into it") from None
+    named = {("model_type" if name == "type" else name): value for name, value in settings.items()}
+    return ModelInfo(settings.get("type", info.type), info.path, msgspec.json.encode({**key, **named}, order="deterministic").decode())
+
+
 def concrete_id(name: str, info: ModelInfo) -> str:
     content = msgspec.json.encode((info.type, info.path, info.key))
     return f"{name}__{hashlib.sha1(content, usedforsecurity=False).hexdigest()[:HASH_DIGITS]}"

@@ -152,6 +152,14 @@ class Registry:
         await self.vmodels.set(Wish(alias, model_id), now_ms=now_ms, is_loaded=is_loaded)
         return model_id
 
+    async def remove_alias(self, alias: str) -> None:
+        """Forget another name; what it points at stays. Raises NotFound, also for a name that was registered itself; StoreError."""
+        own = await self.vmodels.find(alias)
+        if own is None or belongs_to(own.target_id, alias):
+            what = "it is a registered model" if own is not None or alias in self.models.table else "there is no such name"
+            raise NotFound(f"alias {alias!r} not found: {what}")
+        await self.vmodels.delete(alias)
+
     async def remove_name(self, name: str) -> None:
         """Forget a name, and its files' registration unless another name needs it. Raises NotFound, PreconditionFailed, StoreError."""
         if await self.vmodels.find(name) is not None:

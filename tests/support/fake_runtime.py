@@ -64,6 +64,7 @@ class FakeRuntime:
         self.metadata: list[tuple[tuple[str, str | bytes], ...]] = []
         self.deadlines: list[float | None] = []
         self.bodies: list[dict[str, Any]] = []
+        self.fits: list[state_pb.FitRequest] = []
         self.headers: list[dict[str, str]] = []
         self.changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -233,6 +234,7 @@ class _State(RuntimeStateServicer):
             await changed.wait()
 
     async def fit(self, request: state_pb.FitRequest, context: Any) -> state_pb.FitResponse:
+        self._runtime.fits.append(request)
         size = self._runtime.size_of(request.model_path)
         fits = size <= self._runtime.switches.capacity_bytes
         return state_pb.FitResponse(

@@ -1,0 +1,158 @@
+"""The command line's verbs against a real pod, as a person or a script calls them: what is printed, and the exit status."""
+
+import asyncio
+import io
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mesh.cli.main import main
+from tests.support.pods import RunningPod, running_pod
+
+
+@pytest.fixture
+async def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningPod]:
+    async with running_pod(tmp_path / "pod") as running:
+        monkeypatch.setenv("REPERTORY_SERVER", f"http://127.0.0.1:{running.pod.http.port}")
+        yield running
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> "Say":
+    return Say(capsys)
+
+
+class Say:
+    """`await say("ps")`: exit status, stdout and stderr."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    async def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._capsys.readouterr()
+        try:
+            status = await asyncio.to_thread(main, arguments)
+        except SystemExit as error:
+            status = int(error.code or 0)
+        said = self._capsys.readouterr()
+        return status, said.out, said.err
+
+
+async def test_an_alias_is_told_from_a_model_and_is_forgotten_alone(pod: RunningPod, say: Say) -> None:
+    assert (await say("register", "ada", "/ada"))[0] == 0
+    assert await say("alias", "prod", "ada") == (0, "prod → ada\n", "")
+    assert "prod → ada " in (await say("ps"))[1]
+    assert ["alias", "of", "ada"] in [line.split() for line in (await say("show", "prod"))[1].splitlines()]
+    listed = {model["name"]: model for model in json.loads((await say("ps", "--json"))[1])}
+    assert (listed["prod"]["alias_of"], listed["ada"]["alias_of"]) == ("ada", "")
+    status, _, error = await say("alias", "ada", "--delete")
+    assert (status, error) == (1, "repertory: alias 'ada' not found: it is a registered model\n")
+    assert (await say("alias", "prod", "--delete"))[0] == 0
+    assert [model["name"] for model in json.loads((await say("ps", "--json"))[1])] == ["ada"]
+    assert "there is no such name" in (await say("alias", "prod", "--delete"))[2]
+
+
+async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, say: Say) -> None:
+    status, _, error = await say("register", "q", "Qwen/Qwen3-0.6B")
+    assert status == 2
+    assert "hf://Qwen/Qwen3-0.6B" in error
+    assert (await say("ps"))[1].startswith("no models are registered")
+    # a path of the server's own machine may well lead nowhere here
+    assert (await say("register", "q", "/on/the/server"))[0] == 0
+
+
+async def test_a_zero_is_not_as_good_as_nothing(pod: RunningPod, say: Say) -> None:
+    status, _, error = await say("register", "q", "/q", "--max-model-len", "0")
+    assert status == 1
+    assert "max_model_len" in error
+
+
+async def test_fit_of_a_name_with_other_settings_asks_for_those(pod: RunningPod, say: Say) -> None:
+    assert (await say("register", "q", "/q", "--dtype", "float32"))[0] == 0
+    status, told, error = await say("fit", "q", "--quantize", "nf4", "--double-quant", "--json")
+    assert (status, error) == (0, "")
+    assert json.loads(told)["fits"] is True
+    key = json.loads(pod.runtime.fits[-1].model_key)
+    assert {name: key[name] for name in ("quantize", "double_quant", "dtype")} == {
+        "quantize": "nf4",
+        "double_quant": True,
+        "dtype": "float32",
+    }
+
+
+async def test_run_prints_the_apis_own_answer_as_json(pod: RunningPod, say: Say) -> None:
+    assert (await say("register", "q", "/q"))[0] == 0
+    status, told, _ = await say("run", "q", "hello", "--max-tokens", "3", "--json")
+    assert status == 0
+    assert json.loads(told)["path"] == "/v1/chat/completions"
+    assert pod.runtime.bodies[-1]["max_tokens"] == 3
+
+
+async def test_run_without_a_prompt_or_a_terminal_says_so(pod: RunningPod, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    status, told, error = await say("run", "q")
+    assert (status, told) == (2, "")
+    assert "no prompt" in error
+
+
+async def test_usage_is_the_verbs_own(say: Say) -> None:
+    status, _, error = await say("ps", "--colour")
+    assert status == 2
+    assert error.startswith("usage: repertory ps ")
+
+
+@pytest.mark.parametrize("server", ["http://127.0.0.1:abc", "http://[::1", "ftp://x", "http://"])
+async def test_a_server_that_is_no_address(server: str, say: Say) -> None:
+    status, _, error = await say("ps", "--server", server)
+    assert (status, error) == (2, f"repertory: server {server!r} is not an http:// or https:// address\n")
+
+
+@contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """A server that gives each connection the next of these, and hangs up."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        for answer in answers:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread.join()
+    listener.close()
+
+
+EVENT = b'data: {"choices":[{"delta":{"content":"half an ans"}}]}\n\n'
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"\x00\x00\x12\x04gRPC\r\n\r\n", "speaks no HTTP"),
+        (STREAM + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(EVENT), EVENT), "broke off"),
+        (STREAM + b"\r\n" + EVENT, "broke off"),
+    ],
+)
+async def test_a_stream_that_breaks_off_is_an_error(answer: bytes, words: str, say: Say) -> None:
+    with answering(answer) as server:
+        status, _, error = await say("run", "m", "hello", "--server", server)
+    assert status == 1
+    assert words in error
+    assert "Traceback" not in error
+
+
+async def test_an_answer_that_breaks_off_is_an_error(say: Say) -> None:
+    with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{") as server:
+        status, _, error = await say("ps", "--server", server)
+    assert status == 1
+    assert "broke off" in error
