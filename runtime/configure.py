@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from runtime.config import EngineConfig, RuntimeConfig
+from runtime.config import GIB, MIB, EngineConfig, RuntimeConfig
 from runtime.errors import InvalidRequest
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
@@ -26,9 +26,9 @@ def configure(arguments: Sequence[str], env: Mapping[str, str]) -> RuntimeConfig
     runtime, engine = _fields(RuntimeConfig), _fields(EngineConfig)
     del runtime["engine"]
     parser = argparse.ArgumentParser(
-        prog="python -m runtime",
+        prog="repertory serve-runtime",
         description="One runtime: holds models, answers gRPC (TGIS, Open Inference Protocol, mmesh.ModelRuntime) and OpenAI HTTP.",
-        epilog="Every flag has an environment variable of its name (REPERTORY_…) and a field in the file. Sizes: 512MiB, 40GiB.",
+        epilog="A flag beats its environment variable (in brackets), which beats the file. Sizes: 512MiB, 40GiB.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of the fields below, the engine's under `engine:`; or JSON text")
     _add_flags(parser.add_argument_group("runtime"), runtime)
@@ -64,14 +64,33 @@ def _fields(kind: type[msgspec.Struct]) -> _Fields:
 def _add_flags(group: "argparse._ArgumentGroup", fields: _Fields) -> None:
     for name, field in fields.items():
         kind, text = _plain(field.type)
-        shown = "" if field.default in ("", 0, False, ()) else f" (default {field.default})"
+        shown = "" if field.default in ("", 0, False, ()) else f" (default {_shown(name, field.default)})"
         flag = "--" + name.replace("_", "-").removesuffix("-bytes").removesuffix("-s")
-        options: dict[str, Any] = {"dest": name, "default": None, "help": f"{text}{shown}".replace("%", "%%")}
+        options: dict[str, Any] = {"dest": name, "default": None, "help": f"{text}{shown} [{_variable(name)}]".replace("%", "%%")}
         if isinstance(kind, msgspec.inspect.BoolType):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            metavar = "SIZE" if name.endswith("_bytes") else "SECONDS" if name.endswith("_s") else "A,B,…" if _is_list(kind) else "X"
-            group.add_argument(flag, metavar=metavar, **options)
+            group.add_argument(flag, metavar=_metavar(name, kind), **options)
+
+
+def _shown(name: str, default: object) -> object:
+    if name.endswith("_bytes") and isinstance(default, int) and default % MIB == 0:
+        return f"{default // GIB}GiB" if default % GIB == 0 else f"{default // MIB}MiB"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else default
+
+
+def _metavar(name: str, kind: msgspec.inspect.Type) -> str:
+    if name.endswith("_bytes"):
+        return "SIZE"
+    if name.endswith("_s"):
+        return "SECONDS"
+    if isinstance(kind, msgspec.inspect.IntType):
+        return "N"
+    return "A,B,…" if _is_list(kind) else "TEXT"
+
+
+def _variable(name: str) -> str:
+    return f"REPERTORY_{name.upper()}"
 
 
 def _merge(content: Mapping[str, object], fields: _Fields, env: Mapping[str, str], given: Mapping[str, object]) -> dict[str, object]:
@@ -79,7 +98,7 @@ def _merge(content: Mapping[str, object], fields: _Fields, env: Mapping[str, str
         raise InvalidRequest(f"configuration file: unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
     merged = {name: _value("configuration file", name, fields[name], value) for name, value in content.items()}
     for name, field in fields.items():
-        variable = f"REPERTORY_{name.upper()}"
+        variable = _variable(name)
         if variable in env:
             merged[name] = _value(f"environment variable {variable}", name, field, env[variable])
         if given.get(name) is not None:

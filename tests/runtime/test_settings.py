@@ -158,6 +158,15 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, change: dict[str, object]
     look(tmp_path / "m")                   # transformers has the architecture: the code beside it is never run
 
 
+def test_the_help_names_the_command_the_variables_and_the_defaults_as_a_person_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        configure(["--help"], {})
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: repertory serve-runtime ")
+    assert "(default unix:/tmp/repertory/runtime.sock) [REPERTORY_LISTEN]" in text
+    assert "--http-max-body SIZE one HTTP body (default 8MiB) [REPERTORY_HTTP_MAX_BODY_BYTES]" in text
+
+
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"x")
     (tmp_path / "m.gguf").write_bytes(b"not gguf")
