@@ -55,6 +55,10 @@ class _Entry:
     last_used_s: float = field(default_factory=time.monotonic)
     error: str = ""
 
+    @property
+    def name(self) -> str:
+        return self.settings.display_name or self.model_id
+
 
 class Models:
     """Implements runtime.served.ModelDirectory and the engine's EngineListener. Event loop only."""
@@ -85,7 +89,7 @@ class Models:
                 entry.last_used_s = time.monotonic()
                 return entry.served
             case Phase.RETURNING:
-                raise Unavailable(f"model {model_id!r} is coming back: the engine was restarted", retry_after_s=5.0)
+                raise Unavailable(f"model {entry.name!r} is coming back: the engine was restarted", retry_after_s=5.0)
             case Phase.QUARANTINED:
                 raise Quarantined(entry.error)
             case _:
@@ -265,9 +269,7 @@ class Models:
         self._note(entry, Progress(Phase.LOADING, text="admitting"))
         text = await loop.run_in_executor(self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings)
         facts = await self._admit(entry)
-        entry.served = ServedModel(
-            entry.model_id, entry.settings.display_name or entry.model_id, entry.settings, facts, text, loaded_at_s=time.time()
-        )
+        entry.served = ServedModel(entry.model_id, entry.name, entry.settings, facts, text, loaded_at_s=time.time())
 
     async def _admit(self, entry: _Entry) -> ModelFacts:
         assert entry.prepared is not None
@@ -335,7 +337,7 @@ class Models:
 
     def _isolate(self, entry: _Entry) -> None:
         entry.phase = Phase.QUARANTINED
-        entry.error = _quarantine_text(entry.model_id)
+        entry.error = _quarantine_text(entry.name)
         entry.served = None
         self._release(entry)
         log.error("%s", entry.error)
@@ -361,8 +363,8 @@ class Models:
             entry.prepared = None
 
 
-def _quarantine_text(model_id: str) -> str:
-    return f"model {model_id!r} is quarantined: the engine died twice while it was running; unload it, or register it anew, to try again"
+def _quarantine_text(name: str) -> str:
+    return f"model {name!r} is quarantined: the engine died twice while it was running; unload it, or register it anew, to try again"
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[_Entry, Progress], None], entry: _Entry, progress: Progress) -> None:

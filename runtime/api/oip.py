@@ -13,7 +13,7 @@ from runtime.api.oip_tensors import INPUT, OUTPUT, prompts_of, put_texts
 from runtime.api.openai_context import encode_text
 from runtime.api.openai_params import check_ranges, sequences
 from runtime.api.openai_types import Shared
-from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError, Unavailable
+from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_output, room_for_output
 from runtime.served import ModelDirectory, ServedModel
@@ -51,8 +51,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext[pb.ModelReadyRequest, pb.ModelReadyResponse]
     ) -> pb.ModelReadyResponse:
         try:
-            _check_version(request.name, request.version)
-            find_model(self._directory, model_id_header(context), request.name)
+            self._model(context, request.name, request.version)
         except RepertoryError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
@@ -68,7 +67,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         answer = pb.ModelMetadataResponse()
         async with statuses(context):
             model = self._model(context, request.name, request.version)
-            answer.name = request.name or model.name
+            answer.name = _told(model, request.name)
             answer.versions.append("1")
             answer.platform = "repertory"
             answer.inputs.add(name=INPUT, datatype="BYTES", shape=[-1])
@@ -92,7 +91,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         answer = pb.ModelInferResponse(model_version="1", id=request.id)
         async with statuses(context):
             model = self._model(context, request.model_name, request.model_version)
-            answer.model_name = request.model_name or model.name
+            answer.model_name = _told(model, request.model_name)
             texts = prompts_of(request)
             put_texts(answer, await self._complete(model, texts, _parameters(request.parameters)), raw=bool(request.raw_input_contents))
         return answer
@@ -110,8 +109,11 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         return [result.text for result in results]
 
     def _model(self, context: AnyContext, name: str, version_asked: str) -> ServedModel:
-        _check_version(name, version_asked)
-        return find_model(self._directory, model_id_header(context), name)
+        model = find_model(self._directory, model_id_header(context), name)
+        if version_asked not in ("", "1"):
+            # NOT_FOUND would have a mesh load the model again
+            raise InvalidRequest(f"model {_told(model, name)} has no version {version_asked}, only 1")
+        return model
 
 
 def _max_tokens(model: ServedModel, body: Shared, num_prompt: int) -> int:
@@ -142,9 +144,9 @@ def _parameters(given: Mapping[str, pb.InferParameter]) -> Shared:
         raise InvalidRequest(f"a parameter has the wrong type: {error}") from error
 
 
-def _check_version(name: str, asked: str) -> None:
-    if asked not in ("", "1"):
-        raise ModelNotFound(f"model {name} has no version {asked}, only 1")
+def _told(model: ServedModel, asked: str) -> str:
+    """The name that an answer carries: as the caller wrote it, but not the id that a mesh put in its place."""
+    return model.name if asked in ("", model.model_id) else asked
 
 
 def _version() -> str:

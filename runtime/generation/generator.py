@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
-from runtime.errors import Overloaded, Unavailable, from_code
+from runtime.errors import Overloaded, RepertoryError, Unavailable, from_code
 from runtime.generation.limits import check_prompt
 from runtime.generation.merge import close, merge
 from runtime.generation.request import Completed, Delta, SequenceRequest, put_together
@@ -47,6 +47,9 @@ class Generator:
                     yield delta
             finally:
                 await close(deltas)
+        except RepertoryError as error:
+            _tell_by_name(error, model)
+            raise
         finally:
             self._leave(model, len(requests))
 
@@ -118,6 +121,14 @@ class Generator:
             self._in_flight[model.model_id] = left
         else:
             del self._in_flight[model.model_id]
+
+
+def _tell_by_name(error: RepertoryError, model: ServedModel) -> None:
+    """The engine knows models by their ids alone."""
+    for known_as in (f"model {model.model_id}", f"model {model.model_id!r}"):
+        if error.message.startswith(known_as):
+            error.message = f"model {model.name}{error.message[len(known_as) :]}"
+            return
 
 
 async def _until(rows: AsyncIterator[RowTokens], deadline_s: float) -> AsyncIterator[RowTokens]:

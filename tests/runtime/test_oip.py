@@ -2,13 +2,15 @@
 
 import struct
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 
+from runtime.errors import Overloaded
 from runtime.served import ServedModel
+from runtime.types import ModelSettings
 from tests.runtime.grpc_server import Services, serve_grpc
 from tests.support import tokenizers as tiny
 from tests.support.scripted_engine import ScriptedEngine, served
@@ -18,8 +20,13 @@ TEXT = "The dog sleeps. END"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return served(tiny.byte_level(tmp_path_factory.mktemp("m")), "m1")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.byte_level(tmp_path_factory.mktemp("m"))
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> ServedModel:
+    return served(model_dir, "m1")
 
 
 @pytest.fixture
@@ -120,11 +127,25 @@ async def test_liveness_readiness_and_metadata(services: Services) -> None:
     assert found.properties["max_model_len"] == "200"
 
 
-@pytest.mark.parametrize("request_of", [lambda: pb.ModelMetadataRequest(name="m1", version="3"), lambda: pb.ModelMetadataRequest(name="no")])
-async def test_unknown_models_and_versions(services: Services, request_of: Any) -> None:
+@pytest.mark.parametrize(("name", "version", "code"), [("m1", "3", grpc.StatusCode.INVALID_ARGUMENT), ("no", "", grpc.StatusCode.NOT_FOUND)])
+async def test_unknown_models_and_versions(services: Services, name: str, version: str, code: grpc.StatusCode) -> None:
+    """NOT_FOUND has a mesh load the model again: a version that isn't there must not."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await services.oip.ModelMetadata(request_of())
-    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        await services.oip.ModelMetadata(pb.ModelMetadataRequest(name=name, version=version))
+    assert caught.value.code() == code
+
+
+async def test_an_answer_never_carries_the_id_that_a_mesh_put_into_the_request(model_dir: Path) -> None:
+    named = served(model_dir, "smol__b56d243b86", settings=ModelSettings(display_name="smol"))
+    async with serve_grpc(ScriptedEngine(lambda asked: [5]), named) as services:
+        request = infer("a")
+        request.model_name = named.model_id
+        assert (await services.oip.ModelInfer(request)).model_name == "smol"
+        assert (await services.oip.ModelMetadata(pb.ModelMetadataRequest(name=named.model_id))).name == "smol"
+        services.engine.raises = Overloaded(f"model {named.model_id}: 4096 requests wait already, the limit is 4096")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await services.oip.ModelInfer(request)
+        assert caught.value.details() == "model smol: 4096 requests wait already, the limit is 4096"
 
 
 async def test_service_names(services: Services) -> None:
