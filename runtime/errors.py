@@ -47,11 +47,15 @@ class InvalidRequest(RepertoryError):
 
 
 class NotSupported(RepertoryError):
-    """A known feature that this version does not have; never ignored silently."""
+    """A known feature that this version does not have; never ignored silently. `param` as in InvalidRequest."""
 
     code = "UNIMPLEMENTED"
     http_status = 501
     openai_type = "not_supported_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModelNotFound(RepertoryError):

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from mesh.errors import InvalidRequest, MeshError, NotFound, Overloaded, TooLarge
+from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported, Overloaded, TooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ def response_of(error: MeshError) -> web.Response:
     response = web.Response(status=error.http_status, body=body_of(error), content_type="application/json")
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, NotSupported):
+        response.headers["x-should-retry"] = "false"  # the official clients would try any 5xx three times
     if isinstance(error, TooLarge):
         # the rest of the body is not going to be read
         response.force_close()

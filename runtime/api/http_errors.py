@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from runtime.api.openai_answers import ErrorAnswer, ErrorBody, encode
-from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError
+from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError
 
 _LOG = logging.getLogger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -15,7 +15,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def error_body(error: RepertoryError) -> bytes:
     code = "model_not_found" if isinstance(error, ModelNotFound) else error.code.lower()
-    param = error.param if isinstance(error, InvalidRequest) else None
+    param = error.param if isinstance(error, (InvalidRequest, NotSupported)) else None
     return encode(ErrorAnswer(ErrorBody(error.message, error.openai_type, param, code)))
 
 
@@ -24,6 +24,8 @@ def error_response(error: RepertoryError) -> web.Response:
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
+    if isinstance(error, NotSupported):
+        response.headers["x-should-retry"] = "false"   # the official clients would try any 5xx three times
     return response
 
 

@@ -48,7 +48,7 @@ def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     known = kind.__struct_encode_fields__
-    return Parsed(body, tuple(name for name in names if name not in known))
+    return Parsed(body, tuple(name for name, value in names.items() if name not in known and bytes(value) != b"null"))
 
 
 def refuse_unsupported(body: Shared) -> None:
@@ -56,18 +56,18 @@ def refuse_unsupported(body: Shared) -> None:
     for name in _REFUSED_SHARED:
         _refuse(name, getattr(body, name))
     if body.response_format and not (isinstance(body.response_format, dict) and body.response_format.get("type") == "text"):
-        raise NotSupported("response_format other than text is not supported yet")
+        raise NotSupported("response_format other than text is not supported yet", param="response_format")
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise NotSupported(f"best_of={body.best_of} is not supported: only best_of equal to n ({body.n or 1})")
+        raise NotSupported(f"best_of={body.best_of} is not supported: only best_of equal to n ({body.n or 1})", param="best_of")
     if isinstance(body, ChatBody):
         for name in _REFUSED_CHAT:
             _refuse(name, getattr(body, name))
         if body.tool_choice not in (None, "none", "auto"):
-            raise NotSupported("tool_choice is not supported yet")
+            raise NotSupported("tool_choice is not supported yet", param="tool_choice")
         if body.function_call not in (None, "none", "auto"):
-            raise NotSupported("function_call is not supported yet")
+            raise NotSupported("function_call is not supported yet", param="function_call")
         if body.modalities and body.modalities != ["text"]:
-            raise NotSupported("modalities other than text are not supported")
+            raise NotSupported("modalities other than text are not supported", param="modalities")
         for index, turn in enumerate(body.messages):
             for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
                 _refuse(f"messages[{index}].{name}", getattr(turn, name))
@@ -75,4 +75,4 @@ def refuse_unsupported(body: Shared) -> None:
 
 def _refuse(name: str, value: Any) -> None:
     if value:
-        raise NotSupported(f"{name} is not supported yet")
+        raise NotSupported(f"{name} is not supported yet", param=name)

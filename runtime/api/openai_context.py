@@ -76,7 +76,7 @@ def _content(index: int, turn: ChatTurn) -> str:
         where = f"messages[{index}].content[{position}]"
         kind = part.get("type", "text")
         if kind not in ("text", "input_text", "output_text", "refusal"):
-            raise NotSupported(f"{where}: content of type {kind!r} is not supported, only text")
+            raise NotSupported(f"{where}: content of type {kind!r} is not supported, only text", param=where)
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise InvalidRequest(f"{where}: text is missing or not a string", param=where)

@@ -171,4 +171,4 @@ def _first(*values: float | None) -> float:
 
 def refuse_suffix(suffix: str | None) -> None:
     if suffix:
-        raise NotSupported("suffix is not supported yet")
+        raise NotSupported("suffix is not supported yet", param="suffix")
