@@ -62,6 +62,7 @@ class EngineLoop:
         self._commands = Commands(self.house, self._loads, self._turns)
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0
+        self._told_busy = False
         self.done = False
 
     def run(self) -> None:
@@ -87,14 +88,21 @@ class EngineLoop:
             worked = True
         if self._config.debug_checks:
             self.house.check()
-        if self.house.resident.changed or now >= self._stats_due_s:
-            self.house.resident.changed = False
-            self._stats_due_s = now + _STATS_EVERY_S
-            self.house.emit(self.house.stats())
+        idle = not (worked or launched)
+        # whoever looks right after the last answer is not to be told that it runs
+        if self.house.resident.changed or now >= self._stats_due_s or (idle and self._told_busy and not self._anything_left()):
+            self._tell_stats(now)
         stop_by_s = self._commands.stop_by_s
         if stop_by_s is not None and (now >= stop_by_s or not self._anything_left()):
             self.done = True
-        return worked or launched
+        return not idle
+
+    def _tell_stats(self, now: float) -> None:
+        self.house.resident.changed = False
+        self._stats_due_s = now + _STATS_EVERY_S
+        stats = self.house.stats()
+        self._told_busy = any(model.running or model.waiting for model in stats.models)
+        self.house.emit(stats)
 
     def _take_commands(self, now: float) -> bool:
         took = False

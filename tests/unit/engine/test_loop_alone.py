@@ -32,3 +32,18 @@ def test_a_loaded_model_is_in_its_tier_before_its_load_is_answered() -> None:
     assert isinstance(first, EngineStats)
     assert first.models[0].tier is Tier.DEVICE
     made.close()
+
+
+def test_an_idle_engine_is_not_told_to_be_running() -> None:
+    made = stage("a", turn_s=0.01)
+    made.turn(101)                                           # past the first seconds' figures
+    made.add("a", [10], 150)                                 # longer than a second: it is told that it runs
+    made.until_quiet()
+    told = len(made.of(EngineStats))
+    made.turn(2)
+    last = made.of(EngineStats)[-1]
+    assert isinstance(last, EngineStats)
+    assert last.models[0].running == 0
+    made.turn(20)
+    assert len(made.of(EngineStats)) <= told + 1, "told once, not in every idle turn"
+    made.close()
