@@ -4,7 +4,6 @@ import os
 import platform
 import threading
 
-import psutil
 import torch
 
 from runtime.config import MIB, EngineConfig
@@ -12,6 +11,7 @@ from runtime.engine.hardware import TakenMemory
 from runtime.engine.memory.cpu import CpuMemory
 from runtime.engine.memory.cpu_model import CpuModelMemory
 from runtime.engine.memory.device import DeviceMemory
+from runtime.engine.memory.free_memory import free_bytes
 from runtime.engine.memory.image import Filler
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.model.packed import Layout4Bit
@@ -29,7 +29,7 @@ class CpuHardware:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         slab_bytes = config.slab_bytes or _SLAB_BYTES
-        budget = config.device_budget_bytes or psutil.virtual_memory().available // 2
+        budget = config.device_budget_bytes or free_bytes() // 2
         if budget < slab_bytes:
             raise ValueError(f"device_budget_bytes {budget} is less than one slab of {slab_bytes} bytes")
         self.device = torch.device("cpu")

@@ -1,10 +1,10 @@
 """A GPU as the engine's device: slabs through CUDA's virtual memory, a pinned host arena, one copy stream."""
 
+import logging
 import os
 import threading
 from pathlib import Path
 
-import psutil
 import torch
 
 from runtime.config import MIB, EngineConfig
@@ -13,6 +13,7 @@ from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.device import DeviceMemory
+from runtime.engine.memory.free_memory import free_bytes as free_memory_bytes
 from runtime.engine.memory.host import HostArena
 from runtime.engine.memory.image import Filler
 from runtime.engine.memory.kv_range import KvRange
@@ -21,9 +22,12 @@ from runtime.engine.model.packed import Layout4Bit
 from runtime.engine.plan import KvGeometry
 from runtime.errors import Cancelled
 
+_LOG = logging.getLogger(__name__)
+
 _SLAB_BYTES = 64 * MIB
 _GROUP_BYTES = 32 * MIB
 _READ_THREADS = 16
+_INDEX_BYTES = MIB                       # the arena's index lies beside it
 
 
 class CudaHardware:
@@ -42,9 +46,9 @@ class CudaHardware:
         self._copy_stream = torch.cuda.Stream(device)
         self._memory = CudaMemory(device, slab_bytes, budget // slab_bytes, self._compute_stream)
         self.memory: DeviceMemory = self._memory
-        host_bytes = _host_bytes(config, slab_bytes)
-        self._pinned = PinnedMemory(host_bytes, config.host_arena_path, device)
-        self._arena = HostArena(self._pinned.view, slab_bytes, ArenaIndex(config.host_arena_path))
+        arena_path, host_bytes = host_tier(config, slab_bytes)
+        self._pinned = PinnedMemory(host_bytes, arena_path, device)
+        self._arena = HostArena(self._pinned.view, slab_bytes, ArenaIndex(arena_path))
         self._pinned.start_registering()
         self.host_total_bytes = self._arena.total_bytes
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
@@ -80,13 +84,22 @@ class CudaHardware:
         self._pinned.close()
 
 
-def _host_bytes(config: EngineConfig, slab_bytes: int) -> int:
-    """The arena's size: as configured, else what an earlier engine left, else half of free memory; never more than its file system holds."""
+def host_tier(config: EngineConfig, slab_bytes: int) -> tuple[str, int]:
+    """Where the arena lies ("" = private memory) and its size: as configured, else what an earlier engine left, else half of free memory.
+
+    Never more than its file system holds; one that holds less than half of that (a container's 64 MiB, say) is no place for it.
+    """
     path = config.host_arena_path
-    wanted = config.host_budget_bytes
-    if not wanted and path and Path(path).exists():
-        wanted = Path(path).stat().st_size
-    wanted = wanted or psutil.virtual_memory().available // 2
+    left_bytes = Path(path).stat().st_size if path and Path(path).exists() else 0
+    wanted = config.host_budget_bytes or left_bytes or free_memory_bytes() // 2
     if path:
-        wanted = min(wanted, shared_memory_free_bytes(path))
-    return max(wanted // slab_bytes, 1) * slab_bytes
+        room_bytes = shared_memory_free_bytes(path) - _INDEX_BYTES
+        if room_bytes < max(wanted // 2, slab_bytes):
+            _LOG.warning(
+                "the host tier is private memory, and cold after a restart of the engine: %s has room for %d of the %d bytes wanted",
+                Path(path).parent, max(0, room_bytes), wanted,
+            )
+            path = ""
+        else:
+            wanted = min(wanted, room_bytes)
+    return path, max(wanted // slab_bytes, 1) * slab_bytes

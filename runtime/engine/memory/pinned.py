@@ -96,8 +96,7 @@ class PinnedMemory:
 
 
 def shared_memory_free_bytes(path: str) -> int:
-    """What the file system below `path` can still hold, the file itself included."""
+    """What the file system below `path` can still hold, the file itself and what lies beside it under its name included."""
     file = Path(path)
     status = os.statvfs(file.parent)
-    held = file.stat().st_blocks * 512 if file.exists() else 0
-    return status.f_bavail * status.f_frsize + held
+    return status.f_bavail * status.f_frsize + sum(held.stat().st_blocks * 512 for held in file.parent.glob(f"{file.name}*"))
