@@ -96,6 +96,7 @@ class EngineBackend:
         blueprint = draw(
             request.model_id, checkpoint, request.max_model_len, self._prover,
             num_threads=hardware.num_read_threads, min_group_bytes=hardware.min_group_bytes, layout_4bit=hardware.layout_4bit,
+            host_order=hardware.host_order,
         )
         if cancelled.is_set():
             raise Cancelled(f"loading model {request.model_id} was cancelled")

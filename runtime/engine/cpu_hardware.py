@@ -14,6 +14,7 @@ from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes
 from runtime.engine.memory.image import Filler
 from runtime.engine.memory.kv_range import KvRange
+from runtime.engine.model.host_order import HostOrder
 from runtime.engine.model.packed import Layout4Bit
 from runtime.engine.plan import KvGeometry
 
@@ -39,6 +40,7 @@ class CpuHardware:
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
         self.min_group_bytes = _GROUP_BYTES
         self.layout_4bit: Layout4Bit = "bitsandbytes"
+        self.host_order = HostOrder.create()
 
     def host_free_bytes(self) -> int:
         return 0

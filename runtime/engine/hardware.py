@@ -9,6 +9,7 @@ from torch import Tensor
 from runtime.engine.memory.arrival import Arrival
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.image import Filler
+from runtime.engine.model.host_order import HostOrder
 from runtime.engine.model.packed import Layout4Bit
 from runtime.engine.plan import KvGeometry, ModelMemory
 
@@ -30,6 +31,7 @@ class Hardware(Protocol):
         num_read_threads: threads that read a checkpoint.
         min_group_bytes: weights come in groups of at least this size.
         layout_4bit: how it reads 4-bit codes.
+        host_order: what its matrices are put in; None = they stay in rows.
     """
 
     device: torch.device
@@ -39,6 +41,7 @@ class Hardware(Protocol):
     num_read_threads: int
     min_group_bytes: int
     layout_4bit: Layout4Bit
+    host_order: HostOrder | None
 
     def host_free_bytes(self) -> int: ...
 

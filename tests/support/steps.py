@@ -77,7 +77,9 @@ class Resident:
 def bring_up(checkpoint: Checkpoint, *, fuse: bool = True, max_model_len: int | None = None, kv_slabs: int = 12) -> Resident:
     """Load, map and fill, as the engine would."""
     hardware = CpuHardware(EngineConfig(device="cpu", slab_bytes=SLAB_BYTES, device_budget_bytes=256 * SLAB_BYTES))
-    blueprint = draw("m", checkpoint, max_model_len, Prover(fuse), num_threads=2, min_group_bytes=MIN_GROUP_BYTES)
+    blueprint = draw(
+        "m", checkpoint, max_model_len, Prover(fuse), num_threads=2, min_group_bytes=MIN_GROUP_BYTES, host_order=hardware.host_order
+    )
     kv = kv_geometry("m", blueprint.shape, 16, blueprint.card.dtype.itemsize, SLAB_BYTES, 64)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB_BYTES)
     memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, threading.Event())

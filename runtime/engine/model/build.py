@@ -4,7 +4,7 @@ Knows how the parts of this folder fit; nothing of devices' memory, slabs or thr
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from runtime.engine.model.fuse_proof import Prover, Verdict
 from runtime.engine.model.fused_spec import StackSpec
 from runtime.engine.model.fused_stack import FusedStack
 from runtime.engine.model.geometry import AttentionGeometry, attention_geometry, kv_planes
+from runtime.engine.model.host_order import HostOrder, OrderedMatrix
 from runtime.engine.model.layout import Join, Placed, TensorSpec, WeightLayout, lay_out
 from runtime.engine.model.load import WeightFiller
 from runtime.engine.model.names import resolve
@@ -42,6 +43,7 @@ class Blueprint:
 
     Attributes:
         spec: of the fused stack; None = the module runs as it is.
+        ordered: matrices that lie in oneDNN's order, by name.
         identity: the same for two loads whose images hold the same bytes.
     """
 
@@ -52,6 +54,7 @@ class Blueprint:
     shape: AttentionGeometry
     layout: WeightLayout
     filler: WeightFiller
+    ordered: Mapping[str, OrderedMatrix]
     quantization: Quantization
     num_parameters: int
     identity: str
@@ -59,15 +62,15 @@ class Blueprint:
 
 def draw(
     model_id: str, checkpoint: Checkpoint, max_model_len: int | None, prover: Prover, *, num_threads: int, min_group_bytes: int,
-    layout_4bit: Layout4Bit = "bitsandbytes",
+    layout_4bit: Layout4Bit = "bitsandbytes", host_order: HostOrder | None = None,
 ) -> Blueprint:
     """Read configuration and headers, decide how the model runs and where its tensors go. Raises LoadFailed naming the model and the cause.
 
-    `layout_4bit`: how the device reads 4-bit codes ("bitsandbytes" on a CPU, "kernel" on a GPU).
+    `layout_4bit`: how the device reads 4-bit codes ("bitsandbytes" on a CPU, "kernel" on a GPU). `host_order`: what a CPU's matrices are put in.
     """
     card = read_card(model_id, checkpoint, max_model_len)
     try:
-        return _draw(card, checkpoint, prover, num_threads, min_group_bytes, layout_4bit)
+        return _draw(card, checkpoint, prover, num_threads, min_group_bytes, layout_4bit, host_order)
     except LoadFailed as error:
         raise LoadFailed(f"model {model_id}: {error.message}") from error
     except Exception as error:
@@ -75,7 +78,8 @@ def draw(
 
 
 def _draw(
-    card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: int, min_group_bytes: int, layout_4bit: Layout4Bit
+    card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: int, min_group_bytes: int, layout_4bit: Layout4Bit,
+    host_order: HostOrder | None,
 ) -> Blueprint:
     files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
     if not files:
@@ -101,6 +105,7 @@ def _draw(
 
     spec, joins, reason = _choose(skeleton, specs, verdict)
     layout = lay_out(specs, joins, card.num_layers, min_group_bytes)
+    ordered = _in_order(host_order, layout, _products(skeleton, spec)) if host_order is not None else {}
     return Blueprint(
         card=card,
         skeleton=skeleton,
@@ -108,7 +113,8 @@ def _draw(
         path=f"fused: {card.num_layers} layers" if spec else f"unfused: {reason}",
         shape=attention_geometry(skeleton),
         layout=layout,
-        filler=WeightFiller(layout, resolution, skeleton, num_threads),
+        filler=WeightFiller(layout, resolution, skeleton, num_threads, ordered),
+        ordered=ordered,
         quantization=checkpoint.quantization,
         num_parameters=num_parameters,
         identity=_identity(layout, files),
@@ -121,7 +127,11 @@ def assemble(
     """A runnable model over `weights` and `kv_memory` (uint8 on the engine's device, at addresses that stay). No byte of either is read."""
     card = blueprint.card
     device = weights.device
-    views = image_views(weights, (*blueprint.layout.tensors, *blueprint.layout.joined))
+    placed = (*blueprint.layout.tensors, *blueprint.layout.joined)
+    views = image_views(weights, placed)
+    for tensor in placed:
+        if matrix := blueprint.ordered.get(tensor.name):
+            views[tensor.name] = matrix.over(weights[tensor.offset : tensor.offset + tensor.size_bytes])
     forward: CausalForward
     if blueprint.spec is not None:
         aliases = tied_names(blueprint.skeleton)
@@ -185,6 +195,22 @@ def _choose(skeleton: Any, specs: Sequence[TensorSpec], verdict: Verdict) -> tup
         if len({(by_name[name].dtype, by_name[name].shape[1:]) for name in join.members}) > 1:
             return None, [], f"{', '.join(join.members)} are stored in different ways"
     return spec, joins, ""
+
+
+def _products(skeleton: nn.Module, spec: StackSpec | None) -> set[str]:
+    """The matrices that nothing but products will read."""
+    if spec is None:
+        names = {f"{name}.weight" for name, module in skeleton.named_modules() if type(module) is nn.Linear}
+    else:
+        layers = {ref.name for layer in spec.layers for ref in (layer.qkv, layer.out, layer.gate_up, layer.down)}
+        names = {f"{name}.weight" for name in {*layers, spec.lm_head}}
+    aliases = tied_names(skeleton)
+    return names - aliases.keys() - set(aliases.values())
+
+
+def _in_order(host_order: HostOrder, layout: WeightLayout, names: set[str]) -> dict[str, OrderedMatrix]:
+    placed = (tensor for tensor in (*layout.tensors, *layout.joined) if tensor.name in names)
+    return {tensor.name: matrix for tensor in placed if (matrix := host_order.matrix(tensor.shape, tensor.dtype))}
 
 
 def _differ(a: StoredTensor, b: StoredTensor) -> bool:

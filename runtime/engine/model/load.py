@@ -1,4 +1,5 @@
-"""Filling a weights image from files: many threads read straight into place, in image order, converting types where they must.
+"""Filling a weights image from files: many threads read straight into place, in image order, converting types where they must; a CPU's matrices
+are then put in the order that it computes with.
 
 Knows where each tensor comes from and goes; nothing of devices, modules or who asked. The same filler serves again at every return from disk.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.engine.memory.image import ImageBuffer
+from runtime.engine.model.host_order import OrderedMatrix
 from runtime.engine.model.layout import Placed, WeightLayout
 from runtime.engine.model.names import Conversion, Resolution
 from runtime.engine.model.safetensors_index import StoredTensor
@@ -34,9 +36,11 @@ class _Read:
 
 
 class WeightFiller:
-    """One model's way from files to an image. Implements Filler."""
+    """One model's way from files to an image. Implements Filler. `ordered`, by name, wants an image in one piece."""
 
-    def __init__(self, layout: WeightLayout, resolution: Resolution, model: Any, num_threads: int) -> None:
+    def __init__(
+        self, layout: WeightLayout, resolution: Resolution, model: Any, num_threads: int, ordered: Mapping[str, OrderedMatrix]
+    ) -> None:
         self.group_ends = layout.group_ends
         self._model = model            # converters ask it for its configuration
         self._num_threads = num_threads
@@ -49,6 +53,10 @@ class WeightFiller:
         for tensor in layout.tensors:
             if stored := resolution.direct.get(tensor.name):
                 self._groups[self._group_of(tensor)].extend(_reads(tensor, stored))
+        self._ordered: list[list[tuple[Placed, OrderedMatrix]]] = [[] for _ in layout.group_ends]
+        for tensor in (*layout.tensors, *layout.joined):
+            if matrix := ordered.get(tensor.name):
+                self._ordered[self._group_of(tensor)].append((tensor, matrix))
 
     def fill(self, image: ImageBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
         """Fill the whole image; `on_group(i)` is called from this thread, in order, once groups 0 … i are in.
@@ -65,6 +73,7 @@ class WeightFiller:
                     for index, futures in enumerate(waiting):
                         for future in futures:
                             future.result()
+                        self._arrange(self._ordered[index], image, cancelled)
                         on_group(index)
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
@@ -76,9 +85,14 @@ class WeightFiller:
         end = tensor.offset + tensor.size_bytes
         return next(index for index, limit in enumerate(self.group_ends) if end <= limit)
 
+    def _arrange(self, matrices: "list[tuple[Placed, OrderedMatrix]]", image: ImageBuffer, cancelled: threading.Event) -> None:
+        for placed, matrix in matrices:
+            _go_on(cancelled)
+            [memory] = image.pieces(placed.offset, placed.size_bytes)
+            matrix.arrange(memory)
+
     def _do(self, work: "_Read | Conversion", image: ImageBuffer, files: "_Files", cancelled: threading.Event) -> None:
-        if cancelled.is_set():
-            raise Cancelled("the load was cancelled")
+        _go_on(cancelled)
         if isinstance(work, _Read):
             _read(work, image, files)
         else:
@@ -107,6 +121,11 @@ class WeightFiller:
             for piece in image.pieces(placed.offset, placed.size_bytes):
                 piece.copy_(flat[start : start + piece.numel()])
                 start += piece.numel()
+
+
+def _go_on(cancelled: threading.Event) -> None:
+    if cancelled.is_set():
+        raise Cancelled("the load was cancelled")
 
 
 class _Lazy:
