@@ -50,7 +50,7 @@ class ModelViews:
             status=status.status.name,
             state=_state(status, best),
             tier=best.tier or "" if best and best.status is ModelStatus.LOADED else "",
-            weight_bytes=best.weight_bytes if best else 0,
+            weight_bytes=(best.weight_bytes if best else 0) or named.record.weight_bytes,
             device_bytes=sum(copy.device_bytes for copy in status.copies),
             quantization=(best.quantization if best else "") or str(settings.get("quantize") or ""),
             copies=[_copy(copy) for copy in status.copies],

@@ -16,6 +16,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _COLOURS = {"loaded": "green", "failed": "red", "quarantined": "red", "not loaded": "dim"}
 
 
+def console() -> Console:
+    """On a pipe nothing is to be folded: a name that breaks in the middle is no name."""
+    return Console(width=None if sys.stdout.isatty() else 1000)
+
+
 def size(num_bytes: int) -> str:
     """`98 MiB`; an empty string for 0."""
     if num_bytes <= 0:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 
 from mesh.cli import chat, render
 from mesh.client.admin import AdminClient, Model
@@ -48,7 +47,7 @@ def fit(client: AdminClient, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(answer)
     else:
-        render.show_fit(Console(), args.name, answer)
+        render.show_fit(render.console(), args.name, answer)
     return 0 if answer.fits else 1
 
 
@@ -59,7 +58,7 @@ def ps(client: AdminClient, args: argparse.Namespace) -> int:
     elif not models:
         print("no models are registered; add one with `repertory register NAME URI`")
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(render.model_table(models, time.time()))
+        render.console().print(render.model_table(models, time.time()))
     return 0
 
 
@@ -95,7 +94,7 @@ def show(client: AdminClient, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(model)
     else:
-        render.show_model(Console(), model)
+        render.show_model(render.console(), model)
     return 0
 
 

@@ -39,6 +39,14 @@ class Announcer:
         if record is None or record.info != info:
             raise NotFound("model not found")
 
+    async def measured(self, model_id: str, weight_bytes: int) -> None:
+        """What its weights take, which is worth knowing also when it isn't loaded."""
+
+        def change(record: ModelRecord | None) -> ModelRecord | None:
+            return record and msgspec.structs.replace(record, weight_bytes=weight_bytes)
+
+        await self._models.table.update(model_id, change)
+
     async def failed(self, model_id: str, message: str, *, at_ms: int) -> None:
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None:

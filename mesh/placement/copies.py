@@ -58,6 +58,7 @@ class LocalCopy:
     max_concurrency: int = 0  # requests at once that its runtime asks for; 0 = as many as come
     last_used_ms: int = 0
     announced: bool = False
+    measured: bool = False  # the registry was told what its weights take
 
     @property
     def coming(self) -> bool:

@@ -188,6 +188,9 @@ class Placement:
                 copy.announced = False
                 self._copies.remove(copy)
                 self._spawn(self._give_up(model.model_id, model.error or f"{model.state} by the runtime"))
+            elif copy is not None and copy.loaded and model.weight_bytes and not copy.measured:
+                copy.measured = True
+                self._spawn(self._note_weight(model.model_id, model.weight_bytes))
 
     def _quarantined(self, model_id: str) -> bool:
         """It took the engine down, and would again: it is loaded no more until somebody asks for it by name."""
@@ -200,6 +203,10 @@ class Placement:
             with contextlib.suppress(Unavailable):
                 await self._runtime.unload(model_id)
         await self._announcer.forgive(model_id)
+
+    async def _note_weight(self, model_id: str, weight_bytes: int) -> None:
+        with contextlib.suppress(StoreError):
+            await self._announcer.measured(model_id, weight_bytes)
 
     async def _give_up(self, model_id: str, error: str) -> None:
         with contextlib.suppress(StoreError):

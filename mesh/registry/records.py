@@ -43,6 +43,7 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     auto_delete: bool = field(default=False, name="autoDel")
     last_used_ms: int = field(default=0, name="lu")
     entered_ms: int = field(default=0, name="enteredMs")               # ours: where it entered the order of last use; `lu` is that until it is used
+    weight_bytes: int = field(default=0, name="weightBytes")            # ours: as its last load found them; 0 = never loaded
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
+from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as mm
 
 
@@ -34,6 +35,20 @@ async def test_a_model_that_nobody_has_used_was_never_used(tmp_path: Path) -> No
         third = await pod.name("m", "/third")
         assert third["uri"] == "/third"
         assert third["last_used_ms"] == used_ms
+
+
+async def test_the_weights_of_a_model_that_was_loaded_once_are_remembered(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod") as pod:
+        pod.runtime.switches.size_bytes["/m"] = 7 * MB
+        assert (await pod.name("m", "/m"))["weight_bytes"] == 0
+        await pod.chat("m")
+        model_id = (await pod.model("m"))["model_id"]
+        models = pod.pod.registry.models
+        await until(lambda: (record := models.get(model_id)) is not None and record.weight_bytes == 7 * MB)
+        await pod.pod.placement.unload(model_id)
+        assert (await pod.model("m"))["weight_bytes"] == 7 * MB
+    async with running_pod(tmp_path / "pod") as pod:
+        assert (await pod.model("m"))["weight_bytes"] == 7 * MB, "after a restart too"
 
 
 async def test_fit_names_whom_the_pod_would_unload(tmp_path: Path) -> None:

@@ -156,3 +156,11 @@ async def test_an_answer_that_breaks_off_is_an_error(say: Say) -> None:
         status, _, error = await say("ps", "--server", server)
     assert status == 1
     assert "broke off" in error
+
+
+async def test_nothing_is_folded_on_a_pipe(pod: RunningPod, say: Say) -> None:
+    path = "/a" + "/folder" * 60
+    assert (await say("register", "n" * 150, path))[0] == 0
+    assert path in (await say("show", "n" * 150))[1]
+    assert f"{'n' * 150}  not loaded" in (await say("ps"))[1]
+    assert path in (await say("fit", path))[1]
