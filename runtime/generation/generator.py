@@ -65,7 +65,9 @@ class Generator:
         return [put_together(parts[request.index]) for request in requests]
 
     async def _run(self, model: ServedModel, request: SequenceRequest) -> AsyncIterator[Delta]:
-        sequence = RunningSequence(request, model.text.detokenizer(request.prompt, skip_special_tokens=request.skip_special_tokens))
+        skips = request.skip_special_tokens
+        unseen_stops = model.text.special_tokens(request.stop_strings) if skips else {}
+        sequence = RunningSequence(request, model.text.detokenizer(request.prompt, skip_special_tokens=skips), unseen_stops)
         observer = self._metrics.of(model.name).start(len(request.prompt))
         rows = self._engine.generate(
             model.model_id,

@@ -1,5 +1,7 @@
 """One running sequence: the engine's tokens in, deltas of text out. Pure: knows no engine, no clock and no API."""
 
+from collections.abc import Mapping
+
 from runtime.generation.request import Delta, SequenceRequest
 from runtime.messages import RowTokens, TokenLogprobs
 from runtime.text.detokenizer import Detokenizer
@@ -12,11 +14,13 @@ _ENDED_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)
 class RunningSequence:
     """Turns each RowTokens into a Delta. After a Delta with `finish` nothing more may be pushed."""
 
-    __slots__ = ("_chars", "_detokenizer", "_request", "_scanner", "num_generated")
+    __slots__ = ("_chars", "_detokenizer", "_request", "_scanner", "_unseen_stops", "num_generated")
 
-    def __init__(self, request: SequenceRequest, detokenizer: Detokenizer) -> None:
+    def __init__(self, request: SequenceRequest, detokenizer: Detokenizer, unseen_stops: Mapping[int, str]) -> None:
+        """`unseen_stops`: those of the request's stop strings, by id, that are tokens which the detokenizer doesn't show."""
         self._request = request
         self._detokenizer = detokenizer
+        self._unseen_stops = unseen_stops
         self._scanner = (
             StopScanner(request.stop_strings, include=request.include_stop, by_list=request.stops_by_list) if request.stop_strings else None
         )
@@ -41,8 +45,11 @@ class RunningSequence:
                 continue
             match = self._scanner.push(text, check=self._may_stop())
             texts.append(match.text)
-            if match.stop is not None:
-                stop = match.stop
+            stop = match.stop
+            if stop is None and position < shown and token in self._unseen_stops and self._may_stop():
+                stop = self._unseen_stops[token]
+                texts.append(self._rest() + (stop if request.include_stop else ""))
+            if stop is not None:
                 break
         if stop is not None:
             return self._delta(row, "".join(texts), len(offsets), tuple(offsets), FinishReason.STOP_STRING, stop)

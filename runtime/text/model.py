@@ -48,6 +48,11 @@ class TextModel:
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
 
+    def special_tokens(self, texts: Sequence[str]) -> dict[int, str]:
+        """Those of `texts` that are special tokens, by id."""
+        ids = [(self._tokenizer.token_id(text), text) for text in texts]
+        return {token_id: text for token_id, text in ids if token_id is not None and self._tokenizer.is_special(token_id)}
+
     def is_special(self, token_id: int) -> bool:
         return self._tokenizer.is_special(token_id)
 

@@ -110,6 +110,16 @@ async def test_stop_strings_cut_the_text_and_end_the_row(
     assert server.engine.asked[0].closed, "the row was left before its end"
 
 
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+async def test_a_special_token_as_a_stop_string(client: openai.AsyncOpenAI, server: Server, skip_special_tokens: bool) -> None:
+    server.engine.script = lambda asked: [*server.script("The dog"), 2, *server.script(" more")]
+    answer = await client.chat.completions.create(
+        model="org/m1", messages=HELLO, stop=["<|im_end|>"], extra_body={"skip_special_tokens": skip_special_tokens}
+    )
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("The dog", "stop")
+    assert answer.choices[0].model_extra == {"stop_reason": "<|im_end|>"}
+
+
 async def test_include_stop_and_max_tokens(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model="org/m1", messages=HELLO, stop="END", extra_body={"include_stop_str_in_output": True}

@@ -35,7 +35,7 @@ def request_of(*, max_tokens: int = 100, index: int = 0, **fields: object) -> Se
 
 
 def play(model: ServedModel, request: SequenceRequest, rows: list[RowTokens]) -> Completed:
-    sequence = RunningSequence(request, model.text.detokenizer(request.prompt))
+    sequence = RunningSequence(request, model.text.detokenizer(request.prompt), model.text.special_tokens(request.stop_strings))
     deltas = []
     for row in rows:
         deltas.append(sequence.push(row))
@@ -53,7 +53,7 @@ def test_the_cut_of_rows_changes_nothing(model: ServedModel, data: st.DataObject
     details = data.draw(st.sampled_from([None, 0, 2]))
     text = model.text.decode(tokens)
     pieces = [text[at : at + size] for at in range(len(text)) for size in (1, 2, 3)] or ["x"]
-    stops = tuple(data.draw(st.lists(st.sampled_from(pieces), max_size=2)))
+    stops = tuple(data.draw(st.lists(st.sampled_from([*pieces, "<|im_end|>"]), max_size=2)))
     request = request_of(
         stop_strings=stops, include_stop=data.draw(st.booleans()), stops_by_list=True, logprobs=LogprobParams(generated=details)
     )
@@ -77,7 +77,7 @@ def test_the_cut_of_rows_changes_nothing(model: ServedModel, data: st.DataObject
     whole = play(model, request, rows)
     single = play(model, request, [part for row in rows for part in split_tokens(row)])
     assert whole == single
-    assert text.startswith(whole.text)
+    assert text.startswith(whole.text.removesuffix("<|im_end|>"))
     if whole.finish is not FinishReason.STOP_STRING:
         assert whole.text == text
         assert list(whole.tokens) == tokens
@@ -91,6 +91,17 @@ def test_a_stop_token_shows_only_if_asked(model: ServedModel) -> None:
     assert play(model, request_of(show_stop_token=True), [row]).text == model.text.decode([5, 9])
     bare = RowTokens(1, (5,), FinishReason.STOP_TOKEN, 9)   # an engine that leaves the stop token out
     assert play(model, request_of(), [bare]).text == model.text.decode([5])
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "the dog"), (True, "the dog<|im_end|>")])
+def test_a_stop_string_that_is_a_special_token_is_found_though_its_text_is_not_shown(model: ServedModel, include: bool, text: str) -> None:
+    row = RowTokens(1, (*model.text.encode("the dog"), 2, 5, 2, 5), FinishReason.LENGTH)
+    request = request_of(stop_strings=("dogs", "<|im_end|>"), include_stop=include)   # what "dogs" held back is shown after all
+    found = play(model, request, [row])
+    assert (found.text, found.finish, found.stop) == (text, FinishReason.STOP_STRING, "<|im_end|>")
+    assert found.tokens == row.tokens[: row.tokens.index(2) + 1]
+    least = msgspec.structs.replace(request, stop=StopParams(100, min_tokens=len(row.tokens) - 1))
+    assert play(model, least, [row]).tokens == row.tokens[:-1]
 
 
 def test_a_stop_string_wins_over_the_length_it_ends_at(model: ServedModel) -> None:
