@@ -147,12 +147,21 @@ def _echo_text(model: ServedModel, body: CompletionBody, prompt: Prompt) -> str:
 
 
 def _prompt_offsets(model: ServedModel, body: CompletionBody, prompt: Prompt) -> list[int]:
-    decoder = model.text.detokenizer((), skip_special_tokens=body.skip_special_tokens is not False)
+    """Where each token begins in the echoed text. A special token or a space that the caller wrote is in it, one that was added isn't."""
+    written = prompt.text
+    decoder = model.text.detokenizer((), skip_special_tokens=written is not None or body.skip_special_tokens is not False)
     offsets: list[int] = []
     length = 0
     for token in prompt.token_ids:
         offsets.append(length)
-        length += len(decoder.push((token,)))
+        text = decoder.push((token,))
+        if written is not None:
+            if model.text.is_special(token):
+                text = model.text.piece(token)
+                text = text if written.startswith(text, length) else ""
+            elif not written.startswith(text, length):
+                text = text.removeprefix(" ")   # sentencepiece's, before a text and after each special token
+        length += len(text)
     return offsets
 
 

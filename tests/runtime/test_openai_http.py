@@ -75,6 +75,22 @@ async def test_log_likelihood_request(http: aiohttp.ClientSession, server: Serve
         assert found["text_offset"][-1] == len("The quick brown fox")
 
 
+@pytest.mark.parametrize("kind", [tiny.byte_level, tiny.sentencepiece])
+async def test_offsets_count_special_tokens_that_the_caller_wrote(http: aiohttp.ClientSession, tmp_path: Path, kind: Any) -> None:
+    model = served(kind(tmp_path), "m2")
+    mark = "<|im_end|>" if kind is tiny.byte_level else "</s>"
+    prompt = f"the dog{mark}{mark}the dog"
+    async with serve(ScriptedEngine(lambda asked: [50]), model) as server:
+        for form in (prompt, model.text.encode(prompt)):
+            body = {"model": "m2", "prompt": form, "echo": True, "logprobs": 0, "max_tokens": 1, "skip_special_tokens": False}
+            _, answer, _ = await post(http, server, "/v1/completions", body)
+            text, found = answer["choices"][0]["text"], answer["choices"][0]["logprobs"]
+            own = [pair for pair in zip(found["text_offset"], found["tokens"], strict=True) if pair != (0, "<s>")]
+            assert [token for _, token in own].count(mark) == 2
+            assert all(text[offset:].startswith((token, token.removeprefix(" "))) for offset, token in own), own
+            assert found["text_offset"] == sorted(found["text_offset"])
+
+
 async def test_echo_without_output(http: aiohttp.ClientSession, server: Server) -> None:
     body = {"model": "m1", "prompt": "The fox", "max_tokens": 0, "logprobs": 0, "echo": True}
     status, answer, _ = await post(http, server, "/v1/completions", body)
