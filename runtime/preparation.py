@@ -96,7 +96,8 @@ class Preparation:
 
     def _listing(self, place: Source, source: ModelSource, job: Job) -> Listing:
         """What the source lists now; if it doesn't answer, what it listed last."""
-        name = hashlib.blake2b(msgspec.json.encode((source.uri, source.storage_key)), digest_size=16).hexdigest()
+        # one path may be in two buckets: what was listed of the one says nothing of the other
+        name = hashlib.blake2b(msgspec.json.encode(source, order="sorted"), digest_size=16).hexdigest()
         try:
             listing = place.listing(job)
         except Unreachable as error:

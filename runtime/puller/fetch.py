@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1024 * 1024
 _TIMEOUT_S = 60.0
 _TRIES = 6
 _SMALL_TRIES = 3
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+AGAIN = (408, 425, 429, 500, 502, 503, 504)
 # what a URL or a header that nobody could use raises is a ValueError, and its words quote it
 _BROKEN = (OSError, http.client.HTTPException, ValueError)
 
@@ -83,7 +83,7 @@ class HttpClient:
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
                 return None
-            kind = Unreachable if error.code in _AGAIN else LoadFailed
+            kind = Unreachable if error.code in AGAIN else LoadFailed
             raise kind(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
         except _BROKEN as error:
             raise Unreachable(f"{_shown(url)} can't be reached: {_words(error)}") from None
@@ -103,7 +103,7 @@ class HttpClient:
             try:
                 return self.open(url, method=method, headers=headers)
             except urllib.error.HTTPError as error:
-                if error.code not in _AGAIN or attempt == _SMALL_TRIES - 1:
+                if error.code not in AGAIN or attempt == _SMALL_TRIES - 1:
                     raise
                 error.close()
             time.sleep(0.25 * 2**attempt)
@@ -148,7 +148,7 @@ class HttpClient:
         try:
             response = self.open(file.location, headers=headers)
         except urllib.error.HTTPError as error:
-            if error.code in _AGAIN:
+            if error.code in AGAIN:
                 raise _InterruptedError(f"the server answers {error.code}") from error
             raise LoadFailed(f"{_shown(file.location)}: the server answers {error.code} {error.reason}") from error
         except _BROKEN as error:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.fetch import HttpClient
+from runtime.puller.fetch import AGAIN, HttpClient
 from runtime.puller.job import Job
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
 
@@ -31,7 +31,7 @@ class HubSource:
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
         origin = f"hf://{self._repo}@{self._revision}"
-        endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         try:
             info = HfApi(endpoint=endpoint, token=self._token).model_info(self._repo, revision=self._revision, files_metadata=True, timeout=30)
         except RevisionNotFoundError as error:
@@ -40,7 +40,12 @@ class HubSource:
             raise LoadFailed(f"{origin}: no such repository, or it is private or gated and HF_TOKEN gives no access") from error
         except (HfHubHTTPError, OSError, ValueError) as error:
             first_line, *_ = str(error).splitlines() or [""]
-            raise LoadFailed(f"{origin}: the hub can't be asked: {type(error).__name__}: {first_line}") from error
+            # offline by its own variable, or not well: what was listed before still holds
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+            if status in (401, 403):
+                raise LoadFailed(f"{origin}: the hub refuses access ({status}); is HF_TOKEN, or the storage's token, the right one?") from error
+            away = status in AGAIN or isinstance(error, ConnectionError | TimeoutError)
+            raise (Unreachable if away else LoadFailed)(f"{origin}: the hub can't be asked: {type(error).__name__}: {first_line}") from error
         except Exception as error:      # the library's HTTP client has a tree of its own, which changes with its major versions
             raise Unreachable(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
         token = self._token or get_token()

@@ -130,6 +130,26 @@ def test_a_wrong_checksum_is_corrupt_and_not_kept(web: WebServer, tmp_path: Path
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("f") and path.suffix != ".tag"]
 
 
+def test_a_long_file_may_be_cut_often(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.puller.job.Job.wait", lambda job, seconds: job.check())
+    (web.root / "f").write_bytes(bytes(200_000))
+    web.cuts, web.cut_after = 15, 10_000
+    file = HttpClient().look("f", f"{web.url}/f")
+    assert file is not None
+    HttpClient().fetch(file, tmp_path / "f", job(), lambda count: None)
+    assert (tmp_path / "f").stat().st_size == 200_000
+    assert web.cuts == 0
+
+
+def test_a_body_without_end_is_left_when_it_is_longer_than_the_file(web: WebServer, tmp_path: Path) -> None:
+    (web.root / "f").write_bytes(bytes(20 << 20))
+    arrived: list[int] = []
+    with pytest.raises(LoadFailed, match="the source lists 4"):
+        HttpClient().fetch(RemoteFile("f", f"{web.url}/f", 4, '"tag"'), tmp_path / "f", job(), arrived.append)
+    assert sum(arrived) < 4 << 20
+    assert not (tmp_path / "f.part").exists()
+
+
 def test_errors_name_the_place_and_no_secret(web: WebServer) -> None:
     with pytest.raises(LoadFailed, match=r"no config\.json"):
         source_of(f"{web.url}/nothing?sig=SECRET").listing(job())
@@ -211,6 +231,9 @@ class DictBucket:
         for key, data in self.objects.items():
             if key.startswith(prefix):
                 yield RemoteFile(key, key, len(data), "tag", md5=hashlib.md5(data).hexdigest())
+
+    def checkable(self, file: RemoteFile) -> RemoteFile:
+        return file
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         if self.fail:

@@ -1,0 +1,92 @@
+"""Sources that don't answer: what was listed of a place before still holds for that place, and for no other."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.config import RuntimeConfig
+from runtime.errors import LoadFailed
+from runtime.preparation import Preparation
+from runtime.puller.cache import Cache
+from runtime.puller.hub import HubSource
+from runtime.puller.job import Job
+from runtime.puller.source import Unreachable
+from runtime.types import ModelSettings, ModelSource
+from tests.runtime.checkpoints import tiny_llama
+from tests.support.web import WebServer
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebServer]:
+    (tmp_path / "www").mkdir()
+    server = WebServer(tmp_path / "www")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def preparation(tmp_path: Path) -> Iterator[Preparation]:
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    yield preparation
+    preparation.close()
+
+
+async def model_dir(preparation: Preparation, source: ModelSource) -> Path:
+    prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
+    prepared.release()
+    return Path(prepared.checkpoint.model_dir)
+
+
+async def test_one_path_at_two_places_is_two_models(preparation: Preparation, tmp_path: Path) -> None:
+    (tmp_path / "www").mkdir()
+    web = WebServer(tmp_path / "www")
+    places = [ModelSource("m", None, {"type": "http", "url": f"{web.url}/{name}"}) for name in ("one", "two")]
+    for seed, name in enumerate(("one", "two")):
+        tiny_llama(web.root / name / "m", seed=seed)
+    one, two = [await model_dir(preparation, place) for place in places]
+    web.close()
+    assert await model_dir(preparation, places[0]) == one
+    assert await model_dir(preparation, places[1]) == two
+    assert one != two
+
+
+def hub(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{web.url}/")       # as people write it
+    monkeypatch.setenv("HF_TOKEN", "")
+    files = sorted((web.root / "m").iterdir())
+    info = {
+        "id": "org/m", "sha": SHA, "siblings": [{"rfilename": file.name, "size": file.stat().st_size, "blobId": file.name} for file in files]
+    }  # fmt: skip
+    web.routes["/api/models/org/m/revision/main"] = lambda: (200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+    for file in files:
+        web.routes[f"/org/m/resolve/{SHA}/{file.name}"] = lambda file=file: (200, {}, file.read_bytes())  # type: ignore[misc]
+
+
+async def test_a_hub_that_is_unwell_or_forbidden_takes_nothing_back(
+    web: WebServer, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama(web.root / "m")
+    hub(web, monkeypatch)
+    source = ModelSource("hf://org/m")
+    pulled = await model_dir(preparation, source)
+    web.routes["/api/models/org/m/revision/main"] = lambda: (503, {}, b"")
+    assert await model_dir(preparation, source) == pulled
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert await model_dir(preparation, source) == pulled
+    with pytest.raises(LoadFailed, match="OfflineModeIsEnabled"):
+        await model_dir(preparation, ModelSource("hf://org/other"))
+
+
+@pytest.mark.parametrize(("status", "code", "words"), [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "can't be asked")])
+def test_a_hub_that_refuses_is_not_away(web: WebServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str) -> None:
+    (web.root / "m").mkdir()
+    hub(web, monkeypatch)
+    web.routes["/api/models/org/m/revision/main"] = lambda: (status, {"X-Error-Code": code} if code else {}, b"{}")
+    with pytest.raises(LoadFailed, match=words) as caught:
+        HubSource("org/m", "hf_HIDDEN", allow_pickle=False).listing(Job(lambda progress: None))
+    assert not isinstance(caught.value, Unreachable)
+    assert "HIDDEN" not in str(caught.value)
