@@ -1,5 +1,6 @@
 """Azure Blob Storage through azure-storage-blob. Knows listing, ranges and credentials; imports the libraries only when they are used."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ _CONNECT_S = 10
 _RETRIES = 2  # the library's own; who reads tries again in its turn
 _PAUSE_S = 1
 _READ_S = 60
+# of a service principal, a workload identity, an app service's or a container's identity; a bare machine's needs the option
+_IDENTITY = ("AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE", "IDENTITY_ENDPOINT", "MSI_ENDPOINT")
 
 
 class AzureContainer:
-    """`options`: connection_string, or account_key, sas_token, or tenant_id, client_id and client_secret; or none, for public containers.
-
-    `endpoint_url`: another server, with the account's name in it if it wants that.
+    """`options`: connection_string, or account_key, sas_token, or tenant_id, client_id and client_secret; or `managed_identity`, for the identity that
+    the machine or the pod has (`client_id` alone: that one of several). Without any, that identity too if the environment names one; else nobody, for
+    public containers. `endpoint_url`: another server, with the account's name in it if it wants that.
     """
 
     def __init__(self, account: str, container: str, options: Mapping[str, str]) -> None:
@@ -46,6 +49,9 @@ class AzureContainer:
             tag = f'"{str(blob.etag).strip(chr(34))}"'  # lists give it without its quotes
             yield RemoteFile(blob.name, blob.name, blob.size, tag, md5=bytes(md5).hex() if md5 else "")
 
+    def checkable(self, file: RemoteFile) -> RemoteFile:
+        return file
+
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         found = self._client.download_blob(file.location, offset=start, length=count, etag=file.digest, match_condition=self._unchanged)
         return bytes(found.readall())
@@ -65,4 +71,11 @@ def _credential(account: str, options: Mapping[str, str]) -> Any:
         except ImportError as error:
             raise missing_extra("azure", "azure-identity") from error
         return ClientSecretCredential(options["tenant_id"], options["client_id"], options["client_secret"])
+    if options.get("managed_identity", "").lower() in ("1", "true", "yes") or "client_id" in options or any(os.environ.get(name) for name in _IDENTITY):
+        try:
+            from azure.identity import DefaultAzureCredential
+        except ImportError as error:
+            raise missing_extra("azure", "azure-identity") from error
+        chosen = {"managed_identity_client_id": options["client_id"]} if "client_id" in options else {}
+        return DefaultAzureCredential(**chosen)
     return None

@@ -28,6 +28,9 @@ class Bucket(Protocol):
     def list(self, prefix: str) -> Iterator[RemoteFile]:
         """Objects by full key in `name` and `location`."""
 
+    def checkable(self, file: RemoteFile) -> RemoteFile:
+        """With the checksums that the store tells of this one object, or told in the list."""
+
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         """`count` bytes from `start`. Raises, whatever, if the object is no longer the one that was listed."""
 
@@ -70,7 +73,9 @@ class BucketSource:
             part.unlink()
             start = 0
         arrived(start)
-        for attempt in range(_TRIES):
+        attempt = 0
+        while True:
+            before = start
             try:
                 with part.open("ab") as out:
                     while start < file.size_bytes:
@@ -84,9 +89,13 @@ class BucketSource:
                         arrived(len(chunk))
                 break
             except LoadFailed:
-                if attempt == _TRIES - 1:
+                # of a thousand reads more than a few may fail: only those that bring nothing are counted
+                attempt = 1 if start > before else attempt + 1
+                if attempt >= _TRIES:
                     raise
-                job.wait(0.5 * 2**attempt)
+                job.wait(0.5 * 2 ** (attempt - 1))
+        with _told(f"{self._bucket.origin}/{file.location}", "checked"):
+            file = self._bucket.checkable(file)
         _verify(file, part, job)
         part.rename(target)
 
@@ -102,9 +111,10 @@ def missing_extra(extra: str, package: str) -> RepertoryError:
 def _verify(file: RemoteFile, path: Path, job: Job) -> None:
     """By what the store gives; an object that was put together of parts has no MD5, and in Google's store a CRC32C."""
     update: Callable[[bytes], None]
-    if file.md5:
-        name, expected, md5 = "md5", file.md5, hashlib.md5(usedforsecurity=False)
-        update, result = md5.update, md5.hexdigest
+    if file.sha256 or file.md5:
+        name, expected = ("sha256", file.sha256) if file.sha256 else ("md5", file.md5)
+        digest = hashlib.new(name, usedforsecurity=False)
+        update, result = digest.update, digest.hexdigest
     elif file.crc32c:
         import google_crc32c  # comes with the only store that gives it
 

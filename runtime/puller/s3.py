@@ -1,13 +1,17 @@
 """Amazon's S3, and what speaks like it, through boto3. Knows listing, ranges and credentials; imports the library only when it is used."""
 
+import base64
+import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from runtime.puller.buckets import missing_extra
 from runtime.puller.source import RemoteFile
 
 
 class S3Bucket:
-    """boto3's own chain of credentials, unless the options carry some. Options in ModelMesh's words."""
+    """boto3's own chain of credentials, unless the options carry some. Options in ModelMesh's words; `certificate`: PEM of who signed the server's."""
 
     def __init__(self, bucket: str, options: Mapping[str, str]) -> None:
         try:
@@ -23,6 +27,12 @@ class S3Bucket:
         config = Config(retries={"max_attempts": 5, "mode": "standard"}, s3={"addressing_style": "path"} if "endpoint_url" in options else {})
         if options.get("anonymous", "").lower() in ("1", "true", "yes"):
             config = config.merge(Config(signature_version=UNSIGNED))
+        verify: dict[str, Any] = {}
+        if "certificate" in options:
+            self._authority = tempfile.NamedTemporaryFile("w", suffix=".pem")  # noqa: SIM115 — the library reads it at each connection
+            self._authority.write(options["certificate"])
+            self._authority.flush()
+            verify["verify"] = self._authority.name
         self._client = boto3.client(
             "s3",
             aws_access_key_id=options.get("access_key_id"),
@@ -30,14 +40,21 @@ class S3Bucket:
             endpoint_url=options.get("endpoint_url"),
             region_name=options.get("region") or options.get("default_region"),
             config=config,
+            **verify,
         )
 
     def list(self, prefix: str) -> Iterator[RemoteFile]:
         for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
             for item in page.get("Contents", ()):
-                tag = item["ETag"].strip('"')
-                # an upload in parts has a tag that is no MD5
-                yield RemoteFile(item["Key"], item["Key"], item["Size"], tag, md5=tag if len(tag) == 32 and "-" not in tag else "")
+                yield RemoteFile(item["Key"], item["Key"], item["Size"], item["ETag"].strip('"'))
+
+    def checkable(self, file: RemoteFile) -> RemoteFile:
+        """The tag of an upload in parts, or of one that is encrypted with a key of the key service or of a customer's, is no MD5."""
+        head = self._client.head_object(Bucket=self._bucket, Key=file.location, ChecksumMode="ENABLED", IfMatch=f'"{file.digest}"')
+        sha256 = head.get("ChecksumSHA256", "") if head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT" else ""
+        plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
+        whole = len(file.digest) == 32 and "-" not in file.digest
+        return replace(file, sha256=base64.b64decode(sha256).hex(), md5=file.digest if plain and whole else "")
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         end = start + count - 1

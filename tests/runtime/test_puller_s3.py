@@ -1,16 +1,20 @@
 """S3 as its own library speaks it, against a server that imitates the service."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
+from runtime.puller.s3 import S3Bucket
 from runtime.types import ModelSettings, ModelSource
 from tests.runtime.checkpoints import tiny_llama
 
@@ -47,3 +51,36 @@ async def test_a_model_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
         await preparation.prepare(ModelSource("s3://absent/m", None, keys), ModelSettings(), "cpu", lambda progress: None)
     assert "SECRET" not in str(caught.value)
     preparation.close()
+
+
+@pytest.mark.parametrize("encryption", ["aws:kms", "AES256"])
+async def test_the_tag_of_what_a_key_service_encrypted_is_no_checksum(endpoint: str, tmp_path: Path, encryption: str) -> None:
+    keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
+    client = boto3.client("s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="models")
+    tiny_llama(tmp_path / "m")
+    for file in (tmp_path / "m").iterdir():
+        client.put_object(Bucket="models", Key=f"m/{file.name}", Body=file.read_bytes(), ServerSideEncryption=encryption)
+    # the service's own tag would be of no content
+    s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets["models"].keys["m/config.json"]._etag = "0123456789abcdef0123456789abcdef"
+    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    source = ModelSource("s3://models/m", None, keys)
+    if encryption == "AES256":
+        with pytest.raises(LoadFailed, match=r"config\.json is corrupt: its md5"):
+            await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
+    else:
+        prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
+        assert same(Path(prepared.checkpoint.model_dir) / "config.json", tmp_path / "m" / "config.json")
+    preparation.close()
+
+
+def test_a_checksum_that_the_service_keeps_is_checked_by(endpoint: str) -> None:
+    keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
+    client = boto3.client("s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="sums")
+    client.put_object(Bucket="sums", Key="f", Body=b"data", ChecksumAlgorithm="SHA256")
+    bucket = S3Bucket("sums", keys)
+    (file,) = bucket.list("")
+    assert (file.sha256, file.md5) == ("", "")
+    assert bucket.checkable(file).sha256 == hashlib.sha256(b"data").hexdigest()
+    assert bucket.checkable(file).md5 == hashlib.md5(b"data").hexdigest()

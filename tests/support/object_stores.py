@@ -7,10 +7,12 @@ import base64
 import hashlib
 import hmac
 import json
+import time
 import urllib.parse
 from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import google_crc32c
 
@@ -28,7 +30,7 @@ class ObjectStores(HttpServer):
     `corrupt`: a key whose bytes come out wrong. `log` has method, path and range of each request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, identity: Path | None = None) -> None:
         self.objects: dict[str, bytes] = {}
         self.private = False
         self.cuts = 0
@@ -37,7 +39,7 @@ class ObjectStores(HttpServer):
         self.corrupt = ""
         self.log: list[tuple[str, str, str]] = []
         self.before_read: Callable[[], None] = lambda: None
-        super().__init__(_handler(self))
+        super().__init__(_handler(self), identity)
 
     def below(self, bucket: str) -> dict[str, bytes]:
         return {name.removeprefix(f"{bucket}/"): data for name, data in sorted(self.objects.items()) if name.startswith(f"{bucket}/")}
@@ -70,6 +72,11 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
             if stores.refusals:
                 stores.refusals -= 1
                 self.say(503, b"busy", "text/plain")
+            elif parts.path == "/identity":
+                # of a machine: who may ask knows the header
+                known = self.headers.get("X-IDENTITY-HEADER") == "of-this-machine" and query["resource"] == "https://storage.azure.com"
+                token = {"access_token": TOKEN, "expires_on": str(int(time.time()) + 3600), "resource": query["resource"], "token_type": "Bearer"}
+                self.say(200 if known else 400, json.dumps(token if known else {}).encode(), "application/json")
             elif parts.path.startswith(("/storage/v1/b/", "/download/storage/v1/b/")):
                 self.google(parts.path.partition("/b/")[2].split("/"), query, asked)
             else:
@@ -156,6 +163,8 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
 
         def signed(self, account: str, path: str, query: dict[str, str]) -> bool:
             """By a signature in the URL, or by Shared Key: the request's method, headers and address, signed with the account's key."""
+            if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+                return True
             if "sig" in query:
                 return query["sig"] == "a+signature="
             plain = ("Content-Encoding", "Content-Language", "Content-Length", "Content-MD5", "Content-Type", "Date")

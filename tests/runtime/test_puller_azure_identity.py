@@ -1,0 +1,90 @@
+"""Azure's storage asked in a machine's own name: the identity's endpoint gives a token, and the store takes it, over TLS as it must be."""
+
+import datetime
+import ipaddress
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from runtime.config import RuntimeConfig
+from runtime.errors import LoadFailed
+from runtime.puller.azure import AzureContainer
+from runtime.puller.job import Job
+from runtime.puller.locate import locate
+from runtime.puller.source import Source
+from runtime.types import ModelSource
+from tests.support.object_stores import ObjectStores
+
+IDENTITY = ("AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET", "AZURE_TENANT_ID", "AZURE_FEDERATED_TOKEN_FILE", "IDENTITY_ENDPOINT", "IDENTITY_HEADER", "MSI_ENDPOINT")
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in IDENTITY:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStores]:
+    """Private, and over TLS."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "identity.pem").write_bytes(private + certificate.public_bytes(pem))
+    (tmp_path / "authority.pem").write_bytes(certificate.public_bytes(pem))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "authority.pem"))
+    stores = ObjectStores(tmp_path / "identity.pem")
+    stores.private = True
+    stores.objects = {"account/models/m/model.safetensors": b"abc", "account/models/m/config.json": b"{}"}
+    yield stores
+    stores.close()
+
+
+def source_of(stores: ObjectStores, **options: str) -> Source:
+    place = locate(ModelSource("az://account/models/m", None, {"endpoint_url": f"{stores.url}/account", **options}), RuntimeConfig())
+    assert not isinstance(place, Path)
+    return place
+
+
+@pytest.mark.parametrize("options", [{}, {"managed_identity": "true"}, {"client_id": "one-of-several"}])
+def test_a_machines_identity_opens_a_private_container(
+    stores: ObjectStores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, str]
+) -> None:
+    monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
+    monkeypatch.setenv("IDENTITY_HEADER", "of-this-machine")
+    source = source_of(stores, **options)
+    job = Job(lambda progress: None)
+    listing = source.listing(job)
+    assert sorted(file.name for file in listing.files) == ["config.json", "model.safetensors"]
+    for file in listing.files:
+        source.fetch(file, tmp_path / file.name, job, lambda count: None)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"abc"
+    assert sum(path == "/identity" for _, path, _ in stores.log) == 1
+
+
+def test_without_a_name_a_public_container_is_read_by_nobody(stores: ObjectStores) -> None:
+    with pytest.raises(LoadFailed, match="failed to authenticate"):
+        source_of(stores).listing(Job(lambda progress: None))
+    assert all(path != "/identity" for _, path, _ in stores.log)
+    stores.private = False
+    assert source_of(stores).listing(Job(lambda progress: None)).files
+
+
+def test_a_service_principal_is_a_client_secret() -> None:
+    from azure.identity import ClientSecretCredential
+
+    options = {"tenant_id": "t", "client_id": "c", "client_secret": "s"}
+    container = AzureContainer("account", "models", options)
+    assert isinstance(container._client.credential, ClientSecretCredential)
