@@ -32,7 +32,7 @@ from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
-from mesh.listening import check_address
+from mesh.listening import check_address, check_free
 from mesh.metrics import Metrics, PodFigures
 from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
@@ -186,8 +186,9 @@ class Pod:
         """Raises StoreError, or OSError if a port is taken."""
         await self._store.open()
         await self.registry.start()
-        await _listening("gRPC", self._config.grpc_listen, self.grpc.start())
-        await _listening("HTTP", self._config.http_listen, self.http.start())
+        for kind, address, server in (("gRPC", self._config.grpc_listen, self.grpc), ("HTTP", self._config.http_listen, self.http)):
+            await asyncio.to_thread(check_free, kind, address)
+            await _listening(kind, address, server.start())
         self._publisher = Publisher(
             self.registry.instances,
             identity(

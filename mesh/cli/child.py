@@ -86,23 +86,32 @@ class Child:
 
 async def answers(address: str, timeout_s: float) -> bool:
     """Whether whatever listens there answers HTTP at all."""
+    return await status_of(address, "/health", timeout_s) is not None
+
+
+async def status_of(address: str, path: str, timeout_s: float) -> int | None:
+    """The status that a GET of `path` is answered with; None: it isn't answered with HTTP, or not in time."""
     try:
         async with asyncio.timeout(timeout_s):
             if address.startswith("unix:"):
                 reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
             else:
-                host, _, port = address.rpartition(":")
-                # one that listens everywhere listens here
-                reader, writer = await asyncio.open_connection(
-                    {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]")), port
-                )
+                host, _, port = reachable(address).rpartition(":")
+                reader, writer = await asyncio.open_connection(host.strip("[]"), port)
             try:
-                writer.write(b"GET /health HTTP/1.1\r\nHost: supervisor\r\nConnection: close\r\n\r\n")
-                return (await reader.read(5)).startswith(b"HTTP/")
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: supervisor\r\nConnection: close\r\n\r\n".encode())
+                protocol, _, rest = (await reader.readline()).partition(b" ")
+                return int(rest[:3]) if protocol.startswith(b"HTTP/") and rest[:3].isdigit() else None
             finally:
                 writer.close()
     except (OSError, TimeoutError):
-        return False
+        return None
+
+
+def reachable(address: str) -> str:
+    """One that listens everywhere listens here."""
+    host, colon, port = address.rpartition(":")
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]"}.get(host, host) + colon + port
 
 
 def _environment() -> dict[str, str]:

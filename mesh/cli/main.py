@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mesh import configure
 from mesh.cli import serve, serve_flags, verbs
-from mesh.client.admin import AdminClient
+from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
 
@@ -98,9 +98,9 @@ def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--server",
-        default=os.environ.get("REPERTORY_SERVER", "http://127.0.0.1:8080"),
+        default=os.environ.get("REPERTORY_SERVER", DEFAULT_SERVER),
         metavar="URL",
-        help="the mesh's HTTP address (default http://127.0.0.1:8080) [REPERTORY_SERVER]",
+        help=f"the mesh's HTTP address (default {DEFAULT_SERVER}) [REPERTORY_SERVER]",
     )
     common.add_argument(
         "--api-key",

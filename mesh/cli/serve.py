@@ -6,22 +6,27 @@ started again; when the supervisor is told to stop, the mesh drains first, then 
 
 import argparse
 import asyncio
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
 import time
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mesh.cli.child import Child
+from mesh.cli.child import Child, reachable, status_of
 from mesh.cli.render import size
-from mesh.errors import InvalidRequest
+from mesh.client.admin import DEFAULT_SERVER
+from mesh.errors import InvalidRequest, Unavailable
+from mesh.listening import check_address, check_free
+
+_READY = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     }
     if args.config is not None:
         _overlay(args.config, mesh, runtime)
+    for field in ("grpc_listen", "http_listen"):
+        check_address(field, str(mesh[field]))
     return Settings(run_dir, mesh, runtime)
 
 
@@ -86,8 +93,25 @@ def _section(file: Path, name: str, content: object) -> Mapping[str, Any]:
 
 def serve(args: argparse.Namespace) -> int:
     settings = settings_of(args)
-    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return asyncio.run(_Supervisor(settings).run())
+    try:
+        settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _own(settings.run_dir):
+            for kind, field in (("gRPC", "grpc_listen"), ("HTTP", "http_listen")):
+                check_free(kind, str(settings.mesh[field]))
+            return asyncio.run(_Supervisor(settings).run())
+    except OSError as error:
+        raise Unavailable(str(error)) from None
+
+
+@contextlib.contextmanager
+def _own(run_dir: Path) -> Iterator[None]:
+    """Two supervisors in one folder would start each other's children. Raises Unavailable if another has it."""
+    with (run_dir / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(f"another `repertory serve` uses {run_dir.parent}: stop it, or give this one a --home of its own") from None
+        yield
 
 
 class _Supervisor:
@@ -127,16 +151,17 @@ class _Supervisor:
     async def _announce(self) -> None:
         """Say once that it's ready, and how to use it."""
         address = str(self._settings.mesh["http_listen"])
-        url = f"http://{address}"
         started_s = time.monotonic()
-        while not await asyncio.to_thread(_answers, f"{url}/readyz"):  # noqa: ASYNC110 - another process sets no event
+        while await status_of(address, "/readyz", 2.0) != _READY:  # noqa: ASYNC110 - another process sets no event
             await asyncio.sleep(0.2)
         budget = self._settings.runtime["engine"].get("device_budget_bytes", 0)
         note = f", {size(budget)} for models" if budget else ""
+        url = address if address.startswith("unix:") else f"http://{reachable(address)}"
+        server = "" if url == DEFAULT_SERVER else f" --server {url}"
         print(
             f"Repertory is ready after {time.monotonic() - started_s:.1f} s{note}\n"
             f"  OpenAI API  {url}/v1\n  gRPC        {self._settings.mesh['grpc_listen']}\n"
-            f"  next        repertory register NAME URI --load   (then: repertory run NAME)",
+            f"  next        repertory register NAME URI --load{server}   (then: repertory run NAME{server})",
             flush=True,
         )
 
@@ -147,11 +172,3 @@ def _write(path: Path, content: Mapping[str, Any]) -> Path:
     with os.fdopen(descriptor, "w") as file:
         json.dump(content, file, indent=1)
     return path
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False

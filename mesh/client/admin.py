@@ -11,6 +11,8 @@ import msgspec
 
 from mesh.errors import InvalidRequest, MeshError, Unavailable
 
+DEFAULT_SERVER = "http://127.0.0.1:8080"
+
 _BROKEN = (OSError, http.client.HTTPException)
 
 

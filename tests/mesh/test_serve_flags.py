@@ -1,6 +1,10 @@
 """What `repertory serve` and the configuration take and refuse: one line that names the value, status 2, and no secret shown."""
 
 import argparse
+import fcntl
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,48 @@ def test_a_runtime_that_cant_be_is_refused(flags: tuple[str, str]) -> None:
     assert isinstance(configure((), {}), RuntimeConfig)
 
 
-def test_a_mesh_whose_addresses_cant_be_ends_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["serve-mesh", "--store", f"embedded:{tmp_path}", "--http-listen", "99999"]) == 2
-    assert "http_listen '99999'" in capsys.readouterr().err
+def serve_mesh(*arguments: str) -> tuple[int, str]:
+    """As a process: it sets logging up. Exit status and stderr."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "mesh", "serve-mesh", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    return ended.returncode, ended.stderr
+
+
+def test_a_mesh_whose_addresses_cant_be_ends_with_status_2(tmp_path: Path) -> None:
+    status, said = serve_mesh("--store", f"embedded:{tmp_path}", "--http-listen", "99999")
+    assert status == 2
+    assert "http_listen '99999'" in said
+
+
+def test_a_taken_port_is_told_before_anything_is_started(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for flag in ("--http-listen", "--grpc-listen"):
+            given = {"--http-listen": "127.0.0.1:0", "--grpc-listen": "127.0.0.1:0", flag: address}
+            assert main(["serve", "--home", str(tmp_path), *(word for pair in given.items() for word in pair)]) == 1
+            said = capsys.readouterr().err
+            assert address in said
+            assert len(said.splitlines()) == 1
+        status, said = serve_mesh("--store", f"embedded:{tmp_path}", "--http-listen", address, "--grpc-listen", "127.0.0.1:0")
+        assert status == 1
+        assert f"HTTP address {address} can't be listened on" in said
+    assert not list((tmp_path / "run").glob("*.json"))
+
+
+def test_two_supervisors_dont_share_a_home(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The second would write the configuration that the first one's children are started again with."""
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["serve", "--home", str(tmp_path), "--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.json"))
+
+
+def test_a_home_that_cant_be_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert main(["serve", "--home", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file") in said
+    assert len(said.splitlines()) == 1
