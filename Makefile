@@ -20,11 +20,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check
 
-# What to give pip for torch, first of all and on its own. Without a GPU one version that has a CPU build: a bare `torch` may pull gigabytes of CUDA.
+# What to give pip for torch, first of all and on its own. With a GPU the version that the kernels were run and timed with: a bare `torch` brings a Triton
+# that they have not met. Without one, a version that has a CPU build: others may pull gigabytes of CUDA.
 # Where the package index has only CUDA builds: make TORCH='torch==2.13.0 --index-url <the CPU index of PyTorch>'
 HAS_NVIDIA := $(shell { test -e /dev/nvidiactl || command -v nvidia-smi; } >/dev/null 2>&1 && echo yes)
 ifeq ($(HAS_NVIDIA),yes)
-TORCH ?= torch
+TORCH ?= torch==2.11.0
 EXTRA := ,cuda
 B ?= engine
 else
