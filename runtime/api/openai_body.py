@@ -69,8 +69,9 @@ def refuse_unsupported(body: Shared) -> None:
         if body.modalities and body.modalities != ["text"]:
             raise NotSupported("modalities other than text are not supported", param="modalities")
         for index, turn in enumerate(body.messages):
-            for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
-                _refuse(f"messages[{index}].{name}", getattr(turn, name))
+            if turn.tool_calls or turn.tool_call_id or turn.function_call or turn.audio:
+                for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
+                    _refuse(f"messages[{index}].{name}", getattr(turn, name))
 
 
 def _refuse(name: str, value: Any) -> None:

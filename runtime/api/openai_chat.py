@@ -5,7 +5,7 @@ from aiohttp import web
 from runtime.api.openai_answers import Answer, ChatChoice, ChatMessageOut, chat_logprobs, encode, finish_word, stop_reason, usage
 from runtime.api.openai_body import refuse_unsupported
 from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage
-from runtime.api.openai_context import chat_messages, encode_text, json_response, model_of, new_id, now, read_body
+from runtime.api.openai_context import encode_text, json_response, model_of, new_id, now, read_body, render_chat
 from runtime.api.openai_params import check_logprobs, check_ranges, sequences, truncated
 from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import ChatBody
@@ -42,8 +42,8 @@ class ChatCompletions:
         return json_response(await self._answer(model, answered, requests), parsed.warning)
 
     async def _prompt(self, model: ServedModel, body: ChatBody) -> list[int]:
-        messages = chat_messages(body.messages)
-        continues = messages[-1].role == "assistant" and body.continue_final_message is not False and not body.add_generation_prompt
+        by_assistant = bool(body.messages) and body.messages[-1].role == "assistant"
+        continues = by_assistant and body.continue_final_message is not False and not body.add_generation_prompt
         options = ChatOptions(
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final=bool(body.continue_final_message) or continues,
@@ -52,7 +52,7 @@ class ChatCompletions:
         )
         if body.continue_final_message and body.add_generation_prompt:
             raise InvalidRequest("continue_final_message and add_generation_prompt can't both be true", param="continue_final_message")
-        text = model.text.render_chat(model.name, messages, options)
+        text = await render_chat(model, body.messages, options)
         return await encode_text(model, text, add_special_tokens=bool(body.add_special_tokens))
 
     async def _answer(self, model: ServedModel, answered: str, requests: list[SequenceRequest]) -> Answer:

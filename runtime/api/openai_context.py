@@ -16,9 +16,10 @@ from runtime.api.openai_body import Parsed, parse
 from runtime.api.openai_types import ChatTurn
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.served import ModelDirectory, ServedModel
-from runtime.text.chat import ChatMessage
+from runtime.text.chat import ChatMessage, ChatOptions
 
 THREAD_ABOVE_CHARS = 8192   # a longer prompt is tokenized off the event loop (about a millisecond)
+_THREAD_ABOVE_TURNS = 256   # a chat of more is rendered there (about two)
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -53,10 +54,16 @@ async def encode_last(model: ServedModel, text: str, limit: int) -> list[int]:
     return list((await asyncio.to_thread(model.text.encode_with_offsets, text)).last(limit).ids)
 
 
-def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
-    """Parts of a message's content are put together, a line each. Raises NotSupported for parts that aren't text."""
+async def render_chat(model: ServedModel, turns: Sequence[ChatTurn], options: ChatOptions) -> str:
+    """The prompt's text. Parts of a message's content are put together, a line each. Raises NotSupported for parts that aren't text."""
     if not turns:
         raise InvalidRequest("messages is empty: it needs at least one message", param="messages")
+    if len(turns) <= _THREAD_ABOVE_TURNS:
+        return _render(model, turns, options)
+    return await asyncio.to_thread(_render, model, turns, options)
+
+
+def _render(model: ServedModel, turns: Sequence[ChatTurn], options: ChatOptions) -> str:
     messages: list[ChatMessage] = []
     for index, turn in enumerate(turns):
         extra: dict[str, str] = {}
@@ -65,7 +72,7 @@ def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
         if turn.reasoning_content is not None:
             extra["reasoning_content"] = turn.reasoning_content
         messages.append(ChatMessage(turn.role, _content(index, turn), extra))
-    return messages
+    return model.text.render_chat(model.name, messages, options)
 
 
 def _content(index: int, turn: ChatTurn) -> str:

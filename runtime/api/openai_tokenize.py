@@ -3,7 +3,7 @@
 import msgspec
 from aiohttp import web
 
-from runtime.api.openai_context import chat_messages, encode_text, json_response, model_of, read_body
+from runtime.api.openai_context import encode_text, json_response, model_of, read_body, render_chat
 from runtime.api.openai_types import DetokenizeBody, TokenizeBody
 from runtime.errors import InvalidRequest
 from runtime.generation.limits import check_token_ids
@@ -52,5 +52,5 @@ class Tokenizing:
             continue_final=bool(body.continue_final_message),
             variables=body.chat_template_kwargs or {},
         )
-        text = model.text.render_chat(model.name, chat_messages(body.messages), options)
+        text = await render_chat(model, body.messages, options)
         return await encode_text(model, text, add_special_tokens=bool(body.add_special_tokens))

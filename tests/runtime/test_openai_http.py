@@ -1,6 +1,7 @@
 """OpenAI's routes on the wire: what clients other than the official one send, and how bad input is answered."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,25 @@ async def test_an_assistant_at_the_end_is_continued(http: aiohttp.ClientSession,
     texts = [server.model.text.decode(asked.prompt, skip_special_tokens=False) for asked in server.engine.asked]
     assert texts[0].endswith("<|im_start|>assistant\nWell, ")
     assert texts[1].endswith("Well, <|im_end|>\n<|im_start|>assistant\n")
+
+
+async def test_a_chat_of_many_turns_is_rendered_beside_the_other_requests(
+    http: aiohttp.ClientSession, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes microseconds a turn, and a body has room for hundreds of thousands."""
+    threads: list[bool] = []
+    render = type(server.model.text).render_chat
+
+    def watched(*args: Any) -> str:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return render(*args)
+
+    monkeypatch.setattr(type(server.model.text), "render_chat", watched)
+    turn = {"role": "user", "content": ""}
+    assert (await post(http, server, "/v1/chat/completions", chat(messages=[turn])))[0] == 200
+    status, answer, _ = await post(http, server, "/v1/chat/completions", chat(messages=[turn] * 1000))
+    assert (status, "its context is 200" in answer["error"]["message"]) == (400, True)
+    assert threads == [True, False]
 
 
 async def test_unknown_fields_are_named_in_a_header(http: aiohttp.ClientSession, server: Server) -> None:
