@@ -34,7 +34,9 @@ class Child:
         self._deaths = 0
 
     async def run(self, stopping: asyncio.Event) -> int:
-        """Keep it running until `stopping`; returns its exit status if it can't even start."""
+        """Keep it running until `stopping`; returns its exit status if it can't even start. One that once ran is started for ever:
+        what it misses now (a store that is away, a disk that is full) may come back."""
+        well = False
         while True:
             started_s = time.monotonic()
             self._process = await asyncio.create_subprocess_exec(
@@ -47,8 +49,11 @@ class Child:
                 return 0
             lived_s = time.monotonic() - started_s
             self._deaths = 1 if lived_s > _STEADY_S else self._deaths + 1
-            if status == _USAGE or (status == 1 and lived_s < _STEADY_S and self._deaths >= 2):
+            if status == _USAGE:
                 return status  # it would say the same again
+            well = well or status != 1 or lived_s > _STEADY_S
+            if not well and self._deaths >= 2:
+                return status  # what it can't start without isn't there
             pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
             print(f"repertory: the {self.name} process ended with status {status}; starting it again in {pause_s:g} s", file=sys.stderr)
             with contextlib.suppress(TimeoutError):

@@ -3,7 +3,7 @@
 Knows files and the event loop; nothing of other pods. SQLite rather than a log of our own: its write-ahead log already has the
 checksums, the fsync on commit, the atomic transaction over several keys and the recovery after kill -9 that a log would have to be
 taught, and it is in the standard library. Reads never touch the disk; a write returns when it is on it. Leases live as long as the
-process: what was leased is deleted at the next open.
+process, so what is leased never reaches the file. A file that is in order is opened without a write: a full disk keeps nobody from it.
 """
 
 import asyncio
@@ -68,9 +68,6 @@ class EmbeddedStore:
     async def open(self) -> None:
         self._entries, self._revision = await self._in_thread(self._open_database)
         self._history_from = self._revision + 1
-        leased = [Delete(entry.key) for entry in self._entries.values() if entry.lease_id]
-        if leased:
-            await self.txn([], leased)
 
     async def close(self) -> None:
         if self._closed:
@@ -144,7 +141,8 @@ class EmbeddedStore:
                 return TxnResult(succeeded=False, revision=self._revision, current=current), 0
             events = self._events(writes, self._revision + 1)
             if events:
-                await self._in_thread(lambda: self._commit(events))
+                if any(self._is_durable(event) for event in events):
+                    await self._in_thread(lambda: self._commit(events))
                 self._apply(events)
             return TxnResult(succeeded=True, revision=self._revision), len(events)
 
@@ -165,6 +163,11 @@ class EmbeddedStore:
             elif old is not None:
                 events.append(EntryDeleted(write.key, revision))
         return events
+
+    def _is_durable(self, event: EntryPut | EntryDeleted) -> bool:
+        """Whether the file has to change for it."""
+        old = self._entries.get(_key_of(event))
+        return (old is not None and not old.lease_id) or (isinstance(event, EntryPut) and not event.entry.lease_id)
 
     def _apply(self, events: Sequence[EntryPut | EntryDeleted]) -> None:
         self._revision = _revision_of(events[0])
@@ -197,8 +200,9 @@ class EmbeddedStore:
             damage = database.execute("PRAGMA quick_check").fetchone()[0]
             if damage != "ok":
                 raise StoreError(f"store: {self._path} is damaged: {damage}")
-            database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={FORMAT_VERSION}; COMMIT;")
-            rows = database.execute("SELECT key, value, create_revision, mod_revision, lease_id FROM entry")
+            if version != FORMAT_VERSION:
+                database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={FORMAT_VERSION}; COMMIT;")
+            rows = database.execute("SELECT key, value, create_revision, mod_revision, lease_id FROM entry WHERE lease_id=0")
             entries = {row[0]: Entry(*row) for row in rows}
             revision: int = database.execute("SELECT value FROM counter WHERE name='revision'").fetchone()[0]
         except BaseException:
@@ -214,12 +218,12 @@ class EmbeddedStore:
         try:
             database.execute("BEGIN IMMEDIATE")
             for event in events:
-                if isinstance(event, EntryPut):
+                if isinstance(event, EntryPut) and not event.entry.lease_id:
                     entry = event.entry
                     row = (entry.key, entry.value, entry.create_revision, entry.mod_revision, entry.lease_id)
                     database.execute("INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?)", row)
                 else:
-                    database.execute("DELETE FROM entry WHERE key=?", (event.key,))
+                    database.execute("DELETE FROM entry WHERE key=?", (_key_of(event),))
             database.execute("UPDATE counter SET value=? WHERE name='revision'", (_revision_of(events[0]),))
             database.execute("COMMIT")
         except sqlite3.Error:

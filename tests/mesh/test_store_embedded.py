@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -79,6 +80,32 @@ async def test_a_restart_brings_everything_back_but_the_leased(tmp_path: Path) -
     assert await again.get("/pod") is None
     assert (await again.get_prefix("/")).revision > lease.id
     await again.close()
+
+
+async def test_a_full_disk_keeps_nobody_from_what_is_registered(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    await store.open()
+    await store.put("/a", b"1")
+    await store.put("/taken-over", b"2")
+    await store.put("/pod", b"3", lease=await store.grant(30))
+    await store.put("/taken-over", b"4", lease=await store.grant(30))
+    await store.close()
+    script = "import asyncio, sys; from tests.mesh.test_store_embedded import look; asyncio.run(look(sys.argv[1]))"
+    looking = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=subprocess.PIPE)
+    assert (await looking.communicate())[0].split() == [b"/a", b"/pod"]
+
+
+async def look(directory: str) -> None:
+    """With a file size limit of nothing, which stands for a full disk: what is there, then a leased key and one that can't be kept."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    store = EmbeddedStore(Path(directory))
+    await store.open()
+    await store.put("/pod", b"", lease=await store.grant(30))
+    with pytest.raises(StoreError):
+        await store.put("/b", b"")
+    sys.stdout.write("\n".join(entry.key for entry in (await store.get_prefix("/")).entries))
+    await store.close()
 
 
 async def test_a_second_process_is_refused(tmp_path: Path) -> None:

@@ -83,3 +83,20 @@ async def test_a_configuration_that_cant_be_is_said_once(tmp_path: Path) -> None
     script = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(2)"
     assert await Child("test", [sys.executable, "-c", script, str(tmp_path)]).run(asyncio.Event()) == 2
     assert len(list(tmp_path.iterdir())) == 1
+
+
+async def test_one_that_never_started_is_given_up_and_one_that_ran_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.cli.child._PAUSES_S", (0.01,))
+    refuses = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(1)"
+    assert await Child("test", [sys.executable, "-c", refuses, str(tmp_path)]).run(asyncio.Event()) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+    # killed in its first run, it can't start a few times, as if its store were away
+    script = (
+        "import os, signal, sys; from pathlib import Path; runs = Path(sys.argv[1]) / 'runs'; number = len(runs.read_bytes()) if runs.exists() else 0;"
+        "runs.write_bytes(bytes(number + 1)); os.kill(os.getpid(), signal.SIGKILL) if not number else sys.exit(1)"
+    )
+    stopping = asyncio.Event()
+    running = asyncio.create_task(Child("test", [sys.executable, "-c", script, str(tmp_path)]).run(stopping))
+    await until(lambda: (tmp_path / "runs").exists() and len((tmp_path / "runs").read_bytes()) >= 5)
+    stopping.set()
+    assert await running == 0
