@@ -1,4 +1,4 @@
-"""What the mesh's rooms hand each other: names, states, and the seams between registry, placement, routing and the runtime.
+"""What the mesh's rooms hand each other: names, states, and the seams to placement and the runtime.
 
 Plain immutable data and Protocols; knows nothing of gRPC, HTTP, the store, tensors or tokens. Times are epoch milliseconds where ModelMesh's
 records hold them (`…_ms`), seconds elsewhere (`…_s`).
@@ -113,36 +113,6 @@ class Target:
     grpc_address: str
     http_address: str  # "unix:PATH" or "HOST:PORT"
     generation: int = 0  # which load of a local copy this is: a late "not found" about an earlier one means nothing
-
-
-class Resolver(Protocol):
-    """Names, as routing sees them."""
-
-    def resolve(self, name: str) -> str:
-        """The concrete model id behind a vmodel's or model's name. Raises NotFound, naming what is served."""
-
-    def names(self) -> list[str]:
-        """What /v1/models lists, sorted."""
-
-
-class Router(Protocol):
-    """One routing decision, whatever carries the request."""
-
-    async def route(
-        self, model_id: str, *, deadline_s: float | None, prefix_hash: str = "", exclude: frozenset[str] = frozenset()
-    ) -> Target:
-        """The copy with the least expected wait, loading the model if no pod has it.
-
-        Raises NotFound, LoadFailed, Unavailable (waited too long; carries retry_after_s), Overloaded, DeadlineExceeded.
-        """
-
-    def begin(self, model_id: str, target: Target) -> None:
-        """Count a request in flight (and touch the model's last use)."""
-
-    def end(self, model_id: str, target: Target) -> None: ...
-
-    def forget(self, model_id: str, target: Target) -> None:
-        """The target said NOT_FOUND: it no longer has the model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ class NamedModel:
 
 
 class Registry:
-    """Implements mesh.types.Resolver. The store is opened and closed by whoever made it."""
+    """Names and what stands behind them, as all pods see it. The store is opened and closed by whoever made it."""
 
     def __init__(
         self, store: Store, *, root_prefix: str, kv_prefix: str, service_name: str, instance_id: str, session_ttl_s: float, default_owner: str

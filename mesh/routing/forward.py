@@ -1,6 +1,6 @@
 """One routing decision, whatever carries the request: which copy, after waiting for one if none is loaded.
 
-Implements mesh.types.Router. Knows copies, pods and how long a request may wait; nothing of gRPC, HTTP or bytes.
+Knows copies, pods and how long a request may wait; nothing of gRPC, HTTP or bytes.
 """
 
 import asyncio
@@ -75,9 +75,10 @@ class CopyRouter:
         exclude: frozenset[str] = frozenset(),
         here: bool = False,
     ) -> Target:
-        """As Router; `deadline_s` is the time left. `here`: another pod sent it, so only this pod's copy will do; NotFound if there is none.
+        """The copy with the least expected wait, loading the model if no pod has it. It counts as in use when this returns: the caller ends with `end`.
 
-        The chosen copy is counted as in use when this returns: the caller ends with `end`.
+        `deadline_s` is the time left. `here`: another pod sent it, so only this pod's copy will do; NotFound if there is none.
+        Raises NotFound, LoadFailed, Unavailable (waited too long; carries retry_after_s), Overloaded, DeadlineExceeded.
         """
         if here and self._copies.get(model_id) is None:
             raise NotFound(f"model {model_id} is not on this pod")
@@ -113,7 +114,7 @@ class CopyRouter:
             del self._to_peers[model_id, target.instance_id]
 
     def forget(self, model_id: str, target: Target) -> None:
-        """A local runtime that says so is asked to load it again: loading is idempotent, so a false alarm costs one call."""
+        """The target said NOT_FOUND. A local runtime that says so is asked to load it again: loading is idempotent, so a false alarm costs one call."""
         if not target.local:
             self._forgotten_until_s[model_id, target.instance_id] = time.monotonic() + _FORGOTTEN_S
             return

@@ -68,9 +68,6 @@ class DecodeBatch:
     def start_of(self, sequence: Sequence) -> int:
         return int(self._starts[sequence.place])
 
-    def left_of(self, sequence: Sequence) -> int:
-        return int(self._left[sequence.place])
-
     def set_room(self, sequence: Sequence, room: int) -> None:
         self._room[sequence.place] = room
 

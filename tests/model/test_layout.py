@@ -62,9 +62,8 @@ def test_layout(model: tuple[list[TensorSpec], list[Join], int], min_group_bytes
     for spec in specs:
         group = layout.layer_groups[spec.layer + 1]
         assert by_name[spec.name].offset + spec.size_bytes <= layout.group_ends[group]
-    starts = [start for start, _ in layout.group_ranges()]
-    assert all(end - start >= min_group_bytes for start, end in list(layout.group_ranges())[:-1])
-    assert starts == [0, *layout.group_ends[:-1]]
+    starts = [0, *layout.group_ends]
+    assert all(end - start >= min_group_bytes for start, end in list(zip(starts, layout.group_ends, strict=False))[:-1])
 
 
 def test_members_must_fit_together() -> None:

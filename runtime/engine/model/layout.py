@@ -6,7 +6,7 @@ placed end to end, and the joined matrix is a plain view over them. Knows nothin
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +71,6 @@ class WeightLayout:
         """The same for two images whose bytes mean the same."""
         text = "\n".join(f"{t.name} {t.shape} {t.dtype} {t.offset}" for t in self.tensors)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-    def group_ranges(self) -> Iterator[tuple[int, int]]:
-        """(start, end) of each group in bytes."""
-        start = 0
-        for end in self.group_ends:
-            yield start, end
-            start = end
 
 
 def lay_out(specs: Sequence[TensorSpec], joins: Sequence[Join], num_layers: int, min_group_bytes: int) -> WeightLayout:
