@@ -7,15 +7,15 @@ from typing import Any
 import grpc.aio
 import msgspec
 
+from runtime.api.encoding import encode_texts
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
 from runtime.api.naming import find_model
 from runtime.api.oip_tensors import INPUT, OUTPUT, prompts_of, put_texts
-from runtime.api.openai_context import encode_text
 from runtime.api.openai_params import check_ranges, sequences
 from runtime.api.openai_types import Shared
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_output, room_for_output
+from runtime.generation.limits import check_count, check_output, room_for_output
 from runtime.served import ModelDirectory, ServedModel
 from runtime.types import FinishReason, LogprobParams
 from wire.inference import grpc_predict_v2_pb2 as pb
@@ -101,7 +101,8 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
             return []
         check_ranges(model, body)
         special = body.add_special_tokens is not False
-        prompts = [await encode_text(model, text, add_special_tokens=special) for text in texts]
+        check_count(model, len(texts))
+        prompts = await encode_texts(model, texts, add_special_tokens=special)
         limits = [_max_tokens(model, body, len(prompt)) for prompt in prompts]
         results = await self._generator.complete(model, sequences(model, body, prompts, limits, LogprobParams()))
         if any(result.finish is FinishReason.ABORTED for result in results):

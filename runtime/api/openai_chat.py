@@ -2,10 +2,11 @@
 
 from aiohttp import web
 
+from runtime.api.encoding import encode_text
 from runtime.api.openai_answers import Answer, ChatChoice, ChatMessageOut, chat_logprobs, encode, finish_word, stop_reason, usage
 from runtime.api.openai_body import refuse_unsupported
 from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage
-from runtime.api.openai_context import encode_text, json_response, model_of, new_id, now, read_body, render_chat
+from runtime.api.openai_context import json_response, model_of, new_id, now, read_body, render_chat
 from runtime.api.openai_params import check_logprobs, check_ranges, sequences, truncated
 from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import ChatBody

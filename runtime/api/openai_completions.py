@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
+from runtime.api.encoding import encode_last, encode_texts
 from runtime.api.openai_answers import (
     Answer,
     CompletionChoice,
@@ -18,13 +19,13 @@ from runtime.api.openai_answers import (
 )
 from runtime.api.openai_body import refuse_unsupported
 from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage, num_prompt_tokens
-from runtime.api.openai_context import encode_last, encode_text, json_response, model_of, new_id, now, read_body
+from runtime.api.openai_context import json_response, model_of, new_id, now, read_body
 from runtime.api.openai_params import check_logprobs, check_ranges, refuse_suffix, sequences, truncated
 from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import CompletionBody
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_output, check_token_ids, room_for_output
+from runtime.generation.limits import check_count, check_output, check_token_ids, room_for_output
 from runtime.generation.merge import close
 from runtime.generation.request import Completed, Delta, SequenceRequest
 from runtime.messages import TokenLogprobs
@@ -73,15 +74,19 @@ class Completions:
     async def _prompts(self, model: ServedModel, body: CompletionBody) -> list[Prompt]:
         special = body.add_special_tokens is not False
         prompts: list[Prompt] = []
-        for given in _separate(body.prompt):
+        separate = _separate(body.prompt)
+        check_count(model, len(separate), body.n or 1)
+        encoded = iter(await encode_texts(model, [given for given in separate if isinstance(given, str)], add_special_tokens=special))
+        for given in separate:
             if isinstance(given, str):
-                full = await encode_text(model, given, add_special_tokens=special)
+                full = next(encoded)
             else:
                 check_token_ids(model, given, param="prompt")
                 full = given
             kept = truncated(body, full)
             if isinstance(given, str) and special and len(kept) < len(full):
-                kept = await encode_last(model, given, len(kept))   # BOS stays
+                [shorter] = await encode_last(model, [given], len(kept))
+                kept = list(shorter.ids)   # BOS stays
             prompts.append(Prompt(kept, given if isinstance(given, str) and len(kept) == len(full) else None))
         return prompts
 

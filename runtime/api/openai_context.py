@@ -1,4 +1,4 @@
-"""What the handlers of OpenAI's routes share: reading a request, its model and its prompts' tokens."""
+"""What the handlers of OpenAI's routes share: reading a request, its model and its chat."""
 
 import asyncio
 import logging
@@ -18,8 +18,7 @@ from runtime.errors import InvalidRequest, NotSupported
 from runtime.served import ModelDirectory, ServedModel
 from runtime.text.chat import ChatMessage, ChatOptions
 
-THREAD_ABOVE_CHARS = 8192   # a longer prompt is tokenized off the event loop (about a millisecond)
-_THREAD_ABOVE_TURNS = 256   # a chat of more is rendered there (about two)
+_THREAD_ABOVE_TURNS = 256   # a chat of more is rendered off the event loop (about two milliseconds)
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -41,17 +40,6 @@ def json_response(answer: msgspec.Struct, warning: str | None = None) -> web.Res
     if warning is not None:
         response.headers["Warning"] = warning
     return response
-
-
-async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
-    if len(text) <= THREAD_ABOVE_CHARS:
-        return model.text.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(model.text.encode, text, add_special_tokens=add_special_tokens)
-
-
-async def encode_last(model: ServedModel, text: str, limit: int) -> list[int]:
-    """With special tokens, and of the text's own at most as many, from its end, as make `limit` together."""
-    return list((await asyncio.to_thread(model.text.encode_with_offsets, text)).last(limit).ids)
 
 
 async def render_chat(model: ServedModel, turns: Sequence[ChatTurn], options: ChatOptions) -> str:

@@ -16,7 +16,6 @@ from runtime.served import ServedModel
 from runtime.types import LogprobParams, SamplingParams, StopParams
 
 MAX_N = 128
-MAX_SEQUENCES = 2048   # of one request, over all prompts
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARS = 4096
@@ -109,11 +108,6 @@ def sequences(
 ) -> list[SequenceRequest]:
     """One request for each prompt and each of its `n`, numbered in that order. With a seed, the i-th of a prompt's n takes seed + i."""
     count = body.n or 1
-    if len(prompts) * count > MAX_SEQUENCES:
-        raise InvalidRequest(
-            f"model {model.name}: {len(prompts)} prompts of n={count} make {len(prompts) * count} sequences; the limit is {MAX_SEQUENCES}",
-            param="prompt",
-        )
     sampling = sampling_of(model, body)
     stops = stop_strings_of(model, body)
     made: list[SequenceRequest] = []

@@ -3,7 +3,8 @@
 import msgspec
 from aiohttp import web
 
-from runtime.api.openai_context import encode_text, json_response, model_of, read_body, render_chat
+from runtime.api.encoding import encode_text
+from runtime.api.openai_context import json_response, model_of, read_body, render_chat
 from runtime.api.openai_types import DetokenizeBody, TokenizeBody
 from runtime.errors import InvalidRequest
 from runtime.generation.limits import check_token_ids

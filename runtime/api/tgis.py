@@ -1,21 +1,20 @@
 """fmaas.GenerationService: TGIS's contract over the generator. Checks and their texts are in tgis_params, message shapes in tgis_answers."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc.aio
 
+from runtime.api.encoding import encode_last, encode_texts
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
 from runtime.api.naming import find_model
-from runtime.api.openai_context import THREAD_ABOVE_CHARS, encode_text
 from runtime.api.tgis_answers import Answers
 from runtime.api.tgis_params import Prompt, check, deadline_of, plan, refuse_adapters
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
+from runtime.generation.limits import check_count
 from runtime.generation.merge import close
 from runtime.served import ModelDirectory, ServedModel
-from runtime.text.tokenizer import Encoding
 from wire.fmaas import generation_pb2 as pb
 from wire.fmaas import generation_pb2_grpc as rpc
 
@@ -35,7 +34,8 @@ class GenerationService(rpc.GenerationServiceServicer):
             model = self._model(context, request.model_id)
             refuse_adapters(request)
             check(request.params, self._config.max_new_tokens)
-            prompts = [await _prompt(model, each.text, request.params) for each in request.requests]
+            check_count(model, len(request.requests))
+            prompts = await _prompts(model, [each.text for each in request.requests], request.params)
             planned = plan(model, self._config, request.params, prompts, deadline_s)
             if planned:
                 answers = Answers(model.text, request.params.response)
@@ -54,7 +54,7 @@ class GenerationService(rpc.GenerationServiceServicer):
             check(request.params, self._config.max_new_tokens)
             if not request.HasField("request"):
                 raise InvalidRequest("missing request")
-            prompt = await _prompt(model, request.request.text, request.params)
+            [prompt] = await _prompts(model, [request.request.text], request.params)
             [planned] = plan(model, self._config, request.params, [prompt], deadline_s)
             answers = Answers(model.text, request.params.response)
             yield answers.first(planned, prompt.text)
@@ -78,8 +78,7 @@ class GenerationService(rpc.GenerationServiceServicer):
         async with statuses(context):
             model = self._model(context, request.model_id)
             refuse_adapters(request)
-            for each in request.requests:
-                found = await _encode(model, each.text, request.truncate_input_tokens)
+            for found in await encode_last(model, [each.text for each in request.requests], request.truncate_input_tokens):
                 answer.responses.append(
                     pb.TokenizeResponse(
                         token_count=len(found.ids),
@@ -108,17 +107,9 @@ class GenerationService(rpc.GenerationServiceServicer):
         return find_model(self._directory, model_id_header(context), asked, lone_takes_all=True)
 
 
-async def _prompt(model: ServedModel, text: str, params: pb.Parameters) -> Prompt:
+async def _prompts(model: ServedModel, texts: Sequence[str], params: pb.Parameters) -> list[Prompt]:
     if params.truncate_input_tokens:
-        return Prompt(text, (await _encode(model, text, params.truncate_input_tokens)).ids)
-    # without offsets, which take several times as long
-    return Prompt(text, tuple(await encode_text(model, text, add_special_tokens=True)))
-
-
-async def _encode(model: ServedModel, text: str, limit: int) -> Encoding:
-    """The last `limit` tokens (0 = all), special tokens kept."""
-    if len(text) > THREAD_ABOVE_CHARS:
-        found = await asyncio.to_thread(model.text.encode_with_offsets, text)
+        found = [encoding.ids for encoding in await encode_last(model, texts, params.truncate_input_tokens)]
     else:
-        found = model.text.encode_with_offsets(text)
-    return found.last(limit) if limit else found
+        found = [tuple(ids) for ids in await encode_texts(model, texts, add_special_tokens=True)]
+    return [Prompt(text, ids) for text, ids in zip(texts, found, strict=True)]

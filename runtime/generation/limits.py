@@ -13,9 +13,20 @@ from runtime.served import ServedModel
 from runtime.types import SamplingParams
 
 SEED_BITS = 32
+MAX_SEQUENCES = 2048   # of one request, over all its prompts
 _ENGINE_SEED_MASK = (1 << 63) - 1
 _LEAST_TEMPERATURE = 1e-5
 _MOST_REPETITION_PENALTY = 1e6
+
+
+def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> None:
+    """Raises InvalidRequest. To be asked before anything is done with the prompts."""
+    count = num_prompts * per_prompt
+    if count > MAX_SEQUENCES:
+        each = f" of n={per_prompt}" if per_prompt > 1 else ""
+        raise InvalidRequest(
+            f"model {model.name}: {num_prompts} prompts{each} make {count} sequences; the limit of a request is {MAX_SEQUENCES}", param="prompt"
+        )
 
 
 def room_for_output(model: ServedModel, num_prompt: int, *, param: str = "prompt") -> int:

@@ -58,8 +58,11 @@ async def generate(services: Services, text: str = "The fox", **params: Any) -> 
     return answer.responses[0]
 
 
-async def test_empty_batch(services: Services) -> None:
+async def test_batches_of_none_and_of_too_many(services: Services) -> None:
     assert len((await services.tgis.Generate(pb.BatchedGenerationRequest())).responses) == 0
+    with pytest.raises(grpc.aio.AioRpcError, match="model m1: 2049 prompts make 2049 sequences; the limit of a request is 2048"):
+        await services.tgis.Generate(batch(*["a"] * 2049))
+    assert not services.engine.asked
 
 
 async def test_defaults_are_greedy_up_to_the_servers_limit(services: Services) -> None:
