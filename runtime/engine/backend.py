@@ -144,10 +144,16 @@ class Loading:
         return self._future.done()
 
     def result(self) -> LoadedModel:
+        """To be asked once. A model that came after the cancellation is let go here: graphs are the engine thread's alone."""
         try:
-            return self._future.result()
+            loaded = self._future.result()
         except CancelledError as error:
             raise Cancelled("the load was cancelled") from error
+        if self._cancelled.is_set():
+            loaded.runner.close()
+            loaded.memory.close()
+            raise Cancelled("the load was cancelled")
+        return loaded
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -155,9 +161,6 @@ class Loading:
     def _run(self) -> None:
         try:
             loaded = self._work(self._cancelled)
-            if self._cancelled.is_set():
-                loaded.memory.close()
-                raise Cancelled("the load was cancelled")
         except BaseException as error:
             self._future.set_exception(error)
         else:

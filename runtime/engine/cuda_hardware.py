@@ -63,7 +63,11 @@ class CudaHardware:
     def take(self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event) -> TakenMemory:
         torch.cuda.set_device(self.device)
         weights = self._memory.reserve(weight_slabs)
-        kv_range = KvRange(self._memory.reserve(kv.max_slabs))
+        try:
+            kv_range = KvRange(self._memory.reserve(kv.max_slabs))
+        except BaseException:
+            weights.close()
+            raise
         model = CudaModelMemory(self._memory, self._copy_stream, self._arena, weights, kv_range, kv, filler, identity)
         try:
             if cancelled.is_set():

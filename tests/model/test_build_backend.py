@@ -1,12 +1,15 @@
 """The backend on a CPU: loads end in runners, or in errors that name the model and the sizes; what was cancelled leaves nothing."""
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.engine.backend import EngineBackend, make_backend
-from runtime.engine.plan import LoadRequest
+from runtime.engine.backend import EngineBackend, Loading, make_backend
+from runtime.engine.plan import LoadedModel, LoadRequest
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Quantization
 from tests.model.test_build import tiny
@@ -49,6 +52,39 @@ def test_a_slab_must_hold_a_block(tmp_path: Path) -> None:
         made.load(LoadRequest("m", save(tiny("llama"), tmp_path), None)).result()
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_hidden_layers": 10**6}, r"model m: config\.json says 1000000 layers, the files hold \d+ tensors"),
+        ({"num_hidden_layers": 0}, "0 layers and a vocabulary of"),
+        ({"vocab_size": -5}, "a vocabulary of -5"),
+        ({"vocab_size": 2**40}, r"model m: tensor \S+ has shape"),
+        ({"hidden_size": 2**40}, r"model m: "),
+        ({"num_attention_heads": 0}, r"model m: config\.json can't be used"),
+        ({"eos_token_id": [1, "a"]}, r"model m: config\.json can't be used"),
+        ({"model_type": ["llama"]}, r"model m: config\.json can't be used"),
+    ],
+)
+def test_a_configuration_of_no_model_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
+    made = backend()
+    checkpoint = save(tiny("llama"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(LoadFailed, match=named):
+        made.load(LoadRequest("m", checkpoint, None)).result()
+    made.close()
+
+
+def test_a_context_without_end_takes_no_memory_for_it(tmp_path: Path) -> None:
+    made = backend()
+    checkpoint = save(tiny("llama"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 10**15}))
+    loaded = made.load(LoadRequest("m", checkpoint, None)).result()
+    loaded.memory.close()
+    made.close()
+
+
 def test_a_cancelled_load_leaves_nothing(tmp_path: Path) -> None:
     made = backend()
     job = made.load(LoadRequest("m", save(tiny("llama"), tmp_path), None))
@@ -56,6 +92,29 @@ def test_a_cancelled_load_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         job.result()
     assert job.done()
+
+
+def test_a_load_that_ends_after_its_cancellation_is_let_go_by_who_asks_for_it() -> None:
+    """Graphs and the pool that they share are the engine thread's alone: a loading thread may not close a runner."""
+    closed: list[tuple[str, int]] = []
+
+    def part(name: str) -> Any:
+        return SimpleNamespace(close=lambda: closed.append((name, threading.get_ident())))
+
+    going, go = threading.Event(), threading.Event()
+
+    def work(cancelled: threading.Event) -> LoadedModel:
+        going.set()
+        assert go.wait(20)
+        return LoadedModel(part("runner"), part("memory"))
+
+    job = Loading(work)
+    assert going.wait(20)
+    job.cancel()
+    go.set()
+    with pytest.raises(Cancelled):
+        job.result()
+    assert closed == [("runner", threading.get_ident()), ("memory", threading.get_ident())]
 
 
 def test_the_machine_must_have_what_is_asked() -> None:

@@ -1,6 +1,5 @@
 """The GPU side's bookkeeping without a GPU: a driver that checks every call, events that pass when told. What the calls do is test_cuda_memory's."""
 
-import contextlib
 import random
 import threading
 from collections.abc import Iterator
@@ -10,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.engine.memory import cuda
 from runtime.engine.memory.arena_index import ArenaIndex
-from runtime.engine.memory.cuda import CudaMemory, CudaRange
+from runtime.engine.memory.cuda import CudaError, CudaMemory, CudaRange
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.host import HostArena
 from runtime.engine.memory.kv_range import KvRange
@@ -20,94 +18,28 @@ from runtime.engine.model.build import assemble, draw
 from runtime.engine.model.fuse_proof import Prover
 from runtime.engine.model.geometry import kv_geometry
 from tests.model.test_build import assert_same, tiny
+from tests.support.cuda_device import CheckedDriver, Device
 from tests.support.families import VOCAB
 from tests.support.steps import Resident, hf_logits, prompts, save
 
 SLAB = 64 * 1024
 
 
-class CheckedDriver:
-    """Reserved addresses are ordinary memory; a slab's contents do not follow it, which no test here needs."""
-
-    def __init__(self, ordinal: int) -> None:
-        self.memory: dict[int, torch.Tensor] = {}
-        self.mapped: dict[int, int] = {}
-        self.accessible: set[int] = set()
-        self.unmap_calls = 0
-
-    def granularity(self) -> int:
-        return 4096
-
-    def create(self, size: int) -> object:
-        return object()
-
-    def release(self, handle: object) -> None:
-        assert not self.mapped
-
-    def reserve(self, size: int) -> int:
-        made = torch.zeros(size, dtype=torch.uint8)
-        self.memory[made.data_ptr()] = made
-        return made.data_ptr()
-
-    def free(self, address: int, size: int) -> None:
-        assert not any(address <= at < address + size for at in self.mapped)
-        assert self.memory.pop(address).numel() == size
-
-    def map(self, address: int, size: int, handle: object) -> None:
-        assert all(not at < address + size or not address < at + length for at, length in self.mapped.items()), "mapped twice"
-        self.mapped[address] = size
-
-    def allow(self, address: int, size: int) -> None:
-        inside = {at: length for at, length in self.mapped.items() if address <= at < address + size}
-        assert sum(inside.values()) == size, "access to unmapped addresses"
-        self.accessible |= set(inside)
-
-    def unmap(self, address: int, size: int) -> None:
-        assert self.mapped.pop(address) == size, "a mapping is unmapped whole"
-        self.accessible.discard(address)
-        self.unmap_calls += 1
-
-
-class FakeEvent:
-    passed = True
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def query(self) -> bool:
-        return self.passed
-
-    def synchronize(self) -> None:
-        self.passed = True
-
-
-class FakeStream:
-    def wait_stream(self, other: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made = Device()
+    made.install(monkeypatch)
+    return made
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaMemory]:
-    monkeypatch.setattr(cuda, "Driver", CheckedDriver)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    as_tensor = torch.as_tensor
-    made: list[CudaMemory] = []
-
-    def viewed(value: Any, **kwargs: Any) -> torch.Tensor:
-        interface = getattr(value, "__cuda_array_interface__", None)
-        driver: Any = made[0].driver if made else None
-        return driver.memory[interface["data"][0]] if interface else as_tensor(value, **kwargs)
-
-    monkeypatch.setattr(torch, "as_tensor", viewed)
-    stream: Any = FakeStream()
-    made.append(CudaMemory(torch.device("cpu"), SLAB, 48, stream))
-    yield made[0]
-    made[0].close()
+def memory(device: Device) -> Iterator[CudaMemory]:
+    stream: Any = device.compute
+    made = CudaMemory(torch.device("cpu"), SLAB, 48, stream)
+    yield made
+    made.close()
+    assert not driver_of(made).handles
+    assert not driver_of(made).num_reserved
 
 
 def driver_of(memory: CudaMemory) -> CheckedDriver:
@@ -115,7 +47,7 @@ def driver_of(memory: CudaMemory) -> CheckedDriver:
     return driver
 
 
-def test_any_order_of_mapping_is_legal(memory: CudaMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_order_of_mapping_is_legal(memory: CudaMemory, device: Device) -> None:
     rng = random.Random(1)
     ranges = [memory.reserve(12) for _ in range(3)]
     held: dict[tuple[int, int], int] = {}
@@ -126,7 +58,10 @@ def test_any_order_of_mapping_is_legal(memory: CudaMemory, monkeypatch: pytest.M
         assert isinstance(chosen, CudaRange)
         first, count = rng.randrange(12), rng.randrange(1, 5)
         places = range(first, min(first + count, 12))
-        FakeEvent.passed = rng.random() < 0.7
+        for used_number, place in rng.sample(sorted(held), min(3, len(held))):
+            device.launch(device.compute, writes=[(ranges[used_number].bytes_view.data_ptr() + place * SLAB, SLAB)])
+        for _ in range(rng.randrange(8)):
+            device.advance()
         if all((number, place) not in held for place in places) and rng.random() < 0.7:
             rng.shuffle(free)
             slabs = [free.pop() for _ in places]
@@ -140,14 +75,15 @@ def test_any_order_of_mapping_is_legal(memory: CudaMemory, monkeypatch: pytest.M
         assert memory.ledger.num_mapped == len(held) == 48 - len(free), step
         driver = driver_of(memory)
         for held_number, place in held:
-            assert ranges[held_number].bytes_view.data_ptr() + place * SLAB in driver.accessible
+            assert driver.knows(ranges[held_number].bytes_view.data_ptr() + place * SLAB)
         # the driver has to know each range's first address, whatever lies there
-        assert all(made.bytes_view.data_ptr() in driver.accessible for made in ranges)
-    FakeEvent.passed = True
+        assert all(driver.knows(made.bytes_view.data_ptr()) for made in ranges)
+    while device.advance():
+        pass
     while memory.tidy():
         pass
     anchors = sum((number, 0) not in held for number in range(3))
-    assert len(driver_of(memory).mapped) == len(held) + anchors
+    assert driver_of(memory).num_mapped == len(held) + anchors
 
 
 def test_the_same_slab_in_the_same_place_costs_nothing(memory: CudaMemory) -> None:
@@ -159,14 +95,54 @@ def test_the_same_slab_in_the_same_place_costs_nothing(memory: CudaMemory) -> No
     assert driver_of(memory).unmap_calls == before + 1
 
 
+@pytest.mark.parametrize("failing", range(6))
+def test_a_mapping_that_fails_leaves_nothing(memory: CudaMemory, device: Device, failing: int) -> None:
+    """Wherever the driver gives up: the slabs can go elsewhere, the places can be filled later, and kernels may be handed the address."""
+    held, other = memory.reserve(4), memory.reserve(4)
+    held.map(1, [9])
+    held.unmap(1, 1)
+    calls = iter(range(100))
+
+    def fail(call: str) -> None:
+        if next(calls) == failing:
+            raise CudaError(f"{call} failed")
+
+    device.failing = fail
+    try:
+        held.map(0, [5, 6, 7, 8])
+    except CudaError:
+        device.failing = lambda call: None
+        assert memory.ledger.num_mapped == 0
+        assert driver_of(memory).knows(held.bytes_view.data_ptr())
+        other.map(0, [8, 7, 6, 5])
+        held.map(0, [1, 2, 3, 4])
+    else:
+        assert failing == 5, "four places, and one grant for all of them"
+    assert all(driver_of(memory).knows(held.bytes_view.data_ptr() + place * SLAB) for place in range(4))
+
+
+def test_a_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, device: Device) -> None:
+    for failing in ("reserve", "map", "allow"):
+
+        def fail(call: str, failing: str = failing) -> None:
+            if call == failing:
+                raise CudaError(f"{call} failed")
+
+        device.failing = fail
+        with pytest.raises(CudaError):
+            memory.reserve(3)
+        assert driver_of(memory).num_reserved == 0
+    device.failing = lambda call: None
+
+
 @pytest.mark.parametrize("arena_slabs", [48, 0])
-def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, tmp_path: Path, arena_slabs: int) -> None:
+def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, device: Device, tmp_path: Path, arena_slabs: int) -> None:
     model = tiny("llama")
     arena = HostArena(torch.zeros(arena_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
     blueprint = draw("m", save(model, tmp_path), None, Prover(fuse=True), num_threads=2, min_group_bytes=1)
     kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
-    stream: Any = FakeStream()
+    stream: Any = device.stream()
     taken = CudaModelMemory(
         memory, stream, arena, memory.reserve(weight_slabs), KvRange(memory.reserve(16)), kv, blueprint.filler, blueprint.identity
     )
@@ -183,6 +159,8 @@ def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, tmp_path:
     for turn in range(3):
         taken.swap_in(range(turn, turn + weight_slabs))
         assert_same(resident.logits(asked), wanted)
+        while device.advance():
+            pass
         assert taken.swap_in_done()
         assert not taken.pending
         taken.evict()
@@ -199,14 +177,14 @@ def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, tmp_path:
     assert memory.ledger.num_mapped == 0
 
 
-def test_an_image_is_nobody_elses_from_the_moment_it_is_found(memory: CudaMemory, tmp_path: Path) -> None:
+def test_an_image_is_nobody_elses_from_the_moment_it_is_found(memory: CudaMemory, device: Device, tmp_path: Path) -> None:
     """A loading thread looks for room in the arena just when a swap-in has found its image there, and queued no copy yet."""
     model = tiny("llama")
     blueprint = draw("m", save(model, tmp_path), None, Prover(fuse=True), num_threads=2, min_group_bytes=1)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
     arena = HostArena(torch.zeros(weight_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
     kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
-    stream: Any = FakeStream()
+    stream: Any = device.stream()
     taken = CudaModelMemory(
         memory, stream, arena, memory.reserve(weight_slabs), KvRange(memory.reserve(16)), kv, blueprint.filler, blueprint.identity
     )
@@ -223,6 +201,8 @@ def test_an_image_is_nobody_elses_from_the_moment_it_is_found(memory: CudaMemory
     assert taken.host_bytes() > 0
     arena.find = found
     taken.evict()
+    while device.advance():
+        pass
     assert arena.allocate("another model", SLAB) is not None
     assert taken.host_bytes() == 0
     taken.close()

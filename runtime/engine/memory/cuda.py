@@ -139,10 +139,14 @@ class CudaRange:
         self._under: list[int | None] = [None] * max(num_slabs, 1)  # what the driver has mapped
         self._stale: dict[int, torch.cuda.Event] = {}          # place → when its last user has passed
         self._address = self._driver.reserve(self._size)
-        self._put_anchor()
-        self._view = torch.as_tensor(_ForeignArray(self._address, self._size), device=memory.device)
-        if self._view.data_ptr() != self._address:
-            raise CudaError("torch copied a reserved range instead of viewing it")
+        try:
+            self._put_anchor()
+            self._view = torch.as_tensor(_ForeignArray(self._address, self._size), device=memory.device)
+            if self._view.data_ptr() != self._address:
+                raise CudaError("torch copied a reserved range instead of viewing it")
+        except BaseException:
+            self._give_back()
+            raise
 
     @property
     def bytes_view(self) -> torch.Tensor:
@@ -153,18 +157,14 @@ class CudaRange:
         if any(self._live[place] is not None for place in places):
             raise ValueError(f"places {first} to {first + len(slabs) - 1} are not all empty")
         self._memory.ledger.take(slabs)
-        slab_bytes = self._memory.slab_bytes
-        fresh: list[int] = []
-        self._drop([place for place, slab in zip(places, slabs, strict=True) if self._under[place] not in (None, slab)])
+        try:
+            self._put(first, slabs)
+        except BaseException:
+            self._memory.ledger.give(slabs)
+            raise
         for place, slab in zip(places, slabs, strict=True):
             self._stale.pop(place, None)
-            if self._under[place] is None:
-                self._driver.map(self._address + place * slab_bytes, slab_bytes, self._memory.handles[slab])
-                self._under[place] = slab
-                fresh.append(place)
             self._live[place] = slab
-        for start, count in _runs(fresh):
-            self._driver.allow(self._address + start * slab_bytes, count * slab_bytes)
 
     def unmap(self, first: int, count: int) -> None:
         slabs = [slab for slab in self._live[first : first + count] if slab is not None]
@@ -188,14 +188,38 @@ class CudaRange:
 
     def close(self) -> None:
         self.unmap(0, self.num_slabs)
+        # a pass without KV was handed the anchor's address, and no event tells of it
+        self._memory.compute_stream.synchronize()
+        self._give_back()
+        self._memory.ranges.remove(self)
+
+    def _give_back(self) -> None:
         self._drop([place for place, slab in enumerate(self._under) if slab is not None])
         self._driver.free(self._address, self._size)
-        self._memory.ranges.remove(self)
+
+    def _put(self, first: int, slabs: Sequence[int]) -> None:
+        """Have the driver map what isn't there yet; if it fails, nothing new stays."""
+        slab_bytes = self._memory.slab_bytes
+        fresh: list[int] = []
+        try:
+            self._drop([place for place, slab in enumerate(slabs, first) if self._under[place] not in (None, slab)])
+            for place, slab in enumerate(slabs, first):
+                if self._under[place] is None:
+                    self._driver.map(self._address + place * slab_bytes, slab_bytes, self._memory.handles[slab])
+                    self._under[place] = slab
+                    fresh.append(place)
+            for start, count in _runs(fresh):
+                self._driver.allow(self._address + start * slab_bytes, count * slab_bytes)
+        except BaseException:
+            self._drop(fresh)
+            if self._under[0] is None:
+                self._put_anchor()
+            raise
 
     def _put_anchor(self) -> None:
         self._driver.map(self._address, self._memory.slab_bytes, self._memory.anchor)
-        self._driver.allow(self._address, self._memory.slab_bytes)
         self._under[0] = _ANCHOR
+        self._driver.allow(self._address, self._memory.slab_bytes)
 
     def _drop(self, places: list[int]) -> None:
         slab_bytes = self._memory.slab_bytes

@@ -61,8 +61,9 @@ class Stage:
     @property
     def busy(self) -> bool:
         """Whether a rehearsal is under way."""
-        self._running = [rehearsal for rehearsal in self._running if not rehearsal.over]
-        return bool(self._running)
+        with self._lock:
+            self._running = [rehearsal for rehearsal in self._running if not rehearsal.over]
+            return bool(self._running)
 
     def open(self) -> "Rehearsal":
         """Begin with what all models share: how a step's inputs are made and its tokens drawn."""
@@ -83,7 +84,8 @@ class Stage:
 
     def _begin(self, parts: Sequence[Part]) -> "Rehearsal":
         rehearsal = Rehearsal(parts, self.device)
-        self._running = [*self._running, rehearsal]
+        with self._lock:
+            self._running.append(rehearsal)
         return rehearsal
 
 
