@@ -1,5 +1,6 @@
 """The backend on a CPU: loads end in runners, or in errors that name the model and the sizes; what was cancelled leaves nothing."""
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
