@@ -129,6 +129,19 @@ def test_edits_equal_their_definitions() -> None:
         said.append(int(drawn[1]))
 
 
+def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
+    vocab = 10
+    sampler = Sampler(vocab, RowTables(CPU, 4))
+    for row in (1, 2):
+        sampler.open(setup(row, SamplingParams(temperature=0.0), min_tokens=3, suppressed=(-1, 4, 10**9)))
+    logits = torch.arange(vocab).float().repeat(2, 1)      # the last id is the largest
+    logits[:, 4] = 99.0
+    where = shape([1, 2], [1, 1])
+    drawn = torch.full((2,), 4)
+    sampler.draw(logits, where, drawn)
+    assert drawn.tolist() == [9, 9]
+
+
 def test_a_returning_row_counts_what_it_said_once() -> None:
     vocab, rules = 30, SamplingParams(temperature=0.0, frequency_penalty=1.0)
     sampler = Sampler(vocab, RowTables(CPU, 2))

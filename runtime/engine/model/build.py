@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from runtime.engine.memory.arrival import Arrival
 from runtime.engine.model.attention import IMPLEMENTATION
-from runtime.engine.model.catalog import ModelCard, read_card
+from runtime.engine.model.catalog import ModelCard, check_sizes, read_card
 from runtime.engine.model.fuse import NoMatchError, match_stack
 from runtime.engine.model.fuse_proof import Prover, Verdict
 from runtime.engine.model.fused_spec import StackSpec
@@ -85,6 +85,7 @@ def _draw(
     if not files:
         raise LoadFailed(f"there are no weight files in {checkpoint.model_dir}")
     index = read_index(files)
+    check_sizes(card, len(index))
 
     verdict = prover.verdict(card.model_class, card.config)
     if verdict.refused:
@@ -146,7 +147,8 @@ def assemble(
         planes=kv_planes(kv_memory, kv, blueprint.shape, kv_dtype),
         block_tokens=kv.block_tokens,
         vocab_size=card.vocab_size,
-        max_model_len=card.max_model_len,
+        # tables have a column for each of its blocks, and no row will have more blocks than there are
+        max_model_len=min(card.max_model_len, kv.max_slabs * kv.blocks_per_slab * kv.block_tokens),
         device=device,
         dtype=card.dtype,
         kv_dtype=kv_dtype,

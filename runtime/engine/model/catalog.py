@@ -43,9 +43,15 @@ def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) 
     if checkpoint.dtype not in _DTYPES:
         raise LoadFailed(f"model {model_id}: dtype {checkpoint.dtype} is not one of {', '.join(_DTYPES)}")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise LoadFailed(f"model {model_id}: config.json can't be used: {error}") from error
+        return _read(model_id, checkpoint, max_model_len)
+    except LoadFailed:
+        raise
+    except Exception as error:           # what a configuration of foreign make may lead transformers to raise
+        raise LoadFailed(f"model {model_id}: config.json can't be used: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelCard:
+    config = AutoConfig.from_pretrained(checkpoint.model_dir, local_files_only=True, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise LoadFailed(f"model {model_id}: {type(config).__name__} is no causal language model")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -61,6 +67,14 @@ def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) 
         max_model_len=_context_limit(model_id, config, max_model_len),
         eos_token_ids=_eos_token_ids(checkpoint.model_dir, config),
     )
+
+
+def check_sizes(card: ModelCard, num_tensors: int) -> None:
+    """Before the module is built: layers that the files can't hold would take all time and memory. Raises LoadFailed."""
+    if card.num_layers < 1 or card.vocab_size < 1:
+        raise LoadFailed(f"config.json says {card.num_layers} layers and a vocabulary of {card.vocab_size}")
+    if card.num_layers > num_tensors:
+        raise LoadFailed(f"config.json says {card.num_layers} layers, the files hold {num_tensors} tensors")
 
 
 def _unsupported(config: Any, model_class: Any) -> str | None:

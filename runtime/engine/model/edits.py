@@ -47,7 +47,7 @@ class LogitEdits:
         ids = np.array([i for i, _ in sampling.logit_bias], np.int64)
         bias = np.array([b for _, b in sampling.logit_bias], np.float32)
         known = (ids >= 0) & (ids < self._vocab_size)
-        suppressed = np.array([i for i in setup.suppressed if i < self._vocab_size] if suppresses else [], np.int64)
+        suppressed = np.array([i for i in setup.suppressed if 0 <= i < self._vocab_size] if suppresses else [], np.int64)
         row = _Row(ids[known], bias[known], suppressed, setup.prompt_len + setup.min_tokens, -1, setup.prompt_len, len(setup.prompt))
         if sampling.needs_history:
             row.table = self._take_table()

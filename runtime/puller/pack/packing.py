@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.engine.model.catalog import ModelCard, read_card
+from runtime.engine.model.catalog import ModelCard, check_sizes, read_card
 from runtime.engine.model.layout import TensorSpec
 from runtime.engine.model.packed import KERNEL_LAYOUT
+from runtime.engine.model.safetensors_index import read_index
 from runtime.engine.model.skeleton import build_skeleton, stored_specs, tied_names
 from runtime.errors import LoadFailed
 from runtime.puller.pack.beside import convert_tokenizer, copy_beside, write_config
@@ -68,6 +69,8 @@ def pack(request: PackRequest, say: Say) -> int:
 
 
 def _pack_weights(request: PackRequest, card: ModelCard, whole: Any, path: Path, say: Say) -> int:
+    if whole is None:
+        check_sizes(card, len(read_index(request.weight_files)))
     skeleton = build_skeleton(card.model_class, copy.deepcopy(card.config), "eager")
     specs = stored_specs(skeleton, card.dtype, card.num_layers)
     tensors: Tensors
