@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_COMMENT_S = 0.2  # an error that is known at once still gets its own status
 _OK = 200
+_DONE = b"data: [DONE]\n\n"
 
 
 class OpenAiGateway:
@@ -140,9 +141,12 @@ class OpenAiGateway:
                 response.headers["Content-Length"] = length
             await response.prepare(request)
         try:
-            chunk = exchange.first
+            chunk, tail = exchange.first, b""
             while chunk:
                 await response.write(chunk)
+                tail = (tail + chunk[-len(_DONE) :])[-len(_DONE) :]
+                # OpenAI's own client leaves as soon as it has read this, which is no cancellation
+                record.answered = tail == _DONE
                 chunk = await answer.content.readany()
         except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             record.code = "UNAVAILABLE"

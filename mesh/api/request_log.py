@@ -25,6 +25,7 @@ class Record:
     started_s: float = field(default_factory=time.monotonic)
     model_id: str = ""
     code: str = ""
+    answered: bool = False  # the caller has all that it asked for: if it leaves now, that is well
 
     @classmethod
     def of(cls, request: web.Request) -> "Record":
@@ -52,7 +53,8 @@ def request_log(metrics: Metrics) -> Handler:
                 response.headers.setdefault("X-Request-Id", record.request_id)
             return response
         except BaseException as error:
-            record.code = "CANCELLED" if not isinstance(error, Exception) else "DISCONNECTED"
+            if not record.answered:
+                record.code = "CANCELLED" if not isinstance(error, Exception) else "DISCONNECTED"
             raise
         finally:
             _account(request, record, metrics)

@@ -264,3 +264,29 @@ async def test_keys_guard_all_but_health(tmp_path: Path) -> None:
             assert answer.status == 200
         async with pod.http.get("/v1/models", headers={"Authorization": "Bearer "}) as answer:
             assert answer.status == 401
+
+
+async def test_a_caller_that_leaves_with_its_whole_answer_has_cancelled_nothing(pod: RunningPod) -> None:
+    """As OpenAI's own client does: it closes when it has read [DONE], before the stream's end."""
+
+    async def leave_after(last: bytes) -> None:
+        async with pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True}) as answer:
+            async for line in answer.content:
+                if line.startswith(last):
+                    break
+            answer.close()
+
+    async def counted(code: str) -> bool:
+        async with pod.http.get("/metrics") as answer:
+            return f'repertory_mesh_requests_total{{carrier="http",code="{code}",model="org/smol"}} 1.0' in await answer.text()
+
+    pod.runtime.switches.end_s = 60.0
+    await leave_after(b"data: [DONE]")
+    while not (await counted("200") or await counted("CANCELLED")):
+        await asyncio.sleep(0.02)
+    assert await counted("200")
+    pod.runtime.switches.chunk_s = 60.0
+    await leave_after(b": ")
+    async with asyncio.timeout(30):
+        while not await counted("CANCELLED"):
+            await asyncio.sleep(0.02)

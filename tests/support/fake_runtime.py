@@ -42,6 +42,7 @@ class Switches:
     quarantined: set[str] = field(default_factory=set)
     progress: float = 0.0
     chunk_s: float = 0.0
+    end_s: float = 0.0  # between a stream's last event and its end
     max_message_bytes: int = 16 * 1024 * 1024
     max_concurrency: int = 0  # not 0: the mesh is to keep to it
     methods: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -150,6 +151,7 @@ class FakeRuntime:
                     request.transport.abort()  # type: ignore[union-attr]
                     return response
             await response.write(b"data: [DONE]\n\n")
+            await asyncio.sleep(self.switches.end_s)
             await response.write_eof()
         except (asyncio.CancelledError, ConnectionError):
             self.cancelled.append(model_id)
