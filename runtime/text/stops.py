@@ -22,16 +22,14 @@ class StopScanner:
     of the list at its last place, as TGIS has it.
     """
 
-    __slots__ = ("_by_list", "_include", "_keep", "_last_letters", "_prefixes", "_stops", "_tail", "_unsent")
+    __slots__ = ("_by_list", "_include", "_inner_letters", "_keep", "_stops", "_tail", "_unsent")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False, by_list: bool = False) -> None:
         self._stops = tuple(stops)
         self._include = include
         self._by_list = by_list
         self._keep = max(map(len, self._stops)) - 1
-        prefixes = {stop[:length] for stop in self._stops for length in range(1, len(stop))}
-        self._prefixes = () if include else tuple(sorted(prefixes, key=len, reverse=True))
-        self._last_letters = {prefix[-1] for prefix in self._prefixes}
+        self._inner_letters = set[str]() if include else {letter for stop in self._stops for letter in stop[:-1]}
         self._tail = ""      # the newest text, long enough to complete a match
         self._unsent = 0     # letters at the tail's end that were not shown
 
@@ -74,6 +72,14 @@ class StopScanner:
         return best
 
     def _held(self, window: str) -> int:
-        if window[-1] not in self._last_letters:
+        """How long the longest beginning of a stop string is that the window ends with."""
+        if window[-1] not in self._inner_letters:
             return 0
-        return next((len(prefix) for prefix in self._prefixes if window.endswith(prefix)), 0)
+        longest = 0
+        for stop in self._stops:
+            start = max(0, len(window) - len(stop) + 1)
+            while (start := window.find(stop[0], start)) >= 0 and len(window) - start > longest:
+                if stop.startswith(window[start:]):
+                    longest = len(window) - start
+                start += 1
+        return longest

@@ -1,5 +1,7 @@
 """Stop strings across parts, against a search in the whole text; and text is held no longer than needed."""
 
+import tracemalloc
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +67,17 @@ def test_held_text_is_the_longest_beginning_of_a_stop(parts: list[str], stops: l
         held = seen[len(shown) :]
         beginnings = [each[:size] for each in stops for size in range(1, len(each)) if seen.endswith(each[:size])]
         assert held == max(beginnings, key=len, default="")
+
+
+def test_long_stops_cost_little_memory() -> None:
+    """A request may bring 64 of 1024 characters for each of 128 sequences."""
+    stops = [f"{number:02}" * 512 for number in range(64)]
+    tracemalloc.start()
+    scanner = StopScanner(stops)
+    assert scanner.push("17" * 100).text == ""
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 100_000
 
 
 def test_included_stops_hold_nothing() -> None:
