@@ -1,0 +1,54 @@
+"""A CPU's linears over quantised weights: the product with the numbers that bitsandbytes unpacks, whatever is unpacked at a time."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from runtime.engine.model.host_linear import HostLinear4, HostLinear8
+
+# of float64's result; bf16's own rounding is 2^-9 of each number
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(params=[1 << 21, 1000], ids=["whole", "in parts"])
+def part_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("runtime.engine.model.host_linear._PART_ELEMENTS", request.param)
+    return int(request.param)
+
+
+def error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.shape == wanted.shape
+    assert found.dtype is x.dtype
+    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.usefixtures("part_elements")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_4bit(codebook: str, dtype: torch.dtype, biased: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(37, 128), torch.randn(37).to(dtype) if biased else None
+    codes, state = quantize_4bit(weight, blocksize=64, quant_type=codebook)
+    linear = HostLinear4(codes.view(37, 64), state.absmax.view(37, 2), codebook, bias)
+    state.dtype = dtype
+    for shape in [(1, 128), (50, 128), (2, 3, 128)]:
+        x = torch.randn(shape).to(dtype)
+        assert error(linear(x), x, dequantize_4bit(codes, state), bias) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("part_elements")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("biased", [False, True])
+def test_int8(dtype: torch.dtype, biased: bool) -> None:
+    torch.manual_seed(0)
+    weight, scale = torch.randint(-127, 128, (37, 96), dtype=torch.int8), torch.rand(37) / 127
+    bias = torch.randn(37).to(dtype) if biased else None
+    linear = HostLinear8(weight, scale, bias)
+    for shape in [(1, 96), (8, 96), (9, 96), (2, 3, 96), (0, 96)]:
+        x = torch.randn(shape).to(dtype)
+        if shape[0] == 0:
+            assert linear(x).shape == (0, 37)
+        else:
+            assert error(linear(x), x, weight.double() * scale.to(dtype).double()[:, None], bias) < TOLERANCE[dtype]
