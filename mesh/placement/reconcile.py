@@ -144,7 +144,7 @@ class Placement:
         if copy is None or copy.state is CopyState.UNLOADING:
             since_ms = min(self._remote_since(model_id), default=0)
             if since_ms:
-                return remaining_s(expected_s, (epoch_ms() - since_ms) / 1000, 0.0)
+                return remaining_s(expected_s, max(0.0, (epoch_ms() - since_ms) / 1000), 0.0)
             limits = self._follower.limits
             return expected_s * (1 + self._loads.num_loading / (limits.max_loading_concurrency if limits else 1))
         model = self._follower.model(model_id)

@@ -261,7 +261,7 @@ class CopyRouter:
             loaded = report is not None and report.state is CopyState.LOADED
             if report is not None and report.state is CopyState.UNLOADING:
                 continue
-            elapsed_s = (epoch_ms() - since_ms) / 1000
+            elapsed_s = max(0.0, (epoch_ms() - since_ms) / 1000)  # another clock may be ahead
             found.append(
                 Candidate(
                     pod_id,

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from mesh.placement.load_times import LoadTimes, remaining_s, retry_after_s
 from mesh.placement.plan import make_room
-from mesh.placement.status import blocked_for_s, status_of
+from mesh.placement.status import blocked_for_s, may_load, status_of
 from mesh.placement.usage import Held, Usage
 from mesh.placement.where import Pod, choose_pod
 from mesh.registry.records import CopyReport, Failure, InstanceRecord, ModelRecord
@@ -209,3 +209,13 @@ def test_failures_hold_a_model_back_until_a_pod_may_try() -> None:
     assert blocked(60_000, me=0, p=500) == 0
     # three pods failed within ModelMesh's 7.5 minutes: nobody tries
     assert blocked(100_000, x=0, y=0, z=0) == 350
+
+
+def test_a_failure_of_a_time_to_come_holds_nobody_back() -> None:
+    """A clock that was set back by an hour, or another pod's that is ahead, must not block a model for that hour."""
+    hour_ms = 3_600_000
+    record = ModelRecord(failed_in={"me": hour_ms, "p": hour_ms, "q": hour_ms})
+    assert blocked_for_s(record, own_id="me", pods={"p": InstanceRecord(), "q": InstanceRecord()}, now_ms=1000, expiry_s=60) == 0
+    assert may_load(record, "me", now_ms=1000, expiry_s=60)
+    # clocks of two pods are never quite the same
+    assert not may_load(record, "me", now_ms=hour_ms - 1000, expiry_s=60)
