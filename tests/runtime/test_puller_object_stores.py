@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from google.cloud.storage.retry import DEFAULT_RETRY
 
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
@@ -50,7 +51,8 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.puller.azure._RETRIES", 1)
-    monkeypatch.setattr("runtime.puller.azure._PAUSE_S", 0)
+    monkeypatch.setattr("azure.core.pipeline.transport.HttpTransport.sleep", lambda transport, seconds: None)
+    monkeypatch.setattr("google.cloud.storage.retry.DEFAULT_RETRY", DEFAULT_RETRY.with_delay(initial=0.02, maximum=0.1))
     monkeypatch.setattr("runtime.puller.gcs._PATIENCE_S", 1.5)
     monkeypatch.setattr("runtime.puller.job.Job.wait", lambda job, seconds: job.check())
 
