@@ -6,14 +6,14 @@ from runtime.api.encoding import encode_text
 from runtime.api.openai_answers import Answer, ChatChoice, ChatMessageOut, chat_logprobs, encode, finish_word, stop_reason, usage
 from runtime.api.openai_body import refuse_unsupported
 from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage
-from runtime.api.openai_context import json_response, model_of, new_id, now, read_body, render_chat
+from runtime.api.openai_context import json_response, model_of, new_id, now, read_body, render_chat, written_out
 from runtime.api.openai_params import check_logprobs, check_ranges, sequences, truncated
 from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import ChatBody
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_output, room_for_output
-from runtime.generation.request import Delta, SequenceRequest
+from runtime.generation.request import Completed, Delta, SequenceRequest
 from runtime.served import ModelDirectory, ServedModel
 from runtime.text.chat import ChatOptions
 from runtime.types import LogprobParams
@@ -58,18 +58,20 @@ class ChatCompletions:
 
     async def _answer(self, model: ServedModel, answered: str, requests: list[SequenceRequest]) -> Answer:
         results = await self._generator.complete(model, requests)
-        choices = [
-            ChatChoice(
-                index=result.index,
-                message=ChatMessageOut(result.text),
-                finish_reason=finish_word(model, result.finish),
-                logprobs=chat_logprobs(model.text, result.tokens, result.logprobs) if requests[0].with_details else None,
-                stop_reason=stop_reason(result.finish, result.stop),
-            )
-            for result in results
-        ]
+        with_logprobs = requests[0].with_details
+        choices = await written_out(lambda: [_choice(model, result, with_logprobs=with_logprobs) for result in results], results)
         counted = usage(len(requests[0].prompt), sum(len(result.tokens) for result in results), results[0].cached_tokens)
         return Answer(new_id("chatcmpl"), "chat.completion", now(), answered, choices, counted)
+
+
+def _choice(model: ServedModel, result: Completed, *, with_logprobs: bool) -> ChatChoice:
+    return ChatChoice(
+        index=result.index,
+        message=ChatMessageOut(result.text),
+        finish_reason=finish_word(model, result.finish),
+        logprobs=chat_logprobs(model.text, result.tokens, result.logprobs) if with_logprobs else None,
+        stop_reason=stop_reason(result.finish, result.stop),
+    )
 
 
 def _max_tokens(model: ServedModel, body: ChatBody, num_prompt: int) -> int:

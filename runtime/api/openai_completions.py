@@ -19,7 +19,7 @@ from runtime.api.openai_answers import (
 )
 from runtime.api.openai_body import refuse_unsupported
 from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage, num_prompt_tokens
-from runtime.api.openai_context import json_response, model_of, new_id, now, read_body
+from runtime.api.openai_context import json_response, model_of, new_id, now, read_body, written_out
 from runtime.api.openai_params import check_logprobs, check_ranges, refuse_suffix, sequences, truncated
 from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import CompletionBody
@@ -97,7 +97,9 @@ class Completions:
         if body.max_tokens == 0:
             results = [_empty(result) for result in results]
         per_prompt = body.n or 1
-        choices = [_choice(model, body, prompts[result.index // per_prompt], result) for result in results]
+        choices = await written_out(
+            lambda: [_choice(model, body, prompts[result.index // per_prompt], result) for result in results], results
+        )
         counted = usage(
             sum(len(prompt.token_ids) for prompt in prompts),
             sum(len(result.tokens) for result in results),

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -15,16 +15,20 @@ from runtime.api.openai_answers import encode
 from runtime.api.openai_body import Parsed, parse
 from runtime.api.openai_types import ChatTurn
 from runtime.errors import InvalidRequest, NotSupported
+from runtime.generation.request import Completed
 from runtime.served import ModelDirectory, ServedModel
 from runtime.text.chat import ChatMessage, ChatOptions
 
-_THREAD_ABOVE_TURNS = 256   # a chat of more is rendered off the event loop (about two milliseconds)
+# off the event loop, what takes longer than about two milliseconds: rendering a chat, writing out log-probabilities
+_THREAD_ABOVE_TURNS = 256
+_THREAD_ABOVE_VALUES = 1000
 
 _LOG = logging.getLogger(__name__)
-_T = TypeVar("_T", bound=msgspec.Struct)
+_Body = TypeVar("_Body", bound=msgspec.Struct)
+_T = TypeVar("_T")
 
 
-async def read_body(request: web.Request, kind: type[_T]) -> Parsed[_T]:
+async def read_body(request: web.Request, kind: type[_Body]) -> Parsed[_Body]:
     parsed = parse(await request.read(), kind)
     if parsed.unknown:
         _LOG.info("unknown fields were ignored: %s", ", ".join(parsed.unknown[:16]))
@@ -77,6 +81,12 @@ def _content(index: int, turn: ChatTurn) -> str:
             raise InvalidRequest(f"{where}: text is missing or not a string", param=where)
         texts.append(text)
     return "\n".join(texts)
+
+
+async def written_out(make: Callable[[], _T], results: Sequence[Completed]) -> _T:
+    """What `make` makes of the results, which may hold a great many log-probabilities."""
+    values = sum(1 + len(entry.top) for result in results for entry in (*result.prompt_logprobs, *result.logprobs) if entry is not None)
+    return make() if values <= _THREAD_ABOVE_VALUES else await asyncio.to_thread(make)
 
 
 def new_id(kind: str) -> str:

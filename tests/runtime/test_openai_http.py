@@ -92,6 +92,16 @@ async def test_offsets_count_special_tokens_that_the_caller_wrote(http: aiohttp.
             assert found["text_offset"] == sorted(found["text_offset"])
 
 
+async def test_very_many_log_probabilities(http: aiohttp.ClientSession, server: Server) -> None:
+    """They are written out beside the other requests; nothing of the answer differs."""
+    prompt = server.script("The quick brown fox")
+    body = {"model": "m1", "prompt": prompt, "max_tokens": 1, "logprobs": 20, "echo": True, "seed": 1}
+    _, few, _ = await post(http, server, "/v1/completions", body)
+    status, many, _ = await post(http, server, "/v1/completions", {**body, "n": 20})
+    assert status == 200
+    assert [choice["logprobs"] for choice in many["choices"]] == [few["choices"][0]["logprobs"]] * 20
+
+
 async def test_echo_without_output(http: aiohttp.ClientSession, server: Server) -> None:
     body = {"model": "m1", "prompt": "The fox", "max_tokens": 0, "logprobs": 0, "echo": True}
     status, answer, _ = await post(http, server, "/v1/completions", body)
