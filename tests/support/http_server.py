@@ -1,9 +1,17 @@
 """A web server of the standard library in a thread, on a port of its own: what the stand-ins for stores and sites are made of."""
 
 import ssl
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Quiet about a client that left; it may well have been told to."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # the library's type is a private union
 
 
 class HttpServer:
@@ -11,7 +19,7 @@ class HttpServer:
 
     def __init__(self, handler: type[BaseHTTPRequestHandler], identity: Path | None = None) -> None:
         handler.disable_nagle_algorithm = True  # an answer's body follows its headers at once, not when they are acknowledged 40 ms later
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         if identity is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(identity)
