@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -164,3 +165,14 @@ async def test_nothing_is_folded_on_a_pipe(pod: RunningPod, say: Say) -> None:
     assert path in (await say("show", "n" * 150))[1]
     assert f"{'n' * 150}  not loaded" in (await say("ps"))[1]
     assert path in (await say("fit", path))[1]
+
+
+async def test_the_documented_fields_are_those_there_are(pod: RunningPod, say: Say) -> None:
+    """A script reads them: `docs/api.md` names each, and nothing else."""
+    assert (await say("register", "q", "/q"))[0] == 0
+    told = json.loads((await say("load", "q", "--json"))[1])
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    table = page.split("with `--json` (")[1].split("| --- | --- |\n")[1].split("\n\n")[0]
+    rows = [row.split("|")[1:3] for row in table.splitlines()]
+    assert {name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)} == set(told)
+    assert set(re.findall(r"`([a-z_]+)`", rows[-1][1])) == set(told["copies"][0])
