@@ -21,6 +21,7 @@ from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRun
 
 SERVICE_NAME = "mmesh.ModelRuntime"
 _PREDICT_S = 0.45
+_UNLIMITED = 2**31 - 1
 # methods whose request carries the model's name in field 1, for a mesh that injects ids there instead of in a header
 _ID_IN_FIELD_1 = (
     "fmaas.GenerationService/Generate", "fmaas.GenerationService/GenerateStream", "fmaas.GenerationService/Tokenize",
@@ -46,7 +47,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             source, settings = parse_model(request.modelPath, request.modelKey)
             served = await self._models.load(request.modelId, source, settings)
             return pb.LoadModelResponse(
-                sizeInBytes=(await self._capacity()).charge_of(served.facts), maxConcurrency=settings.max_concurrency or 2**31 - 1
+                sizeInBytes=(await self._capacity()).charge_of(served.facts), maxConcurrency=min(settings.max_concurrency or _UNLIMITED, _UNLIMITED)
             )
 
     async def unloadModel(

@@ -44,13 +44,15 @@ class Planned:
 
 def refuse_adapters(request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest) -> None:
     for field in ("adapter_id", "prefix_id"):
-        if request.HasField(field):
+        if getattr(request, field):
             raise NotSupported(f"{field} is not supported yet: this runtime serves base models only")
 
 
 def check(params: pb.Parameters, server_limit: int) -> None:
     """Raises InvalidRequest with TGIS's texts, then NotSupported for what isn't here."""
     decoding, stopping, sampling, response = params.decoding, params.stopping, params.sampling, params.response
+    if params.method not in (pb.GREEDY, pb.SAMPLE):
+        raise InvalidRequest(f"there is no decoding method {params.method}")
     if decoding.HasField("length_penalty") and not 1.0 <= decoding.length_penalty.decay_factor <= 10.0:
         raise InvalidRequest("length_penalty.decay_factor must be >= 1.0 and <= 10.0")
     if decoding.repetition_penalty != 0 and not decoding.repetition_penalty > 0:

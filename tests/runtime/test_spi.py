@@ -118,6 +118,7 @@ async def test_load_size_unload(runtime: Runtime, stub: ModelRuntimeStub) -> Non
     assert loaded.maxConcurrency == 3
     assert (await stub.loadModel(request("a", max_concurrency=3))).sizeInBytes == loaded.sizeInBytes
     assert runtime.preparer.started == 1
+    assert (await stub.loadModel(request("b", max_concurrency=2**40))).maxConcurrency == 2**31 - 1
     assert (await stub.modelSize(spi.ModelSizeRequest(modelId="a"))).sizeInBytes == loaded.sizeInBytes
     for _ in range(2):
         await stub.unloadModel(spi.UnloadModelRequest(modelId="a"))

@@ -251,6 +251,7 @@ async def test_unloaded_meanwhile(services: Services) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=0.5))},
      "length_penalty.decay_factor must be >= 1.0 and <= 10.0"),
+    ({"method": 7}, "there is no decoding method 7"),
     ({"decoding": pb.DecodingParameters(repetition_penalty=-1)}, "repetition_penalty must be > 0.0"),
     ({"stopping": pb.StoppingCriteria(max_new_tokens=170)}, "max_new_tokens must be <= 169"),
     ({"stopping": pb.StoppingCriteria(min_new_tokens=5, max_new_tokens=4)}, "min_new_tokens must be <= max_new_tokens"),
@@ -313,6 +314,8 @@ async def test_adapters_are_refused_and_plain_text_format_is_taken(services: Ser
         with pytest.raises(grpc.aio.AioRpcError, match=field) as caught:
             await services.tgis.GenerateStream(pb.SingleGenerationRequest(**{field: "x"})).read()
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    none = pb.BatchedGenerationRequest(prefix_id="", adapter_id="", requests=[pb.GenerationRequest(text="a")])
+    assert len((await services.tgis.Generate(none)).responses) == 1
     plain = pb.DecodingParameters(format=pb.DecodingParameters.TEXT, repetition_penalty=2.5)
     assert (await generate(services, decoding=plain)).text == TEXT
 
