@@ -1,0 +1,87 @@
+"""docker/ and deploy/ say what the programs take: command lines, ports, folders and volumes. Nothing is built or applied here."""
+
+import argparse
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mesh.cli import serve_flags
+from runtime.configure import configure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def serve(command: list[str]) -> argparse.Namespace:
+    """What `repertory serve …` understands of it; SystemExit if it takes it not."""
+    parser = argparse.ArgumentParser()
+    serve_flags.add_flags(parser)
+    assert command[0] == "serve"
+    return parser.parse_args(command[1:])
+
+
+def port(address: str) -> str:
+    return address.rpartition(":")[2]
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "docker" / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
+
+
+def of(word: str) -> list[str]:
+    return [rest for instruction, rest in dockerfile() if instruction == word]
+
+
+def test_the_image_takes_files_that_are_here_and_serves_on_the_ports_it_names() -> None:
+    taken = {source for copy in of("COPY") if not copy.startswith("--from") for source in copy.split()[:-1]}
+    assert all((ROOT / source).exists() for source in taken)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {pattern.removesuffix("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert taken >= {"pyproject.toml", "LICENSE", project["project"]["readme"], *packages}
+    assert json.loads(of("ENTRYPOINT")[0]) == ["repertory"]
+    given = serve(json.loads(of("CMD")[0]))
+    assert {port(given.http_listen), port(given.grpc_listen)} == set(of("EXPOSE")[0].split())
+    asked = json.loads(of("HEALTHCHECK")[0].partition("CMD ")[2])
+    assert f"127.0.0.1:{port(given.http_listen)}/healthz" in asked[-1]
+    compile(asked[-1], "HEALTHCHECK", "exec")
+
+
+def test_the_image_keeps_what_it_fetches_and_compiles_in_its_volume() -> None:
+    set_to = dict(pair.split("=", 1) for pair in " ".join(of("ENV")).split())
+    volume = of("VOLUME")[0]
+    assert all(set_to[name].startswith(volume) for name in ("REPERTORY_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"))
+    assert of("USER") == ["1000"]
+
+
+def test_the_composed_pods_reach_their_store_and_publish_what_they_serve() -> None:
+    composed: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    services = composed["services"]
+    taken: set[str] = set()
+    for name, pod in ((name, service) for name, service in services.items() if name != "etcd"):
+        given = serve(pod["command"])
+        host, _, store_port = given.store.removeprefix("etcd://").partition(":")
+        assert f":{store_port}" in " ".join(services[host]["command"])
+        assert {published.split(":")[1] for published in pod["ports"]} == {port(given.http_listen), port(given.grpc_listen)}, name
+        outside = {published.split(":")[0] for published in pod["ports"]}
+        assert not outside & taken
+        taken |= outside
+        assert (ROOT / "docker" / pod["build"]["context"] / pod["build"]["dockerfile"]).exists()
+    assert {volume.split(":")[0] for service in services.values() for volume in service["volumes"]} == set(composed["volumes"])
+
+
+def test_the_serving_runtime_is_configured_as_modelmesh_calls_it() -> None:
+    spec: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "servingruntime.yaml").read_text())["spec"]
+    (container,) = spec["containers"]
+    assert container["args"][0] == "serve-runtime"
+    config = configure(container["args"][1:], {})
+    assert {port(address) for address in config.listen} == {port(spec["grpcEndpoint"]), port(spec["grpcDataEndpoint"])}
+    assert int(port(config.http_listen)) == container["livenessProbe"]["httpGet"]["port"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == {volume["name"] for volume in spec["volumes"]}
+    set_to = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
+    for folder in (config.cache_dir, config.storage_config_dir, *set_to.values()):
+        assert any(folder == mount or folder.startswith(f"{mount}/") for mount in mounts), folder
