@@ -5,6 +5,7 @@
 
 import asyncio
 import gc
+import hashlib
 import logging
 import secrets
 import signal
@@ -49,6 +50,7 @@ from mesh.types import Target
 
 logger = logging.getLogger(__name__)
 
+_HOST_CHARACTERS = 32
 _ANY_HOST = ("", "0.0.0.0", "[::]", "::", "*")
 
 
@@ -189,14 +191,16 @@ class Pod:
         for kind, address, server in (("gRPC", self._config.grpc_listen, self.grpc), ("HTTP", self._config.http_listen, self.http)):
             await asyncio.to_thread(check_free, kind, address)
             await _listening(kind, address, server.start())
+        own = identity(
+            grpc_address=_advertised(self._config.grpc_listen, self.grpc.port, self._config.advertise_host),
+            http_address=_advertised(self._config.http_listen, self.http.port, self._config.advertise_host),
+            labels=self._config.labels,
+            location=self._config.advertise_host or socket.gethostname(),
+        )
+        self._look_for_a_double(own.grpc_address)
         self._publisher = Publisher(
             self.registry.instances,
-            identity(
-                grpc_address=_advertised(self._config.grpc_listen, self.grpc.port, self._config.advertise_host),
-                http_address=_advertised(self._config.http_listen, self.http.port, self._config.advertise_host),
-                labels=self._config.labels,
-                location=self._config.advertise_host or socket.gethostname(),
-            ),
+            own,
             self._copies,
             self._changes,
             snapshot=lambda: self.placement.runtime.snapshot,
@@ -227,6 +231,16 @@ class Pod:
         await self.registry.close()
         await self._connections.close()
         await self._store.close()
+
+    def _look_for_a_double(self, grpc_address: str) -> None:
+        """Two pods with one id overwrite each other's records. It may also be this pod's own, from before it moved here."""
+        other = self.registry.instances.get(self.instance_id)
+        if other is not None and other.grpc_address != grpc_address:
+            logger.warning(
+                "instance_id %s is also that of a pod at %s: if that one still runs, give each its own",
+                self.instance_id,
+                other.grpc_address or "an unknown address",
+            )
 
     async def _tell_health(self) -> None:
         told = False
@@ -268,8 +282,10 @@ async def _listening(kind: str, address: str, starting: Coroutine[Any, Any, None
 
 
 def _made_up_id(grpc_listen: str) -> str:
-    """The same after a restart, different for two pods of one host."""
-    host = socket.gethostname().replace(",", "-")[-12:]
+    """The same after a restart, different for two pods of one host, and for two hosts whose names begin or end alike."""
+    host = socket.gethostname().replace(",", "-")
+    if len(host) > _HOST_CHARACTERS:
+        host = f"{host[: _HOST_CHARACTERS - 9]}-{hashlib.sha1(host.encode(), usedforsecurity=False).hexdigest()[:8]}"
     port = grpc_listen.rpartition(":")[2]
     if grpc_listen.startswith("unix:") or port == "0":
         return f"{host}-{secrets.token_hex(3)}"

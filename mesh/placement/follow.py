@@ -16,6 +16,7 @@ from mesh.types import CopyState, RuntimeClient, RuntimeLimits, RuntimeModel, Ru
 logger = logging.getLogger(__name__)
 
 _READY_S = 180.0  # ModelMesh gives up here; a supervised runtime may come later, so it is asked again
+_REFUSED_S = 2.0  # one that says at once that it never will be is asked again all the same: another may take its place
 _SETTLE_S = 0.3  # one that tells nothing of itself gets this long to come to itself
 
 
@@ -116,6 +117,7 @@ class RuntimeFollower:
                 self.limits = await self._runtime.wait_ready(_READY_S)
             except MeshError as error:
                 logger.error("%s", error.message)
+                await asyncio.sleep(_REFUSED_S)
             else:
                 self._loads.begin(self.limits)
                 return self.limits

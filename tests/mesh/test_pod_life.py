@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from mesh.pod import _made_up_id
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.fake_runtime import MB, FakeRuntime, Switches
 from tests.support.pods import running_pod
@@ -285,3 +286,22 @@ async def test_what_no_longer_fits_after_low_predictions_goes_once_it_is_idle(tm
         await pod.load("a")
         await until(lambda: set(pod.runtime.loaded) == {"a"})
         assert pod.pod._copies.usage().used_bytes == 60 * MB
+
+
+async def test_a_runtime_that_cant_be_used_is_asked_again_with_pauses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(loading_concurrency=0), wait=False) as pod:
+        await until(lambda: "maxLoadingConcurrency is 0" in caplog.text)
+        await asyncio.sleep(1.0)
+        assert len(pod.runtime.log) == 1, "it was asked in a loop"
+        pod.runtime.switches.loading_concurrency = 1
+        await until(pod.pod.is_ready)
+
+
+def test_hosts_whose_names_end_alike_make_different_pods(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = set()
+    for host in ("ip-10-0-1-23.eu-central-1.compute.internal", "ip-10-0-1-24.eu-central-1.compute.internal", "node,1", "n"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        made |= {_made_up_id("0.0.0.0:8033"), _made_up_id("0.0.0.0:8034")}
+        assert _made_up_id("0.0.0.0:8033") in made
+    assert len(made) == 8
+    assert not any("," in name or len(name) > 40 for name in made)
