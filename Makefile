@@ -5,6 +5,7 @@
 #   make check    ruff, mypy, import-linter, and wire/ equal to what proto/ generates
 #   make proto    regenerate wire/ from proto/
 #   make bench    a benchmark of bench/README.md: B=cpu, overhead, engine, …; ARGS='--repeats 1'
+#   make gpu      on a machine with a GPU: the tests that need one, then its benchmarks; what they print is kept in build/gpu
 #   make setup    only make the environment (.venv)
 #   make clean    remove environments and caches
 
@@ -12,7 +13,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check lint types imports stubs proto bench clean
+.PHONY: help setup demo test check lint types imports stubs proto bench gpu clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$p"; break; }; done)
@@ -44,7 +45,7 @@ PROTO_ENV := .env-proto
 PROTO_STAMP := $(PROTO_ENV)/grpcio-tools-$(GRPCIO_TOOLS)
 
 help:
-	@sed -n '3,9p' Makefile | sed 's/^# *//'
+	@sed -n '3,10p' Makefile | sed 's/^# *//'
 
 setup: $(VENV)/.dev
 
@@ -74,6 +75,15 @@ proto: $(PROTO_STAMP)
 
 bench: $(VENV)/.dev
 	$(RUN)/python -m bench.$(B) $(ARGS)
+
+# One that fails keeps nothing from those after it.
+GPU_BENCHES ?= start engine served mix linear layer kv profile_step
+gpu: $(VENV)/.dev
+	@mkdir -p build/gpu; set -o pipefail; status=0; \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest -m gpu $(T) 2>&1 | tee build/gpu/tests.txt || status=1; \
+	for name in $(GPU_BENCHES); do \
+	  echo "== bench.$$name"; $(RUN)/python -m bench.$$name 2>&1 | tee "build/gpu/$$name.txt" || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf .venv .env-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -99,6 +99,8 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
     _write_tokenizer(folder, shape.vocab)
     (folder / "config.json").write_text(json.dumps(config_of(shape)))  # last: its presence says that the rest is whole
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what an engine finds there is its budget
     return folder
 
 

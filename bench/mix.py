@@ -31,9 +31,12 @@ def main() -> None:
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     config = {"device": args.device, "max_rows": 512, "host_budget_bytes": 16 << 30}
+    # before the engine takes the device's memory: random weights are drawn there
+    folders = [write(shape, args.folder / f"{args.shape}-{number}", seed=number) for number in range(2)]
+    checkpoints = [checkpoint_of(folder, args.format, args.folder) for folder in folders]
     with engine(config) as running:
-        for number, name in enumerate(("one", "two")):
-            running.load(name, checkpoint_of(write(shape, args.folder / f"{args.shape}-{number}", seed=number), args.format, args.folder))
+        for name, checkpoint in zip(("one", "two"), checkpoints, strict=True):
+            running.load(name, checkpoint)
         turns(running, shape, args.rows, args.output, args.repeats)
         first_token(running, shape, args.repeats, args.late_s)
 

@@ -84,4 +84,6 @@ def random_packed(shape: Shape, format_: str, folder: Path) -> Checkpoint:
             plain("lm_head", shape.vocab, shape.hidden)
         (out / "config.json").write_text(json.dumps(config_of(shape)))
         save_file(tensors, packed, metadata={"format": FORMAT, "quantization": format_, "dtype": "bfloat16", "layout_4bit": "kernel"})
+        if device == "cuda":
+            torch.cuda.empty_cache()
     return Checkpoint(str(out), (), str(packed), quantization, "bfloat16", packed.stat().st_size)
