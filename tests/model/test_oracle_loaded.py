@@ -8,6 +8,7 @@ import torch
 from runtime.config import EngineConfig
 from runtime.engine.backend import EngineBackend, make_backend
 from runtime.engine.plan import LoadedModel, LoadRequest
+from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 from tests.model.test_oracle import prompts, reference
 from tests.support.driving import Ask, Pages, RunnerDriver, pages_of
@@ -41,7 +42,10 @@ def backend() -> EngineBackend:
     return make_backend(EngineConfig(device="cpu", max_rows=MAX_ROWS, max_batch_tokens=MAX_TOKENS, slab_bytes=1 << 20, device_budget_bytes=256 << 20))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "neox", "phi", "granite"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3", "gemma3", "gpt2", "neox", "phi", "granite", "mixtral", "gemma2", "olmo2", "cohere2", "starcoder2", "gpt_oss"],
+)
 def test_greedy_text_of_a_loaded_model_before_and_after_an_eviction(name: str, tmp_path: Path, backend: EngineBackend) -> None:
     model = family(name)
     model.save_pretrained(tmp_path / name)
@@ -55,6 +59,13 @@ def test_greedy_text_of_a_loaded_model_before_and_after_an_eviction(name: str, t
         send_away(loaded)
     loaded.runner.close()
     loaded.memory.close()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("falcon", "its code has no attention hook"), ("deepseek_v2", "keys of 8 and values of 16 channels")])
+def test_a_family_that_cannot_be_run_is_refused(name: str, reason: str, tmp_path: Path, backend: EngineBackend) -> None:
+    family(name).save_pretrained(tmp_path / name)
+    with pytest.raises(LoadFailed, match=rf"model {name}: \w+ForCausalLM is not supported: .*{reason}"):
+        load(backend, tmp_path / name)
 
 
 def test_two_loaded_models_take_turns(tmp_path: Path, backend: EngineBackend) -> None:

@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -20,6 +22,20 @@ from transformers import (
 )
 
 VOCAB = 193
+# what each has that the others haven't: experts, capped scores, norms behind the layers, interleaved rotation, sinks
+FURTHER: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {"head_dim": 16, "sliding_window": 20, "query_pre_attn_scalar": 16},
+    "olmo2": {},
+    "cohere2": {"sliding_window": 20},
+    "starcoder2": {"sliding_window": 24, "use_bias": True},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "deepseek_v2": {
+        "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
 
 
 def family(name: str, seed: int = 0) -> PreTrainedModel:
@@ -53,9 +69,10 @@ def family(name: str, seed: int = 0) -> PreTrainedModel:
             logits_scaling=2.0,
         ))  # fmt: skip
     else:
-        raise ValueError(name)
+        grouped = {**common, "intermediate_size": 96, "num_key_value_heads": 2}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**grouped, **FURTHER[name]}), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5)
     return model.eval()
