@@ -59,6 +59,11 @@ def attend_on_host(
     for tile in plan.tiles(spec.sliding_window, q.dtype):
         k = _keys(planes.k, planes.page_unit, tile, block_tokens, spec, q.dtype)
         v = _keys(planes.v, planes.page_unit, tile, block_tokens, spec, q.dtype)
+        if tile.num_queries == 1 and sinks is None and not spec.softcap:
+            # the heads that share keys as queries of one head: torch reads (and in bf16 repacks) the keys once, not once a head
+            queries = q[tile.tokens].view(tile.num_rows, spec.num_kv_heads, -1, spec.head_dim)
+            out[tile.tokens] = scaled_dot_product_attention(queries, k, v, attn_mask=tile.bias, scale=spec.scale).flatten(1, 2)
+            continue
         queries = q[tile.tokens].view(tile.num_rows, tile.num_queries, spec.num_q_heads, spec.head_dim).transpose(1, 2)
         if sinks is None and not spec.softcap:
             mixed = scaled_dot_product_attention(
