@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _USAGE = 2  # a configuration that can't be
@@ -55,7 +57,7 @@ class Child:
             if not well and self._deaths >= 2:
                 return status  # what it can't start without isn't there
             pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
-            print(f"repertory: the {self.name} process ended with status {status}; starting it again in {pause_s:g} s", file=sys.stderr)
+            logger.warning("the %s process ended with status %d; starting it again in %g s", self.name, status, pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await stopping.wait()
@@ -84,7 +86,7 @@ class Child:
             elif missed is not None:
                 missed += 1
         if self._http:
-            print(f"repertory: the {self.name} process hangs: it hasn't answered {self._looks} times; ending it", file=sys.stderr)
+            logger.error("the %s process hangs: it hasn't answered %d times; ending it", self.name, self._looks)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from mesh import logs
 from mesh.cli.child import Child, reachable, status_of
 from mesh.cli.render import size
 from mesh.client.admin import DEFAULT_SERVER
@@ -98,6 +99,7 @@ def serve(args: argparse.Namespace) -> int:
         with _own(settings.run_dir):
             for kind, field in (("gRPC", "grpc_listen"), ("HTTP", "http_listen")):
                 check_free(kind, str(settings.mesh[field]))
+            logs.set_up(as_json=bool(settings.mesh["log_json"]), level=str(settings.mesh["log_level"]))
             return asyncio.run(_Supervisor(settings).run())
     except OSError as error:
         raise Unavailable(str(error)) from None

@@ -164,10 +164,15 @@ class Placement:
 
     async def withdraw(self) -> None:
         """This pod is leaving: its copies are no longer to be asked for."""
-        for copy in self._copies:
+        copies = list(self._copies)
+        for copy in copies:
             copy.announced = False
-            with contextlib.suppress(StoreError):
+        try:
+            for copy in copies:
                 await self._announcer.gone(copy.model_id, last_used_ms=copy.last_used_ms)
+        except StoreError as error:
+            # seconds for each model would outlast the grace period, and the others see that this pod is gone
+            logger.warning("this pod's copies stay in the registry: %s", error.message)
 
     def load_here(self, model_id: str, *, last_used_ms: int, urgent: bool = True) -> None:
         record = self._registry.models.get(model_id)

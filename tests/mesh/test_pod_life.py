@@ -12,6 +12,8 @@ import grpc
 import grpc.aio
 import pytest
 
+from mesh.errors import StoreError
+from mesh.placement.announce import Announcer
 from mesh.pod import _made_up_id
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.fake_runtime import MB, FakeRuntime, Switches
@@ -305,3 +307,19 @@ def test_hosts_whose_names_end_alike_make_different_pods(monkeypatch: pytest.Mon
         assert _made_up_id("0.0.0.0:8033") in made
     assert len(made) == 8
     assert not any("," in name or len(name) > 40 for name in made)
+
+
+async def test_a_pod_that_stops_while_the_store_is_away_asks_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question takes seconds then, and a pod may hold hundreds of models."""
+    asked = []
+
+    async def away(_: Announcer, model_id: str, **__: int) -> None:
+        asked.append(model_id)
+        raise StoreError("store: no etcd endpoint could be reached within 3.5 s")
+
+    async with running_pod(tmp_path / "pod") as pod:
+        for name in ("a", "b", "c"):
+            await pod.register(name)
+            await pod.echo(name)
+        monkeypatch.setattr(Announcer, "gone", away)
+    assert len(asked) == 1

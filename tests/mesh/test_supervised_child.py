@@ -32,7 +32,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
-async def test_a_child_that_hangs_is_replaced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_a_child_that_hangs_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     address = f"127.0.0.1:{port}"
     child = Child("test", [sys.executable, "-c", SCRIPT, str(tmp_path), str(port)], address, look_s=0.2, looks=4)
@@ -60,7 +60,7 @@ async def test_a_child_that_hangs_is_replaced(tmp_path: Path, capfd: pytest.Capt
         stopping.set()
         await child.stop(5.0)
         assert await running == 0
-    assert "the test process hangs" in capfd.readouterr().err
+    assert "the test process hangs" in caplog.text
 
 
 async def test_a_socket_that_says_nothing_does_not_answer(tmp_path: Path) -> None:
