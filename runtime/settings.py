@@ -44,7 +44,7 @@ def parse_model(model_path: str, model_key: str) -> tuple[ModelSource, ModelSett
         known = ", ".join(sorted(_SAMPLING_FIELDS))
         raise InvalidRequest(f"model key: unknown field 'sampling.{strange[0]}'; known fields are {known}", param=f"sampling.{strange[0]}")
     check_settings(settings)
-    return ModelSource(model_path, storage.storage_key, params), settings
+    return ModelSource(model_path, storage.storage_key or None, params), settings
 
 
 def check_settings(settings: ModelSettings) -> None:

@@ -16,6 +16,7 @@ from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError
 from runtime.fitting import Fitter
 from runtime.models import Models
 from runtime.settings import parse_model
+from runtime.types import ModelSettings, ModelSource
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 
@@ -38,6 +39,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         self._models = models
         self._fitter = fitter
         self._cache_budget_bytes = cache_budget_bytes
+        self._predictions: set[asyncio.Task[int]] = set()
 
     async def loadModel(
         self, request: pb.LoadModelRequest, context: "grpc.aio.ServicerContext[pb.LoadModelRequest, pb.LoadModelResponse]"
@@ -65,16 +67,12 @@ class ModelRuntimeApi(ModelRuntimeServicer):
     ) -> pb.PredictModelSizeResponse:
         async with statuses(context):
             source, settings = parse_model(request.modelPath, request.modelKey)
-        try:
-            async with asyncio.timeout(_PREDICT_S):
-                capacity = await self._capacity()
-                hello = await self._engine.wait_ready()
-                needs = (await self._fitter.look(source, settings, hello.device, local_only=True)).needs
-        except (RepertoryError, TimeoutError):
-            return pb.PredictModelSizeResponse()      # 0: unknown
-        return pb.PredictModelSizeResponse(
-            sizeInBytes=capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
-        )
+        prediction = asyncio.create_task(self._predicted_bytes(source, settings))
+        self._predictions.add(prediction)
+        prediction.add_done_callback(self._predictions.discard)
+        # a look that takes longer goes on, and is remembered for the next who asks
+        done, _ = await asyncio.wait((prediction,), timeout=_PREDICT_S)
+        return pb.PredictModelSizeResponse(sizeInBytes=prediction.result() if done else 0)
 
     async def modelSize(
         self, request: pb.ModelSizeRequest, context: "grpc.aio.ServicerContext[pb.ModelSizeRequest, pb.ModelSizeResponse]"
@@ -107,6 +105,16 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             limitModelConcurrency=True,
             allowAnyMethod=True,
         )
+
+    async def _predicted_bytes(self, source: ModelSource, settings: ModelSettings) -> int:
+        """0 = unknown."""
+        try:
+            capacity = await self._capacity()
+            hello = await self._engine.wait_ready()
+            needs = (await self._fitter.look(source, settings, hello.device, local_only=True)).needs
+        except RepertoryError:
+            return 0
+        return capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
 
     async def _capacity(self) -> Capacity:
         hello = await self._engine.wait_ready()

@@ -34,7 +34,14 @@ GEOMETRY = Geometry("FakeForCausalLM", 2, 1, 8, 16, 32, 100, 64, "float32")
 
 
 class ScriptedFitter:
+    def __init__(self) -> None:
+        self.may_end = asyncio.Event()
+        self.ended: list[str] = []
+
     async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
+        if source.uri.startswith("slow:"):
+            await self.may_end.wait()
+            self.ended.append(source.uri)
         if source.uri.startswith("missing:"):
             raise LoadFailed(f"{source.uri}: no such files")
         return Look(GEOMETRY, needs_of(GEOMETRY, (), settings, device), Quantization.NONE, exact=False, config={"uri": source.uri})
@@ -49,7 +56,8 @@ class Runtime:
         self.preparer = ScriptedPreparer(0.05)
         self.models = Models(config, self.engine, self.preparer, no_text)
         self.server = grpc.aio.server()
-        parts = (config, self.engine, self.models, ScriptedFitter(), 1 << 30)
+        self.fitter = ScriptedFitter()
+        parts = (config, self.engine, self.models, self.fitter, 1 << 30)
         add_spi(self.server, ModelRuntimeApi(*parts))
         add_state(self.server, RuntimeStateApi(*parts))
         self.address = f"unix:{tmp_path / 'spi.sock'}"
@@ -152,8 +160,13 @@ async def test_a_cancelled_call_leaves_nothing(runtime: Runtime, stub: ModelRunt
     await until(runtime, lambda: not runtime.models.views())
 
 
-async def test_prediction_is_quick_or_unknown(stub: ModelRuntimeStub) -> None:
+async def test_prediction_is_quick_or_unknown(runtime: Runtime, stub: ModelRuntimeStub) -> None:
     await ready(stub)
+    slow = spi.PredictModelSizeRequest(modelId="a", modelPath="slow:x")
+    assert (await stub.predictModelSize(slow)).sizeInBytes == 0
+    runtime.fitter.may_end.set()
+    assert (await stub.predictModelSize(slow)).sizeInBytes > 0
+    assert runtime.fitter.ended == ["slow:x"] * 2, "what took too long the first time was given up"
     known = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="/models/a"))
     assert known.sizeInBytes > 0
     unknown = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="missing:x"))
