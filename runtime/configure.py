@@ -70,7 +70,7 @@ def _add_flags(group: "argparse._ArgumentGroup", fields: _Fields) -> None:
         if isinstance(kind, msgspec.inspect.BoolType):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            group.add_argument(flag, metavar=_metavar(name, kind), **options)
+            group.add_argument(flag, metavar=_metavar(name, kind), action="append" if _is_list(kind) else "store", **options)
 
 
 def _shown(name: str, default: object) -> object:
@@ -101,8 +101,9 @@ def _merge(content: Mapping[str, object], fields: _Fields, env: Mapping[str, str
         variable = _variable(name)
         if variable in env:
             merged[name] = _value(f"environment variable {variable}", name, field, env[variable])
-        if given.get(name) is not None:
-            merged[name] = _value("flag", name, field, given[name])
+        flag = given.get(name)
+        if flag is not None:
+            merged[name] = _value("flag", name, field, ",".join(flag) if isinstance(flag, list) else flag)
     return merged
 
 

@@ -52,6 +52,10 @@ def test_what_is_wrong_is_named(key: dict[str, object], named: str) -> None:
     assert named in str(caught.value)
 
 
+def test_an_empty_storage_key_is_none() -> None:
+    assert parse_model("/m", '{"storage_key": ""}')[0].storage_key is None
+
+
 def test_an_empty_path_needs_a_storage() -> None:
     with pytest.raises(InvalidRequest, match="path is empty"):
         parse_model("", "{}")
@@ -68,6 +72,7 @@ def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
     assert (config.engine.max_rows, config.engine.device_budget_bytes, config.engine.slab_bytes) == (9, 1 << 30, 4 << 20)
     assert config.engine.fuse is False
     assert configure(["--config", '{"log_json": true}'], {}).log_json
+    assert configure(["--listen", "unix:/a", "--listen", "0.0.0.0:1,unix:/b"], env).listen == ("unix:/a", "0.0.0.0:1", "unix:/b")
     for arguments, named in ((["--device-budget", "lots"], "'lots'"), (["--config", '{"grase_s": 1}'], "'grase_s'"), (["--max-rows", "x"], "max_rows")):
         with pytest.raises(InvalidRequest) as caught:
             configure(arguments, {})
