@@ -25,6 +25,7 @@ from runtime.puller.locate import locate
 from runtime.puller.look import look_local, look_remote
 from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
 from runtime.puller.packer import run_packer
+from runtime.puller.pull import pull
 from runtime.puller.source import Listing, Source, Unreachable
 from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
 
@@ -113,22 +114,7 @@ class Preparation:
 
     def _pull(self, source: Source, listing: Listing, job: Job) -> Held:
         total_bytes = listing.total_bytes
-        done_bytes = 0
-
-        def fill(work: Path) -> None:
-            nonlocal done_bytes
-            for file in listing.files:
-                target = work / file.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-
-                def arrived(count: int, name: str = file.name) -> None:
-                    nonlocal done_bytes
-                    done_bytes += count
-                    job.say(Phase.PULLING, done_bytes, total_bytes, name)
-
-                source.fetch(file, target, job, arrived)
-
-        return self._cache.obtain("pulled", listing.key, total_bytes, fill, job, listing.origin)
+        return self._cache.obtain("pulled", listing.key, total_bytes, lambda work: pull(source, listing, work, job), job, listing.origin)
 
     def _from_files(self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: Job) -> Prepared:
         found = inspect(path, self._policy)

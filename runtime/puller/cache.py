@@ -7,6 +7,7 @@ processes may share one cache. Knows nothing of what the files are.
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from runtime.puller.job import Job
 
 _MANIFEST = ".repertory.json"
 _POLL_S = 0.1
+log = logging.getLogger(__name__)
 _STALE_S = 7 * 24 * 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -42,10 +44,13 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
+    """`pending_bytes` are still to come: somebody fills it now."""
+
     path: Path
     lock_name: str
     size_bytes: int
     used_s: float
+    pending_bytes: int = 0
 
 
 class Cache:
@@ -74,16 +79,21 @@ class Cache:
         return sum(item.size_bytes for item in self._items())
 
     def find(self, area: str, key: str) -> Held | None:
-        """A complete entry, held; None if there is none."""
+        """A complete entry, held; None if there is none. One whose files were cut or removed since is dropped, unless others use it."""
         path = self._root / area / key
         if not path.is_dir():
             return None
         lock = self._open(f"{area}-{key}")
-        if _try_lock(lock, fcntl.LOCK_SH) and path.is_dir():
-            _touch(path)
-            return Held(path, lock)
-        os.close(lock)
-        return None
+        if not _try_lock(lock, fcntl.LOCK_SH) or not path.is_dir():
+            os.close(lock)
+            return None
+        if not _is_whole(path) and _try_lock(lock, fcntl.LOCK_EX):
+            log.warning("%s isn't what was put there any more; it is made anew", path)
+            self._throw_away(path)
+            os.close(lock)
+            return None
+        _touch(path)
+        return Held(path, lock)
 
     def obtain(self, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], job: Job, what: str) -> Held:
         """The entry, held; made by `fill` into an empty or half-filled directory if there is none yet. Of many who ask, one fills.
@@ -99,7 +109,7 @@ class Cache:
                 try:
                     path = self._root / area / key
                     if not path.is_dir():
-                        self._fill(path, area, key, need_bytes, fill, what)
+                        self._fill(path, area, key, need_bytes, fill, what, lock)
                     fcntl.flock(lock, fcntl.LOCK_SH)      # not atomic: whoever came between may have dropped it
                     if path.is_dir():
                         _touch(path)
@@ -117,13 +127,14 @@ class Cache:
         if need_bytes > self.budget_bytes:
             raise Overloaded(f"{what} needs {need_bytes} bytes, more than the disk cache's budget of {self.budget_bytes} bytes")
         items = [item for item in self._items() if item.lock_name != keep]
-        used = sum(item.size_bytes for item in items)
+        pending = sum(item.pending_bytes for item in items)
+        used = sum(item.size_bytes for item in items) + pending
         for item in sorted(items, key=lambda one: one.used_s):
-            if used + need_bytes <= self.budget_bytes and shutil.disk_usage(self._root).free >= need_bytes:
+            if used + need_bytes <= self.budget_bytes and shutil.disk_usage(self._root).free - pending >= need_bytes:
                 return
             if self._drop(item):
                 used -= item.size_bytes
-        free = shutil.disk_usage(self._root).free
+        free = shutil.disk_usage(self._root).free - pending
         if free < need_bytes:
             raise _disk_full(what, need_bytes, free, self._root)
         if used + need_bytes > self.budget_bytes:
@@ -131,9 +142,16 @@ class Cache:
                 f"{what} needs {need_bytes} bytes; models in use hold {used} bytes of the disk cache's budget of {self.budget_bytes} bytes"
             )
 
-    def _fill(self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str) -> None:
+    def _fill(self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str, lock: int) -> None:
         work = self._root / "work" / f"{area}-{key}"
-        self.make_room(max(need_bytes - _size_of(work), 0), what, keep=f"{area}-{key}")
+        room = self._open("room")            # two that ask at once must not both be given what is left
+        try:
+            fcntl.flock(room, fcntl.LOCK_EX)
+            self.make_room(max(need_bytes - _size_of(work), 0), what, keep=f"{area}-{key}")
+            os.truncate(lock, 0)
+            os.pwrite(lock, str(need_bytes).encode(), 0)     # for who asks while this lock is held
+        finally:
+            os.close(room)
         try:
             work.mkdir(exist_ok=True)
             fill(work)
@@ -162,21 +180,33 @@ class Cache:
                     items.append(_Item(path, f"{area}-{path.name}", size_bytes, manifest.stat().st_mtime))
         for path in (self._root / "work").iterdir():
             with suppress(OSError):
-                items.append(_Item(path, path.name, _size_of(path), path.stat().st_mtime))
+                size_bytes = _size_of(path)
+                items.append(_Item(path, path.name, size_bytes, path.stat().st_mtime, max(self._need_of(path.name) - size_bytes, 0)))
         return items
+
+    def _need_of(self, lock_name: str) -> int:
+        """What a directory will have, if somebody fills it now."""
+        lock = self._open(lock_name)
+        try:
+            return 0 if _try_lock(lock, fcntl.LOCK_SH) else int(os.pread(lock, 32, 0) or b"0")
+        finally:
+            os.close(lock)
 
     def _drop(self, item: _Item) -> bool:
         lock = self._open(item.lock_name)
         try:
             if not _try_lock(lock, fcntl.LOCK_EX):
                 return False
-            trash = self._root / "work" / f"trash-{uuid.uuid4().hex}"
-            with suppress(FileNotFoundError):
-                item.path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            self._throw_away(item.path)
             return True
         finally:
             os.close(lock)
+
+    def _throw_away(self, path: Path) -> None:
+        trash = self._root / "work" / f"trash-{uuid.uuid4().hex}"
+        with suppress(FileNotFoundError):
+            path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def _sweep(self) -> None:
         for path in (self._root / "work").iterdir():
@@ -209,6 +239,15 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_whole(path: Path) -> bool:
+    """By its size: what a disk lost, or a person removed. Contents are their readers' to check."""
+    try:
+        manifest = path / _MANIFEST
+        return _size_of(path) - manifest.stat().st_size == int(json.loads(manifest.read_text())["size_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _size_of(path: Path) -> int:

@@ -143,3 +143,42 @@ def test_leftovers_are_swept(tmp_path: Path) -> None:
     (tmp_path / "work" / "pulled-new").mkdir()
     Cache(tmp_path, 1000)
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"pulled-new"}
+
+
+def test_what_is_on_its_way_counts_already(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    filling, go_on = threading.Event(), threading.Event()
+
+    def slow(work: Path) -> None:
+        filling.set()
+        assert go_on.wait(60)
+        (work / "f").write_bytes(bytes(600))
+
+    thread = threading.Thread(target=lambda: cache.obtain("pulled", "slow", 600, slow, job(), "slow").release())
+    thread.start()
+    assert filling.wait(60)
+    with pytest.raises(Overloaded, match="hold 600 bytes"):
+        put(cache, "second", 600)
+    put(cache, "small", 300)
+    go_on.set()
+    thread.join()
+    assert keys(cache, tmp_path) == {"slow", "small"}
+    put(cache, "second", 600)              # nobody uses them now
+    assert "slow" not in keys(cache, tmp_path)
+
+
+def test_an_entry_that_lost_files_is_made_anew(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1 << 20)
+    put(cache, "k", 300)
+    os.truncate(tmp_path / "pulled" / "k" / "f", 100)
+    assert cache.find("pulled", "k") is None
+    put(cache, "k", 300)
+    held = cache.find("pulled", "k")
+    assert held is not None
+    (held.path / "f").unlink()
+    other = cache.find("pulled", "k")      # somebody uses it: it stays as it is
+    assert other is not None
+    held.release()
+    other.release()
+    put(cache, "k", 300)
+    assert (tmp_path / "pulled" / "k" / "f").stat().st_size == 300

@@ -105,6 +105,7 @@ async def test_a_pull_that_was_given_up_is_taken_up_again(
 ) -> None:
     monkeypatch.setattr("runtime.puller.buckets._CHUNK_BYTES", 20_000)
     monkeypatch.setattr("runtime.puller.buckets._TRIES", 1)
+    monkeypatch.setattr("runtime.puller.pull._FILES_AT_ONCE", 1)
     source = place(kind, "models/org/tiny", stores)
     reads = 0
 

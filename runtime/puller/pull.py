@@ -1,0 +1,46 @@
+"""All files of a model, some beside each other: one connection is rarely as fast as the disk. Knows the count of bytes; nothing of where they come from."""
+
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from runtime.errors import Cancelled
+from runtime.lifecycle import Phase
+from runtime.puller.job import Job
+from runtime.puller.source import Listing, RemoteFile, Source
+
+_FILES_AT_ONCE = 8
+
+
+def pull(source: Source, listing: Listing, directory: Path, job: Job) -> None:
+    """Fetch what isn't there yet. Raises what the first file that fails raises, once the others have stopped."""
+    lock = threading.Lock()
+    failed = threading.Event()
+    done_bytes = 0
+
+    def fetch(file: RemoteFile) -> None:
+        def arrived(count: int) -> None:
+            nonlocal done_bytes
+            if failed.is_set():
+                raise Cancelled("another file of the model can't be had")
+            with lock:
+                done_bytes += count
+                job.say(Phase.PULLING, done_bytes, listing.total_bytes, file.name)
+
+        if failed.is_set():
+            return
+        target = directory / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            source.fetch(file, target, job, arrived)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="pull") as threads:
+        futures = [threads.submit(fetch, file) for file in listing.files]
+        wait(futures, return_when=FIRST_EXCEPTION)
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        job.check()                          # if it was cancelled, that is why
+        raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])

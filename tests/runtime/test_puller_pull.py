@@ -1,0 +1,64 @@
+"""A model's files come beside each other; what fails stops them all, and says why."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import Cancelled, LoadFailed
+from runtime.lifecycle import Progress
+from runtime.puller.job import Job
+from runtime.puller.pull import pull
+from runtime.puller.source import Arrived, Listing, RemoteFile
+
+FILES = [RemoteFile(f"f{number}", "", 100) for number in range(6)]
+
+
+class Scripted:
+    """A source whose files wait for each other; `broken` fails once all have begun, and the rest would go on for ever."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.together = threading.Barrier(len(FILES))
+        self.broken = broken
+
+    def listing(self, job: Job) -> Listing:
+        return Listing("scripted", FILES)
+
+    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+        return b""
+
+    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+        self.together.wait(60)
+        if file.name == self.broken:
+            raise LoadFailed(f"{file.name} is corrupt")
+        if self.broken:
+            while True:
+                job.wait(0.01)
+                arrived(0)
+        for _ in range(100):
+            arrived(1)
+        target.write_bytes(bytes(100))
+
+
+def test_files_come_beside_each_other_and_are_counted_together(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    source = Scripted()
+    pull(source, source.listing(Job(seen.append)), tmp_path, Job(seen.append))
+    assert len(list(tmp_path.iterdir())) == len(FILES)
+    counts = [progress.done_bytes for progress in seen]
+    assert counts == sorted(counts)
+    assert counts[-1] == seen[-1].total_bytes == 600
+
+
+def test_one_that_fails_stops_the_others_and_is_the_reason(tmp_path: Path) -> None:
+    source = Scripted("f3")
+    with pytest.raises(LoadFailed, match="f3 is corrupt"):
+        pull(source, source.listing(Job(lambda progress: None)), tmp_path, Job(lambda progress: None))
+
+
+def test_a_cancelled_pull_is_cancelled(tmp_path: Path) -> None:
+    job = Job(lambda progress: None)
+    source = Scripted("nothing of that name")
+    threading.Timer(0.2, job.cancel).start()
+    with pytest.raises(Cancelled, match="the load was cancelled"):
+        pull(source, source.listing(job), tmp_path, job)
