@@ -60,7 +60,7 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineDeath:
-    """Who had work when the engine died. `stepping` was about to run or running; `loading` were on their way in."""
+    """What went on when the engine died. `stepping` was about to run or running; `loading` were on their way in."""
 
     exit_text: str
     stepping: str | None
@@ -325,10 +325,10 @@ class EngineClient:
         if self._stopping:
             self._fail_all(Unavailable("the runtime is shutting down"))
             return
-        marked = self._blackbox.read()
+        marked = self._blackbox.read()   # with requests or without: graphs are captured unasked
         death = EngineDeath(
             exit_text=exit_text,
-            stepping=marked if marked is not None and self._open[marked] else None,
+            stepping=marked,
             loading=tuple(model_id for model_id, queue in self._loads.items() if queue),
         )
         self._blackbox.mark("")

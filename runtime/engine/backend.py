@@ -76,14 +76,14 @@ class EngineBackend:
     def synchronize(self) -> None:
         self._hardware.synchronize()
 
-    def idle(self) -> bool:
+    def idle(self, mark: Callable[[str], None] = lambda name: None) -> bool:
         if self._stage is not None and not self._opened:
             self._opened = True          # not before the engine has said that it is there
             self._stage.open()
             return True
         # what a rehearsal compiles needn't be compiled twice, and the memory that it takes is no graph's
         rehearsing = self._stage is not None and self._stage.busy
-        return (not rehearsing and self._state.capture_one()) or self._hardware.idle()
+        return (not rehearsing and self._state.capture_one(mark)) or self._hardware.idle()
 
     def close(self) -> None:
         """Give the device back; all models must be closed."""

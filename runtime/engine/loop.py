@@ -224,9 +224,12 @@ class EngineLoop:
         return bool(self._flights) or any(m.scheduler.sequences() for m in self.house.models.values())
 
     def _rest(self) -> None:
-        if self._backend.idle():
+        if self._backend.idle(self._mark):
             return
-        soon = len(self._loads) > 0 or any(m.swapping or len(m.scheduler.waiting) for m in self.house.models.values())
+        models = self.house.models.values()
+        swapping = next((m.model_id for m in models if m.swapping), "")
+        self._mark(swapping)             # if the engine ends now, no other model did it
+        soon = bool(len(self._loads) or swapping) or any(len(m.scheduler.waiting) for m in models)
         timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
         try:
             command = self._inbox.get(timeout=timeout_s)

@@ -5,7 +5,7 @@ one KV block of a model in units that the runner's memory gave (kvcache.blocks h
 torch, time, or how tokens are drawn. Plans hold everything that a follower rank would need.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -173,8 +173,11 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Wait for all launched work (tests and shutdown only)."""
 
-    def idle(self) -> bool:
-        """Do one piece of background work (a graph capture, a slab of the arena); True if there was one. Called when no model has work."""
+    def idle(self, mark: Callable[[str], None]) -> bool:
+        """Do one piece of background work (a graph capture, a slab of the arena); True if there was one. Called when no model has work.
+
+        `mark` is told a model before anything of it runs, as before a step.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 
 from runtime.engine.model.buckets import Bucket
 from runtime.engine.model.graphs import EAGER_USES, GraphPool, ModelGraphs
-from tests.support.torch_graphs import TorchGraphs
+from tests.support.torch_graphs import Stream, TorchGraphs
 
 BUCKET = Bucket(4, 4, 1, 1024)
 OTHER = Bucket(8, 8, 1, 1024)
@@ -74,3 +74,24 @@ def test_whatever_a_pass_raises_that_nobody_asked_for_costs_graphs_alone(
     assert pool.full == isinstance(error, torch.OutOfMemoryError)
     if not pool.full:
         assert graphs_of(pool).capture(BUCKET)
+
+
+def test_who_runs_unasked_is_named_before_and_a_lost_device_is_not_survived(
+    captures: TorchGraphs, pool: GraphPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault shows when the device is waited for, and the model that is marked then is the one to blame."""
+    told: list[str] = []
+    graphs_of(pool, lambda: told.append("runs"), "a")
+    assert pool.capture_one(told.append)
+    assert told == ["a", "runs"]
+    assert pool.capture_one(told.append)                     # captured
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    graphs_of(pool, lost, "b")
+    monkeypatch.setattr(Stream, "synchronize", lambda stream: lost())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        for _ in range(3):
+            pool.capture_one(told.append)
+    assert told[-1] == "b"

@@ -154,6 +154,19 @@ async def test_an_idle_engines_death_blames_nobody(client: EngineClient) -> None
     assert listener.deaths[0].loading == ()
 
 
+async def test_a_model_that_ran_unasked_is_blamed_for_the_engines_death(client: EngineClient) -> None:
+    """Idle turns run models to capture their graphs: without a name the engine would die of the same one for ever."""
+    await client.load(load("a"))
+    assert client.hello is not None
+    client._blackbox.mark("a")
+    os.kill(client.hello.pid, signal.SIGKILL)
+    while client.restarts == 0:
+        await client.changes.wait_past(client.changes.count, 5.0)
+    listener = client._listener
+    assert isinstance(listener, Listener)
+    assert listener.deaths[0].stepping == "a"
+
+
 async def test_a_death_fails_the_load_that_was_on_its_way(client: EngineClient) -> None:
     with pytest.raises(Unavailable):
         await client.load(load("deadly"))

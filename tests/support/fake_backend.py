@@ -4,7 +4,7 @@ So a block that is shared wrongly, dropped too early or written twice shows as a
 runtime.engine.plan and keeps what the mechanism would keep: mapped slabs, rows, weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -308,5 +308,5 @@ class FakeBackend:
 
     def synchronize(self) -> None: ...
 
-    def idle(self) -> bool:
+    def idle(self, mark: Callable[[str], None]) -> bool:
         return False

@@ -140,6 +140,8 @@ class FakeEngine:
     def finish(self, add: Add, row: RowTokens) -> None:
         self.rows.pop(add.request_id, None)
         self.row_models.pop(add.request_id, None)
+        if not self.rows:
+            self.blackbox.mark("")
         self.send(Tokens(add.model_id, (row,)))
 
     def end(self, request_id: int, finish: FinishReason) -> None:

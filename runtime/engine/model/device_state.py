@@ -3,6 +3,7 @@
 Made once at the engine's start; every tensor keeps its address. Knows sizes; nothing of any model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,6 @@ class DeviceState:
             ResultRing(device, config.max_rows), GraphPool(device, enabled=on_gpu and config.graphs), Scratch.allocate(device) if on_gpu else None,
         )
 
-    def capture_one(self) -> bool:
-        """Capture one graph that is asked for, if there is one; for idle turns. True if it did."""
-        return self.graphs.capture_one()
+    def capture_one(self, mark: Callable[[str], None] = lambda name: None) -> bool:
+        """Capture one graph that is asked for, if there is one; for idle turns. True if it did. `mark`: see GraphPool."""
+        return self.graphs.capture_one(mark)

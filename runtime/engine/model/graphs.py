@@ -78,19 +78,27 @@ class GraphPool:
         with self._joining:
             self._members = [member for member in self._members if member is not graphs]
 
-    def capture_one(self) -> bool:
-        """One idle turn's work: run or capture the bucket that has been asked for longest, else a likely one. False if there is nothing to do."""
+    def capture_one(self, mark: Callable[[str], None] = lambda name: None) -> bool:
+        """One idle turn's work: run or capture the bucket that has been asked for longest, else a likely one. False if there is nothing to do.
+
+        `mark` is told the model before anything of it runs. Raises what the device raises when it is lost.
+        """
         while self._wanted:
             graphs, bucket = self._wanted[0]
-            if graphs.advance(bucket):
+            if graphs.advance(bucket, mark):
                 return True
             self._wanted.popleft()
         if self.used_bytes < UNASKED_SHARE * self._limit_bytes:
             for graphs in sorted(self._members, key=lambda member: member.num_graphs):
                 bucket_ahead = graphs.ahead()
-                if bucket_ahead is not None and graphs.advance(bucket_ahead):
+                if bucket_ahead is not None and graphs.advance(bucket_ahead, mark):
                     return True
         return False
+
+    def settle(self) -> None:
+        """Wait for what was launched. Raises if the device is lost."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).synchronize()
 
     def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
         """Capture `run`, which returns logits, without running it. Other threads may use the device meanwhile."""
@@ -187,11 +195,14 @@ class ModelGraphs:
             self.capture(bucket)
         return self._graphs.get(bucket)
 
-    def advance(self, bucket: Bucket) -> bool:
-        """Run the bucket, or capture it if that was done last. False if there was nothing to do."""
+    def advance(self, bucket: Bucket, mark: Callable[[str], None]) -> bool:
+        """Run the bucket to its end, or capture it if that was done last. False if there was nothing to do."""
         if not self._possible(bucket):
             return False
-        return self._attempt(self._record if self._rehearsed == bucket else self._rehearse, bucket)
+        mark(self._name)
+        done = self._attempt(self._record if self._rehearsed == bucket else self._rehearse, bucket)
+        self._pool.settle()              # a fault that shows later would be put down to another model
+        return done
 
     def capture(self, bucket: Bucket) -> bool:
         """Capture the bucket's graph now. False if there is one, the weights are away, the pool is full, or the model's code can't be captured

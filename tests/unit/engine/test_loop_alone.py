@@ -1,9 +1,11 @@
 """The loop with one model: how long its steps may be, and what is told of it first."""
 
+from collections.abc import Callable
+
 import pytest
 
 from runtime.engine.plan import KvGeometry
-from runtime.messages import EngineStats, Loaded
+from runtime.messages import EngineStats, Loaded, Shutdown
 from runtime.types import Tier
 from tests.support.fake_backend import FakeBackend
 from tests.unit.engine.test_loop import stage
@@ -47,3 +49,31 @@ def test_an_idle_engine_is_not_told_to_be_running() -> None:
     made.turn(20)
     assert len(made.of(EngineStats)) <= told + 1, "told once, not in every idle turn"
     made.close()
+
+
+def test_the_mark_names_who_may_end_the_engine_while_it_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front blames the model that is marked, with requests or without: an idle turn runs a model unasked, or its weights come in."""
+    made = stage("ab")
+    made.add("b", [10], 3)
+    made.until_quiet()
+    assert made.marks[-1] == "b"
+    seen: list[str] = []
+
+    def idle(mark: Callable[[str], None]) -> bool:
+        seen.append(made.marks[-1])
+        if len(seen) == 1:
+            mark("a")                                        # and runs it
+            return True
+        if len(seen) == 3:
+            made.backend.specs["b"].swap_polls = 50
+            made.unload("a")
+            made.unload("b")
+            made.load("b")
+        if "b" in seen[3:]:
+            made.inbox.put(Shutdown(0.0))
+        return False
+
+    monkeypatch.setattr(made.backend, "idle", idle)
+    made.loop.run()
+    assert seen[:3] == ["b", "a", ""], "what ran unasked, then nobody"
+    assert seen[-1] == "b", "the weights that come in"
