@@ -92,6 +92,5 @@ def test_who_runs_unasked_is_named_before_and_a_lost_device_is_not_survived(
     graphs_of(pool, lost, "b")
     monkeypatch.setattr(Stream, "synchronize", lambda stream: lost())
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        for _ in range(3):
-            pool.capture_one(told.append)
+        pool.capture_one(told.append)
     assert told[-1] == "b"
