@@ -6,6 +6,7 @@ from typing import Any
 
 from runtime.errors import LoadFailed
 from runtime.fit import TensorShape
+from runtime.puller.gguf_index import check_index
 
 _FIELDS = {
     "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
@@ -18,6 +19,7 @@ def read_gguf(path: Path) -> tuple[Mapping[str, object], Sequence[TensorShape]]:
     """Raises LoadFailed if the file is damaged or says too little."""
     from gguf import GGUFReader
 
+    check_index(path)
     try:
         reader: Any = GGUFReader(str(path))
         architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()

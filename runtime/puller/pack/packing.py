@@ -22,6 +22,7 @@ from runtime.engine.model.packed import KERNEL_LAYOUT
 from runtime.engine.model.safetensors_index import read_index
 from runtime.engine.model.skeleton import build_skeleton, stored_specs, tied_names
 from runtime.errors import LoadFailed
+from runtime.puller.gguf_index import check_index
 from runtime.puller.pack.beside import convert_tokenizer, copy_beside, write_config
 from runtime.puller.pack.gguf_once import read_once
 from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
@@ -47,6 +48,7 @@ def pack(request: PackRequest, say: Say) -> int:
     whole: Any = None
     if request.kind == "gguf":
         name = Path(request.weight_files[0]).name
+        check_index(Path(request.weight_files[0]))
         with read_once():
             say(PackProgress(0, 0, f"reading {name}"))
             whole = _read_whole(request, gguf_file=name)
