@@ -15,7 +15,7 @@ from runtime.api.openai_params import check_ranges, sequences
 from runtime.api.openai_types import Shared
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_count, check_output, room_for_output
+from runtime.generation.limits import check_chars, check_count, check_output, room_for_output
 from runtime.served import ModelDirectory, ServedModel
 from runtime.types import FinishReason, LogprobParams
 from wire.inference import grpc_predict_v2_pb2 as pb
@@ -102,6 +102,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         check_ranges(model, body)
         special = body.add_special_tokens is not False
         check_count(model, len(texts))
+        check_chars(model, texts)
         prompts = await encode_texts(model, texts, add_special_tokens=special)
         limits = [_max_tokens(model, body, len(prompt)) for prompt in prompts]
         results = await self._generator.complete(model, sequences(model, body, prompts, limits, LogprobParams()))

@@ -12,7 +12,7 @@ from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import ChatBody
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_output, room_for_output
+from runtime.generation.limits import check_chars, check_output, room_for_output
 from runtime.generation.request import Completed, Delta, SequenceRequest
 from runtime.served import ModelDirectory, ServedModel
 from runtime.text.chat import ChatOptions
@@ -54,6 +54,8 @@ class ChatCompletions:
         if body.continue_final_message and body.add_generation_prompt:
             raise InvalidRequest("continue_final_message and add_generation_prompt can't both be true", param="continue_final_message")
         text = await render_chat(model, body.messages, options)
+        if body.truncate_prompt_tokens is None:
+            check_chars(model, [text], param="messages")
         return await encode_text(model, text, add_special_tokens=bool(body.add_special_tokens))
 
     async def _answer(self, model: ServedModel, answered: str, requests: list[SequenceRequest]) -> Answer:

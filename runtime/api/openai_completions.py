@@ -25,7 +25,7 @@ from runtime.api.openai_stream import send_events
 from runtime.api.openai_types import CompletionBody
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_count, check_output, check_token_ids, room_for_output
+from runtime.generation.limits import check_chars, check_count, check_output, check_token_ids, room_for_output
 from runtime.generation.merge import close
 from runtime.generation.request import Completed, Delta, SequenceRequest
 from runtime.messages import TokenLogprobs
@@ -76,7 +76,10 @@ class Completions:
         prompts: list[Prompt] = []
         separate = _separate(body.prompt)
         check_count(model, len(separate), body.n or 1)
-        encoded = iter(await encode_texts(model, [given for given in separate if isinstance(given, str)], add_special_tokens=special))
+        texts = [given for given in separate if isinstance(given, str)]
+        if body.truncate_prompt_tokens is None:
+            check_chars(model, texts)
+        encoded = iter(await encode_texts(model, texts, add_special_tokens=special))
         for given in separate:
             if isinstance(given, str):
                 full = next(encoded)

@@ -12,7 +12,7 @@ from runtime.api.tgis_params import Prompt, check, deadline_of, plan, refuse_ada
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_count
+from runtime.generation.limits import check_chars, check_count
 from runtime.generation.merge import close
 from runtime.served import ModelDirectory, ServedModel
 from wire.fmaas import generation_pb2 as pb
@@ -111,5 +111,6 @@ async def _prompts(model: ServedModel, texts: Sequence[str], params: pb.Paramete
     if params.truncate_input_tokens:
         found = [encoding.ids for encoding in await encode_last(model, texts, params.truncate_input_tokens)]
     else:
+        check_chars(model, texts)
         found = [tuple(ids) for ids in await encode_texts(model, texts, add_special_tokens=True)]
     return [Prompt(text, ids) for text, ids in zip(texts, found, strict=True)]

@@ -29,6 +29,17 @@ def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> No
         )
 
 
+def check_chars(model: ServedModel, texts: Sequence[str], *, param: str = "prompt") -> None:
+    """Refuses what can't fit whatever its tokens are, without the seconds that millions of letters take to be tokenized."""
+    per_token, limit = model.text.most_chars_per_token, model.facts.max_model_len
+    longest = max(map(len, texts), default=0)
+    if per_token is not None and longest > per_token * limit:
+        raise InvalidRequest(
+            f"model {model.name}: the prompt has {longest} characters; its context is {limit} tokens of at most {per_token} characters each",
+            param=param,
+        )
+
+
 def room_for_output(model: ServedModel, num_prompt: int, *, param: str = "prompt") -> int:
     """How many tokens may follow a prompt of `num_prompt` tokens; at least 1. Raises InvalidRequest."""
     limit = model.facts.max_model_len

@@ -21,6 +21,7 @@ class TextModel:
         self._templates = templates
         self.sampling = sampling   # generation_config.json's, under the registration's
         self.vocab_size = tokenizer.vocab_size
+        self.most_chars_per_token = tokenizer.most_chars_per_token
 
     @property
     def has_chat_template(self) -> bool:

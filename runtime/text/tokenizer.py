@@ -13,7 +13,11 @@ from tokenizers import AddedToken, Tokenizer
 from runtime.errors import LoadFailed
 from runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from runtime.text.files import TokenizerConfig, TokenSpec
-from runtime.text.pieces import START_KEEP, Decoding, Pieces, decoding_of
+from runtime.text.pieces import START_KEEP, Decoding, Pieces, byte_level_alphabet, decoding_of
+
+# letters of bytes that no text has, or none that is typed: some vocabularies leave them out
+_RARE_BYTES = frozenset(letter for letter, byte in byte_level_alphabet().items() if byte < 0x20 or byte > 0xEF or byte in (0x7F, 0xC0, 0xC1))
+_MOST_NORMALIZED_AWAY = 4   # a letter with three marks becomes one
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class TextTokenizer:
         self._shown = Pieces(tokenizer, rule, special)
         self._all = Pieces(tokenizer, rule, frozenset())
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
+        self.most_chars_per_token = _most_chars_per_token(tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # the batch call, unlike the single one, lets other threads run, and the fast one leaves out offsets
@@ -109,6 +114,14 @@ def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
     tokenizer.no_padding()
     _add_missing_tokens(tokenizer, config)
     return TextTokenizer(tokenizer)
+
+
+def _most_chars_per_token(tokenizer: Tokenizer) -> int | None:
+    """Of a text that a token may stand for; None where a token for what is unknown may stand for any number."""
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    if "<0x41>" not in vocab and not byte_level_alphabet().keys() - _RARE_BYTES <= vocab.keys():
+        return None
+    return max(map(len, vocab)) * (1 if tokenizer.normalizer is None else _MOST_NORMALIZED_AWAY)
 
 
 def _add_missing_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:

@@ -303,6 +303,17 @@ async def test_truncation_keeps_the_end_and_bos(http: aiohttp.ClientSession, ser
         assert other.engine.asked[0].prompt == (1, *other.script("the dog the dog")[-2:])
 
 
+async def test_a_prompt_beyond_all_bounds_is_refused_untokenized(http: aiohttp.ClientSession, server: Server) -> None:
+    text = "the dog " * 1000
+    for path, body, param in (
+        ("/v1/completions", {"model": "m1", "prompt": text}, "prompt"),
+        ("/v1/chat/completions", chat(messages=[{"role": "user", "content": text}]), "messages"),
+    ):
+        status, answer, _ = await post(http, server, path, body)
+        assert (status, answer["error"]["param"], "characters" in answer["error"]["message"]) == (400, param, True)
+        assert (await post(http, server, path, {**body, "truncate_prompt_tokens": 5}))[0] == 200
+
+
 async def test_many_prompts(http: aiohttp.ClientSession, server: Server) -> None:
     status, answer, _ = await post(http, server, "/v1/completions", {"model": "m1", "prompt": [[5, 6]] * 300, "max_tokens": 1})
     assert status == 200

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from runtime.errors import EngineFault, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_output, draw_seed, engine_seed, room_for_output, within_float32
+from runtime.generation.limits import check_chars, check_output, draw_seed, engine_seed, room_for_output, within_float32
 from runtime.generation.merge import merge
 from runtime.generation.request import Completed, SequenceRequest, put_together
 from runtime.generation.sequence import RunningSequence, split_tokens
 from runtime.messages import RowTokens
 from runtime.metrics import RuntimeMetrics
 from runtime.served import ServedModel
+from runtime.text.model import TextModel, load_text
 from runtime.types import FinishReason, LogprobParams, ModelSettings, SamplingParams, StopParams
 from tests.support import tokenizers as tiny
 from tests.support.scripted_engine import ScriptedEngine, entry, served, until
@@ -28,6 +29,12 @@ GREEDY = SamplingParams(temperature=0.0)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     return served(tiny.byte_level(tmp_path_factory.mktemp("m")), "m1")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[TextModel]:
+    folder = tmp_path_factory.mktemp("t")
+    return [load_text(kind(folder / kind.__name__), ModelSettings()) for kind in (tiny.byte_level, tiny.sentencepiece)]
 
 
 def request_of(*, max_tokens: int = 100, index: int = 0, **fields: object) -> SequenceRequest:
@@ -204,6 +211,22 @@ def test_limits_name_model_limit_and_value(model: ServedModel) -> None:
         with pytest.raises(InvalidRequest, match="model m1"):
             call()
     check_output(model, 150, 50)
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFFFF, exclude_categories=("Cs",))))
+def test_no_token_stands_for_more_characters_than_the_bound(tokenizers: list[TextModel], text: str) -> None:
+    for each in tokenizers:
+        assert each.most_chars_per_token is not None
+        assert len(text) <= len(each.encode(text)) * each.most_chars_per_token
+
+
+def test_what_cannot_fit_is_refused_by_its_length(model: ServedModel, tmp_path: Path) -> None:
+    longest = 200 * (model.text.most_chars_per_token or 0)
+    check_chars(model, ["a", "b" * longest])
+    with pytest.raises(InvalidRequest, match=f"model m1: the prompt has {longest + 1} characters; its context is 200 tokens"):
+        check_chars(model, ["a", "b" * (longest + 1)])
+    check_chars(served(tiny.word_pieces(tmp_path / "w"), "m2"), ["b" * 10**7])   # one unknown word is one token
 
 
 def test_seeds() -> None:
