@@ -211,12 +211,17 @@ async def test_a_table_serves_while_etcd_is_away_and_catches_up(own_etcd: EtcdSe
 
 
 async def test_a_store_that_lost_everything_is_believed(own_etcd: EtcdServer) -> None:
-    store = EtcdStore(EtcdLocation((own_etcd.endpoint,)))
-    await store.open()
-    table = Table(store, PREFIX, ModelRecord)
-    await table.start()
+    stores = [EtcdStore(EtcdLocation((own_etcd.endpoint,))) for _ in range(2)]
+    for store in stores:
+        await store.open()
+    table, other = (Table(store, PREFIX, ModelRecord) for store in stores)
+    for each in (table, other):
+        await each.start()
     for _ in range(5):
-        await table.update("m", one_more_ref)
+        await other.update("m", one_more_ref)
+    # by its watch, which is the one that has to notice: a watch that lags behind the loss can't tell the two stores apart
+    await table.until("m", lambda record: record is not None and record.refs == 5)
+    await other.close()
     own_etcd.wipe()
     own_etcd.start()
     async with asyncio.timeout(60):
@@ -224,7 +229,8 @@ async def test_a_store_that_lost_everything_is_believed(own_etcd: EtcdServer) ->
     await table.update("m", one_more_ref)
     assert table.get("m") == ModelRecord(type="llm", refs=1)
     await table.close()
-    await store.close()
+    for store in stores:
+        await store.close()
 
 
 ids = st.sampled_from(["a", "b", "c"])
