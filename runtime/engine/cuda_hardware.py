@@ -48,7 +48,7 @@ class CudaHardware:
         self._memory = CudaMemory(device, slab_bytes, budget // slab_bytes, self._compute_stream)
         self.memory: DeviceMemory = self._memory
         arena_path, host_bytes = host_tier(config, slab_bytes)
-        self._pinned = PinnedMemory(host_bytes, arena_path, device)
+        self._pinned = PinnedMemory(host_bytes, arena_path, device, slab_bytes)
         self._arena = HostArena(self._pinned.view, slab_bytes, ArenaIndex(arena_path))
         self._pinned.start_registering()
         self.host_total_bytes = self._arena.total_bytes

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from runtime.config import MIB, EngineConfig
 from runtime.engine import cuda_hardware
 from runtime.engine.cuda_hardware import host_tier
 from runtime.engine.memory.free_memory import free_bytes
-from runtime.engine.memory.pinned import shared_memory_free_bytes
+from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
 
 SLAB = 2 * MIB
 MACHINE = 64 << 30
@@ -100,3 +101,27 @@ def test_half_of_free_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPat
     assert host_tier(EngineConfig(host_arena_path=path), SLAB) == (path, MACHINE // 2)
     Path(path).write_bytes(b"x" * 3 * SLAB)
     assert host_tier(EngineConfig(host_arena_path=path), SLAB) == (path, 3 * SLAB)
+
+
+@pytest.mark.parametrize("chunk_mib", [1, 48, 64, 96])
+def test_no_chunk_is_ever_registered_in_part(monkeypatch: pytest.MonkeyPatch, chunk_mib: int) -> None:
+    """The driver refuses a copy from memory of which it knows a part."""
+    registered: list[tuple[int, int]] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        del flags
+        registered.append((address, size))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0))
+    monkeypatch.setattr(PinnedMemory, "_touch", lambda *_: True)
+    pinned = PinnedMemory(5 * chunk_mib * MIB, "", torch.device("cpu"), chunk_mib * MIB)
+    pinned.start_registering()
+    assert pinned._thread is not None
+    pinned._thread.join()
+    base = pinned.view.data_ptr()
+    assert pinned.registered_bytes == pinned.size_bytes
+    assert [address - base for address, _ in registered] == [sum(size for _, size in registered[:i]) for i in range(len(registered))]
+    assert all((address - base) % (chunk_mib * MIB) == 0 for address, _ in registered)
+    pinned.close()

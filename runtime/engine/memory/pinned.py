@@ -21,10 +21,15 @@ _MADV_POPULATE_WRITE = 23            # Linux 5.14: backs pages with memory and l
 
 
 class PinnedMemory:
-    """`size_bytes` of host memory. `path`: a file on a shared-memory file system, "" = private to this process."""
+    """`size_bytes` of host memory. `path`: a file on a shared-memory file system, "" = private to this process.
 
-    def __init__(self, size_bytes: int, path: str, device: torch.device) -> None:
+    `chunk_bytes`: nothing is copied that crosses a multiple of it. A chunk is registered at once, since the driver refuses a copy from memory that is
+    registered in part.
+    """
+
+    def __init__(self, size_bytes: int, path: str, device: torch.device, chunk_bytes: int = _REGISTER_BYTES) -> None:
         self.size_bytes = size_bytes
+        self._unit_bytes = max(1, _REGISTER_BYTES // chunk_bytes) * chunk_bytes
         self._device = device
         if path:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -71,8 +76,8 @@ class PinnedMemory:
         # half of the cores stay with the engine and its loads
         num_threads = max(1, min(_MOST_TOUCH_THREADS, (os.cpu_count() or 2) // 2))
         with ThreadPoolExecutor(num_threads, thread_name_prefix="touch") as pool:
-            for offset in range(0, self.size_bytes, _REGISTER_BYTES):
-                size = min(_REGISTER_BYTES, self.size_bytes - offset)
+            for offset in range(0, self.size_bytes, self._unit_bytes):
+                size = min(self._unit_bytes, self.size_bytes - offset)
                 touched = list(pool.map(self._touch, range(offset, offset + size, _TOUCH_BYTES)))
                 if self._stopping.is_set() or not all(touched):
                     return
