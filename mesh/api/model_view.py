@@ -1,13 +1,16 @@
 """A registered model as people see it: one name, its settings, its state over all pods. Reads the registry and the loader; changes nothing."""
 
 from collections.abc import Callable
+from typing import Any
 
 from mesh.client.admin import Copy, Model
 from mesh.registry.naming import belongs_to, settings_of
+from mesh.registry.records import ModelRecord
 from mesh.registry.registry import NamedModel, Registry
 from mesh.types import CopyInfo, CopyState, Loader, ModelStatus, StatusInfo, Tier
 
 _NEAREST = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE)
+_MOST_SETTINGS = 10_000
 _COMING = (CopyState.LOADING, CopyState.PACKING, CopyState.PULLING, CopyState.QUEUED)
 
 
@@ -18,19 +21,28 @@ class ModelViews:
         self._registry = registry
         self._loader = loader
         self._last_used_ms = last_used_ms
+        self._settings: dict[str, dict[str, Any]] = {}  # by model key
 
     def all(self) -> list[Model]:
         return [self._view(named) for named in self._registry.named()]
 
+    def states(self) -> list[tuple[str, Model | None]]:
+        """As all, by name; None: it is at rest, loaded nowhere and well. Of thousands of names most are."""
+        named = self._registry.named()
+        return [(each.name, None if self._rests(each) else self._view(each)) for each in named]
+
     async def one(self, name: str) -> Model:
         """By name or concrete id. Raises NotFound."""
         model_id = await self._registry.resolve_fresh(name)
-        for named in self._registry.named():
-            if named.name == name:
-                return self._view(named)
-        record = self._registry.models.get(model_id)
-        assert record is not None
-        return self._view(NamedModel(name, model_id, model_id, record))
+        named = self._registry.find_named(name)
+        if named is None:
+            record = self._registry.models.get(model_id)
+            assert record is not None
+            named = NamedModel(name, model_id, model_id, record)
+        return self._view(named)
+
+    def _rests(self, named: NamedModel) -> bool:
+        return named.target_id == named.model_id and not self._loader.status(named.model_id).copies
 
     def _view(self, named: NamedModel) -> Model:
         status = self._loader.status(named.model_id)
@@ -40,7 +52,7 @@ class ModelViews:
         step = _best(coming) if coming is not status and coming.status is not ModelStatus.LOADED else best
         successor = self._registry.models.get(named.target_id) if named.target_id != named.model_id else None
         last_used_ms = max(self._last_used_ms(named.model_id), named.record.last_used_ms)
-        settings = {key: value for key, value in settings_of(named.record.info).items() if key not in ("display_name", "model_type")}
+        settings = self._settings_of(named.record)
         return Model(
             name=named.name,
             model_id=named.model_id,
@@ -64,6 +76,15 @@ class ModelViews:
             aliases=list(named.aliases),
             alias_of=self._alias_of(named),
         )
+
+    def _settings_of(self, record: ModelRecord) -> dict[str, Any]:
+        settings = self._settings.get(record.key)
+        if settings is None:
+            if len(self._settings) > _MOST_SETTINGS:
+                self._settings.clear()
+            known = settings_of(record.info)
+            settings = self._settings[record.key] = {key: known[key] for key in known if key not in ("display_name", "model_type")}
+        return settings
 
     def _alias_of(self, named: NamedModel) -> str:
         own = named.name == named.model_id or belongs_to(named.model_id, named.name) or belongs_to(named.target_id, named.name)

@@ -51,6 +51,9 @@ class Status(msgspec.Struct, frozen=True, omit_defaults=True):
     tier: str = ""
 
 
+_AT_REST = Status("unloaded")
+
+
 class Entry(msgspec.Struct, frozen=True):
     id: str
     status: Status
@@ -87,10 +90,11 @@ class ModelsRoutes:
         router.add_post("/models/unload", self.unload)
 
     async def list(self, _: web.Request) -> web.Response:
-        return _json(Listing([_entry(model) for model in self._views.all()]))
+        return _json(Listing([Entry(name, _status(model)) for name, model in self._views.states()]))
 
     async def show(self, request: web.Request) -> web.Response:
-        return _json(_entry(await self._views.one(request.match_info["name"])))
+        name = request.match_info["name"]
+        return _json(Entry(name, _status(await self._views.one(name))))
 
     async def load(self, request: web.Request) -> web.Response:
         """Begins the load and answers; how it goes is in the status. From another pod: to be loaded here and nowhere else."""
@@ -119,7 +123,7 @@ class ModelsRoutes:
         spoken_s = time.monotonic()
         while not self._stopping.is_set():
             seen = self._changes.version
-            now = {model.name: _status(model) for model in self._views.all()}
+            now = {name: _status(model) for name, model in self._views.states()}
             for name in known.keys() - now.keys():
                 await _send(response, Event(name, "model_removed", {"status": "unloaded"}))
             for name, status in now.items():
@@ -142,11 +146,10 @@ class ModelsRoutes:
         return await self._registry.resolve_fresh(which.model)
 
 
-def _entry(model: Model) -> Entry:
-    return Entry(model.name, _status(model))
-
-
-def _status(model: Model) -> Status:
+def _status(model: Model | None) -> Status:
+    """None: a model at rest."""
+    if model is None:
+        return _AT_REST
     if model.state == "loaded" or (not model.state and model.status == "LOADED"):
         return Status("loaded", tier=model.tier)
     if model.state in _FAILED or model.status == "LOADING_FAILED":

@@ -116,13 +116,14 @@ class Placement:
                     await self._changes.wait()
 
     def status(self, model_id: str) -> StatusInfo:
+        record = self._registry.models.get(model_id)
         return status_of(
             model_id,
-            self._registry.models.get(model_id),
+            record,
             own_id=self._own_id,
             own=self._own_copy(model_id),
             own_model=self._follower.model(model_id),
-            pods=self._pods(),
+            pods=self._pods() if record is not None and record.instance_ids else {},
         )
 
     async def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:

@@ -9,6 +9,7 @@ from mesh.types import CopyInfo, CopyState, ModelStatus, RuntimeModel, StatusInf
 MAX_FAILURES = 3  # ModelMesh: so many pods have tried
 FAILURES_FOR_MS = 450_000  # ... within 7.5 minutes
 _SKEW_MS = 5_000
+_AT_REST = StatusInfo(ModelStatus.NOT_LOADED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ def status_of(
     """`own_model`: what the runtime says of the model even if this pod holds no copy (it may remember why it failed)."""
     if record is None:
         return StatusInfo(ModelStatus.NOT_FOUND)
+    if own is None and not record.instance_ids and not record.failed_in:
+        return _AT_REST  # as most are, of thousands
     copies = [_own_info(own_id, own)] if own is not None else []
     copies += [_peer_info(model_id, pod, since_ms, pods[pod]) for pod, since_ms in _others(record, own_id, pods)]
     failures = sorted(((at_ms, pod) for pod, at_ms in record.failed_in.items()), reverse=True)

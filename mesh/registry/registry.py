@@ -41,6 +41,9 @@ class Registry:
         self.models = Models(store, f"{root}/registry/")
         self.vmodels = VModels(store, f"{root}/vmodels/", self.models, default_owner=default_owner)
         self.instances = Instances(store, f"{root}/instances/", own_id=instance_id, ttl_s=session_ttl_s)
+        self._named: tuple[NamedModel, ...] | None = None
+        self.models.table.listen(self._changed)
+        self.vmodels.table.listen(self._changed)
 
     async def start(self, timeout_s: float = 20.0) -> None:
         """Returns when all tables are filled. Raises StoreError."""
@@ -99,8 +102,32 @@ class Registry:
         """What people may ask for: vmodels, and models that aren't merely what a vmodel made."""
         return [named.name for named in self.named()]
 
-    def named(self) -> list[NamedModel]:
-        """Sorted by name."""
+    def named(self) -> tuple[NamedModel, ...]:
+        """Sorted by name. Made anew only after a change: thousands of names are listed with every event that a front end is told."""
+        if self._named is None:
+            self._named = self._list_named()
+        return self._named
+
+    def find_named(self, name: str) -> NamedModel | None:
+        """One of `named`, without the others."""
+        vmodel = self.vmodels.get(name)
+        if vmodel is None:
+            record = self.models.get(name)
+            return NamedModel(name, name, name, record, tuple(self._pointing_at(name))) if record is not None else None
+        model_id = self.resolve(name)
+        record = self.models.get(model_id)
+        if record is None:
+            return None
+        aliases = tuple(other for other in self._pointing_at(model_id) if other != name)
+        return NamedModel(name, model_id, vmodel.target_id, record, aliases, vmodel.failed)
+
+    def _pointing_at(self, model_id: str) -> list[str]:
+        return [name for name, vmodel in self.vmodels.table.items() if model_id in (vmodel.active_id, vmodel.target_id)]
+
+    def _changed(self, *_: object) -> None:
+        self._named = None
+
+    def _list_named(self) -> tuple[NamedModel, ...]:
         vmodels = self.vmodels.table.items()
         pointing: dict[str, list[str]] = {}
         for name, vmodel in vmodels:
@@ -110,13 +137,13 @@ class Registry:
         for name, vmodel in vmodels:
             model_id = self.resolve(name)
             if (record := self.models.get(model_id)) is not None:
-                aliases = tuple(other for other in sorted(pointing.get(model_id, ())) if other != name)
+                aliases = tuple(other for other in pointing.get(model_id, ()) if other != name)
                 found.append(NamedModel(name, model_id, vmodel.target_id, record, aliases, vmodel.failed))
         for model_id, record in self.models.table.items():
             hidden = record.auto_delete and model_id in pointing
             if not hidden and self.vmodels.get(model_id) is None:
-                found.append(NamedModel(model_id, model_id, model_id, record, tuple(sorted(pointing.get(model_id, ())))))
-        return sorted(found, key=lambda named: named.name)
+                found.append(NamedModel(model_id, model_id, model_id, record, tuple(pointing.get(model_id, ()))))
+        return tuple(sorted(found, key=lambda named: named.name))
 
     def name_of(self, model_id: str) -> str:
         """The name under which people know a concrete model; its own id if nothing points at it."""

@@ -1,0 +1,73 @@
+"""The names that a registry lists: made once for many readers, and never behind the tables that they come from."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from mesh.errors import MeshError
+from mesh.placement.announce import Announcer
+from mesh.registry.naming import Registration
+from mesh.registry.registry import Registry
+from mesh.store.embedded import EmbeddedStore
+from mesh.types import ModelInfo
+
+
+def info(name: str, uri: str) -> ModelInfo:
+    return Registration(name=name, uri=uri).info()
+
+
+def info_of(registry: Registry, model_id: str) -> ModelInfo:
+    record = registry.models.get(model_id)
+    assert record is not None
+    return record.info
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_what_is_listed_is_what_is_registered(seed: int, tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    await store.open()
+    registry = Registry(
+        store, root_prefix="", kv_prefix="mm", service_name="s", instance_id="pod", session_ttl_s=25, default_owner="repertory"
+    )
+    await registry.start()
+    chance = random.Random(seed)
+    names = ["a", "b", "c", "d", "e"]
+    changes = 0
+    for _ in range(150):
+        before = registry.named()
+        one, other = chance.choice(names), chance.choice(names)
+        loaded = chance.random() < 0.5
+        try:
+            match chance.randrange(8):
+                case 0 | 1:
+                    await registry.register_name(
+                        one, info(one, f"/{chance.randrange(3)}"), now_ms=1, is_loaded=lambda _, loaded=loaded: loaded
+                    )
+                case 2:
+                    await registry.set_alias(one, other, now_ms=1, is_loaded=lambda _: True)
+                case 3:
+                    await registry.remove_name(one)
+                case 4:
+                    await registry.models.register(one, info("", f"/{one}"), last_used_ms=1)
+                case 5:
+                    vmodel = registry.vmodels.get(one)
+                    if vmodel is not None:
+                        await registry.vmodels.park(one, target_id=vmodel.target_id)
+                case 6 | 7:
+                    vmodel = registry.vmodels.get(one)
+                    if vmodel is not None:  # from now on the name moves only when what it moves to is loaded
+                        await Announcer(registry.models, "pod").loading(
+                            vmodel.active_id, info_of(registry, vmodel.active_id), started_ms=1, last_used_ms=1
+                        )
+        except MeshError:
+            assert registry.named() is before, "nothing has changed"
+        changes += registry.named() != before
+        assert registry.named() == registry._list_named()
+        assert registry.named() is registry.named()
+        listed = {named.name: named for named in registry.named()}
+        for name in names:
+            assert registry.find_named(name) == listed.get(name)
+    assert changes > 20
+    await registry.close()
+    await store.close()
