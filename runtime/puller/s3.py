@@ -9,9 +9,13 @@ from typing import Any
 from runtime.puller.buckets import missing_extra
 from runtime.puller.source import RemoteFile
 
+_CONNECT_S = 10
+_TRIES = 3
+
 
 class S3Bucket:
-    """boto3's own chain of credentials, unless the options carry some. Options in ModelMesh's words; `certificate`: PEM of who signed the server's."""
+    """boto3's own chain of credentials, unless the options carry some. Options in ModelMesh's and KServe's words; `certificate`: PEM of who signed the
+    server's, `ca_bundle`: a file of them."""
 
     def __init__(self, bucket: str, options: Mapping[str, str]) -> None:
         try:
@@ -24,7 +28,9 @@ class S3Bucket:
         self.origin = f"s3://{bucket}"
         self.away: tuple[type[Exception], ...] = (HTTPClientError,)
         self._bucket = bucket
-        config = Config(retries={"max_attempts": 5, "mode": "standard"}, s3={"addressing_style": "path"} if "endpoint_url" in options else {})
+        # a place that swallows what is sent to it must not hold up what was pulled before for minutes
+        patience: dict[str, Any] = {"connect_timeout": _CONNECT_S, "retries": {"max_attempts": _TRIES, "mode": "standard"}}
+        config = Config(**patience, s3={"addressing_style": "path"} if "endpoint_url" in options else {})
         if options.get("anonymous", "").lower() in ("1", "true", "yes"):
             config = config.merge(Config(signature_version=UNSIGNED))
         verify: dict[str, Any] = {}
@@ -33,6 +39,10 @@ class S3Bucket:
             self._authority.write(options["certificate"])
             self._authority.flush()
             verify["verify"] = self._authority.name
+        elif "ca_bundle" in options:
+            verify["verify"] = options["ca_bundle"]
+        elif options.get("verify_ssl", "").lower() in ("0", "false", "no"):
+            verify["verify"] = False
         self._client = boto3.client(
             "s3",
             aws_access_key_id=options.get("access_key_id"),

@@ -12,7 +12,7 @@ from runtime.errors import InvalidRequest, LoadFailed
 
 _KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
 # where what a configuration holds is sent to; whoever may register a model may not read it, and so may not name the place either
-_PLACES = ("url", "endpoint_url", "token_uri")
+_PLACES = ("url", "endpoint_url", "token_uri", "verify_ssl", "ca_bundle")
 _OPEN = frozenset({"type", "bucket", "region", "default_region", "container", "account_name", "name", "project_id", "anonymous", "certificate", *_PLACES})
 
 

@@ -1,14 +1,9 @@
 """Azure's storage asked in a machine's own name: the identity's endpoint gives a token, and the store takes it, over TLS as it must be."""
 
-import datetime
-import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
@@ -18,6 +13,7 @@ from runtime.puller.locate import locate
 from runtime.puller.source import Source
 from runtime.types import ModelSource
 from tests.support.object_stores import ObjectStores
+from tests.support.tls import make_identity
 
 IDENTITY = ("AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET", "AZURE_TENANT_ID", "AZURE_FEDERATED_TOKEN_FILE", "IDENTITY_ENDPOINT", "IDENTITY_HEADER", "MSI_ENDPOINT")
 
@@ -31,19 +27,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStores]:
     """Private, and over TLS."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (tmp_path / "identity.pem").write_bytes(private + certificate.public_bytes(pem))
-    (tmp_path / "authority.pem").write_bytes(certificate.public_bytes(pem))
+    make_identity(tmp_path)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "authority.pem"))
     stores = ObjectStores(tmp_path / "identity.pem")
     stores.private = True

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import boto3
 import pytest
+from botocore.exceptions import SSLError
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
@@ -17,6 +19,8 @@ from runtime.puller.cache import Cache
 from runtime.puller.s3 import S3Bucket
 from runtime.types import ModelSettings, ModelSource
 from tests.runtime.checkpoints import tiny_llama
+from tests.support.http_server import HttpServer
+from tests.support.tls import make_identity
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ async def test_a_model_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
     for file in (tmp_path / "m").iterdir():
         client.upload_file(str(file), "models", f"org/tiny/{file.name}")
     for number in range(1100):              # more than a page of a neighbour's
-        client.put_object(Bucket="models", Key=f"org/tiny/notes/{number:04}", Body=b"x")
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object("models", f"org/tiny/notes/{number:04}", b"x")
     preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource("s3://models/org/tiny", None, keys)
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
@@ -84,3 +88,28 @@ def test_a_checksum_that_the_service_keeps_is_checked_by(endpoint: str) -> None:
     assert (file.sha256, file.md5) == ("", "")
     assert bucket.checkable(file).sha256 == hashlib.sha256(b"data").hexdigest()
     assert bucket.checkable(file).md5 == hashlib.md5(b"data").hexdigest()
+
+
+class _Empty(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b'<?xml version="1.0"?><ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_private_authority_is_believed_if_it_is_given(tmp_path: Path) -> None:
+    make_identity(tmp_path)
+    server = HttpServer(_Empty, tmp_path / "identity.pem")
+    options = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": server.url, "region": "us-east-1"}
+    authority = tmp_path / "authority.pem"
+    try:
+        for given in ({"certificate": authority.read_text()}, {"ca_bundle": str(authority)}):
+            assert list(S3Bucket("models", {**options, **given}).list("")) == []
+        with pytest.raises(SSLError):
+            list(S3Bucket("models", options).list(""))
+    finally:
+        server.close()
