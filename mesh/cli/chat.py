@@ -21,11 +21,7 @@ class Options:
 
 def answer(client: AdminClient, name: str, prompt: str, options: Options) -> int:
     """Print one answer as it comes."""
-    try:
-        _stream(client, name, [*_opening(options), {"role": "user", "content": prompt}], options)
-    except KeyboardInterrupt:
-        print()  # the shell's prompt is not to follow half a line
-        raise
+    _stream(client, name, [*_opening(options), {"role": "user", "content": prompt}], options)
     return 0
 
 
@@ -60,10 +56,10 @@ def converse(client: AdminClient, name: str, options: Options) -> int:
         try:
             messages.append({"role": "assistant", "content": _stream(client, name, messages, options)})
         except KeyboardInterrupt:
-            print("\n(stopped)")
+            print("(stopped)")
             messages.pop()
         except MeshError as error:
-            print(f"\n{error.message}", file=sys.stderr)
+            print(error.message, file=sys.stderr)
             messages.pop()
 
 
@@ -80,21 +76,27 @@ def _stream(client: AdminClient, name: str, messages: list[dict[str, str]], opti
     body = {**_body(name, messages, options), "stream": True}
     parts: list[str] = []
     waiting = False
-    for kind, text in client.events("/v1/chat/completions", body):
-        if kind == "comment":
-            if sys.stderr.isatty():
-                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-                waiting = True
-            continue
+    try:
+        for kind, text in client.events("/v1/chat/completions", body):
+            if kind == "comment":
+                if sys.stderr.isatty():
+                    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+                    waiting = True
+                continue
+            if waiting:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+                waiting = False
+            event = json.loads(text)
+            if "error" in event:
+                raise MeshError(str(event["error"].get("message", event["error"])))
+            for choice in event.get("choices", []):
+                piece = choice.get("delta", {}).get("content") or ""
+                parts.append(piece)
+                print(piece, end="", flush=True)
+    finally:
+        # whatever comes next, an error's line or the shell's prompt, is not to follow half a line
         if waiting:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-            waiting = False
-        event = json.loads(text)
-        if "error" in event:
-            raise MeshError(str(event["error"].get("message", event["error"])))
-        for choice in event.get("choices", []):
-            piece = choice.get("delta", {}).get("content") or ""
-            parts.append(piece)
-            print(piece, end="", flush=True)
-    print()
+        if any(parts):
+            print()
     return "".join(parts)
