@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ from mesh.cli.render import size
 from mesh.client.admin import DEFAULT_SERVER
 from mesh.errors import InvalidRequest, Unavailable
 from mesh.listening import check_address, check_free
+
+logger = logging.getLogger(__name__)
 
 _READY = 200
 
@@ -160,8 +163,12 @@ class _Supervisor:
         note = f", {size(budget)} for models" if budget else ""
         url = address if address.startswith("unix:") else f"http://{reachable(address)}"
         server = "" if url == DEFAULT_SERVER else f" --server {url}"
+        seconds = round(time.monotonic() - started_s, 1)
+        if self._settings.mesh["log_json"]:
+            logger.info("ready", extra={"seconds": seconds, "http": url, "grpc": self._settings.mesh["grpc_listen"]})
+            return
         print(
-            f"Repertory is ready after {time.monotonic() - started_s:.1f} s{note}\n"
+            f"Repertory is ready after {seconds} s{note}\n"
             f"  OpenAI API  {url}/v1\n  gRPC        {self._settings.mesh['grpc_listen']}\n"
             f"  next        repertory register NAME URI --load{server}   (then: repertory run NAME{server})",
             flush=True,

@@ -106,8 +106,8 @@ def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -
         assert stream_text(served, many[-1], PROMPT, 8)
 
 
-def test_sigterm_lets_streams_finish(tmp_path: Path, models: dict[str, Path]) -> None:
-    with stack.serve("--memory", "64MiB", log=tmp_path / "log") as served:
+def test_sigterm_lets_streams_finish_and_every_line_of_a_json_log_is_json(tmp_path: Path, models: dict[str, Path]) -> None:
+    with stack.serve("--memory", "64MiB", "--log-json", log=tmp_path / "log") as served:
         served.admin.register({"name": "ada", "uri": str(models["ada"])})
         expected = stream_text(served, "ada", PROMPT, 200)
         stream = client_of(served).completions.create(model="ada", prompt=PROMPT, max_tokens=200, temperature=0, stream=True)
@@ -115,6 +115,8 @@ def test_sigterm_lets_streams_finish(tmp_path: Path, models: dict[str, Path]) ->
         os.kill(served.pid, signal.SIGTERM)
         pieces += [part.choices[0].text for part in stream if part.choices]
         assert "".join(pieces) == expected
+    said = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["http"] for line in said if line["message"] == "ready"] == [served.url]
 
 
 def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
