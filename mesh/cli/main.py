@@ -1,6 +1,7 @@
 """`repertory`: parses the command line and hands each verb to its doer. Errors end as one line on stderr, status 1 (2 for usage)."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The runtime is a program of its own, with flags of its own: the mesh doesn't know them.
         os.execv(sys.executable, [sys.executable, "-m", "runtime", *arguments[1:]])
     args = _parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a character gets a `?`, and the rest
     try:
         return _run(args)
     except MeshError as error:
@@ -40,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        print(f"repertory: {error}", file=sys.stderr)  # the output's disk is full, most likely
+        return 1
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -3,8 +3,11 @@
 import asyncio
 import io
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -177,3 +180,28 @@ async def test_the_documented_fields_are_those_there_are(pod: RunningPod, say: S
     rows = [row.split("|")[1:3] for row in table.splitlines()]
     assert {name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)} == set(told)
     assert set(re.findall(r"`([a-z_]+)`", rows[-1][1])) == set(told["copies"][0])
+
+
+async def test_an_output_that_cant_take_it(pod: RunningPod) -> None:
+    """A full disk is one line; a terminal without Unicode gets what it can show."""
+
+    async def ps(stdout: int, **environment: str) -> tuple[int | None, str, str]:
+        command = [sys.executable, "-m", "mesh", "ps"]
+        listing = await asyncio.create_subprocess_exec(
+            *command,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"REPERTORY_SERVER": f"http://127.0.0.1:{pod.pod.http.port}"} | environment,
+        )
+        told, error = await listing.communicate()
+        return listing.returncode, (told or b"").decode("ascii", "strict"), error.decode()
+
+    await pod.name("naïve", "/n")
+    full = os.open("/dev/full", os.O_WRONLY)
+    status, _, error = await ps(full)
+    os.close(full)
+    assert status == 1
+    assert error == "repertory: [Errno 28] No space left on device\n"
+    status, told, error = await ps(subprocess.PIPE, PYTHONIOENCODING="ascii")
+    assert (status, error) == (0, "")
+    assert "na?ve" in told
