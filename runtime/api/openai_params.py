@@ -20,6 +20,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,10 @@ def stop_of(model: ServedModel, body: Shared, max_tokens: int) -> StopParams:
     if min_tokens > max_tokens:
         raise InvalidRequest(f"model {model.name}: min_tokens={min_tokens} is above max_tokens={max_tokens}", param="min_tokens")
     token_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
+    if len(token_ids) > MAX_STOP_TOKENS:
+        raise InvalidRequest(
+            f"model {model.name}: stop_token_ids takes at most {MAX_STOP_TOKENS} ids, got {len(token_ids)}", param="stop_token_ids"
+        )
     check_token_ids(model, token_ids, param="stop_token_ids")
     return StopParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=token_ids, ignore_eos=bool(body.ignore_eos))
 
@@ -112,12 +117,12 @@ def sequences(
     stops = stop_strings_of(model, body)
     made: list[SequenceRequest] = []
     for prompt, limit in zip(prompts, max_tokens, strict=True):
-        stop = stop_of(model, body, limit)
+        stop, shared = stop_of(model, body, limit), tuple(prompt)
         for offset in range(count):
             seed = draw_seed() if body.seed is None else engine_seed(body.seed, offset)
             made.append(
                 SequenceRequest(
-                    prompt=tuple(prompt),
+                    prompt=shared,
                     sampling=sampling if sampling.greedy else msgspec.structs.replace(sampling, seed=seed),
                     stop=stop,
                     logprobs=logprobs,

@@ -36,8 +36,8 @@ class Generator:
         A delta without text comes only as a sequence's first or last, or when details were asked.
         Raises InvalidRequest, Overloaded, ModelNotFound, Unavailable, EngineFault; then all sequences are ended.
         """
-        for request in requests:
-            check_prompt(model, request.prompt)
+        for prompt in {id(request.prompt): request.prompt for request in requests}.values():
+            check_prompt(model, prompt)
         self._enter(model, len(requests))
         try:
             runs = [self._run(model, request) for request in requests]

@@ -256,6 +256,7 @@ async def test_empty_forms_of_what_is_not_here_are_taken(http: aiohttp.ClientSes
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
         ({"logit_bias": {"999999": 1}}, "logit_bias", "999999"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "-1"),
+        ({"stop_token_ids": list(range(1025))}, "stop_token_ids", "1024"),
         ({"stop": ["a"] * 65}, "stop", "64"),
         ({"stop": [""]}, "stop", "1 to"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "9"),
