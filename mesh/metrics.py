@@ -17,7 +17,7 @@ _MILLISECONDS = (0.5, 1, 2, 5, 10, 20, 50, 75, 100, 200, 500, 1000, 2000, 5000, 
 
 @dataclass(frozen=True, slots=True)
 class PodFigures:
-    """Read whenever the metrics are asked for. Bytes, epoch milliseconds."""
+    """Read whenever the metrics are asked for. Bytes, epoch milliseconds. `leads`: this pod tells of the whole mesh, so that a sum over pods is right."""
 
     capacity_bytes: int
     used_bytes: int
@@ -27,6 +27,7 @@ class PodFigures:
     models_managed: int
     models_loaded: int
     models_failed: int
+    leads: bool
 
 
 class Metrics:
@@ -34,9 +35,12 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._known: dict[str, set[tuple[Counter | Gauge | Histogram, tuple[str, ...]]]] = {}
         self._busy: TallyOf[str] = TallyOf()  # a gauge that will still go down must not be dropped
-        label = ("model",)
+        label = ("model_name",)  # the runtime's word, whose series stand beside these
         self._requests = Counter(
-            "repertory_mesh_requests", "Requests by model, carrier and final code", ("model", "carrier", "code"), registry=self._registry
+            "repertory_mesh_requests",
+            "Requests by model, carrier and final code",
+            ("model_name", "carrier", "code"),
+            registry=self._registry,
         )
         self._first_byte = Histogram(
             "repertory_mesh_time_to_first_byte_seconds",
@@ -49,7 +53,7 @@ class Metrics:
             "repertory_mesh_held_requests", "Requests that wait for their model to be loaded", label, registry=self._registry
         )
         self._in_flight = Gauge("repertory_mesh_in_flight_requests", "Requests at a copy", label, registry=self._registry)
-        self._loads = Counter("repertory_mesh_loads", "Loads by outcome", ("model", "outcome"), registry=self._registry)
+        self._loads = Counter("repertory_mesh_loads", "Loads by outcome", ("model_name", "outcome"), registry=self._registry)
         self._load_seconds = Histogram("repertory_mesh_load_seconds", "Successful loads", label, buckets=_SECONDS, registry=self._registry)
         self._evictions = Counter("repertory_mesh_evictions", "Models unloaded to make room", label, registry=self._registry)
         self._mm_load_ms = Histogram(
@@ -72,6 +76,12 @@ class Metrics:
                 ("instance_models_total", "Models on this pod"),
                 ("instance_lru_seconds", "When the longest unused model was used"),
                 ("instance_lru_age_seconds", "How long ago that was"),
+            )
+        }
+        self._whole = CollectorRegistry()
+        self._mesh = {
+            name: Gauge(f"modelmesh_{name}", text, registry=self._whole)
+            for name, text in (
                 ("models_managed_total", "Registered models"),
                 ("models_loaded_total", "Models with a loaded copy"),
                 ("models_with_failure_total", "Models with a failed load"),
@@ -116,13 +126,16 @@ class Metrics:
             "instance_models_total": figures.num_models,
             "instance_lru_seconds": figures.lru_ms / 1000 if figures.num_models else 0,
             "instance_lru_age_seconds": (figures.now_ms - figures.lru_ms) / 1000 if figures.num_models else 0,
-            "models_managed_total": figures.models_managed,
-            "models_loaded_total": figures.models_loaded,
-            "models_with_failure_total": figures.models_failed,
         }
         for name, value in values.items():
             self._pod[name].set(value)
-        return generate_latest(self._registry)
+        text = generate_latest(self._registry)
+        if not figures.leads:
+            return text
+        self._mesh["models_managed_total"].set(figures.models_managed)
+        self._mesh["models_loaded_total"].set(figures.models_loaded)
+        self._mesh["models_with_failure_total"].set(figures.models_failed)
+        return text + generate_latest(self._whole)
 
     def _counter(self, family: Counter, model_id: str, *labels: str) -> None:
         family.labels(*self._series(family, model_id, labels)).inc()

@@ -267,6 +267,7 @@ class Pod:
             models_managed=len(records),
             models_loaded=sum(1 for record in records if record.instance_ids),
             models_failed=sum(1 for record in records if record.failed_in),
+            leads=self.registry.instances.leads(),
         )
         return self._metrics.text(figures, self._is_registered)
 

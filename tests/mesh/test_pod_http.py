@@ -229,17 +229,18 @@ async def test_health_and_metrics(pod: RunningPod) -> None:
     await pod.chat("org/smol")
     async with pod.http.get("/metrics") as answer:
         text = await answer.text()
-    assert 'repertory_mesh_requests_total{carrier="http",code="200",model="org/smol"} 1.0' in text
-    assert 'repertory_mesh_loads_total{model="org/smol",outcome="loaded"} 1.0' in text
-    assert 'repertory_mesh_in_flight_requests{model="org/smol"} 0.0' in text
+    assert 'repertory_mesh_requests_total{carrier="http",code="200",model_name="org/smol"} 1.0' in text
+    assert 'repertory_mesh_loads_total{model_name="org/smol",outcome="loaded"} 1.0' in text
+    assert 'repertory_mesh_in_flight_requests{model_name="org/smol"} 0.0' in text
     assert "modelmesh_instance_models_total 1.0" in text
+    assert "modelmesh_models_managed_total 1.0" in text
     assert "vllm:num_requests_running 3" in text
     async with pod.http.head("/metrics") as answer:
         assert answer.status == 200
     async with pod.http.delete("/admin/v1/models/org/smol") as answer:
         assert answer.status == 204
     async with pod.http.get("/metrics") as answer:
-        assert 'model="org/smol"' not in await answer.text()
+        assert 'model_name="org/smol"' not in await answer.text()
 
 
 async def test_not_ready_without_a_runtime(tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ async def test_a_caller_that_leaves_with_its_whole_answer_has_cancelled_nothing(
 
     async def counted(code: str) -> bool:
         async with pod.http.get("/metrics") as answer:
-            return f'repertory_mesh_requests_total{{carrier="http",code="{code}",model="org/smol"}} 1.0' in await answer.text()
+            return f'repertory_mesh_requests_total{{carrier="http",code="{code}",model_name="org/smol"}} 1.0' in await answer.text()
 
     pod.runtime.switches.end_s = 60.0
     await leave_after(b"data: [DONE]")

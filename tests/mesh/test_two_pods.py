@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -180,3 +181,17 @@ async def test_two_pods_with_one_id_are_told_so(
     a, _ = pods
     async with running_pod(tmp_path / "c", store=a.pod._config.store, instance_id="a", wait=False):
         assert f"instance_id a is also that of a pod at 127.0.0.1:{a.pod.grpc.port}" in caplog.text
+
+
+async def test_one_pod_tells_of_the_whole_mesh(pods: tuple[RunningPod, RunningPod]) -> None:
+    """As ModelMesh's leader does: a dashboard's sum over the pods counts each model once."""
+    await pods[0].register("m")
+    await until(lambda: all(pod.pod.registry.models.get("m") is not None for pod in pods))
+    told = []
+    for pod in pods:
+        async with pod.http.get("/metrics") as answer:
+            text = await answer.text()
+        told += re.findall(r"^modelmesh_models_managed_total (\S+)$", text, re.MULTILINE)
+        families = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+        assert len(set(families)) == len(families), "one is told twice"
+    assert told == ["1.0"]
