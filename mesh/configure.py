@@ -101,16 +101,22 @@ def load(kind: type[T], *, flags: Mapping[str, object], env: Mapping[str, str], 
         raise InvalidRequest(f"configuration: {error}") from None
 
 
-def _from_file(file: Path, types: Mapping[str, msgspec.inspect.Type]) -> dict[str, object]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Empty for an empty file. Raises InvalidRequest naming the file, also for one that holds no mapping."""
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise InvalidRequest(f"configuration file {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"configuration file {file}: {error}") from None
     if not isinstance(content, dict):
         raise InvalidRequest(f"configuration file {file}: expected `name: value` lines")
-    unknown = sorted(set(content) - set(types))
+    return content
+
+
+def _from_file(file: Path, types: Mapping[str, msgspec.inspect.Type]) -> dict[str, object]:
+    content = read_yaml(file)
+    unknown = sorted(str(name) for name in set(content) - set(types))
     if unknown:
         raise InvalidRequest(f"configuration file {file}: unknown field {unknown[0]!r}; known: {', '.join(sorted(types))}")
     return {name: _read(f"configuration file {file}, {name}", name, types[name], value) for name, value in content.items()}

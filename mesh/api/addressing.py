@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 
 from mesh.api.message_path import extract
+from mesh.client.peer import HOP_HEADER
 from mesh.errors import InvalidRequest, NotSupported
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
-HOP_HEADER = "repertory-hop"
 PREFIX_HEADER = "repertory-prefix-hash"
 MODEL_HEADER = "mm-model-id"
 VMODEL_HEADER = "mm-vmodel-id"

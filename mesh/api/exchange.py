@@ -6,8 +6,8 @@ Knows targets and HTTP; looks into neither body. Whatever happens, `close` retur
 import aiohttp
 from yarl import URL
 
-from mesh.api.addressing import HOP_HEADER, MODEL_HEADER
-from mesh.client.peer import Connections
+from mesh.api.addressing import MODEL_HEADER
+from mesh.client.peer import HOP_HEADER, Connections
 from mesh.errors import NotSupported
 from mesh.routing.forward import CopyRouter
 from mesh.types import Target

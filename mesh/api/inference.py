@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from mesh.api.addressing import HOP_HEADER, PREFIX_HEADER, Address, Addressing, Metadata, backward, header, onward
+from mesh.api.addressing import PREFIX_HEADER, Address, Addressing, Metadata, backward, header, onward
 from mesh.api.inbound import Inbound, ServerContext
 from mesh.api.known_methods import single_message_methods
 from mesh.api.message_path import inject
-from mesh.client.peer import Connections
+from mesh.client.peer import HOP_HEADER, Connections
 from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry

@@ -11,13 +11,13 @@ import time
 import aiohttp
 from aiohttp import web
 
-from mesh.api.addressing import HOP_HEADER, MODEL_HEADER
+from mesh.api.addressing import MODEL_HEADER
 from mesh.api.exchange import Exchange, UnreachableError, end_to_end
 from mesh.api.held_stream import HeldStream
 from mesh.api.http_body import Ask, decode, prefix_hash, read_body
 from mesh.api.http_errors import body_of, event_of
 from mesh.api.request_log import Record
-from mesh.client.peer import Connections
+from mesh.client.peer import HOP_HEADER, Connections
 from mesh.errors import InvalidRequest, MeshError, NotFound, Unavailable
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mesh import logs
 from mesh.cli.child import Child, reachable, status_of
 from mesh.cli.render import size
 from mesh.client.admin import DEFAULT_SERVER
+from mesh.configure import read_yaml
 from mesh.errors import InvalidRequest, Unavailable
 from mesh.listening import check_address, check_free
 
@@ -75,13 +74,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _overlay(file: Path, mesh: dict[str, Any], runtime: dict[str, Any]) -> None:
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except OSError as error:
-        raise InvalidRequest(f"configuration file {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise InvalidRequest(f"configuration file {file}: {error}") from None
-    if not isinstance(content, dict) or set(content) - {"mesh", "runtime"}:
+    content = read_yaml(file)
+    if set(content) - {"mesh", "runtime"}:
         raise InvalidRequest(f"configuration file {file}: expected the sections `mesh:` and `runtime:`")
     mesh.update(_section(file, "mesh", content.get("mesh")))
     own = dict(_section(file, "runtime", content.get("runtime")))

@@ -8,6 +8,8 @@ import asyncio
 import aiohttp
 import grpc.aio
 
+HOP_HEADER = "repertory-hop"  # from another pod, which is named: such a request goes no further
+
 _CONNECT_S = 5.0
 _READ_BUFFER_BYTES = 256 * 1024
 

@@ -5,11 +5,10 @@ import asyncio
 import aiohttp
 import msgspec
 
-from mesh.client.peer import Connections
+from mesh.client.peer import HOP_HEADER, Connections
 from mesh.errors import MeshError, Unavailable
 from mesh.registry.records import InstanceRecord
 
-HOP_HEADER = "repertory-hop"
 _ANSWER_S = 10.0
 
 

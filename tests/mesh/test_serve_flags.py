@@ -86,6 +86,15 @@ def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
         settings("--config", str(file))
 
 
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidRequest, match=str(file)):
+        settings("--config", str(file))
+    with pytest.raises(InvalidRequest, match=str(file)):
+        load(MeshConfig, flags={}, env={}, file=file)
+
+
 def test_empty_sections_mean_nothing(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("mesh:\nruntime:\n")
