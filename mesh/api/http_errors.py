@@ -2,16 +2,14 @@
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported, Overloaded, TooLarge
 
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _CODES: dict[type[MeshError], str] = {NotFound: "model_not_found", TooLarge: "body_too_large", Overloaded: "overloaded"}
 

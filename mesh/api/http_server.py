@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from mesh.api.grpc_server import key_is_known
-from mesh.api.http_errors import Handler, errors_as_json, response_of
+from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.openai_gateway import OpenAiGateway
 from mesh.api.request_log import request_log
 from mesh.errors import NotSupported, Unauthenticated
@@ -28,8 +29,8 @@ class HttpServer:
         self, address: str, gateway: OpenAiGateway, routes: Sequence[Routes], metrics: Metrics, *, keys: tuple[str, ...], grace_s: float
     ) -> None:
         self._address = address
-        middlewares = [request_log(metrics), errors_as_json, *([key_guard(keys)] if keys else [])]
-        app = web.Application(middlewares=middlewares)  # type: ignore[arg-type]
+        middlewares: list[Middleware] = [request_log(metrics), errors_as_json, *([key_guard(keys)] if keys else [])]
+        app = web.Application(middlewares=middlewares)
         for part in routes:
             part.add_to(app.router)
         for path in ("/v1/{path:.+}", "/tokenize", "/detokenize"):
@@ -70,7 +71,7 @@ async def _not_here(request: web.Request) -> web.StreamResponse:
     raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
-def key_guard(keys: tuple[str, ...]) -> Handler:
+def key_guard(keys: tuple[str, ...]) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path in _OPEN_TO_ALL or key_is_known(request.headers.get("Authorization", ""), keys):
@@ -79,4 +80,4 @@ def key_guard(keys: tuple[str, ...]) -> Handler:
         response.headers["WWW-Authenticate"] = "Bearer"
         return response
 
-    return middleware  # type: ignore[return-value]
+    return middleware

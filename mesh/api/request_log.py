@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
-from mesh.api.http_errors import Handler
 from mesh.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Record:
 _KEY: Any = web.RequestKey("record", Record) if hasattr(web, "RequestKey") else "record"
 
 
-def request_log(metrics: Metrics) -> Handler:
+def request_log(metrics: Metrics) -> Middleware:
     """A middleware: an id for each request (the caller's, if it sent a sane one), echoed; a line and a count when it has ended."""
 
     @web.middleware
@@ -59,7 +59,7 @@ def request_log(metrics: Metrics) -> Handler:
         finally:
             _account(request, record, metrics)
 
-    return middleware  # type: ignore[return-value]
+    return middleware
 
 
 def _account(request: web.Request, record: Record, metrics: Metrics) -> None:

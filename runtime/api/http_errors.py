@@ -2,16 +2,14 @@
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from runtime.api.openai_answers import ErrorAnswer, ErrorBody, encode
 from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError
 
 _LOG = logging.getLogger(__name__)
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 def error_body(error: RepertoryError) -> bytes:
     code = "model_not_found" if isinstance(error, ModelNotFound) else error.code.lower()
@@ -43,7 +41,7 @@ def internal(error: Exception) -> RepertoryError:
 
 
 @web.middleware
-async def errors_as_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Whatever goes wrong before a stream begins becomes a JSON answer."""
     try:
         return await handler(request)
