@@ -50,7 +50,9 @@ class HostLinear4:
 
     def _unpack(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         shape = torch.Size((last - first, self._shape[1]))
-        return self._dequantize(self._weight[first:last].view(-1, 1), self._state(self._absmax[first:last].view(-1), shape=shape, dtype=dtype))
+        state = self._state(self._absmax[first:last].view(-1), shape=shape, dtype=dtype)
+        unpacked: Tensor = self._dequantize(self._weight[first:last].view(-1, 1), state)
+        return unpacked
 
 
 @dataclass(frozen=True, slots=True)
