@@ -117,6 +117,10 @@ def check_name(name: str) -> None:
     if len(name) > MAX_NAME_LENGTH:
         raise InvalidRequest(f"name {name[:40]!r}… is {len(name)} characters long; the limit is {MAX_NAME_LENGTH}")
     bad = next((character for character in name if not character.isprintable() or character.isspace() or character in "?#,"), None)
-    if bad is not None or name.startswith(("/", "*")) or name.endswith("/"):
-        what = f"may not contain {bad!r}" if bad is not None else "may not begin or end with '/', nor begin with '*'"
-        raise InvalidRequest(f"name {name!r} {what}")
+    if bad is not None:
+        raise InvalidRequest(f"name {name!r} may not contain {bad!r}")
+    if name.startswith("*"):
+        raise InvalidRequest(f"name {name!r} may not begin with '*'")
+    # clients and proxies shorten such paths on their way
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise InvalidRequest(f"name {name!r} may not begin or end with '/', nor have a part that is empty, '.' or '..'")

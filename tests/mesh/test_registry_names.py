@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mesh.errors import MeshError
+from mesh.errors import InvalidRequest, MeshError
 from mesh.placement.announce import Announcer
-from mesh.registry.naming import Registration
+from mesh.registry.naming import Registration, check_name
 from mesh.registry.registry import Registry
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo
@@ -71,3 +71,14 @@ async def test_what_is_listed_is_what_is_registered(seed: int, tmp_path: Path) -
     assert changes > 20
     await registry.close()
     await store.close()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a?b", "a#b", "a,b", "a\n", "*a", "/a", "a/", "a//b", ".", "..", "../a", "a/./b", "x" * 201])
+def test_a_name_that_would_be_lost_on_its_way_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "org/model", "a.b", "...", ".a/b.", "a%2Fb", "日本", "a__b", "x" * 200])
+def test_a_name_may_be_what_people_call_their_models(name: str) -> None:
+    check_name(name)
