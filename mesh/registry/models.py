@@ -6,6 +6,7 @@ Knows records and the store's compare-and-set; loads nothing, and doesn't know w
 import msgspec
 
 from mesh.errors import AlreadyExists, InvalidRequest, PreconditionFailed
+from mesh.registry.naming import name_in
 from mesh.registry.records import ModelRecord
 from mesh.registry.secrets import refuse_secrets
 from mesh.registry.table import Table
@@ -81,7 +82,7 @@ def check_registrable(model_id: str, info: ModelInfo) -> None:
         raise InvalidRequest("must provide non-empty modelId")
     if not info.type:
         raise InvalidRequest("Must provide non-empty model type string")
-    refuse_secrets(model_id, info)
+    refuse_secrets(name_in(model_id), info)
 
 
 def entry_time_ms(asked_ms: int, now_ms: int, *, load_now: bool) -> int:

@@ -20,18 +20,18 @@ _NOT_SECRET = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|stop)_token$")
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
-def refuse_secrets(model_id: str, info: ModelInfo) -> None:
+def refuse_secrets(name: str, info: ModelInfo) -> None:
     """Raises InvalidRequest naming the first parameter of the model key or the path that looks like a secret."""
-    for name in _names_in_key(info.key):
-        if looks_secret(name):
+    for field in _names_in_key(info.key):
+        if looks_secret(field):
             raise InvalidRequest(
-                f"model {model_id}: the model key's {name!r} looks like a secret, and the registry is no place for one; "
+                f"model {name}: the model key's {field!r} looks like a secret, and the registry is no place for one; "
                 "put it into a storage configuration file of the runtime and name that with storage_key"
             )
     found = _secret_in_uri(info.path)
     if found:
         raise InvalidRequest(
-            f"model {model_id}: the path carries a secret ({found}), and the registry is no place for one; "
+            f"model {name}: the path carries a secret ({found}), and the registry is no place for one; "
             "put it into a storage configuration file of the runtime and name that with storage_key"
         )
 

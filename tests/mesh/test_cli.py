@@ -70,6 +70,14 @@ async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, sa
     assert (await say("register", "q", "/on/the/server"))[0] == 0
 
 
+async def test_a_secret_is_refused_by_the_name_that_was_given(pod: RunningPod, say: Say) -> None:
+    for arguments in (("https://user:word@example.com/m",), ("/q", "--storage-param", "hf_token=word")):
+        status, _, error = await say("register", "q", *arguments)
+        assert status == 1
+        assert error.startswith("repertory: model q: ")
+        assert "word" not in error.replace("password", "")
+
+
 async def test_a_zero_is_not_as_good_as_nothing(pod: RunningPod, say: Say) -> None:
     status, _, error = await say("register", "q", "/q", "--max-model-len", "0")
     assert status == 1
