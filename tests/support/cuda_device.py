@@ -197,14 +197,14 @@ class CheckedDriver:
 
     def map(self, address: int, size: int, handle: int) -> None:
         self._device.failing("map")
-        assert any(at <= address and address + size <= at + held.numel() for at, held in self._reserved.items()), "addresses that nobody reserved"
-        assert all(not at < address + size or not address < at + length for at, (length, _) in self._mapped.items()), "mapped twice"
+        assert any(at <= address and address + size <= at + held.numel() for at, held in list(self._reserved.items())), "addresses that nobody reserved"
+        assert all(not at < address + size or not address < at + length for at, (length, _) in list(self._mapped.items())), "mapped twice"
         assert self.handles[handle] >= size
         self._mapped[address] = size, handle
 
     def allow(self, address: int, size: int) -> None:
         self._device.failing("allow")
-        inside = {at: length for at, (length, _) in self._mapped.items() if address <= at < address + size}
+        inside = {at: length for at, (length, _) in list(self._mapped.items()) if address <= at < address + size}
         assert sum(inside.values()) == size, "access to unmapped addresses"
         self._accessible |= set(inside)
 
@@ -218,7 +218,12 @@ class CheckedDriver:
 
     def knows(self, address: int) -> bool:
         """Triton and torch refuse a pointer that the driver does not know."""
-        return any(at <= address < at + size for at, (size, _) in self._mapped.items() if at in self._accessible)
+        return any(at <= address < at + size for at, (size, _) in list(self._mapped.items()) if at in self._accessible)
+
+    def refuses(self, address: int) -> bool:
+        """Whether it lies in reserved addresses and has no memory below it; others are the host's own."""
+        reserved = any(at <= address < at + held.numel() for at, held in list(self._reserved.items()))
+        return reserved and not self.knows(address)
 
     def view(self, address: int) -> torch.Tensor | None:
         """None for addresses of another kind."""
@@ -229,7 +234,7 @@ class CheckedDriver:
 
     def below(self, address: int, size: int) -> list[int]:
         """Handles under a range of addresses, all of which must be accessible."""
-        inside = {at: held for at, held in self._mapped.items() if at < address + size and address < at + held[0]}
+        inside = {at: held for at, held in list(self._mapped.items()) if at < address + size and address < at + held[0]}
         covered = sum(min(at + length, address + size) - max(at, address) for at, (length, _) in inside.items())
         assert covered == size, "a kernel touches an address without memory"
         assert self._accessible >= set(inside), "a kernel touches memory without access to it"

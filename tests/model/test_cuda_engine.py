@@ -1,0 +1,192 @@
+"""The whole engine over a GPU's memory without a GPU: loop, loads in threads, residency, idle turns and graphs of real models, on stand-ins for the
+driver's memory and events. Numbers are computed on the CPU at once, and a graph's replay computes its pass again; texts are transformers' own."""
+
+import dataclasses
+import queue
+import random
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from runtime.config import EngineConfig
+from runtime.engine import cuda_hardware
+from runtime.engine.backend import EngineBackend
+from runtime.engine.cuda_hardware import CudaHardware
+from runtime.engine.kernels.attention import paged_attention
+from runtime.engine.kernels.rope import rope_and_cache
+from runtime.engine.loop import EngineLoop
+from runtime.engine.model import attention
+from runtime.engine.model.graphs import GraphPool, StepGraph
+from runtime.engine.model.upload import RING_LINES, UploadRing
+from runtime.messages import Add, Command, Event, Load, LoadFailed, Tokens, Unload
+from runtime.types import LogprobParams, SamplingParams, StopParams
+from tests.model.test_build import tiny
+from tests.model.test_oracle import prompts, reference
+from tests.support.cuda_device import Device
+from tests.support.steps import save
+
+SLAB = 64 * 1024
+SLABS = 14                               # two of the three models and little KV
+CONFIG = EngineConfig(
+    device="cuda", slab_bytes=SLAB, device_budget_bytes=SLABS * SLAB, host_budget_bytes=11 * SLAB, max_rows=6, max_batch_tokens=64,
+    oversubscribe="disk", debug_checks=True,
+)
+
+
+class RecomputingPool(GraphPool):
+    """Takes a pass for a graph: to replay it is to run it again."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), enabled=False)
+        self.enabled = True
+        self.replays = 0
+
+    def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
+        logits = run().clone()
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(run())
+
+        return StepGraph(cast("torch.cuda.CUDAGraph", SimpleNamespace(replay=replay)), logits)
+
+
+def separate_uploads(device: Device, config: EngineConfig) -> UploadRing:
+    """As on a GPU, where what is packed on the host is not yet what the device sees."""
+    ring: Any = UploadRing(torch.device("cpu"), config.max_batch_tokens, config.max_rows, 64)
+    ring._host = [torch.zeros_like(ring.device_words) for _ in range(RING_LINES)]
+    ring._words = [host.numpy() for host in ring._host]
+    ring._sent = [torch.cuda.Event() for _ in range(RING_LINES)]
+    return cast("UploadRing", ring)
+
+
+def use_the_gpus_twins(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+    """Attention as a GPU's kernels have it, which are handed no pointer that the driver doesn't know: the CPU's own knows no padding."""
+
+    def attend(host: Any, planes: Any, block_tokens: int, spec: Any, q: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None) -> None:
+        assert not any(device.drivers[-1].refuses(plane.data_ptr()) for plane in (planes.k, planes.v)), "Triton would refuse the pointer"
+        paged_attention(
+            out, q, planes.k, planes.v, planes.page_unit, *host.tables, block_tokens=block_tokens, num_kv_heads=spec.num_kv_heads, scale=spec.scale,
+            max_query_len=0, max_context_len=0, sliding_window=spec.sliding_window, softcap=spec.softcap, sinks=sinks,
+        )  # fmt: skip
+
+    def rope_write(qkv: torch.Tensor, cos: Any, sin: Any, slots: Any, planes: Any, spec: Any, rope: Any, q_norm: Any, k_norm: Any) -> torch.Tensor:
+        q = torch.zeros((qkv.shape[0], spec.num_q_heads, spec.head_dim), dtype=qkv.dtype)
+        rope_and_cache(
+            q, qkv, cos, sin, slots, planes.k, planes.v, num_q_heads=spec.num_q_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+            rotary_dim=rope.rotary_dim, interleaved=rope.interleaved, q_norm=q_norm, k_norm=k_norm, norm_eps=rope.norm_eps,
+            norm_plus_one=rope.norm_plus_one,
+        )  # fmt: skip
+        return q
+
+    monkeypatch.setattr(attention, "HostPlan", lambda *tables: SimpleNamespace(tables=tables[:-1]))
+    monkeypatch.setattr(attention, "attend_on_host", attend)
+    monkeypatch.setattr(attention, "rope_write_on_host", rope_write)
+
+
+class Stage:
+    """An engine, turned by hand; the device does some of its work after each turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.device = Device(seed)
+        self.device.install(monkeypatch)
+        for name, stand_in in {
+            "mem_get_info": lambda *_: (1 << 40, 1 << 40), "get_device_name": lambda *_: "stand-in", "synchronize": lambda *_: self.drain(),
+            "cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(cuda_hardware, "_GROUP_BYTES", 1)
+        use_the_gpus_twins(monkeypatch, self.device)
+        self.backend = EngineBackend(CONFIG, CudaHardware(torch.device("cpu"), CONFIG))
+        self.pool = RecomputingPool()
+        self.backend._state = dataclasses.replace(self.backend._state, graphs=self.pool, uploads=separate_uploads(self.device, CONFIG))
+        self.inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self.events: list[Event] = []
+        self.loop = EngineLoop(CONFIG, self.backend, self.inbox, self.events.append, lambda _: None, time.monotonic)
+        self.texts: dict[int, list[int]] = {}
+        self.ended: set[int] = set()
+
+    def drain(self) -> None:
+        while self.device.advance():
+            pass
+
+    def turn(self) -> None:
+        if not self.loop.turn() and not self.backend.idle(lambda _: None):
+            time.sleep(0.001)
+        for _ in range(self.rng.randrange(12)):
+            self.device.advance()
+
+    def until(self, done: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + 120
+        while not done():
+            assert time.monotonic() < deadline_s, "nothing comes any more"
+            self.turn()
+            self.read()
+
+    def read(self) -> None:
+        for event in self.events:
+            assert not isinstance(event, LoadFailed) or event.code == "CANCELLED", event
+            for row in event.rows if isinstance(event, Tokens) else ():
+                assert row.error is None, row.error
+                self.texts[row.request_id] += row.tokens
+                if row.finish is not None:
+                    self.ended.add(row.request_id)
+        self.events.clear()
+
+    def ask(self, number: int, model_id: str, prompt: list[int], count: int) -> None:
+        self.texts[number] = []
+        stop = StopParams(max_tokens=count, ignore_eos=True)
+        self.inbox.put(Add(number, model_id, array("i", prompt).tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams()))
+
+    def close(self) -> None:
+        self.inbox.put(None)
+        self.loop.run()
+        self.drain()
+        self.backend.close()
+        driver = self.device.drivers[-1]
+        assert (driver.num_mapped, driver.num_reserved, driver.handles) == (0, 0, {})
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_models_that_take_turns_say_what_transformers_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    """More models than fit: they are loaded, captured without KV in idle turns, evicted, brought back, unloaded amid a load, and loaded again."""
+    names = ("llama", "qwen3", "gemma3")
+    models = {name: tiny(name) for name in names}
+    checkpoints = {name: save(model, tmp_path / name) for name, model in models.items()}
+    made = Stage(monkeypatch, seed)
+    for name in names:
+        made.inbox.put(Load(name, checkpoints[name]))
+    made.until(lambda: len(made.loop.house.models) == len(names))
+    for _ in range(30):
+        made.turn()                                          # nobody asks yet
+    assert any(model.runner._graphs.num_graphs for model in cast("Any", made.loop.house.models).values())
+    number, expected = 0, {}
+    for _ in range(4):
+        for prompt in prompts(seed + number, 5):
+            name = made.rng.choice(names)
+            expected[number] = reference(models[name], prompt, 10)
+            made.ask(number, name, prompt, 10)
+            number += 1
+        made.until(lambda: len(made.ended) == len(expected))
+        gone = made.rng.choice(names)
+        made.inbox.put(Unload(gone))
+        made.inbox.put(Load(gone, checkpoints[gone]))
+        if made.rng.random() < 0.5:                          # and once more, while that one comes
+            made.inbox.put(Unload(gone))
+            made.inbox.put(Load(gone, checkpoints[gone]))
+        made.turn()
+        made.until(lambda gone=gone: len(made.loop._loads) == 0 and gone in made.loop.house.models)
+    assert {at: made.texts[at] for at in expected} == expected
+    assert made.pool.replays > 0
+    assert "without CUDA graphs" not in caplog.text
+    assert sum(model.evictions for model in made.loop.house.models.values()) > 0
+    made.close()
