@@ -44,6 +44,9 @@ class Child:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command, env=_environment(), preexec_fn=_die_with_parent, start_new_session=True
             )
+            if stopping.is_set():
+                # `stop` came while it was being started, and found nothing to stop
+                self._process.terminate()
             watching = asyncio.create_task(self._kill_if_it_hangs(self._process))
             status = await self._process.wait()
             watching.cancel()
@@ -73,8 +76,13 @@ class Child:
             async with asyncio.timeout(grace_s):
                 await process.wait()
         except TimeoutError:
+            self.kill()
+
+    def kill(self) -> None:
+        """At once, whatever it does."""
+        if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                self._process.kill()
 
     async def _kill_if_it_hangs(self, process: asyncio.subprocess.Process) -> None:
         """A process that is alive and does nothing is worse than a dead one: nobody starts it again."""

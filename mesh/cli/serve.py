@@ -133,7 +133,7 @@ class _Supervisor:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self._asked_to_stop)
         children = [asyncio.create_task(child.run(self._stopping)) for child in (self._runtime, self._mesh)]
         announce = asyncio.create_task(self._announce())
         stop = asyncio.create_task(self._stopping.wait())
@@ -146,6 +146,14 @@ class _Supervisor:
         await self._runtime.stop(self._grace_s + 5)
         await asyncio.gather(*children, stop, announce, return_exceptions=True)
         return failed
+
+    def _asked_to_stop(self) -> None:
+        if self._stopping.is_set():
+            for child in (self._mesh, self._runtime):
+                child.kill()
+            return
+        self._stopping.set()
+        logger.info("stopping: running answers may take %g s; once more ends them at once", self._grace_s)
 
     async def _announce(self) -> None:
         """Say once that it's ready, and how to use it."""

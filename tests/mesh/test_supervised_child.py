@@ -1,11 +1,14 @@
 """A supervised process: started again when it dies and when it hangs, left alone while it starts, however long that takes."""
 
 import asyncio
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from mesh.cli import serve
 from mesh.cli.child import Child, answers
 from tests.support.etcd import free_port
 from tests.support.waiting import until
@@ -100,3 +103,20 @@ async def test_one_that_never_started_is_given_up_and_one_that_ran_is_not(tmp_pa
     await until(lambda: (tmp_path / "runs").exists() and len((tmp_path / "runs").read_bytes()) >= 5)
     stopping.set()
     assert await running == 0
+
+
+async def test_a_second_signal_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first gives running answers their grace period; who asks twice wants it to end."""
+    stubborn = f"import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(tmp_path)!r}, 'NAME').touch(); time.sleep(600)"
+    monkeypatch.setattr(serve, "Child", lambda name, *_: Child(name, [sys.executable, "-c", stubborn.replace("NAME", name)]))
+    (tmp_path / "run").mkdir()
+    mesh = {"http_listen": f"unix:{tmp_path}/nobody", "grpc_listen": "", "grace_s": 600.0, "log_json": False}
+    supervisor = serve._Supervisor(serve.Settings(tmp_path / "run", mesh, {"http_listen": "", "engine": {}}))
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: (tmp_path / "mesh").exists() and (tmp_path / "runtime").exists())
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.3)
+    assert not running.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(60):
+        assert await running == 0
