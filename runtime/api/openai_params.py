@@ -18,7 +18,7 @@ from runtime.types import LogprobParams, SamplingParams, StopParams
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
-MAX_STOP_CHARS = 1024
+MAX_STOP_CHARS = 256
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 1024
 

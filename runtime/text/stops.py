@@ -22,14 +22,13 @@ class StopScanner:
     of the list at its last place, as TGIS has it.
     """
 
-    __slots__ = ("_by_list", "_include", "_inner_letters", "_keep", "_stops", "_tail", "_unsent")
+    __slots__ = ("_by_list", "_include", "_keep", "_stops", "_tail", "_unsent")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False, by_list: bool = False) -> None:
         self._stops = tuple(stops)
         self._include = include
         self._by_list = by_list
         self._keep = max(map(len, self._stops)) - 1
-        self._inner_letters = set[str]() if include else {letter for stop in self._stops for letter in stop[:-1]}
         self._tail = ""      # the newest text, long enough to complete a match
         self._unsent = 0     # letters at the tail's end that were not shown
 
@@ -73,10 +72,13 @@ class StopScanner:
 
     def _held(self, window: str) -> int:
         """How long the longest beginning of a stop string is that the window ends with."""
-        if window[-1] not in self._inner_letters:
-            return 0
         longest = 0
+        if self._include:
+            return longest
+        last = window[-1]
         for stop in self._stops:
+            if last not in stop:
+                continue
             start = max(0, len(window) - len(stop) + 1)
             while (start := window.find(stop[0], start)) >= 0 and len(window) - start > longest:
                 if stop.startswith(window[start:]):
