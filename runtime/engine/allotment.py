@@ -35,7 +35,7 @@ class Allotment:
     def attend_starved(self, model: Hosted, now: float) -> None:
         """After an empty plan: others make way, unless there can never be room enough (models were pinned after the request was let in)."""
         sequence = model.scheduler.starved()
-        if sequence is None or model.draining:
+        if sequence is None or (model.draining and not model.scheduler.running):
             return
         tokens = self.house.resident.ceiling_blocks(model) * model.cache.blocks.geometry.block_tokens
         if len(sequence.tokens) + 1 > tokens:

@@ -148,7 +148,8 @@ class EngineLoop:
             if model_id is None:
                 return False
             model = active.pop(model_id)
-            if self._launch_step(model, num_active, now):
+            # one that couldn't move may have taken its weights' room meanwhile
+            if model.resident and self._launch_step(model, num_active, now):
                 return True
         return False
 
@@ -159,6 +160,7 @@ class EngineLoop:
             self._allotment.attend_starved(model, now)
             return False
         model.last_used_s = now
+        self.house.resident.moved(model)
         self._mark(model.model_id)
         tokens = step.plan.num_tokens
         predicted_us = model.cost.predict_us(tokens, step.kv_tokens)

@@ -30,6 +30,7 @@ class Resident:
         self._pool = pool
         self._models = models
         self._mark = mark
+        self._claimant = ""              # whose first sequence waits for room that others are giving up
         self.changed = False
 
     # Weights --------------------------------------------------------------------------------------------------------------------------------
@@ -60,12 +61,18 @@ class Resident:
         if self._pool.free >= model.memory.weight_slabs + 1 and not self._room_is_kept():
             self._swap_in(model, now)
 
+    def moved(self, model: Hosted) -> None:
+        """A step of it was planned: what it waited for, it has."""
+        if self._claimant == model.model_id:
+            self._claimant = ""
+
     def evict(self, model: Hosted) -> None:
         """Weights leave the device; cached prefixes stay until their room is wanted."""
         if model.weight_slabs is None:
             return
         model.memory.evict()
         self._pool.give_back(model.weights_owner, model.weight_slabs)
+        self.moved(model)
         model.weight_slabs = None
         model.swapping = False
         model.draining_since_s = None
@@ -169,7 +176,7 @@ class Resident:
         The order is the same for everyone and never changes, so the first sequence of all gets through in the end, and nobody takes turns at
         turning each other out.
         """
-        blocks = blocks_for(len(sequence.tokens) + 1, model.cache.blocks.geometry.block_tokens)
+        blocks = blocks_for(len(sequence.tokens) + 1, model.cache.blocks.geometry.block_tokens) - len(sequence.pages)
         others = [m for m in self._models.values() if m is not model]
         if self._room_is_kept(model):
             return
@@ -184,14 +191,21 @@ class Resident:
                 while self._drop_oldest_prefix((other,)):
                     pass
         self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
-        if not model.scheduler.running and model.cache.obtainable() >= blocks:
-            model.scheduler.promised_blocks = blocks     # or those who made way would take it back
+        # weights on their way can't leave before they are here; they will then, if nobody takes that room in their stead
+        arriving = sum(m.memory.weight_slabs for m in others if m.swapping and not m.pinned and _comes_after(m, sequence))
+        if model.cache.obtainable() + arriving * model.cache.blocks.geometry.blocks_per_slab < blocks:
+            return
+        self._claimant = model.model_id      # or those who made way would take it back
+        if not model.scheduler.running:
+            model.scheduler.promised_blocks = blocks
 
     def _room_is_kept(self, model: Hosted | None = None) -> bool:
         """Whether room was made for a request that hasn't taken it yet and comes before all of this model's."""
         order = model.scheduler.foremost() if model is not None else None
         for other in self._models.values():
-            if other is model or other.scheduler.running or not other.scheduler.promised_blocks:
+            if other is model or (other.draining and not other.scheduler.running):
+                continue
+            if other.model_id != self._claimant and (other.scheduler.running or not other.scheduler.promised_blocks):
                 continue
             foremost = other.scheduler.foremost()
             if foremost is not None and (order is None or foremost < order):
@@ -234,6 +248,12 @@ class Resident:
         while self._drop_oldest_prefix((furthest,)):
             pass
         return True
+
+
+def _comes_after(model: Hosted, sequence: Sequence) -> bool:
+    """Whether none of its requests is as entitled as this one."""
+    foremost = model.scheduler.foremost()
+    return foremost is None or foremost > sequence.order
 
 
 def _share_slabs(model: Hosted) -> float:

@@ -77,3 +77,26 @@ def test_a_life(seed: int) -> None:
     ended = [answer.finish for answer in stage.answers.values()]
     assert ended.count(FinishReason.LENGTH) > 10
     stage.close()
+
+
+def test_who_is_evicted_for_a_starved_one_is_not_launched_in_the_same_turn() -> None:
+    """Room for the weights of one or two of three, and prompts that want nearly all the KV there is."""
+    for seed in range(12):
+        rng = random.Random(seed)
+        names = ("ada", "bob", "cyd")
+        geometry = KvGeometry(4, 1, 3, 2, 64, 64)
+        made = {name: FakeSpec(rng.randint(2, 6), vocab=40, kv=geometry, max_model_len=60, load_polls=1, swap_polls=2) for name in names}
+        total = max(spec.weight_slabs for spec in made.values()) + rng.randint(16, 22)
+        stage = Stage(FakeBackend(made, total_slabs=total, max_rows=4, max_batch_tokens=16), turn_s=0.02, quantum_us=2000)
+        for name in names:
+            stage.load(name)
+        stage.turn(20)
+        for _ in range(250):
+            if rng.random() < 0.4:
+                length = 48 if rng.random() < 0.2 else rng.randint(1, 10)
+                stage.add(rng.choice(names), [rng.randrange(40) for _ in range(length)], 10, ignore_eos=True)
+            stage.turn()
+        stage.until_quiet()
+        stage.check_all()
+        assert not any(answer.finish is FinishReason.ERROR for answer in stage.answers.values())
+        stage.close()
