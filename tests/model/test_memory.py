@@ -209,6 +209,24 @@ def test_an_index_of_another_arena_is_worthless(tmp_path: Path) -> None:
     assert index.read(CHUNK, 4) == ()
 
 
+def test_shared_memory_that_is_full_costs_the_index_and_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "arena")
+    host = arena(4, path)
+    assert put(host, "a", 4 * CHUNK) is not None
+    write_bytes = Path.write_bytes
+
+    def full(file: Path, data: bytes) -> int:
+        write_bytes(file, data[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert put(host, "b", 4 * CHUNK) is not None                 # in the chunks of a
+    monkeypatch.undo()
+    assert arena(4, path).find("a") is None
+    assert put(host, "c", CHUNK) is not None
+    assert arena(4, path).find("c") is not None
+
+
 def test_chunks_are_never_lost() -> None:
     host, rng = arena(12), random.Random(0)
     in_use: dict[str, bool] = {}

@@ -1,8 +1,11 @@
 """Which images lie in a host arena, in a file beside it, so that an engine that comes back finds its models still there. Knows keys and chunks."""
 
+import logging
 from pathlib import Path
 
 import msgspec
+
+_LOG = logging.getLogger(__name__)
 
 
 class IndexEntry(msgspec.Struct, frozen=True):
@@ -40,9 +43,14 @@ class ArenaIndex:
         return page.entries if sound and (page.chunk_bytes, page.total_chunks) == (chunk_bytes, total_chunks) else ()
 
     def write(self, chunk_bytes: int, total_chunks: int, entries: tuple[IndexEntry, ...]) -> None:
-        """Replace the file's contents in one step."""
+        """Replace the file's contents in one step. Where they can't be written there is no file: an older one would name chunks that hold other things."""
         if self._path is None:
             return
         fresh = self._path.with_suffix(".new")
-        fresh.write_bytes(msgspec.msgpack.encode(IndexPage(chunk_bytes, total_chunks, entries)))
-        fresh.replace(self._path)
+        try:
+            fresh.write_bytes(msgspec.msgpack.encode(IndexPage(chunk_bytes, total_chunks, entries)))
+            fresh.replace(self._path)
+        except OSError as error:
+            _LOG.warning("the engine will find no model warm when it comes back: %s", error)
+            for file in (fresh, self._path):
+                file.unlink(missing_ok=True)
