@@ -274,7 +274,7 @@ class _State(RuntimeStateServicer):
         )
 
 
-class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+class _AnyMethod(grpc.GenericRpcHandler):
     """/test.Any/Echo: each message comes back; Slow: never ends; Big: N bytes; Count, or any GenerateStream: N messages; Fail: the status named
     in the message; else as Echo."""
 
@@ -289,7 +289,7 @@ class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         async def serve(_: AsyncIterator[bytes], context: Any) -> None:
             await self._serve(method, context)
 
-        return grpc.stream_stream_rpc_method_handler(serve)  # type: ignore[arg-type]
+        return grpc.stream_stream_rpc_method_handler(serve)
 
     async def _serve(self, method: str, context: Any) -> None:
         runtime = self._runtime
