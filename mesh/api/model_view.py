@@ -87,8 +87,11 @@ class ModelViews:
         return settings
 
     def _alias_of(self, named: NamedModel) -> str:
-        own = named.name == named.model_id or belongs_to(named.model_id, named.name) or belongs_to(named.target_id, named.name)
-        return "" if own else self._registry.name_of(named.model_id)
+        if named.name == named.model_id or belongs_to(named.model_id, named.name) or belongs_to(named.target_id, named.name):
+            return ""
+        owner = self._registry.name_of(named.model_id)
+        # a model that lives by its vmodels alone, as a platform's own do, has no better name than theirs
+        return "" if owner == named.model_id and named.record.auto_delete else owner
 
 
 def _best(status: StatusInfo) -> CopyInfo | None:

@@ -17,6 +17,7 @@ import pytest
 
 from mesh.cli.main import main
 from tests.support.pods import RunningPod, running_pod
+from wire.mmesh import model_mesh_pb2 as mm
 
 
 @pytest.fixture
@@ -59,6 +60,20 @@ async def test_an_alias_is_told_from_a_model_and_is_forgotten_alone(pod: Running
     assert (await say("alias", "prod", "--delete"))[0] == 0
     assert [model["name"] for model in json.loads((await say("ps", "--json"))[1])] == ["ada"]
     assert "there is no such name" in (await say("alias", "prod", "--delete"))[2]
+
+
+async def test_the_last_name_of_a_model_is_no_alias(pod: RunningPod, say: Say) -> None:
+    """Whether its first name was removed, or a platform made the vmodel and its target in one call."""
+    assert (await say("register", "ada", "/ada"))[0] == 0
+    assert (await say("alias", "prod", "ada"))[0] == 0
+    assert (await say("rm", "ada"))[0] == 0
+    target = mm.SetVModelRequest(vModelId="isvc", targetModelId="isvc__isvc-0123456789", modelInfo=mm.ModelInfo(type="llm", path="/m"))
+    target.autoDeleteTargetModel = True
+    await pod.management.setVModel(target)
+    await pod.register("plain")
+    await pod.management.setVModel(mm.SetVModelRequest(vModelId="other", targetModelId="plain"))
+    listed = {model["name"]: model["alias_of"] for model in json.loads((await say("ps", "--json"))[1])}
+    assert listed == {"isvc": "", "other": "plain", "plain": "", "prod": ""}
 
 
 async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, say: Say) -> None:
