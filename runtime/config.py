@@ -66,4 +66,4 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: Annotated[float, _about("on SIGTERM, and when a model is unloaded: running answers may take this long", ge=0)] = 30.0
     log_json: Annotated[bool, _about("logs as JSON lines")] = False
     log_level: Annotated[str, _about("debug, info, warning or error", pattern=r"^(?i:debug|info|warning|error)$")] = "info"
-    engine: Annotated[EngineConfig, _about("the engine process's part")] = EngineConfig()
+    engine: Annotated[EngineConfig, _about("the engine process's part: the next table")] = EngineConfig()

@@ -71,7 +71,8 @@ def _rows(kind: type[msgspec.Struct]) -> list[str]:
         if not isinstance(field.type, msgspec.inspect.Metadata):
             continue
         text = str((field.type.extra_json_schema or {}).get("description", ""))
-        default = "" if field.default in ("", (), msgspec.NODEFAULT) else f"`{_shown(field.name, field.default)}`"
+        inner = isinstance(field.default, msgspec.Struct)  # has a table of its own
+        default = "" if inner or field.default in ("", (), msgspec.NODEFAULT) else f"`{_shown(field.name, field.default)}`"
         rows.append(f"| `{field.name}` | {default} | {_cell(text)} |")
     return rows
 
