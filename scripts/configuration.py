@@ -18,12 +18,13 @@ PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-A flag beats an environment variable, which beats the YAML file, which beats the default. Sizes are bytes or `512MiB`, `40GiB`; times are seconds; addresses are
+A flag beats an environment variable, which beats the YAML file, which beats the default; of `serve` alone, whose file holds its programs' own fields, the file
+goes over the flags. Sizes are bytes or `512MiB`, `40GiB`; times are seconds; addresses are
 `HOST:PORT` or `unix:PATH`; lists are comma separated.
 
 | program | flags | environment | file |
 | --- | --- | --- | --- |
-| `repertory serve` | first table | `REPERTORY_<FLAG>` | `--config FILE` with sections `mesh:` and `runtime:`, each with any field of its table; they go over the flags |
+| `repertory serve` | first table | `REPERTORY_<FLAG>` | `--config FILE` with sections `mesh:` and `runtime:`, each with any field of its table |
 | `repertory serve-mesh` | `--<field>` (without `-bytes`, `-s`) | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the mesh |
 | `repertory serve-runtime` | the same, engine's fields included | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the runtime, the engine's under `engine:` |
 
