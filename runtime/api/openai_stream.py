@@ -15,6 +15,7 @@ from runtime.generation.merge import close
 from runtime.generation.request import Delta
 
 KEEP_ALIVE_S = 15.0
+_LARGE_BYTES = 16384
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _LOG = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ async def send_events(request: web.Request, deltas: AsyncIterator[Delta], chunks
                 data = chunks.delta(delta)
                 if data:
                     await response.write(data)
+                if len(data) > _LARGE_BYTES:
+                    await asyncio.sleep(0)   # a prompt's log-probabilities took milliseconds to write out: others first
             await response.write(chunks.end() + _DONE)
         except ConnectionError:
             _LOG.info("caller left a stream")
