@@ -201,6 +201,7 @@ class EngineLoop:
 
     def _fault(self, model: Hosted, step: Step, error: Exception) -> None:
         """A step raised: its rows are lost, the model stays, until it happens twice in a row."""
+        self._mark(model.model_id)       # not the one launched after it
         self._backend.synchronize()      # raises if the device itself is lost
         now = self._clock()
         counts = not step.void

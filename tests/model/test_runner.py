@@ -1,10 +1,13 @@
 """The runner's promises beside its text: sizes refused, many blocks at once, no wait for the device in a step."""
 
+from typing import cast
+
 import pytest
 import torch
 
 from runtime.config import EngineConfig
 from runtime.engine.model.device_state import DeviceState
+from runtime.engine.model.results import StepLaunched
 from runtime.engine.model.runner import ModelRunner
 from runtime.engine.plan import RowSetup, StepPlan
 from runtime.errors import EngineFault
@@ -123,3 +126,20 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
             torch.cuda.set_sync_debug_mode("default")
         while driver.state.capture_one():
             pass
+
+
+def test_a_step_that_will_never_end_is_ready_and_says_why_when_it_is_collected() -> None:
+    """A lost device shows at whatever asks first; the loop must learn whose step it was."""
+
+    class Lost:
+        def query(self) -> bool:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        def synchronize(self) -> None:
+            self.query()
+
+    event = cast("torch.cuda.Event", Lost())
+    launched = StepLaunched(torch.zeros(1, dtype=torch.int64), None, (event, event, event), 0.0)
+    assert launched.ready()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        launched.collect()

@@ -77,3 +77,24 @@ def test_the_mark_names_who_may_end_the_engine_while_it_rests(monkeypatch: pytes
     made.loop.run()
     assert seen[:3] == ["b", "a", ""], "what ran unasked, then nobody"
     assert seen[-1] == "b", "the weights that come in"
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_a_lost_device_is_put_down_to_the_step_that_broke_not_to_the_one_after_it(where: str) -> None:
+    made = stage("ab", latency_polls=50)
+    made.add("a", [4], 100)
+    made.add("b", [4], 100)
+    made.turn(6)
+    while made.marks[-1] != "b":                             # and what is launched next is a's
+        made.turn()
+
+    def lost() -> None:
+        raise RuntimeError("the device fell off the bus")
+
+    made.backend.synchronize = lost  # type: ignore[method-assign]
+    made.backend.faults["a"] = where
+    with pytest.raises(RuntimeError, match="fell off"):
+        made.turn(8)
+    assert made.marks[-1] == "a"
+    if where == "collect":
+        assert made.marks[-2] == "b", "another model's step was on its way behind it"
