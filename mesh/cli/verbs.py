@@ -124,12 +124,24 @@ def alias(client: AdminClient, args: argparse.Namespace) -> int:
 def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
     """Ask for a load and watch it to its end. Raises LoadFailed with the cause."""
     client.load(name)
+    try:
+        model = _watch_load(client, name, quiet=quiet)
+    except KeyboardInterrupt:
+        print(f"{name}: the load goes on; `repertory stop {name}` ends it", file=sys.stderr)
+        raise
+    if model.state != "loaded" or model.moving_to:
+        raise LoadFailed(f"{name}: {model.error or model.state}")
+    return model
+
+
+def _watch_load(client: AdminClient, name: str, *, quiet: bool) -> Model:
+    """The model as it is when its load has ended. Raises LoadFailed if none is under way."""
     under_way_s = time.monotonic()
     with render.LoadBar(name, enabled=not quiet) as bar:
         while True:
             model = client.model(name)
             if model.state in _ENDED and (not model.moving_to or model.error):
-                break
+                return model
             if model.state:
                 under_way_s = time.monotonic()
             elif time.monotonic() - under_way_s > _NO_LOAD_S:
@@ -138,9 +150,6 @@ def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
                 )
             bar.update(model.state or "queued", model.progress, model.progress_text)
             time.sleep(0.2)
-    if model.state != "loaded" or model.moving_to:
-        raise LoadFailed(f"{name}: {model.error or model.state}")
-    return model
 
 
 def _print_model(model: Model, as_json: bool, sentence: str) -> None:

@@ -48,3 +48,13 @@ def test_a_load_that_was_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(verbs, "_NO_LOAD_S", 0.5)
     with pytest.raises(LoadFailed, match="not being loaded"):
         ask(scripted(Model("m", state="queued"), Model("m")))
+
+
+def test_who_stops_waiting_is_told_that_the_load_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(scripted(Model("m", state="pulling")))
+    assert "repertory stop m" in capsys.readouterr().err
