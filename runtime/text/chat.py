@@ -3,19 +3,14 @@
 Knows messages and templates; nothing of tokens beyond the special tokens' texts that templates may name.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import msgspec
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.errors import InvalidRequest
+from runtime.text.sandbox import Sandbox, render
 
 _CONTINUE_MARK = "\u2063continue-here\u2063 "   # ends in a space to see whether the template trims
 
@@ -37,23 +32,13 @@ class ChatOptions(msgspec.Struct, frozen=True):
     variables: dict[str, Any] = {}
 
 
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's part for training; here it only renders what it holds."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja's interface)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplates:
     """A checkpoint's templates by name. Compiles each once."""
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self._texts = dict(templates)
         self._special_tokens = dict(special_tokens)
-        self._environment = _environment()
+        self._environment = Sandbox()
         self._compiled: dict[str, jinja2.Template] = {}
 
     def __bool__(self) -> bool:
@@ -68,19 +53,20 @@ class ChatTemplates:
                 raise InvalidRequest(f"model {model}: there is no message to continue", param="messages")
             turns[-1]["content"] += _CONTINUE_MARK
         try:
-            rendered = self._compile(text).render(
-                **{
+            rendered = render(
+                self._compile(text),
+                {
                     **self._special_tokens,
                     "tools": None,
                     "documents": None,
                     **options.variables,
                     "messages": turns,
                     "add_generation_prompt": options.add_generation_prompt and not options.continue_final,
-                }
+                },
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"model {model}: its chat template refuses this chat: {error.message or error}", param="messages") from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, ArithmeticError, RecursionError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError) as error:
             raise InvalidRequest(f"model {model}: its chat template fails on this chat: {error}", param="messages") from error
         return _cut_at_mark(model, rendered) if options.continue_final else rendered
 
@@ -116,32 +102,3 @@ def _cut_at_mark(model: str, rendered: str) -> str:
         raise InvalidRequest(f"model {model}: its chat template can't continue the last message", param="messages")
     kept = rendered[:at]
     return kept if rendered.startswith(_CONTINUE_MARK, at) else kept.rstrip()
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols], keep_trailing_newline=False
-    )
-    environment.filters["tojson"] = _to_json
-    helpers: dict[str, Callable[..., Any]] = {"raise_exception": _raise, "strftime_now": _strftime_now}
-    environment.globals.update(helpers)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which no model has seen in training."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

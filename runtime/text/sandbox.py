@@ -1,0 +1,141 @@
+"""The Jinja environment that a checkpoint's chat templates run in: transformers' filters and helpers, and an end to what a template may do.
+
+A template is code of whoever made the checkpoint: Jinja's sandbox keeps it from objects, not from going on for ever or from filling the memory. So
+every loop's turn and every call is counted, and what makes large things of small ones is bounded. Knows Jinja; nothing of chats.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+BUDGET = "__budget"                      # the variable that a render's budget goes by
+_COUNTED = "__counted"
+_MOST_STEPS = 4_000_000                  # a chat of 100,000 turns takes a quarter of it; some seconds
+_CALL_STEPS = 4
+_MOST_CHARACTERS = 64 * 1024 * 1024
+_MOST_DIGITS = 4_000
+
+
+class Budget:
+    """What one render may still do. Raises jinja2.TemplateError past its end."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_STEPS
+
+    def step(self, count: int = 1) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise jinja2.TemplateRuntimeError(f"it takes more than {_MOST_STEPS} steps")
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Every render must be given a Budget as the variable BUDGET."""
+
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols], keep_trailing_newline=False)
+        self.filters["tojson"] = _to_json
+        self.filters[_COUNTED] = _counted
+        helpers: dict[str, Callable[..., Any]] = {"raise_exception": _raise, "strftime_now": _strftime_now}
+        self.globals.update(helpers)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        __context[BUDGET].step(_CALL_STEPS)
+        for value in args:
+            if isinstance(value, int) and value > _MOST_CHARACTERS:      # widths
+                raise jinja2.TemplateRuntimeError(f"it calls for {value} of something")
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str) and any(len(digits) > 5 for digits in _numbers(left)):
+            raise jinja2.TemplateRuntimeError("it makes a text of too great a width")
+        if operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > 4 * _MOST_DIGITS:
+            raise jinja2.TemplateRuntimeError("it makes too long a number")
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, str | bytes | list | tuple) and isinstance(other, int) and len(one) * other > _MOST_CHARACTERS:
+                    raise jinja2.TemplateRuntimeError("it makes too long a text")
+        if operator == "+" and isinstance(left, str | list) and isinstance(right, str | list) and len(left) + len(right) > _MOST_CHARACTERS:
+            raise jinja2.TemplateRuntimeError("it makes too long a text")
+        return super().call_binop(context, operator, left, right)
+
+
+def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    """Raises jinja2.TemplateError, and what the template's own arithmetic raises."""
+    pieces: list[str] = []
+    length = 0
+    for piece in template.generate(**variables, **{BUDGET: Budget()}):
+        pieces.append(piece)
+        length += len(piece)
+        if length > _MOST_CHARACTERS:
+            raise jinja2.TemplateRuntimeError(f"it says more than {_MOST_CHARACTERS} characters")
+    return "".join(pieces)
+
+
+class _Counted:
+    """What a loop goes over, with a step for each turn."""
+
+    def __init__(self, values: Any, budget: Budget) -> None:
+        self._values = values
+        self._budget = budget
+
+    def __iter__(self) -> Iterator[Any]:
+        for value in self._values:
+            self._budget.step()
+            yield value
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@jinja2.pass_context
+def _counted(context: Context, values: Any) -> _Counted:
+    return _Counted(values, context[BUDGET])
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's part for training; here it only renders what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _numbers(pattern: str) -> list[str]:
+    return "".join(char if char.isdigit() else " " for char in pattern).split()
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which no model has seen in training."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,47 @@
+"""Chat templates of whoever made the checkpoint: none may run for ever, fill the memory or reach out of the sandbox."""
+
+import pytest
+
+from runtime.errors import InvalidRequest
+from runtime.text.chat import ChatMessage, ChatOptions, ChatTemplates
+
+CHAT = [ChatMessage("user", "hello"), ChatMessage("assistant", "yes")]
+
+
+def rendered(template: str, chat: list[ChatMessage] | None = None) -> str:
+    return ChatTemplates({"default": template}, {}).render("m", chat or CHAT, ChatOptions())
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in 'x' * 60000 %}{% for b in 'x' * 60000 %}{{ a }}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ 'x' * 10 ** 11 }}",
+        "{{ 10 ** 11 * ['x'] }}",
+        "{{ '%99999999999d' % 1 }}",
+        "{{ 9 ** 999999999 }}",
+        "{{ 'x'.ljust(99999999999) }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_a_template_without_end_or_measure_is_refused(template: str) -> None:
+    with pytest.raises(InvalidRequest, match="model m: its chat template"):
+        rendered(template)
+
+
+def test_what_loops_know_of_themselves_stays() -> None:
+    template = (
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.first }}{{ loop.last }}{{ loop.nextitem is defined }}{% endfor %}"
+        "{% for k, v in {'a': 1}.items() if v %}{{ k }}{{ v }}{% else %}none{% endfor %}{% for x in absent %}{% else %}empty{% endfor %}"
+    )
+    assert rendered(template) == "1/2TrueFalseTrue2/2FalseTrueFalsea1empty"
+
+
+def test_a_long_chat_is_no_endless_one() -> None:
+    template = "{% for m in messages %}{{ m.role.strip() + ': ' + m['content'].strip() }}\n{% endfor %}"
+    assert rendered(template, CHAT * 50_000).count("\n") == 100_000
