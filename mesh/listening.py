@@ -23,10 +23,10 @@ def check_free(what: str, address: str) -> None:
     host, _, port = address.rpartition(":")
     if address.startswith("unix:") or port == "0":
         return
-    host = host.strip("[]") or "0.0.0.0"
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            raise OSError(f"{what} address {address} can't be listened on: {error.strerror or error}") from None
+    try:
+        family, kind, _, _, own = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(own)
+    except OSError as error:
+        raise OSError(f"{what} address {address} can't be listened on: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from mesh.cli.main import main
 from mesh.config import MeshConfig
 from mesh.configure import load
 from mesh.errors import InvalidRequest
+from mesh.listening import check_address, check_free
 from runtime.config import RuntimeConfig
 from runtime.configure import configure
 from runtime.errors import InvalidRequest as RuntimeInvalid
@@ -159,3 +160,17 @@ def test_a_home_that_cant_be_is_one_line(capsys: pytest.CaptureFixture[str], tmp
     said = capsys.readouterr().err
     assert str(tmp_path / "file") in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", ":0", "0.0.0.0:0", "[::1]:8080", "unix:/nowhere/to/be/found"])
+def test_what_may_be_written_as_an_address(address: str) -> None:
+    check_address("it", address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", ""])
+def test_a_port_is_free_until_somebody_listens_there(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(OSError, match=f"it address {host}:{port} can't be listened on: Address already in use"):
+            check_free("it", f"{host}:{port}")
+    check_free("it", f"{host}:{port}")
