@@ -27,6 +27,7 @@ from mesh.api.inference import InferenceGateway
 from mesh.api.management import ManagementService
 from mesh.api.model_view import ModelViews
 from mesh.api.models_routes import ModelsRoutes
+from mesh.api.oip import OwnOip
 from mesh.api.openai_gateway import OpenAiGateway
 from mesh.client.peer import Connections
 from mesh.client.peer_loads import HttpPeerLoads
@@ -139,6 +140,7 @@ class Pod:
             Target(self.instance_id, True, config.runtime_grpc, config.runtime_http),
             Limits(config.wait_budget_s, config.max_held),
         )
+        addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
             config.grpc_listen,
             ManagementService(self.registry, self.placement),
@@ -146,16 +148,15 @@ class Pod:
                 self.registry,
                 self._router,
                 self._connections,
-                Addressing.parse(config.dataplane_config),
+                addressing,
                 self._metrics,
                 own_id=self.instance_id,
                 limits=lambda: self.placement.runtime.limits,
                 max_message_bytes=config.grpc_max_message_bytes,
             ),
+            own_oip=OwnOip(self.registry, self.placement, addressing, is_ready=self.is_ready, version=_version()),
             keys=config.api_keys,
             max_message_bytes=config.grpc_max_message_bytes,
-            is_ready=self.is_ready,
-            version=_version(),
         )
         views = ModelViews(self.registry, self.placement, self._last_used_ms)
         self.http = HttpServer(

@@ -16,16 +16,16 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from mesh.api.inference import InferenceGateway, refuse
+from mesh.api.oip import SERVICE_NAME as OIP_NAME
+from mesh.api.oip import OwnOip
 from mesh.errors import Unauthenticated
 from wire.fmaas import generation_pb2
-from wire.inference import grpc_predict_v2_pb2 as oip
 from wire.mmesh import model_mesh_pb2
 from wire.mmesh.model_mesh_pb2_grpc import ModelMeshServicer, add_ModelMeshServicer_to_server
 
-_OIP = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _SERVICES = (
     model_mesh_pb2.DESCRIPTOR.services_by_name["ModelMesh"].full_name,
-    _OIP,
+    OIP_NAME,
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
 _OPEN_TO_ALL = ("/grpc.health.v1.", "/grpc.reflection.")
@@ -67,14 +67,11 @@ class GrpcServer:
         management: ModelMeshServicer,
         gateway: InferenceGateway,
         *,
+        own_oip: OwnOip,
         keys: tuple[str, ...],
         max_message_bytes: int,
-        is_ready: Callable[[], bool],
-        version: str,
     ) -> None:
         self._address = address
-        self._is_ready = is_ready
-        self._version = version
         self._health = HealthServicer()
         self._server = grpc.aio.server(
             interceptors=(KeyGuard(keys),) if keys else (),
@@ -88,7 +85,7 @@ class GrpcServer:
         add_ModelMeshServicer_to_server(management, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_OIP, self._own_oip()), gateway))
+        self._server.add_generic_rpc_handlers((own_oip.handler(), gateway))
         self.port = 0
 
     async def start(self) -> None:
@@ -110,25 +107,3 @@ class GrpcServer:
     async def stop(self, grace_s: float) -> None:
         """New requests are refused; running ones may end within the grace period."""
         await self._server.stop(grace_s)
-
-    def _own_oip(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        async def live(_: oip.ServerLiveRequest, __: object) -> oip.ServerLiveResponse:
-            return oip.ServerLiveResponse(live=True)
-
-        async def ready(_: oip.ServerReadyRequest, __: object) -> oip.ServerReadyResponse:
-            return oip.ServerReadyResponse(ready=self._is_ready())
-
-        async def metadata(_: oip.ServerMetadataRequest, __: object) -> oip.ServerMetadataResponse:
-            return oip.ServerMetadataResponse(name="repertory", version=self._version)
-
-        return {
-            "ServerLive": _unary(live, oip.ServerLiveRequest),
-            "ServerReady": _unary(ready, oip.ServerReadyRequest),
-            "ServerMetadata": _unary(metadata, oip.ServerMetadataRequest),
-        }
-
-
-def _unary(serve: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    return grpc.unary_unary_rpc_method_handler(
-        serve, request_deserializer=request.FromString, response_serializer=lambda message: message.SerializeToString()
-    )

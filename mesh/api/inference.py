@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from mesh.api.addressing import PREFIX_HEADER, Address, Addressing, Metadata, backward, header, onward
+from mesh.api.addressing import PREFIX_HEADER, Addressing, Metadata, backward, header, onward
 from mesh.api.inbound import Inbound, ServerContext
 from mesh.api.known_methods import single_message_methods
 from mesh.api.message_path import inject
@@ -123,7 +123,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         first = await inbound.message(0) if self._addressing.wants_message(request.method, request.metadata) else None
         here = bool(header(request.metadata, HOP_HEADER))
         address = self._addressing.address(request.method, request.metadata, first)
-        request.model_id = await self._resolve(address)
+        request.model_id = await self._registry.resolve_known(address.name, virtual=address.virtual)
         exclude: frozenset[str] = frozenset()
         retried = reloaded = moved = False
         masked = 0
@@ -159,15 +159,6 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 exclude = frozenset({target.instance_id})
             else:
                 return outcome
-
-    async def _resolve(self, address: Address) -> str:
-        """The cache first; a name that it doesn't have may just have been registered elsewhere."""
-        try:
-            return self._registry.resolve_vmodel(address.name) if address.virtual else self._registry.resolve(address.name)
-        except NotFound:
-            if address.virtual and await self._registry.vmodels.find(address.name) is None:
-                raise
-            return await self._registry.resolve_fresh(address.name)
 
     async def _attempt(self, request: _Request, target: Target, inbound: Inbound, context: ServerContext) -> _Outcome:
         metadata = onward(request.metadata, request.model_id, hop_from="" if target.local else self._own_id)

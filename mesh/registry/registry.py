@@ -72,6 +72,15 @@ class Registry:
             return name
         raise self._unknown(name)
 
+    async def resolve_known(self, name: str, *, virtual: bool) -> str:
+        """As resolve, or resolve_vmodel; a name that the cache doesn't have may just have been registered elsewhere."""
+        try:
+            return self.resolve_vmodel(name) if virtual else self.resolve(name)
+        except NotFound:
+            if virtual and await self.vmodels.find(name) is None:
+                raise
+            return await self.resolve_fresh(name)
+
     async def resolve_fresh(self, name: str) -> str:
         """As resolve, asking the store: another pod may just have registered or moved it."""
         vmodel = (await self.vmodels.table.read(name)).record

@@ -319,6 +319,16 @@ async def test_health_reflection_and_the_servers_own_oip(pod: RunningPod) -> Non
     assert pod.runtime.metadata == []
 
 
+async def test_asking_whether_a_model_is_ready_neither_loads_nor_uses_it(pod: RunningPod) -> None:
+    ready = GRPCInferenceServiceStub(pod.channel).ModelReady
+    assert (await ready(oip.ModelReadyRequest(name="m"))).ready, "it would be loaded when it is called"
+    assert (await ready(oip.ModelReadyRequest(), metadata=FOR_M)).ready
+    assert not (await ready(oip.ModelReadyRequest(name="nobody"))).ready
+    assert not (await ready(oip.ModelReadyRequest(), metadata=(("mm-vmodel-id", "m"),))).ready
+    assert (await code_of(ready(oip.ModelReadyRequest())))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert pod.runtime.log == [("purge", "")]
+
+
 async def test_keys_guard_inference_and_not_health(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", api_keys=("k1", "k2")) as pod:
         call = pod.channel.unary_unary("/test.Any/Echo")
