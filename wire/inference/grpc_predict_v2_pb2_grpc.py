@@ -99,7 +99,7 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ModelMetadata(self, request, context):
-        """The model's platform, tensors and limits. NOT_FOUND: unknown model, or a version other than "" or "1".
+        """The model's platform, tensors and limits. NOT_FOUND: unknown model. INVALID_ARGUMENT: a version other than "" or "1".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
