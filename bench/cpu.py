@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=None, help="file for the servers' output")
     args = parser.parse_args()
     rows = [int(text) for text in args.rows.split(",")]
-    with stack.serve("--memory", "3GiB", log=args.log) as served:
+    with stack.serve("--device", "cpu", "--memory", "3GiB", log=args.log) as served:
         took = stack.load_and_wait(served, "smol", f"file://{gguf_path()}", max_model_len=2048)
         print(f"ready to take loads in {served.ready_s:.1f} s; first load, unpacking included, {took:.1f} s", flush=True)
         peer = _Peer(served)

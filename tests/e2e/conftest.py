@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Stack]:
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    with stack.serve("--memory", "64MiB", log=log) as running:
+    with stack.serve("--device", "cpu", "--memory", "64MiB", log=log) as running:
         yield running
 
 
@@ -62,7 +62,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         yaml.safe_dump(_GUARDS | {"runtime": _GUARDS["runtime"] | {"model_roots": [str(models)], "storage_config_dir": str(secrets)}})
     )
     web = WebServer(models)
-    flags = ("--memory", "40MiB", "--cache-size", "3MiB", "--wait-budget", "3", "--config", str(config))
+    flags = ("--device", "cpu", "--memory", "40MiB", "--cache-size", "3MiB", "--wait-budget", "3", "--config", str(config))
     environment = {"REPERTORY_API_KEYS": f"another,{API_KEY}", "HF_TOKEN": HUB_TOKEN}
     with stack.serve(*flags, home=home, environment=environment, log=log) as running:
         edge = Edge(running.url, API_KEY)

@@ -57,7 +57,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tight]:
         tiny_llama(models / name, 10 + seed, hidden=256, layers=4)
     config = base / "config.yaml"
     config.write_text("runtime: {grace_s: 5, engine: {debug_checks: true, num_threads: 1}}\n")
-    with stack.serve("--memory", _MEMORY, "--wait-budget", "60", "--config", str(config), log=base / "serve.log") as running:
+    with stack.serve("--device", "cpu", "--memory", _MEMORY, "--wait-budget", "60", "--config", str(config), log=base / "serve.log") as running:
         yield Tight(Edge(running.url), models, running.pid)
 
 

@@ -89,7 +89,7 @@ def test_a_client_that_leaves_frees_its_row(served: stack.Stack, models: dict[st
 
 def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -> None:
     home = tmp_path / "home"
-    with stack.serve("--memory", "64MiB", home=home, log=tmp_path / "log") as served:
+    with stack.serve("--device", "cpu", "--memory", "64MiB", home=home, log=tmp_path / "log") as served:
         assert client_of(served).models.list().data == []
         many = [f"org/model-{number:03}" for number in range(300)]
         for name in many:
@@ -100,14 +100,14 @@ def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -
         for process in processes:
             process.kill()
         psutil.wait_procs(processes, timeout=20)
-    with stack.serve("--memory", "64MiB", home=home, log=tmp_path / "log") as served:
+    with stack.serve("--device", "cpu", "--memory", "64MiB", home=home, log=tmp_path / "log") as served:
         assert [model.id for model in client_of(served).models.list()] == ["ada", *many]
         assert stream_text(served, "ada", PROMPT, 8) == before
         assert stream_text(served, many[-1], PROMPT, 8)
 
 
 def test_sigterm_lets_streams_finish_and_every_line_of_a_json_log_is_json(tmp_path: Path, models: dict[str, Path]) -> None:
-    with stack.serve("--memory", "64MiB", "--log-json", log=tmp_path / "log") as served:
+    with stack.serve("--device", "cpu", "--memory", "64MiB", "--log-json", log=tmp_path / "log") as served:
         served.admin.register({"name": "ada", "uri": str(models["ada"])})
         expected = stream_text(served, "ada", PROMPT, 200)
         stream = client_of(served).completions.create(model="ada", prompt=PROMPT, max_tokens=200, temperature=0, stream=True)

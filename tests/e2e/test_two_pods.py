@@ -19,8 +19,8 @@ def pods(etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     base = tmp_path_factory.mktemp("pods")
     store = f"etcd://{etcd.endpoint}"
     with (
-        stack.serve("--memory", "64MiB", "--store", store, log=base / "a.log") as a,
-        stack.serve("--memory", "64MiB", "--store", store, log=base / "b.log") as b,
+        stack.serve("--device", "cpu", "--memory", "64MiB", "--store", store, log=base / "a.log") as a,
+        stack.serve("--device", "cpu", "--memory", "64MiB", "--store", store, log=base / "b.log") as b,
     ):
         yield a, b
 
