@@ -286,7 +286,7 @@ def test_past_the_wait_budget_callers_are_told_when_to_return_and_the_load_goes_
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
     assert "wait budget of 3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
     _until(lambda: guarded.edge.complete("slower").status == 200, "the load did not go on")
-    assert 'repertory_mesh_loads_total{model="slower",outcome="loaded"} 1.0' in guarded.edge.ask("GET", "/metrics").text
+    assert 'repertory_mesh_loads_total{model_name="slower",outcome="loaded"} 1.0' in guarded.edge.ask("GET", "/metrics").text
 
 
 def test_secrets_are_refused_in_registrations_and_appear_nowhere(guarded: Guarded) -> None:

@@ -42,7 +42,7 @@ class Tight:
         return next(process for process in self.processes() if "runtime.engine" in process.cmdline())
 
     def loads(self, name: str) -> int:
-        start = f'repertory_mesh_loads_total{{model="{name}",outcome="loaded"}} '
+        start = f'repertory_mesh_loads_total{{model_name="{name}",outcome="loaded"}} '
         lines = self.edge.ask("GET", "/metrics").text.splitlines()
         return next((int(float(line.removeprefix(start))) for line in lines if line.startswith(start)), 0)
 
