@@ -121,6 +121,20 @@ def test_a_mapping_that_fails_leaves_nothing(memory: CudaMemory, device: Device,
     assert all(driver_of(memory).knows(held.bytes_view.data_ptr() + place * SLAB) for place in range(4))
 
 
+def test_a_budget_that_is_not_to_be_had_says_what_was(memory: CudaMemory, device: Device) -> None:
+    calls = iter(range(100))
+
+    def fail(call: str) -> None:
+        if next(calls) == 7:
+            raise CudaError("cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY")
+
+    device.failing = fail
+    stream: Any = device.compute
+    with pytest.raises(CudaError, match=f"7 of 49 slabs of {SLAB} bytes were to be had: cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY"):
+        CudaMemory(torch.device("cpu"), SLAB, 48, stream)
+    assert not device.drivers[-1].handles
+
+
 def test_a_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, device: Device) -> None:
     for failing in ("reserve", "map", "allow"):
 

@@ -103,10 +103,10 @@ class CudaMemory:
             for _ in range(total_slabs):
                 self.handles.append(self.driver.create(slab_bytes))
             self.anchor: Any = self.driver.create(slab_bytes)
-        except CudaError:
+        except CudaError as error:
             for handle in self.handles:
                 self.driver.release(handle)
-            raise
+            raise CudaError(f"{len(self.handles)} of {total_slabs + 1} slabs of {slab_bytes} bytes were to be had: {error}") from error
         self.ranges: list[CudaRange] = []
 
     def reserve(self, num_slabs: int) -> VirtualRange:
