@@ -69,6 +69,12 @@ class Runtime:
                 ("grpc.so_reuseport", 0),       # else a second runtime would share the port in silence
                 ("grpc.max_receive_message_length", config.grpc_max_message_bytes),
                 ("grpc.max_send_message_length", config.grpc_max_message_bytes),
+                # callers may ask whether the connection lives while they wait; more than two pings in five silent minutes would end it
+                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                # a caller whose machine is gone says no goodbye, and its row would run to its end
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
             )
         )
         self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)

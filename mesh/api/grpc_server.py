@@ -80,6 +80,13 @@ class GrpcServer:
                 ("grpc.max_send_message_length", max_message_bytes),
                 # two servers on one port would share its requests in silence
                 ("grpc.so_reuseport", 0),
+                # a held request is silent for minutes: callers that ask meanwhile whether the connection lives are not to be hung up on,
+                # which is what happens to more than two pings in five minutes otherwise
+                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                # a caller whose machine is gone says no goodbye, and its row would run to its end
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
             ),
         )
         add_ModelMeshServicer_to_server(management, self._server)

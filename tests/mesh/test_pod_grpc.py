@@ -352,3 +352,15 @@ async def test_least_recently_used_leaves_when_the_capacity_is_full(tmp_path: Pa
         assert set(pod.runtime.loaded) == {"a", "c"}
         await pod.echo("b")
         assert set(pod.runtime.loaded) == {"b", "c"}
+
+
+async def test_a_caller_that_waits_may_ask_whether_the_connection_lives(pod: RunningPod) -> None:
+    """Keep-alive pings are what keeps a silent stream open at a load balancer; a server that takes them for abuse ends the request."""
+    pod.runtime.switches.load_gate = asyncio.Event()
+    await pod.register("held")
+    options = (("grpc.keepalive_time_ms", 1_100), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{pod.pod.grpc.port}", options=options) as channel:
+        call = channel.unary_unary("/test.Any/Echo")(b"hi", metadata=(("mm-model-id", "held"),))
+        await asyncio.sleep(7.5)  # six pings; without leave the fifth is the last
+        pod.runtime.switches.load_gate.set()
+        assert await call == b"hi"
