@@ -193,6 +193,7 @@ class Stage:
             assert answer.prompt_logprobs == tuple(entries)
 
     def check_all(self) -> None:
+        assert not self.backend.broken_rules
         for answer in self.answers.values():
             self.check_text(answer)
 
@@ -200,6 +201,7 @@ class Stage:
         """End the loop; nothing may stay lent, mapped or open."""
         self.inbox.put(None)
         self.loop.run()
+        assert not self.backend.broken_rules
         assert self.loop.house.slabs.free == self.backend.total_slabs
         assert self.loop.house.rows.free == self.loop.house.rows.total
         assert self.backend.mapped == 0

@@ -150,6 +150,14 @@ class FakeRunner:
         self.closed = True
 
     def launch(self, plan: StepPlan) -> FakeLaunched:
+        try:
+            return self._launch(plan)
+        except AssertionError as error:
+            # the engine takes it for a fault of the device, and lives on
+            self._backend.broken_rules.append(f"{self.facts.model_id}: {error}")
+            raise
+
+    def _launch(self, plan: StepPlan) -> FakeLaunched:
         assert self._memory.resident, "launched without weights"
         fault = self._backend.faults.pop(self.facts.model_id, "")
         if fault == "launch":
@@ -159,10 +167,10 @@ class FakeRunner:
             assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
             assert (page % self._memory.kv.pages_per_slab) % self._memory.kv.pages_per_block == 0
             self.rows[row].table[index] = page
-        shared: dict[int, int] = {}
-        for row in self.rows.values():
-            for page in row.table.values():
-                shared[page] = shared.get(page, 0) + 1
+        holders: dict[int, list[tuple[int, int]]] = {}       # page → rows that have it, and where
+        for slot, row in self.rows.items():
+            for index, page in row.table.items():
+                holders.setdefault(page, []).append((slot, index))
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
@@ -176,7 +184,8 @@ class FakeRunner:
             else:
                 ids = plan.tokens[at : at + plan.counts[i]]
                 at += plan.counts[i]
-            self._write(row, plan.starts[i], ids, shared)
+            self._write(row, plan.starts[i], ids)
+            self._check_alone(plan, i, holders)
             work.append((i, slot, row, ids))
         assert at == len(plan.tokens)
         for i, slot, row, ids in work:
@@ -217,13 +226,27 @@ class FakeRunner:
         assert all(c == 1 and s for c, s, d in zip(plan.counts, plan.samples, plan.from_device, strict=True) if d)
         assert plan.num_tokens <= max(self._backend.max_batch_tokens, sum(plan.from_device))
 
-    def _write(self, row: FakeRow, start: int, ids: Sequence[int], shared: dict[int, int]) -> None:
+    def _check_alone(self, plan: StepPlan, i: int, holders: dict[int, list[tuple[int, int]]]) -> None:
+        """Nobody else has the pages that the plan's i-th row writes, but rows after it that read them (a layer writes before any row reads, unless all
+        have one token), and rows that this plan gave them to read later."""
+        size, slot = self._memory.kv.block_tokens, plan.rows[i]
+        for index in range(plan.starts[i] // size, (plan.starts[i] + plan.counts[i] - 1) // size + 1):
+            page = self.rows[slot].table[index]
+            for other, at in holders[page]:
+                if other == slot:
+                    continue
+                if other in plan.rows:
+                    reads = plan.rows.index(other) > i and plan.starts[plan.rows.index(other)] >= (at + 1) * size and plan.counts[i] > 1
+                else:
+                    reads = (other, at, page) in plan.new_blocks
+                assert reads, f"page {page} is written by row {slot} while row {other} holds it"
+
+    def _write(self, row: FakeRow, start: int, ids: Sequence[int]) -> None:
         size = self._memory.kv.block_tokens
         for position, token in enumerate(ids, start):
             assert position < self.facts.max_model_len, f"position {position} is past the context"
             page = row.table[position // size]
             assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
-            assert shared[page] == 1, f"page {page} is written while {shared[page]} rows hold it"
             self._memory.cells[page, position % size] = (position, token)
 
     def _read(self, row: FakeRow, end: int) -> list[int]:
@@ -279,6 +302,7 @@ class FakeBackend:
         self.max_rows = max_rows
         self.max_batch_tokens = max_batch_tokens
         self.faults: dict[str, str] = {}
+        self.broken_rules: list[str] = []                      # what a plan did that it may not
         self.broken_swap_ins: dict[str, bool] = {}
         self.open_rows: set[int] = set()
         self.memories: list[FakeMemory] = []
