@@ -294,7 +294,7 @@ async def test_a_runtime_that_cant_be_used_is_asked_again_with_pauses(tmp_path: 
     async with running_pod(tmp_path / "pod", switches=Switches(loading_concurrency=0), wait=False) as pod:
         await until(lambda: "maxLoadingConcurrency is 0" in caplog.text)
         await asyncio.sleep(1.0)
-        assert len(pod.runtime.log) == 1, "it was asked in a loop"
+        assert len(pod.runtime.log) < 10, "it was asked in a loop"
         pod.runtime.switches.loading_concurrency = 1
         await until(pod.pod.is_ready)
 
