@@ -52,6 +52,13 @@ class FakeMemory:
         self.cells: dict[tuple[int, int], tuple[int, int]] = {}   # (page, offset) → (position, token)
 
     def swap_in(self, slabs: Sequence[int]) -> None:
+        try:
+            self._swap_in(slabs)
+        except AssertionError as error:
+            self._backend.broken_rules.append(f"{self._model_id}: swapped in wrongly: {error}")
+            raise
+
+    def _swap_in(self, slabs: Sequence[int]) -> None:
         assert not self.resident
         assert len(slabs) == self.weight_slabs
         assert not self.closed
