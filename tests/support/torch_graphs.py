@@ -1,6 +1,6 @@
 """Stands in for torch's CUDA graphs where there is no GPU: which captures into a shared pool torch takes, and what one that fails leaves behind.
 
-As in torch 2.11 to 2.13: `capture_end` asks the driver first, so after a capture that the driver calls void the pool counts as being recorded to.
+As in torch's CUDAGraph.cpp: `capture_end` asks the driver first, so after a capture that the driver calls void the pool counts as being recorded to.
 """
 
 from collections import Counter
