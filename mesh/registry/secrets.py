@@ -1,6 +1,7 @@
 """What may not be registered: secrets. The registry is readable by every pod and by whoever may read the store.
 
-Pure. Knows the names under which clouds and hubs keep their credentials; a value is never looked at, and never repeated in a message.
+Pure. Knows the names under which clouds and hubs keep their credentials; a value is looked at only for names in it (an object, a URL), and never
+repeated in a message.
 """
 
 import re
@@ -22,8 +23,8 @@ _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 def refuse_secrets(name: str, info: ModelInfo) -> None:
     """Raises InvalidRequest naming the first parameter of the model key or the path that looks like a secret."""
-    for field in _names_in_key(info.key):
-        if looks_secret(field):
+    for field, value in _entries_in_key(info.key):
+        if looks_secret(field) or (field.startswith("storage_params.") and _secret_in_uri(value)):
             raise InvalidRequest(
                 f"model {name}: the model key's {field!r} looks like a secret, and the registry is no place for one; "
                 "put it into a storage configuration file of the runtime and name that with storage_key"
@@ -43,26 +44,37 @@ def looks_secret(name: str) -> bool:
     return bool(_SECRET.search(plain)) and not _NOT_SECRET.match(plain)
 
 
-def _names_in_key(key: str) -> Iterator[str]:
+def _entries_in_key(key: str) -> Iterator[tuple[str, str]]:
     try:
         content = msgspec.json.decode(key) if key else None
     except msgspec.MsgspecError:
         # not ModelMesh's JSON: opaque to the mesh, and to be refused by the runtime
         return
-    yield from _names(content, "")
+    yield from _entries(content, "")
 
 
-def _names(value: object, prefix: str) -> Iterator[str]:
+def _entries(value: object, prefix: str) -> Iterator[tuple[str, str]]:
+    """Names with where they stand, and texts; also of an object that is written as a text, as ModelMesh's parameters must be."""
     if isinstance(value, dict):
         for name, inner in value.items():
             path = f"{prefix}{name}"
-            if isinstance(inner, dict | list):
-                yield from _names(inner, f"{path}.")
+            held = _object_in(inner) if isinstance(inner, str) else inner
+            if isinstance(held, dict | list):
+                yield from _entries(held, f"{path}.")
             elif inner not in (None, ""):
-                yield path
+                yield path, inner if isinstance(inner, str) else ""
     elif isinstance(value, list):
         for inner in value:
-            yield from _names(inner, prefix)
+            yield from _entries(inner, prefix)
+
+
+def _object_in(text: str) -> object:
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.MsgspecError:
+        return None
 
 
 def _secret_in_uri(uri: str) -> str | None:

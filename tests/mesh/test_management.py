@@ -198,6 +198,21 @@ def test_a_path_with_a_secret_is_refused(path: str) -> None:
         refuse_secrets("m", ModelInfo("llm", path))
 
 
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [
+        ({"headers": '{"Authorization": "Bearer hunter2"}'}, r"storage_params\.headers\.Authorization"),
+        ({"type": "http", "url": "https://user:hunter2@host/m"}, r"storage_params\.url"),
+        ({"type": "http", "url": "https://host/m?sig=hunter2"}, r"storage_params\.url"),
+    ],
+)
+def test_a_secret_inside_a_parameter_is_refused(params: dict[str, str], named: str) -> None:
+    key = json.dumps({"storage_params": params})
+    with pytest.raises(InvalidRequest, match=named) as caught:
+        refuse_secrets("m", ModelInfo("llm", "m", key))
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("key", ["", "not json", "[]", "7", '{"storage_key":"k","storage_params":{"token":""}}', '{"quantize":"int8"}'])
 def test_a_key_without_a_secret_passes(key: str) -> None:
     refuse_secrets("m", ModelInfo("llm", "hf://org/m@main?x=1", key))
