@@ -1,6 +1,7 @@
 """`repertory`: parses the command line and hands each verb to its doer. Errors end as one line on stderr, status 1 (2 for usage)."""
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -36,17 +37,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that can't show a character gets a `?`, and the rest
     try:
-        return _run(args)
+        status = _run(args)
+        sys.stdout.flush()  # what is still to be written may fail too
+        return status
     except MeshError as error:
         print(f"repertory: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, InvalidRequest) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        _drop_output()
         return 141
     except OSError as error:
         print(f"repertory: {error}", file=sys.stderr)  # the output's disk is full, most likely
+        _drop_output()
         return 1
+
+
+def _drop_output() -> None:
+    """What is left of it would fail once more at the interpreter's end, and take the exit status with it."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: argparse.Namespace) -> int:
