@@ -41,7 +41,7 @@ class Geometry:
     intermediate_size: int
     vocab_size: int
     max_model_len: int
-    dtype: str                           # of the checkpoint; "float32" where it doesn't say
+    dtype: str                           # of the checkpoint; "" where it doesn't say
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def needs_of(geometry: Geometry, tensors: Sequence[TensorShape], settings: Model
 
 
 def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
-    """`auto` is the checkpoint's own on a GPU and float32 on a CPU, where half precision is emulated."""
+    """`auto` is the checkpoint's own on a GPU (bfloat16 where it has none, as GGUF) and float32 on a CPU, where half precision may be emulated."""
     if wanted != "auto":
         return wanted
     if device == "cpu":
@@ -131,6 +131,15 @@ def victims(needed_bytes: int, free_bytes: int, residents: Sequence[Resident]) -
     return chosen, max(missing, 0)
 
 
+def checkpoint_dtype(config: Mapping[str, object]) -> str:
+    """What config.json says of the weights' type, "" if nothing."""
+    text = config.get("text_config")
+    for part in (text if isinstance(text, dict) else {}, config):
+        if dtype := part.get("dtype") or part.get("torch_dtype"):
+            return str(dtype).removeprefix("torch.")
+    return ""
+
+
 def geometry_of(config: Mapping[str, object]) -> Geometry:
     """Read config.json, under the several names that families use. Raises KeyError naming what is missing."""
     text = config.get("text_config")
@@ -150,7 +159,6 @@ def geometry_of(config: Mapping[str, object]) -> Geometry:
     hidden_size = number("hidden_size", "n_embd", "d_model")
     num_heads = number("num_attention_heads", "n_head", "num_heads")
     architectures = config.get("architectures")
-    dtype = inner.get("dtype") or inner.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     return Geometry(
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
         num_layers=number("num_hidden_layers", "n_layer", "num_layers"),
@@ -160,5 +168,5 @@ def geometry_of(config: Mapping[str, object]) -> Geometry:
         intermediate_size=number("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden_size),
         vocab_size=number("vocab_size"),
         max_model_len=number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", default=2048),
-        dtype=str(dtype or "float32").removeprefix("torch."),
+        dtype=checkpoint_dtype(config),
     )

@@ -13,7 +13,7 @@ from cachetools import LRUCache
 
 from runtime.config import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.fit import DTYPE_BYTES, compute_dtype, geometry_of, needs_of, tensor_bytes
+from runtime.fit import DTYPE_BYTES, checkpoint_dtype, compute_dtype, geometry_of, needs_of, tensor_bytes
 from runtime.fitting import Look
 from runtime.lifecycle import Phase, Prepared, Report
 from runtime.puller.cache import Cache, Held
@@ -119,7 +119,7 @@ class Preparation:
     def _from_files(self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: Job) -> Prepared:
         found = inspect(path, self._policy)
         quantization = _quantization(found.quantization, settings, found.model_dir.name)
-        dtype = compute_dtype(settings.dtype, str(found.config.get("dtype") or found.config.get("torch_dtype") or ""), device)
+        dtype = compute_dtype(settings.dtype, checkpoint_dtype(found.config), device)
         if found.kind is Kind.SAFETENSORS and quantization is Quantization.NONE:
             return self._as_it_lies(found, pulled, dtype, job)
         key = _pack_key(identity or found.identity, settings, device)

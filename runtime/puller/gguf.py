@@ -23,7 +23,8 @@ def read_gguf(path: Path) -> tuple[Mapping[str, object], Sequence[TensorShape]]:
     try:
         reader: Any = GGUFReader(str(path))
         architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-        config: dict[str, object] = {"architectures": [f"{architecture} (GGUF)"], "dtype": "float32"}
+        # no dtype: what was quantised has none, and what a device computes in is its own
+        config: dict[str, object] = {"architectures": [f"{architecture} (GGUF)"]}
         for field, name in _FIELDS.items():
             entry = reader.fields.get(f"{architecture}.{field}")
             if entry is not None:

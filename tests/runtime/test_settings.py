@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from bench.smollm2 import gguf_path
 from runtime.configure import configure
 from runtime.errors import InvalidRequest, LoadFailed, Unavailable
-from runtime.fit import Resident, geometry_of, needs_of, victims
+from runtime.fit import Resident, checkpoint_dtype, compute_dtype, geometry_of, needs_of, victims
 from runtime.listening import Address, claim, parse_address
+from runtime.puller.gguf import read_gguf
 from runtime.puller.inspect import Kind, Policy, inspect
 from runtime.settings import fingerprint, parse_model
 from runtime.types import DefaultSampling, ModelSettings, ModelSource, Quantization
@@ -207,3 +209,27 @@ def test_victims_are_idle_and_least_recently_used() -> None:
     assert victims(5, 5, residents) == ([], 0)
     assert victims(12, 5, residents) == (["old"], 0)
     assert victims(40, 5, residents) == (["old", "new"], 15)
+
+
+@pytest.mark.parametrize(
+    ("config", "on_gpu"),
+    [
+        ({"dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.float32"}, "float32"),
+        ({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"text_config": {}, "dtype": "float16"}, "float16"),
+        ({"dtype": "float8_e4m3fn"}, "bfloat16"),
+        ({}, "bfloat16"),
+    ],
+)
+def test_what_a_model_computes_in(config: dict[str, object], on_gpu: str) -> None:
+    assert compute_dtype("auto", checkpoint_dtype(config), "cuda") == on_gpu
+    assert compute_dtype("auto", checkpoint_dtype(config), "cpu") == "float32"
+    assert compute_dtype("float16", checkpoint_dtype(config), "cpu") == "float16"
+
+
+def test_a_gguf_file_is_no_float32_checkpoint() -> None:
+    config, tensors = read_gguf(gguf_path())
+    on_gpu, on_cpu = (needs_of(geometry_of(config), tensors, ModelSettings(), device) for device in ("cuda", "cpu"))
+    assert (on_gpu.dtype, on_cpu.dtype) == ("bfloat16", "float32")
+    assert on_cpu.weight_bytes == 2 * on_gpu.weight_bytes
