@@ -111,6 +111,15 @@ def test_a_half_fetched_file_is_gone_on_with_only_if_it_is_the_same(web: WebServ
     assert not target.with_name("f.tag").exists()
 
 
+def test_what_says_nothing_of_its_content_is_never_gone_on_with(web: WebServer, tmp_path: Path) -> None:
+    (web.root / "f").write_bytes(b"new" * 1000)
+    file = RemoteFile("f", f"{web.url}/f", 3000)             # as of a server without ETag and date
+    (tmp_path / "f.part").write_bytes(b"old" * 500)
+    (tmp_path / "f.tag").write_text("3000 ")
+    HttpClient().fetch(file, tmp_path / "f", job(), lambda count: None)
+    assert (tmp_path / "f").read_bytes() == b"new" * 1000
+
+
 def test_a_server_without_ranges_starts_over(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"x" * 10_000)
     web.ranges, web.cuts, web.cut_after = False, 1, 4000
