@@ -75,6 +75,7 @@ class Runtime:
                 # a caller whose machine is gone says no goodbye, and its row would run to its end
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.ping_timeout_ms", 20_000),
             )
         )
         self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)

@@ -87,6 +87,7 @@ class GrpcServer:
                 # a caller whose machine is gone says no goodbye, and its row would run to its end
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.ping_timeout_ms", 20_000),
             ),
         )
         add_ModelMeshServicer_to_server(management, self._server)

@@ -164,7 +164,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         metadata = onward(request.metadata, request.model_id, hop_from="" if target.local else self._own_id)
         if not header(metadata, _REQUEST_ID):
             metadata.append((_REQUEST_ID, request.request_id))
-        channel = self._connections.grpc(target.grpc_address)
+        channel = self._connections.grpc(target.grpc_address, of_pod=not target.local)
         timeout_s = context.time_remaining()
         rewrite = self._rewrite(request, target)
         call: grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]

@@ -4,6 +4,7 @@ Knows addresses and limits; nothing of what is sent.
 """
 
 import asyncio
+import socket
 
 import aiohttp
 import grpc.aio
@@ -11,14 +12,16 @@ import grpc.aio
 HOP_HEADER = "repertory-hop"  # from another pod, which is named: such a request goes no further
 
 _CONNECT_S = 5.0
+_PING_S = 20.0           # a machine that is gone says no goodbye; without asking, a request that it had would wait for ever
+_PONG_S = 10.0
 _READ_BUFFER_BYTES = 256 * 1024
 
 
 class Connections:
     """Addresses are `HOST:PORT` or `unix:PATH`."""
 
-    def __init__(self, *, max_message_bytes: int) -> None:
-        self._options = (
+    def __init__(self, *, max_message_bytes: int, ping_s: float = _PING_S, pong_s: float = _PONG_S) -> None:
+        self._options: tuple[tuple[str, int], ...] = (
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_receive_message_length", max_message_bytes),
             # a runtime or a pod that comes back is to be seen at once: the default waits up to two minutes
@@ -28,13 +31,21 @@ class Connections:
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
         )
+        # gRPC waits for a ping's answer for ping_timeout (a minute unless told); keepalive_timeout alone ends nothing
+        self._pings = (
+            ("grpc.keepalive_time_ms", round(ping_s * 1000)),
+            ("grpc.keepalive_timeout_ms", round(pong_s * 1000)),
+            ("grpc.http2.ping_timeout_ms", round(pong_s * 1000)),
+        )
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
-    def grpc(self, address: str) -> grpc.aio.Channel:
+    def grpc(self, address: str, *, of_pod: bool = False) -> grpc.aio.Channel:
+        """Another pod is asked whether it is still there; a runtime, which may be anybody's, might hang up on who asks."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+            options = (*self._options, *self._pings) if of_pod else self._options
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=options)
         return channel
 
     def http(self, address: str) -> tuple[aiohttp.ClientSession, str]:
@@ -55,7 +66,7 @@ def _session(address: str) -> aiohttp.ClientSession:
     if address.startswith("unix:"):
         connector = aiohttp.UnixConnector(path=address.removeprefix("unix:"), limit=0)
     else:
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, socket_factory=watched_socket)
     return aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
@@ -64,3 +75,14 @@ def _session(address: str) -> aiohttp.ClientSession:
         read_bufsize=_READ_BUFFER_BYTES,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
     )
+
+
+def watched_socket(info: aiohttp.AddrInfoType) -> socket.socket:
+    """One whose kernel asks whether the other side is still there."""
+    family, kind, protocol, _, _ = info
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", round(_PING_S)), ("TCP_KEEPINTVL", round(_PONG_S / 2)), ("TCP_KEEPCNT", 2)):
+        if hasattr(socket, option):      # Linux's names
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return made

@@ -56,6 +56,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # a peer that vanished without a FIN is noticed; etcd refuses pings more often than every 5 s
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),                # what gRPC waits for by; it is a minute otherwise
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),

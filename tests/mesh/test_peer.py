@@ -1,0 +1,62 @@
+"""Connections to other pods: one that has fallen silent is found out, and a request that it had ends."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from mesh.client.peer import Connections, watched_socket
+
+_SERVER = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+def never(request, context):
+    time.sleep(600)
+server = grpc.server(ThreadPoolExecutor(2))
+class Handler(grpc.GenericRpcHandler):
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(never)
+server.add_generic_rpc_handlers((Handler(),))
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def pod() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"127.0.0.1:{int(process.stdout.readline())}", process
+        finally:
+            process.kill()
+
+
+async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess.Popen[str]]) -> None:
+    address, process = pod
+    connections = Connections(max_message_bytes=1 << 20, ping_s=0.5, pong_s=0.5)
+    try:
+        channel = connections.grpc(address, of_pod=True)
+        await asyncio.wait_for(channel.channel_ready(), 30)
+        call = channel.unary_unary("/any/Method")(b"")
+        await asyncio.wait([asyncio.ensure_future(call.code())], timeout=0.3)
+        process.send_signal(signal.SIGSTOP)              # its kernel still takes bytes, and nobody answers
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call, 60)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    finally:
+        await connections.close()
+
+
+def test_http_connections_are_kept_an_eye_on() -> None:
+    with watched_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))) as made:
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
