@@ -87,11 +87,14 @@ class Cache:
         if not _try_lock(lock, fcntl.LOCK_SH) or not path.is_dir():
             os.close(lock)
             return None
-        if not _is_whole(path) and _try_lock(lock, fcntl.LOCK_EX):
-            log.warning("%s isn't what was put there any more; it is made anew", path)
-            self._throw_away(path)
-            os.close(lock)
-            return None
+        if not _is_whole(path):
+            unused = _try_lock(lock, fcntl.LOCK_EX)      # fails with the shared one lost
+            if unused:
+                log.warning("%s isn't what was put there any more; it is made anew", path)
+                self._throw_away(path)
+            if unused or not _try_lock(lock, fcntl.LOCK_SH) or not path.is_dir():
+                os.close(lock)
+                return None
         _touch(path)
         return Held(path, lock)
 

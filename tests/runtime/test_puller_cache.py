@@ -179,6 +179,9 @@ def test_an_entry_that_lost_files_is_made_anew(tmp_path: Path) -> None:
     other = cache.find("pulled", "k")      # somebody uses it: it stays as it is
     assert other is not None
     held.release()
+    third = cache.find("pulled", "k")      # and whoever was given it so holds it
+    assert third is not None
     other.release()
+    third.release()
     put(cache, "k", 300)
     assert (tmp_path / "pulled" / "k" / "f").stat().st_size == 300
