@@ -24,7 +24,7 @@ def storage_options(config_dir: str, storage_key: str | None, params: Mapping[st
     """
     options: dict[str, str] = {}
     scheme, separator, _ = uri.partition("://")
-    given = params.get("type") or (scheme if separator else "")
+    given = scheme if separator else params.get("type", "")
     kind = _KINDS.get(given, given)
     if storage_key is not None:
         if not storage_key or "/" in storage_key or storage_key.startswith("."):
@@ -57,6 +57,8 @@ def _strange(options: Mapping[str, str], kind: str, uri: str) -> str:
     own = options.get("type", kind)
     if _KINDS.get(own, own) != kind:
         return f"of type {own}"
+    if kind == "http" and "headers" in options and "url" not in options:
+        return "without the url that its headers are for"
     if kind == "http" and "url" in options and _site(options["url"]) != _site(uri):
         return "for another site"
     return ""

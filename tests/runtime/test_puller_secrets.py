@@ -117,6 +117,12 @@ def test_a_configurations_credentials_go_where_it_says(tmp_path: Path, web: WebS
     assert set(web.authorizations) == {""}
     with pytest.raises(InvalidRequest, match="storage key 'default' is for another site"):
         source_of(f"{web.url}/m", config, "default")
+    (tmp_path / "untyped").write_text(json.dumps({"url": "https://models.example", "headers": {"Authorization": "Bearer K"}}))
+    with pytest.raises(InvalidRequest, match="storage key 'untyped' is for another site"):
+        source_of(f"{web.url}/m", config, "untyped", type="s3")
+    (tmp_path / "anywhere").write_text(json.dumps({"type": "http", "headers": {"Authorization": "Bearer K"}}))
+    with pytest.raises(InvalidRequest, match="storage key 'anywhere' is without the url that its headers are for"):
+        source_of(f"{web.url}/m", config, "anywhere")
     with pytest.raises(InvalidRequest, match="can't change url of the default storage configuration"):
         source_of("m", config, type="http", url=web.url)
     with pytest.raises(InvalidRequest, match="can't change endpoint_url of storage key 'minio'"):
