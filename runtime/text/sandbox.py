@@ -1,11 +1,12 @@
 """The Jinja environment that a checkpoint's chat templates run in: transformers' filters and helpers, and an end to what a template may do.
 
 A template is code of whoever made the checkpoint: Jinja's sandbox keeps it from objects, not from going on for ever or from filling the memory. So
-every loop's turn and every call is counted, and what makes large things of small ones is bounded. Knows Jinja; nothing of chats.
+every loop's turn and every call is counted, and what makes large texts of small ones in Jinja's own grammar is bounded; single filters and methods
+(`join`, `replace`, the text of lists within lists) are not. Knows Jinja; nothing of chats.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,8 +17,8 @@ import jinja2.parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-BUDGET = "__budget"                      # the variable that a render's budget goes by
-_COUNTED = "__counted"
+BUDGET = "the render's budget"           # the variable's name, which no template can set
+_COUNTED, _JOINED = "__counted", "__joined"
 _MOST_STEPS = 4_000_000                  # a chat of 100,000 turns takes a quarter of it; some seconds
 _CALL_STEPS = 4
 _MOST_CHARACTERS = 64 * 1024 * 1024
@@ -36,15 +37,25 @@ class Budget:
             raise jinja2.TemplateRuntimeError(f"it takes more than {_MOST_STEPS} steps")
 
 
+def _bounded(pieces: Iterable[str]) -> str:
+    parts = list(pieces)
+    if sum(map(len, parts)) > _MOST_CHARACTERS:
+        raise jinja2.TemplateRuntimeError("it makes too long a text")
+    return "".join(parts)
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """Every render must be given a Budget as the variable BUDGET."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
+    concat = staticmethod(_bounded)      # what a macro says, and a block that is set or filtered
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols], keep_trailing_newline=False)
         self.filters["tojson"] = _to_json
         self.filters[_COUNTED] = _counted
+        self.filters[_JOINED] = _joined
+        del self.globals["lipsum"]
         helpers: dict[str, Callable[..., Any]] = {"raise_exception": _raise, "strftime_now": _strftime_now}
         self.globals.update(helpers)
 
@@ -52,6 +63,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(jinja2.nodes.For):
             loop.iter = jinja2.nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+        for tilde in tree.find_all(jinja2.nodes.Concat):
+            operands = jinja2.nodes.List(tilde.nodes, lineno=tilde.lineno)
+            tilde.nodes = [jinja2.nodes.Filter(operands, _JOINED, [], [], None, None, lineno=tilde.lineno)]
         return tree
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +120,10 @@ class _Counted:
 @jinja2.pass_context
 def _counted(context: Context, values: Any) -> _Counted:
     return _Counted(values, context[BUDGET])
+
+
+def _joined(values: list[Any]) -> str:
+    return _bounded(map(str, values))
 
 
 class _GenerationBlock(jinja2.ext.Extension):

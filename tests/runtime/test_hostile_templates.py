@@ -4,6 +4,7 @@ import pytest
 
 from runtime.errors import InvalidRequest
 from runtime.text.chat import ChatMessage, ChatOptions, ChatTemplates
+from runtime.text.sandbox import BUDGET
 
 CHAT = [ChatMessage("user", "hello"), ChatMessage("assistant", "yes")]
 
@@ -24,6 +25,9 @@ def rendered(template: str, chat: list[ChatMessage] | None = None) -> str:
         "{{ 9 ** 999999999 }}",
         "{{ 'x'.ljust(99999999999) }}",
         "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}",
+        "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = f(ns.x) %}{% endfor %}",
         "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
         "{{ messages.__class__.__mro__[1].__subclasses__() }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -32,6 +36,18 @@ def rendered(template: str, chat: list[ChatMessage] | None = None) -> str:
 def test_a_template_without_end_or_measure_is_refused(template: str) -> None:
     with pytest.raises(InvalidRequest, match="model m: its chat template"):
         rendered(template)
+
+
+def test_the_budget_is_none_of_the_templates_names() -> None:
+    names = ("{% set __budget = namespace(step=dict) %}", f"{{% set {BUDGET} = 1 %}}")
+    with pytest.raises(InvalidRequest, match="more than 4000000 steps"):
+        rendered(names[0] + "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(InvalidRequest, match="its chat template"):
+        rendered(names[1])
+
+
+def test_a_tilde_joins_whatever_it_is_given() -> None:
+    assert rendered("{% set a = 1 ~ 'b' ~ absent ~ none ~ (2 ~ [3]) %}{{ a ~ '\n' }}") == "1bNone2[3]\n"
 
 
 def test_what_loops_know_of_themselves_stays() -> None:
