@@ -159,7 +159,7 @@ class HttpClient:
             if response.status != 206 and start:
                 arrived(-start)          # it changed, or the server gives no parts: from the beginning
                 start = 0
-            expected = response.headers.get("Content-Length")
+            expected = response.length   # None if it tells none that is a number
             received = 0
             while True:
                 job.check()
@@ -174,8 +174,8 @@ class HttpClient:
                 arrived(len(chunk))
                 if 0 <= file.size_bytes < start + received:
                     return               # it might go on till the disk is full; its size tells it from the file
-            if expected is not None and received < int(expected):
-                raise _InterruptedError(f"cut off after {start + received} of {start + int(expected)} bytes")
+            if expected is not None and received < expected:
+                raise _InterruptedError(f"cut off after {start + received} of {start + expected} bytes")
 
 
 class _InterruptedError(Exception):

@@ -159,6 +159,12 @@ def test_a_body_without_end_is_left_when_it_is_longer_than_the_file(web: WebServ
     assert not (tmp_path / "f.part").exists()
 
 
+def test_a_length_that_is_no_number_is_none(web: WebServer, tmp_path: Path) -> None:
+    web.routes["/f"] = lambda: (200, {"Content-Length": "much"}, b"data")
+    HttpClient().fetch(RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None)
+    assert (tmp_path / "f").read_bytes() == b"data"
+
+
 def test_errors_name_the_place_and_no_secret(web: WebServer) -> None:
     with pytest.raises(LoadFailed, match=r"no config\.json"):
         source_of(f"{web.url}/nothing?sig=SECRET").listing(job())
