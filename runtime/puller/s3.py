@@ -61,7 +61,9 @@ class S3Bucket:
     def checkable(self, file: RemoteFile) -> RemoteFile:
         """The tag of an upload in parts, or of one that is encrypted with a key of the key service or of a customer's, is no MD5."""
         head = self._client.head_object(Bucket=self._bucket, Key=file.location, ChecksumMode="ENABLED", IfMatch=f'"{file.digest}"')
-        sha256 = head.get("ChecksumSHA256", "") if head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT" else ""
+        sha256 = head.get("ChecksumSHA256", "")
+        if "-" in sha256 or head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+            sha256 = ""                  # of the parts' sums; servers older than the type tell it by the count behind
         plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
         whole = len(file.digest) == 32 and "-" not in file.digest
         return replace(file, sha256=base64.b64decode(sha256).hex(), md5=file.digest if plain and whole else "")

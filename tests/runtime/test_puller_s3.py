@@ -1,5 +1,6 @@
 """S3 as its own library speaks it, against a server that imitates the service."""
 
+import base64
 import hashlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -17,6 +18,7 @@ from runtime.errors import LoadFailed
 from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
 from runtime.puller.s3 import S3Bucket
+from runtime.puller.source import RemoteFile
 from runtime.types import ModelSettings, ModelSource
 from tests.runtime.checkpoints import tiny_llama
 from tests.support.http_server import HttpServer
@@ -88,6 +90,19 @@ def test_a_checksum_that_the_service_keeps_is_checked_by(endpoint: str) -> None:
     assert (file.sha256, file.md5) == ("", "")
     assert bucket.checkable(file).sha256 == hashlib.sha256(b"data").hexdigest()
     assert bucket.checkable(file).md5 == hashlib.md5(b"data").hexdigest()
+
+
+def test_a_checksum_of_parts_is_none_of_the_file(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = S3Bucket("sums", {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"})
+    whole = base64.b64encode(hashlib.sha256(b"data").digest()).decode()
+    file = RemoteFile("f", "f", 4, "0123456789abcdef0123456789abcdef-2")
+    for answer, sha256 in (
+        ({"ChecksumSHA256": whole}, hashlib.sha256(b"data").hexdigest()),
+        ({"ChecksumSHA256": f"{whole}-2"}, ""),
+        ({"ChecksumSHA256": f"{whole}-2", "ChecksumType": "COMPOSITE"}, ""),
+    ):
+        monkeypatch.setattr(bucket._client, "head_object", lambda answer=answer, **_: answer)
+        assert bucket.checkable(file).sha256 == sha256
 
 
 class _Empty(BaseHTTPRequestHandler):
