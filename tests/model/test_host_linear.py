@@ -41,12 +41,13 @@ def test_4bit(codebook: str, dtype: torch.dtype, biased: bool) -> None:
 @pytest.mark.usefixtures("part_elements")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("biased", [False, True])
-def test_int8(dtype: torch.dtype, biased: bool) -> None:
+@pytest.mark.parametrize("columns", [96, 24, 17])
+def test_int8(columns: int, dtype: torch.dtype, biased: bool) -> None:
     torch.manual_seed(0)
-    weight, scale = torch.randint(-127, 128, (37, 96), dtype=torch.int8), torch.rand(37) / 127
+    weight, scale = torch.randint(-127, 128, (37, columns), dtype=torch.int8), torch.rand(37) / 127
     bias = torch.randn(37).to(dtype) if biased else None
     linear = HostLinear8(weight, scale, bias)
-    for shape in [(1, 96), (8, 96), (9, 96), (2, 3, 96), (0, 96)]:
+    for shape in [(1, columns), (8, columns), (9, columns), (2, 3, columns), (0, columns)]:
         x = torch.randn(shape).to(dtype)
         if shape[0] == 0:
             assert linear(x).shape == (0, 37)
