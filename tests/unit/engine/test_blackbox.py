@@ -1,0 +1,18 @@
+"""What outlives an engine: the front and one engine after another write it, each from a process of its own."""
+
+from pathlib import Path
+
+from runtime.engine.blackbox import Blackbox
+
+
+def test_each_death_is_read_and_wiped(tmp_path: Path) -> None:
+    """Or a start that fails before anything ran would be put down to the model of the death before it, and quarantine that."""
+    front = Blackbox(tmp_path / "blackbox")
+    for model_id in ("a", "b", "b"):
+        engine = Blackbox(tmp_path / "blackbox")
+        engine.mark(model_id)
+        engine.close()
+        assert front.read() == model_id
+        front.mark("")
+        assert front.read() is None
+    front.close()
