@@ -36,6 +36,8 @@ class Connections:
             ("grpc.keepalive_time_ms", round(ping_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(pong_s * 1000)),
             ("grpc.http2.ping_timeout_ms", round(pong_s * 1000)),
+            # a caller that only listens sends nothing: after its second ping gRPC would wait a minute for each of the next
+            ("grpc.http2.max_pings_without_data", 0),
         )
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}

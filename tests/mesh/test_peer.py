@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 def never(request, context):
     time.sleep(600)
-server = grpc.server(ThreadPoolExecutor(2))
+server = grpc.server(ThreadPoolExecutor(2), options=(("grpc.http2.min_ping_interval_without_data_ms", 10),))
 class Handler(grpc.GenericRpcHandler):
     def service(self, details):
         return grpc.unary_unary_rpc_method_handler(never)
@@ -39,17 +39,18 @@ def pod() -> Iterator[tuple[str, subprocess.Popen[str]]]:
             process.kill()
 
 
-async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess.Popen[str]]) -> None:
+@pytest.mark.parametrize("silent_s", [0.3, 4.0])        # the latter is several pings long, and gRPC would wait a minute for the next
+async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess.Popen[str]], silent_s: float) -> None:
     address, process = pod
     connections = Connections(max_message_bytes=1 << 20, ping_s=0.5, pong_s=0.5)
     try:
         channel = connections.grpc(address, of_pod=True)
         await asyncio.wait_for(channel.channel_ready(), 30)
         call = channel.unary_unary("/any/Method")(b"")
-        await asyncio.wait([asyncio.ensure_future(call.code())], timeout=0.3)
+        await asyncio.wait([asyncio.ensure_future(call.code())], timeout=silent_s)
         process.send_signal(signal.SIGSTOP)              # its kernel still takes bytes, and nobody answers
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await asyncio.wait_for(call, 60)
+            await asyncio.wait_for(call, 30)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     finally:
         await connections.close()
