@@ -18,6 +18,7 @@ from mesh.types import Loader, ModelStatus
 from wire.inference import grpc_predict_v2_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_MODEL_READY = f"{SERVICE_NAME}/ModelReady"
 
 
 class OwnOip:
@@ -55,7 +56,8 @@ class OwnOip:
     ) -> pb.ModelReadyResponse:
         metadata = tuple(context.invocation_metadata() or ())
         try:
-            address = self._addressing.address(f"{SERVICE_NAME}/ModelReady", metadata, request.SerializeToString())
+            self._addressing.check_allowed(_MODEL_READY)
+            address = self._addressing.address(_MODEL_READY, metadata, request.SerializeToString())
             model_id = await self._registry.resolve_known(address.name, virtual=address.virtual)
         except NotFound:
             return pb.ModelReadyResponse(ready=False)

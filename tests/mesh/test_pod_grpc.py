@@ -188,6 +188,8 @@ async def test_dataplane_configuration(tmp_path: Path) -> None:
         assert await pod.channel.unary_unary("/test.Any/Echo")(message, metadata=(("mm-model-id", "other"),)) == message
         code, _ = await code_of(pod.channel.unary_unary("/test.Any/Count")(b"1", metadata=(("mm-vmodel-id", "smol"),)))
         assert code is grpc.StatusCode.UNIMPLEMENTED
+        code, _ = await code_of(GRPCInferenceServiceStub(pod.channel).ModelReady(oip.ModelReadyRequest(name="smol")))
+        assert code is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_the_concrete_id_is_written_where_the_runtime_wants_it(tmp_path: Path) -> None:
@@ -358,9 +360,9 @@ async def test_a_caller_that_waits_may_ask_whether_the_connection_lives(pod: Run
     """Keep-alive pings are what keeps a silent stream open at a load balancer; a server that takes them for abuse ends the request."""
     pod.runtime.switches.load_gate = asyncio.Event()
     await pod.register("held")
-    options = (("grpc.keepalive_time_ms", 1_100), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0))
+    options = (("grpc.keepalive_time_ms", 1_700), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{pod.pod.grpc.port}", options=options) as channel:
         call = channel.unary_unary("/test.Any/Echo")(b"hi", metadata=(("mm-model-id", "held"),))
-        await asyncio.sleep(7.5)  # six pings; without leave the fifth is the last
+        await asyncio.sleep(10.0)  # five pings, none within a second of another even if some are late; without leave the fifth is the last
         pod.runtime.switches.load_gate.set()
         assert await call == b"hi"
