@@ -107,9 +107,10 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     mesh.add_argument("--config", type=Path, help="YAML file with any of the fields below")
     configure.add_flags(mesh, MeshConfig)
     mesh.set_defaults(usage_error=mesh.error)
-    commands.add_parser(
+    runtime = commands.add_parser(
         "serve-runtime", help="the serving runtime alone, to put under a mesh (flags: serve-runtime --help)", add_help=False
     )
+    runtime.set_defaults(usage_error=runtime.error)
 
 
 def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

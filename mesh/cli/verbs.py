@@ -29,7 +29,8 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         "storage_params": _pairs(args.storage_param),
         "sampling": _numbers(args.sampling),
     }
-    request: dict[str, object] = {"name": args.name, "uri": _absolute(args.uri), **_given(settings)}
+    in_storage = args.storage_key or args.storage_param
+    request: dict[str, object] = {"name": args.name, "uri": args.uri if in_storage else _absolute(args.uri), **_given(settings)}
     model = client.register(request)
     if args.load:
         model = _wait_loaded(client, args.name, quiet=args.json)

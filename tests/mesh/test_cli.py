@@ -83,6 +83,10 @@ async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, sa
     assert (await say("ps"))[1].startswith("no models are registered")
     # a path of the server's own machine may well lead nowhere here
     assert (await say("register", "q", "/on/the/server"))[0] == 0
+    # nor is a path in a bucket one
+    assert (await say("register", "r", "models/r", "--storage-key", "store"))[0] == 0
+    assert (await say("register", "r", "tests", "--storage-param", "bucket=b"))[0] == 0
+    assert json.loads((await say("show", "r", "--json"))[1])["uri"] == "tests"
 
 
 async def test_a_secret_is_refused_by_the_name_that_was_given(pod: RunningPod, say: Say) -> None:
@@ -131,6 +135,9 @@ async def test_usage_is_the_verbs_own(say: Say) -> None:
     status, _, error = await say("ps", "--colour")
     assert status == 2
     assert error.startswith("usage: repertory ps ")
+    status, _, error = await say("--colour", "serve-runtime")
+    assert status == 2
+    assert error.startswith("usage: repertory serve-runtime\n")
 
 
 @pytest.mark.parametrize("server", ["http://127.0.0.1:abc", "http://[::1", "ftp://x", "http://"])
