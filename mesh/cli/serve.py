@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mesh import logs
 from mesh.cli.child import Child, reachable, status_of
 from mesh.cli.render import size
 from mesh.client.admin import DEFAULT_SERVER
-from mesh.configure import read_yaml
+from mesh.config import MeshConfig
+from mesh.configure import load, read_yaml
 from mesh.errors import InvalidRequest, Unavailable
 from mesh.listening import check_address, check_free
 
@@ -63,11 +66,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "runtime_grpc": runtime["listen"][0],
         "runtime_http": runtime["http_listen"],
         "wait_budget_s": args.wait_budget,
-        "api_keys": [key.strip() for key in args.api_keys.split(",") if key.strip()],
+        "api_keys": tuple(key.strip() for key in args.api_keys.split(",") if key.strip()),
         **common,
     }
     if args.config is not None:
         _overlay(args.config, mesh, runtime)
+        # as the mesh will read them; a field that it doesn't know is its own to refuse
+        mesh |= {name: value for name, value in msgspec.to_builtins(load(MeshConfig, flags=mesh, env={})).items() if name in mesh}
     for field in ("grpc_listen", "http_listen"):
         check_address(field, str(mesh[field]))
     return Settings(run_dir, mesh, runtime)
@@ -162,7 +167,7 @@ class _Supervisor:
         while await status_of(address, "/readyz", 2.0) != _READY:  # noqa: ASYNC110 - another process sets no event
             await asyncio.sleep(0.2)
         budget = self._settings.runtime["engine"].get("device_budget_bytes", 0)
-        note = f", {size(budget)} for models" if budget else ""
+        note = f", {size(budget) if isinstance(budget, int) else budget} for models" if budget else ""
         url = address if address.startswith("unix:") else f"http://{reachable(address)}"
         server = "" if url == DEFAULT_SERVER else f" --server {url}"
         seconds = round(time.monotonic() - started_s, 1)

@@ -76,7 +76,7 @@ def test_flags_and_environment_reach_both_processes(monkeypatch: pytest.MonkeyPa
     assert found.runtime["cache_budget_bytes"] == 1024**3
     assert found.runtime["grace_s"] == found.mesh["grace_s"] == 3
     assert found.mesh["log_json"] is False
-    assert found.mesh["api_keys"] == ["a", "b"]
+    assert found.mesh["api_keys"] == ("a", "b")
 
 
 @pytest.mark.parametrize("text", ["mesh: 3", "runtime: [a]", "runtime: {engine: many}", "other: {}", "- a"])
@@ -85,6 +85,17 @@ def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(InvalidRequest, match=str(file)):
         settings("--config", str(file))
+
+
+@pytest.mark.parametrize("line", ["log_level: loud", "grace_s: long", "wait_budget_s: -1", "http_listen: [a]"])
+def test_a_value_in_a_file_is_refused_before_anything_is_started(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"mesh: {{{line}}}")
+    assert main(["serve", "--home", str(tmp_path / "home"), "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert line.partition(":")[0] in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "home").exists()
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -120,3 +120,19 @@ async def test_a_second_signal_waits_for_nobody(tmp_path: Path, monkeypatch: pyt
     os.kill(os.getpid(), signal.SIGTERM)
     async with asyncio.timeout(60):
         assert await running == 0
+
+
+@pytest.mark.parametrize(("budget", "said"), [(64 << 20, ", 64 MiB for models"), ("64MiB", ", 64MiB for models"), (0, " s\n")])
+async def test_it_says_when_it_is_ready(
+    budget: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a file has the memory as people write it, which is the runtime's to read."""
+
+    async def ready(*_: object) -> int:
+        return 200
+
+    monkeypatch.setattr(serve, "status_of", ready)
+    mesh = {"http_listen": "127.0.0.1:8080", "grpc_listen": "", "grace_s": 1.0, "log_json": False}
+    runtime = {"http_listen": "", "engine": {"device_budget_bytes": budget}}
+    await serve._Supervisor(serve.Settings(tmp_path, mesh, runtime))._announce()
+    assert said in capsys.readouterr().out
