@@ -23,7 +23,11 @@ _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 def refuse_secrets(name: str, info: ModelInfo) -> None:
     """Raises InvalidRequest naming the first parameter of the model key or the path that looks like a secret."""
-    for field, value in _entries_in_key(info.key):
+    try:
+        entries = list(_entries_in_key(info.key))
+    except RecursionError:
+        raise InvalidRequest(f"model {name}: the model key is nested too deeply") from None
+    for field, value in entries:
         if looks_secret(field) or (field.startswith("storage_params.") and _secret_in_uri(value)):
             raise InvalidRequest(
                 f"model {name}: the model key's {field!r} looks like a secret, and the registry is no place for one; "

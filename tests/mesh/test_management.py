@@ -213,6 +213,13 @@ def test_a_secret_inside_a_parameter_is_refused(params: dict[str, str], named: s
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_key_without_end_is_refused() -> None:
+    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
+    for key in (deep, json.dumps({"storage_params": {"a": deep}})):
+        with pytest.raises(InvalidRequest, match="nested too deeply"):
+            refuse_secrets("m", ModelInfo("llm", "m", key))
+
+
 @pytest.mark.parametrize("key", ["", "not json", "[]", "7", '{"storage_key":"k","storage_params":{"token":""}}', '{"quantize":"int8"}'])
 def test_a_key_without_a_secret_passes(key: str) -> None:
     refuse_secrets("m", ModelInfo("llm", "hf://org/m@main?x=1", key))
