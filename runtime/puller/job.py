@@ -10,13 +10,13 @@ _SHORTEST_S = 0.1
 
 
 class Job:
-    """`check` between pieces of work, `say` after them; reports of what grows are thinned to ten a second."""
+    """`check` between pieces of work, `say` after them; reports that only count on, with the same text, are thinned to ten a second."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
         self._cancelled = threading.Event()
         self._last_s = 0.0
-        self._last_phase: Phase | None = None
+        self._last_text = ""
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -33,7 +33,7 @@ class Job:
 
     def say(self, phase: Phase, done_bytes: int, total_bytes: int, text: str) -> None:
         now_s = time.monotonic()
-        if phase is self._last_phase and 0 < done_bytes != total_bytes and now_s - self._last_s < _SHORTEST_S:
+        if text == self._last_text and done_bytes != total_bytes and now_s - self._last_s < _SHORTEST_S:
             return
-        self._last_s, self._last_phase = now_s, phase
+        self._last_s, self._last_text = now_s, text
         self._report(Progress(phase, done_bytes, total_bytes, text))

@@ -17,6 +17,7 @@ def pull(source: Source, listing: Listing, directory: Path, job: Job) -> None:
     lock = threading.Lock()
     failed = threading.Event()
     done_bytes = 0
+    under_way: list[str] = []                # the oldest is the one that is told of, so that the text stays while files take turns
 
     def fetch(file: RemoteFile) -> None:
         def arrived(count: int) -> None:
@@ -25,17 +26,22 @@ def pull(source: Source, listing: Listing, directory: Path, job: Job) -> None:
                 raise Cancelled("another file of the model can't be had")
             with lock:
                 done_bytes += count
-                job.say(Phase.PULLING, done_bytes, listing.total_bytes, file.name)
+                job.say(Phase.PULLING, done_bytes, listing.total_bytes, under_way[0])
 
         if failed.is_set():
             return
         target = directory / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            under_way.append(file.name)
         try:
             source.fetch(file, target, job, arrived)
         except BaseException:
             failed.set()
             raise
+        finally:
+            with lock:
+                under_way.remove(file.name)
 
     with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="pull") as threads:
         futures = [threads.submit(fetch, file) for file in listing.files]

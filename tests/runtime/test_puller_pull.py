@@ -1,6 +1,7 @@
 """A model's files come beside each other; what fails stops them all, and says why."""
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ class Scripted:
             while True:
                 job.wait(0.01)
                 arrived(0)
-        for _ in range(100):
+        for count in range(100):
+            if count == 50:
+                self.together.wait(60)
             arrived(1)
         target.write_bytes(bytes(100))
 
@@ -48,6 +51,8 @@ def test_files_come_beside_each_other_and_are_counted_together(tmp_path: Path) -
     counts = [progress.done_bytes for progress in seen]
     assert counts == sorted(counts)
     assert counts[-1] == seen[-1].total_bytes == 600
+    names = [progress.text for progress in seen]
+    assert len(set(names)) == sum(one != other for one, other in pairwise(["", *names])), "files took turns in the text"
 
 
 def test_one_that_fails_stops_the_others_and_is_the_reason(tmp_path: Path) -> None:
