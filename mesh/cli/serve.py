@@ -71,6 +71,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     }
     if args.config is not None:
         _overlay(args.config, mesh, runtime)
+        if empty := next((name for name, value in mesh.items() if value is None), None):
+            raise InvalidRequest(f"configuration file {args.config}: {empty} of `mesh:` has no value")
         # as the mesh will read them; a field that it doesn't know is its own to refuse
         mesh |= {name: value for name, value in msgspec.to_builtins(load(MeshConfig, flags=mesh, env={})).items() if name in mesh}
     for field in ("grpc_listen", "http_listen"):

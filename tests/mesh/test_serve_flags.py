@@ -87,7 +87,7 @@ def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
         settings("--config", str(file))
 
 
-@pytest.mark.parametrize("line", ["log_level: loud", "grace_s: long", "wait_budget_s: -1", "http_listen: [a]"])
+@pytest.mark.parametrize("line", ["log_level: loud", "grace_s: long", "wait_budget_s: -1", "http_listen: [a]", "api_keys: null"])
 def test_a_value_in_a_file_is_refused_before_anything_is_started(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(f"mesh: {{{line}}}")
