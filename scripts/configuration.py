@@ -34,12 +34,12 @@ Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own va
 | --- | --- | --- | --- |
 | `s3://BUCKET/PATH` | `repertory[s3]` | `access_key_id`, `secret_access_key`, `region`, `endpoint_url`, `certificate` (PEM) or `ca_bundle` (a file) or `verify_ssl`, `anonymous` | boto3's own chain |
 | `gs://BUCKET/PATH` | `repertory[gcs]` | those of a service account's key file; `endpoint_url`, `anonymous` | the machine's credentials, or public buckets |
-| `az://ACCOUNT/CONTAINER/PATH` | `repertory[azure]` | `connection_string`, or `account_key`, `sas_token`, or `tenant_id`, `client_id`, `client_secret`, or `managed_identity`; `endpoint_url` | the identity that the environment names, or public containers |
+| `az://ACCOUNT/CONTAINER/PATH` | `repertory[azure]` | `connection_string`, or `account_key`, `sas_token`, or `tenant_id`, `client_id`, `client_secret`, or `managed_identity`; `endpoint_url`, `anonymous` | the identity that the environment names, or public containers |
 | `http(s)://…` | | `headers` (a JSON object) and their `url`, `certificate`, `client_certificate`, `client_key` (PEM) | |
 
 A registration may lay `storage_params` over its file, all but the place where the file's credentials go (`url`, `endpoint_url`, `token_uri`,
-`verify_ssl`, `ca_bundle`); a file with `headers` names the `url` whose site they are for. Without a `storage_key`, the files `default_<type>` and
-`default` are used if they are of the URI's type and, with headers, for its site.
+`verify_ssl`, `ca_bundle`); a file with `headers` names the `url` whose site they are for, and the machine's own identity at Google's or Azure's store goes to
+no `endpoint_url` that a registration names. Without a `storage_key`, the files `default_<type>` and `default` are used if they are of the URI's type and, with headers, for its site.
 
 Per model, at `repertory register` (ModelMesh: fields of the model key): `quantize` (none, int8, nf4, fp4), `double_quant`, `dtype`, `max_model_len`, `chat_template`,
 `sampling` (default temperature, top_p, top_k, min_p, repetition_penalty, max_tokens), `max_concurrency`, `storage_key`, `storage_params`.

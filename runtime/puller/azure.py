@@ -1,6 +1,7 @@
 """Azure Blob Storage through azure-storage-blob. Knows listing, ranges and credentials; imports the libraries only when they are used."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ _CONNECT_S = 10
 _RETRIES = 2  # the library's own; who reads tries again in its turn
 _PAUSE_S = 1
 _READ_S = 60
+_ACCOUNT = re.compile(r"[A-Za-z0-9-]+")  # it becomes part of a host's name
 # of a service principal, a workload identity, an app service's or a container's identity; a bare machine's needs the option
 _IDENTITY = ("AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE", "IDENTITY_ENDPOINT", "MSI_ENDPOINT")
 
@@ -19,7 +21,7 @@ _IDENTITY = ("AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE", "IDENTITY_ENDPOINT
 class AzureContainer:
     """`options`: connection_string, or account_key, sas_token, or tenant_id, client_id and client_secret; or `managed_identity`, for the identity that
     the machine or the pod has (`client_id` alone: that one of several). Without any, that identity too if the environment names one; else nobody, for
-    public containers. `endpoint_url`: another server, with the account's name in it if it wants that.
+    public containers, as with `anonymous`. `endpoint_url`: another server, with the account's name in it if it wants that.
     """
 
     def __init__(self, account: str, container: str, options: Mapping[str, str]) -> None:
@@ -32,6 +34,9 @@ class AzureContainer:
         self.origin = f"az://{account}/{container}"
         self.away: tuple[type[Exception], ...] = (ServiceRequestError, ServiceResponseError)
         self._unchanged = MatchConditions.IfNotModified
+        if not _ACCOUNT.fullmatch(account):
+            shown = re.split("[?#]", account)[0].rpartition("@")[2]
+            raise InvalidRequest(f"az://{shown}: an account's name has letters, digits and hyphens only", param="modelPath")
         url = options.get("endpoint_url") or f"https://{account}.blob.core.windows.net"
         manners: dict[str, Any] = {
             "retry_policy": ExponentialRetry(initial_backoff=_PAUSE_S, increment_base=2, retry_total=_RETRIES, random_jitter_range=0),
@@ -71,6 +76,8 @@ def _credential(account: str, options: Mapping[str, str]) -> Any:
         except ImportError as error:
             raise missing_extra("azure", "azure-identity") from error
         return ClientSecretCredential(options["tenant_id"], options["client_id"], options["client_secret"])
+    if options.get("anonymous", "").lower() in ("1", "true", "yes"):
+        return None
     if options.get("managed_identity", "").lower() in ("1", "true", "yes") or "client_id" in options or any(os.environ.get(name) for name in _IDENTITY):
         try:
             from azure.identity import DefaultAzureCredential

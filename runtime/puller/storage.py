@@ -11,6 +11,7 @@ from pathlib import Path
 from runtime.errors import InvalidRequest, LoadFailed
 
 _KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
+_BEARERS = ("gcs", "azure")              # whose requests carry a token that whoever gets it can use
 # where what a configuration holds is sent to; whoever may register a model may not read it, and so may not name the place either
 _PLACES = ("url", "endpoint_url", "token_uri", "verify_ssl", "ca_bundle")
 _OPEN = frozenset({"type", "bucket", "region", "default_region", "container", "account_name", "name", "project_id", "anonymous", "certificate", *_PLACES})
@@ -49,7 +50,11 @@ def storage_options(config_dir: str, storage_key: str | None, params: Mapping[st
     if moved and not options.keys() <= _OPEN:
         whose = f"storage key {storage_key!r}" if storage_key is not None else "the default storage configuration"
         raise InvalidRequest(f"storage_params can't change {moved[0]} of {whose}: its credentials would go there", param="storage_params")
-    return {**options, **params}
+    merged = {**options, **params}
+    kind = kind or _KINDS.get(merged.get("type", ""), merged.get("type", ""))
+    if kind in _BEARERS and "endpoint_url" in moved:
+        merged["anonymous"] = "true"     # nor does the machine's own identity go to where a registration says
+    return merged
 
 
 def _strange(options: Mapping[str, str], kind: str, uri: str) -> str:

@@ -1,12 +1,13 @@
 """Azure's storage asked in a machine's own name: the identity's endpoint gives a token, and the store takes it, over TLS as it must be."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runtime.config import RuntimeConfig
-from runtime.errors import LoadFailed
+from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.azure import AzureContainer
 from runtime.puller.job import Job
 from runtime.puller.locate import locate
@@ -36,8 +37,9 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectSt
     stores.close()
 
 
-def source_of(stores: ObjectStores, **options: str) -> Source:
-    place = locate(ModelSource("az://account/models/m", None, {"endpoint_url": f"{stores.url}/account", **options}), RuntimeConfig())
+def source_of(stores: ObjectStores, folder: Path, **options: str) -> Source:
+    (folder / "default_azure").write_text(json.dumps({"endpoint_url": f"{stores.url}/account"}))
+    place = locate(ModelSource("az://account/models/m", None, options), RuntimeConfig(storage_config_dir=str(folder)))
     assert not isinstance(place, Path)
     return place
 
@@ -48,7 +50,7 @@ def test_a_machines_identity_opens_a_private_container(
 ) -> None:
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
     monkeypatch.setenv("IDENTITY_HEADER", "of-this-machine")
-    source = source_of(stores, **options)
+    source = source_of(stores, tmp_path, **options)
     job = Job(lambda progress: None)
     listing = source.listing(job)
     assert sorted(file.name for file in listing.files) == ["config.json", "model.safetensors"]
@@ -58,12 +60,32 @@ def test_a_machines_identity_opens_a_private_container(
     assert sum(path == "/identity" for _, path, _ in stores.log) == 1
 
 
-def test_without_a_name_a_public_container_is_read_by_nobody(stores: ObjectStores) -> None:
+def test_a_machines_identity_does_not_go_where_a_registration_says(stores: ObjectStores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
+    monkeypatch.setenv("IDENTITY_HEADER", "of-this-machine")
+    (tmp_path / "mine").write_text(json.dumps({"type": "azure", "account_name": "account", "container": "models"}))
+    config = RuntimeConfig(storage_config_dir=str(tmp_path))
+    elsewhere = {"endpoint_url": f"{stores.url}/account", "managed_identity": "true", "anonymous": "false"}
+    for source in (ModelSource("az://account/models/m", None, elsewhere), ModelSource("m", "mine", elsewhere)):
+        place = locate(source, config)
+        assert not isinstance(place, Path)
+        with pytest.raises(LoadFailed, match="failed to authenticate"):
+            place.listing(Job(lambda progress: None))
+    assert all(path != "/identity" for _, path, _ in stores.log)
+
+
+@pytest.mark.parametrize("account", ["elsewhere.example?", "elsewhere.example#", "u@elsewhere.example", "a.b"])
+def test_an_accounts_name_is_no_host(account: str) -> None:
+    with pytest.raises(InvalidRequest, match="letters, digits and hyphens"):
+        locate(ModelSource(f"az://{account}/models/m", None, {"sas_token": "s"}), RuntimeConfig())
+
+
+def test_without_a_name_a_public_container_is_read_by_nobody(stores: ObjectStores, tmp_path: Path) -> None:
     with pytest.raises(LoadFailed, match="failed to authenticate"):
-        source_of(stores).listing(Job(lambda progress: None))
+        source_of(stores, tmp_path).listing(Job(lambda progress: None))
     assert all(path != "/identity" for _, path, _ in stores.log)
     stores.private = False
-    assert source_of(stores).listing(Job(lambda progress: None)).files
+    assert source_of(stores, tmp_path).listing(Job(lambda progress: None)).files
 
 
 def test_a_service_principal_is_a_client_secret() -> None:
