@@ -88,7 +88,6 @@ class GrpcServer:
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.ping_timeout_ms", 20_000),
-                ("grpc.http2.max_pings_without_data", 0),
             ),
         )
         add_ModelMeshServicer_to_server(management, self._server)
