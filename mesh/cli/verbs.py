@@ -29,7 +29,7 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         "storage_params": _pairs(args.storage_param),
         "sampling": _numbers(args.sampling),
     }
-    in_storage = args.storage_key or args.storage_param
+    in_storage = (args.storage_key or args.storage_param) and not args.uri.startswith(".")
     request: dict[str, object] = {"name": args.name, "uri": args.uri if in_storage else _absolute(args.uri), **_given(settings)}
     model = client.register(request)
     if args.load:

@@ -87,6 +87,8 @@ async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, sa
     assert (await say("register", "r", "models/r", "--storage-key", "store"))[0] == 0
     assert (await say("register", "r", "tests", "--storage-param", "bucket=b"))[0] == 0
     assert json.loads((await say("show", "r", "--json"))[1])["uri"] == "tests"
+    assert (await say("register", "r", "./tests", "--storage-param", "bucket=b"))[0] == 0
+    assert json.loads((await say("show", "r", "--json"))[1])["uri"] == str(Path("tests").absolute())
 
 
 async def test_a_secret_is_refused_by_the_name_that_was_given(pod: RunningPod, say: Say) -> None:
@@ -158,11 +160,11 @@ def answering(*answers: bytes) -> Iterator[str]:
                 connection.recv(65536)
                 connection.sendall(answer)
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve, daemon=True)  # nobody may come, if a test fails
     thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    thread.join()
-    listener.close()
+    with listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
 
 
 EVENT = b'data: {"choices":[{"delta":{"content":"half an ans"}}]}\n\n'
