@@ -1,11 +1,12 @@
 """The Jinja environment that a checkpoint's chat templates run in: transformers' filters and helpers, and an end to what a template may do.
 
 A template is code of whoever made the checkpoint: Jinja's sandbox keeps it from objects, not from going on for ever or from filling the memory. So
-every loop's turn and every call is counted, and what makes large texts of small ones in Jinja's own grammar is bounded; single filters and methods
-(`join`, `replace`, the text of lists within lists) are not. Knows Jinja; nothing of chats.
+every loop's turn and every call is counted and timed, and what makes large texts of small ones in Jinja's own grammar is bounded; single filters and
+methods (`join`, `replace`, the text of lists within lists) are not. Knows Jinja; nothing of chats.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any, NoReturn
@@ -14,13 +15,14 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BUDGET = "the render's budget"           # the variable's name, which no template can set
 _COUNTED, _JOINED = "__counted", "__joined"
 _MOST_STEPS = 4_000_000                  # a chat of 100,000 turns takes a quarter of it; some seconds
 _CALL_STEPS = 4
+_MOST_S = 30.0                           # a step may sort a long list
 _MOST_CHARACTERS = 64 * 1024 * 1024
 _MOST_DIGITS = 4_000
 
@@ -30,11 +32,14 @@ class Budget:
 
     def __init__(self) -> None:
         self._left = _MOST_STEPS
+        self._ends_s = time.monotonic() + _MOST_S
 
     def step(self, count: int = 1) -> None:
         self._left -= count
         if self._left < 0:
             raise jinja2.TemplateRuntimeError(f"it takes more than {_MOST_STEPS} steps")
+        if time.monotonic() > self._ends_s:
+            raise jinja2.TemplateRuntimeError(f"it takes more than {_MOST_S:g} s")
 
 
 def _bounded(pieces: Iterable[str]) -> str:
@@ -70,6 +75,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __context[BUDGET].step(_CALL_STEPS)
+        if isinstance(__obj, LoopContext) and args:      # of a recursive loop
+            args = (_counted(__context, args[0]), *args[1:])
         for value in args:
             if isinstance(value, int) and value > _MOST_CHARACTERS:      # widths
                 raise jinja2.TemplateRuntimeError(f"it calls for {value} of something")

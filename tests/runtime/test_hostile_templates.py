@@ -38,6 +38,24 @@ def test_a_template_without_end_or_measure_is_refused(template: str) -> None:
         rendered(template)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set a = range(99999)|list %}{% for i in range(9999) %}{{ a|sort|length }}{% endfor %}",
+        "{% set a = range(99999)|list %}{% for i in [a] recursive %}{{ a|sort|length }}{{ loop(a) if loop.depth == 1 }}{% endfor %}",
+    ],
+)
+def test_a_template_of_few_long_steps_is_ended_by_the_clock(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.text.sandbox._MOST_S", 0.1)
+    with pytest.raises(InvalidRequest, match=r"it takes more than 0\.1 s"):
+        rendered(template)
+
+
+def test_a_loop_may_call_itself() -> None:
+    template = "{% for x in [1, [2, 3]] recursive %}{% if x is sequence %}{{ loop(x) }}{% else %}{{ x }}{{ loop.length }}{% endif %}{% endfor %}"
+    assert rendered(template) == "122232"
+
+
 def test_the_budget_is_none_of_the_templates_names() -> None:
     names = ("{% set __budget = namespace(step=dict) %}", f"{{% set {BUDGET} = 1 %}}")
     with pytest.raises(InvalidRequest, match="more than 4000000 steps"):
