@@ -83,7 +83,10 @@ class EngineBackend:
             return True
         # what a rehearsal compiles needn't be compiled twice, and the memory that it takes is no graph's
         rehearsing = self._stage is not None and self._stage.busy
-        return (not rehearsing and self._state.capture_one(mark)) or self._hardware.idle()
+        if not rehearsing and self._state.capture_one(mark):
+            return True
+        mark("")                         # what follows is no model's doing
+        return self._hardware.idle()
 
     def close(self) -> None:
         """Give the device back; all models must be closed."""
