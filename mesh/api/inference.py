@@ -209,8 +209,8 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self, call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: Inbound, rewrite: Callable[[bytes], bytes] | None
     ) -> None:
         index = 0
-        # a call that has ended takes no more; its reader learns why
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        # a call that has ended takes no more; its reader learns why. InternalError, raised on, would leave the caller without any status
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
             while (message := await inbound.message(index)) is not None:
                 await call.write(rewrite(message) if rewrite else message)
                 index += 1

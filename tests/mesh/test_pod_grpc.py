@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from grpc._cython.cygrpc import ExecuteBatchError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -131,6 +132,21 @@ async def test_message_limits_hold_both_ways(tmp_path: Path) -> None:
         code, _ = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"x" * 110_000, metadata=FOR_M))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         code, _ = await code_of(pod.channel.unary_unary("/test.Any/Big")(b"110000", metadata=FOR_M))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = grpc.aio.StreamStreamCall.done_writing
+
+    async def too_late(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        await said(call)
+        raise ExecuteBatchError("Failed execute_batch")          # as gRPC's own does, at times, of a call that has ended
+
+    async with running_pod(tmp_path / "pod", grpc_max_message_bytes=100_000) as pod:
+        await pod.register("m")
+        monkeypatch.setattr("grpc.aio._call.StreamStreamCall.done_writing", too_late)
+        asked = pod.channel.unary_unary("/test.Any/Big")(b"110000", metadata=FOR_M)
+        code, _ = await asyncio.wait_for(code_of(asked), 60)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
