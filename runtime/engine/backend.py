@@ -83,7 +83,7 @@ class EngineBackend:
             return True
         # what a rehearsal compiles needn't be compiled twice, and the memory that it takes is no graph's
         rehearsing = self._stage is not None and self._stage.busy
-        if not rehearsing and self._state.capture_one(mark):
+        if not rehearsing and self._state.graphs.capture_one(mark):
             return True
         mark("")                         # what follows is no model's doing
         return self._hardware.idle()
@@ -147,16 +147,10 @@ class Loading:
         return self._future.done()
 
     def result(self) -> LoadedModel:
-        """To be asked once. A model that came after the cancellation is let go here: graphs are the engine thread's alone."""
         try:
-            loaded = self._future.result()
+            return self._future.result()
         except CancelledError as error:
             raise Cancelled("the load was cancelled") from error
-        if self._cancelled.is_set():
-            loaded.runner.close()
-            loaded.memory.close()
-            raise Cancelled("the load was cancelled")
-        return loaded
 
     def cancel(self) -> None:
         self._cancelled.set()

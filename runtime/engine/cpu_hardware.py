@@ -3,6 +3,7 @@
 import os
 import platform
 import threading
+from functools import cached_property
 
 import torch
 
@@ -40,7 +41,11 @@ class CpuHardware:
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
         self.min_group_bytes = _GROUP_BYTES
         self.layout_4bit: Layout4Bit = "bitsandbytes"
-        self.host_order = HostOrder.create()
+
+    @cached_property
+    def host_order(self) -> HostOrder | None:
+        # found out by the first load: the proof takes a tenth of a second, and an engine is to say soon that it is there
+        return HostOrder.create()
 
     def host_free_bytes(self) -> int:
         return 0

@@ -18,7 +18,6 @@ from runtime.engine.memory.host import HostArena
 from runtime.engine.memory.image import Filler
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
-from runtime.engine.model.host_order import HostOrder
 from runtime.engine.model.packed import Layout4Bit
 from runtime.engine.plan import KvGeometry
 from runtime.errors import Cancelled
@@ -55,7 +54,7 @@ class CudaHardware:
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
         self.min_group_bytes = _GROUP_BYTES
         self.layout_4bit: Layout4Bit = "kernel"
-        self.host_order: HostOrder | None = None
+        self.host_order = None
 
     def host_free_bytes(self) -> int:
         return self._arena.free_bytes()

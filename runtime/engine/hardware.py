@@ -41,7 +41,9 @@ class Hardware(Protocol):
     num_read_threads: int
     min_group_bytes: int
     layout_4bit: Layout4Bit
-    host_order: HostOrder | None
+
+    @property
+    def host_order(self) -> HostOrder | None: ...
 
     def host_free_bytes(self) -> int: ...
 

@@ -201,7 +201,8 @@ class LoadJob(Protocol):
     def done(self) -> bool: ...
 
     def result(self) -> LoadedModel:
-        """The model, or raises runtime.errors.RepertoryError."""
+        """The model, or raises runtime.errors.RepertoryError. One that came in spite of a cancellation is the asker's to close, in the engine thread:
+        graphs are that thread's alone."""
 
     def cancel(self) -> None:
         """Stop as soon as possible and leave nothing behind."""

@@ -240,7 +240,7 @@ def test_replayed_steps_say_what_eager_ones_say() -> None:
     for _ in range(2):                                     # the second round replays what idle turns captured after the first
         for driver, expected in zip(drivers, eager, strict=True):
             assert [a.tokens for a in driver.run(asks)] == [a.tokens for a in expected]
-        while drivers[0].state.capture_one():
+        while drivers[0].state.graphs.capture_one():
             pass
     pool = drivers[0].state.graphs
     used_bytes = pool.used_bytes

@@ -124,7 +124,7 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
             steps()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        while driver.state.capture_one():
+        while driver.state.graphs.capture_one():
             pass
 
 

@@ -21,14 +21,6 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[WebServer]:
-    (tmp_path / "www").mkdir()
-    server = WebServer(tmp_path / "www")
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def preparation(tmp_path: Path) -> Iterator[Preparation]:
     preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     yield preparation

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,6 @@ from runtime.puller.source import RemoteFile, Source
 from runtime.types import ModelSource
 from tests.runtime.checkpoints import tiny_llama
 from tests.support.web import WebServer
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[WebServer]:
-    (tmp_path / "www").mkdir()
-    server = WebServer(tmp_path / "www")
-    yield server
-    server.close()
 
 
 def job() -> Job:

@@ -27,15 +27,6 @@ from tests.runtime.checkpoints import tiny_llama
 from tests.support.web import WebServer
 
 
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[WebServer]:
-    root = tmp_path / "www"
-    root.mkdir()
-    server = WebServer(root)
-    yield server
-    server.close()
-
-
 def job() -> Job:
     return Job(lambda progress: None)
 

@@ -3,7 +3,6 @@
 Made once at the engine's start; every tensor keeps its address. Knows sizes; nothing of any model.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +46,3 @@ class DeviceState:
             torch.zeros(config.max_rows, dtype=torch.int64, device=device), UploadRing(device, max_tokens, config.max_rows, max_blocks),
             ResultRing(device, config.max_rows), GraphPool(device, enabled=on_gpu and config.graphs), Scratch.allocate(device) if on_gpu else None,
         )
-
-    def capture_one(self, mark: Callable[[str], None] = lambda name: None) -> bool:
-        """Capture one graph that is asked for, if there is one; for idle turns. True if it did. `mark`: see GraphPool."""
-        return self.graphs.capture_one(mark)
