@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from runtime import messages
+from runtime.ipc import messages
 from runtime.types import Checkpoint, LogprobParams, SamplingParams, StopParams
 
 _LENGTH = struct.Struct("<I")

@@ -1,4 +1,4 @@
-"""An engine process without a model: rows for all running sequences in one message every step, as fast as is asked. Speaks runtime/messages.py.
+"""An engine process without a model: rows for all running sequences in one message every step, as fast as is asked. Speaks runtime/ipc/messages.py.
 
 So that the front can be measured alone: the ids are random, a step costs next to nothing, and the steps keep their beat whoever is late.
 """
@@ -13,7 +13,7 @@ import time
 
 import msgspec
 
-from runtime.messages import (
+from runtime.ipc.messages import (
     Abort,
     Add,
     Command,

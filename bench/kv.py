@@ -21,9 +21,9 @@ from bench.checkpoints import SHAPES, write
 from bench.engine_process import Prompts, engine
 from bench.packed import checkpoint_of
 from bench.smollm2 import gguf_path
-from runtime.config import RuntimeConfig
-from runtime.preparation import Preparation
+from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
+from runtime.puller.preparer import Preparation
 from runtime.types import Checkpoint, ModelSettings, ModelSource
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/api.md", "docs/configuration.md", "CONTRIBUTING.md")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.checkpoints import Shape, config_of
-from runtime.engine.kernels.layout import padded_width
+from runtime.checkpoint.layout_4bit import padded_width
 from runtime.puller.pack.request import FORMAT, PACKED_NAME, PackRequest
 from runtime.types import Checkpoint, Quantization
 

@@ -22,10 +22,10 @@ import torch
 from bench import limits
 from bench.checkpoints import SHAPES, write
 from bench.packed import checkpoint_of, random_packed
-from runtime import messages
-from runtime.config import EngineConfig
-from runtime.engine.backend import make_backend
-from runtime.engine.loop import EngineLoop
+from runtime.config.schema import EngineConfig
+from runtime.engine.core.loop import EngineLoop
+from runtime.engine.device.backend import make_backend
+from runtime.ipc import messages
 from runtime.types import LogprobParams, SamplingParams, StopParams
 
 FAMILIES = (

@@ -27,26 +27,26 @@ from mesh.api.inference import InferenceGateway
 from mesh.api.management import ManagementService
 from mesh.api.model_view import ModelViews
 from mesh.api.models_routes import ModelsRoutes
-from mesh.api.oip import OwnOip
+from mesh.api.oip_server import OwnOip
 from mesh.api.openai_gateway import OpenAiGateway
-from mesh.client.peer import Connections
+from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
 from mesh.listening import check_address, check_free
 from mesh.metrics import Metrics, PodFigures
-from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
+from mesh.placement.heartbeat import Publisher, identity
 from mesh.placement.loads import LocalLoads
-from mesh.placement.publish import Publisher, identity
-from mesh.placement.reap import Reaper
-from mesh.placement.reconcile import Placement
+from mesh.placement.placement import Placement
+from mesh.placement.reaper import Reaper
+from mesh.placement.record_updates import Announcer
 from mesh.registry.registry import Registry
 from mesh.registry.transitions import Transitions
-from mesh.routing.forward import CopyRouter, Limits
+from mesh.routing.router import CopyRouter, Limits
+from mesh.store.factory import store_at
 from mesh.store.location import parse_store
-from mesh.store.opening import store_at
 from mesh.types import Target
 
 logger = logging.getLogger(__name__)

@@ -24,25 +24,25 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
-from runtime import logs
-from runtime.api.http import build_http_app, http_runner
-from runtime.api.services import add_inference_services
+from runtime.api.grpc_services import add_inference_services
+from runtime.api.http_app import build_http_app, http_runner
 from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import RuntimeStateApi, add_state
-from runtime.config import RuntimeConfig
-from runtime.configure import configure
-from runtime.engine_client import CommandBuilder, EngineClient, EngineState
-from runtime.engine_process import engine_command
-from runtime.engine_restarts import RestartPolicy
+from runtime.config.addresses import claim, parse_address
+from runtime.config.loader import configure
+from runtime.config.schema import RuntimeConfig
+from runtime.engine_client.client import CommandBuilder, EngineClient, EngineState
+from runtime.engine_client.process import engine_command
+from runtime.engine_client.restart_policy import RestartPolicy
+from runtime.engine_client.shared_memory import HostArena, wants_arena
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
-from runtime.host_arena import HostArena, wants_arena
-from runtime.listening import claim, parse_address
-from runtime.metrics import RuntimeMetrics
-from runtime.models import Models
-from runtime.preparation import Preparation
+from runtime.models.manager import Models
+from runtime.observability import logs
+from runtime.observability.metrics import RuntimeMetrics
 from runtime.puller.cache import Cache
-from runtime.text.model import load_text
+from runtime.puller.preparer import Preparation
+from runtime.text.text_model import load_text
 
 log = logging.getLogger("runtime")
 

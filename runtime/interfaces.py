@@ -1,14 +1,14 @@
 """The seam inside the front process: loaded models and the engine, as the APIs see them.
 
-The lifecycle side (runtime.models, runtime.engine_client) implements these; the APIs and the generator use them. Knows no wire format.
+The lifecycle side (runtime.models, runtime.engine_client.client) implements these; the APIs and the generator use them. Knows no wire format.
 """
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from runtime.messages import RowTokens
-from runtime.text.model import TextModel
+from runtime.ipc.messages import RowTokens
+from runtime.text.text_model import TextModel
 from runtime.types import LogprobParams, ModelFacts, ModelSettings, SamplingParams, StopParams
 
 

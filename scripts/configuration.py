@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from mesh.cli import serve_flags  # noqa: E402 - the script runs from a checkout
 from mesh.config import MeshConfig  # noqa: E402
-from runtime.config import EngineConfig, RuntimeConfig  # noqa: E402
+from runtime.config.schema import EngineConfig, RuntimeConfig  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from mesh.api.message_path import extract
-from mesh.client.peer import HOP_HEADER
+from mesh.api.protobuf_field import extract
+from mesh.client.connections import HOP_HEADER
 from mesh.errors import InvalidRequest, NotSupported
 
 Metadata = Sequence[tuple[str, str | bytes]]

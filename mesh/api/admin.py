@@ -12,9 +12,9 @@ from mesh.api.request_log import Record
 from mesh.client.admin import Fit, Models
 from mesh.errors import InvalidRequest, NotFound
 from mesh.placement.copies import epoch_ms
-from mesh.placement.reconcile import Placement
-from mesh.registry.naming import Dtype, Positive, Quantize, Registration, concrete_id, with_settings
+from mesh.placement.placement import Placement
 from mesh.registry.records import CAPACITY_UNIT_BYTES
+from mesh.registry.registration import Dtype, Positive, Quantize, Registration, concrete_id, with_settings
 from mesh.registry.registry import Registry
 from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
 

@@ -16,8 +16,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from mesh.api.inference import InferenceGateway, refuse
-from mesh.api.oip import SERVICE_NAME as OIP_NAME
-from mesh.api.oip import OwnOip
+from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
+from mesh.api.oip_server import OwnOip
 from mesh.errors import Unauthenticated
 from wire.fmaas import generation_pb2
 from wire.mmesh import model_mesh_pb2

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import aiohttp
 from aiohttp import web
 
-from mesh.client.peer import Connections
+from mesh.client.connections import Connections
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import aiohttp
 from yarl import URL
 
 from mesh.api.addressing import MODEL_HEADER
-from mesh.client.peer import HOP_HEADER, Connections
+from mesh.client.connections import HOP_HEADER, Connections
 from mesh.errors import NotSupported
-from mesh.routing.forward import CopyRouter
+from mesh.routing.router import CopyRouter
 from mesh.types import Target
 
 _HOP_BY_HOP = frozenset(

@@ -18,14 +18,14 @@ import grpc
 import grpc.aio
 
 from mesh.api.addressing import PREFIX_HEADER, Addressing, Metadata, backward, header, onward
-from mesh.api.inbound import Inbound, ServerContext
 from mesh.api.known_methods import single_message_methods
-from mesh.api.message_path import inject
-from mesh.client.peer import HOP_HEADER, Connections
+from mesh.api.protobuf_field import inject
+from mesh.api.replay_buffer import Inbound, ServerContext
+from mesh.client.connections import HOP_HEADER, Connections
 from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
-from mesh.routing.forward import CopyRouter
+from mesh.routing.router import CopyRouter
 from mesh.types import RuntimeLimits, Target
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import grpc
 
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound
 from mesh.registry.models import entry_time_ms
-from mesh.registry.moves import Wish
 from mesh.registry.records import VModelRecord
 from mesh.registry.registry import Registry
+from mesh.registry.vmodel_plan import Wish
 from mesh.types import Loader, ModelInfo, ModelStatus, StatusInfo
 from wire.mmesh import model_mesh_pb2 as pb
 from wire.mmesh import model_mesh_pb2_grpc as rpc

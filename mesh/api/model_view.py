@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mesh.client.admin import Copy, Model
-from mesh.registry.naming import belongs_to, settings_of
 from mesh.registry.records import ModelRecord
+from mesh.registry.registration import belongs_to, settings_of
 from mesh.registry.registry import NamedModel, Registry
 from mesh.types import CopyInfo, CopyState, Loader, ModelStatus, StatusInfo, Tier
 

@@ -10,15 +10,15 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from mesh.api.held_stream import HEADERS
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
 from mesh.api.request_log import Record
+from mesh.api.sse_keepalive import HEADERS
 from mesh.client.admin import Model
-from mesh.client.peer import HOP_HEADER
+from mesh.client.connections import HOP_HEADER
 from mesh.errors import InvalidRequest
 from mesh.placement.copies import Changes
-from mesh.placement.reconcile import Placement
+from mesh.placement.placement import Placement
 from mesh.registry.registry import Registry
 
 _BODY_BYTES = 64 * 1024

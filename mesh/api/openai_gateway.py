@@ -12,16 +12,16 @@ import aiohttp
 from aiohttp import web
 
 from mesh.api.addressing import MODEL_HEADER
-from mesh.api.exchange import Exchange, UnreachableError, end_to_end
-from mesh.api.held_stream import HeldStream
+from mesh.api.http_attempt import Exchange, UnreachableError, end_to_end
 from mesh.api.http_body import Ask, decode, prefix_hash, read_body
 from mesh.api.http_errors import body_of, event_of
 from mesh.api.request_log import Record
-from mesh.client.peer import HOP_HEADER, Connections
+from mesh.api.sse_keepalive import HeldStream
+from mesh.client.connections import HOP_HEADER, Connections
 from mesh.errors import InvalidRequest, MeshError, NotFound, Unavailable
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
-from mesh.routing.forward import CopyRouter
+from mesh.routing.router import CopyRouter
 from mesh.types import CopyState, Loader
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mesh import configure
-from mesh.cli import serve, serve_flags, verbs
+from mesh.cli import commands, serve, serve_flags
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
@@ -92,28 +92,28 @@ def _version() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="repertory", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"repertory {_version()}")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_serve(commands)
-    _add_client_verbs(commands)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_serve(verbs)
+    _add_client_verbs(verbs)
     return parser
 
 
-def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     text = "mesh, runtime and engine on this machine, supervised"
-    everything = commands.add_parser("serve", help=text, description=f"{text}. Stop it with Ctrl-C or SIGTERM: running answers may finish.")
+    everything = verbs.add_parser("serve", help=text, description=f"{text}. Stop it with Ctrl-C or SIGTERM: running answers may finish.")
     serve_flags.add_flags(everything)
     everything.set_defaults(usage_error=everything.error)
-    mesh = commands.add_parser("serve-mesh", help="one pod's mesh, in front of any ModelMesh serving runtime")
+    mesh = verbs.add_parser("serve-mesh", help="one pod's mesh, in front of any ModelMesh serving runtime")
     mesh.add_argument("--config", type=Path, help="YAML file with any of the fields below")
     configure.add_flags(mesh, MeshConfig)
     mesh.set_defaults(usage_error=mesh.error)
-    runtime = commands.add_parser(
+    runtime = verbs.add_parser(
         "serve-runtime", help="the serving runtime alone, to put under a mesh (flags: serve-runtime --help)", add_help=False
     )
     runtime.set_defaults(usage_error=runtime.error)
 
 
-def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--server",
@@ -130,35 +130,35 @@ def _add_client_verbs(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     common.add_argument("--json", action="store_true", help="print JSON for a script")
 
     def verb(name: str, do: Verb, text: str, *, aliases: Sequence[str] = ()) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, parents=[common], help=text, description=text, aliases=list(aliases))
+        sub = verbs.add_parser(name, parents=[common], help=text, description=text, aliases=list(aliases))
         sub.set_defaults(do=do, usage_error=sub.error)
         return sub
 
-    sub = verb("register", verbs.register, "give a model a name; the same name with another source replaces it without a gap")
+    sub = verb("register", commands.register, "give a model a name; the same name with another source replaces it without a gap")
     sub.add_argument("name")
     sub.add_argument("uri", help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path")
     _add_settings(sub)
     sub.add_argument("--load", action="store_true", help="load it now and wait")
-    sub = verb("fit", verbs.fit, "before loading: how many bytes it needs, does it fit, whom would it evict (exit 1 if it doesn't fit)")
+    sub = verb("fit", commands.fit, "before loading: how many bytes it needs, does it fit, whom would it evict (exit 1 if it doesn't fit)")
     sub.add_argument("name", metavar="NAME|URI")
     _add_format(sub)
-    verb("ps", verbs.ps, "the registered models and where they are", aliases=["ls", "list"])
-    sub = verb("run", verbs.run, "ask a model; without a prompt, talk to it")
+    verb("ps", commands.ps, "the registered models and where they are", aliases=["ls", "list"])
+    sub = verb("run", commands.run, "ask a model; without a prompt, talk to it")
     sub.add_argument("name")
     sub.add_argument("prompt", nargs="*", help="the question; without one it is read from a pipe, or asked for in a conversation")
     sub.add_argument("--max-tokens", type=int, metavar="N", help="of the answer; default: what fits the context")
     sub.add_argument("--temperature", type=float, metavar="X", help="0 = always the likeliest token; default: the registration's")
     sub.add_argument("--seed", type=int, metavar="N", help="the same answer again")
     sub.add_argument("--system", metavar="TEXT", help="system prompt")
-    sub = verb("load", verbs.load, "load a model now and wait")
+    sub = verb("load", commands.load, "load a model now and wait")
     sub.add_argument("name")
-    sub = verb("stop", verbs.stop, "unload a model; its registration stays", aliases=["unload"])
+    sub = verb("stop", commands.stop, "unload a model; its registration stays", aliases=["unload"])
     sub.add_argument("name")
-    sub = verb("show", verbs.show, "everything known of one model")
+    sub = verb("show", commands.show, "everything known of one model")
     sub.add_argument("name")
-    sub = verb("rm", verbs.remove, "forget a model")
+    sub = verb("rm", commands.remove, "forget a model")
     sub.add_argument("name")
-    sub = verb("alias", verbs.alias, "another, stable name for a model, movable without a gap (ModelMesh's vmodel)")
+    sub = verb("alias", commands.alias, "another, stable name for a model, movable without a gap (ModelMesh's vmodel)")
     sub.add_argument("alias")
     sub.add_argument("target", nargs="?", help="a registered name: the alias stands for what that stands for now")
     sub.add_argument("--delete", action="store_true", help="forget the alias; the model stays")

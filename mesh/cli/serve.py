@@ -22,8 +22,8 @@ from typing import Any
 import msgspec
 
 from mesh import logs
-from mesh.cli.child import Child, reachable, status_of
 from mesh.cli.render import size
+from mesh.cli.supervisor import Child, reachable, status_of
 from mesh.client.admin import DEFAULT_SERVER
 from mesh.config import MeshConfig
 from mesh.configure import load, read_yaml

@@ -1,11 +1,11 @@
-"""Asking another pod to load a model, over its HTTP port. Implements mesh.placement.reconcile.PeerLoads."""
+"""Asking another pod to load a model, over its HTTP port. Implements mesh.placement.placement.PeerLoads."""
 
 import asyncio
 
 import aiohttp
 import msgspec
 
-from mesh.client.peer import HOP_HEADER, Connections
+from mesh.client.connections import HOP_HEADER, Connections
 from mesh.errors import MeshError, Unavailable
 from mesh.registry.records import InstanceRecord
 

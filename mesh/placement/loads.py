@@ -12,10 +12,10 @@ from collections.abc import Awaitable
 
 from mesh.errors import LoadFailed, MeshError, NotFound, Overloaded, StoreError, Unavailable
 from mesh.metrics import Metrics
-from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, LocalCopy, epoch_ms
+from mesh.placement.eviction import make_room
 from mesh.placement.load_times import LoadTimes
-from mesh.placement.plan import make_room
+from mesh.placement.record_updates import Announcer
 from mesh.types import CopyState, LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)

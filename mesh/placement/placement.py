@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
 from mesh.errors import MeshError, NotFound, StoreError, Unavailable
-from mesh.placement.announce import Announcer
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
-from mesh.placement.follow import RuntimeFollower
+from mesh.placement.eviction import make_room
 from mesh.placement.load_times import remaining_s
 from mesh.placement.loads import LocalLoads
-from mesh.placement.plan import make_room
-from mesh.placement.status import OwnCopy, blocked_for_s, may_load, status_of
-from mesh.placement.where import Pod, choose_pod
+from mesh.placement.model_status import OwnCopy, blocked_for_s, may_load, status_of
+from mesh.placement.pod_selection import Pod, choose_pod
+from mesh.placement.record_updates import Announcer
+from mesh.placement.runtime_monitor import RuntimeFollower
 from mesh.registry.records import CAPACITY_UNIT_BYTES, InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
 from mesh.types import CopyState, ModelStatus, RuntimeClient, RuntimeSnapshot, StatusInfo

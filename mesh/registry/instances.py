@@ -5,7 +5,7 @@ Knows who is there and what each tells of itself; decides nothing by it.
 
 from mesh.registry.records import InstanceRecord, encode_record
 from mesh.registry.table import Table
-from mesh.store.leased import LeasedKey
+from mesh.store.leased_key import LeasedKey
 from mesh.store.protocol import Store
 
 

@@ -6,8 +6,8 @@ Knows records and the store's compare-and-set; loads nothing, and doesn't know w
 import msgspec
 
 from mesh.errors import AlreadyExists, InvalidRequest, PreconditionFailed
-from mesh.registry.naming import name_in
 from mesh.registry.records import ModelRecord
+from mesh.registry.registration import name_in
 from mesh.registry.secrets import refuse_secrets
 from mesh.registry.table import Table
 from mesh.store.protocol import Store

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from mesh.errors import AlreadyExists, NotFound
 from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
-from mesh.registry.moves import Wish
-from mesh.registry.naming import belongs_to, check_name, concrete_id
 from mesh.registry.records import ModelRecord
+from mesh.registry.registration import belongs_to, check_name, concrete_id
+from mesh.registry.vmodel_plan import Wish
 from mesh.registry.vmodels import VModels
 from mesh.store.protocol import Store
 from mesh.types import ModelInfo

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 from mesh.errors import StoreUncertain
 from mesh.registry.models import Models, check_registrable
-from mesh.registry.moves import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
 from mesh.registry.records import ModelRecord, VModelRecord
 from mesh.registry.table import Table, Versioned
+from mesh.registry.vmodel_plan import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
 from mesh.store.protocol import Compare, Store, Write
 
 

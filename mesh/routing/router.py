@@ -14,12 +14,12 @@ from mesh.errors import DeadlineExceeded, LoadFailed, NotFound, Overloaded, Unav
 from mesh.metrics import Metrics
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
 from mesh.placement.load_times import retry_after_s
-from mesh.placement.reconcile import Placement
-from mesh.registry.naming import name_in
+from mesh.placement.placement import Placement
 from mesh.registry.records import InstanceRecord, ModelRecord
+from mesh.registry.registration import name_in
 from mesh.registry.registry import Registry
-from mesh.routing.choose import Candidate, choose
-from mesh.routing.turns import Turns
+from mesh.routing.concurrency_limit import Turns
+from mesh.routing.copy_selection import Candidate, choose
 from mesh.types import CopyState, ModelStatus, Target, Tier
 
 T = TypeVar("T")

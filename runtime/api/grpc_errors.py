@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from runtime.api.naming import MODEL_ID_HEADER
+from runtime.api.model_lookup import MODEL_ID_HEADER
 from runtime.errors import RepertoryError
 
 _LOG = logging.getLogger(__name__)

@@ -2,12 +2,12 @@
 
 import grpc.aio
 
-from runtime.api.oip import InferenceService
-from runtime.api.tgis import GenerationService
-from runtime.config import RuntimeConfig
+from runtime.api.oip.service import InferenceService
+from runtime.api.tgis.service import GenerationService
+from runtime.config.schema import RuntimeConfig
 from runtime.generation.generator import Generator
-from runtime.metrics import RuntimeMetrics
-from runtime.served import ModelDirectory, TokenEngine
+from runtime.interfaces import ModelDirectory, TokenEngine
+from runtime.observability.metrics import RuntimeMetrics
 from wire.fmaas import generation_pb2, generation_pb2_grpc
 from wire.inference import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 

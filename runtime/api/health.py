@@ -2,8 +2,8 @@
 
 from aiohttp import web
 
-from runtime.metrics import RuntimeMetrics
-from runtime.served import ModelDirectory
+from runtime.interfaces import ModelDirectory
+from runtime.observability.metrics import RuntimeMetrics
 
 
 class Health:

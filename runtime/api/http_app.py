@@ -11,15 +11,15 @@ from aiohttp import web
 
 from runtime.api.health import Health
 from runtime.api.http_errors import errors_as_json
-from runtime.api.openai_chat import ChatCompletions
-from runtime.api.openai_completions import Completions
-from runtime.api.openai_models import Models
-from runtime.api.openai_tokenize import Tokenizing
-from runtime.config import RuntimeConfig
+from runtime.api.openai.chat import ChatCompletions
+from runtime.api.openai.completions import Completions
+from runtime.api.openai.models import Models
+from runtime.api.openai.tokenize import Tokenizing
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import NotSupported
 from runtime.generation.generator import Generator
-from runtime.metrics import RuntimeMetrics
-from runtime.served import ModelDirectory, TokenEngine
+from runtime.interfaces import ModelDirectory, TokenEngine
+from runtime.observability.metrics import RuntimeMetrics
 
 REQUEST_ID_HEADER = "X-Request-Id"
 # aiohttp before 3.14 has no typed keys for requests, later ones warn about others

@@ -6,7 +6,7 @@ import math
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from runtime.api.openai_answers import ErrorAnswer, ErrorBody, encode
+from runtime.api.openai.responses import ErrorAnswer, ErrorBody, encode
 from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError
 
 _LOG = logging.getLogger(__name__)

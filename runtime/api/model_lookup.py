@@ -1,7 +1,7 @@
 """Which loaded model an HTTP or gRPC request means: the mesh's header first, then the request's own field."""
 
 from runtime.errors import InvalidRequest, ModelNotFound
-from runtime.served import ModelDirectory, ServedModel
+from runtime.interfaces import ModelDirectory, ServedModel
 
 MODEL_ID_HEADER = "mm-model-id"
 

@@ -9,13 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 import grpc.aio
 
 from runtime.api.grpc_errors import statuses
-from runtime.capacity import Capacity, capacity_of
-from runtime.config import RuntimeConfig
-from runtime.engine_client import EngineClient, EngineState
+from runtime.config.schema import RuntimeConfig
+from runtime.engine_client.client import EngineClient, EngineState
 from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError
-from runtime.fitting import Fitter
-from runtime.models import Models
-from runtime.settings import parse_model
+from runtime.models.capacity import Capacity, capacity_of
+from runtime.models.manager import Models
+from runtime.models.model_key import parse_model
+from runtime.puller.inspection import Fitter
 from runtime.types import ModelSettings, ModelSource
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server

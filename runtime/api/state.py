@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from runtime.api.grpc_errors import statuses
-from runtime.capacity import capacity_of
-from runtime.config import RuntimeConfig
-from runtime.engine_client import EngineClient, EngineState
-from runtime.fit import Resident, victims
-from runtime.fitting import Fitter
-from runtime.lifecycle import ModelView, Phase
-from runtime.messages import EngineStats, ModelStats
-from runtime.models import Models
-from runtime.settings import parse_model
+from runtime.config.schema import RuntimeConfig
+from runtime.engine_client.client import EngineClient, EngineState
+from runtime.ipc.messages import EngineStats, ModelStats
+from runtime.models.capacity import capacity_of
+from runtime.models.manager import Models
+from runtime.models.model_key import parse_model
+from runtime.models.model_state import ModelView, Phase
+from runtime.puller.inspection import Fitter
+from runtime.puller.sizing import Resident, victims
 from runtime.types import Tier
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from runtime.served import ServedModel
+from runtime.interfaces import ServedModel
 from runtime.text.tokenizer import Encoding
 
 _THREAD_ABOVE_CHARS = 8192   # about a millisecond

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from runtime.engine.model.layout import TensorSpec
-from runtime.engine.model.linear import LinearModule, make_linear
+from runtime.checkpoint.weight_layout import TensorSpec
+from runtime.engine.model.run.linear import LinearModule, make_linear
 from runtime.types import Quantization
 
 _LARGE_ELEMENTS = 1 << 22

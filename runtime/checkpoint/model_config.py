@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from runtime.engine.model.rope import longrope_limit
+from runtime.engine.model.run.rope import longrope_limit
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from runtime.engine.model.layout import TensorSpec
-from runtime.engine.model.safetensors_index import StoredTensor
+from runtime.checkpoint.safetensors_index import StoredTensor
+from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
 
 _LISTED = 5  # names in an error message

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.layout import BLOCK, bitsandbytes_layout_4bit, kernel_layout_4bit, padded_width
-from runtime.engine.model.layout import TensorSpec
-from runtime.engine.model.names import Conversion, Resolution
-from runtime.engine.model.safetensors_index import StoredTensor
+from runtime.checkpoint.layout_4bit import BLOCK, bitsandbytes_layout_4bit, kernel_layout_4bit, padded_width
+from runtime.checkpoint.name_mapping import Conversion, Resolution
+from runtime.checkpoint.safetensors_index import StoredTensor
+from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
 
 Layout4Bit = Literal["kernel", "bitsandbytes"]

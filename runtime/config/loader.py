@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from runtime.config import GIB, MIB, EngineConfig, RuntimeConfig
+from runtime.config.schema import GIB, MIB, EngineConfig, RuntimeConfig
 from runtime.errors import InvalidRequest
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)

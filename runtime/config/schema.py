@@ -1,6 +1,6 @@
 """The runtime's configuration: one typed tree, given whole to the front process and its engine part to the engine process.
 
-Knows defaults and ranges; where a value comes from (flag, environment, file) is runtime.configure's business.
+Knows defaults and ranges; where a value comes from (flag, environment, file) is runtime.config.loader's business.
 """
 
 from typing import Annotated, Any

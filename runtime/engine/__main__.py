@@ -16,12 +16,12 @@ import traceback
 
 import msgspec
 
-from runtime.config import EngineConfig
-from runtime.engine.blackbox import Blackbox
-from runtime.engine.channel import Channel
-from runtime.engine.imports import leave_out, without_compiler
-from runtime.engine.loop import EngineLoop
-from runtime.messages import Hello
+from runtime.config.schema import EngineConfig
+from runtime.engine.core.loop import EngineLoop
+from runtime.engine.import_stubs import leave_out, without_compiler
+from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.engine_channel import Channel
+from runtime.ipc.messages import Hello
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     if config.device != "cpu":
         threading.Thread(target=_wake_device, args=(config.device,), name="wake", daemon=True).start()
     with without_compiler():
-        from runtime.engine.backend import make_backend
+        from runtime.engine.device.backend import make_backend
 
         importlib.import_module("transformers.generation.utils")     # every modelling file asks for it
 

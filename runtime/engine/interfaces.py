@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runtime.messages import TokenLogprobs
+from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams, ModelFacts, SamplingParams
 
 
@@ -182,7 +182,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """`runtime.messages.Load` as the backend sees it."""
+    """`runtime.ipc.messages.Load` as the backend sees it."""
 
     model_id: str
     checkpoint: "object"                 # runtime.types.Checkpoint; opaque to policy

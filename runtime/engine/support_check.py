@@ -1,4 +1,4 @@
-"""Whether the engine can run a checkpoint, from its configuration alone: `python -m runtime.engine.judge PATH [MAX_MODEL_LEN]`.
+"""Whether the engine can run a checkpoint, from its configuration alone: `python -m runtime.engine.support_check PATH [MAX_MODEL_LEN]`.
 
 A process of its own, since it takes torch and the model's code to tell: it tries a miniature, as a load does. PATH is a directory with
 config.json, or a .gguf file. Prints one JSON line: the reason why not, or an empty string. Reads no weights.
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.engine.imports import leave_out, without_compiler
+from runtime.engine.import_stubs import leave_out, without_compiler
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 
@@ -32,8 +32,8 @@ def refusal(path: Path, max_model_len: int | None) -> str:
 
 
 def _refusal(folder: Path, max_model_len: int | None) -> str:
-    from runtime.engine.model.catalog import read_card
-    from runtime.engine.model.fuse_proof import Prover
+    from runtime.checkpoint.model_config import read_card
+    from runtime.engine.model.build.equivalence_check import Prover
 
     try:
         card = read_card(_NAME, Checkpoint(model_dir=str(folder), dtype="float32"), max_model_len)

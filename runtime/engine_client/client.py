@@ -18,14 +18,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from runtime.changes import Changes
-from runtime.config import EngineConfig
-from runtime.engine.blackbox import Blackbox
-from runtime.engine_process import EngineProcess, engine_command
-from runtime.engine_restarts import RestartPolicy
-from runtime.engine_streams import Pace, RowStream
+from runtime.config.schema import EngineConfig
+from runtime.engine_client.changes import Changes
+from runtime.engine_client.process import EngineProcess, engine_command
+from runtime.engine_client.restart_policy import RestartPolicy
+from runtime.engine_client.streams import Pace, RowStream
 from runtime.errors import RepertoryError, Unavailable, from_code
-from runtime.messages import (
+from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.messages import (
     Abort,
     Add,
     Command,
@@ -182,7 +182,7 @@ class EngineClient:
         priority: int = 0,
         event_s: float = 0.0,
     ) -> AsyncIterator[RowTokens]:
-        """See runtime.served.TokenEngine."""
+        """See runtime.interfaces.TokenEngine."""
         request_id = next(self._ids)
         stream = RowStream(model_id, event_s)
         self._send(Add(request_id, model_id, array.array("i", prompt).tobytes(), sampling, stop, logprobs, priority))

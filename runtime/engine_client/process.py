@@ -16,9 +16,9 @@ from typing import cast
 
 import msgspec
 
-from runtime.config import EngineConfig
+from runtime.config.schema import EngineConfig
 from runtime.errors import Unavailable
-from runtime.messages import MAX_FRAME_BYTES, Command, Event
+from runtime.ipc.messages import MAX_FRAME_BYTES, Command, Event
 
 _LENGTH = struct.Struct("<I")
 _EXIT_WAIT_S = 10.0

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from runtime.errors import RepertoryError
-from runtime.messages import RowTokens, TokenLogprobs
+from runtime.ipc.messages import RowTokens, TokenLogprobs
 
 
 def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:

@@ -14,9 +14,9 @@ from runtime.generation.limits import check_prompt
 from runtime.generation.merge import close, merge
 from runtime.generation.request import Completed, Delta, SequenceRequest, put_together
 from runtime.generation.sequence import RunningSequence, split_tokens
-from runtime.messages import RowTokens
-from runtime.metrics import RuntimeMetrics
-from runtime.served import ServedModel, TokenEngine
+from runtime.interfaces import ServedModel, TokenEngine
+from runtime.ipc.messages import RowTokens
+from runtime.observability.metrics import RuntimeMetrics
 from runtime.types import FinishReason
 
 FIRST_TOKEN_GRACE_S = 0.25   # past the time limit a sequence without a token gets so much longer: an idle engine always answers with one

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from runtime.errors import InvalidRequest
-from runtime.served import ServedModel
+from runtime.interfaces import ServedModel
 from runtime.types import SamplingParams
 
 SEED_BITS = 32

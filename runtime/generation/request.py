@@ -2,7 +2,7 @@
 
 import msgspec
 
-from runtime.messages import TokenLogprobs
+from runtime.ipc.messages import TokenLogprobs
 from runtime.types import FinishReason, LogprobParams, SamplingParams, StopParams
 
 # measured, docs/benchmarks/served.md; rounded up, since other things than tokens want their share of a core too
@@ -31,7 +31,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     drop_incomplete: bool = False        # an incomplete character at the end is dropped, not shown as U+FFFD
     one_token_deltas: bool = False       # a delta for each token, with text or without
     deadline_s: float | None = None
-    event_s: float = HTTP_EVENT_S        # what one delta sent on costs the busiest process on its way (runtime.engine_streams.Pace)
+    event_s: float = HTTP_EVENT_S        # what one delta sent on costs the busiest process on its way (runtime.engine_client.streams.Pace)
 
     @property
     def with_details(self) -> bool:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from runtime.generation.request import Delta, SequenceRequest
-from runtime.messages import RowTokens, TokenLogprobs
+from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.text.detokenizer import Detokenizer
-from runtime.text.stops import StopScanner
+from runtime.text.stop_strings import StopScanner
 from runtime.types import FinishReason
 
 _ENDED_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)

@@ -1,6 +1,6 @@
 """The socket between the engine and its front: two threads that keep encoding, decoding and waiting away from the engine thread.
 
-Frames are runtime.messages'. Knows no command and no event by name.
+Frames are runtime.ipc.messages'. Knows no command and no event by name.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import threading
 
 import msgspec
 
-from runtime.messages import MAX_FRAME_BYTES, Command, Event
+from runtime.ipc.messages import MAX_FRAME_BYTES, Command, Event
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 20

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from runtime.config import MIB
-from runtime.messages import Hello
+from runtime.config.schema import MIB
+from runtime.ipc.messages import Hello
 from runtime.types import ModelFacts
 
 # KV that a resident model must at least get beside its weights, where loaded means resident

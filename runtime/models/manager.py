@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.changes import Changes
-from runtime.config import RuntimeConfig
-from runtime.engine_client import EngineClient, EngineDeath, EngineState
+from runtime.config.schema import RuntimeConfig
+from runtime.engine_client.changes import Changes
+from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -25,13 +25,13 @@ from runtime.errors import (
     RepertoryError,
     Unavailable,
 )
-from runtime.lifecycle import ModelView, Phase, Prepared, Preparer, Progress
-from runtime.messages import Hello, Load
-from runtime.quarantine import Quarantine
-from runtime.served import ServedModel
-from runtime.settings import fingerprint
-from runtime.text.model import TextModel
-from runtime.tickets import Kind, Ticket, settled
+from runtime.interfaces import ServedModel
+from runtime.ipc.messages import Hello, Load
+from runtime.models.model_key import fingerprint
+from runtime.models.model_state import ModelView, Phase, Prepared, Preparer, Progress
+from runtime.models.operations import Kind, Ticket, settled
+from runtime.models.quarantine import Quarantine
+from runtime.text.text_model import TextModel
 from runtime.types import ModelFacts, ModelSettings, ModelSource
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class _Entry:
 
 
 class Models:
-    """Implements runtime.served.ModelDirectory and the engine's EngineListener. Event loop only."""
+    """Implements runtime.interfaces.ModelDirectory and the engine's EngineListener. Event loop only."""
 
     def __init__(self, config: RuntimeConfig, engine: EngineClient, preparer: Preparer, load_text: TextLoader) -> None:
         self._config = config

@@ -1,6 +1,6 @@
 """The words of a model's life in the runtime, and the seam to whoever makes its files ready.
 
-Plain data; knows no state machine (runtime.models) and no storage (runtime.preparation).
+Plain data; knows no state machine (runtime.models) and no storage (runtime.puller.preparer).
 """
 
 from collections.abc import Callable

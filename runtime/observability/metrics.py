@@ -10,8 +10,8 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from runtime.messages import EngineStats, ModelStats, RowTokens
-from runtime.token_tally import TokenTallies
+from runtime.ipc.messages import EngineStats, ModelStats, RowTokens
+from runtime.observability.token_counters import TokenTallies
 from runtime.types import FinishReason, Tier
 
 _M = TypeVar("_M", bound=MetricWrapperBase)

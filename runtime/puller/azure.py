@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.puller.buckets import missing_extra
+from runtime.puller.object_store import missing_extra
 from runtime.puller.source import RemoteFile
 
 _CONNECT_S = 10

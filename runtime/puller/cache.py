@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import Overloaded, RepertoryError
-from runtime.lifecycle import Phase
-from runtime.puller.job import Job
+from runtime.models.model_state import Phase
+from runtime.puller.progress import Job
 
 _MANIFEST = ".repertory.json"
 _POLL_S = 0.1

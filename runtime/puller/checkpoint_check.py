@@ -12,8 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from runtime.errors import LoadFailed
-from runtime.fit import TensorShape
-from runtime.puller.headers import read_header
+from runtime.puller.safetensors_header import read_header
+from runtime.puller.sizing import TensorShape
 from runtime.types import Quantization
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

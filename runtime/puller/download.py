@@ -5,8 +5,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from runtime.errors import Cancelled
-from runtime.lifecycle import Phase
-from runtime.puller.job import Job
+from runtime.models.model_state import Phase
+from runtime.puller.progress import Job
 from runtime.puller.source import Listing, RemoteFile, Source
 
 _FILES_AT_ONCE = 8

@@ -4,7 +4,7 @@ import base64
 import os
 from collections.abc import Iterator, Mapping
 
-from runtime.puller.buckets import missing_extra
+from runtime.puller.object_store import missing_extra
 from runtime.puller.source import RemoteFile
 
 _PATIENCE_S = 30.0

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import LoadFailed
-from runtime.fit import TensorShape
 from runtime.puller.gguf_index import check_index
+from runtime.puller.sizing import TensorShape
 
 _FIELDS = {
     "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from runtime.errors import LoadFailed
-from runtime.puller.job import Job
+from runtime.puller.progress import Job
 from runtime.puller.source import Arrived, RemoteFile, Unreachable
 
 _CHUNK_BYTES = 1024 * 1024

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import LoadFailed
-from runtime.puller.fetch import HttpClient
-from runtime.puller.inspect import LARGEST_JSON_BYTES, parse_json
-from runtime.puller.job import Job
+from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, parse_json
+from runtime.puller.http_client import HttpClient
+from runtime.puller.progress import Job
 from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name
 
 _INDEX = "model.safetensors.index.json"

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.fetch import AGAIN, HttpClient
-from runtime.puller.job import Job
+from runtime.puller.http_client import AGAIN, HttpClient
+from runtime.puller.progress import Job
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
 
 

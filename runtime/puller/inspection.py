@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from runtime.fit import Geometry, Needs
+from runtime.puller.sizing import Geometry, Needs
 from runtime.types import ModelSettings, ModelSource, Quantization
 
 

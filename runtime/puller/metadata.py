@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from runtime.errors import LoadFailed
-from runtime.fit import TensorShape
-from runtime.puller.gguf import read_gguf
-from runtime.puller.headers import header_length, parse_header
-from runtime.puller.inspect import LARGEST_JSON_BYTES, Inspection, Kind, parse_json
-from runtime.puller.job import Job
+from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, Inspection, Kind, parse_json
+from runtime.puller.gguf_metadata import read_gguf
+from runtime.puller.progress import Job
+from runtime.puller.safetensors_header import header_length, parse_header
+from runtime.puller.sizing import TensorShape
 from runtime.puller.source import RemoteFile, Source
 
 Found = tuple[Mapping[str, object], Sequence[TensorShape]]

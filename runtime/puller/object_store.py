@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import LoadFailed, RepertoryError
-from runtime.puller.job import Job
+from runtime.puller.progress import Job
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
 
 _CHUNK_BYTES = 8 * 1024 * 1024

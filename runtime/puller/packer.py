@@ -9,9 +9,9 @@ from typing import IO
 import msgspec
 
 from runtime.errors import LoadFailed, from_code
-from runtime.lifecycle import Phase
-from runtime.puller.job import Job
+from runtime.models.model_state import Phase
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackProgress, PackRequest
+from runtime.puller.progress import Job
 
 _STDERR_LINES = 20
 _POLL_S = 0.1

@@ -11,22 +11,22 @@ from typing import TypeVar
 import msgspec
 from cachetools import LRUCache
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.fit import DTYPE_BYTES, checkpoint_dtype, compute_dtype, geometry_of, needs_of, tensor_bytes
-from runtime.fitting import Look
-from runtime.lifecycle import Phase, Prepared, Report
+from runtime.models.model_state import Phase, Prepared, Report
 from runtime.puller.cache import Cache, Held
-from runtime.puller.headers import read_header
-from runtime.puller.inspect import Inspection, Kind, Policy, inspect, stored_quantization
-from runtime.puller.job import Job
-from runtime.puller.judge import Judge
-from runtime.puller.locate import locate
-from runtime.puller.look import look_local, look_remote
+from runtime.puller.checkpoint_check import Inspection, Kind, Policy, inspect, stored_quantization
+from runtime.puller.download import pull
+from runtime.puller.inspection import Look
+from runtime.puller.metadata import look_local, look_remote
 from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
 from runtime.puller.packer import run_packer
-from runtime.puller.pull import pull
+from runtime.puller.progress import Job
+from runtime.puller.resolve import locate
+from runtime.puller.safetensors_header import read_header
+from runtime.puller.sizing import DTYPE_BYTES, checkpoint_dtype, compute_dtype, geometry_of, needs_of, tensor_bytes
 from runtime.puller.source import Listing, Source, Unreachable
+from runtime.puller.support_probe import Judge
 from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _GGUF_GROWTH = 4                         # dequantised bytes for one byte of fil
 
 
 class Preparation:
-    """Implements runtime.lifecycle.Preparer and runtime.fitting.Fitter over one disk cache."""
+    """Implements runtime.models.model_state.Preparer and runtime.puller.inspection.Fitter over one disk cache."""
 
     def __init__(self, config: RuntimeConfig, cache: Cache, packer: Callable[[PackRequest, Job], None] = run_packer) -> None:
         self._packer = packer
@@ -50,17 +50,17 @@ class Preparation:
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
 
     async def prepare(self, source: ModelSource, settings: ModelSettings, device: str, report: Report) -> Prepared:
-        """See runtime.lifecycle.Preparer."""
+        """See runtime.models.model_state.Preparer."""
         job = Job(report)
         return await self._in_thread(lambda: self._prepare(source, settings, device, job), job)
 
     async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
-        """See runtime.fitting.Fitter."""
+        """See runtime.puller.inspection.Fitter."""
         job = Job(lambda progress: None)
         return await self._in_thread(lambda: self._look(source, settings, device, local_only, job), job)
 
     async def refusal(self, look: Look, settings: ModelSettings) -> str:
-        """See runtime.fitting.Fitter."""
+        """See runtime.puller.inspection.Fitter."""
         job = Job(lambda progress: None)
         return await self._in_thread(lambda: self._judge.refusal(look.config, look.gguf_file, settings.max_model_len, job), job)
 

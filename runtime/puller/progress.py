@@ -4,7 +4,7 @@ import threading
 import time
 
 from runtime.errors import Cancelled
-from runtime.lifecycle import Phase, Progress, Report
+from runtime.models.model_state import Phase, Progress, Report
 
 _SHORTEST_S = 0.1
 

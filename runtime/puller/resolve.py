@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed, RepertoryError
 from runtime.puller.azure import AzureContainer
-from runtime.puller.buckets import Bucket, BucketSource
-from runtime.puller.fetch import HttpClient
 from runtime.puller.gcs import GcsBucket
-from runtime.puller.hub import HubSource
-from runtime.puller.local import local_path, volume_path
+from runtime.puller.http_client import HttpClient
+from runtime.puller.http_source import WebSource
+from runtime.puller.huggingface import HubSource
+from runtime.puller.local_path import local_path, volume_path
+from runtime.puller.object_store import Bucket, BucketSource
 from runtime.puller.s3 import S3Bucket
 from runtime.puller.source import Source
-from runtime.puller.storage import storage_options
-from runtime.puller.web import WebSource
+from runtime.puller.storage_config import storage_options
 from runtime.types import ModelSource
 
 SCHEMES = ("hf", "s3", "gs", "az", "http", "https", "pvc", "file")

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from runtime.errors import LoadFailed
-from runtime.fit import DTYPE_BYTES, TensorShape
+from runtime.puller.sizing import DTYPE_BYTES, TensorShape
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 

@@ -1,4 +1,4 @@
-"""What a model would need, from its configuration and its files' index. Pure arithmetic; reads nothing (runtime.fitting does)."""
+"""What a model would need, from its configuration and its files' index. Pure arithmetic; reads nothing (runtime.puller.inspection does)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from runtime.errors import LoadFailed
-from runtime.puller.job import Job
+from runtime.puller.progress import Job
 
 _TEXT = (".json", ".txt", ".jinja", ".model")
 _PICKLES = (".bin", ".pt", ".pth")

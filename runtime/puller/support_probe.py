@@ -1,6 +1,6 @@
 """Asks whether the engine could run a configuration at all, once for each: the answer takes a process with torch some seconds.
 
-Knows the process and remembers its answers; what can be run is runtime.engine.judge's to say.
+Knows the process and remembers its answers; what can be run is runtime.engine.support_check's to say.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cachetools import LRUCache
 
-from runtime.puller.job import Job
+from runtime.puller.progress import Job
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Judge:
 
 
 def _ask(path: Path, max_model_len: int | None, job: Job) -> str | None:
-    command = [sys.executable, "-m", "runtime.engine.judge", str(path), *([str(max_model_len)] if max_model_len is not None else [])]
+    command = [sys.executable, "-m", "runtime.engine.support_check", str(path), *([str(max_model_len)] if max_model_len is not None else [])]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while process.poll() is None:

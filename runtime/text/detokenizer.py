@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from runtime.text.pieces import START_KEEP, START_STRIP_ONE, Pieces
+from runtime.text.token_bytes import START_KEEP, START_STRIP_ONE, Pieces
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from runtime.text.chat import ChatMessage, ChatOptions, ChatTemplates
 from runtime.text.detokenizer import Detokenizer
-from runtime.text.files import read_chat_templates, read_generation_config, read_tokenizer_config
 from runtime.text.tokenizer import Encoding, TextTokenizer, open_tokenizer
+from runtime.text.tokenizer_files import read_chat_templates, read_generation_config, read_tokenizer_config
 from runtime.types import DefaultSampling, ModelSettings
 
 _T = TypeVar("_T", int, float)

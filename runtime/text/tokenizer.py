@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from runtime.errors import LoadFailed
 from runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from runtime.text.files import TokenizerConfig, TokenSpec
-from runtime.text.pieces import START_KEEP, Decoding, Pieces, byte_level_alphabet, decoding_of
+from runtime.text.token_bytes import START_KEEP, Decoding, Pieces, byte_level_alphabet, decoding_of
+from runtime.text.tokenizer_files import TokenizerConfig, TokenSpec
 
 # letters of bytes that no text has, or none that is typed: some vocabularies leave them out
 _RARE_BYTES = frozenset(letter for letter, byte in byte_level_alphabet().items() if byte < 0x20 or byte > 0xEF or byte in (0x7F, 0xC0, 0xC1))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from runtime.engine.kernels import greedy
+from runtime.engine.kernels import argmax
 from runtime.engine.kernels import inputs as layout
-from runtime.engine.kernels.gpu import greedy as gpu
+from runtime.engine.kernels.gpu import argmax as gpu
 from runtime.engine.kernels.scratch import Scratch
 
 
@@ -41,5 +41,5 @@ def test_on_a_cpu_too() -> None:
     inputs = layout.StepInputs.allocate(torch.device("cpu"), 2, 2)
     inputs.sample_rows[:] = torch.tensor([5, 3])
     drawn, last, ring = torch.zeros(2, dtype=torch.int64), torch.zeros(8, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
-    greedy.draw_largest(torch.eye(4)[[2, 1]], drawn, upload, inputs, last, ring, num_samples=2, scratch=None)
+    argmax.draw_largest(torch.eye(4)[[2, 1]], drawn, upload, inputs, last, ring, num_samples=2, scratch=None)
     assert (drawn.tolist(), last.tolist(), ring[0].tolist()) == ([2, 1], [0, 0, 0, 1, 0, 2, 0, 0], [2, 1])

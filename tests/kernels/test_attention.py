@@ -8,7 +8,7 @@ import torch
 from runtime.engine.kernels import attention
 from runtime.engine.kernels.gpu import attention as gpu
 from runtime.engine.kernels.gpu import attention_cuda
-from runtime.engine.kernels.gpu.native import SHARED_BYTES
+from runtime.engine.kernels.gpu.nvrtc import SHARED_BYTES
 from runtime.engine.kernels.rope import rope_and_cache
 from runtime.engine.kernels.scratch import Scratch
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.engine.interfaces import StepPlan
 from runtime.engine.kernels import inputs as op
 from runtime.engine.kernels.gpu import inputs as gpu
-from runtime.engine.model.upload import pack
-from runtime.engine.plan import StepPlan
+from runtime.engine.model.run.input_buffers import pack
 
 BLOCK_TOKENS, PAGE_UNIT, STRIDE, MAX_ROWS, WIDTH = 16, 96, 24, 12, 32
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from runtime.engine.kernels import layout, linear4, linear8
+from runtime.checkpoint import layout_4bit
+from runtime.engine.kernels import linear4, linear8
 from runtime.engine.kernels.gpu import linear4 as gpu4
 from runtime.engine.kernels.gpu import linear8 as gpu8
 from runtime.engine.kernels.scratch import Scratch
@@ -23,7 +24,7 @@ def _quantized(num_outputs: int, in_features: int, kind: str, device: torch.devi
     packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
     state.shape = torch.Size([num_outputs * in_features])  # its CPU code takes blocks of a row that is no multiple of 64 for whole
     wide = bitsandbytes.functional.dequantize_4bit(packed, state).float().view(num_outputs, in_features)
-    ours, absmax = layout.kernel_layout_4bit(packed, state.absmax, num_outputs, in_features)
+    ours, absmax = layout_4bit.kernel_layout_4bit(packed, state.absmax, num_outputs, in_features)
     return ours.to(device), absmax.to(device), wide.to(device)
 
 
@@ -41,10 +42,10 @@ def test_twin_dequantises_as_bitsandbytes(kind: linear4.Codebook, in_features: i
 @pytest.mark.parametrize("in_features", [64, 128, 192, 640])
 def test_layout_goes_there_and_back(in_features: int) -> None:
     packed, absmax = torch.randint(0, 256, (5 * in_features // 2, 1), dtype=torch.uint8), torch.rand(5 * in_features // 64)
-    weight, scales = layout.kernel_layout_4bit(packed, absmax, 5, in_features)
-    assert weight.shape == (5, layout.padded_width(in_features) // 2)
-    assert scales.shape == (5, layout.padded_width(in_features) // 64)
-    again, absmax_again = layout.bitsandbytes_layout_4bit(weight, scales, in_features)
+    weight, scales = layout_4bit.kernel_layout_4bit(packed, absmax, 5, in_features)
+    assert weight.shape == (5, layout_4bit.padded_width(in_features) // 2)
+    assert scales.shape == (5, layout_4bit.padded_width(in_features) // 64)
+    again, absmax_again = layout_4bit.bitsandbytes_layout_4bit(weight, scales, in_features)
     assert torch.equal(again, packed)
     assert torch.equal(absmax_again, absmax)
 

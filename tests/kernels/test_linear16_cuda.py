@@ -9,7 +9,7 @@ import torch
 
 from runtime.engine.kernels import linear16
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.kernels.gpu import linear16_cuda, native
+from runtime.engine.kernels.gpu import linear16_cuda, nvrtc
 from runtime.engine.kernels.scratch import Scratch
 
 
@@ -18,7 +18,7 @@ def test_compiles_for_hopper_without_spills(gated: str, tiles: int, height: int,
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    path = pathlib.Path(native.__file__).parent / linear16_cuda.SOURCE
+    path = pathlib.Path(nvrtc.__file__).parent / linear16_cuda.SOURCE
     defines = ["-DHALF=false", f"-DGATED={gated}", f"-DTILES={tiles}", f"-DHEIGHT={height}", f"-DSLABS={slabs}"]
     command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", *defines, str(path), "-o", str(tmp_path / "out.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -57,7 +57,7 @@ def test_every_cut_fits(processors: int) -> None:
                     assert 1 <= how.splits <= max(1, in_features // 512)
                     assert each * max(1, processors // how.splits) >= num_outputs
                     bytes_of_rings = (how.stages * how.height * 16 + how.x_stages * tiles * 8) * 512
-                    assert bytes_of_rings + 2 * 8 * tiles * 512 + 16 + (how.stages + how.x_stages) * 16 <= native.SHARED_BYTES
+                    assert bytes_of_rings + 2 * 8 * tiles * 512 + 16 + (how.stages + how.x_stages) * 16 <= nvrtc.SHARED_BYTES
 
 
 def _case(device: torch.device, num_rows: int, num_outputs: int, in_features: int, gated: bool, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from runtime.engine.kernels import sample
 from runtime.engine.kernels.gpu import sample as gpu
-from runtime.engine.model.rows import RowTables
+from runtime.engine.model.run.row_state import RowTables
 from runtime.types import SamplingParams
 
 RULES = [

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.config import EngineConfig
-from runtime.engine.backend import EngineBackend, make_backend
-from runtime.engine.plan import LoadedModel, LoadRequest
+from runtime.config.schema import EngineConfig
+from runtime.engine.device.backend import EngineBackend, make_backend
+from runtime.engine.interfaces import LoadedModel, LoadRequest
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 from tests.model.test_oracle import prompts, reference

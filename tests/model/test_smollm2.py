@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from bench.engine_process import Engine, engine
 from bench.smollm2 import gguf_path
-from runtime.config import RuntimeConfig
-from runtime.preparation import Preparation
+from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
+from runtime.puller.preparer import Preparation
 from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
 
 PROMPTS = (

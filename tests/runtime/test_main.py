@@ -19,7 +19,7 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 from wire.mmesh import model_runtime_pb2 as spi
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from runtime.config import EngineConfig
-from runtime.engine.model.attention import IMPLEMENTATION, register
-from runtime.engine.model.device_state import DeviceState
-from runtime.engine.model.geometry import attention_geometry, kv_geometry, kv_planes
-from runtime.engine.model.runner import ModelRunner
-from runtime.engine.model.step import BuiltModel, StepContext
-from runtime.engine.plan import KvGeometry, RowSetup, Runner, StepPlan, StepResult
-from runtime.messages import TokenLogprobs
+from runtime.config.schema import EngineConfig
+from runtime.engine.interfaces import KvGeometry, RowSetup, Runner, StepPlan, StepResult
+from runtime.engine.model.run.attention import IMPLEMENTATION, register
+from runtime.engine.model.run.device_state import DeviceState
+from runtime.engine.model.run.kv_geometry import attention_geometry, kv_geometry, kv_planes
+from runtime.engine.model.run.runner import ModelRunner
+from runtime.engine.model.run.step import BuiltModel, StepContext
+from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams, ModelFacts, Quantization, SamplingParams
 
 BLOCK_TOKENS = 16

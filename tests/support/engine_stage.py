@@ -4,9 +4,9 @@ import queue
 from array import array
 from dataclasses import dataclass, field
 
-from runtime.config import EngineConfig
-from runtime.engine.loop import EngineLoop
-from runtime.messages import (
+from runtime.config.schema import EngineConfig
+from runtime.engine.core.loop import EngineLoop
+from runtime.ipc.messages import (
     Abort,
     Add,
     EngineStats,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.config import EngineConfig
-from runtime.engine_client import CommandBuilder
+from runtime.config.schema import EngineConfig
+from runtime.engine_client.client import CommandBuilder
 
 
 def fake_command(*, journal: Path | None = None, stillborn: bool = False, load_s: float = 0.3, step_s: float = 0.002) -> CommandBuilder:

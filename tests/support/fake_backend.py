@@ -1,16 +1,16 @@
 """A deterministic Backend whose token depends on every token before it, read back through the page tables.
 
 So a block that is shared wrongly, dropped too early or written twice shows as a wrong text. It checks each plan against the rules of
-runtime.engine.plan and keeps what the mechanism would keep: mapped slabs, rows, weights.
+runtime.engine.interfaces and keeps what the mechanism would keep: mapped slabs, rows, weights.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from runtime.engine.plan import KvGeometry, LoadedModel, LoadRequest, RowSetup, StepPlan, StepResult
+from runtime.engine.interfaces import KvGeometry, LoadedModel, LoadRequest, RowSetup, StepPlan, StepResult
 from runtime.errors import LoadFailed
-from runtime.messages import TokenLogprobs
+from runtime.ipc.messages import TokenLogprobs
 from runtime.types import ModelFacts, Quantization
 
 

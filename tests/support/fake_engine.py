@@ -1,4 +1,4 @@
-"""A tiny engine process: speaks runtime.messages, "loads" anything, and echoes each prompt's tokens plus one, one token a step.
+"""A tiny engine process: speaks runtime.ipc.messages, "loads" anything, and echoes each prompt's tokens plus one, one token a step.
 
 Model ids steer it: a load of "fail…" is refused, of "slow…" takes `--load-s`, of "deadly…" kills the process; a prompt that starts with KILL
 ends the process by SIGKILL, one that starts with FAULT ends as ERROR; one that starts with STALL never gets a token. What it is told goes
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.engine.blackbox import Blackbox
-from runtime.messages import (
+from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.messages import (
     Abort,
     Add,
     Command,

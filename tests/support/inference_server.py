@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from runtime.api.services import add_inference_services
-from runtime.config import RuntimeConfig
-from runtime.metrics import RuntimeMetrics
-from runtime.served import ServedModel
+from runtime.api.grpc_services import add_inference_services
+from runtime.config.schema import RuntimeConfig
+from runtime.interfaces import ServedModel
+from runtime.observability.metrics import RuntimeMetrics
 from tests.support.scripted_engine import Directory, ScriptedEngine
 from wire.fmaas.generation_pb2_grpc import GenerationServiceStub
 from wire.inference.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub

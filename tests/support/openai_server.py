@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from runtime.api.http import build_http_app, http_runner
-from runtime.config import RuntimeConfig
-from runtime.metrics import RuntimeMetrics
-from runtime.served import ServedModel
+from runtime.api.http_app import build_http_app, http_runner
+from runtime.config.schema import RuntimeConfig
+from runtime.interfaces import ServedModel
+from runtime.observability.metrics import RuntimeMetrics
 from tests.support.scripted_engine import Directory, ScriptedEngine
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import cast
 
 from runtime.errors import LoadFailed
-from runtime.lifecycle import Phase, Prepared, Progress, Report
-from runtime.text.model import TextModel
+from runtime.models.model_state import Phase, Prepared, Progress, Report
+from runtime.text.text_model import TextModel
 from runtime.types import Checkpoint, ModelSettings, ModelSource
 
 

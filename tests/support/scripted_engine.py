@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import ModelNotFound, RepertoryError
-from runtime.messages import RowTokens, TokenLogprobs
-from runtime.served import ServedModel
-from runtime.text.model import load_text
+from runtime.interfaces import ServedModel
+from runtime.ipc.messages import RowTokens, TokenLogprobs
+from runtime.text.text_model import load_text
 from runtime.types import FinishReason, LogprobParams, ModelFacts, ModelSettings, Quantization, SamplingParams, StopParams
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from runtime.config import EngineConfig
-from runtime.engine.cpu_hardware import CpuHardware
-from runtime.engine.hardware import TakenMemory
-from runtime.engine.model.build import Blueprint, assemble, draw
-from runtime.engine.model.fuse_proof import Prover
-from runtime.engine.model.geometry import kv_geometry
-from runtime.engine.model.step import BuiltModel
-from runtime.engine.model.trial import TrialRows
+from runtime.config.schema import EngineConfig
+from runtime.engine.device.cpu import CpuHardware
+from runtime.engine.device.device import TakenMemory
+from runtime.engine.model.build.builder import Blueprint, assemble, draw
+from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.kv_fixture import TrialRows
+from runtime.engine.model.run.kv_geometry import kv_geometry
+from runtime.engine.model.run.step import BuiltModel
 from runtime.types import Checkpoint, Quantization
 
 SLAB_BYTES = 64 * 1024

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mesh.cli import serve_flags
-from runtime.configure import configure
+from runtime.config.loader import configure
 
 ROOT = Path(__file__).resolve().parents[2]
 

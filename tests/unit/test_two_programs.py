@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import mesh.configure
 import mesh.logs
-import runtime.configure
-import runtime.logs
+import runtime.config.loader
+import runtime.observability.logs
 
 sizes = st.from_regex(r"\A\s?[0-9]{1,6}(\.[0-9]{1,3})?\s?[kmgtKMGTx]?i?[bB]?\Z")
 
@@ -28,7 +28,7 @@ def outcome(parse: Callable[[str], int], text: str) -> int | str:
 @example("40GB")
 @example("1.5 t")
 def test_a_size_is_the_same_to_both(text: str) -> None:
-    assert outcome(mesh.configure.parse_size, text) == outcome(runtime.configure.parse_size, text)
+    assert outcome(mesh.configure.parse_size, text) == outcome(runtime.config.loader.parse_size, text)
 
 
 def record(**extra: object) -> logging.LogRecord:
@@ -49,7 +49,7 @@ def test_a_line_of_the_log_looks_the_same_from_both(as_json: bool, monkeypatch: 
     monkeypatch.setattr(logging, "basicConfig", lambda **options: handlers.extend(options["handlers"]))
     monkeypatch.setattr(logging.Logger, "setLevel", lambda *_: None)
     mesh.logs.set_up(as_json=as_json, level="info")
-    runtime.logs.set_up(as_json=as_json, level="info")
+    runtime.observability.logs.set_up(as_json=as_json, level="info")
     at = {"created": 1_800_000_000.25, "msecs": 250.0}
     for fields in (at, {**at, "model": "m", "seconds": 1.5, "empty": ""}):
         ours, theirs = (handler.format(record(**fields)) for handler in handlers)

@@ -7,16 +7,16 @@ from typing import Any
 import grpc.aio
 import msgspec
 
-from runtime.api.encoding import encode_texts
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
-from runtime.api.naming import find_model
-from runtime.api.oip_tensors import INPUT, OUTPUT, prompts_of, put_texts
-from runtime.api.openai_params import check_ranges, sequences
-from runtime.api.openai_types import Shared
+from runtime.api.model_lookup import find_model
+from runtime.api.oip.tensors import INPUT, OUTPUT, prompts_of, put_texts
+from runtime.api.openai.params import check_ranges, sequences
+from runtime.api.openai.types import Shared
+from runtime.api.tokenization import encode_texts
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_count, check_output, room_for_output
-from runtime.served import ModelDirectory, ServedModel
+from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.types import FinishReason, LogprobParams
 from wire.inference import grpc_predict_v2_pb2 as pb
 from wire.inference import grpc_predict_v2_pb2_grpc as rpc

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from runtime.api.openai_types import ChatBody, Shared
+from runtime.api.openai.types import ChatBody, Shared
 from runtime.errors import InvalidRequest, NotSupported
 
 _T = TypeVar("_T", bound=msgspec.Struct)

@@ -2,19 +2,19 @@
 
 from aiohttp import web
 
-from runtime.api.encoding import encode_text
-from runtime.api.openai_answers import Answer, ChatChoice, ChatMessageOut, chat_logprobs, encode, finish_word, stop_reason, usage
-from runtime.api.openai_body import refuse_unsupported
-from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage
-from runtime.api.openai_context import json_response, model_of, new_id, now, read_body, render_chat, written_out
-from runtime.api.openai_params import check_logprobs, check_ranges, sequences, truncated
-from runtime.api.openai_stream import send_events
-from runtime.api.openai_types import ChatBody
+from runtime.api.openai.body import refuse_unsupported
+from runtime.api.openai.chunks import ChunkShape, EventChunks, Head, StreamUsage
+from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, render_chat, written_out
+from runtime.api.openai.params import check_logprobs, check_ranges, sequences, truncated
+from runtime.api.openai.responses import Answer, ChatChoice, ChatMessageOut, chat_logprobs, encode, finish_word, stop_reason, usage
+from runtime.api.openai.stream import send_events
+from runtime.api.openai.types import ChatBody
+from runtime.api.tokenization import encode_text
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_output, room_for_output
 from runtime.generation.request import Completed, Delta, SequenceRequest
-from runtime.served import ModelDirectory, ServedModel
+from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.text.chat import ChatOptions
 from runtime.types import LogprobParams
 

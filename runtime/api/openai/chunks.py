@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from runtime.api.openai_answers import Usage, encode, finish_word, stop_reason, usage
-from runtime.api.openai_types import StreamOptions
+from runtime.api.openai.responses import Usage, encode, finish_word, stop_reason, usage
+from runtime.api.openai.types import StreamOptions
 from runtime.generation.request import Delta
-from runtime.served import ServedModel
+from runtime.interfaces import ServedModel
 
 _PLAIN_END = b',"logprobs":null,"finish_reason":null}]'
 _LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}

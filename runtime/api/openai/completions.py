@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
-from runtime.api.encoding import encode_last, encode_texts
-from runtime.api.openai_answers import (
+from runtime.api.openai.body import refuse_unsupported
+from runtime.api.openai.chunks import ChunkShape, EventChunks, Head, StreamUsage, num_prompt_tokens
+from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, written_out
+from runtime.api.openai.params import check_logprobs, check_ranges, refuse_suffix, sequences, truncated
+from runtime.api.openai.responses import (
     Answer,
     CompletionChoice,
     CompletionLogprobs,
@@ -17,19 +20,16 @@ from runtime.api.openai_answers import (
     stop_reason,
     usage,
 )
-from runtime.api.openai_body import refuse_unsupported
-from runtime.api.openai_chunks import ChunkShape, EventChunks, Head, StreamUsage, num_prompt_tokens
-from runtime.api.openai_context import json_response, model_of, new_id, now, read_body, written_out
-from runtime.api.openai_params import check_logprobs, check_ranges, refuse_suffix, sequences, truncated
-from runtime.api.openai_stream import send_events
-from runtime.api.openai_types import CompletionBody
+from runtime.api.openai.stream import send_events
+from runtime.api.openai.types import CompletionBody
+from runtime.api.tokenization import encode_last, encode_texts
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_count, check_output, check_token_ids, room_for_output
 from runtime.generation.merge import close
 from runtime.generation.request import Completed, Delta, SequenceRequest
-from runtime.messages import TokenLogprobs
-from runtime.served import ModelDirectory, ServedModel
+from runtime.interfaces import ModelDirectory, ServedModel
+from runtime.ipc.messages import TokenLogprobs
 from runtime.types import FinishReason, LogprobParams
 
 DEFAULT_MAX_TOKENS = 16   # OpenAI's

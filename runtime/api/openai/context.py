@@ -10,13 +10,13 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from runtime.api.naming import MODEL_ID_HEADER, find_model
-from runtime.api.openai_answers import encode
-from runtime.api.openai_body import Parsed, parse
-from runtime.api.openai_types import ChatTurn
+from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
+from runtime.api.openai.body import Parsed, parse
+from runtime.api.openai.responses import encode
+from runtime.api.openai.types import ChatTurn
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.request import Completed
-from runtime.served import ModelDirectory, ServedModel
+from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.text.chat import ChatMessage, ChatOptions
 
 # off the event loop, what takes longer than about two milliseconds: rendering a chat, writing out log-probabilities

@@ -3,9 +3,9 @@
 import msgspec
 from aiohttp import web
 
-from runtime.api.naming import find_model
-from runtime.api.openai_context import json_response
-from runtime.served import ModelDirectory, ServedModel
+from runtime.api.model_lookup import find_model
+from runtime.api.openai.context import json_response
+from runtime.interfaces import ModelDirectory, ServedModel
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from runtime.api.openai_types import Shared
+from runtime.api.openai.types import Shared
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import check_token_ids, draw_seed, engine_seed, within_float32
 from runtime.generation.request import SequenceRequest
-from runtime.served import ServedModel
+from runtime.interfaces import ServedModel
 from runtime.types import LogprobParams, SamplingParams, StopParams
 
 MAX_N = 128

@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 
 from runtime.errors import Unavailable
-from runtime.messages import TokenLogprobs
-from runtime.served import ServedModel
-from runtime.text.model import TextModel
+from runtime.interfaces import ServedModel
+from runtime.ipc.messages import TokenLogprobs
+from runtime.text.text_model import TextModel
 from runtime.types import FinishReason
 
 LOWEST_LOGPROB = -9999.0   # JSON has no infinity

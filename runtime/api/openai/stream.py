@@ -1,6 +1,6 @@
 """Server-sent events of one streamed answer: headers at the first event, one write a delta, errors as events, keep-alive comments.
 
-What the events say is runtime.api.openai_chunks' business.
+What the events say is runtime.api.openai.chunks' business.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from runtime.api.http_errors import error_event, internal
-from runtime.api.openai_chunks import EventChunks
+from runtime.api.openai.chunks import EventChunks
 from runtime.generation.merge import close
 from runtime.generation.request import Delta
 

@@ -3,12 +3,12 @@
 import msgspec
 from aiohttp import web
 
-from runtime.api.encoding import encode_text
-from runtime.api.openai_context import json_response, model_of, read_body, render_chat
-from runtime.api.openai_types import DetokenizeBody, TokenizeBody
+from runtime.api.openai.context import json_response, model_of, read_body, render_chat
+from runtime.api.openai.types import DetokenizeBody, TokenizeBody
+from runtime.api.tokenization import encode_text
 from runtime.errors import InvalidRequest
 from runtime.generation.limits import check_token_ids
-from runtime.served import ModelDirectory, ServedModel
+from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.text.chat import ChatOptions
 
 

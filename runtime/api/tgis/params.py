@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import draw_seed, engine_seed, within_float32
 from runtime.generation.request import GRPC_EVENT_S, SequenceRequest
-from runtime.served import ServedModel
+from runtime.interfaces import ServedModel
 from runtime.types import LogprobParams, SamplingParams, StopParams
 from wire.fmaas import generation_pb2 as pb
 

@@ -7,10 +7,10 @@ The seed is told in the first and the last message of a stream (I); stop_sequenc
 import math
 from collections.abc import Sequence
 
-from runtime.api.tgis_params import Planned
+from runtime.api.tgis.params import Planned
 from runtime.generation.request import Completed, Delta
-from runtime.messages import TokenLogprobs
-from runtime.text.model import TextModel
+from runtime.ipc.messages import TokenLogprobs
+from runtime.text.text_model import TextModel
 from runtime.types import FinishReason
 from wire.fmaas import generation_pb2 as pb
 

@@ -4,17 +4,17 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc.aio
 
-from runtime.api.encoding import encode_last, encode_texts
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
-from runtime.api.naming import find_model
-from runtime.api.tgis_answers import Answers
-from runtime.api.tgis_params import Prompt, check, deadline_of, plan, refuse_adapters
-from runtime.config import RuntimeConfig
+from runtime.api.model_lookup import find_model
+from runtime.api.tgis.params import Prompt, check, deadline_of, plan, refuse_adapters
+from runtime.api.tgis.responses import Answers
+from runtime.api.tokenization import encode_last, encode_texts
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_count
 from runtime.generation.merge import close
-from runtime.served import ModelDirectory, ServedModel
+from runtime.interfaces import ModelDirectory, ServedModel
 from wire.fmaas import generation_pb2 as pb
 from wire.fmaas import generation_pb2_grpc as rpc
 

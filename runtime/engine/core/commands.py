@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from runtime.engine.fairness import RoundRobin
-from runtime.engine.house import House
-from runtime.engine.loads import Loads
-from runtime.engine.sequence import from_add
-from runtime.messages import Abort, Add, Command, Load, RowTokens, SetPolicy, Shutdown, Unload
+from runtime.engine.core.loads import Loads
+from runtime.engine.core.model_table import House
+from runtime.engine.scheduler.model_round_robin import RoundRobin
+from runtime.engine.scheduler.sequence import from_add
+from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, SetPolicy, Shutdown, Unload
 from runtime.types import FinishReason
 
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from runtime.engine.cost import CostModel
+from runtime.engine.interfaces import ModelMemory, Runner
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.residency import Holder
-from runtime.engine.plan import ModelMemory, Runner
-from runtime.engine.scheduler import Scheduler
-from runtime.messages import Load, ModelStats
+from runtime.engine.scheduler.cost_model import CostModel
+from runtime.engine.scheduler.scheduler import Scheduler
+from runtime.ipc.messages import Load, ModelStats
 from runtime.types import ModelFacts, Tier
 
 # until a swap-in was measured

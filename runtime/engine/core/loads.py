@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from runtime.engine.house import House
-from runtime.engine.plan import LoadedModel, LoadJob, LoadRequest
+from runtime.engine.core.model_table import House
+from runtime.engine.interfaces import LoadedModel, LoadJob, LoadRequest
 from runtime.errors import RepertoryError
-from runtime.messages import Load, Loaded, LoadFailed, Unloaded
+from runtime.ipc.messages import Load, Loaded, LoadFailed, Unloaded
 from runtime.types import FinishReason
 
 

@@ -9,17 +9,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.config import EngineConfig
-from runtime.engine.allotment import Allotment
-from runtime.engine.commands import Commands
-from runtime.engine.fairness import RoundRobin
-from runtime.engine.hosted import Hosted
-from runtime.engine.house import House
-from runtime.engine.loads import Loads
-from runtime.engine.plan import Backend, Launched
-from runtime.engine.resident import SwapInFailed
-from runtime.engine.results import Step
-from runtime.messages import Command, Event, LoadFailed
+from runtime.config.schema import EngineConfig
+from runtime.engine.core.commands import Commands
+from runtime.engine.core.loaded_model import Hosted
+from runtime.engine.core.loads import Loads
+from runtime.engine.core.model_table import House
+from runtime.engine.core.residency_manager import SwapInFailed
+from runtime.engine.core.step_budget import Allotment
+from runtime.engine.interfaces import Backend, Launched
+from runtime.engine.scheduler.model_round_robin import RoundRobin
+from runtime.engine.scheduler.outputs import Step
+from runtime.ipc.messages import Command, Event, LoadFailed
 from runtime.types import FinishReason
 
 _STATS_EVERY_S = 1.0

@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from runtime.config import EngineConfig
-from runtime.engine.admission import blocks_for
-from runtime.engine.cost import CostModel
-from runtime.engine.hosted import Hosted
+from runtime.config.schema import EngineConfig
+from runtime.engine.core.loaded_model import Hosted
+from runtime.engine.core.residency_manager import Resident
+from runtime.engine.interfaces import Backend, LoadedModel
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
-from runtime.engine.memory.slabs import SlabPool
-from runtime.engine.plan import Backend, LoadedModel
-from runtime.engine.resident import Resident
-from runtime.engine.rows import RowPool
-from runtime.engine.scheduler import Scheduler
-from runtime.engine.sequence import Sequence
+from runtime.engine.memory.slab_pool import SlabPool
+from runtime.engine.scheduler.admission import blocks_for
+from runtime.engine.scheduler.cost_model import CostModel
+from runtime.engine.scheduler.row_pool import RowPool
+from runtime.engine.scheduler.scheduler import Scheduler
+from runtime.engine.scheduler.sequence import Sequence
 from runtime.errors import Overloaded
-from runtime.messages import EngineStats, Event, Load, RowTokens, Tokens
+from runtime.ipc.messages import EngineStats, Event, Load, RowTokens, Tokens
 from runtime.types import FinishReason
 
 _LEAST_KV_TOKENS = 256                   # a model that can't hold this many beside its weights isn't loaded

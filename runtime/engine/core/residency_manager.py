@@ -6,11 +6,11 @@ above its share. Applies residency.py's choices to slabs and memory ranges; know
 
 from collections.abc import Callable, Iterable
 
-from runtime.engine.admission import blocks_for
-from runtime.engine.hosted import Hosted
+from runtime.engine.core.loaded_model import Hosted
 from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims
-from runtime.engine.memory.slabs import SlabPool
-from runtime.engine.sequence import Sequence
+from runtime.engine.memory.slab_pool import SlabPool
+from runtime.engine.scheduler.admission import blocks_for
+from runtime.engine.scheduler.sequence import Sequence
 
 _LONGEST_DRAIN_S = 10.0                  # then the rows of a draining model are preempted
 

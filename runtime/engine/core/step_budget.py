@@ -5,9 +5,9 @@ Joins the cost model, the residency and the row pool into scheduler.Limits; plan
 
 from dataclasses import dataclass
 
-from runtime.engine.hosted import Hosted
-from runtime.engine.house import House
-from runtime.engine.scheduler import Limits
+from runtime.engine.core.loaded_model import Hosted
+from runtime.engine.core.model_table import House
+from runtime.engine.scheduler.scheduler import Limits
 from runtime.types import FinishReason
 
 _LEAST_CHUNK = 64                        # tokens of prefill that a step may have however short the quantum

@@ -13,16 +13,16 @@ from typing import cast
 import torch
 from transformers import logging as transformers_logging
 
-from runtime.config import EngineConfig
-from runtime.engine.cpu_hardware import CpuHardware
-from runtime.engine.hardware import Hardware
-from runtime.engine.model.build import assemble, draw, facts_of
-from runtime.engine.model.device_state import DeviceState
-from runtime.engine.model.fuse_proof import Prover
-from runtime.engine.model.geometry import kv_geometry
-from runtime.engine.model.rehearsal import Stage
-from runtime.engine.model.runner import ModelRunner
-from runtime.engine.plan import LoadedModel, LoadRequest
+from runtime.config.schema import EngineConfig
+from runtime.engine.device.cpu import CpuHardware
+from runtime.engine.device.device import Hardware
+from runtime.engine.interfaces import LoadedModel, LoadRequest
+from runtime.engine.model.build.builder import assemble, draw, facts_of
+from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.warmup import Stage
+from runtime.engine.model.run.device_state import DeviceState
+from runtime.engine.model.run.kv_geometry import kv_geometry
+from runtime.engine.model.run.runner import ModelRunner
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Checkpoint
 
@@ -41,7 +41,7 @@ def make_backend(config: EngineConfig) -> "EngineBackend":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
-        from runtime.engine.cuda_hardware import CudaHardware
+        from runtime.engine.device.cuda import CudaHardware
 
         return EngineBackend(config, CudaHardware(torch.device("cuda", device.index or 0), config))
     if device.type == "cpu":

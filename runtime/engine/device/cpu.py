@@ -7,17 +7,17 @@ from functools import cached_property
 
 import torch
 
-from runtime.config import MIB, EngineConfig
-from runtime.engine.hardware import TakenMemory
+from runtime.checkpoint.packed import Layout4Bit
+from runtime.config.schema import MIB, EngineConfig
+from runtime.engine.device.device import TakenMemory
+from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.cpu import CpuMemory
 from runtime.engine.memory.cpu_model import CpuModelMemory
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes
-from runtime.engine.memory.image import Filler
 from runtime.engine.memory.kv_range import KvRange
-from runtime.engine.model.host_order import HostOrder
-from runtime.engine.model.packed import Layout4Bit
-from runtime.engine.plan import KvGeometry
+from runtime.engine.memory.weight_buffer import Filler
+from runtime.engine.model.cpu.onednn_layout import HostOrder
 
 _SLAB_BYTES = 4 * MIB
 _GROUP_BYTES = 32 * MIB

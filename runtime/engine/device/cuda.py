@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import MIB, EngineConfig
-from runtime.engine.hardware import TakenMemory
+from runtime.checkpoint.packed import Layout4Bit
+from runtime.config.schema import MIB, EngineConfig
+from runtime.engine.device.device import TakenMemory
+from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes as free_memory_bytes
-from runtime.engine.memory.host import HostArena
-from runtime.engine.memory.image import Filler
+from runtime.engine.memory.host_tier import HostArena
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
-from runtime.engine.model.packed import Layout4Bit
-from runtime.engine.plan import KvGeometry
+from runtime.engine.memory.weight_buffer import Filler
 from runtime.errors import Cancelled
 
 _LOG = logging.getLogger(__name__)

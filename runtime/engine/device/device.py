@@ -6,12 +6,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from runtime.engine.memory.arrival import Arrival
+from runtime.checkpoint.packed import Layout4Bit
+from runtime.engine.interfaces import KvGeometry, ModelMemory
 from runtime.engine.memory.device import DeviceMemory
-from runtime.engine.memory.image import Filler
-from runtime.engine.model.host_order import HostOrder
-from runtime.engine.model.packed import Layout4Bit
-from runtime.engine.plan import KvGeometry, ModelMemory
+from runtime.engine.memory.weight_buffer import Filler
+from runtime.engine.memory.weight_readiness import Arrival
+from runtime.engine.model.cpu.onednn_layout import HostOrder
 
 
 class TakenMemory(ModelMemory, Arrival, Protocol):

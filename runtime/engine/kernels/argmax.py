@@ -12,9 +12,9 @@ def draw_largest(
 ) -> None:
     """The place of the largest of `logits` [S or more, V] of each sample to `drawn` [S] int64, and as commit_draws says (kernels/inputs.py)."""
     if logits.is_cuda:
-        from runtime.engine.kernels.gpu import greedy
+        from runtime.engine.kernels.gpu import argmax
 
-        greedy.draw_largest(logits, drawn, upload, inputs, last_token, ring, num_samples, scratch)
+        argmax.draw_largest(logits, drawn, upload, inputs, last_token, ring, num_samples, scratch)
     else:
         torch.argmax(logits[:num_samples], 1, out=drawn[:num_samples])
         commit_draws_torch(drawn, upload, inputs, last_token, ring, num_samples)

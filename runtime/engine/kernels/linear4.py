@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.checkpoint.layout_4bit import BLOCK, codes_4bit
 from runtime.engine.kernels.activation import Activation, act_mul
-from runtime.engine.kernels.layout import BLOCK, codes_4bit
 from runtime.engine.kernels.scratch import Scratch
 
 Codebook = Literal["nf4", "fp4"]

@@ -5,8 +5,8 @@ A block is free, used, or idle (holds cached content that nobody reads now). Kno
 
 from typing import Protocol
 
-from runtime.engine.memory.slabs import SlabPool
-from runtime.engine.plan import KvGeometry
+from runtime.engine.interfaces import KvGeometry
+from runtime.engine.memory.slab_pool import SlabPool
 
 
 class KvMapper(Protocol):

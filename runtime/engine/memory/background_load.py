@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from runtime.engine.memory.image import Filler, ImageBuffer
+from runtime.engine.memory.weight_buffer import Filler, ImageBuffer
 from runtime.errors import Cancelled, LoadFailed, RepertoryError
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from runtime.engine.interfaces import KvGeometry
+from runtime.engine.memory.background_load import Filling
 from runtime.engine.memory.device import VirtualRange
-from runtime.engine.memory.filling import Filling
-from runtime.engine.memory.image import Contiguous, Filler
 from runtime.engine.memory.kv_range import KvRange
-from runtime.engine.plan import KvGeometry
+from runtime.engine.memory.weight_buffer import Contiguous, Filler
 
 
 class CpuModelMemory:

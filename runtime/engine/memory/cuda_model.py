@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from runtime.engine.interfaces import KvGeometry
+from runtime.engine.memory.background_load import Filling
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.device import VirtualRange
-from runtime.engine.memory.filling import Filling
-from runtime.engine.memory.host import HostArena, HostImage
-from runtime.engine.memory.image import Filler, ImageBuffer
+from runtime.engine.memory.host_tier import HostArena, HostImage
 from runtime.engine.memory.kv_range import KvRange
-from runtime.engine.plan import KvGeometry
+from runtime.engine.memory.weight_buffer import Filler, ImageBuffer
 from runtime.errors import Cancelled
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.engine.sequence import Sequence
+from runtime.engine.scheduler.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ Knows when a sequence ends; what its end frees is the scheduler's.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from runtime.engine.decoding import DecodeRows
-from runtime.engine.plan import RowSetup, StepPlan, StepResult
-from runtime.engine.sequence import Sequence, State
-from runtime.messages import RowTokens, TokenLogprobs
+from runtime.engine.interfaces import RowSetup, StepPlan, StepResult
+from runtime.engine.scheduler.decode_batch import DecodeRows
+from runtime.engine.scheduler.sequence import Sequence, State
+from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.types import FinishReason
 
 

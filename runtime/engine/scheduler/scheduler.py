@@ -8,15 +8,15 @@ known beforehand and never overrun. Knows no torch, no clock and no other model.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from runtime.engine.admission import LengthEstimate, blocks_for, peak_blocks
-from runtime.engine.decoding import DecodeBatch
+from runtime.engine.interfaces import RowSetup, StepPlan, StepResult
 from runtime.engine.kvcache.prefix import PrefixCache, chain
-from runtime.engine.plan import RowSetup, StepPlan, StepResult
-from runtime.engine.results import Chunk, Step, StopRules, settle_decode, settle_prefill
-from runtime.engine.rows import RowPool
-from runtime.engine.sequence import Sequence, State
-from runtime.engine.waiting import WaitingQueue
-from runtime.messages import RowTokens
+from runtime.engine.scheduler.admission import LengthEstimate, blocks_for, peak_blocks
+from runtime.engine.scheduler.decode_batch import DecodeBatch
+from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
+from runtime.engine.scheduler.row_pool import RowPool
+from runtime.engine.scheduler.sequence import Sequence, State
+from runtime.engine.scheduler.waiting_queue import WaitingQueue
+from runtime.ipc.messages import RowTokens
 from runtime.types import FinishReason
 
 # Prompt tokens a step whose log-probabilities are wanted: each leaves a whole row of logits (a quarter of a megabyte with a vocabulary of 128k).

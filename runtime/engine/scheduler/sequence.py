@@ -4,7 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from runtime.messages import Add, TokenLogprobs
+from runtime.ipc.messages import Add, TokenLogprobs
 from runtime.types import LogprobParams, SamplingParams, StopParams
 
 

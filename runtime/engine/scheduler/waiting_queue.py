@@ -2,7 +2,7 @@
 
 import heapq
 
-from runtime.engine.sequence import Sequence
+from runtime.engine.scheduler.sequence import Sequence
 
 
 class WaitingQueue:

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import msgspec
 
-from runtime.engine.imports import leave_out, without_compiler
+from runtime.engine.import_stubs import leave_out, without_compiler
 from runtime.errors import RepertoryError
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackRequest
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.engine.model.catalog import ModelCard, check_sizes, read_card
-from runtime.engine.model.layout import TensorSpec
-from runtime.engine.model.packed import KERNEL_LAYOUT
-from runtime.engine.model.safetensors_index import read_index
-from runtime.engine.model.skeleton import build_skeleton, stored_specs, tied_names
+from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names
+from runtime.checkpoint.model_config import ModelCard, check_sizes, read_card
+from runtime.checkpoint.packed import KERNEL_LAYOUT
+from runtime.checkpoint.safetensors_index import read_index
+from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
 from runtime.puller.gguf_index import check_index
-from runtime.puller.pack.beside import convert_tokenizer, copy_beside, write_config
-from runtime.puller.pack.gguf_once import read_once
+from runtime.puller.pack.aux_files import convert_tokenizer, copy_beside, write_config
+from runtime.puller.pack.gguf_cache import read_once
 from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
 from runtime.puller.pack.request import PACKED_NAME, PackEvent, PackProgress, PackRequest
 from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable

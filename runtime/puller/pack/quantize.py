@@ -1,6 +1,6 @@
 """bitsandbytes' quantisation of one matrix, in our layout; and bitsandbytes' serialised matrices, in our layout without quantising again.
 
-Knows numbers; nothing of models or files. Layout: runtime.types.Checkpoint, 4-bit codes and scales as runtime.engine.kernels.layout has them.
+Knows numbers; nothing of models or files. Layout: runtime.types.Checkpoint, 4-bit codes and scales as runtime.checkpoint.layout_4bit has them.
 """
 
 import json
@@ -11,7 +11,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.layout import kernel_layout_4bit, padded_width
+from runtime.checkpoint.layout_4bit import kernel_layout_4bit, padded_width
 from runtime.errors import LoadFailed
 from runtime.types import Quantization
 

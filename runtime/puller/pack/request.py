@@ -11,7 +11,7 @@ PACKER_VERSION = "3"
 
 
 class PackRequest(msgspec.Struct, frozen=True):
-    """`kind` as runtime.puller.inspect.Kind. `pack_weights` False: only the tokenizer is converted."""
+    """`kind` as runtime.puller.checkpoint_check.Kind. `pack_weights` False: only the tokenizer is converted."""
 
     kind: str
     model_dir: str

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.model.layout import TensorSpec
-from runtime.engine.model.names import Conversion, Resolution, resolve
-from runtime.engine.model.safetensors_index import StoredTensor, read_index
+from runtime.checkpoint.name_mapping import Conversion, Resolution, resolve
+from runtime.checkpoint.safetensors_index import StoredTensor, read_index
+from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
 from runtime.puller.pack.quantize import Matrix, Stored4Bit, stored_shape, unpack_4bit, unpack_int8
 from runtime.puller.pack.writer import PADDING

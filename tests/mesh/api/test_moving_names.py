@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from mesh.errors import NotFound
-from mesh.routing.forward import CopyRouter
+from mesh.routing.router import CopyRouter
 from mesh.types import Target
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import Switches

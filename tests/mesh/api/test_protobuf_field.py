@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.api.message_path import extract, inject
+from mesh.api.protobuf_field import extract, inject
 from wire.fmaas import generation_pb2 as fmaas
 from wire.mmesh import model_mesh_pb2 as mm
 

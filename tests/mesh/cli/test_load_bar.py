@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mesh.cli import verbs
+from mesh.cli import commands
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import LoadFailed
 
@@ -30,7 +30,7 @@ def scripted(*states: Model) -> ScriptedClient:
 
 
 def ask(client: AdminClient) -> int:
-    return verbs.load(client, argparse.Namespace(name="m", json=True))
+    return commands.load(client, argparse.Namespace(name="m", json=True))
 
 
 def test_it_waits_until_the_model_is_loaded() -> None:
@@ -45,7 +45,7 @@ def test_a_failure_is_told_with_its_cause() -> None:
 
 
 def test_a_load_that_was_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verbs, "_NO_LOAD_S", 0.5)
+    monkeypatch.setattr(commands, "_NO_LOAD_S", 0.5)
     with pytest.raises(LoadFailed, match="not being loaded"):
         ask(scripted(Model("m", state="queued"), Model("m")))
 
@@ -54,7 +54,7 @@ def test_who_stops_waiting_is_told_that_the_load_goes_on(monkeypatch: pytest.Mon
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verbs.time, "sleep", interrupted)
+    monkeypatch.setattr(commands.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask(scripted(Model("m", state="pulling")))
     assert "repertory stop m" in capsys.readouterr().err

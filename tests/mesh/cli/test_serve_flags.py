@@ -15,8 +15,8 @@ from mesh.config import MeshConfig
 from mesh.configure import load
 from mesh.errors import InvalidRequest
 from mesh.listening import check_address, check_free
-from runtime.config import RuntimeConfig
-from runtime.configure import configure
+from runtime.config.loader import configure
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest as RuntimeInvalid
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mesh.cli import serve
-from mesh.cli.child import Child, answers
+from mesh.cli.supervisor import Child, answers
 from tests.support.etcd import free_port
 from tests.support.waiting import until
 
@@ -89,7 +89,7 @@ async def test_a_configuration_that_cant_be_is_said_once(tmp_path: Path) -> None
 
 
 async def test_one_that_never_started_is_given_up_and_one_that_ran_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.cli.child._PAUSES_S", (0.01,))
+    monkeypatch.setattr("mesh.cli.supervisor._PAUSES_S", (0.01,))
     refuses = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(1)"
     assert await Child("test", [sys.executable, "-c", refuses, str(tmp_path)]).run(asyncio.Event()) == 1
     assert len(list(tmp_path.iterdir())) == 2

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from mesh.client.peer import Connections, watched_socket
+from mesh.client.connections import Connections, watched_socket
 
 _SERVER = """
 import time

@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from mesh.errors import StoreError
-from mesh.placement.announce import Announcer
+from mesh.placement.record_updates import Announcer
 from mesh.pod import _made_up_id
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.fake_runtime import MB, FakeRuntime, Switches

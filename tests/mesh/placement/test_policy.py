@@ -3,13 +3,13 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from mesh.placement.eviction import make_room
 from mesh.placement.load_times import LoadTimes, remaining_s, retry_after_s
-from mesh.placement.plan import make_room
-from mesh.placement.status import blocked_for_s, may_load, status_of
+from mesh.placement.model_status import blocked_for_s, may_load, status_of
+from mesh.placement.pod_selection import Pod, choose_pod
 from mesh.placement.usage import Held, Usage
-from mesh.placement.where import Pod, choose_pod
 from mesh.registry.records import CopyReport, Failure, InstanceRecord, ModelRecord
-from mesh.routing.choose import AFFINITY_S, Candidate, choose, expected_wait_s
+from mesh.routing.copy_selection import AFFINITY_S, Candidate, choose, expected_wait_s
 from mesh.types import CopyState, ModelStatus, Tier
 
 HELD = st.builds(

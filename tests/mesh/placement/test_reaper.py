@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mesh.placement.announce import Announcer
-from mesh.placement.reap import Reaper
+from mesh.placement.reaper import Reaper
+from mesh.placement.record_updates import Announcer
 from mesh.registry.records import InstanceRecord
 from mesh.registry.registry import Registry
 from mesh.store.embedded import EmbeddedStore

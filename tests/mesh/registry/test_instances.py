@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack
 import grpc
 import pytest
 
-from mesh.registry.naming import Registration
 from mesh.registry.records import CopyReport, InstanceRecord
+from mesh.registry.registration import Registration
 from mesh.registry.registry import Registry
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import InvalidRequest, MeshError
-from mesh.placement.announce import Announcer
-from mesh.registry.naming import Registration, check_name
+from mesh.placement.record_updates import Announcer
+from mesh.registry.registration import Registration, check_name
 from mesh.registry.registry import Registry
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mesh.errors import StoreError, StoreUncertain
 from mesh.registry.models import Models
-from mesh.registry.moves import Wish
 from mesh.registry.records import ModelRecord, decode_record
 from mesh.registry.table import Table
+from mesh.registry.vmodel_plan import Wish
 from mesh.registry.vmodels import VModels
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import MeshError
-from mesh.registry.moves import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
 from mesh.registry.records import ModelRecord, VModelRecord
+from mesh.registry.vmodel_plan import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
 from mesh.types import ModelInfo
 
 MODELS = ("m0", "m1", "m2")

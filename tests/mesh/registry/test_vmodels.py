@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from mesh.errors import AlreadyExists, InvalidRequest, NotFound
-from mesh.registry.naming import Registration, Sampling, belongs_to, concrete_id
+from mesh.registry.registration import Registration, Sampling, belongs_to, concrete_id
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo, ModelStatus
 from tests.support.mesh_node import NOW_MS, Node, running_node

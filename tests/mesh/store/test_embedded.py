@@ -90,7 +90,7 @@ async def test_a_full_disk_keeps_nobody_from_what_is_registered(tmp_path: Path) 
     await store.put("/pod", b"3", lease=await store.grant(30))
     await store.put("/taken-over", b"4", lease=await store.grant(30))
     await store.close()
-    script = "import asyncio, sys; from tests.mesh.test_store_embedded import look; asyncio.run(look(sys.argv[1]))"
+    script = "import asyncio, sys; from tests.mesh.store.test_embedded import look; asyncio.run(look(sys.argv[1]))"
     looking = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=subprocess.PIPE)
     assert (await looking.communicate())[0].split() == [b"/a", b"/pod"]
 

@@ -14,7 +14,7 @@ from mesh.store import etcd_watch
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_connection import Method
 from mesh.store.etcd_lease import KEEP_ALIVE
-from mesh.store.leased import LeasedKey
+from mesh.store.leased_key import LeasedKey
 from mesh.store.location import EtcdLocation
 from mesh.store.protocol import Compare, Delete, EntryDeleted, EntryPut, Put, Relisted, WatchEvent
 from tests.support.etcd import EtcdServer, free_port

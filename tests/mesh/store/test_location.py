@@ -8,8 +8,8 @@ import pytest
 from mesh.errors import InvalidRequest
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
+from mesh.store.factory import store_at
 from mesh.store.location import EmbeddedLocation, EtcdLocation, parse_store
-from mesh.store.opening import store_at
 
 
 @pytest.mark.parametrize(

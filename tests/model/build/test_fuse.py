@@ -9,11 +9,11 @@ from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Co
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
 
-from runtime.engine.model.fuse import NoMatchError, match_stack
-from runtime.engine.model.fuse_proof import Prover
-from runtime.engine.model.miniature import random_model, shrink
-from runtime.engine.model.rope import fix_frequencies, longrope_limit, rotary_tables
-from runtime.engine.model.skeleton import build_skeleton
+from runtime.checkpoint.meta_model import build_skeleton
+from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.fuse import NoMatchError, match_stack
+from runtime.engine.model.build.tiny_model import random_model, shrink
+from runtime.engine.model.run.rope import fix_frequencies, longrope_limit, rotary_tables
 
 CONFIG = LlamaConfig(
     num_hidden_layers=12, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256

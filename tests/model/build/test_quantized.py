@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
-from runtime.engine.kernels.layout import bitsandbytes_layout_4bit
+from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
 from runtime.errors import LoadFailed
 from runtime.puller.pack.quantize import quantize
 from runtime.types import Quantization
-from tests.model.test_build import assert_same
+from tests.model.build.test_builder import assert_same
 from tests.support.steps import bring_up, hf_logits, packed, prompts, save
 
 VOCAB = 193

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.config import EngineConfig
-from runtime.engine.model.buckets import Bucket, standard
-from runtime.engine.model.build import Blueprint, draw
-from runtime.engine.model.fuse_proof import Prover
-from runtime.engine.model.fused_stack import FusedStack
-from runtime.engine.model.geometry import kv_geometry
-from runtime.engine.model.rehearsal import Rehearsal, Stage
-from runtime.engine.model.runner import ModelRunner
-from runtime.engine.plan import KvGeometry
+from runtime.config.schema import EngineConfig
+from runtime.engine.interfaces import KvGeometry
+from runtime.engine.model.build.builder import Blueprint, draw
+from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.warmup import Rehearsal, Stage
+from runtime.engine.model.run.buckets import Bucket, standard
+from runtime.engine.model.run.fused_stack import FusedStack
+from runtime.engine.model.run.kv_geometry import kv_geometry
+from runtime.engine.model.run.runner import ModelRunner
 from runtime.types import Checkpoint
 from tests.support.families import family
 from tests.support.steps import save
@@ -73,7 +73,7 @@ def test_every_likely_size_runs_without_weights(name: str, tmp_path: Path, sizes
 def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine collects its garbage rarely, and the zeros are as large as the largest weight."""
     made: list[weakref.ref[FusedStack]] = []
-    monkeypatch.setattr("runtime.engine.model.rehearsal.FusedStack", lambda *args: made.append(weakref.ref(stack := FusedStack(*args))) or stack)
+    monkeypatch.setattr("runtime.engine.model.build.warmup.FusedStack", lambda *args: made.append(weakref.ref(stack := FusedStack(*args))) or stack)
     blueprint, kv = drawn("llama", tmp_path)
     gc.disable()
     try:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.engine.memory.image import Contiguous
-from runtime.engine.model.build import draw
-from runtime.engine.model.fuse_proof import Prover
+from runtime.engine.memory.weight_buffer import Contiguous
+from runtime.engine.model.build.builder import draw
+from runtime.engine.model.build.equivalence_check import Prover
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Checkpoint
-from tests.model.test_build import assert_same, tiny
+from tests.model.build.test_builder import assert_same, tiny
 from tests.support.families import VOCAB
 from tests.support.steps import bring_up, hf_logits, prompts, save
 

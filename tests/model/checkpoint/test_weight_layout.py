@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.engine.model.geometry import AttentionGeometry, kv_geometry, kv_planes
-from runtime.engine.model.layout import ALIGNMENT, Join, TensorSpec, lay_out
+from runtime.checkpoint.weight_layout import ALIGNMENT, Join, TensorSpec, lay_out
+from runtime.engine.model.run.kv_geometry import AttentionGeometry, kv_geometry, kv_planes
 from runtime.errors import LoadFailed
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.int8])

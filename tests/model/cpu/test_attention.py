@@ -7,9 +7,9 @@ import torch
 
 from runtime.engine.kernels.attention import paged_attention_torch
 from runtime.engine.kernels.rope import rope_and_cache_torch
-from runtime.engine.model import host_plan
-from runtime.engine.model.attention import attend, rope_write, write_kv
-from runtime.engine.model.step import AttentionSpec, KvPlanes, RopeSpec, StepContext
+from runtime.engine.model.cpu import attention_plan
+from runtime.engine.model.run.attention import attend, rope_write, write_kv
+from runtime.engine.model.run.step import AttentionSpec, KvPlanes, RopeSpec, StepContext
 
 BLOCK = 16
 
@@ -49,7 +49,7 @@ def a_step(seed: int, heads: int, dim: int, dtype: torch.dtype, contiguous: bool
     ("window", "softcap", "sinks"), [(0, 0.0, False), (24, 0.0, False), (1, 0.0, False), (0, 5.0, False), (24, 5.0, True), (0, 0.0, True)]
 )
 def test_equals_the_twin(seed: int, window: int, softcap: float, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_plan, "QUERY_TILE", 16)
+    monkeypatch.setattr(attention_plan, "QUERY_TILE", 16)
     heads, group, dim = (2, 3, 20) if seed % 2 else (1, 1, 32)
     step, num_tokens = a_step(seed, heads, dim, torch.float32, contiguous=seed % 3 == 0)
     spec = AttentionSpec(0, heads * group, heads, dim, 0.3, window, softcap)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from runtime.engine.model.host_linear import HostLinear4, HostLinear8
+from runtime.engine.model.cpu.linear import HostLinear4, HostLinear8
 
 # of float64's result; bf16's own rounding is 2^-9 of each number
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 @pytest.fixture(params=[1 << 21, 1000], ids=["whole", "in parts"])
 def part_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("runtime.engine.model.host_linear._PART_ELEMENTS", request.param)
+    monkeypatch.setattr("runtime.engine.model.cpu.linear._PART_ELEMENTS", request.param)
     return int(request.param)
 
 

@@ -8,9 +8,9 @@ from transformers import LlamaConfig, PhiConfig, PretrainedConfig, PreTrainedMod
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from runtime.engine.memory.device import VirtualRange
-from runtime.engine.model.host_linear import multiply
-from runtime.engine.model.host_order import HostOrder
-from tests.model.test_build import assert_same
+from runtime.engine.model.cpu.linear import multiply
+from runtime.engine.model.cpu.onednn_layout import HostOrder
+from tests.model.build.test_builder import assert_same
 from tests.support.steps import bring_up, hf_logits, prompts, save
 
 VOCAB = 256
@@ -85,7 +85,7 @@ def test_a_model_in_order_is_the_model_and_returns_so(order: HostOrder, name: st
 
 
 def test_a_machine_that_cannot_order_computes_over_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("runtime.engine.model.host_order._Shim", lambda: torch.ops.mkldnn.what_there_is_not)
+    monkeypatch.setattr("runtime.engine.model.cpu.onednn_layout._Shim", lambda: torch.ops.mkldnn.what_there_is_not)
     model, asked = made("untied"), prompts(VOCAB, (7,))
     resident = bring_up(save(model, tmp_path))
     try:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from runtime.config import EngineConfig
-from runtime.engine.backend import EngineBackend, Loading, make_backend
-from runtime.engine.plan import LoadedModel, LoadRequest
+from runtime.config.schema import EngineConfig
+from runtime.engine.device.backend import EngineBackend, Loading, make_backend
+from runtime.engine.interfaces import LoadedModel, LoadRequest
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Quantization
-from tests.model.test_build import tiny
+from tests.model.build.test_builder import tiny
 from tests.support.steps import save
 
 SLAB = 256 * 1024

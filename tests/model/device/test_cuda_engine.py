@@ -14,20 +14,20 @@ from typing import Any, cast
 import pytest
 import torch
 
-from runtime.config import EngineConfig
-from runtime.engine import cuda_hardware
-from runtime.engine.backend import EngineBackend
-from runtime.engine.cuda_hardware import CudaHardware
-from runtime.engine.hosted import Hosted
+from runtime.config.schema import EngineConfig
+from runtime.engine.core.loaded_model import Hosted
+from runtime.engine.core.loop import EngineLoop
+from runtime.engine.device import cuda
+from runtime.engine.device.backend import EngineBackend
+from runtime.engine.device.cuda import CudaHardware
 from runtime.engine.kernels.attention import paged_attention
 from runtime.engine.kernels.rope import rope_and_cache
-from runtime.engine.loop import EngineLoop
-from runtime.engine.model import attention
-from runtime.engine.model.graphs import GraphPool, StepGraph
-from runtime.engine.model.upload import RING_LINES, UploadRing
-from runtime.messages import Add, Command, Event, Load, LoadFailed, Tokens, Unload
+from runtime.engine.model.run import attention
+from runtime.engine.model.run.cuda_graphs import GraphPool, StepGraph
+from runtime.engine.model.run.input_buffers import RING_LINES, UploadRing
+from runtime.ipc.messages import Add, Command, Event, Load, LoadFailed, Tokens, Unload
 from runtime.types import LogprobParams, SamplingParams, StopParams
-from tests.model.test_build import tiny
+from tests.model.build.test_builder import tiny
 from tests.model.test_oracle import prompts, reference
 from tests.support.cuda_device import Device
 from tests.support.steps import save
@@ -103,7 +103,7 @@ class Stage:
             "cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        monkeypatch.setattr(cuda_hardware, "_GROUP_BYTES", 1)
+        monkeypatch.setattr(cuda, "_GROUP_BYTES", 1)
         use_the_gpus_twins(monkeypatch, self.device)
         self.backend = EngineBackend(CONFIG, CudaHardware(torch.device("cpu"), CONFIG))
         self.pool = RecomputingPool()

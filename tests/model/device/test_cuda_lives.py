@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
-from runtime.engine.memory.host import HostArena
-from runtime.engine.memory.image import ImageBuffer
+from runtime.engine.memory.host_tier import HostArena
 from runtime.engine.memory.kv_range import KvRange
-from runtime.engine.memory.slabs import SlabPool
-from runtime.engine.model.buckets import Bucket
-from runtime.engine.model.graphs import GraphPool, ModelGraphs
-from runtime.engine.plan import KvGeometry
+from runtime.engine.memory.slab_pool import SlabPool
+from runtime.engine.memory.weight_buffer import ImageBuffer
+from runtime.engine.model.run.buckets import Bucket
+from runtime.engine.model.run.cuda_graphs import GraphPool, ModelGraphs
 from tests.support.cuda_device import Device
 from tests.support.torch_graphs import TorchGraphs
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from runtime.engine.memory.arena_index import ArenaIndex, IndexEntry
+from runtime.engine.memory.background_load import Filling
 from runtime.engine.memory.cpu import CpuMemory
-from runtime.engine.memory.filling import Filling
-from runtime.engine.memory.host import HostArena, HostImage
-from runtime.engine.memory.image import Contiguous, ImageBuffer
+from runtime.engine.memory.host_tier import HostArena, HostImage
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
+from runtime.engine.memory.weight_buffer import Contiguous, ImageBuffer
 from runtime.errors import Cancelled, LoadFailed
 
 SLAB = 8192

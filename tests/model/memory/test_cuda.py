@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.config import MIB, EngineConfig
+from runtime.config.schema import MIB, EngineConfig
+from runtime.engine.interfaces import LoadRequest
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
-from runtime.engine.memory.host import HostArena
+from runtime.engine.memory.host_tier import HostArena
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory
-from runtime.engine.model.build import Blueprint, assemble, draw
-from runtime.engine.model.fuse_proof import Prover
-from runtime.engine.model.geometry import kv_geometry
-from runtime.engine.model.step import BuiltModel
-from runtime.engine.model.trial import TrialRows
-from runtime.engine.plan import LoadRequest
+from runtime.engine.model.build.builder import Blueprint, assemble, draw
+from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.kv_fixture import TrialRows
+from runtime.engine.model.run.kv_geometry import kv_geometry
+from runtime.engine.model.run.step import BuiltModel
 from runtime.errors import LoadFailed
-from tests.model.test_build import tiny
+from tests.model.build.test_builder import tiny
 from tests.support.families import VOCAB
 from tests.support.steps import hf_logits, prompts, save
 
@@ -235,7 +235,7 @@ def test_registered_memory_is_pinned(device: torch.device) -> None:
 
 
 def test_the_backend_loads_and_gives_back(tmp_path: Path) -> None:
-    from runtime.engine.backend import make_backend
+    from runtime.engine.device.backend import make_backend
 
     backend = make_backend(
         EngineConfig(device="cuda", slab_bytes=SLAB, device_budget_bytes=64 * SLAB, host_budget_bytes=64 * SLAB, max_rows=8, max_batch_tokens=256)
@@ -256,7 +256,7 @@ def test_the_backend_loads_and_gives_back(tmp_path: Path) -> None:
 
 def test_idle_turns_capture_what_is_likely_before_the_first_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A model just loaded has no KV: nothing of its own lies below the addresses that its kernels are handed."""
-    from runtime.engine.backend import make_backend
+    from runtime.engine.device.backend import make_backend
 
     backend = make_backend(
         EngineConfig(device="cuda", slab_bytes=SLAB, device_budget_bytes=64 * SLAB, host_budget_bytes=64 * SLAB, max_rows=8, max_batch_tokens=96)

@@ -12,12 +12,12 @@ import torch
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory, CudaRange
 from runtime.engine.memory.cuda_model import CudaModelMemory
-from runtime.engine.memory.host import HostArena
+from runtime.engine.memory.host_tier import HostArena
 from runtime.engine.memory.kv_range import KvRange
-from runtime.engine.model.build import assemble, draw
-from runtime.engine.model.fuse_proof import Prover
-from runtime.engine.model.geometry import kv_geometry
-from tests.model.test_build import assert_same, tiny
+from runtime.engine.model.build.builder import assemble, draw
+from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.run.kv_geometry import kv_geometry
+from tests.model.build.test_builder import assert_same, tiny
 from tests.support.cuda_device import CheckedDriver, Device
 from tests.support.families import VOCAB
 from tests.support.steps import Resident, hf_logits, prompts, save

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from runtime.config import MIB, EngineConfig
-from runtime.engine import cuda_hardware
-from runtime.engine.cuda_hardware import host_tier
+from runtime.config.schema import MIB, EngineConfig
+from runtime.engine.device import cuda
+from runtime.engine.device.cuda import host_tier
 from runtime.engine.memory.free_memory import free_bytes
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
 
@@ -21,7 +21,7 @@ MACHINE = 64 << 30
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=MACHINE))
-    monkeypatch.setattr(cuda_hardware, "free_memory_bytes", lambda: MACHINE)
+    monkeypatch.setattr(cuda, "free_memory_bytes", lambda: MACHINE)
 
 
 def group(folder: Path, limit: str, used: int, files: int, *, v1: bool = False) -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.model.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, Bucket, bucket_of, standard
-from runtime.engine.model.graphs import EAGER_USES, GraphPool, ModelGraphs, StepGraph
+from runtime.engine.model.run.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, Bucket, bucket_of, standard
+from runtime.engine.model.run.cuda_graphs import EAGER_USES, GraphPool, ModelGraphs, StepGraph
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from runtime.engine.model.buckets import Bucket
-from runtime.engine.model.graphs import EAGER_USES, GraphPool, ModelGraphs
+from runtime.engine.model.run.buckets import Bucket
+from runtime.engine.model.run.cuda_graphs import EAGER_USES, GraphPool, ModelGraphs
 from tests.support.torch_graphs import Stream, TorchGraphs
 
 BUCKET = Bucket(4, 4, 1, 1024)

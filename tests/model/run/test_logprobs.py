@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from runtime.messages import TokenLogprobs
+from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family

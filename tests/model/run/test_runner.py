@@ -5,11 +5,11 @@ from typing import cast
 import pytest
 import torch
 
-from runtime.config import EngineConfig
-from runtime.engine.model.device_state import DeviceState
-from runtime.engine.model.results import StepLaunched
-from runtime.engine.model.runner import ModelRunner
-from runtime.engine.plan import RowSetup, StepPlan
+from runtime.config.schema import EngineConfig
+from runtime.engine.interfaces import RowSetup, StepPlan
+from runtime.engine.model.run.device_state import DeviceState
+from runtime.engine.model.run.result_ring import StepLaunched
+from runtime.engine.model.run.runner import ModelRunner
 from runtime.errors import EngineFault
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.driving import Ask, Driver, facts_of, hooked

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from runtime.engine.interfaces import RowSetup, StepPlan
 from runtime.engine.kernels import sample
-from runtime.engine.model.rows import RowTables
-from runtime.engine.model.sampler import Sampler
-from runtime.engine.model.upload import StepShape
-from runtime.engine.plan import RowSetup, StepPlan
+from runtime.engine.model.run.input_buffers import StepShape
+from runtime.engine.model.run.row_state import RowTables
+from runtime.engine.model.run.sampler import Sampler
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from runtime.engine.kernels import sample
-from runtime.engine.model.rows import RowTables
+from runtime.engine.model.run.row_state import RowTables
 from runtime.types import SamplingParams
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import grpc.aio
 import pytest
 
 from runtime.errors import Overloaded
-from runtime.served import ServedModel
+from runtime.interfaces import ServedModel
 from runtime.types import ModelSettings
-from tests.runtime.grpc_server import Services, serve_grpc
 from tests.support import tokenizers as tiny
+from tests.support.inference_server import Services, serve_grpc
 from tests.support.scripted_engine import ScriptedEngine, served
 from wire.inference import grpc_predict_v2_pb2 as pb
 

@@ -7,10 +7,10 @@ import aiohttp
 import openai
 import pytest
 
-from runtime.messages import FinishReason
-from runtime.served import ServedModel
-from tests.runtime.openai_server import Server, serve
+from runtime.interfaces import ServedModel
+from runtime.ipc.messages import FinishReason
 from tests.support import tokenizers as tiny
+from tests.support.openai_server import Server, serve
 from tests.support.scripted_engine import ScriptedEngine, served, until
 
 TEXT = "The quick brown fox — 東京 🤖 END. The dog"
@@ -201,7 +201,7 @@ async def test_leaving_before_the_answer_frees_the_row(client: openai.AsyncOpenA
 
 
 async def test_a_stream_that_waits_is_kept_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.api.openai_stream.KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr("runtime.api.openai.stream.KEEP_ALIVE_S", 0.02)
     server.engine.step_s = 0.1
     server.engine.script = lambda asked: [5, 6, 7]
     body = {"model": "org/m1", "prompt": "The", "stream": True}

@@ -10,11 +10,11 @@ import aiohttp
 import msgspec
 import pytest
 
-from runtime.config import RuntimeConfig
-from runtime.served import ServedModel
+from runtime.config.schema import RuntimeConfig
+from runtime.interfaces import ServedModel
 from runtime.types import DefaultSampling, ModelSettings
-from tests.runtime.openai_server import Server, serve
 from tests.support import tokenizers as tiny
+from tests.support.openai_server import Server, serve
 from tests.support.scripted_engine import ScriptedEngine, served
 
 TEXT = "The dog sleeps."

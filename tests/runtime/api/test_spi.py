@@ -11,15 +11,15 @@ import pytest
 
 from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import RuntimeStateApi, TokenRate, add_state
-from runtime.capacity import capacity_of
-from runtime.config import EngineConfig, RuntimeConfig
-from runtime.engine_client import EngineClient
-from runtime.engine_restarts import RestartPolicy
+from runtime.config.schema import EngineConfig, RuntimeConfig
+from runtime.engine_client.client import EngineClient
+from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.errors import LoadFailed
-from runtime.fit import Geometry, needs_of
-from runtime.fitting import Look
-from runtime.messages import Hello
-from runtime.models import Models
+from runtime.ipc.messages import Hello
+from runtime.models.capacity import capacity_of
+from runtime.models.manager import Models
+from runtime.puller.inspection import Look
+from runtime.puller.sizing import Geometry, needs_of
 from runtime.types import ModelSettings, ModelSource, Quantization
 from tests.support.engines import fake_command
 from tests.support.fake_engine import WEIGHT_BYTES

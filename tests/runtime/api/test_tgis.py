@@ -9,11 +9,11 @@ import grpc
 import grpc.aio
 import pytest
 
-from runtime.config import RuntimeConfig
-from runtime.served import ServedModel
+from runtime.config.schema import RuntimeConfig
+from runtime.interfaces import ServedModel
 from runtime.types import DefaultSampling, FinishReason, ModelSettings
-from tests.runtime.grpc_server import Services, serve_grpc
 from tests.support import tokenizers as tiny
+from tests.support.inference_server import Services, serve_grpc
 from tests.support.scripted_engine import ScriptedEngine, served, until
 from wire.fmaas import generation_pb2 as pb
 

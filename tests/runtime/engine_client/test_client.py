@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import EngineConfig
-from runtime.engine.blackbox import Blackbox
-from runtime.engine_client import EngineClient, EngineDeath, EngineState
-from runtime.engine_restarts import RestartPolicy
-from runtime.engine_streams import Pace, RowStream, merge_rows
+from runtime.config.schema import EngineConfig
+from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
+from runtime.engine_client.restart_policy import RestartPolicy
+from runtime.engine_client.streams import Pace, RowStream, merge_rows
 from runtime.errors import EngineFault, ModelNotFound, Overloaded, RepertoryError, Unavailable
-from runtime.messages import Hello, Load, RowTokens
+from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.messages import Hello, Load, RowTokens
 from runtime.types import Checkpoint, FinishReason, LogprobParams, SamplingParams, StopParams
 from tests.support.engines import fake_command
 from tests.support.fake_engine import FAULT, KILL, STALL

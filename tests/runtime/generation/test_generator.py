@@ -15,10 +15,10 @@ from runtime.generation.limits import check_chars, check_output, draw_seed, engi
 from runtime.generation.merge import merge
 from runtime.generation.request import Completed, SequenceRequest, put_together
 from runtime.generation.sequence import RunningSequence, split_tokens
-from runtime.messages import RowTokens
-from runtime.metrics import RuntimeMetrics
-from runtime.served import ServedModel
-from runtime.text.model import TextModel, load_text
+from runtime.interfaces import ServedModel
+from runtime.ipc.messages import RowTokens
+from runtime.observability.metrics import RuntimeMetrics
+from runtime.text.text_model import TextModel, load_text
 from runtime.types import FinishReason, LogprobParams, ModelSettings, SamplingParams, StopParams
 from tests.support import tokenizers as tiny
 from tests.support.scripted_engine import ScriptedEngine, entry, served, until

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import RuntimeConfig
-from runtime.engine_client import EngineClient
-from runtime.engine_restarts import RestartPolicy
+from runtime.config.schema import RuntimeConfig
+from runtime.engine_client.client import EngineClient
+from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.errors import Cancelled, DeadlineExceeded, LoadFailed, ModelNotFound, Overloaded, Quarantined, Unavailable
-from runtime.lifecycle import Phase
-from runtime.models import Models
-from runtime.quarantine import Quarantine
+from runtime.models.manager import Models
+from runtime.models.model_state import Phase
+from runtime.models.quarantine import Quarantine
 from runtime.types import LogprobParams, ModelSettings, ModelSource, SamplingParams, StopParams
 from tests.support.engines import fake_command
 from tests.support.fake_engine import KILL, STALL

@@ -7,15 +7,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bench.smollm2 import gguf_path
-from runtime.configure import configure
+from runtime.config.addresses import Address, claim, parse_address
+from runtime.config.loader import configure
 from runtime.errors import InvalidRequest, LoadFailed, Unavailable
-from runtime.fit import Resident, checkpoint_dtype, compute_dtype, geometry_of, needs_of, victims
-from runtime.listening import Address, claim, parse_address
-from runtime.puller.gguf import read_gguf
-from runtime.puller.inspect import Kind, Policy, inspect
-from runtime.settings import fingerprint, parse_model
+from runtime.models.model_key import fingerprint, parse_model
+from runtime.puller.checkpoint_check import Kind, Policy, inspect
+from runtime.puller.gguf_metadata import read_gguf
+from runtime.puller.sizing import Resident, checkpoint_dtype, compute_dtype, geometry_of, needs_of, victims
 from runtime.types import DefaultSampling, ModelSettings, ModelSource, Quantization
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 
 
 def test_the_meshs_fields_and_ours_lie_side_by_side() -> None:

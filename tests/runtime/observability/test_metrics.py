@@ -1,7 +1,7 @@
 """Metrics: vLLM's names with values that add up, counters over an engine's restart, series that go with their model."""
 
-from runtime.messages import EngineStats, ModelStats, RowTokens
-from runtime.metrics import RuntimeMetrics
+from runtime.ipc.messages import EngineStats, ModelStats, RowTokens
+from runtime.observability.metrics import RuntimeMetrics
 from runtime.types import FinishReason, Tier
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.azure import AzureContainer
-from runtime.puller.job import Job
-from runtime.puller.locate import locate
+from runtime.puller.progress import Job
+from runtime.puller.resolve import locate
 from runtime.puller.source import Source
 from runtime.types import ModelSource
 from tests.support.object_stores import ObjectStores

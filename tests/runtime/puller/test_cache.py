@@ -13,7 +13,7 @@ import pytest
 from runtime.errors import Cancelled, Overloaded
 from runtime.puller import cache as cache_module
 from runtime.puller.cache import Cache
-from runtime.puller.job import Job
+from runtime.puller.progress import Job
 
 
 def job() -> Job:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import Cancelled, LoadFailed
-from runtime.lifecycle import Progress
-from runtime.puller.job import Job
-from runtime.puller.pull import pull
+from runtime.models.model_state import Progress
+from runtime.puller.download import pull
+from runtime.puller.progress import Job
 from runtime.puller.source import Arrived, Listing, RemoteFile
 
 FILES = [RemoteFile(f"f{number}", "", 100) for number in range(6)]

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.puller.headers import parse_header
-from runtime.puller.inspect import Policy, inspect
-from runtime.puller.locate import locate
+from runtime.puller.checkpoint_check import Policy, inspect
+from runtime.puller.resolve import locate
+from runtime.puller.safetensors_header import parse_header
 from runtime.types import ModelSource
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 
 WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -50,7 +50,7 @@ def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_configuration_without_end_is_not_read_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.puller.inspect.LARGEST_JSON_BYTES", 5000)
+    monkeypatch.setattr("runtime.puller.checkpoint_check.LARGEST_JSON_BYTES", 5000)
     tiny_llama(tmp_path / "m")
     inspect(tmp_path / "m", Policy())
     with (tmp_path / "m" / "config.json").open("a") as file:

@@ -8,12 +8,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
+from runtime.puller.preparer import Preparation
 from runtime.types import ModelSettings, ModelSource
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 from tests.support.object_stores import ACCOUNT_KEY, ObjectStores
 
 KINDS = ("gs", "az")
@@ -54,7 +54,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("azure.core.pipeline.transport.HttpTransport.sleep", lambda transport, seconds: None)
     monkeypatch.setattr("google.cloud.storage.retry.DEFAULT_RETRY", DEFAULT_RETRY.with_delay(initial=0.02, maximum=0.1))
     monkeypatch.setattr("runtime.puller.gcs._PATIENCE_S", 1.5)
-    monkeypatch.setattr("runtime.puller.job.Job.wait", lambda job, seconds: job.check())
+    monkeypatch.setattr("runtime.puller.progress.Job.wait", lambda job, seconds: job.check())
 
 
 def place(kind: str, path: str, stores: ObjectStores, **options: str) -> ModelSource:
@@ -90,7 +90,7 @@ async def test_a_model_in_a_public_bucket(kind: str, stores: ObjectStores, prepa
 async def test_a_pull_goes_on_where_it_was_cut(
     kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.puller.buckets._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
     stores.cuts = 2
     await pull(preparation, place(kind, "models/org/tiny", stores), tmp_path)
     assert stores.cuts == 0
@@ -103,9 +103,9 @@ async def test_a_pull_goes_on_where_it_was_cut(
 async def test_a_pull_that_was_given_up_is_taken_up_again(
     kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.puller.buckets._CHUNK_BYTES", 20_000)
-    monkeypatch.setattr("runtime.puller.buckets._TRIES", 1)
-    monkeypatch.setattr("runtime.puller.pull._FILES_AT_ONCE", 1)
+    monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("runtime.puller.object_store._TRIES", 1)
+    monkeypatch.setattr("runtime.puller.download._FILES_AT_ONCE", 1)
     source = place(kind, "models/org/tiny", stores)
     reads = 0
 

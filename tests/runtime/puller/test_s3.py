@@ -13,15 +13,15 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
+from runtime.puller.preparer import Preparation
 from runtime.puller.s3 import S3Bucket
 from runtime.puller.source import RemoteFile
 from runtime.types import ModelSettings, ModelSource
-from tests.runtime.checkpoints import tiny_llama
 from tests.support.http_server import HttpServer
+from tests.support.llama_checkpoints import tiny_llama
 from tests.support.tls import make_identity
 
 

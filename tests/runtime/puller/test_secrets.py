@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.fetch import HttpClient
-from runtime.puller.job import Job
-from runtime.puller.locate import locate
+from runtime.puller.http_client import HttpClient
+from runtime.puller.progress import Job
+from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source
 from runtime.types import ModelSource
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer
 
 
@@ -47,7 +47,7 @@ def source_of(uri: str, config: RuntimeConfig, storage_key: str | None = None, *
     ],
 )
 def test_a_place_that_cannot_be_used_is_told_without_its_secrets(uri: str, params: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.puller.fetch._SMALL_TRIES", 1)
+    monkeypatch.setattr("runtime.puller.http_client._SMALL_TRIES", 1)
     with pytest.raises((InvalidRequest, LoadFailed)) as caught:
         source_of(uri, RuntimeConfig(), **params).listing(job())
     error: BaseException | None = caught.value

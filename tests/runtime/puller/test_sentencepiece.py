@@ -8,15 +8,15 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
-from runtime.puller.pack.beside import convert_tokenizer
-from runtime.text.files import read_tokenizer_config
+from runtime.puller.pack.aux_files import convert_tokenizer
+from runtime.puller.preparer import Preparation
 from runtime.text.tokenizer import TextTokenizer, open_tokenizer
+from runtime.text.tokenizer_files import read_tokenizer_config
 from runtime.types import ModelSettings, ModelSource, Quantization
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some tree while rain falls on the roof"
 SAME = ("Hello world", "two  spaces ", "Würde, 你好 😀", "def f(x):\n\n    return x\t", "")

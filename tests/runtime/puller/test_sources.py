@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import Cancelled, InvalidRequest, LoadFailed
-from runtime.lifecycle import Phase, Progress
-from runtime.preparation import Preparation
-from runtime.puller.buckets import BucketSource
+from runtime.models.model_state import Phase, Progress
 from runtime.puller.cache import Cache
-from runtime.puller.fetch import HttpClient
-from runtime.puller.hub import HubSource
-from runtime.puller.job import Job
-from runtime.puller.locate import locate
+from runtime.puller.http_client import HttpClient
+from runtime.puller.http_source import WebSource
+from runtime.puller.huggingface import HubSource
+from runtime.puller.object_store import BucketSource
+from runtime.puller.preparer import Preparation
+from runtime.puller.progress import Job
+from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source, wanted
-from runtime.puller.storage import storage_options
-from runtime.puller.web import WebSource
+from runtime.puller.storage_config import storage_options
 from runtime.types import ModelSettings, ModelSource
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer
 
 
@@ -131,7 +131,7 @@ def test_a_wrong_checksum_is_corrupt_and_not_kept(web: WebServer, tmp_path: Path
 
 
 def test_a_long_file_may_be_cut_often(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.puller.job.Job.wait", lambda job, seconds: job.check())
+    monkeypatch.setattr("runtime.puller.progress.Job.wait", lambda job, seconds: job.check())
     (web.root / "f").write_bytes(bytes(200_000))
     web.cuts, web.cut_after = 15, 10_000
     file = HttpClient().look("f", f"{web.url}/f")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, MambaConfig, T5Config
 
-from runtime.config import RuntimeConfig
-from runtime.engine import judge
+from runtime.config.schema import RuntimeConfig
+from runtime.engine import support_check
 from runtime.errors import LoadFailed
-from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
+from runtime.puller.preparer import Preparation
 from runtime.types import ModelSettings, ModelSource
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
 
@@ -24,14 +24,14 @@ def written(folder: Path, config: object) -> Path:
 
 
 def test_reasons(tmp_path: Path) -> None:
-    assert judge.refusal(written(tmp_path, LlamaConfig(**TINY, architectures=["LlamaForCausalLM"])), None) == ""
-    assert "max_model_len 5000" in judge.refusal(written(tmp_path, LlamaConfig(**TINY, max_position_embeddings=128)), 5000)
-    assert "recurrent state" in judge.refusal(written(tmp_path, MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64)), None)
-    assert "no causal language model" in judge.refusal(written(tmp_path, T5Config(d_model=32, num_layers=2)), None)
-    unknown = judge.refusal(written(tmp_path, {"model_type": "quux", "architectures": ["QuuxForCausalLM"]}), None)
+    assert support_check.refusal(written(tmp_path, LlamaConfig(**TINY, architectures=["LlamaForCausalLM"])), None) == ""
+    assert "max_model_len 5000" in support_check.refusal(written(tmp_path, LlamaConfig(**TINY, max_position_embeddings=128)), 5000)
+    assert "recurrent state" in support_check.refusal(written(tmp_path, MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64)), None)
+    assert "no causal language model" in support_check.refusal(written(tmp_path, T5Config(d_model=32, num_layers=2)), None)
+    unknown = support_check.refusal(written(tmp_path, {"model_type": "quux", "architectures": ["QuuxForCausalLM"]}), None)
     assert "config.json can't be used" in unknown
     (tmp_path / "no.gguf").write_bytes(b"GGUF and nothing more")
-    assert "no.gguf can't be read" in judge.refusal(tmp_path / "no.gguf", None)
+    assert "no.gguf can't be read" in support_check.refusal(tmp_path / "no.gguf", None)
 
 
 async def test_fit_asks_a_process_once(tmp_path: Path) -> None:

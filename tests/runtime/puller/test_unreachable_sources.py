@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import RuntimeConfig
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.preparation import Preparation
 from runtime.puller.cache import Cache
-from runtime.puller.hub import HubSource
-from runtime.puller.job import Job
+from runtime.puller.huggingface import HubSource
+from runtime.puller.preparer import Preparation
+from runtime.puller.progress import Job
 from runtime.puller.source import Unreachable
 from runtime.types import ModelSettings, ModelSource
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

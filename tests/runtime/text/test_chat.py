@@ -9,7 +9,7 @@ import pytest
 
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.text.chat import ChatMessage, ChatOptions
-from runtime.text.model import load_text
+from runtime.text.text_model import load_text
 from runtime.types import DefaultSampling, ModelSettings
 from tests.support import tokenizers as tiny
 
@@ -170,5 +170,5 @@ def test_the_front_starts_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, runtime.api.http, runtime.api.services; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, runtime.api.http_app, runtime.api.grpc_services; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.text.model import TextModel, load_text
+from runtime.text.text_model import TextModel, load_text
 from runtime.types import ModelSettings
 from tests.support import tokenizers as tiny
 

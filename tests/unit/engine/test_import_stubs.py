@@ -5,17 +5,17 @@ import sys
 
 PROGRAM = """
 import sys
-from runtime.engine.imports import leave_out, without_compiler
+from runtime.engine.import_stubs import leave_out, without_compiler
 leave_out()
 with without_compiler():
-    import runtime.engine.backend
+    import runtime.engine.device.backend
     import transformers.generation.utils
     import transformers.models.llama.modeling_llama
 loaded = [name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor", "accelerate") if sys.modules.get(name)]
 assert not loaded, loaded
 import torch
 from transformers import LlamaConfig
-from runtime.engine.model.skeleton import build_skeleton
+from runtime.checkpoint.meta_model import build_skeleton
 config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
 build_skeleton(transformers.models.llama.modeling_llama.LlamaForCausalLM, config, "eager")
 assert "torch._dynamo" not in sys.modules

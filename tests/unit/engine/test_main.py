@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from runtime.config import EngineConfig
-from runtime.engine.blackbox import Blackbox
-from runtime.messages import Add, Command, Event, Hello, Load, Loaded, Shutdown, Tokens
+from runtime.config.schema import EngineConfig
+from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.messages import Add, Command, Event, Hello, Load, Loaded, Shutdown, Tokens
 from runtime.types import Checkpoint, FinishReason, SamplingParams, StopParams
 from tests.support.checkpoints import tiny_llama
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from runtime.engine.blackbox import Blackbox
+from runtime.ipc.crash_marker import Blackbox
 
 
 def test_each_death_is_read_and_wiped(tmp_path: Path) -> None:

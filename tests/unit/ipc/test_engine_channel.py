@@ -8,8 +8,8 @@ import threading
 import msgspec
 import pytest
 
-from runtime.engine.channel import Channel
-from runtime.messages import Abort, Command, Event, Load, RowTokens, Shutdown, Tokens, Unloaded
+from runtime.ipc.engine_channel import Channel
+from runtime.ipc.messages import Abort, Command, Event, Load, RowTokens, Shutdown, Tokens, Unloaded
 from runtime.types import Checkpoint
 
 WAIT_S = 10.0

@@ -4,15 +4,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import pdl
 
 _KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
 @triton.jit
 def _act_mul_kernel(gate_up_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    chain.begin(PDL)
-    chain.wait(PDL)
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < width
@@ -41,5 +41,5 @@ def act_mul(gate_up: Tensor, kind: str, out: Tensor) -> None:
         return
     block = min(triton.next_power_of_2(width), 2048 if num_rows >= 64 else 512)
     _act_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        gate_up, out, width, KIND=_KINDS[kind], BLOCK=block, PDL=chain.overlaps(out), num_warps=4, **chain.options(out)
+        gate_up, out, width, KIND=_KINDS[kind], BLOCK=block, PDL=pdl.overlaps(out), num_warps=4, **pdl.options(out)
     )

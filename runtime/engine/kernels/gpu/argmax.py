@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import pdl
 from runtime.engine.kernels.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def _largest_kernel(
     logits_ptr, drawn_ptr, upload_ptr, sample_rows_ptr, last_token_ptr, ring_ptr, partials_ptr, counters_ptr, logits_stride, vocab, ring_stride,
     part_size, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
-    chain.begin(PDL)
-    chain.wait(PDL)
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     sample = tl.program_id(0)
     part = tl.program_id(1)
     row_ptr = logits_ptr + sample.to(tl.int64) * logits_stride
@@ -62,7 +62,7 @@ def _largest_kernel(
 def draw_largest(
     logits: Tensor, drawn: Tensor, upload: Tensor, inputs: "StepInputs", last_token: Tensor, ring: Tensor, num_samples: int, scratch: Scratch | None
 ) -> None:
-    """See runtime.engine.kernels.greedy.draw_largest."""
+    """See runtime.engine.kernels.argmax.draw_largest."""
     vocab = logits.shape[1]
     parts = 1
     while parts < _MAX_PARTS and parts * num_samples < 264 and parts * _BLOCK < vocab:
@@ -76,5 +76,5 @@ def draw_largest(
     _largest_kernel[(num_samples, parts)](
         logits, drawn, upload, inputs.sample_rows, last_token, ring, scratch.partials if scratch is not None else drawn,
         scratch.counters if scratch is not None else drawn, logits.stride(0), vocab, ring.stride(0), part_size, PARTS=parts, BLOCK=_BLOCK,
-        PDL=chain.overlaps(logits), num_warps=8, **chain.options(logits),
+        PDL=pdl.overlaps(logits), num_warps=8, **pdl.options(logits),
     )

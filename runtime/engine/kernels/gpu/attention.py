@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import attention_cuda, chain
-from runtime.engine.kernels.gpu.products import dot, dot_add, precision
+from runtime.engine.kernels.gpu import attention_cuda, pdl
+from runtime.engine.kernels.gpu.dot import dot, dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
 
 _LOG2E = 1.4426950408889634
@@ -76,8 +76,8 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):
-    chain.begin(PDL)
-    chain.wait(PDL)
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
@@ -168,8 +168,8 @@ def _mixed_kernel(
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr,
     PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):
-    chain.begin(PDL)
-    chain.wait(PDL)
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     # Row b owns query blocks starts[b] // BLOCK_Q + b and up: at most one block a row is wasted, and nothing depends on the host.
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -291,7 +291,7 @@ def paged_attention(
             GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_D=block_d, TILE=tile,
             SPLIT=splits > 1, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
             SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q),
-            num_warps=num_warps, num_stages=num_stages, PDL=chain.overlaps(q), **chain.options(q),
+            num_warps=num_warps, num_stages=num_stages, PDL=pdl.overlaps(q), **pdl.options(q),
         )
         return
     block_m, tile, num_warps, num_stages = mixed_tiling(wide, block_d)
@@ -302,5 +302,5 @@ def paged_attention(
         *arrays, num_rows,
         GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_D=block_d,
         TILE=tile, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, SCALED=k_scale is not None,
-        PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q), num_warps=num_warps, num_stages=num_stages, PDL=chain.overlaps(q), **chain.options(q),
+        PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q), num_warps=num_warps, num_stages=num_stages, PDL=pdl.overlaps(q), **pdl.options(q),
     )

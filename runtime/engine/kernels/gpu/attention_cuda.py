@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import native
+from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.scratch import Scratch
 
 SOURCE = "attention_decode.cu"
@@ -54,11 +54,11 @@ class Cut:
         return (num_rows + 1) * 16 + self.warps * (16 + 128 + group * (head_dim + 4) * 4 + ring)
 
 
-def module(device: torch.device, head_dim: int, dtype: torch.dtype, group: int, how: Cut) -> native.Module | None:
+def module(device: torch.device, head_dim: int, dtype: torch.dtype, group: int, how: Cut) -> nvrtc.Module | None:
     """The compiled kernel, if it can be had on this device."""
     half = "true" if dtype is torch.float16 else "false"
     defines = (f"HEAD_DIM={head_dim}", f"HALF={half}", f"TILES={-(-group // 8)}", f"WARPS={how.warps}", f"STAGES={how.stages}")
-    return native.module(SOURCE, (NAME,), device, defines)
+    return nvrtc.module(SOURCE, (NAME,), device, defines)
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def cut(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context
     blocks = max(num_rows, min(wanted, num_rows * -(-max_context_len // _TILE) // _LEAST), 1)
     stages = 2 if head_dim > 128 else 4 if head_dim <= 64 and not few else 3
     how = Cut(heads_each, blocks, 24 if few else 32, warps, stages)
-    while how.stages > 1 and how.shared_bytes(num_rows, group, head_dim) > native.SHARED_BYTES:
+    while how.stages > 1 and how.shared_bytes(num_rows, group, head_dim) > nvrtc.SHARED_BYTES:
         how = Cut(heads_each, blocks, how.whole, warps, how.stages - 1)
     return how
 
@@ -107,7 +107,7 @@ def decode_attention(
         return False
     how = how or cut(num_rows, num_kv_heads, group, head_dim, max_context_len, _processors(q.device))
     shared_bytes = how.shared_bytes(num_rows, group, head_dim)
-    if shared_bytes > native.SHARED_BYTES or not scratch.holds(2 * num_kv_heads * how.blocks * group * (head_dim + 4), num_rows * num_kv_heads):
+    if shared_bytes > nvrtc.SHARED_BYTES or not scratch.holds(2 * num_kv_heads * how.blocks * group * (head_dim + 4), num_rows * num_kv_heads):
         return False
     if (compiled := module(q.device, head_dim, q.dtype, group, how)) is None:
         return False

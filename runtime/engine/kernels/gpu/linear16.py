@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain, linear16_cuda
-from runtime.engine.kernels.gpu.products import dot_add, precision
+from runtime.engine.kernels.gpu import linear16_cuda, pdl
+from runtime.engine.kernels.gpu.dot import dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
 
 _KINDS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
@@ -38,7 +38,7 @@ def _linear16_kernel(
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    chain.begin(PDL)
+    pdl.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else DTYPE
     split = tl.program_id(1)
@@ -58,7 +58,7 @@ def _linear16_kernel(
         w_early = tl.load(w_ptrs, eviction_policy="evict_first")
         if KIND > 0:
             u_early = tl.load(u_ptrs, eviction_policy="evict_first")
-    chain.wait(PDL)
+    pdl.wait(PDL)
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + cols[:, None]
     num_steps = tl.minimum(steps_each, K // BLOCK_K - split * steps_each)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -163,10 +163,10 @@ def launch(
             partials, counters = scratch.partials, scratch.counters
         else:
             steps_each, splits = num_steps, 1
-    pdl = chain.overlaps(rows)
+    overlaps = pdl.overlaps(rows)
     _linear16_kernel[(tiles_n, splits, tiles_m)](
         rows, weight, bias if bias is not None else weight, out, partials, counters, num_rows, num_outputs, in_features, rows.stride(0), steps_each,
         KIND=_KINDS[gate], HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, EARLY=early and pdl, PDL=pdl, PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
-        **chain.options(rows),
+        BLOCK_K=block_k, EARLY=early and overlaps, PDL=overlaps, PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
+        **pdl.options(rows),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import native
+from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.scratch import Scratch
 
 MAX_ROWS = 16  # at 32 rows Triton's product is as fast: docs/benchmarks/engine.md
@@ -61,11 +61,11 @@ def cut(num_outputs: int, in_features: int, tiles: int, gated: bool, processors:
     return Cut(height, 2, splits, 4 if height == 4 else 8, x_stages)
 
 
-def module(device: torch.device, dtype: torch.dtype, gated: bool, tiles: int, how: Cut) -> native.Module | None:
+def module(device: torch.device, dtype: torch.dtype, gated: bool, tiles: int, how: Cut) -> nvrtc.Module | None:
     """The compiled kernel, if it can be had on this device."""
     answers = {False: "false", True: "true"}
     defines = (f"HALF={answers[dtype is torch.float16]}", f"GATED={answers[gated]}", f"TILES={tiles}", f"HEIGHT={how.height}", f"SLABS={how.slabs}")
-    return native.module(SOURCE, (NAME,), device, defines)
+    return nvrtc.module(SOURCE, (NAME,), device, defines)
 
 
 def serves(rows: Tensor, weight: Tensor, gate: str | None) -> bool:

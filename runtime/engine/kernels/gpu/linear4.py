@@ -1,4 +1,4 @@
-"""The 4-bit linear on a GPU: CUDA C++ where it is faster (`linear4_cuda.py`, `linear4_wide.py`), else Triton; dequantise + cuBLAS at many rows.
+"""The 4-bit linear on a GPU: CUDA C++ where it is faster (`linear4_cuda.py`, `linear4_wgmma.py`), else Triton; dequantise + cuBLAS at many rows.
 
 The fused Triton kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix unit. A tile of words [BLOCK_N, 16]
 gives eight operands [BLOCK_N, 16], four in either absmax block: the products are scaled as sums (few rows), or the weights as they are unpacked (more).
@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.checkpoint.layout_4bit import BLOCK, GROUP
 from runtime.engine.kernels.activation import Activation, act_mul
-from runtime.engine.kernels.gpu import chain, linear4_cuda, linear4_wide
-from runtime.engine.kernels.gpu.products import dot, dot_add, precision
-from runtime.engine.kernels.layout import BLOCK, GROUP
+from runtime.engine.kernels.gpu import linear4_cuda, linear4_wgmma, pdl
+from runtime.engine.kernels.gpu.dot import dot, dot_add, precision
 from runtime.engine.kernels.linear4 import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
 
@@ -104,7 +104,7 @@ def _linear4_kernel(
     ASM: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, EVEN_N: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):
-    chain.begin(PDL)
+    pdl.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else DTYPE
     split = tl.program_id(1)
@@ -122,7 +122,7 @@ def _linear4_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     next_s0 = tl.load(s_ptrs)
     next_s1 = tl.load(s_ptrs + 1)
-    chain.wait(PDL)
+    pdl.wait(PDL)
     for g in range(group, last_group):
         words = tl.load(w_ptrs)
         s0 = next_s0[:, None]
@@ -231,7 +231,7 @@ def linear_4bit(
     num_rows, num_outputs = rows.shape[0], weight.shape[0]
     if num_rows == 0:
         return
-    if (cut := linear4_wide.choose(num_rows, num_outputs, _processors(x.device))) is not None and linear4_wide.linear_4bit(
+    if (cut := linear4_wgmma.choose(num_rows, num_outputs, _processors(x.device))) is not None and linear4_wgmma.linear_4bit(
         rows, weight, absmax, codebook, bias, out.view(num_rows, -1), scratch, cut, gate
     ):
         return
@@ -257,7 +257,7 @@ def _processors(device: torch.device) -> int:
 def warm(device: torch.device) -> None:
     """Compile or load the CUDA C++ kernels for bf16 now (seconds the first time on a machine), so that no request waits for them."""
     linear4_cuda.module(device)
-    linear4_wide.module(device, torch.bfloat16)
+    linear4_wgmma.module(device, torch.bfloat16)
 
 
 def max_fused_rows(num_outputs: int, in_features: int) -> int:
@@ -308,7 +308,7 @@ def launch_fused(
         num_rows, num_outputs, in_features, rows.stride(0), num_groups, groups_each,
         ASM=asm, HAS_BIAS=bias is not None, SPLIT=splits > 1, SCALE_SUMS=scale_sums or rows.element_size() == 4,
         EVEN_N=num_outputs % block_n == 0, PADDED=in_features % GROUP != 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        PRECISION=precision(rows), PDL=chain.overlaps(rows), num_warps=num_warps, num_stages=num_stages, **chain.options(rows),
+        PRECISION=precision(rows), PDL=pdl.overlaps(rows), num_warps=num_warps, num_stages=num_stages, **pdl.options(rows),
     )
 
 

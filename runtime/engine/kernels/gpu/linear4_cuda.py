@@ -10,8 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import native
-from runtime.engine.kernels.layout import BLOCK
+from runtime.checkpoint.layout_4bit import BLOCK
+from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.linear4 import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
 
@@ -39,9 +39,9 @@ def codes_16bit(codebook: Codebook, dtype: torch.dtype) -> tuple[int, ...]:
     return tuple(value & 0xFFFF for value in torch.tensor(codebook_values(codebook), dtype=torch.float32).to(dtype).view(torch.int16).tolist())
 
 
-def module(device: torch.device) -> native.Module | None:
+def module(device: torch.device) -> nvrtc.Module | None:
     """The compiled kernels, if they can be had on this device."""
-    return native.module(SOURCE, _NAMES, device)
+    return nvrtc.module(SOURCE, _NAMES, device)
 
 
 def splits_of_k(num_outputs: int, num_groups: int) -> int:
@@ -85,7 +85,7 @@ def linear_4bit(
     k_warps = warps_of_k(groups_each, groups_a_warp)
     sums_bytes = 2 * _WARPS * blocks_a_turn * tiles * 512
     if groups_each > k_warps * groups_a_warp:  # sums over passes stay in shared memory
-        room = (native.SHARED_BYTES - _TABLE_BYTES - sums_bytes) // (tiles * 512)
+        room = (nvrtc.SHARED_BYTES - _TABLE_BYTES - sums_bytes) // (tiles * 512)
         columns = max(columns, -(-num_blocks // room))
         sums_bytes += -(-num_blocks // columns) * tiles * 512
     arguments = _Arguments(

@@ -1,4 +1,4 @@
-// The instructions that linear4_wide.cu needs and C++ has no words for: tensor copies and waiting for them, arithmetic on pairs, the matrix unit of four warps.
+// The instructions that linear4_wgmma.cu needs and C++ has no words for: tensor copies and waiting for them, arithmetic on pairs, the matrix unit of four warps.
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];

@@ -1,4 +1,4 @@
-// W · xᵀ with W in 4 bits on Hopper's matrix unit. linear4_wide.py says where it serves and how its work is cut, and launches it.
+// W · xᵀ with W in 4 bits on Hopper's matrix unit. linear4_wgmma.py says where it serves and how its work is cut, and launches it.
 //
 // A block is two warps that fetch, one x and one W, and some warpgroups that compute, 64 rows of W each. Weights and x come to shared memory by tensor copies
 // through two rings, scales to registers a unit ahead. Words of codes are looked up pair by pair in a table of 256 pairs, one copy for each bank, and scaled, in registers, which are the first
@@ -346,7 +346,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
 
 // IS_HALF: whether x is fp16 (it is bf16 otherwise): one type a compilation, because each takes seconds.
 #define KERNEL(COLUMNS, GROUPS)                                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wide_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {              \
+    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wgmma_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {              \
         run<IS_HALF, COLUMNS, GROUPS>(a);                                                                                                                    \
     }
 

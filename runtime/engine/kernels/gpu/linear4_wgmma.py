@@ -1,4 +1,4 @@
-"""The 4-bit linear on Hopper's matrix unit, in CUDA C++ (`linear4_wide.cu`): when it serves, how its work is cut, and its launch.
+"""The 4-bit linear on Hopper's matrix unit, in CUDA C++ (`linear4_wgmma.cu`): when it serves, how its work is cut, and its launch.
 
 Weights are unpacked once for each tile of up to 256 rows of x, into registers that the matrix unit reads; Triton's own product first writes them to shared memory.
 """
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.checkpoint.layout_4bit import BLOCK
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.kernels.gpu import native
+from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.gpu.linear4_cuda import codes_16bit
 from runtime.engine.kernels.gpu.tensormap import TENSOR_MAP_BYTES, tensor_map
-from runtime.engine.kernels.layout import BLOCK
 from runtime.engine.kernels.linear4 import Codebook
 from runtime.engine.kernels.scratch import Scratch
 
 LARGE_OUTPUTS = 16384
-SOURCE = "linear4_wide.cu"
+SOURCE = "linear4_wgmma.cu"
 _BARRIER_BYTES = 48 * 8 + 8
 _TYPES = {torch.bfloat16: "IS_HALF=false", torch.float16: "IS_HALF=true"}
 _GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 SHAPES = ((16, 4), (32, 4), (64, 4), (128, 3), (256, 2))
 _MOST_PARTS = 16  # of a tile: a counter has as many bits for them
 _MAP = ctypes.c_ubyte * TENSOR_MAP_BYTES
-_NAMES = tuple(f"linear4_wide_{columns}_{groups}" for columns, groups in SHAPES)
+_NAMES = tuple(f"linear4_wgmma_{columns}_{groups}" for columns, groups in SHAPES)
 
 
 class _Arguments(ctypes.Structure):
@@ -59,9 +59,9 @@ class Cut:
         return table_bytes + 1024 + rings_bytes + self.piece_bytes + _BARRIER_BYTES
 
 
-def module(device: torch.device, dtype: torch.dtype) -> native.Module | None:
+def module(device: torch.device, dtype: torch.dtype) -> nvrtc.Module | None:
     """The compiled kernels, if they can be had on this device: `wgmma` is Hopper's alone."""
-    return native.module(SOURCE, _NAMES, device, (_TYPES[dtype],)) if native.architecture(device) == "sm_90a" else None
+    return nvrtc.module(SOURCE, _NAMES, device, (_TYPES[dtype],)) if nvrtc.architecture(device) == "sm_90a" else None
 
 
 def _x_turns(columns: int) -> int:
@@ -80,7 +80,7 @@ def choose(num_rows: int, num_outputs: int, processors: int) -> Cut | None:
     return fill(columns, groups, blocks)
 
 
-def fill(columns: int, groups: int, blocks: int, shared_bytes: int = native.SHARED_BYTES) -> Cut:
+def fill(columns: int, groups: int, blocks: int, shared_bytes: int = nvrtc.SHARED_BYTES) -> Cut:
     """As many stages as shared memory takes: those of W first, four at most, then those of x, eight at most."""
     w_stages, x_stages = 4, max(2, 4 // _x_turns(columns))  # two at least: a stage is given back when the next is in use
     while w_stages > 2 and Cut(columns, groups, blocks, x_stages, w_stages).shared_bytes > shared_bytes:
@@ -131,6 +131,6 @@ def linear_4bit(
         None if scratch is None else scratch.counters.data_ptr(), num_rows, num_outputs, num_groups, _GATES[gate], num_tiles * tile_units, tile_units, tiles_m,
         cut.x_stages, cut.w_stages, (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
     )
-    name = f"linear4_wide_{cut.columns}_{cut.groups}"
+    name = f"linear4_wgmma_{cut.columns}_{cut.groups}"
     compiled.launch(name, (blocks, 1, 1), (cut.groups + 1) * 128, cut.shared_bytes, arguments)
     return True

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import pdl
 from runtime.engine.kernels.scratch import Scratch
 
 _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on
@@ -13,8 +13,8 @@ _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured o
 
 @triton.jit
 def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    chain.begin(PDL)
-    chain.wait(PDL)
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < K
@@ -33,8 +33,8 @@ def _linear8_kernel(
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
-    chain.begin(PDL)
-    chain.wait(PDL)
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     split = tl.program_id(1)
     rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows_n < N
@@ -131,8 +131,8 @@ def launch(
     _linear8_kernel[(tiles_n, splits, tiles_m)](
         x, x_scale, weight, scale, bias if bias is not None else scale, out, partials, counters, num_rows, num_outputs, in_features, x.stride(0),
         steps_each, HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0,
-        EVEN_K=in_features % block_k == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PDL=chain.overlaps(rows), num_warps=num_warps,
-        num_stages=num_stages, **chain.options(rows),
+        EVEN_K=in_features % block_k == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PDL=pdl.overlaps(rows), num_warps=num_warps,
+        num_stages=num_stages, **pdl.options(rows),
     )
 
 
@@ -150,6 +150,6 @@ def quantize_rows(rows: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor
     x_scale = memory[padded : padded + scale_bytes].view(torch.float32)
     block = triton.next_power_of_2(in_features)
     _quantize_kernel[(num_rows,)](
-        rows, x, x_scale, rows.stride(0), in_features, BLOCK=block, PDL=chain.overlaps(rows), num_warps=4 if block <= 4096 else 8, **chain.options(rows)
+        rows, x, x_scale, rows.stride(0), in_features, BLOCK=block, PDL=pdl.overlaps(rows), num_warps=4 if block <= 4096 else 8, **pdl.options(rows)
     )
     return x, x_scale

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import pdl
 
 
 @triton.jit
@@ -12,12 +12,12 @@ def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, out_stride, width, eps,
     ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
-    chain.begin(PDL)
+    pdl.begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    chain.wait(PDL)
+    pdl.wait(PDL)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * width + cols, mask=mask, other=0.0)
@@ -43,7 +43,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus
     out_rows = out.view(-1, width)
     _norm_kernel[(rows.shape[0],)](
         rows, residual if residual is not None else rows, weight, out_rows, rows.stride(0), out_rows.stride(0), width, eps,
-        ADD=residual is not None, PLUS_ONE=plus_one, BLOCK=block, PDL=chain.overlaps(rows), num_warps=num_warps, **chain.options(rows),
+        ADD=residual is not None, PLUS_ONE=plus_one, BLOCK=block, PDL=pdl.overlaps(rows), num_warps=num_warps, **pdl.options(rows),
     )
 
 

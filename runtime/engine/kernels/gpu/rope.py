@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.gpu import chain
+from runtime.engine.kernels.gpu import pdl
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def _rope_kernel(
     NORM: tl.constexpr, PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    chain.begin(PDL)
-    chain.wait(PDL)
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     Q_BLOCKS: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     KV_BLOCKS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -135,8 +135,8 @@ def rope_and_cache(
         qkv.stride(0), cos.stride(0), cos.stride(1), norm_eps,
         Q_HEADS=num_q_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim, INTERLEAVED=interleaved,
         NORM=q_norm is not None, PLUS_ONE=norm_plus_one, SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1,
-        BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(head_dim), PDL=chain.overlaps(qkv), num_warps=1 if block_h * head_dim <= 512 else 2,
-        **chain.options(qkv),
+        BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(head_dim), PDL=pdl.overlaps(qkv), num_warps=1 if block_h * head_dim <= 512 else 2,
+        **pdl.options(qkv),
     )
 
 

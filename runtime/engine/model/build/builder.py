@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.memory.arrival import Arrival
-from runtime.engine.model.attention import IMPLEMENTATION
-from runtime.engine.model.catalog import ModelCard, check_sizes, read_card
-from runtime.engine.model.fuse import NoMatchError, match_stack
-from runtime.engine.model.fuse_proof import Prover, Verdict
-from runtime.engine.model.fused_spec import StackSpec
-from runtime.engine.model.fused_stack import FusedStack
-from runtime.engine.model.geometry import AttentionGeometry, attention_geometry, kv_planes
-from runtime.engine.model.host_order import HostOrder, OrderedMatrix
-from runtime.engine.model.layout import Join, Placed, TensorSpec, WeightLayout, lay_out
-from runtime.engine.model.load import WeightFiller
-from runtime.engine.model.names import resolve
-from runtime.engine.model.packed import Layout4Bit, PackedTensors
-from runtime.engine.model.rope import fix_frequencies, rotary_tables
-from runtime.engine.model.safetensors_index import StoredTensor, read_index, read_metadata
-from runtime.engine.model.skeleton import bind, build_skeleton, stored_specs, tied_names, untie
-from runtime.engine.model.step import BuiltModel, CausalForward
-from runtime.engine.model.unfused import UnfusedForward
-from runtime.engine.plan import KvGeometry
+from runtime.checkpoint.meta_model import bind, build_skeleton, stored_specs, tied_names, untie
+from runtime.checkpoint.model_config import ModelCard, check_sizes, read_card
+from runtime.checkpoint.name_mapping import resolve
+from runtime.checkpoint.packed import Layout4Bit, PackedTensors
+from runtime.checkpoint.safetensors_index import StoredTensor, read_index, read_metadata
+from runtime.checkpoint.weight_layout import Join, Placed, TensorSpec, WeightLayout, lay_out
+from runtime.engine.interfaces import KvGeometry
+from runtime.engine.memory.weight_readiness import Arrival
+from runtime.engine.model.build.equivalence_check import Prover, Verdict
+from runtime.engine.model.build.fuse import NoMatchError, match_stack
+from runtime.engine.model.build.fused_spec import StackSpec
+from runtime.engine.model.build.weight_loader import WeightFiller
+from runtime.engine.model.cpu.onednn_layout import HostOrder, OrderedMatrix
+from runtime.engine.model.run.attention import IMPLEMENTATION
+from runtime.engine.model.run.fused_stack import FusedStack
+from runtime.engine.model.run.kv_geometry import AttentionGeometry, attention_geometry, kv_planes
+from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
+from runtime.engine.model.run.step import BuiltModel, CausalForward
+from runtime.engine.model.run.unfused import UnfusedForward
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint, ModelFacts, Quantization
 

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.memory.arrival import Arrived
-from runtime.engine.model.attention import IMPLEMENTATION, register
-from runtime.engine.model.fuse import NoMatchError, match_stack
-from runtime.engine.model.fused_spec import StackSpec
-from runtime.engine.model.fused_stack import FusedStack
-from runtime.engine.model.geometry import attention_geometry
-from runtime.engine.model.miniature import cut, random_model, shrink
-from runtime.engine.model.rope import fix_frequencies, rotary_tables
-from runtime.engine.model.skeleton import build_skeleton
-from runtime.engine.model.step import CausalForward
-from runtime.engine.model.trial import TrialRows, trial_planes
-from runtime.engine.model.unfused import UnfusedForward
+from runtime.checkpoint.meta_model import build_skeleton
+from runtime.engine.memory.weight_readiness import Arrived
+from runtime.engine.model.build.fuse import NoMatchError, match_stack
+from runtime.engine.model.build.fused_spec import StackSpec
+from runtime.engine.model.build.kv_fixture import TrialRows, trial_planes
+from runtime.engine.model.build.tiny_model import cut, random_model, shrink
+from runtime.engine.model.run.attention import IMPLEMENTATION, register
+from runtime.engine.model.run.fused_stack import FusedStack
+from runtime.engine.model.run.kv_geometry import attention_geometry
+from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
+from runtime.engine.model.run.step import CausalForward
+from runtime.engine.model.run.unfused import UnfusedForward
 from runtime.types import Quantization
 
 _TOLERANCE = 3e-5          # of the largest logit; float32 noise through a few layers is ten times smaller

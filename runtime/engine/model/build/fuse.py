@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.model.fused_spec import LayerSpec, LinearRef, StackSpec
-from runtime.engine.model.step import AttentionSpec, RopeSpec
+from runtime.engine.model.build.fused_spec import LayerSpec, LinearRef, StackSpec
+from runtime.engine.model.run.step import AttentionSpec, RopeSpec
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",

@@ -5,9 +5,9 @@ Made by matching a module's structure, used to join siblings in the weights imag
 
 from dataclasses import dataclass
 
+from runtime.checkpoint.weight_layout import Join
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.model.layout import Join
-from runtime.engine.model.step import AttentionSpec, RopeSpec
+from runtime.engine.model.run.step import AttentionSpec, RopeSpec
 
 _SUFFIXES = ("weight", "absmax", "scale", "bias")
 

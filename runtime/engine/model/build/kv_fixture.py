@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.engine.model.step import KvPlanes, StepContext
+from runtime.engine.model.run.step import KvPlanes, StepContext
 
 
 def trial_planes(num_layers: int, token_stride: int, block_tokens: int, num_blocks: int, dtype: torch.dtype) -> list[KvPlanes]:

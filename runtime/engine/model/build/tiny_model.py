@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.model.skeleton import build_skeleton, tied_names
+from runtime.checkpoint.meta_model import build_skeleton, tied_names
 
 _HEADS = 4
 _VOCAB = 96

@@ -15,20 +15,20 @@ from functools import partial
 import msgspec
 import torch
 
-from runtime.config import EngineConfig
-from runtime.engine.memory.arrival import Arrived
-from runtime.engine.model.buckets import Bucket, standard
-from runtime.engine.model.build import Blueprint, facts_of
-from runtime.engine.model.device_state import DeviceState
-from runtime.engine.model.fused_spec import LayerSpec, StackSpec
-from runtime.engine.model.fused_stack import FusedStack
-from runtime.engine.model.geometry import kv_planes
-from runtime.engine.model.layout import Placed
-from runtime.engine.model.rope import rotary_tables
-from runtime.engine.model.runner import ModelRunner
-from runtime.engine.model.skeleton import tied_names
-from runtime.engine.model.step import BuiltModel, KvPlanes, StepContext
-from runtime.engine.plan import KvGeometry, RowSetup, StepPlan
+from runtime.checkpoint.meta_model import tied_names
+from runtime.checkpoint.weight_layout import Placed
+from runtime.config.schema import EngineConfig
+from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan
+from runtime.engine.memory.weight_readiness import Arrived
+from runtime.engine.model.build.builder import Blueprint, facts_of
+from runtime.engine.model.build.fused_spec import LayerSpec, StackSpec
+from runtime.engine.model.run.buckets import Bucket, standard
+from runtime.engine.model.run.device_state import DeviceState
+from runtime.engine.model.run.fused_stack import FusedStack
+from runtime.engine.model.run.kv_geometry import kv_planes
+from runtime.engine.model.run.rope import rotary_tables
+from runtime.engine.model.run.runner import ModelRunner
+from runtime.engine.model.run.step import BuiltModel, KvPlanes, StepContext
 from runtime.types import LogprobParams, ModelFacts, Quantization, SamplingParams
 
 _LOG = logging.getLogger(__name__)

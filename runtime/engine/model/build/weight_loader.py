@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.engine.memory.image import ImageBuffer
-from runtime.engine.model.host_order import OrderedMatrix
-from runtime.engine.model.layout import Placed, WeightLayout
-from runtime.engine.model.names import Conversion, Resolution
-from runtime.engine.model.safetensors_index import StoredTensor
+from runtime.checkpoint.name_mapping import Conversion, Resolution
+from runtime.checkpoint.safetensors_index import StoredTensor
+from runtime.checkpoint.weight_layout import Placed, WeightLayout
+from runtime.engine.memory.weight_buffer import ImageBuffer
+from runtime.engine.model.cpu.onednn_layout import OrderedMatrix
 from runtime.errors import Cancelled, LoadFailed
 
 _PIECE_BYTES = 16 * 1024 * 1024

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.engine.kernels.norm import rms_norm
-from runtime.engine.model.host_plan import HostPlan, Tile
-from runtime.engine.model.step import AttentionSpec, KvPlanes, RopeSpec
+from runtime.engine.model.cpu.attention_plan import HostPlan, Tile
+from runtime.engine.model.run.step import AttentionSpec, KvPlanes, RopeSpec
 
 
 def write_on_host(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, planes: KvPlanes) -> None:

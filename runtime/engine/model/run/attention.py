@@ -12,9 +12,9 @@ from transformers import AttentionInterface
 from runtime.engine.kernels.attention import paged_attention
 from runtime.engine.kernels.rope import rope_and_cache
 from runtime.engine.kernels.rope import write_kv as write_kv_kernel
-from runtime.engine.model.host_attention import attend_on_host, rope_write_on_host, write_on_host
-from runtime.engine.model.host_plan import HostPlan
-from runtime.engine.model.step import AttentionSpec, RopeSpec, StepContext
+from runtime.engine.model.cpu.attention import attend_on_host, rope_write_on_host, write_on_host
+from runtime.engine.model.cpu.attention_plan import HostPlan
+from runtime.engine.model.run.step import AttentionSpec, RopeSpec, StepContext
 
 IMPLEMENTATION = "repertory"
 

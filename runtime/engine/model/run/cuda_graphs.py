@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.engine.model.buckets import Bucket
+from runtime.engine.model.run.buckets import Bucket
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.config import EngineConfig
+from runtime.config.schema import EngineConfig
 from runtime.engine.kernels.inputs import StepInputs
 from runtime.engine.kernels.scratch import Scratch
-from runtime.engine.model.graphs import GraphPool
-from runtime.engine.model.results import ResultRing
-from runtime.engine.model.rows import RowTables
-from runtime.engine.model.upload import UploadRing
+from runtime.engine.model.run.cuda_graphs import GraphPool
+from runtime.engine.model.run.input_buffers import UploadRing
+from runtime.engine.model.run.result_ring import ResultRing
+from runtime.engine.model.run.row_state import RowTables
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
-from runtime.engine.memory.arrival import Arrival
-from runtime.engine.model.attention import attend, rope_write
-from runtime.engine.model.fused_spec import LayerSpec, StackSpec
-from runtime.engine.model.linear import Linear, gated, make_linear
-from runtime.engine.model.rope import RotaryTable
-from runtime.engine.model.step import StepContext
+from runtime.engine.memory.weight_readiness import Arrival
+from runtime.engine.model.build.fused_spec import LayerSpec, StackSpec
+from runtime.engine.model.run.attention import attend, rope_write
+from runtime.engine.model.run.linear import Linear, gated, make_linear
+from runtime.engine.model.run.rope import RotaryTable
+from runtime.engine.model.run.step import StepContext
 from runtime.types import Quantization
 
 

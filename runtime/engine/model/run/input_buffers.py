@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from runtime.engine.interfaces import StepPlan
 from runtime.engine.kernels import inputs as layout
-from runtime.engine.plan import StepPlan
 from runtime.errors import EngineFault
 
 RING_LINES = 8

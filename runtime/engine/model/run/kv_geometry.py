@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.model.step import KvPlanes
-from runtime.engine.plan import KvGeometry
+from runtime.engine.interfaces import KvGeometry
+from runtime.engine.model.run.step import KvPlanes
 from runtime.errors import LoadFailed
 
 

@@ -12,7 +12,7 @@ from runtime.engine.kernels.linear4 import linear_4bit, warm
 from runtime.engine.kernels.linear8 import linear_int8
 from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.scratch import Scratch
-from runtime.engine.model.host_linear import HostLinear, HostLinear4, HostLinear8
+from runtime.engine.model.cpu.linear import HostLinear, HostLinear4, HostLinear8
 from runtime.types import Quantization
 
 

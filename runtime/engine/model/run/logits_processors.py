@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.engine.model.rows import FREQUENCY, PRESENCE, REPETITION, RowTables, to_device
-from runtime.engine.plan import RowSetup
+from runtime.engine.interfaces import RowSetup
+from runtime.engine.model.run.row_state import FREQUENCY, PRESENCE, REPETITION, RowTables, to_device
 
 _IN_PROMPT = 1 << 30
 _COUNT_MASK = _IN_PROMPT - 1

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.engine.model.rows import to_device
-from runtime.engine.model.upload import StepShape
-from runtime.engine.plan import RowSetup, StepPlan
-from runtime.messages import TokenLogprobs
+from runtime.engine.interfaces import RowSetup, StepPlan
+from runtime.engine.model.run.input_buffers import StepShape
+from runtime.engine.model.run.row_state import to_device
+from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams
 
 # Rows worked on at a time: float32 copies of the logits are made, and a prompt's chunk has thousands.

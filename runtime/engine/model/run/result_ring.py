@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 
-from runtime.engine.model.upload import RING_LINES
-from runtime.engine.plan import StepResult
-from runtime.messages import TokenLogprobs
+from runtime.engine.interfaces import StepResult
+from runtime.engine.model.run.input_buffers import RING_LINES
+from runtime.ipc.messages import TokenLogprobs
 
 
 class LogprobsOnTheWay(Protocol):

@@ -10,19 +10,19 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from runtime.config import EngineConfig
-from runtime.engine.kernels.greedy import draw_largest
+from runtime.config.schema import EngineConfig
+from runtime.engine.interfaces import RowSetup, StepPlan
+from runtime.engine.kernels.argmax import draw_largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
-from runtime.engine.model.buckets import Bucket, bucket_of, standard
-from runtime.engine.model.device_state import DeviceState
-from runtime.engine.model.graphs import ModelGraphs
-from runtime.engine.model.logprobs import LogprobRows, StepLogprobs, score
-from runtime.engine.model.results import StepLaunched
-from runtime.engine.model.rows import to_device
-from runtime.engine.model.sampler import Sampler
-from runtime.engine.model.step import BuiltModel, StepContext
-from runtime.engine.model.upload import StepShape
-from runtime.engine.plan import RowSetup, StepPlan
+from runtime.engine.model.run.buckets import Bucket, bucket_of, standard
+from runtime.engine.model.run.cuda_graphs import ModelGraphs
+from runtime.engine.model.run.device_state import DeviceState
+from runtime.engine.model.run.input_buffers import StepShape
+from runtime.engine.model.run.logprobs import LogprobRows, StepLogprobs, score
+from runtime.engine.model.run.result_ring import StepLaunched
+from runtime.engine.model.run.row_state import to_device
+from runtime.engine.model.run.sampler import Sampler
+from runtime.engine.model.run.step import BuiltModel, StepContext
 from runtime.types import ModelFacts
 
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from runtime.engine.interfaces import RowSetup, StepPlan
 from runtime.engine.kernels import sample
-from runtime.engine.model.edits import LogitEdits
-from runtime.engine.model.rows import RowTables, to_device
-from runtime.engine.model.upload import StepShape
-from runtime.engine.plan import RowSetup, StepPlan
+from runtime.engine.model.run.input_buffers import StepShape
+from runtime.engine.model.run.logits_processors import LogitEdits
+from runtime.engine.model.run.row_state import RowTables, to_device
 from runtime.types import SamplingParams
 
 _PLAIN, _RANDOM, _EDITED = range(3)

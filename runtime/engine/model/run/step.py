@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from runtime.engine.kernels.scratch import Scratch
-from runtime.engine.model.host_plan import HostPlan
+from runtime.engine.model.cpu.attention_plan import HostPlan
 
 
 @dataclass(frozen=True, slots=True)

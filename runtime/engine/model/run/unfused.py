@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from runtime.engine.memory.arrival import Arrival
-from runtime.engine.model.step import StepContext
+from runtime.engine.memory.weight_readiness import Arrival
+from runtime.engine.model.run.step import StepContext
 
 
 class UnfusedForward:

@@ -11,17 +11,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from runtime.config import RuntimeConfig
-from runtime.engine.kernels.layout import bitsandbytes_layout_4bit
+from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
+from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed, Overloaded
-from runtime.lifecycle import Phase, Prepared, Progress
-from runtime.preparation import Preparation
+from runtime.models.model_state import Phase, Prepared, Progress
 from runtime.puller.cache import Cache
-from runtime.puller.job import Job
 from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PackRequest
+from runtime.puller.preparer import Preparation
+from runtime.puller.progress import Job
 from runtime.types import ModelSettings, ModelSource, Quantization
-from tests.runtime.checkpoints import tiny_llama
+from tests.support.llama_checkpoints import tiny_llama
 
 
 @pytest.fixture

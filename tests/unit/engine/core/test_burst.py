@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from runtime.engine.model.buckets import bucket_of
-from tests.unit.engine.test_scheduler import Bench
+from runtime.engine.model.run.buckets import bucket_of
+from tests.unit.engine.scheduler.test_scheduler import Bench
 
 WEIGHTS_S = 4.2e-3
 TOKEN_S = 23e-6

@@ -2,8 +2,8 @@
 
 import pytest
 
-from runtime.engine.plan import KvGeometry
-from runtime.messages import EngineStats, LogprobParams, Tokens
+from runtime.engine.interfaces import KvGeometry
+from runtime.ipc.messages import EngineStats, LogprobParams, Tokens
 from runtime.types import FinishReason, SamplingParams, Tier
 from tests.support.engine_stage import Answer, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.engine.plan import KvGeometry
-from runtime.messages import EngineStats, Loaded, Shutdown
+from runtime.engine.interfaces import KvGeometry
+from runtime.ipc.messages import EngineStats, Loaded, Shutdown
 from runtime.types import Tier
 from tests.support.fake_backend import FakeBackend
-from tests.unit.engine.test_loop import stage
+from tests.unit.engine.core.test_loop import stage
 
 
 @pytest.mark.parametrize(("device", "most"), [("fake", 400), ("cpu", 130)])

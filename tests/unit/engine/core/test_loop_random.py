@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from runtime.engine.plan import KvGeometry
+from runtime.engine.interfaces import KvGeometry
 from runtime.types import FinishReason, LogprobParams, SamplingParams
 from tests.support.engine_stage import GREEDY, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec

@@ -3,10 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.engine.interfaces import KvGeometry
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache, chain
-from runtime.engine.memory.slabs import SlabPool
-from runtime.engine.plan import KvGeometry
+from runtime.engine.memory.slab_pool import SlabPool
 
 
 class Mapper:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.memory.slabs import SlabPool
+from runtime.engine.memory.slab_pool import SlabPool
 
 
 @given(st.integers(0, 20), st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 8), st.booleans()), max_size=60))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.admission import LengthEstimate, blocks_for, peak_blocks
+from runtime.engine.scheduler.admission import LengthEstimate, blocks_for, peak_blocks
 
 SETS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12)
 

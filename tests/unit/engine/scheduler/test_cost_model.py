@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.cost import CostModel
+from runtime.engine.scheduler.cost_model import CostModel
 
 
 def learn(model: CostModel, a: float, b: float, c: float, steps: int, seed: int = 0) -> None:

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.fairness import RoundRobin
+from runtime.engine.scheduler.model_round_robin import RoundRobin
 
 
 @given(st.lists(st.tuples(st.floats(10, 900), st.sampled_from((0.5, 1.0, 3.0))), min_size=1, max_size=5))

@@ -5,15 +5,15 @@ from collections.abc import Callable
 
 import pytest
 
+from runtime.engine.interfaces import KvGeometry, StepResult
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
-from runtime.engine.memory.slabs import SlabPool
-from runtime.engine.plan import KvGeometry, StepResult
-from runtime.engine.results import Step
-from runtime.engine.rows import RowPool
-from runtime.engine.scheduler import SCORED_TOKENS, Limits, Scheduler
-from runtime.engine.sequence import Sequence, State, from_add
-from runtime.messages import Add, RowTokens
+from runtime.engine.memory.slab_pool import SlabPool
+from runtime.engine.scheduler.outputs import Step
+from runtime.engine.scheduler.row_pool import RowPool
+from runtime.engine.scheduler.scheduler import SCORED_TOKENS, Limits, Scheduler
+from runtime.engine.scheduler.sequence import Sequence, State, from_add
+from runtime.ipc.messages import Add, RowTokens
 from runtime.types import FinishReason, LogprobParams, SamplingParams, StopParams
 
 
