@@ -23,7 +23,7 @@ from bench.packed import checkpoint_of
 from bench.smollm2 import gguf_path
 from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
-from runtime.puller.preparer import Preparation
+from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import Checkpoint, ModelSettings, ModelSource
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/api.md", "docs/configuration.md", "CONTRIBUTING.md")
@@ -103,7 +103,7 @@ def _agreeing(text: list[int], other: list[int]) -> int:
 
 
 async def _smollm2(folder: Path) -> Checkpoint:
-    preparation = Preparation(RuntimeConfig(), Cache(folder / "cache", 4 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(folder / "cache", 4 << 30))
     settings = ModelSettings(max_model_len=2048, dtype="bfloat16")
     return (await preparation.prepare(ModelSource(str(gguf_path())), settings, "cpu", lambda progress: None)).checkpoint
 

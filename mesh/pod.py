@@ -27,7 +27,7 @@ from mesh.api.inference import InferenceGateway
 from mesh.api.management import ManagementService
 from mesh.api.model_view import ModelViews
 from mesh.api.models_routes import ModelsRoutes
-from mesh.api.oip_server import OwnOip
+from mesh.api.oip_server import OipServer
 from mesh.api.openai_gateway import OpenAiGateway
 from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
@@ -37,11 +37,11 @@ from mesh.errors import InvalidRequest, MeshError
 from mesh.listening import check_address, check_free
 from mesh.metrics import Metrics, PodFigures
 from mesh.placement.copies import Changes, LocalCopies, epoch_ms
-from mesh.placement.heartbeat import Publisher, identity
+from mesh.placement.heartbeat import Heartbeat, identity
 from mesh.placement.loads import LocalLoads
 from mesh.placement.placement import Placement
 from mesh.placement.reaper import Reaper
-from mesh.placement.record_updates import Announcer
+from mesh.placement.record_updates import RecordUpdates
 from mesh.registry.registry import Registry
 from mesh.registry.transitions import Transitions
 from mesh.routing.router import CopyRouter, Limits
@@ -113,7 +113,7 @@ class Pod:
         )
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._publisher: Publisher | None = None
+        self._publisher: Heartbeat | None = None
         self._build()
 
     def _build(self) -> None:
@@ -123,7 +123,7 @@ class Pod:
         self._changes = Changes()
         self._copies = LocalCopies(self._changes)
         runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
-        announcer = Announcer(self.registry.models, self.instance_id)
+        announcer = RecordUpdates(self.registry.models, self.instance_id)
         self._loads = LocalLoads(runtime, announcer, self._copies, self._changes, self._metrics, load_timeout_s=config.load_timeout_s)
         peers = HttpPeerLoads(self._connections, self.instance_id, next(iter(config.api_keys), ""))
         self.placement = Placement(
@@ -154,7 +154,7 @@ class Pod:
                 limits=lambda: self.placement.runtime.limits,
                 max_message_bytes=config.grpc_max_message_bytes,
             ),
-            own_oip=OwnOip(self.registry, self.placement, addressing, is_ready=self.is_ready, version=_version()),
+            own_oip=OipServer(self.registry, self.placement, addressing, is_ready=self.is_ready, version=_version()),
             keys=config.api_keys,
             max_message_bytes=config.grpc_max_message_bytes,
         )
@@ -199,7 +199,7 @@ class Pod:
             location=self._config.advertise_host or socket.gethostname(),
         )
         self._look_for_a_double(own.grpc_address)
-        self._publisher = Publisher(
+        self._publisher = Heartbeat(
             self.registry.instances,
             own,
             self._copies,

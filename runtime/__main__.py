@@ -34,14 +34,14 @@ from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import CommandBuilder, EngineClient, EngineState
 from runtime.engine_client.process import engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
-from runtime.engine_client.shared_memory import HostArena, wants_arena
+from runtime.engine_client.shared_memory import SharedMemoryFile, wants_arena
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.models.manager import Models
 from runtime.observability import logs
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.puller.cache import Cache
-from runtime.puller.preparer import Preparation
+from runtime.puller.preparer import CheckpointPreparer
 from runtime.text.text_model import load_text
 
 log = logging.getLogger("runtime")
@@ -52,7 +52,7 @@ _BACKLOG = 4096   # a unix socket refuses at once what is over it, and a mesh ma
 class Runtime:
     """The front process's parts, made but not started. `run` starts them, and returns the exit status when they have ended."""
 
-    def __init__(self, config: RuntimeConfig, arena: HostArena | None, *, command: CommandBuilder = engine_command) -> None:
+    def __init__(self, config: RuntimeConfig, arena: SharedMemoryFile | None, *, command: CommandBuilder = engine_command) -> None:
         if arena is not None:
             config = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, host_arena_path=str(arena.path)))
         self._config = config
@@ -60,7 +60,7 @@ class Runtime:
         self._http_address = parse_address(config.http_listen)
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
         self._engine = EngineClient(config.engine, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s))
-        self._preparation = Preparation(config, cache)
+        self._preparation = CheckpointPreparer(config, cache)
         self._models = Models(config, self._engine, self._preparation, load_text)
         self._metrics = RuntimeMetrics()
         generator = Generator(self._engine, self._metrics)
@@ -174,7 +174,7 @@ async def _serve(config: RuntimeConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    arena = HostArena() if wants_arena(config.engine.device) and not config.engine.host_arena_path else None
+    arena = SharedMemoryFile() if wants_arena(config.engine.device) and not config.engine.host_arena_path else None
     try:
         return await Runtime(config, arena).run(stop)
     finally:

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from mesh.api.inference import InferenceGateway, refuse
 from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
-from mesh.api.oip_server import OwnOip
+from mesh.api.oip_server import OipServer
 from mesh.errors import Unauthenticated
 from wire.fmaas import generation_pb2
 from wire.mmesh import model_mesh_pb2
@@ -67,7 +67,7 @@ class GrpcServer:
         management: ModelMeshServicer,
         gateway: InferenceGateway,
         *,
-        own_oip: OwnOip,
+        own_oip: OipServer,
         keys: tuple[str, ...],
         max_message_bytes: int,
     ) -> None:

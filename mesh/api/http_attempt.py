@@ -37,7 +37,7 @@ class UnreachableError(Exception):
     """The target didn't answer, or ended before its answer's first byte."""
 
 
-class Exchange:
+class HttpAttempt:
     def __init__(self, router: CopyRouter, connections: Connections, model_id: str, own_id: str) -> None:
         self._router = router
         self._connections = connections

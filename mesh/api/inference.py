@@ -20,7 +20,7 @@ import grpc.aio
 from mesh.api.addressing import PREFIX_HEADER, Addressing, Metadata, backward, header, onward
 from mesh.api.known_methods import single_message_methods
 from mesh.api.protobuf_field import inject
-from mesh.api.replay_buffer import Inbound, ServerContext
+from mesh.api.replay_buffer import ReplayBuffer, ServerContext
 from mesh.client.connections import HOP_HEADER, Connections
 from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
@@ -100,7 +100,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         """`message`: the caller's only one; None: there may be any number to read."""
         metadata = tuple(context.invocation_metadata() or ())
         request = _Request(method, metadata, time.monotonic(), header(metadata, _REQUEST_ID) or uuid.uuid4().hex)
-        inbound = Inbound(context, 2 * self._max_message_bytes, only=message)
+        inbound = ReplayBuffer(context, 2 * self._max_message_bytes, only=message)
         try:
             outcome = await self._answer(request, inbound, context)
             request.code = outcome.code.name
@@ -118,7 +118,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             inbound.close()
             self._account(request)
 
-    async def _answer(self, request: _Request, inbound: Inbound, context: ServerContext) -> _Outcome:
+    async def _answer(self, request: _Request, inbound: ReplayBuffer, context: ServerContext) -> _Outcome:
         self._check_allowed(request.method)
         first = await inbound.message(0) if self._addressing.wants_message(request.method, request.metadata) else None
         here = bool(header(request.metadata, HOP_HEADER))
@@ -160,7 +160,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             else:
                 return outcome
 
-    async def _attempt(self, request: _Request, target: Target, inbound: Inbound, context: ServerContext) -> _Outcome:
+    async def _attempt(self, request: _Request, target: Target, inbound: ReplayBuffer, context: ServerContext) -> _Outcome:
         metadata = onward(request.metadata, request.model_id, hop_from="" if target.local else self._own_id)
         if not header(metadata, _REQUEST_ID):
             metadata.append((_REQUEST_ID, request.request_id))
@@ -206,7 +206,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             await context.send_initial_metadata(headers)
 
     async def _send(
-        self, call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: Inbound, rewrite: Callable[[bytes], bytes] | None
+        self, call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: ReplayBuffer, rewrite: Callable[[bytes], bytes] | None
     ) -> None:
         index = 0
         # a call that has ended takes no more; its reader learns why. InternalError, raised on, would leave the caller without any status

@@ -14,7 +14,7 @@ from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound
 from mesh.registry.models import entry_time_ms
 from mesh.registry.records import VModelRecord
 from mesh.registry.registry import Registry
-from mesh.registry.vmodel_plan import Wish
+from mesh.registry.vmodel_plan import VModelRequest
 from mesh.types import Loader, ModelInfo, ModelStatus, StatusInfo
 from wire.mmesh import model_mesh_pb2 as pb
 from wire.mmesh import model_mesh_pb2_grpc as rpc
@@ -86,7 +86,7 @@ class ManagementService(rpc.ModelMeshServicer):
         return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
 
     async def _set_vmodel(self, request: pb.SetVModelRequest) -> pb.VModelStatusInfo:
-        wish = Wish(
+        wish = VModelRequest(
             vmodel_id=request.vModelId,
             target_id=request.targetModelId,
             info=_info(request.modelInfo) if request.HasField("modelInfo") else None,

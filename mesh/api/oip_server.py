@@ -21,7 +21,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _MODEL_READY = f"{SERVICE_NAME}/ModelReady"
 
 
-class OwnOip:
+class OipServer:
     """Each method's specification is its comment in proto/inference/grpc_predict_v2.proto."""
 
     def __init__(self, registry: Registry, loader: Loader, addressing: Addressing, *, is_ready: Callable[[], bool], version: str) -> None:

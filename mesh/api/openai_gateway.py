@@ -12,11 +12,11 @@ import aiohttp
 from aiohttp import web
 
 from mesh.api.addressing import MODEL_HEADER
-from mesh.api.http_attempt import Exchange, UnreachableError, end_to_end
+from mesh.api.http_attempt import HttpAttempt, UnreachableError, end_to_end
 from mesh.api.http_body import Ask, decode, prefix_hash, read_body
 from mesh.api.http_errors import body_of, event_of
 from mesh.api.request_log import Record
-from mesh.api.sse_keepalive import HeldStream
+from mesh.api.sse_keepalive import SseKeepAlive
 from mesh.client.connections import HOP_HEADER, Connections
 from mesh.errors import InvalidRequest, MeshError, NotFound, Unavailable
 from mesh.metrics import Metrics
@@ -60,7 +60,7 @@ class OpenAiGateway:
         here = HOP_HEADER in request.headers
         record.model_id = request.headers.get(MODEL_HEADER, "") if here else await self._resolve(ask)
         waits = not self._router.is_loaded(record.model_id)
-        held = HeldStream(
+        held = SseKeepAlive(
             request,
             record.request_id,
             lambda: self._comment(record.model_id),
@@ -76,7 +76,7 @@ class OpenAiGateway:
             record.code = mesh_error.code
             return await _finish(held.response, event_of(body_of(mesh_error)))
 
-    async def _pass_on(self, request: web.Request, record: Record, body: bytes, held: HeldStream | None, name: str) -> web.StreamResponse:
+    async def _pass_on(self, request: web.Request, record: Record, body: bytes, held: SseKeepAlive | None, name: str) -> web.StreamResponse:
         """`name`: what the caller calls the model; empty if another pod sent it here by its id."""
         here = not name
         exclude: frozenset[str] = frozenset()
@@ -86,7 +86,7 @@ class OpenAiGateway:
         headers.append(("X-Request-Id", record.request_id))
         prefix = prefix_hash(body)
         while True:
-            exchange = Exchange(self._router, self._connections, record.model_id, self._own_id)
+            exchange = HttpAttempt(self._router, self._connections, record.model_id, self._own_id)
             opening = exchange.open(request.method, request.raw_path, headers, body, prefix_hash=prefix, exclude=exclude, here=here)
             try:
                 try:
@@ -116,7 +116,7 @@ class OpenAiGateway:
             finally:
                 await exchange.close()
 
-    async def _relay(self, request: web.Request, record: Record, exchange: Exchange, held: HeldStream | None) -> web.StreamResponse:
+    async def _relay(self, request: web.Request, record: Record, exchange: HttpAttempt, held: SseKeepAlive | None) -> web.StreamResponse:
         answer = exchange.answer
         assert answer is not None
         if held is not None and held.response is not None and answer.status != _OK:

@@ -11,7 +11,7 @@ import grpc.aio
 ServerContext = grpc.aio.ServicerContext[Any, Any]
 
 
-class Inbound:
+class ReplayBuffer:
     """`max_kept_bytes`: a caller that has sent more can't be replayed; then nothing is kept any longer. `only`: all that it sends, if that is known."""
 
     def __init__(self, context: ServerContext, max_kept_bytes: int, *, only: bytes | None = None) -> None:

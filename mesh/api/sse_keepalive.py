@@ -14,7 +14,7 @@ T = TypeVar("T")
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class HeldStream:
+class SseKeepAlive:
     """`comment` gives what to say now. `first_after_s`: silence before the first comment, and so before the stream begins."""
 
     def __init__(self, request: web.Request, request_id: str, comment: Callable[[], str], *, first_after_s: float, every_s: float) -> None:

@@ -23,7 +23,7 @@ import msgspec
 
 from mesh import logs
 from mesh.cli.render import size
-from mesh.cli.supervisor import Child, reachable, status_of
+from mesh.cli.supervisor import SupervisedProcess, reachable, status_of
 from mesh.client.admin import DEFAULT_SERVER
 from mesh.config import MeshConfig
 from mesh.configure import load, read_yaml
@@ -126,12 +126,12 @@ class _Supervisor:
         self._stopping = asyncio.Event()
         run_dir = settings.run_dir
         self._grace_s = float(settings.mesh["grace_s"])
-        self._runtime = Child(
+        self._runtime = SupervisedProcess(
             "runtime",
             [sys.executable, "-m", "runtime", "--config", str(_write(run_dir / "runtime.json", settings.runtime))],
             str(settings.runtime["http_listen"]),
         )
-        self._mesh = Child(
+        self._mesh = SupervisedProcess(
             "mesh",
             [sys.executable, "-m", "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", settings.mesh))],
             str(settings.mesh["http_listen"]),

@@ -19,7 +19,7 @@ _LOOK_S = 10.0  # between questions, and the longest wait for an answer
 _LOOKS = 3  # a minute in all
 
 
-class Child:
+class SupervisedProcess:
     """One supervised process: started, started again when it dies or hangs, stopped with SIGTERM.
 
     `http`: where it answers HTTP, "unix:PATH" or "HOST:PORT". Once it has answered, `looks` questions in a row without an answer, one every

@@ -23,7 +23,7 @@ _LOADS_EVERY_S = 2.0
 _AT_MOST_EVERY_S = 0.1
 
 
-class Publisher:
+class Heartbeat:
     """`identity`: a record with what doesn't change (start, addresses, labels). `snapshot` and `num_loading` tell of now."""
 
     def __init__(

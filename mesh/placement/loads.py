@@ -15,7 +15,7 @@ from mesh.metrics import Metrics
 from mesh.placement.copies import Changes, LocalCopies, LocalCopy, epoch_ms
 from mesh.placement.eviction import make_room
 from mesh.placement.load_times import LoadTimes
-from mesh.placement.record_updates import Announcer
+from mesh.placement.record_updates import RecordUpdates
 from mesh.types import CopyState, LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class LocalLoads:
     def __init__(
         self,
         runtime: RuntimeClient,
-        announcer: Announcer,
+        announcer: RecordUpdates,
         copies: LocalCopies,
         changes: Changes,
         metrics: Metrics,

@@ -17,8 +17,8 @@ from mesh.placement.load_times import remaining_s
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_status import OwnCopy, blocked_for_s, may_load, status_of
 from mesh.placement.pod_selection import Pod, choose_pod
-from mesh.placement.record_updates import Announcer
-from mesh.placement.runtime_monitor import RuntimeFollower
+from mesh.placement.record_updates import RecordUpdates
+from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import CAPACITY_UNIT_BYTES, InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
 from mesh.types import CopyState, ModelStatus, RuntimeClient, RuntimeSnapshot, StatusInfo
@@ -42,7 +42,7 @@ class Placement:
         self,
         registry: Registry,
         runtime: RuntimeClient,
-        announcer: Announcer,
+        announcer: RecordUpdates,
         copies: LocalCopies,
         loads: LocalLoads,
         peers: PeerLoads,
@@ -55,7 +55,7 @@ class Placement:
         self._announcer = announcer
         self._copies = copies
         self._loads = loads
-        self._follower = RuntimeFollower(runtime, copies, loads, changes, first_ready=self._first_ready, changed=self._runtime_changed)
+        self._follower = RuntimeMonitor(runtime, copies, loads, changes, first_ready=self._first_ready, changed=self._runtime_changed)
         self._peers = peers
         self._changes = changes
         self._failure_expiry_s = failure_expiry_s
@@ -63,7 +63,7 @@ class Placement:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def runtime(self) -> RuntimeFollower:
+    def runtime(self) -> RuntimeMonitor:
         return self._follower
 
     def start(self) -> None:

@@ -16,7 +16,7 @@ from mesh.types import ModelInfo
 V = TypeVar("V")
 
 
-class Announcer:
+class RecordUpdates:
     """All calls raise StoreError; a model that is no longer registered is left alone (`loading` raises NotFound)."""
 
     def __init__(self, models: Models, own_id: str) -> None:

@@ -20,7 +20,7 @@ _REFUSED_S = 2.0  # one that says at once that it never will be is asked again a
 _SETTLE_S = 0.3  # one that tells nothing of itself gets this long to come to itself
 
 
-class RuntimeFollower:
+class RuntimeMonitor:
     """`first_ready` is called once, when the runtime is ready for the first time."""
 
     def __init__(

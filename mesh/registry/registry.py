@@ -11,7 +11,7 @@ from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
 from mesh.registry.records import ModelRecord
 from mesh.registry.registration import belongs_to, check_name, concrete_id
-from mesh.registry.vmodel_plan import Wish
+from mesh.registry.vmodel_plan import VModelRequest
 from mesh.registry.vmodels import VModels
 from mesh.store.protocol import Store
 from mesh.types import ModelInfo
@@ -173,7 +173,7 @@ class Registry:
             raise AlreadyExists(f"{name} is already registered as a model id with other attributes; remove it first")
         target_id = concrete_id(name, info)
         fresh = entry_time_ms(0, now_ms, load_now=False)
-        await self.vmodels.set(Wish(name, target_id, info, auto_delete=True), now_ms=fresh, is_loaded=is_loaded)
+        await self.vmodels.set(VModelRequest(name, target_id, info, auto_delete=True), now_ms=fresh, is_loaded=is_loaded)
         return target_id
 
     async def set_alias(self, alias: str, target: str, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
@@ -185,7 +185,7 @@ class Registry:
         if own is not None and belongs_to(own.target_id, alias) and target != alias:
             raise AlreadyExists(f"{alias} is a registered model; an alias must have a name of its own")
         model_id = await self.resolve_fresh(target)
-        await self.vmodels.set(Wish(alias, model_id), now_ms=now_ms, is_loaded=is_loaded)
+        await self.vmodels.set(VModelRequest(alias, model_id), now_ms=now_ms, is_loaded=is_loaded)
         return model_id
 
     async def remove_alias(self, alias: str) -> None:

@@ -16,7 +16,7 @@ from mesh.types import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class VModelRequest:
     """setVModel's request. `info` None: the target must exist. `expected_target_id` and `owner` empty: whatever they are."""
 
     vmodel_id: str
@@ -30,7 +30,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class VModelView:
     """The records that a plan is made from; `models` holds those of active, target and new target, None for one that doesn't exist."""
 
     vmodel: VModelRecord | None
@@ -38,14 +38,14 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class VModelPlan:
     """The records as they shall be (None: deleted); `models` holds only those that change. Equal to the view: nothing to do."""
 
     vmodel: VModelRecord | None
     models: Mapping[str, ModelRecord | None] = field(default_factory=dict)
 
 
-def plan_set(wish: Wish, view: View, *, target_is_loaded: bool, now_ms: int, default_owner: str) -> Plan:
+def plan_set(wish: VModelRequest, view: VModelView, *, target_is_loaded: bool, now_ms: int, default_owner: str) -> VModelPlan:
     """Raises InvalidRequest, NotFound, AlreadyExists, PreconditionFailed, with ModelMesh's texts."""
     vmodel = view.vmodel
     _check(wish, view)
@@ -80,30 +80,30 @@ def plan_set(wish: Wish, view: View, *, target_is_loaded: bool, now_ms: int, def
     return _plan(view, new, wish.target_id, created)
 
 
-def plan_finish(view: View, *, target_id: str) -> Plan:
+def plan_finish(view: VModelView, *, target_id: str) -> VModelPlan:
     """The target is loaded: it becomes the active one, unless the vmodel has meanwhile been moved elsewhere."""
     vmodel = view.vmodel
     if vmodel is None or vmodel.target_id != target_id or not vmodel.moving:
-        return Plan(vmodel)
+        return VModelPlan(vmodel)
     return _plan(view, msgspec.structs.replace(vmodel, active_id=target_id, failed=False))
 
 
-def plan_park(view: View, *, target_id: str) -> Plan:
+def plan_park(view: VModelView, *, target_id: str) -> VModelPlan:
     """The target could not be loaded: the active one goes on answering."""
     vmodel = view.vmodel
     if vmodel is None or vmodel.target_id != target_id or not vmodel.moving:
-        return Plan(vmodel)
-    return Plan(msgspec.structs.replace(vmodel, failed=True))
+        return VModelPlan(vmodel)
+    return VModelPlan(msgspec.structs.replace(vmodel, failed=True))
 
 
-def plan_delete(view: View, *, owner: str) -> Plan:
+def plan_delete(view: VModelView, *, owner: str) -> VModelPlan:
     """An absent vmodel, or another owner's: nothing."""
     if view.vmodel is None or (owner and owner != view.vmodel.owner):
-        return Plan(view.vmodel)
+        return VModelPlan(view.vmodel)
     return _plan(view, None)
 
 
-def _check(wish: Wish, view: View) -> None:
+def _check(wish: VModelRequest, view: VModelView) -> None:
     if not wish.vmodel_id:
         raise InvalidRequest("must provide non-empty vModelId")
     if not wish.target_id:
@@ -123,7 +123,7 @@ def _check(wish: Wish, view: View) -> None:
         )
 
 
-def _plan(view: View, new: VModelRecord | None, target_id: str = "", target: ModelRecord | None = None) -> Plan:
+def _plan(view: VModelView, new: VModelRecord | None, target_id: str = "", target: ModelRecord | None = None) -> VModelPlan:
     """The new vmodel record and what it does to the models it refers to or no longer does. `target` replaces the viewed record."""
     before, after = _referred(view.vmodel), _referred(new)
     viewed = dict(view.models)
@@ -134,7 +134,7 @@ def _plan(view: View, new: VModelRecord | None, target_id: str = "", target: Mod
     planned |= {model_id: _with_refs(viewed.get(model_id), -1) for model_id in before - after}
     if target is not None:
         planned.setdefault(target_id, target)
-    return Plan(new, {model_id: model for model_id, model in planned.items() if model != view.models.get(model_id)})
+    return VModelPlan(new, {model_id: model for model_id, model in planned.items() if model != view.models.get(model_id)})
 
 
 def _referred(vmodel: VModelRecord | None) -> set[str]:

@@ -9,7 +9,7 @@ from mesh.errors import StoreUncertain
 from mesh.registry.models import Models, check_registrable
 from mesh.registry.records import ModelRecord, VModelRecord
 from mesh.registry.table import Table, Versioned
-from mesh.registry.vmodel_plan import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
+from mesh.registry.vmodel_plan import VModelPlan, VModelRequest, VModelView, plan_delete, plan_finish, plan_park, plan_set
 from mesh.store.protocol import Compare, Store, Write
 
 
@@ -26,12 +26,12 @@ class VModels:
     async def find(self, vmodel_id: str) -> VModelRecord | None:
         return await self.table.find(vmodel_id)
 
-    async def set(self, wish: Wish, *, now_ms: int, is_loaded: Callable[[str], bool]) -> VModelRecord:
+    async def set(self, wish: VModelRequest, *, now_ms: int, is_loaded: Callable[[str], bool]) -> VModelRecord:
         """Create or move. Raises as moves.plan_set, and StoreError."""
         if wish.info is not None and wish.target_id:
             check_registrable(wish.target_id, wish.info)
 
-        def plan(view: View) -> Plan:
+        def plan(view: VModelView) -> VModelPlan:
             return plan_set(
                 wish, view, target_is_loaded=is_loaded(wish.target_id), now_ms=now_ms, default_owner=self._default_owner
             )
@@ -52,7 +52,7 @@ class VModels:
         """Idempotent."""
         await self._transact(vmodel_id, lambda view: plan_delete(view, owner=owner))
 
-    async def _transact(self, vmodel_id: str, plan: Callable[[View], Plan], involved: Iterable[str] = ()) -> VModelRecord | None:
+    async def _transact(self, vmodel_id: str, plan: Callable[[VModelView], VModelPlan], involved: Iterable[str] = ()) -> VModelRecord | None:
         """Read what the plan may touch, plan, and write it all at once, on condition that nothing read has changed; until it succeeds."""
         vmodel = await self.table.read(vmodel_id)
         models: dict[str, Versioned[ModelRecord]] = {}
@@ -60,7 +60,7 @@ class VModels:
         while True:
             for model_id in {*involved, *_referred(vmodel.record)} - {"", *models}:
                 models[model_id] = await self._models.table.read(model_id)
-            planned = plan(View(vmodel.record, {model_id: known.record for model_id, known in models.items()}))
+            planned = plan(VModelView(vmodel.record, {model_id: known.record for model_id, known in models.items()}))
             writes, compares = self._stage(vmodel_id, vmodel, models, planned)
             if not writes:
                 return planned.vmodel
@@ -87,7 +87,7 @@ class VModels:
             }
 
     def _stage(
-        self, vmodel_id: str, vmodel: Versioned[VModelRecord], models: dict[str, Versioned[ModelRecord]], planned: Plan
+        self, vmodel_id: str, vmodel: Versioned[VModelRecord], models: dict[str, Versioned[ModelRecord]], planned: VModelPlan
     ) -> tuple[list[Write], list[Compare]]:
         writes: list[Write] = []
         if planned.vmodel != vmodel.record:

@@ -11,7 +11,7 @@ _LEAST_IN_ALL = 16
 _IN_ALL_FOR_ONE = 8
 
 
-class Turns:
+class ConcurrencyLimit:
     """`limit`: requests at once, at least 1. Running and waiting ones together are max(16, 8 × limit), as in ModelMesh."""
 
     def __init__(self, limit: int) -> None:

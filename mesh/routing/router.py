@@ -18,7 +18,7 @@ from mesh.placement.placement import Placement
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registration import name_in
 from mesh.registry.registry import Registry
-from mesh.routing.concurrency_limit import Turns
+from mesh.routing.concurrency_limit import ConcurrencyLimit
 from mesh.routing.copy_selection import Candidate, choose
 from mesh.types import CopyState, ModelStatus, Target, Tier
 
@@ -58,7 +58,7 @@ class CopyRouter:
         self._limits = limits
         self._to_peers: Counter[tuple[str, str]] = Counter()
         self._forgotten_until_s: dict[tuple[str, str], float] = {}
-        self._turns: dict[str, tuple[int, Turns]] = {}  # of local copies with a limit, and which load of theirs
+        self._turns: dict[str, tuple[int, ConcurrencyLimit]] = {}  # of local copies with a limit, and which load of theirs
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -130,7 +130,7 @@ class CopyRouter:
             return True
         generation, turns = self._turns.get(model_id, (0, None))
         if turns is None or generation != copy.started_ms:
-            turns = Turns(copy.max_concurrency)
+            turns = ConcurrencyLimit(copy.max_concurrency)
             self._turns[model_id] = copy.started_ms, turns
         await self._held(model_id, deadline_s, turns.take(self._registry.name_of(model_id)), "free")
         if copy.started_ms == target.generation and copy.loaded:

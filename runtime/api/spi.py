@@ -15,7 +15,7 @@ from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError
 from runtime.models.capacity import Capacity, capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
-from runtime.puller.inspection import Fitter
+from runtime.puller.inspection import ModelInspector
 from runtime.types import ModelSettings, ModelSource
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
@@ -33,7 +33,7 @@ _ID_IN_FIELD_1 = (
 class ModelRuntimeApi(ModelRuntimeServicer):
     """One runtime's SPI. `cache_budget_bytes` is the disk tier's size."""
 
-    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: Fitter, cache_budget_bytes: int) -> None:
+    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: ModelInspector, cache_budget_bytes: int) -> None:
         self._config = config
         self._engine = engine
         self._models = models

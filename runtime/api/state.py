@@ -18,8 +18,8 @@ from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
 from runtime.models.model_state import ModelView, Phase
-from runtime.puller.inspection import Fitter
-from runtime.puller.sizing import Resident, victims
+from runtime.puller.inspection import ModelInspector
+from runtime.puller.sizing import ResidentBytes, victims
 from runtime.types import Tier
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
@@ -64,7 +64,7 @@ class TokenRate:
 
 
 class RuntimeStateApi(RuntimeStateServicer):
-    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: Fitter, cache_budget_bytes: int) -> None:
+    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: ModelInspector, cache_budget_bytes: int) -> None:
         self._config = config
         self._engine = engine
         self._models = models
@@ -141,10 +141,10 @@ class RuntimeStateApi(RuntimeStateServicer):
             exact=look.exact,
         )
 
-    def _residents(self, stats: EngineStats | None, leave_out: str) -> list[Resident]:
+    def _residents(self, stats: EngineStats | None, leave_out: str) -> list[ResidentBytes]:
         last_used = {view.model_id: view.last_used_s for view in self._models.views()}
         return [
-            Resident(model.model_id, model.device_bytes, model.running + model.waiting > 0, last_used.get(model.model_id, 0.0))
+            ResidentBytes(model.model_id, model.device_bytes, model.running + model.waiting > 0, last_used.get(model.model_id, 0.0))
             for model in (stats.models if stats is not None else ())
             if model.device_bytes and model.model_id != leave_out
         ]

@@ -21,7 +21,7 @@ _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelConfig:
     """A model's configuration, judged. `config` is transformers' object and `model_class` its …ForCausalLM."""
 
     model_id: str
@@ -38,7 +38,7 @@ class ModelCard:
         return str(self.model_class.__name__)
 
 
-def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelCard:
+def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelConfig:
     """Raises LoadFailed naming what is missing, unsupported or out of bounds."""
     if checkpoint.dtype not in _DTYPES:
         raise LoadFailed(f"model {model_id}: dtype {checkpoint.dtype} is not one of {', '.join(_DTYPES)}")
@@ -50,14 +50,14 @@ def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) 
         raise LoadFailed(f"model {model_id}: config.json can't be used: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelCard:
+def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelConfig:
     config = AutoConfig.from_pretrained(checkpoint.model_dir, local_files_only=True, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise LoadFailed(f"model {model_id}: {type(config).__name__} is no causal language model")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if reason := _unsupported(config, model_class):
         raise LoadFailed(f"model {model_id}: {model_class.__name__} is not supported: {reason}")
-    return ModelCard(
+    return ModelConfig(
         model_id=model_id,
         config=config,
         model_class=model_class,
@@ -69,7 +69,7 @@ def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> M
     )
 
 
-def check_sizes(card: ModelCard, num_tensors: int) -> None:
+def check_sizes(card: ModelConfig, num_tensors: int) -> None:
     """Before the module is built: layers that the files can't hold would take all time and memory. Raises LoadFailed."""
     if card.num_layers < 1 or card.vocab_size < 1:
         raise LoadFailed(f"config.json says {card.num_layers} layers and a vocabulary of {card.vocab_size}")

@@ -19,7 +19,7 @@ import msgspec
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.import_stubs import leave_out, without_compiler
-from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.engine_channel import Channel
 from runtime.ipc.messages import Hello
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     config = msgspec.json.decode(options.config, type=EngineConfig)
     # the front decides when the engine ends, and hangs up if it dies itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    blackbox = Blackbox(options.blackbox) if options.blackbox else None
+    blackbox = CrashMarker(options.blackbox) if options.blackbox else None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(options.socket)
 

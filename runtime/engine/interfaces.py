@@ -190,7 +190,7 @@ class LoadRequest:
 
 
 @dataclass(slots=True)
-class LoadedModel:
+class LoadResult:
     runner: Runner
     memory: ModelMemory
 
@@ -200,7 +200,7 @@ class LoadJob(Protocol):
 
     def done(self) -> bool: ...
 
-    def result(self) -> LoadedModel:
+    def result(self) -> LoadResult:
         """The model, or raises runtime.errors.RepertoryError. One that came in spite of a cancellation is the asker's to close, in the engine thread:
         graphs are that thread's alone."""
 

@@ -33,13 +33,13 @@ def refusal(path: Path, max_model_len: int | None) -> str:
 
 def _refusal(folder: Path, max_model_len: int | None) -> str:
     from runtime.checkpoint.model_config import read_card
-    from runtime.engine.model.build.equivalence_check import Prover
+    from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 
     try:
         card = read_card(_NAME, Checkpoint(model_dir=str(folder), dtype="float32"), max_model_len)
     except LoadFailed as error:
         return error.message.removeprefix(f"model {_NAME}: ")
-    verdict = Prover(fuse=False).verdict(card.model_class, card.config)
+    verdict = EquivalenceChecker(fuse=False).verdict(card.model_class, card.config)
     return f"{card.architecture} is not supported: {verdict.reason}" if verdict.refused else ""
 
 

@@ -22,9 +22,9 @@ from runtime.config.schema import EngineConfig
 from runtime.engine_client.changes import Changes
 from runtime.engine_client.process import EngineProcess, engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
-from runtime.engine_client.streams import Pace, RowStream
+from runtime.engine_client.streams import DeliveryPacer, RowStream
 from runtime.errors import RepertoryError, Unavailable, from_code
-from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
     Abort,
     Add,
@@ -86,13 +86,13 @@ class EngineClient:
         self._command = command
         self._restart = restart or RestartPolicy()
         self._run_dir = Path(tempfile.mkdtemp(prefix="repertory-engine-"))
-        self._blackbox = Blackbox(self._run_dir / "blackbox")
+        self._blackbox = CrashMarker(self._run_dir / "blackbox")
         self._listener: EngineListener | None = None
         self._life: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._hello: asyncio.Future[Hello] | None = None
         self._streams: dict[int, RowStream] = {}
-        self._pace = Pace()
+        self._pace = DeliveryPacer()
         self._open: Counter[str] = Counter()
         self._loads: dict[str, deque[asyncio.Future[ModelFacts]]] = {}
         self._unloads: dict[str, deque[asyncio.Future[None]]] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 _NAME = re.compile(r"^repertory-(\d+)-[0-9a-f]{8}$")
 
 
-class HostArena:
+class SharedMemoryFile:
     """An empty file that the engine sizes. `remove` when the front ends."""
 
     def __init__(self, shared_memory: Path = Path("/dev/shm")) -> None:

@@ -88,7 +88,7 @@ class RowStream:
             self._waiter.set_result(None)
 
 
-class Pace:
+class DeliveryPacer:
     """Wakes each consumer no more often than one event for every open sequence takes to send.
 
     Below that rate every step's token goes out by itself. Above it the processes on the way can't follow: unpaced, they would fall behind by

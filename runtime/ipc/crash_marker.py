@@ -12,7 +12,7 @@ _SIZE_BYTES = 4096
 _LENGTH = struct.Struct("<H")
 
 
-class Blackbox:
+class CrashMarker:
     """A mapped file with one model id in it. `mark` costs about a microsecond, nothing when the model is the same as before."""
 
     def __init__(self, path: str | Path) -> None:

@@ -29,7 +29,7 @@ from runtime.interfaces import ServedModel
 from runtime.ipc.messages import Hello, Load
 from runtime.models.model_key import fingerprint
 from runtime.models.model_state import ModelView, Phase, Prepared, Preparer, Progress
-from runtime.models.operations import Kind, Ticket, settled
+from runtime.models.operations import Operation, OperationKind, settled
 from runtime.models.quarantine import Quarantine
 from runtime.text.text_model import TextModel
 from runtime.types import ModelFacts, ModelSettings, ModelSource
@@ -69,7 +69,7 @@ class Models:
         self._preparer = preparer
         self._load_text = load_text
         self._entries: dict[str, _Entry] = {}
-        self._tails: dict[str, Ticket] = {}
+        self._tails: dict[str, Operation] = {}
         self._quarantine = Quarantine()
         self._slots = asyncio.Semaphore(config.max_loading_concurrency)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency, thread_name_prefix="text")
@@ -118,7 +118,7 @@ class Models:
         """
         mark = fingerprint(source, settings)
         tail = self._tails.get(model_id)
-        while tail is not None and tail.kind is Kind.RETURN and tail.mark == mark:
+        while tail is not None and tail.kind is OperationKind.RETURN and tail.mark == mark:
             await self._join(model_id, tail)
             tail = self._tails.get(model_id)
         if self._closing:
@@ -129,8 +129,8 @@ class Models:
             if entry is not None and entry.phase is Phase.LOADED and entry.mark == mark:
                 assert entry.served is not None
                 return entry.served
-        if tail is None or tail.kind is Kind.UNLOAD or tail.mark != mark:
-            tail = self._enqueue(model_id, Kind.LOAD, mark, lambda: self._load(model_id, source, settings, mark))
+        if tail is None or tail.kind is OperationKind.UNLOAD or tail.mark != mark:
+            tail = self._enqueue(model_id, OperationKind.LOAD, mark, lambda: self._load(model_id, source, settings, mark))
         await self._join(model_id, tail)
         entry = self._entries.get(model_id)
         if entry is None or entry.served is None:
@@ -143,12 +143,12 @@ class Models:
         entry = self._entries.get(model_id)
         if tail is None and entry is None:
             return
-        if tail is None or tail.kind is not Kind.UNLOAD:
+        if tail is None or tail.kind is not OperationKind.UNLOAD:
             if entry is not None and entry.phase in (Phase.LOADED, Phase.RETURNING):
                 entry.phase = Phase.UNLOADING      # from now on new requests get NOT_FOUND
             if tail is not None:
                 tail.cancel()
-            tail = self._enqueue(model_id, Kind.UNLOAD, b"", lambda: self._unload(model_id))
+            tail = self._enqueue(model_id, OperationKind.UNLOAD, b"", lambda: self._unload(model_id))
         await asyncio.shield(tail.task)
 
     async def purge(self) -> None:
@@ -175,7 +175,7 @@ class Models:
     def engine_ready(self, hello: Hello) -> None:
         for entry in self._entries.values():
             if entry.phase is Phase.RETURNING:
-                self._enqueue(entry.model_id, Kind.RETURN, entry.mark, lambda entry=entry: self._return(entry))  # type: ignore[misc]
+                self._enqueue(entry.model_id, OperationKind.RETURN, entry.mark, lambda entry=entry: self._return(entry))  # type: ignore[misc]
 
     def engine_died(self, death: EngineDeath) -> None:
         names = {*death.loading, *([death.stepping] if death.stepping is not None else [])}
@@ -197,7 +197,7 @@ class Models:
 
     # Order
 
-    def _enqueue(self, model_id: str, kind: Kind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]) -> Ticket:
+    def _enqueue(self, model_id: str, kind: OperationKind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]) -> Operation:
         before = self._tails.get(model_id)
 
         async def run() -> None:
@@ -210,20 +210,20 @@ class Models:
                     del self._tails[model_id]
                 self.changes.notify()
 
-        ticket = Ticket(kind, mark, asyncio.create_task(run(), name=f"{kind.name.lower()} {model_id}"))
+        ticket = Operation(kind, mark, asyncio.create_task(run(), name=f"{kind.name.lower()} {model_id}"))
         # whoever waits has the result; a task without a waiter (a model's return) has logged it
         ticket.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._tails[model_id] = ticket
         return ticket
 
-    async def _join(self, model_id: str, ticket: Ticket) -> None:
+    async def _join(self, model_id: str, ticket: Operation) -> None:
         ticket.waiters += 1
         try:
             await asyncio.shield(ticket.task)
         except asyncio.CancelledError:
             if ticket.task.cancelled():
                 raise Cancelled(f"model {model_id!r} was unloaded while it was loading") from None
-            if ticket.waiters == 1 and ticket.kind is Kind.LOAD:
+            if ticket.waiters == 1 and ticket.kind is OperationKind.LOAD:
                 ticket.cancel()
             raise
         finally:

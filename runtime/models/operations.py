@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 
-class Kind(Enum):
+class OperationKind(Enum):
     LOAD = auto()
     RETURN = auto()
     UNLOAD = auto()
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
+class Operation:
     """One operation on one id, in its queue. `waiters` counts callers of a load; the last to leave takes it along."""
 
-    kind: Kind
+    kind: OperationKind
     mark: bytes
     task: "asyncio.Task[None]"
     waiters: int = 0

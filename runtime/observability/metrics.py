@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics import MetricWrapperBase
 
 from runtime.ipc.messages import EngineStats, ModelStats, RowTokens
-from runtime.observability.token_counters import TokenTallies
+from runtime.observability.token_counters import ModelTokenCounters
 from runtime.types import FinishReason, Tier
 
 _M = TypeVar("_M", bound=MetricWrapperBase)
@@ -38,7 +38,7 @@ class Instruments:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.by_model: list[MetricWrapperBase] = []
-        self.tallies = TokenTallies(_LABEL[0], _INTER_TOKEN_S)
+        self.tallies = ModelTokenCounters(_LABEL[0], _INTER_TOKEN_S)
         registry.register(self.tallies)
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that were started.")
         self.success = self._counter("vllm:request_success", "Sequences that ended, by reason.", "finished_reason")

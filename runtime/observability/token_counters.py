@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 
-class TokenTally:
+class TokenCounters:
     """One model's: tokens, and the time between them by bucket."""
 
     __slots__ = ("_bounds_s", "by_bucket", "gaps_s", "tokens")
@@ -27,17 +27,17 @@ class TokenTally:
         self.gaps_s += seconds
 
 
-class TokenTallies(Collector):
+class ModelTokenCounters(Collector):
     """All models', as two metrics with one label."""
 
     def __init__(self, label: str, bounds_s: Sequence[float]) -> None:
         self._label = label
         self._bounds_s = tuple(bounds_s)
         self._names = [*map(str, self._bounds_s), "+Inf"]
-        self._tallies: dict[str, TokenTally] = {}
+        self._tallies: dict[str, TokenCounters] = {}
 
-    def of(self, name: str) -> TokenTally:
-        return self._tallies.setdefault(name, TokenTally(self._bounds_s))
+    def of(self, name: str) -> TokenCounters:
+        return self._tallies.setdefault(name, TokenCounters(self._bounds_s))
 
     def forget(self, name: str) -> None:
         self._tallies.pop(name, None)

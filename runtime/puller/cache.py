@@ -19,7 +19,7 @@ from pathlib import Path
 
 from runtime.errors import Overloaded, RepertoryError
 from runtime.models.model_state import Phase
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 
 _MANIFEST = ".repertory.json"
 _POLL_S = 0.1
@@ -98,7 +98,7 @@ class Cache:
         _touch(path)
         return Held(path, lock)
 
-    def obtain(self, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], job: Job, what: str) -> Held:
+    def obtain(self, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], job: PullJob, what: str) -> Held:
         """The entry, held; made by `fill` into an empty or half-filled directory if there is none yet. Of many who ask, one fills.
 
         A `fill` that raises leaves what it has for the next try, except on a full disk. Raises Overloaded when the bytes can't be had.

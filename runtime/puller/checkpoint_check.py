@@ -21,7 +21,7 @@ LARGEST_JSON_BYTES = 64 * 1024 * 1024    # of a configuration or an index; the l
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
-class Kind(StrEnum):
+class CheckpointKind(StrEnum):
     SAFETENSORS = "safetensors"
     BITSANDBYTES = "bitsandbytes"
     GGUF = "gguf"
@@ -35,10 +35,10 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
+class CheckpointSummary:
     """What was found. GGUF carries its configuration and tokenizer inside: `config` and `tensors` are then empty."""
 
-    kind: Kind
+    kind: CheckpointKind
     model_dir: Path
     weight_files: Sequence[Path]
     config: Mapping[str, object]
@@ -49,7 +49,7 @@ class Inspection:
     identity: str                        # of the files as they are: names, sizes, times
 
 
-def inspect(path: Path, policy: Policy) -> Inspection:
+def inspect(path: Path, policy: Policy) -> CheckpointSummary:
     """`path` is a directory or a .gguf file. Raises LoadFailed naming the file and what is wrong with it."""
     if path.is_file():
         return _inspect_file(path)
@@ -66,7 +66,7 @@ def inspect(path: Path, policy: Policy) -> Inspection:
     _refuse_remote_code(path, config, policy)
     quantization, double_quant = stored_quantization(config)
     files = _safetensors(path)
-    kind = Kind.SAFETENSORS if quantization is Quantization.NONE else Kind.BITSANDBYTES
+    kind = CheckpointKind.SAFETENSORS if quantization is Quantization.NONE else CheckpointKind.BITSANDBYTES
     if not files:
         files = sorted(file for file in path.iterdir() if file.suffix in _PICKLES and file.name != "training_args.bin")
         if not files:
@@ -76,9 +76,9 @@ def inspect(path: Path, policy: Policy) -> Inspection:
                 f"{path} has only pickled weights ({files[0].name}), which can run code when they are read; "
                 "convert them to safetensors, or set allow_pickle"
             )
-        kind = Kind.PICKLE
-    tensors = [] if kind is Kind.PICKLE else [tensor for file in files for tensor in read_header(file).tensors]
-    return Inspection(
+        kind = CheckpointKind.PICKLE
+    tensors = [] if kind is CheckpointKind.PICKLE else [tensor for file in files for tensor in read_header(file).tensors]
+    return CheckpointSummary(
         kind, path, files, config, tensors, quantization, double_quant, _needs_tokenizer(path), _identity([path / "config.json", *files])
     )
 
@@ -107,14 +107,14 @@ def parse_json(name: str, data: bytes) -> dict[str, object]:
     return value
 
 
-def _inspect_file(path: Path) -> Inspection:
+def _inspect_file(path: Path) -> CheckpointSummary:
     if path.suffix != ".gguf":
         raise LoadFailed(f"{path}: a single file must be .gguf; name the directory of a safetensors checkpoint")
     with path.open("rb") as file:
         magic = file.read(8)
     if magic[:4] != b"GGUF":
         raise LoadFailed(f"{path} is no GGUF file: it begins with {magic[:4]!r}")
-    return Inspection(Kind.GGUF, path.parent, [path], {}, [], Quantization.NONE, False, True, _identity([path]))
+    return CheckpointSummary(CheckpointKind.GGUF, path.parent, [path], {}, [], Quantization.NONE, False, True, _identity([path]))
 
 
 def _safetensors(path: Path) -> list[Path]:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from runtime.errors import Cancelled
 from runtime.models.model_state import Phase
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.source import Listing, RemoteFile, Source
 
 _FILES_AT_ONCE = 8
 
 
-def pull(source: Source, listing: Listing, directory: Path, job: Job) -> None:
+def pull(source: Source, listing: Listing, directory: Path, job: PullJob) -> None:
     """Fetch what isn't there yet. Raises what the first file that fails raises, once the others have stopped."""
     lock = threading.Lock()
     failed = threading.Event()

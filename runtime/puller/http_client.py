@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from runtime.errors import LoadFailed
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, RemoteFile, Unreachable
 
 _CHUNK_BYTES = 1024 * 1024
@@ -109,7 +109,7 @@ class HttpClient:
             time.sleep(0.25 * 2**attempt)
         raise AssertionError("the last try returns or raises")
 
-    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
         """Bring a file, going on where an earlier try ended, if it is still the same file. Raises LoadFailed, and OSError for our own disk."""
         done = target.with_name(target.name + ".part")
         tag = target.with_name(target.name + ".tag")
@@ -140,7 +140,7 @@ class HttpClient:
         done.rename(target)
         tag.unlink(missing_ok=True)
 
-    def _receive(self, file: RemoteFile, done: Path, job: Job, arrived: Arrived) -> None:
+    def _receive(self, file: RemoteFile, done: Path, job: PullJob, arrived: Arrived) -> None:
         start = _size(done)
         if start and 0 <= file.size_bytes <= start:
             return
@@ -186,7 +186,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _verify(file: RemoteFile, path: Path, job: Job) -> None:
+def _verify(file: RemoteFile, path: Path, job: PullJob) -> None:
     size_bytes = path.stat().st_size
     if file.size_bytes >= 0 and size_bytes != file.size_bytes:
         path.unlink()

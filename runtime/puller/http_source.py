@@ -7,7 +7,7 @@ from pathlib import Path
 from runtime.errors import LoadFailed
 from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, parse_json
 from runtime.puller.http_client import HttpClient
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name
 
 _INDEX = "model.safetensors.index.json"
@@ -24,7 +24,7 @@ class WebSource:
         self._origin = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
         self._client = client
 
-    def listing(self, job: Job) -> Listing:
+    def listing(self, job: PullJob) -> Listing:
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(self._url).path)).name
         if name.endswith(".gguf"):
             file = self._client.look(name, self._url)
@@ -41,10 +41,10 @@ class WebSource:
                 files.append(file)
         return Listing(self._origin, files)
 
-    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
         self._client.fetch(file, target, job, arrived)
 
-    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+    def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
         return self._client.read(file.location, start, count)
 
     def _weights(self) -> Sequence[RemoteFile]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.http_client import AGAIN, HttpClient
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
 
 
@@ -26,7 +26,7 @@ class HubSource:
         self._allow_pickle = allow_pickle
         self._client = HttpClient()
 
-    def listing(self, job: Job) -> Listing:
+    def listing(self, job: PullJob) -> Listing:
         from huggingface_hub import HfApi, constants, get_token, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -67,8 +67,8 @@ class HubSource:
             return Listing(f"hf://{self._repo}@{info.sha}/{self._file}", chosen)
         return Listing(f"hf://{self._repo}@{info.sha}", wanted(files, origin, allow_pickle=self._allow_pickle))
 
-    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
         self._client.fetch(file, target, job, arrived)
 
-    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+    def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
         return self._client.read(file.location, start, count)

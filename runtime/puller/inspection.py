@@ -13,7 +13,7 @@ from runtime.types import ModelSettings, ModelSource, Quantization
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ModelMetadata:
     """What was found. `exact`: from the files' own index, not estimated. `config`: config.json, or of `gguf_file` what it says of itself."""
 
     geometry: Geometry
@@ -24,9 +24,9 @@ class Look:
     gguf_file: Path | None = None
 
 
-class Fitter(Protocol):
-    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
+class ModelInspector(Protocol):
+    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> ModelMetadata:
         """`local_only`: raise LoadFailed at once where it would need the network. Raises InvalidRequest, LoadFailed."""
 
-    async def refusal(self, look: Look, settings: ModelSettings) -> str:
+    async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         """Why the engine can't run what was found, whatever its size; empty if it can. Takes seconds, the first time."""

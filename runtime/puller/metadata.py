@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from runtime.errors import LoadFailed
-from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, Inspection, Kind, parse_json
+from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, CheckpointKind, CheckpointSummary, parse_json
 from runtime.puller.gguf_metadata import read_gguf
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.safetensors_header import header_length, parse_header
 from runtime.puller.sizing import TensorShape
 from runtime.puller.source import RemoteFile, Source
@@ -13,13 +13,13 @@ from runtime.puller.source import RemoteFile, Source
 Found = tuple[Mapping[str, object], Sequence[TensorShape]]
 
 
-def look_local(found: Inspection) -> Found:
-    if found.kind is Kind.GGUF:
+def look_local(found: CheckpointSummary) -> Found:
+    if found.kind is CheckpointKind.GGUF:
         return read_gguf(found.weight_files[0])
     return found.config, found.tensors
 
 
-def look_remote(source: Source, job: Job) -> Found:
+def look_remote(source: Source, job: PullJob) -> Found:
     """Raises LoadFailed; for GGUF, whose index can be megabytes in, saying that it must be pulled first."""
     listing = source.listing(job)
     by_name = {file.name: file for file in listing.files}
@@ -37,6 +37,6 @@ def look_remote(source: Source, job: Job) -> Found:
     return config, tensors
 
 
-def _read_shapes(source: Source, file: RemoteFile, job: Job) -> Sequence[TensorShape]:
+def _read_shapes(source: Source, file: RemoteFile, job: PullJob) -> Sequence[TensorShape]:
     length = header_length(file.name, source.read(file, 0, 8, job), file.size_bytes if file.size_bytes >= 0 else 1 << 62)
     return parse_header(file.name, source.read(file, 8, length, job)).tensors

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import LoadFailed, RepertoryError
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
 
 _CHUNK_BYTES = 8 * 1024 * 1024
@@ -43,7 +43,7 @@ class BucketSource:
         self._prefix = prefix.strip("/")
         self._allow_pickle = allow_pickle
 
-    def listing(self, job: Job) -> Listing:
+    def listing(self, job: PullJob) -> Listing:
         origin = f"{self._bucket.origin}/{self._prefix}"
         files: list[RemoteFile] = []
         with _told(origin, "listed", self._bucket.away):
@@ -63,7 +63,7 @@ class BucketSource:
             return Listing(origin, files)
         return Listing(origin, wanted(files, origin, allow_pickle=self._allow_pickle))
 
-    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
         if target.exists():
             arrived(target.stat().st_size)
             return
@@ -99,7 +99,7 @@ class BucketSource:
         _verify(file, part, job)
         part.rename(target)
 
-    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+    def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
         with _told(f"{self._bucket.origin}/{file.location}", "read"):
             return self._bucket.read(file, start, count)
 
@@ -108,7 +108,7 @@ def missing_extra(extra: str, package: str) -> RepertoryError:
     return LoadFailed(f"reading from this store needs {package}: install repertory[{extra}]")
 
 
-def _verify(file: RemoteFile, path: Path, job: Job) -> None:
+def _verify(file: RemoteFile, path: Path, job: PullJob) -> None:
     """By what the store gives; an object that was put together of parts has no MD5, and in Google's store a CRC32C."""
     update: Callable[[bytes], None]
     if file.sha256 or file.md5:

@@ -11,13 +11,13 @@ import msgspec
 from runtime.errors import LoadFailed, from_code
 from runtime.models.model_state import Phase
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackProgress, PackRequest
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 
 _STDERR_LINES = 20
 _POLL_S = 0.1
 
 
-def run_packer(request: PackRequest, job: Job) -> None:
+def run_packer(request: PackRequest, job: PullJob) -> None:
     """Blocks until the packed directory is filled. Raises what the packer says, LoadFailed if it dies, OSError (ENOSPC) on a full disk."""
     command = [sys.executable, "-m", "runtime.puller.pack"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -60,7 +60,7 @@ def run_packer(request: PackRequest, job: Job) -> None:
     raise LoadFailed(f"the packer ended without a word (exit status {process.returncode}; killed for its memory?): {tail}")
 
 
-def _hear(stream: IO[bytes], job: Job, last: list[PackEvent]) -> None:
+def _hear(stream: IO[bytes], job: PullJob, last: list[PackEvent]) -> None:
     decoder = msgspec.json.Decoder(PackEvent)
     for line in stream:
         with suppress(msgspec.DecodeError):

@@ -15,18 +15,18 @@ from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.models.model_state import Phase, Prepared, Report
 from runtime.puller.cache import Cache, Held
-from runtime.puller.checkpoint_check import Inspection, Kind, Policy, inspect, stored_quantization
+from runtime.puller.checkpoint_check import CheckpointKind, CheckpointSummary, Policy, inspect, stored_quantization
 from runtime.puller.download import pull
-from runtime.puller.inspection import Look
+from runtime.puller.inspection import ModelMetadata
 from runtime.puller.metadata import look_local, look_remote
 from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
 from runtime.puller.packer import run_packer
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
 from runtime.puller.safetensors_header import read_header
 from runtime.puller.sizing import DTYPE_BYTES, checkpoint_dtype, compute_dtype, geometry_of, needs_of, tensor_bytes
 from runtime.puller.source import Listing, Source, Unreachable
-from runtime.puller.support_probe import Judge
+from runtime.puller.support_probe import SupportProbe
 from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
 
 log = logging.getLogger(__name__)
@@ -37,37 +37,37 @@ _LOOKS = 256                             # that are remembered
 _GGUF_GROWTH = 4                         # dequantised bytes for one byte of file, at most about
 
 
-class Preparation:
+class CheckpointPreparer:
     """Implements runtime.models.model_state.Preparer and runtime.puller.inspection.Fitter over one disk cache."""
 
-    def __init__(self, config: RuntimeConfig, cache: Cache, packer: Callable[[PackRequest, Job], None] = run_packer) -> None:
+    def __init__(self, config: RuntimeConfig, cache: Cache, packer: Callable[[PackRequest, PullJob], None] = run_packer) -> None:
         self._packer = packer
         self._config = config
         self._cache = cache
-        self._judge = Judge()
-        self._looks: LRUCache[tuple[str, bytes, str], Look] = LRUCache(_LOOKS)
+        self._judge = SupportProbe()
+        self._looks: LRUCache[tuple[str, bytes, str], ModelMetadata] = LRUCache(_LOOKS)
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
 
     async def prepare(self, source: ModelSource, settings: ModelSettings, device: str, report: Report) -> Prepared:
         """See runtime.models.model_state.Preparer."""
-        job = Job(report)
+        job = PullJob(report)
         return await self._in_thread(lambda: self._prepare(source, settings, device, job), job)
 
-    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
+    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> ModelMetadata:
         """See runtime.puller.inspection.Fitter."""
-        job = Job(lambda progress: None)
+        job = PullJob(lambda progress: None)
         return await self._in_thread(lambda: self._look(source, settings, device, local_only, job), job)
 
-    async def refusal(self, look: Look, settings: ModelSettings) -> str:
+    async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         """See runtime.puller.inspection.Fitter."""
-        job = Job(lambda progress: None)
+        job = PullJob(lambda progress: None)
         return await self._in_thread(lambda: self._judge.refusal(look.config, look.gguf_file, settings.max_model_len, job), job)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, work: Callable[[], T], job: Job) -> T:
+    async def _in_thread(self, work: Callable[[], T], job: PullJob) -> T:
         future = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
             return await asyncio.shield(future)
@@ -78,7 +78,7 @@ class Preparation:
             await asyncio.wait((future,))
             raise
 
-    def _prepare(self, source: ModelSource, settings: ModelSettings, device: str, job: Job) -> Prepared:
+    def _prepare(self, source: ModelSource, settings: ModelSettings, device: str, job: PullJob) -> Prepared:
         job.say(Phase.PULLING, 0, 0, "looking")
         place = locate(source, self._config)
         if isinstance(place, Path):
@@ -95,7 +95,7 @@ class Preparation:
             pulled.release()
             raise
 
-    def _listing(self, place: Source, source: ModelSource, job: Job) -> Listing:
+    def _listing(self, place: Source, source: ModelSource, job: PullJob) -> Listing:
         """What the source lists now; if it doesn't answer, what it listed last."""
         # one path may be in two buckets: what was listed of the one says nothing of the other
         name = hashlib.blake2b(msgspec.json.encode(source, order="sorted"), digest_size=16).hexdigest()
@@ -112,15 +112,15 @@ class Preparation:
             self._cache.remember(name, msgspec.json.encode(listing))
         return listing
 
-    def _pull(self, source: Source, listing: Listing, job: Job) -> Held:
+    def _pull(self, source: Source, listing: Listing, job: PullJob) -> Held:
         total_bytes = listing.total_bytes
         return self._cache.obtain("pulled", listing.key, total_bytes, lambda work: pull(source, listing, work, job), job, listing.origin)
 
-    def _from_files(self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: Job) -> Prepared:
+    def _from_files(self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: PullJob) -> Prepared:
         found = inspect(path, self._policy)
         quantization = _quantization(found.quantization, settings, found.model_dir.name)
         dtype = compute_dtype(settings.dtype, checkpoint_dtype(found.config), device)
-        if found.kind is Kind.SAFETENSORS and quantization is Quantization.NONE:
+        if found.kind is CheckpointKind.SAFETENSORS and quantization is Quantization.NONE:
             return self._as_it_lies(found, pulled, dtype, job)
         key = _pack_key(identity or found.identity, settings, device)
         packed = self._find_packed(key)
@@ -134,7 +134,7 @@ class Preparation:
                 if plain is not None:
                     packed_file = plain.checkpoint.packed_file or ""
                     request = msgspec.structs.replace(
-                        request, kind=Kind.SAFETENSORS.value, model_dir=plain.checkpoint.model_dir, weight_files=(packed_file,)
+                        request, kind=CheckpointKind.SAFETENSORS.value, model_dir=plain.checkpoint.model_dir, weight_files=(packed_file,)
                     )
                 self._pack(key, request, _packed_bytes(found, quantization, dtype), job).release()
             finally:
@@ -149,12 +149,12 @@ class Preparation:
 
     def _dequantised(self, request: PackRequest, identity: str, settings: ModelSettings, device: str) -> Prepared | None:
         """A GGUF file's unquantised pack, if there is one: reading GGUF anew takes much longer than quantising."""
-        if request.kind != Kind.GGUF.value or request.quantization is Quantization.NONE:
+        if request.kind != CheckpointKind.GGUF.value or request.quantization is Quantization.NONE:
             return None
         plain = msgspec.structs.replace(settings, quantize=Quantization.NONE, double_quant=False)
         return self._find_packed(_pack_key(identity, plain, device))
 
-    def _as_it_lies(self, found: Inspection, pulled: Held | None, dtype: str, job: Job) -> Prepared:
+    def _as_it_lies(self, found: CheckpointSummary, pulled: Held | None, dtype: str, job: PullJob) -> Prepared:
         model_dir, beside = str(found.model_dir), None
         if found.needs_tokenizer:
             request = PackRequest(
@@ -176,7 +176,7 @@ class Preparation:
 
         return Prepared(checkpoint, release)
 
-    def _pack(self, key: str, request: PackRequest, need_bytes: int, job: Job) -> Held:
+    def _pack(self, key: str, request: PackRequest, need_bytes: int, job: PullJob) -> Held:
         def fill(work: Path) -> None:
             for file in work.iterdir():
                 if file.is_file():
@@ -204,7 +204,7 @@ class Preparation:
         )
         return Prepared(checkpoint, held.release)
 
-    def _look(self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: Job) -> Look:
+    def _look(self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: PullJob) -> ModelMetadata:
         place = locate(source, self._config)
         gguf_file, remembered = None, None
         if isinstance(place, Path):
@@ -213,7 +213,7 @@ class Preparation:
             remembered = (found.identity, msgspec.json.encode(settings), device)
             if (known := self._looks.get(remembered)) is not None:
                 return known
-            gguf_file = found.weight_files[0] if found.kind is Kind.GGUF else None
+            gguf_file = found.weight_files[0] if found.kind is CheckpointKind.GGUF else None
             config, tensors = look_local(found)
             quantization = _quantization(found.quantization, settings, found.model_dir.name)
         elif local_only:
@@ -227,7 +227,7 @@ class Preparation:
             reason = "" if local_only else self._judge.refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         needs = needs_of(geometry, tensors, msgspec.structs.replace(settings, quantize=quantization), device)
-        look = Look(geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file)
+        look = ModelMetadata(geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file)
         if remembered is not None:
             self._looks[remembered] = look
         return look
@@ -248,9 +248,9 @@ def _pack_key(identity: str, settings: ModelSettings, device: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _packed_bytes(found: Inspection, quantization: Quantization, dtype: str) -> int:
+def _packed_bytes(found: CheckpointSummary, quantization: Quantization, dtype: str) -> int:
     if not found.tensors:
-        return sum(file.stat().st_size for file in found.weight_files) * (_GGUF_GROWTH if found.kind is Kind.GGUF else 1)
+        return sum(file.stat().st_size for file in found.weight_files) * (_GGUF_GROWTH if found.kind is CheckpointKind.GGUF else 1)
     return sum(tensor_bytes(tensor, quantization, DTYPE_BYTES[dtype]) for tensor in found.tensors)
 
 

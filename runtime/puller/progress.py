@@ -9,7 +9,7 @@ from runtime.models.model_state import Phase, Progress, Report
 _SHORTEST_S = 0.1
 
 
-class Job:
+class PullJob:
     """`check` between pieces of work, `say` after them; reports that only count on, with the same text, are thinned to ten a second."""
 
     def __init__(self, report: Report) -> None:

@@ -56,7 +56,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
+class ResidentBytes:
     """A model that lies in device memory now."""
 
     model_id: str
@@ -118,7 +118,7 @@ def estimate_parameters(geometry: Geometry) -> int:
     return geometry.num_layers * layer + 2 * geometry.vocab_size * geometry.hidden_size
 
 
-def victims(needed_bytes: int, free_bytes: int, residents: Sequence[Resident]) -> tuple[list[str], int]:
+def victims(needed_bytes: int, free_bytes: int, residents: Sequence[ResidentBytes]) -> tuple[list[str], int]:
     """Who would leave device memory, least recently used and idle first; and the bytes still missing after all of them."""
     missing = needed_bytes - free_bytes
     chosen: list[str] = []

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from runtime.errors import LoadFailed
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 
 _TEXT = (".json", ".txt", ".jinja", ".model")
 _PICKLES = (".bin", ".pt", ".pth")
@@ -60,13 +60,13 @@ Arrived = Callable[[int], None]          # bytes that came, since the last call
 class Source(Protocol):
     """One model at one place. Methods block."""
 
-    def listing(self, job: Job) -> Listing:
+    def listing(self, job: PullJob) -> Listing:
         """The files that a checkpoint needs. Raises LoadFailed saying what couldn't be found or reached."""
 
-    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
         """Bring `file` to `target`, going on from what is there. Checks what the source gives to check by. Raises LoadFailed, OSError."""
 
-    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+    def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
         """Some bytes of a file, to look at headers without fetching it."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cachetools import LRUCache
 
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +25,14 @@ _REMEMBERED = 256
 _LEFT_OUT = ("quantization_config", "_name_or_path", "auto_map")
 
 
-class Judge:
+class SupportProbe:
     """Safe to use from several threads; one question at a time, so that no more than one such process takes memory."""
 
     def __init__(self) -> None:
         self._answers: LRUCache[bytes, str] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
-    def refusal(self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: Job) -> str:
+    def refusal(self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: PullJob) -> str:
         """Why it can't be run; empty if it can, or if that can't be told. `gguf_file` carries its configuration itself."""
         kept = {name: value for name, value in config.items() if name not in _LEFT_OUT}
         status = gguf_file.stat() if gguf_file is not None else None
@@ -52,7 +52,7 @@ class Judge:
             return reason
 
 
-def _ask(path: Path, max_model_len: int | None, job: Job) -> str | None:
+def _ask(path: Path, max_model_len: int | None, job: PullJob) -> str | None:
     command = [sys.executable, "-m", "runtime.engine.support_check", str(path), *([str(max_model_len)] if max_model_len is not None else [])]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

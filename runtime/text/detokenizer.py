@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from runtime.text.token_bytes import START_KEEP, START_STRIP_ONE, Pieces
+from runtime.text.token_bytes import START_KEEP, START_STRIP_ONE, TokenBytes
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
@@ -29,7 +29,7 @@ class ByteDetokenizer:
 
     __slots__ = ("_decode", "_pieces", "_start")
 
-    def __init__(self, pieces: Pieces, at_start: str = START_KEEP) -> None:
+    def __init__(self, pieces: TokenBytes, at_start: str = START_KEEP) -> None:
         """`at_start`: the rule for the text's first token; START_KEEP if a prompt with text goes before."""
         self._pieces = pieces
         self._decode = _UTF8("replace").decode

@@ -24,7 +24,7 @@ class Decoding:
     at_start: str = START_KEEP
 
 
-class Pieces(dict[int, bytes]):
+class TokenBytes(dict[int, bytes]):
     """Token id → bytes, filled as ids are met. Ids outside of the vocabulary, and special tokens if skipped, add nothing."""
 
     def __init__(self, tokenizer: Tokenizer, decoding: Decoding, skipped: frozenset[int]) -> None:

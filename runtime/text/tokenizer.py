@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from runtime.errors import LoadFailed
 from runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from runtime.text.token_bytes import START_KEEP, Decoding, Pieces, byte_level_alphabet, decoding_of
+from runtime.text.token_bytes import START_KEEP, Decoding, TokenBytes, byte_level_alphabet, decoding_of
 from runtime.text.tokenizer_files import TokenizerConfig, TokenSpec
 
 # letters of bytes that no text has, or none that is typed: some vocabularies leave them out
@@ -55,8 +55,8 @@ class TextTokenizer:
         self._special_ids = special
         self._decoding: Decoding | None = decoding_of(tokenizer)
         rule = self._decoding or Decoding(str.encode)
-        self._shown = Pieces(tokenizer, rule, special)
-        self._all = Pieces(tokenizer, rule, frozenset())
+        self._shown = TokenBytes(tokenizer, rule, special)
+        self._all = TokenBytes(tokenizer, rule, frozenset())
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
         self.most_chars_per_token = _most_chars_per_token(tokenizer)
 

@@ -6,7 +6,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from runtime.engine.kernels import sample
 from runtime.engine.kernels.gpu import sample as gpu
-from runtime.engine.model.run.row_state import RowTables
+from runtime.engine.model.run.row_state import RowState
 from runtime.types import SamplingParams
 
 RULES = [
@@ -24,8 +24,8 @@ RULES = [
 ]
 
 
-def tables(rules: list[SamplingParams], device: torch.device) -> RowTables:
-    made = RowTables(device, len(rules))
+def tables(rules: list[SamplingParams], device: torch.device) -> RowState:
+    made = RowState(device, len(rules))
     made.write_rules(list(range(len(rules))), rules)
     return made
 

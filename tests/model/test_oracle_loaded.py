@@ -7,7 +7,7 @@ import torch
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.device.backend import EngineBackend, make_backend
-from runtime.engine.interfaces import LoadedModel, LoadRequest
+from runtime.engine.interfaces import LoadRequest, LoadResult
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 from tests.model.test_oracle import prompts, reference
@@ -17,12 +17,12 @@ from tests.support.families import family
 MAX_ROWS, MAX_TOKENS, KV_SLABS = 6, 64, 12
 
 
-def load(backend: EngineBackend, folder: Path, dtype: str = "float32") -> LoadedModel:
+def load(backend: EngineBackend, folder: Path, dtype: str = "float32") -> LoadResult:
     files = tuple(str(file) for file in folder.glob("*.safetensors"))
     return backend.load(LoadRequest(folder.name, Checkpoint(str(folder), files, dtype=dtype), None)).result()
 
 
-def bring_in(loaded: LoadedModel, first_slab: int) -> Pages:
+def bring_in(loaded: LoadResult, first_slab: int) -> Pages:
     """Weights and KV mapped on slabs from `first_slab` on; the weights may still be coming when this returns."""
     memory = loaded.memory
     memory.swap_in(range(first_slab, first_slab + memory.weight_slabs))
@@ -31,7 +31,7 @@ def bring_in(loaded: LoadedModel, first_slab: int) -> Pages:
     return pages_of(memory.kv, KV_SLABS)
 
 
-def send_away(loaded: LoadedModel) -> None:
+def send_away(loaded: LoadResult) -> None:
     for index in range(KV_SLABS):
         loaded.memory.unmap_kv(index)
     loaded.memory.evict()

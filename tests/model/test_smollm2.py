@@ -19,7 +19,7 @@ from bench.engine_process import Engine, engine
 from bench.smollm2 import gguf_path
 from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
-from runtime.puller.preparer import Preparation
+from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
 
 PROMPTS = (
@@ -45,7 +45,7 @@ def checkpoints(folder: Path) -> dict[Quantization, Checkpoint]:
     """Packed once, as `repertory register` would have it; the quantised ones from the unquantised."""
 
     async def prepare() -> dict[Quantization, Checkpoint]:
-        preparation = Preparation(RuntimeConfig(), Cache(folder / "cache", 4 << 30))
+        preparation = CheckpointPreparer(RuntimeConfig(), Cache(folder / "cache", 4 << 30))
         found = {}
         for quantization in Quantization:
             settings = ModelSettings(quantize=quantization, max_model_len=1024)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from runtime.engine.interfaces import KvGeometry, LoadedModel, LoadRequest, RowSetup, StepPlan, StepResult
+from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepPlan, StepResult
 from runtime.errors import LoadFailed
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import ModelFacts, Quantization
@@ -276,7 +276,7 @@ class FakeJob:
         self._polls -= 1
         return self._polls < 0
 
-    def result(self) -> LoadedModel:
+    def result(self) -> LoadResult:
         model_id, spec = self._request.model_id, self._spec
         if spec.fails:
             raise LoadFailed(f"model {model_id}: {spec.fails}")
@@ -289,7 +289,7 @@ class FakeJob:
         self._backend.memories.append(memory)
         runner = FakeRunner(self._backend, facts, spec, memory)
         self._backend.runners.append(runner)
-        return LoadedModel(runner, memory)
+        return LoadResult(runner, memory)
 
     def cancel(self) -> None:
         self.cancelled = True

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
     Abort,
     Add,
@@ -43,7 +43,7 @@ WEIGHT_BYTES = 1000
 
 
 class FakeEngine:
-    def __init__(self, writer: asyncio.StreamWriter, blackbox: Blackbox, journal: Path | None, load_s: float, step_s: float) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, blackbox: CrashMarker, journal: Path | None, load_s: float, step_s: float) -> None:
         self.writer = writer
         self.blackbox = blackbox
         self.journal = journal
@@ -182,7 +182,7 @@ async def main() -> None:
     if options.stillborn:
         raise SystemExit(3)
     reader, writer = await asyncio.open_unix_connection(options.socket)
-    engine = FakeEngine(writer, Blackbox(options.blackbox), options.journal, options.load_s, options.step_s)
+    engine = FakeEngine(writer, CrashMarker(options.blackbox), options.journal, options.load_s, options.step_s)
     engine.note("start")
     engine.send(Hello(os.getpid(), "cpu", "fake device", 100_000, 0))
     engine.stats()

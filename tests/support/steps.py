@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.device.cpu import CpuHardware
+from runtime.engine.device.cpu import CpuDevice
 from runtime.engine.device.device import TakenMemory
 from runtime.engine.model.build.builder import Blueprint, assemble, draw
-from runtime.engine.model.build.equivalence_check import Prover
-from runtime.engine.model.build.kv_fixture import TrialRows
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker
+from runtime.engine.model.build.kv_fixture import KvFixture
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.step import BuiltModel
 from runtime.types import Checkpoint, Quantization
@@ -40,16 +40,16 @@ class Resident:
     """A model in CPU memory, its weights in, some KV slabs mapped."""
 
     blueprint: Blueprint
-    hardware: CpuHardware
+    hardware: CpuDevice
     memory: TakenMemory
     built: BuiltModel
     pages: list[int]
 
-    def rows(self, max_rows: int = 4, max_blocks: int = 16, seed: int = 0) -> TrialRows:
+    def rows(self, max_rows: int = 4, max_blocks: int = 16, seed: int = 0) -> KvFixture:
         """Fresh rows over the mapped pages, in no order."""
         pages = list(self.pages)
         random.Random(seed).shuffle(pages)
-        return TrialRows(
+        return KvFixture(
             self.built.planes, self.built.token_stride, self.built.block_tokens, pages, max_rows, max_blocks, self.built.device
         )
 
@@ -76,9 +76,9 @@ class Resident:
 
 def bring_up(checkpoint: Checkpoint, *, fuse: bool = True, max_model_len: int | None = None, kv_slabs: int = 12) -> Resident:
     """Load, map and fill, as the engine would."""
-    hardware = CpuHardware(EngineConfig(device="cpu", slab_bytes=SLAB_BYTES, device_budget_bytes=256 * SLAB_BYTES))
+    hardware = CpuDevice(EngineConfig(device="cpu", slab_bytes=SLAB_BYTES, device_budget_bytes=256 * SLAB_BYTES))
     blueprint = draw(
-        "m", checkpoint, max_model_len, Prover(fuse), num_threads=2, min_group_bytes=MIN_GROUP_BYTES, host_order=hardware.host_order
+        "m", checkpoint, max_model_len, EquivalenceChecker(fuse), num_threads=2, min_group_bytes=MIN_GROUP_BYTES, host_order=hardware.host_order
     )
     kv = kv_geometry("m", blueprint.shape, 16, blueprint.card.dtype.itemsize, SLAB_BYTES, 64)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB_BYTES)

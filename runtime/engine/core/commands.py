@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from runtime.engine.core.loads import Loads
-from runtime.engine.core.model_table import House
+from runtime.engine.core.model_table import ModelTable
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.sequence import from_add
 from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, SetPolicy, Shutdown, Unload
@@ -14,7 +14,7 @@ from runtime.types import FinishReason
 class Commands:
     """`stop_by_s` is set by a Shutdown."""
 
-    house: House
+    house: ModelTable
     loads: Loads
     turns: RoundRobin
     stop_by_s: float | None = None

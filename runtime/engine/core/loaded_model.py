@@ -15,7 +15,7 @@ _GUESSED_BYTES_PER_S = {Tier.HOST: 40e9, Tier.DISK: 1.5e9}
 
 
 @dataclass(slots=True, eq=False)
-class Hosted:
+class LoadedModel:
     """`weight_slabs` None = not resident. `faults`: steps that failed in a row. `draining_since_s`: takes no requests until it is evicted."""
 
     request: Load

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from runtime.engine.core.model_table import House
-from runtime.engine.interfaces import LoadedModel, LoadJob, LoadRequest
+from runtime.engine.core.model_table import ModelTable
+from runtime.engine.interfaces import LoadJob, LoadRequest, LoadResult
 from runtime.errors import RepertoryError
 from runtime.ipc.messages import Load, Loaded, LoadFailed, Unloaded
 from runtime.types import FinishReason
@@ -27,7 +27,7 @@ class _Pending:
 class Loads:
     """`settle` collects the steps of a model that are in flight: it can't go before them."""
 
-    house: House
+    house: ModelTable
     settle: Callable[[str], None]
     _pending: dict[str, _Pending] = field(default_factory=dict)
 
@@ -147,7 +147,7 @@ class Loads:
             self.house.emit(LoadFailed(model_id, code, message))
 
 
-def _let_go(loaded: LoadedModel) -> None:
+def _let_go(loaded: LoadResult) -> None:
     loaded.runner.close()
     loaded.memory.close()
 

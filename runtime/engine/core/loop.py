@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.commands import Commands
-from runtime.engine.core.loaded_model import Hosted
+from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
-from runtime.engine.core.model_table import House
+from runtime.engine.core.model_table import ModelTable
 from runtime.engine.core.residency_manager import SwapInFailed
-from runtime.engine.core.step_budget import Allotment
+from runtime.engine.core.step_budget import StepBudget
 from runtime.engine.interfaces import Backend, Launched
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.outputs import Step
@@ -31,7 +31,7 @@ _FAULTS = 2                              # in a row, and the model is given up
 class Flight:
     """A launched step. `predicted_us` was charged already."""
 
-    model: Hosted
+    model: LoadedModel
     step: Step
     launched: Launched
     tokens: int
@@ -50,13 +50,13 @@ class EngineLoop:
         mark: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        self.house = House(config, backend, emit, mark)
+        self.house = ModelTable(config, backend, emit, mark)
         self._config = config
         self._backend = backend
         self._inbox = inbox
         self._mark = mark
         self._clock = clock
-        self._allotment = Allotment(self.house)
+        self._allotment = StepBudget(self.house)
         self._turns = RoundRobin(config.quantum_us)
         self._loads = Loads(self.house, self._land_all_of)
         self._commands = Commands(self.house, self._loads, self._turns)
@@ -153,7 +153,7 @@ class EngineLoop:
                 return True
         return False
 
-    def _launch_step(self, model: Hosted, num_active: int, now: float) -> bool:
+    def _launch_step(self, model: LoadedModel, num_active: int, now: float) -> bool:
         step = model.scheduler.plan(self._allotment.limits(model, num_active, now), now)
         self.house.close_rows(model)
         if step is None:
@@ -199,7 +199,7 @@ class EngineLoop:
         while any(flight.model.model_id == model_id for flight in self._flights):
             self._land()
 
-    def _fault(self, model: Hosted, step: Step, error: Exception) -> None:
+    def _fault(self, model: LoadedModel, step: Step, error: Exception) -> None:
         """A step raised: its rows are lost, the model stays, until it happens twice in a row."""
         self._mark(model.model_id)       # not the one launched after it
         self._backend.synchronize()      # raises if the device itself is lost
@@ -214,7 +214,7 @@ class EngineLoop:
         if model.faults >= _FAULTS:
             self._give_up(model, f"{text} ({model.faults} times in a row)")
 
-    def _give_up(self, model: Hosted, text: str) -> None:
+    def _give_up(self, model: LoadedModel, text: str) -> None:
         model.faults = 0                 # what is in flight may fail too, and must not come here again
         self._land_all_of(model.model_id)
         self.house.dismiss(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.core.loaded_model import Hosted
-from runtime.engine.core.residency_manager import Resident
-from runtime.engine.interfaces import Backend, LoadedModel
+from runtime.engine.core.loaded_model import LoadedModel
+from runtime.engine.core.residency_manager import ResidencyManager
+from runtime.engine.interfaces import Backend, LoadResult
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
@@ -27,15 +27,15 @@ _LEAST_KV_TOKENS = 256                   # a model that can't hold this many bes
 _CPU_SLOWNESS = 100.0                    # beside a GPU, to within an order of magnitude
 
 
-class House:
+class ModelTable:
     def __init__(self, config: EngineConfig, backend: Backend, emit: Callable[[Event], None], mark: Callable[[str], None]) -> None:
         self.config = config
         self.backend = backend
         self.emit = emit
         self.slabs = SlabPool(backend.total_slabs)
         self.rows = RowPool(min(config.max_rows, backend.max_rows, config.max_batch_tokens))
-        self.models: dict[str, Hosted] = {}
-        self.resident = Resident(self.slabs, self.models, mark)
+        self.models: dict[str, LoadedModel] = {}
+        self.resident = ResidencyManager(self.slabs, self.models, mark)
 
     def refuse_hopeless(self, request: Load, weight_bytes: int) -> None:
         """Raises Overloaded, with the sizes, for weights that exceed the whole budget."""
@@ -43,7 +43,7 @@ class House:
         if weight_bytes > budget:
             raise Overloaded(f"model {request.model_id}: its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes")
 
-    def adopt(self, request: Load, loaded: LoadedModel, now: float) -> Hosted:
+    def adopt(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
         """Take a model in. Raises Overloaded, with the sizes, if weights and the least useful KV can never be on the device together."""
         runner, memory = loaded.runner, loaded.memory
         geometry = memory.kv
@@ -61,7 +61,7 @@ class House:
         # a context that could never be held must not be promised
         facts = msgspec.structs.replace(facts, max_model_len=min(facts.max_model_len, kv_slabs * geometry.blocks_per_slab * block_tokens))
         cache = PrefixCache(BlockPool(geometry, self.slabs, f"{request.model_id}/kv", memory))
-        model = Hosted(
+        model = LoadedModel(
             request, facts, runner, memory, cache, Scheduler(facts.eos_token_ids, cache, self.rows),
             CostModel(slowness=_CPU_SLOWNESS if self.backend.device == "cpu" else 1.0),
             min(request.max_waiting, self.config.max_waiting), now,
@@ -70,7 +70,7 @@ class House:
         self.resident.changed = True
         return model
 
-    def dismiss(self, model: Hosted, reason: FinishReason, now: float, code: str | None = None, error: str | None = None) -> None:
+    def dismiss(self, model: LoadedModel, reason: FinishReason, now: float, code: str | None = None, error: str | None = None) -> None:
         """Forget a model: its rows end for `reason`, all that it held goes back. No step of it may be in flight."""
         self.end(model, model.scheduler.sequences(), reason, now, code, error)
         model.cache.forget()
@@ -81,7 +81,7 @@ class House:
         self.resident.changed = True
 
     def end(
-        self, model: Hosted, sequences: Iterable[Sequence], reason: FinishReason, now: float, code: str | None = None, error: str | None = None
+        self, model: LoadedModel, sequences: Iterable[Sequence], reason: FinishReason, now: float, code: str | None = None, error: str | None = None
     ) -> None:
         """End sequences for a reason that isn't in their text, and say so."""
         rows = []
@@ -91,7 +91,7 @@ class House:
         self.close_rows(model)
         self.tell(model.model_id, rows)
 
-    def say_lost(self, model: Hosted, sequences: Iterable[Sequence], error: str) -> None:
+    def say_lost(self, model: LoadedModel, sequences: Iterable[Sequence], error: str) -> None:
         """These have ended already, with the step that failed."""
         self.close_rows(model)
         rows = [RowTokens(s.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error=error) for s in sequences]
@@ -104,7 +104,7 @@ class House:
         if rows:
             self.emit(Tokens(model_id, tuple(rows)))
 
-    def close_rows(self, model: Hosted) -> None:
+    def close_rows(self, model: LoadedModel) -> None:
         """Rows that the scheduler gave up: the runner forgets them first, then another model may have them."""
         closed = model.scheduler.closed_rows
         for row in closed:

@@ -6,7 +6,7 @@ above its share. Applies residency.py's choices to slabs and memory ranges; know
 
 from collections.abc import Callable, Iterable
 
-from runtime.engine.core.loaded_model import Hosted
+from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.scheduler.admission import blocks_for
@@ -18,15 +18,15 @@ _LONGEST_DRAIN_S = 10.0                  # then the rows of a draining model are
 class SwapInFailed(Exception):
     """The weights did not come; the model holds its slabs until it is dismissed."""
 
-    def __init__(self, model: Hosted, error: Exception) -> None:
+    def __init__(self, model: LoadedModel, error: Exception) -> None:
         super().__init__(f"model {model.model_id}: its weights did not come in: {type(error).__name__}: {error}")
         self.model = model
 
 
-class Resident:
+class ResidencyManager:
     """`models` is the loop's own table. `changed` is set when something went in or out; the loop clears it."""
 
-    def __init__(self, pool: SlabPool, models: dict[str, Hosted], mark: Callable[[str], None]) -> None:
+    def __init__(self, pool: SlabPool, models: dict[str, LoadedModel], mark: Callable[[str], None]) -> None:
         self._pool = pool
         self._models = models
         self._mark = mark
@@ -35,9 +35,9 @@ class Resident:
 
     # Weights --------------------------------------------------------------------------------------------------------------------------------
 
-    def tend(self, now: float) -> list[Hosted]:
+    def tend(self, now: float) -> list[LoadedModel]:
         """Note finished swap-ins, hasten drains, bring in who waits, longest wait first. Returns models that can't come in while others are pinned."""
-        absent: list[tuple[float, Hosted]] = []
+        absent: list[tuple[float, LoadedModel]] = []
         for model in self._models.values():
             if model.swapping and model.memory.swap_in_done():
                 model.swapping = False
@@ -56,17 +56,17 @@ class Resident:
         absent.sort(key=lambda entry: entry[0])
         return [model for since, model in absent if not self._bring_in(model, now - since, now)]
 
-    def load_if_free(self, model: Hosted, now: float) -> None:
+    def load_if_free(self, model: LoadedModel, now: float) -> None:
         """A model that was just loaded becomes resident at once where that costs nobody anything."""
         if self._pool.free >= model.memory.weight_slabs + 1 and not self._room_is_kept():
             self._swap_in(model, now)
 
-    def moved(self, model: Hosted) -> None:
+    def moved(self, model: LoadedModel) -> None:
         """A step of it was planned: what it waited for, it has."""
         if self._claimant == model.model_id:
             self._claimant = ""
 
-    def evict(self, model: Hosted) -> None:
+    def evict(self, model: LoadedModel) -> None:
         """Weights leave the device; cached prefixes stay until their room is wanted."""
         if model.weight_slabs is None:
             return
@@ -80,7 +80,7 @@ class Resident:
         model.evictions += 1
         self.changed = True
 
-    def _bring_in(self, model: Hosted, waited_s: float, now: float) -> bool:
+    def _bring_in(self, model: LoadedModel, waited_s: float, now: float) -> bool:
         """False: not even without all others that may ever leave."""
         if self._room_is_kept(model):
             return True
@@ -108,14 +108,14 @@ class Resident:
             self._swap_in(model, now)
         return True
 
-    def _slabs_to_begin(self, model: Hosted) -> int:
+    def _slabs_to_begin(self, model: LoadedModel) -> int:
         """Weights, and KV for the first request in the queue, less the KV slabs that it holds."""
         head = model.scheduler.waiting.head()
         geometry = model.cache.blocks.geometry
         blocks = blocks_for(len(head.tokens) + 1 if head else 1, geometry.block_tokens)
         return model.memory.weight_slabs + max(blocks_for(blocks, geometry.blocks_per_slab) - model.cache.blocks.slabs, 0)
 
-    def _swap_in(self, model: Hosted, now: float) -> None:
+    def _swap_in(self, model: LoadedModel, now: float) -> None:
         slabs = self._pool.lend(model.weights_owner, model.memory.weight_slabs)
         if slabs is None:
             return
@@ -136,7 +136,7 @@ class Resident:
 
     # KV -------------------------------------------------------------------------------------------------------------------------------------
 
-    def kv_blocks(self, model: Hosted) -> int:
+    def kv_blocks(self, model: LoadedModel) -> int:
         """Blocks that the model could have, its own included, without turning out anybody's rows or breaking what others were promised."""
         slabs = self._pool.free
         for other in self._models.values():
@@ -151,13 +151,13 @@ class Resident:
         own = model.cache.blocks
         return min(max(slabs, 0) + own.slabs, own.geometry.max_slabs) * own.geometry.blocks_per_slab
 
-    def ceiling_blocks(self, model: Hosted) -> int:
+    def ceiling_blocks(self, model: LoadedModel) -> int:
         """Blocks that the model could have if everybody made way who ever would."""
         pinned = sum(m.memory.weight_slabs for m in self._models.values() if m.pinned and m is not model and m.resident)
         geometry = model.cache.blocks.geometry
         return min(self._pool.total - model.memory.weight_slabs - pinned, geometry.max_slabs) * geometry.blocks_per_slab
 
-    def make_room(self, model: Hosted, blocks: int, now: float) -> None:
+    def make_room(self, model: LoadedModel, blocks: int, now: float) -> None:
         """Try to let the model's cache give out `blocks` more."""
         cache = model.cache
         others = [m for m in self._models.values() if m is not model]
@@ -170,7 +170,7 @@ class Resident:
         while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
             pass
 
-    def make_way(self, model: Hosted, sequence: Sequence, now: float) -> None:
+    def make_way(self, model: LoadedModel, sequence: Sequence, now: float) -> None:
         """Nothing of this model can move: whatever came after its first sequence gives up its room, share or no share.
 
         The order is the same for everyone and never changes, so the first sequence of all gets through in the end, and nobody takes turns at
@@ -199,7 +199,7 @@ class Resident:
         if not model.scheduler.running:
             model.scheduler.promised_blocks = blocks
 
-    def _room_is_kept(self, model: Hosted | None = None) -> bool:
+    def _room_is_kept(self, model: LoadedModel | None = None) -> bool:
         """Whether room was made for a request that hasn't taken it yet and comes before all of this model's."""
         order = model.scheduler.foremost() if model is not None else None
         for other in self._models.values():
@@ -212,7 +212,7 @@ class Resident:
                 return True
         return False
 
-    def _evict_for(self, model: Hosted, blocks: int, holders: list[Holder], now: float) -> None:
+    def _evict_for(self, model: LoadedModel, blocks: int, holders: list[Holder], now: float) -> None:
         """Evict what lets the model have these blocks; if nothing does, what helps at all."""
         short = blocks - model.cache.obtainable()
         if short <= 0:
@@ -224,9 +224,9 @@ class Resident:
         for victim in victims or ():
             self.evict(self._models[victim])
 
-    def _drop_oldest_prefix(self, models: Iterable[Hosted], older_than_s: float | None = None) -> bool:
+    def _drop_oldest_prefix(self, models: Iterable[LoadedModel], older_than_s: float | None = None) -> bool:
         """Return the slab of cached prefixes that was least recently used over these models."""
-        ages: list[tuple[float, Hosted]] = []
+        ages: list[tuple[float, LoadedModel]] = []
         for model in models:
             oldest_s = model.cache.oldest_idle_s
             if oldest_s is not None and model.cache.blocks.idle_slabs and (older_than_s is None or oldest_s < older_than_s):
@@ -234,7 +234,7 @@ class Resident:
         ages.sort(key=lambda entry: entry[0])
         return any(model.cache.drop_oldest_slab() for _, model in ages)
 
-    def _preempt_above_share(self, model: Hosted, others: list[Hosted], now: float) -> bool:
+    def _preempt_above_share(self, model: LoadedModel, others: list[LoadedModel], now: float) -> bool:
         """Turn out the newest row of the model that holds most for its weight, if that is more than this one would hold.
 
         Never one that came before all of this model's: two models would turn each other out for ever.
@@ -250,13 +250,13 @@ class Resident:
         return True
 
 
-def _comes_after(model: Hosted, sequence: Sequence) -> bool:
+def _comes_after(model: LoadedModel, sequence: Sequence) -> bool:
     """Whether none of its requests is as entitled as this one."""
     foremost = model.scheduler.foremost()
     return foremost is None or foremost > sequence.order
 
 
-def _share_slabs(model: Hosted) -> float:
+def _share_slabs(model: LoadedModel) -> float:
     """KV in running rows, in slabs, over its weight."""
     blocks = model.cache.blocks
     return blocks.used_blocks / blocks.geometry.blocks_per_slab / model.weight

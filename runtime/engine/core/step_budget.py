@@ -5,8 +5,8 @@ Joins the cost model, the residency and the row pool into scheduler.Limits; plan
 
 from dataclasses import dataclass
 
-from runtime.engine.core.loaded_model import Hosted
-from runtime.engine.core.model_table import House
+from runtime.engine.core.loaded_model import LoadedModel
+from runtime.engine.core.model_table import ModelTable
 from runtime.engine.scheduler.scheduler import Limits
 from runtime.types import FinishReason
 
@@ -16,10 +16,10 @@ _GROWTH = 4                              # there a step is at most so many times
 
 
 @dataclass(slots=True)
-class Allotment:
-    house: House
+class StepBudget:
+    house: ModelTable
 
-    def limits(self, model: Hosted, num_active: int, now: float) -> Limits:
+    def limits(self, model: LoadedModel, num_active: int, now: float) -> Limits:
         """Finds room for what the plan will want, as far as there is any."""
         scheduler, resident = model.scheduler, self.house.resident
         budget = self._token_budget(model, num_active)
@@ -32,7 +32,7 @@ class Allotment:
             return Limits(budget, 0, 0)
         return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
 
-    def attend_starved(self, model: Hosted, now: float) -> None:
+    def attend_starved(self, model: LoadedModel, now: float) -> None:
         """After an empty plan: others make way, unless there can never be room enough (models were pinned after the request was let in)."""
         sequence = model.scheduler.starved()
         if sequence is None or (model.draining and not model.scheduler.running):
@@ -46,7 +46,7 @@ class Allotment:
         for other in self.house.models.values():
             self.house.close_rows(other)
 
-    def _token_budget(self, model: Hosted, num_active: int) -> int:
+    def _token_budget(self, model: LoadedModel, num_active: int) -> int:
         config = self.house.config
         on_cpu, alone = self.house.backend.device == "cpu", num_active == 1
         if alone and not on_cpu:
@@ -59,7 +59,7 @@ class Allotment:
             tokens = min(tokens, max(least, _GROWTH * model.cost.largest_tokens))
         return min(config.max_batch_tokens, tokens)
 
-    def _rows_to_admit(self, model: Hosted, num_active: int) -> int:
+    def _rows_to_admit(self, model: LoadedModel, num_active: int) -> int:
         """All free rows, but no more than the model's share while another has none and waits for one."""
         free = self.house.rows.free
         models = self.house.models.values()

@@ -14,12 +14,12 @@ import torch
 from transformers import logging as transformers_logging
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.device.cpu import CpuHardware
-from runtime.engine.device.device import Hardware
-from runtime.engine.interfaces import LoadedModel, LoadRequest
+from runtime.engine.device.cpu import CpuDevice
+from runtime.engine.device.device import Device
+from runtime.engine.interfaces import LoadRequest, LoadResult
 from runtime.engine.model.build.builder import assemble, draw, facts_of
-from runtime.engine.model.build.equivalence_check import Prover
-from runtime.engine.model.build.warmup import Stage
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker
+from runtime.engine.model.build.warmup import WarmupStage
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.runner import ModelRunner
@@ -41,24 +41,24 @@ def make_backend(config: EngineConfig) -> "EngineBackend":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
-        from runtime.engine.device.cuda import CudaHardware
+        from runtime.engine.device.cuda import CudaDevice
 
-        return EngineBackend(config, CudaHardware(torch.device("cuda", device.index or 0), config))
+        return EngineBackend(config, CudaDevice(torch.device("cuda", device.index or 0), config))
     if device.type == "cpu":
-        return EngineBackend(config, CpuHardware(config))
+        return EngineBackend(config, CpuDevice(config))
     raise ValueError(f"device {config.device} is neither auto, cpu nor cuda[:N]")
 
 
 class EngineBackend:
     """Implements plan.Backend."""
 
-    def __init__(self, config: EngineConfig, hardware: Hardware) -> None:
+    def __init__(self, config: EngineConfig, hardware: Device) -> None:
         self._config = config
         self._hardware = hardware
-        self._prover = Prover(config.fuse)
+        self._prover = EquivalenceChecker(config.fuse)
         self._state = DeviceState.create(hardware.device, config)
         # a CPU compiles nothing
-        self._stage = Stage(hardware.device, config) if hardware.device.type == "cuda" else None
+        self._stage = WarmupStage(hardware.device, config) if hardware.device.type == "cuda" else None
         self._opened = False
         self.device = str(hardware.device)
         self.device_name = hardware.name
@@ -92,7 +92,7 @@ class EngineBackend:
         """Give the device back; all models must be closed."""
         self._hardware.close()
 
-    def _load(self, request: LoadRequest, cancelled: threading.Event) -> LoadedModel:
+    def _load(self, request: LoadRequest, cancelled: threading.Event) -> LoadResult:
         config, hardware = self._config, self._hardware
         checkpoint = cast("Checkpoint", request.checkpoint)
         begun_s = time.monotonic()
@@ -131,22 +131,22 @@ class EngineBackend:
             "model %s: drawn up in %.2f s, %d bytes of weights brought in %.2f s, kernels awaited %.2f s", request.model_id, drawn_s - begun_s,
             memory.weight_bytes, taken_s - drawn_s, time.monotonic() - taken_s,
         )
-        return LoadedModel(runner, memory)
+        return LoadResult(runner, memory)
 
 
 class Loading:
     """A load in a thread of its own. Implements plan.LoadJob."""
 
-    def __init__(self, work: Callable[[threading.Event], LoadedModel]) -> None:
+    def __init__(self, work: Callable[[threading.Event], LoadResult]) -> None:
         self._work = work
         self._cancelled = threading.Event()
-        self._future: Future[LoadedModel] = Future()
+        self._future: Future[LoadResult] = Future()
         threading.Thread(target=self._run, name="load", daemon=True).start()
 
     def done(self) -> bool:
         return self._future.done()
 
-    def result(self) -> LoadedModel:
+    def result(self) -> LoadResult:
         try:
             return self._future.result()
         except CancelledError as error:

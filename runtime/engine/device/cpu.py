@@ -17,14 +17,14 @@ from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.weight_buffer import Filler
-from runtime.engine.model.cpu.onednn_layout import HostOrder
+from runtime.engine.model.cpu.onednn_layout import OneDnnLayout
 
 _SLAB_BYTES = 4 * MIB
 _GROUP_BYTES = 32 * MIB
 _READ_THREADS = 8
 
 
-class CpuHardware:
+class CpuDevice:
     """Implements Hardware."""
 
     def __init__(self, config: EngineConfig) -> None:
@@ -43,9 +43,9 @@ class CpuHardware:
         self.layout_4bit: Layout4Bit = "bitsandbytes"
 
     @cached_property
-    def host_order(self) -> HostOrder | None:
+    def host_order(self) -> OneDnnLayout | None:
         # found out by the first load: the proof takes a tenth of a second, and an engine is to say soon that it is there
-        return HostOrder.create()
+        return OneDnnLayout.create()
 
     def host_free_bytes(self) -> int:
         return 0

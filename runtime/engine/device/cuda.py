@@ -16,7 +16,7 @@ from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes as free_memory_bytes
-from runtime.engine.memory.host_tier import HostArena
+from runtime.engine.memory.host_tier import HostTier
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
 from runtime.engine.memory.weight_buffer import Filler
@@ -30,7 +30,7 @@ _READ_THREADS = 16
 _INDEX_BYTES = MIB                       # the arena's index lies beside it
 
 
-class CudaHardware:
+class CudaDevice:
     """Implements Hardware. Made in the engine thread: the stream that is current there is the one that everything is ordered on."""
 
     def __init__(self, device: torch.device, config: EngineConfig) -> None:
@@ -48,7 +48,7 @@ class CudaHardware:
         self.memory: DeviceMemory = self._memory
         arena_path, host_bytes = host_tier(config, slab_bytes)
         self._pinned = PinnedMemory(host_bytes, arena_path, device, slab_bytes)
-        self._arena = HostArena(self._pinned.view, slab_bytes, ArenaIndex(arena_path))
+        self._arena = HostTier(self._pinned.view, slab_bytes, ArenaIndex(arena_path))
         self._pinned.start_registering()
         self.host_total_bytes = self._arena.total_bytes
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)

@@ -10,11 +10,11 @@ from runtime.checkpoint.packed import Layout4Bit
 from runtime.engine.interfaces import KvGeometry, ModelMemory
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.weight_buffer import Filler
-from runtime.engine.memory.weight_readiness import Arrival
-from runtime.engine.model.cpu.onednn_layout import HostOrder
+from runtime.engine.memory.weight_readiness import WeightReadiness
+from runtime.engine.model.cpu.onednn_layout import OneDnnLayout
 
 
-class TakenMemory(ModelMemory, Arrival, Protocol):
+class TakenMemory(ModelMemory, WeightReadiness, Protocol):
     """One loaded model's memory, with the addresses that its tensors view."""
 
     @property
@@ -24,7 +24,7 @@ class TakenMemory(ModelMemory, Arrival, Protocol):
     def kv_view(self) -> Tensor: ...
 
 
-class Hardware(Protocol):
+class Device(Protocol):
     """One device.
 
     Attributes:
@@ -43,7 +43,7 @@ class Hardware(Protocol):
     layout_4bit: Layout4Bit
 
     @property
-    def host_order(self) -> HostOrder | None: ...
+    def host_order(self) -> OneDnnLayout | None: ...
 
     def host_free_bytes(self) -> int: ...
 

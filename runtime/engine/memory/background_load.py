@@ -3,14 +3,14 @@
 import threading
 from collections.abc import Callable
 
-from runtime.engine.memory.weight_buffer import Filler, ImageBuffer
+from runtime.engine.memory.weight_buffer import Filler, WeightBuffer
 from runtime.errors import Cancelled, LoadFailed, RepertoryError
 
 
-class Filling:
+class BackgroundLoad:
     """Starts at once. `on_group(i)` runs in its thread after group i is in and before anyone waiting for it goes on."""
 
-    def __init__(self, filler: Filler, image: ImageBuffer, on_group: Callable[[int], None] | None = None) -> None:
+    def __init__(self, filler: Filler, image: WeightBuffer, on_group: Callable[[int], None] | None = None) -> None:
         self._filler = filler
         self._image = image
         self._on_group = on_group

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from runtime.engine.interfaces import KvGeometry
-from runtime.engine.memory.background_load import Filling
+from runtime.engine.memory.background_load import BackgroundLoad
 from runtime.engine.memory.device import VirtualRange
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.weight_buffer import Contiguous, Filler
@@ -24,7 +24,7 @@ class CpuModelMemory:
         self._weights = weights
         self._kv_range = kv_range
         self._filler = filler
-        self._filling: Filling | None = None
+        self._filling: BackgroundLoad | None = None
         self._pending = True
 
     @property
@@ -47,7 +47,7 @@ class CpuModelMemory:
 
     def swap_in(self, slabs: Sequence[int]) -> None:
         self._weights.map(0, slabs)
-        self._filling = Filling(self._filler, Contiguous(self._weights.bytes_view))
+        self._filling = BackgroundLoad(self._filler, Contiguous(self._weights.bytes_view))
 
     def swap_in_done(self) -> bool:
         if self._filling is None or not self._filling.done():

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from runtime.engine.interfaces import KvGeometry
-from runtime.engine.memory.background_load import Filling
+from runtime.engine.memory.background_load import BackgroundLoad
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.device import VirtualRange
-from runtime.engine.memory.host_tier import HostArena, HostImage
+from runtime.engine.memory.host_tier import HostTier, HostWeights
 from runtime.engine.memory.kv_range import KvRange
-from runtime.engine.memory.weight_buffer import Filler, ImageBuffer
+from runtime.engine.memory.weight_buffer import Filler, WeightBuffer
 from runtime.errors import Cancelled
 
 
@@ -25,7 +25,7 @@ class CudaModelMemory:
     """Implements plan.ModelMemory and Arrival. Engine thread only, but for `stage`."""
 
     def __init__(
-        self, memory: CudaMemory, copy_stream: torch.cuda.Stream, arena: HostArena, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry,
+        self, memory: CudaMemory, copy_stream: torch.cuda.Stream, arena: HostTier, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry,
         filler: Filler, identity: str,
     ) -> None:
         self.weight_slabs = weights.num_slabs
@@ -38,8 +38,8 @@ class CudaModelMemory:
         self._kv_range = kv_range
         self._filler = filler
         self._identity = identity
-        self._image: HostImage | None = None
-        self._filling: Filling | None = None                         # a return from disk
+        self._image: HostWeights | None = None
+        self._filling: BackgroundLoad | None = None                         # a return from disk
         self._copied: list[torch.cuda.Event] = []                    # one a group whose copy is queued
         self._queueing = False
         self._resident = False
@@ -110,8 +110,8 @@ class CudaModelMemory:
         finally:
             self._queueing = False
         self._hold(self._arena.allocate(self._identity, self.weight_bytes, self._busy))
-        source: ImageBuffer = self._image or PageableImage(self.weight_bytes)
-        self._filling = Filling(self._filler, source, lambda group: self._read_in(source, group))
+        source: WeightBuffer = self._image or PageableWeights(self.weight_bytes)
+        self._filling = BackgroundLoad(self._filler, source, lambda group: self._read_in(source, group))
 
     def swap_in_done(self) -> bool:
         if self._filling is not None and self._filling.failed() is not None:
@@ -161,7 +161,7 @@ class CudaModelMemory:
         self._kv_range.close()
         self._weights.close()
 
-    def _hold(self, image: HostImage | None) -> None:
+    def _hold(self, image: HostWeights | None) -> None:
         """Let go of the host image held so far; `image` is held already."""
         if self._image is not None and self._image is not image:
             self._arena.let_go(self._image, self._busy)
@@ -173,16 +173,16 @@ class CudaModelMemory:
             return True
         return bool(self._copied) and not self._copied[-1].query()
 
-    def _read_in(self, source: ImageBuffer, group: int) -> None:
+    def _read_in(self, source: WeightBuffer, group: int) -> None:
         torch.cuda.set_device(self._memory.device)
         self._copy(source, group)
-        if isinstance(source, PageableImage):
+        if isinstance(source, PageableWeights):
             self._copied[-1].synchronize()
             source.forget(0, self._filler.group_ends[group])
-        elif group == len(self._filler.group_ends) - 1 and isinstance(source, HostImage):
+        elif group == len(self._filler.group_ends) - 1 and isinstance(source, HostWeights):
             self._arena.commit(source)
 
-    def _copy(self, source: ImageBuffer, group: int) -> None:
+    def _copy(self, source: WeightBuffer, group: int) -> None:
         """Queue one group's copies."""
         start = self._filler.group_ends[group - 1] if group else 0
         end = self._filler.group_ends[group]
@@ -196,8 +196,8 @@ class CudaModelMemory:
         self._copied.append(event)
 
 
-class PageableImage:
-    """An image in ordinary memory, for a model that the arena has no room for. Implements ImageBuffer."""
+class PageableWeights:
+    """An image in ordinary memory, for a model that the arena has no room for. Implements WeightBuffer."""
 
     def __init__(self, size_bytes: int) -> None:
         self._pages = mmap.mmap(-1, size_bytes)

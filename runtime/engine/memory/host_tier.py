@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime.engine.memory.arena_index import ArenaIndex, IndexEntry
 
 
-class HostImage:
+class HostWeights:
     """One image in the arena. Implements ImageBuffer. `gone` once its chunks were given to another.
 
     `readers`: one call each for whoever holds the image, saying whether it is being read or filled right now. The arena's own to change.
@@ -41,7 +41,7 @@ class HostImage:
             offset += count
 
 
-class HostArena:
+class HostTier:
     """`memory` (uint8 on the host) in chunks of `chunk_bytes`."""
 
     def __init__(self, memory: Tensor, chunk_bytes: int, index: ArenaIndex) -> None:
@@ -50,10 +50,10 @@ class HostArena:
         self._memory = memory
         self._index = index
         self._lock = threading.Lock()
-        self._images: dict[str, HostImage] = {}              # least recently used first
+        self._images: dict[str, HostWeights] = {}              # least recently used first
         kept = index.read(chunk_bytes, self.total_chunks)
         for entry in kept:
-            image = HostImage(entry.key, entry.size_bytes, entry.chunks, memory, chunk_bytes)
+            image = HostWeights(entry.key, entry.size_bytes, entry.chunks, memory, chunk_bytes)
             image.complete = True
             self._images[entry.key] = image
         taken = {chunk for entry in kept for chunk in entry.chunks}
@@ -70,7 +70,7 @@ class HostArena:
             idle = sum(len(image.chunks) for image in self._images.values() if image.complete and not image.readers)
             return (len(self._free) + idle) * self.chunk_bytes
 
-    def find(self, key: str, reader: Callable[[], bool] | None = None) -> HostImage | None:
+    def find(self, key: str, reader: Callable[[], bool] | None = None) -> HostWeights | None:
         """A complete image by its key; it becomes the most recently used, and `reader` holds it."""
         with self._lock:
             image = self._images.get(key)
@@ -81,12 +81,12 @@ class HostArena:
                 image.readers.append(reader)
             return image
 
-    def let_go(self, image: HostImage, reader: Callable[[], bool]) -> None:
+    def let_go(self, image: HostWeights, reader: Callable[[], bool]) -> None:
         """`reader` holds it no more."""
         with self._lock:
             image.readers.remove(reader)
 
-    def allocate(self, key: str, size_bytes: int, reader: Callable[[], bool] | None = None) -> HostImage | None:
+    def allocate(self, key: str, size_bytes: int, reader: Callable[[], bool] | None = None) -> HostWeights | None:
         """Room for an image that `reader` holds, taken from the least recently used idle ones; None if even that is not enough, or `key` is being
         filled already."""
         count = -(-size_bytes // self.chunk_bytes)
@@ -100,26 +100,26 @@ class HostArena:
                 self._forget(idle.pop(0))
             self._write_index()
             chunks = tuple(self._free.pop() for _ in range(count))
-            image = HostImage(key, size_bytes, chunks, self._memory, self.chunk_bytes)
+            image = HostWeights(key, size_bytes, chunks, self._memory, self.chunk_bytes)
             if reader is not None:
                 image.readers.append(reader)
             self._images[key] = image
             return image
 
-    def commit(self, image: HostImage) -> None:
+    def commit(self, image: HostWeights) -> None:
         """All of it is in: it may be found, kept and given up."""
         with self._lock:
             image.complete = True
             self._write_index()
 
-    def drop(self, image: HostImage) -> None:
+    def drop(self, image: HostWeights) -> None:
         """Give its chunks back."""
         with self._lock:
             if not image.gone:
                 self._forget(image)
                 self._write_index()
 
-    def _forget(self, image: HostImage) -> None:
+    def _forget(self, image: HostWeights) -> None:
         image.gone = True
         del self._images[image.key]
         self._free += sorted(image.chunks, reverse=True)

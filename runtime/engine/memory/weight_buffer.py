@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 
-class ImageBuffer(Protocol):
+class WeightBuffer(Protocol):
     """Host memory that holds an image, in one piece or several."""
 
     def pieces(self, offset: int, size_bytes: int) -> Iterable[Tensor]:
@@ -15,7 +15,7 @@ class ImageBuffer(Protocol):
 
 
 class Contiguous:
-    """An image in one piece. Implements ImageBuffer."""
+    """An image in one piece. Implements WeightBuffer."""
 
     def __init__(self, memory: Tensor) -> None:
         self._memory = memory
@@ -33,7 +33,7 @@ class Filler(Protocol):
 
     group_ends: tuple[int, ...]
 
-    def fill(self, image: ImageBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
+    def fill(self, image: WeightBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
         """Fill the whole image; `on_group(i)` is called from this thread, in order, once groups 0 … i are in.
 
         Raises LoadFailed (a file is gone or too short) or Cancelled.

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 
-class Arrival(Protocol):
+class WeightReadiness(Protocol):
     """One model's weights, group by group."""
 
     @property
@@ -14,7 +14,7 @@ class Arrival(Protocol):
         """Have the current stream wait for groups 0 … `group` (on a CPU: wait). Raises LoadFailed if they will not come."""
 
 
-class Arrived:
+class AlwaysReady:
     """Weights that are simply there. Implements Arrival."""
 
     pending = False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names
-from runtime.checkpoint.model_config import ModelCard, check_sizes, read_card
+from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.packed import KERNEL_LAYOUT
 from runtime.checkpoint.safetensors_index import read_index
 from runtime.checkpoint.weight_layout import TensorSpec
@@ -70,7 +70,7 @@ def pack(request: PackRequest, say: Say) -> int:
     return _pack_weights(request, card, whole, out_dir / PACKED_NAME, say)
 
 
-def _pack_weights(request: PackRequest, card: ModelCard, whole: Any, path: Path, say: Say) -> int:
+def _pack_weights(request: PackRequest, card: ModelConfig, whole: Any, path: Path, say: Say) -> int:
     if whole is None:
         check_sizes(card, len(read_index(request.weight_files)))
     skeleton = build_skeleton(card.model_class, copy.deepcopy(card.config), "eager")

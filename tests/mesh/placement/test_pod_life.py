@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from mesh.errors import StoreError
-from mesh.placement.record_updates import Announcer
+from mesh.placement.record_updates import RecordUpdates
 from mesh.pod import _made_up_id
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.fake_runtime import MB, FakeRuntime, Switches
@@ -313,7 +313,7 @@ async def test_a_pod_that_stops_while_the_store_is_away_asks_it_once(tmp_path: P
     """Each question takes seconds then, and a pod may hold hundreds of models."""
     asked = []
 
-    async def away(_: Announcer, model_id: str, **__: int) -> None:
+    async def away(_: RecordUpdates, model_id: str, **__: int) -> None:
         asked.append(model_id)
         raise StoreError("store: no etcd endpoint could be reached within 3.5 s")
 
@@ -321,5 +321,5 @@ async def test_a_pod_that_stops_while_the_store_is_away_asks_it_once(tmp_path: P
         for name in ("a", "b", "c"):
             await pod.register(name)
             await pod.echo(name)
-        monkeypatch.setattr(Announcer, "gone", away)
+        monkeypatch.setattr(RecordUpdates, "gone", away)
     assert len(asked) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import InvalidRequest, MeshError
-from mesh.placement.record_updates import Announcer
+from mesh.placement.record_updates import RecordUpdates
 from mesh.registry.registration import Registration, check_name
 from mesh.registry.registry import Registry
 from mesh.store.embedded import EmbeddedStore
@@ -57,7 +57,7 @@ async def test_what_is_listed_is_what_is_registered(seed: int, tmp_path: Path) -
                 case 6 | 7:
                     vmodel = registry.vmodels.get(one)
                     if vmodel is not None:  # from now on the name moves only when what it moves to is loaded
-                        await Announcer(registry.models, "pod").loading(
+                        await RecordUpdates(registry.models, "pod").loading(
                             vmodel.active_id, info_of(registry, vmodel.active_id), started_ms=1, last_used_ms=1
                         )
         except MeshError:

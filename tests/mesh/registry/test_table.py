@@ -13,7 +13,7 @@ from mesh.errors import StoreError, StoreUncertain
 from mesh.registry.models import Models
 from mesh.registry.records import ModelRecord, decode_record
 from mesh.registry.table import Table
-from mesh.registry.vmodel_plan import Wish
+from mesh.registry.vmodel_plan import VModelRequest
 from mesh.registry.vmodels import VModels
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
@@ -135,7 +135,7 @@ async def test_a_lost_answer_is_looked_up_once(store: EmbeddedStore, happens: bo
     assert (await models.register("m", info, last_used_ms=1)).info == info
     for vmodel_id, losses in (("v", 1), ("w", 1), ("x", 0)):
         doubtful.losses = losses
-        await vmodels.set(Wish(vmodel_id, "m"), now_ms=1, is_loaded=lambda _: False)
+        await vmodels.set(VModelRequest(vmodel_id, "m"), now_ms=1, is_loaded=lambda _: False)
     doubtful.losses = 1
     await vmodels.delete("v")
     got = (await models.table.read("m")).record

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from mesh.errors import MeshError
 from mesh.registry.records import ModelRecord, VModelRecord
-from mesh.registry.vmodel_plan import Plan, View, Wish, plan_delete, plan_finish, plan_park, plan_set
+from mesh.registry.vmodel_plan import VModelPlan, VModelRequest, VModelView, plan_delete, plan_finish, plan_park, plan_set
 from mesh.types import ModelInfo
 
 MODELS = ("m0", "m1", "m2")
 VMODELS = ("v0", "v1")
 
 wishes = st.builds(
-    Wish, vmodel_id=st.sampled_from(VMODELS), target_id=st.sampled_from(MODELS),
+    VModelRequest, vmodel_id=st.sampled_from(VMODELS), target_id=st.sampled_from(MODELS),
     info=st.one_of(st.none(), st.sampled_from([ModelInfo("llm", "a"), ModelInfo("llm", "b")])),
     auto_delete=st.booleans(), update_only=st.booleans(), force=st.booleans(),
     expected_target_id=st.sampled_from(("", *MODELS)), owner=st.sampled_from(("", "x", "y")),
@@ -32,12 +32,12 @@ class World:
         self.vmodels: dict[str, VModelRecord] = {}
         self.models: dict[str, ModelRecord] = {}
 
-    def view(self, vmodel_id: str, *more: str) -> View:
+    def view(self, vmodel_id: str, *more: str) -> VModelView:
         vmodel = self.vmodels.get(vmodel_id)
         ids = {*more, *((vmodel.active_id, vmodel.target_id) if vmodel else ())}
-        return View(vmodel, {model_id: self.models.get(model_id) for model_id in ids})
+        return VModelView(vmodel, {model_id: self.models.get(model_id) for model_id in ids})
 
-    def apply(self, vmodel_id: str, plan: Plan) -> None:
+    def apply(self, vmodel_id: str, plan: VModelPlan) -> None:
         for table, changes in ((self.vmodels, {vmodel_id: plan.vmodel}), (self.models, plan.models)):
             for record_id, record in changes.items():
                 if record is None:
@@ -47,14 +47,14 @@ class World:
 
     def step(self, action: tuple[object, ...]) -> None:
         match action:
-            case ("set", Wish() as wish, bool() as loaded):
+            case ("set", VModelRequest() as wish, bool() as loaded):
                 view = self.view(wish.vmodel_id, wish.target_id)
                 try:
                     plan = plan_set(wish, view, target_is_loaded=loaded, now_ms=5, default_owner="x")
                 except MeshError:
                     return
                 again = plan_set(wish, self.after(view, plan, wish), target_is_loaded=loaded, now_ms=5, default_owner="x")
-                assert again == Plan(plan.vmodel), "asking twice changes nothing the second time"
+                assert again == VModelPlan(plan.vmodel), "asking twice changes nothing the second time"
                 assert plan.vmodel is not None
                 assert plan.vmodel.target_id == wish.target_id
                 assert not plan.vmodel.failed
@@ -69,8 +69,8 @@ class World:
                 placed = {f"pod-{number}": 1 for number in range(copies)}
                 self.models[model_id] = msgspec.structs.replace(self.models[model_id], instance_ids=placed)
 
-    def after(self, view: View, plan: Plan, wish: Wish) -> View:
-        return View(plan.vmodel, {**view.models, **plan.models})
+    def after(self, view: VModelView, plan: VModelPlan, wish: VModelRequest) -> VModelView:
+        return VModelView(plan.vmodel, {**view.models, **plan.models})
 
     def check(self) -> None:
         for model_id, model in self.models.items():
@@ -91,10 +91,10 @@ def test_references_stay_true(steps: list[tuple[object, ...]]) -> None:
 
 
 @given(wishes, st.booleans())
-def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has_none(wish: Wish, auto: bool) -> None:
+def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has_none(wish: VModelRequest, auto: bool) -> None:
     """No gap: unless forced, a name with a loaded active model never points at one that isn't."""
     active = ModelRecord(type="llm", path="active", refs=1, auto_delete=auto, instance_ids={"pod": 1})
-    view = View(VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, wish.target_id: None})
+    view = VModelView(VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, wish.target_id: None})
     try:
         plan = plan_set(wish, view, target_is_loaded=False, now_ms=5, default_owner="x")
     except MeshError:
@@ -108,6 +108,6 @@ def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has
 @given(st.sampled_from(MODELS))
 def test_finishing_what_has_been_moved_elsewhere_does_nothing(target_id: str) -> None:
     vmodel = VModelRecord(active_id="a", target_id="b")
-    view = View(vmodel, {"a": ModelRecord(refs=1), "b": ModelRecord(refs=1)})
-    assert plan_finish(view, target_id=target_id) == Plan(vmodel)
-    assert plan_park(view, target_id=target_id) == Plan(vmodel)
+    view = VModelView(vmodel, {"a": ModelRecord(refs=1), "b": ModelRecord(refs=1)})
+    assert plan_finish(view, target_id=target_id) == VModelPlan(vmodel)
+    assert plan_park(view, target_id=target_id) == VModelPlan(vmodel)

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
 
 from runtime.checkpoint.meta_model import build_skeleton
-from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
 from runtime.engine.model.build.tiny_model import random_model, shrink
 from runtime.engine.model.run.rope import fix_frequencies, longrope_limit, rotary_tables
@@ -74,8 +74,8 @@ class ParticularLookAlike(Particular):
 
 def test_a_class_without_miniatures_is_tried_in_its_own_size() -> None:
     config = LlamaConfig(num_hidden_layers=12, hidden_size=192, num_attention_heads=6, intermediate_size=100, vocab_size=5000, pad_token_id=4999)
-    assert Prover(fuse=True).verdict(Particular, config).fused
-    verdict = Prover(fuse=True).verdict(ParticularLookAlike, config)
+    assert EquivalenceChecker(fuse=True).verdict(Particular, config).fused
+    verdict = EquivalenceChecker(fuse=True).verdict(ParticularLookAlike, config)
     assert not verdict.fused
     assert not verdict.refused
     assert "differs by" in verdict.reason
@@ -83,24 +83,24 @@ def test_a_class_without_miniatures_is_tried_in_its_own_size() -> None:
 
 def test_what_can_not_be_tried_is_refused() -> None:
     odd = LlamaConfig(num_hidden_layers=12, hidden_size=200, num_attention_heads=5, intermediate_size=100, vocab_size=5000)
-    verdict = Prover(fuse=True).verdict(Particular, odd)
+    verdict = EquivalenceChecker(fuse=True).verdict(Particular, odd)
     assert verdict.refused
     assert "can't be tried" in verdict.reason
     assert "200 is no width for me" in verdict.reason
     large = LlamaConfig(num_hidden_layers=120, hidden_size=192 * 128, num_attention_heads=192, intermediate_size=65536, vocab_size=5000)
-    verdict = Prover(fuse=True).verdict(Particular, large)
+    verdict = EquivalenceChecker(fuse=True).verdict(Particular, large)
     assert verdict.refused
     assert "are more than 536870912" in verdict.reason
 
 
 def test_a_llama_is_fused() -> None:
-    verdict = Prover(fuse=True).verdict(LlamaForCausalLM, CONFIG)
+    verdict = EquivalenceChecker(fuse=True).verdict(LlamaForCausalLM, CONFIG)
     assert verdict.fused
     assert not verdict.refused
 
 
 def test_a_look_alike_is_not() -> None:
-    verdict = Prover(fuse=True).verdict(LookAlike, CONFIG)
+    verdict = EquivalenceChecker(fuse=True).verdict(LookAlike, CONFIG)
     assert not verdict.fused
     assert not verdict.refused
     assert "a miniature differs by" in verdict.reason
@@ -108,19 +108,19 @@ def test_a_look_alike_is_not() -> None:
 
 def test_what_the_hook_can_not_carry_is_refused() -> None:
     assert eager_attention_forward is not None
-    verdict = Prover(fuse=True).verdict(Leaning, CONFIG)
+    verdict = EquivalenceChecker(fuse=True).verdict(Leaning, CONFIG)
     assert verdict.refused
     assert "needs more than the attention hook carries" in verdict.reason
 
 
 def test_unknown_weights_are_never_left_out() -> None:
-    verdict = Prover(fuse=True).verdict(ExtraWeight, CONFIG)
+    verdict = EquivalenceChecker(fuse=True).verdict(ExtraWeight, CONFIG)
     assert not verdict.fused
     assert "also has extra" in verdict.reason
 
 
 def test_verdicts_are_kept_by_class_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    prover = Prover(fuse=True)
+    prover = EquivalenceChecker(fuse=True)
     tried: list[str] = []
     original = prover._try
 
@@ -188,4 +188,4 @@ def test_longrope_is_decided_by_the_context_limit() -> None:
         torch.testing.assert_close(torch.cat((cos, cos), -1), theirs[0][0])
         torch.testing.assert_close(torch.cat((sin, sin), -1), theirs[1][0])
     torch.testing.assert_close(tables[64].inv_freq, 4 * tables[4096].inv_freq)
-    assert Prover(fuse=True).verdict(Phi3ForCausalLM, config).fused
+    assert EquivalenceChecker(fuse=True).verdict(Phi3ForCausalLM, config).fused

@@ -12,8 +12,8 @@ import torch
 from runtime.config.schema import EngineConfig
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.model.build.builder import Blueprint, draw
-from runtime.engine.model.build.equivalence_check import Prover
-from runtime.engine.model.build.warmup import Rehearsal, Stage
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker
+from runtime.engine.model.build.warmup import Warmup, WarmupStage
 from runtime.engine.model.run.buckets import Bucket, standard
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import kv_geometry
@@ -28,7 +28,7 @@ CONFIG = EngineConfig(device="cpu", slab_bytes=SLAB, max_rows=8, max_batch_token
 
 def drawn(name: str, folder: Path) -> tuple[Blueprint, KvGeometry]:
     checkpoint: Checkpoint = save(family(name), folder)
-    blueprint = draw("m", checkpoint, None, Prover(True), num_threads=1, min_group_bytes=1 << 20)
+    blueprint = draw("m", checkpoint, None, EquivalenceChecker(True), num_threads=1, min_group_bytes=1 << 20)
     return blueprint, kv_geometry("m", blueprint.shape, 16, blueprint.card.dtype.itemsize, SLAB, 16)
 
 
@@ -49,7 +49,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    stage = Stage(torch.device("cuda", 0), CONFIG)
+    stage = WarmupStage(torch.device("cuda", 0), CONFIG)
     for rehearsal in (stage.open(), stage.begin(blueprint, kv, blueprint.card.dtype, SLAB)):
         assert rehearsal is not None
         rehearsal.finish()
@@ -60,7 +60,7 @@ def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pyte
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_every_likely_size_runs_without_weights(name: str, tmp_path: Path, sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    rehearsal = Stage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
+    rehearsal = WarmupStage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
     assert rehearsal is not None
     rehearsal.finish()
     assert "ended early" not in caplog.text
@@ -77,7 +77,7 @@ def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.Monkey
     blueprint, kv = drawn("llama", tmp_path)
     gc.disable()
     try:
-        begun = Stage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
+        begun = WarmupStage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
         assert begun is not None
         begun.finish()
         assert len(made) == 2
@@ -87,7 +87,7 @@ def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_models_share_is_rehearsed_by_itself(sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
-    rehearsal = Stage(torch.device("cpu"), CONFIG).open()
+    rehearsal = WarmupStage(torch.device("cpu"), CONFIG).open()
     rehearsal.finish()
     assert rehearsal.num_steps == 3
     assert set(sizes) == {bucket.within(8, 96) for bucket in standard()}
@@ -96,7 +96,7 @@ def test_what_models_share_is_rehearsed_by_itself(sizes: list[Bucket], caplog: p
 
 @pytest.mark.usefixtures("sizes")
 def test_models_of_one_shape_are_rehearsed_once(tmp_path: Path) -> None:
-    stage = Stage(torch.device("cpu"), CONFIG)
+    stage = WarmupStage(torch.device("cpu"), CONFIG)
     blueprint, kv = drawn("llama", tmp_path)
     first = stage.begin(blueprint, kv, torch.float32, SLAB)
     assert first is not None
@@ -114,7 +114,7 @@ def test_a_rehearsal_that_fails_holds_nobody_up(caplog: pytest.LogCaptureFixture
     def steps() -> Iterator[bool]:
         raise RuntimeError("no compiler")
 
-    rehearsal = Rehearsal([steps], torch.device("cpu"))
+    rehearsal = Warmup([steps], torch.device("cpu"))
     rehearsal.wait()
     rehearsal.finish()
     assert rehearsal.over

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime.engine.memory.weight_buffer import Contiguous
 from runtime.engine.model.build.builder import draw
-from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Checkpoint
 from tests.model.build.test_builder import assert_same, tiny
@@ -29,7 +29,7 @@ def read(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 def refused(checkpoint: Checkpoint) -> str:
     with pytest.raises(LoadFailed) as caught:
-        draw("m", checkpoint, None, Prover(fuse=True), num_threads=1, min_group_bytes=1)
+        draw("m", checkpoint, None, EquivalenceChecker(fuse=True), num_threads=1, min_group_bytes=1)
     assert caught.value.message.startswith("model m: ")
     return caught.value.message
 
@@ -162,7 +162,7 @@ def test_a_file_that_shrinks_later_fails_the_swap_in_and_not_the_engine(tmp_path
 
 
 def test_a_fill_can_be_cancelled(tmp_path: Path) -> None:
-    blueprint = draw("m", save(tiny("llama"), tmp_path), None, Prover(fuse=True), num_threads=2, min_group_bytes=1)
+    blueprint = draw("m", save(tiny("llama"), tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
     cancelled = threading.Event()
     groups: list[int] = []
 
@@ -178,7 +178,7 @@ def test_a_fill_can_be_cancelled(tmp_path: Path) -> None:
 
 
 def test_groups_come_in_order(tmp_path: Path) -> None:
-    blueprint = draw("m", save(tiny("llama"), tmp_path), None, Prover(fuse=True), num_threads=2, min_group_bytes=1)
+    blueprint = draw("m", save(tiny("llama"), tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
     image = torch.zeros(blueprint.layout.size_bytes, dtype=torch.uint8)
     groups: list[int] = []
     blueprint.filler.fill(Contiguous(image), threading.Event(), groups.append)
@@ -207,7 +207,7 @@ def test_unsupported_models_say_why(tmp_path: Path) -> None:
 def test_end_tokens_and_context_limit(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 3, 7]}))
-    prover = Prover(fuse=True)
+    prover = EquivalenceChecker(fuse=True)
     blueprint = draw("m", checkpoint, 100, prover, num_threads=1, min_group_bytes=1)
     assert blueprint.card.eos_token_ids == (7, 3)
     assert blueprint.card.max_model_len == 100
@@ -223,7 +223,7 @@ def test_end_tokens_and_context_limit(tmp_path: Path) -> None:
 
 def test_identity_follows_the_files(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
-    prover = Prover(fuse=True)
+    prover = EquivalenceChecker(fuse=True)
 
     def identity() -> str:
         return draw("m", checkpoint, None, prover, num_threads=1, min_group_bytes=1).identity

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from runtime.engine.model.cpu.linear import HostLinear4, HostLinear8
+from runtime.engine.model.cpu.linear import CpuLinear4, CpuLinear8
 
 # of float64's result; bf16's own rounding is 2^-9 of each number
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -31,7 +31,7 @@ def test_4bit(codebook: str, dtype: torch.dtype, biased: bool) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(37, 128), torch.randn(37).to(dtype) if biased else None
     codes, state = quantize_4bit(weight, blocksize=64, quant_type=codebook)
-    linear = HostLinear4(codes.view(37, 64), state.absmax.view(37, 2), codebook, bias)
+    linear = CpuLinear4(codes.view(37, 64), state.absmax.view(37, 2), codebook, bias)
     state.dtype = dtype
     for shape in [(1, 128), (50, 128), (2, 3, 128)]:
         x = torch.randn(shape).to(dtype)
@@ -46,7 +46,7 @@ def test_int8(columns: int, dtype: torch.dtype, biased: bool) -> None:
     torch.manual_seed(0)
     weight, scale = torch.randint(-127, 128, (37, columns), dtype=torch.int8), torch.rand(37) / 127
     bias = torch.randn(37).to(dtype) if biased else None
-    linear = HostLinear8(weight, scale, bias)
+    linear = CpuLinear8(weight, scale, bias)
     for shape in [(1, columns), (8, columns), (9, columns), (2, 3, columns), (0, columns)]:
         x = torch.randn(shape).to(dtype)
         if shape[0] == 0:

@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from runtime.engine.memory.device import VirtualRange
 from runtime.engine.model.cpu.linear import multiply
-from runtime.engine.model.cpu.onednn_layout import HostOrder
+from runtime.engine.model.cpu.onednn_layout import OneDnnLayout
 from tests.model.build.test_builder import assert_same
 from tests.support.steps import bring_up, hf_logits, prompts, save
 
@@ -24,8 +24,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 @pytest.fixture(scope="module")
-def order() -> HostOrder:
-    found = HostOrder.create()
+def order() -> OneDnnLayout:
+    found = OneDnnLayout.create()
     if found is None:
         pytest.skip("this machine's torch doesn't order matrices")
     return found
@@ -38,7 +38,7 @@ def made(name: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (192, 128), (960, 576), (128, 1536)])
-def test_products_are_those_of_rows(order: HostOrder, n: int, k: int, dtype: torch.dtype) -> None:
+def test_products_are_those_of_rows(order: OneDnnLayout, n: int, k: int, dtype: torch.dtype) -> None:
     matrix = order.matrix((n, k), dtype)
     if matrix is None:
         pytest.skip("padded on this machine")
@@ -53,7 +53,7 @@ def test_products_are_those_of_rows(order: HostOrder, n: int, k: int, dtype: tor
         assert error < (1e-5 if dtype is torch.float32 else 1e-2)
 
 
-def test_what_would_take_more_bytes_stays_in_rows(order: HostOrder) -> None:
+def test_what_would_take_more_bytes_stays_in_rows(order: OneDnnLayout) -> None:
     for shape in [(17, 33), (100, 48), (64,), (2, 64, 64)]:
         matrix = order.matrix(shape, torch.float32)
         assert matrix is None or torch.ops.mkldnn._nbytes(torch.ops.mkldnn._reorder_linear_weight(torch.empty(shape), None)) == 4 * shape[0] * shape[1]
@@ -62,7 +62,7 @@ def test_what_would_take_more_bytes_stays_in_rows(order: HostOrder) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_in_order_is_the_model_and_returns_so(order: HostOrder, name: str, tmp_path: Path) -> None:
+def test_a_model_in_order_is_the_model_and_returns_so(order: OneDnnLayout, name: str, tmp_path: Path) -> None:
     model = made(name)
     asked = prompts(VOCAB, (5, 40))
     resident = bring_up(save(model, tmp_path))

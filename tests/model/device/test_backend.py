@@ -10,7 +10,7 @@ import pytest
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.device.backend import EngineBackend, Loading, make_backend
-from runtime.engine.interfaces import LoadedModel, LoadRequest
+from runtime.engine.interfaces import LoadRequest, LoadResult
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Quantization
 from tests.model.build.test_builder import tiny
@@ -103,9 +103,9 @@ def test_a_load_that_ends_after_its_cancellation_is_left_to_who_asks_for_it() ->
         return SimpleNamespace(close=lambda: closed.append(name))
 
     going, go = threading.Event(), threading.Event()
-    made = LoadedModel(part("runner"), part("memory"))
+    made = LoadResult(part("runner"), part("memory"))
 
-    def work(cancelled: threading.Event) -> LoadedModel:
+    def work(cancelled: threading.Event) -> LoadResult:
         going.set()
         assert go.wait(20)
         return made

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.core.loaded_model import Hosted
+from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.device import cuda
 from runtime.engine.device.backend import EngineBackend
-from runtime.engine.device.cuda import CudaHardware
+from runtime.engine.device.cuda import CudaDevice
 from runtime.engine.kernels.attention import paged_attention
 from runtime.engine.kernels.rope import rope_and_cache
 from runtime.engine.model.run import attention
 from runtime.engine.model.run.cuda_graphs import GraphPool, StepGraph
-from runtime.engine.model.run.input_buffers import RING_LINES, UploadRing
+from runtime.engine.model.run.input_buffers import RING_LINES, InputRing
 from runtime.ipc.messages import Add, Command, Event, Load, LoadFailed, Tokens, Unload
 from runtime.types import LogprobParams, SamplingParams, StopParams
 from tests.model.build.test_builder import tiny
@@ -58,13 +58,13 @@ class RecomputingPool(GraphPool):
         return StepGraph(cast("torch.cuda.CUDAGraph", SimpleNamespace(replay=replay)), logits)
 
 
-def separate_uploads(device: Device, config: EngineConfig) -> UploadRing:
+def separate_uploads(device: Device, config: EngineConfig) -> InputRing:
     """As on a GPU, where what is packed on the host is not yet what the device sees."""
-    ring: Any = UploadRing(torch.device("cpu"), config.max_batch_tokens, config.max_rows, 64)
+    ring: Any = InputRing(torch.device("cpu"), config.max_batch_tokens, config.max_rows, 64)
     ring._host = [torch.zeros_like(ring.device_words) for _ in range(RING_LINES)]
     ring._words = [host.numpy() for host in ring._host]
     ring._sent = [torch.cuda.Event() for _ in range(RING_LINES)]
-    return cast("UploadRing", ring)
+    return cast("InputRing", ring)
 
 
 def use_the_gpus_twins(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
@@ -105,13 +105,13 @@ class Stage:
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(cuda, "_GROUP_BYTES", 1)
         use_the_gpus_twins(monkeypatch, self.device)
-        self.backend = EngineBackend(CONFIG, CudaHardware(torch.device("cpu"), CONFIG))
+        self.backend = EngineBackend(CONFIG, CudaDevice(torch.device("cpu"), CONFIG))
         self.pool = RecomputingPool()
         self.backend._state = dataclasses.replace(self.backend._state, graphs=self.pool, uploads=separate_uploads(self.device, CONFIG))
         self.inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self.events: list[Event] = []
         self.loop = EngineLoop(CONFIG, self.backend, self.inbox, self.events.append, lambda _: None, time.monotonic)
-        self.seen: dict[int, Hosted] = {}                         # also those that were unloaded since
+        self.seen: dict[int, LoadedModel] = {}                         # also those that were unloaded since
         self.texts: dict[int, list[int]] = {}
         self.ended: set[int] = set()
 

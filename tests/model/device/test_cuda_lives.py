@@ -14,10 +14,10 @@ from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
-from runtime.engine.memory.host_tier import HostArena
+from runtime.engine.memory.host_tier import HostTier
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.slab_pool import SlabPool
-from runtime.engine.memory.weight_buffer import ImageBuffer
+from runtime.engine.memory.weight_buffer import WeightBuffer
 from runtime.engine.model.run.buckets import Bucket
 from runtime.engine.model.run.cuda_graphs import GraphPool, ModelGraphs
 from tests.support.cuda_device import Device
@@ -37,7 +37,7 @@ class Bytes:
         cuts = {min(-(-size_bytes * (i + 1) // groups // SLAB) * SLAB, size_bytes) for i in range(groups)}
         self.group_ends = tuple(sorted(cuts))
 
-    def fill(self, image: ImageBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
+    def fill(self, image: WeightBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
         for group in range(len(self.group_ends)):
             if cancelled.is_set():
                 return
@@ -53,7 +53,7 @@ class TrackedMemory(CudaModelMemory):
 
     device: Device
 
-    def _copy(self, source: ImageBuffer, group: int) -> None:
+    def _copy(self, source: WeightBuffer, group: int) -> None:
         start = self._filler.group_ends[group - 1] if group else 0
         size = self._filler.group_ends[group] - start
         stream: Any = self._copy_stream
@@ -86,7 +86,7 @@ class Engine:
         compute: Any = self.device.compute
         self.memory = CudaMemory(torch.device("cpu"), SLAB, SLABS, compute)
         self.driver = self.device.drivers[-1]
-        self.arena = HostArena(torch.zeros(12 * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
+        self.arena = HostTier(torch.zeros(12 * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
         self.pool = SlabPool(SLABS)
         self.graphs = GraphPool(torch.device("cpu"), enabled=True)
         self.models: dict[str, Model] = {}

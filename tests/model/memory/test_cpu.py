@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from runtime.engine.memory.arena_index import ArenaIndex, IndexEntry
-from runtime.engine.memory.background_load import Filling
+from runtime.engine.memory.background_load import BackgroundLoad
 from runtime.engine.memory.cpu import CpuMemory
-from runtime.engine.memory.host_tier import HostArena, HostImage
+from runtime.engine.memory.host_tier import HostTier, HostWeights
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
-from runtime.engine.memory.weight_buffer import Contiguous, ImageBuffer
+from runtime.engine.memory.weight_buffer import Contiguous, WeightBuffer
 from runtime.errors import Cancelled, LoadFailed
 
 SLAB = 8192
@@ -64,7 +64,7 @@ class ScriptedFiller:
         self.go = [threading.Event() for _ in self.group_ends]
         self.error = error
 
-    def fill(self, image: ImageBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
+    def fill(self, image: WeightBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
         for group, end in enumerate(self.group_ends):
             while not self.go[group].wait(0.01):
                 if cancelled.is_set():
@@ -79,7 +79,7 @@ class ScriptedFiller:
 def test_whoever_waits_for_a_group_sees_its_bytes() -> None:
     filler = ScriptedFiller()
     memory = torch.zeros(30, dtype=torch.uint8)
-    filling = Filling(filler, Contiguous(memory))
+    filling = BackgroundLoad(filler, Contiguous(memory))
     for group in range(3):
         assert not filling.done()
         filler.go[group].set()
@@ -94,7 +94,7 @@ def test_a_failed_fill_tells_who_waits() -> None:
         filler = ScriptedFiller(error)
         for event in filler.go:
             event.set()
-        filling = Filling(filler, Contiguous(torch.zeros(30, dtype=torch.uint8)))
+        filling = BackgroundLoad(filler, Contiguous(torch.zeros(30, dtype=torch.uint8)))
         filling.wait(0)
         with pytest.raises(kind):
             filling.wait(1)
@@ -103,7 +103,7 @@ def test_a_failed_fill_tells_who_waits() -> None:
 
 def test_cancel_leaves_no_writer() -> None:
     filler = ScriptedFiller()
-    filling = Filling(filler, Contiguous(torch.zeros(30, dtype=torch.uint8)))
+    filling = BackgroundLoad(filler, Contiguous(torch.zeros(30, dtype=torch.uint8)))
     filling.cancel()
     assert filling.done()
     with pytest.raises(Cancelled):
@@ -113,11 +113,11 @@ def test_cancel_leaves_no_writer() -> None:
 CHUNK = 64
 
 
-def arena(total_chunks: int, path: str = "") -> HostArena:
-    return HostArena(torch.zeros(total_chunks * CHUNK, dtype=torch.uint8), CHUNK, ArenaIndex(path))
+def arena(total_chunks: int, path: str = "") -> HostTier:
+    return HostTier(torch.zeros(total_chunks * CHUNK, dtype=torch.uint8), CHUNK, ArenaIndex(path))
 
 
-def put(host: HostArena, key: str, size: int, fill: int = 1) -> HostImage | None:
+def put(host: HostTier, key: str, size: int, fill: int = 1) -> HostWeights | None:
     image = host.allocate(key, size)
     if image is not None:
         for piece in image.pieces(0, size):
@@ -177,14 +177,14 @@ def test_pieces_follow_the_chunks() -> None:
 def test_images_outlive_the_engine(tmp_path: Path) -> None:
     path = str(tmp_path / "arena")
     memory = torch.zeros(6 * CHUNK, dtype=torch.uint8)
-    first = HostArena(memory, CHUNK, ArenaIndex(path))
+    first = HostTier(memory, CHUNK, ArenaIndex(path))
     for key in ("a", "b"):
         put(first, key, 2 * CHUNK, fill=ord(key))
     first.find("a")
     half = first.allocate("half", 2 * CHUNK)
     assert half is not None
 
-    second = HostArena(memory, CHUNK, ArenaIndex(path))
+    second = HostTier(memory, CHUNK, ArenaIndex(path))
     assert second.find("half") is None
     assert second.free_bytes() == 6 * CHUNK
     b = second.find("b")
@@ -264,7 +264,7 @@ def test_a_shared_arena_keeps_its_bytes(tmp_path: Path) -> None:
 def test_swapping_in_waits_for_nobody_else() -> None:
     """Two fills at once end independently."""
     slow, quick = ScriptedFiller(), ScriptedFiller()
-    fillings = [Filling(filler, Contiguous(torch.zeros(30, dtype=torch.uint8))) for filler in (slow, quick)]
+    fillings = [BackgroundLoad(filler, Contiguous(torch.zeros(30, dtype=torch.uint8))) for filler in (slow, quick)]
     for event in quick.go:
         event.set()
     fillings[1].wait(2)

@@ -13,12 +13,12 @@ from runtime.engine.interfaces import LoadRequest
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
-from runtime.engine.memory.host_tier import HostArena
+from runtime.engine.memory.host_tier import HostTier
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory
 from runtime.engine.model.build.builder import Blueprint, assemble, draw
-from runtime.engine.model.build.equivalence_check import Prover
-from runtime.engine.model.build.kv_fixture import TrialRows
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker
+from runtime.engine.model.build.kv_fixture import KvFixture
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.step import BuiltModel
 from runtime.errors import LoadFailed
@@ -132,10 +132,10 @@ class Stage:
         self.model = tiny(name)
         self.memory = memory
         self.pinned = PinnedMemory(arena_slabs * SLAB, arena_path, memory.device)
-        self.arena = HostArena(self.pinned.view, SLAB, ArenaIndex(arena_path))
+        self.arena = HostTier(self.pinned.view, SLAB, ArenaIndex(arena_path))
         self.pinned.start_registering()
         checkpoint = save(self.model, folder)
-        self.blueprint: Blueprint = draw("m", checkpoint, None, Prover(fuse=True), num_threads=4, min_group_bytes=1, layout_4bit="kernel")
+        self.blueprint: Blueprint = draw("m", checkpoint, None, EquivalenceChecker(fuse=True), num_threads=4, min_group_bytes=1, layout_4bit="kernel")
         self.kv = kv_geometry("m", self.blueprint.shape, 16, 4, SLAB, 8)
         self.weight_slabs = -(-self.blueprint.layout.size_bytes // SLAB)
         self.model_memory = CudaModelMemory(
@@ -149,7 +149,7 @@ class Stage:
 
     def logits(self, prompt: torch.Tensor) -> torch.Tensor:
         pages = [block * self.kv.pages_per_block for block in range(self.kv.blocks_per_slab)]
-        rows = TrialRows(self.built.planes, self.built.token_stride, 16, pages, 2, 8, self.memory.device)
+        rows = KvFixture(self.built.planes, self.built.token_stride, 16, pages, 2, 8, self.memory.device)
         positions, context = rows.step([(0, 0, len(prompt))])
         with torch.inference_mode():
             return self.built.forward(
@@ -209,7 +209,7 @@ def test_an_engine_that_returns_finds_its_models_warm(memory: CudaMemory, tmp_pa
         raise LoadFailed("read from disk again")
 
     pinned = PinnedMemory(16 * SLAB, path, memory.device)
-    arena = HostArena(pinned.view, SLAB, ArenaIndex(path))
+    arena = HostTier(pinned.view, SLAB, ArenaIndex(path))
     filler.fill = never                                  # type: ignore[method-assign]
     again = CudaModelMemory(
         memory, torch.cuda.Stream(memory.device), arena, memory.reserve(first.weight_slabs), KvRange(memory.reserve(8)), first.kv, filler,

@@ -12,10 +12,10 @@ import torch
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory, CudaRange
 from runtime.engine.memory.cuda_model import CudaModelMemory
-from runtime.engine.memory.host_tier import HostArena
+from runtime.engine.memory.host_tier import HostTier
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.model.build.builder import assemble, draw
-from runtime.engine.model.build.equivalence_check import Prover
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from tests.model.build.test_builder import assert_same, tiny
 from tests.support.cuda_device import CheckedDriver, Device
@@ -152,8 +152,8 @@ def test_a_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, dev
 @pytest.mark.parametrize("arena_slabs", [48, 0])
 def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, device: Device, tmp_path: Path, arena_slabs: int) -> None:
     model = tiny("llama")
-    arena = HostArena(torch.zeros(arena_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
-    blueprint = draw("m", save(model, tmp_path), None, Prover(fuse=True), num_threads=2, min_group_bytes=1)
+    arena = HostTier(torch.zeros(arena_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
+    blueprint = draw("m", save(model, tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
     kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
     stream: Any = device.stream()
@@ -194,9 +194,9 @@ def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, device: D
 def test_an_image_is_nobody_elses_from_the_moment_it_is_found(memory: CudaMemory, device: Device, tmp_path: Path) -> None:
     """A loading thread looks for room in the arena just when a swap-in has found its image there, and queued no copy yet."""
     model = tiny("llama")
-    blueprint = draw("m", save(model, tmp_path), None, Prover(fuse=True), num_threads=2, min_group_bytes=1)
+    blueprint = draw("m", save(model, tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
-    arena = HostArena(torch.zeros(weight_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
+    arena = HostTier(torch.zeros(weight_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
     kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
     stream: Any = device.stream()
     taken = CudaModelMemory(

@@ -12,7 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from runtime.engine.interfaces import RowSetup, StepPlan
 from runtime.engine.kernels import sample
 from runtime.engine.model.run.input_buffers import StepShape
-from runtime.engine.model.run.row_state import RowTables
+from runtime.engine.model.run.row_state import RowState
 from runtime.engine.model.run.sampler import Sampler
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.driving import Ask, Driver, hooked
@@ -51,7 +51,7 @@ def test_draws_follow_the_filtered_distribution(rules: SamplingParams) -> None:
     torch.manual_seed(0)
     num_draws, vocab = 60_000, 40
     logits = torch.randn(vocab) * 1.5
-    tables = RowTables(CPU, 1)
+    tables = RowState(CPU, 1)
     tables.write_rules([0], [replace_seed(rules, 99)])
     words = tables.rules
     expected = sample.filtered(sample.scaled(logits[None], words), words, None).softmax(1)[0]
@@ -107,7 +107,7 @@ def test_edits_equal_their_definitions() -> None:
     rules = SamplingParams(
         temperature=0.0, repetition_penalty=1.7, frequency_penalty=0.4, presence_penalty=0.9, logit_bias=((3, 2.5), (7, -1.0), (10**6, 1.0))
     )
-    sampler = Sampler(vocab, RowTables(CPU, 4))
+    sampler = Sampler(vocab, RowState(CPU, 4))
     sampler.open(setup(2, rules, prompt, min_tokens=3, suppressed=(1, 8)))
     sampler.begin(NO_PLAN)
     said: list[int] = []
@@ -131,7 +131,7 @@ def test_edits_equal_their_definitions() -> None:
 
 def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
     vocab = 10
-    sampler = Sampler(vocab, RowTables(CPU, 4))
+    sampler = Sampler(vocab, RowState(CPU, 4))
     for row in (1, 2):
         sampler.open(setup(row, SamplingParams(temperature=0.0), min_tokens=3, suppressed=(-1, 4, 10**9)))
     logits = torch.arange(vocab).float().repeat(2, 1)      # the last id is the largest
@@ -144,7 +144,7 @@ def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
 
 def test_a_returning_row_counts_what_it_said_once() -> None:
     vocab, rules = 30, SamplingParams(temperature=0.0, frequency_penalty=1.0)
-    sampler = Sampler(vocab, RowTables(CPU, 2))
+    sampler = Sampler(vocab, RowState(CPU, 2))
     for prompt_given in ([1, 2], [1, 2, 9]):               # with and without the first generated id in the setup
         sampler.open(RowSetup(0, rules, LogprobParams(), prompt_given, 2))
         sampler.begin(StepPlan([0], [0], [3], [False], [False], [1, 2, 9]))
@@ -159,7 +159,7 @@ def test_a_returning_row_counts_what_it_said_once() -> None:
 
 
 def test_rows_that_ask_for_nothing_stay_plain() -> None:
-    sampler = Sampler(10, RowTables(CPU, 4))
+    sampler = Sampler(10, RowState(CPU, 4))
     sampler.open(setup(1, SamplingParams(temperature=0.0, seed=4)))
     assert sampler.all_plain(shape([1, 2], [3, 3]))
     sampler.open(setup(1, SamplingParams(temperature=0.5, seed=4)))

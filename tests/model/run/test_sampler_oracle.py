@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from runtime.engine.kernels import sample
-from runtime.engine.model.run.row_state import RowTables
+from runtime.engine.model.run.row_state import RowState
 from runtime.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def warped(logits: torch.Tensor, rules: SamplingParams) -> torch.Tensor:
 
 
 def words_of(rules: SamplingParams) -> torch.Tensor:
-    tables = RowTables(CPU, 1)
+    tables = RowState(CPU, 1)
     tables.write_rules([0], [rules])
     return tables.rules
 

@@ -18,7 +18,7 @@ from runtime.errors import LoadFailed
 from runtime.ipc.messages import Hello
 from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
-from runtime.puller.inspection import Look
+from runtime.puller.inspection import ModelMetadata
 from runtime.puller.sizing import Geometry, needs_of
 from runtime.types import ModelSettings, ModelSource, Quantization
 from tests.support.engines import fake_command
@@ -38,15 +38,15 @@ class ScriptedFitter:
         self.may_end = asyncio.Event()
         self.ended: list[str] = []
 
-    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> Look:
+    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> ModelMetadata:
         if source.uri.startswith("slow:"):
             await self.may_end.wait()
             self.ended.append(source.uri)
         if source.uri.startswith("missing:"):
             raise LoadFailed(f"{source.uri}: no such files")
-        return Look(GEOMETRY, needs_of(GEOMETRY, (), settings, device), Quantization.NONE, exact=False, config={"uri": source.uri})
+        return ModelMetadata(GEOMETRY, needs_of(GEOMETRY, (), settings, device), Quantization.NONE, exact=False, config={"uri": source.uri})
 
-    async def refusal(self, look: Look, settings: ModelSettings) -> str:
+    async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         return "FakeForCausalLM is not supported" if look.config["uri"] == "/models/odd" else ""
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from runtime.config.schema import EngineConfig
 from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
 from runtime.engine_client.restart_policy import RestartPolicy
-from runtime.engine_client.streams import Pace, RowStream, merge_rows
+from runtime.engine_client.streams import DeliveryPacer, RowStream, merge_rows
 from runtime.errors import EngineFault, ModelNotFound, Overloaded, RepertoryError, Unavailable
-from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import Hello, Load, RowTokens
 from runtime.types import Checkpoint, FinishReason, LogprobParams, SamplingParams, StopParams
 from tests.support.engines import fake_command
@@ -228,9 +228,9 @@ async def test_stop_lets_streams_finish() -> None:
 
 def test_the_blackbox_survives_its_writer(tmp_path: Path) -> None:
     path = tmp_path / "blackbox"
-    reader = Blackbox(path)
+    reader = CrashMarker(path)
     assert reader.read() is None
-    writer = Blackbox(path)
+    writer = CrashMarker(path)
     writer.mark("org/ä-model")
     assert reader.read() == "org/ä-model"
     writer.mark("b")
@@ -261,7 +261,7 @@ async def test_a_slow_consumer_gets_one_item_and_then_the_error() -> None:
 
 
 async def test_above_its_rate_a_stream_is_woken_for_several_rows_at_once() -> None:
-    pace = Pace()
+    pace = DeliveryPacer()
     streams = [RowStream("a", event_s=0.001) for _ in range(10)]
     for stream in streams:
         pace.opened(stream)
@@ -278,7 +278,7 @@ async def test_above_its_rate_a_stream_is_woken_for_several_rows_at_once() -> No
 
 
 async def test_what_is_held_goes_out_without_another_row_and_an_end_is_not_held() -> None:
-    pace = Pace()
+    pace = DeliveryPacer()
     stream, ending = RowStream("a", event_s=0.002), RowStream("a", event_s=0.002)
     for each in (stream, ending):
         pace.opened(each)
@@ -291,7 +291,7 @@ async def test_what_is_held_goes_out_without_another_row_and_an_end_is_not_held(
 
 
 async def test_few_streams_are_not_paced() -> None:
-    pace = Pace()
+    pace = DeliveryPacer()
     stream = RowStream("a", event_s=33e-6)
     pace.opened(stream)
     for step in range(3):

@@ -11,9 +11,9 @@ from runtime.config.addresses import Address, claim, parse_address
 from runtime.config.loader import configure
 from runtime.errors import InvalidRequest, LoadFailed, Unavailable
 from runtime.models.model_key import fingerprint, parse_model
-from runtime.puller.checkpoint_check import Kind, Policy, inspect
+from runtime.puller.checkpoint_check import CheckpointKind, Policy, inspect
 from runtime.puller.gguf_metadata import read_gguf
-from runtime.puller.sizing import Resident, checkpoint_dtype, compute_dtype, geometry_of, needs_of, victims
+from runtime.puller.sizing import ResidentBytes, checkpoint_dtype, compute_dtype, geometry_of, needs_of, victims
 from runtime.types import DefaultSampling, ModelSettings, ModelSource, Quantization
 from tests.support.llama_checkpoints import tiny_llama
 
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_with_its_sizes(tmp_path: Path) -> None:
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(LoadFailed, match="pickled"):
         look(tmp_path / "m")
-    assert inspect(tmp_path / "m", Policy(allow_pickle=True)).kind is Kind.PICKLE
+    assert inspect(tmp_path / "m", Policy(allow_pickle=True)).kind is CheckpointKind.PICKLE
     (tmp_path / "m" / "config.json").write_text("{")
     with pytest.raises(LoadFailed, match=r"config\.json"):
         look(tmp_path / "m")
@@ -205,7 +205,7 @@ def test_needs_follow_from_the_files(tmp_path: Path) -> None:
 
 
 def test_victims_are_idle_and_least_recently_used() -> None:
-    residents = [Resident("new", 10, False, 9.0), Resident("busy", 10, True, 1.0), Resident("old", 10, False, 2.0)]
+    residents = [ResidentBytes("new", 10, False, 9.0), ResidentBytes("busy", 10, True, 1.0), ResidentBytes("old", 10, False, 2.0)]
     assert victims(5, 5, residents) == ([], 0)
     assert victims(12, 5, residents) == (["old"], 0)
     assert victims(40, 5, residents) == (["old", "new"], 15)

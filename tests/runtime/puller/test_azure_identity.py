@@ -9,7 +9,7 @@ import pytest
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.azure import AzureContainer
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
 from runtime.puller.source import Source
 from runtime.types import ModelSource
@@ -51,7 +51,7 @@ def test_a_machines_identity_opens_a_private_container(
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
     monkeypatch.setenv("IDENTITY_HEADER", "of-this-machine")
     source = source_of(stores, tmp_path, **options)
-    job = Job(lambda progress: None)
+    job = PullJob(lambda progress: None)
     listing = source.listing(job)
     assert sorted(file.name for file in listing.files) == ["config.json", "model.safetensors"]
     for file in listing.files:
@@ -70,7 +70,7 @@ def test_a_machines_identity_does_not_go_where_a_registration_says(stores: Objec
         place = locate(source, config)
         assert not isinstance(place, Path)
         with pytest.raises(LoadFailed, match="failed to authenticate"):
-            place.listing(Job(lambda progress: None))
+            place.listing(PullJob(lambda progress: None))
     assert all(path != "/identity" for _, path, _ in stores.log)
 
 
@@ -82,10 +82,10 @@ def test_an_accounts_name_is_no_host(account: str) -> None:
 
 def test_without_a_name_a_public_container_is_read_by_nobody(stores: ObjectStores, tmp_path: Path) -> None:
     with pytest.raises(LoadFailed, match="failed to authenticate"):
-        source_of(stores, tmp_path).listing(Job(lambda progress: None))
+        source_of(stores, tmp_path).listing(PullJob(lambda progress: None))
     assert all(path != "/identity" for _, path, _ in stores.log)
     stores.private = False
-    assert source_of(stores, tmp_path).listing(Job(lambda progress: None)).files
+    assert source_of(stores, tmp_path).listing(PullJob(lambda progress: None)).files
 
 
 def test_a_service_principal_is_a_client_secret() -> None:

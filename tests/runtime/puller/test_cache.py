@@ -13,11 +13,11 @@ import pytest
 from runtime.errors import Cancelled, Overloaded
 from runtime.puller import cache as cache_module
 from runtime.puller.cache import Cache
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 
 
-def job() -> Job:
-    return Job(lambda progress: None)
+def job() -> PullJob:
+    return PullJob(lambda progress: None)
 
 
 def put(cache: Cache, key: str, size: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from runtime.errors import Cancelled, LoadFailed
 from runtime.models.model_state import Progress
 from runtime.puller.download import pull
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, Listing, RemoteFile
 
 FILES = [RemoteFile(f"f{number}", "", 100) for number in range(6)]
@@ -22,13 +22,13 @@ class Scripted:
         self.together = threading.Barrier(len(FILES))
         self.broken = broken
 
-    def listing(self, job: Job) -> Listing:
+    def listing(self, job: PullJob) -> Listing:
         return Listing("scripted", FILES)
 
-    def read(self, file: RemoteFile, start: int, count: int, job: Job) -> bytes:
+    def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
         return b""
 
-    def fetch(self, file: RemoteFile, target: Path, job: Job, arrived: Arrived) -> None:
+    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
         self.together.wait(60)
         if file.name == self.broken:
             raise LoadFailed(f"{file.name} is corrupt")
@@ -46,7 +46,7 @@ class Scripted:
 def test_files_come_beside_each_other_and_are_counted_together(tmp_path: Path) -> None:
     seen: list[Progress] = []
     source = Scripted()
-    pull(source, source.listing(Job(seen.append)), tmp_path, Job(seen.append))
+    pull(source, source.listing(PullJob(seen.append)), tmp_path, PullJob(seen.append))
     assert len(list(tmp_path.iterdir())) == len(FILES)
     counts = [progress.done_bytes for progress in seen]
     assert counts == sorted(counts)
@@ -58,11 +58,11 @@ def test_files_come_beside_each_other_and_are_counted_together(tmp_path: Path) -
 def test_one_that_fails_stops_the_others_and_is_the_reason(tmp_path: Path) -> None:
     source = Scripted("f3")
     with pytest.raises(LoadFailed, match="f3 is corrupt"):
-        pull(source, source.listing(Job(lambda progress: None)), tmp_path, Job(lambda progress: None))
+        pull(source, source.listing(PullJob(lambda progress: None)), tmp_path, PullJob(lambda progress: None))
 
 
 def test_a_cancelled_pull_is_cancelled(tmp_path: Path) -> None:
-    job = Job(lambda progress: None)
+    job = PullJob(lambda progress: None)
     source = Scripted("nothing of that name")
     threading.Timer(0.2, job.cancel).start()
     with pytest.raises(Cancelled, match="the load was cancelled"):

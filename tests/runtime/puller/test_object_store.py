@@ -11,7 +11,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
-from runtime.puller.preparer import Preparation
+from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import ModelSettings, ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.object_stores import ACCOUNT_KEY, ObjectStores
@@ -34,8 +34,8 @@ def stores(tmp_path: Path) -> Iterator[ObjectStores]:
 
 
 @pytest.fixture
-def preparation(tmp_path: Path) -> Iterator[Preparation]:
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+def preparation(tmp_path: Path) -> Iterator[CheckpointPreparer]:
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     yield preparation
     preparation.close()
 
@@ -63,7 +63,7 @@ def place(kind: str, path: str, stores: ObjectStores, **options: str) -> ModelSo
     return ModelSource(f"az://account/{path}", None, {"endpoint_url": f"{stores.url}/account", **options})
 
 
-async def pull(preparation: Preparation, source: ModelSource, tmp_path: Path) -> None:
+async def pull(preparation: CheckpointPreparer, source: ModelSource, tmp_path: Path) -> None:
     """And see that all of it came, byte for byte."""
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     names = [Path(name) for name in prepared.checkpoint.weight_files]
@@ -73,7 +73,7 @@ async def pull(preparation: Preparation, source: ModelSource, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_model_in_a_public_bucket(kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path) -> None:
+async def test_a_model_in_a_public_bucket(kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
     source = place(kind, "models/org/tiny", stores)
     look = await preparation.look(source, ModelSettings(), "cpu")
     assert look.exact
@@ -88,7 +88,7 @@ async def test_a_model_in_a_public_bucket(kind: str, stores: ObjectStores, prepa
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_pull_goes_on_where_it_was_cut(
-    kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
     stores.cuts = 2
@@ -101,7 +101,7 @@ async def test_a_pull_goes_on_where_it_was_cut(
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_pull_that_was_given_up_is_taken_up_again(
-    kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
     monkeypatch.setattr("runtime.puller.object_store._TRIES", 1)
@@ -125,7 +125,7 @@ async def test_a_pull_that_was_given_up_is_taken_up_again(
 
 
 @pytest.mark.parametrize(("kind", "by"), [("gs", "md5"), ("gs", "crc32c"), ("az", "md5")])
-async def test_wrong_bytes_are_found_out(kind: str, by: str, stores: ObjectStores, preparation: Preparation) -> None:
+async def test_wrong_bytes_are_found_out(kind: str, by: str, stores: ObjectStores, preparation: CheckpointPreparer) -> None:
     stores.no_md5 = by == "crc32c"
     stores.corrupt = "org/tiny/tokenizer.json"
     with pytest.raises(LoadFailed, match=rf"tokenizer.json is corrupt: its {by} is \w+, the source gives \w+"):
@@ -134,7 +134,7 @@ async def test_wrong_bytes_are_found_out(kind: str, by: str, stores: ObjectStore
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_an_object_that_is_replaced_meanwhile_is_no_mixture(
-    kind: str, stores: ObjectStores, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
+    kind: str, stores: ObjectStores, preparation: CheckpointPreparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores.no_md5 = True
 
@@ -149,7 +149,7 @@ async def test_an_object_that_is_replaced_meanwhile_is_no_mixture(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_is_not_there_is_named(kind: str, stores: ObjectStores, preparation: Preparation) -> None:
+async def test_what_is_not_there_is_named(kind: str, stores: ObjectStores, preparation: CheckpointPreparer) -> None:
     for path, text in (("absent/org/tiny", "does not exist"), ("models/org/absent", "nothing is there")):
         with pytest.raises(LoadFailed, match=text) as caught:
             await preparation.prepare(place(kind, path, stores), ModelSettings(), "cpu", lambda progress: None)
@@ -157,12 +157,12 @@ async def test_what_is_not_there_is_named(kind: str, stores: ObjectStores, prepa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_busy_store_is_asked_again(kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path) -> None:
+async def test_a_busy_store_is_asked_again(kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
     stores.refusals = 1
     await pull(preparation, place(kind, "models/org/tiny", stores), tmp_path)
 
 
-async def test_google_asks_who_it_is(stores: ObjectStores, preparation: Preparation, tmp_path: Path) -> None:
+async def test_google_asks_who_it_is(stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
     stores.private = True
     with pytest.raises(LoadFailed, match="it is not public, and there are no credentials for it"):
         await preparation.prepare(place("gs", "models/org/tiny", stores), ModelSettings(), "cpu", lambda progress: None)
@@ -180,7 +180,7 @@ async def test_google_asks_who_it_is(stores: ObjectStores, preparation: Preparat
     assert "PRIVATE" not in str(caught.value)
 
 
-async def test_azure_asks_who_it_is(stores: ObjectStores, preparation: Preparation, tmp_path: Path) -> None:
+async def test_azure_asks_who_it_is(stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
     stores.private = True
     wrong = {"account_key": "d3Jvbmc="}
     for options in ({}, wrong, {"sas_token": "sv=1&sig=wrong"}):
@@ -189,7 +189,7 @@ async def test_azure_asks_who_it_is(stores: ObjectStores, preparation: Preparati
         assert not {"wrong", "d3Jvbmc="} & set(str(caught.value).replace("=", " ").split())
     await pull(preparation, place("az", "models/org/tiny", stores, account_key=ACCOUNT_KEY), tmp_path)
     stores.log.clear()
-    fresh = Preparation(RuntimeConfig(), Cache(tmp_path / "other", 1 << 30))
+    fresh = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "other", 1 << 30))
     await pull(fresh, place("az", "models/org/tiny", stores, sas_token="sv=2024-01-01&sp=rl&sig=a%2Bsignature%3D"), tmp_path)
     fresh.close()
     assert stores.reads
@@ -200,7 +200,7 @@ async def test_azure_asks_who_it_is(stores: ObjectStores, preparation: Preparati
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_store_that_is_away_tells_no_secret_and_takes_nothing_back(
-    kind: str, stores: ObjectStores, preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"sas_token": "sv=1&sig=SECRET"} if kind == "az" else {}
     source = place(kind, "models/org/tiny", stores, **options)

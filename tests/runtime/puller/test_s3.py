@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
-from runtime.puller.preparer import Preparation
+from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.s3 import S3Bucket
 from runtime.puller.source import RemoteFile
 from runtime.types import ModelSettings, ModelSource
@@ -47,7 +47,7 @@ async def test_a_model_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
         client.upload_file(str(file), "models", f"org/tiny/{file.name}")
     for number in range(1100):              # more than a page of a neighbour's
         s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object("models", f"org/tiny/notes/{number:04}", b"x")
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource("s3://models/org/tiny", None, keys)
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     assert all(same(Path(name), tmp_path / "m" / Path(name).name) for name in prepared.checkpoint.weight_files)
@@ -69,7 +69,7 @@ async def test_the_tag_of_what_a_key_service_encrypted_is_no_checksum(endpoint: 
         client.put_object(Bucket="models", Key=f"m/{file.name}", Body=file.read_bytes(), ServerSideEncryption=encryption)
     # the service's own tag would be of no content
     s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets["models"].keys["m/config.json"]._etag = "0123456789abcdef0123456789abcdef"
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource("s3://models/m", None, keys)
     if encryption == "AES256":
         with pytest.raises(LoadFailed, match=r"config\.json is corrupt: its md5"):

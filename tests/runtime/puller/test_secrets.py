@@ -9,7 +9,7 @@ import pytest
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.http_client import HttpClient
-from runtime.puller.progress import Job
+from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source
 from runtime.types import ModelSource
@@ -17,8 +17,8 @@ from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer
 
 
-def job() -> Job:
-    return Job(lambda progress: None)
+def job() -> PullJob:
+    return PullJob(lambda progress: None)
 
 
 def source_of(uri: str, config: RuntimeConfig, storage_key: str | None = None, **params: str) -> Source:

@@ -12,7 +12,7 @@ from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.pack.aux_files import convert_tokenizer
-from runtime.puller.preparer import Preparation
+from runtime.puller.preparer import CheckpointPreparer
 from runtime.text.tokenizer import TextTokenizer, open_tokenizer
 from runtime.text.tokenizer_files import read_tokenizer_config
 from runtime.types import ModelSettings, ModelSource, Quantization
@@ -73,7 +73,7 @@ def test_the_same_tokens_as_sentencepiece(kind: str, tmp_path: Path) -> None:
 
 async def test_a_checkpoint_with_only_a_sentencepiece_model_loads_plain_and_quantised(tmp_path: Path) -> None:
     oracle = with_sentencepiece(tmp_path / "m", "bpe")
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     for quantize in (Quantization.NONE, Quantization.NF4):
         settings = ModelSettings(quantize=quantize)
         prepared = await preparation.prepare(ModelSource(str(tmp_path / "m"), None, {}), settings, "cpu", lambda progress: None)

@@ -17,8 +17,8 @@ from runtime.puller.http_client import HttpClient
 from runtime.puller.http_source import WebSource
 from runtime.puller.huggingface import HubSource
 from runtime.puller.object_store import BucketSource
-from runtime.puller.preparer import Preparation
-from runtime.puller.progress import Job
+from runtime.puller.preparer import CheckpointPreparer
+from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source, wanted
 from runtime.puller.storage_config import storage_options
@@ -27,8 +27,8 @@ from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer
 
 
-def job() -> Job:
-    return Job(lambda progress: None)
+def job() -> PullJob:
+    return PullJob(lambda progress: None)
 
 
 def source_of(uri: str, config: RuntimeConfig | None = None, **source: Any) -> Source:
@@ -40,7 +40,7 @@ def source_of(uri: str, config: RuntimeConfig | None = None, **source: Any) -> S
 async def test_a_directory_on_a_web_server_is_pulled_once_and_resumed(web: WebServer, tmp_path: Path) -> None:
     tiny_llama(web.root / "org" / "tiny", shard="100KB")
     web.cuts, web.cut_after, web.refusals = 2, 50_000, 1
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     seen: list[Progress] = []
     source = ModelSource(f"{web.url}/org/tiny")
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", seen.append)
@@ -64,7 +64,7 @@ async def test_a_directory_on_a_web_server_is_pulled_once_and_resumed(web: WebSe
 
 async def test_a_file_that_changed_is_another_model(web: WebServer, tmp_path: Path) -> None:
     tiny_llama(web.root / "m")
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
     tiny_llama(web.root / "m", seed=1)
     second = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
@@ -76,7 +76,7 @@ async def test_a_source_that_is_away_does_not_take_what_was_pulled(tmp_path: Pat
     (tmp_path / "www").mkdir()
     web = WebServer(tmp_path / "www")
     tiny_llama(web.root / "m")
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
     first.release()
     web.close()

@@ -10,7 +10,7 @@ from runtime.config.schema import RuntimeConfig
 from runtime.engine import support_check
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
-from runtime.puller.preparer import Preparation
+from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import ModelSettings, ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 
@@ -35,7 +35,7 @@ def test_reasons(tmp_path: Path) -> None:
 
 
 async def test_fit_asks_a_process_once(tmp_path: Path) -> None:
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     settings = ModelSettings()
     mamba = tmp_path / "mamba"
     tiny_llama(mamba)

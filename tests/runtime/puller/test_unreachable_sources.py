@@ -10,8 +10,8 @@ from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.huggingface import HubSource
-from runtime.puller.preparer import Preparation
-from runtime.puller.progress import Job
+from runtime.puller.preparer import CheckpointPreparer
+from runtime.puller.progress import PullJob
 from runtime.puller.source import Unreachable
 from runtime.types import ModelSettings, ModelSource
 from tests.support.llama_checkpoints import tiny_llama
@@ -21,19 +21,19 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def preparation(tmp_path: Path) -> Iterator[Preparation]:
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+def preparation(tmp_path: Path) -> Iterator[CheckpointPreparer]:
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     yield preparation
     preparation.close()
 
 
-async def model_dir(preparation: Preparation, source: ModelSource) -> Path:
+async def model_dir(preparation: CheckpointPreparer, source: ModelSource) -> Path:
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     prepared.release()
     return Path(prepared.checkpoint.model_dir)
 
 
-async def test_one_path_at_two_places_is_two_models(preparation: Preparation, tmp_path: Path) -> None:
+async def test_one_path_at_two_places_is_two_models(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     (tmp_path / "www").mkdir()
     web = WebServer(tmp_path / "www")
     places = [ModelSource("m", None, {"type": "http", "url": f"{web.url}/{name}"}) for name in ("one", "two")]
@@ -59,7 +59,7 @@ def hub(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_hub_that_is_unwell_or_forbidden_takes_nothing_back(
-    web: WebServer, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
+    web: WebServer, preparation: CheckpointPreparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_llama(web.root / "m")
     hub(web, monkeypatch)
@@ -79,6 +79,6 @@ def test_a_hub_that_refuses_is_not_away(web: WebServer, monkeypatch: pytest.Monk
     hub(web, monkeypatch)
     web.routes["/api/models/org/m/revision/main"] = lambda: (status, {"X-Error-Code": code} if code else {}, b"{}")
     with pytest.raises(LoadFailed, match=words) as caught:
-        HubSource("org/m", "hf_HIDDEN", allow_pickle=False).listing(Job(lambda progress: None))
+        HubSource("org/m", "hf_HIDDEN", allow_pickle=False).listing(PullJob(lambda progress: None))
     assert not isinstance(caught.value, Unreachable)
     assert "HIDDEN" not in str(caught.value)

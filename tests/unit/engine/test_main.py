@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from runtime.config.schema import EngineConfig
-from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import Add, Command, Event, Hello, Load, Loaded, Shutdown, Tokens
 from runtime.types import Checkpoint, FinishReason, SamplingParams, StopParams
 from tests.support.checkpoints import tiny_llama
@@ -69,7 +69,7 @@ def test_hello_load_tokens_shutdown_and_hanging_up(tmp_path: Path) -> None:
         assert len([token for row in rows for token in row.tokens]) == 12
         assert rows[-1].finish is FinishReason.LENGTH
         assert front.process.wait(WAIT_S) == 0
-        assert Blackbox(front.blackbox_path).read() is None
+        assert CrashMarker(front.blackbox_path).read() is None
     finally:
         front.process.kill()
         front.process.wait()

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from runtime.ipc.crash_marker import Blackbox
+from runtime.ipc.crash_marker import CrashMarker
 
 
 def test_each_death_is_read_and_wiped(tmp_path: Path) -> None:
     """Or a start that fails before anything ran would be put down to the model of the death before it, and quarantine that."""
-    front = Blackbox(tmp_path / "blackbox")
+    front = CrashMarker(tmp_path / "blackbox")
     for model_id in ("a", "b", "b"):
-        engine = Blackbox(tmp_path / "blackbox")
+        engine = CrashMarker(tmp_path / "blackbox")
         engine.mark(model_id)
         engine.close()
         assert front.read() == model_id

@@ -22,14 +22,14 @@ _OLDEST = (9, 0)  # the first whose launches may overlap
 SHARED_BYTES = 227 << 10  # what a block may have where the launch asks for it (Hopper)
 
 
-class NativeError(RuntimeError):
+class NvrtcError(RuntimeError):
     """A compiler or driver call failed."""
 
 
 def _checked(call: str, result: tuple[Any, ...]) -> Any:
     status, *values = result
     if int(status) != 0:
-        raise NativeError(f"{call}: {status.name}")
+        raise NvrtcError(f"{call}: {status.name}")
     return values[0] if values else None
 
 
@@ -122,7 +122,7 @@ def compile_source(name: str, text: bytes, architecture: str, defines: tuple[str
     if int(status) != 0:
         log = b" " * _checked("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise NativeError(f"{name} does not compile for {architecture}: {log.decode(errors='replace')}")
+        raise NvrtcError(f"{name} does not compile for {architecture}: {log.decode(errors='replace')}")
     image: bytes = b" " * _checked("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program))
     _checked("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, image))
     nvrtc.nvrtcDestroyProgram(program)

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from runtime.checkpoint.meta_model import bind, build_skeleton, stored_specs, tied_names, untie
-from runtime.checkpoint.model_config import ModelCard, check_sizes, read_card
+from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.name_mapping import resolve
 from runtime.checkpoint.packed import Layout4Bit, PackedTensors
 from runtime.checkpoint.safetensors_index import StoredTensor, read_index, read_metadata
 from runtime.checkpoint.weight_layout import Join, Placed, TensorSpec, WeightLayout, lay_out
 from runtime.engine.interfaces import KvGeometry
-from runtime.engine.memory.weight_readiness import Arrival
-from runtime.engine.model.build.equivalence_check import Prover, Verdict
+from runtime.engine.memory.weight_readiness import WeightReadiness
+from runtime.engine.model.build.equivalence_check import EquivalenceChecker, Verdict
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
 from runtime.engine.model.build.fused_spec import StackSpec
 from runtime.engine.model.build.weight_loader import WeightFiller
-from runtime.engine.model.cpu.onednn_layout import HostOrder, OrderedMatrix
+from runtime.engine.model.cpu.onednn_layout import OneDnnLayout, OneDnnMatrix
 from runtime.engine.model.run.attention import IMPLEMENTATION
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import AttentionGeometry, attention_geometry, kv_planes
@@ -47,22 +47,22 @@ class Blueprint:
         identity: the same for two loads whose images hold the same bytes.
     """
 
-    card: ModelCard
+    card: ModelConfig
     skeleton: nn.Module
     spec: StackSpec | None
     path: str
     shape: AttentionGeometry
     layout: WeightLayout
     filler: WeightFiller
-    ordered: Mapping[str, OrderedMatrix]
+    ordered: Mapping[str, OneDnnMatrix]
     quantization: Quantization
     num_parameters: int
     identity: str
 
 
 def draw(
-    model_id: str, checkpoint: Checkpoint, max_model_len: int | None, prover: Prover, *, num_threads: int, min_group_bytes: int,
-    layout_4bit: Layout4Bit = "bitsandbytes", host_order: HostOrder | None = None,
+    model_id: str, checkpoint: Checkpoint, max_model_len: int | None, prover: EquivalenceChecker, *, num_threads: int, min_group_bytes: int,
+    layout_4bit: Layout4Bit = "bitsandbytes", host_order: OneDnnLayout | None = None,
 ) -> Blueprint:
     """Read configuration and headers, decide how the model runs and where its tensors go. Raises LoadFailed naming the model and the cause.
 
@@ -78,8 +78,8 @@ def draw(
 
 
 def _draw(
-    card: ModelCard, checkpoint: Checkpoint, prover: Prover, num_threads: int, min_group_bytes: int, layout_4bit: Layout4Bit,
-    host_order: HostOrder | None,
+    card: ModelConfig, checkpoint: Checkpoint, prover: EquivalenceChecker, num_threads: int, min_group_bytes: int, layout_4bit: Layout4Bit,
+    host_order: OneDnnLayout | None,
 ) -> Blueprint:
     files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
     if not files:
@@ -123,7 +123,7 @@ def _draw(
 
 
 def assemble(
-    blueprint: Blueprint, weights: Tensor, kv_memory: Tensor, kv: KvGeometry, kv_dtype: torch.dtype, arrival: Arrival
+    blueprint: Blueprint, weights: Tensor, kv_memory: Tensor, kv: KvGeometry, kv_dtype: torch.dtype, arrival: WeightReadiness
 ) -> BuiltModel:
     """A runnable model over `weights` and `kv_memory` (uint8 on the engine's device, at addresses that stay). No byte of either is read."""
     card = blueprint.card
@@ -210,7 +210,7 @@ def _products(skeleton: nn.Module, spec: StackSpec | None) -> set[str]:
     return names - aliases.keys() - set(aliases.values())
 
 
-def _in_order(host_order: HostOrder, layout: WeightLayout, names: set[str]) -> dict[str, OrderedMatrix]:
+def _in_order(host_order: OneDnnLayout, layout: WeightLayout, names: set[str]) -> dict[str, OneDnnMatrix]:
     placed = (tensor for tensor in (*layout.tensors, *layout.joined) if tensor.name in names)
     return {tensor.name: matrix for tensor in placed if (matrix := host_order.matrix(tensor.shape, tensor.dtype))}
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from runtime.checkpoint.meta_model import build_skeleton
-from runtime.engine.memory.weight_readiness import Arrived
+from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
 from runtime.engine.model.build.fused_spec import StackSpec
-from runtime.engine.model.build.kv_fixture import TrialRows, trial_planes
+from runtime.engine.model.build.kv_fixture import KvFixture, trial_planes
 from runtime.engine.model.build.tiny_model import cut, random_model, shrink
 from runtime.engine.model.run.attention import IMPLEMENTATION, register
 from runtime.engine.model.run.fused_stack import FusedStack
@@ -44,11 +44,11 @@ class Verdict:
     reason: str
 
 
-class _UntriableError(Exception):
+class _UntestableError(Exception):
     """Nothing was learnt: the reduced model itself can't be run."""
 
 
-class Prover:
+class EquivalenceChecker:
     """Gives verdicts and remembers them: one trial a class and set of flags. Safe to use from several loading threads."""
 
     def __init__(self, fuse: bool) -> None:
@@ -64,7 +64,7 @@ class Prover:
                 try:
                     return self._remembered(model_class, reduce(config))
                 except Exception as error:  # a configuration that can't be made small says nothing about the model
-                    causes.append(f"{type(error).__name__}: {error}" if not isinstance(error, _UntriableError) else str(error))
+                    causes.append(f"{type(error).__name__}: {error}" if not isinstance(error, _UntestableError) else str(error))
             return Verdict(False, False, True, f"it can't be tried, neither as a miniature ({causes[0]}) nor as a few layers of it ({causes[1]})")
 
     def _remembered(self, model_class: Any, small: Any) -> Verdict:
@@ -74,10 +74,10 @@ class Prover:
         return self._verdicts[key]
 
     def _try(self, model_class: Any, config: Any) -> Verdict:
-        """Raises _UntriableError, and whatever a class raises that can't be made."""
+        """Raises _UntestableError, and whatever a class raises that can't be made."""
         num_parameters = sum(parameter.numel() for parameter in build_skeleton(model_class, config, "eager").parameters())
         if num_parameters > _MAX_PARAMETERS:
-            raise _UntriableError(f"{num_parameters} parameters are more than {_MAX_PARAMETERS}")
+            raise _UntestableError(f"{num_parameters} parameters are more than {_MAX_PARAMETERS}")
         ids = [torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)) for length in _LENGTHS]
         oracle = random_model(model_class, config, "eager")
         fix_frequencies(oracle, 1)
@@ -101,7 +101,7 @@ class Prover:
         try:
             hooked = random_model(model_class, config, IMPLEMENTATION)
             fix_frequencies(hooked, 1)
-            worst = _difference(UnfusedForward(hooked, Arrived(), 0), hooked, ids, expected)
+            worst = _difference(UnfusedForward(hooked, AlwaysReady(), 0), hooked, ids, expected)
         except Exception as error:
             return Verdict(False, False, True, f"its code does not run behind the attention hook: {error}")
         if worst > _TOLERANCE * scale:
@@ -115,7 +115,7 @@ def fused_from_module(model: nn.Module, spec: StackSpec) -> FusedStack:
     for join in spec.joins(set(views)):
         views[join.name] = torch.cat([views[name] for name in join.members])
     rotary = model.get_submodule(spec.rotary)
-    return FusedStack(spec, views, rotary_tables(rotary, torch.device("cpu")), Quantization.NONE, Arrived(), [0] * (len(spec.layers) + 2))
+    return FusedStack(spec, views, rotary_tables(rotary, torch.device("cpu")), Quantization.NONE, AlwaysReady(), [0] * (len(spec.layers) + 2))
 
 
 def _difference(forward: CausalForward, model: nn.Module, ids: list[Tensor], expected: list[Tensor]) -> float:
@@ -123,7 +123,7 @@ def _difference(forward: CausalForward, model: nn.Module, ids: list[Tensor], exp
     geometry = attention_geometry(model)
     stride = geometry.token_stride
     planes = trial_planes(geometry.num_layers, stride, _BLOCK_TOKENS, 8, torch.float32)
-    rows = TrialRows(planes, stride, _BLOCK_TOKENS, [3, 1, 4, 0, 5, 2], len(ids), 4, torch.device("cpu"))
+    rows = KvFixture(planes, stride, _BLOCK_TOKENS, [3, 1, 4, 0, 5, 2], len(ids), 4, torch.device("cpu"))
     worst = 0.0
     for chunks in _STEPS:
         positions, context = rows.step(chunks)

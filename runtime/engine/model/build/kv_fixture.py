@@ -17,7 +17,7 @@ def trial_planes(num_layers: int, token_stride: int, block_tokens: int, num_bloc
     return [KvPlanes(planes[layer, 0], planes[layer, 1], unit) for layer in range(num_layers)]
 
 
-class TrialRows:
+class KvFixture:
     """Rows that grow by steps. `pages`: free page ids, taken from the front."""
 
     def __init__(

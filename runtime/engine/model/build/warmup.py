@@ -19,7 +19,7 @@ from runtime.checkpoint.meta_model import tied_names
 from runtime.checkpoint.weight_layout import Placed
 from runtime.config.schema import EngineConfig
 from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan
-from runtime.engine.memory.weight_readiness import Arrived
+from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.builder import Blueprint, facts_of
 from runtime.engine.model.build.fused_spec import LayerSpec, StackSpec
 from runtime.engine.model.run.buckets import Bucket, standard
@@ -49,13 +49,13 @@ Part = Callable[[], Iterator[bool]]
 
 
 @dataclass(slots=True)
-class Stage:
+class WarmupStage:
     """What has been rehearsed in this process. Safe to use from several loading threads."""
 
     device: torch.device
     config: EngineConfig
     _known: set[object] = field(default_factory=set)
-    _running: list["Rehearsal"] = field(default_factory=list)
+    _running: list["Warmup"] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -65,11 +65,11 @@ class Stage:
             self._running = [rehearsal for rehearsal in self._running if not rehearsal.over]
             return bool(self._running)
 
-    def open(self) -> "Rehearsal":
+    def open(self) -> "Warmup":
         """Begin with what all models share: how a step's inputs are made and its tokens drawn."""
         return self._begin([partial(_shared_steps, self.device, self.config, sorts) for sorts in (False, True)])
 
-    def begin(self, blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int) -> "Rehearsal | None":
+    def begin(self, blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int) -> "Warmup | None":
         """Start rehearsing; None where the model's own code runs, or its like was rehearsed before."""
         if blueprint.spec is None:
             return None
@@ -82,14 +82,14 @@ class Stage:
         facts = facts_of(blueprint, kv)
         return self._begin([partial(_model_steps, twin, facts, self.device, self.config, decode) for decode in (False, True)])
 
-    def _begin(self, parts: Sequence[Part]) -> "Rehearsal":
-        rehearsal = Rehearsal(parts, self.device)
+    def _begin(self, parts: Sequence[Part]) -> "Warmup":
+        rehearsal = Warmup(parts, self.device)
         with self._lock:
             self._running.append(rehearsal)
         return rehearsal
 
 
-class Rehearsal:
+class Warmup:
     """Parts, each in a thread and on a stream of its own: a compiler works for one thread at a time. Starts at once."""
 
     def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
@@ -239,7 +239,7 @@ def _twin(
     tables = rotary_tables(blueprint.skeleton.get_submodule(spec.rotary), device)
     card = blueprint.card
     return BuiltModel(
-        forward=FusedStack(spec, views, tables, blueprint.quantization, Arrived(), [0] * (len(spec.layers) + 2)),
+        forward=FusedStack(spec, views, tables, blueprint.quantization, AlwaysReady(), [0] * (len(spec.layers) + 2)),
         planes=kv_planes(torch.zeros(slab_bytes, dtype=torch.uint8, device=device), kv, blueprint.shape, kv_dtype),
         block_tokens=kv.block_tokens,
         vocab_size=card.vocab_size,

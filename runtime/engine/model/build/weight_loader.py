@@ -18,8 +18,8 @@ from torch import Tensor
 from runtime.checkpoint.name_mapping import Conversion, Resolution
 from runtime.checkpoint.safetensors_index import StoredTensor
 from runtime.checkpoint.weight_layout import Placed, WeightLayout
-from runtime.engine.memory.weight_buffer import ImageBuffer
-from runtime.engine.model.cpu.onednn_layout import OrderedMatrix
+from runtime.engine.memory.weight_buffer import WeightBuffer
+from runtime.engine.model.cpu.onednn_layout import OneDnnMatrix
 from runtime.errors import Cancelled, LoadFailed
 
 _PIECE_BYTES = 16 * 1024 * 1024
@@ -39,7 +39,7 @@ class WeightFiller:
     """One model's way from files to an image. Implements Filler. `ordered`, by name, wants an image in one piece."""
 
     def __init__(
-        self, layout: WeightLayout, resolution: Resolution, model: Any, num_threads: int, ordered: Mapping[str, OrderedMatrix]
+        self, layout: WeightLayout, resolution: Resolution, model: Any, num_threads: int, ordered: Mapping[str, OneDnnMatrix]
     ) -> None:
         self.group_ends = layout.group_ends
         self._model = model            # converters ask it for its configuration
@@ -53,12 +53,12 @@ class WeightFiller:
         for tensor in layout.tensors:
             if stored := resolution.direct.get(tensor.name):
                 self._groups[self._group_of(tensor)].extend(_reads(tensor, stored))
-        self._ordered: list[list[tuple[Placed, OrderedMatrix]]] = [[] for _ in layout.group_ends]
+        self._ordered: list[list[tuple[Placed, OneDnnMatrix]]] = [[] for _ in layout.group_ends]
         for tensor in (*layout.tensors, *layout.joined):
             if matrix := ordered.get(tensor.name):
                 self._ordered[self._group_of(tensor)].append((tensor, matrix))
 
-    def fill(self, image: ImageBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
+    def fill(self, image: WeightBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
         """Fill the whole image; `on_group(i)` is called from this thread, in order, once groups 0 … i are in.
 
         Raises LoadFailed (a file is gone or too short) or Cancelled.
@@ -85,20 +85,20 @@ class WeightFiller:
         end = tensor.offset + tensor.size_bytes
         return next(index for index, limit in enumerate(self.group_ends) if end <= limit)
 
-    def _arrange(self, matrices: "list[tuple[Placed, OrderedMatrix]]", image: ImageBuffer, cancelled: threading.Event) -> None:
+    def _arrange(self, matrices: "list[tuple[Placed, OneDnnMatrix]]", image: WeightBuffer, cancelled: threading.Event) -> None:
         for placed, matrix in matrices:
             _go_on(cancelled)
             [memory] = image.pieces(placed.offset, placed.size_bytes)
             matrix.arrange(memory)
 
-    def _do(self, work: "_Read | Conversion", image: ImageBuffer, files: "_Files", cancelled: threading.Event) -> None:
+    def _do(self, work: "_Read | Conversion", image: WeightBuffer, files: "_Files", cancelled: threading.Event) -> None:
         _go_on(cancelled)
         if isinstance(work, _Read):
             _read(work, image, files)
         else:
             self._convert(work, image, files)
 
-    def _convert(self, work: Conversion, image: ImageBuffer, files: "_Files") -> None:
+    def _convert(self, work: Conversion, image: WeightBuffer, files: "_Files") -> None:
         converter = deepcopy(work.converter)
         for pattern, stored in work.sources:
             converter.add_tensor(work.first_target, stored.name, pattern, _Lazy(stored, files))
@@ -146,7 +146,7 @@ def _reads(placed: Placed, stored: StoredTensor) -> Sequence[_Read]:
     return [_Read(placed, stored, start, min(start + step, placed.size_bytes)) for start in range(0, placed.size_bytes, step)]
 
 
-def _read(work: _Read, image: ImageBuffer, files: "_Files") -> None:
+def _read(work: _Read, image: WeightBuffer, files: "_Files") -> None:
     placed, stored = work.placed, work.stored
     start = work.start
     for piece in image.pieces(placed.offset + work.start, work.end - work.start):

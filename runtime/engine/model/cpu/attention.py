@@ -1,13 +1,13 @@
 """Attention and KV writes on a CPU, quick enough to serve: pages gathered (or seen in place) for a tile of rows, then torch's own attention.
 
-Knows one layer's planes and a HostPlan's tiles; nothing of models. kernels.attention's torch twin is the plain statement of the same thing.
+Knows one layer's planes and a AttentionPlan's tiles; nothing of models. kernels.attention's torch twin is the plain statement of the same thing.
 """
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.engine.kernels.norm import rms_norm
-from runtime.engine.model.cpu.attention_plan import HostPlan, Tile
+from runtime.engine.model.cpu.attention_plan import AttentionPlan, Tile
 from runtime.engine.model.run.step import AttentionSpec, KvPlanes, RopeSpec
 
 
@@ -53,7 +53,7 @@ def rope_write_on_host(
 
 
 def attend_on_host(
-    plan: HostPlan, planes: KvPlanes, block_tokens: int, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None
+    plan: AttentionPlan, planes: KvPlanes, block_tokens: int, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None
 ) -> None:
     """Attention of `q` [T, Hq, D] into `out` [T, Hq, D]."""
     for tile in plan.tiles(spec.sliding_window, q.dtype):

@@ -48,7 +48,7 @@ class _Row:
     slot: int
 
 
-class HostPlan:
+class AttentionPlan:
     """The tiles of one step, for each window and type that its layers ask for."""
 
     def __init__(

@@ -22,7 +22,7 @@ _COLUMNS_OF_INT8 = 32                    # it takes so many at a time and knows 
 
 
 @dataclass(frozen=True, slots=True)
-class HostLinear:
+class CpuLinear:
     """`weight` [N, K] in the activations' type, in rows or in oneDNN's order."""
 
     weight: Tensor
@@ -32,7 +32,7 @@ class HostLinear:
         return multiply(x, self.weight, self.bias)
 
 
-class HostLinear4:
+class CpuLinear4:
     """`weight` uint8 [N, K/2] and `absmax` float32 [N, K/64] in bitsandbytes' layout."""
 
     def __init__(self, weight: Tensor, absmax: Tensor, codebook: str, bias: Tensor | None = None) -> None:
@@ -57,7 +57,7 @@ class HostLinear4:
 
 
 @dataclass(frozen=True, slots=True)
-class HostLinear8:
+class CpuLinear8:
     """`weight` int8 [N, K], `scale` float32 [N]."""
 
     weight: Tensor

@@ -19,7 +19,7 @@ _LARGEST_BYTES = 512 << 20               # a second copy exists while a matrix i
 
 
 @dataclass(frozen=True, slots=True)
-class OrderedMatrix:
+class OneDnnMatrix:
     """How [N, K] lies in oneDNN's order. `metadata` is oneDNN's description of it."""
 
     shape: tuple[int, int]
@@ -39,24 +39,24 @@ class OrderedMatrix:
         return self.shim.tensor_over(memory, self.shape, self.dtype, self.metadata)
 
 
-class HostOrder:
+class OneDnnLayout:
     """What this machine's oneDNN can put in order. Raises RuntimeError or AttributeError where it can't be told."""
 
     def __init__(self) -> None:
         self._shim = _Shim()
         self._dtypes = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
-        self._known: dict[tuple[tuple[int, int], torch.dtype], OrderedMatrix | None] = {}
+        self._known: dict[tuple[tuple[int, int], torch.dtype], OneDnnMatrix | None] = {}
         self._prove()
 
     @classmethod
-    def create(cls) -> "HostOrder | None":
+    def create(cls) -> "OneDnnLayout | None":
         try:
             return cls()
         except (RuntimeError, AttributeError, OSError) as error:
             _LOG.info("matrices stay in rows: %s", error)
             return None
 
-    def matrix(self, shape: tuple[int, ...], dtype: torch.dtype) -> OrderedMatrix | None:
+    def matrix(self, shape: tuple[int, ...], dtype: torch.dtype) -> OneDnnMatrix | None:
         """How a matrix of this kind is ordered; None if it had better stay as it is."""
         if len(shape) != 2 or dtype not in self._dtypes:
             return None
@@ -65,14 +65,14 @@ class HostOrder:
             self._known[key] = self._look(*key)
         return self._known[key]
 
-    def _look(self, shape: tuple[int, int], dtype: torch.dtype) -> OrderedMatrix | None:
+    def _look(self, shape: tuple[int, int], dtype: torch.dtype) -> OneDnnMatrix | None:
         size_bytes = math.prod(shape) * dtype.itemsize
         if not 0 < size_bytes <= _LARGEST_BYTES:
             return None
         ordered = torch.ops.mkldnn._reorder_linear_weight(torch.empty(shape, dtype=dtype), None)
         if torch.ops.mkldnn._nbytes(ordered) != size_bytes:
             return None
-        return OrderedMatrix(shape, dtype, _metadata(ordered), self._shim)
+        return OneDnnMatrix(shape, dtype, _metadata(ordered), self._shim)
 
     def _prove(self) -> None:
         """Multiply by a matrix in order over memory of ours, and by the same one in rows."""

@@ -13,7 +13,7 @@ from runtime.engine.kernels.attention import paged_attention
 from runtime.engine.kernels.rope import rope_and_cache
 from runtime.engine.kernels.rope import write_kv as write_kv_kernel
 from runtime.engine.model.cpu.attention import attend_on_host, rope_write_on_host, write_on_host
-from runtime.engine.model.cpu.attention_plan import HostPlan
+from runtime.engine.model.cpu.attention_plan import AttentionPlan
 from runtime.engine.model.run.step import AttentionSpec, RopeSpec, StepContext
 
 IMPLEMENTATION = "repertory"
@@ -59,7 +59,7 @@ def attend(
     planes = step.planes[spec.layer]
     if not q.is_cuda:
         if step.host is None:
-            step.host = HostPlan(step.page_table, step.row_slots, step.query_starts, step.context_lens, step.block_tokens)
+            step.host = AttentionPlan(step.page_table, step.row_slots, step.query_starts, step.context_lens, step.block_tokens)
         attend_on_host(step.host, planes, step.block_tokens, spec, q, out, sinks)
         return out
     paged_attention(

@@ -11,9 +11,9 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.kernels.inputs import StepInputs
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.run.cuda_graphs import GraphPool
-from runtime.engine.model.run.input_buffers import UploadRing
+from runtime.engine.model.run.input_buffers import InputRing
 from runtime.engine.model.run.result_ring import ResultRing
-from runtime.engine.model.run.row_state import RowTables
+from runtime.engine.model.run.row_state import RowState
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class DeviceState:
     device: torch.device
     max_rows: int
     max_tokens: int
-    rows: RowTables
+    rows: RowState
     inputs: StepInputs
     drawn: torch.Tensor
-    uploads: UploadRing
+    uploads: InputRing
     results: ResultRing
     graphs: GraphPool
     scratch: Scratch | None
@@ -42,7 +42,7 @@ class DeviceState:
         max_blocks = max_tokens // config.block_tokens + 2 * config.max_rows
         on_gpu = device.type == "cuda"
         return DeviceState(
-            device, config.max_rows, max_tokens, RowTables(device, config.max_rows), StepInputs.allocate(device, max_tokens, config.max_rows),
-            torch.zeros(config.max_rows, dtype=torch.int64, device=device), UploadRing(device, max_tokens, config.max_rows, max_blocks),
+            device, config.max_rows, max_tokens, RowState(device, config.max_rows), StepInputs.allocate(device, max_tokens, config.max_rows),
+            torch.zeros(config.max_rows, dtype=torch.int64, device=device), InputRing(device, max_tokens, config.max_rows, max_blocks),
             ResultRing(device, config.max_rows), GraphPool(device, enabled=on_gpu and config.graphs), Scratch.allocate(device) if on_gpu else None,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
-from runtime.engine.memory.weight_readiness import Arrival
+from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.build.fused_spec import LayerSpec, StackSpec
 from runtime.engine.model.run.attention import attend, rope_write
 from runtime.engine.model.run.linear import Linear, gated, make_linear
@@ -50,7 +50,7 @@ class FusedStack:
 
     def __init__(
         self, spec: StackSpec, views: Mapping[str, Tensor], tables: Mapping[str, RotaryTable], quantization: Quantization,
-        arrival: Arrival, layer_groups: Sequence[int],
+        arrival: WeightReadiness, layer_groups: Sequence[int],
     ) -> None:
         self._spec = spec
         self._tables = dict(tables)

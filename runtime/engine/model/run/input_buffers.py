@@ -77,7 +77,7 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
     return shape, at
 
 
-class UploadRing:
+class InputRing:
     """Host buffers in turn, and the device buffer that they are copied to (always the same one: CUDA graphs read it).
 
     Attributes:

@@ -12,7 +12,7 @@ from runtime.engine.kernels.linear4 import linear_4bit, warm
 from runtime.engine.kernels.linear8 import linear_int8
 from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.scratch import Scratch
-from runtime.engine.model.cpu.linear import HostLinear, HostLinear4, HostLinear8
+from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8
 from runtime.types import Quantization
 
 
@@ -89,7 +89,7 @@ def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization)
     if (absmax := views.get(f"{name}.absmax")) is not None:
         codebook: Literal["nf4", "fp4"] = "fp4" if quantization is Quantization.FP4 else "nf4"
         warm(weight.device)
-        return HostLinear4(weight, absmax, codebook, bias) if on_host else Linear4(weight, absmax, codebook, bias)
+        return CpuLinear4(weight, absmax, codebook, bias) if on_host else Linear4(weight, absmax, codebook, bias)
     if (scale := views.get(f"{name}.scale")) is not None and weight.dtype is torch.int8:
-        return HostLinear8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)
-    return HostLinear(weight, bias) if on_host else PlainLinear(weight, bias)
+        return CpuLinear8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)
+    return CpuLinear(weight, bias) if on_host else PlainLinear(weight, bias)

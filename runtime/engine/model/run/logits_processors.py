@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from runtime.engine.interfaces import RowSetup
-from runtime.engine.model.run.row_state import FREQUENCY, PRESENCE, REPETITION, RowTables, to_device
+from runtime.engine.model.run.row_state import FREQUENCY, PRESENCE, REPETITION, RowState, to_device
 
 _IN_PROMPT = 1 << 30
 _COUNT_MASK = _IN_PROMPT - 1
@@ -28,10 +28,10 @@ class _Row:
     counted: int                         # positions below this are in the history
 
 
-class LogitEdits:
+class LogitsProcessors:
     """One model's rows that edit their logits."""
 
-    def __init__(self, vocab_size: int, tables: RowTables) -> None:
+    def __init__(self, vocab_size: int, tables: RowState) -> None:
         self._vocab_size = vocab_size
         self._tables = tables
         self._rows: dict[int, _Row] = {}

@@ -13,7 +13,7 @@ from runtime.engine.model.run.input_buffers import RING_LINES
 from runtime.ipc.messages import TokenLogprobs
 
 
-class LogprobsOnTheWay(Protocol):
+class PendingLogprobs(Protocol):
     """Log-probabilities whose copy to the host is queued before the step's last event."""
 
     def generated(self) -> list[TokenLogprobs | None] | None: ...
@@ -25,7 +25,7 @@ class StepLaunched:
     """A step on its way (plan.Launched). On a CPU it is over when it is made."""
 
     def __init__(
-        self, tokens: torch.Tensor, logprobs: LogprobsOnTheWay | None, events: "tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None",
+        self, tokens: torch.Tensor, logprobs: PendingLogprobs | None, events: "tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None",
         host_us: float,
     ) -> None:
         self._tokens = tokens
@@ -90,7 +90,7 @@ class ResultRing:
         else:
             self._begin_s = time.perf_counter()
 
-    def finish(self, line: int, num_samples: int, logprobs: LogprobsOnTheWay | None) -> StepLaunched:
+    def finish(self, line: int, num_samples: int, logprobs: PendingLogprobs | None) -> StepLaunched:
         """Queue the copy of the line's first `num_samples` draws."""
         tokens = self._host[line, :num_samples]
         if self._copies is None or self._begin_event is None:

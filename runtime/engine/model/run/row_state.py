@@ -17,7 +17,7 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED_LOW, SEED_HIGH, REPETITION, FR
 NUM_WORDS = 12
 
 
-class RowTables:
+class RowState:
     """Tensors indexed by row slot; their addresses never change.
 
     Attributes:

@@ -12,8 +12,8 @@ import torch
 from runtime.engine.interfaces import RowSetup, StepPlan
 from runtime.engine.kernels import sample
 from runtime.engine.model.run.input_buffers import StepShape
-from runtime.engine.model.run.logits_processors import LogitEdits
-from runtime.engine.model.run.row_state import RowTables, to_device
+from runtime.engine.model.run.logits_processors import LogitsProcessors
+from runtime.engine.model.run.row_state import RowState, to_device
 from runtime.types import SamplingParams
 
 _PLAIN, _RANDOM, _EDITED = range(3)
@@ -22,9 +22,9 @@ _PLAIN, _RANDOM, _EDITED = range(3)
 class Sampler:
     """One model's open rows and their rules."""
 
-    def __init__(self, vocab_size: int, tables: RowTables) -> None:
+    def __init__(self, vocab_size: int, tables: RowState) -> None:
         self._tables = tables
-        self._edits = LogitEdits(vocab_size, tables)
+        self._edits = LogitsProcessors(vocab_size, tables)
         self._kinds = np.zeros(tables.max_rows, np.uint8)
         self._sorts = np.zeros(tables.max_rows, np.bool_)
         self._unsent: dict[int, SamplingParams] = {}

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from runtime.engine.kernels.scratch import Scratch
-from runtime.engine.model.cpu.attention_plan import HostPlan
+from runtime.engine.model.cpu.attention_plan import AttentionPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class StepContext:
     max_query_len: int
     max_context_len: int
     scratch: Scratch | None = None
-    host: HostPlan | None = None
+    host: AttentionPlan | None = None
     each_samples: bool = False
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from runtime.engine.memory.weight_readiness import Arrival
+from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.run.step import StepContext
 
 
 class UnfusedForward:
     """Implements CausalForward over a …ForCausalLM bound to its weights. `last_group`: the weights group that completes the model."""
 
-    def __init__(self, model: nn.Module, arrival: Arrival, last_group: int) -> None:
+    def __init__(self, model: nn.Module, arrival: WeightReadiness, last_group: int) -> None:
         self._model: Any = model
         self._arrival = arrival
         self._last_group = last_group

@@ -18,34 +18,34 @@ from runtime.models.model_state import Phase, Prepared, Progress
 from runtime.puller.cache import Cache
 from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PackRequest
-from runtime.puller.preparer import Preparation
-from runtime.puller.progress import Job
+from runtime.puller.preparer import CheckpointPreparer
+from runtime.puller.progress import PullJob
 from runtime.types import ModelSettings, ModelSource, Quantization
 from tests.support.llama_checkpoints import tiny_llama
 
 
 @pytest.fixture
-def preparation(tmp_path: Path) -> Iterator[Preparation]:
+def preparation(tmp_path: Path) -> Iterator[CheckpointPreparer]:
     """With the packer in this process, which has torch already."""
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30), pack_here)
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30), pack_here)
     yield preparation
     preparation.close()
 
 
 @pytest.fixture
-def apart(tmp_path: Path) -> Iterator[Preparation]:
+def apart(tmp_path: Path) -> Iterator[CheckpointPreparer]:
     """With the packer in a process of its own, as it is meant."""
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     yield preparation
     preparation.close()
 
 
-def pack_here(request: PackRequest, job: Job) -> None:
+def pack_here(request: PackRequest, job: PullJob) -> None:
     with torch.inference_mode():
         pack(request, lambda event: job.check())
 
 
-async def prepare(preparation: Preparation, path: Path, seen: list[Progress] | None = None, **settings: object) -> Prepared:
+async def prepare(preparation: CheckpointPreparer, path: Path, seen: list[Progress] | None = None, **settings: object) -> Prepared:
     report = seen.append if seen is not None else lambda progress: None
     return await preparation.prepare(ModelSource(str(path)), ModelSettings(**settings), "cpu", report)  # type: ignore[arg-type]
 
@@ -55,7 +55,7 @@ def packed(prepared: Prepared) -> dict[str, torch.Tensor]:
     return load_file(prepared.checkpoint.packed_file)
 
 
-async def test_unquantised_safetensors_are_used_where_they_lie(preparation: Preparation, tmp_path: Path) -> None:
+async def test_unquantised_safetensors_are_used_where_they_lie(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "m", shard="60KB")
     prepared = await prepare(preparation, tmp_path / "m")
     checkpoint = prepared.checkpoint
@@ -67,7 +67,7 @@ async def test_unquantised_safetensors_are_used_where_they_lie(preparation: Prep
     assert not list((tmp_path / "cache" / "packed").iterdir())
 
 
-async def test_int8_is_bitsandbytes_own(apart: Preparation, tmp_path: Path) -> None:
+async def test_int8_is_bitsandbytes_own(apart: CheckpointPreparer, tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "m")
     seen: list[Progress] = []
     prepared = await prepare(apart, tmp_path / "m", seen, quantize=Quantization.INT8)
@@ -84,7 +84,7 @@ async def test_int8_is_bitsandbytes_own(apart: Preparation, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("quantize", "double"), [(Quantization.NF4, False), (Quantization.FP4, False), (Quantization.NF4, True)])
-async def test_4_bit_is_bitsandbytes_own(preparation: Preparation, tmp_path: Path, quantize: Quantization, double: bool) -> None:
+async def test_4_bit_is_bitsandbytes_own(preparation: CheckpointPreparer, tmp_path: Path, quantize: Quantization, double: bool) -> None:
     model = tiny_llama(tmp_path / "m", tied=True)
     prepared = await prepare(preparation, tmp_path / "m", quantize=quantize, double_quant=double)
     tensors = packed(prepared)
@@ -103,14 +103,14 @@ async def test_4_bit_is_bitsandbytes_own(preparation: Preparation, tmp_path: Pat
     assert "lm_head.weight" not in tensors
 
 
-async def test_rows_that_blocks_do_not_fit_stay_as_they_are(preparation: Preparation, tmp_path: Path) -> None:
+async def test_rows_that_blocks_do_not_fit_stay_as_they_are(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m", hidden=96)
     tensors = packed(await prepare(preparation, tmp_path / "m", quantize=Quantization.NF4))
     assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype is torch.float32
     assert tensors["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8      # 192 columns
 
 
-async def test_the_file_is_aligned_ordered_and_signed(preparation: Preparation, tmp_path: Path) -> None:
+async def test_the_file_is_aligned_ordered_and_signed(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m", hidden=72)
     prepared = await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
     assert prepared.checkpoint.packed_file is not None
@@ -132,7 +132,7 @@ async def test_the_file_is_aligned_ordered_and_signed(preparation: Preparation, 
         assert "model.norm.weight" in file.keys()  # noqa: SIM118 — a handle, not a dict
 
 
-async def test_a_second_load_never_quantises(preparation: Preparation, tmp_path: Path) -> None:
+async def test_a_second_load_never_quantises(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     (await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)).release()
     seen: list[Progress] = []
@@ -144,7 +144,7 @@ async def test_a_second_load_never_quantises(preparation: Preparation, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double"])
-async def test_serialised_checkpoints_are_not_quantised_again(preparation: Preparation, tmp_path: Path, kind: str) -> None:
+async def test_serialised_checkpoints_are_not_quantised_again(preparation: CheckpointPreparer, tmp_path: Path, kind: str) -> None:
     model = tiny_llama(tmp_path / "plain")
     quantize, double = Quantization(kind.removesuffix("-double")), kind.endswith("double")
     ours = packed(await prepare(preparation, tmp_path / "plain", quantize=quantize, double_quant=double))
@@ -187,7 +187,7 @@ def serialise(model: torch.nn.Module, plain: Path, stored: Path, quantize: Quant
         (stored / name).write_bytes((plain / name).read_bytes())
 
 
-async def test_a_pack_that_fails_says_why_and_leaves_nothing(apart: Preparation, tmp_path: Path) -> None:
+async def test_a_pack_that_fails_says_why_and_leaves_nothing(apart: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
     del weights["model.norm.weight"]
@@ -197,7 +197,7 @@ async def test_a_pack_that_fails_says_why_and_leaves_nothing(apart: Preparation,
     assert not list((tmp_path / "cache" / "packed").iterdir())
 
 
-async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(apart: Preparation, tmp_path: Path) -> None:
+async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(apart: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     seen: list[Progress] = []
     packing = asyncio.create_task(prepare(apart, tmp_path / "m", seen, quantize=Quantization.NF4))
@@ -213,7 +213,7 @@ async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(a
 
 async def test_a_budget_too_small_is_named(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
-    preparation = Preparation(RuntimeConfig(), Cache(tmp_path / "cache", 1000))
+    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1000))
     with pytest.raises(Overloaded, match="budget of 1000 bytes"):
         await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
     preparation.close()
