@@ -60,6 +60,7 @@ check: lint types imports stubs
 
 lint: $(VENV)/.dev
 	$(RUN)/python -m ruff check .
+	$(RUN)/python -m ruff format --check .
 
 types: $(VENV)/.dev
 	$(RUN)/python -m mypy

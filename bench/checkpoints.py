@@ -59,7 +59,9 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         drawn: torch.Tensor = (
-            (torch.randn(rows, columns, generator=generator, device=device) * (0.7 / columns**0.5)).to(torch.bfloat16).cpu()
+            (torch.randn(rows, columns, generator=generator, device=device) * (0.7 / columns**0.5))
+            .to(torch.bfloat16)
+            .cpu()
         )
         return drawn
 
@@ -96,7 +98,9 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
     if not shape.tied:
         rest["lm_head.weight"] = matrix(shape.vocab, shape.hidden)
     shard(f"model-{num_shards:05d}-of-{num_shards:05d}.safetensors", rest)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
     _write_tokenizer(folder, shape.vocab)
     (folder / "config.json").write_text(json.dumps(config_of(shape)))  # last: its presence says that the rest is whole
     if device == "cuda":

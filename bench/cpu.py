@@ -32,7 +32,9 @@ def main() -> None:
     rows = [int(text) for text in args.rows.split(",")]
     with stack.serve("--device", "cpu", "--memory", "3GiB", log=args.log) as served:
         took = stack.load_and_wait(served, "smol", f"file://{gguf_path()}", max_model_len=2048)
-        print(f"ready to take loads in {served.ready_s:.1f} s; first load, unpacking included, {took:.1f} s", flush=True)
+        print(
+            f"ready to take loads in {served.ready_s:.1f} s; first load, unpacking included, {took:.1f} s", flush=True
+        )
         peer = _Peer(served)
         print(
             f"{'rows':>5} {'transformers':>13} {'repertory':>10} {'ratio':>6} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8} {'vLLM CPU*':>10}"

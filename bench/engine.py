@@ -41,15 +41,21 @@ def main() -> None:
     parser.add_argument("--lines", default="8B/bf16,8B/nf4,1B/bf16")
     parser.add_argument("--workloads", default="", help="comma separated N/input/output; default: all of the line")
     parser.add_argument("--skip", default="", help="comma separated workloads to leave out")
-    parser.add_argument("--once", default="", help="comma separated workloads that run a single time, without a warm-up")
+    parser.add_argument(
+        "--once", default="", help="comma separated workloads that run a single time, without a warm-up"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--idle", type=float, default=1.0, help="seconds between warm-up and measurement")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))
     parser.add_argument("--log", type=Path, default=None)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--packer", action="store_true", help="quantise with the packer instead of drawing random codes")
+    parser.add_argument(
+        "--packer", action="store_true", help="quantise with the packer instead of drawing random codes"
+    )
     parser.add_argument("--budget-gib", type=float, default=0.0)
-    parser.add_argument("--host-gib", type=float, default=24.0, help="host arena: its registration ends within the warm-up")
+    parser.add_argument(
+        "--host-gib", type=float, default=24.0, help="host arena: its registration ends within the warm-up"
+    )
     args = parser.parse_args()
     lines = args.lines.split(",")
     wanted = [text for text in args.workloads.split(",") if text]
@@ -74,7 +80,15 @@ def main() -> None:
             for workload in wanted or ASKED.get(line, ASKED["8B/nf4"]):
                 if workload in args.skip.split(","):
                     continue
-                measure(running, line, SHAPES[name], format_, workload, 0 if workload in args.once.split(",") else args.repeats, args.idle)
+                measure(
+                    running,
+                    line,
+                    SHAPES[name],
+                    format_,
+                    workload,
+                    0 if workload in args.once.split(",") else args.repeats,
+                    args.idle,
+                )
             running.unload(line)
 
 

@@ -33,7 +33,9 @@ class Timeline:
     steps: list[tuple[float, int]] = field(default_factory=list)
     first_s: dict[int, float] = field(default_factory=dict)  # request id → its first token
     gaps_s: list[float] = field(default_factory=list)
-    late_first_s: list[float] = field(default_factory=list)  # from its sending to its first token, of prompts that came later
+    late_first_s: list[float] = field(
+        default_factory=list
+    )  # from its sending to its first token, of prompts that came later
 
     @property
     def tokens(self) -> int:
@@ -64,7 +66,9 @@ class Engine:
         self.hello = hello
         self.ready_s = time.perf_counter() - started_s
 
-    def load(self, model_id: str, checkpoint: Checkpoint, timeout_s: float = 600, **options: Any) -> tuple[messages.Loaded, float]:
+    def load(
+        self, model_id: str, checkpoint: Checkpoint, timeout_s: float = 600, **options: Any
+    ) -> tuple[messages.Loaded, float]:
         """Returns the facts and the seconds that it took. Raises RuntimeError with the engine's cause."""
         started = time.perf_counter()
         self._send(messages.Load(model_id, checkpoint, **options))
@@ -122,10 +126,16 @@ class Engine:
         number = self._next_id
         self._next_id += 1
         stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
-        self._send(messages.Add(number, model_id, ids.astype("<i4").tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams()))
+        self._send(
+            messages.Add(
+                number, model_id, ids.astype("<i4").tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams()
+            )
+        )
         return number
 
-    def texts(self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int) -> list[list[int]]:
+    def texts(
+        self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int
+    ) -> list[list[int]]:
         """The token ids that each prompt brings, greedy, EOS ignored, all at once."""
         tokens: list[list[int]] = [[] for _ in prompts]
         for index, row in self._rows(prompts, output_tokens, LogprobParams()):
@@ -140,13 +150,25 @@ class Engine:
         return scores
 
     def _rows(
-        self, prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]], output_tokens: int, logprobs: LogprobParams
+        self,
+        prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]],
+        output_tokens: int,
+        logprobs: LogprobParams,
     ) -> Iterator[tuple[int, messages.RowTokens]]:
         first = self._next_id
         self._next_id += len(prompts)
         for offset, (model_id, ids) in enumerate(prompts):
             stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
-            self._send(messages.Add(first + offset, model_id, ids.astype("<i4").tobytes(), SamplingParams(temperature=0.0), stop, logprobs))
+            self._send(
+                messages.Add(
+                    first + offset,
+                    model_id,
+                    ids.astype("<i4").tobytes(),
+                    SamplingParams(temperature=0.0),
+                    stop,
+                    logprobs,
+                )
+            )
         waiting = len(prompts)
         while waiting:
             event = self._receive(300)

@@ -67,7 +67,9 @@ class FastEngine:
         rows: dict[str, list[RowTokens]] = {}
         for request_id, (model_id, left) in list(self._left.items()):
             finish = FinishReason.LENGTH if left == 1 else None
-            rows.setdefault(model_id, []).append(RowTokens(request_id, (self._random.randrange(2, self._vocab),), finish))
+            rows.setdefault(model_id, []).append(
+                RowTokens(request_id, (self._random.randrange(2, self._vocab),), finish)
+            )
             if finish is None:
                 self._left[request_id] = (model_id, left - 1)
             else:

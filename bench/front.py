@@ -61,17 +61,25 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--path", choices=("mesh", "runtime"), default="mesh")
-    parser.add_argument("--api", choices=("http", "grpc"), default="http", help="OpenAI completions or TGIS' GenerateStream")
+    parser.add_argument(
+        "--api", choices=("http", "grpc"), default="http", help="OpenAI completions or TGIS' GenerateStream"
+    )
     parser.add_argument("--clients", type=int, default=1, help="client processes")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--log", type=Path, default=None, help="file for the servers' output")
-    parser.add_argument("--profile", default="", help="a program that is started with `--pid N` while runtime and mesh work, such as a sampler")
+    parser.add_argument(
+        "--profile",
+        default="",
+        help="a program that is started with `--pid N` while runtime and mesh work, such as a sampler",
+    )
     args = parser.parse_args()
     with serve(args.step_ms / 1000, args.log) as front:
         through_mesh = args.path == "mesh"
         url, headers = (front.url, None) if through_mesh else (front.runtime_http, {"mm-model-id": front.model_id})
         parts = {"runtime": front.runtime_pid, "mesh": front.mesh_pid}
-        print(f"{'':>8} {'tok/s':>8} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8} {'tok/event':>9} | CPU µs per token: runtime, engine, mesh")
+        print(
+            f"{'':>8} {'tok/s':>8} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8} {'tok/event':>9} | CPU µs per token: runtime, engine, mesh"
+        )
         for repeat in range(args.repeats):
             workload = load.Workload(args.streams, 16, args.output, TINY.vocab, seed=repeat)
             before = [cpu_seconds(pid) for pid in parts.values()]
@@ -95,7 +103,10 @@ def main() -> None:
 
 
 def _samplers(command: str, parts: dict[str, int]) -> "list[subprocess.Popen[bytes]]":
-    return [subprocess.Popen([*command.replace("PART", part).split(), "--pid", str(process_of(pid, part))]) for part, pid in parts.items()]
+    return [
+        subprocess.Popen([*command.replace("PART", part).split(), "--pid", str(process_of(pid, part))])
+        for part, pid in parts.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         rng = random.Random(job["seed"])
-        ids = [[rng.randrange(100, model.config.vocab_size) for _ in range(job["input_tokens"])] for _ in range(job["rows"])]
+        ids = [
+            [rng.randrange(100, model.config.vocab_size) for _ in range(job["input_tokens"])]
+            for _ in range(job["rows"])
+        ]
         started = time.perf_counter()
         with torch.inference_mode():
             model.generate(

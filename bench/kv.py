@@ -27,7 +27,11 @@ from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import Checkpoint, ModelSettings, ModelSource
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/api.md", "docs/configuration.md", "CONTRIBUTING.md")
-WAYS: dict[str, dict[str, Any]] = {"bf16": {}, "bf16, other chunks": {"max_batch_tokens": 64}, "fp8": {"kv_dtype": "fp8"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "bf16, other chunks": {"max_batch_tokens": 64},
+    "fp8": {"kv_dtype": "fp8"},
+}
 
 
 def main() -> None:
@@ -52,18 +56,25 @@ def quality(args: argparse.Namespace) -> None:
         tokenizer = Tokenizer.from_file(f"{checkpoint.model_dir}/tokenizer.json")
         root = Path(__file__).parents[1]
         ids = np.array(
-            tokenizer.encode("\n\n".join((root / name).read_text() for name in DOCUMENTS), add_special_tokens=False).ids, np.int32
+            tokenizer.encode(
+                "\n\n".join((root / name).read_text() for name in DOCUMENTS), add_special_tokens=False
+            ).ids,
+            np.int32,
         )
         starts = np.linspace(0, len(ids) - args.length, args.passages).astype(int)
         prompts: Prompts = [("smol", ids[start : start + args.length]) for start in starts]
         scores: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
         texts: dict[str, list[list[int]]] = {}
         for way, settings in WAYS.items():
-            with engine({"device": args.device, "device_budget_bytes": 2 << 30, "host_budget_bytes": 1 << 30, **settings}) as running:
+            with engine(
+                {"device": args.device, "device_budget_bytes": 2 << 30, "host_budget_bytes": 1 << 30, **settings}
+            ) as running:
                 running.load("smol", checkpoint, max_model_len=2048)
                 scores[way] = np.concatenate(running.prompt_logprobs(prompts)).astype(np.float64)
                 texts[way] = running.texts(prompts, args.new_tokens)
-    print(f"SmolLM2-135M-Instruct, {args.passages} passages of {args.length} tokens; differences from bf16 in nats a token")
+    print(
+        f"SmolLM2-135M-Instruct, {args.passages} passages of {args.length} tokens; differences from bf16 in nats a token"
+    )
     print(
         f"{'KV cache':>20} {'perplexity':>11} {'mean':>9} {'|mean|':>8} {'|p99|':>8}  greedy text agrees for (of {args.new_tokens} tokens, median)"
     )
@@ -86,7 +97,9 @@ def speed(args: argparse.Namespace) -> None:
         with engine({"device": args.device, "host_budget_bytes": 1 << 30, **WAYS[way]}) as running:
             running.load("model", checkpoint)
             for turn in range(2):
-                prompts: Prompts = [("model", rng.integers(100, shape.vocab, input_tokens, dtype=np.int32)) for _ in range(rows)]
+                prompts: Prompts = [
+                    ("model", rng.integers(100, shape.vocab, input_tokens, dtype=np.int32)) for _ in range(rows)
+                ]
                 run = running.generate(prompts, output_tokens)
                 if not turn:
                     running.wait_idle(1.0)

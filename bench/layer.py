@@ -52,7 +52,9 @@ class Weights:
 
         width = shape.heads * shape.head_dim
         qkv = matrix(width + 2 * shape.kv_heads * shape.head_dim, shape.hidden)
-        return Weights(qkv, matrix(shape.hidden, width), matrix(2 * shape.inner, shape.hidden), matrix(shape.hidden, shape.inner))
+        return Weights(
+            qkv, matrix(shape.hidden, width), matrix(2 * shape.inner, shape.hidden), matrix(shape.hidden, shape.inner)
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -70,7 +72,9 @@ class Chain:
         def half(*sizes: int) -> Tensor:
             return torch.randn(*sizes, device="cuda", dtype=torch.bfloat16)
 
-        self._planes = [(half(num_rows * pages * self._unit), half(num_rows * pages * self._unit)) for _ in range(LAYERS)]
+        self._planes = [
+            (half(num_rows * pages * self._unit), half(num_rows * pages * self._unit)) for _ in range(LAYERS)
+        ]
         counts = torch.arange(num_rows * pages, device="cuda", dtype=torch.int32)
         self._table = counts.view(num_rows, pages)
         self._rows = counts[:num_rows].clone()
@@ -79,7 +83,11 @@ class Chain:
         last = context - 1
         self._slots = self._table[:, last // BLOCK].long() * self._unit + last % BLOCK * shape.kv_heads * shape.head_dim
         self._cos, self._sin = half(num_rows, shape.head_dim), half(num_rows, shape.head_dim)
-        self._residual, self._branch, self._weight = half(num_rows, shape.hidden), half(num_rows, shape.hidden), half(shape.hidden)
+        self._residual, self._branch, self._weight = (
+            half(num_rows, shape.hidden),
+            half(num_rows, shape.hidden),
+            half(shape.hidden),
+        )
         self._q = half(num_rows, shape.heads, shape.head_dim)
         self._mixed = half(num_rows, shape.heads, shape.head_dim)
 
@@ -87,12 +95,34 @@ class Chain:
         shape, (k_plane, v_plane) = self._shape, self._planes[index]
         hidden, _ = add_rms_norm(self._branch, self._residual, self._weight, 1e-5)
         rope_and_cache(
-            self._q, self._product(hidden, weights.qkv, ours), self._cos, self._sin, self._slots, k_plane, v_plane,
-            num_q_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, rotary_dim=shape.head_dim,
+            self._q,
+            self._product(hidden, weights.qkv, ours),
+            self._cos,
+            self._sin,
+            self._slots,
+            k_plane,
+            v_plane,
+            num_q_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            rotary_dim=shape.head_dim,
         )
         paged_attention(
-            self._mixed, self._q, k_plane, v_plane, self._unit, self._table, self._rows, self._starts, self._lengths, block_tokens=BLOCK,
-            num_kv_heads=shape.kv_heads, scale=shape.head_dim**-0.5, max_query_len=1, max_context_len=1024, scratch=self._scratch,
+            self._mixed,
+            self._q,
+            k_plane,
+            v_plane,
+            self._unit,
+            self._table,
+            self._rows,
+            self._starts,
+            self._lengths,
+            block_tokens=BLOCK,
+            num_kv_heads=shape.kv_heads,
+            scale=shape.head_dim**-0.5,
+            max_query_len=1,
+            max_context_len=1024,
+            scratch=self._scratch,
         )
         branch = self._product(self._mixed.flatten(1), weights.out, ours)
         hidden, _ = add_rms_norm(branch, self._residual, self._weight, 1e-5)
@@ -104,10 +134,18 @@ class Chain:
         self._product(self._gated(branch, weights.gate_up, ours), weights.down, ours)
 
     def _product(self, x: Tensor, weight: Tensor, ours: bool) -> Tensor:
-        return linear_16bit(x, weight, scratch=self._scratch) if ours and serves(x, weight) else functional.linear(x, weight)
+        return (
+            linear_16bit(x, weight, scratch=self._scratch)
+            if ours and serves(x, weight)
+            else functional.linear(x, weight)
+        )
 
     def _gated(self, x: Tensor, weight: Tensor, ours: bool) -> Tensor:
-        return linear_16bit(x, weight, gate="silu", scratch=self._scratch) if ours and serves(x, weight) else act_mul(functional.linear(x, weight), "silu")
+        return (
+            linear_16bit(x, weight, gate="silu", scratch=self._scratch)
+            if ours and serves(x, weight)
+            else act_mul(functional.linear(x, weight), "silu")
+        )
 
 
 def main() -> None:
@@ -125,14 +163,21 @@ def main() -> None:
         for num_rows in map(int, options.rows.split(",")):
             chain = Chain(SHAPES[name], num_rows, options.context, scratch)
 
-            def layers(ours: bool, chain: Chain = chain, weights: list[Weights] = weights) -> list[Callable[[], object]]:
+            def layers(
+                ours: bool, chain: Chain = chain, weights: list[Weights] = weights
+            ) -> list[Callable[[], object]]:
                 return [lambda i=i, w=w: chain.layer(i, w, ours) for i, w in enumerate(weights)]  # type: ignore[misc]
 
-            def products(ours: bool, chain: Chain = chain, weights: list[Weights] = weights) -> list[Callable[[], object]]:
+            def products(
+                ours: bool, chain: Chain = chain, weights: list[Weights] = weights
+            ) -> list[Callable[[], object]]:
                 return [lambda w=w: chain.products(w, ours) for w in weights]  # type: ignore[misc]
 
             times = [time_us(calls) for calls in (layers(True), layers(False), products(True), products(False))]
-            print(f"| {name} | {num_rows} | " + " | ".join(f"{time:.1f}" for time in (*times, floor_us)) + " |", flush=True)
+            print(
+                f"| {name} | {num_rows} | " + " | ".join(f"{time:.1f}" for time in (*times, floor_us)) + " |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

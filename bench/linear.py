@@ -77,7 +77,11 @@ def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch,
             return
         copies = max(least, ROTATION_BYTES // weight_bytes)
         calls = [make() for _ in range(copies)]
-        lines.append(Line(name, time_us(calls * max(1, 16 // copies)), floor_us(num_rows, num_outputs, in_features, weight_bytes)))
+        lines.append(
+            Line(
+                name, time_us(calls * max(1, 16 // copies)), floor_us(num_rows, num_outputs, in_features, weight_bytes)
+            )
+        )
 
     def bf16() -> Callable[[], object]:
         weight = torch.randn(num_outputs, in_features, device="cuda", dtype=torch.bfloat16)

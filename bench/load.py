@@ -32,7 +32,9 @@ class Workload:
     def prompts(self) -> list[list[int]]:
         rng = random.Random(self.seed)
         # the lowest ids are special tokens in most vocabularies
-        return [[rng.randrange(100, self.vocab_size) for _ in range(self.input_tokens)] for _ in range(self.num_requests)]
+        return [
+            [rng.randrange(100, self.vocab_size) for _ in range(self.input_tokens)] for _ in range(self.num_requests)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,9 @@ async def run(url: str, model: str, workload: Workload, headers: dict[str, str] 
     return Outcome.of(await _run_all(streams))
 
 
-def run_spread(url: str, model: str, workload: Workload, processes: int, headers: dict[str, str] | None = None) -> Outcome:
+def run_spread(
+    url: str, model: str, workload: Workload, processes: int, headers: dict[str, str] | None = None
+) -> Outcome:
     """The same from several client processes, each with its share of the streams. Blocks."""
     prompts = workload.prompts()
     clients = [
@@ -98,7 +102,12 @@ def run_spread(url: str, model: str, workload: Workload, processes: int, headers
     ]
     try:
         for number, client in enumerate(clients):
-            job = {"url": url, "model": model, "prompts": prompts[number::processes], "output_tokens": workload.output_tokens}
+            job = {
+                "url": url,
+                "model": model,
+                "prompts": prompts[number::processes],
+                "output_tokens": workload.output_tokens,
+            }
             _tell(client, json.dumps({**job, "headers": headers or {}}))
         for client in clients:
             _hear(client)  # connected
@@ -174,10 +183,14 @@ class _Stream(asyncio.Protocol):
             text = bytes(self._last[-600:])
             self.done.set_exception(RuntimeError(f"asked for {self._output_tokens} tokens, got {tokens}: {text!r}"))
             return
-        self.done.set_result(Answer(self._sent_s, tuple(self._events_s[:-1]), now, tokens))  # the last event is the usage chunk
+        self.done.set_result(
+            Answer(self._sent_s, tuple(self._events_s[:-1]), now, tokens)
+        )  # the last event is the usage chunk
 
 
-async def _connect(url: str, model: str, prompts: list[list[int]], output_tokens: int, headers: dict[str, str]) -> list[_Stream]:
+async def _connect(
+    url: str, model: str, prompts: list[list[int]], output_tokens: int, headers: dict[str, str]
+) -> list[_Stream]:
     loop = asyncio.get_running_loop()
     streams: list[_Stream] = []
     for prompt in prompts:

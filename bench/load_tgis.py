@@ -15,10 +15,18 @@ async def run(address: str, model: str, workload: Workload, metadata: tuple[tupl
     async with grpc.aio.insecure_channel(address) as channel:
         stub = GenerationServiceStub(channel)
         prompts = [" ".join(f"w{token}" for token in prompt) for prompt in workload.prompts()]
-        return Outcome.of(list(await asyncio.gather(*(_one(stub, model, prompt, workload.output_tokens, metadata) for prompt in prompts))))
+        return Outcome.of(
+            list(
+                await asyncio.gather(
+                    *(_one(stub, model, prompt, workload.output_tokens, metadata) for prompt in prompts)
+                )
+            )
+        )
 
 
-async def _one(stub: GenerationServiceStub, model: str, prompt: str, output_tokens: int, metadata: tuple[tuple[str, str], ...]) -> Answer:
+async def _one(
+    stub: GenerationServiceStub, model: str, prompt: str, output_tokens: int, metadata: tuple[tuple[str, str], ...]
+) -> Answer:
     stopping = pb.StoppingCriteria(max_new_tokens=output_tokens, min_new_tokens=output_tokens)
     request = pb.SingleGenerationRequest(
         model_id=model, request=pb.GenerationRequest(text=prompt), params=pb.Parameters(stopping=stopping)

@@ -51,20 +51,29 @@ def turns(running: Engine, shape: Shape, rows: int, output_tokens: int, repeats:
             running.wait_idle(1.0)
         rates[names] = statistics.median(run.tokens_per_s for run in runs[1:])
     alone, shared = rates[("one",)], rates["one", "two"]
-    print(f"{rows} rows: one model {alone:.0f} tok/s, two taking turns {shared:.0f} tok/s, {1 - shared / alone:.1%} less (asked: at most 5 %)", flush=True)
+    print(
+        f"{rows} rows: one model {alone:.0f} tok/s, two taking turns {shared:.0f} tok/s, {1 - shared / alone:.1%} less (asked: at most 5 %)",
+        flush=True,
+    )
 
 
 def first_token(running: Engine, shape: Shape, repeats: int, late_s: float) -> None:
     """A prompt of 32 ids comes while 64 rows decode."""
     waits, steps = [], []
     for repeat in range(repeats + 1):
-        result = running.generate(_prompts(shape, ("one",), 64, 256, repeat), 256, late=(late_s, _prompts(shape, ("one",), 1, 32, 99 + repeat)))
+        result = running.generate(
+            _prompts(shape, ("one",), 64, 256, repeat),
+            256,
+            late=(late_s, _prompts(shape, ("one",), 1, 32, 99 + repeat)),
+        )
         running.wait_idle(0.5)
         if repeat:
             waits.append(statistics.median(result.late_first_s))
             steps.append(statistics.median(result.gaps_s))
     wait, step = statistics.median(waits), statistics.median(steps)
-    print(f"a short prompt among 64 rows: first token after {wait * 1e3:.1f} ms, a step takes {step * 1e3:.2f} ms: {wait / step:.1f} steps (asked: 3)")
+    print(
+        f"a short prompt among 64 rows: first token after {wait * 1e3:.1f} ms, a step takes {step * 1e3:.2f} ms: {wait / step:.1f} steps (asked: 3)"
+    )
 
 
 def _prompts(shape: Shape, names: tuple[str, ...], rows: int, length: int, seed: int) -> Prompts:

@@ -63,7 +63,9 @@ def serve() -> Iterator[tuple[dict[str, Way], str]]:
         home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-overhead-")))
         parts.enter_context(stack.program("bench.idle_runtime", str(home)))
         http, grpc_ = stack.free_port(), stack.free_port()
-        proxy = parts.enter_context(stack.program("bench.byte_proxy", str(http), f"{home}/http.sock", str(grpc_), f"{home}/runtime.sock"))
+        proxy = parts.enter_context(
+            stack.program("bench.byte_proxy", str(http), f"{home}/http.sock", str(grpc_), f"{home}/runtime.sock")
+        )
         mesh = parts.enter_context(stack.mesh(home, f"unix:{home}/runtime.sock", f"unix:{home}/http.sock"))
         stack.load_and_wait(mesh, MODEL, "file:///nothing")
         ways = {
@@ -129,13 +131,17 @@ async def run(carrier: str, way: Way, model_id: str, stream: bool, concurrency: 
         async with grpc.aio.insecure_channel(way.grpc, options=options) as channel:
             return await measure([grpc_call(channel, model_id, stream)] * concurrency, seconds)
     unix = way.http.startswith("unix:")
-    connector = aiohttp.UnixConnector(way.http.removeprefix("unix:"), limit=0) if unix else aiohttp.TCPConnector(limit=0)
+    connector = (
+        aiohttp.UnixConnector(way.http.removeprefix("unix:"), limit=0) if unix else aiohttp.TCPConnector(limit=0)
+    )
     async with aiohttp.ClientSession(connector=connector) as session:
         base = "http://runtime" if unix else way.http
         return await measure([http_call(session, base, {"mm-model-id": model_id}, stream)] * concurrency, seconds)
 
 
-async def compare(ways: dict[str, Way], model_id: str, carrier: str, stream: bool, concurrency: int, seconds: float, repeats: int) -> None:
+async def compare(
+    ways: dict[str, Way], model_id: str, carrier: str, stream: bool, concurrency: int, seconds: float, repeats: int
+) -> None:
     runs: dict[str, list[Run]] = {path: [] for path in _PATHS}
     cpu_s = dict.fromkeys(_PATHS, 0.0)
     for _ in range(repeats):

@@ -31,12 +31,21 @@ def checkpoint_of(folder: Path, format_: str, cache: Path) -> Checkpoint:
         out.mkdir(parents=True, exist_ok=True)
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.exists():
-            tokenizer.write_text("{}")  # random weights speak no language, and the packer would look for something to convert
+            tokenizer.write_text(
+                "{}"
+            )  # random weights speak no language, and the packer would look for something to convert
         request = PackRequest("safetensors", str(folder), files, str(out), "benchmark", quantization, dtype="bfloat16")
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "runtime.puller.pack"], input=msgspec.json.encode(request), capture_output=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "runtime.puller.pack"],
+            input=msgspec.json.encode(request),
+            capture_output=True,
+            check=False,
+        )
         if done.returncode != 0 or not packed.exists():
-            raise RuntimeError(f"packing {folder.name} as {format_}: {done.stdout[-500:]!r} {done.stderr[-1500:].decode(errors='replace')}")
+            raise RuntimeError(
+                f"packing {folder.name} as {format_}: {done.stdout[-500:]!r} {done.stderr[-1500:].decode(errors='replace')}"
+            )
         print(f"packed {folder.name} as {format_} in {time.perf_counter() - started:.1f} s", flush=True)
     return Checkpoint(str(out), (), str(packed), quantization, "bfloat16", packed.stat().st_size)
 
@@ -55,12 +64,18 @@ def random_packed(shape: Shape, format_: str, folder: Path) -> Checkpoint:
         def linear(name: str, rows: int, columns: int) -> None:
             spread = 0.7 / columns**0.5
             if quantization is Quantization.INT8:
-                codes = (torch.randn(rows, columns, generator=generator, device=device) * 32).clamp(-127, 127).to(torch.int8)
+                codes = (
+                    (torch.randn(rows, columns, generator=generator, device=device) * 32)
+                    .clamp(-127, 127)
+                    .to(torch.int8)
+                )
                 tensors[f"{name}.scale"] = torch.full((rows,), spread / 32)
             else:
                 width = padded_width(columns)
                 codes = torch.randint(0, 256, (rows, width // 2), generator=generator, device=device, dtype=torch.uint8)
-                tensors[f"{name}.absmax"] = (torch.rand(rows, width // 64, generator=generator, device=device) + 0.5).mul_(1.7 * spread).cpu()
+                tensors[f"{name}.absmax"] = (
+                    (torch.rand(rows, width // 64, generator=generator, device=device) + 0.5).mul_(1.7 * spread).cpu()
+                )
             tensors[f"{name}.weight"] = codes.cpu()
 
         def plain(name: str, rows: int, columns: int) -> None:
@@ -83,7 +98,11 @@ def random_packed(shape: Shape, format_: str, folder: Path) -> Checkpoint:
         if not shape.tied:
             plain("lm_head", shape.vocab, shape.hidden)
         (out / "config.json").write_text(json.dumps(config_of(shape)))
-        save_file(tensors, packed, metadata={"format": FORMAT, "quantization": format_, "dtype": "bfloat16", "layout_4bit": "kernel"})
+        save_file(
+            tensors,
+            packed,
+            metadata={"format": FORMAT, "quantization": format_, "dtype": "bfloat16", "layout_4bit": "kernel"},
+        )
         if device == "cuda":
             torch.cuda.empty_cache()
     return Checkpoint(str(out), (), str(packed), quantization, "bfloat16", packed.stat().st_size)

@@ -41,4 +41,8 @@ def process_of(pid: int, part: str) -> int:
     """The pid of a part, for a profiler."""
     names = dict(_PARTS)[part]
     root = psutil.Process(pid)
-    return next(process.pid for process in (root, *root.children(recursive=True)) if any(name in process.cmdline() for name in names))
+    return next(
+        process.pid
+        for process in (root, *root.children(recursive=True))
+        if any(name in process.cmdline() for name in names)
+    )

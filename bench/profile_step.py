@@ -105,7 +105,9 @@ def main() -> None:
     name, format_ = args.model.split("/")
     shape = SHAPES[name]
     checkpoint = (
-        random_packed(shape, format_, args.folder) if format_ != "bf16" else checkpoint_of(write(shape, args.folder / name), format_, args.folder)
+        random_packed(shape, format_, args.folder)
+        if format_ != "bf16"
+        else checkpoint_of(write(shape, args.folder / name), format_, args.folder)
     )
     started = time.perf_counter()
     harness = Harness(EngineConfig(device="cuda", host_budget_bytes=24 << 30))
@@ -181,14 +183,20 @@ def kernels(harness: Harness, top: int) -> None:
         covered += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     total = reached - spans[0][0]
-    print(f"  GPU idle {1 - covered / total:.1%} of {total / steps:.0f} us a step; {len(spans) / steps:.0f} launches a step")
+    print(
+        f"  GPU idle {1 - covered / total:.1%} of {total / steps:.0f} us a step; {len(spans) / steps:.0f} launches a step"
+    )
     families: dict[str, float] = defaultdict(float)
     for kernel, times in by_name.items():
         family = next((f for f, marks in FAMILIES if any(mark in kernel.lower() for mark in marks)), "other")
         families[family] += sum(times) / steps
-    print("  " + ", ".join(f"{family} {us:.0f} us" for family, us in sorted(families.items(), key=lambda item: -item[1])))
+    print(
+        "  " + ", ".join(f"{family} {us:.0f} us" for family, us in sorted(families.items(), key=lambda item: -item[1]))
+    )
     for kernel, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
-        print(f"    {sum(times) / steps:8.1f} us {len(times) / steps:6.1f}x {statistics.median(times):7.2f} us  {kernel[:110]}")
+        print(
+            f"    {sum(times) / steps:8.1f} us {len(times) / steps:6.1f}x {statistics.median(times):7.2f} us  {kernel[:110]}"
+        )
 
 
 if __name__ == "__main__":

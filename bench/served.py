@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=16)
     parser.add_argument("--output", type=int, default=512)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--memory", default="", help="device memory for models, such as 60GiB; empty = chosen from the machine")
+    parser.add_argument(
+        "--memory", default="", help="device memory for models, such as 60GiB; empty = chosen from the machine"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--clients", type=int, default=6, help="client processes")
     parser.add_argument("--idle", type=float, default=2.0, help="seconds between warm-up and measurement")
@@ -57,8 +59,12 @@ def main() -> None:
     folder = _write(shape, args.folder / shape.name)
     alone = _alone(args, shape, folder)
     served = _served(args, shape, folder)
-    print(f"\n{args.shape} {args.format}, {args.streams} streams, {args.input} tokens in, {args.output} out, median of {args.repeats}\n")
-    print("| | tokens/s | share | TTFT p50 | TTFT p99 | gap p50 | gap p99 | in steps | tokens an event | CPU ms per 1000 tokens |")
+    print(
+        f"\n{args.shape} {args.format}, {args.streams} streams, {args.input} tokens in, {args.output} out, median of {args.repeats}\n"
+    )
+    print(
+        "| | tokens/s | share | TTFT p50 | TTFT p99 | gap p50 | gap p99 | in steps | tokens an event | CPU ms per 1000 tokens |"
+    )
     print("| --- | --: | --: | --: | --: | --: | --: | --: | --: | --- |")
     for title, figures in (("engine alone", alone), ("served", served)):
         cpu = ", ".join(f"{part} {value:.1f}" for part, value in figures.cpu_ms.items())
@@ -113,7 +119,9 @@ def _alone(args: argparse.Namespace, shape: Shape, folder: Path) -> Figures:
 
 def _served(args: argparse.Namespace, shape: Shape, folder: Path) -> Figures:
     flags = ["--device", args.device, *(["--memory", args.memory] if args.memory else [])]
-    settings = {"quantize": args.format} if args.format in ("int8", "nf4", "fp4") else {"dtype": stack.DTYPES[args.format]}
+    settings = (
+        {"quantize": args.format} if args.format in ("int8", "nf4", "fp4") else {"dtype": stack.DTYPES[args.format]}
+    )
     runs: list[Figures] = []
     with stack.serve(*flags, log=args.log) as server:
         took = stack.load_and_wait(server, NAME, f"file://{folder}", **settings)
@@ -130,7 +138,8 @@ def _served(args: argparse.Namespace, shape: Shape, folder: Path) -> Figures:
                 outcome.gap_p50_s,
                 outcome.gap_p99_s,
                 outcome.tokens / outcome.events,
-                _per_1000(spent, outcome.tokens) | {"client": 1e6 * outcome.client_cpu_s / args.clients / outcome.tokens},
+                _per_1000(spent, outcome.tokens)
+                | {"client": 1e6 * outcome.client_cpu_s / args.clients / outcome.tokens},
             )
             _say("served", repeat, figures)
             if repeat:

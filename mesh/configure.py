@@ -118,8 +118,12 @@ def _from_file(file: Path, types: Mapping[str, msgspec.inspect.Type]) -> dict[st
     content = read_yaml(file)
     unknown = sorted(str(name) for name in set(content) - set(types))
     if unknown:
-        raise InvalidRequest(f"configuration file {file}: unknown field {unknown[0]!r}; known: {', '.join(sorted(types))}")
-    return {name: _read(f"configuration file {file}, {name}", name, types[name], value) for name, value in content.items()}
+        raise InvalidRequest(
+            f"configuration file {file}: unknown field {unknown[0]!r}; known: {', '.join(sorted(types))}"
+        )
+    return {
+        name: _read(f"configuration file {file}, {name}", name, types[name], value) for name, value in content.items()
+    }
 
 
 def _read(source: str, name: str, kind: msgspec.inspect.Type, value: object) -> object:

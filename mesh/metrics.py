@@ -50,14 +50,28 @@ class Metrics:
             registry=self._registry,
         )
         self._held = Gauge(
-            "repertory_mesh_held_requests", "Requests that wait for their model to be loaded", label, registry=self._registry
+            "repertory_mesh_held_requests",
+            "Requests that wait for their model to be loaded",
+            label,
+            registry=self._registry,
         )
-        self._in_flight = Gauge("repertory_mesh_in_flight_requests", "Requests at a copy", label, registry=self._registry)
-        self._loads = Counter("repertory_mesh_loads", "Loads by outcome", ("model_name", "outcome"), registry=self._registry)
-        self._load_seconds = Histogram("repertory_mesh_load_seconds", "Successful loads", label, buckets=_SECONDS, registry=self._registry)
-        self._evictions = Counter("repertory_mesh_evictions", "Models unloaded to make room", label, registry=self._registry)
+        self._in_flight = Gauge(
+            "repertory_mesh_in_flight_requests", "Requests at a copy", label, registry=self._registry
+        )
+        self._loads = Counter(
+            "repertory_mesh_loads", "Loads by outcome", ("model_name", "outcome"), registry=self._registry
+        )
+        self._load_seconds = Histogram(
+            "repertory_mesh_load_seconds", "Successful loads", label, buckets=_SECONDS, registry=self._registry
+        )
+        self._evictions = Counter(
+            "repertory_mesh_evictions", "Models unloaded to make room", label, registry=self._registry
+        )
         self._mm_load_ms = Histogram(
-            "modelmesh_loadmodel_milliseconds", "ModelMesh's name for load times", buckets=_MILLISECONDS, registry=self._registry
+            "modelmesh_loadmodel_milliseconds",
+            "ModelMesh's name for load times",
+            buckets=_MILLISECONDS,
+            registry=self._registry,
         )
         self._mm_request_ms = Histogram(
             "modelmesh_api_request_milliseconds",
@@ -66,7 +80,9 @@ class Metrics:
             buckets=_MILLISECONDS,
             registry=self._registry,
         )
-        self._mm_failures = Gauge("modelmesh_loadmodel_failure", "ModelMesh's name for failed loads", registry=self._registry)
+        self._mm_failures = Gauge(
+            "modelmesh_loadmodel_failure", "ModelMesh's name for failed loads", registry=self._registry
+        )
         self._pod = {
             name: Gauge(f"modelmesh_{name}", text, registry=self._registry)
             for name, text in (
@@ -147,7 +163,9 @@ class Metrics:
         self._busy[name_in(model_id)] += change
         family.labels(*self._series(family, model_id)).inc(change)
 
-    def _series(self, family: Counter | Gauge | Histogram, model_id: str, labels: tuple[str, ...] = ()) -> tuple[str, ...]:
+    def _series(
+        self, family: Counter | Gauge | Histogram, model_id: str, labels: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
         """One label a name, whichever files stand behind it."""
         name = name_in(model_id)
         self._known.setdefault(name, set()).add((family, (name, *labels)))

@@ -124,10 +124,19 @@ class Pod:
         self._copies = LocalCopies(self._changes)
         runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
         announcer = RecordUpdates(self.registry.models, self.instance_id)
-        self._loads = LocalLoads(runtime, announcer, self._copies, self._changes, self._metrics, load_timeout_s=config.load_timeout_s)
+        self._loads = LocalLoads(
+            runtime, announcer, self._copies, self._changes, self._metrics, load_timeout_s=config.load_timeout_s
+        )
         peers = HttpPeerLoads(self._connections, self.instance_id, next(iter(config.api_keys), ""))
         self.placement = Placement(
-            self.registry, runtime, announcer, self._copies, self._loads, peers, self._changes, failure_expiry_s=config.failure_expiry_s
+            self.registry,
+            runtime,
+            announcer,
+            self._copies,
+            self._loads,
+            peers,
+            self._changes,
+            failure_expiry_s=config.failure_expiry_s,
         )
         self._transitions = Transitions(self.registry, self.placement, leads=self.registry.instances.leads)
         self._reaper = Reaper(self.registry, leads=self.registry.instances.leads)
@@ -189,7 +198,10 @@ class Pod:
         """Raises StoreError, or OSError if a port is taken."""
         await self._store.open()
         await self.registry.start()
-        for kind, address, server in (("gRPC", self._config.grpc_listen, self.grpc), ("HTTP", self._config.http_listen, self.http)):
+        for kind, address, server in (
+            ("gRPC", self._config.grpc_listen, self.grpc),
+            ("HTTP", self._config.http_listen, self.http),
+        ):
             await asyncio.to_thread(check_free, kind, address)
             await _listening(kind, address, server.start())
         own = identity(
@@ -210,7 +222,9 @@ class Pod:
         )
         self.placement.start()
         self._transitions.start()
-        self._tasks = [asyncio.create_task(work) for work in (self._publisher.run(), self._tell_health(), self._reaper.run())]
+        self._tasks = [
+            asyncio.create_task(work) for work in (self._publisher.run(), self._tell_health(), self._reaper.run())
+        ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
 
     async def stop(self) -> None:

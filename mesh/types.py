@@ -169,7 +169,9 @@ class RuntimeLimits:
     model_loading_timeout_s: float
     default_model_size_bytes: int
     version: str = ""
-    allowed_methods: dict[str, tuple[int, ...]] = field(default_factory=dict)  # full method → id injection path; empty = any method
+    allowed_methods: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # full method → id injection path; empty = any method
     allow_any_method: bool = True
     limit_model_concurrency: bool = False
 

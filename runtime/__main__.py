@@ -46,27 +46,33 @@ from runtime.text.text_model import load_text
 
 log = logging.getLogger("runtime")
 
-_BACKLOG = 4096   # a unix socket refuses at once what is over it, and a mesh may open hundreds of connections together
+_BACKLOG = 4096  # a unix socket refuses at once what is over it, and a mesh may open hundreds of connections together
 
 
 class Runtime:
     """The front process's parts, made but not started. `run` starts them, and returns the exit status when they have ended."""
 
-    def __init__(self, config: RuntimeConfig, arena: SharedMemoryFile | None, *, command: CommandBuilder = engine_command) -> None:
+    def __init__(
+        self, config: RuntimeConfig, arena: SharedMemoryFile | None, *, command: CommandBuilder = engine_command
+    ) -> None:
         if arena is not None:
-            config = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, host_arena_path=str(arena.path)))
+            config = msgspec.structs.replace(
+                config, engine=msgspec.structs.replace(config.engine, host_arena_path=str(arena.path))
+            )
         self._config = config
         self._addresses = [parse_address(text) for text in config.listen]
         self._http_address = parse_address(config.http_listen)
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
-        self._engine = EngineClient(config.engine, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s))
+        self._engine = EngineClient(
+            config.engine, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s)
+        )
         self._preparation = CheckpointPreparer(config, cache)
         self._models = Models(config, self._engine, self._preparation, load_text)
         self._metrics = RuntimeMetrics()
         generator = Generator(self._engine, self._metrics)
         self._server = grpc.aio.server(
             options=(
-                ("grpc.so_reuseport", 0),       # else a second runtime would share the port in silence
+                ("grpc.so_reuseport", 0),  # else a second runtime would share the port in silence
                 ("grpc.max_receive_message_length", config.grpc_max_message_bytes),
                 ("grpc.max_send_message_length", config.grpc_max_message_bytes),
                 # callers may ask whether the connection lives while they wait; more than two pings in five silent minutes would end it
@@ -81,9 +87,13 @@ class Runtime:
         self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)
         self._health = health.HealthServicer()
         self._services = [
-            add_spi(self._server, ModelRuntimeApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)),
+            add_spi(
+                self._server, ModelRuntimeApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)
+            ),
             add_state(self._server, self._state),
-            *add_inference_services(self._server, self._models, self._engine, config, self._metrics, generator=generator),
+            *add_inference_services(
+                self._server, self._models, self._engine, config, self._metrics, generator=generator
+            ),
         ]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -138,7 +148,11 @@ class Runtime:
             count = self._engine.changes.count
             if self._engine.state is not seen:
                 seen = self._engine.state
-                serving = health_pb2.HealthCheckResponse.SERVING if seen is EngineState.READY else health_pb2.HealthCheckResponse.NOT_SERVING
+                serving = (
+                    health_pb2.HealthCheckResponse.SERVING
+                    if seen is EngineState.READY
+                    else health_pb2.HealthCheckResponse.NOT_SERVING
+                )
                 for service in ("", *self._services):
                     await self._health.set(service, serving)
                 if seen is EngineState.STOPPED:

@@ -119,7 +119,16 @@ class EngineFault(RepertoryError):
 
 _BY_CODE: dict[str, type[RepertoryError]] = {
     kind.code: kind
-    for kind in (InvalidRequest, NotSupported, ModelNotFound, LoadFailed, Overloaded, DeadlineExceeded, Cancelled, Unavailable)
+    for kind in (
+        InvalidRequest,
+        NotSupported,
+        ModelNotFound,
+        LoadFailed,
+        Overloaded,
+        DeadlineExceeded,
+        Cancelled,
+        Unavailable,
+    )
 }
 
 

@@ -20,12 +20,12 @@ class Quantization(StrEnum):
 class FinishReason(StrEnum):
     """Why a sequence ended, in the engine's words; each API has its own words for these."""
 
-    EOS = "eos"                    # an EOS id of the model
-    STOP_TOKEN = "stop_token"      # a stop token id of the request
-    STOP_STRING = "stop_string"    # found by the detokenizer; the engine only sees an abort
-    LENGTH = "length"              # max_tokens of the request
-    CONTEXT = "context"            # the model's max_model_len
-    TIME_LIMIT = "time_limit"      # found by the front; the engine only sees an abort
+    EOS = "eos"  # an EOS id of the model
+    STOP_TOKEN = "stop_token"  # a stop token id of the request
+    STOP_STRING = "stop_string"  # found by the detokenizer; the engine only sees an abort
+    LENGTH = "length"  # max_tokens of the request
+    CONTEXT = "context"  # the model's max_model_len
+    TIME_LIMIT = "time_limit"  # found by the front; the engine only sees an abort
     ABORTED = "aborted"
     ERROR = "error"
 
@@ -41,8 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
-    repetition_penalty: float = 1.0      # over prompt and output, as Hugging Face does
-    frequency_penalty: float = 0.0       # over output, as OpenAI does
+    repetition_penalty: float = 1.0  # over prompt and output, as Hugging Face does
+    frequency_penalty: float = 0.0  # over output, as OpenAI does
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
@@ -66,7 +66,7 @@ class StopParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=Tru
     """When to stop, as far as the engine sees it (stop strings are the detokenizer's)."""
 
     max_tokens: int
-    min_tokens: int = 0                  # EOS and stop ids are suppressed until then
+    min_tokens: int = 0  # EOS and stop ids are suppressed until then
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
@@ -98,12 +98,12 @@ class ModelSettings(msgspec.Struct, frozen=True, omit_defaults=True):
 
     quantize: Quantization = Quantization.NONE
     double_quant: bool = False
-    dtype: str = "auto"                  # auto | float32 | bfloat16 | float16; auto = checkpoint's on a GPU, float32 on a CPU
-    max_model_len: int | None = None     # tokens; None = the checkpoint's
-    chat_template: str | None = None     # Jinja text; None = the checkpoint's
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16; auto = checkpoint's on a GPU, float32 on a CPU
+    max_model_len: int | None = None  # tokens; None = the checkpoint's
+    chat_template: str | None = None  # Jinja text; None = the checkpoint's
     sampling: DefaultSampling = DefaultSampling()
-    max_concurrency: int | None = None   # running and waiting requests
-    display_name: str | None = None      # the name that answers carry; None = the model id
+    max_concurrency: int | None = None  # running and waiting requests
+    display_name: str | None = None  # the name that answers carry; None = the model id
 
 
 class ModelSource(msgspec.Struct, frozen=True):
@@ -122,20 +122,20 @@ class Checkpoint(msgspec.Struct, frozen=True):
     `weight_files` where they lie, under the checkpoint's own names.
     """
 
-    model_dir: str                       # config.json, generation_config.json, tokenizer files
-    weight_files: tuple[str, ...] = ()   # absolute paths, *.safetensors
+    model_dir: str  # config.json, generation_config.json, tokenizer files
+    weight_files: tuple[str, ...] = ()  # absolute paths, *.safetensors
     packed_file: str | None = None
     quantization: Quantization = Quantization.NONE
-    dtype: str = "float32"               # of what isn't quantised, and of the arithmetic
-    weight_bytes: int = 0                # as they will lie in memory
+    dtype: str = "float32"  # of what isn't quantised, and of the arithmetic
+    weight_bytes: int = 0  # as they will lie in memory
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
     """What the engine knows of a loaded model."""
 
     model_id: str
-    architecture: str                    # transformers' class name
-    path: str                            # which way it runs: "fused: …" or "unfused: …", with the reason
+    architecture: str  # transformers' class name
+    path: str  # which way it runs: "fused: …" or "unfused: …", with the reason
     dtype: str
     quantization: Quantization
     weight_bytes: int

@@ -72,7 +72,9 @@ def _rows(kind: type[msgspec.Struct]) -> list[str]:
             continue
         text = str((field.type.extra_json_schema or {}).get("description", ""))
         inner = isinstance(field.default, msgspec.Struct)  # has a table of its own
-        default = "" if inner or field.default in ("", (), msgspec.NODEFAULT) else f"`{_shown(field.name, field.default)}`"
+        default = (
+            "" if inner or field.default in ("", (), msgspec.NODEFAULT) else f"`{_shown(field.name, field.default)}`"
+        )
         rows.append(f"| `{field.name}` | {default} | {_cell(text)} |")
     return rows
 
@@ -93,7 +95,9 @@ def main() -> int:
     check = "--check" in sys.argv[1:]
     if check:
         if PAGE.read_text() != page():
-            print(f"{PAGE.relative_to(ROOT)} is behind the configuration; run scripts/configuration.py", file=sys.stderr)
+            print(
+                f"{PAGE.relative_to(ROOT)} is behind the configuration; run scripts/configuration.py", file=sys.stderr
+            )
             return 1
         return 0
     PAGE.write_text(page())

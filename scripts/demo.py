@@ -37,7 +37,9 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default=BUDGET, help="device memory for all models")
-    parser.add_argument("--home", type=Path, help="keep registrations and packed models here instead of a temporary folder")
+    parser.add_argument(
+        "--home", type=Path, help="keep registrations and packed models here instead of a temporary folder"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="repertory-demo-") as scratch:
         home = args.home or Path(scratch)
@@ -49,12 +51,16 @@ def main() -> int:
                 play(served)
             except Exception:
                 console.print(
-                    f"[red]the demo failed; the servers' last words:[/red]\n{log.read_text()[-3000:]}", markup=True, highlight=False
+                    f"[red]the demo failed; the servers' last words:[/red]\n{log.read_text()[-3000:]}",
+                    markup=True,
+                    highlight=False,
                 )
                 raise
     say("That's all. Now your own")
     console.print("  .venv/bin/repertory serve                      # leave it running", highlight=False)
-    console.print("  .venv/bin/repertory register NAME URI --load   # hf://ORG/MODEL, s3://, https://, or a path", highlight=False)
+    console.print(
+        "  .venv/bin/repertory register NAME URI --load   # hf://ORG/MODEL, s3://, https://, or a path", highlight=False
+    )
     console.print("  .venv/bin/repertory run NAME", highlight=False)
     return 0
 
@@ -69,7 +75,9 @@ def play(served: stack.Stack) -> None:
     say("The same question by each name: gRPC (TGIS), then the OpenAI client, streaming")
     for name in NAMES:
         was = served.admin.model(name)
-        console.print(f"[bold]{name}[/bold] ({'resident' if was.state == 'loaded' else 'evicted: it comes back first'})")
+        console.print(
+            f"[bold]{name}[/bold] ({'resident' if was.state == 'loaded' else 'evicted: it comes back first'})"
+        )
         started = time.perf_counter()
         console.print(f"  gRPC    {ask_grpc(served, name)}  [dim]({time.perf_counter() - started:.1f} s)[/dim]")
         ask_openai(served, name)
@@ -87,7 +95,8 @@ def load_and_watch(served: stack.Stack, name: str) -> Model:
         if now != last and model.state:
             done = f" {model.progress:.0%}" if model.progress else ""
             console.print(
-                f"  [dim]{time.perf_counter() - started:5.1f} s[/dim]  {model.state}{done} {model.progress_text}", highlight=False
+                f"  [dim]{time.perf_counter() - started:5.1f} s[/dim]  {model.state}{done} {model.progress_text}",
+                highlight=False,
             )
             last = now
         if model.state == "loaded":
@@ -105,7 +114,9 @@ def ask_grpc(served: stack.Stack, name: str) -> str:
         params=fmaas.Parameters(method=fmaas.GREEDY, stopping=fmaas.StoppingCriteria(max_new_tokens=32)),
     )
     with grpc.insecure_channel(served.grpc) as channel:
-        answer = fmaas_grpc.GenerationServiceStub(channel).Generate(request, metadata=[("mm-model-id", name)], timeout=300)
+        answer = fmaas_grpc.GenerationServiceStub(channel).Generate(
+            request, metadata=[("mm-model-id", name)], timeout=300
+        )
     return str(answer.responses[0].text).strip()
 
 

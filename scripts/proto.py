@@ -24,7 +24,9 @@ def generate(out_dir: Path) -> None:
     # the virtual path makes the imports read `from wire.<area> import …`
     names = [f"wire/{source.relative_to(ROOT / 'proto').as_posix()}" for source in sources]
     mapping = f"-Iwire={ROOT / 'proto'}"
-    _protoc(mapping, f"--python_out={out_dir}", f"--pyi_out={out_dir}", f"--descriptor_set_out={descriptors_file}", *names)
+    _protoc(
+        mapping, f"--python_out={out_dir}", f"--pyi_out={out_dir}", f"--descriptor_set_out={descriptors_file}", *names
+    )
     files = descriptor_pb2.FileDescriptorSet.FromString(descriptors_file.read_bytes()).file
     descriptors_file.unlink()
     with_services = [file for file in files if file.service]
@@ -75,12 +77,18 @@ def differences(fresh_dir: Path, committed_dir: Path) -> list[str]:
     fresh, committed = _contents(fresh_dir), _contents(committed_dir)
     found = [f"missing: wire/{path}" for path in sorted(fresh.keys() - committed.keys())]
     found += [f"not generated: wire/{path}" for path in sorted(committed.keys() - fresh.keys())]
-    found += [f"differs: wire/{path}" for path in sorted(fresh.keys() & committed.keys()) if fresh[path] != committed[path]]
+    found += [
+        f"differs: wire/{path}" for path in sorted(fresh.keys() & committed.keys()) if fresh[path] != committed[path]
+    ]
     return found
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.suffix in {".py", ".pyi"}}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.suffix in {".py", ".pyi"}
+    }
 
 
 def _protoc(*arguments: str) -> None:

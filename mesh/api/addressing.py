@@ -124,7 +124,9 @@ def _from_headers(metadata: Metadata) -> Address | None:
 
 
 def _header(metadata: Metadata, key: str) -> str | None:
-    plain = [_text(value) for at, value in metadata if at == key] or [_text(value) for at, value in metadata if at == f"{key}-bin"]
+    plain = [_text(value) for at, value in metadata if at == key] or [
+        _text(value) for at, value in metadata if at == f"{key}-bin"
+    ]
     if len(plain) > 1:
         raise NotSupported(f"{len(plain)} {key} headers: one request to several models is not supported")
     return plain[0] if plain else None

@@ -93,7 +93,9 @@ class AdminRoutes:
         asked = decode(await read_body(request, _BODY_BYTES), _Register)
         if not asked.uri:
             raise InvalidRequest(f"model {asked.name}: uri is missing: it says where the files are")
-        model_id = await self._registry.register_name(asked.name, asked.info(), now_ms=epoch_ms(), is_loaded=self._is_loaded)
+        model_id = await self._registry.register_name(
+            asked.name, asked.info(), now_ms=epoch_ms(), is_loaded=self._is_loaded
+        )
         Record.of(request).model_id = model_id
         if asked.load:
             await self._placement.ensure_loaded(model_id, retry_failed=True)
@@ -112,7 +114,11 @@ class AdminRoutes:
         asked = decode(await read_body(request, _BODY_BYTES), _FitAsk)
         if bool(asked.name) == bool(asked.uri):
             raise InvalidRequest("give either the name of a registered model or the uri of one that isn't")
-        settings = {key: value for key, value in msgspec.structs.asdict(asked).items() if key not in ("name", "uri") and value is not None}
+        settings = {
+            key: value
+            for key, value in msgspec.structs.asdict(asked).items()
+            if key not in ("name", "uri") and value is not None
+        }
         if asked.name:
             model_id, info = await self._registered(asked.name)
             if settings:
@@ -125,7 +131,9 @@ class AdminRoutes:
         leaving: tuple[str, ...] = ()
         if answer.fits:
             # what the runtime would move out of device memory stays loaded; what this pod would unload does not
-            leaving = self._placement.would_unload(model_id, await self._runtime.predict_size(model_id, info) or answer.weight_bytes)
+            leaving = self._placement.would_unload(
+                model_id, await self._runtime.predict_size(model_id, info) or answer.weight_bytes
+            )
         return _json(self._fit_view(answer, leaving))
 
     async def set_alias(self, request: web.Request) -> web.Response:

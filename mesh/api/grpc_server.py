@@ -47,7 +47,9 @@ class KeyGuard(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         if handler_call_details.method.startswith(_OPEN_TO_ALL):
             return await continuation(handler_call_details)
-        given = next((value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"), "")
+        given = next(
+            (value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"), ""
+        )
         return await continuation(handler_call_details) if key_is_known(str(given), self._keys) else self._refusal
 
 
@@ -92,7 +94,9 @@ class GrpcServer:
         )
         add_ModelMeshServicer_to_server(management, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server
+        )
         self._server.add_generic_rpc_handlers((own_oip.handler(), gateway))
         self.port = 0
 

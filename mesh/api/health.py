@@ -17,7 +17,9 @@ _RUNTIME_S = 2.0
 class HealthRoutes:
     """`figures` gives this pod's own metrics; those of the runtime at `runtime_http` (empty: it has none) are appended."""
 
-    def __init__(self, connections: Connections, runtime_http: str, is_ready: Callable[[], bool], figures: Callable[[], bytes]) -> None:
+    def __init__(
+        self, connections: Connections, runtime_http: str, is_ready: Callable[[], bool], figures: Callable[[], bytes]
+    ) -> None:
         self._connections = connections
         self._runtime_http = runtime_http
         self._is_ready = is_ready

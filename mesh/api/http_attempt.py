@@ -48,10 +48,20 @@ class HttpAttempt:
         self.first = b""
 
     async def open(
-        self, method: str, path: str, headers: list[tuple[str, str]], body: bytes, *, prefix_hash: str, exclude: frozenset[str], here: bool
+        self,
+        method: str,
+        path: str,
+        headers: list[tuple[str, str]],
+        body: bytes,
+        *,
+        prefix_hash: str,
+        exclude: frozenset[str],
+        here: bool,
     ) -> None:
         """Returns with the answer's status, headers and first bytes. Raises as CopyRouter.route, and UnreachableError."""
-        self.target = await self._router.route(self._model_id, deadline_s=None, prefix_hash=prefix_hash, exclude=exclude, here=here)
+        self.target = await self._router.route(
+            self._model_id, deadline_s=None, prefix_hash=prefix_hash, exclude=exclude, here=here
+        )
         if not self.target.http_address:
             raise NotSupported(f"model {self._model_id}: its runtime has no HTTP API; call it by gRPC")
         session, base = self._connections.http(self.target.http_address)
@@ -86,7 +96,11 @@ class HttpAttempt:
 
     def _onward(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         assert self.target is not None
-        passed = [(key, value) for key, value in end_to_end(headers) if not self.target.local or key.lower() != "authorization"]
+        passed = [
+            (key, value)
+            for key, value in end_to_end(headers)
+            if not self.target.local or key.lower() != "authorization"
+        ]
         passed.append((MODEL_HEADER, self._model_id))
         if not self.target.local:
             passed.append((HOP_HEADER, self._own_id))
@@ -99,5 +113,8 @@ def end_to_end(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [
         (key, value)
         for key, value in headers
-        if (low := key.lower()) not in _HOP_BY_HOP and low not in named and low != HOP_HEADER and not low.startswith("mm-")
+        if (low := key.lower()) not in _HOP_BY_HOP
+        and low not in named
+        and low != HOP_HEADER
+        and not low.startswith("mm-")
     ]

@@ -26,7 +26,9 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def body_of(error: MeshError) -> bytes:
-    return msgspec.json.encode(ErrorBody(Problem(error.message, error.openai_type, None, _CODES.get(type(error), error.code.lower()))))
+    return msgspec.json.encode(
+        ErrorBody(Problem(error.message, error.openai_type, None, _CODES.get(type(error), error.code.lower())))
+    )
 
 
 def response_of(error: MeshError) -> web.Response:

@@ -15,7 +15,14 @@ from mesh.metrics import Metrics
 
 _OPEN_TO_ALL = ("/health", "/healthz", "/readyz")
 _HEADERS_BYTES = 16 * 1024
-_NOT_HERE = ("/", "/generate", "/generate_stream", "/invocations", "/embed", "/rerank")  # text-generation-inference's and its kin's
+_NOT_HERE = (
+    "/",
+    "/generate",
+    "/generate_stream",
+    "/invocations",
+    "/embed",
+    "/rerank",
+)  # text-generation-inference's and its kin's
 
 
 class Routes(Protocol):
@@ -26,7 +33,14 @@ class HttpServer:
     """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one."""
 
     def __init__(
-        self, address: str, gateway: OpenAiGateway, routes: Sequence[Routes], metrics: Metrics, *, keys: tuple[str, ...], grace_s: float
+        self,
+        address: str,
+        gateway: OpenAiGateway,
+        routes: Sequence[Routes],
+        metrics: Metrics,
+        *,
+        keys: tuple[str, ...],
+        grace_s: float,
     ) -> None:
         self._address = address
         middlewares: list[Middleware] = [request_log(metrics), errors_as_json, *([key_guard(keys)] if keys else [])]

@@ -160,7 +160,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
             else:
                 return outcome
 
-    async def _attempt(self, request: _Request, target: Target, inbound: ReplayBuffer, context: ServerContext) -> _Outcome:
+    async def _attempt(
+        self, request: _Request, target: Target, inbound: ReplayBuffer, context: ServerContext
+    ) -> _Outcome:
         metadata = onward(request.metadata, request.model_id, hop_from="" if target.local else self._own_id)
         if not header(metadata, _REQUEST_ID):
             metadata.append((_REQUEST_ID, request.request_id))
@@ -194,7 +196,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
             if code is grpc.StatusCode.OK and not begun:
                 begun = True
                 await self._send_headers(call, context)
-            return _Outcome(code, await call.details() or "", tuple(backward(tuple(await call.trailing_metadata() or ()))), begun)
+            return _Outcome(
+                code, await call.details() or "", tuple(backward(tuple(await call.trailing_metadata() or ()))), begun
+            )
         finally:
             if sending is not None:
                 sending.cancel()
@@ -206,7 +210,10 @@ class InferenceGateway(grpc.GenericRpcHandler):
             await context.send_initial_metadata(headers)
 
     async def _send(
-        self, call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: ReplayBuffer, rewrite: Callable[[bytes], bytes] | None
+        self,
+        call: grpc.aio.StreamStreamCall[bytes, bytes],
+        inbound: ReplayBuffer,
+        rewrite: Callable[[bytes], bytes] | None,
     ) -> None:
         index = 0
         # a call that has ended takes no more; its reader learns why. InternalError, raised on, would leave the caller without any status
@@ -242,7 +249,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
         seconds = time.monotonic() - request.started_s
         # a label is for methods that there are, not for whatever callers make up
         exists = request.code == "OK" or request.method in self._single_message
-        self._metrics.request(request.model_id, "grpc", request.code, request.method.rpartition("/")[2] if exists else "other", seconds)
+        self._metrics.request(
+            request.model_id, "grpc", request.code, request.method.rpartition("/")[2] if exists else "other", seconds
+        )
         logger.info(
             "request",
             extra={
@@ -278,7 +287,9 @@ def says_gone(code: grpc.StatusCode, details: str) -> bool:
     if code is grpc.StatusCode.NOT_FOUND:
         return True
     if code is grpc.StatusCode.UNAVAILABLE:
-        return details.startswith("Request for unknown model") and details.endswith((" is not found", " has no available versions"))
+        return details.startswith("Request for unknown model") and details.endswith(
+            (" is not found", " has no available versions")
+        )
     return code is grpc.StatusCode.INVALID_ARGUMENT and details.startswith("Model ") and details.endswith(" not found")
 
 

@@ -12,5 +12,8 @@ _SERVICES = (
 def single_message_methods() -> frozenset[str]:
     """As `package.Service/Method`."""
     return frozenset(
-        f"{service.full_name}/{method.name}" for service in _SERVICES for method in service.methods if not method.client_streaming
+        f"{service.full_name}/{method.name}"
+        for service in _SERVICES
+        for method in service.methods
+        if not method.client_streaming
     )

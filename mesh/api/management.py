@@ -33,7 +33,12 @@ class ManagementService(rpc.ModelMeshServicer):
     """`now_ms` is the wall clock; `move_wait_s`: how long setVModel with sync waits for a move."""
 
     def __init__(
-        self, registry: Registry, loader: Loader, *, now_ms: Callable[[], int] = epoch_ms, move_wait_s: float = MOVE_WAIT_S
+        self,
+        registry: Registry,
+        loader: Loader,
+        *,
+        now_ms: Callable[[], int] = epoch_ms,
+        move_wait_s: float = MOVE_WAIT_S,
     ) -> None:
         self._registry = registry
         self._loader = loader
@@ -202,6 +207,7 @@ def _status(info: StatusInfo) -> pb.ModelStatusInfo:
         status=info.status.name,
         errors=info.errors,
         modelCopyInfos=[
-            pb.ModelStatusInfo.ModelCopyInfo(location=copy.instance_id, copyStatus=copy.status.name, time=copy.time_ms) for copy in copies
+            pb.ModelStatusInfo.ModelCopyInfo(location=copy.instance_id, copyStatus=copy.status.name, time=copy.time_ms)
+            for copy in copies
         ],
     )

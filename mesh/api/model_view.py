@@ -83,11 +83,17 @@ class ModelViews:
             if len(self._settings) > _MOST_SETTINGS:
                 self._settings.clear()
             known = settings_of(record.info)
-            settings = self._settings[record.key] = {key: known[key] for key in known if key not in ("display_name", "model_type")}
+            settings = self._settings[record.key] = {
+                key: known[key] for key in known if key not in ("display_name", "model_type")
+            }
         return settings
 
     def _alias_of(self, named: NamedModel) -> str:
-        if named.name == named.model_id or belongs_to(named.model_id, named.name) or belongs_to(named.target_id, named.name):
+        if (
+            named.name == named.model_id
+            or belongs_to(named.model_id, named.name)
+            or belongs_to(named.target_id, named.name)
+        ):
             return ""
         owner = self._registry.name_of(named.model_id)
         # a model that lives by its vmodels alone, as a platform's own do, has no better name than theirs

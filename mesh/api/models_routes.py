@@ -74,7 +74,9 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class ModelsRoutes:
-    def __init__(self, registry: Registry, placement: Placement, views: ModelViews, changes: Changes, stopping: asyncio.Event) -> None:
+    def __init__(
+        self, registry: Registry, placement: Placement, views: ModelViews, changes: Changes, stopping: asyncio.Event
+    ) -> None:
         self._registry = registry
         self._placement = placement
         self._views = views

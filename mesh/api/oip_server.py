@@ -24,7 +24,9 @@ _MODEL_READY = f"{SERVICE_NAME}/ModelReady"
 class OipServer:
     """Each method's specification is its comment in proto/inference/grpc_predict_v2.proto."""
 
-    def __init__(self, registry: Registry, loader: Loader, addressing: Addressing, *, is_ready: Callable[[], bool], version: str) -> None:
+    def __init__(
+        self, registry: Registry, loader: Loader, addressing: Addressing, *, is_ready: Callable[[], bool], version: str
+    ) -> None:
         self._registry = registry
         self._loader = loader
         self._addressing = addressing
@@ -52,7 +54,9 @@ class OipServer:
         return pb.ServerMetadataResponse(name="repertory", version=self._version)
 
     async def _model_ready(
-        self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext[pb.ModelReadyRequest, pb.ModelReadyResponse]
+        self,
+        request: pb.ModelReadyRequest,
+        context: grpc.aio.ServicerContext[pb.ModelReadyRequest, pb.ModelReadyResponse],
     ) -> pb.ModelReadyResponse:
         metadata = tuple(context.invocation_metadata() or ())
         try:

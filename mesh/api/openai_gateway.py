@@ -68,7 +68,9 @@ class OpenAiGateway:
             every_s=self._keep_alive_s,
         )
         try:
-            return await self._pass_on(request, record, body, held if ask.stream else None, "" if here else ask.model or "")
+            return await self._pass_on(
+                request, record, body, held if ask.stream else None, "" if here else ask.model or ""
+            )
         except (MeshError, UnreachableError) as error:
             mesh_error = Unavailable(str(error)) if isinstance(error, UnreachableError) else error
             if held.response is None:
@@ -76,18 +78,26 @@ class OpenAiGateway:
             record.code = mesh_error.code
             return await _finish(held.response, event_of(body_of(mesh_error)))
 
-    async def _pass_on(self, request: web.Request, record: Record, body: bytes, held: SseKeepAlive | None, name: str) -> web.StreamResponse:
+    async def _pass_on(
+        self, request: web.Request, record: Record, body: bytes, held: SseKeepAlive | None, name: str
+    ) -> web.StreamResponse:
         """`name`: what the caller calls the model; empty if another pod sent it here by its id."""
         here = not name
         exclude: frozenset[str] = frozenset()
         reloaded = retried = moved = False
         # the body was decoded as it was read
-        headers = [(key, value) for key, value in request.headers.items() if key.lower() not in ("x-request-id", "content-encoding")]
+        headers = [
+            (key, value)
+            for key, value in request.headers.items()
+            if key.lower() not in ("x-request-id", "content-encoding")
+        ]
         headers.append(("X-Request-Id", record.request_id))
         prefix = prefix_hash(body)
         while True:
             exchange = HttpAttempt(self._router, self._connections, record.model_id, self._own_id)
-            opening = exchange.open(request.method, request.raw_path, headers, body, prefix_hash=prefix, exclude=exclude, here=here)
+            opening = exchange.open(
+                request.method, request.raw_path, headers, body, prefix_hash=prefix, exclude=exclude, here=here
+            )
             try:
                 try:
                     await (held.company(opening) if held else opening)
@@ -116,7 +126,9 @@ class OpenAiGateway:
             finally:
                 await exchange.close()
 
-    async def _relay(self, request: web.Request, record: Record, exchange: HttpAttempt, held: SseKeepAlive | None) -> web.StreamResponse:
+    async def _relay(
+        self, request: web.Request, record: Record, exchange: HttpAttempt, held: SseKeepAlive | None
+    ) -> web.StreamResponse:
         answer = exchange.answer
         assert answer is not None
         if held is not None and held.response is not None and answer.status != _OK:
@@ -150,7 +162,10 @@ class OpenAiGateway:
                 chunk = await answer.content.readany()
         except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             record.code = "UNAVAILABLE"
-            logger.warning("an answer broke off", extra={"request_id": record.request_id, "model": record.model_id, "error": str(error)})
+            logger.warning(
+                "an answer broke off",
+                extra={"request_id": record.request_id, "model": record.model_id, "error": str(error)},
+            )
             if response.content_type != "text/event-stream":
                 _break_off(request)
                 return response
@@ -169,7 +184,12 @@ class OpenAiGateway:
 
     def _comment(self, model_id: str) -> str:
         copy = next((copy for copy in self._loader.status(model_id).copies if copy.state is not None), None)
-        if copy is None or copy.state in (CopyState.LOADED, CopyState.FAILED, CopyState.QUARANTINED, CopyState.UNLOADING):
+        if copy is None or copy.state in (
+            CopyState.LOADED,
+            CopyState.FAILED,
+            CopyState.QUARANTINED,
+            CopyState.UNLOADING,
+        ):
             return "keep-alive"
         progress = f" {copy.progress:.0%}".replace("%", " %") if copy.progress else ""
         text = f" {copy.progress_text}" if copy.progress_text else ""

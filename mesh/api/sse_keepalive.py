@@ -17,7 +17,9 @@ HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": 
 class SseKeepAlive:
     """`comment` gives what to say now. `first_after_s`: silence before the first comment, and so before the stream begins."""
 
-    def __init__(self, request: web.Request, request_id: str, comment: Callable[[], str], *, first_after_s: float, every_s: float) -> None:
+    def __init__(
+        self, request: web.Request, request_id: str, comment: Callable[[], str], *, first_after_s: float, every_s: float
+    ) -> None:
         self._request = request
         self._request_id = request_id
         self._comment = comment

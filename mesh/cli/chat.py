@@ -68,7 +68,9 @@ def _opening(options: Options) -> list[dict[str, str]]:
 
 
 def _body(name: str, messages: list[dict[str, str]], options: Options) -> dict[str, object]:
-    given = {key: value for key in ("max_tokens", "temperature", "seed") if (value := getattr(options, key)) is not None}
+    given = {
+        key: value for key in ("max_tokens", "temperature", "seed") if (value := getattr(options, key)) is not None
+    }
     return {"model": name, "messages": messages, **given}
 
 

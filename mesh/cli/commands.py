@@ -30,7 +30,11 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         "sampling": _numbers(args.sampling),
     }
     in_storage = (args.storage_key or args.storage_param) and not args.uri.startswith(".")
-    request: dict[str, object] = {"name": args.name, "uri": args.uri if in_storage else _absolute(args.uri), **_given(settings)}
+    request: dict[str, object] = {
+        "name": args.name,
+        "uri": args.uri if in_storage else _absolute(args.uri),
+        **_given(settings),
+    }
     model = client.register(request)
     if args.load:
         model = _wait_loaded(client, args.name, quiet=args.json)
@@ -174,7 +178,11 @@ def _absolute(uri: str) -> str:
     if "://" in uri or uri.startswith("/"):
         return uri
     if not Path(uri).exists():
-        hint = f"; a model of the Hugging Face hub is written hf://{uri}" if uri.count("/") == 1 and not uri.startswith(".") else ""
+        hint = (
+            f"; a model of the Hugging Face hub is written hf://{uri}"
+            if uri.count("/") == 1 and not uri.startswith(".")
+            else ""
+        )
         raise InvalidRequest(f"{uri}: no such file or directory{hint}")
     return str(Path(uri).absolute())
 

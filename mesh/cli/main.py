@@ -90,7 +90,9 @@ def _version() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="repertory", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="repertory", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"repertory {_version()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_serve(verbs)
@@ -100,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     text = "mesh, runtime and engine on this machine, supervised"
-    everything = verbs.add_parser("serve", help=text, description=f"{text}. Stop it with Ctrl-C or SIGTERM: running answers may finish.")
+    everything = verbs.add_parser(
+        "serve", help=text, description=f"{text}. Stop it with Ctrl-C or SIGTERM: running answers may finish."
+    )
     serve_flags.add_flags(everything)
     everything.set_defaults(usage_error=everything.error)
     mesh = verbs.add_parser("serve-mesh", help="one pod's mesh, in front of any ModelMesh serving runtime")
@@ -108,7 +112,9 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     configure.add_flags(mesh, MeshConfig)
     mesh.set_defaults(usage_error=mesh.error)
     runtime = verbs.add_parser(
-        "serve-runtime", help="the serving runtime alone, to put under a mesh (flags: serve-runtime --help)", add_help=False
+        "serve-runtime",
+        help="the serving runtime alone, to put under a mesh (flags: serve-runtime --help)",
+        add_help=False,
     )
     runtime.set_defaults(usage_error=runtime.error)
 
@@ -134,20 +140,32 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         sub.set_defaults(do=do, usage_error=sub.error)
         return sub
 
-    sub = verb("register", commands.register, "give a model a name; the same name with another source replaces it without a gap")
+    sub = verb(
+        "register",
+        commands.register,
+        "give a model a name; the same name with another source replaces it without a gap",
+    )
     sub.add_argument("name")
     sub.add_argument("uri", help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path")
     _add_settings(sub)
     sub.add_argument("--load", action="store_true", help="load it now and wait")
-    sub = verb("fit", commands.fit, "before loading: how many bytes it needs, does it fit, whom would it evict (exit 1 if it doesn't fit)")
+    sub = verb(
+        "fit",
+        commands.fit,
+        "before loading: how many bytes it needs, does it fit, whom would it evict (exit 1 if it doesn't fit)",
+    )
     sub.add_argument("name", metavar="NAME|URI")
     _add_format(sub)
     verb("ps", commands.ps, "the registered models and where they are", aliases=["ls", "list"])
     sub = verb("run", commands.run, "ask a model; without a prompt, talk to it")
     sub.add_argument("name")
-    sub.add_argument("prompt", nargs="*", help="the question; without one it is read from a pipe, or asked for in a conversation")
+    sub.add_argument(
+        "prompt", nargs="*", help="the question; without one it is read from a pipe, or asked for in a conversation"
+    )
     sub.add_argument("--max-tokens", type=int, metavar="N", help="of the answer; default: what fits the context")
-    sub.add_argument("--temperature", type=float, metavar="X", help="0 = always the likeliest token; default: the registration's")
+    sub.add_argument(
+        "--temperature", type=float, metavar="X", help="0 = always the likeliest token; default: the registration's"
+    )
     sub.add_argument("--seed", type=int, metavar="N", help="the same answer again")
     sub.add_argument("--system", metavar="TEXT", help="system prompt")
     sub = verb("load", commands.load, "load a model now and wait")
@@ -183,7 +201,9 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--max-concurrency", type=int, metavar="N", help="running and waiting requests")
     sub.add_argument("--storage-key", help="name of the storage-config entry that holds the source's credentials")
-    sub.add_argument("--storage-param", action="append", default=[], metavar="KEY=VALUE", help="bucket, region, endpoint_url …")
+    sub.add_argument(
+        "--storage-param", action="append", default=[], metavar="KEY=VALUE", help="bucket, region, endpoint_url …"
+    )
     sub.add_argument("--type", help="ModelMesh model type; default: llm")
 
 

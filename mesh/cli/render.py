@@ -36,7 +36,12 @@ def ago(epoch_ms: int, now_s: float) -> str:
     if epoch_ms <= 0:
         return "never"
     seconds = max(0.0, now_s - epoch_ms / 1000)
-    for limit, step, word in ((60.0, 1.0, "second"), (3600.0, 60.0, "minute"), (86400.0, 3600.0, "hour"), (float("inf"), 86400.0, "day")):
+    for limit, step, word in (
+        (60.0, 1.0, "second"),
+        (3600.0, 60.0, "minute"),
+        (86400.0, 3600.0, "hour"),
+        (float("inf"), 86400.0, "day"),
+    ):
         if seconds < limit:
             count = int(seconds / step)
             return "now" if word == "second" and count < 2 else f"{count} {word}{'s' if count != 1 else ''} ago"
@@ -55,7 +60,9 @@ def model_table(models: Sequence[Model], now_s: float) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("NAME", "STATE", "TIER", "WEIGHTS", "IN DEVICE", "QUANT", "COPIES", "LAST USED", "RUN", "WAIT"):
         table.add_column(
-            heading, no_wrap=heading != "NAME", justify="right" if heading in ("WEIGHTS", "IN DEVICE", "COPIES", "RUN", "WAIT") else "left"
+            heading,
+            no_wrap=heading != "NAME",
+            justify="right" if heading in ("WEIGHTS", "IN DEVICE", "COPIES", "RUN", "WAIT") else "left",
         )
     for model in models:
         state = state_of(model)
@@ -96,7 +103,10 @@ def show_model(console: Console, model: Model) -> None:
         ("error", model.error),
     ]
     rows += [(f"setting {key}", str(value)) for key, value in sorted(model.settings.items())]
-    rows += [(f"copy on {copy.instance_id}", f"{copy.state or copy.status} {copy.tier} {copy.error}".strip()) for copy in model.copies]
+    rows += [
+        (f"copy on {copy.instance_id}", f"{copy.state or copy.status} {copy.tier} {copy.error}".strip())
+        for copy in model.copies
+    ]
     for key, value in rows:
         if value:
             table.add_row(key, value)
@@ -107,7 +117,9 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
     """The answer to `fit`, as sentences with the numbers."""
     kv = f"{size(fit.min_kv_bytes)} at least ({size(fit.kv_bytes_per_token)} a token, context {fit.max_model_len:,})"
     sure = "" if fit.exact else "  (estimated from the configuration)"
-    console.print(f"[bold]{name}[/bold]  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}")
+    console.print(
+        f"[bold]{name}[/bold]  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}"
+    )
     console.print(f"  weights    {size(fit.weight_bytes)}{sure}")
     console.print(f"  KV cache   {kv}")
     console.print(f"  workspace  {size(fit.workspace_bytes) or '0'}")

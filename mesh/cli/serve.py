@@ -74,7 +74,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
         if empty := next((name for name, value in mesh.items() if value is None), None):
             raise InvalidRequest(f"configuration file {args.config}: {empty} of `mesh:` has no value")
         # as the mesh will read them; a field that it doesn't know is its own to refuse
-        mesh |= {name: value for name, value in msgspec.to_builtins(load(MeshConfig, flags=mesh, env={})).items() if name in mesh}
+        mesh |= {
+            name: value
+            for name, value in msgspec.to_builtins(load(MeshConfig, flags=mesh, env={})).items()
+            if name in mesh
+        }
     for field in ("grpc_listen", "http_listen"):
         check_address(field, str(mesh[field]))
     return Settings(run_dir, mesh, runtime)
@@ -116,7 +120,9 @@ def _own(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Unavailable(f"another `repertory serve` uses {run_dir.parent}: stop it, or give this one a --home of its own") from None
+            raise Unavailable(
+                f"another `repertory serve` uses {run_dir.parent}: stop it, or give this one a --home of its own"
+            ) from None
         yield
 
 

@@ -41,7 +41,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "device memory for weights and KV of all models, such as 16GiB; empty = chosen from the machine",
         metavar="SIZE",
     )
-    flag("host-memory", "", _size, "pinned host memory for models that wait (GPU only); empty = chosen from the machine", metavar="SIZE")
+    flag(
+        "host-memory",
+        "",
+        _size,
+        "pinned host memory for models that wait (GPU only); empty = chosen from the machine",
+        metavar="SIZE",
+    )
     flag("device", "auto", _device, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
     flag(
         "oversubscribe",
@@ -59,11 +65,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "bearer keys, comma separated, any of which opens the API; empty = open to all who reach the port",
         metavar="A,B,…",
     )
-    flag("wait-budget", "120", _seconds, "seconds that a request may wait for its model to be loaded", metavar="SECONDS")
+    flag(
+        "wait-budget", "120", _seconds, "seconds that a request may wait for its model to be loaded", metavar="SECONDS"
+    )
     flag("grace", "30", _seconds, "seconds that running answers get on SIGTERM", metavar="SECONDS")
-    flag("log-level", "info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", metavar="LEVEL")
+    flag(
+        "log-level",
+        "info",
+        _one_of("debug", "info", "warning", "error"),
+        "debug, info, warning or error",
+        metavar="LEVEL",
+    )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file: `mesh:` and `runtime:` with any of their own fields, over the flags above"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file: `mesh:` and `runtime:` with any of their own fields, over the flags above",
     )
     parser.add_argument(
         "--log-json",

@@ -26,7 +26,9 @@ class SupervisedProcess:
     `look_s`, mean that it hangs.
     """
 
-    def __init__(self, name: str, command: Sequence[str], http: str = "", *, look_s: float = _LOOK_S, looks: int = _LOOKS) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], http: str = "", *, look_s: float = _LOOK_S, looks: int = _LOOKS
+    ) -> None:
         self.name = name
         self._command = command
         self._http = http

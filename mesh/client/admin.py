@@ -148,7 +148,9 @@ class AdminClient:
         # http.client takes the end of the connection for the end of the answer
         raise self._broke_off(None)
 
-    def _send(self, method: str, path: str, body: dict[str, object] | None) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
+    def _send(
+        self, method: str, path: str, body: dict[str, object] | None
+    ) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
         connection = self._connection()
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -163,7 +165,9 @@ class AdminClient:
             ) from None
         except http.client.HTTPException as error:
             connection.close()
-            raise Unavailable(f"what answers at {self.server} speaks no HTTP ({type(error).__name__}); is it the gRPC port?") from None
+            raise Unavailable(
+                f"what answers at {self.server} speaks no HTTP ({type(error).__name__}); is it the gRPC port?"
+            ) from None
         if response.status >= 400:
             try:
                 text = response.read()

@@ -12,7 +12,7 @@ import grpc.aio
 HOP_HEADER = "repertory-hop"  # from another pod, which is named: such a request goes no further
 
 _CONNECT_S = 5.0
-_PING_S = 20.0           # a machine that is gone says no goodbye; without asking, a request that it had would wait for ever
+_PING_S = 20.0  # a machine that is gone says no goodbye; without asking, a request that it had would wait for ever
 _PONG_S = 10.0
 _READ_BUFFER_BYTES = 256 * 1024
 
@@ -60,7 +60,9 @@ class Connections:
     async def close(self) -> None:
         channels, self._channels = self._channels, {}
         sessions, self._sessions = self._sessions, {}
-        await asyncio.gather(*(channel.close() for channel in channels.values()), *(session.close() for session in sessions.values()))
+        await asyncio.gather(
+            *(channel.close() for channel in channels.values()), *(session.close() for session in sessions.values())
+        )
 
 
 def _session(address: str) -> aiohttp.ClientSession:
@@ -85,6 +87,6 @@ def watched_socket(info: aiohttp.AddrInfoType) -> socket.socket:
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", round(_PING_S)), ("TCP_KEEPINTVL", round(_PONG_S / 2)), ("TCP_KEEPCNT", 2)):
-        if hasattr(socket, option):      # Linux's names
+        if hasattr(socket, option):  # Linux's names
             made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return made

@@ -25,7 +25,10 @@ class HttpPeerLoads:
         session, base = self._connections.http(pod.http_address)
         body = msgspec.json.encode({"model": model_id, "last_used_ms": last_used_ms})
         try:
-            async with asyncio.timeout(_ANSWER_S), session.post(f"{base}/models/load", data=body, headers=self._headers) as answer:
+            async with (
+                asyncio.timeout(_ANSWER_S),
+                session.post(f"{base}/models/load", data=body, headers=self._headers) as answer,
+            ):
                 if answer.status != 200:
                     raise MeshError(f"{pod.http_address} answered {answer.status}: {(await answer.text())[:200]}")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

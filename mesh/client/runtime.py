@@ -14,7 +14,16 @@ import grpc
 import grpc.aio
 
 from mesh.client.runtime_state import RuntimeWatch, fit_answer
-from mesh.errors import DeadlineExceeded, InvalidRequest, LoadFailed, MeshError, NotFound, NotSupported, Overloaded, Unavailable
+from mesh.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LoadFailed,
+    MeshError,
+    NotFound,
+    NotSupported,
+    Overloaded,
+    Unavailable,
+)
 from mesh.types import FitAnswer, LoadAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
@@ -82,14 +91,18 @@ class GrpcRuntime:
         size_bytes = answer.sizeInBytes
         if not size_bytes:
             with contextlib.suppress(grpc.aio.AioRpcError):
-                size_bytes = (await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)).sizeInBytes
+                size_bytes = (
+                    await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)
+                ).sizeInBytes
         return LoadAnswer(size_bytes, self._max_concurrency(model_id, answer.maxConcurrency))
 
     def _max_concurrency(self, model_id: str, told: int) -> int:
         if self._limits is None or not self._limits.limit_model_concurrency:
             return 0
         if told < 1:
-            logger.warning("model %s: the runtime limits concurrency and gives no limit; one request at a time", model_id)
+            logger.warning(
+                "model %s: the runtime limits concurrency and gives no limit; one request at a time", model_id
+            )
         return max(told, 1)
 
     async def unload(self, model_id: str) -> None:
@@ -98,13 +111,17 @@ class GrpcRuntime:
             await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id), timeout=_UNLOAD_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise Unavailable(f"model {model_id}: the runtime could not unload it: {error.code().name}: {error.details()}") from None
+                raise Unavailable(
+                    f"model {model_id}: the runtime could not unload it: {error.code().name}: {error.details()}"
+                ) from None
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None:
         """None: the runtime can't tell. One that has no such call isn't asked again."""
         if not self._predicts:
             return None
-        request = pb.PredictModelSizeRequest(modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key)
+        request = pb.PredictModelSizeRequest(
+            modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key
+        )
         try:
             return (await self._stub.predictModelSize(request, timeout=_PREDICT_S)).sizeInBytes or None
         except grpc.aio.AioRpcError as error:
@@ -114,7 +131,9 @@ class GrpcRuntime:
     async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
         """Raises NotSupported for a foreign runtime, InvalidRequest, LoadFailed (files missing or unsupported), Unavailable, DeadlineExceeded."""
         try:
-            request = state_pb.FitRequest(model_id=model_id, model_path=info.path, model_key=info.key, sizes_only=sizes_only)
+            request = state_pb.FitRequest(
+                model_id=model_id, model_path=info.path, model_key=info.key, sizes_only=sizes_only
+            )
             return fit_answer(await self._state.fit(request, timeout=_FIT_S))
         except grpc.aio.AioRpcError as error:
             kinds: dict[grpc.StatusCode, type[MeshError]] = {
@@ -152,7 +171,9 @@ class GrpcRuntime:
 
 def _limits(answer: pb.RuntimeStatusResponse) -> RuntimeLimits:
     if answer.maxLoadingConcurrency < 1:
-        raise InvalidRequest(f"the runtime's maxLoadingConcurrency is {answer.maxLoadingConcurrency}; it must be at least 1")
+        raise InvalidRequest(
+            f"the runtime's maxLoadingConcurrency is {answer.maxLoadingConcurrency}; it must be at least 1"
+        )
     if answer.modelLoadingTimeoutMs < _MIN_LOADING_TIMEOUT_MS:
         raise InvalidRequest(
             f"the runtime's modelLoadingTimeoutMs is {answer.modelLoadingTimeoutMs}; it must be at least {_MIN_LOADING_TIMEOUT_MS}"

@@ -45,7 +45,12 @@ class RuntimeWatch:
     """Follows one runtime for ever. `capacity_bytes` is reported while the runtime itself doesn't say."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, capacity_bytes: int, *, silence_s: float = _SILENCE_S, answer_s: float = ANSWER_S
+        self,
+        channel: grpc.aio.Channel,
+        capacity_bytes: int,
+        *,
+        silence_s: float = _SILENCE_S,
+        answer_s: float = ANSWER_S,
     ) -> None:
         self._channel = channel
         self._stub = RuntimeStateStub(channel)

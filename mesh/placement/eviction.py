@@ -18,7 +18,9 @@ class Room:
     declined: bool = False
 
 
-def make_room(usage: Usage, model_id: str, need_bytes: int, *, last_used_ms: int | None = None, patient: bool = True) -> Room:
+def make_room(
+    usage: Usage, model_id: str, need_bytes: int, *, last_used_ms: int | None = None, patient: bool = True
+) -> Room:
     """Room for `need_bytes` beside what is held; the model's own entry doesn't count.
 
     `last_used_ms`: None for a model that is wanted now; otherwise it displaces only what was used longer ago.

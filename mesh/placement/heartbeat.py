@@ -100,7 +100,11 @@ class Heartbeat:
 
 def identity(*, grpc_address: str, http_address: str, labels: tuple[str, ...], location: str) -> InstanceRecord:
     return InstanceRecord(
-        start_time_ms=epoch_ms(), location=location, labels=tuple(sorted(labels)), grpc_address=grpc_address, http_address=http_address
+        start_time_ms=epoch_ms(),
+        location=location,
+        labels=tuple(sorted(labels)),
+        grpc_address=grpc_address,
+        http_address=http_address,
     )
 
 

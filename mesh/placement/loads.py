@@ -58,7 +58,9 @@ class LocalLoads:
         self._ready = asyncio.Event()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._unloading: dict[str, asyncio.Task[None]] = {}
-        self._sizes_bytes: dict[str, int] = {}  # as they turned out, by model id: a model that comes back needs no prediction
+        self._sizes_bytes: dict[
+            str, int
+        ] = {}  # as they turned out, by model id: a model that comes back needs no prediction
         self.times = LoadTimes()
 
     def begin(self, limits: RuntimeLimits) -> None:
@@ -155,7 +157,9 @@ class LocalLoads:
             self.times = self.times.measured(model_id, copy.size_bytes, seconds)
             self._metrics.loaded(model_id, seconds)
             keep = True
-            logger.info("model loaded", extra={"model": model_id, "seconds": round(seconds, 3), "bytes": copy.size_bytes})
+            logger.info(
+                "model loaded", extra={"model": model_id, "seconds": round(seconds, 3), "bytes": copy.size_bytes}
+            )
             copy.loaded_s = time.monotonic()
             self._copies.set_state(copy, CopyState.LOADED)
         except LoadFailed as error:
@@ -170,7 +174,9 @@ class LocalLoads:
 
     async def _announce(self, copy: LocalCopy) -> None:
         try:
-            await self._announcer.loading(copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms)
+            await self._announcer.loading(
+                copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms
+            )
             copy.announced = True
         except StoreError as error:
             # a store that is away must not keep a known model from being served; the next sweep announces it
@@ -213,7 +219,9 @@ class LocalLoads:
         while True:
             now_s = time.monotonic()
             wanted_ms = None if urgent or self._copies.held(copy.model_id) else copy.last_used_ms
-            room = make_room(self._copies.usage(), copy.model_id, predicted, last_used_ms=wanted_ms, patient=now_s < impatient_s)
+            room = make_room(
+                self._copies.usage(), copy.model_id, predicted, last_used_ms=wanted_ms, patient=now_s < impatient_s
+            )
             if room.refusal:
                 raise LoadFailed(room.refusal)
             if room.declined:
@@ -223,12 +231,16 @@ class LocalLoads:
                 copy.size_bytes = predicted
                 return
             if now_s > give_up_s:
-                raise Overloaded(f"model {copy.model_id}: no room for its {predicted} bytes within {_ROOM_S:.0f} s", retry_after_s=30)
+                raise Overloaded(
+                    f"model {copy.model_id}: no room for its {predicted} bytes within {_ROOM_S:.0f} s", retry_after_s=30
+                )
             for victim_id in room.victims:
                 victim = self._copies.get(victim_id)
                 if victim is not None and victim.loaded:
                     self._start_unload(victim, evicted=True)
-            await self._changes.wait(max(0.05, min(give_up_s, impatient_s if now_s < impatient_s else give_up_s) - now_s))
+            await self._changes.wait(
+                max(0.05, min(give_up_s, impatient_s if now_s < impatient_s else give_up_s) - now_s)
+            )
 
     def trim(self) -> None:
         """After a load that turned out larger than predicted: what no longer fits goes, as far as it is idle. What isn't goes at a later look."""
@@ -241,7 +253,9 @@ class LocalLoads:
     def _idle(self) -> list[LocalCopy]:
         """Loaded copies that nobody uses, the longest unused first; never the newest, which somebody has just asked for."""
         users = {held.model_id: held.users for held in self._copies.usage().held}
-        loaded = sorted((copy for copy in self._copies if copy.loaded), key=lambda copy: (copy.last_used_ms, copy.started_ms))
+        loaded = sorted(
+            (copy for copy in self._copies if copy.loaded), key=lambda copy: (copy.last_used_ms, copy.started_ms)
+        )
         newest = max(loaded, key=lambda copy: copy.started_ms, default=None)
         alone = not any(copy.coming for copy in self._copies)
         return [copy for copy in loaded if users.get(copy.model_id, 0) == 0 and not (alone and copy is newest)]

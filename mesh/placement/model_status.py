@@ -39,8 +39,14 @@ def status_of(
     copies = [_own_info(own_id, own)] if own is not None else []
     copies += [_peer_info(model_id, pod, since_ms, pods[pod]) for pod, since_ms in _others(record, own_id, pods)]
     failures = sorted(((at_ms, pod) for pod, at_ms in record.failed_in.items()), reverse=True)
-    errors = tuple(record.failures[pod].message if pod in record.failures else f"failed to load on {pod}" for _, pod in failures)
-    failed = [_failed_info(pod, at_ms, record, own_id, own_model) for at_ms, pod in failures if not (pod == own_id and own is not None)]
+    errors = tuple(
+        record.failures[pod].message if pod in record.failures else f"failed to load on {pod}" for _, pod in failures
+    )
+    failed = [
+        _failed_info(pod, at_ms, record, own_id, own_model)
+        for at_ms, pod in failures
+        if not (pod == own_id and own is not None)
+    ]
     states = [copy.status for copy in copies]
     if ModelStatus.LOADED in states:
         status = ModelStatus.LOADED
@@ -57,7 +63,13 @@ def status_of(
 
 
 def blocked_for_s(
-    record: ModelRecord, *, own_id: str, pods: Mapping[str, InstanceRecord], now_ms: int, expiry_s: float, quarantined: bool = False
+    record: ModelRecord,
+    *,
+    own_id: str,
+    pods: Mapping[str, InstanceRecord],
+    now_ms: int,
+    expiry_s: float,
+    quarantined: bool = False,
 ) -> float:
     """How long no pod should try to load this model again; 0 = it may be tried (somewhere: see `may_load`).
 
@@ -67,7 +79,10 @@ def blocked_for_s(
     if len(recent) >= MAX_FAILURES:
         return (recent[-MAX_FAILURES] + FAILURES_FOR_MS - now_ms) / 1000
     candidates = {own_id, *pods} - ({own_id} if quarantined else set())
-    waits_s = [max(0.0, expiry_s - _age_ms(record.failed_in[pod], now_ms) / 1000) if pod in record.failed_in else 0.0 for pod in candidates]
+    waits_s = [
+        max(0.0, expiry_s - _age_ms(record.failed_in[pod], now_ms) / 1000) if pod in record.failed_in else 0.0
+        for pod in candidates
+    ]
     return min(waits_s, default=expiry_s)
 
 
@@ -88,7 +103,11 @@ def _others(record: ModelRecord, own_id: str, pods: Mapping[str, InstanceRecord]
 def _own_info(own_id: str, own: OwnCopy) -> CopyInfo:
     model = own.model
     state = own.state
-    if model is not None and own.state is CopyState.LOADING and model.state in (CopyState.PULLING, CopyState.PACKING, CopyState.LOADING):
+    if (
+        model is not None
+        and own.state is CopyState.LOADING
+        and model.state in (CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
+    ):
         state = model.state
     if model is None or state is CopyState.QUEUED:
         # bytes that are only predicted are not shown as its weight

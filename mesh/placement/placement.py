@@ -55,7 +55,9 @@ class Placement:
         self._announcer = announcer
         self._copies = copies
         self._loads = loads
-        self._follower = RuntimeMonitor(runtime, copies, loads, changes, first_ready=self._first_ready, changed=self._runtime_changed)
+        self._follower = RuntimeMonitor(
+            runtime, copies, loads, changes, first_ready=self._first_ready, changed=self._runtime_changed
+        )
         self._peers = peers
         self._changes = changes
         self._failure_expiry_s = failure_expiry_s
@@ -80,7 +82,13 @@ class Placement:
         await self._loads.close()
 
     async def ensure_loaded(
-        self, model_id: str, *, last_used_ms: int = 0, wait: bool = False, retry_failed: bool = False, here: bool = False
+        self,
+        model_id: str,
+        *,
+        last_used_ms: int = 0,
+        wait: bool = False,
+        retry_failed: bool = False,
+        here: bool = False,
     ) -> StatusInfo:
         """As Loader. `retry_failed`: somebody asks for it by name, so a failure that still holds it back is forgotten.
         `here`: on this pod, whatever others have.
@@ -102,7 +110,9 @@ class Placement:
                 record = self._registry.models.get(model_id) or record
             elif self._blocked_for_s(model_id, record) > 0:
                 return status
-            await self._begin(model_id, record, last_used_ms=used_ms, urgent=last_used_ms == 0 or retry_failed, here=here)
+            await self._begin(
+                model_id, record, last_used_ms=used_ms, urgent=last_used_ms == 0 or retry_failed, here=here
+            )
         return await self._outcome(model_id) if wait else self.status(model_id)
 
     async def unload(self, model_id: str) -> None:
@@ -112,7 +122,9 @@ class Placement:
             await self._forgive(model_id)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_UNLOAD_S):
-                while any(model_id in pod.copies for pod_id, pod in self._registry.instances.live() if pod_id != self._own_id):
+                while any(
+                    model_id in pod.copies for pod_id, pod in self._registry.instances.live() if pod_id != self._own_id
+                ):
                     await self._changes.wait()
 
     def status(self, model_id: str) -> StatusInfo:
@@ -182,7 +194,11 @@ class Placement:
 
     def _first_ready(self) -> None:
         """The runtime is empty: what the registry says is here, from before this process, is loaded again."""
-        mine = [(model_id, record) for model_id, record in self._registry.models.table.items() if self._own_id in record.instance_ids]
+        mine = [
+            (model_id, record)
+            for model_id, record in self._registry.models.table.items()
+            if self._own_id in record.instance_ids
+        ]
         for model_id, record in sorted(mine, key=lambda item: item[1].last_used_ms, reverse=True):
             self.load_here(model_id, last_used_ms=record.last_used_ms, urgent=False)
 
@@ -227,7 +243,9 @@ class Placement:
                     await self._peers.load(pods[target.instance_id], model_id, last_used_ms=last_used_ms)
                     return
                 except MeshError as error:
-                    logger.warning("model %s: %s can't load it, trying here: %s", model_id, target.instance_id, error.message)
+                    logger.warning(
+                        "model %s: %s can't load it, trying here: %s", model_id, target.instance_id, error.message
+                    )
         self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent)
 
     async def _choose(self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord]) -> Pod | None:
@@ -244,7 +262,15 @@ class Placement:
 
     def _own_pod(self) -> Pod:
         usage = self._copies.usage()
-        return Pod(self._own_id, True, usage.capacity_bytes, usage.free_bytes, usage.lru_ms, len(self._copies), self._loads.num_loading)
+        return Pod(
+            self._own_id,
+            True,
+            usage.capacity_bytes,
+            usage.free_bytes,
+            usage.lru_ms,
+            len(self._copies),
+            self._loads.num_loading,
+        )
 
     async def _outcome(self, model_id: str) -> StatusInfo:
         started_s = time.monotonic()
@@ -297,7 +323,11 @@ class Placement:
     def _remote_since(self, model_id: str) -> list[int]:
         record = self._registry.models.get(model_id)
         pods = self._pods()
-        return [since_ms for pod, since_ms in record.instance_ids.items() if pod in pods and pod != self._own_id] if record else []
+        return (
+            [since_ms for pod, since_ms in record.instance_ids.items() if pod in pods and pod != self._own_id]
+            if record
+            else []
+        )
 
     def _record_changed(self, model_id: str, _: ModelRecord | None, new: ModelRecord | None) -> None:
         copy = self._copies.get(model_id)
@@ -324,7 +354,9 @@ class Placement:
         for copy in self._copies:
             if copy.loaded and not copy.announced:
                 try:
-                    await self._announcer.loading(copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms)
+                    await self._announcer.loading(
+                        copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms
+                    )
                     copy.announced = True
                 except NotFound:
                     await self._loads.drop(copy.model_id)
@@ -332,9 +364,15 @@ class Placement:
             return
         now_ms = epoch_ms()
         for model_id, record in self._registry.models.table.items():
-            if self._own_id in record.instance_ids and self._copies.get(model_id) is None and self._loads.task(model_id) is None:
+            if (
+                self._own_id in record.instance_ids
+                and self._copies.get(model_id) is None
+                and self._loads.task(model_id) is None
+            ):
                 await self._announcer.gone(model_id)
-            if now_ms - record.failed_in.get(self._own_id, now_ms) > _FAILURE_KEPT_MS and not self._quarantined(model_id):
+            if now_ms - record.failed_in.get(self._own_id, now_ms) > _FAILURE_KEPT_MS and not self._quarantined(
+                model_id
+            ):
                 await self._announcer.forgive_own(model_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

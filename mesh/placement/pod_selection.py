@@ -31,5 +31,12 @@ def _order(pod: Pod, size_bytes: int) -> tuple[bool, float, float, int, bool, st
     fits = pod.free_bytes >= size_bytes
     if fits:
         # a local pod with room is as good as any: the copy is where it is asked for
-        return (False, float(pod.num_loading), 0.0 if pod.local else 1.0, -pod.free_bytes, not pod.local, pod.instance_id)
+        return (
+            False,
+            float(pod.num_loading),
+            0.0 if pod.local else 1.0,
+            -pod.free_bytes,
+            not pod.local,
+            pod.instance_id,
+        )
     return (True, float(pod.lru_ms), float(pod.num_loading), pod.requests_per_min, not pod.local, pod.instance_id)

@@ -22,7 +22,9 @@ _EVERY_S = 60.0
 
 
 class Reaper:
-    def __init__(self, registry: Registry, *, leads: Callable[[], bool], away_s: float = AWAY_S, every_s: float = _EVERY_S) -> None:
+    def __init__(
+        self, registry: Registry, *, leads: Callable[[], bool], away_s: float = AWAY_S, every_s: float = _EVERY_S
+    ) -> None:
         self._registry = registry
         self._leads = leads
         self._away_s = away_s
@@ -53,7 +55,9 @@ class Reaper:
             return
         for model_id, record in records.items():
             if named_in({model_id: record}) & gone:
-                await self._registry.models.table.update(model_id, lambda old: without(old, gone) if old is not None else None)
+                await self._registry.models.table.update(
+                    model_id, lambda old: without(old, gone) if old is not None else None
+                )
         for pod_id in gone:
             del self._away_since_s[pod_id]
         logger.info("cleared out of the records: %s", ", ".join(sorted(gone)))
@@ -61,7 +65,9 @@ class Reaper:
 
 def named_in(records: Mapping[str, ModelRecord]) -> set[str]:
     """All pods that the records name."""
-    return {pod_id for record in records.values() for pod_id in (*record.instance_ids, *record.failed_in, *record.failures)}
+    return {
+        pod_id for record in records.values() for pod_id in (*record.instance_ids, *record.failed_in, *record.failures)
+    }
 
 
 def without(record: ModelRecord, pods: Set[str]) -> ModelRecord:

@@ -90,7 +90,9 @@ class RecordUpdates:
             if record is None or self._own_id not in record.failed_in:
                 return record
             return msgspec.structs.replace(
-                record, failed_in=_without(record.failed_in, self._own_id), failures=_without(record.failures, self._own_id)
+                record,
+                failed_in=_without(record.failed_in, self._own_id),
+                failures=_without(record.failures, self._own_id),
             )
 
         await self._models.table.update(model_id, change)

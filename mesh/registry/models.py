@@ -73,7 +73,12 @@ class Models:
 def new_model(info: ModelInfo, *, last_used_ms: int, auto_delete: bool = False) -> ModelRecord:
     """`last_used_ms`: where it enters the order of last use; nobody has used it yet."""
     return ModelRecord(
-        type=info.type, key=info.key, path=info.path, auto_delete=auto_delete, last_used_ms=last_used_ms, entered_ms=last_used_ms
+        type=info.type,
+        key=info.key,
+        path=info.path,
+        auto_delete=auto_delete,
+        last_used_ms=last_used_ms,
+        entered_ms=last_used_ms,
     )
 
 

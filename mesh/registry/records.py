@@ -33,17 +33,19 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     An instance is in at most one of `instance_ids` (loading or loaded; since when the load began) and `failed_in`.
     """
 
-    type: str = "NLCLASSIFIER"           # ModelMesh's default, which it doesn't write
+    type: str = "NLCLASSIFIER"  # ModelMesh's default, which it doesn't write
     key: str = field(default="", name="encKey")
     path: str = field(default="", name="mPath")
     instance_ids: Mapping[str, int] = field(default_factory=dict, name="instanceIds")
     failed_in: Mapping[str, int] = field(default_factory=dict, name="failedIn")
     failures: Mapping[str, Failure] = field(default_factory=dict, name="fails")
-    refs: int = 0                        # vmodels that have it as active or target
+    refs: int = 0  # vmodels that have it as active or target
     auto_delete: bool = field(default=False, name="autoDel")
     last_used_ms: int = field(default=0, name="lu")
-    entered_ms: int = field(default=0, name="enteredMs")               # ours: where it entered the order of last use; `lu` is that until it is used
-    weight_bytes: int = field(default=0, name="weightBytes")            # ours: as its last load found them; 0 = never loaded
+    entered_ms: int = field(
+        default=0, name="enteredMs"
+    )  # ours: where it entered the order of last use; `lu` is that until it is used
+    weight_bytes: int = field(default=0, name="weightBytes")  # ours: as its last load found them; 0 = never loaded
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
 
@@ -91,12 +93,12 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     location: str = field(default="", name="loc")
     zone: str = ""
     labels: tuple[str, ...] = ()
-    lru_time_ms: int = field(default=0, name="lruTime")             # LRU_EMPTY_MS while it holds no model
-    count: int = 0                                                  # models
-    capacity_units: int = field(default=0, name="cap")              # of CAPACITY_UNIT_BYTES
+    lru_time_ms: int = field(default=0, name="lruTime")  # LRU_EMPTY_MS while it holds no model
+    count: int = 0  # models
+    capacity_units: int = field(default=0, name="cap")  # of CAPACITY_UNIT_BYTES
     used_units: int = field(default=0, name="used")
     loading_threads: int = field(default=0, name="lThreads")
-    loads_in_progress: int = field(default=0, name="lInProg")       # running and queued
+    loads_in_progress: int = field(default=0, name="lInProg")  # running and queued
     requests_per_min: int = field(default=0, name="rpm")
     shutting_down: bool = field(default=False, name="shutdown")
     actionable: bool = False
@@ -107,7 +109,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     device_used_bytes: int = field(default=0, name="deviceUsedBytes")
     host_budget_bytes: int = field(default=0, name="hostBudgetBytes")
     host_used_bytes: int = field(default=0, name="hostUsedBytes")
-    kv_usage: float = field(default=0.0, name="kvUsage")            # 0 … 1
+    kv_usage: float = field(default=0.0, name="kvUsage")  # 0 … 1
     running: int = 0
     waiting: int = 0
     tokens_per_s: float = field(default=0.0, name="tokensPerS")

@@ -92,7 +92,11 @@ def with_settings(info: ModelInfo, settings: Mapping[str, Any]) -> ModelInfo:
     except msgspec.MsgspecError:
         raise InvalidRequest("the model's key is no JSON object: settings can't be put into it") from None
     named = {("model_type" if name == "type" else name): value for name, value in settings.items()}
-    return ModelInfo(settings.get("type", info.type), info.path, msgspec.json.encode({**key, **named}, order="deterministic").decode())
+    return ModelInfo(
+        settings.get("type", info.type),
+        info.path,
+        msgspec.json.encode({**key, **named}, order="deterministic").decode(),
+    )
 
 
 def concrete_id(name: str, info: ModelInfo) -> str:
@@ -102,7 +106,7 @@ def concrete_id(name: str, info: ModelInfo) -> str:
 
 def belongs_to(model_id: str, name: str) -> bool:
     """Whether this id is one that registering the name has made."""
-    return model_id.startswith(f"{name}__") and bool(_CONCRETE.fullmatch(model_id[len(name):]))
+    return model_id.startswith(f"{name}__") and bool(_CONCRETE.fullmatch(model_id[len(name) :]))
 
 
 def name_in(model_id: str) -> str:
@@ -116,7 +120,10 @@ def check_name(name: str) -> None:
         raise InvalidRequest("must provide a non-empty name")
     if len(name) > MAX_NAME_LENGTH:
         raise InvalidRequest(f"name {name[:40]!r}… is {len(name)} characters long; the limit is {MAX_NAME_LENGTH}")
-    bad = next((character for character in name if not character.isprintable() or character.isspace() or character in "?#,"), None)
+    bad = next(
+        (character for character in name if not character.isprintable() or character.isspace() or character in "?#,"),
+        None,
+    )
     if bad is not None:
         raise InvalidRequest(f"name {name!r} may not contain {bad!r}")
     if name.startswith("*"):

@@ -35,7 +35,15 @@ class Registry:
     """Names and what stands behind them, as all pods see it. The store is opened and closed by whoever made it."""
 
     def __init__(
-        self, store: Store, *, root_prefix: str, kv_prefix: str, service_name: str, instance_id: str, session_ttl_s: float, default_owner: str
+        self,
+        store: Store,
+        *,
+        root_prefix: str,
+        kv_prefix: str,
+        service_name: str,
+        instance_id: str,
+        session_ttl_s: float,
+        default_owner: str,
     ) -> None:
         root = f"{root_prefix}/{kv_prefix}/{service_name}"
         self.models = Models(store, f"{root}/registry/")
@@ -156,7 +164,9 @@ class Registry:
 
     def name_of(self, model_id: str) -> str:
         """The name under which people know a concrete model; its own id if nothing points at it."""
-        owners = [name for name, vmodel in self.vmodels.table.items() if model_id in (vmodel.active_id, vmodel.target_id)]
+        owners = [
+            name for name, vmodel in self.vmodels.table.items() if model_id in (vmodel.active_id, vmodel.target_id)
+        ]
         return next((name for name in owners if belongs_to(model_id, name)), model_id)
 
     async def register_name(self, name: str, info: ModelInfo, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
@@ -173,7 +183,9 @@ class Registry:
             raise AlreadyExists(f"{name} is already registered as a model id with other attributes; remove it first")
         target_id = concrete_id(name, info)
         fresh = entry_time_ms(0, now_ms, load_now=False)
-        await self.vmodels.set(VModelRequest(name, target_id, info, auto_delete=True), now_ms=fresh, is_loaded=is_loaded)
+        await self.vmodels.set(
+            VModelRequest(name, target_id, info, auto_delete=True), now_ms=fresh, is_loaded=is_loaded
+        )
         return target_id
 
     async def set_alias(self, alias: str, target: str, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
@@ -192,7 +204,9 @@ class Registry:
         """Forget another name; what it points at stays. Raises NotFound, also for a name that was registered itself; StoreError."""
         own = await self.vmodels.find(alias)
         if own is None or belongs_to(own.target_id, alias):
-            what = "it is a registered model" if own is not None or alias in self.models.table else "there is no such name"
+            what = (
+                "it is a registered model" if own is not None or alias in self.models.table else "there is no such name"
+            )
             raise NotFound(f"alias {alias!r} not found: {what}")
         await self.vmodels.delete(alias)
 
@@ -207,5 +221,9 @@ class Registry:
 
     def _unknown(self, name: str) -> NotFound:
         names = self.names()
-        shown = ", ".join(names[:NAMES_IN_A_MESSAGE]) + (f" and {len(names) - NAMES_IN_A_MESSAGE} more" if len(names) > NAMES_IN_A_MESSAGE else "")
-        return NotFound(f"model {name!r} not found; " + (f"served here: {shown}" if names else "no model is registered"))
+        shown = ", ".join(names[:NAMES_IN_A_MESSAGE]) + (
+            f" and {len(names) - NAMES_IN_A_MESSAGE} more" if len(names) > NAMES_IN_A_MESSAGE else ""
+        )
+        return NotFound(
+            f"model {name!r} not found; " + (f"served here: {shown}" if names else "no model is registered")
+        )

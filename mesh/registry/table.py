@@ -15,7 +15,19 @@ import msgspec
 
 from mesh.errors import StoreError, StoreUncertain
 from mesh.registry.records import R, decode_record, encode_record
-from mesh.store.protocol import ABSENT, Compare, Delete, Entry, EntryDeleted, EntryPut, Listing, Put, Relisted, Store, Write
+from mesh.store.protocol import (
+    ABSENT,
+    Compare,
+    Delete,
+    Entry,
+    EntryDeleted,
+    EntryPut,
+    Listing,
+    Put,
+    Relisted,
+    Store,
+    Write,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +50,8 @@ class Table(Generic[R]):
         self._prefix = prefix
         self._kind = kind
         self._cache: dict[str, Versioned[R]] = {}
-        self._absent_at: dict[str, int] = {}       # known to be absent at a revision that the watch hasn't reached yet
-        self._followed = ABSENT                    # the revision that the watch has reached
+        self._absent_at: dict[str, int] = {}  # known to be absent at a revision that the watch hasn't reached yet
+        self._followed = ABSENT  # the revision that the watch has reached
         self._listeners: list[Listener[R]] = []
         self._listed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None

@@ -40,7 +40,10 @@ class Transitions:
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._stops = [self._registry.vmodels.table.listen(self._vmodel_changed), self._registry.models.table.listen(self._model_changed)]
+        self._stops = [
+            self._registry.vmodels.table.listen(self._vmodel_changed),
+            self._registry.models.table.listen(self._model_changed),
+        ]
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="vmodel-transitions")
 
     async def close(self) -> None:
@@ -96,7 +99,9 @@ class Transitions:
                 parked = await self._registry.vmodels.park(vmodel_id, target_id=target_id)
                 # one that has been moved elsewhere meanwhile is another move's business
                 if parked is not None and parked.target_id == target_id:
-                    logger.warning("vmodel %s stays at %s: %s could not be loaded", vmodel_id, vmodel.active_id, target_id)
+                    logger.warning(
+                        "vmodel %s stays at %s: %s could not be loaded", vmodel_id, vmodel.active_id, target_id
+                    )
         except MeshError as error:
             # most likely the store: the next sweep tries again
             logger.warning("vmodel %s: the move to %s is put off: %s", vmodel_id, target_id, error)

@@ -45,7 +45,9 @@ class VModelPlan:
     models: Mapping[str, ModelRecord | None] = field(default_factory=dict)
 
 
-def plan_set(wish: VModelRequest, view: VModelView, *, target_is_loaded: bool, now_ms: int, default_owner: str) -> VModelPlan:
+def plan_set(
+    wish: VModelRequest, view: VModelView, *, target_is_loaded: bool, now_ms: int, default_owner: str
+) -> VModelPlan:
     """Raises InvalidRequest, NotFound, AlreadyExists, PreconditionFailed, with ModelMesh's texts."""
     vmodel = view.vmodel
     _check(wish, view)
@@ -74,7 +76,9 @@ def plan_set(wish: VModelRequest, view: VModelView, *, target_is_loaded: bool, n
         heir = created or target
         assert heir is not None
         last_used_ms = max(active.last_used_ms, 0 if created else heir.last_used_ms)
-        entered_ms = min(active.entered_ms, heir.entered_ms) if active.used or (heir.used and not created) else last_used_ms
+        entered_ms = (
+            min(active.entered_ms, heir.entered_ms) if active.used or (heir.used and not created) else last_used_ms
+        )
         heir = msgspec.structs.replace(heir, last_used_ms=last_used_ms, entered_ms=entered_ms)
         return _plan(view, new, wish.target_id, heir)
     return _plan(view, new, wish.target_id, created)
@@ -113,7 +117,9 @@ def _check(wish: VModelRequest, view: VModelView) -> None:
         if wish.update_only:
             raise NotFound(f"vmodel {wish.vmodel_id} not found")
         if wish.expected_target_id and wish.expected_target_id != wish.target_id:
-            raise PreconditionFailed(f"vmodel {wish.vmodel_id} does not exist, expected target model {wish.expected_target_id}")
+            raise PreconditionFailed(
+                f"vmodel {wish.vmodel_id} does not exist, expected target model {wish.expected_target_id}"
+            )
         return
     if wish.owner and wish.owner != vmodel.owner:
         raise AlreadyExists(f'vmodel {wish.vmodel_id} already exists with different owner "{vmodel.owner}"')
@@ -123,18 +129,26 @@ def _check(wish: VModelRequest, view: VModelView) -> None:
         )
 
 
-def _plan(view: VModelView, new: VModelRecord | None, target_id: str = "", target: ModelRecord | None = None) -> VModelPlan:
+def _plan(
+    view: VModelView, new: VModelRecord | None, target_id: str = "", target: ModelRecord | None = None
+) -> VModelPlan:
     """The new vmodel record and what it does to the models it refers to or no longer does. `target` replaces the viewed record."""
     before, after = _referred(view.vmodel), _referred(new)
     viewed = dict(view.models)
     if target is not None:
         viewed[target_id] = target
     # a record that was missing where it was referred to, and is now made again, has its reference back
-    planned = {model_id: _with_refs(viewed.get(model_id), +1) for model_id in after if model_id not in before or not view.models.get(model_id)}
+    planned = {
+        model_id: _with_refs(viewed.get(model_id), +1)
+        for model_id in after
+        if model_id not in before or not view.models.get(model_id)
+    }
     planned |= {model_id: _with_refs(viewed.get(model_id), -1) for model_id in before - after}
     if target is not None:
         planned.setdefault(target_id, target)
-    return VModelPlan(new, {model_id: model for model_id, model in planned.items() if model != view.models.get(model_id)})
+    return VModelPlan(
+        new, {model_id: model for model_id, model in planned.items() if model != view.models.get(model_id)}
+    )
 
 
 def _referred(vmodel: VModelRecord | None) -> set[str]:

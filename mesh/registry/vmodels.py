@@ -9,7 +9,15 @@ from mesh.errors import StoreUncertain
 from mesh.registry.models import Models, check_registrable
 from mesh.registry.records import ModelRecord, VModelRecord
 from mesh.registry.table import Table, Versioned
-from mesh.registry.vmodel_plan import VModelPlan, VModelRequest, VModelView, plan_delete, plan_finish, plan_park, plan_set
+from mesh.registry.vmodel_plan import (
+    VModelPlan,
+    VModelRequest,
+    VModelView,
+    plan_delete,
+    plan_finish,
+    plan_park,
+    plan_set,
+)
 from mesh.store.protocol import Compare, Store, Write
 
 
@@ -52,7 +60,9 @@ class VModels:
         """Idempotent."""
         await self._transact(vmodel_id, lambda view: plan_delete(view, owner=owner))
 
-    async def _transact(self, vmodel_id: str, plan: Callable[[VModelView], VModelPlan], involved: Iterable[str] = ()) -> VModelRecord | None:
+    async def _transact(
+        self, vmodel_id: str, plan: Callable[[VModelView], VModelPlan], involved: Iterable[str] = ()
+    ) -> VModelRecord | None:
         """Read what the plan may touch, plan, and write it all at once, on condition that nothing read has changed; until it succeeds."""
         vmodel = await self.table.read(vmodel_id)
         models: dict[str, Versioned[ModelRecord]] = {}
@@ -83,16 +93,23 @@ class VModels:
             current = iter(result.current)
             vmodel = self.table.absorb_conflict(vmodel_id, next(current), result.revision)
             models = {
-                model_id: self._models.table.absorb_conflict(model_id, next(current), result.revision) for model_id in models
+                model_id: self._models.table.absorb_conflict(model_id, next(current), result.revision)
+                for model_id in models
             }
 
     def _stage(
-        self, vmodel_id: str, vmodel: Versioned[VModelRecord], models: dict[str, Versioned[ModelRecord]], planned: VModelPlan
+        self,
+        vmodel_id: str,
+        vmodel: Versioned[VModelRecord],
+        models: dict[str, Versioned[ModelRecord]],
+        planned: VModelPlan,
     ) -> tuple[list[Write], list[Compare]]:
         writes: list[Write] = []
         if planned.vmodel != vmodel.record:
             writes.append(self.table.stage(vmodel_id, vmodel, planned.vmodel)[0])
-        writes += [self._models.table.stage(model_id, models[model_id], model)[0] for model_id, model in planned.models.items()]
+        writes += [
+            self._models.table.stage(model_id, models[model_id], model)[0] for model_id, model in planned.models.items()
+        ]
         compares = [self.table.expect(vmodel_id, vmodel)]
         compares += [self._models.table.expect(model_id, known) for model_id, known in models.items()]
         return writes, compares

@@ -24,7 +24,8 @@ class ConcurrencyLimit:
         """Returns when it is this caller's turn. Raises Overloaded if too many wait already."""
         if self.taken >= self.most:
             raise Overloaded(
-                f"model {name}: {self.taken} requests run or wait; its limit of {self.limit} at once allows {self.most}", retry_after_s=1
+                f"model {name}: {self.taken} requests run or wait; its limit of {self.limit} at once allows {self.most}",
+                retry_after_s=1,
             )
         self.taken += 1
         try:

@@ -46,7 +46,11 @@ def choose(candidates: Sequence[Candidate], prefix_hash: str = "") -> Candidate 
     """None: there is no copy. Equal waits go to the copy with fewer of our own requests."""
     if not candidates:
         return None
-    home = max(candidates, key=lambda candidate: _rank(prefix_hash, candidate.instance_id)).instance_id if prefix_hash else ""
+    home = (
+        max(candidates, key=lambda candidate: _rank(prefix_hash, candidate.instance_id)).instance_id
+        if prefix_hash
+        else ""
+    )
 
     def cost(candidate: Candidate) -> tuple[float, int, bool, str]:
         bonus_s = AFFINITY_S if candidate.instance_id == home else 0.0

@@ -58,7 +58,9 @@ class CopyRouter:
         self._limits = limits
         self._to_peers: Counter[tuple[str, str]] = Counter()
         self._forgotten_until_s: dict[tuple[str, str], float] = {}
-        self._turns: dict[str, tuple[int, ConcurrencyLimit]] = {}  # of local copies with a limit, and which load of theirs
+        self._turns: dict[
+            str, tuple[int, ConcurrencyLimit]
+        ] = {}  # of local copies with a limit, and which load of theirs
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -85,7 +87,9 @@ class CopyRouter:
         while True:
             target = self._choose(model_id, prefix_hash, exclude, here)
             if target is None:
-                target = await self._held(model_id, deadline_s, self._until_chosen(model_id, prefix_hash, exclude, here), "loaded")
+                target = await self._held(
+                    model_id, deadline_s, self._until_chosen(model_id, prefix_hash, exclude, here), "loaded"
+                )
             if not target.local or await self._has_turn(model_id, target, deadline_s):
                 self.begin(model_id, target)
                 return target
@@ -156,7 +160,9 @@ class CopyRouter:
                 return await wait
         except TimeoutError:
             if by_deadline:
-                raise DeadlineExceeded(f"model {self._registry.name_of(model_id)}: the deadline passed before it was {until}") from None
+                raise DeadlineExceeded(
+                    f"model {self._registry.name_of(model_id)}: the deadline passed before it was {until}"
+                ) from None
             raise Unavailable(
                 f"model {self._registry.name_of(model_id)}: not {until} within the wait budget of {budget_s:g} s",
                 retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
@@ -186,14 +192,22 @@ class CopyRouter:
             await self._changes.wait(_LOOK_S)
             return
         # a copy elsewhere that wasn't chosen is out of reach, or not there in truth
-        elsewhere = self._placement.status(model_id).status in (ModelStatus.LOADED, ModelStatus.LOADING) and copy is None
-        outcome = await self._unless_stopping(self._placement.ensure_loaded(model_id, wait=True, here=here or elsewhere))
+        elsewhere = (
+            self._placement.status(model_id).status in (ModelStatus.LOADED, ModelStatus.LOADING) and copy is None
+        )
+        outcome = await self._unless_stopping(
+            self._placement.ensure_loaded(model_id, wait=True, here=here or elsewhere)
+        )
         if outcome.status is ModelStatus.LOADING_FAILED:
             blocked_s = self._placement.blocked_for_s(model_id)
             name = self._registry.name_of(model_id)
-            cause = outcome.errors[0].removeprefix(f"model {model_id}: ") if outcome.errors else "the cause is not known"
+            cause = (
+                outcome.errors[0].removeprefix(f"model {model_id}: ") if outcome.errors else "the cause is not known"
+            )
             cause = cause.replace(model_id, name)  # people know the name
-            raise LoadFailed(f"model {name} failed to load: {cause}", retry_after_s=retry_after_s(blocked_s) if blocked_s else None)
+            raise LoadFailed(
+                f"model {name} failed to load: {cause}", retry_after_s=retry_after_s(blocked_s) if blocked_s else None
+            )
         if outcome.status is ModelStatus.NOT_FOUND:
             raise NotFound(f"model {name_in(model_id)} was unregistered")
 

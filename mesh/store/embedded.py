@@ -58,7 +58,7 @@ class EmbeddedStore:
         self._entries: dict[str, Entry] = {}
         self._revision = 0
         self._history: deque[EntryPut | EntryDeleted] = deque(maxlen=HISTORY_EVENTS)
-        self._history_from = 0           # the first revision whose events are all in the history
+        self._history_from = 0  # the first revision whose events are all in the history
         self._watches: set[asyncio.Queue[tuple[WatchEvent, ...] | None]] = set()
         self._leases: dict[int, Lease] = {}
         self._lease_ids = itertools.count(1)
@@ -108,7 +108,9 @@ class EmbeddedStore:
     async def revoke(self, lease: Lease) -> None:
         if self._leases.pop(lease.id, None) is not None:
             # which keys are its own is read when the write's turn has come
-            await self._write(lambda: ([], [Delete(entry.key) for entry in self._entries.values() if entry.lease_id == lease.id]))
+            await self._write(
+                lambda: ([], [Delete(entry.key) for entry in self._entries.values() if entry.lease_id == lease.id])
+            )
 
     async def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
         self._check_open()
@@ -132,7 +134,9 @@ class EmbeddedStore:
         """A caller that is cancelled must not leave memory behind the file: the write goes on without it."""
         return await asyncio.shield(asyncio.ensure_future(self._write_in_turn(plan)))
 
-    async def _write_in_turn(self, plan: Callable[[], tuple[Sequence[Compare], Sequence[Write]]]) -> tuple[TxnResult, int]:
+    async def _write_in_turn(
+        self, plan: Callable[[], tuple[Sequence[Compare], Sequence[Write]]]
+    ) -> tuple[TxnResult, int]:
         async with self._writing:
             self._check_open()
             compares, writes = plan()
@@ -183,7 +187,9 @@ class EmbeddedStore:
             queue.put_nowait(tuple(events))
 
     def _listing(self, prefix: str) -> Listing:
-        found = sorted((entry for entry in self._entries.values() if entry.key.startswith(prefix)), key=lambda entry: entry.key)
+        found = sorted(
+            (entry for entry in self._entries.values() if entry.key.startswith(prefix)), key=lambda entry: entry.key
+        )
         return Listing(tuple(found), self._revision)
 
     def _open_database(self) -> tuple[dict[str, Entry], int]:
@@ -202,7 +208,9 @@ class EmbeddedStore:
                 raise StoreError(f"store: {self._path} is damaged: {damage}")
             if version != FORMAT_VERSION:
                 database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={FORMAT_VERSION}; COMMIT;")
-            rows = database.execute("SELECT key, value, create_revision, mod_revision, lease_id FROM entry WHERE lease_id=0")
+            rows = database.execute(
+                "SELECT key, value, create_revision, mod_revision, lease_id FROM entry WHERE lease_id=0"
+            )
             entries = {row[0]: Entry(*row) for row in rows}
             revision: int = database.execute("SELECT value FROM counter WHERE name='revision'").fetchone()[0]
         except BaseException:

@@ -75,9 +75,15 @@ def _conditions(compare: Compare) -> list[pb.Compare]:
     key = encode_key(compare.key)
     found = []
     if compare.mod_revision is not None:
-        found.append(pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.MOD, key=key, mod_revision=compare.mod_revision))
+        found.append(
+            pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.MOD, key=key, mod_revision=compare.mod_revision)
+        )
     if compare.create_revision is not None:
-        found.append(pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.CREATE, key=key, create_revision=compare.create_revision))
+        found.append(
+            pb.Compare(
+                result=pb.Compare.EQUAL, target=pb.Compare.CREATE, key=key, create_revision=compare.create_revision
+            )
+        )
     return found
 
 

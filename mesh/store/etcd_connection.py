@@ -56,7 +56,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # a peer that vanished without a FIN is noticed; etcd refuses pings more often than every 5 s
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),                # what gRPC waits for by; it is a minute otherwise
+    ("grpc.http2.ping_timeout_ms", 5_000),  # what gRPC waits for by; it is a minute otherwise
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -113,12 +113,20 @@ class EtcdConnection:
                     await self._authenticate(token)
                     continue
                 self._check_open()
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-                    raise StoreError(f"store: etcd refused {method.path}: {error.code().name}: {error.details()}") from None
+                if error.code() not in (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    grpc.StatusCode.CANCELLED,
+                ):
+                    raise StoreError(
+                        f"store: etcd refused {method.path}: {error.code().name}: {error.details()}"
+                    ) from None
                 self._pass_over(endpoint)
                 never_sent = error.details() == "etcdserver: no leader"
                 if not (method.repeatable or never_sent):
-                    raise StoreUncertain(f"store: the answer to {method.path} was lost ({error.code().name}: {error.details()})") from None
+                    raise StoreUncertain(
+                        f"store: the answer to {method.path} was lost ({error.code().name}: {error.details()})"
+                    ) from None
                 if loop.time() + RETRY_PAUSE_S >= deadline:
                     raise StoreError(
                         f"store: etcd did not answer {method.path} within {self._call_timeout_s} s ({error.code().name}: {error.details()})"
@@ -165,7 +173,9 @@ class EtcdConnection:
         if endpoint == self._current:
             self._current = (endpoint + 1) % len(self._channels)
 
-    async def _send(self, channel: grpc.aio.Channel, method: Method[Answer], request: Message, timeout_s: float) -> Answer:
+    async def _send(
+        self, channel: grpc.aio.Channel, method: Method[Answer], request: Message, timeout_s: float
+    ) -> Answer:
         unary = channel.unary_unary(method.path, request_serializer=_serialize, response_deserializer=method.parse)
         with self._close_is_no_cancellation():
             answer: Answer = await unary(request, timeout=timeout_s, metadata=self._metadata())
@@ -208,7 +218,9 @@ class EtcdConnection:
             if await _connected(channel, patience_s, give_up_on_failure=len(self._channels) > 1):
                 return channel
             if loop.time() >= deadline:
-                raise StoreError(f"store: no etcd endpoint of {', '.join(self._location.endpoints)} could be reached within {budget_s} s")
+                raise StoreError(
+                    f"store: no etcd endpoint of {', '.join(self._location.endpoints)} could be reached within {budget_s} s"
+                )
             self._pass_over(self._current)
             failed_in_a_row += 1
             if failed_in_a_row % len(self._channels) == 0:
@@ -239,7 +251,9 @@ class EtcdConnection:
         where = self._location
         options = list(CHANNEL_OPTIONS)
         if where.override_authority:
-            options.append(("grpc.ssl_target_name_override" if where.tls else "grpc.default_authority", where.override_authority))
+            options.append(
+                ("grpc.ssl_target_name_override" if where.tls else "grpc.default_authority", where.override_authority)
+            )
         if not where.tls:
             return grpc.aio.insecure_channel(endpoint, options=options)
         credentials = grpc.ssl_channel_credentials(where.ca_pem, where.client_key_pem, where.client_cert_pem)

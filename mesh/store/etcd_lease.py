@@ -27,7 +27,7 @@ RECONNECT_PAUSE_S = 0.2
 @dataclass(slots=True)
 class _Held:
     lease: Lease
-    expires_at_s: float   # on the loop's clock, counted from before the request left: never later than etcd's own
+    expires_at_s: float  # on the loop's clock, counted from before the request left: never later than etcd's own
 
 
 class LeaseKeeper:

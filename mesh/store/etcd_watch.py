@@ -38,7 +38,9 @@ class _HistoryLost(Exception):
 class PrefixWatch:
     """One watch. `next_revision` None: begin with a listing."""
 
-    def __init__(self, connection: EtcdConnection, list_prefix: ListPrefix, prefix: str, next_revision: int | None) -> None:
+    def __init__(
+        self, connection: EtcdConnection, list_prefix: ListPrefix, prefix: str, next_revision: int | None
+    ) -> None:
         self._connection = connection
         self._list_prefix = list_prefix
         self._prefix = prefix
@@ -66,7 +68,9 @@ class PrefixWatch:
                 if self._connection.closed:
                     return
                 first_of_many = self._pause_s == FIRST_PAUSE_S
-                logger.log(logging.WARNING if first_of_many else logging.DEBUG, "watch of %s broken: %s", self._prefix, error)
+                logger.log(
+                    logging.WARNING if first_of_many else logging.DEBUG, "watch of %s broken: %s", self._prefix, error
+                )
                 await asyncio.sleep(self._pause_s)
                 self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
 
@@ -114,7 +118,10 @@ class PrefixWatch:
         if known not in (None, header.cluster_id):
             raise _HistoryLost(went_back=True)
         # a member that lags behind its leader also shows an old revision: only a linearizable read decides
-        if header.revision < start_revision - 1 and (await self._list_prefix(self._prefix)).revision < start_revision - 1:
+        if (
+            header.revision < start_revision - 1
+            and (await self._list_prefix(self._prefix)).revision < start_revision - 1
+        ):
             raise _HistoryLost(went_back=True)
 
 

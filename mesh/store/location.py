@@ -72,7 +72,9 @@ def parse_store(text: str) -> StoreLocation:
         raise InvalidRequest("store: zookeeper is not supported; use etcd://HOST:PORT or a directory")
     path = text.removeprefix("embedded:")
     if not path or "://" in path:
-        raise InvalidRequest(f"store: {text.split('://')[0]!r} is neither etcd://HOST:PORT/PREFIX, etcd:/FILE.json nor a directory")
+        raise InvalidRequest(
+            f"store: {text.split('://')[0]!r} is neither etcd://HOST:PORT/PREFIX, etcd:/FILE.json nor a directory"
+        )
     return EmbeddedLocation(Path(path).expanduser())
 
 
@@ -83,7 +85,9 @@ def _from_url(text: str) -> EtcdLocation:
     query = parse_qs(parts.query)
     unknown = sorted(query.keys() - {"ca", "cert", "key", "authority"})
     if unknown:
-        raise InvalidRequest(f"store: unknown parameter {unknown[0]!r} in the etcd URL (known: ca, cert, key, authority)")
+        raise InvalidRequest(
+            f"store: unknown parameter {unknown[0]!r} in the etcd URL (known: ca, cert, key, authority)"
+        )
     file = {name: _read(Path(values[-1]), name) for name, values in query.items() if name != "authority"}
     endpoints, https = _endpoints(hosts)
     return EtcdLocation(

@@ -22,7 +22,9 @@ async def statuses(context: AnyContext) -> AsyncIterator[None]:
     try:
         yield
     except RepertoryError as error:
-        trailing = () if error.retry_after_s is None else (("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))),)
+        trailing = (
+            () if error.retry_after_s is None else (("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))),)
+        )
         await context.abort(grpc.StatusCode[error.code], error.message, trailing)
     except grpc.aio.AbortError:
         raise

@@ -13,8 +13,10 @@ class Health:
 
     async def health(self, request: web.Request) -> web.Response:
         """200 while requests can be taken, with no model loaded too; 503 while the engine restarts or the runtime stops."""
-        self._directory.list()   # raises Unavailable, which is answered with 503
+        self._directory.list()  # raises Unavailable, which is answered with 503
         return web.Response()
 
     async def metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return web.Response(
+            body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )

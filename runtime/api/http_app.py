@@ -27,8 +27,17 @@ _REQUEST_ID: Any = web.RequestKey("request_id", str) if hasattr(web, "RequestKey
 _LOG = logging.getLogger(__name__)
 # other servers' routes that clients try
 _NOT_HERE = (
-    "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank", "/v1/score", "/v1/moderations", "/v1/audio/{path:.+}", "/v1/images/{path:.+}",
-    "/generate", "/generate_stream", "/",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/rerank",
+    "/v1/score",
+    "/v1/moderations",
+    "/v1/audio/{path:.+}",
+    "/v1/images/{path:.+}",
+    "/generate",
+    "/generate_stream",
+    "/",
 )
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
@@ -80,21 +89,31 @@ async def _not_here(request: web.Request) -> web.Response:
 
 
 @web.middleware
-async def _log_requests(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def _log_requests(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """One line a request, when it has ended: never its text."""
     given = request.headers.get(REQUEST_ID_HEADER, "")
     request[_REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
     start_s = time.monotonic()
-    status = 499   # the caller left
+    status = 499  # the caller left
     try:
         response = await handler(request)
         status = response.status
         return response
     finally:
         level = logging.DEBUG if request.method in ("GET", "HEAD") else logging.INFO
-        _LOG.log(level, "%s %s %d in %.3f s, request %s", request.method, request.path, status, time.monotonic() - start_s, request[_REQUEST_ID])
+        _LOG.log(
+            level,
+            "%s %s %d in %.3f s, request %s",
+            request.method,
+            request.path,
+            status,
+            time.monotonic() - start_s,
+            request[_REQUEST_ID],
+        )
 
 
 async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    if _REQUEST_ID in request:   # not if the request couldn't even be parsed
+    if _REQUEST_ID in request:  # not if the request couldn't even be parsed
         response.headers[REQUEST_ID_HEADER] = request[_REQUEST_ID]

@@ -11,6 +11,7 @@ from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, Repertor
 
 _LOG = logging.getLogger(__name__)
 
+
 def error_body(error: RepertoryError) -> bytes:
     code = "model_not_found" if isinstance(error, ModelNotFound) else error.code.lower()
     param = error.param if isinstance(error, (InvalidRequest, NotSupported)) else None
@@ -23,7 +24,7 @@ def error_response(error: RepertoryError) -> web.Response:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
     if isinstance(error, NotSupported):
-        response.headers["x-should-retry"] = "false"   # the official clients would try any 5xx three times
+        response.headers["x-should-retry"] = "false"  # the official clients would try any 5xx three times
     return response
 
 
@@ -47,15 +48,19 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except web.HTTPRequestEntityTooLarge as error:
         limit = request.client_max_size
-        body = ErrorBody(f"the body is larger than the limit of {limit} bytes", "invalid_request_error", None, "body_too_large")
+        body = ErrorBody(
+            f"the body is larger than the limit of {limit} bytes", "invalid_request_error", None, "body_too_large"
+        )
         return web.Response(status=error.status, body=encode(ErrorAnswer(body)), content_type="application/json")
     except web.HTTPException as error:
         body = ErrorBody(f"{request.method} {request.path}: {error.reason}", "invalid_request_error", None, None)
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        return web.Response(status=error.status, body=encode(ErrorAnswer(body)), content_type="application/json", headers=headers)
+        return web.Response(
+            status=error.status, body=encode(ErrorAnswer(body)), content_type="application/json", headers=headers
+        )
     except web.RequestPayloadError as error:
         return error_response(InvalidRequest(f"the body can't be read: {error}"))
     except ConnectionError:
-        raise   # the caller is gone: nobody to tell
+        raise  # the caller is gone: nobody to tell
     except Exception as error:
         return error_response(internal(error))

@@ -6,7 +6,9 @@ from runtime.interfaces import ModelDirectory, ServedModel
 MODEL_ID_HEADER = "mm-model-id"
 
 
-def find_model(directory: ModelDirectory, header: str | None, asked: str, *, lone_takes_all: bool = False) -> ServedModel:
+def find_model(
+    directory: ModelDirectory, header: str | None, asked: str, *, lone_takes_all: bool = False
+) -> ServedModel:
     """`header` is a concrete model id. Without one, `asked` is an id or the name of a loaded model.
 
     `lone_takes_all`: without a header, the only loaded model answers to any name, as a single-model TGIS does.

@@ -25,15 +25,27 @@ _PREDICT_S = 0.45
 _UNLIMITED = 2**31 - 1
 # methods whose request carries the model's name in field 1, for a mesh that injects ids there instead of in a header
 _ID_IN_FIELD_1 = (
-    "fmaas.GenerationService/Generate", "fmaas.GenerationService/GenerateStream", "fmaas.GenerationService/Tokenize",
-    "fmaas.GenerationService/ModelInfo", "inference.GRPCInferenceService/ModelReady", "inference.GRPCInferenceService/ModelMetadata",
+    "fmaas.GenerationService/Generate",
+    "fmaas.GenerationService/GenerateStream",
+    "fmaas.GenerationService/Tokenize",
+    "fmaas.GenerationService/ModelInfo",
+    "inference.GRPCInferenceService/ModelReady",
+    "inference.GRPCInferenceService/ModelMetadata",
     "inference.GRPCInferenceService/ModelInfer",
 )
+
 
 class ModelRuntimeApi(ModelRuntimeServicer):
     """One runtime's SPI. `cache_budget_bytes` is the disk tier's size."""
 
-    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: ModelInspector, cache_budget_bytes: int) -> None:
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        engine: EngineClient,
+        models: Models,
+        fitter: ModelInspector,
+        cache_budget_bytes: int,
+    ) -> None:
         self._config = config
         self._engine = engine
         self._models = models
@@ -42,18 +54,23 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         self._predictions: set[asyncio.Task[int]] = set()
 
     async def loadModel(
-        self, request: pb.LoadModelRequest, context: "grpc.aio.ServicerContext[pb.LoadModelRequest, pb.LoadModelResponse]"
+        self,
+        request: pb.LoadModelRequest,
+        context: "grpc.aio.ServicerContext[pb.LoadModelRequest, pb.LoadModelResponse]",
     ) -> pb.LoadModelResponse:
         async with statuses(context):
             _check_id(request.modelId)
             source, settings = parse_model(request.modelPath, request.modelKey)
             served = await self._models.load(request.modelId, source, settings)
             return pb.LoadModelResponse(
-                sizeInBytes=(await self._capacity()).charge_of(served.facts), maxConcurrency=min(settings.max_concurrency or _UNLIMITED, _UNLIMITED)
+                sizeInBytes=(await self._capacity()).charge_of(served.facts),
+                maxConcurrency=min(settings.max_concurrency or _UNLIMITED, _UNLIMITED),
             )
 
     async def unloadModel(
-        self, request: pb.UnloadModelRequest, context: "grpc.aio.ServicerContext[pb.UnloadModelRequest, pb.UnloadModelResponse]"
+        self,
+        request: pb.UnloadModelRequest,
+        context: "grpc.aio.ServicerContext[pb.UnloadModelRequest, pb.UnloadModelResponse]",
     ) -> pb.UnloadModelResponse:
         async with statuses(context):
             _check_id(request.modelId)
@@ -75,7 +92,9 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         return pb.PredictModelSizeResponse(sizeInBytes=prediction.result() if done else 0)
 
     async def modelSize(
-        self, request: pb.ModelSizeRequest, context: "grpc.aio.ServicerContext[pb.ModelSizeRequest, pb.ModelSizeResponse]"
+        self,
+        request: pb.ModelSizeRequest,
+        context: "grpc.aio.ServicerContext[pb.ModelSizeRequest, pb.ModelSizeResponse]",
     ) -> pb.ModelSizeResponse:
         async with statuses(context):
             _check_id(request.modelId)
@@ -85,7 +104,9 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             raise ModelNotFound(f"model {request.modelId!r} is not loaded here")
 
     async def runtimeStatus(
-        self, request: pb.RuntimeStatusRequest, context: "grpc.aio.ServicerContext[pb.RuntimeStatusRequest, pb.RuntimeStatusResponse]"
+        self,
+        request: pb.RuntimeStatusRequest,
+        context: "grpc.aio.ServicerContext[pb.RuntimeStatusRequest, pb.RuntimeStatusResponse]",
     ) -> pb.RuntimeStatusResponse:
         if self._engine.state is EngineState.STOPPED:
             return pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.FAILING, runtimeVersion=_version())
@@ -118,7 +139,9 @@ class ModelRuntimeApi(ModelRuntimeServicer):
 
     async def _capacity(self) -> Capacity:
         hello = await self._engine.wait_ready()
-        return capacity_of(self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes)
+        return capacity_of(
+            self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes
+        )
 
 
 def add_spi(server: grpc.aio.Server, api: ModelRuntimeApi) -> str:

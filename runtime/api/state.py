@@ -55,7 +55,7 @@ class TokenRate:
 
     def update(self, now_s: float, total: int) -> float:
         if self.samples and total < self.samples[-1][1]:
-            self.samples.clear()                       # a new engine counts from zero
+            self.samples.clear()  # a new engine counts from zero
         self.samples.append((now_s, total))
         while len(self.samples) > 2 and now_s - self.samples[1][0] >= _RATE_WINDOW_S:
             del self.samples[0]
@@ -64,7 +64,14 @@ class TokenRate:
 
 
 class RuntimeStateApi(RuntimeStateServicer):
-    def __init__(self, config: RuntimeConfig, engine: EngineClient, models: Models, fitter: ModelInspector, cache_budget_bytes: int) -> None:
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        engine: EngineClient,
+        models: Models,
+        fitter: ModelInspector,
+        cache_budget_bytes: int,
+    ) -> None:
         self._config = config
         self._engine = engine
         self._models = models
@@ -111,7 +118,9 @@ class RuntimeStateApi(RuntimeStateServicer):
         needed = needs.weight_bytes + min(needs.min_kv_bytes, max(budget - needs.weight_bytes, 0))
         evicts, _ = victims(needed, budget - used, self._residents(stats, leave_out=request.model_id))
         least = needs.weight_bytes + needs.min_kv_bytes
-        capacity = capacity_of(self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes)
+        capacity = capacity_of(
+            self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes
+        )
         charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
         reason = ""
         if least > budget:
@@ -144,7 +153,12 @@ class RuntimeStateApi(RuntimeStateServicer):
     def _residents(self, stats: EngineStats | None, leave_out: str) -> list[ResidentBytes]:
         last_used = {view.model_id: view.last_used_s for view in self._models.views()}
         return [
-            ResidentBytes(model.model_id, model.device_bytes, model.running + model.waiting > 0, last_used.get(model.model_id, 0.0))
+            ResidentBytes(
+                model.model_id,
+                model.device_bytes,
+                model.running + model.waiting > 0,
+                last_used.get(model.model_id, 0.0),
+            )
             for model in (stats.models if stats is not None else ())
             if model.device_bytes and model.model_id != leave_out
         ]
@@ -173,7 +187,9 @@ class RuntimeStateApi(RuntimeStateServicer):
         for gone in set(rates) - {view.model_id for view in views}:
             del rates[gone]
         for view in views:
-            snapshot.models.append(_state_of(view, by_id.get(view.model_id), rates, now_s, snapshot.device_budget_bytes))
+            snapshot.models.append(
+                _state_of(view, by_id.get(view.model_id), rates, now_s, snapshot.device_budget_bytes)
+            )
         return snapshot
 
 
@@ -214,7 +230,9 @@ def _state_of(
         state.prompt_tokens_total = stats.prompt_tokens_total
         state.generated_tokens_total = stats.generated_tokens_total
         state.prefix_hit_tokens_total = stats.prefix_hit_tokens_total
-        state.tokens_per_second = rates.setdefault(view.model_id, TokenRate()).update(now_s, stats.generated_tokens_total)
+        state.tokens_per_second = rates.setdefault(view.model_id, TokenRate()).update(
+            now_s, stats.generated_tokens_total
+        )
         if view.facts is not None:
             room = device_budget_bytes - stats.weight_bytes
             used = stats.kv_used_tokens * view.facts.kv_bytes_per_token

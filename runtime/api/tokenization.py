@@ -7,8 +7,8 @@ from typing import TypeVar
 from runtime.interfaces import ServedModel
 from runtime.text.tokenizer import Encoding
 
-_THREAD_ABOVE_CHARS = 8192   # about a millisecond
-_CALL_COUNTS_CHARS = 64      # what a text costs beside its length
+_THREAD_ABOVE_CHARS = 8192  # about a millisecond
+_CALL_COUNTS_CHARS = 64  # what a text costs beside its length
 
 _T = TypeVar("_T")
 
@@ -19,7 +19,9 @@ async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool
 
 
 async def encode_texts(model: ServedModel, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    return await _beside(texts, lambda: [model.text.encode(text, add_special_tokens=add_special_tokens) for text in texts])
+    return await _beside(
+        texts, lambda: [model.text.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    )
 
 
 async def encode_last(model: ServedModel, texts: Sequence[str], limit: int) -> list[Encoding]:

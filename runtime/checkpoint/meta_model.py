@@ -113,10 +113,14 @@ def bind(model: nn.Module, views: Mapping[str, Tensor], quantization: Quantizati
     for name, old in list(model.named_modules()):
         if type(old) is nn.Linear:
             parent, leaf = _parent(model, name)
-            setattr(parent, leaf, LinearModule(make_linear(name, linears, quantization), old.in_features, old.out_features))
+            setattr(
+                parent, leaf, LinearModule(make_linear(name, linears, quantization), old.in_features, old.out_features)
+            )
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         parent, leaf = _parent(model, name)
-        parent._parameters[leaf] = nn.Parameter(views[aliases.get(name, name)].view(parameter.shape), requires_grad=False)
+        parent._parameters[leaf] = nn.Parameter(
+            views[aliases.get(name, name)].view(parameter.shape), requires_grad=False
+        )
     for name, buffer in list(model.named_buffers()):
         parent, leaf = _parent(model, name)
         parent._buffers[leaf] = views[name].view(buffer.shape) if name in views else buffer.to(device)

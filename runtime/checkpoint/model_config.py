@@ -46,8 +46,10 @@ def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) 
         return _read(model_id, checkpoint, max_model_len)
     except LoadFailed:
         raise
-    except Exception as error:           # what a configuration of foreign make may lead transformers to raise
-        raise LoadFailed(f"model {model_id}: config.json can't be used: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except Exception as error:  # what a configuration of foreign make may lead transformers to raise
+        raise LoadFailed(
+            f"model {model_id}: config.json can't be used: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
 
 
 def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelConfig:

@@ -41,7 +41,9 @@ class Resolution:
     conversions: Sequence[Conversion]
 
 
-def resolve(model: Any, specs: Sequence[TensorSpec], index: Mapping[str, StoredTensor], aliases: Mapping[str, str]) -> Resolution:
+def resolve(
+    model: Any, specs: Sequence[TensorSpec], index: Mapping[str, StoredTensor], aliases: Mapping[str, str]
+) -> Resolution:
     """Find every spec's source among a checkpoint's own names. Raises LoadFailed naming what is missing, unexpected or of another shape."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -68,18 +70,26 @@ def resolve(model: Any, specs: Sequence[TensorSpec], index: Mapping[str, StoredT
                 conversions[name] = Conversion(name, targets, converter)
             conversions[name].sources.append((pattern, index[key]))
         elif name in aliases:
-            direct.setdefault(aliases[name], index[key])     # the file may name a tied tensor by either of its names, or by both
+            direct.setdefault(
+                aliases[name], index[key]
+            )  # the file may name a tied tensor by either of its names, or by both
         else:
             direct[name] = index[key]
 
     converted = {target for conversion in conversions.values() for target in conversion.targets}
     missing = [name for name in shapes if name not in direct and name not in converted]
     if missing or unexpected:
-        problems = [f"{what} {_some(names)}" for what, names in (("is missing", missing), ("has unexpected", unexpected)) if names]
+        problems = [
+            f"{what} {_some(names)}"
+            for what, names in (("is missing", missing), ("has unexpected", unexpected))
+            if names
+        ]
         raise LoadFailed(f"the checkpoint {' and '.join(problems)}")
     for name, tensor in direct.items():
         if tensor.shape != shapes[name]:
-            raise LoadFailed(f"tensor {name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(shapes[name])}")
+            raise LoadFailed(
+                f"tensor {name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(shapes[name])}"
+            )
     return Resolution(direct, list(conversions.values()))
 
 

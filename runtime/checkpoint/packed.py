@@ -17,15 +17,21 @@ from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
 
 Layout4Bit = Literal["kernel", "bitsandbytes"]
-KERNEL_LAYOUT: Layout4Bit = "kernel"     # the file's metadata "layout_4bit"; without it codes lie as bitsandbytes has them
+KERNEL_LAYOUT: Layout4Bit = "kernel"  # the file's metadata "layout_4bit"; without it codes lie as bitsandbytes has them
 
 
 class PackedTensors:
     """What a packed file holds of a model. `specs` are what its class wants, unquantised."""
 
-    def __init__(self, specs: Sequence[TensorSpec], index: Mapping[str, StoredTensor], metadata: Mapping[str, str], wanted: Layout4Bit) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        index: Mapping[str, StoredTensor],
+        metadata: Mapping[str, str],
+        wanted: Layout4Bit,
+    ) -> None:
         self._index = index
-        self._rearranged: list[tuple[TensorSpec, str, str]] = []         # wanted, names of codes and scales
+        self._rearranged: list[tuple[TensorSpec, str, str]] = []  # wanted, names of codes and scales
         self.specs: list[TensorSpec] = []
         self._wanted = wanted
         as_it_lies = (metadata.get("layout_4bit") == KERNEL_LAYOUT) == (wanted == KERNEL_LAYOUT)
@@ -59,13 +65,20 @@ class PackedTensors:
             if tensor is None:
                 raise LoadFailed(f"the packed file is missing {spec.name}")
             if tensor.shape != spec.shape:
-                raise LoadFailed(f"tensor {spec.name} has shape {list(tensor.shape)} in the packed file, the model wants {list(spec.shape)}")
+                raise LoadFailed(
+                    f"tensor {spec.name} has shape {list(tensor.shape)} in the packed file, the model wants {list(spec.shape)}"
+                )
             if spec.dtype.is_floating_point != tensor.dtype.is_floating_point:
-                raise LoadFailed(f"tensor {spec.name} is {tensor.dtype} in the packed file, the model wants {spec.dtype}")
+                raise LoadFailed(
+                    f"tensor {spec.name} is {tensor.dtype} in the packed file, the model wants {spec.dtype}"
+                )
             direct[spec.name] = tensor
         conversions = [
             Conversion(
-                codes, (codes, scales), _Rearrange(codes, scales, spec.shape, self._wanted), [("codes", self._index[codes]), ("scales", self._index[scales])]
+                codes,
+                (codes, scales),
+                _Rearrange(codes, scales, spec.shape, self._wanted),
+                [("codes", self._index[codes]), ("scales", self._index[scales])],
             )
             for spec, codes, scales in self._rearranged
         ]

@@ -93,6 +93,8 @@ def _read_header(path: str) -> list[StoredTensor]:
         if end - start != tensor.size_bytes:
             raise LoadFailed(f"{path}: tensor {name} needs {tensor.size_bytes} bytes and has {end - start}")
         if tensor.offset + tensor.size_bytes > file_bytes:
-            raise LoadFailed(f"{path} is truncated: {file_bytes} bytes, tensor {name} ends at {tensor.offset + tensor.size_bytes}")
+            raise LoadFailed(
+                f"{path} is truncated: {file_bytes} bytes, tensor {name} ends at {tensor.offset + tensor.size_bytes}"
+            )
         tensors.append(tensor)
     return tensors

@@ -84,7 +84,10 @@ def lay_out(specs: Sequence[TensorSpec], joins: Sequence[Join], num_layers: int,
     join_of = {name: join for join in joins for name in join.members}
     for join in joins:
         first = by_name[join.members[0]]
-        if any((s.shape[1:], s.dtype, s.layer) != (first.shape[1:], first.dtype, first.layer) for s in map(by_name.__getitem__, join.members)):
+        if any(
+            (s.shape[1:], s.dtype, s.layer) != (first.shape[1:], first.dtype, first.layer)
+            for s in map(by_name.__getitem__, join.members)
+        ):
             raise ValueError(f"{join.name}: its members can't be seen as one matrix")
 
     buckets: list[list[TensorSpec]] = [[] for _ in range(num_layers + 2)]

@@ -30,7 +30,11 @@ def configure(arguments: Sequence[str], env: Mapping[str, str]) -> RuntimeConfig
         description="One runtime: holds models, answers gRPC (TGIS, Open Inference Protocol, mmesh.ModelRuntime) and OpenAI HTTP.",
         epilog="A flag beats its environment variable (in brackets), which beats the file. Sizes: 512MiB, 40GiB.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of the fields below, the engine's under `engine:`; or JSON text")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON with any of the fields below, the engine's under `engine:`; or JSON text",
+    )
     _add_flags(parser.add_argument_group("runtime"), runtime)
     _add_flags(parser.add_argument_group("engine"), engine)
     given = vars(parser.parse_args(arguments))
@@ -66,11 +70,17 @@ def _add_flags(group: "argparse._ArgumentGroup", fields: _Fields) -> None:
         kind, text = _plain(field.type)
         shown = "" if field.default in ("", 0, False, ()) else f" (default {_shown(name, field.default)})"
         flag = "--" + name.replace("_", "-").removesuffix("-bytes").removesuffix("-s")
-        options: dict[str, Any] = {"dest": name, "default": None, "help": f"{text}{shown} [{_variable(name)}]".replace("%", "%%")}
+        options: dict[str, Any] = {
+            "dest": name,
+            "default": None,
+            "help": f"{text}{shown} [{_variable(name)}]".replace("%", "%%"),
+        }
         if isinstance(kind, msgspec.inspect.BoolType):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            group.add_argument(flag, metavar=_metavar(name, kind), action="append" if _is_list(kind) else "store", **options)
+            group.add_argument(
+                flag, metavar=_metavar(name, kind), action="append" if _is_list(kind) else "store", **options
+            )
 
 
 def _shown(name: str, default: object) -> object:
@@ -93,7 +103,9 @@ def _variable(name: str) -> str:
     return f"REPERTORY_{name.upper()}"
 
 
-def _merge(content: Mapping[str, object], fields: _Fields, env: Mapping[str, str], given: Mapping[str, object]) -> dict[str, object]:
+def _merge(
+    content: Mapping[str, object], fields: _Fields, env: Mapping[str, str], given: Mapping[str, object]
+) -> dict[str, object]:
     if unknown := sorted(set(content) - set(fields)):
         raise InvalidRequest(f"configuration file: unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
     merged = {name: _value("configuration file", name, fields[name], value) for name, value in content.items()}

@@ -20,9 +20,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     device: Annotated[str, _about("auto | cpu | cuda | cuda:N", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     device_budget_bytes: Annotated[
-        int, _about("weights and KV of all models; 0 = free device memory less the reserve (CPU: half of free memory)", ge=0)
+        int,
+        _about(
+            "weights and KV of all models; 0 = free device memory less the reserve (CPU: half of free memory)", ge=0
+        ),
     ] = 0
-    device_reserve_bytes: Annotated[int, _about("on a GPU: context, cuBLAS, graph pools, activations, the packer", ge=0)] = 6 * GIB
+    device_reserve_bytes: Annotated[
+        int, _about("on a GPU: context, cuBLAS, graph pools, activations, the packer", ge=0)
+    ] = 6 * GIB
     host_budget_bytes: Annotated[int, _about("pinned arena; 0 = half of free memory (GPU); the CPU has none", ge=0)] = 0
     slab_bytes: Annotated[int, _about("0 = 64 MiB on a GPU, 4 MiB on a CPU", ge=0)] = 0
     host_arena_path: Annotated[str, _about("shared memory that outlives the engine; empty = private")] = ""
@@ -36,14 +41,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     fuse: Annotated[bool, _about("join layers where a family's structure allows it")] = True
     debug_checks: Annotated[bool, _about("assert free + lent = total after every step")] = False
     num_threads: Annotated[int, _about("torch threads on a CPU; 0 = torch's choice", ge=0)] = 0
-    oversubscribe: Annotated[str, _about("none | host | disk; auto = host on a GPU, none on a CPU", pattern=r"^(auto|none|host|disk)$")] = "auto"
+    oversubscribe: Annotated[
+        str, _about("none | host | disk; auto = host on a GPU, none on a CPU", pattern=r"^(auto|none|host|disk)$")
+    ] = "auto"
 
 
 class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the front process is told."""
 
-    listen: Annotated[tuple[str, ...], _about("gRPC addresses: unix:PATH or HOST:PORT")] = ("unix:/tmp/repertory/runtime.sock",)
-    http_listen: Annotated[str, _about("OpenAI API, health and metrics: unix:PATH or HOST:PORT")] = "unix:/tmp/repertory/runtime-http.sock"
+    listen: Annotated[tuple[str, ...], _about("gRPC addresses: unix:PATH or HOST:PORT")] = (
+        "unix:/tmp/repertory/runtime.sock",
+    )
+    http_listen: Annotated[str, _about("OpenAI API, health and metrics: unix:PATH or HOST:PORT")] = (
+        "unix:/tmp/repertory/runtime-http.sock"
+    )
     cache_dir: Annotated[str, _about("pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
     cache_budget_bytes: Annotated[int, _about("0 = 80 % of the disk's free space at start", ge=0)] = 0
     model_roots: Annotated[
@@ -55,7 +66,10 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_remote_code: Annotated[bool, _about("take checkpoints that bring code; the code itself is never run")] = False
     max_loading_concurrency: Annotated[int, _about("loads beside each other", gt=0)] = 2
     engine_silence_s: Annotated[
-        float, _about("an engine with work to do that tells nothing for so long hangs, and is restarted; 0 = 300 on a GPU, never on a CPU; negative = never")
+        float,
+        _about(
+            "an engine with work to do that tells nothing for so long hangs, and is restarted; 0 = 300 on a GPU, never on a CPU; negative = never"
+        ),
     ] = 0.0
     load_timeout_s: Annotated[float, _about("one load, from pull to ready", gt=0)] = 3600.0
     max_new_tokens: Annotated[int, _about("TGIS: server limit and ceiling of a default", gt=0)] = 4096
@@ -63,7 +77,11 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     output_special_tokens: Annotated[bool, _about("TGIS: special tokens are part of the text")] = False
     grpc_max_message_bytes: Annotated[int, _about("one gRPC message", gt=0)] = 16 * MIB
     http_max_body_bytes: Annotated[int, _about("one HTTP body", gt=0)] = 8 * MIB
-    grace_s: Annotated[float, _about("on SIGTERM, and when a model is unloaded: running answers may take this long", ge=0)] = 30.0
+    grace_s: Annotated[
+        float, _about("on SIGTERM, and when a model is unloaded: running answers may take this long", ge=0)
+    ] = 30.0
     log_json: Annotated[bool, _about("logs as JSON lines")] = False
-    log_level: Annotated[str, _about("debug, info, warning or error", pattern=r"^(?i:debug|info|warning|error)$")] = "info"
+    log_level: Annotated[str, _about("debug, info, warning or error", pattern=r"^(?i:debug|info|warning|error)$")] = (
+        "info"
+    )
     engine: Annotated[EngineConfig, _about("the engine process's part: the next table")] = EngineConfig()

@@ -47,14 +47,20 @@ def main(arguments: list[str]) -> int:
     with without_compiler():
         from runtime.engine.device.backend import make_backend
 
-        importlib.import_module("transformers.generation.utils")     # every modelling file asks for it
+        importlib.import_module("transformers.generation.utils")  # every modelling file asks for it
 
     backend = make_backend(config)
     channel = Channel(connection)
     try:
         slab_bytes = backend.slab_bytes
         channel.emit(
-            Hello(os.getpid(), backend.device, backend.device_name, backend.total_slabs * slab_bytes, backend.host_total_bytes)
+            Hello(
+                os.getpid(),
+                backend.device,
+                backend.device_name,
+                backend.total_slabs * slab_bytes,
+                backend.host_total_bytes,
+            )
         )
         mark = blackbox.mark if blackbox is not None else lambda _: None
         loop = EngineLoop(config, backend, channel.inbox, channel.emit, mark, time.monotonic)

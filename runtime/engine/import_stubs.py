@@ -51,7 +51,7 @@ class _Marks(types.ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__path__: list[str] = []    # a package, without parts
+        self.__path__: list[str] = []  # a package, without parts
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

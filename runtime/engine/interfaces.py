@@ -117,7 +117,7 @@ class KvGeometry:
     pages_per_slab: int
     pages_per_block: int
     bytes_per_token: int
-    max_slabs: int                       # length of the reserved KV range
+    max_slabs: int  # length of the reserved KV range
 
 
 class ModelMemory(Protocol):
@@ -161,7 +161,7 @@ class Backend(Protocol):
     device: str
     device_name: str
     slab_bytes: int
-    total_slabs: int                     # the device budget
+    total_slabs: int  # the device budget
     host_total_bytes: int
     max_rows: int
 
@@ -185,7 +185,7 @@ class LoadRequest:
     """`runtime.ipc.messages.Load` as the backend sees it."""
 
     model_id: str
-    checkpoint: "object"                 # runtime.types.Checkpoint; opaque to policy
+    checkpoint: "object"  # runtime.types.Checkpoint; opaque to policy
     max_model_len: int | None
 
 

@@ -13,7 +13,7 @@ from runtime.engine.import_stubs import leave_out, without_compiler
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 
-_NAME = "it"                             # stands for the model in messages, whose beginning is cut off
+_NAME = "it"  # stands for the model in messages, whose beginning is cut off
 
 
 def refusal(path: Path, max_model_len: int | None) -> str:
@@ -24,7 +24,7 @@ def refusal(path: Path, max_model_len: int | None) -> str:
 
     try:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    except Exception as error:           # a reader of foreign files may raise anything
+    except Exception as error:  # a reader of foreign files may raise anything
         return f"{path.name} can't be read: {error}"
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

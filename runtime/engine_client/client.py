@@ -280,7 +280,9 @@ class EngineClient:
             except Unavailable as error:
                 failed_starts += 1
                 self.failure = error.message
-                log.error("the engine did not start (%d of %d): %s", failed_starts, policy.max_failed_starts, error.message)
+                log.error(
+                    "the engine did not start (%d of %d): %s", failed_starts, policy.max_failed_starts, error.message
+                )
                 if failed_starts >= policy.max_failed_starts:
                     self._set_state(EngineState.STOPPED)
                     return
@@ -303,11 +305,15 @@ class EngineClient:
         self._hello = asyncio.get_running_loop().create_future()
         socket_path = self._run_dir / f"engine-{number}.sock"
         command = self._command(socket_path, self._config, self._run_dir / "blackbox")
-        life = await EngineProcess.launch(command, socket_path, self._on_event, connect_timeout_s=self._restart.start_timeout_s)
+        life = await EngineProcess.launch(
+            command, socket_path, self._on_event, connect_timeout_s=self._restart.start_timeout_s
+        )
         self._life = life
         ended = asyncio.create_task(life.ended.wait())
         try:
-            await asyncio.wait((self._hello, ended), timeout=self._restart.start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (self._hello, ended), timeout=self._restart.start_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             ended.cancel()
         if not self._hello.done():
@@ -325,7 +331,7 @@ class EngineClient:
         if self._stopping:
             self._fail_all(Unavailable("the runtime is shutting down"))
             return
-        marked = self._blackbox.read()   # with requests or without: graphs are captured unasked
+        marked = self._blackbox.read()  # with requests or without: graphs are captured unasked
         death = EngineDeath(
             exit_text=exit_text,
             stepping=marked,
@@ -337,7 +343,13 @@ class EngineClient:
         self.stats = None
         self.failure = f"the engine {exit_text}"
         self._set_state(EngineState.RESTARTING)
-        log.error("the engine %s; stepping %s, loading %s, %d streams lost", exit_text, death.stepping, death.loading, len(self._streams))
+        log.error(
+            "the engine %s; stepping %s, loading %s, %d streams lost",
+            exit_text,
+            death.stepping,
+            death.loading,
+            len(self._streams),
+        )
         # the listener first: who waits for a stream's end must find the models in their new state
         if self._listener is not None:
             self._listener.engine_died(death)

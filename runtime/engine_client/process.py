@@ -28,17 +28,26 @@ _LISTEN_S = 1.0
 def engine_command(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:
     """The argument vector of a real engine."""
     return [
-        sys.executable, "-X", "faulthandler", "-m", "runtime.engine",
-        "--socket", str(socket_path),
-        "--config", msgspec.json.encode(config).decode(),
-        "--blackbox", str(blackbox_path),
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-m",
+        "runtime.engine",
+        "--socket",
+        str(socket_path),
+        "--config",
+        msgspec.json.encode(config).decode(),
+        "--blackbox",
+        str(blackbox_path),
     ]
 
 
 class FrameProtocol(asyncio.Protocol):
     """Length-prefixed msgpack events in, commands out. `on_event` runs in the event loop, in order."""
 
-    def __init__(self, on_event: Callable[[Event], None], on_connected: Callable[[], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, on_event: Callable[[Event], None], on_connected: Callable[[], None], on_lost: Callable[[], None]
+    ) -> None:
         self._on_event = on_event
         self._on_connected = on_connected
         self._on_lost = on_lost
@@ -46,10 +55,10 @@ class FrameProtocol(asyncio.Protocol):
         self._encoder = msgspec.msgpack.Encoder()
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
-        self.heard = False               # anything since this was last set to False
+        self.heard = False  # anything since this was last set to False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)      # uvloop's is one in all but name
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
         self._on_connected()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -94,13 +103,15 @@ class FrameProtocol(asyncio.Protocol):
 class EngineProcess:
     """A running engine. Make it with `launch`; `ended` is set when the process is gone, and `exit_text` says how it went."""
 
-    def __init__(self, process: asyncio.subprocess.Process, protocol: FrameProtocol, server: asyncio.Server, lost: asyncio.Event) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, protocol: FrameProtocol, server: asyncio.Server, lost: asyncio.Event
+    ) -> None:
         self._process = process
         self._protocol = protocol
         self._server = server
         self.pid = process.pid
         self.ended = asyncio.Event()
-        self.lost = lost                 # it speaks no more; it may still be writing a crash report
+        self.lost = lost  # it speaks no more; it may still be writing a crash report
         self.exit_text = ""
         self._waiter = asyncio.create_task(self._wait())
         self._reaper: asyncio.Task[None] | None = None
@@ -120,7 +131,9 @@ class EngineProcess:
         process: asyncio.subprocess.Process | None = None
         try:
             # a session of its own: Ctrl-C in a terminal must reach the front alone, which lets streams finish
-            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            )
             life = cls(process, protocol, server, lost)
             waits = [asyncio.create_task(connected.wait()), asyncio.create_task(life.ended.wait())]
             try:
@@ -130,7 +143,9 @@ class EngineProcess:
                     wait.cancel()
             if not connected.is_set():
                 await life.kill()
-                raise Unavailable(f"the engine did not come up: {life.exit_text or f'silent for {connect_timeout_s:g} s'}")
+                raise Unavailable(
+                    f"the engine did not come up: {life.exit_text or f'silent for {connect_timeout_s:g} s'}"
+                )
             life._reaper = asyncio.create_task(life._reap())
             return life
         except BaseException:
@@ -157,7 +172,7 @@ class EngineProcess:
             silent_s = 0.0 if self._protocol.heard or not has_work() else silent_s + look_s
         self._hung_text = f"hung (no word for {limit_s:g} s) and was killed"
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGABRT)        # its fault handler writes down where it hangs
+            self._process.send_signal(signal.SIGABRT)  # its fault handler writes down where it hangs
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_EXIT_WAIT_S):
                 await self.ended.wait()

@@ -45,7 +45,7 @@ class RowStream:
         self.model_id = model_id
         self.event_s = event_s
         self.woken_s = -math.inf
-        self._loop = asyncio.get_running_loop()   # asked for once: each time it costs a system call before Python 3.12
+        self._loop = asyncio.get_running_loop()  # asked for once: each time it costs a system call before Python 3.12
         self._items: list[RowTokens] = []
         self._error: RepertoryError | None = None
         self._waiter: asyncio.Future[None] | None = None

@@ -19,7 +19,9 @@ from runtime.ipc.messages import RowTokens
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.types import FinishReason
 
-FIRST_TOKEN_GRACE_S = 0.25   # past the time limit a sequence without a token gets so much longer: an idle engine always answers with one
+FIRST_TOKEN_GRACE_S = (
+    0.25  # past the time limit a sequence without a token gets so much longer: an idle engine always answers with one
+)
 
 
 class Generator:
@@ -67,7 +69,9 @@ class Generator:
     async def _run(self, model: ServedModel, request: SequenceRequest) -> AsyncIterator[Delta]:
         skips = request.skip_special_tokens
         unseen_stops = model.text.special_tokens(request.stop_strings) if skips else {}
-        sequence = RunningSequence(request, model.text.detokenizer(request.prompt, skip_special_tokens=skips), unseen_stops)
+        sequence = RunningSequence(
+            request, model.text.detokenizer(request.prompt, skip_special_tokens=skips), unseen_stops
+        )
         observer = self._metrics.of(model.name).start(len(request.prompt))
         rows = self._engine.generate(
             model.model_id,
@@ -80,7 +84,7 @@ class Generator:
         )
         timed = rows if request.deadline_s is None else _until(rows, request.deadline_s)
         finish: FinishReason | None = None
-        silent: tuple[int, ...] = ()   # tokens whose text is still held back
+        silent: tuple[int, ...] = ()  # tokens whose text is still held back
         try:
             async for row in timed:
                 if row.error_code is not None or row.finish is FinishReason.ERROR:
@@ -138,7 +142,9 @@ async def _until(rows: AsyncIterator[RowTokens], deadline_s: float) -> AsyncIter
     any_token = False
     try:
         while True:
-            limit_s = deadline_s if any_token else max(deadline_s, asyncio.get_running_loop().time()) + FIRST_TOKEN_GRACE_S
+            limit_s = (
+                deadline_s if any_token else max(deadline_s, asyncio.get_running_loop().time()) + FIRST_TOKEN_GRACE_S
+            )
             try:
                 async with asyncio.timeout_at(limit_s):
                     row = await anext(rows)

@@ -13,7 +13,7 @@ from runtime.interfaces import ServedModel
 from runtime.types import SamplingParams
 
 SEED_BITS = 32
-MAX_SEQUENCES = 2048   # of one request, over all its prompts
+MAX_SEQUENCES = 2048  # of one request, over all its prompts
 _ENGINE_SEED_MASK = (1 << 63) - 1
 _LEAST_TEMPERATURE = 1e-5
 _MOST_REPETITION_PENALTY = 1e6
@@ -25,7 +25,8 @@ def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> No
     if count > MAX_SEQUENCES:
         each = f" of n={per_prompt}" if per_prompt > 1 else ""
         raise InvalidRequest(
-            f"model {model.name}: {num_prompts} prompts{each} make {count} sequences; the limit of a request is {MAX_SEQUENCES}", param="prompt"
+            f"model {model.name}: {num_prompts} prompts{each} make {count} sequences; the limit of a request is {MAX_SEQUENCES}",
+            param="prompt",
         )
 
 
@@ -69,7 +70,9 @@ def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str)
     size = model.facts.vocab_size
     bad = next((token for token in token_ids if not 0 <= token < size), None)
     if bad is not None:
-        raise InvalidRequest(f"model {model.name}: token id {bad} is outside of its vocabulary (0 to {size - 1})", param=param)
+        raise InvalidRequest(
+            f"model {model.name}: token id {bad} is outside of its vocabulary (0 to {size - 1})", param=param
+        )
 
 
 def check_prompt(model: ServedModel, prompt: Sequence[int]) -> None:
@@ -101,5 +104,7 @@ def within_float32(model: ServedModel, sampling: SamplingParams) -> SamplingPara
         sampling,
         temperature=sampling.temperature if sampling.temperature >= _LEAST_TEMPERATURE else 0.0,
         top_k=sampling.top_k if sampling.top_k < model.facts.vocab_size else 0,
-        repetition_penalty=min(max(sampling.repetition_penalty, 1 / _MOST_REPETITION_PENALTY), _MOST_REPETITION_PENALTY),
+        repetition_penalty=min(
+            max(sampling.repetition_penalty, 1 / _MOST_REPETITION_PENALTY), _MOST_REPETITION_PENALTY
+        ),
     )

@@ -20,18 +20,20 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     stop: StopParams
     logprobs: LogprobParams = LogprobParams()
-    index: int = 0                       # which of the caller's sequences this is; comes back in each Delta
+    index: int = 0  # which of the caller's sequences this is; comes back in each Delta
     priority: int = 0
     stop_strings: tuple[str, ...] = ()
-    include_stop: bool = False           # a stop string (or, with show_stop_token, a stop token) stays in the text
+    include_stop: bool = False  # a stop string (or, with show_stop_token, a stop token) stays in the text
     show_stop_token: bool = False
-    stops_by_list: bool = False          # of several matches the first of the list wins, not the first in the text
-    length_before_stop: bool = False     # a stop string that the last allowed token completes doesn't count
+    stops_by_list: bool = False  # of several matches the first of the list wins, not the first in the text
+    length_before_stop: bool = False  # a stop string that the last allowed token completes doesn't count
     skip_special_tokens: bool = True
-    drop_incomplete: bool = False        # an incomplete character at the end is dropped, not shown as U+FFFD
-    one_token_deltas: bool = False       # a delta for each token, with text or without
+    drop_incomplete: bool = False  # an incomplete character at the end is dropped, not shown as U+FFFD
+    one_token_deltas: bool = False  # a delta for each token, with text or without
     deadline_s: float | None = None
-    event_s: float = HTTP_EVENT_S        # what one delta sent on costs the busiest process on its way (runtime.engine_client.streams.Pace)
+    event_s: float = (
+        HTTP_EVENT_S  # what one delta sent on costs the busiest process on its way (runtime.engine_client.streams.Pace)
+    )
 
     @property
     def with_details(self) -> bool:
@@ -44,13 +46,13 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     index: int
     text: str
     tokens: tuple[int, ...]
-    num_generated: int                   # so far, this delta included
+    num_generated: int  # so far, this delta included
     finish: FinishReason | None = None
-    stop: str | int | None = None        # the stop string, or the id of the EOS or stop token
-    logprobs: tuple[TokenLogprobs, ...] = ()    # one a token, if asked
-    offsets: tuple[int, ...] = ()               # where each token's text begins in the output, in characters; if logprobs were asked
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()   # with the first delta, if asked
-    cached_tokens: int | None = None            # with the first delta
+    stop: str | int | None = None  # the stop string, or the id of the EOS or stop token
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, if asked
+    offsets: tuple[int, ...] = ()  # where each token's text begins in the output, in characters; if logprobs were asked
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # with the first delta, if asked
+    cached_tokens: int | None = None  # with the first delta
 
 
 class Completed(msgspec.Struct, frozen=True):

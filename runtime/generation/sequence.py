@@ -22,9 +22,11 @@ class RunningSequence:
         self._detokenizer = detokenizer
         self._unseen_stops = unseen_stops
         self._scanner = (
-            StopScanner(request.stop_strings, include=request.include_stop, by_list=request.stops_by_list) if request.stop_strings else None
+            StopScanner(request.stop_strings, include=request.include_stop, by_list=request.stops_by_list)
+            if request.stop_strings
+            else None
         )
-        self._chars = 0   # decoded so far, shown or not
+        self._chars = 0  # decoded so far, shown or not
         self.num_generated = 0
 
     def push(self, row: RowTokens) -> Delta:
@@ -80,7 +82,13 @@ class RunningSequence:
         )
 
     def _delta(
-        self, row: RowTokens, text: str, num_tokens: int, offsets: tuple[int, ...], finish: FinishReason | None, stop: str | int | None
+        self,
+        row: RowTokens,
+        text: str,
+        num_tokens: int,
+        offsets: tuple[int, ...],
+        finish: FinishReason | None,
+        stop: str | int | None,
     ) -> Delta:
         wanted = self._request.with_details
         logprobs: tuple[TokenLogprobs, ...] = row.logprobs[:num_tokens] if wanted and row.logprobs else ()
@@ -100,7 +108,12 @@ class RunningSequence:
     def _num_shown(self, row: RowTokens) -> int:
         """How many of the row's tokens have text to show: all but the one that ended it."""
         tokens = row.tokens
-        if row.finish in _ENDED_BY_TOKEN and tokens and tokens[-1] == row.stop_token and not self._request.show_stop_token:
+        if (
+            row.finish in _ENDED_BY_TOKEN
+            and tokens
+            and tokens[-1] == row.stop_token
+            and not self._request.show_stop_token
+        ):
             return len(tokens) - 1
         return len(tokens)
 

@@ -36,7 +36,7 @@ class CrashMarker:
 
     def read(self) -> str | None:
         """The model marked last, by whichever process; None = nobody yet."""
-        self._marked = None              # what this process marked last may not be what is there
+        self._marked = None  # what this process marked last may not be what is there
         (length,) = _LENGTH.unpack_from(self._map, 0)
         return self._map[_LENGTH.size : _LENGTH.size + length].decode(errors="replace") or None
 

@@ -15,7 +15,7 @@ from runtime.ipc.messages import MAX_FRAME_BYTES, Command, Event
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 20
-_MOST_EVENTS = 64                        # sent with one system call
+_MOST_EVENTS = 64  # sent with one system call
 
 
 class Channel:
@@ -38,7 +38,7 @@ class Channel:
         """Send what is queued, then hang up."""
         self._outbox.put(None)
         self._writer.join(timeout=5.0)
-        with contextlib.suppress(OSError):   # the front hung up first
+        with contextlib.suppress(OSError):  # the front hung up first
             self._connection.shutdown(socket.SHUT_RDWR)
         self._reader.join(timeout=5.0)
         self._connection.close()
@@ -61,7 +61,7 @@ class Channel:
                     start = end
                 del buffer[:start]
         except (OSError, msgspec.MsgspecError):
-            return                       # a front that can't be heard is gone
+            return  # a front that can't be heard is gone
         finally:
             self.inbox.put(None)
 
@@ -83,4 +83,4 @@ class Channel:
             try:
                 self._connection.sendall(frames)
             except OSError:
-                return                   # the reader says that the front is gone
+                return  # the reader says that the front is gone

@@ -36,7 +36,7 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     stop: StopParams
     logprobs: LogprobParams = LogprobParams()
-    priority: int = 0                    # higher first
+    priority: int = 0  # higher first
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -66,7 +66,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """First message of an engine: it can take loads."""
 
     pid: int
-    device: str                          # "cpu", "cuda:0"
+    device: str  # "cpu", "cuda:0"
     device_name: str
     device_budget_bytes: int
     host_budget_bytes: int
@@ -102,13 +102,15 @@ class RowTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     request_id: int
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
-    stop_token: int | None = None        # the id that ended it, if one did
+    stop_token: int | None = None  # the id that ended it, if one did
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None   # once, with the first token; the first entry is None
-    cached_tokens: int | None = None     # prompt tokens found in the prefix cache; once, with the first token
-    error_code: str | None = None        # with finish ERROR
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = (
+        None  # once, with the first token; the first entry is None
+    )
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache; once, with the first token
+    error_code: str | None = None  # with finish ERROR
     error: str | None = None
-    queue_s: float | None = None         # from arrival to the first step; once, with the first token
+    queue_s: float | None = None  # from arrival to the first step; once, with the first token
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -122,13 +124,13 @@ class ModelStats(msgspec.Struct, frozen=True):
     model_id: str
     tier: Tier
     weight_bytes: int
-    device_bytes: int                    # weights and KV in device memory now, in whole slabs
-    kv_bytes: int                        # of it KV, in whole slabs
-    kv_used_tokens: int                  # in running rows
-    kv_cached_tokens: int                # in the prefix cache, free to drop
+    device_bytes: int  # weights and KV in device memory now, in whole slabs
+    kv_bytes: int  # of it KV, in whole slabs
+    kv_used_tokens: int  # in running rows
+    kv_cached_tokens: int  # in the prefix cache, free to drop
     running: int
     waiting: int
-    swap_in_s: float                     # measured time to bring it back from where it is now; 0 if resident
+    swap_in_s: float  # measured time to bring it back from where it is now; 0 if resident
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
     prefix_hit_tokens_total: int = 0
@@ -146,7 +148,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     device_used_bytes: int
     host_budget_bytes: int
     host_used_bytes: int
-    stranded_bytes: int                  # free blocks inside half-empty slabs
+    stranded_bytes: int  # free blocks inside half-empty slabs
     models: tuple[ModelStats, ...]
 
 

@@ -42,7 +42,7 @@ def capacity_of(oversubscribe: str, hello: Hello, slab_bytes: int, cache_budget_
     if mode == "auto":
         mode = "host" if hello.host_budget_bytes else "none"
     if mode == "host" and not hello.host_budget_bytes:
-        mode = "none"            # on a CPU the host tier is the device tier
+        mode = "none"  # on a CPU the host tier is the device tier
     budget = {"none": hello.device_budget_bytes, "host": hello.host_budget_bytes, "disk": cache_budget_bytes}[mode]
     return Capacity(mode, budget, slab_bytes or (_SLAB_BYTES_CPU if hello.device == "cpu" else _SLAB_BYTES_GPU))
 

@@ -97,14 +97,22 @@ class Models:
 
     def list(self) -> Sequence[ServedModel]:
         self._engine.check()
-        return [entry.served for entry in self._entries.values() if entry.phase is Phase.LOADED and entry.served is not None]
+        return [
+            entry.served for entry in self._entries.values() if entry.phase is Phase.LOADED and entry.served is not None
+        ]
 
     def views(self) -> Sequence[ModelView]:
         """Every model that is held, on its way, or failed lately."""
         return [
             ModelView(
-                entry.model_id, entry.phase, entry.settings, entry.progress, entry.served.facts if entry.served else None,
-                entry.load_seconds, entry.last_used_s, entry.error,
+                entry.model_id,
+                entry.phase,
+                entry.settings,
+                entry.progress,
+                entry.served.facts if entry.served else None,
+                entry.load_seconds,
+                entry.last_used_s,
+                entry.error,
             )
             for entry in self._entries.values()
         ]
@@ -130,7 +138,9 @@ class Models:
                 assert entry.served is not None
                 return entry.served
         if tail is None or tail.kind is OperationKind.UNLOAD or tail.mark != mark:
-            tail = self._enqueue(model_id, OperationKind.LOAD, mark, lambda: self._load(model_id, source, settings, mark))
+            tail = self._enqueue(
+                model_id, OperationKind.LOAD, mark, lambda: self._load(model_id, source, settings, mark)
+            )
         await self._join(model_id, tail)
         entry = self._entries.get(model_id)
         if entry is None or entry.served is None:
@@ -145,7 +155,7 @@ class Models:
             return
         if tail is None or tail.kind is not OperationKind.UNLOAD:
             if entry is not None and entry.phase in (Phase.LOADED, Phase.RETURNING):
-                entry.phase = Phase.UNLOADING      # from now on new requests get NOT_FOUND
+                entry.phase = Phase.UNLOADING  # from now on new requests get NOT_FOUND
             if tail is not None:
                 tail.cancel()
             tail = self._enqueue(model_id, OperationKind.UNLOAD, b"", lambda: self._unload(model_id))
@@ -197,7 +207,9 @@ class Models:
 
     # Order
 
-    def _enqueue(self, model_id: str, kind: OperationKind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]) -> Operation:
+    def _enqueue(
+        self, model_id: str, kind: OperationKind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]
+    ) -> Operation:
         before = self._tails.get(model_id)
 
         async def run() -> None:
@@ -247,11 +259,17 @@ class Models:
             await self._undo(entry)
             if isinstance(error, TimeoutError) and limit.expired():
                 self._entries.pop(model_id, None)
-                raise DeadlineExceeded(f"model {model_id!r}: loading took longer than {self._config.load_timeout_s:g} s") from None
+                raise DeadlineExceeded(
+                    f"model {model_id!r}: loading took longer than {self._config.load_timeout_s:g} s"
+                ) from None
             if not isinstance(error, Exception):
                 self._entries.pop(model_id, None)
                 raise
-            known = error if isinstance(error, RepertoryError) else EngineFault(f"model {model_id!r}: {type(error).__name__}: {error}")
+            known = (
+                error
+                if isinstance(error, RepertoryError)
+                else EngineFault(f"model {model_id!r}: {type(error).__name__}: {error}")
+            )
             self._fail(entry, known)
             log.warning("loading %s failed: %s", model_id, known.message, exc_info=None if known is error else error)
             raise known from None if known is error else error
@@ -267,14 +285,18 @@ class Models:
             entry.source, entry.settings, hello.device, lambda progress: _post(loop, self._note, entry, progress)
         )
         self._note(entry, Progress(Phase.LOADING, text="admitting"))
-        text = await loop.run_in_executor(self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings)
+        text = await loop.run_in_executor(
+            self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings
+        )
         facts = await self._admit(entry)
         entry.served = ServedModel(entry.model_id, entry.name, entry.settings, facts, text, loaded_at_s=time.time())
 
     async def _admit(self, entry: _Entry) -> ModelFacts:
         assert entry.prepared is not None
         settings = entry.settings
-        request = Load(entry.model_id, entry.prepared.checkpoint, settings.max_model_len, self._config.engine.max_waiting)
+        request = Load(
+            entry.model_id, entry.prepared.checkpoint, settings.max_model_len, self._config.engine.max_waiting
+        )
         while True:
             await self._engine.wait_ready()
             lives = self._engine.restarts
@@ -367,6 +389,8 @@ def _quarantine_text(name: str) -> str:
     return f"model {name!r} is quarantined: the engine died twice while it was running; unload it, or register it anew, to try again"
 
 
-def _post(loop: asyncio.AbstractEventLoop, call: Callable[[_Entry, Progress], None], entry: _Entry, progress: Progress) -> None:
-    with contextlib.suppress(RuntimeError):      # the loop has closed: nobody watches any more
+def _post(
+    loop: asyncio.AbstractEventLoop, call: Callable[[_Entry, Progress], None], entry: _Entry, progress: Progress
+) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody watches any more
         loop.call_soon_threadsafe(call, entry, progress)

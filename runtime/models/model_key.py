@@ -34,7 +34,9 @@ def parse_model(model_path: str, model_key: str) -> tuple[ModelSource, ModelSett
     if unknown:
         known = ", ".join(sorted(_OUR_FIELDS | _MESH_FIELDS))
         raise InvalidRequest(f"model key: unknown field {unknown[0]!r}; known fields are {known}", param=unknown[0])
-    storage = _convert({name: fields[name] for name in fields if name in ("storage_key", "storage_params", "bucket")}, _Storage)
+    storage = _convert(
+        {name: fields[name] for name in fields if name in ("storage_key", "storage_params", "bucket")}, _Storage
+    )
     params = dict(storage.storage_params)
     if storage.bucket is not None:
         params.setdefault("bucket", storage.bucket)
@@ -42,7 +44,10 @@ def parse_model(model_path: str, model_key: str) -> tuple[ModelSource, ModelSett
     sampling = fields.get("sampling")
     if isinstance(sampling, dict) and (strange := sorted(set(sampling) - _SAMPLING_FIELDS)):
         known = ", ".join(sorted(_SAMPLING_FIELDS))
-        raise InvalidRequest(f"model key: unknown field 'sampling.{strange[0]}'; known fields are {known}", param=f"sampling.{strange[0]}")
+        raise InvalidRequest(
+            f"model key: unknown field 'sampling.{strange[0]}'; known fields are {known}",
+            param=f"sampling.{strange[0]}",
+        )
     check_settings(settings)
     return ModelSource(model_path, storage.storage_key or None, params), settings
 
@@ -52,9 +57,14 @@ def check_settings(settings: ModelSettings) -> None:
     if settings.dtype not in _DTYPES:
         raise _out_of_range("dtype", settings.dtype, f"one of {', '.join(_DTYPES)}")
     if settings.double_quant and settings.quantize not in (Quantization.NF4, Quantization.FP4):
-        raise InvalidRequest(f"double_quant needs quantize nf4 or fp4; quantize is {settings.quantize.value}", param="double_quant")
-    for name, value in (("max_model_len", settings.max_model_len), ("max_concurrency", settings.max_concurrency),
-                        ("sampling.max_tokens", settings.sampling.max_tokens)):
+        raise InvalidRequest(
+            f"double_quant needs quantize nf4 or fp4; quantize is {settings.quantize.value}", param="double_quant"
+        )
+    for name, value in (
+        ("max_model_len", settings.max_model_len),
+        ("max_concurrency", settings.max_concurrency),
+        ("sampling.max_tokens", settings.sampling.max_tokens),
+    ):
         if value is not None and value < 1:
             raise _out_of_range(name, value, "at least 1")
     sampling = settings.sampling

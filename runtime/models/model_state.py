@@ -16,7 +16,7 @@ class Phase(StrEnum):
     PACKING = "packing"
     LOADING = "loading"
     LOADED = "loaded"
-    RETURNING = "returning"              # the engine died; the model is on its way back
+    RETURNING = "returning"  # the engine died; the model is on its way back
     UNLOADING = "unloading"
     FAILED = "failed"
     QUARANTINED = "quarantined"
@@ -63,5 +63,5 @@ class ModelView:
     progress: Progress | None = None
     facts: ModelFacts | None = None
     load_seconds: float = 0.0
-    last_used_s: float = 0.0             # monotonic
+    last_used_s: float = 0.0  # monotonic
     error: str = ""

@@ -24,7 +24,11 @@ def set_up(*, as_json: bool, level: str) -> None:
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": _time(record), "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage(), **_given(record)
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_given(record),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -16,11 +16,75 @@ from runtime.types import FinishReason, Tier
 
 _M = TypeVar("_M", bound=MetricWrapperBase)
 _LABEL = ("model_name",)
-_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
-_INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 40.0)
-_REQUEST_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_TTFT_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+)
+_INTER_TOKEN_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    40.0,
+)
+_REQUEST_S = (
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-_FINISHED = {   # vLLM's words
+_FINISHED = {  # vLLM's words
     FinishReason.EOS: "stop",
     FinishReason.STOP_TOKEN: "stop",
     FinishReason.STOP_STRING: "stop",
@@ -50,21 +114,33 @@ class Instruments:
             "vllm:request_time_per_output_token_seconds", "Mean time between a request's tokens.", _INTER_TOKEN_S
         )
         self.e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", _REQUEST_S)
-        self.queue = self._histogram("vllm:request_queue_time_seconds", "From arrival to the engine's first step.", _REQUEST_S)
+        self.queue = self._histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the engine's first step.", _REQUEST_S
+        )
         self.request_prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self.request_generation = self._histogram("vllm:request_generation_tokens", "Generated tokens of a request.", _TOKENS)
+        self.request_generation = self._histogram(
+            "vllm:request_generation_tokens", "Generated tokens of a request.", _TOKENS
+        )
         self.running = self._gauge("vllm:num_requests_running", "Sequences in the engine's batches.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Sequences waiting for the engine.")
-        self.kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the memory KV can have that running sequences use (1 = all).")
+        self.kv_usage = self._gauge(
+            "vllm:kv_cache_usage_perc", "Share of the memory KV can have that running sequences use (1 = all)."
+        )
         self.tier = self._gauge("repertory_model_tier", "Where the weights are: 3 device, 2 host, 1 disk.")
         self.weight_bytes = self._gauge("repertory_model_weight_bytes", "Size of the weights.")
-        self.device_bytes = self._gauge("repertory_model_device_bytes", "Weights and KV in device memory, in whole slabs.")
+        self.device_bytes = self._gauge(
+            "repertory_model_device_bytes", "Weights and KV in device memory, in whole slabs."
+        )
         self.kv_bytes = self._gauge("repertory_model_kv_bytes", "KV in device memory, in whole slabs.")
         self.swap_ins = self._counter("repertory_model_swap_ins", "Times the weights came back to the device.")
         self.evictions = self._counter("repertory_model_evictions", "Times the weights left the device.")
         self.step_seconds = self._counter("repertory_model_step_seconds", "Time in forward passes.")
-        self.device_used = Gauge("repertory_device_used_bytes", "Device memory lent to weights and KV.", registry=registry)
-        self.device_budget = Gauge("repertory_device_budget_bytes", "Device memory for weights and KV.", registry=registry)
+        self.device_used = Gauge(
+            "repertory_device_used_bytes", "Device memory lent to weights and KV.", registry=registry
+        )
+        self.device_budget = Gauge(
+            "repertory_device_budget_bytes", "Device memory for weights and KV.", registry=registry
+        )
         self.host_used = Gauge("repertory_host_used_bytes", "Host arena in use.", registry=registry)
         self.host_budget = Gauge("repertory_host_budget_bytes", "Size of the host arena.", registry=registry)
         self.stranded = Gauge("repertory_stranded_bytes", "Free blocks inside of half-empty slabs.", registry=registry)

@@ -19,7 +19,7 @@ class TokenCounters:
     def __init__(self, bounds_s: Sequence[float]) -> None:
         self._bounds_s = bounds_s
         self.tokens = 0
-        self.by_bucket = [0] * (len(bounds_s) + 1)   # the last: over all bounds
+        self.by_bucket = [0] * (len(bounds_s) + 1)  # the last: over all bounds
         self.gaps_s = 0.0
 
     def gap(self, seconds: float) -> None:
@@ -44,7 +44,9 @@ class ModelTokenCounters(Collector):
 
     def collect(self) -> Iterable[Metric]:
         tokens = CounterMetricFamily("vllm:generation_tokens", "Tokens that were generated.", labels=[self._label])
-        gaps = HistogramMetricFamily("vllm:inter_token_latency_seconds", "Between a sequence's tokens.", labels=[self._label])
+        gaps = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds", "Between a sequence's tokens.", labels=[self._label]
+        )
         for name, tally in self._tallies.items():
             tokens.add_metric([name], tally.tokens)
             gaps.add_metric([name], list(zip(self._names, accumulate(tally.by_bucket), strict=True)), tally.gaps_s)

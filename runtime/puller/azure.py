@@ -36,10 +36,14 @@ class AzureContainer:
         self._unchanged = MatchConditions.IfNotModified
         if not _ACCOUNT.fullmatch(account):
             shown = re.split("[?#]", account)[0].rpartition("@")[2]
-            raise InvalidRequest(f"az://{shown}: an account's name has letters, digits and hyphens only", param="modelPath")
+            raise InvalidRequest(
+                f"az://{shown}: an account's name has letters, digits and hyphens only", param="modelPath"
+            )
         url = options.get("endpoint_url") or f"https://{account}.blob.core.windows.net"
         manners: dict[str, Any] = {
-            "retry_policy": ExponentialRetry(initial_backoff=_PAUSE_S, increment_base=2, retry_total=_RETRIES, random_jitter_range=0),
+            "retry_policy": ExponentialRetry(
+                initial_backoff=_PAUSE_S, increment_base=2, retry_total=_RETRIES, random_jitter_range=0
+            ),
             "connection_timeout": _CONNECT_S,
             "read_timeout": _READ_S,
         }
@@ -58,7 +62,9 @@ class AzureContainer:
         return file
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
-        found = self._client.download_blob(file.location, offset=start, length=count, etag=file.digest, match_condition=self._unchanged)
+        found = self._client.download_blob(
+            file.location, offset=start, length=count, etag=file.digest, match_condition=self._unchanged
+        )
         return bytes(found.readall())
 
 
@@ -78,7 +84,11 @@ def _credential(account: str, options: Mapping[str, str]) -> Any:
         return ClientSecretCredential(options["tenant_id"], options["client_id"], options["client_secret"])
     if options.get("anonymous", "").lower() in ("1", "true", "yes"):
         return None
-    if options.get("managed_identity", "").lower() in ("1", "true", "yes") or "client_id" in options or any(os.environ.get(name) for name in _IDENTITY):
+    if (
+        options.get("managed_identity", "").lower() in ("1", "true", "yes")
+        or "client_id" in options
+        or any(os.environ.get(name) for name in _IDENTITY)
+    ):
         try:
             from azure.identity import DefaultAzureCredential
         except ImportError as error:

@@ -88,7 +88,7 @@ class Cache:
             os.close(lock)
             return None
         if not _is_whole(path):
-            unused = _try_lock(lock, fcntl.LOCK_EX)      # fails with the shared one lost
+            unused = _try_lock(lock, fcntl.LOCK_EX)  # fails with the shared one lost
             if unused:
                 log.warning("%s isn't what was put there any more; it is made anew", path)
                 self._throw_away(path)
@@ -98,7 +98,9 @@ class Cache:
         _touch(path)
         return Held(path, lock)
 
-    def obtain(self, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], job: PullJob, what: str) -> Held:
+    def obtain(
+        self, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], job: PullJob, what: str
+    ) -> Held:
         """The entry, held; made by `fill` into an empty or half-filled directory if there is none yet. Of many who ask, one fills.
 
         A `fill` that raises leaves what it has for the next try, except on a full disk. Raises Overloaded when the bytes can't be had.
@@ -113,7 +115,7 @@ class Cache:
                     path = self._root / area / key
                     if not path.is_dir():
                         self._fill(path, area, key, need_bytes, fill, what, lock)
-                    fcntl.flock(lock, fcntl.LOCK_SH)      # not atomic: whoever came between may have dropped it
+                    fcntl.flock(lock, fcntl.LOCK_SH)  # not atomic: whoever came between may have dropped it
                     if path.is_dir():
                         _touch(path)
                         return Held(path, lock)
@@ -122,13 +124,20 @@ class Cache:
                     raise
             os.close(lock)
             work = self._root / "work" / f"{area}-{key}"
-            job.say(Phase.PULLING if area == "pulled" else Phase.PACKING, _size_of(work), need_bytes, f"{what}: another load has begun it")
+            job.say(
+                Phase.PULLING if area == "pulled" else Phase.PACKING,
+                _size_of(work),
+                need_bytes,
+                f"{what}: another load has begun it",
+            )
             job.wait(_POLL_S)
 
     def make_room(self, need_bytes: int, what: str, *, keep: str = "") -> None:
         """Drop idle entries, least recently used first, until `need_bytes` more fit the budget and the disk."""
         if need_bytes > self.budget_bytes:
-            raise Overloaded(f"{what} needs {need_bytes} bytes, more than the disk cache's budget of {self.budget_bytes} bytes")
+            raise Overloaded(
+                f"{what} needs {need_bytes} bytes, more than the disk cache's budget of {self.budget_bytes} bytes"
+            )
         items = [item for item in self._items() if item.lock_name != keep]
         pending = sum(item.pending_bytes for item in items)
         used = sum(item.size_bytes for item in items) + pending
@@ -145,14 +154,16 @@ class Cache:
                 f"{what} needs {need_bytes} bytes; models in use hold {used} bytes of the disk cache's budget of {self.budget_bytes} bytes"
             )
 
-    def _fill(self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str, lock: int) -> None:
+    def _fill(
+        self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str, lock: int
+    ) -> None:
         work = self._root / "work" / f"{area}-{key}"
-        room = self._open("room")            # two that ask at once must not both be given what is left
+        room = self._open("room")  # two that ask at once must not both be given what is left
         try:
             fcntl.flock(room, fcntl.LOCK_EX)
             self.make_room(max(need_bytes - _size_of(work), 0), what, keep=f"{area}-{key}")
             os.truncate(lock, 0)
-            os.pwrite(lock, str(need_bytes).encode(), 0)     # for who asks while this lock is held
+            os.pwrite(lock, str(need_bytes).encode(), 0)  # for who asks while this lock is held
         finally:
             os.close(room)
         try:
@@ -184,7 +195,11 @@ class Cache:
         for path in (self._root / "work").iterdir():
             with suppress(OSError):
                 size_bytes = _size_of(path)
-                items.append(_Item(path, path.name, size_bytes, path.stat().st_mtime, max(self._need_of(path.name) - size_bytes, 0)))
+                items.append(
+                    _Item(
+                        path, path.name, size_bytes, path.stat().st_mtime, max(self._need_of(path.name) - size_bytes, 0)
+                    )
+                )
         return items
 
     def _need_of(self, lock_name: str) -> int:
@@ -265,4 +280,6 @@ def _size_of(path: Path) -> int:
 
 
 def _disk_full(what: str, need_bytes: int, free_bytes: int, root: Path) -> Overloaded:
-    return Overloaded(f"{what} needs {need_bytes} bytes; the disk of the cache ({root}) is full: {free_bytes} bytes are free")
+    return Overloaded(
+        f"{what} needs {need_bytes} bytes; the disk of the cache ({root}) is full: {free_bytes} bytes are free"
+    )

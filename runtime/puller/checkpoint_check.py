@@ -17,7 +17,7 @@ from runtime.puller.sizing import TensorShape
 from runtime.types import Quantization
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-LARGEST_JSON_BYTES = 64 * 1024 * 1024    # of a configuration or an index; the largest there are have ten
+LARGEST_JSON_BYTES = 64 * 1024 * 1024  # of a configuration or an index; the largest there are have ten
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
@@ -43,10 +43,10 @@ class CheckpointSummary:
     weight_files: Sequence[Path]
     config: Mapping[str, object]
     tensors: Sequence[TensorShape]
-    quantization: Quantization           # that the files hold already
+    quantization: Quantization  # that the files hold already
     double_quant: bool
-    needs_tokenizer: bool                # has only a slow tokenizer
-    identity: str                        # of the files as they are: names, sizes, times
+    needs_tokenizer: bool  # has only a slow tokenizer
+    identity: str  # of the files as they are: names, sizes, times
 
 
 def inspect(path: Path, policy: Policy) -> CheckpointSummary:
@@ -60,7 +60,9 @@ def inspect(path: Path, policy: Policy) -> CheckpointSummary:
         if len(ggufs) == 1:
             return _inspect_file(ggufs[0])
         if ggufs:
-            raise LoadFailed(f"{path} has {len(ggufs)} GGUF files ({', '.join(file.name for file in ggufs[:4])}…): name one of them")
+            raise LoadFailed(
+                f"{path} has {len(ggufs)} GGUF files ({', '.join(file.name for file in ggufs[:4])}…): name one of them"
+            )
         raise LoadFailed(f"{path} has no config.json")
     config = read_json(path / "config.json")
     _refuse_remote_code(path, config, policy)
@@ -77,9 +79,19 @@ def inspect(path: Path, policy: Policy) -> CheckpointSummary:
                 "convert them to safetensors, or set allow_pickle"
             )
         kind = CheckpointKind.PICKLE
-    tensors = [] if kind is CheckpointKind.PICKLE else [tensor for file in files for tensor in read_header(file).tensors]
+    tensors = (
+        [] if kind is CheckpointKind.PICKLE else [tensor for file in files for tensor in read_header(file).tensors]
+    )
     return CheckpointSummary(
-        kind, path, files, config, tensors, quantization, double_quant, _needs_tokenizer(path), _identity([path / "config.json", *files])
+        kind,
+        path,
+        files,
+        config,
+        tensors,
+        quantization,
+        double_quant,
+        _needs_tokenizer(path),
+        _identity([path / "config.json", *files]),
     )
 
 
@@ -114,7 +126,9 @@ def _inspect_file(path: Path) -> CheckpointSummary:
         magic = file.read(8)
     if magic[:4] != b"GGUF":
         raise LoadFailed(f"{path} is no GGUF file: it begins with {magic[:4]!r}")
-    return CheckpointSummary(CheckpointKind.GGUF, path.parent, [path], {}, [], Quantization.NONE, False, True, _identity([path]))
+    return CheckpointSummary(
+        CheckpointKind.GGUF, path.parent, [path], {}, [], Quantization.NONE, False, True, _identity([path])
+    )
 
 
 def _safetensors(path: Path) -> list[Path]:
@@ -147,12 +161,16 @@ def stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, boo
     if method == "bitsandbytes" or "load_in_4bit" in stored:
         if stored.get("load_in_8bit"):
             if stored.get("llm_int8_has_fp16_weight"):
-                raise LoadFailed("the checkpoint keeps fp16 weights beside int8 (llm_int8_has_fp16_weight), which is not supported")
+                raise LoadFailed(
+                    "the checkpoint keeps fp16 weights beside int8 (llm_int8_has_fp16_weight), which is not supported"
+                )
             return Quantization.INT8, False
         if stored.get("load_in_4bit"):
             kind = str(stored.get("bnb_4bit_quant_type", "fp4"))
             if kind not in (Quantization.NF4, Quantization.FP4):
-                raise LoadFailed(f"the checkpoint is quantised with bitsandbytes' {kind!r}, which is not supported; nf4 and fp4 are")
+                raise LoadFailed(
+                    f"the checkpoint is quantised with bitsandbytes' {kind!r}, which is not supported; nf4 and fp4 are"
+                )
             return Quantization(kind), bool(stored.get("bnb_4bit_use_double_quant"))
     raise LoadFailed(
         f"the checkpoint is quantised with {method}, which is not supported; use bitsandbytes (int8, nf4, fp4), GGUF, or an unquantised one"
@@ -164,11 +182,13 @@ def _refuse_remote_code(path: Path, config: Mapping[str, object], policy: Policy
     model_type = str(config.get("model_type", ""))
     if "auto_map" not in config or policy.allow_remote_code or _is_native(model_type):
         return
-    raise LoadFailed(f"{path.name} needs its own code (auto_map in config.json, model type {model_type!r}), which is not run")
+    raise LoadFailed(
+        f"{path.name} needs its own code (auto_map in config.json, model type {model_type!r}), which is not run"
+    )
 
 
 def _is_native(model_type: str) -> bool:
-    spec = importlib.util.find_spec("transformers")      # finds, doesn't import
+    spec = importlib.util.find_spec("transformers")  # finds, doesn't import
     if spec is None or spec.origin is None or not model_type:
         return False
     return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()

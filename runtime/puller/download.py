@@ -17,7 +17,7 @@ def pull(source: Source, listing: Listing, directory: Path, job: PullJob) -> Non
     lock = threading.Lock()
     failed = threading.Event()
     done_bytes = 0
-    under_way: list[str] = []                # the oldest is the one that is told of, so that the text stays while files take turns
+    under_way: list[str] = []  # the oldest is the one that is told of, so that the text stays while files take turns
 
     def fetch(file: RemoteFile) -> None:
         def arrived(count: int) -> None:
@@ -48,5 +48,5 @@ def pull(source: Source, listing: Listing, directory: Path, job: PullJob) -> Non
         wait(futures, return_when=FIRST_EXCEPTION)
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
-        job.check()                          # if it was cancelled, that is why
+        job.check()  # if it was cancelled, that is why
         raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])

@@ -63,6 +63,11 @@ class GcsBucket:
         # as it is stored, even if it was stored compressed
         return bytes(
             blob.download_as_bytes(
-                start=start, end=start + count - 1, raw_download=True, if_generation_match=int(file.digest), checksum=None, retry=self._retry
+                start=start,
+                end=start + count - 1,
+                raw_download=True,
+                if_generation_match=int(file.digest),
+                checksum=None,
+                retry=self._retry,
             )
         )

@@ -15,7 +15,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _TEXT, _ARRAY = 4, 8, 9
 _MOST_DIMENSIONS = 4
 _ALIGNMENT_BYTES = 32
-_LEAST_ENTRY_BYTES = 13                  # an empty name, a kind and a byte
+_LEAST_ENTRY_BYTES = 13  # an empty name, a kind and a byte
 
 
 def check_index(path: Path) -> None:
@@ -23,7 +23,7 @@ def check_index(path: Path) -> None:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Walk(path.name, data).check()
-    except (OSError, ValueError) as error:   # an empty file can't be mapped
+    except (OSError, ValueError) as error:  # an empty file can't be mapped
         raise LoadFailed(f"{path.name} can't be read: {error}") from error
 
 
@@ -45,7 +45,11 @@ class _Walk:
             key = self._text()
             kind = self._number("<I")
             if key == b"general.alignment" and kind == _UINT32:
-                alignment = max(1, struct.unpack_from("<I", self._data, self._at)[0]) if self._at + 4 <= len(self._data) else alignment
+                alignment = (
+                    max(1, struct.unpack_from("<I", self._data, self._at)[0])
+                    if self._at + 4 <= len(self._data)
+                    else alignment
+                )
             self._value(kind)
         end = 0
         for _ in range(tensors):
@@ -107,4 +111,6 @@ class _Walk:
         self._at += count
 
     def _truncated(self, needed: int) -> LoadFailed:
-        return LoadFailed(f"{self._name} is truncated or damaged: {len(self._data)} bytes, its index describes {needed}")
+        return LoadFailed(
+            f"{self._name} is truncated or damaged: {len(self._data)} bytes, its index describes {needed}"
+        )

@@ -55,7 +55,9 @@ class HttpClient:
     headers: Mapping[str, str] = field(default_factory=dict)
     context: ssl.SSLContext | None = None
 
-    def open(self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None) -> http.client.HTTPResponse:
+    def open(
+        self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None
+    ) -> http.client.HTTPResponse:
         """Raises HTTPError, URLError, OSError, ValueError."""
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise LoadFailed(f"{_shown(url)} is not HTTP")
@@ -157,9 +159,9 @@ class HttpClient:
             raise _InterruptedError(f"can't be reached: {_words(error)}") from None
         with response, done.open("ab" if response.status == 206 else "wb") as out:
             if response.status != 206 and start:
-                arrived(-start)          # it changed, or the server gives no parts: from the beginning
+                arrived(-start)  # it changed, or the server gives no parts: from the beginning
                 start = 0
-            expected = response.length   # None if it tells none that is a number
+            expected = response.length  # None if it tells none that is a number
             received = 0
             while True:
                 job.check()
@@ -173,7 +175,7 @@ class HttpClient:
                 received += len(chunk)
                 arrived(len(chunk))
                 if 0 <= file.size_bytes < start + received:
-                    return               # it might go on till the disk is full; its size tells it from the file
+                    return  # it might go on till the disk is full; its size tells it from the file
             if expected is not None and received < expected:
                 raise _InterruptedError(f"cut off after {start + received} of {start + expected} bytes")
 
@@ -200,7 +202,9 @@ def _verify(file: RemoteFile, path: Path, job: PullJob) -> None:
                     digest.update(chunk)
             if digest.hexdigest() != expected:
                 path.unlink()
-                raise LoadFailed(f"{file.name} is corrupt: its {name} is {digest.hexdigest()}, the source gives {expected}")
+                raise LoadFailed(
+                    f"{file.name} is corrupt: its {name} is {digest.hexdigest()}, the source gives {expected}"
+                )
             return
 
 

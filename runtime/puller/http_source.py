@@ -12,8 +12,18 @@ from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name
 
 _INDEX = "model.safetensors.index.json"
 _BESIDE = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -54,7 +64,9 @@ class WebSource:
             if single is None:
                 raise LoadFailed(f"{self._origin} has neither model.safetensors nor {_INDEX}")
             return [single]
-        weight_map = parse_json(f"{self._origin}/{_INDEX}", self._client.read(index.location, 0, LARGEST_JSON_BYTES + 1)).get("weight_map")
+        weight_map = parse_json(
+            f"{self._origin}/{_INDEX}", self._client.read(index.location, 0, LARGEST_JSON_BYTES + 1)
+        ).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LoadFailed(f"{self._origin}/{_INDEX} has no weight_map")
         files = [index]

@@ -15,7 +15,9 @@ class HubSource:
     def __init__(self, reference: str, token: str | None, *, allow_pickle: bool) -> None:
         parts = reference.strip("/").split("/")
         if len(parts) not in (2, 3) or not all(parts):
-            raise InvalidRequest(f"hf://{reference}: owner/name is needed, with :revision if not the main one", param="modelPath")
+            raise InvalidRequest(
+                f"hf://{reference}: owner/name is needed, with :revision if not the main one", param="modelPath"
+            )
         name, separator, revision = parts[1].partition("@" if "@" in parts[1] else ":")
         if not name or (separator and not revision):
             raise InvalidRequest(f"hf://{reference}: the revision is empty", param="modelPath")
@@ -33,20 +35,30 @@ class HubSource:
         origin = f"hf://{self._repo}@{self._revision}"
         endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         try:
-            info = HfApi(endpoint=endpoint, token=self._token).model_info(self._repo, revision=self._revision, files_metadata=True, timeout=30)
+            info = HfApi(endpoint=endpoint, token=self._token).model_info(
+                self._repo, revision=self._revision, files_metadata=True, timeout=30
+            )
         except RevisionNotFoundError as error:
             raise LoadFailed(f"{origin}: the repository has no revision {self._revision!r}") from error
         except RepositoryNotFoundError as error:
-            raise LoadFailed(f"{origin}: no such repository, or it is private or gated and HF_TOKEN gives no access") from error
+            raise LoadFailed(
+                f"{origin}: no such repository, or it is private or gated and HF_TOKEN gives no access"
+            ) from error
         except (HfHubHTTPError, OSError, ValueError) as error:
             first_line, *_ = str(error).splitlines() or [""]
             # offline by its own variable, or not well: what was listed before still holds
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
             if status in (401, 403):
-                raise LoadFailed(f"{origin}: the hub refuses access ({status}); is HF_TOKEN, or the storage's token, the right one?") from error
+                raise LoadFailed(
+                    f"{origin}: the hub refuses access ({status}); is HF_TOKEN, or the storage's token, the right one?"
+                ) from error
             away = status in AGAIN or isinstance(error, ConnectionError | TimeoutError)
-            raise (Unreachable if away else LoadFailed)(f"{origin}: the hub can't be asked: {type(error).__name__}: {first_line}") from error
-        except Exception as error:      # the library's HTTP client has a tree of its own, which changes with its major versions
+            raise (Unreachable if away else LoadFailed)(
+                f"{origin}: the hub can't be asked: {type(error).__name__}: {first_line}"
+            ) from error
+        except (
+            Exception
+        ) as error:  # the library's HTTP client has a tree of its own, which changes with its major versions
             raise Unreachable(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
         token = self._token or get_token()
         self._client = HttpClient(headers={"Authorization": f"Bearer {token}"} if token else {})

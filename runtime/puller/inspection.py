@@ -25,7 +25,9 @@ class ModelMetadata:
 
 
 class ModelInspector(Protocol):
-    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> ModelMetadata:
+    async def look(
+        self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
+    ) -> ModelMetadata:
         """`local_only`: raise LoadFailed at once where it would need the network. Raises InvalidRequest, LoadFailed."""
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:

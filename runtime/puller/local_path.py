@@ -20,8 +20,13 @@ def local_path(path: str, roots: Sequence[str]) -> Path:
             raise InvalidRequest(f"path {path!r} is outside the model roots ({', '.join(roots)})", param="modelPath")
         if not real.exists():
             raise LoadFailed(f"{path}: no such file or directory")
-    except (OSError, RuntimeError) as error:      # links in a circle, a name too long, a home that nobody has, no right to look
-        raise LoadFailed(f"{path[:200]} can't be used: {error.strerror if isinstance(error, OSError) else error}") from error
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # links in a circle, a name too long, a home that nobody has, no right to look
+        raise LoadFailed(
+            f"{path[:200]} can't be used: {error.strerror if isinstance(error, OSError) else error}"
+        ) from error
     if bounds and real.is_dir():
         for file in real.rglob("*"):
             if file.is_symlink() and not any(file.resolve().is_relative_to(bound) for bound in bounds):

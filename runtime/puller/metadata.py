@@ -38,5 +38,7 @@ def look_remote(source: Source, job: PullJob) -> Found:
 
 
 def _read_shapes(source: Source, file: RemoteFile, job: PullJob) -> Sequence[TensorShape]:
-    length = header_length(file.name, source.read(file, 0, 8, job), file.size_bytes if file.size_bytes >= 0 else 1 << 62)
+    length = header_length(
+        file.name, source.read(file, 0, 8, job), file.size_bytes if file.size_bytes >= 0 else 1 << 62
+    )
     return parse_header(file.name, source.read(file, 8, length, job)).tensors

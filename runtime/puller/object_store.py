@@ -83,7 +83,9 @@ class BucketSource:
                         with _told(f"{self._bucket.origin}/{file.location}", "read"):
                             chunk = self._bucket.read(file, start, min(_CHUNK_BYTES, file.size_bytes - start))
                         if not chunk:
-                            raise LoadFailed(f"{self._bucket.origin}/{file.location}: ended after {start} of {file.size_bytes} bytes")
+                            raise LoadFailed(
+                                f"{self._bucket.origin}/{file.location}: ended after {start} of {file.size_bytes} bytes"
+                            )
                         out.write(chunk)
                         start += len(chunk)
                         arrived(len(chunk))

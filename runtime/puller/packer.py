@@ -20,7 +20,9 @@ _POLL_S = 0.1
 def run_packer(request: PackRequest, job: PullJob) -> None:
     """Blocks until the packed directory is filled. Raises what the packer says, LoadFailed if it dies, OSError (ENOSPC) on a full disk."""
     command = [sys.executable, "-m", "runtime.puller.pack"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -57,7 +59,9 @@ def run_packer(request: PackRequest, job: PullJob) -> None:
                 raise OSError(number, message)
             raise from_code(code, message)
     tail = b"".join(errors[-3:]).decode(errors="replace").strip()
-    raise LoadFailed(f"the packer ended without a word (exit status {process.returncode}; killed for its memory?): {tail}")
+    raise LoadFailed(
+        f"the packer ended without a word (exit status {process.returncode}; killed for its memory?): {tail}"
+    )
 
 
 def _hear(stream: IO[bytes], job: PullJob, last: list[PackEvent]) -> None:

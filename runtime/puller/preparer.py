@@ -33,14 +33,16 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_LOOKS = 256                             # that are remembered
-_GGUF_GROWTH = 4                         # dequantised bytes for one byte of file, at most about
+_LOOKS = 256  # that are remembered
+_GGUF_GROWTH = 4  # dequantised bytes for one byte of file, at most about
 
 
 class CheckpointPreparer:
     """Implements runtime.models.model_state.Preparer and runtime.puller.inspection.Fitter over one disk cache."""
 
-    def __init__(self, config: RuntimeConfig, cache: Cache, packer: Callable[[PackRequest, PullJob], None] = run_packer) -> None:
+    def __init__(
+        self, config: RuntimeConfig, cache: Cache, packer: Callable[[PackRequest, PullJob], None] = run_packer
+    ) -> None:
         self._packer = packer
         self._config = config
         self._cache = cache
@@ -54,7 +56,9 @@ class CheckpointPreparer:
         job = PullJob(report)
         return await self._in_thread(lambda: self._prepare(source, settings, device, job), job)
 
-    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> ModelMetadata:
+    async def look(
+        self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
+    ) -> ModelMetadata:
         """See runtime.puller.inspection.Fitter."""
         job = PullJob(lambda progress: None)
         return await self._in_thread(lambda: self._look(source, settings, device, local_only, job), job)
@@ -62,7 +66,9 @@ class CheckpointPreparer:
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         """See runtime.puller.inspection.Fitter."""
         job = PullJob(lambda progress: None)
-        return await self._in_thread(lambda: self._judge.refusal(look.config, look.gguf_file, settings.max_model_len, job), job)
+        return await self._in_thread(
+            lambda: self._judge.refusal(look.config, look.gguf_file, settings.max_model_len, job), job
+        )
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -114,9 +120,13 @@ class CheckpointPreparer:
 
     def _pull(self, source: Source, listing: Listing, job: PullJob) -> Held:
         total_bytes = listing.total_bytes
-        return self._cache.obtain("pulled", listing.key, total_bytes, lambda work: pull(source, listing, work, job), job, listing.origin)
+        return self._cache.obtain(
+            "pulled", listing.key, total_bytes, lambda work: pull(source, listing, work, job), job, listing.origin
+        )
 
-    def _from_files(self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: PullJob) -> Prepared:
+    def _from_files(
+        self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: PullJob
+    ) -> Prepared:
         found = inspect(path, self._policy)
         quantization = _quantization(found.quantization, settings, found.model_dir.name)
         dtype = compute_dtype(settings.dtype, checkpoint_dtype(found.config), device)
@@ -126,15 +136,24 @@ class CheckpointPreparer:
         packed = self._find_packed(key)
         if packed is None:
             request = PackRequest(
-                kind=found.kind.value, model_dir=str(found.model_dir), weight_files=tuple(str(file) for file in found.weight_files), out_dir="",
-                source=identity or found.identity, quantization=quantization, double_quant=settings.double_quant, dtype=dtype,
+                kind=found.kind.value,
+                model_dir=str(found.model_dir),
+                weight_files=tuple(str(file) for file in found.weight_files),
+                out_dir="",
+                source=identity or found.identity,
+                quantization=quantization,
+                double_quant=settings.double_quant,
+                dtype=dtype,
             )
             plain = self._dequantised(request, identity or found.identity, settings, device)
             try:
                 if plain is not None:
                     packed_file = plain.checkpoint.packed_file or ""
                     request = msgspec.structs.replace(
-                        request, kind=CheckpointKind.SAFETENSORS.value, model_dir=plain.checkpoint.model_dir, weight_files=(packed_file,)
+                        request,
+                        kind=CheckpointKind.SAFETENSORS.value,
+                        model_dir=plain.checkpoint.model_dir,
+                        weight_files=(packed_file,),
                     )
                 self._pack(key, request, _packed_bytes(found, quantization, dtype), job).release()
             finally:
@@ -142,12 +161,16 @@ class CheckpointPreparer:
                     plain.release()
             packed = self._find_packed(key)
             if packed is None:
-                raise LoadFailed(f"{path.name}: the packed file was dropped from the disk cache at once; its budget is too small")
+                raise LoadFailed(
+                    f"{path.name}: the packed file was dropped from the disk cache at once; its budget is too small"
+                )
         if pulled is not None:
             pulled.release()
         return packed
 
-    def _dequantised(self, request: PackRequest, identity: str, settings: ModelSettings, device: str) -> Prepared | None:
+    def _dequantised(
+        self, request: PackRequest, identity: str, settings: ModelSettings, device: str
+    ) -> Prepared | None:
         """A GGUF file's unquantised pack, if there is one: reading GGUF anew takes much longer than quantising."""
         if request.kind != CheckpointKind.GGUF.value or request.quantization is Quantization.NONE:
             return None
@@ -158,7 +181,12 @@ class CheckpointPreparer:
         model_dir, beside = str(found.model_dir), None
         if found.needs_tokenizer:
             request = PackRequest(
-                kind=found.kind.value, model_dir=model_dir, weight_files=(), out_dir="", source=found.identity, pack_weights=False
+                kind=found.kind.value,
+                model_dir=model_dir,
+                weight_files=(),
+                out_dir="",
+                source=found.identity,
+                pack_weights=False,
             )
             beside = self._pack(f"{found.identity}-tokenizer", request, 64 << 20, job)
             model_dir = str(beside.path)
@@ -180,7 +208,7 @@ class CheckpointPreparer:
         def fill(work: Path) -> None:
             for file in work.iterdir():
                 if file.is_file():
-                    file.unlink()          # a half-written packed file is of no use to the next try
+                    file.unlink()  # a half-written packed file is of no use to the next try
             self._packer(msgspec.structs.replace(request, out_dir=str(work)), job)
 
         job.say(Phase.PACKING, 0, 0, "starting the packer")
@@ -204,7 +232,9 @@ class CheckpointPreparer:
         )
         return Prepared(checkpoint, held.release)
 
-    def _look(self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: PullJob) -> ModelMetadata:
+    def _look(
+        self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: PullJob
+    ) -> ModelMetadata:
         place = locate(source, self._config)
         gguf_file, remembered = None, None
         if isinstance(place, Path):
@@ -227,7 +257,9 @@ class CheckpointPreparer:
             reason = "" if local_only else self._judge.refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         needs = needs_of(geometry, tensors, msgspec.structs.replace(settings, quantize=quantization), device)
-        look = ModelMetadata(geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file)
+        look = ModelMetadata(
+            geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file
+        )
         if remembered is not None:
             self._looks[remembered] = look
         return look
@@ -238,19 +270,30 @@ def _quantization(stored: Quantization, settings: ModelSettings, name: str) -> Q
     if stored is Quantization.NONE:
         return settings.quantize
     if settings.quantize not in (Quantization.NONE, stored):
-        raise InvalidRequest(f"quantize is {settings.quantize.value}, and {name} is stored in {stored.value} already", param="quantize")
+        raise InvalidRequest(
+            f"quantize is {settings.quantize.value}, and {name} is stored in {stored.value} already", param="quantize"
+        )
     return stored
 
 
 def _pack_key(identity: str, settings: ModelSettings, device: str) -> str:
     """Of what decides a packed file's bytes, as far as it is known before the files are here."""
-    parts = (PACKER_VERSION, identity, settings.quantize.value, str(settings.double_quant), settings.dtype, "cpu" if device == "cpu" else "gpu")
+    parts = (
+        PACKER_VERSION,
+        identity,
+        settings.quantize.value,
+        str(settings.double_quant),
+        settings.dtype,
+        "cpu" if device == "cpu" else "gpu",
+    )
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def _packed_bytes(found: CheckpointSummary, quantization: Quantization, dtype: str) -> int:
     if not found.tensors:
-        return sum(file.stat().st_size for file in found.weight_files) * (_GGUF_GROWTH if found.kind is CheckpointKind.GGUF else 1)
+        return sum(file.stat().st_size for file in found.weight_files) * (
+            _GGUF_GROWTH if found.kind is CheckpointKind.GGUF else 1
+        )
     return sum(tensor_bytes(tensor, quantization, DTYPE_BYTES[dtype]) for tensor in found.tensors)
 
 

@@ -33,17 +33,25 @@ def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
     """Raises InvalidRequest for what can't be a place, LoadFailed for a local place that isn't there."""
     scheme, separator, rest = source.uri.partition("://")
     if separator and scheme not in SCHEMES:
-        raise InvalidRequest(f"{scheme}:// is not known; known are {', '.join(name + '://' for name in SCHEMES)}", param="modelPath")
+        raise InvalidRequest(
+            f"{scheme}:// is not known; known are {', '.join(name + '://' for name in SCHEMES)}", param="modelPath"
+        )
     if not separator and (source.storage_key is not None or "type" in source.storage_params):
         return _from_storage(source, config)
-    options = storage_options(config.storage_config_dir, source.storage_key, source.storage_params, source.uri) if separator else {}
+    options = (
+        storage_options(config.storage_config_dir, source.storage_key, source.storage_params, source.uri)
+        if separator
+        else {}
+    )
     match scheme if separator else "":
         case "":
             return local_path(source.uri, config.model_roots)
         case "file":
             parts = _split(source.uri)
             if parts.netloc not in ("", "localhost"):
-                raise InvalidRequest(f"{source.uri}: file:// takes three slashes and a path on this machine", param="modelPath")
+                raise InvalidRequest(
+                    f"{source.uri}: file:// takes three slashes and a path on this machine", param="modelPath"
+                )
             return local_path(urllib.parse.unquote(parts.path), config.model_roots)
         case "pvc":
             volume, _, path = rest.partition("/")
@@ -79,16 +87,25 @@ def _from_storage(source: ModelSource, config: RuntimeConfig) -> Path | Source:
             account, container = options.get("account_name", ""), options.get("container", "")
             return _azure("storage of type azure", account, container, path, options, config)
         case _:
-            raise InvalidRequest(f"storage type {kind!r} is not known; known are s3, gcs, azure, http, pvc", param="storage_params")
+            raise InvalidRequest(
+                f"storage type {kind!r} is not known; known are s3, gcs, azure, http, pvc", param="storage_params"
+            )
 
 
-def _azure(where: str, account: str, container: str, prefix: str, options: Mapping[str, str], config: RuntimeConfig) -> Source:
+def _azure(
+    where: str, account: str, container: str, prefix: str, options: Mapping[str, str], config: RuntimeConfig
+) -> Source:
     _need(where, account_name=account, container=container)
     return _bucket(where, partial(AzureContainer, account), container, prefix, options, config)
 
 
 def _bucket(
-    where: str, kind: Callable[[str, Mapping[str, str]], Bucket], bucket: str, prefix: str, options: Mapping[str, str], config: RuntimeConfig
+    where: str,
+    kind: Callable[[str, Mapping[str, str]], Bucket],
+    bucket: str,
+    prefix: str,
+    options: Mapping[str, str],
+    config: RuntimeConfig,
 ) -> Source:
     _need(where, bucket=bucket)
     try:
@@ -98,7 +115,9 @@ def _bucket(
     except Exception as error:
         # the libraries' own words may quote what they were given
         given = ", ".join(sorted(options)) or "none"
-        raise LoadFailed(f"{where}: the storage options can't be used ({type(error).__name__}); given are {given}") from None
+        raise LoadFailed(
+            f"{where}: the storage options can't be used ({type(error).__name__}); given are {given}"
+        ) from None
 
 
 def _web(url: str, path: str, options: Mapping[str, str]) -> WebSource:
@@ -106,14 +125,20 @@ def _web(url: str, path: str, options: Mapping[str, str]) -> WebSource:
     parts = _split(url)
     host = parts.netloc.rpartition("@")[2]
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidRequest(f"{parts.scheme or 'no scheme'}://{host}: an http:// or https:// URL with a host is needed", param="modelPath")
+        raise InvalidRequest(
+            f"{parts.scheme or 'no scheme'}://{host}: an http:// or https:// URL with a host is needed",
+            param="modelPath",
+        )
     headers = _headers(options)
     if parts.username is not None and not any(name.lower() == "authorization" for name in headers):
         words = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(words.encode()).decode()}"
     joined = f"{parts.path.rstrip('/')}/{path.lstrip('/')}" if path else parts.path
     quoted = urllib.parse.quote(joined, safe="/%~!$&'()*+,;=:@")
-    return WebSource(urllib.parse.urlunsplit((parts.scheme, host, quoted, parts.query, "")), HttpClient(headers, _certificates(options)))
+    return WebSource(
+        urllib.parse.urlunsplit((parts.scheme, host, quoted, parts.query, "")),
+        HttpClient(headers, _certificates(options)),
+    )
 
 
 def _split(url: str) -> urllib.parse.SplitResult:
@@ -131,14 +156,22 @@ def _headers(options: Mapping[str, str]) -> dict[str, str]:
     if "headers" not in options:
         return {}
     try:
-        found = {str(name): value if isinstance(value, str) else str(value[0]) for name, value in json.loads(options["headers"]).items()}
+        found = {
+            str(name): value if isinstance(value, str) else str(value[0])
+            for name, value in json.loads(options["headers"]).items()
+        }
     except (ValueError, AttributeError, IndexError, TypeError, RecursionError):
-        raise InvalidRequest("storage parameter headers must be a JSON object of names and values", param="storage_params") from None
+        raise InvalidRequest(
+            "storage parameter headers must be a JSON object of names and values", param="storage_params"
+        ) from None
     # secrets that were made from files end in a line's end
     headers = {name: value.strip() for name, value in found.items()}
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
-            raise InvalidRequest(f"storage parameter headers: {name[:100]!r} has a name or a value that no header can have", param="storage_params")
+            raise InvalidRequest(
+                f"storage parameter headers: {name[:100]!r} has a name or a value that no header can have",
+                param="storage_params",
+            )
     return headers
 
 
@@ -148,13 +181,14 @@ def _certificates(options: Mapping[str, str]) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cadata=options.get("certificate"))
         if "client_certificate" in options:
-            with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:     # the library reads a chain from files only
+            with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:  # the library reads a chain from files only
                 pem.write(options["client_certificate"] + "\n" + options.get("client_key", ""))
                 pem.flush()
                 context.load_cert_chain(pem.name)
     except (ssl.SSLError, ValueError) as error:
         raise InvalidRequest(
-            f"storage parameters certificate, client_certificate and client_key must be PEM ({type(error).__name__})", param="storage_params"
+            f"storage parameters certificate, client_certificate and client_key must be PEM ({type(error).__name__})",
+            param="storage_params",
         ) from None
     return context
 

@@ -29,7 +29,10 @@ class S3Bucket:
         self.away: tuple[type[Exception], ...] = (HTTPClientError,)
         self._bucket = bucket
         # a place that swallows what is sent to it must not hold up what was pulled before for minutes
-        patience: dict[str, Any] = {"connect_timeout": _CONNECT_S, "retries": {"max_attempts": _TRIES, "mode": "standard"}}
+        patience: dict[str, Any] = {
+            "connect_timeout": _CONNECT_S,
+            "retries": {"max_attempts": _TRIES, "mode": "standard"},
+        }
         config = Config(**patience, s3={"addressing_style": "path"} if "endpoint_url" in options else {})
         if options.get("anonymous", "").lower() in ("1", "true", "yes"):
             config = config.merge(Config(signature_version=UNSIGNED))
@@ -60,15 +63,19 @@ class S3Bucket:
 
     def checkable(self, file: RemoteFile) -> RemoteFile:
         """The tag of an upload in parts, or of one that is encrypted with a key of the key service or of a customer's, is no MD5."""
-        head = self._client.head_object(Bucket=self._bucket, Key=file.location, ChecksumMode="ENABLED", IfMatch=f'"{file.digest}"')
+        head = self._client.head_object(
+            Bucket=self._bucket, Key=file.location, ChecksumMode="ENABLED", IfMatch=f'"{file.digest}"'
+        )
         sha256 = head.get("ChecksumSHA256", "")
         if "-" in sha256 or head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
-            sha256 = ""                  # of the parts' sums; servers older than the type tell it by the count behind
+            sha256 = ""  # of the parts' sums; servers older than the type tell it by the count behind
         plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
         whole = len(file.digest) == 32 and "-" not in file.digest
         return replace(file, sha256=base64.b64decode(sha256).hex(), md5=file.digest if plain and whole else "")
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         end = start + count - 1
-        answer = self._client.get_object(Bucket=self._bucket, Key=file.location, Range=f"bytes={start}-{end}", IfMatch=f'"{file.digest}"')
+        answer = self._client.get_object(
+            Bucket=self._bucket, Key=file.location, Range=f"bytes={start}-{end}", IfMatch=f'"{file.digest}"'
+        )
         return bytes(answer["Body"].read())

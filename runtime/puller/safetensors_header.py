@@ -18,7 +18,7 @@ _MAX_HEADER_BYTES = 100 * 1024 * 1024
 class Header:
     tensors: Sequence[TensorShape]
     metadata: dict[str, str]
-    file_bytes: int                      # as the header needs it
+    file_bytes: int  # as the header needs it
 
 
 def read_header(path: Path) -> Header:
@@ -58,16 +58,22 @@ def parse_header(name: str, data: bytes) -> Header:
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
-                raise LoadFailed(f"{name} is corrupt: tensor {tensor} has offsets or sizes that are no whole numbers from 0 on")
+                raise LoadFailed(
+                    f"{name} is corrupt: tensor {tensor} has offsets or sizes that are no whole numbers from 0 on"
+                )
             expected = math.prod(shape) * DTYPE_BYTES[entry["dtype"]]
             if end - start != expected:
-                raise LoadFailed(f"{name} is corrupt: tensor {tensor} has {end - start} bytes, its shape needs {expected}")
+                raise LoadFailed(
+                    f"{name} is corrupt: tensor {tensor} has {end - start} bytes, its shape needs {expected}"
+                )
             tensors.append(TensorShape(tensor, entry["dtype"], shape))
             places.append((start, end))
         if not all(isinstance(value, str) for value in metadata.values()):
             raise LoadFailed(f"{name} is corrupt: its metadata has values that are no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LoadFailed(f"{name} is no safetensors file: its header can't be read ({type(error).__name__}: {error})") from error
+        raise LoadFailed(
+            f"{name} is no safetensors file: its header can't be read ({type(error).__name__}: {error})"
+        ) from error
     places.sort()
     if any(before > start for (_, before), (start, _) in pairwise(places)):
         raise LoadFailed(f"{name} is corrupt: some of its tensors lie over each other")

@@ -6,8 +6,21 @@ from dataclasses import dataclass
 from runtime.types import ModelSettings, Quantization
 
 DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-    "float32": 4, "float16": 2, "bfloat16": 2,
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BLOCK = 64
@@ -41,14 +54,14 @@ class Geometry:
     intermediate_size: int
     vocab_size: int
     max_model_len: int
-    dtype: str                           # of the checkpoint; "" where it doesn't say
+    dtype: str  # of the checkpoint; "" where it doesn't say
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
     weight_bytes: int
     kv_bytes_per_token: int
-    min_kv_bytes: int                    # one request of max_model_len tokens
+    min_kv_bytes: int  # one request of max_model_len tokens
     workspace_bytes: int
     max_model_len: int
     num_parameters: int
@@ -78,8 +91,18 @@ def needs_of(geometry: Geometry, tensors: Sequence[TensorShape], settings: Model
         weight_bytes = num_parameters * size
     kv_bytes_per_token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * size
     # the widest activation of a full step, twice, and its logits' row
-    workspace_bytes = 8192 * size * max(geometry.intermediate_size * 2, geometry.hidden_size * 4) + geometry.vocab_size * 4
-    return Needs(weight_bytes, kv_bytes_per_token, kv_bytes_per_token * max_model_len, workspace_bytes, max_model_len, num_parameters, dtype)
+    workspace_bytes = (
+        8192 * size * max(geometry.intermediate_size * 2, geometry.hidden_size * 4) + geometry.vocab_size * 4
+    )
+    return Needs(
+        weight_bytes,
+        kv_bytes_per_token,
+        kv_bytes_per_token * max_model_len,
+        workspace_bytes,
+        max_model_len,
+        num_parameters,
+        dtype,
+    )
 
 
 def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:

@@ -54,7 +54,7 @@ class Listing:
         return sum(max(file.size_bytes, 0) for file in self.files)
 
 
-Arrived = Callable[[int], None]          # bytes that came, since the last call
+Arrived = Callable[[int], None]  # bytes that came, since the last call
 
 
 class Source(Protocol):
@@ -72,13 +72,23 @@ class Source(Protocol):
 
 def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> list[RemoteFile]:
     """Of a repository's files those that a checkpoint needs: one kind of weights, configuration and tokenizer. Raises LoadFailed if there are none."""
-    top = [file for file in files if len(PurePosixPath(file.name).parts) == 1 or file.name.startswith("additional_chat_templates/")]
-    weights = [file for file in top if file.name.endswith(".safetensors") and not file.name.startswith(("consolidated", "adapter_"))]
+    top = [
+        file
+        for file in files
+        if len(PurePosixPath(file.name).parts) == 1 or file.name.startswith("additional_chat_templates/")
+    ]
+    weights = [
+        file
+        for file in top
+        if file.name.endswith(".safetensors") and not file.name.startswith(("consolidated", "adapter_"))
+    ]
     if not weights:
         weights = [file for file in top if file.name.endswith(".gguf")]
         if len(weights) > 1:
             names = ", ".join(file.name for file in weights[:4])
-            raise LoadFailed(f"{origin} has {len(weights)} GGUF files ({names}…): name one of them at the end of the URI")
+            raise LoadFailed(
+                f"{origin} has {len(weights)} GGUF files ({names}…): name one of them at the end of the URI"
+            )
     if not weights:
         weights = [file for file in top if file.name.endswith(_PICKLES) and file.name != "training_args.bin"]
         if weights and not allow_pickle:

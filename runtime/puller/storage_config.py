@@ -11,13 +11,29 @@ from pathlib import Path
 from runtime.errors import InvalidRequest, LoadFailed
 
 _KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
-_BEARERS = ("gcs", "azure")              # whose requests carry a token that whoever gets it can use
+_BEARERS = ("gcs", "azure")  # whose requests carry a token that whoever gets it can use
 # where what a configuration holds is sent to; whoever may register a model may not read it, and so may not name the place either
 _PLACES = ("url", "endpoint_url", "token_uri", "verify_ssl", "ca_bundle")
-_OPEN = frozenset({"type", "bucket", "region", "default_region", "container", "account_name", "name", "project_id", "anonymous", "certificate", *_PLACES})
+_OPEN = frozenset(
+    {
+        "type",
+        "bucket",
+        "region",
+        "default_region",
+        "container",
+        "account_name",
+        "name",
+        "project_id",
+        "anonymous",
+        "certificate",
+        *_PLACES,
+    }
+)
 
 
-def storage_options(config_dir: str, storage_key: str | None, params: Mapping[str, str], uri: str = "") -> dict[str, str]:
+def storage_options(
+    config_dir: str, storage_key: str | None, params: Mapping[str, str], uri: str = ""
+) -> dict[str, str]:
     """The named configuration with `params` over it. Without a key: `default_<type>` or `default`, if there is one.
 
     `uri` as it is registered: a configuration of another type or for another web site isn't used for it. Raises InvalidRequest for a key that is
@@ -49,11 +65,13 @@ def storage_options(config_dir: str, storage_key: str | None, params: Mapping[st
     moved = [name for name in _PLACES if name in params and params[name] != options.get(name)]
     if moved and not options.keys() <= _OPEN:
         whose = f"storage key {storage_key!r}" if storage_key is not None else "the default storage configuration"
-        raise InvalidRequest(f"storage_params can't change {moved[0]} of {whose}: its credentials would go there", param="storage_params")
+        raise InvalidRequest(
+            f"storage_params can't change {moved[0]} of {whose}: its credentials would go there", param="storage_params"
+        )
     merged = {**options, **params}
     kind = kind or _KINDS.get(merged.get("type", ""), merged.get("type", ""))
     if kind in _BEARERS and "endpoint_url" in moved:
-        merged["anonymous"] = "true"     # nor does the machine's own identity go to where a registration says
+        merged["anonymous"] = "true"  # nor does the machine's own identity go to where a registration says
     return merged
 
 

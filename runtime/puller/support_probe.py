@@ -32,7 +32,9 @@ class SupportProbe:
         self._answers: LRUCache[bytes, str] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
-    def refusal(self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: PullJob) -> str:
+    def refusal(
+        self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: PullJob
+    ) -> str:
         """Why it can't be run; empty if it can, or if that can't be told. `gguf_file` carries its configuration itself."""
         kept = {name: value for name, value in config.items() if name not in _LEFT_OUT}
         status = gguf_file.stat() if gguf_file is not None else None
@@ -53,8 +55,16 @@ class SupportProbe:
 
 
 def _ask(path: Path, max_model_len: int | None, job: PullJob) -> str | None:
-    command = [sys.executable, "-m", "runtime.engine.support_check", str(path), *([str(max_model_len)] if max_model_len is not None else [])]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "runtime.engine.support_check",
+        str(path),
+        *([str(max_model_len)] if max_model_len is not None else []),
+    ]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         while process.poll() is None:
             job.wait(_POLL_S)
@@ -69,5 +79,8 @@ def _ask(path: Path, max_model_len: int | None, job: PullJob) -> str | None:
     try:
         return str(json.loads(words))
     except ValueError:
-        log.warning("whether it can be run was not to be learnt: the process that tries it ended with status %d", process.returncode)
+        log.warning(
+            "whether it can be run was not to be learnt: the process that tries it ended with status %d",
+            process.returncode,
+        )
         return None

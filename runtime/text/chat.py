@@ -12,7 +12,7 @@ import msgspec
 from runtime.errors import InvalidRequest
 from runtime.text.sandbox import Sandbox, render
 
-_CONTINUE_MARK = "\u2063continue-here\u2063 "   # ends in a space to see whether the template trims
+_CONTINUE_MARK = "\u2063continue-here\u2063 "  # ends in a space to see whether the template trims
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -65,21 +65,40 @@ class ChatTemplates:
                 },
             )
         except jinja2.TemplateError as error:
-            raise InvalidRequest(f"model {model}: its chat template refuses this chat: {error.message or error}", param="messages") from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError) as error:
-            raise InvalidRequest(f"model {model}: its chat template fails on this chat: {error}", param="messages") from error
+            raise InvalidRequest(
+                f"model {model}: its chat template refuses this chat: {error.message or error}", param="messages"
+            ) from error
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            raise InvalidRequest(
+                f"model {model}: its chat template fails on this chat: {error}", param="messages"
+            ) from error
         return _cut_at_mark(model, rendered) if options.continue_final else rendered
 
     def _pick(self, model: str, wanted: str | None) -> str:
         if wanted is not None:
             if wanted not in self._texts:
-                raise InvalidRequest(f"model {model} has no chat template {wanted!r}, only {sorted(self._texts)}", param="chat_template")
+                raise InvalidRequest(
+                    f"model {model} has no chat template {wanted!r}, only {sorted(self._texts)}", param="chat_template"
+                )
             return self._texts[wanted]
         if "default" in self._texts:
             return self._texts["default"]
         if not self._texts:
-            raise InvalidRequest(f"model {model} has no chat template: use /v1/completions, or register it with one", param="messages")
-        raise InvalidRequest(f"model {model} has no default chat template, only {', '.join(sorted(self._texts))}", param="messages")
+            raise InvalidRequest(
+                f"model {model} has no chat template: use /v1/completions, or register it with one", param="messages"
+            )
+        raise InvalidRequest(
+            f"model {model} has no default chat template, only {', '.join(sorted(self._texts))}", param="messages"
+        )
 
     def _compile(self, text: str) -> jinja2.Template:
         template = self._compiled.get(text)
@@ -91,7 +110,7 @@ class ChatTemplates:
 def _as_template_sees(message: ChatMessage, template: str) -> dict[str, Any]:
     role = message.role
     if role == "developer" and "developer" not in template:
-        role = "system"   # OpenAI's newer name for it, which most templates don't know
+        role = "system"  # OpenAI's newer name for it, which most templates don't know
     return {**message.extra, "role": role, "content": message.content}
 
 

@@ -51,7 +51,9 @@ class ByteDetokenizer:
     def _strip_start(self, token_ids: Sequence[int]) -> bytes:
         parts = [self._pieces[token_id] for token_id in token_ids]
         first = next(index for index, part in enumerate(parts) if part)
-        parts[first] = parts[first].removeprefix(b" ") if self._start is START_STRIP_ONE else parts[first].replace(b" ", b"")
+        parts[first] = (
+            parts[first].removeprefix(b" ") if self._start is START_STRIP_ONE else parts[first].replace(b" ", b"")
+        )
         self._start = START_KEEP
         return b"".join(parts)
 
@@ -61,7 +63,7 @@ class WindowDetokenizer:
 
     __slots__ = ("_ids", "_read", "_shown", "_skip_special", "_tokenizer")
 
-    CONTEXT_TOKENS = 6   # of the prompt, so that the first tokens' spacing is right
+    CONTEXT_TOKENS = 6  # of the prompt, so that the first tokens' spacing is right
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer

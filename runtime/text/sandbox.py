@@ -18,11 +18,11 @@ import jinja2.parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-BUDGET = "the render's budget"           # the variable's name, which no template can set
+BUDGET = "the render's budget"  # the variable's name, which no template can set
 _COUNTED, _JOINED = "__counted", "__joined"
-_MOST_STEPS = 4_000_000                  # a chat of 100,000 turns takes a quarter of it; some seconds
+_MOST_STEPS = 4_000_000  # a chat of 100,000 turns takes a quarter of it; some seconds
 _CALL_STEPS = 4
-_MOST_S = 30.0                           # a step may sort a long list
+_MOST_S = 30.0  # a step may sort a long list
 _MOST_CHARACTERS = 64 * 1024 * 1024
 _MOST_DIGITS = 4_000
 
@@ -53,10 +53,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """Every render must be given a Budget as the variable BUDGET."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
-    concat = staticmethod(_bounded)      # what a macro says, and a block that is set or filtered
+    concat = staticmethod(_bounded)  # what a macro says, and a block that is set or filtered
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols], keep_trailing_newline=False)
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
+            keep_trailing_newline=False,
+        )
         self.filters["tojson"] = _to_json
         self.filters[_COUNTED] = _counted
         self.filters[_JOINED] = _joined
@@ -75,23 +80,37 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __context[BUDGET].step(_CALL_STEPS)
-        if isinstance(__obj, LoopContext) and args:      # of a recursive loop
+        if isinstance(__obj, LoopContext) and args:  # of a recursive loop
             args = (_counted(__context, args[0]), *args[1:])
         for value in args:
-            if isinstance(value, int) and value > _MOST_CHARACTERS:      # widths
+            if isinstance(value, int) and value > _MOST_CHARACTERS:  # widths
                 raise jinja2.TemplateRuntimeError(f"it calls for {value} of something")
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str) and any(len(digits) > 5 for digits in _numbers(left)):
             raise jinja2.TemplateRuntimeError("it makes a text of too great a width")
-        if operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > 4 * _MOST_DIGITS:
+        if (
+            operator == "**"
+            and isinstance(left, int)
+            and isinstance(right, int)
+            and left.bit_length() * abs(right) > 4 * _MOST_DIGITS
+        ):
             raise jinja2.TemplateRuntimeError("it makes too long a number")
         if operator == "*":
             for one, other in ((left, right), (right, left)):
-                if isinstance(one, str | bytes | list | tuple) and isinstance(other, int) and len(one) * other > _MOST_CHARACTERS:
+                if (
+                    isinstance(one, str | bytes | list | tuple)
+                    and isinstance(other, int)
+                    and len(one) * other > _MOST_CHARACTERS
+                ):
                     raise jinja2.TemplateRuntimeError("it makes too long a text")
-        if operator == "+" and isinstance(left, str | list) and isinstance(right, str | list) and len(left) + len(right) > _MOST_CHARACTERS:
+        if (
+            operator == "+"
+            and isinstance(left, str | list)
+            and isinstance(right, str | list)
+            and len(left) + len(right) > _MOST_CHARACTERS
+        ):
             raise jinja2.TemplateRuntimeError("it makes too long a text")
         return super().call_binop(context, operator, left, right)
 

@@ -29,8 +29,8 @@ class StopScanner:
         self._include = include
         self._by_list = by_list
         self._keep = max(map(len, self._stops)) - 1
-        self._tail = ""      # the newest text, long enough to complete a match
-        self._unsent = 0     # letters at the tail's end that were not shown
+        self._tail = ""  # the newest text, long enough to complete a match
+        self._unsent = 0  # letters at the tail's end that were not shown
 
     def push(self, text: str, *, check: bool = True) -> Match:
         """`check` False: this part can't end the text (too few tokens yet)."""
@@ -59,7 +59,7 @@ class StopScanner:
     def _find(self, window: str, old: int) -> tuple[int, str] | None:
         best: tuple[int, str] | None = None
         for stop in self._stops:
-            first = max(0, old - len(stop) + 1)   # it must take in something new
+            first = max(0, old - len(stop) + 1)  # it must take in something new
             if self._by_list:
                 start = window.rfind(stop, first)
                 if start >= 0:

@@ -19,7 +19,7 @@ class TextModel:
     def __init__(self, tokenizer: TextTokenizer, templates: ChatTemplates, sampling: DefaultSampling) -> None:
         self._tokenizer = tokenizer
         self._templates = templates
-        self.sampling = sampling   # generation_config.json's, under the registration's
+        self.sampling = sampling  # generation_config.json's, under the registration's
         self.vocab_size = tokenizer.vocab_size
         self.most_chars_per_token = tokenizer.most_chars_per_token
 
@@ -52,7 +52,9 @@ class TextModel:
     def special_tokens(self, texts: Sequence[str]) -> dict[int, str]:
         """Those of `texts` that are special tokens, by id."""
         ids = [(self._tokenizer.token_id(text), text) for text in texts]
-        return {token_id: text for token_id, text in ids if token_id is not None and self._tokenizer.is_special(token_id)}
+        return {
+            token_id: text for token_id, text in ids if token_id is not None and self._tokenizer.is_special(token_id)
+        }
 
     def is_special(self, token_id: int) -> bool:
         return self._tokenizer.is_special(token_id)

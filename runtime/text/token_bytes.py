@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-START_KEEP = "keep"             # the text's first token is as any other
-START_STRIP_ONE = "strip_one"   # one leading space of the text is dropped
-START_STRIP_MARKS = "strip_marks"   # every space mark of the first token is dropped
+START_KEEP = "keep"  # the text's first token is as any other
+START_STRIP_ONE = "strip_one"  # one leading space of the text is dropped
+START_STRIP_MARKS = "strip_marks"  # every space mark of the first token is dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def _byte_level() -> Callable[[str], bytes]:
     def to_bytes(piece: str) -> bytes:
         try:
             return bytes([alphabet[letter] for letter in piece])
-        except KeyError:   # an added token: its content is text
+        except KeyError:  # an added token: its content is text
             return piece.encode()
 
     return to_bytes

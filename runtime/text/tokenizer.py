@@ -16,8 +16,10 @@ from runtime.text.token_bytes import START_KEEP, Decoding, TokenBytes, byte_leve
 from runtime.text.tokenizer_files import TokenizerConfig, TokenSpec
 
 # letters of bytes that no text has, or none that is typed: some vocabularies leave them out
-_RARE_BYTES = frozenset(letter for letter, byte in byte_level_alphabet().items() if byte < 0x20 or byte > 0xEF or byte in (0x7F, 0xC0, 0xC1))
-_MOST_NORMALIZED_AWAY = 4   # a letter with three marks becomes one
+_RARE_BYTES = frozenset(
+    letter for letter, byte in byte_level_alphabet().items() if byte < 0x20 or byte > 0xEF or byte in (0x7F, 0xC0, 0xC1)
+)
+_MOST_NORMALIZED_AWAY = 4  # a letter with three marks becomes one
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,9 @@ class TextTokenizer:
     def encode_with_offsets(self, text: str) -> Encoding:
         """With special tokens."""
         [found] = self._tokenizer.encode_batch([text])
-        return Encoding(tuple(found.ids), tuple(found.tokens), tuple(found.offsets), tuple(map(bool, found.special_tokens_mask)))
+        return Encoding(
+            tuple(found.ids), tuple(found.tokens), tuple(found.offsets), tuple(map(bool, found.special_tokens_mask))
+        )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         stream = self.detokenizer((), skip_special_tokens=skip_special_tokens)
@@ -105,10 +109,12 @@ def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
     """Raises LoadFailed naming the file."""
     path = model_dir / "tokenizer.json"
     if not path.exists():
-        raise LoadFailed(f"{model_dir} has no tokenizer.json; a checkpoint with only a slow tokenizer has to be packed first")
+        raise LoadFailed(
+            f"{model_dir} has no tokenizer.json; a checkpoint with only a slow tokenizer has to be packed first"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:   # the library raises bare Exception for a file it can't read
+    except Exception as error:  # the library raises bare Exception for a file it can't read
         raise LoadFailed(f"{path} can't be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -137,7 +143,12 @@ def _add_missing_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
         known.add(spec.content)
         special = spec.special or spec.content in specials
         token = AddedToken(
-            spec.content, single_word=spec.single_word, lstrip=spec.lstrip, rstrip=spec.rstrip, normalized=spec.normalized, special=special
+            spec.content,
+            single_word=spec.single_word,
+            lstrip=spec.lstrip,
+            rstrip=spec.rstrip,
+            normalized=spec.normalized,
+            special=special,
         )
         if special:
             tokenizer.add_special_tokens([token])

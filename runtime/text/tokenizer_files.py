@@ -40,7 +40,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     cls_token: str | TokenSpec | bool | None = None
     mask_token: str | TokenSpec | bool | None = None
     additional_special_tokens: list[str | TokenSpec] | None = None
-    extra_special_tokens: list[str | TokenSpec] | dict[str, str | TokenSpec] | None = None       # transformers 5's name for it
+    extra_special_tokens: list[str | TokenSpec] | dict[str, str | TokenSpec] | None = (
+        None  # transformers 5's name for it
+    )
     model_specific_special_tokens: dict[str, str | TokenSpec] | None = None
     added_tokens_decoder: dict[str, TokenSpec] = {}
     chat_template: str | list[NamedTemplate] | None = None
@@ -62,7 +64,10 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     def unnamed_tokens(self) -> list[TokenSpec]:
         """Further special tokens."""
         extra = self.extra_special_tokens if isinstance(self.extra_special_tokens, list) else []
-        return [token if isinstance(token, TokenSpec) else TokenSpec(token) for token in [*(self.additional_special_tokens or ()), *extra]]
+        return [
+            token if isinstance(token, TokenSpec) else TokenSpec(token)
+            for token in [*(self.additional_special_tokens or ()), *extra]
+        ]
 
 
 class GenerationConfig(msgspec.Struct, frozen=True):

@@ -56,13 +56,29 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     tiny_llama(models / "ada")
     secrets = base / "storage-config"
     secrets.mkdir()
-    (secrets / "mine").write_text(json.dumps({"type": "s3", "secret_access_key": STORE_SECRET, "endpoint_url": "http://127.0.0.1:9"}))
+    (secrets / "mine").write_text(
+        json.dumps({"type": "s3", "secret_access_key": STORE_SECRET, "endpoint_url": "http://127.0.0.1:9"})
+    )
     config = base / "config.yaml"
     config.write_text(
-        yaml.safe_dump(_GUARDS | {"runtime": _GUARDS["runtime"] | {"model_roots": [str(models)], "storage_config_dir": str(secrets)}})
+        yaml.safe_dump(
+            _GUARDS
+            | {"runtime": _GUARDS["runtime"] | {"model_roots": [str(models)], "storage_config_dir": str(secrets)}}
+        )
     )
     web = WebServer(models)
-    flags = ("--device", "cpu", "--memory", "40MiB", "--cache-size", "3MiB", "--wait-budget", "3", "--config", str(config))
+    flags = (
+        "--device",
+        "cpu",
+        "--memory",
+        "40MiB",
+        "--cache-size",
+        "3MiB",
+        "--wait-budget",
+        "3",
+        "--config",
+        str(config),
+    )
     environment = {"REPERTORY_API_KEYS": f"another,{API_KEY}", "HF_TOKEN": HUB_TOKEN}
     with stack.serve(*flags, home=home, environment=environment, log=log) as running:
         edge = Edge(running.url, API_KEY)
@@ -77,5 +93,7 @@ def greedy(folder: Path, prompt: str, max_new_tokens: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     with torch.inference_mode():
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0
+        )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

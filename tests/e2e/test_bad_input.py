@@ -58,7 +58,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "incomplete": (_incomplete, "missing model.layers.0.self_attn.q_proj.weight"),
     "misshapen": (lambda folder: _configured(folder, hidden_size=128), "shape"),
     "unsupported": (lambda folder: _configured(folder, model_type="flurbl", architectures=["Flurbl"]), "flurbl"),
-    "bringing-code": (lambda folder: _configured(folder, model_type="own", auto_map={"AutoModelForCausalLM": "x.Y"}), "own code"),
+    "bringing-code": (
+        lambda folder: _configured(folder, model_type="own", auto_map={"AutoModelForCausalLM": "x.Y"}),
+        "own code",
+    ),
     "pickled": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "allow_pickle"),
     "weightless": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "unconfigured": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
@@ -212,7 +215,10 @@ def test_a_grpc_message_that_cannot_be_read_is_refused_at_once(guarded: Guarded)
     metadata = [("mm-model-id", "ada"), ("authorization", f"Bearer {API_KEY}")]
     with grpc.insecure_channel(guarded.grpc, options=[("grpc.max_send_message_length", -1)]) as channel:
         call = channel.unary_unary("/fmaas.GenerationService/Generate")
-        for message, code in ((b"\xff" * 5, grpc.StatusCode.INVALID_ARGUMENT), (b"\xff" * 100 * MIB, grpc.StatusCode.RESOURCE_EXHAUSTED)):
+        for message, code in (
+            (b"\xff" * 5, grpc.StatusCode.INVALID_ARGUMENT),
+            (b"\xff" * 100 * MIB, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ):
             with pytest.raises(grpc.RpcError) as refused:
                 call(message, metadata=metadata, timeout=30)
             assert refused.value.code() is code  # type: ignore[attr-defined]
@@ -286,11 +292,17 @@ def test_past_the_wait_budget_callers_are_told_when_to_return_and_the_load_goes_
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
     assert "wait budget of 3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
     _until(lambda: guarded.edge.complete("slower").status == 200, "the load did not go on")
-    assert 'repertory_mesh_loads_total{model_name="slower",outcome="loaded"} 1.0' in guarded.edge.ask("GET", "/metrics").text
+    assert (
+        'repertory_mesh_loads_total{model_name="slower",outcome="loaded"} 1.0'
+        in guarded.edge.ask("GET", "/metrics").text
+    )
 
 
 def test_secrets_are_refused_in_registrations_and_appear_nowhere(guarded: Guarded) -> None:
-    for uri in ("https://me:pw-nobody-may-read@example.org/x.gguf", "https://example.org/x.gguf?token=pw-nobody-may-read"):
+    for uri in (
+        "https://me:pw-nobody-may-read@example.org/x.gguf",
+        "https://example.org/x.gguf?token=pw-nobody-may-read",
+    ):
         answer = guarded.edge.register("leak", uri)
         assert (answer.status, "storage_key" in answer.error) == (400, True)
         assert "nobody-may-read" not in answer.error
@@ -313,7 +325,18 @@ def test_a_port_that_is_taken_ends_serve_with_its_name(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        command = [sys.executable, "-m", "mesh", "serve", "--home", str(tmp_path), "--http-listen", address, "--grpc-listen", "127.0.0.1:0"]
+        command = [
+            sys.executable,
+            "-m",
+            "mesh",
+            "serve",
+            "--home",
+            str(tmp_path),
+            "--http-listen",
+            address,
+            "--grpc-listen",
+            "127.0.0.1:0",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert f"{address} can't be listened on" in done.stderr + done.stdout

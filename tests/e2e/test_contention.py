@@ -57,7 +57,9 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tight]:
         tiny_llama(models / name, 10 + seed, hidden=256, layers=4)
     config = base / "config.yaml"
     config.write_text("runtime: {grace_s: 5, engine: {debug_checks: true, num_threads: 1}}\n")
-    with stack.serve("--device", "cpu", "--memory", _MEMORY, "--wait-budget", "60", "--config", str(config), log=base / "serve.log") as running:
+    with stack.serve(
+        "--device", "cpu", "--memory", _MEMORY, "--wait-budget", "60", "--config", str(config), log=base / "serve.log"
+    ) as running:
         yield Tight(Edge(running.url), models, running.pid)
 
 
@@ -143,7 +145,10 @@ def test_a_soak_of_everything_leaves_nothing_behind(tight: Tight) -> None:
     print(f"seed {seed}")
     until_s = time.monotonic() + _SOAK_S
     with ThreadPoolExecutor(_SOAK_CALLERS) as callers:
-        lives = [callers.submit(_life, tight, random.Random(seed + number), names, until_s) for number in range(_SOAK_CALLERS)]
+        lives = [
+            callers.submit(_life, tight, random.Random(seed + number), names, until_s)
+            for number in range(_SOAK_CALLERS)
+        ]
         ends: Counter[str] = sum((life.result() for life in lives), Counter())
     print(dict(ends))
     assert ends["answered"] >= 20
@@ -169,7 +174,9 @@ def _life(tight: Tight, chance: random.Random, names: tuple[str, ...], until_s: 
 
 
 def _answer(tight: Tight, chance: random.Random, name: str) -> str:
-    answer = tight.edge.complete(name, max_tokens=chance.randint(1, 60), temperature=chance.choice((0, 1)), n=chance.randint(1, 3))
+    answer = tight.edge.complete(
+        name, max_tokens=chance.randint(1, 60), temperature=chance.choice((0, 1)), n=chance.randint(1, 3)
+    )
     return "answered" if answer.status == 200 else _named(answer)
 
 
@@ -211,12 +218,22 @@ def _come_and_go(tight: Tight, chance: random.Random, _: str) -> str:
 
 
 def _nonsense(tight: Tight, chance: random.Random, name: str) -> str:
-    fields: dict[str, object] = chance.choice(({"temperature": -1}, {"prompt": "x" * 9000}, {"n": 0}, {"model": "nobody"}, {"suffix": "x"}))
+    fields: dict[str, object] = chance.choice(
+        ({"temperature": -1}, {"prompt": "x" * 9000}, {"n": 0}, {"model": "nobody"}, {"suffix": "x"})
+    )
     answer = tight.edge.complete(name, **fields) if "model" not in fields else tight.edge.complete("nobody")
     return "refused" if answer.status in (400, 404, 501) else _named(answer)
 
 
-_DEEDS: tuple[Callable[[Tight, random.Random, str], str], ...] = (_answer, _stream, _leave, _unload, _load, _come_and_go, _nonsense)
+_DEEDS: tuple[Callable[[Tight, random.Random, str], str], ...] = (
+    _answer,
+    _stream,
+    _leave,
+    _unload,
+    _load,
+    _come_and_go,
+    _nonsense,
+)
 _WEIGHTS = (40, 20, 15, 7, 7, 7, 8)
 
 
@@ -237,7 +254,11 @@ class _Held:
 def _held(tight: Tight) -> _Held:
     [pod] = tight.edge.ask("GET", "/admin/v1/pods").json()["pods"]
     processes = tight.processes()
-    return _Held(pod["device_used_bytes"], sum(process.num_fds() for process in processes), frozenset(process.pid for process in processes))
+    return _Held(
+        pod["device_used_bytes"],
+        sum(process.num_fds() for process in processes),
+        frozenset(process.pid for process in processes),
+    )
 
 
 def _model(edge: Edge, name: str) -> dict[str, Any]:
@@ -258,7 +279,13 @@ def _unload_all(edge: Edge) -> None:
     for model in edge.ask("GET", "/admin/v1/models").json()["models"]:
         assert edge.ask("POST", "/models/unload", {"model": model["name"]}).status == 200
     _until(
-        lambda: not any(pod["used_bytes"] or pod["num_models"] or pod["device_used_bytes"] for pod in edge.ask("GET", "/admin/v1/pods").json()["pods"]), "models stay"
+        lambda: (
+            not any(
+                pod["used_bytes"] or pod["num_models"] or pod["device_used_bytes"]
+                for pod in edge.ask("GET", "/admin/v1/pods").json()["pods"]
+            )
+        ),
+        "models stay",
     )
 
 

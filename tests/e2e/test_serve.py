@@ -28,7 +28,9 @@ def client_of(served: stack.Stack, retries: int = 0) -> openai.OpenAI:
 
 
 def stream_text(served: stack.Stack, model: str, prompt: str, max_tokens: int) -> str:
-    parts = client_of(served).completions.create(model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True)
+    parts = client_of(served).completions.create(
+        model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True
+    )
     return "".join(part.choices[0].text for part in parts if part.choices)
 
 
@@ -48,7 +50,8 @@ def test_answers_by_name_are_transformers_own(served: stack.Stack, models: dict[
 
 def test_grpc_gives_the_same_text(served: stack.Stack, models: dict[str, Path]) -> None:
     request = fmaas.BatchedGenerationRequest(
-        requests=[fmaas.GenerationRequest(text=PROMPT)], params=fmaas.Parameters(stopping=fmaas.StoppingCriteria(max_new_tokens=24))
+        requests=[fmaas.GenerationRequest(text=PROMPT)],
+        params=fmaas.Parameters(stopping=fmaas.StoppingCriteria(max_new_tokens=24)),
     )
     with grpc.insecure_channel(served.grpc) as channel:
         stub = fmaas_grpc.GenerationServiceStub(channel)
@@ -106,11 +109,15 @@ def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -
         assert stream_text(served, many[-1], PROMPT, 8)
 
 
-def test_sigterm_lets_streams_finish_and_every_line_of_a_json_log_is_json(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_sigterm_lets_streams_finish_and_every_line_of_a_json_log_is_json(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
     with stack.serve("--device", "cpu", "--memory", "64MiB", "--log-json", log=tmp_path / "log") as served:
         served.admin.register({"name": "ada", "uri": str(models["ada"])})
         expected = stream_text(served, "ada", PROMPT, 200)
-        stream = client_of(served).completions.create(model="ada", prompt=PROMPT, max_tokens=200, temperature=0, stream=True)
+        stream = client_of(served).completions.create(
+            model="ada", prompt=PROMPT, max_tokens=200, temperature=0, stream=True
+        )
         pieces = [next(iter(stream)).choices[0].text]
         os.kill(served.pid, signal.SIGTERM)
         pieces += [part.choices[0].text for part in stream if part.choices]
@@ -122,7 +129,11 @@ def test_sigterm_lets_streams_finish_and_every_line_of_a_json_log_is_json(tmp_pa
 def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
     def repertory(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "mesh", *arguments, "--server", served.url], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-m", "mesh", *arguments, "--server", served.url],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -149,7 +160,19 @@ def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
 
 def test_a_conversation_in_a_terminal(served: stack.Stack, models: dict[str, Path]) -> None:
     served.admin.register({"name": "bob", "uri": str(models["bob"])})
-    command = [sys.executable, "-m", "mesh", "run", "bob", "--max-tokens", "6", "--temperature", "0", "--server", served.url]
+    command = [
+        sys.executable,
+        "-m",
+        "mesh",
+        "run",
+        "bob",
+        "--max-tokens",
+        "6",
+        "--temperature",
+        "0",
+        "--server",
+        served.url,
+    ]
     here, there = os.openpty()
     with subprocess.Popen(command, stdin=there, stdout=there, stderr=there, start_new_session=True) as talk:
         os.close(there)

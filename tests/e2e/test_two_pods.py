@@ -25,7 +25,9 @@ def pods(etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield a, b
 
 
-def test_a_model_registered_at_one_pod_answers_at_the_other(pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]) -> None:
+def test_a_model_registered_at_one_pod_answers_at_the_other(
+    pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]
+) -> None:
     a, b = pods
     stack.load_and_wait(a, "ada", str(models["ada"]))
     assert stream_text(b, "ada", PROMPT, 24) == greedy(models["ada"], PROMPT, 24)
@@ -39,12 +41,16 @@ def test_both_pods_list_the_same_models(pods: tuple[stack.Stack, stack.Stack], m
     assert {model.id for model in client_of(a).models.list()} >= {"ada", "bob"}
 
 
-def test_a_pod_killed_outright_is_replaced_by_the_next_request(pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]) -> None:
+def test_a_pod_killed_outright_is_replaced_by_the_next_request(
+    pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]
+) -> None:
     a, b = pods
     a.admin.register({"name": "cyd", "uri": str(models["cyd"])})
     loaded = {name: stream_text(a, name, PROMPT, 8) for name in ("ada", "bob", "cyd")}
     # one stream that is under way on the pod that dies, called through the other
-    lost = client_of(b).completions.create(model="ada", prompt=PROMPT, max_tokens=450, stream=True, extra_body={"ignore_eos": True})
+    lost = client_of(b).completions.create(
+        model="ada", prompt=PROMPT, max_tokens=450, stream=True, extra_body={"ignore_eos": True}
+    )
     next(iter(lost))
     processes = [psutil.Process(a.pid), *psutil.Process(a.pid).children(recursive=True)]
     for process in processes:
@@ -62,5 +68,7 @@ def test_a_pod_killed_outright_is_replaced_by_the_next_request(pods: tuple[stack
 def _pod_id(pod: stack.Stack) -> str:
     """Named after its host and its gRPC port."""
     return next(
-        entry["instance_id"] for entry in json.loads(pod.admin.call("GET", "/admin/v1/pods"))["pods"] if pod.grpc in entry["grpc_address"]
+        entry["instance_id"]
+        for entry in json.loads(pod.admin.call("GET", "/admin/v1/pods"))["pods"]
+        if pod.grpc in entry["grpc_address"]
     )

@@ -11,7 +11,9 @@ from runtime.engine.kernels.scratch import Scratch
 
 @pytest.mark.parametrize(("num_samples", "padded", "vocab"), [(1, 1, 5000), (3, 4, 9001), (2, 2, 100), (300, 300, 257)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_kernel_equals_twin(device: torch.device, num_samples: int, padded: int, vocab: int, dtype: torch.dtype) -> None:
+def test_kernel_equals_twin(
+    device: torch.device, num_samples: int, padded: int, vocab: int, dtype: torch.dtype
+) -> None:
     logits = torch.randn(padded, vocab, device=device).to(dtype)  # bf16: many ties
     logits[0, vocab // 2 :] = float("-inf")
     upload = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32, device=device)
@@ -22,7 +24,10 @@ def test_kernel_equals_twin(device: torch.device, num_samples: int, padded: int,
     found = []
     for run in ("twin", "kernel"):
         drawn = torch.full((padded,), -7, dtype=torch.int64, device=device)
-        last, ring = torch.full((400,), -7, dtype=torch.int64, device=device), torch.full((4, padded), -7, dtype=torch.int64, device=device)
+        last, ring = (
+            torch.full((400,), -7, dtype=torch.int64, device=device),
+            torch.full((4, padded), -7, dtype=torch.int64, device=device),
+        )
         if run == "twin":
             drawn[:] = torch.tensor([int((row == row.max()).nonzero()[0, 0]) for row in logits], device=device)
             layout.commit_draws_torch(drawn, upload, inputs, last, ring, padded)
@@ -40,6 +45,10 @@ def test_on_a_cpu_too() -> None:
     upload[layout.NUM_SAMPLES] = 2
     inputs = layout.StepInputs.allocate(torch.device("cpu"), 2, 2)
     inputs.sample_rows[:] = torch.tensor([5, 3])
-    drawn, last, ring = torch.zeros(2, dtype=torch.int64), torch.zeros(8, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+    drawn, last, ring = (
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(8, dtype=torch.int64),
+        torch.zeros(2, 2, dtype=torch.int64),
+    )
     argmax.draw_largest(torch.eye(4)[[2, 1]], drawn, upload, inputs, last, ring, num_samples=2, scratch=None)
     assert (drawn.tolist(), last.tolist(), ring[0].tolist()) == ([2, 1], [0, 0, 0, 1, 0, 2, 0, 0], [2, 1])

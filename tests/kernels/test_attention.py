@@ -60,7 +60,9 @@ def _batch(case: Case, device: torch.device) -> Batch:
     keys, values = [], []
     for index, (_, context) in enumerate(case.rows):
         k, v = (torch.randn(2, context, case.kv_heads, case.dim)).to(plane_dtype)
-        per_head = scales[:, None, :, None].expand(2, 1, case.kv_heads, 1) if case.fp8_scales else torch.ones(2, 1, 1, 1)
+        per_head = (
+            scales[:, None, :, None].expand(2, 1, case.kv_heads, 1) if case.fp8_scales else torch.ones(2, 1, 1, 1)
+        )
         keys.append(k.double() * per_head[0].double())
         values.append(v.double() * per_head[1].double())
         for page_index in range(counts[index]):
@@ -77,12 +79,33 @@ def _batch(case: Case, device: torch.device) -> Batch:
     q = torch.randn(num_tokens, case.heads, case.dim).to(case.dtype)
     sinks = torch.randn(case.heads).to(case.dtype) if case.sinks else None
     longest = max((count for count, _ in case.rows), default=1)
-    moved = [None if tensor is None else tensor.to(device) for tensor in (q, k_plane, v_plane, table, slots, starts, contexts, sinks, scales)]
+    moved = [
+        None if tensor is None else tensor.to(device)
+        for tensor in (q, k_plane, v_plane, table, slots, starts, contexts, sinks, scales)
+    ]
     q, k_plane, v_plane, table, slots, starts, contexts, sinks, scales = moved  # type: ignore[assignment]
     k_scale, v_scale = (scales[0], scales[1]) if case.fp8_scales else (None, None)
     out = torch.full_like(q, torch.nan)
-    arguments = (q, k_plane, v_plane, unit, table, slots, starts, contexts, case.block_tokens, case.kv_heads, case.dim**-0.5, longest,
-                 max(context for _, context in case.rows), case.window, case.softcap, sinks, k_scale, v_scale)
+    arguments = (
+        q,
+        k_plane,
+        v_plane,
+        unit,
+        table,
+        slots,
+        starts,
+        contexts,
+        case.block_tokens,
+        case.kv_heads,
+        case.dim**-0.5,
+        longest,
+        max(context for _, context in case.rows),
+        case.window,
+        case.softcap,
+        sinks,
+        k_scale,
+        v_scale,
+    )
     return Batch(case, arguments, out, keys, values)
 
 
@@ -147,7 +170,9 @@ def test_kernel_equals_twin(device: torch.device, case: Case) -> None:
 def test_twin_against_float64(case: Case) -> None:
     batch = _batch(case, torch.device("cpu"))
     attention.paged_attention_torch(batch.out, *batch.arguments, None)  # type: ignore[arg-type]
-    torch.testing.assert_close(batch.out.double(), _reference(batch), rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True)
+    torch.testing.assert_close(
+        batch.out.double(), _reference(batch), rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("partial_elements", [1, 1 << 19])
@@ -168,22 +193,43 @@ def test_splits_fill_the_device_and_no_more() -> None:
 
 
 def _lengths(count: int, longest: int) -> tuple[tuple[int, int], ...]:
-    return tuple((1, int(length)) for length in torch.randint(1, longest + 1, (count,), generator=torch.Generator().manual_seed(count)))
+    return tuple(
+        (1, int(length))
+        for length in torch.randint(1, longest + 1, (count,), generator=torch.Generator().manual_seed(count))
+    )
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CUT = attention_cuda.Cut
 CUDA = [
-    (Case(((1, 1), (1, 17), (1, 150)), dtype=BF16, heads=8, kv_heads=2, dim=64), (CUT(2, 3, 1, 8, 3), CUT(1, 9, 2, 4, 4))),
-    (Case(((1, 300),), dtype=BF16, heads=32, kv_heads=8, dim=128), (CUT(1, 1, 24, 8, 3), CUT(4, 5, 4, 4, 3), CUT(8, 3, 1, 8, 3))),
+    (
+        Case(((1, 1), (1, 17), (1, 150)), dtype=BF16, heads=8, kv_heads=2, dim=64),
+        (CUT(2, 3, 1, 8, 3), CUT(1, 9, 2, 4, 4)),
+    ),
+    (
+        Case(((1, 300),), dtype=BF16, heads=32, kv_heads=8, dim=128),
+        (CUT(1, 1, 24, 8, 3), CUT(4, 5, 4, 4, 3), CUT(8, 3, 1, 8, 3)),
+    ),
     (Case(((1, 300), (1, 5)), padded_rows=1, dtype=BF16, heads=7, kv_heads=1, dim=80), (CUT(1, 4, 1, 8, 3),)),
-    (Case(((1, 290), (1, 33), (1, 260)), dtype=FP16, heads=12, kv_heads=4, dim=64, window=37, sinks=True), (CUT(4, 5, 2, 8, 3),)),
-    (Case(((1, 200), (1, 260)), softcap=5.0, sinks=True, dim=96, heads=3, kv_heads=1, block_tokens=32, dtype=FP16), (CUT(1, 9, 1, 8, 3),)),
+    (
+        Case(((1, 290), (1, 33), (1, 260)), dtype=FP16, heads=12, kv_heads=4, dim=64, window=37, sinks=True),
+        (CUT(4, 5, 2, 8, 3),),
+    ),
+    (
+        Case(((1, 200), (1, 260)), softcap=5.0, sinks=True, dim=96, heads=3, kv_heads=1, block_tokens=32, dtype=FP16),
+        (CUT(1, 9, 1, 8, 3),),
+    ),
     (Case(((1, 140), (1, 600)), dtype=BF16, dim=128, heads=24, kv_heads=2), (CUT(2, 13, 1, 8, 2),)),
     (Case(((1, 40), (1, 170)), dim=256, heads=2, kv_heads=1, dtype=FP16), (CUT(1, 2, 3, 4, 2),)),
     (Case(((1, 4000), (1, 70)), dtype=BF16, heads=8, kv_heads=2, dim=128), (CUT(1, 40, 8, 8, 3), CUT(2, 66, 24, 4, 3))),
-    (Case(_lengths(60, 600), padded_rows=4, dtype=BF16, heads=32, kv_heads=8, dim=128), (CUT(2, 66, 32, 4, 3), CUT(4, 200, 5, 4, 3), CUT(1, 17, 1, 8, 3))),
-    (Case(_lengths(200, 500), padded_rows=30, dtype=BF16, heads=8, kv_heads=2, dim=64), (CUT(1, 132, 24, 4, 4), CUT(2, 60, 7, 8, 3))),
+    (
+        Case(_lengths(60, 600), padded_rows=4, dtype=BF16, heads=32, kv_heads=8, dim=128),
+        (CUT(2, 66, 32, 4, 3), CUT(4, 200, 5, 4, 3), CUT(1, 17, 1, 8, 3)),
+    ),
+    (
+        Case(_lengths(200, 500), padded_rows=30, dtype=BF16, heads=8, kv_heads=2, dim=64),
+        (CUT(1, 132, 24, 4, 4), CUT(2, 60, 7, 8, 3)),
+    ),
     (Case(_lengths(700, 40), dtype=FP16, heads=2, kv_heads=2, dim=64), (CUT(2, 132, 24, 4, 4), CUT(1, 700, 1, 8, 3))),
 ]
 
@@ -195,14 +241,50 @@ def test_cuda_decode_equals_twin(device: torch.device, case: Case, cuts: tuple[a
     batch = _batch(case, device)
     twin = torch.full_like(batch.out, torch.nan)
     attention.paged_attention_torch(twin, *batch.arguments, None)  # type: ignore[arg-type]
-    (q, k, v, unit, table, slots, starts, contexts, block_tokens, kv_heads, scale, _, longest, window, softcap, sinks, _, _) = batch.arguments
+    (
+        q,
+        k,
+        v,
+        unit,
+        table,
+        slots,
+        starts,
+        contexts,
+        block_tokens,
+        kv_heads,
+        scale,
+        _,
+        longest,
+        window,
+        softcap,
+        sinks,
+        _,
+        _,
+    ) = batch.arguments
     for how in (*cuts, None) if len(case.rows) * case.kv_heads <= attention_cuda.MAX_PAIRS else cuts:
         scratch = Scratch.allocate(device)
         scratch.partials.fill_(torch.nan)
         out = torch.full_like(twin, torch.nan)
         torch.cuda.synchronize()
         assert attention_cuda.decode_attention(
-            out, q, k, v, unit, table, slots, starts, contexts, block_tokens, kv_heads, scale, longest, window, softcap, sinks, scratch, how  # type: ignore[arg-type]
+            out,
+            q,
+            k,
+            v,
+            unit,
+            table,
+            slots,
+            starts,
+            contexts,
+            block_tokens,
+            kv_heads,
+            scale,
+            longest,
+            window,
+            softcap,
+            sinks,
+            scratch,
+            how,  # type: ignore[arg-type]
         )
         torch.testing.assert_close(out, twin, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True)
         assert scratch.counters.count_nonzero() == 0
@@ -230,8 +312,22 @@ def test_overlapped_decode_sees_the_newest_token(device: torch.device, count: in
 
     def step() -> None:
         rope_and_cache(
-            q, qkv, angles.cos().to(BF16), angles.sin().to(BF16), places, k, v, num_q_heads=32, num_kv_heads=8, head_dim=128, rotary_dim=128,
-            interleaved=False, q_norm=None, k_norm=None, norm_eps=0.0, norm_plus_one=False,
+            q,
+            qkv,
+            angles.cos().to(BF16),
+            angles.sin().to(BF16),
+            places,
+            k,
+            v,
+            num_q_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            rotary_dim=128,
+            interleaved=False,
+            q_norm=None,
+            k_norm=None,
+            norm_eps=0.0,
+            norm_plus_one=False,
         )
         gpu.paged_attention(batch.out, q, *batch.arguments[1:], scratch)  # type: ignore[arg-type]
 

@@ -63,7 +63,15 @@ def test_inputs(seed: int, padded: bool, which: str, device: torch.device) -> No
     if padded:
         tokens, rows, samples = tokens + 37, MAX_ROWS, MAX_ROWS
     inputs = op.StepInputs.allocate(device, tokens + 5, MAX_ROWS)
-    for tensor in (inputs.input_ids, inputs.positions, inputs.slots, inputs.row_slots, inputs.context_lens, inputs.logits_at, inputs.sample_rows):
+    for tensor in (
+        inputs.input_ids,
+        inputs.positions,
+        inputs.slots,
+        inputs.row_slots,
+        inputs.context_lens,
+        inputs.logits_at,
+        inputs.sample_rows,
+    ):
         tensor.fill_(77)
     device_table, device_last = table.to(device), last.to(device)
     build = op.build_inputs_torch if which == "twin" else gpu.build_inputs
@@ -80,9 +88,14 @@ def test_inputs(seed: int, padded: bool, which: str, device: torch.device) -> No
     missing = rows - shape.num_rows
     assert inputs.row_slots[:rows].tolist() == plan.rows + [0] * missing
     assert inputs.query_starts[: rows + 1].tolist() == firsts + [firsts[-1]] * missing
-    assert inputs.context_lens[:rows].tolist() == [s + c for s, c in zip(plan.starts, plan.counts, strict=True)] + [0] * missing
+    assert (
+        inputs.context_lens[:rows].tolist()
+        == [s + c for s, c in zip(plan.starts, plan.counts, strict=True)] + [0] * missing
+    )
     sampling = [b for b, samples_here in enumerate(plan.samples) if samples_here]
-    assert inputs.logits_at[:samples].tolist() == [firsts[b + 1] - 1 for b in sampling] + [0] * (samples - len(sampling))
+    assert inputs.logits_at[:samples].tolist() == [firsts[b + 1] - 1 for b in sampling] + [0] * (
+        samples - len(sampling)
+    )
     assert inputs.sample_rows[:samples].tolist() == [plan.rows[b] for b in sampling] + [-1] * (samples - len(sampling))
 
     drawn = torch.randint(0, 5000, (MAX_ROWS,), device=device)

@@ -18,11 +18,15 @@ def _relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
-def _quantized(num_outputs: int, in_features: int, kind: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quantized(
+    num_outputs: int, in_features: int, kind: str, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A random weight in the kernels' layout, and what bitsandbytes makes of it again, float32 [N, K]."""
     weight = torch.randn(num_outputs, in_features) * 0.1
     packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
-    state.shape = torch.Size([num_outputs * in_features])  # its CPU code takes blocks of a row that is no multiple of 64 for whole
+    state.shape = torch.Size(
+        [num_outputs * in_features]
+    )  # its CPU code takes blocks of a row that is no multiple of 64 for whole
     wide = bitsandbytes.functional.dequantize_4bit(packed, state).float().view(num_outputs, in_features)
     ours, absmax = layout_4bit.kernel_layout_4bit(packed, state.absmax, num_outputs, in_features)
     return ours.to(device), absmax.to(device), wide.to(device)
@@ -36,12 +40,17 @@ def test_twin_dequantises_as_bitsandbytes(kind: linear4.Codebook, in_features: i
     torch.testing.assert_close(ours, wide, rtol=1e-6, atol=0)
     x = torch.randn(2, 3, in_features)
     bias = torch.randn(6)
-    torch.testing.assert_close(linear4.linear_4bit(x, weight, absmax, kind, bias), functional.linear(x, wide, bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        linear4.linear_4bit(x, weight, absmax, kind, bias), functional.linear(x, wide, bias), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("in_features", [64, 128, 192, 640])
 def test_layout_goes_there_and_back(in_features: int) -> None:
-    packed, absmax = torch.randint(0, 256, (5 * in_features // 2, 1), dtype=torch.uint8), torch.rand(5 * in_features // 64)
+    packed, absmax = (
+        torch.randint(0, 256, (5 * in_features // 2, 1), dtype=torch.uint8),
+        torch.rand(5 * in_features // 64),
+    )
     weight, scales = layout_4bit.kernel_layout_4bit(packed, absmax, 5, in_features)
     assert weight.shape == (5, layout_4bit.padded_width(in_features) // 2)
     assert scales.shape == (5, layout_4bit.padded_width(in_features) // 64)
@@ -51,7 +60,10 @@ def test_layout_goes_there_and_back(in_features: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "num_outputs", "in_features"), [(1, 70, 128), (3, 64, 320), (33, 20, 192), (130, 40, 64), (300, 130, 192)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "in_features"),
+    [(1, 70, 128), (3, 64, 320), (33, 20, 192), (130, 40, 64), (300, 130, 192)],
+)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_4bit_kernel_equals_twin(
     device: torch.device, dtype: torch.dtype, kind: linear4.Codebook, num_rows: int, num_outputs: int, in_features: int
@@ -67,10 +79,14 @@ def test_4bit_kernel_equals_twin(
     twin(x, weight, absmax, kind, bias, None, rounded)
     # the interpreter cuts bf16 off where hardware rounds it
     allowed = 2.5 if device.type == "cpu" else 1.5
-    assert _relative_error(ours, exact) <= max(allowed * _relative_error(rounded, exact), {torch.float32: 2e-6}.get(dtype, 5e-4))
+    assert _relative_error(ours, exact) <= max(
+        allowed * _relative_error(rounded, exact), {torch.float32: 2e-6}.get(dtype, 5e-4)
+    )
 
 
-@pytest.mark.parametrize(("block_m", "block_n", "splits", "scale_sums"), [(16, 16, 3, True), (16, 32, 2, False), (32, 16, 1, False)])
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "splits", "scale_sums"), [(16, 16, 3, True), (16, 32, 2, False), (32, 16, 1, False)]
+)
 def test_4bit_tilings(device: torch.device, block_m: int, block_n: int, splits: int, scale_sums: bool) -> None:
     weight, absmax, wide = _quantized(40, 640, "nf4", device)
     x = torch.randn(20, 640, device=device).to(torch.bfloat16)
@@ -86,7 +102,16 @@ def test_4bit_unpacks_in_pieces(device: torch.device) -> None:
     weight, absmax, wide = _quantized(20, 128, "nf4", device)
     x, bias = torch.randn(257, 128, device=device), torch.randn(20, device=device)
     ours = x.new_full((257, 20), torch.nan)
-    gpu4.linear_4bit(x, weight, absmax, "nf4", bias, None, ours, Scratch.allocate(device, partial_elements=1, staging_bytes=7 * 128 * 4))
+    gpu4.linear_4bit(
+        x,
+        weight,
+        absmax,
+        "nf4",
+        bias,
+        None,
+        ours,
+        Scratch.allocate(device, partial_elements=1, staging_bytes=7 * 128 * 4),
+    )
     assert _relative_error(ours, functional.linear(x.double(), wide.double(), bias.double())) < 2e-6
 
 
@@ -95,8 +120,13 @@ def test_lookup_tables_hold_every_code() -> None:
     for kind in ("nf4", "fp4"):
         for dtype in (torch.bfloat16, torch.float16):
             tables = b"".join(word.to_bytes(4, "little") for word in gpu4.lookup_tables(kind, dtype))
-            halves = torch.tensor([low | high << 8 for low, high in zip(tables[:16], tables[16:], strict=True)], dtype=torch.int32)
-            assert torch.equal(halves.to(torch.int16).view(dtype).float(), torch.tensor(linear4.codebook_values(kind)).to(dtype).float())
+            halves = torch.tensor(
+                [low | high << 8 for low, high in zip(tables[:16], tables[16:], strict=True)], dtype=torch.int32
+            )
+            assert torch.equal(
+                halves.to(torch.int16).view(dtype).float(),
+                torch.tensor(linear4.codebook_values(kind)).to(dtype).float(),
+            )
 
 
 def _int8(num_outputs: int, in_features: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,8 +147,12 @@ def test_int8_twin_is_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "num_outputs", "in_features"), [(1, 70, 200), (16, 64, 1024), (17, 30, 2048), (130, 140, 100)])
-def test_int8_kernel_equals_twin(device: torch.device, dtype: torch.dtype, num_rows: int, num_outputs: int, in_features: int) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "in_features"), [(1, 70, 200), (16, 64, 1024), (17, 30, 2048), (130, 140, 100)]
+)
+def test_int8_kernel_equals_twin(
+    device: torch.device, dtype: torch.dtype, num_rows: int, num_outputs: int, in_features: int
+) -> None:
     weight, scale = _int8(num_outputs, in_features, device)
     x = torch.randn(num_rows, in_features, device=device).to(dtype)
     bias = torch.randn(num_outputs, device=device).to(dtype) if num_rows % 2 else None

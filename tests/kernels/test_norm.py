@@ -44,7 +44,7 @@ def test_twin_is_transformers_norm(dtype: torch.dtype) -> None:
 def test_twin_against_float64() -> None:
     x, residual = torch.randn(2, 4, 33)
     weight = torch.randn(33)
-    summed = (x.double() + residual.double())
+    summed = x.double() + residual.double()
     expected = summed / (summed.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     normed, new_residual = norm.add_rms_norm(x, residual, weight, 1e-6)
     assert new_residual.data_ptr() == residual.data_ptr()

@@ -30,14 +30,26 @@ def test_compiles_for_hopper_without_spills(source: str, defines: tuple[str, ...
     if nvcc is None:
         pytest.skip("no nvcc")
     path = pathlib.Path(nvrtc.__file__).parent / source
-    command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", str(path), "-o", str(tmp_path / "out.cubin")]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        str(path),
+        "-o",
+        str(tmp_path / "out.cubin"),
+    ]
     command += [f"-D{define}" for define in defines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stderr.splitlines() if "spill" in line]
     assert spills
     stored = [int(line.split(" bytes spill stores")[0].split()[-1]) for line in spills]
-    assert max(stored) <= (16 if source == linear4_wgmma.SOURCE else 0), spills  # four counters there, with sums for 64 rows of x
+    assert max(stored) <= (16 if source == linear4_wgmma.SOURCE else 0), (
+        spills
+    )  # four counters there, with sums for 64 rows of x
     assert "serialized" not in done.stderr  # what ptxas says when it puts waits between wgmma instructions
 
 
@@ -66,9 +78,13 @@ def test_included_files_are_part_of_a_source() -> None:
 def test_no_module_without_a_gpu() -> None:
     assert nvrtc.module(linear4_cuda.SOURCE, (), torch.device("cpu")) is None
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
-    assert not linear4_cuda.linear_4bit(x, torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 2), "nf4", None, torch.zeros(1, 8), None)
+    assert not linear4_cuda.linear_4bit(
+        x, torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 2), "nf4", None, torch.zeros(1, 8), None
+    )
     cut = linear4_wgmma.fill(8, 4, 1)
-    assert not linear4_wgmma.linear_4bit(x, torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 2), "nf4", None, torch.zeros(1, 8), None, cut)
+    assert not linear4_wgmma.linear_4bit(
+        x, torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 2), "nf4", None, torch.zeros(1, 8), None, cut
+    )
 
 
 @pytest.mark.parametrize("groups_a_warp", [1, 2])
@@ -96,17 +112,34 @@ def test_cuts_fit() -> None:
     assert linear4_wgmma.choose(513, 4096, 132) is None
 
 
-def _operands(num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _operands(
+    num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
     weight = torch.randint(0, 256, (num_outputs, padded_width(in_features) // 2), dtype=torch.uint8, device=device)
     absmax = torch.rand(num_outputs, padded_width(in_features) // 64, device=device) + 0.05
     absmax[:, in_features // 64 :] = 0
-    return torch.randn(num_rows, in_features, device=device).to(dtype), weight, absmax, torch.randn(num_outputs, device=device).to(dtype)
+    return (
+        torch.randn(num_rows, in_features, device=device).to(dtype),
+        weight,
+        absmax,
+        torch.randn(num_outputs, device=device).to(dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_rows", "num_outputs", "in_features"), [
-    (1, 70, 128), (8, 333, 64 * 33), (9, 130, 64), (16, 4096, 1024), (5, 40, 14336), (33, 600, 64 * 11), (130, 264, 192), (300, 301, 1024),
-])
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "in_features"),
+    [
+        (1, 70, 128),
+        (8, 333, 64 * 33),
+        (9, 130, 64),
+        (16, 4096, 1024),
+        (5, 40, 14336),
+        (33, 600, 64 * 11),
+        (130, 264, 192),
+        (300, 301, 1024),
+    ],
+)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_equals_twin(
     device: torch.device, kind: linear4.Codebook, num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype
@@ -128,15 +161,22 @@ def test_equals_twin(
     for columns, groups in linear4_wgmma.SHAPES:
         for blocks in (1, 7, 132):
             results.append(torch.full_like(twin, torch.nan))
-            assert linear4_wgmma.linear_4bit(x, weight, absmax, kind, bias, results[-1], scratch, linear4_wgmma.fill(columns, groups, blocks))
+            assert linear4_wgmma.linear_4bit(
+                x, weight, absmax, kind, bias, results[-1], scratch, linear4_wgmma.fill(columns, groups, blocks)
+            )
     for result in results:
         assert float((result.double() - exact).norm() / exact.norm()) <= allowed
     assert scratch.counters.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
-@pytest.mark.parametrize(("num_rows", "num_outputs", "in_features"), [(1, 28672, 4096), (10, 70, 64 * 33), (40, 600, 512), (200, 2 * 333, 1024)])
-def test_gate_equals_twin(device: torch.device, activation: Activation, num_rows: int, num_outputs: int, in_features: int) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "in_features"),
+    [(1, 28672, 4096), (10, 70, 64 * 33), (40, 600, 512), (200, 2 * 333, 1024)],
+)
+def test_gate_equals_twin(
+    device: torch.device, activation: Activation, num_rows: int, num_outputs: int, in_features: int
+) -> None:
     if device.type == "cpu" or linear4_wgmma.module(device, torch.bfloat16) is None:
         pytest.skip("needs a GPU that the kernels are made for")
     x, weight, absmax, bias = _operands(num_rows, num_outputs, in_features, torch.bfloat16, device)
@@ -150,7 +190,9 @@ def test_gate_equals_twin(device: torch.device, activation: Activation, num_rows
         for blocks in (5, 132):
             result = torch.full_like(twin, torch.nan)
             cut = linear4_wgmma.fill(columns, groups, blocks)
-            assert linear4_wgmma.linear_4bit(x, weight, absmax, "nf4", bias, result, scratch, cut, activation) == (groups % 2 == 0)
+            assert linear4_wgmma.linear_4bit(x, weight, absmax, "nf4", bias, result, scratch, cut, activation) == (
+                groups % 2 == 0
+            )
             if groups % 2 == 0:
                 assert float((result.float() - exact).norm() / exact.norm()) <= allowed
     through = linear4.linear_4bit(x, weight, absmax, "nf4", bias, activation, scratch=scratch)

@@ -30,8 +30,16 @@ def _tables(num_tokens: int, rotary_dim: int, device: torch.device) -> tuple[tor
     ],
 )
 def test_kernel_equals_twin(
-    device: torch.device, dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, rotary_dim: int, interleaved: bool, norm: bool,
-    plus_one: bool, scales: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    norm: bool,
+    plus_one: bool,
+    scales: int,
 ) -> None:
     num_tokens = 5
     qkv = torch.randn(num_tokens, (q_heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
@@ -46,8 +54,26 @@ def test_kernel_equals_twin(
     for run in (gpu.rope_and_cache, rope.rope_and_cache_torch):
         q_out = qkv.new_full((num_tokens, q_heads, head_dim), torch.nan)
         planes = torch.zeros(2, 9 * width, device=device).to(plane_dtype)
-        run(q_out, qkv, cos, sin, slots, planes[0], planes[1], q_heads, kv_heads, head_dim, rotary_dim, interleaved, q_norm, k_norm, 1e-6,
-            plus_one, k_scale, v_scale)
+        run(
+            q_out,
+            qkv,
+            cos,
+            sin,
+            slots,
+            planes[0],
+            planes[1],
+            q_heads,
+            kv_heads,
+            head_dim,
+            rotary_dim,
+            interleaved,
+            q_norm,
+            k_norm,
+            1e-6,
+            plus_one,
+            k_scale,
+            v_scale,
+        )
         results.append((q_out, planes.float()))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
@@ -83,12 +109,27 @@ def test_slots_past_two_to_the_31(device: torch.device) -> None:
     assert planes[0, : 2**31 + 16].view(torch.uint8).max() == 0
 
 
-def _rotated(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int, dim: int, **options: object) -> tuple[torch.Tensor, ...]:
+def _rotated(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int, dim: int, **options: object
+) -> tuple[torch.Tensor, ...]:
     num_tokens = qkv.shape[0]
     q_out = qkv.new_empty(num_tokens, heads, dim)
     planes = torch.zeros(2, num_tokens * kv_heads * dim)
     slots = torch.arange(num_tokens) * kv_heads * dim
-    rope.rope_and_cache(q_out, qkv, cos, sin, slots, planes[0], planes[1], num_q_heads=heads, num_kv_heads=kv_heads, head_dim=dim, rotary_dim=dim, **options)  # type: ignore[arg-type]
+    rope.rope_and_cache(
+        q_out,
+        qkv,
+        cos,
+        sin,
+        slots,
+        planes[0],
+        planes[1],
+        num_q_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        rotary_dim=dim,
+        **options,
+    )  # type: ignore[arg-type]
     return q_out, planes[0].view(num_tokens, kv_heads, dim), planes[1].view(num_tokens, kv_heads, dim)
 
 
@@ -97,7 +138,9 @@ def test_twin_is_llama() -> None:
     cos, sin = modeling_llama.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(6)[None])
     qkv = torch.randn(6, 8 * 16)
     q, k, v = qkv.view(6, 8, 16).split((4, 2, 2), dim=1)
-    q_expected, k_expected = modeling_llama.apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    q_expected, k_expected = modeling_llama.apply_rotary_pos_emb(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin
+    )
     q_out, k_out, v_out = _rotated(qkv, cos[0], sin[0], 4, 2, 16)
     torch.testing.assert_close(q_out, q_expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(k_out, k_expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
@@ -113,8 +156,12 @@ def test_twin_is_qwen3_with_head_norms() -> None:
     qkv = torch.randn(6, 8 * 16)
     q, k, _ = qkv.view(6, 8, 16).split((4, 2, 2), dim=1)
     with torch.no_grad():
-        q_expected, k_expected = modeling_qwen3.apply_rotary_pos_emb(q_norm(q).transpose(0, 1)[None], k_norm(k).transpose(0, 1)[None], cos, sin)
-    q_out, k_out, _ = _rotated(qkv, cos[0], sin[0], 4, 2, 16, q_norm=q_norm.weight.data, k_norm=k_norm.weight.data, norm_eps=1e-5)
+        q_expected, k_expected = modeling_qwen3.apply_rotary_pos_emb(
+            q_norm(q).transpose(0, 1)[None], k_norm(k).transpose(0, 1)[None], cos, sin
+        )
+    q_out, k_out, _ = _rotated(
+        qkv, cos[0], sin[0], 4, 2, 16, q_norm=q_norm.weight.data, k_norm=k_norm.weight.data, norm_eps=1e-5
+    )
     torch.testing.assert_close(q_out, q_expected[0].transpose(0, 1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(k_out, k_expected[0].transpose(0, 1), rtol=1e-5, atol=1e-6)
 
@@ -124,7 +171,9 @@ def test_twin_is_cohere_interleaved() -> None:
     cos, sin = modeling_cohere2.Cohere2RotaryEmbedding(config)(torch.zeros(1), torch.arange(6)[None])
     qkv = torch.randn(6, 8 * 16)
     q, k, _ = qkv.view(6, 8, 16).split((4, 2, 2), dim=1)
-    q_expected, k_expected = modeling_cohere2.apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    q_expected, k_expected = modeling_cohere2.apply_rotary_pos_emb(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin
+    )
     q_out, k_out, _ = _rotated(qkv, cos[0, :, ::2], sin[0, :, ::2], 4, 2, 16, interleaved=True)
     torch.testing.assert_close(q_out, q_expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(k_out, k_expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from runtime.engine.kernels import sample
 from runtime.engine.kernels.gpu import sample as gpu
@@ -64,7 +70,7 @@ def test_noise_is_the_same_in_kernel_and_twin_and_has_gumbels_moments() -> None:
     assert abs(noise.mean().item() - 0.5772) < 0.01
     assert abs(noise.var().item() - 1.6449) < 0.02
     flat = noise - noise.mean()
-    for other in (flat.roll(1, 0), flat.roll(1, 1)):      # neighbouring seeds and ids have nothing in common
+    for other in (flat.roll(1, 0), flat.roll(1, 1)):  # neighbouring seeds and ids have nothing in common
         assert abs((flat * other).mean().item() / noise.var().item()) < 0.01
 
 
@@ -94,7 +100,7 @@ def test_filters_are_transformers(rules: SamplingParams) -> None:
 def test_candidates_decide_as_all_tokens_do(rules: SamplingParams) -> None:
     torch.manual_seed(4)
     logits = torch.randn(8, 3000) * 3
-    logits[4:] *= 0.1                                      # flat: a thousand candidates can't decide
+    logits[4:] *= 0.1  # flat: a thousand candidates can't decide
     words = tables([rules] * 8, torch.device("cpu")).rules
     index, positions = torch.arange(8), torch.arange(8) * 7
     drawn = torch.zeros(8, dtype=torch.int64)

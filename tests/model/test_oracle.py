@@ -13,7 +13,9 @@ from tests.support.families import VOCAB, family
 
 def reference(model: PreTrainedModel, prompt: list[int], max_new: int) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, do_sample=False, pad_token_id=0)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, do_sample=False, pad_token_id=0
+    )
     said: list[int] = out[0, len(prompt) :].tolist()
     return said
 
@@ -35,7 +37,7 @@ def test_greedy_text_equals_generate(name: str, device: str) -> None:
     assert any(len(plan.rows) > 1 and max(plan.counts) > 1 and min(plan.counts) == 1 for plan in driver.plans)
 
 
-BF16_EPSILON = 0.15                      # of logits whose standard deviation is about 3: bf16 keeps 8 bits, a few layers lose some of them
+BF16_EPSILON = 0.15  # of logits whose standard deviation is about 3: bf16 keeps 8 bits, a few layers lose some of them
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "neox"])

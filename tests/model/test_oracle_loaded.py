@@ -39,14 +39,38 @@ def send_away(loaded: LoadResult) -> None:
 
 @pytest.fixture
 def backend() -> EngineBackend:
-    return make_backend(EngineConfig(device="cpu", max_rows=MAX_ROWS, max_batch_tokens=MAX_TOKENS, slab_bytes=1 << 20, device_budget_bytes=256 << 20))
+    return make_backend(
+        EngineConfig(
+            device="cpu",
+            max_rows=MAX_ROWS,
+            max_batch_tokens=MAX_TOKENS,
+            slab_bytes=1 << 20,
+            device_budget_bytes=256 << 20,
+        )
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen3", "gemma3", "gpt2", "neox", "phi", "granite", "mixtral", "gemma2", "olmo2", "cohere2", "starcoder2", "gpt_oss"],
+    [
+        "llama",
+        "qwen3",
+        "gemma3",
+        "gpt2",
+        "neox",
+        "phi",
+        "granite",
+        "mixtral",
+        "gemma2",
+        "olmo2",
+        "cohere2",
+        "starcoder2",
+        "gpt_oss",
+    ],
 )
-def test_greedy_text_of_a_loaded_model_before_and_after_an_eviction(name: str, tmp_path: Path, backend: EngineBackend) -> None:
+def test_greedy_text_of_a_loaded_model_before_and_after_an_eviction(
+    name: str, tmp_path: Path, backend: EngineBackend
+) -> None:
     model = family(name)
     model.save_pretrained(tmp_path / name)
     asks = [Ask(prompt, 16) for prompt in prompts(5, 7)]
@@ -61,7 +85,10 @@ def test_greedy_text_of_a_loaded_model_before_and_after_an_eviction(name: str, t
     loaded.memory.close()
 
 
-@pytest.mark.parametrize(("name", "reason"), [("falcon", "its code has no attention hook"), ("deepseek_v2", "keys of 8 and values of 16 channels")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("falcon", "its code has no attention hook"), ("deepseek_v2", "keys of 8 and values of 16 channels")],
+)
 def test_a_family_that_cannot_be_run_is_refused(name: str, reason: str, tmp_path: Path, backend: EngineBackend) -> None:
     family(name).save_pretrained(tmp_path / name)
     with pytest.raises(LoadFailed, match=rf"model {name}: \w+ForCausalLM is not supported: .*{reason}"):
@@ -78,7 +105,12 @@ def test_two_loaded_models_take_turns(tmp_path: Path, backend: EngineBackend) ->
         model.save_pretrained(folder)
         loaded = load(backend, folder)
         pages = bring_in(loaded, 100 * index)
-        drivers.append((loaded, RunnerDriver(loaded.runner, pages, seed=index, chaos=True, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS)))
+        drivers.append(
+            (
+                loaded,
+                RunnerDriver(loaded.runner, pages, seed=index, chaos=True, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS),
+            )
+        )
     turns = [driver.start(asks) for _, driver in drivers]
     torch.manual_seed(0)
     while not all(turn.finished for turn in turns):
@@ -88,4 +120,6 @@ def test_two_loaded_models_take_turns(tmp_path: Path, backend: EngineBackend) ->
             send_away(drivers[0][0])
             bring_in(drivers[0][0], 0)
     for model, turn in zip(models, turns, strict=True):
-        assert [answer.tokens for answer in turn.answers()] == [reference(model, ask.prompt, ask.max_new) for ask in asks]
+        assert [answer.tokens for answer in turn.answers()] == [
+            reference(model, ask.prompt, ask.max_new) for ask in asks
+        ]

@@ -102,13 +102,21 @@ def test_fp32_text_is_transformers_own(
 
 @pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.NF4, Quantization.FP4])
 def test_quantised_log_probabilities_are_bitsandbytes(
-    running: Engine, checkpoints: dict[Quantization, Checkpoint], oracle: Path, prompts: list[list[int]], quantization: Quantization
+    running: Engine,
+    checkpoints: dict[Quantization, Checkpoint],
+    oracle: Path,
+    prompts: list[list[int]],
+    quantization: Quantization,
 ) -> None:
     if quantization is Quantization.INT8:
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     else:
-        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization.value, bnb_4bit_compute_dtype=torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(oracle, dtype=torch.float32, quantization_config=settings, device_map="cpu")
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantization.value, bnb_4bit_compute_dtype=torch.float32
+        )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        oracle, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+    )
     exact = AutoModelForCausalLM.from_pretrained(oracle, dtype=torch.float32)
     for name, layer in theirs.named_modules():
         if isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):

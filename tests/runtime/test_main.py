@@ -26,14 +26,33 @@ from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
 
 def command(tmp_path: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "runtime", "--listen", f"unix:{tmp_path}/grpc.sock", "--http-listen", f"unix:{tmp_path}/http.sock",
-        "--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--device-budget", "64MiB", "--slab", "256KiB", "--num-threads", "1",
-        "--grace", "20", *more,
+        sys.executable,
+        "-m",
+        "runtime",
+        "--listen",
+        f"unix:{tmp_path}/grpc.sock",
+        "--http-listen",
+        f"unix:{tmp_path}/http.sock",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--device",
+        "cpu",
+        "--device-budget",
+        "64MiB",
+        "--slab",
+        "256KiB",
+        "--num-threads",
+        "1",
+        "--grace",
+        "20",
+        *more,
     ]
 
 
 @asynccontextmanager
-async def running(tmp_path: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], ModelRuntimeStub, aiohttp.ClientSession, grpc.aio.Channel]]:
+async def running(
+    tmp_path: Path,
+) -> AsyncIterator[tuple[subprocess.Popen[bytes], ModelRuntimeStub, aiohttp.ClientSession, grpc.aio.Channel]]:
     with (tmp_path / "log").open("wb") as log:
         process = await asyncio.to_thread(subprocess.Popen, command(tmp_path), stderr=log)
     connector = aiohttp.UnixConnector(str(tmp_path / "http.sock"))
@@ -73,7 +92,14 @@ async def complete(session: aiohttp.ClientSession, model: str, max_tokens: int) 
 
 
 async def stream(session: aiohttp.ClientSession, model: str, max_tokens: int, begun: asyncio.Event) -> list[Any]:
-    body = {"model": model, "prompt": "hello", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {
+        "model": model,
+        "prompt": "hello",
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
     events: list[Any] = []
     async with session.post("/v1/completions", json=body) as response:
         async for line in response.content:
@@ -87,13 +113,20 @@ async def stream(session: aiohttp.ClientSession, model: str, max_tokens: int, be
 async def test_a_runtime_lives_loses_its_engine_and_ends_in_order(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "tiny")
     async with running(tmp_path) as (process, stub, session, channel):
-        assert await services(channel) >= {"mmesh.ModelRuntime", "repertory.RuntimeState", "fmaas.GenerationService", "grpc.health.v1.Health"}
+        assert await services(channel) >= {
+            "mmesh.ModelRuntime",
+            "repertory.RuntimeState",
+            "fmaas.GenerationService",
+            "grpc.health.v1.Health",
+        }
         health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
 
         assert (await complete(session, "tiny", 4))[0] == 404
         for model_id, key in (("tiny", "{}"), ("small", '{"quantize": "int8"}')):
-            loaded = await stub.loadModel(spi.LoadModelRequest(modelId=model_id, modelPath=str(tmp_path / "tiny"), modelKey=key))
+            loaded = await stub.loadModel(
+                spi.LoadModelRequest(modelId=model_id, modelPath=str(tmp_path / "tiny"), modelKey=key)
+            )
             assert loaded.sizeInBytes > 0
             status, answer = await complete(session, model_id, 4)
             assert status == 200
@@ -144,6 +177,8 @@ def test_a_taken_address_is_one_clear_line(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ended = subprocess.run(command(tmp_path, "--listen", f"127.0.0.1:{port}"), capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(
+            command(tmp_path, "--listen", f"127.0.0.1:{port}"), capture_output=True, text=True, timeout=60
+        )
     assert ended.returncode == 1
     assert ended.stderr.strip() == f"repertory runtime: 127.0.0.1:{port} can't be listened on: Address already in use"

@@ -30,7 +30,7 @@ class Use:
 @dataclass(eq=False)
 class Stream:
     device: "Device"
-    queue: list[Callable[[], bool]] = field(default_factory=list)    # each does its part; False = not yet
+    queue: list[Callable[[], bool]] = field(default_factory=list)  # each does its part; False = not yet
 
     def wait_stream(self, other: "Stream") -> None:
         self.wait_event(self.device.recorded(other))
@@ -76,8 +76,8 @@ class Device:
         self.failing: Callable[[str], None] = lambda call: None
         self._rng = random.Random(seed)
         self._uses: list[Use] = []
-        self._written: dict[int, int] = {}                   # handle → version, as launches have it
-        self._holds: dict[int, int] = {}                     # and as it is
+        self._written: dict[int, int] = {}  # handle → version, as launches have it
+        self._holds: dict[int, int] = {}  # and as it is
 
     def stream(self) -> Stream:
         made = Stream(self)
@@ -103,7 +103,12 @@ class Device:
             return False
 
     def launch(
-        self, stream: Stream, *, reads: Iterable[tuple[int, int]] = (), writes: Iterable[tuple[int, int]] = (), host: Iterable[tuple[int, int]] = ()
+        self,
+        stream: Stream,
+        *,
+        reads: Iterable[tuple[int, int]] = (),
+        writes: Iterable[tuple[int, int]] = (),
+        host: Iterable[tuple[int, int]] = (),
     ) -> None:
         """Work over ranges of addresses (address, size); `host`: of the host's memory."""
         driver = self.drivers[-1]
@@ -166,9 +171,9 @@ class CheckedDriver:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._reserved: dict[int, torch.Tensor] = {}
-        self._mapped: dict[int, tuple[int, int]] = {}        # address → size, handle
+        self._mapped: dict[int, tuple[int, int]] = {}  # address → size, handle
         self._accessible: set[int] = set()
-        self.handles: dict[int, int] = {}                    # handle → size
+        self.handles: dict[int, int] = {}  # handle → size
         self._next_handle = 0
         self.unmap_calls = 0
 
@@ -182,7 +187,9 @@ class CheckedDriver:
         return handle
 
     def release(self, handle: int) -> None:
-        assert all(handle != mapped for _, mapped in self._mapped.values()), "a handle is released before it is unmapped"
+        assert all(handle != mapped for _, mapped in self._mapped.values()), (
+            "a handle is released before it is unmapped"
+        )
         del self.handles[handle]
 
     def reserve(self, size: int) -> int:
@@ -192,13 +199,19 @@ class CheckedDriver:
         return made.data_ptr()
 
     def free(self, address: int, size: int) -> None:
-        assert not any(address <= at < address + size for at in self._mapped), "addresses are freed with memory below them"
+        assert not any(address <= at < address + size for at in self._mapped), (
+            "addresses are freed with memory below them"
+        )
         assert self._reserved.pop(address).numel() == size
 
     def map(self, address: int, size: int, handle: int) -> None:
         self._device.failing("map")
-        assert any(at <= address and address + size <= at + held.numel() for at, held in list(self._reserved.items())), "addresses that nobody reserved"
-        assert all(not at < address + size or not address < at + length for at, (length, _) in list(self._mapped.items())), "mapped twice"
+        assert any(
+            at <= address and address + size <= at + held.numel() for at, held in list(self._reserved.items())
+        ), "addresses that nobody reserved"
+        assert all(
+            not at < address + size or not address < at + length for at, (length, _) in list(self._mapped.items())
+        ), "mapped twice"
         assert self.handles[handle] >= size
         self._mapped[address] = size, handle
 

@@ -30,8 +30,16 @@ class HookedForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext) -> torch.Tensor:
-        out = self._model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at, step=step)
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext
+    ) -> torch.Tensor:
+        out = self._model(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=logits_at,
+            step=step,
+        )
         logits: torch.Tensor = out.logits[0]
         return logits
 
@@ -43,32 +51,49 @@ class Pages:
     ids: list[int]
 
 
-def hooked(model: PreTrainedModel, *, num_slabs: int = 24, device: str = "cpu", kv_dtype: torch.dtype | None = None) -> tuple[BuiltModel, Pages]:
+def hooked(
+    model: PreTrainedModel, *, num_slabs: int = 24, device: str = "cpu", kv_dtype: torch.dtype | None = None
+) -> tuple[BuiltModel, Pages]:
     """A BuiltModel over `model` (made with its own attention, switched to the hook here) with KV memory of its own."""
     register()
     model.set_attn_implementation(IMPLEMENTATION)
     shape = attention_geometry(model)
     dtype = kv_dtype or model.dtype
     block_bytes = 2 * shape.num_layers * BLOCK_TOKENS * shape.token_stride * dtype.itemsize
-    slab_bytes = 3 * block_bytes + 512                       # three blocks and a gap: the page unit becomes a part of a block
+    slab_bytes = 3 * block_bytes + 512  # three blocks and a gap: the page unit becomes a part of a block
     kv = kv_geometry("tiny", shape, BLOCK_TOKENS, dtype.itemsize, slab_bytes, num_slabs)
     memory = torch.zeros(num_slabs * slab_bytes, dtype=torch.uint8, device=device)
     planes = kv_planes(memory, kv, shape, dtype)
     built = BuiltModel(
-        HookedForward(model), planes, BLOCK_TOKENS, model.config.get_text_config().vocab_size, 512, torch.device(device), model.dtype, dtype, (),
-        "unfused: test", shape.token_stride,
+        HookedForward(model),
+        planes,
+        BLOCK_TOKENS,
+        model.config.get_text_config().vocab_size,
+        512,
+        torch.device(device),
+        model.dtype,
+        dtype,
+        (),
+        "unfused: test",
+        shape.token_stride,
     )
     return built, pages_of(kv, num_slabs)
 
 
 def pages_of(kv: KvGeometry, num_slabs: int) -> Pages:
     """All page ids of the first slabs."""
-    ids = [slab * kv.pages_per_slab + block * kv.pages_per_block for slab in range(num_slabs) for block in range(kv.blocks_per_slab)]
+    ids = [
+        slab * kv.pages_per_slab + block * kv.pages_per_block
+        for slab in range(num_slabs)
+        for block in range(kv.blocks_per_slab)
+    ]
     return Pages(ids)
 
 
 def facts_of(built: BuiltModel) -> ModelFacts:
-    return ModelFacts("tiny", "Tiny", built.path, str(built.dtype), Quantization.NONE, 0, 0, built.max_model_len, built.vocab_size, 0)
+    return ModelFacts(
+        "tiny", "Tiny", built.path, str(built.dtype), Quantization.NONE, 0, 0, built.max_model_len, built.vocab_size, 0
+    )
 
 
 @dataclass
@@ -87,10 +112,10 @@ class Ask:
 class _Row:
     ask: Ask
     said: list[int] = field(default_factory=list)
-    done: int = 0                        # tokens whose KV is written
+    done: int = 0  # tokens whose KV is written
     slot: int = -1
     pages: list[int] = field(default_factory=list)
-    on_device: bool = False              # its last token was drawn in this slot
+    on_device: bool = False  # its last token was drawn in this slot
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
@@ -164,7 +189,9 @@ class RunnerDriver:
     def _open(self, row: _Row) -> None:
         row.slot = self._free_slots.pop()
         ask = row.ask
-        self.runner.open_row(RowSetup(row.slot, ask.sampling, ask.logprobs, ask.prompt, len(ask.prompt), ask.min_tokens, ask.suppressed))
+        self.runner.open_row(
+            RowSetup(row.slot, ask.sampling, ask.logprobs, ask.prompt, len(ask.prompt), ask.min_tokens, ask.suppressed)
+        )
 
     def _close(self, row: _Row) -> None:
         self.preemptions += not row.finished
@@ -230,8 +257,16 @@ class Driver(RunnerDriver):
     """A driver with a ModelRunner of its own over `built`, and with the device's state or someone else's."""
 
     def __init__(
-        self, built: BuiltModel, pages: Pages, *, seed: int = 0, chaos: bool = True, max_rows: int = 16, max_tokens: int = 256,
-        state: DeviceState | None = None, graphs: bool = True,
+        self,
+        built: BuiltModel,
+        pages: Pages,
+        *,
+        seed: int = 0,
+        chaos: bool = True,
+        max_rows: int = 16,
+        max_tokens: int = 256,
+        state: DeviceState | None = None,
+        graphs: bool = True,
     ) -> None:
         config = EngineConfig(max_rows=max_rows, max_batch_tokens=max_tokens, graphs=graphs)
         self.state = state or DeviceState.create(built.device, config)

@@ -43,10 +43,19 @@ class Edge:
         host, _, port = self.url.removeprefix("http://").partition(":")
         return host, int(port)
 
-    def ask(self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None, timeout_s: float = 90) -> Answer:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 90,
+    ) -> Answer:
         """`body`: bytes or an iterable of bytes (sent in chunks) as they are, anything else as JSON."""
         raw = body if body is None or isinstance(body, bytes) or _is_chunks(body) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=raw, method=method, headers={**self._headers(), **(headers or {})})  # type: ignore[arg-type]
+        request = urllib.request.Request(
+            self.url + path, data=raw, method=method, headers={**self._headers(), **(headers or {})}
+        )  # type: ignore[arg-type]
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 return Answer(response.status, dict(response.headers), response.read().decode())
@@ -56,12 +65,18 @@ class Edge:
 
     def complete(self, model: str, **fields: object) -> Answer:
         """A short greedy completion; `fields` go over that."""
-        return self.ask("POST", "/v1/completions", {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, **fields})
+        return self.ask(
+            "POST", "/v1/completions", {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, **fields}
+        )
 
     def outcome(self, model: str, timeout_s: float = 60) -> Answer:
         """A completion's answer once the model has been loaded or can't be: past the wait budget it is asked for again."""
         give_up_s = time.monotonic() + timeout_s
-        while (answer := self.complete(model)).status == 503 and "wait budget" in answer.text and time.monotonic() < give_up_s:
+        while (
+            (answer := self.complete(model)).status == 503
+            and "wait budget" in answer.text
+            and time.monotonic() < give_up_s
+        ):
             pass
         return answer
 

@@ -82,9 +82,14 @@ class Stage:
         self.answers: dict[int, Answer] = {}
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.marks: list[str] = []
-        settings = EngineConfig(**{  # type: ignore[arg-type]
-            "debug_checks": True, "max_rows": backend.max_rows, "max_batch_tokens": backend.max_batch_tokens, **config,
-        })
+        settings = EngineConfig(
+            **{  # type: ignore[arg-type]
+                "debug_checks": True,
+                "max_rows": backend.max_rows,
+                "max_batch_tokens": backend.max_batch_tokens,
+                **config,
+            }
+        )
         self.loop = EngineLoop(settings, backend, self.inbox, self._emit, self.marks.append, lambda: self.now)  # type: ignore[arg-type]
         self._ids = 0
 
@@ -131,8 +136,13 @@ class Stage:
     ) -> Answer:
         self._ids += 1
         add = Add(
-            self._ids, model_id, array("i", prompt).tobytes(), sampling, StopParams(max_tokens, **stop),  # type: ignore[arg-type]
-            logprobs or LogprobParams(), priority,
+            self._ids,
+            model_id,
+            array("i", prompt).tobytes(),
+            sampling,
+            StopParams(max_tokens, **stop),  # type: ignore[arg-type]
+            logprobs or LogprobParams(),
+            priority,
         )
         answer = self.answers[self._ids] = Answer(add)
         self.inbox.put(add)
@@ -151,7 +161,11 @@ class Stage:
         """Turn until every request has ended and every load is answered."""
         for _ in range(most_turns):
             self.turn()
-            if self.inbox.empty() and not len(self.loop._loads) and all(a.last is not None for a in self.answers.values()):
+            if (
+                self.inbox.empty()
+                and not len(self.loop._loads)
+                and all(a.last is not None for a in self.answers.values())
+            ):
                 self.turn(3)
                 return
         waiting = [(i, a.add.model_id, len(a.tokens)) for i, a in self.answers.items() if a.last is None]

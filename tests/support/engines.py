@@ -9,14 +9,26 @@ from runtime.config.schema import EngineConfig
 from runtime.engine_client.client import CommandBuilder
 
 
-def fake_command(*, journal: Path | None = None, stillborn: bool = False, load_s: float = 0.3, step_s: float = 0.002) -> CommandBuilder:
+def fake_command(
+    *, journal: Path | None = None, stillborn: bool = False, load_s: float = 0.3, step_s: float = 0.002
+) -> CommandBuilder:
     """A builder of argument vectors for `EngineClient(command=…)`."""
 
     def build(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:
         command = [
-            sys.executable, "-m", "tests.support.fake_engine",
-            "--socket", str(socket_path), "--config", msgspec.json.encode(config).decode(), "--blackbox", str(blackbox_path),
-            "--load-s", str(load_s), "--step-s", str(step_s),
+            sys.executable,
+            "-m",
+            "tests.support.fake_engine",
+            "--socket",
+            str(socket_path),
+            "--config",
+            msgspec.json.encode(config).decode(),
+            "--blackbox",
+            str(blackbox_path),
+            "--load-s",
+            str(load_s),
+            "--step-s",
+            str(step_s),
         ]
         if journal is not None:
             command += ["--journal", str(journal)]

@@ -67,13 +67,21 @@ class EtcdServer:
             self._process = subprocess.Popen(
                 [
                     str(etcd_binary(self._directory)),
-                    "--name=test", f"--data-dir={self._data}", f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
-                    f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=test={peer}",
+                    "--name=test",
+                    f"--data-dir={self._data}",
+                    f"--listen-client-urls={client}",
+                    f"--advertise-client-urls={client}",
+                    f"--listen-peer-urls={peer}",
+                    f"--initial-advertise-peer-urls={peer}",
+                    f"--initial-cluster=test={peer}",
                     # a kill -9 of the process loses nothing of the page cache, and tests' disks are slow
-                    "--unsafe-no-fsync", "--heartbeat-interval=20", "--election-timeout=200",
+                    "--unsafe-no-fsync",
+                    "--heartbeat-interval=20",
+                    "--election-timeout=200",
                     *(["--auto-tls"] if self._scheme == "https" else []),
                 ],
-                stdout=log, stderr=log,
+                stdout=log,
+                stderr=log,
             )
         self._wait_until_serving(port)
         return f"127.0.0.1:{port}"

@@ -49,7 +49,7 @@ class FakeMemory:
         self.resident = False
         self.closed = False
         self.kv_slab: dict[int, int] = {}
-        self.cells: dict[tuple[int, int], tuple[int, int]] = {}   # (page, offset) → (position, token)
+        self.cells: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) → (position, token)
 
     def swap_in(self, slabs: Sequence[int]) -> None:
         try:
@@ -174,7 +174,7 @@ class FakeRunner:
             assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
             assert (page % self._memory.kv.pages_per_slab) % self._memory.kv.pages_per_block == 0
             self.rows[row].table[index] = page
-        holders: dict[int, list[tuple[int, int]]] = {}       # page → rows that have it, and where
+        holders: dict[int, list[tuple[int, int]]] = {}  # page → rows that have it, and where
         for slot, row in self.rows.items():
             for index, page in row.table.items():
                 holders.setdefault(page, []).append((slot, index))
@@ -200,7 +200,9 @@ class FakeRunner:
             history = self._read(row, end)
             if slot in plan.prompt_logprobs:
                 positions = range(plan.starts[i], end)
-                prompt_logprobs[slot] = [self.logprob(history[: position + 1]) if position else None for position in positions]
+                prompt_logprobs[slot] = [
+                    self.logprob(history[: position + 1]) if position else None for position in positions
+                ]
             if plan.samples[i]:
                 drawn = end - row.setup.prompt_len
                 suppressed = row.setup.suppressed if drawn < row.setup.min_tokens else ()
@@ -214,7 +216,10 @@ class FakeRunner:
         if fault == "collect":
             return FakeLaunched(self, None, self._spec.latency_polls)
         result = StepResult(
-            tokens, 100.0 + self._backend.token_us * plan.num_tokens, logprobs if any(logprobs) else None, prompt_logprobs or None
+            tokens,
+            100.0 + self._backend.token_us * plan.num_tokens,
+            logprobs if any(logprobs) else None,
+            prompt_logprobs or None,
         )
         return FakeLaunched(self, result, self._spec.latency_polls)
 
@@ -243,7 +248,11 @@ class FakeRunner:
                 if other == slot:
                     continue
                 if other in plan.rows:
-                    reads = plan.rows.index(other) > i and plan.starts[plan.rows.index(other)] >= (at + 1) * size and plan.counts[i] > 1
+                    reads = (
+                        plan.rows.index(other) > i
+                        and plan.starts[plan.rows.index(other)] >= (at + 1) * size
+                        and plan.counts[i] > 1
+                    )
                 else:
                     reads = (other, at, page) in plan.new_blocks
                 assert reads, f"page {page} is written by row {slot} while row {other} holds it"
@@ -282,8 +291,17 @@ class FakeJob:
             raise LoadFailed(f"model {model_id}: {spec.fails}")
         longest = min(spec.max_model_len, self._request.max_model_len or spec.max_model_len)
         facts = ModelFacts(
-            model_id, "FakeForCausalLM", "fake", "float32", Quantization.NONE, spec.weight_slabs * self._backend.slab_bytes,
-            spec.kv.bytes_per_token, longest, spec.vocab, 1, spec.eos,
+            model_id,
+            "FakeForCausalLM",
+            "fake",
+            "float32",
+            Quantization.NONE,
+            spec.weight_slabs * self._backend.slab_bytes,
+            spec.kv.bytes_per_token,
+            longest,
+            spec.vocab,
+            1,
+            spec.eos,
         )
         memory = FakeMemory(self._backend, model_id, spec)
         self._backend.memories.append(memory)
@@ -303,13 +321,15 @@ class FakeBackend:
     slab_bytes = 4096
     host_total_bytes = 0
 
-    def __init__(self, specs: dict[str, FakeSpec], total_slabs: int = 32, max_rows: int = 16, max_batch_tokens: int = 64) -> None:
+    def __init__(
+        self, specs: dict[str, FakeSpec], total_slabs: int = 32, max_rows: int = 16, max_batch_tokens: int = 64
+    ) -> None:
         self.specs = specs
         self.total_slabs = total_slabs
         self.max_rows = max_rows
         self.max_batch_tokens = max_batch_tokens
         self.faults: dict[str, str] = {}
-        self.broken_rules: list[str] = []                      # what a plan did that it may not
+        self.broken_rules: list[str] = []  # what a plan did that it may not
         self.broken_swap_ins: dict[str, bool] = {}
         self.open_rows: set[int] = set()
         self.memories: list[FakeMemory] = []

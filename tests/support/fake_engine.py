@@ -43,7 +43,9 @@ WEIGHT_BYTES = 1000
 
 
 class FakeEngine:
-    def __init__(self, writer: asyncio.StreamWriter, blackbox: CrashMarker, journal: Path | None, load_s: float, step_s: float) -> None:
+    def __init__(
+        self, writer: asyncio.StreamWriter, blackbox: CrashMarker, journal: Path | None, load_s: float, step_s: float
+    ) -> None:
         self.writer = writer
         self.blackbox = blackbox
         self.journal = journal
@@ -80,7 +82,9 @@ class FakeEngine:
                 self.stats()
             case Add():
                 if command.model_id not in self.models:
-                    row = RowTokens(command.request_id, (), FinishReason.ERROR, error_code="NOT_FOUND", error="no such model")
+                    row = RowTokens(
+                        command.request_id, (), FinishReason.ERROR, error_code="NOT_FOUND", error="no such model"
+                    )
                     self.send(Tokens(command.model_id, (row,)))
                     return
                 self.row_models[command.request_id] = command.model_id
@@ -108,9 +112,17 @@ class FakeEngine:
         self.send(
             Loaded(
                 ModelFacts(
-                    model_id=model_id, architecture="FakeForCausalLM", path="fused: fake", dtype=command.checkpoint.dtype,
-                    quantization=command.checkpoint.quantization, weight_bytes=WEIGHT_BYTES, kv_bytes_per_token=2,
-                    max_model_len=command.max_model_len or 64, vocab_size=1_000_000, num_parameters=500, eos_token_ids=(2,),
+                    model_id=model_id,
+                    architecture="FakeForCausalLM",
+                    path="fused: fake",
+                    dtype=command.checkpoint.dtype,
+                    quantization=command.checkpoint.quantization,
+                    weight_bytes=WEIGHT_BYTES,
+                    kv_bytes_per_token=2,
+                    max_model_len=command.max_model_len or 64,
+                    vocab_size=1_000_000,
+                    num_parameters=500,
+                    eos_token_ids=(2,),
                 )
             )
         )
@@ -124,13 +136,17 @@ class FakeEngine:
         if prompt[0] == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         if prompt[0] == FAULT:
-            self.finish(add, RowTokens(add.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error="a step broke"))
+            self.finish(
+                add, RowTokens(add.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error="a step broke")
+            )
             return
         if prompt[0] == STALL:
             await asyncio.sleep(3600)
         for position in range(add.stop.max_tokens):
             last = position == add.stop.max_tokens - 1
-            row = RowTokens(add.request_id, (prompt[position % len(prompt)] + 1,), FinishReason.LENGTH if last else None)
+            row = RowTokens(
+                add.request_id, (prompt[position % len(prompt)] + 1,), FinishReason.LENGTH if last else None
+            )
             if last:
                 self.finish(add, row)
             else:
@@ -154,8 +170,16 @@ class FakeEngine:
     def stats(self) -> None:
         models = tuple(
             ModelStats(
-                model_id=model_id, tier=Tier.DEVICE, weight_bytes=WEIGHT_BYTES, device_bytes=WEIGHT_BYTES, kv_bytes=0, kv_used_tokens=0,
-                kv_cached_tokens=0, running=sum(m == model_id for m in self.row_models.values()), waiting=0, swap_in_s=0.0,
+                model_id=model_id,
+                tier=Tier.DEVICE,
+                weight_bytes=WEIGHT_BYTES,
+                device_bytes=WEIGHT_BYTES,
+                kv_bytes=0,
+                kv_used_tokens=0,
+                kv_cached_tokens=0,
+                running=sum(m == model_id for m in self.row_models.values()),
+                waiting=0,
+                swap_in_s=0.0,
             )
             for model_id in self.models
         )

@@ -45,7 +45,9 @@ class FakeLoader:
             return StatusInfo(ModelStatus.NOT_FOUND)
         if record.failed_in:
             copies = tuple(CopyInfo(pod, ModelStatus.LOADING_FAILED, at) for pod, at in record.failed_in.items())
-            return StatusInfo(ModelStatus.LOADING_FAILED, tuple(failure.message for failure in record.failures.values()), copies)
+            return StatusInfo(
+                ModelStatus.LOADING_FAILED, tuple(failure.message for failure in record.failures.values()), copies
+            )
         if not record.instance_ids:
             return StatusInfo(ModelStatus.NOT_LOADED)
         status = ModelStatus.LOADING if model_id in self._loads else ModelStatus.LOADED

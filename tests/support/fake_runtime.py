@@ -135,12 +135,16 @@ class FakeRuntime:
         if self.refuses():
             return web.json_response({"error": {"message": "restarting", "type": "unavailable_error"}}, status=503)
         if model_id not in self.loaded:
-            return web.json_response({"error": {"message": f"{model_id} is not loaded here", "code": "model_not_found"}}, status=404)
+            return web.json_response(
+                {"error": {"message": f"{model_id} is not loaded here", "code": "model_not_found"}}, status=404
+            )
         if request.path == "/v1/nothing":
             return web.json_response({"error": {"message": "no such path", "code": None}}, status=404)
         self.calls[model_id] += 1
         if not body.get("stream"):
-            return web.json_response({"answer": model_id, "path": request.path, "id": request.headers.get("X-Request-Id", "")})
+            return web.json_response(
+                {"answer": model_id, "path": request.path, "id": request.headers.get("X-Request-Id", "")}
+            )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:
@@ -167,7 +171,9 @@ class _Spi(ModelRuntimeServicer):
         runtime, switches = self._runtime, self._runtime.switches
         runtime.loaded.clear()
         runtime.log.append(("purge", ""))
-        methods = {name: pb.RuntimeStatusResponse.MethodInfo(idInjectionPath=path) for name, path in switches.methods.items()}
+        methods = {
+            name: pb.RuntimeStatusResponse.MethodInfo(idInjectionPath=path) for name, path in switches.methods.items()
+        }
         return pb.RuntimeStatusResponse(
             status=pb.RuntimeStatusResponse.READY,
             capacityInBytes=switches.capacity_bytes,
@@ -203,7 +209,9 @@ class _Spi(ModelRuntimeServicer):
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{size} bytes do not fit")
             runtime.loaded[request.modelId] = request.modelPath
             runtime.tell()
-        return pb.LoadModelResponse(sizeInBytes=runtime.size_of(request.modelPath), maxConcurrency=max(switches.max_concurrency, 0))
+        return pb.LoadModelResponse(
+            sizeInBytes=runtime.size_of(request.modelPath), maxConcurrency=max(switches.max_concurrency, 0)
+        )
 
     async def unloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         runtime = self._runtime
@@ -251,18 +259,26 @@ class _State(RuntimeStateServicer):
         runtime = self._runtime
         models = [
             state_pb.ModelState(
-                model_id=model_id, state=state_pb.ModelState.LOADED, tier=state_pb.ModelState.DEVICE, weight_bytes=runtime.size_of(path)
+                model_id=model_id,
+                state=state_pb.ModelState.LOADED,
+                tier=state_pb.ModelState.DEVICE,
+                weight_bytes=runtime.size_of(path),
             )
             for model_id, path in runtime.loaded.items()
         ]
         models += [
             state_pb.ModelState(
-                model_id=model_id, state=state_pb.ModelState.PULLING, progress=runtime.switches.progress, progress_text="of the files"
+                model_id=model_id,
+                state=state_pb.ModelState.PULLING,
+                progress=runtime.switches.progress,
+                progress_text="of the files",
             )
             for model_id in runtime.loading
         ]
         models += [
-            state_pb.ModelState(model_id=model_id, state=state_pb.ModelState.QUARANTINED, error=f"{model_id} is quarantined")
+            state_pb.ModelState(
+                model_id=model_id, state=state_pb.ModelState.QUARANTINED, error=f"{model_id} is quarantined"
+            )
             for model_id in runtime.switches.quarantined
         ]
         return state_pb.RuntimeSnapshot(
@@ -316,7 +332,9 @@ class _AnyMethod(grpc.GenericRpcHandler):
         await context.send_initial_metadata((("answered-by", "fake"),))
         while (message := await context.read()) is not grpc.aio.EOF:
             if verb == "Fail":
-                await context.abort(grpc.StatusCode[message.decode()], "as asked", (("why", "because"), ("why-bin", b"\x00\xff")))
+                await context.abort(
+                    grpc.StatusCode[message.decode()], "as asked", (("why", "because"), ("why-bin", b"\x00\xff"))
+                )
             if verb == "Slow":
                 await context.write(b"first")
                 await asyncio.sleep(3600)

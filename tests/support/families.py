@@ -70,7 +70,9 @@ def family(name: str, seed: int = 0) -> PreTrainedModel:
         ))  # fmt: skip
     else:
         grouped = {**common, "intermediate_size": 96, "num_key_value_heads": 2}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**grouped, **FURTHER[name]}), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(name, **{**grouped, **FURTHER[name]}), dtype=torch.float32
+        )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -18,7 +18,9 @@ class HttpServer:
     """Runs from its making until `close`. `url` is where it answers; over TLS with the key and certificate in the file `identity`."""
 
     def __init__(self, handler: type[BaseHTTPRequestHandler], identity: Path | None = None) -> None:
-        handler.disable_nagle_algorithm = True  # an answer's body follows its headers at once, not when they are acknowledged 40 ms later
+        handler.disable_nagle_algorithm = (
+            True  # an answer's body follows its headers at once, not when they are acknowledged 40 ms later
+        )
         self._server = _Server(("127.0.0.1", 0), handler)
         if identity is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -29,11 +29,15 @@ class Services:
 
 
 @asynccontextmanager
-async def serve_grpc(engine: ScriptedEngine, *models: ServedModel, config: RuntimeConfig | None = None) -> AsyncIterator[Services]:
+async def serve_grpc(
+    engine: ScriptedEngine, *models: ServedModel, config: RuntimeConfig | None = None
+) -> AsyncIterator[Services]:
     server = grpc.aio.server()
     names = add_inference_services(server, Directory(list(models)), engine, config or RuntimeConfig(), RuntimeMetrics())
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield Services(GenerationServiceStub(channel), GRPCInferenceServiceStub(channel), engine, models[0], tuple(names))
+        yield Services(
+            GenerationServiceStub(channel), GRPCInferenceServiceStub(channel), engine, models[0], tuple(names)
+        )
     await server.stop(0)

@@ -19,15 +19,27 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
+    )
 
 
-def tiny_llama(directory: Path, *, hidden: int = 64, layers: int = 2, tied: bool = False, shard: str | None = None, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(
+    directory: Path, *, hidden: int = 64, layers: int = 2, tied: bool = False, shard: str | None = None, seed: int = 0
+) -> LlamaForCausalLM:
     """Saved as safetensors in float32; returns the model."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB,
-        max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     model = LlamaForCausalLM(config).eval()
     directory.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,13 @@ class Node:
 async def running_node(store: Store, *, instance_id: str = "pod-a", move_wait_s: float = 20.0) -> AsyncIterator[Node]:
     """The store must be open; it stays open."""
     registry = Registry(
-        store, root_prefix="", kv_prefix="mm", service_name="svc", instance_id=instance_id, session_ttl_s=5.0, default_owner="repertory"
+        store,
+        root_prefix="",
+        kv_prefix="mm",
+        service_name="svc",
+        instance_id=instance_id,
+        session_ttl_s=5.0,
+        default_owner="repertory",
     )
     await registry.start()
     loader = FakeLoader(registry)

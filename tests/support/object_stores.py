@@ -42,7 +42,11 @@ class ObjectStores(HttpServer):
         super().__init__(_handler(self), identity)
 
     def below(self, bucket: str) -> dict[str, bytes]:
-        return {name.removeprefix(f"{bucket}/"): data for name, data in sorted(self.objects.items()) if name.startswith(f"{bucket}/")}
+        return {
+            name.removeprefix(f"{bucket}/"): data
+            for name, data in sorted(self.objects.items())
+            if name.startswith(f"{bucket}/")
+        }
 
     @property
     def reads(self) -> list[str]:
@@ -62,7 +66,11 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
             body = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
             claims = json.loads(base64.urlsafe_b64decode(body["assertion"][0].split(".")[1] + "=="))
             assert claims["iss"].endswith("@models.iam.gserviceaccount.com")
-            self.say(200, json.dumps({"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer"}).encode(), "application/json")
+            self.say(
+                200,
+                json.dumps({"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer"}).encode(),
+                "application/json",
+            )
 
         def do_GET(self) -> None:
             parts = urllib.parse.urlsplit(self.path)
@@ -74,8 +82,16 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
                 self.say(503, b"busy", "text/plain")
             elif parts.path == "/identity":
                 # of a machine: who may ask knows the header
-                known = self.headers.get("X-IDENTITY-HEADER") == "of-this-machine" and query["resource"] == "https://storage.azure.com"
-                token = {"access_token": TOKEN, "expires_on": str(int(time.time()) + 3600), "resource": query["resource"], "token_type": "Bearer"}
+                known = (
+                    self.headers.get("X-IDENTITY-HEADER") == "of-this-machine"
+                    and query["resource"] == "https://storage.azure.com"
+                )
+                token = {
+                    "access_token": TOKEN,
+                    "expires_on": str(int(time.time()) + 3600),
+                    "resource": query["resource"],
+                    "token_type": "Bearer",
+                }
                 self.say(200 if known else 400, json.dumps(token if known else {}).encode(), "application/json")
             elif parts.path.startswith(("/storage/v1/b/", "/download/storage/v1/b/")):
                 self.google(parts.path.partition("/b/")[2].split("/"), query, asked)
@@ -95,8 +111,15 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
                     "application/json",
                 )
             elif len(path) == 2:
-                names = [name for name in objects if name.startswith(query.get("prefix", "")) and name > query.get("pageToken", "")]
-                page = {"kind": "storage#objects", "items": [self.described(bucket, name, objects[name]) for name in names[:PAGE]]}
+                names = [
+                    name
+                    for name in objects
+                    if name.startswith(query.get("prefix", "")) and name > query.get("pageToken", "")
+                ]
+                page = {
+                    "kind": "storage#objects",
+                    "items": [self.described(bucket, name, objects[name]) for name in names[:PAGE]],
+                }
                 if len(names) > PAGE:
                     page["nextPageToken"] = names[PAGE - 1]
                 self.say(200, json.dumps(page).encode(), "application/json")
@@ -134,7 +157,11 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
             if not objects:
                 self.refuse(404, "ContainerNotFound", "The specified container does not exist.")
             elif query.get("comp") == "list":
-                names = [name for name in objects if name.startswith(query.get("prefix", "")) and name > query.get("marker", "")]
+                names = [
+                    name
+                    for name in objects
+                    if name.startswith(query.get("prefix", "")) and name > query.get("marker", "")
+                ]
                 blobs = "".join(self.blob(name, objects[name]) for name in names[:PAGE])
                 marker = names[PAGE - 1] if len(names) > PAGE else ""
                 text = f'<?xml version="1.0" encoding="utf-8"?><EnumerationResults><Blobs>{blobs}</Blobs><NextMarker>{marker}</NextMarker></EnumerationResults>'
@@ -148,14 +175,23 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
                     return
                 tag = f'"0x{generation(objects[name])}"'
                 if self.headers.get("If-Match", tag) != tag:
-                    self.refuse(412, "ConditionNotMet", "The condition specified using HTTP conditional header(s) is not met.")
+                    self.refuse(
+                        412, "ConditionNotMet", "The condition specified using HTTP conditional header(s) is not met."
+                    )
                     return
                 self.give(
-                    name, objects[name], asked, {"ETag": tag, "x-ms-blob-type": "BlockBlob", "Last-Modified": formatdate(usegmt=True)}
+                    name,
+                    objects[name],
+                    asked,
+                    {"ETag": tag, "x-ms-blob-type": "BlockBlob", "Last-Modified": formatdate(usegmt=True)},
                 )
 
         def blob(self, name: str, data: bytes) -> str:
-            md5 = "" if stores.no_md5 else f"<Content-MD5>{base64.b64encode(hashlib.md5(data).digest()).decode()}</Content-MD5>"
+            md5 = (
+                ""
+                if stores.no_md5
+                else f"<Content-MD5>{base64.b64encode(hashlib.md5(data).digest()).decode()}</Content-MD5>"
+            )
             return (
                 f"<Blob><Name>{name}</Name><Properties><Last-Modified>{formatdate(usegmt=True)}</Last-Modified><Etag>0x{generation(data)}</Etag>"
                 f"<Content-Length>{len(data)}</Content-Length>{md5}<BlobType>BlockBlob</BlobType></Properties></Blob>"
@@ -170,7 +206,9 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
             plain = ("Content-Encoding", "Content-Language", "Content-Length", "Content-MD5", "Content-Type", "Date")
             conditions = ("If-Modified-Since", "If-Match", "If-None-Match", "If-Unmodified-Since", "Range")
             words = [self.command, *(self.headers.get(name, "") for name in (*plain, *conditions))]
-            ours = sorted((name.lower(), value) for name, value in self.headers.items() if name.lower().startswith("x-ms-"))
+            ours = sorted(
+                (name.lower(), value) for name, value in self.headers.items() if name.lower().startswith("x-ms-")
+            )
             words += [f"{name}:{value}" for name, value in ours]
             resource = f"/{account}{path}" + "".join(f"\n{name}:{value}" for name, value in sorted(query.items()))
             text = "\n".join([*words, resource])
@@ -191,7 +229,9 @@ def _handler(stores: ObjectStores) -> type[BaseHTTPRequestHandler]:
             stores.cuts -= cut
             self.say(206, piece, "application/octet-stream", headers, sent=len(piece) // 2 if cut else len(piece))
 
-        def say(self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None, sent: int = -1) -> None:
+        def say(
+            self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None, sent: int = -1
+        ) -> None:
             self.send_response(status)
             for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
                 self.send_header(name, value)

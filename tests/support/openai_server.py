@@ -25,7 +25,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serve(engine: ScriptedEngine, *models: ServedModel, config: RuntimeConfig | None = None) -> AsyncIterator[Server]:
+async def serve(
+    engine: ScriptedEngine, *models: ServedModel, config: RuntimeConfig | None = None
+) -> AsyncIterator[Server]:
     metrics = RuntimeMetrics()
     runner = http_runner(build_http_app(Directory(list(models)), engine, config or RuntimeConfig(), metrics))
     await runner.setup()

@@ -61,7 +61,13 @@ class RunningPod:
 
 @asynccontextmanager
 async def running_pod(
-    directory: Path, *, store: str = "", switches: Switches | None = None, foreign: bool = False, wait: bool = True, **settings: Any
+    directory: Path,
+    *,
+    store: str = "",
+    switches: Switches | None = None,
+    foreign: bool = False,
+    wait: bool = True,
+    **settings: Any,
 ) -> AsyncIterator[RunningPod]:
     directory.mkdir(parents=True, exist_ok=True)
     runtime = FakeRuntime(directory, foreign=foreign, switches=switches)
@@ -75,7 +81,9 @@ async def running_pod(
     )
     pod = Pod(msgspec.structs.replace(config, instance_id=settings.get("instance_id") or directory.name))
     await pod.start()
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{pod.grpc.port}", options=(("grpc.max_receive_message_length", 64 * 1024 * 1024),))
+    channel = grpc.aio.insecure_channel(
+        f"127.0.0.1:{pod.grpc.port}", options=(("grpc.max_receive_message_length", 64 * 1024 * 1024),)
+    )
     http = aiohttp.ClientSession(f"http://127.0.0.1:{pod.http.port}")
     try:
         if wait:

@@ -25,7 +25,9 @@ class ScriptedPreparer:
             raise LoadFailed(f"{source.uri}: no such files")
         await asyncio.sleep(3600 if source.uri.startswith("endless:") else self.delay_s)
         self.held += 1
-        return Prepared(Checkpoint(model_dir="/nowhere", quantization=settings.quantize, dtype="float32"), self._release)
+        return Prepared(
+            Checkpoint(model_dir="/nowhere", quantization=settings.quantize, dtype="float32"), self._release
+        )
 
     def _release(self) -> None:
         self.held -= 1

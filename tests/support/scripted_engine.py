@@ -11,7 +11,15 @@ from runtime.errors import ModelNotFound, RepertoryError
 from runtime.interfaces import ServedModel
 from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.text.text_model import load_text
-from runtime.types import FinishReason, LogprobParams, ModelFacts, ModelSettings, Quantization, SamplingParams, StopParams
+from runtime.types import (
+    FinishReason,
+    LogprobParams,
+    ModelFacts,
+    ModelSettings,
+    Quantization,
+    SamplingParams,
+    StopParams,
+)
 
 
 @dataclass
@@ -23,7 +31,7 @@ class Asked:
     logprobs: LogprobParams
     priority: int
     sent: int = 0
-    closed: bool = False   # left before its end
+    closed: bool = False  # left before its end
 
 
 Script = Callable[[Asked], Sequence[int]]
@@ -40,7 +48,7 @@ class ScriptedEngine:
     fail_after: int | None = None
     fail_with: tuple[str, str] = ("UNAVAILABLE", "the engine died")
     raises: RepertoryError | None = None
-    finish_with: FinishReason | None = None   # in place of LENGTH when the script ends
+    finish_with: FinishReason | None = None  # in place of LENGTH when the script ends
     asked: list[Asked] = field(default_factory=list)
 
     async def generate(
@@ -87,8 +95,12 @@ class ScriptedEngine:
                     tokens=tuple(chunk),
                     finish=finish,
                     stop_token=stop_token,
-                    logprobs=None if logprobs.generated is None else tuple(entry(token, logprobs.generated) for token in chunk),
-                    prompt_logprobs=prompt_entries(prompt, logprobs.prompt) if first and logprobs.prompt is not None else None,
+                    logprobs=None
+                    if logprobs.generated is None
+                    else tuple(entry(token, logprobs.generated) for token in chunk),
+                    prompt_logprobs=prompt_entries(prompt, logprobs.prompt)
+                    if first and logprobs.prompt is not None
+                    else None,
                     cached_tokens=1 if first else None,
                 )
         finally:
@@ -105,11 +117,23 @@ def prompt_entries(prompt: Sequence[int], top_n: int) -> tuple[TokenLogprobs | N
     return (None, *(entry(token, top_n) for token in prompt[1:]))
 
 
-def served(model_dir: Path, model_id: str = "m1", *, max_model_len: int = 200, settings: ModelSettings | None = None) -> ServedModel:
+def served(
+    model_dir: Path, model_id: str = "m1", *, max_model_len: int = 200, settings: ModelSettings | None = None
+) -> ServedModel:
     settings = settings or ModelSettings()
     text = load_text(model_dir, settings)
     facts = ModelFacts(
-        model_id, "TinyForCausalLM", "unfused: test", "float32", Quantization.NONE, 1000, 64, max_model_len, text.vocab_size, 10, (0,)
+        model_id,
+        "TinyForCausalLM",
+        "unfused: test",
+        "float32",
+        Quantization.NONE,
+        1000,
+        64,
+        max_model_len,
+        text.vocab_size,
+        10,
+        (0,),
     )
     return ServedModel(model_id, settings.display_name or model_id, settings, facts, text, math.floor(time.time()))
 

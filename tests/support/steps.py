@@ -50,7 +50,13 @@ class Resident:
         pages = list(self.pages)
         random.Random(seed).shuffle(pages)
         return KvFixture(
-            self.built.planes, self.built.token_stride, self.built.block_tokens, pages, max_rows, max_blocks, self.built.device
+            self.built.planes,
+            self.built.token_stride,
+            self.built.block_tokens,
+            pages,
+            max_rows,
+            max_blocks,
+            self.built.device,
         )
 
     def logits(self, prompts: Sequence[torch.Tensor], chunk: int = 7) -> list[torch.Tensor]:
@@ -74,11 +80,19 @@ class Resident:
         return [torch.cat(parts) for parts in found]
 
 
-def bring_up(checkpoint: Checkpoint, *, fuse: bool = True, max_model_len: int | None = None, kv_slabs: int = 12) -> Resident:
+def bring_up(
+    checkpoint: Checkpoint, *, fuse: bool = True, max_model_len: int | None = None, kv_slabs: int = 12
+) -> Resident:
     """Load, map and fill, as the engine would."""
     hardware = CpuDevice(EngineConfig(device="cpu", slab_bytes=SLAB_BYTES, device_budget_bytes=256 * SLAB_BYTES))
     blueprint = draw(
-        "m", checkpoint, max_model_len, EquivalenceChecker(fuse), num_threads=2, min_group_bytes=MIN_GROUP_BYTES, host_order=hardware.host_order
+        "m",
+        checkpoint,
+        max_model_len,
+        EquivalenceChecker(fuse),
+        num_threads=2,
+        min_group_bytes=MIN_GROUP_BYTES,
+        host_order=hardware.host_order,
     )
     kv = kv_geometry("m", blueprint.shape, 16, blueprint.card.dtype.itemsize, SLAB_BYTES, 64)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB_BYTES)
@@ -88,7 +102,9 @@ def bring_up(checkpoint: Checkpoint, *, fuse: bool = True, max_model_len: int | 
     for index in range(kv_slabs):
         memory.map_kv(index, weight_slabs + index)
     pages = [
-        slab * kv.pages_per_slab + block * kv.pages_per_block for slab in range(kv_slabs) for block in range(kv.blocks_per_slab)
+        slab * kv.pages_per_slab + block * kv.pages_per_block
+        for slab in range(kv_slabs)
+        for block in range(kv.blocks_per_slab)
     ]
     return Resident(blueprint, hardware, memory, built, pages)
 

@@ -34,8 +34,13 @@ class TorchGraphs:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, stand_in in {
-            "CUDAGraph": lambda: Graph(self), "graph_pool_handle": self._handle, "current_stream": lambda *_: Stream(), "Stream": lambda *_: Stream(),
-            "stream": lambda stream: stream, "mem_get_info": lambda *_: (1 << 30, 1 << 31), "memory_reserved": lambda *_: 0,
+            "CUDAGraph": lambda: Graph(self),
+            "graph_pool_handle": self._handle,
+            "current_stream": lambda *_: Stream(),
+            "Stream": lambda *_: Stream(),
+            "stream": lambda stream: stream,
+            "mem_get_info": lambda *_: (1 << 30, 1 << 31),
+            "memory_reserved": lambda *_: 0,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._end_recording, raising=False)

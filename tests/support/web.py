@@ -59,7 +59,12 @@ def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
                 status, data = 200, file.read_bytes()
                 headers["ETag"] = f'"{hashlib.md5(data).hexdigest()}"'
             asked = self.headers.get("Range", "")
-            if asked and web.ranges and status == 200 and self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag"):
+            if (
+                asked
+                and web.ranges
+                and status == 200
+                and self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag")
+            ):
                 first, _, last = asked.removeprefix("bytes=").partition("-")
                 end = min(int(last) + 1 if last else len(data), len(data))
                 headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"

@@ -28,7 +28,9 @@ def port(address: str) -> str:
 
 
 def dockerfile() -> list[tuple[str, str]]:
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "docker" / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "docker" / "Dockerfile").read_text(), flags=re.MULTILINE).replace(
+        "\\\n", " "
+    )
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
 
 
@@ -65,12 +67,17 @@ def test_the_composed_pods_reach_their_store_and_publish_what_they_serve() -> No
         given = serve(pod["command"])
         host, _, store_port = given.store.removeprefix("etcd://").partition(":")
         assert f":{store_port}" in " ".join(services[host]["command"])
-        assert {published.split(":")[1] for published in pod["ports"]} == {port(given.http_listen), port(given.grpc_listen)}, name
+        assert {published.split(":")[1] for published in pod["ports"]} == {
+            port(given.http_listen),
+            port(given.grpc_listen),
+        }, name
         outside = {published.split(":")[0] for published in pod["ports"]}
         assert not outside & taken
         taken |= outside
         assert (ROOT / "docker" / pod["build"]["context"] / pod["build"]["dockerfile"]).exists()
-    assert {volume.split(":")[0] for service in services.values() for volume in service["volumes"]} == set(composed["volumes"])
+    assert {volume.split(":")[0] for service in services.values() for volume in service["volumes"]} == set(
+        composed["volumes"]
+    )
 
 
 def test_the_serving_runtime_is_configured_as_modelmesh_calls_it() -> None:

@@ -36,7 +36,14 @@ def record(**extra: object) -> logging.LogRecord:
         raise OSError("no room")
     except OSError:
         made = logging.makeLogRecord(
-            {"name": "a.b", "levelno": logging.WARNING, "levelname": "WARNING", "msg": "%s left", "args": ("m",), **extra}
+            {
+                "name": "a.b",
+                "levelno": logging.WARNING,
+                "levelname": "WARNING",
+                "msg": "%s left",
+                "args": ("m",),
+                **extra,
+            }
         )
         made.exc_info = sys.exc_info() if "model" in extra else None
         return made

@@ -13,9 +13,15 @@ from wire.repertory import runtime_pb2, runtime_pb2_grpc
 
 SERVICES = {
     "mmesh.ModelRuntime": (model_runtime_pb2, "loadModel unloadModel predictModelSize modelSize runtimeStatus"),
-    "mmesh.ModelMesh": (model_mesh_pb2, "registerModel unregisterModel getModelStatus ensureLoaded setVModel deleteVModel getVModelStatus"),
+    "mmesh.ModelMesh": (
+        model_mesh_pb2,
+        "registerModel unregisterModel getModelStatus ensureLoaded setVModel deleteVModel getVModelStatus",
+    ),
     "fmaas.GenerationService": (generation_pb2, "Generate GenerateStream Tokenize ModelInfo"),
-    "inference.GRPCInferenceService": (grpc_predict_v2_pb2, "ServerLive ServerReady ModelReady ServerMetadata ModelMetadata ModelInfer"),
+    "inference.GRPCInferenceService": (
+        grpc_predict_v2_pb2,
+        "ServerLive ServerReady ModelReady ServerMetadata ModelMetadata ModelInfer",
+    ),
     "repertory.RuntimeState": (runtime_pb2, "watch fit"),
 }
 STREAMS = {"fmaas.GenerationService/GenerateStream", "repertory.RuntimeState/watch"}
@@ -94,15 +100,30 @@ FIELDS = {
 ENUMS = {
     model_runtime_pb2.RuntimeStatusResponse.Status: {"STARTING": 0, "READY": 1, "FAILING": 2},
     model_mesh_pb2.ModelStatusInfo.ModelStatus: {
-        "NOT_FOUND": 0, "NOT_LOADED": 1, "LOADING": 2, "LOADED": 3, "LOADING_FAILED": 4, "UNKNOWN": 5,
+        "NOT_FOUND": 0,
+        "NOT_LOADED": 1,
+        "LOADING": 2,
+        "LOADED": 3,
+        "LOADING_FAILED": 4,
+        "UNKNOWN": 5,
     },
     model_mesh_pb2.VModelStatusInfo.VModelStatus: {
-        "NOT_FOUND": 0, "DEFINED": 1, "TRANSITIONING": 2, "TRANSITION_FAILED": 3, "UNKNOWN": 5,
+        "NOT_FOUND": 0,
+        "DEFINED": 1,
+        "TRANSITIONING": 2,
+        "TRANSITION_FAILED": 3,
+        "UNKNOWN": 5,
     },
     generation_pb2.DecodingMethod: {"GREEDY": 0, "SAMPLE": 1},
     generation_pb2.StopReason: {
-        "NOT_FINISHED": 0, "MAX_TOKENS": 1, "EOS_TOKEN": 2, "CANCELLED": 3,
-        "TIME_LIMIT": 4, "STOP_SEQUENCE": 5, "TOKEN_LIMIT": 6, "ERROR": 7,
+        "NOT_FINISHED": 0,
+        "MAX_TOKENS": 1,
+        "EOS_TOKEN": 2,
+        "CANCELLED": 3,
+        "TIME_LIMIT": 4,
+        "STOP_SEQUENCE": 5,
+        "TOKEN_LIMIT": 6,
+        "ERROR": 7,
     },
     generation_pb2.DecodingParameters.ResponseFormat: {"TEXT": 0, "JSON": 1},
     generation_pb2.ModelInfoResponse.ModelKind: {"DECODER_ONLY": 0, "ENCODER_DECODER": 1},
@@ -168,7 +189,9 @@ async def test_stubs_call_servicers() -> None:
     class State(runtime_pb2_grpc.RuntimeStateServicer):
         async def watch(self, request, context):
             for used in (1, 2):
-                yield runtime_pb2.RuntimeSnapshot(device_used_bytes=used, models=[{"model_id": "m", "state": "LOADED", "tier": "HOST"}])
+                yield runtime_pb2.RuntimeSnapshot(
+                    device_used_bytes=used, models=[{"model_id": "m", "state": "LOADED", "tier": "HOST"}]
+                )
 
         async def fit(self, request, context):
             return runtime_pb2.FitResponse(fits=True, evicts=[request.model_id])
@@ -194,8 +217,13 @@ async def test_stubs_call_servicers() -> None:
 
 def test_every_service_has_a_stub() -> None:
     channel = grpc.insecure_channel("127.0.0.1:1")
-    stubs = [model_runtime_pb2_grpc.ModelRuntimeStub, model_mesh_pb2_grpc.ModelMeshStub, generation_pb2_grpc.GenerationServiceStub,
-             grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub, runtime_pb2_grpc.RuntimeStateStub]
+    stubs = [
+        model_runtime_pb2_grpc.ModelRuntimeStub,
+        model_mesh_pb2_grpc.ModelMeshStub,
+        generation_pb2_grpc.GenerationServiceStub,
+        grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub,
+        runtime_pb2_grpc.RuntimeStateStub,
+    ]
     for stub, (_, methods) in zip(stubs, SERVICES.values(), strict=True):
         assert set(methods.split()) <= set(vars(stub(channel)))
     channel.close()

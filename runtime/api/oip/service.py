@@ -34,12 +34,16 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         self._generator = generator
 
     async def ServerLive(
-        self, request: pb.ServerLiveRequest, context: grpc.aio.ServicerContext[pb.ServerLiveRequest, pb.ServerLiveResponse]
+        self,
+        request: pb.ServerLiveRequest,
+        context: grpc.aio.ServicerContext[pb.ServerLiveRequest, pb.ServerLiveResponse],
     ) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(
-        self, request: pb.ServerReadyRequest, context: grpc.aio.ServicerContext[pb.ServerReadyRequest, pb.ServerReadyResponse]
+        self,
+        request: pb.ServerReadyRequest,
+        context: grpc.aio.ServicerContext[pb.ServerReadyRequest, pb.ServerReadyResponse],
     ) -> pb.ServerReadyResponse:
         try:
             self._directory.list()
@@ -48,7 +52,9 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         return pb.ServerReadyResponse(ready=True)
 
     async def ModelReady(
-        self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext[pb.ModelReadyRequest, pb.ModelReadyResponse]
+        self,
+        request: pb.ModelReadyRequest,
+        context: grpc.aio.ServicerContext[pb.ModelReadyRequest, pb.ModelReadyResponse],
     ) -> pb.ModelReadyResponse:
         try:
             self._model(context, request.name, request.version)
@@ -57,12 +63,16 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         return pb.ModelReadyResponse(ready=True)
 
     async def ServerMetadata(
-        self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext[pb.ServerMetadataRequest, pb.ServerMetadataResponse]
+        self,
+        request: pb.ServerMetadataRequest,
+        context: grpc.aio.ServicerContext[pb.ServerMetadataRequest, pb.ServerMetadataResponse],
     ) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(name="repertory", version=_version())
 
     async def ModelMetadata(
-        self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext[pb.ModelMetadataRequest, pb.ModelMetadataResponse]
+        self,
+        request: pb.ModelMetadataRequest,
+        context: grpc.aio.ServicerContext[pb.ModelMetadataRequest, pb.ModelMetadataResponse],
     ) -> pb.ModelMetadataResponse:
         answer = pb.ModelMetadataResponse()
         async with statuses(context):
@@ -86,14 +96,20 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         return answer
 
     async def ModelInfer(
-        self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse]
+        self,
+        request: pb.ModelInferRequest,
+        context: grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse],
     ) -> pb.ModelInferResponse:
         answer = pb.ModelInferResponse(model_version="1", id=request.id)
         async with statuses(context):
             model = self._model(context, request.model_name, request.model_version)
             answer.model_name = _told(model, request.model_name)
             texts = prompts_of(request)
-            put_texts(answer, await self._complete(model, texts, _parameters(request.parameters)), raw=bool(request.raw_input_contents))
+            put_texts(
+                answer,
+                await self._complete(model, texts, _parameters(request.parameters)),
+                raw=bool(request.raw_input_contents),
+            )
         return answer
 
     async def _complete(self, model: ServedModel, texts: list[str], body: Shared) -> list[str]:
@@ -107,7 +123,9 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         limits = [_max_tokens(model, body, len(prompt)) for prompt in prompts]
         results = await self._generator.complete(model, sequences(model, body, prompts, limits, LogprobParams()))
         if any(result.finish is FinishReason.ABORTED for result in results):
-            raise Unavailable(f"model {model.name}: it was unloaded, or the runtime stopped, before the answer was complete")
+            raise Unavailable(
+                f"model {model.name}: it was unloaded, or the runtime stopped, before the answer was complete"
+            )
         return [result.text for result in results]
 
     def _model(self, context: AnyContext, name: str, version_asked: str) -> ServedModel:

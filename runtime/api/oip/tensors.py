@@ -29,7 +29,9 @@ def prompts_of(request: pb.ModelInferRequest) -> list[str]:
         if tensor.HasField("contents"):
             raise InvalidRequest(f"tensor {INPUT} has contents, and there are raw_input_contents: only one may be used")
         if len(request.raw_input_contents) != 1:
-            raise InvalidRequest(f"there must be one entry of raw_input_contents, got {len(request.raw_input_contents)}")
+            raise InvalidRequest(
+                f"there must be one entry of raw_input_contents, got {len(request.raw_input_contents)}"
+            )
         elements = _unpack(request.raw_input_contents[0])
     else:
         elements = list(tensor.contents.bytes_contents)

@@ -55,10 +55,14 @@ def refuse_unsupported(body: Shared) -> None:
     """Raises NotSupported for what was asked and isn't here; null, false and empty values ask for nothing."""
     for name in _REFUSED_SHARED:
         _refuse(name, getattr(body, name))
-    if body.response_format and not (isinstance(body.response_format, dict) and body.response_format.get("type") == "text"):
+    if body.response_format and not (
+        isinstance(body.response_format, dict) and body.response_format.get("type") == "text"
+    ):
         raise NotSupported("response_format other than text is not supported yet", param="response_format")
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise NotSupported(f"best_of={body.best_of} is not supported: only best_of equal to n ({body.n or 1})", param="best_of")
+        raise NotSupported(
+            f"best_of={body.best_of} is not supported: only best_of equal to n ({body.n or 1})", param="best_of"
+        )
     if isinstance(body, ChatBody):
         for name in _REFUSED_CHAT:
             _refuse(name, getattr(body, name))

@@ -6,7 +6,16 @@ from runtime.api.openai.body import refuse_unsupported
 from runtime.api.openai.chunks import ChunkShape, EventChunks, Head, StreamUsage
 from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, render_chat, written_out
 from runtime.api.openai.params import check_logprobs, check_ranges, sequences, truncated
-from runtime.api.openai.responses import Answer, ChatChoice, ChatMessageOut, chat_logprobs, encode, finish_word, stop_reason, usage
+from runtime.api.openai.responses import (
+    Answer,
+    ChatChoice,
+    ChatMessageOut,
+    chat_logprobs,
+    encode,
+    finish_word,
+    stop_reason,
+    usage,
+)
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.types import ChatBody
 from runtime.api.tokenization import encode_text
@@ -52,7 +61,9 @@ class ChatCompletions:
             variables=body.chat_template_kwargs or {},
         )
         if body.continue_final_message and body.add_generation_prompt:
-            raise InvalidRequest("continue_final_message and add_generation_prompt can't both be true", param="continue_final_message")
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt can't both be true", param="continue_final_message"
+            )
         text = await render_chat(model, body.messages, options)
         if body.truncate_prompt_tokens is None:
             check_chars(model, [text], param="messages")
@@ -61,8 +72,12 @@ class ChatCompletions:
     async def _answer(self, model: ServedModel, answered: str, requests: list[SequenceRequest]) -> Answer:
         results = await self._generator.complete(model, requests)
         with_logprobs = requests[0].with_details
-        choices = await written_out(lambda: [_choice(model, result, with_logprobs=with_logprobs) for result in results], results)
-        counted = usage(len(requests[0].prompt), sum(len(result.tokens) for result in results), results[0].cached_tokens)
+        choices = await written_out(
+            lambda: [_choice(model, result, with_logprobs=with_logprobs) for result in results], results
+        )
+        counted = usage(
+            len(requests[0].prompt), sum(len(result.tokens) for result in results), results[0].cached_tokens
+        )
         return Answer(new_id("chatcmpl"), "chat.completion", now(), answered, choices, counted)
 
 
@@ -103,6 +118,8 @@ def _shape(model: ServedModel) -> ChunkShape:
         return encode(chat_logprobs(model.text, delta.tokens, delta.logprobs))
 
     def opening(delta: Delta) -> bytes:
-        return b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % delta.index
+        return (
+            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % delta.index
+        )
 
     return ChunkShape(b'"delta":{"content":', b"}", logprobs, opening)

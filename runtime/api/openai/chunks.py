@@ -40,7 +40,7 @@ class StreamUsage:
         self._num_prompt = num_prompt
         self._per_prompt = per_prompt
         self._num_generated = [0] * num_sequences
-        self._cached: dict[int, int] = {}   # by prompt
+        self._cached: dict[int, int] = {}  # by prompt
 
     def take(self, delta: Delta) -> None:
         self._num_generated[delta.index] = delta.num_generated
@@ -83,7 +83,9 @@ class EventChunks:
         self._shape = shape
         self._head = b"data: " + encode(head)[:-1]
         self._opened = [False] * counts.num_sequences
-        self._prefixes = [self._head + b',"choices":[{"index":%d,' % index + shape.text_open for index in range(counts.num_sequences)]
+        self._prefixes = [
+            self._head + b',"choices":[{"index":%d,' % index + shape.text_open for index in range(counts.num_sequences)
+        ]
         # with include_usage each event has the field, but only the last a value, or all with continuous_usage_stats
         self._no_usage = b',"usage":null}\n\n' if counts.at_end else b"}\n\n"
         self._plain_suffix = shape.text_close + _PLAIN_END + self._no_usage
@@ -117,9 +119,17 @@ class EventChunks:
         ending = b',"finish_reason":null}]'
         if delta.finish is not None:
             word = finish_word(self._model, delta.finish)
-            ending = b',"finish_reason":' + encode(word) + b',"stop_reason":' + encode(stop_reason(delta.finish, delta.stop)) + b"}]"
+            ending = (
+                b',"finish_reason":'
+                + encode(word)
+                + b',"stop_reason":'
+                + encode(stop_reason(delta.finish, delta.stop))
+                + b"}]"
+            )
         logprobs = self._shape.logprobs(delta) if delta.logprobs else b"null"
-        event = self._prefixes[delta.index] + _encode_text(delta.text) + self._shape.text_close + b',"logprobs":' + logprobs
+        event = (
+            self._prefixes[delta.index] + _encode_text(delta.text) + self._shape.text_close + b',"logprobs":' + logprobs
+        )
         return opening + event + ending + self._usage()
 
     def _usage(self) -> bytes:

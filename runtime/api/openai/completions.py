@@ -32,13 +32,13 @@ from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import FinishReason, LogprobParams
 
-DEFAULT_MAX_TOKENS = 16   # OpenAI's
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     token_ids: list[int]
-    text: str | None   # as the caller wrote it; None if it came as ids, or was truncated
+    text: str | None  # as the caller wrote it; None if it came as ids, or was truncated
 
 
 class Completions:
@@ -68,7 +68,9 @@ class Completions:
             counts = StreamUsage(num_prompt_tokens(token_ids), len(requests), body.n or 1, body.stream_options)
             chunks = EventChunks(model, head, counts, _shape(model, body, prompts))
             deltas = self._generator.stream(model, requests)
-            return await send_events(request, _without_output(deltas) if body.max_tokens == 0 else deltas, chunks, parsed.warning)
+            return await send_events(
+                request, _without_output(deltas) if body.max_tokens == 0 else deltas, chunks, parsed.warning
+            )
         return json_response(await self._answer(model, answered, body, prompts, requests), parsed.warning)
 
     async def _prompts(self, model: ServedModel, body: CompletionBody) -> list[Prompt]:
@@ -89,12 +91,17 @@ class Completions:
             kept = truncated(body, full)
             if isinstance(given, str) and special and len(kept) < len(full):
                 [shorter] = await encode_last(model, [given], len(kept))
-                kept = list(shorter.ids)   # BOS stays
+                kept = list(shorter.ids)  # BOS stays
             prompts.append(Prompt(kept, given if isinstance(given, str) and len(kept) == len(full) else None))
         return prompts
 
     async def _answer(
-        self, model: ServedModel, answered: str, body: CompletionBody, prompts: list[Prompt], requests: list[SequenceRequest]
+        self,
+        model: ServedModel,
+        answered: str,
+        body: CompletionBody,
+        prompts: list[Prompt],
+        requests: list[SequenceRequest],
     ) -> Answer:
         results = await self._generator.complete(model, requests)
         if body.max_tokens == 0:
@@ -139,14 +146,22 @@ def _choice(model: ServedModel, body: CompletionBody, prompt: Prompt, result: Co
     echoed = _echo_text(model, body, prompt) if body.echo else ""
     logprobs: CompletionLogprobs | None = None
     if body.logprobs is not None:
-        tokens, entries, offsets = list(result.tokens), list[TokenLogprobs | None](result.logprobs), list(result.offsets)
+        tokens, entries, offsets = (
+            list(result.tokens),
+            list[TokenLogprobs | None](result.logprobs),
+            list(result.offsets),
+        )
         if body.echo:
             tokens = prompt.token_ids + tokens
             entries = list(result.prompt_logprobs) + entries
             offsets = _prompt_offsets(model, body, prompt) + [len(echoed) + offset for offset in offsets]
         logprobs = completion_logprobs(model.text, tokens, entries, offsets)
     return CompletionChoice(
-        result.index, echoed + result.text, finish_word(model, result.finish), logprobs, stop_reason(result.finish, result.stop)
+        result.index,
+        echoed + result.text,
+        finish_word(model, result.finish),
+        logprobs,
+        stop_reason(result.finish, result.stop),
     )
 
 
@@ -159,7 +174,9 @@ def _echo_text(model: ServedModel, body: CompletionBody, prompt: Prompt) -> str:
 def _prompt_offsets(model: ServedModel, body: CompletionBody, prompt: Prompt) -> list[int]:
     """Where each token begins in the echoed text. A special token or a space that the caller wrote is in it, one that was added isn't."""
     written = prompt.text
-    decoder = model.text.detokenizer((), skip_special_tokens=written is not None or body.skip_special_tokens is not False)
+    decoder = model.text.detokenizer(
+        (), skip_special_tokens=written is not None or body.skip_special_tokens is not False
+    )
     offsets: list[int] = []
     length = 0
     for token in prompt.token_ids:
@@ -170,14 +187,16 @@ def _prompt_offsets(model: ServedModel, body: CompletionBody, prompt: Prompt) ->
                 text = model.text.piece(token)
                 text = text if written.startswith(text, length) else ""
             elif not written.startswith(text, length):
-                text = text.removeprefix(" ")   # sentencepiece's, before a text and after each special token
+                text = text.removeprefix(" ")  # sentencepiece's, before a text and after each special token
         length += len(text)
     return offsets
 
 
 def _empty(result: Completed) -> Completed:
     """The same result as if nothing had been generated."""
-    return msgspec.structs.replace(result, text="", tokens=(), logprobs=(), offsets=(), finish=FinishReason.LENGTH, stop=None)
+    return msgspec.structs.replace(
+        result, text="", tokens=(), logprobs=(), offsets=(), finish=FinishReason.LENGTH, stop=None
+    )
 
 
 async def _without_output(deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
@@ -188,7 +207,13 @@ async def _without_output(deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
             first = firsts.setdefault(delta.index, delta)
             if delta.finish is not None:
                 yield Delta(
-                    delta.index, "", (), 0, FinishReason.LENGTH, prompt_logprobs=first.prompt_logprobs, cached_tokens=first.cached_tokens
+                    delta.index,
+                    "",
+                    (),
+                    0,
+                    FinishReason.LENGTH,
+                    prompt_logprobs=first.prompt_logprobs,
+                    cached_tokens=first.cached_tokens,
                 )
     finally:
         await close(deltas)
@@ -197,10 +222,13 @@ async def _without_output(deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
 def _shape(model: ServedModel, body: CompletionBody, prompts: list[Prompt]) -> ChunkShape:
     per_prompt = body.n or 1
     echoes = [_echo_text(model, body, prompt) if body.echo else "" for prompt in prompts]
+
     # text offsets count on through the stream's events
     def logprobs(delta: Delta) -> bytes:
         start = len(echoes[delta.index // per_prompt])
-        return encode(completion_logprobs(model.text, delta.tokens, delta.logprobs, [start + offset for offset in delta.offsets]))
+        return encode(
+            completion_logprobs(model.text, delta.tokens, delta.logprobs, [start + offset for offset in delta.offsets])
+        )
 
     def opening(delta: Delta) -> bytes:
         if not body.echo:

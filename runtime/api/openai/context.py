@@ -85,7 +85,12 @@ def _content(index: int, turn: ChatTurn) -> str:
 
 async def written_out(make: Callable[[], _T], results: Sequence[Completed]) -> _T:
     """What `make` makes of the results, which may hold a great many log-probabilities."""
-    values = sum(1 + len(entry.top) for result in results for entry in (*result.prompt_logprobs, *result.logprobs) if entry is not None)
+    values = sum(
+        1 + len(entry.top)
+        for result in results
+        for entry in (*result.prompt_logprobs, *result.logprobs)
+        if entry is not None
+    )
     return make() if values <= _THREAD_ABOVE_VALUES else await asyncio.to_thread(make)
 
 

@@ -86,11 +86,14 @@ def stop_strings_of(model: ServedModel, body: Shared) -> tuple[str, ...]:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     stops = [stop for stop in stops if stop] if isinstance(body.stop, str) else stops
     if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"model {model.name}: stop takes at most {MAX_STOPS} strings, got {len(stops)}", param="stop")
+        raise InvalidRequest(
+            f"model {model.name}: stop takes at most {MAX_STOPS} strings, got {len(stops)}", param="stop"
+        )
     for stop in stops:
         if not 0 < len(stop) <= MAX_STOP_CHARS:
             raise InvalidRequest(
-                f"model {model.name}: a stop string has 1 to {MAX_STOP_CHARS} characters, got one of {len(stop)}", param="stop"
+                f"model {model.name}: a stop string has 1 to {MAX_STOP_CHARS} characters, got one of {len(stop)}",
+                param="stop",
             )
     return tuple(dict.fromkeys(stops))
 
@@ -98,18 +101,27 @@ def stop_strings_of(model: ServedModel, body: Shared) -> tuple[str, ...]:
 def stop_of(model: ServedModel, body: Shared, max_tokens: int) -> StopParams:
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
-        raise InvalidRequest(f"model {model.name}: min_tokens={min_tokens} is above max_tokens={max_tokens}", param="min_tokens")
+        raise InvalidRequest(
+            f"model {model.name}: min_tokens={min_tokens} is above max_tokens={max_tokens}", param="min_tokens"
+        )
     token_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
     if len(token_ids) > MAX_STOP_TOKENS:
         raise InvalidRequest(
-            f"model {model.name}: stop_token_ids takes at most {MAX_STOP_TOKENS} ids, got {len(token_ids)}", param="stop_token_ids"
+            f"model {model.name}: stop_token_ids takes at most {MAX_STOP_TOKENS} ids, got {len(token_ids)}",
+            param="stop_token_ids",
         )
     check_token_ids(model, token_ids, param="stop_token_ids")
-    return StopParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=token_ids, ignore_eos=bool(body.ignore_eos))
+    return StopParams(
+        max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=token_ids, ignore_eos=bool(body.ignore_eos)
+    )
 
 
 def sequences(
-    model: ServedModel, body: Shared, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], logprobs: LogprobParams
+    model: ServedModel,
+    body: Shared,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    logprobs: LogprobParams,
 ) -> list[SequenceRequest]:
     """One request for each prompt and each of its `n`, numbered in that order. With a seed, the i-th of a prompt's n takes seed + i."""
     count = body.n or 1
@@ -153,12 +165,15 @@ def _logit_bias(model: ServedModel, body: Shared) -> tuple[tuple[int, float], ..
         try:
             token = int(text)
         except ValueError:
-            raise InvalidRequest(f"model {model.name}: logit_bias has the key {text!r}, which is no token id", param="logit_bias") from None
+            raise InvalidRequest(
+                f"model {model.name}: logit_bias has the key {text!r}, which is no token id", param="logit_bias"
+            ) from None
         Range(-100.0, 100.0).check(model.name, "logit_bias", bias)
         pairs.append((token, bias))
     if len(pairs) > MAX_BIASED_TOKENS:
         raise InvalidRequest(
-            f"model {model.name}: logit_bias takes at most {MAX_BIASED_TOKENS} tokens, got {len(pairs)}", param="logit_bias"
+            f"model {model.name}: logit_bias takes at most {MAX_BIASED_TOKENS} tokens, got {len(pairs)}",
+            param="logit_bias",
         )
     check_token_ids(model, [token for token, _ in pairs], param="logit_bias")
     return tuple(pairs)

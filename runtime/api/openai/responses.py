@@ -11,7 +11,7 @@ from runtime.ipc.messages import TokenLogprobs
 from runtime.text.text_model import TextModel
 from runtime.types import FinishReason
 
-LOWEST_LOGPROB = -9999.0   # JSON has no infinity
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 _FINISH = {
     FinishReason.EOS: "stop",
@@ -42,7 +42,9 @@ def finish_word(model: ServedModel, finish: FinishReason) -> str:
     """OpenAI's word. Raises Unavailable where the sequence was ended from within."""
     word = _FINISH.get(finish)
     if word is None:
-        raise Unavailable(f"model {model.name}: it was unloaded, or the runtime stopped, before the answer was complete")
+        raise Unavailable(
+            f"model {model.name}: it was unloaded, or the runtime stopped, before the answer was complete"
+        )
     return word
 
 

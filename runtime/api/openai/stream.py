@@ -22,7 +22,9 @@ _LOG = logging.getLogger(__name__)
 _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def send_events(request: web.Request, deltas: AsyncIterator[Delta], chunks: EventChunks, warning: str | None) -> web.StreamResponse:
+async def send_events(
+    request: web.Request, deltas: AsyncIterator[Delta], chunks: EventChunks, warning: str | None
+) -> web.StreamResponse:
     """Sends the whole answer. An error before the first event is raised, so that it gets a status of its own."""
     response = web.StreamResponse(headers=_HEADERS)
     if warning is not None:
@@ -44,13 +46,13 @@ async def send_events(request: web.Request, deltas: AsyncIterator[Delta], chunks
                 if data:
                     await response.write(data)
                 if len(data) > _LARGE_BYTES:
-                    await asyncio.sleep(0)   # a prompt's log-probabilities took milliseconds to write out: others first
+                    await asyncio.sleep(0)  # a prompt's log-probabilities took milliseconds to write out: others first
             await response.write(chunks.end() + _DONE)
         except ConnectionError:
             _LOG.info("caller left a stream")
         except Exception as error:
             await response.write(error_event(internal(error)))
-        silence.cancel()   # nothing may be written after the end
+        silence.cancel()  # nothing may be written after the end
         await response.write_eof()
     except ConnectionError:
         _LOG.info("caller left a stream")

@@ -41,7 +41,9 @@ class Tokenizing:
         parsed = await read_body(request, DetokenizeBody)
         model = model_of(request, self._directory, parsed.body.model)
         check_token_ids(model, parsed.body.tokens, param="tokens")
-        return json_response(DetokenizeAnswer(model.text.decode(parsed.body.tokens, skip_special_tokens=False)), parsed.warning)
+        return json_response(
+            DetokenizeAnswer(model.text.decode(parsed.body.tokens, skip_special_tokens=False)), parsed.warning
+        )
 
     async def _tokens(self, model: ServedModel, body: TokenizeBody) -> list[int]:
         if (body.prompt is None) == (body.messages is None):

@@ -22,7 +22,9 @@ from wire.fmaas import generation_pb2 as pb
 MAX_STOPS = 6
 MAX_STOP_BYTES = 240
 MAX_TOP_N = 10
-_STOPS_TEXT = f"can specify at most {MAX_STOPS} non-empty stop sequences, each not more than {MAX_STOP_BYTES} UTF8 bytes"
+_STOPS_TEXT = (
+    f"can specify at most {MAX_STOPS} non-empty stop sequences, each not more than {MAX_STOP_BYTES} UTF8 bytes"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,9 @@ class Planned:
     server_limited: bool
 
 
-def refuse_adapters(request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest) -> None:
+def refuse_adapters(
+    request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest,
+) -> None:
     for field in ("adapter_id", "prefix_id"):
         if getattr(request, field):
             raise NotSupported(f"{field} is not supported yet: this runtime serves base models only")
@@ -77,7 +81,9 @@ def check(params: pb.Parameters, server_limit: int) -> None:
     _refuse_guided(decoding)
 
 
-def plan(model: ServedModel, config: RuntimeConfig, params: pb.Parameters, prompts: list[Prompt], deadline_s: float | None) -> list[Planned]:
+def plan(
+    model: ServedModel, config: RuntimeConfig, params: pb.Parameters, prompts: list[Prompt], deadline_s: float | None
+) -> list[Planned]:
     """Checks each input's length and makes its sequence. Each input gets a seed of its own if none is given."""
     return [_plan_one(model, config, params, prompt, index, deadline_s) for index, prompt in enumerate(prompts)]
 
@@ -89,7 +95,12 @@ def deadline_of(params: pb.Parameters) -> float | None:
 
 
 def _plan_one(
-    model: ServedModel, config: RuntimeConfig, params: pb.Parameters, prompt: Prompt, index: int, deadline_s: float | None
+    model: ServedModel,
+    config: RuntimeConfig,
+    params: pb.Parameters,
+    prompt: Prompt,
+    index: int,
+    deadline_s: float | None,
 ) -> Planned:
     stopping = params.stopping
     context, num_prompt = model.facts.max_model_len, len(prompt.token_ids)

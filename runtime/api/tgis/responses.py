@@ -49,12 +49,16 @@ class Answers:
     def first(self, planned: Planned, prompt: str) -> pb.GenerationResponse:
         """What is known before anything is computed."""
         return pb.GenerationResponse(
-            input_token_count=len(planned.request.prompt), text=prompt if self._options.input_text else "", seed=planned.seed or 0
+            input_token_count=len(planned.request.prompt),
+            text=prompt if self._options.input_text else "",
+            seed=planned.seed or 0,
         )
 
     def inputs(self, planned: Planned, delta: Delta) -> pb.GenerationResponse:
         prompt = planned.request.prompt
-        return pb.GenerationResponse(input_token_count=len(prompt), input_tokens=self._tokens(prompt, delta.prompt_logprobs))
+        return pb.GenerationResponse(
+            input_token_count=len(prompt), input_tokens=self._tokens(prompt, delta.prompt_logprobs)
+        )
 
     def delta(self, planned: Planned, delta: Delta) -> pb.GenerationResponse | None:
         """None when there is nothing to tell yet."""

@@ -26,7 +26,9 @@ class GenerationService(rpc.GenerationServiceServicer):
         self._config = config
 
     async def Generate(
-        self, request: pb.BatchedGenerationRequest, context: grpc.aio.ServicerContext[pb.BatchedGenerationRequest, pb.BatchedGenerationResponse]
+        self,
+        request: pb.BatchedGenerationRequest,
+        context: grpc.aio.ServicerContext[pb.BatchedGenerationRequest, pb.BatchedGenerationResponse],
     ) -> pb.BatchedGenerationResponse:
         answer = pb.BatchedGenerationResponse()
         async with statuses(context):
@@ -45,7 +47,9 @@ class GenerationService(rpc.GenerationServiceServicer):
         return answer
 
     async def GenerateStream(
-        self, request: pb.SingleGenerationRequest, context: grpc.aio.ServicerContext[pb.SingleGenerationRequest, pb.GenerationResponse]
+        self,
+        request: pb.SingleGenerationRequest,
+        context: grpc.aio.ServicerContext[pb.SingleGenerationRequest, pb.GenerationResponse],
     ) -> AsyncIterator[pb.GenerationResponse]:
         async with statuses(context):
             deadline_s = deadline_of(request.params)
@@ -72,13 +76,17 @@ class GenerationService(rpc.GenerationServiceServicer):
                 await close(deltas)
 
     async def Tokenize(
-        self, request: pb.BatchedTokenizeRequest, context: grpc.aio.ServicerContext[pb.BatchedTokenizeRequest, pb.BatchedTokenizeResponse]
+        self,
+        request: pb.BatchedTokenizeRequest,
+        context: grpc.aio.ServicerContext[pb.BatchedTokenizeRequest, pb.BatchedTokenizeResponse],
     ) -> pb.BatchedTokenizeResponse:
         answer = pb.BatchedTokenizeResponse()
         async with statuses(context):
             model = self._model(context, request.model_id)
             refuse_adapters(request)
-            for found in await encode_last(model, [each.text for each in request.requests], request.truncate_input_tokens):
+            for found in await encode_last(
+                model, [each.text for each in request.requests], request.truncate_input_tokens
+            ):
                 answer.responses.append(
                     pb.TokenizeResponse(
                         token_count=len(found.ids),

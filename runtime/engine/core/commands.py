@@ -43,7 +43,9 @@ class Commands:
     def _add(self, add: Add, now: float) -> None:
         model = self.house.models.get(add.model_id)
         if self.stop_by_s is not None:
-            self.house.refuse(add.request_id, add.model_id, "UNAVAILABLE", f"model {add.model_id}: the engine is shutting down")
+            self.house.refuse(
+                add.request_id, add.model_id, "UNAVAILABLE", f"model {add.model_id}: the engine is shutting down"
+            )
             return
         if model is None:
             self.house.refuse(add.request_id, add.model_id, "NOT_FOUND", f"model {add.model_id} is not loaded here")

@@ -73,8 +73,15 @@ class LoadedModel:
         foremost = self.scheduler.foremost() if yields_to is not None else None
         yields = foremost is not None and yields_to is not None and foremost > yields_to
         return Holder(
-            self.model_id, self.memory.weight_slabs, self.last_used_s, self.resident_since_s, self.return_cost_s,
-            self.pinned or self.swapping, self.scheduler.running, 0 if yields else len(self.scheduler.waiting), self.draining,
+            self.model_id,
+            self.memory.weight_slabs,
+            self.last_used_s,
+            self.resident_since_s,
+            self.return_cost_s,
+            self.pinned or self.swapping,
+            self.scheduler.running,
+            0 if yields else len(self.scheduler.waiting),
+            self.draining,
         )
 
     def stats(self, slab_bytes: int) -> ModelStats:

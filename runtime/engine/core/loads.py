@@ -86,7 +86,7 @@ class Loads:
             try:
                 _let_go(pending.job.result())
             except Exception:
-                continue                 # a cancelled load has nothing to say any more
+                continue  # a cancelled load has nothing to say any more
         self._pending.clear()
 
     def _start(self, request: Load, answers: int = 1) -> None:

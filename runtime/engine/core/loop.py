@@ -23,8 +23,8 @@ from runtime.ipc.messages import Command, Event, LoadFailed
 from runtime.types import FinishReason
 
 _STATS_EVERY_S = 1.0
-_POLL_S = 0.005                          # while a load or a swap-in is on its way and nothing else is to be done
-_FAULTS = 2                              # in a row, and the model is given up
+_POLL_S = 0.005  # while a load or a swap-in is on its way and nothing else is to be done
+_FAULTS = 2  # in a row, and the model is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,11 @@ class EngineLoop:
             self.house.check()
         idle = not (worked or launched)
         # whoever looks right after the last answer is not to be told that it runs
-        if self.house.resident.changed or now >= self._stats_due_s or (idle and self._told_busy and not self._anything_left()):
+        if (
+            self.house.resident.changed
+            or now >= self._stats_due_s
+            or (idle and self._told_busy and not self._anything_left())
+        ):
             self._tell_stats(now)
         stop_by_s = self._commands.stop_by_s
         if stop_by_s is not None and (now >= stop_by_s or not self._anything_left()):
@@ -201,8 +205,8 @@ class EngineLoop:
 
     def _fault(self, model: LoadedModel, step: Step, error: Exception) -> None:
         """A step raised: its rows are lost, the model stays, until it happens twice in a row."""
-        self._mark(model.model_id)       # not the one launched after it
-        self._backend.synchronize()      # raises if the device itself is lost
+        self._mark(model.model_id)  # not the one launched after it
+        self._backend.synchronize()  # raises if the device itself is lost
         now = self._clock()
         counts = not step.void
         text = f"model {model.model_id}: a step failed: {type(error).__name__}: {error}"
@@ -215,7 +219,7 @@ class EngineLoop:
             self._give_up(model, f"{text} ({model.faults} times in a row)")
 
     def _give_up(self, model: LoadedModel, text: str) -> None:
-        model.faults = 0                 # what is in flight may fail too, and must not come here again
+        model.faults = 0  # what is in flight may fail too, and must not come here again
         self._land_all_of(model.model_id)
         self.house.dismiss(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)
         self._turns.forget(model.model_id)
@@ -231,7 +235,7 @@ class EngineLoop:
             return
         models = self.house.models.values()
         swapping = next((m.model_id for m in models if m.swapping), "")
-        self._mark(swapping)             # if the engine ends now, no other model did it
+        self._mark(swapping)  # if the engine ends now, no other model did it
         soon = bool(len(self._loads) or swapping) or any(len(m.scheduler.waiting) for m in models)
         timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
         try:
@@ -246,5 +250,11 @@ class EngineLoop:
             self._land()
         self._loads.stop()
         for model in list(self.house.models.values()):
-            self.house.dismiss(model, FinishReason.ERROR, self._clock(), "UNAVAILABLE", f"model {model.model_id}: the engine has shut down")
+            self.house.dismiss(
+                model,
+                FinishReason.ERROR,
+                self._clock(),
+                "UNAVAILABLE",
+                f"model {model.model_id}: the engine has shut down",
+            )
         self.house.slabs.check()

@@ -23,12 +23,14 @@ from runtime.errors import Overloaded
 from runtime.ipc.messages import EngineStats, Event, Load, RowTokens, Tokens
 from runtime.types import FinishReason
 
-_LEAST_KV_TOKENS = 256                   # a model that can't hold this many beside its weights isn't loaded
-_CPU_SLOWNESS = 100.0                    # beside a GPU, to within an order of magnitude
+_LEAST_KV_TOKENS = 256  # a model that can't hold this many beside its weights isn't loaded
+_CPU_SLOWNESS = 100.0  # beside a GPU, to within an order of magnitude
 
 
 class ModelTable:
-    def __init__(self, config: EngineConfig, backend: Backend, emit: Callable[[Event], None], mark: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, backend: Backend, emit: Callable[[Event], None], mark: Callable[[str], None]
+    ) -> None:
         self.config = config
         self.backend = backend
         self.emit = emit
@@ -41,7 +43,9 @@ class ModelTable:
         """Raises Overloaded, with the sizes, for weights that exceed the whole budget."""
         budget = self.slabs.total * self.backend.slab_bytes
         if weight_bytes > budget:
-            raise Overloaded(f"model {request.model_id}: its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes")
+            raise Overloaded(
+                f"model {request.model_id}: its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes"
+            )
 
     def adopt(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
         """Take a model in. Raises Overloaded, with the sizes, if weights and the least useful KV can never be on the device together."""
@@ -59,18 +63,28 @@ class ModelTable:
                 f"exceed the device budget of {self.slabs.total * slab_bytes} bytes"
             )
         # a context that could never be held must not be promised
-        facts = msgspec.structs.replace(facts, max_model_len=min(facts.max_model_len, kv_slabs * geometry.blocks_per_slab * block_tokens))
+        facts = msgspec.structs.replace(
+            facts, max_model_len=min(facts.max_model_len, kv_slabs * geometry.blocks_per_slab * block_tokens)
+        )
         cache = PrefixCache(BlockPool(geometry, self.slabs, f"{request.model_id}/kv", memory))
         model = LoadedModel(
-            request, facts, runner, memory, cache, Scheduler(facts.eos_token_ids, cache, self.rows),
+            request,
+            facts,
+            runner,
+            memory,
+            cache,
+            Scheduler(facts.eos_token_ids, cache, self.rows),
             CostModel(slowness=_CPU_SLOWNESS if self.backend.device == "cpu" else 1.0),
-            min(request.max_waiting, self.config.max_waiting), now,
+            min(request.max_waiting, self.config.max_waiting),
+            now,
         )
         self.models[request.model_id] = model
         self.resident.changed = True
         return model
 
-    def dismiss(self, model: LoadedModel, reason: FinishReason, now: float, code: str | None = None, error: str | None = None) -> None:
+    def dismiss(
+        self, model: LoadedModel, reason: FinishReason, now: float, code: str | None = None, error: str | None = None
+    ) -> None:
         """Forget a model: its rows end for `reason`, all that it held goes back. No step of it may be in flight."""
         self.end(model, model.scheduler.sequences(), reason, now, code, error)
         model.cache.forget()
@@ -81,7 +95,13 @@ class ModelTable:
         self.resident.changed = True
 
     def end(
-        self, model: LoadedModel, sequences: Iterable[Sequence], reason: FinishReason, now: float, code: str | None = None, error: str | None = None
+        self,
+        model: LoadedModel,
+        sequences: Iterable[Sequence],
+        reason: FinishReason,
+        now: float,
+        code: str | None = None,
+        error: str | None = None,
     ) -> None:
         """End sequences for a reason that isn't in their text, and say so."""
         rows = []

@@ -12,7 +12,7 @@ from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.sequence import Sequence
 
-_LONGEST_DRAIN_S = 10.0                  # then the rows of a draining model are preempted
+_LONGEST_DRAIN_S = 10.0  # then the rows of a draining model are preempted
 
 
 class SwapInFailed(Exception):
@@ -30,7 +30,7 @@ class ResidencyManager:
         self._pool = pool
         self._models = models
         self._mark = mark
-        self._claimant = ""              # whose first sequence waits for room that others are giving up
+        self._claimant = ""  # whose first sequence waits for room that others are giving up
         self.changed = False
 
     # Weights --------------------------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,9 @@ class ResidencyManager:
         head = model.scheduler.waiting.head()
         geometry = model.cache.blocks.geometry
         blocks = blocks_for(len(head.tokens) + 1 if head else 1, geometry.block_tokens)
-        return model.memory.weight_slabs + max(blocks_for(blocks, geometry.blocks_per_slab) - model.cache.blocks.slabs, 0)
+        return model.memory.weight_slabs + max(
+            blocks_for(blocks, geometry.blocks_per_slab) - model.cache.blocks.slabs, 0
+        )
 
     def _swap_in(self, model: LoadedModel, now: float) -> None:
         slabs = self._pool.lend(model.weights_owner, model.memory.weight_slabs)
@@ -192,10 +194,12 @@ class ResidencyManager:
                     pass
         self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
         # weights on their way can't leave before they are here; they will then, if nobody takes that room in their stead
-        arriving = sum(m.memory.weight_slabs for m in others if m.swapping and not m.pinned and _comes_after(m, sequence))
+        arriving = sum(
+            m.memory.weight_slabs for m in others if m.swapping and not m.pinned and _comes_after(m, sequence)
+        )
         if model.cache.obtainable() + arriving * model.cache.blocks.geometry.blocks_per_slab < blocks:
             return
-        self._claimant = model.model_id      # or those who made way would take it back
+        self._claimant = model.model_id  # or those who made way would take it back
         if not model.scheduler.running:
             model.scheduler.promised_blocks = blocks
 
@@ -229,7 +233,11 @@ class ResidencyManager:
         ages: list[tuple[float, LoadedModel]] = []
         for model in models:
             oldest_s = model.cache.oldest_idle_s
-            if oldest_s is not None and model.cache.blocks.idle_slabs and (older_than_s is None or oldest_s < older_than_s):
+            if (
+                oldest_s is not None
+                and model.cache.blocks.idle_slabs
+                and (older_than_s is None or oldest_s < older_than_s)
+            ):
                 ages.append((oldest_s, model))
         ages.sort(key=lambda entry: entry[0])
         return any(model.cache.drop_oldest_slab() for _, model in ages)

@@ -10,9 +10,9 @@ from runtime.engine.core.model_table import ModelTable
 from runtime.engine.scheduler.scheduler import Limits
 from runtime.types import FinishReason
 
-_LEAST_CHUNK = 64                        # tokens of prefill that a step may have however short the quantum
-_ALONE_ON_CPU_US = 500_000               # no step can be stopped: a full one would hold up for half a minute whoever comes or leaves
-_GROWTH = 4                              # there a step is at most so many times as large as any before: what it takes is a guess
+_LEAST_CHUNK = 64  # tokens of prefill that a step may have however short the quantum
+_ALONE_ON_CPU_US = 500_000  # no step can be stopped: a full one would hold up for half a minute whoever comes or leaves
+_GROWTH = 4  # there a step is at most so many times as large as any before: what it takes is a guess
 
 
 @dataclass(slots=True)
@@ -63,7 +63,9 @@ class StepBudget:
         """All free rows, but no more than the model's share while another has none and waits for one."""
         free = self.house.rows.free
         models = self.house.models.values()
-        if num_active > 1 and any(m.resident and not m.scheduler.running and m.has_work() for m in models if m is not model):
+        if num_active > 1 and any(
+            m.resident and not m.scheduler.running and m.has_work() for m in models if m is not model
+        ):
             share = max(1, self.house.rows.total // num_active)
             return min(free, max(0, share - model.scheduler.running))
         return free

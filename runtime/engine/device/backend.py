@@ -35,7 +35,7 @@ def make_backend(config: EngineConfig) -> "EngineBackend":
     Raises ValueError for an unknown device or a budget that the machine hasn't.
     """
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # it warns of an optional package at its import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package at its import
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,14 +78,14 @@ class EngineBackend:
 
     def idle(self, mark: Callable[[str], None] = lambda name: None) -> bool:
         if self._stage is not None and not self._opened:
-            self._opened = True          # not before the engine has said that it is there
+            self._opened = True  # not before the engine has said that it is there
             self._stage.open()
             return True
         # what a rehearsal compiles needn't be compiled twice, and the memory that it takes is no graph's
         rehearsing = self._stage is not None and self._stage.busy
         if not rehearsing and self._state.graphs.capture_one(mark):
             return True
-        mark("")                         # what follows is no model's doing
+        mark("")  # what follows is no model's doing
         return self._hardware.idle()
 
     def close(self) -> None:
@@ -97,15 +97,25 @@ class EngineBackend:
         checkpoint = cast("Checkpoint", request.checkpoint)
         begun_s = time.monotonic()
         blueprint = draw(
-            request.model_id, checkpoint, request.max_model_len, self._prover,
-            num_threads=hardware.num_read_threads, min_group_bytes=hardware.min_group_bytes, layout_4bit=hardware.layout_4bit,
+            request.model_id,
+            checkpoint,
+            request.max_model_len,
+            self._prover,
+            num_threads=hardware.num_read_threads,
+            min_group_bytes=hardware.min_group_bytes,
+            layout_4bit=hardware.layout_4bit,
             host_order=hardware.host_order,
         )
         if cancelled.is_set():
             raise Cancelled(f"loading model {request.model_id} was cancelled")
         kv_dtype = blueprint.card.dtype if config.kv_dtype == "auto" else torch.float8_e4m3fn
         kv = kv_geometry(
-            request.model_id, blueprint.shape, config.block_tokens, kv_dtype.itemsize, hardware.memory.slab_bytes, hardware.memory.total_slabs
+            request.model_id,
+            blueprint.shape,
+            config.block_tokens,
+            kv_dtype.itemsize,
+            hardware.memory.slab_bytes,
+            hardware.memory.total_slabs,
         )
         weight_slabs = -(-blueprint.layout.size_bytes // hardware.memory.slab_bytes)
         if weight_slabs >= hardware.memory.total_slabs:
@@ -114,7 +124,9 @@ class EngineBackend:
                 f"the device budget is {hardware.memory.total_slabs * hardware.memory.slab_bytes} bytes ({hardware.memory.total_slabs} slabs)"
             )
         drawn_s = time.monotonic()
-        rehearsal = self._stage.begin(blueprint, kv, kv_dtype, hardware.memory.slab_bytes) if self._stage is not None else None
+        rehearsal = (
+            self._stage.begin(blueprint, kv, kv_dtype, hardware.memory.slab_bytes) if self._stage is not None else None
+        )
         try:
             memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, cancelled)
             taken_s = time.monotonic()
@@ -128,8 +140,12 @@ class EngineBackend:
             if rehearsal is not None:
                 rehearsal.wait()
         _LOG.info(
-            "model %s: drawn up in %.2f s, %d bytes of weights brought in %.2f s, kernels awaited %.2f s", request.model_id, drawn_s - begun_s,
-            memory.weight_bytes, taken_s - drawn_s, time.monotonic() - taken_s,
+            "model %s: drawn up in %.2f s, %d bytes of weights brought in %.2f s, kernels awaited %.2f s",
+            request.model_id,
+            drawn_s - begun_s,
+            memory.weight_bytes,
+            taken_s - drawn_s,
+            time.monotonic() - taken_s,
         )
         return LoadResult(runner, memory)
 

@@ -50,7 +50,9 @@ class CpuDevice:
     def host_free_bytes(self) -> int:
         return 0
 
-    def take(self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event) -> TakenMemory:
+    def take(
+        self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event
+    ) -> TakenMemory:
         del identity, cancelled
         weights = self.memory.reserve(weight_slabs)
         return CpuModelMemory(weights, KvRange(self.memory.reserve(kv.max_slabs)), kv, filler)

@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 _SLAB_BYTES = 64 * MIB
 _GROUP_BYTES = 32 * MIB
 _READ_THREADS = 16
-_INDEX_BYTES = MIB                       # the arena's index lies beside it
+_INDEX_BYTES = MIB  # the arena's index lies beside it
 
 
 class CudaDevice:
@@ -39,7 +39,9 @@ class CudaDevice:
         free_bytes, _ = torch.cuda.mem_get_info(device)
         budget = config.device_budget_bytes or max(0, free_bytes - config.device_reserve_bytes)
         if not slab_bytes <= budget <= free_bytes:
-            raise ValueError(f"device budget {budget} bytes is not between one slab of {slab_bytes} and the {free_bytes} bytes that are free")
+            raise ValueError(
+                f"device budget {budget} bytes is not between one slab of {slab_bytes} and the {free_bytes} bytes that are free"
+            )
         self.device = device
         self.name = torch.cuda.get_device_name(device)
         self._compute_stream = torch.cuda.current_stream(device)
@@ -59,7 +61,9 @@ class CudaDevice:
     def host_free_bytes(self) -> int:
         return self._arena.free_bytes()
 
-    def take(self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event) -> TakenMemory:
+    def take(
+        self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event
+    ) -> TakenMemory:
         torch.cuda.set_device(self.device)
         weights = self._memory.reserve(weight_slabs)
         try:
@@ -102,7 +106,9 @@ def host_tier(config: EngineConfig, slab_bytes: int) -> tuple[str, int]:
         if room_bytes < max(wanted // 2, slab_bytes):
             _LOG.warning(
                 "the host tier is private memory, and cold after a restart of the engine: %s has room for %d of the %d bytes wanted",
-                Path(path).parent, max(0, room_bytes), wanted,
+                Path(path).parent,
+                max(0, room_bytes),
+                wanted,
             )
             path = ""
         else:

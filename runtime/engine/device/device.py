@@ -47,7 +47,9 @@ class Device(Protocol):
 
     def host_free_bytes(self) -> int: ...
 
-    def take(self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event) -> TakenMemory:
+    def take(
+        self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event
+    ) -> TakenMemory:
         """Ranges for a model, and its weights in the host tier where there is one. Called from a loading thread; raises Cancelled or LoadFailed."""
 
     def synchronize(self) -> None: ...

@@ -8,7 +8,15 @@ from runtime.engine.kernels.scratch import Scratch
 
 
 def draw_largest(
-    logits: Tensor, drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, *, num_samples: int, scratch: Scratch | None
+    logits: Tensor,
+    drawn: Tensor,
+    upload: Tensor,
+    inputs: StepInputs,
+    last_token: Tensor,
+    ring: Tensor,
+    *,
+    num_samples: int,
+    scratch: Scratch | None,
 ) -> None:
     """The place of the largest of `logits` [S or more, V] of each sample to `drawn` [S] int64, and as commit_draws says (kernels/inputs.py)."""
     if logits.is_cuda:

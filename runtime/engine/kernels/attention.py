@@ -16,9 +16,26 @@ from runtime.engine.kernels.scratch import Scratch
 
 
 def paged_attention(
-    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
-    context_lens: Tensor, *, block_tokens: int, num_kv_heads: int, scale: float, max_query_len: int, max_context_len: int, sliding_window: int = 0,
-    softcap: float = 0.0, sinks: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    out: Tensor,
+    q: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    page_unit: int,
+    page_table: Tensor,
+    row_slots: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    block_tokens: int,
+    num_kv_heads: int,
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> None:
     """Causal attention of `q` [T, Hq, D] into `out` [T, Hq, D] (tokens of no row are left as they were).
@@ -29,8 +46,28 @@ def paged_attention(
     positions, itself included; 0 = all. `softcap`: scores become cap·tanh(score / cap). `sinks` [Hq]: a logit that takes weight and gives nothing.
     `k_scale`, `v_scale` (float32, one element or one a KV head): what FP8 planes hold times this is K and V.
     """
-    arguments = (out, q, k_plane, v_plane, page_unit, page_table, row_slots, query_starts, context_lens, block_tokens, num_kv_heads, scale,
-                 max_query_len, max_context_len, sliding_window, softcap, sinks, k_scale, v_scale, scratch)
+    arguments = (
+        out,
+        q,
+        k_plane,
+        v_plane,
+        page_unit,
+        page_table,
+        row_slots,
+        query_starts,
+        context_lens,
+        block_tokens,
+        num_kv_heads,
+        scale,
+        max_query_len,
+        max_context_len,
+        sliding_window,
+        softcap,
+        sinks,
+        k_scale,
+        v_scale,
+        scratch,
+    )
     if q.is_cuda:
         from runtime.engine.kernels.gpu import attention
 
@@ -40,9 +77,26 @@ def paged_attention(
 
 
 def paged_attention_torch(
-    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
-    context_lens: Tensor, block_tokens: int, num_kv_heads: int, scale: float, max_query_len: int, max_context_len: int, sliding_window: int,
-    softcap: float, sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, scratch: Scratch | None,
+    out: Tensor,
+    q: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    page_unit: int,
+    page_table: Tensor,
+    row_slots: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tokens: int,
+    num_kv_heads: int,
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    sliding_window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scratch: Scratch | None,
 ) -> None:
     """Torch twin of the Triton launch: row by row, in float32."""
     del max_query_len, max_context_len, scratch
@@ -83,7 +137,9 @@ def _pages(plane: Tensor, page_unit: int, block_tokens: int, num_kv_heads: int, 
     """The plane as [pages, block_tokens, Hkv, D]; the last page may end before its unit does."""
     block = block_tokens * num_kv_heads * head_dim
     num_pages = (plane.numel() - block) // page_unit + 1
-    return plane.as_strided((num_pages, block_tokens, num_kv_heads, head_dim), (page_unit, num_kv_heads * head_dim, head_dim, 1))
+    return plane.as_strided(
+        (num_pages, block_tokens, num_kv_heads, head_dim), (page_unit, num_kv_heads * head_dim, head_dim, 1)
+    )
 
 
 def _heads_first(pages: Tensor, length: int, scale: Tensor | None) -> Tensor:

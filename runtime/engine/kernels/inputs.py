@@ -18,21 +18,35 @@ import torch
 from torch import Tensor
 
 HEADER_WORDS = 16
-NUM_ROWS, NUM_TOKENS, NUM_SAMPLES, NUM_BLOCKS, RING_LINE, AT_SLOT, AT_START, AT_FIRST, AT_IDS, AT_SAMPLE, AT_SAMPLE_ROW, AT_BLOCKS, AT_TOKENS = range(13)
+(
+    NUM_ROWS,
+    NUM_TOKENS,
+    NUM_SAMPLES,
+    NUM_BLOCKS,
+    RING_LINE,
+    AT_SLOT,
+    AT_START,
+    AT_FIRST,
+    AT_IDS,
+    AT_SAMPLE,
+    AT_SAMPLE_ROW,
+    AT_BLOCKS,
+    AT_TOKENS,
+) = range(13)
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """Where a step's inputs go; shapes are the most that a step may have. See model.step.StepContext and CausalForward for their meaning."""
 
-    input_ids: Tensor        # [T] int64
-    positions: Tensor        # [T] int64
-    slots: Tensor            # [T] int64
-    row_slots: Tensor        # [B] int32
-    query_starts: Tensor     # [B + 1] int32
-    context_lens: Tensor     # [B] int32
-    logits_at: Tensor        # [B] int64
-    sample_rows: Tensor      # [B] int32, -1 = no sample
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64
+    row_slots: Tensor  # [B] int32
+    query_starts: Tensor  # [B + 1] int32
+    context_lens: Tensor  # [B] int32
+    logits_at: Tensor  # [B] int64
+    sample_rows: Tensor  # [B] int32, -1 = no sample
 
     @staticmethod
     def allocate(device: torch.device, max_tokens: int, max_rows: int) -> "StepInputs":
@@ -40,18 +54,44 @@ class StepInputs:
             return torch.zeros(size, dtype=dtype, device=device)
 
         return StepInputs(
-            zeros(max_tokens, torch.int64), zeros(max_tokens, torch.int64), zeros(max_tokens, torch.int64), zeros(max_rows, torch.int32),
-            zeros(max_rows + 1, torch.int32), zeros(max_rows, torch.int32), zeros(max_rows, torch.int64), zeros(max_rows, torch.int32),
+            zeros(max_tokens, torch.int64),
+            zeros(max_tokens, torch.int64),
+            zeros(max_tokens, torch.int64),
+            zeros(max_rows, torch.int32),
+            zeros(max_rows + 1, torch.int32),
+            zeros(max_rows, torch.int32),
+            zeros(max_rows, torch.int64),
+            zeros(max_rows, torch.int32),
         )
 
 
 def build_inputs(
-    upload: Tensor, page_table: Tensor, last_token: Tensor, inputs: StepInputs, *, num_tokens: int, num_rows: int, num_samples: int,
-    block_tokens: int, page_unit: int, token_stride: int,
+    upload: Tensor,
+    page_table: Tensor,
+    last_token: Tensor,
+    inputs: StepInputs,
+    *,
+    num_tokens: int,
+    num_rows: int,
+    num_samples: int,
+    block_tokens: int,
+    page_unit: int,
+    token_stride: int,
 ) -> None:
     """Enter new blocks in `page_table` [R, W] and fill the first `num_tokens`, `num_rows`, `num_samples` places of `inputs`; those counts are the
     padded ones, the upload holds the true ones. A token's slot is page id · `page_unit` + its place in the block · `token_stride`."""
-    arguments = (upload, page_table, last_token, inputs, num_tokens, num_rows, num_samples, block_tokens, page_unit, token_stride)
+    arguments = (
+        upload,
+        page_table,
+        last_token,
+        inputs,
+        num_tokens,
+        num_rows,
+        num_samples,
+        block_tokens,
+        page_unit,
+        token_stride,
+    )
     if upload.is_cuda:
         from runtime.engine.kernels.gpu import inputs as gpu
 
@@ -60,7 +100,9 @@ def build_inputs(
         build_inputs_torch(*arguments)
 
 
-def commit_draws(drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, *, num_samples: int) -> None:
+def commit_draws(
+    drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, *, num_samples: int
+) -> None:
     """Make `drawn` [S] int64 the rows' last tokens, and copy it to the upload's line of `ring` [lines, B] int64 (padded samples are left out)."""
     arguments = (drawn, upload, inputs, last_token, ring, num_samples)
     if upload.is_cuda:
@@ -72,8 +114,16 @@ def commit_draws(drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: 
 
 
 def build_inputs_torch(
-    upload: Tensor, page_table: Tensor, last_token: Tensor, inputs: StepInputs, num_tokens: int, num_rows: int, num_samples: int,
-    block_tokens: int, page_unit: int, token_stride: int,
+    upload: Tensor,
+    page_table: Tensor,
+    last_token: Tensor,
+    inputs: StepInputs,
+    num_tokens: int,
+    num_rows: int,
+    num_samples: int,
+    block_tokens: int,
+    page_unit: int,
+    token_stride: int,
 ) -> None:
     """Torch twin of the Triton launches."""
     head = upload[:HEADER_WORDS].tolist()
@@ -112,7 +162,9 @@ def build_inputs_torch(
     inputs.sample_rows[:samples] = section(AT_SAMPLE_ROW, samples)
 
 
-def commit_draws_torch(drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, num_samples: int) -> None:
+def commit_draws_torch(
+    drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, num_samples: int
+) -> None:
     """Torch twin of the Triton launch."""
     samples, line = int(upload[NUM_SAMPLES]), int(upload[RING_LINE])
     samples = min(samples, num_samples)

@@ -11,11 +11,11 @@ from torch.nn import functional
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.scratch import Scratch
 
-MAX_ROWS = 32                            # beyond, arithmetic counts and the library's product is as fast
-MAX_ROWS_OF_LARGE = 64                   # of weights with so many outputs, or so wide a K
+MAX_ROWS = 32  # beyond, arithmetic counts and the library's product is as fast
+MAX_ROWS_OF_LARGE = 64  # of weights with so many outputs, or so wide a K
 LARGE_OUTPUTS = 16384
 LARGE_COLUMNS = 8192
-LEAST_COLUMNS = 512                      # of K; and a multiple of it
+LEAST_COLUMNS = 512  # of K; and a multiple of it
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -27,7 +27,12 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear_16bit(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Activation | None = None, out: Tensor | None = None, scratch: Scratch | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Activation | None = None,
+    out: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """`x` [..., K] times the transpose of `weight` [N, K], plus `bias` [N]: [..., N]. With `gate`, the weight holds gate, then up, and the result is
     act(gate) × up: [..., N/2]. For what `serves` says yes to."""
@@ -45,7 +50,9 @@ def linear_16bit(
 
 def linear_16bit_torch(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Activation | None, out: Tensor) -> None:
     """Torch twin of the Triton launch."""
-    y = functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(torch.promote_types(x.dtype, weight.dtype))
+    y = functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(
+        torch.promote_types(x.dtype, weight.dtype)
+    )
     if gate is None:
         out.copy_(y)
     else:

@@ -19,13 +19,40 @@ Codebook = Literal["nf4", "fp4"]
 # bitsandbytes' tables: quantiles of a normal distribution, and sign-magnitude floats with two exponent bits and one of mantissa
 _CODES: dict[str, tuple[float, ...]] = {
     "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-        0.7229568362236023, 1.0,
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
     ),
     "fp4": (
-        0.0, 0.0052083333333, 0.6666666666667, 1.0, 0.3333333333333, 0.5, 0.1666666666667, 0.25,
-        -0.0, -0.0052083333333, -0.6666666666667, -1.0, -0.3333333333333, -0.5, -0.1666666666667, -0.25,
+        0.0,
+        0.0052083333333,
+        0.6666666666667,
+        1.0,
+        0.3333333333333,
+        0.5,
+        0.1666666666667,
+        0.25,
+        -0.0,
+        -0.0052083333333,
+        -0.6666666666667,
+        -1.0,
+        -0.3333333333333,
+        -0.5,
+        -0.1666666666667,
+        -0.25,
     ),
 }
 
@@ -36,8 +63,14 @@ def codebook_values(codebook: Codebook) -> tuple[float, ...]:
 
 
 def linear_4bit(
-    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None = None, gate: Activation | None = None,
-    out: Tensor | None = None, scratch: Scratch | None = None,
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    bias: Tensor | None = None,
+    gate: Activation | None = None,
+    out: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """`x` [..., K] times the transpose of a 4-bit weight: [..., N] in x's type. With `gate`, the weight holds gate, then up, and the result is
     act(gate) × up: [..., N/2].
@@ -70,7 +103,13 @@ def num_rows_4bit(weight: Tensor, in_features: int) -> int:
 
 
 def linear_4bit_torch(
-    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, gate: Activation | None, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    bias: Tensor | None,
+    gate: Activation | None,
+    out: Tensor,
 ) -> None:
     """Torch twin of the GPU's kernels: dequantise, then multiply."""
     y = functional.linear(x, dequantize_4bit_torch(weight, absmax, codebook, x.shape[-1], x.dtype), bias)
@@ -80,12 +119,16 @@ def linear_4bit_torch(
         act_mul(y, gate, out)
 
 
-def dequantize_4bit_torch(weight: Tensor, absmax: Tensor, codebook: Codebook, in_features: int, dtype: torch.dtype) -> Tensor:
+def dequantize_4bit_torch(
+    weight: Tensor, absmax: Tensor, codebook: Codebook, in_features: int, dtype: torch.dtype
+) -> Tensor:
     """The weight [N, K] in `dtype`, rounded once from float32, as bitsandbytes does it."""
     values = torch.tensor(_CODES[codebook], dtype=torch.float32, device=weight.device)
     if weight.dim() == 2:
         wide = values[codes_4bit(weight, in_features).int()]
-        return (wide.view(wide.shape[0], -1, BLOCK) * absmax[:, : in_features // BLOCK, None]).view(wide.shape).to(dtype)
+        return (
+            (wide.view(wide.shape[0], -1, BLOCK) * absmax[:, : in_features // BLOCK, None]).view(wide.shape).to(dtype)
+        )
     codes = torch.stack((weight >> 4, weight & 15), dim=-1).reshape(-1)
     wide = values[codes.int()] * absmax.repeat_interleave(BLOCK)[: codes.numel()]
     return wide.view(-1, in_features).to(dtype)

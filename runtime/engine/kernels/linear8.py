@@ -11,7 +11,12 @@ from runtime.engine.kernels.scratch import Scratch
 
 
 def linear_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None, scratch: Scratch | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """`x` [..., K] times the transpose of `weight` int8 [N, K], whose row n stands for weight[n] · scale[n] (float32, absmax / 127): [..., N]."""
     if out is None:

@@ -12,9 +12,24 @@ from torch import Tensor
 
 
 def rope_and_cache(
-    q_out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_plane: Tensor, v_plane: Tensor, *,
-    num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, interleaved: bool = False, q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None, norm_eps: float = 1e-6, norm_plus_one: bool = False, k_scale: Tensor | None = None,
+    q_out: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_plus_one: bool = False,
+    k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
     """Split `qkv` [T, (Hq + 2·Hkv)·D] into heads; rotate queries into `q_out` [T, Hq, D], keys and values into the planes.
@@ -22,8 +37,26 @@ def rope_and_cache(
     `slots` [T] int64: element offset of the token's [Hkv, D] block in both planes; -1 writes nothing (padding). `q_norm` and `k_norm` [D]:
     RMSNorm weights of each head, or none. `k_scale` and `v_scale`: float32 of one element or one a KV head, for FP8 planes: what is stored is x / scale.
     """
-    arguments = (q_out, qkv, cos, sin, slots, k_plane, v_plane, num_q_heads, num_kv_heads, head_dim, rotary_dim, interleaved, q_norm, k_norm,
-                 norm_eps, norm_plus_one, k_scale, v_scale)
+    arguments = (
+        q_out,
+        qkv,
+        cos,
+        sin,
+        slots,
+        k_plane,
+        v_plane,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        rotary_dim,
+        interleaved,
+        q_norm,
+        k_norm,
+        norm_eps,
+        norm_plus_one,
+        k_scale,
+        v_scale,
+    )
     if qkv.is_cuda:
         from runtime.engine.kernels.gpu import rope
 
@@ -33,7 +66,14 @@ def rope_and_cache(
 
 
 def write_kv(
-    k: Tensor, v: Tensor, slots: Tensor, k_plane: Tensor, v_plane: Tensor, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Write `k` and `v` [T, Hkv, D] (each head contiguous) at `slots` [T] of their planes, as `rope_and_cache` does."""
     if k.is_cuda:
@@ -45,9 +85,24 @@ def write_kv(
 
 
 def rope_and_cache_torch(
-    q_out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_plane: Tensor, v_plane: Tensor, num_q_heads: int, num_kv_heads: int,
-    head_dim: int, rotary_dim: int, interleaved: bool, q_norm: Tensor | None, k_norm: Tensor | None, norm_eps: float, norm_plus_one: bool,
-    k_scale: Tensor | None, v_scale: Tensor | None,
+    q_out: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
+    norm_plus_one: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     """Torch twin of the Triton launch."""
     heads = qkv.view(qkv.shape[0], num_q_heads + 2 * num_kv_heads, head_dim)
@@ -59,7 +114,13 @@ def rope_and_cache_torch(
 
 
 def write_kv_torch(
-    k: Tensor, v: Tensor, slots: Tensor, k_plane: Tensor, v_plane: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     """Torch twin of the Triton launch."""
     kept = slots >= 0

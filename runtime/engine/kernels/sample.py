@@ -21,7 +21,15 @@ _CANDIDATES = 1024
 
 
 def draw(
-    logits: Tensor, source: Tensor, target: Tensor, row_slots: Tensor, positions: Tensor, rules: Tensor, drawn: Tensor, *, sorts: bool
+    logits: Tensor,
+    source: Tensor,
+    target: Tensor,
+    row_slots: Tensor,
+    positions: Tensor,
+    rules: Tensor,
+    drawn: Tensor,
+    *,
+    sorts: bool,
 ) -> None:
     """For each i: draw from `logits` [N, V] row source[i] by the rules of row slot row_slots[i] for position positions[i] into drawn[target[i]].
 
@@ -37,7 +45,14 @@ def draw(
 
 
 def draw_torch(
-    logits: Tensor, source: Tensor, target: Tensor, row_slots: Tensor, positions: Tensor, rules: Tensor, drawn: Tensor, sorts: bool
+    logits: Tensor,
+    source: Tensor,
+    target: Tensor,
+    row_slots: Tensor,
+    positions: Tensor,
+    rules: Tensor,
+    drawn: Tensor,
+    sorts: bool,
 ) -> None:
     """Torch twin of the Triton launch. Looks at the best candidates first and at all tokens only where those can't decide."""
     words = rules[row_slots]
@@ -73,7 +88,11 @@ def undecided(top: Tensor, total: Tensor, words: Tensor) -> Tensor:
     floats = words.view(torch.float32)
     num = top.shape[1]
     mass = (top - top[:, :1]).exp().sum(1)
-    by_k = (words[:, TOP_K] > 0) & (words[:, TOP_K] < num) & (top[:, -1] < top.gather(1, words[:, TOP_K, None].clamp(1, num).long() - 1).squeeze(1))
+    by_k = (
+        (words[:, TOP_K] > 0)
+        & (words[:, TOP_K] < num)
+        & (top[:, -1] < top.gather(1, words[:, TOP_K, None].clamp(1, num).long() - 1).squeeze(1))
+    )
     by_p = (floats[:, TOP_P] < 1) & (mass >= floats[:, TOP_P] * total.squeeze(1))
     by_min = (floats[:, MIN_P] > 0) & (top[:, -1] < top[:, 0] + floats[:, MIN_P].log())
     # typical-p's entropy is over what top-k and top-p keep; min-p alone bounds that too
@@ -100,7 +119,7 @@ def filtered(scores: Tensor, words: Tensor, total: Tensor | None) -> Tensor:
     if total is not None:
         mass = torch.where(k > 0, mass, total)
     p = floats[:, TOP_P, None]
-    above = kept_weight.cumsum(1) - kept_weight                     # equal scores are told apart here, and joined again by the threshold
+    above = kept_weight.cumsum(1) - kept_weight  # equal scores are told apart here, and joined again by the threshold
     in_p = (above < p * mass) | (p >= 1)
     in_p[:, 0] = True
     threshold = torch.where(in_p & in_k, ordered, float("inf")).amin(1, keepdim=True)

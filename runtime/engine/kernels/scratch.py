@@ -19,7 +19,11 @@ class Scratch:
 
     @staticmethod
     def allocate(
-        device: torch.device | str, *, partial_elements: int = 1 << 23, num_counters: int = 1 << 14, staging_bytes: int = 0
+        device: torch.device | str,
+        *,
+        partial_elements: int = 1 << 23,
+        num_counters: int = 1 << 14,
+        staging_bytes: int = 0,
     ) -> "Scratch":
         """Take the memory now, so that no launch has to: 32 MiB of partial sums unless told otherwise."""
         return Scratch(

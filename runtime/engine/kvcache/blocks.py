@@ -25,10 +25,10 @@ class BlockPool:
         self._pool = pool
         self._owner = owner
         self._mapper = mapper
-        self._slab_at: dict[int, int] = {}                    # place in the KV range → slab id
+        self._slab_at: dict[int, int] = {}  # place in the KV range → slab id
         self._places = list(range(geometry.max_slabs - 1, -1, -1))
-        self._free_in: dict[int, list[int]] = {}              # place → free page ids
-        self._idle_in: dict[int, int] = {}                    # place → idle blocks
+        self._free_in: dict[int, list[int]] = {}  # place → free page ids
+        self._idle_in: dict[int, int] = {}  # place → idle blocks
         # by_room[r] holds the places with r free blocks
         self._by_room: list[dict[int, None]] = [{} for _ in range(geometry.blocks_per_slab + 1)]
         self._least_room = 1
@@ -131,7 +131,7 @@ class BlockPool:
         step = geometry.pages_per_block
         self._free_in[place] = [first + j * step for j in range(geometry.blocks_per_slab - 1, -1, -1)]
         self._idle_in[place] = 0
-        self._idle_slabs += 1            # until its first block is taken
+        self._idle_slabs += 1  # until its first block is taken
         self._by_room[geometry.blocks_per_slab][place] = None
         self._num_free += geometry.blocks_per_slab
         return True
@@ -150,9 +150,13 @@ class BlockPool:
             if place not in self._by_room[len(free)] or len(set(free)) != len(free):
                 raise AssertionError(f"{self._owner}: slab at place {place} is in the wrong bucket or has a page twice")
             if len(free) + self._idle_in[place] > per_slab or self._idle_in[place] < 0 or len(free) == per_slab:
-                raise AssertionError(f"{self._owner}: slab at place {place} has {len(free)} free and {self._idle_in[place]} idle of {per_slab}")
+                raise AssertionError(
+                    f"{self._owner}: slab at place {place} has {len(free)} free and {self._idle_in[place]} idle of {per_slab}"
+                )
         if sum(map(len, self._by_room)) != len(self._slab_at) or self._pool.lent(self._owner) != len(self._slab_at):
-            raise AssertionError(f"{self._owner}: {len(self._slab_at)} slabs mapped, {self._pool.lent(self._owner)} lent")
+            raise AssertionError(
+                f"{self._owner}: {len(self._slab_at)} slabs mapped, {self._pool.lent(self._owner)} lent"
+            )
         if self._num_free != sum(map(len, self._free_in.values())) or self._num_idle != sum(self._idle_in.values()):
             raise AssertionError(f"{self._owner}: free or idle blocks miscounted")
         if self._idle_slabs != sum(self._is_idle(place) for place in self._free_in):

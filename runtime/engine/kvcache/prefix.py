@@ -126,8 +126,12 @@ class PrefixCache:
     def check(self) -> None:
         self.blocks.check()
         if len(self._references) != self.blocks.used_blocks or len(self._idle) != self.blocks.idle_blocks:
-            raise AssertionError(f"{len(self._references)} referenced, {self.blocks.used_blocks} used; {len(self._idle)} idle, {self.blocks.idle_blocks}")
+            raise AssertionError(
+                f"{len(self._references)} referenced, {self.blocks.used_blocks} used; {len(self._idle)} idle, {self.blocks.idle_blocks}"
+            )
         if not self._references.keys().isdisjoint(self._idle) or any(count < 1 for count in self._references.values()):
             raise AssertionError("a block is both idle and referenced, or has no reference")
-        if any(self._page_of[digest] != page for page, digest in self._digest_of.items()) or len(self._page_of) != len(self._digest_of):
+        if any(self._page_of[digest] != page for page, digest in self._digest_of.items()) or len(self._page_of) != len(
+            self._digest_of
+        ):
             raise AssertionError("the index of contents disagrees with itself")

@@ -68,4 +68,3 @@ class CpuRange:
         self.unmap(0, self.num_slabs)
         # tensors over the range may outlive it, so its addresses stay until the last one goes; its pages are gone already
         self._view = torch.empty(0, dtype=torch.uint8)
-

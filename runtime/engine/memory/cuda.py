@@ -15,7 +15,7 @@ import torch
 
 from runtime.engine.memory.device import SlabLedger, VirtualRange
 
-_ANCHOR = -1                             # in the place of a slab's number
+_ANCHOR = -1  # in the place of a slab's number
 
 
 class CudaError(RuntimeError):
@@ -26,7 +26,13 @@ class _ForeignArray:
     """Device memory as torch's `as_tensor` takes it."""
 
     def __init__(self, address: int, size_bytes: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (size_bytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None}
+        self.__cuda_array_interface__ = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+            "strides": None,
+        }
 
 
 class Driver:
@@ -50,7 +56,9 @@ class Driver:
     def granularity(self) -> int:
         """Bytes that every size must be a multiple of."""
         flag = self._driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-        return int(self._checked("cuMemGetAllocationGranularity", self._driver.cuMemGetAllocationGranularity(self._prop, flag)))
+        return int(
+            self._checked("cuMemGetAllocationGranularity", self._driver.cuMemGetAllocationGranularity(self._prop, flag))
+        )
 
     def create(self, size: int) -> Any:
         return self._checked("cuMemCreate", self._driver.cuMemCreate(size, self._prop, 0))
@@ -86,7 +94,9 @@ class CudaMemory:
     Everything but the constructor is called from the engine thread, except `reserve`, which any thread may call.
     """
 
-    def __init__(self, device: torch.device, slab_bytes: int, total_slabs: int, compute_stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, device: torch.device, slab_bytes: int, total_slabs: int, compute_stream: torch.cuda.Stream
+    ) -> None:
         torch.cuda.set_device(device)
         torch.cuda.current_stream(device).synchronize()  # makes the primary context, torch's own, the current one
         self.device = device
@@ -106,7 +116,9 @@ class CudaMemory:
         except CudaError as error:
             for handle in self.handles:
                 self.driver.release(handle)
-            raise CudaError(f"{len(self.handles)} of {total_slabs + 1} slabs of {slab_bytes} bytes were to be had: {error}") from error
+            raise CudaError(
+                f"{len(self.handles)} of {total_slabs + 1} slabs of {slab_bytes} bytes were to be had: {error}"
+            ) from error
         self.ranges: list[CudaRange] = []
 
     def reserve(self, num_slabs: int) -> VirtualRange:
@@ -135,9 +147,9 @@ class CudaRange:
         self._memory = memory
         self._driver = memory.driver
         self._size = max(num_slabs, 1) * memory.slab_bytes
-        self._live: list[int | None] = [None] * num_slabs      # what the owner sees
+        self._live: list[int | None] = [None] * num_slabs  # what the owner sees
         self._under: list[int | None] = [None] * max(num_slabs, 1)  # what the driver has mapped
-        self._stale: dict[int, torch.cuda.Event] = {}          # place → when its last user has passed
+        self._stale: dict[int, torch.cuda.Event] = {}  # place → when its last user has passed
         self._address = self._driver.reserve(self._size)
         try:
             self._put_anchor()

@@ -25,8 +25,15 @@ class CudaModelMemory:
     """Implements plan.ModelMemory and Arrival. Engine thread only, but for `stage`."""
 
     def __init__(
-        self, memory: CudaMemory, copy_stream: torch.cuda.Stream, arena: HostTier, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry,
-        filler: Filler, identity: str,
+        self,
+        memory: CudaMemory,
+        copy_stream: torch.cuda.Stream,
+        arena: HostTier,
+        weights: VirtualRange,
+        kv_range: KvRange,
+        kv: KvGeometry,
+        filler: Filler,
+        identity: str,
     ) -> None:
         self.weight_slabs = weights.num_slabs
         self.weight_bytes = filler.group_ends[-1]
@@ -39,8 +46,8 @@ class CudaModelMemory:
         self._filler = filler
         self._identity = identity
         self._image: HostWeights | None = None
-        self._filling: BackgroundLoad | None = None                         # a return from disk
-        self._copied: list[torch.cuda.Event] = []                    # one a group whose copy is queued
+        self._filling: BackgroundLoad | None = None  # a return from disk
+        self._copied: list[torch.cuda.Event] = []  # one a group whose copy is queued
         self._queueing = False
         self._resident = False
         self._pending = True
@@ -73,7 +80,12 @@ class CudaModelMemory:
 
     @property
     def pending(self) -> bool:
-        if self._pending and self._resident and len(self._copied) == len(self._filler.group_ends) and self._copied[-1].query():
+        if (
+            self._pending
+            and self._resident
+            and len(self._copied) == len(self._filler.group_ends)
+            and self._copied[-1].query()
+        ):
             self._pending = False
         return self._pending
 
@@ -100,7 +112,7 @@ class CudaModelMemory:
         self._copied = []
         # a slab's last user may still be at work
         self._copy_stream.wait_stream(self._memory.compute_stream)
-        self._queueing = True            # a loading thread may look for room between what is found and the first copy's event
+        self._queueing = True  # a loading thread may look for room between what is found and the first copy's event
         try:
             self._hold(self._arena.find(self._identity, self._busy))
             if self._image is not None:
@@ -115,7 +127,7 @@ class CudaModelMemory:
 
     def swap_in_done(self) -> bool:
         if self._filling is not None and self._filling.failed() is not None:
-            return True              # over, if not well: what runs next gets the error from `wait`
+            return True  # over, if not well: what runs next gets the error from `wait`
         return self._resident and not self.pending
 
     def evict(self) -> None:
@@ -141,7 +153,9 @@ class CudaModelMemory:
         self._kv_range.unmap(index)
 
     def host_bytes(self) -> int:
-        return len(self._image.chunks) * self._arena.chunk_bytes if self._image is not None and not self._image.gone else 0
+        return (
+            len(self._image.chunks) * self._arena.chunk_bytes if self._image is not None and not self._image.gone else 0
+        )
 
     def drop_host(self) -> None:
         if self._image is None:
@@ -157,7 +171,7 @@ class CudaModelMemory:
         if self._image is not None:
             if self._copied and not self._copied[-1].query():
                 self._copied[-1].synchronize()
-            self._hold(None)                     # it stays in the arena for the model's next load, until its room is wanted
+            self._hold(None)  # it stays in the arena for the model's next load, until its room is wanted
         self._kv_range.close()
         self._weights.close()
 

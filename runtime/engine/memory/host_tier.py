@@ -50,7 +50,7 @@ class HostTier:
         self._memory = memory
         self._index = index
         self._lock = threading.Lock()
-        self._images: dict[str, HostWeights] = {}              # least recently used first
+        self._images: dict[str, HostWeights] = {}  # least recently used first
         kept = index.read(chunk_bytes, self.total_chunks)
         for entry in kept:
             image = HostWeights(entry.key, entry.size_bytes, entry.chunks, memory, chunk_bytes)
@@ -93,7 +93,10 @@ class HostTier:
         with self._lock:
             if key in self._images:
                 return None
-            idle = sorted((image for image in self._images.values() if image.complete and not image.busy()), key=lambda image: bool(image.readers))
+            idle = sorted(
+                (image for image in self._images.values() if image.complete and not image.busy()),
+                key=lambda image: bool(image.readers),
+            )
             if len(self._free) + sum(len(image.chunks) for image in idle) < count:
                 return None
             while len(self._free) < count:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_REGISTER_BYTES = 64 << 20             # the driver holds launches up meanwhile: 3 ms at a time
-_TOUCH_BYTES = 2 << 20                  # whoever maps or unmaps memory meanwhile waits for one
+_REGISTER_BYTES = 64 << 20  # the driver holds launches up meanwhile: 3 ms at a time
+_TOUCH_BYTES = 2 << 20  # whoever maps or unmaps memory meanwhile waits for one
 _MOST_TOUCH_THREADS = 16
-_MADV_POPULATE_WRITE = 23            # Linux 5.14: backs pages with memory and leaves what they hold
+_MADV_POPULATE_WRITE = 23  # Linux 5.14: backs pages with memory and leaves what they hold
 
 
 class PinnedMemory:
@@ -35,7 +35,7 @@ class PinnedMemory:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 if os.fstat(file).st_size != size_bytes:
-                    os.ftruncate(file, 0)                # another size means another engine's: nothing in it is ours
+                    os.ftruncate(file, 0)  # another size means another engine's: nothing in it is ours
                     os.ftruncate(file, size_bytes)
                 self._pages = mmap.mmap(file, size_bytes)
             finally:
@@ -43,7 +43,7 @@ class PinnedMemory:
         else:
             self._pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         self._view = torch.frombuffer(self._pages, dtype=torch.uint8)
-        self._registered: list[tuple[int, int]] = []     # (offset, size)
+        self._registered: list[tuple[int, int]] = []  # (offset, size)
         self._registered_bytes = 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -83,7 +83,7 @@ class PinnedMemory:
                     return
                 status = torch.cuda.cudart().cudaHostRegister(self._view.data_ptr() + offset, size, 0)
                 if int(status) != 0:
-                    return                               # the limit of lockable memory: the rest copies slower
+                    return  # the limit of lockable memory: the rest copies slower
                 self._registered.append((offset, size))
                 self._registered_bytes = offset + size
 
@@ -104,4 +104,6 @@ def shared_memory_free_bytes(path: str) -> int:
     """What the file system below `path` can still hold, the file itself and what lies beside it under its name included."""
     file = Path(path)
     status = os.statvfs(file.parent)
-    return status.f_bavail * status.f_frsize + sum(held.stat().st_blocks * 512 for held in file.parent.glob(f"{file.name}*"))
+    return status.f_bavail * status.f_frsize + sum(
+        held.stat().st_blocks * 512 for held in file.parent.glob(f"{file.name}*")
+    )

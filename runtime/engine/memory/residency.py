@@ -7,9 +7,11 @@ running rows is ever chosen to be evicted; it can only be chosen to run dry.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LEAST_RETURN_S = 0.01                   # below this all returns are equally cheap
+_LEAST_RETURN_S = 0.01  # below this all returns are equally cheap
 _LEAST_PATIENCE_S = 1.0
-_SWAPS_OF_PATIENCE = 3.0                 # a stay lasts at least this many swaps, so that swapping never costs more than a quarter of the time
+_SWAPS_OF_PATIENCE = (
+    3.0  # a stay lasts at least this many swaps, so that swapping never costs more than a quarter of the time
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def choose_to_drain(holders: Sequence[Holder], slabs: int, waited_s: float, swap
     """
     freed = sum(h.slabs for h in holders if h.evictable or h.draining)
     if freed >= slabs:
-        return []                        # on the way already
+        return []  # on the way already
     chosen: list[str] = []
     # who has been here longest goes first
     for holder in sorted(holders, key=lambda h: h.resident_since_s):

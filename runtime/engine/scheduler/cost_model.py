@@ -4,14 +4,14 @@ A Kalman filter over the three coefficients, which drift slowly; plain floats. (
 steps are alike, as they are in decode.) Knows no clock: whoever measured a step tells it.
 """
 
-_WARMUP = 4                     # steps before an outlier is told from a change
-_OUTLIER = 4.0                  # a step this many times dearer than foreseen teaches no more than that
-_TOKEN_SCALE = 256.0            # features of like size keep the arithmetic well conditioned
+_WARMUP = 4  # steps before an outlier is told from a change
+_OUTLIER = 4.0  # a step this many times dearer than foreseen teaches no more than that
+_TOKEN_SCALE = 256.0  # features of like size keep the arithmetic well conditioned
 _KV_SCALE = 65536.0
 _STEP_SCALE_US = 1000.0
-_NOISE = 400.0                  # variance of a measurement scaled to 1000 µs: 2 %
-_DRIFT = 2.0                    # variance that each coefficient gains a step: a change is believed after some twenty
-_IGNORANCE = 1e6                # variance of what was never seen
+_NOISE = 400.0  # variance of a measurement scaled to 1000 µs: 2 %
+_DRIFT = 2.0  # variance that each coefficient gains a step: a change is believed after some twenty
+_IGNORANCE = 1e6  # variance of what was never seen
 
 
 class CostModel:
@@ -24,7 +24,7 @@ class CostModel:
         self._theta = [base_us * slowness, token_us * slowness * _TOKEN_SCALE, 0.0]
         self._p = [[self._ignorance, 0.0, 0.0], [0.0, self._ignorance, 0.0], [0.0, 0.0, self._ignorance]]
         self._observations = 0
-        self.largest_tokens = 0                              # of a step that was measured: beyond it all is a guess
+        self.largest_tokens = 0  # of a step that was measured: beyond it all is a guess
 
     def predict_us(self, tokens: int, kv_tokens: int) -> float:
         a, b, c = self._theta

@@ -18,8 +18,8 @@ class DecodeRows:
 
     sequences: list[Sequence]
     ids: list[int]
-    histories: list[list[int]]           # the sequences' own token lists
-    finals: list[int]                    # indices of those that drew their last token
+    histories: list[list[int]]  # the sequences' own token lists
+    finals: list[int]  # indices of those that drew their last token
 
 
 class DecodeBatch:

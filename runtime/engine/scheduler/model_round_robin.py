@@ -12,8 +12,8 @@ from collections.abc import Collection
 class RoundRobin:
     def __init__(self, quantum_us: float) -> None:
         self._quantum_us = quantum_us
-        self._credit_us: dict[str, float] = {}               # in order of turns; members had work at the last pick
-        self._debts_us: dict[str, float] = {}                # of models without work
+        self._credit_us: dict[str, float] = {}  # in order of turns; members had work at the last pick
+        self._debts_us: dict[str, float] = {}  # of models without work
         self._weights: dict[str, float] = {}
 
     def set_weight(self, model_id: str, weight: float) -> None:

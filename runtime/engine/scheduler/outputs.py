@@ -130,7 +130,11 @@ def settle_prefill(
         drawn_at += chunk.draws
         if sequence.state is State.ENDED:
             continue
-        if result.prompt_logprobs is not None and row in result.prompt_logprobs and sequence.prompt_logprobs is not None:
+        if (
+            result.prompt_logprobs is not None
+            and row in result.prompt_logprobs
+            and sequence.prompt_logprobs is not None
+        ):
             sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
         if chunk.draws:
             token = result.tokens[at]
@@ -138,7 +142,7 @@ def settle_prefill(
             logprob = result.logprobs[at] if result.logprobs is not None else None
             reason, stop_token = outcome(sequence, token, rules)
             rows.append(_first(sequence, (token,), reason, stop_token, logprob))
-        elif chunk.last:                 # nothing was to be drawn
+        elif chunk.last:  # nothing was to be drawn
             reason = at_limit(sequence)
             rows.append(_first(sequence, (), reason, None, None))
         else:
@@ -149,14 +153,25 @@ def settle_prefill(
 
 
 def _first(
-    sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None, stop_token: int | None, logprob: TokenLogprobs | None
+    sequence: Sequence,
+    tokens: tuple[int, ...],
+    reason: FinishReason | None,
+    stop_token: int | None,
+    logprob: TokenLogprobs | None,
 ) -> RowTokens:
     logprobs = None if logprob is None else (logprob,)
-    if sequence.told:                    # it comes back from a preemption
+    if sequence.told:  # it comes back from a preemption
         return RowTokens(sequence.request_id, tokens, reason, stop_token, logprobs)
     sequence.told = True
     prompt_logprobs = None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
     sequence.prompt_logprobs = None
     return RowTokens(
-        sequence.request_id, tokens, reason, stop_token, logprobs, prompt_logprobs, sequence.cached, queue_s=sequence.queued_s
+        sequence.request_id,
+        tokens,
+        reason,
+        stop_token,
+        logprobs,
+        prompt_logprobs,
+        sequence.cached,
+        queue_s=sequence.queued_s,
     )

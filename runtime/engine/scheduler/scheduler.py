@@ -46,7 +46,7 @@ class Scheduler:
     def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: RowPool) -> None:
         self.totals = Totals()
         self.waiting = WaitingQueue()
-        self.promised_blocks = 0         # what admission counted on at the last look
+        self.promised_blocks = 0  # what admission counted on at the last look
         self.closed_rows: list[int] = []  # for the runner to close, then for the pool
         self._cache = cache
         self._rows = rows
@@ -113,7 +113,9 @@ class Scheduler:
         preemptions = self.totals.preemptions
         self._give_decode_blocks(now)
         count = len(self._decode)
-        plan = StepPlan(self._decode.rows.copy(), self._decode.starts(), [1] * count, [True] * count, [True] * count, [])
+        plan = StepPlan(
+            self._decode.rows.copy(), self._decode.starts(), [1] * count, [True] * count, [True] * count, []
+        )
         kv_tokens = self._decode.kv_tokens()
         budget = limits.token_budget - count
         self._score_budget = SCORED_TOKENS
@@ -124,7 +126,9 @@ class Scheduler:
             budget -= self._plan_chunk(sequence, budget, plan, chunks)
         admitted = 0
         # what was turned out for want of room must not come back in the same breath
-        while budget > 0 and admitted < limits.admit_rows and self._rows.free and self.totals.preemptions == preemptions:
+        while (
+            budget > 0 and admitted < limits.admit_rows and self._rows.free and self.totals.preemptions == preemptions
+        ):
             head = self.waiting.head()
             if head is None or not self._admit(head, limits.kv_blocks, now):
                 break
@@ -151,7 +155,7 @@ class Scheduler:
         if len(wanting) > 1:
             wanting.sort(key=lambda s: s.order)
         for sequence in wanting:
-            while sequence.place >= 0:           # until it made way itself
+            while sequence.place >= 0:  # until it made way itself
                 page = self._cache.take()
                 if page is not None:
                     self._publish(sequence, self._decode.start_of(sequence))
@@ -244,8 +248,13 @@ class Scheduler:
         self._new_blocks.extend((sequence.row, i, page) for i, page in enumerate(sequence.pages))
         self._opened.append(
             RowSetup(
-                sequence.row, sequence.sampling, sequence.logprobs, sequence.tokens[: sequence.prompt_len], sequence.prompt_len,
-                sequence.stop.min_tokens, self._rules.suppressed(sequence),
+                sequence.row,
+                sequence.sampling,
+                sequence.logprobs,
+                sequence.tokens[: sequence.prompt_len],
+                sequence.prompt_len,
+                sequence.stop.min_tokens,
+                self._rules.suppressed(sequence),
             )
         )
         return True

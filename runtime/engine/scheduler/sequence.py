@@ -9,7 +9,7 @@ from runtime.types import LogprobParams, SamplingParams, StopParams
 
 
 class State(IntEnum):
-    WAITING = 0                          # has no row: new, or preempted
+    WAITING = 0  # has no row: new, or preempted
     RUNNING = 1
     ENDED = 2
 
@@ -49,8 +49,8 @@ class Sequence:
     set_aside: int = 0
     shared: int = 0
     cached: int = 0
-    queued_s: float | None = None        # from its arrival to its first row
-    told: bool = False                   # its first token has been sent
+    queued_s: float | None = None  # from its arrival to its first row
+    told: bool = False  # its first token has been sent
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property

@@ -25,7 +25,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # tensors are worked on beside each other, so none needs more than a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    leave_out(but=("accelerate",))       # without it transformers reads no GGUF
+    leave_out(but=("accelerate",))  # without it transformers reads no GGUF
     # the driver's start takes a second or two, and goes beside the imports
     threading.Thread(target=_wake_device, name="wake", daemon=True).start()
     with without_compiler():
@@ -38,7 +38,13 @@ def main() -> int:
     except RepertoryError as error:
         say(PackFailed(error.code, error.message))
     except OSError as error:
-        say(PackFailed("FAILED_PRECONDITION", f"packing failed: {error}", error.errno if error.errno in (errno.ENOSPC, errno.EDQUOT) else 0))
+        say(
+            PackFailed(
+                "FAILED_PRECONDITION",
+                f"packing failed: {error}",
+                error.errno if error.errno in (errno.ENOSPC, errno.EDQUOT) else 0,
+            )
+        )
     except MemoryError:
         say(PackFailed("RESOURCE_EXHAUSTED", "packing failed: not enough memory"))
     return 1

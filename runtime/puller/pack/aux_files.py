@@ -8,7 +8,12 @@ from typing import Any
 from runtime.errors import LoadFailed
 
 _COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
     "chat_template.json",
 )
 
@@ -36,9 +41,15 @@ def convert_tokenizer(model_dir: Path, out_dir: Path, *, gguf_file: str | None =
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), gguf_file=gguf_file, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model_dir), gguf_file=gguf_file, local_files_only=True, trust_remote_code=False
+        )
         tokenizer.save_pretrained(str(out_dir))
-    except Exception as error:      # whatever a converter raises means the same: this tokenizer can't be used
-        raise LoadFailed(f"the tokenizer can't be converted to tokenizer.json: {type(error).__name__}: {error}") from error
+    except Exception as error:  # whatever a converter raises means the same: this tokenizer can't be used
+        raise LoadFailed(
+            f"the tokenizer can't be converted to tokenizer.json: {type(error).__name__}: {error}"
+        ) from error
     if not (out_dir / "tokenizer.json").is_file():
-        raise LoadFailed(f"the tokenizer can't be converted to tokenizer.json: {type(tokenizer).__name__} has no fast form")
+        raise LoadFailed(
+            f"the tokenizer can't be converted to tokenizer.json: {type(tokenizer).__name__} has no fast form"
+        )

@@ -35,8 +35,16 @@ Say = Callable[[PackEvent], None]
 _MOST_THREADS = 16
 _BYTES_AT_ONCE = 2 << 30
 _CODES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8", torch.int8: "I8",
-    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
 }
 
 
@@ -54,7 +62,9 @@ def pack(request: PackRequest, say: Say) -> int:
             whole = _read_whole(request, gguf_file=name)
             say(PackProgress(0, 0, "converting the tokenizer"))
             convert_tokenizer(model_dir, out_dir, gguf_file=name)
-        write_config({**whole.config.to_dict(), "architectures": [type(whole).__name__], "dtype": request.dtype}, out_dir)
+        write_config(
+            {**whole.config.to_dict(), "architectures": [type(whole).__name__], "dtype": request.dtype}, out_dir
+        )
         whole.generation_config.save_pretrained(str(out_dir))
     else:
         copy_beside(model_dir, out_dir)
@@ -85,8 +95,11 @@ def _pack_weights(request: PackRequest, card: ModelConfig, whole: Any, path: Pat
     chosen = _chosen(request, skeleton, specs, serialised)
     entries = [entry for spec in specs for entry in _entries(spec, request.quantization, spec.name in chosen)]
     metadata = {
-        "quantization": request.quantization.value, "double_quant": str(request.double_quant).lower(), "dtype": request.dtype,
-        "source": request.source, "layout_4bit": KERNEL_LAYOUT,
+        "quantization": request.quantization.value,
+        "double_quant": str(request.double_quant).lower(),
+        "dtype": request.dtype,
+        "source": request.source,
+        "layout_4bit": KERNEL_LAYOUT,
     }
     writer = PackedWriter(path, entries, metadata)
     bytes_at_once = _Budget(_BYTES_AT_ONCE)
@@ -101,7 +114,11 @@ def _pack_weights(request: PackRequest, card: ModelConfig, whole: Any, path: Pat
     threads = ThreadPoolExecutor(max(1, min(_MOST_THREADS, os.cpu_count() or 1)), thread_name_prefix="pack")
     try:
         for spec in threads.map(make, specs):
-            layer = f"layer {spec.layer + 1} of {card.num_layers}" if 0 <= spec.layer < card.num_layers else spec.name.rpartition(".")[0]
+            layer = (
+                f"layer {spec.layer + 1} of {card.num_layers}"
+                if 0 <= spec.layer < card.num_layers
+                else spec.name.rpartition(".")[0]
+            )
             say(PackProgress(writer.written_bytes, writer.total_bytes, f"{verb} {layer}"))
         say(PackProgress(writer.written_bytes, writer.total_bytes, "verifying"))
         writer.finish(threads.map)
@@ -141,9 +158,13 @@ def _chosen(request: PackRequest, skeleton: Any, specs: list[TensorSpec], serial
     else:
         names = {f"{module}.weight" for module in quantizable(skeleton)}
     shapes = {spec.name: spec.shape for spec in specs}
-    chosen = {name for name in names if name in shapes and packed_shapes(_two(shapes[name]), request.quantization) is not None}
+    chosen = {
+        name for name in names if name in shapes and packed_shapes(_two(shapes[name]), request.quantization) is not None
+    }
     if not chosen:
-        raise LoadFailed(f"{type(skeleton).__name__} has no linear layer that {request.quantization.value} could quantise")
+        raise LoadFailed(
+            f"{type(skeleton).__name__} has no linear layer that {request.quantization.value} could quantise"
+        )
     return chosen
 
 
@@ -155,14 +176,19 @@ def _entries(spec: TensorSpec, quantization: Quantization, chosen: bool) -> list
         for size in scales:
             count *= size
         code = "I8" if quantization is Quantization.INT8 else "U8"
-        return [Entry(spec.name, code, codes, codes[0] * codes[1]), Entry(f"{module}.{scale_name}", "F32", scales, 4 * count)]
+        return [
+            Entry(spec.name, code, codes, codes[0] * codes[1]),
+            Entry(f"{module}.{scale_name}", "F32", scales, 4 * count),
+        ]
     return [Entry(spec.name, _CODES[spec.dtype], spec.shape, spec.size_bytes)]
 
 
 def _made(tensor: Tensor | Matrix, spec: TensorSpec, request: PackRequest, chosen: bool) -> list[tuple[str, Tensor]]:
     if isinstance(tensor, Tensor):
         if tuple(tensor.shape) != spec.shape:
-            raise LoadFailed(f"tensor {spec.name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(spec.shape)}")
+            raise LoadFailed(
+                f"tensor {spec.name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(spec.shape)}"
+            )
         if not chosen:
             return [(spec.name, tensor.to(spec.dtype) if tensor.dtype.is_floating_point else tensor)]
         tensor = _quantize(tensor, spec, request)
@@ -174,7 +200,7 @@ def _quantize(tensor: Tensor, spec: TensorSpec, request: PackRequest) -> Matrix:
     if torch.cuda.is_available():
         try:
             return quantize(tensor.to("cuda").to(spec.dtype), request.quantization, double_quant=request.double_quant)
-        except torch.cuda.OutOfMemoryError:      # the engine has the device; there is time
+        except torch.cuda.OutOfMemoryError:  # the engine has the device; there is time
             torch.cuda.empty_cache()
     return quantize(tensor.to(spec.dtype), request.quantization, double_quant=request.double_quant)
 
@@ -191,10 +217,18 @@ def _two(shape: tuple[int, ...]) -> tuple[int, int]:
 def _read_whole(request: PackRequest, gguf_file: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file is not None else {"use_safetensors": False, "weights_only": True}
+    options: dict[str, Any] = (
+        {"gguf_file": gguf_file} if gguf_file is not None else {"use_safetensors": False, "weights_only": True}
+    )
     try:
         return AutoModelForCausalLM.from_pretrained(
-            request.model_dir, dtype=getattr(torch, request.dtype), local_files_only=True, trust_remote_code=False, **options
+            request.model_dir,
+            dtype=getattr(torch, request.dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
         )
-    except Exception as error:      # the readers raise whatever they meet; all of it means that these files can't be used
-        raise LoadFailed(f"{Path(request.weight_files[0]).name} can't be read: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the readers raise whatever they meet; all of it means that these files can't be used
+        raise LoadFailed(
+            f"{Path(request.weight_files[0]).name} can't be read: {type(error).__name__}: {error}"
+        ) from error

@@ -27,7 +27,9 @@ class Matrix:
     scale: Tensor
 
 
-def packed_shapes(shape: tuple[int, ...], quantization: Quantization) -> tuple[tuple[int, ...], str, tuple[int, ...]] | None:
+def packed_shapes(
+    shape: tuple[int, ...], quantization: Quantization
+) -> tuple[tuple[int, ...], str, tuple[int, ...]] | None:
     """Shape of the codes, name and shape of the scales; None where a matrix stays as it is (4-bit blocks must not cross rows)."""
     rows, columns = shape
     if quantization is Quantization.INT8:

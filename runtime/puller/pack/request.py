@@ -17,7 +17,7 @@ class PackRequest(msgspec.Struct, frozen=True):
     model_dir: str
     weight_files: tuple[str, ...]
     out_dir: str
-    source: str                          # the source's identity, kept in the file
+    source: str  # the source's identity, kept in the file
     quantization: Quantization = Quantization.NONE
     double_quant: bool = False
     dtype: str = "float32"

@@ -20,7 +20,9 @@ from runtime.errors import LoadFailed
 from runtime.puller.pack.quantize import Matrix, Stored4Bit, stored_shape, unpack_4bit, unpack_int8
 from runtime.puller.pack.writer import PADDING
 
-_PART = re.compile(r"^(?P<weight>.+\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
+_PART = re.compile(
+    r"^(?P<weight>.+\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+)
 _INT8_PART = re.compile(r"^(?P<module>.+)\.(SCB|weight_format)$")
 
 
@@ -45,7 +47,9 @@ class InMemory:
 class FromFiles:
     """safetensors files, read tensor by tensor, by several threads if need be. Holds few conversions' results: they are done one at a time."""
 
-    def __init__(self, model: Any, specs: Sequence[TensorSpec], files: Sequence[str], aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self, model: Any, specs: Sequence[TensorSpec], files: Sequence[str], aliases: Mapping[str, str]
+    ) -> None:
         self._model = model
         self._files = _Files()
         index = read_index(files)
@@ -68,7 +72,9 @@ class FromFiles:
         self._index = index
         resolution: Resolution = resolve(model, specs, plain, aliases)
         self._direct = resolution.direct
-        self._conversions = {target: conversion for conversion in resolution.conversions for target in conversion.targets}
+        self._conversions = {
+            target: conversion for conversion in resolution.conversions for target in conversion.targets
+        }
         self._made: dict[str, Tensor] = {}
         self._converting = threading.Lock()
 
@@ -148,6 +154,11 @@ def quantizable(model: nn.Module) -> set[str]:
     keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     found = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not output and name not in spared and not keep & set(name.split(".")):
+        if (
+            isinstance(module, nn.Linear)
+            and module is not output
+            and name not in spared
+            and not keep & set(name.split("."))
+        ):
             found.add(name)
     return {name for name in found if f"{name}.weight" in parameters}

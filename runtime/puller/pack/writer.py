@@ -20,7 +20,7 @@ from runtime.puller.pack.request import FORMAT
 ALIGNMENT_BYTES = 256
 _HASH = "content_blake2b"
 _PLACE = "0" * 64
-PADDING = "_padding."                   # a reader looks tensors up by name and never meets these
+PADDING = "_padding."  # a reader looks tensors up by name and never meets these
 _READ_BYTES = 1 << 22
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -48,10 +48,18 @@ class PackedWriter:
         offset = 0
         for number, entry in enumerate(entries):
             self._offsets[entry.name] = offset
-            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.size_bytes]}
+            header[entry.name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.size_bytes],
+            }
             offset += entry.size_bytes
             if padding := -offset % ALIGNMENT_BYTES:
-                header[f"{PADDING}{number}"] = {"dtype": "U8", "shape": [padding], "data_offsets": [offset, offset + padding]}
+                header[f"{PADDING}{number}"] = {
+                    "dtype": "U8",
+                    "shape": [padding],
+                    "data_offsets": [offset, offset + padding],
+                }
                 offset += padding
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
@@ -61,7 +69,7 @@ class PackedWriter:
         self._place = 8 + text.index(_PLACE.encode())
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._put(memoryview(struct.pack("<Q", len(text)) + text), 0)
-        os.truncate(self._file, self.total_bytes)                # padding is zeros
+        os.truncate(self._file, self.total_bytes)  # padding is zeros
 
     def write(self, name: str, data: memoryview) -> None:
         """One tensor's bytes. Raises OSError, EngineFault for what isn't due."""
@@ -116,4 +124,6 @@ def _begin_writeback(file: int, at: int, size_bytes: int) -> None:
     """Let the disk begin now, so that the flush at the end finds little to do. A hint: where it isn't known, nothing is lost."""
     sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if sync_file_range is not None:
-        sync_file_range(ctypes.c_int(file), ctypes.c_int64(at), ctypes.c_int64(size_bytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+        sync_file_range(
+            ctypes.c_int(file), ctypes.c_int64(at), ctypes.c_int64(size_bytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
+        )

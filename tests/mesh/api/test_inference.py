@@ -78,7 +78,9 @@ async def test_a_status_passes_with_its_details_and_trailers(pod: RunningPod) ->
 
 async def test_methods_that_callers_make_up_are_no_labels_of_metrics(pod: RunningPod) -> None:
     await pod.echo("m")
-    assert (await code_of(pod.channel.unary_unary("/test.Any/Fail")(b"INVALID_ARGUMENT", metadata=FOR_M)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await code_of(pod.channel.unary_unary("/test.Any/Fail")(b"INVALID_ARGUMENT", metadata=FOR_M)))[
+        0
+    ] is grpc.StatusCode.INVALID_ARGUMENT
     async with pod.http.get("/metrics") as answer:
         text = await answer.text()
     assert 'method="other"' in text
@@ -135,12 +137,14 @@ async def test_message_limits_hold_both_ways(tmp_path: Path) -> None:
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = grpc.aio.StreamStreamCall.done_writing
 
     async def too_late(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         await said(call)
-        raise ExecuteBatchError("Failed execute_batch")          # as gRPC's own does, at times, of a call that has ended
+        raise ExecuteBatchError("Failed execute_batch")  # as gRPC's own does, at times, of a call that has ended
 
     async with running_pod(tmp_path / "pod", grpc_max_message_bytes=100_000) as pod:
         await pod.register("m")
@@ -155,13 +159,19 @@ async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_
     [
         ((), "INVALID_ARGUMENT", "must include mm-model-id header"),
         ((("mm-model-id", ""),), "INVALID_ARGUMENT", "provided (v)model-id header must be non-empty"),
-        ((("mm-model-id", "m"), ("mm-vmodel-id", "v")), "INVALID_ARGUMENT", "must include only one of model id and vmodel id"),
+        (
+            (("mm-model-id", "m"), ("mm-vmodel-id", "v")),
+            "INVALID_ARGUMENT",
+            "must include only one of model id and vmodel id",
+        ),
         ((("mm-model-id", "nope"),), "NOT_FOUND", "'nope' not found; served here: m"),
         ((("mm-vmodel-id", "m"),), "NOT_FOUND", "vmodel not found"),
         ((("mm-model-id", "m"), ("mm-model-id", "n")), "UNIMPLEMENTED", "several models"),
     ],
 )
-async def test_addresses_that_are_wrong(pod: RunningPod, metadata: tuple[tuple[str, str], ...], code: str, text: str) -> None:
+async def test_addresses_that_are_wrong(
+    pod: RunningPod, metadata: tuple[tuple[str, str], ...], code: str, text: str
+) -> None:
     got, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=metadata))
     assert got is grpc.StatusCode[code]
     assert text in details
@@ -332,7 +342,11 @@ async def test_health_reflection_and_the_servers_own_oip(pod: RunningPod) -> Non
     assert (await oip_stub.ServerMetadata(oip.ServerMetadataRequest())).name == "repertory"
     stub = reflection_pb2_grpc.ServerReflectionStub(pod.channel)
     asked = reflection_pb2.ServerReflectionRequest(list_services="")
-    services = {service.name async for item in stub.ServerReflectionInfo(iter([asked])) for service in item.list_services_response.service}
+    services = {
+        service.name
+        async for item in stub.ServerReflectionInfo(iter([asked]))
+        for service in item.list_services_response.service
+    }
     assert {"mmesh.ModelMesh", "fmaas.GenerationService", "grpc.health.v1.Health"} <= services
     assert pod.runtime.metadata == []
 
@@ -376,9 +390,15 @@ async def test_a_caller_that_waits_may_ask_whether_the_connection_lives(pod: Run
     """Keep-alive pings are what keeps a silent stream open at a load balancer; a server that takes them for abuse ends the request."""
     pod.runtime.switches.load_gate = asyncio.Event()
     await pod.register("held")
-    options = (("grpc.keepalive_time_ms", 1_700), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0))
+    options = (
+        ("grpc.keepalive_time_ms", 1_700),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
     async with grpc.aio.insecure_channel(f"127.0.0.1:{pod.pod.grpc.port}", options=options) as channel:
         call = channel.unary_unary("/test.Any/Echo")(b"hi", metadata=(("mm-model-id", "held"),))
-        await asyncio.sleep(10.0)  # five pings, none within a second of another even if some are late; without leave the fifth is the last
+        await asyncio.sleep(
+            10.0
+        )  # five pings, none within a second of another even if some are late; without leave the fifth is the last
         pod.runtime.switches.load_gate.set()
         assert await call == b"hi"

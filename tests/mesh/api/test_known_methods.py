@@ -28,7 +28,11 @@ def generate(pod: RunningPod) -> "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
 
 
 def test_the_contracts_methods_are_known() -> None:
-    assert {f"{SERVICE}/Generate", f"{SERVICE}/GenerateStream", "inference.GRPCInferenceService/ModelInfer"} <= single_message_methods()
+    assert {
+        f"{SERVICE}/Generate",
+        f"{SERVICE}/GenerateStream",
+        "inference.GRPCInferenceService/ModelInfer",
+    } <= single_message_methods()
     assert "test.Any/Echo" not in single_message_methods()
 
 
@@ -49,7 +53,7 @@ async def test_a_target_that_is_away_is_asked_no_further_and_says_so(pod: Runnin
 
 async def test_a_model_that_the_runtime_lost_is_loaded_again_and_the_message_sent_again(pod: RunningPod) -> None:
     await pod.load("m")
-    del pod.runtime.loaded["m"]   # nobody is told
+    del pod.runtime.loaded["m"]  # nobody is told
     message = fmaas.BatchedGenerationRequest(model_id="m").SerializeToString()
     assert await generate(pod)(message) == message
     assert pod.runtime.log.count(("load", "m")) == 2

@@ -48,10 +48,17 @@ async def test_a_model_from_registration_to_removal(node: Node) -> None:
 async def test_registering_the_same_is_fine_and_something_else_is_not(node: Node) -> None:
     for _ in range(2):
         await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))
-    for other in (pb.ModelInfo(type="x", path=INFO.path, key=INFO.key), pb.ModelInfo(type="llm", path="y"), pb.ModelInfo(type="llm")):
+    for other in (
+        pb.ModelInfo(type="x", path=INFO.path, key=INFO.key),
+        pb.ModelInfo(type="llm", path="y"),
+        pb.ModelInfo(type="llm"),
+    ):
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=other))
-        assert status_of(error) == (grpc.StatusCode.ALREADY_EXISTS, "Model already exists with different attribute values")
+        assert status_of(error) == (
+            grpc.StatusCode.ALREADY_EXISTS,
+            "Model already exists with different attribute values",
+        )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +75,11 @@ async def test_where_a_model_enters_the_lru_order(node: Node, asked_ms: int, loa
 
 
 async def test_a_repeated_registration_bumps_the_last_use_only_by_more_than_an_hour(node: Node) -> None:
-    for last_used_ms, expected_ms in [(NOW_MS - 9 * HOUR_MS,) * 2, (NOW_MS - 8 * HOUR_MS, NOW_MS - 9 * HOUR_MS), (NOW_MS,) * 2]:
+    for last_used_ms, expected_ms in [
+        (NOW_MS - 9 * HOUR_MS,) * 2,
+        (NOW_MS - 8 * HOUR_MS, NOW_MS - 9 * HOUR_MS),
+        (NOW_MS,) * 2,
+    ]:
         await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, lastUsedTime=last_used_ms))
         record = node.registry.models.get("m")
         assert record is not None
@@ -91,7 +102,9 @@ async def test_load_now(node: Node, sync: bool) -> None:
 
 async def test_a_load_that_fails_is_an_answer_with_its_cause(node: Node) -> None:
     node.loader.broken["m"] = "no config.json in hf://org/model"
-    answer = await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=True))
+    answer = await node.mesh.registerModel(
+        pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=True)
+    )
     assert answer.status == S.LOADING_FAILED
     assert list(answer.errors) == ["no config.json in hf://org/model"]
     assert [(copy.location, copy.copyStatus) for copy in answer.modelCopyInfos] == [("pod-a", S.LOADING_FAILED)]
@@ -114,8 +127,10 @@ async def test_refusals(node: Node) -> None:
     assert status_of(error) == (grpc.StatusCode.INVALID_ARGUMENT, "Must provide non-empty model type string")
     await node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m"))
     empty = [
-        node.mesh.registerModel(pb.RegisterModelRequest(modelInfo=INFO)), node.mesh.unregisterModel(pb.UnregisterModelRequest()),
-        node.mesh.getModelStatus(pb.GetStatusRequest()), node.mesh.ensureLoaded(pb.EnsureLoadedRequest()),
+        node.mesh.registerModel(pb.RegisterModelRequest(modelInfo=INFO)),
+        node.mesh.unregisterModel(pb.UnregisterModelRequest()),
+        node.mesh.getModelStatus(pb.GetStatusRequest()),
+        node.mesh.ensureLoaded(pb.EnsureLoadedRequest()),
     ]
     for call in empty:
         with pytest.raises(grpc.aio.AioRpcError) as error:
@@ -126,7 +141,9 @@ async def test_refusals(node: Node) -> None:
 async def test_a_deadline_stops_the_waiting_and_not_the_load(node: Node) -> None:
     node.loader.held["m"] = asyncio.Event()
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=True), timeout=0.3)
+        await node.mesh.registerModel(
+            pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=True), timeout=0.3
+        )
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     node.loader.held["m"].set()
     assert (await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", sync=True))).status == S.LOADED
@@ -159,8 +176,12 @@ async def test_registrations_survive_a_restart(tmp_path: Path) -> None:
 async def test_a_secret_is_refused_by_name_and_never_repeated(node: Node) -> None:
     key = json.dumps({"storage_params": {"type": "s3", "secret_access_key": "hunter2"}})
     requests = (
-        node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(type="llm", path="p", key=key))),
-        node.mesh.setVModel(pb.SetVModelRequest(vModelId="v", targetModelId="m", modelInfo=pb.ModelInfo(type="llm", path="p", key=key))),
+        node.mesh.registerModel(
+            pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(type="llm", path="p", key=key))
+        ),
+        node.mesh.setVModel(
+            pb.SetVModelRequest(vModelId="v", targetModelId="m", modelInfo=pb.ModelInfo(type="llm", path="p", key=key))
+        ),
     )
     for call in requests:
         with pytest.raises(grpc.aio.AioRpcError) as error:
@@ -176,8 +197,26 @@ async def test_a_secret_is_refused_by_name_and_never_repeated(node: Node) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["secret_access_key", "token", "HF_TOKEN", "hf-token", "password", "private_key", "client_secret", "connection_string", "apiKey", "api_key",
-     "secretAccessKey", "sas_token", "headers.Authorization", "account_key", "session_token", "client_key", "x.passphrase", "X-Amz-Signature"],
+    [
+        "secret_access_key",
+        "token",
+        "HF_TOKEN",
+        "hf-token",
+        "password",
+        "private_key",
+        "client_secret",
+        "connection_string",
+        "apiKey",
+        "api_key",
+        "secretAccessKey",
+        "sas_token",
+        "headers.Authorization",
+        "account_key",
+        "session_token",
+        "client_key",
+        "x.passphrase",
+        "X-Amz-Signature",
+    ],
 )
 def test_looks_secret(name: str) -> None:
     assert looks_secret(name)
@@ -185,14 +224,33 @@ def test_looks_secret(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["access_key_id", "storage_key", "token_uri", "client_email", "max_tokens", "eos_token", "bucket", "endpoint_url", "type", "tokenizer",
-     "chat_template", "client_id", "key", "secretary", "region", "display_name"],
+    [
+        "access_key_id",
+        "storage_key",
+        "token_uri",
+        "client_email",
+        "max_tokens",
+        "eos_token",
+        "bucket",
+        "endpoint_url",
+        "type",
+        "tokenizer",
+        "chat_template",
+        "client_id",
+        "key",
+        "secretary",
+        "region",
+        "display_name",
+    ],
 )
 def test_does_not_look_secret(name: str) -> None:
     assert not looks_secret(name)
 
 
-@pytest.mark.parametrize("path", ["https://user:pw@host/m", "https://host/m?sig=abc", "https://host/m?X-Amz-Signature=abc", "s3://h/m?token=x"])
+@pytest.mark.parametrize(
+    "path",
+    ["https://user:pw@host/m", "https://host/m?sig=abc", "https://host/m?X-Amz-Signature=abc", "s3://h/m?token=x"],
+)
 def test_a_path_with_a_secret_is_refused(path: str) -> None:
     with pytest.raises(InvalidRequest, match="the path carries a secret"):
         refuse_secrets("m", ModelInfo("llm", path))
@@ -220,6 +278,8 @@ def test_a_key_without_end_is_refused() -> None:
             refuse_secrets("m", ModelInfo("llm", "m", key))
 
 
-@pytest.mark.parametrize("key", ["", "not json", "[]", "7", '{"storage_key":"k","storage_params":{"token":""}}', '{"quantize":"int8"}'])
+@pytest.mark.parametrize(
+    "key", ["", "not json", "[]", "7", '{"storage_key":"k","storage_params":{"token":""}}', '{"quantize":"int8"}']
+)
 def test_a_key_without_a_secret_passes(key: str) -> None:
     refuse_secrets("m", ModelInfo("llm", "hf://org/m@main?x=1", key))

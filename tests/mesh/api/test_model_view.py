@@ -22,7 +22,9 @@ async def test_a_model_that_nobody_has_used_was_never_used(tmp_path: Path) -> No
         await pod.register("plain")
         assert (await pod.model("plain"))["last_used_ms"] == 0
         info = mm.ModelInfo(type="llm", path="/m")
-        await pod.management.registerModel(mm.RegisterModelRequest(modelId="loaded", modelInfo=info, loadNow=True, sync=True))
+        await pod.management.registerModel(
+            mm.RegisterModelRequest(modelId="loaded", modelInfo=info, loadNow=True, sync=True)
+        )
         assert "loaded" in pod.runtime.loaded
         assert (await pod.model("loaded"))["last_used_ms"] == 0
         # other files under the same name change nothing of that, until it is used; then they don't make it unused

@@ -90,7 +90,12 @@ async def test_admin_routes(pod: RunningPod) -> None:
     await until(lambda: model["model_id"] in pod.runtime.loaded)
     await asyncio.sleep(0.1)
     model = await pod.model("llm")
-    assert (model["status"], model["state"], model["tier"], model["weight_bytes"]) == ("LOADED", "loaded", "device", 10 * MB)
+    assert (model["status"], model["state"], model["tier"], model["weight_bytes"]) == (
+        "LOADED",
+        "loaded",
+        "device",
+        10 * MB,
+    )
     assert len(model["copies"]) == 1
     async with pod.http.put("/admin/v1/aliases/best", json={"target": "llm"}) as answer:
         assert answer.status == 204

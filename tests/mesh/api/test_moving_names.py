@@ -23,7 +23,10 @@ async def pods(request: pytest.FixtureRequest, tmp_path: Path, etcd: EtcdServer)
     names = ("a",) if request.param == "one pod" else ("a", "b")
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     async with AsyncExitStack() as stack:
-        pods = [await stack.enter_async_context(running_pod(tmp_path / name, store=store, switches=Switches(chunk_s=0.005))) for name in names]
+        pods = [
+            await stack.enter_async_context(running_pod(tmp_path / name, store=store, switches=Switches(chunk_s=0.005)))
+            for name in names
+        ]
         await until(lambda: all(len(pod.pod.registry.instances.live()) == len(pods) for pod in pods))
         yield pods
 
@@ -70,7 +73,9 @@ async def test_no_request_fails_while_its_name_is_replaced(pods: list[RunningPod
     await until(lambda: all(len(pod.runtime.loaded) <= 1 for pod in pods))
 
 
-async def test_a_request_whose_model_goes_before_it_is_routed_follows_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_whose_model_goes_before_it_is_routed_follows_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The name's new model isn't loaded yet: the request waits for it instead of being told that the old one is unknown."""
     async with running_pod(tmp_path / "pod") as pod:
         route = CopyRouter.route
@@ -86,7 +91,9 @@ async def test_a_request_whose_model_goes_before_it_is_routed_follows_the_name(t
         monkeypatch.setattr(CopyRouter, "route", late_route)
         moves.extend(["/second", "/third"])
         status, body, _ = await pod.chat("m")
-        assert (status, body["error"]["code"]) == (404, "model_not_found"), "a name that moves again and again isn't followed for ever"
+        assert (status, body["error"]["code"]) == (404, "model_not_found"), (
+            "a name that moves again and again isn't followed for ever"
+        )
         moves.append("/fourth")
         assert await pod.echo("m") == b"hi"
         await pod.pod.placement.unload((await pod.model("m"))["model_id"])

@@ -279,7 +279,10 @@ async def test_a_caller_that_leaves_with_its_whole_answer_has_cancelled_nothing(
 
     async def counted(code: str) -> bool:
         async with pod.http.get("/metrics") as answer:
-            return f'repertory_mesh_requests_total{{carrier="http",code="{code}",model_name="org/smol"}} 1.0' in await answer.text()
+            return (
+                f'repertory_mesh_requests_total{{carrier="http",code="{code}",model_name="org/smol"}} 1.0'
+                in await answer.text()
+            )
 
     pod.runtime.switches.end_s = 60.0
     await leave_after(b"data: [DONE]")

@@ -13,7 +13,9 @@ TEXT = st.text(min_size=1, max_size=300)
 
 @given(TEXT, st.lists(TEXT, max_size=3), st.integers(0, 2**31))
 def test_a_top_level_field(name: str, texts: list[str], tokens: int) -> None:
-    message = fmaas.BatchedGenerationRequest(model_id=name, requests=[fmaas.GenerationRequest(text=text) for text in texts])
+    message = fmaas.BatchedGenerationRequest(
+        model_id=name, requests=[fmaas.GenerationRequest(text=text) for text in texts]
+    )
     message.params.stopping.max_new_tokens = tokens
     data = message.SerializeToString()
     assert extract(data, (1,)) == name

@@ -67,7 +67,9 @@ async def test_the_last_name_of_a_model_is_no_alias(pod: RunningPod, say: Say) -
     assert (await say("register", "ada", "/ada"))[0] == 0
     assert (await say("alias", "prod", "ada"))[0] == 0
     assert (await say("rm", "ada"))[0] == 0
-    target = mm.SetVModelRequest(vModelId="isvc", targetModelId="isvc__isvc-0123456789", modelInfo=mm.ModelInfo(type="llm", path="/m"))
+    target = mm.SetVModelRequest(
+        vModelId="isvc", targetModelId="isvc__isvc-0123456789", modelInfo=mm.ModelInfo(type="llm", path="/m")
+    )
     target.autoDeleteTargetModel = True
     await pod.management.setVModel(target)
     await pod.register("plain")
@@ -126,7 +128,9 @@ async def test_run_prints_the_apis_own_answer_as_json(pod: RunningPod, say: Say)
     assert pod.runtime.bodies[-1]["max_tokens"] == 3
 
 
-async def test_run_without_a_prompt_or_a_terminal_says_so(pod: RunningPod, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_run_without_a_prompt_or_a_terminal_says_so(
+    pod: RunningPod, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     status, told, error = await say("run", "q")
     assert (status, told) == (2, "")

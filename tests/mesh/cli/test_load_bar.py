@@ -50,7 +50,9 @@ def test_a_load_that_was_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPa
         ask(scripted(Model("m", state="queued"), Model("m")))
 
 
-def test_who_stops_waiting_is_told_that_the_load_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_stops_waiting_is_told_that_the_load_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt
 

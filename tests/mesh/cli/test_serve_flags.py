@@ -87,8 +87,12 @@ def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
         settings("--config", str(file))
 
 
-@pytest.mark.parametrize("line", ["log_level: loud", "grace_s: long", "wait_budget_s: -1", "http_listen: [a]", "api_keys: null"])
-def test_a_value_in_a_file_is_refused_before_anything_is_started(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "line", ["log_level: loud", "grace_s: long", "wait_budget_s: -1", "http_listen: [a]", "api_keys: null"]
+)
+def test_a_value_in_a_file_is_refused_before_anything_is_started(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(f"mesh: {{{line}}}")
     assert main(["serve", "--home", str(tmp_path / "home"), "--config", str(file)]) == 2
@@ -113,13 +117,17 @@ def test_empty_sections_mean_nothing(tmp_path: Path) -> None:
     assert settings("--config", str(file)) == settings()
 
 
-@pytest.mark.parametrize(("field", "value"), [("wait_budget_s", -1), ("keep_alive_s", 0), ("log_level", "loud"), ("session_ttl_s", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("wait_budget_s", -1), ("keep_alive_s", 0), ("log_level", "loud"), ("session_ttl_s", 0)]
+)
 def test_a_mesh_that_cant_be_is_refused(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=field):
         load(MeshConfig, flags={field: value}, env={})
 
 
-@pytest.mark.parametrize("flags", [("--device", "gpu"), ("--oversubscribe", "tape"), ("--kv-dtype", "int4"), ("--max-rows", "0")])
+@pytest.mark.parametrize(
+    "flags", [("--device", "gpu"), ("--oversubscribe", "tape"), ("--kv-dtype", "int4"), ("--max-rows", "0")]
+)
 def test_a_runtime_that_cant_be_is_refused(flags: tuple[str, str]) -> None:
     with pytest.raises(RuntimeInvalid, match=flags[0].removeprefix("--").replace("-", "_")):
         configure(flags, {})
@@ -129,7 +137,11 @@ def test_a_runtime_that_cant_be_is_refused(flags: tuple[str, str]) -> None:
 def serve_mesh(*arguments: str) -> tuple[int, str]:
     """As a process: it sets logging up. Exit status and stderr."""
     ended = subprocess.run(
-        [sys.executable, "-m", "mesh", "serve-mesh", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "mesh", "serve-mesh", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     return ended.returncode, ended.stderr
 
@@ -149,7 +161,9 @@ def test_a_taken_port_is_told_before_anything_is_started(capsys: pytest.CaptureF
             said = capsys.readouterr().err
             assert address in said
             assert len(said.splitlines()) == 1
-        status, said = serve_mesh("--store", f"embedded:{tmp_path}", "--http-listen", address, "--grpc-listen", "127.0.0.1:0")
+        status, said = serve_mesh(
+            "--store", f"embedded:{tmp_path}", "--http-listen", address, "--grpc-listen", "127.0.0.1:0"
+        )
         assert status == 1
         assert f"HTTP address {address} can't be listened on" in said
     assert not list((tmp_path / "run").glob("*.json"))
@@ -160,7 +174,10 @@ def test_two_supervisors_dont_share_a_home(capsys: pytest.CaptureFixture[str], t
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(["serve", "--home", str(tmp_path), "--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"]) == 1
+        assert (
+            main(["serve", "--home", str(tmp_path), "--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"])
+            == 1
+        )
     assert str(tmp_path) in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.json"))
 
@@ -173,7 +190,9 @@ def test_a_home_that_cant_be_is_one_line(capsys: pytest.CaptureFixture[str], tmp
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", ":0", "0.0.0.0:0", "[::1]:8080", "unix:/nowhere/to/be/found"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:0", "localhost:0", ":0", "0.0.0.0:0", "[::1]:8080", "unix:/nowhere/to/be/found"]
+)
 def test_what_may_be_written_as_an_address(address: str) -> None:
     check_address("it", address)
 

@@ -38,7 +38,9 @@ os.kill(os.getpid(), signal.SIGSTOP)
 async def test_a_child_that_hangs_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     address = f"127.0.0.1:{port}"
-    child = SupervisedProcess("test", [sys.executable, "-c", SCRIPT, str(tmp_path), str(port)], address, look_s=0.2, looks=4)
+    child = SupervisedProcess(
+        "test", [sys.executable, "-c", SCRIPT, str(tmp_path), str(port)], address, look_s=0.2, looks=4
+    )
     stopping = asyncio.Event()
     running = asyncio.create_task(child.run(stopping))
 
@@ -88,7 +90,9 @@ async def test_a_configuration_that_cant_be_is_said_once(tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) == 1
 
 
-async def test_one_that_never_started_is_given_up_and_one_that_ran_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_never_started_is_given_up_and_one_that_ran_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mesh.cli.supervisor._PAUSES_S", (0.01,))
     refuses = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(1)"
     assert await SupervisedProcess("test", [sys.executable, "-c", refuses, str(tmp_path)]).run(asyncio.Event()) == 1
@@ -99,7 +103,9 @@ async def test_one_that_never_started_is_given_up_and_one_that_ran_is_not(tmp_pa
         "runs.write_bytes(bytes(number + 1)); os.kill(os.getpid(), signal.SIGKILL) if not number else sys.exit(1)"
     )
     stopping = asyncio.Event()
-    running = asyncio.create_task(SupervisedProcess("test", [sys.executable, "-c", script, str(tmp_path)]).run(stopping))
+    running = asyncio.create_task(
+        SupervisedProcess("test", [sys.executable, "-c", script, str(tmp_path)]).run(stopping)
+    )
     await until(lambda: (tmp_path / "runs").exists() and len((tmp_path / "runs").read_bytes()) >= 5)
     stopping.set()
     assert await running == 0
@@ -108,7 +114,9 @@ async def test_one_that_never_started_is_given_up_and_one_that_ran_is_not(tmp_pa
 async def test_a_second_signal_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first gives running answers their grace period; who asks twice wants it to end."""
     stubborn = f"import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(tmp_path)!r}, 'NAME').touch(); time.sleep(600)"
-    monkeypatch.setattr(serve, "Child", lambda name, *_: SupervisedProcess(name, [sys.executable, "-c", stubborn.replace("NAME", name)]))
+    monkeypatch.setattr(
+        serve, "Child", lambda name, *_: SupervisedProcess(name, [sys.executable, "-c", stubborn.replace("NAME", name)])
+    )
     (tmp_path / "run").mkdir()
     mesh = {"http_listen": f"unix:{tmp_path}/nobody", "grpc_listen": "", "grace_s": 600.0, "log_json": False}
     supervisor = serve._Supervisor(serve.Settings(tmp_path / "run", mesh, {"http_listen": "", "engine": {}}))
@@ -122,7 +130,9 @@ async def test_a_second_signal_waits_for_nobody(tmp_path: Path, monkeypatch: pyt
         assert await running == 0
 
 
-@pytest.mark.parametrize(("budget", "said"), [(64 << 20, ", 64 MiB for models"), ("64MiB", ", 64MiB for models"), (0, " s\n")])
+@pytest.mark.parametrize(
+    ("budget", "said"), [(64 << 20, ", 64 MiB for models"), ("64MiB", ", 64MiB for models"), (0, " s\n")]
+)
 async def test_it_says_when_it_is_ready(
     budget: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,7 +39,9 @@ def pod() -> Iterator[tuple[str, subprocess.Popen[str]]]:
             process.kill()
 
 
-@pytest.mark.parametrize("silent_s", [0.3, 4.0])        # the latter is several pings long, and gRPC would wait a minute for the next
+@pytest.mark.parametrize(
+    "silent_s", [0.3, 4.0]
+)  # the latter is several pings long, and gRPC would wait a minute for the next
 async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess.Popen[str]], silent_s: float) -> None:
     address, process = pod
     connections = Connections(max_message_bytes=1 << 20, ping_s=0.5, pong_s=0.5)
@@ -48,7 +50,7 @@ async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess
         await asyncio.wait_for(channel.channel_ready(), 30)
         call = channel.unary_unary("/any/Method")(b"")
         await asyncio.wait([asyncio.ensure_future(call.code())], timeout=silent_s)
-        process.send_signal(signal.SIGSTOP)              # its kernel still takes bytes, and nobody answers
+        process.send_signal(signal.SIGSTOP)  # its kernel still takes bytes, and nobody answers
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asyncio.wait_for(call, 30)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

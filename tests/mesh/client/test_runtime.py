@@ -81,7 +81,12 @@ async def test_readiness_is_polled_for(scripted: tuple[Script, GrpcRuntime]) -> 
     await asyncio.sleep(0.1)
     script.statuses = [pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.STARTING), READY]
     limits = await waiting
-    assert (limits.capacity_bytes, limits.max_loading_concurrency, limits.model_loading_timeout_s, limits.allow_any_method) == (
+    assert (
+        limits.capacity_bytes,
+        limits.max_loading_concurrency,
+        limits.model_loading_timeout_s,
+        limits.allow_any_method,
+    ) == (
         100,
         2,
         5.0,
@@ -124,7 +129,9 @@ async def test_never_ready(scripted: tuple[Script, GrpcRuntime]) -> None:
         ("UNAVAILABLE", Unavailable),
     ],
 )
-async def test_a_load_that_fails_is_cleaned_up(scripted: tuple[Script, GrpcRuntime], status: str, error: type[MeshError]) -> None:
+async def test_a_load_that_fails_is_cleaned_up(
+    scripted: tuple[Script, GrpcRuntime], status: str, error: type[MeshError]
+) -> None:
     script, runtime = scripted
     script.load = status
     with pytest.raises(error, match="the cause"):

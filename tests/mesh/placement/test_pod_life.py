@@ -143,7 +143,9 @@ async def test_what_nobody_has_used_yet_displaces_nothing_in_use_until_it_is_ask
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB)) as pod:
         await pod.register("a")
         await pod.echo("a")
-        request = mm.RegisterModelRequest(modelId="b", modelInfo=mm.ModelInfo(type="llm", path="/b"), loadNow=True, sync=True)
+        request = mm.RegisterModelRequest(
+            modelId="b", modelInfo=mm.ModelInfo(type="llm", path="/b"), loadNow=True, sync=True
+        )
         assert (await pod.management.registerModel(request)).status == mm.ModelStatusInfo.NOT_LOADED
         assert set(pod.runtime.loaded) == {"a"}
         assert await pod.echo("b") == b"hi"
@@ -216,7 +218,14 @@ async def _process(directory: Path, runtime: FakeRuntime, http_port: int, **sett
     file = directory / "mesh.json"
     file.write_text(json.dumps(config))
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "mesh", "serve-mesh", "--config", str(file), stderr=asyncio.subprocess.PIPE, env={**os.environ}
+        sys.executable,
+        "-m",
+        "mesh",
+        "serve-mesh",
+        "--config",
+        str(file),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ},
     )
     try:
         yield process
@@ -252,7 +261,9 @@ async def test_sigterm_lets_streams_finish_and_the_log_has_no_prompt(tmp_path: P
     await runtime.stop()
     assert b"secret words" not in log
     lines = [json.loads(line) for line in log.decode().splitlines()]
-    assert any(line.get("request_id") == "r-1" and line["model"].startswith("m__") and line["code"] == "200" for line in lines)
+    assert any(
+        line.get("request_id") == "r-1" and line["model"].startswith("m__") and line["code"] == "200" for line in lines
+    )
 
 
 async def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
@@ -290,7 +301,9 @@ async def test_what_no_longer_fits_after_low_predictions_goes_once_it_is_idle(tm
         assert pod.pod._copies.usage().used_bytes == 60 * MB
 
 
-async def test_a_runtime_that_cant_be_used_is_asked_again_with_pauses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_runtime_that_cant_be_used_is_asked_again_with_pauses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(loading_concurrency=0), wait=False) as pod:
         await until(lambda: "maxLoadingConcurrency is 0" in caplog.text)
         await asyncio.sleep(1.0)
@@ -301,7 +314,12 @@ async def test_a_runtime_that_cant_be_used_is_asked_again_with_pauses(tmp_path: 
 
 def test_hosts_whose_names_end_alike_make_different_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     made = set()
-    for host in ("ip-10-0-1-23.eu-central-1.compute.internal", "ip-10-0-1-24.eu-central-1.compute.internal", "node,1", "n"):
+    for host in (
+        "ip-10-0-1-23.eu-central-1.compute.internal",
+        "ip-10-0-1-24.eu-central-1.compute.internal",
+        "node,1",
+        "n",
+    ):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         made |= {_made_up_id("0.0.0.0:8033"), _made_up_id("0.0.0.0:8034")}
         assert _made_up_id("0.0.0.0:8033") in made
@@ -309,7 +327,9 @@ def test_hosts_whose_names_end_alike_make_different_pods(monkeypatch: pytest.Mon
     assert not any("," in name or len(name) > 40 for name in made)
 
 
-async def test_a_pod_that_stops_while_the_store_is_away_asks_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pod_that_stops_while_the_store_is_away_asks_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each question takes seconds then, and a pod may hold hundreds of models."""
     asked = []
 

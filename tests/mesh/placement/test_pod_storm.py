@@ -61,7 +61,11 @@ async def test_storm(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch)
 
         await asyncio.wait_for(asyncio.gather(*(worker() for _ in range(12))), 60)
         # two blows to one request are more than it is promised to survive
-        assert [error for error in failures if not any(blow in str(error) for blow in ("503", "404", "UNAVAILABLE", "NOT_FOUND"))] == []
+        assert [
+            error
+            for error in failures
+            if not any(blow in str(error) for blow in ("503", "404", "UNAVAILABLE", "NOT_FOUND"))
+        ] == []
         copies = pod.pod._copies
         await until(lambda: not copies._in_flight and not copies._held)
         await until(lambda: all(copy.loaded for copy in copies))

@@ -22,7 +22,9 @@ HELD = st.builds(
     pinned=st.booleans(),
 )
 USAGES = st.builds(
-    lambda held, slack: Usage(sum(item.size_bytes for item in held) + slack, tuple(held)), st.lists(HELD, max_size=8), st.integers(0, 150)
+    lambda held, slack: Usage(sum(item.size_bytes for item in held) + slack, tuple(held)),
+    st.lists(HELD, max_size=8),
+    st.integers(0, 150),
 )
 
 
@@ -61,7 +63,11 @@ def test_a_model_from_long_ago_displaces_nothing_younger(usage: Usage, need_byte
     held = {item.model_id: item for item in usage.held}
     assert all(held[model_id].last_used_ms < last_used_ms for model_id in room.victims)
     if room.declined:
-        older = sum(item.size_bytes for item in usage.held if item.last_used_ms < last_used_ms and not (item.leaving or item.pinned))
+        older = sum(
+            item.size_bytes
+            for item in usage.held
+            if item.last_used_ms < last_used_ms and not (item.leaving or item.pinned)
+        )
         assert usage.used_bytes - usage.leaving_bytes - older + need_bytes > usage.capacity_bytes
 
 
@@ -114,7 +120,9 @@ def test_load_times_stay_within_what_was_measured(loads: list[tuple[str, int, fl
 
 
 @given(st.floats(0.1, 1000), st.floats(0, 1000), st.floats(0, 1))
-def test_what_remains_is_positive_and_hints_are_what_clients_honour(expected_s: float, elapsed_s: float, progress: float) -> None:
+def test_what_remains_is_positive_and_hints_are_what_clients_honour(
+    expected_s: float, elapsed_s: float, progress: float
+) -> None:
     left_s = remaining_s(expected_s, elapsed_s, progress)
     assert left_s > 0
     assert 1 <= retry_after_s(left_s) <= 120
@@ -174,7 +182,9 @@ def test_resident_before_host_before_disk_before_loading() -> None:
 
 
 @given(st.text(min_size=1), CANDIDATES)
-def test_a_prompt_goes_where_it_went_before_whoever_else_comes_or_goes(prefix: str, candidates: list[Candidate]) -> None:
+def test_a_prompt_goes_where_it_went_before_whoever_else_comes_or_goes(
+    prefix: str, candidates: list[Candidate]
+) -> None:
     equal = [Candidate(item.instance_id, True) for item in candidates]
     chosen = choose(equal, prefix)
     for item in equal:
@@ -182,7 +192,10 @@ def test_a_prompt_goes_where_it_went_before_whoever_else_comes_or_goes(prefix: s
             assert choose([other for other in equal if other != item], prefix) == chosen
 
 
-PEERS = {"p": InstanceRecord(grpc_address="x:1", copies={"m": CopyReport(state=CopyState.LOADED)}), "q": InstanceRecord(grpc_address="y:1")}
+PEERS = {
+    "p": InstanceRecord(grpc_address="x:1", copies={"m": CopyReport(state=CopyState.LOADED)}),
+    "q": InstanceRecord(grpc_address="y:1"),
+}
 
 
 def test_status_over_pods() -> None:
@@ -201,7 +214,9 @@ def test_status_over_pods() -> None:
 
 def test_failures_hold_a_model_back_until_a_pod_may_try() -> None:
     def blocked(now_ms: int, **failed_in: int) -> float:
-        return blocked_for_s(ModelRecord(failed_in=failed_in), own_id="me", pods={"p": InstanceRecord()}, now_ms=now_ms, expiry_s=60)
+        return blocked_for_s(
+            ModelRecord(failed_in=failed_in), own_id="me", pods={"p": InstanceRecord()}, now_ms=now_ms, expiry_s=60
+        )
 
     assert blocked(1000) == 0
     assert blocked(1000, me=0) == 0  # the other pod hasn't tried
@@ -215,7 +230,12 @@ def test_a_failure_of_a_time_to_come_holds_nobody_back() -> None:
     """A clock that was set back by an hour, or another pod's that is ahead, must not block a model for that hour."""
     hour_ms = 3_600_000
     record = ModelRecord(failed_in={"me": hour_ms, "p": hour_ms, "q": hour_ms})
-    assert blocked_for_s(record, own_id="me", pods={"p": InstanceRecord(), "q": InstanceRecord()}, now_ms=1000, expiry_s=60) == 0
+    assert (
+        blocked_for_s(
+            record, own_id="me", pods={"p": InstanceRecord(), "q": InstanceRecord()}, now_ms=1000, expiry_s=60
+        )
+        == 0
+    )
     assert may_load(record, "me", now_ms=1000, expiry_s=60)
     # clocks of two pods are never quite the same
     assert not may_load(record, "me", now_ms=hour_ms - 1000, expiry_s=60)

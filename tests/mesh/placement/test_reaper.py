@@ -26,7 +26,13 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
     store = EmbeddedStore(tmp_path / "registry")
     await store.open()
     registry = Registry(
-        store, root_prefix="", kv_prefix="mm", service_name="svc", instance_id="here", session_ttl_s=5.0, default_owner="repertory"
+        store,
+        root_prefix="",
+        kv_prefix="mm",
+        service_name="svc",
+        instance_id="here",
+        session_ttl_s=5.0,
+        default_owner="repertory",
     )
     await registry.start()
     for model_id in ("m", "n", "other"):

@@ -23,7 +23,10 @@ FOR_M = (("mm-model-id", "m"),)
 @pytest.fixture
 async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[tuple[RunningPod, RunningPod]]:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
-    async with running_pod(tmp_path / "a", store=store, keep_alive_s=0.1) as a, running_pod(tmp_path / "b", store=store) as b:
+    async with (
+        running_pod(tmp_path / "a", store=store, keep_alive_s=0.1) as a,
+        running_pod(tmp_path / "b", store=store) as b,
+    ):
         await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
         yield a, b
 
@@ -34,7 +37,8 @@ async def loaded_at(pod: RunningPod, other: RunningPod, model_id: str) -> None:
 
     def known() -> bool:
         return any(
-            pod.pod.instance_id in copy.instance_id and copy.state == "loaded" for copy in other.pod.placement.status(model_id).copies
+            pod.pod.instance_id in copy.instance_id and copy.state == "loaded"
+            for copy in other.pod.placement.status(model_id).copies
         )
 
     await until(known)
@@ -82,7 +86,9 @@ async def test_what_one_pod_registers_the_other_serves_at_once(pods: tuple[Runni
         assert [entry["id"] for entry in (await answer.json())["data"]] == ["smol"]
 
 
-async def test_a_model_being_loaded_elsewhere_is_waited_for_there_with_its_progress(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_a_model_being_loaded_elsewhere_is_waited_for_there_with_its_progress(
+    pods: tuple[RunningPod, RunningPod],
+) -> None:
     a, b = pods
     model_id = (await a.name("smol", "/files"))["model_id"]
     await b.pod.registry.models.find(model_id)
@@ -131,7 +137,10 @@ async def test_a_pod_that_dies_is_replaced_within_the_request(tmp_path: Path, et
 async def test_a_full_pod_has_an_empty_one_load(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     small = Switches(capacity_bytes=15 * MB)
-    async with running_pod(tmp_path / "a", store=store, switches=small) as a, running_pod(tmp_path / "b", store=store) as b:
+    async with (
+        running_pod(tmp_path / "a", store=store, switches=small) as a,
+        running_pod(tmp_path / "b", store=store) as b,
+    ):
         await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
         await until(lambda: all(record.capacity_units for _, record in a.pod.registry.instances.live()))
         for name in ("m", "n"):
@@ -160,7 +169,10 @@ async def test_a_pod_that_stops_leaves_nothing_behind(tmp_path: Path, etcd: Etcd
 async def test_keys_are_shared_over_the_hop(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     keys = {"api_keys": ("k",)}
-    async with running_pod(tmp_path / "a", store=store, **keys) as a, running_pod(tmp_path / "b", store=store, **keys) as b:
+    async with (
+        running_pod(tmp_path / "a", store=store, **keys) as a,
+        running_pod(tmp_path / "b", store=store, **keys) as b,
+    ):
         await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
         headers = {"Authorization": "Bearer k"}
         async with a.http.post("/admin/v1/models", json={"name": "smol", "uri": "/f"}, headers=headers) as answer:

@@ -21,7 +21,13 @@ from wire.mmesh import model_mesh_pb2 as pb
 
 def registry_of(store: Store, instance_id: str) -> Registry:
     return Registry(
-        store, root_prefix="/root", kv_prefix="mm", service_name="svc", instance_id=instance_id, session_ttl_s=2.0, default_owner="repertory"
+        store,
+        root_prefix="/root",
+        kv_prefix="mm",
+        service_name="svc",
+        instance_id=instance_id,
+        session_ttl_s=2.0,
+        default_owner="repertory",
     )
 
 
@@ -42,7 +48,9 @@ async def test_what_one_pod_registers_every_pod_serves(stores: tuple[Store, Stor
         # at once, before b's watch has told it
         assert (await b.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == pb.ModelStatusInfo.LOADED
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await b.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(type="llm", path="/other")))
+            await b.mesh.registerModel(
+                pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(type="llm", path="/other"))
+            )
         assert error.value.code() is grpc.StatusCode.ALREADY_EXISTS
         await b.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m"))
         async with asyncio.timeout(10):
@@ -51,10 +59,14 @@ async def test_what_one_pod_registers_every_pod_serves(stores: tuple[Store, Stor
 
 async def test_a_vmodel_moved_through_one_pod_is_moved_for_all(stores: tuple[Store, Store]) -> None:
     async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
-        first = pb.SetVModelRequest(vModelId="v", targetModelId="m1", modelInfo=pb.ModelInfo(type="llm", path="/1"), loadNow=True, sync=True)
+        first = pb.SetVModelRequest(
+            vModelId="v", targetModelId="m1", modelInfo=pb.ModelInfo(type="llm", path="/1"), loadNow=True, sync=True
+        )
         await a.mesh.setVModel(first)
         assert await b.registry.resolve_fresh("v") == "m1"
-        second = pb.SetVModelRequest(vModelId="v", targetModelId="m2", modelInfo=pb.ModelInfo(type="llm", path="/2"), sync=True)
+        second = pb.SetVModelRequest(
+            vModelId="v", targetModelId="m2", modelInfo=pb.ModelInfo(type="llm", path="/2"), sync=True
+        )
         assert (await b.mesh.setVModel(second)).activeModelId == "m2"
         async with asyncio.timeout(10):
             await a.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and vmodel.active_id == "m2")
@@ -64,7 +76,11 @@ async def test_a_vmodel_moved_through_one_pod_is_moved_for_all(stores: tuple[Sto
 async def test_two_pods_naming_the_same_at_once_agree(stores: tuple[Store, Store]) -> None:
     async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
         calls = [
-            node.mesh.setVModel(pb.SetVModelRequest(vModelId="v", targetModelId=f"m{number}", modelInfo=pb.ModelInfo(type="llm", path="/m")))
+            node.mesh.setVModel(
+                pb.SetVModelRequest(
+                    vModelId="v", targetModelId=f"m{number}", modelInfo=pb.ModelInfo(type="llm", path="/m")
+                )
+            )
             for number in range(6)
             for node in (a, b)
         ]

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.registry.records import CopyReport, Failure, InstanceRecord, ModelRecord, Record, VModelRecord, decode_record, encode_record
+from mesh.registry.records import (
+    CopyReport,
+    Failure,
+    InstanceRecord,
+    ModelRecord,
+    Record,
+    VModelRecord,
+    decode_record,
+    encode_record,
+)
 from mesh.types import CopyState, ModelInfo, Tier
 
 text = st.text(max_size=12)
@@ -18,15 +27,34 @@ json_value = st.recursive(
 )
 
 model_records = st.builds(
-    ModelRecord, type=text, key=text, path=text, instance_ids=placement, failed_in=placement,
+    ModelRecord,
+    type=text,
+    key=text,
+    path=text,
+    instance_ids=placement,
+    failed_in=placement,
     failures=st.dictionaries(text, st.builds(Failure, message=text), max_size=2),
-    refs=st.integers(0, 9), auto_delete=st.booleans(), last_used_ms=epoch_ms, entered_ms=epoch_ms, last_unload_ms=epoch_ms, actionable=st.booleans(),
+    refs=st.integers(0, 9),
+    auto_delete=st.booleans(),
+    last_used_ms=epoch_ms,
+    entered_ms=epoch_ms,
+    last_unload_ms=epoch_ms,
+    actionable=st.booleans(),
 )
 vmodel_records = st.builds(VModelRecord, owner=text, active_id=text, target_id=text, failed=st.booleans())
 copies = st.builds(CopyReport, state=st.sampled_from(CopyState), tier=st.sampled_from(Tier), running=st.integers(0, 99))
 instance_records = st.builds(
-    InstanceRecord, start_time_ms=epoch_ms, version=epoch_ms, location=text, zone=text, labels=st.lists(text, max_size=3).map(tuple),
-    lru_time_ms=epoch_ms, count=st.integers(0, 99), shutting_down=st.booleans(), grpc_address=text, kv_usage=st.floats(0, 1),
+    InstanceRecord,
+    start_time_ms=epoch_ms,
+    version=epoch_ms,
+    location=text,
+    zone=text,
+    labels=st.lists(text, max_size=3).map(tuple),
+    lru_time_ms=epoch_ms,
+    count=st.integers(0, 99),
+    shutting_down=st.booleans(),
+    grpc_address=text,
+    kv_usage=st.floats(0, 1),
     copies=st.dictionaries(text, copies, max_size=2),
 )
 records = st.one_of(model_records, vmodel_records, instance_records)
@@ -41,7 +69,10 @@ def test_round_trip(record: Record) -> None:
 def test_unknown_properties_survive_a_rewrite(record: Record, others: dict[str, object]) -> None:
     names = {field.encode_name for field in msgspec.structs.fields(type(record))} - {"unknown"}
     others = {name: value for name, value in others.items() if name not in names}
-    written = {**msgspec.json.decode(encode_record(record)), **{name: msgspec.Raw(_plain_json(value)) for name, value in others.items()}}
+    written = {
+        **msgspec.json.decode(encode_record(record)),
+        **{name: msgspec.Raw(_plain_json(value)) for name, value in others.items()},
+    }
     read = decode_record(type(record), msgspec.json.encode(written))
     assert msgspec.structs.replace(read, unknown=()) == record
     rewritten = msgspec.json.decode(encode_record(read), type=dict[str, msgspec.Raw])
@@ -63,31 +94,74 @@ def test_a_property_named_like_our_own_field_is_kept_too() -> None:
 
 def test_modelmesh_property_names() -> None:
     record = ModelRecord(
-        type="llm", key='{"storage_key":"s3"}', path="m", instance_ids={"abc-1": 5}, failed_in={"abc-2": 6},
-        failures={"abc-2": Failure(message="no memory")}, refs=1, auto_delete=True, last_used_ms=7, last_unload_ms=8,
+        type="llm",
+        key='{"storage_key":"s3"}',
+        path="m",
+        instance_ids={"abc-1": 5},
+        failed_in={"abc-2": 6},
+        failures={"abc-2": Failure(message="no memory")},
+        refs=1,
+        auto_delete=True,
+        last_used_ms=7,
+        last_unload_ms=8,
     )
     assert msgspec.json.decode(encode_record(record)) == {
-        "type": "llm", "encKey": '{"storage_key":"s3"}', "mPath": "m", "instanceIds": {"abc-1": 5}, "failedIn": {"abc-2": 6},
-        "fails": {"abc-2": {"msg": "no memory"}}, "refs": 1, "autoDel": True, "lu": 7, "lul": 8,
+        "type": "llm",
+        "encKey": '{"storage_key":"s3"}',
+        "mPath": "m",
+        "instanceIds": {"abc-1": 5},
+        "failedIn": {"abc-2": 6},
+        "fails": {"abc-2": {"msg": "no memory"}},
+        "refs": 1,
+        "autoDel": True,
+        "lu": 7,
+        "lul": 8,
     }
     assert record.info == ModelInfo("llm", "m", '{"storage_key":"s3"}')
     assert msgspec.json.decode(encode_record(VModelRecord(owner="o", active_id="a", target_id="b", failed=True))) == {
-        "o": "o", "amid": "a", "tmid": "b", "failed": True,
+        "o": "o",
+        "amid": "a",
+        "tmid": "b",
+        "failed": True,
     }
     instance = InstanceRecord(
-        start_time_ms=1, version=2, location="l", zone="z", labels=("x",), lru_time_ms=3, count=4, capacity_units=5, used_units=6,
-        loading_threads=7, loads_in_progress=8, requests_per_min=9, shutting_down=True,
+        start_time_ms=1,
+        version=2,
+        location="l",
+        zone="z",
+        labels=("x",),
+        lru_time_ms=3,
+        count=4,
+        capacity_units=5,
+        used_units=6,
+        loading_threads=7,
+        loads_in_progress=8,
+        requests_per_min=9,
+        shutting_down=True,
     )
     assert msgspec.json.decode(encode_record(instance)) == {
-        "startTime": 1, "vers": 2, "loc": "l", "zone": "z", "labels": ["x"], "lruTime": 3, "count": 4, "cap": 5, "used": 6,
-        "lThreads": 7, "lInProg": 8, "rpm": 9, "shutdown": True,
+        "startTime": 1,
+        "vers": 2,
+        "loc": "l",
+        "zone": "z",
+        "labels": ["x"],
+        "lruTime": 3,
+        "count": 4,
+        "cap": 5,
+        "used": 6,
+        "lThreads": 7,
+        "lInProg": 8,
+        "rpm": 9,
+        "shutdown": True,
     }
 
 
 @pytest.mark.parametrize("kind", [ModelRecord, VModelRecord, InstanceRecord])
 def test_defaults_are_omitted_and_nulls_are_absent(kind: type[Record]) -> None:
     assert encode_record(kind()) == b"{}"
-    nulls = msgspec.json.encode({field.encode_name: None for field in msgspec.structs.fields(kind) if field.name != "unknown"})
+    nulls = msgspec.json.encode(
+        {field.encode_name: None for field in msgspec.structs.fields(kind) if field.name != "unknown"}
+    )
     assert decode_record(kind, nulls) == kind()
 
 

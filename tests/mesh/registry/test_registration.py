@@ -28,7 +28,13 @@ async def test_what_is_listed_is_what_is_registered(seed: int, tmp_path: Path) -
     store = EmbeddedStore(tmp_path)
     await store.open()
     registry = Registry(
-        store, root_prefix="", kv_prefix="mm", service_name="s", instance_id="pod", session_ttl_s=25, default_owner="repertory"
+        store,
+        root_prefix="",
+        kv_prefix="mm",
+        service_name="s",
+        instance_id="pod",
+        session_ttl_s=25,
+        default_owner="repertory",
     )
     await registry.start()
     chance = random.Random(seed)
@@ -73,7 +79,9 @@ async def test_what_is_listed_is_what_is_registered(seed: int, tmp_path: Path) -
     await store.close()
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a?b", "a#b", "a,b", "a\n", "*a", "/a", "a/", "a//b", ".", "..", "../a", "a/./b", "x" * 201])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "a?b", "a#b", "a,b", "a\n", "*a", "/a", "a/", "a//b", ".", "..", "../a", "a/./b", "x" * 201]
+)
 def test_a_name_that_would_be_lost_on_its_way_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest):
         check_name(name)

@@ -49,7 +49,9 @@ def one_more_ref(old: ModelRecord | None) -> ModelRecord:
     return msgspec.structs.replace(old, refs=old.refs + 1)
 
 
-async def test_own_writes_are_read_at_once_and_others_hear_of_them(tables: tuple[Table[ModelRecord], Table[ModelRecord]]) -> None:
+async def test_own_writes_are_read_at_once_and_others_hear_of_them(
+    tables: tuple[Table[ModelRecord], Table[ModelRecord]],
+) -> None:
     mine, other = tables
     heard: list[tuple[str, int | None, int | None]] = []
     mine.listen(lambda model_id, old, new: heard.append((model_id, old and old.refs, new and new.refs)))
@@ -74,7 +76,9 @@ async def test_concurrent_updates_from_both_lose_nothing(tables: tuple[Table[Mod
     assert got.refs == 20
 
 
-async def test_an_unchanged_record_is_not_written(store: EmbeddedStore, tables: tuple[Table[ModelRecord], Table[ModelRecord]]) -> None:
+async def test_an_unchanged_record_is_not_written(
+    store: EmbeddedStore, tables: tuple[Table[ModelRecord], Table[ModelRecord]]
+) -> None:
     await tables[0].update("m", one_more_ref)
     before = (await store.get_prefix(PREFIX)).revision
     await tables[0].update("m", lambda old: old)
@@ -94,7 +98,9 @@ async def test_what_cannot_be_decoded_is_ignored_by_the_cache_and_named_by_a_rea
         await tables[0].read("bad")
 
 
-async def test_a_failing_listener_does_not_stop_the_table(tables: tuple[Table[ModelRecord], Table[ModelRecord]]) -> None:
+async def test_a_failing_listener_does_not_stop_the_table(
+    tables: tuple[Table[ModelRecord], Table[ModelRecord]],
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("listener")
 
@@ -162,7 +168,9 @@ class LateStore:
         return result
 
 
-async def test_an_own_write_whose_answer_comes_after_its_deletion_does_not_bring_the_record_back(store: EmbeddedStore) -> None:
+async def test_an_own_write_whose_answer_comes_after_its_deletion_does_not_bring_the_record_back(
+    store: EmbeddedStore,
+) -> None:
     late = LateStore(store)
     table = Table(late, PREFIX, ModelRecord)  # type: ignore[arg-type]
     await table.start()
@@ -178,7 +186,7 @@ async def test_an_own_write_whose_answer_comes_after_its_deletion_does_not_bring
 
 
 async def test_find_asks_the_store_only_for_what_is_absent(store: EmbeddedStore) -> None:
-    table = Table(store, PREFIX, ModelRecord)      # never started: its cache hears of nothing
+    table = Table(store, PREFIX, ModelRecord)  # never started: its cache hears of nothing
     assert await table.find("m") is None
     await store.put(PREFIX + "m", b'{"refs":1}')
     first = await table.find("m")
@@ -269,7 +277,9 @@ async def test_listeners_hear_an_unbroken_story_that_ends_with_the_truth(
     for table, story in zip(both, told, strict=True):
         hear = listener(story)
 
-        def safe(model_id: str, old: ModelRecord | None, new: ModelRecord | None, hear: Callable[..., None] = hear) -> None:
+        def safe(
+            model_id: str, old: ModelRecord | None, new: ModelRecord | None, hear: Callable[..., None] = hear
+        ) -> None:
             try:
                 hear(model_id, old, new)
             except AssertionError as error:
@@ -289,12 +299,17 @@ async def test_listeners_hear_an_unbroken_story_that_ends_with_the_truth(
                 await both[number].read(model_id)
             case "race":
                 moves = [(both[number >> 2 * bit & 1], number >> 2 * bit & 2) for bit in range(3)]
-                await asyncio.gather(*(table.update(model_id, one_more_ref if add else lambda _: None) for table, add in moves))
+                await asyncio.gather(
+                    *(table.update(model_id, one_more_ref if add else lambda _: None) for table, add in moves)
+                )
             case "pause":
                 for _ in range(number):
                     await asyncio.sleep(0)
     await store.put(PREFIX + "end", b"{}")
-    truth = {entry.key.removeprefix(PREFIX): decode_record(ModelRecord, entry.value) for entry in (await store.get_prefix(PREFIX)).entries}
+    truth = {
+        entry.key.removeprefix(PREFIX): decode_record(ModelRecord, entry.value)
+        for entry in (await store.get_prefix(PREFIX)).entries
+    }
     for table, story in zip(both, told, strict=True):
         async with asyncio.timeout(10):
             await table.until("end", lambda record: record is not None)

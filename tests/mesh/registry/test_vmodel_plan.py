@@ -6,17 +6,30 @@ from hypothesis import strategies as st
 
 from mesh.errors import MeshError
 from mesh.registry.records import ModelRecord, VModelRecord
-from mesh.registry.vmodel_plan import VModelPlan, VModelRequest, VModelView, plan_delete, plan_finish, plan_park, plan_set
+from mesh.registry.vmodel_plan import (
+    VModelPlan,
+    VModelRequest,
+    VModelView,
+    plan_delete,
+    plan_finish,
+    plan_park,
+    plan_set,
+)
 from mesh.types import ModelInfo
 
 MODELS = ("m0", "m1", "m2")
 VMODELS = ("v0", "v1")
 
 wishes = st.builds(
-    VModelRequest, vmodel_id=st.sampled_from(VMODELS), target_id=st.sampled_from(MODELS),
+    VModelRequest,
+    vmodel_id=st.sampled_from(VMODELS),
+    target_id=st.sampled_from(MODELS),
     info=st.one_of(st.none(), st.sampled_from([ModelInfo("llm", "a"), ModelInfo("llm", "b")])),
-    auto_delete=st.booleans(), update_only=st.booleans(), force=st.booleans(),
-    expected_target_id=st.sampled_from(("", *MODELS)), owner=st.sampled_from(("", "x", "y")),
+    auto_delete=st.booleans(),
+    update_only=st.booleans(),
+    force=st.booleans(),
+    expected_target_id=st.sampled_from(("", *MODELS)),
+    owner=st.sampled_from(("", "x", "y")),
 )
 actions = st.one_of(
     st.tuples(st.just("set"), wishes, st.booleans()),
@@ -53,7 +66,9 @@ class World:
                     plan = plan_set(wish, view, target_is_loaded=loaded, now_ms=5, default_owner="x")
                 except MeshError:
                     return
-                again = plan_set(wish, self.after(view, plan, wish), target_is_loaded=loaded, now_ms=5, default_owner="x")
+                again = plan_set(
+                    wish, self.after(view, plan, wish), target_is_loaded=loaded, now_ms=5, default_owner="x"
+                )
                 assert again == VModelPlan(plan.vmodel), "asking twice changes nothing the second time"
                 assert plan.vmodel is not None
                 assert plan.vmodel.target_id == wish.target_id
@@ -74,7 +89,9 @@ class World:
 
     def check(self) -> None:
         for model_id, model in self.models.items():
-            assert model.refs == sum(model_id in (vmodel.active_id, vmodel.target_id) for vmodel in self.vmodels.values())
+            assert model.refs == sum(
+                model_id in (vmodel.active_id, vmodel.target_id) for vmodel in self.vmodels.values()
+            )
             assert model.refs > 0 or not model.auto_delete
         for vmodel in self.vmodels.values():
             assert {vmodel.active_id, vmodel.target_id} <= self.models.keys(), "what a vmodel points at exists"
@@ -91,10 +108,14 @@ def test_references_stay_true(steps: list[tuple[object, ...]]) -> None:
 
 
 @given(wishes, st.booleans())
-def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has_none(wish: VModelRequest, auto: bool) -> None:
+def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has_none(
+    wish: VModelRequest, auto: bool
+) -> None:
     """No gap: unless forced, a name with a loaded active model never points at one that isn't."""
     active = ModelRecord(type="llm", path="active", refs=1, auto_delete=auto, instance_ids={"pod": 1})
-    view = VModelView(VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, wish.target_id: None})
+    view = VModelView(
+        VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, wish.target_id: None}
+    )
     try:
         plan = plan_set(wish, view, target_is_loaded=False, now_ms=5, default_owner="x")
     except MeshError:

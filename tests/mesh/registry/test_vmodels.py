@@ -27,9 +27,13 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     await store.close()
 
 
-def wish(target: str, *, vmodel: str = "v", info: bool = True, auto: bool = True, path: str = "", **more: object) -> pb.SetVModelRequest:
+def wish(
+    target: str, *, vmodel: str = "v", info: bool = True, auto: bool = True, path: str = "", **more: object
+) -> pb.SetVModelRequest:
     model_info = pb.ModelInfo(type="llm", path=path or f"/models/{target}") if info else None
-    return pb.SetVModelRequest(vModelId=vmodel, targetModelId=target, modelInfo=model_info, autoDeleteTargetModel=auto, **more)  # type: ignore[arg-type]
+    return pb.SetVModelRequest(
+        vModelId=vmodel, targetModelId=target, modelInfo=model_info, autoDeleteTargetModel=auto, **more
+    )  # type: ignore[arg-type]
 
 
 async def status(node: Node, vmodel: str = "v", owner: str = "") -> pb.VModelStatusInfo:
@@ -56,7 +60,9 @@ async def test_a_vmodel_is_made_with_its_target(node: Node) -> None:
     assert await node.mesh.setVModel(wish("m1")) == made
     assert refs(node, "m1") == 1
     await refused(
-        node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m1")), grpc.StatusCode.FAILED_PRECONDITION, "Model m1 has referents"
+        node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m1")),
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "Model m1 has referents",
     )
 
 
@@ -108,7 +114,9 @@ async def test_a_name_that_nobody_has_loaded_moves_at_once(node: Node) -> None:
 async def test_a_loaded_target_or_force_moves_at_once(node: Node) -> None:
     await node.mesh.setVModel(wish("m1", auto=False, loadNow=True, sync=True))
     await node.mesh.registerModel(
-        pb.RegisterModelRequest(modelId="m2", modelInfo=pb.ModelInfo(type="llm", path="/models/m2"), loadNow=True, sync=True)
+        pb.RegisterModelRequest(
+            modelId="m2", modelInfo=pb.ModelInfo(type="llm", path="/models/m2"), loadNow=True, sync=True
+        )
     )
     assert (await node.mesh.setVModel(wish("m2", info=False))).status == V.DEFINED
     node.loader.held["m3"] = asyncio.Event()
@@ -184,19 +192,26 @@ async def test_a_move_under_way_is_taken_up_after_a_restart(tmp_path: Path) -> N
 
 
 async def test_refusals(node: Node) -> None:
-    await refused(node.mesh.setVModel(wish("m1", vmodel="")), grpc.StatusCode.INVALID_ARGUMENT, "must provide non-empty vModelId")
-    await refused(node.mesh.setVModel(wish("")), grpc.StatusCode.INVALID_ARGUMENT, "must provide non-empty targetModelId")
+    await refused(
+        node.mesh.setVModel(wish("m1", vmodel="")), grpc.StatusCode.INVALID_ARGUMENT, "must provide non-empty vModelId"
+    )
+    await refused(
+        node.mesh.setVModel(wish("")), grpc.StatusCode.INVALID_ARGUMENT, "must provide non-empty targetModelId"
+    )
     await refused(node.mesh.setVModel(wish("m1", info=False)), grpc.StatusCode.NOT_FOUND, "Target model m1 not found")
     await refused(node.mesh.setVModel(wish("m1", updateOnly=True)), grpc.StatusCode.NOT_FOUND, "vmodel v not found")
     empty_type = pb.SetVModelRequest(vModelId="v", targetModelId="m1", modelInfo=pb.ModelInfo(path="p"))
-    await refused(node.mesh.setVModel(empty_type), grpc.StatusCode.INVALID_ARGUMENT, "Must provide non-empty model type string")
+    await refused(
+        node.mesh.setVModel(empty_type), grpc.StatusCode.INVALID_ARGUMENT, "Must provide non-empty model type string"
+    )
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await node.mesh.setVModel(wish("m1", expectedTargetModelId="m0"))
     assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert node.registry.models.table.items() == []
     await node.mesh.setVModel(wish("m1", expectedTargetModelId="m1"))
     await refused(
-        node.mesh.setVModel(wish("m1", path="other")), grpc.StatusCode.ALREADY_EXISTS,
+        node.mesh.setVModel(wish("m1", path="other")),
+        grpc.StatusCode.ALREADY_EXISTS,
         "Target model m1 already exists with different attribute values",
     )
     with pytest.raises(grpc.aio.AioRpcError) as error:
@@ -210,7 +225,8 @@ async def test_owners(node: Node) -> None:
     assert (await node.mesh.setVModel(wish("m1", owner="isvc"))).owner == "isvc"
     assert (await node.mesh.setVModel(wish("m1"))).owner == "isvc"
     await refused(
-        node.mesh.setVModel(wish("m1", owner="other")), grpc.StatusCode.ALREADY_EXISTS,
+        node.mesh.setVModel(wish("m1", owner="other")),
+        grpc.StatusCode.ALREADY_EXISTS,
         'vmodel v already exists with different owner "isvc"',
     )
     assert (await status(node, owner="isvc")).status == V.DEFINED
@@ -233,7 +249,10 @@ async def test_delete(node: Node) -> None:
 
 async def test_many_moves_at_once_keep_the_references_true(node: Node) -> None:
     """Ten callers, four vmodels, three targets: whoever wins, the counts are right at the end."""
-    calls = [node.mesh.setVModel(wish(f"m{number % 3}", vmodel=f"v{number % 4}", force=number % 2 == 0)) for number in range(24)]
+    calls = [
+        node.mesh.setVModel(wish(f"m{number % 3}", vmodel=f"v{number % 4}", force=number % 2 == 0))
+        for number in range(24)
+    ]
     calls += [node.mesh.deleteVModel(pb.DeleteVModelRequest(vModelId=f"v{number % 4}")) for number in range(3)]  # type: ignore[misc]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert not [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -275,7 +294,9 @@ async def test_a_registered_name_is_replaced_without_a_gap(node: Node) -> None:
 
 async def test_other_settings_are_another_model(node: Node) -> None:
     assert info("/a", quantize="nf4") != info("/a")
-    assert info("/a", sampling=Sampling(top_k=5, temperature=0.5)) == info("/a", sampling=Sampling(temperature=0.5, top_k=5))
+    assert info("/a", sampling=Sampling(top_k=5, temperature=0.5)) == info(
+        "/a", sampling=Sampling(temperature=0.5, top_k=5)
+    )
     assert info("/a", version="2") != info("/a")
     name = concrete_id("smol", info("/a"))
     assert belongs_to(name, "smol")
@@ -285,14 +306,18 @@ async def test_other_settings_are_another_model(node: Node) -> None:
 
 async def test_names_aliases_and_removal(node: Node) -> None:
     smol = await register(node, "smol", info("/a"))
-    await node.mesh.registerModel(pb.RegisterModelRequest(modelId="plain", modelInfo=pb.ModelInfo(type="llm", path="/p")))
+    await node.mesh.registerModel(
+        pb.RegisterModelRequest(modelId="plain", modelInfo=pb.ModelInfo(type="llm", path="/p"))
+    )
 
     async def alias(name: str, target: str) -> str:
         return await node.registry.set_alias(name, target, now_ms=NOW_MS, is_loaded=lambda _: False)
 
     assert await alias("best", "smol") == smol
     assert [(named.name, named.model_id, named.aliases) for named in node.registry.named()] == [
-        ("best", smol, ("smol",)), ("plain", "plain", ()), ("smol", smol, ("best",)),
+        ("best", smol, ("smol",)),
+        ("plain", "plain", ()),
+        ("smol", smol, ("best",)),
     ]
     assert await alias("best", "plain") == "plain"
     assert node.registry.resolve("best") == "plain"

@@ -36,7 +36,9 @@ async def test_no_more_at_once_than_the_runtime_said(pod: RunningPod) -> None:
 
 
 async def test_who_leaves_gives_the_turn_back_and_too_many_are_refused(pod: RunningPod) -> None:
-    slow: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = pod.channel.unary_stream("/fmaas.GenerationService/GenerateStream")
+    slow: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = pod.channel.unary_stream(
+        "/fmaas.GenerationService/GenerateStream"
+    )
     pod.runtime.switches.chunk_s = 3600
     calls = [slow(b"3", metadata=FOR_M) for _ in range(2)]
     reading = [asyncio.ensure_future(call.read()) for call in calls]

@@ -12,7 +12,19 @@ from mesh.errors import StoreError
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
-from mesh.store.protocol import ABSENT, Compare, Delete, Entry, EntryDeleted, EntryPut, Listing, Put, Relisted, Store, WatchEvent
+from mesh.store.protocol import (
+    ABSENT,
+    Compare,
+    Delete,
+    Entry,
+    EntryDeleted,
+    EntryPut,
+    Listing,
+    Put,
+    Relisted,
+    Store,
+    WatchEvent,
+)
 from tests.support.etcd import EtcdServer
 
 prefixes = (f"/contract{number}/" for number in itertools.count())
@@ -87,11 +99,15 @@ async def test_compare_and_set(store: Store, root: str) -> None:
 async def test_a_transaction_is_all_or_nothing_with_one_revision(store: Store, root: str) -> None:
     a, b, c = root + "a", root + "b", root + "c"
     old = await store.put(a, b"old")
-    failed = await store.txn([Compare(a, mod_revision=old), Compare(b, mod_revision=7)], [Put(a, b"new"), Put(c, b"new")])
+    failed = await store.txn(
+        [Compare(a, mod_revision=old), Compare(b, mod_revision=7)], [Put(a, b"new"), Put(c, b"new")]
+    )
     assert not failed.succeeded
     assert [entry and entry.key for entry in failed.current] == [a, None]
     assert await store.get(c) is None
-    done = await store.txn([Compare(a, mod_revision=old), Compare(b, mod_revision=ABSENT)], [Delete(a), Put(b, b"new"), Put(c, b"new")])
+    done = await store.txn(
+        [Compare(a, mod_revision=old), Compare(b, mod_revision=ABSENT)], [Delete(a), Put(b, b"new"), Put(c, b"new")]
+    )
     assert done.succeeded
     listing = await store.get_prefix(root)
     assert [(entry.key, entry.mod_revision) for entry in listing.entries] == [(b, done.revision), (c, done.revision)]
@@ -111,7 +127,9 @@ async def test_concurrent_compare_and_set_loses_no_update(store: Store, root: st
         entry = await store.get(key)
         while True:
             assert entry is not None
-            result = await store.txn([Compare(key, mod_revision=entry.mod_revision)], [Put(key, str(int(entry.value) + 1).encode())])
+            result = await store.txn(
+                [Compare(key, mod_revision=entry.mod_revision)], [Put(key, str(int(entry.value) + 1).encode())]
+            )
             if result.succeeded:
                 return
             entry = result.current[0]
@@ -134,7 +152,10 @@ async def test_watch_begins_with_a_listing_and_follows_in_order(store: Store, ro
         both = await store.txn([], [Put(root + "a", b"2"), Delete(root + "before")])
         got = await take(events, 3)
         assert got[0] == EntryPut(Entry(root + "a", b"1", put, put))
-        assert set(got[1:]) == {EntryPut(Entry(root + "a", b"2", put, both.revision)), EntryDeleted(root + "before", both.revision)}
+        assert set(got[1:]) == {
+            EntryPut(Entry(root + "a", b"2", put, both.revision)),
+            EntryDeleted(root + "before", both.revision),
+        }
 
 
 async def test_watch_from_a_revision_replays(store: Store, root: str) -> None:

@@ -54,7 +54,9 @@ def after(state: dict[str, bytes], seed: int, count: int) -> dict[str, bytes]:
 
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**16), patience=st.lists(st.integers(1, 80), min_size=2, max_size=3))
-async def test_no_acknowledged_write_is_lost_by_a_kill(tmp_path_factory: pytest.TempPathFactory, seed: int, patience: list[int]) -> None:
+async def test_no_acknowledged_write_is_lost_by_a_kill(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, patience: list[int]
+) -> None:
     """One directory, killed again and again at moments that hypothesis and the scheduler choose."""
     directory = tmp_path_factory.mktemp("killed")
     state: dict[str, bytes] = {}
@@ -151,7 +153,7 @@ async def test_a_write_that_the_disk_refuses_changes_nothing(tmp_path: Path) -> 
     await store.put("/a", b"1")
     database = store._database
     assert database is not None
-    await store._in_thread(lambda: database.execute("PRAGMA max_page_count=8"))     # as a full disk would have it
+    await store._in_thread(lambda: database.execute("PRAGMA max_page_count=8"))  # as a full disk would have it
     events = store.watch("/")
     assert isinstance(await anext(events), Relisted)
     before = await store.get_prefix("/")
@@ -191,7 +193,12 @@ async def test_a_watch_from_before_the_history_gets_a_listing(tmp_path: Path, mo
     store._history = type(store._history)(maxlen=4)
     await store.open()
     revisions = [await store.put("/a", str(number).encode()) for number in range(10)]
-    for from_revision, listed in [(revisions[0], True), (revisions[5], True), (revisions[6], False), (revisions[9] + 5, True)]:
+    for from_revision, listed in [
+        (revisions[0], True),
+        (revisions[5], True),
+        (revisions[6], False),
+        (revisions[9] + 5, True),
+    ]:
         async with aclosing(store.watch("/", from_revision)) as events:
             first = await anext(events)
         assert isinstance(first, Relisted) == listed
@@ -204,13 +211,22 @@ async def test_a_watch_from_before_the_history_gets_a_listing(tmp_path: Path, mo
 
 
 keys = st.sampled_from(["/a", "/b", "/c"])
-writes = st.lists(st.one_of(st.builds(Put, keys, st.binary(max_size=3)), st.builds(Delete, keys)), max_size=3, unique_by=lambda write: write.key)
-compares = st.lists(st.builds(Compare, keys, st.one_of(st.none(), st.integers(0, 9)), st.one_of(st.none(), st.integers(0, 9))), max_size=2)
+writes = st.lists(
+    st.one_of(st.builds(Put, keys, st.binary(max_size=3)), st.builds(Delete, keys)),
+    max_size=3,
+    unique_by=lambda write: write.key,
+)
+compares = st.lists(
+    st.builds(Compare, keys, st.one_of(st.none(), st.integers(0, 9)), st.one_of(st.none(), st.integers(0, 9))),
+    max_size=2,
+)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(compares, writes), max_size=12))
-async def test_it_is_a_dictionary_with_revisions(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[list[Compare], list[Put | Delete]]]) -> None:
+async def test_it_is_a_dictionary_with_revisions(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[list[Compare], list[Put | Delete]]]
+) -> None:
     """Against a model; then again after a restart."""
     directory = tmp_path_factory.mktemp("model")
     store = EmbeddedStore(directory)
@@ -234,7 +250,9 @@ async def test_it_is_a_dictionary_with_revisions(tmp_path_factory: pytest.TempPa
         assert (result.succeeded, result.revision) == (holds, revision)
     for _ in range(2):
         listing = await store.get_prefix("/")
-        assert {entry.key: (entry.value, entry.create_revision, entry.mod_revision) for entry in listing.entries} == model
+        assert {
+            entry.key: (entry.value, entry.create_revision, entry.mod_revision) for entry in listing.entries
+        } == model
         assert listing.revision == revision
         await store.close()
         store = EmbeddedStore(directory)

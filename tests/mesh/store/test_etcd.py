@@ -195,7 +195,11 @@ async def test_a_write_whose_answer_is_lost_is_uncertain_and_a_read_is_not(own_e
     async with opened(own_etcd.endpoint, call_timeout_s=0.7) as store:
         await store.put("/a", b"1")
         own_etcd.pause()
-        writes = [store.put("/a", b"2"), store.delete("/b"), store.txn([Compare("/a", mod_revision=1)], [Put("/c", b"")])]
+        writes = [
+            store.put("/a", b"2"),
+            store.delete("/b"),
+            store.txn([Compare("/a", mod_revision=1)], [Put("/c", b"")]),
+        ]
         for outcome in await asyncio.gather(*writes, return_exceptions=True):
             assert isinstance(outcome, StoreUncertain)
         with pytest.raises(StoreError) as refused:
@@ -206,7 +210,9 @@ async def test_a_write_whose_answer_is_lost_is_uncertain_and_a_read_is_not(own_e
 
 async def test_no_etcd_at_all_fails_within_the_connect_timeout() -> None:
     store = EtcdStore(EtcdLocation((f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")), connect_timeout_s=0.5)
-    with pytest.raises(StoreError, match=r"no etcd endpoint of 127\.0\.0\.1:\d+, 127\.0\.0\.1:\d+ could be reached within 0\.5 s"):
+    with pytest.raises(
+        StoreError, match=r"no etcd endpoint of 127\.0\.0\.1:\d+, 127\.0\.0\.1:\d+ could be reached within 0\.5 s"
+    ):
         await store.open()
     await store.close()
 
@@ -310,8 +316,12 @@ class AuthAdmin:
         self._channel = grpc.aio.insecure_channel(endpoint)
 
     async def call(self, path: str, *fields: str) -> None:
-        request = pb.AuthenticateRequest(name=fields[0] if fields else "", password=fields[1] if len(fields) > 1 else "")
-        rpc = self._channel.unary_unary(f"/etcdserverpb.Auth/{path}", request_serializer=pb.AuthenticateRequest.SerializeToString)
+        request = pb.AuthenticateRequest(
+            name=fields[0] if fields else "", password=fields[1] if len(fields) > 1 else ""
+        )
+        rpc = self._channel.unary_unary(
+            f"/etcdserverpb.Auth/{path}", request_serializer=pb.AuthenticateRequest.SerializeToString
+        )
         await rpc(request)
 
     async def enable(self) -> None:
@@ -368,7 +378,8 @@ async def test_a_store_that_is_not_open_says_so() -> None:
 
 
 @pytest.mark.skipif(
-    tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80), reason="its TLS doesn't know the curve of etcd's own certificate"
+    tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80),
+    reason="its TLS doesn't know the curve of etcd's own certificate",
 )
 async def test_tls(tmp_path: Path) -> None:
     server = EtcdServer(tmp_path, tls=True)

@@ -34,18 +34,43 @@ def test_forms(text: str, expected: object) -> None:
 def test_modelmesh_json_file(tmp_path: Path) -> None:
     for name in ("ca.pem", "cert.pem", "key.pem"):
         (tmp_path / name).write_text(name)
-    (tmp_path / "etcd.json").write_text(json.dumps({
-        "endpoints": "https://a:1,https://b:2", "userid": "u", "password": "p", "root_prefix": "/mm-serving", "certificate_file": "ca.pem",
-        "client_certificate_file": "cert.pem", "client_key_file": str(tmp_path / "key.pem"), "override_authority": "etcd.local", "other": 1,
-    }))
-    assert parse_store(f"etcd:{tmp_path}/etcd.json") == EtcdLocation(
-        ("a:1", "b:2"), root_prefix="/mm-serving", user="u", password="p", tls=True, ca_pem=b"ca.pem", client_cert_pem=b"cert.pem",
-        client_key_pem=b"key.pem", override_authority="etcd.local",
+    (tmp_path / "etcd.json").write_text(
+        json.dumps(
+            {
+                "endpoints": "https://a:1,https://b:2",
+                "userid": "u",
+                "password": "p",
+                "root_prefix": "/mm-serving",
+                "certificate_file": "ca.pem",
+                "client_certificate_file": "cert.pem",
+                "client_key_file": str(tmp_path / "key.pem"),
+                "override_authority": "etcd.local",
+                "other": 1,
+            }
+        )
     )
-    (tmp_path / "inline.json").write_text(json.dumps({"endpoints": "a:1", "certificate": "PEM", "client_certificate": "C", "client_key": "K"}))
+    assert parse_store(f"etcd:{tmp_path}/etcd.json") == EtcdLocation(
+        ("a:1", "b:2"),
+        root_prefix="/mm-serving",
+        user="u",
+        password="p",
+        tls=True,
+        ca_pem=b"ca.pem",
+        client_cert_pem=b"cert.pem",
+        client_key_pem=b"key.pem",
+        override_authority="etcd.local",
+    )
+    (tmp_path / "inline.json").write_text(
+        json.dumps({"endpoints": "a:1", "certificate": "PEM", "client_certificate": "C", "client_key": "K"})
+    )
     location = parse_store(f"etcd:{tmp_path}/inline.json")
     assert isinstance(location, EtcdLocation)
-    assert (location.tls, location.ca_pem, location.client_cert_pem, location.client_key_pem) == (True, b"PEM", b"C", b"K")
+    assert (location.tls, location.ca_pem, location.client_cert_pem, location.client_key_pem) == (
+        True,
+        b"PEM",
+        b"C",
+        b"K",
+    )
 
 
 def test_files_in_a_url(tmp_path: Path) -> None:
@@ -57,8 +82,13 @@ def test_files_in_a_url(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "nor a directory"), ("mysql://x", "'mysql'"), ("zookeeper:h:1", "zookeeper"), ("etcd://", "names no endpoint"),
-        ("etcd://h:port", "'h:port' is not HOST:PORT"), ("etcd://u:secret@h:1?tls=1", "'tls'"), ("etcd:/none.json", "/none.json"),
+        ("", "nor a directory"),
+        ("mysql://x", "'mysql'"),
+        ("zookeeper:h:1", "zookeeper"),
+        ("etcd://", "names no endpoint"),
+        ("etcd://h:port", "'h:port' is not HOST:PORT"),
+        ("etcd://u:secret@h:1?tls=1", "'tls'"),
+        ("etcd:/none.json", "/none.json"),
         ("etcd://h:1?ca=/none.pem", "/none.pem"),
     ],
 )

@@ -21,12 +21,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from tests.support.families import VOCAB, family
 from tests.support.steps import bring_up, hf_logits, prompts, save
 
-COMMON = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "vocab_size": VOCAB}
+COMMON = {
+    "num_hidden_layers": 3,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "vocab_size": VOCAB,
+}
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**COMMON, sliding_window=9),
     "qwen2": Qwen2Config(**COMMON),
-    "gemma2": Gemma2Config(**COMMON, **NO_TOKENS, head_dim=12, query_pre_attn_scalar=12, sliding_window=9, final_logit_softcapping=5.0),
+    "gemma2": Gemma2Config(
+        **COMMON, **NO_TOKENS, head_dim=12, query_pre_attn_scalar=12, sliding_window=9, final_logit_softcapping=5.0
+    ),
     "phi3": Phi3Config(**COMMON, **NO_TOKENS),
     "glm": GlmConfig(**COMMON, **NO_TOKENS, head_dim=12),
     "mixtral": MixtralConfig(**COMMON, num_local_experts=4),

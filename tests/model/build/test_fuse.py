@@ -16,7 +16,12 @@ from runtime.engine.model.build.tiny_model import random_model, shrink
 from runtime.engine.model.run.rope import fix_frequencies, longrope_limit, rotary_tables
 
 CONFIG = LlamaConfig(
-    num_hidden_layers=12, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+    num_hidden_layers=12,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
 )
 
 
@@ -43,7 +48,9 @@ class Leaning(LlamaForCausalLM):
             layer.self_attn.register_forward_pre_hook(self._lean, with_kwargs=True)
 
     @staticmethod
-    def _lean(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _lean(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs["attention_mask"]
         if mask is not None:
             kwargs["attention_mask"] = mask + torch.linspace(0, 2, mask.shape[-1])
@@ -73,7 +80,14 @@ class ParticularLookAlike(Particular):
 
 
 def test_a_class_without_miniatures_is_tried_in_its_own_size() -> None:
-    config = LlamaConfig(num_hidden_layers=12, hidden_size=192, num_attention_heads=6, intermediate_size=100, vocab_size=5000, pad_token_id=4999)
+    config = LlamaConfig(
+        num_hidden_layers=12,
+        hidden_size=192,
+        num_attention_heads=6,
+        intermediate_size=100,
+        vocab_size=5000,
+        pad_token_id=4999,
+    )
     assert EquivalenceChecker(fuse=True).verdict(Particular, config).fused
     verdict = EquivalenceChecker(fuse=True).verdict(ParticularLookAlike, config)
     assert not verdict.fused
@@ -82,12 +96,16 @@ def test_a_class_without_miniatures_is_tried_in_its_own_size() -> None:
 
 
 def test_what_can_not_be_tried_is_refused() -> None:
-    odd = LlamaConfig(num_hidden_layers=12, hidden_size=200, num_attention_heads=5, intermediate_size=100, vocab_size=5000)
+    odd = LlamaConfig(
+        num_hidden_layers=12, hidden_size=200, num_attention_heads=5, intermediate_size=100, vocab_size=5000
+    )
     verdict = EquivalenceChecker(fuse=True).verdict(Particular, odd)
     assert verdict.refused
     assert "can't be tried" in verdict.reason
     assert "200 is no width for me" in verdict.reason
-    large = LlamaConfig(num_hidden_layers=120, hidden_size=192 * 128, num_attention_heads=192, intermediate_size=65536, vocab_size=5000)
+    large = LlamaConfig(
+        num_hidden_layers=120, hidden_size=192 * 128, num_attention_heads=192, intermediate_size=65536, vocab_size=5000
+    )
     verdict = EquivalenceChecker(fuse=True).verdict(Particular, large)
     assert verdict.refused
     assert "are more than 536870912" in verdict.reason
@@ -130,7 +148,9 @@ def test_verdicts_are_kept_by_class_and_flags(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(prover, "_try", counted)
     prover.verdict(LlamaForCausalLM, CONFIG)
-    bigger = LlamaConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 80, "vocab_size": 32000, "intermediate_size": 28672})
+    bigger = LlamaConfig(
+        **{**CONFIG.to_dict(), "num_hidden_layers": 80, "vocab_size": 32000, "intermediate_size": 28672}
+    )
     prover.verdict(LlamaForCausalLM, bigger)
     assert len(tried) == 1
     prover.verdict(LlamaForCausalLM, LlamaConfig(**{**CONFIG.to_dict(), "attention_bias": True}))

@@ -20,7 +20,13 @@ VOCAB = 193
 
 
 def model_of(kind: str) -> PreTrainedModel:
-    common = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 192, "intermediate_size": 256}
+    common = {
+        "vocab_size": VOCAB,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 192,
+        "intermediate_size": 256,
+    }
     torch.manual_seed(0)
     model: PreTrainedModel
     if kind == "llama":
@@ -58,11 +64,17 @@ def with_bitsandbytes(model: PreTrainedModel, quantization: Quantization) -> Pre
     for name in quantized_linears(model):
         old = model.get_submodule(name)
         if quantization is Quantization.INT8:
-            new: nn.Module = bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=old.bias is not None, has_fp16_weights=False, threshold=0.0)
+            new: nn.Module = bnb.nn.Linear8bitLt(
+                old.in_features, old.out_features, bias=old.bias is not None, has_fp16_weights=False, threshold=0.0
+            )
             new.weight = bnb.nn.Int8Params(old.weight.data.clone(), has_fp16_weights=False, requires_grad=False)
         else:
             new = bnb.nn.Linear4bit(
-                old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=torch.float32, compress_statistics=False,
+                old.in_features,
+                old.out_features,
+                bias=old.bias is not None,
+                compute_dtype=torch.float32,
+                compress_statistics=False,
                 quant_type=quantization.value,
             )
             new.weight = bnb.nn.Params4bit(
@@ -78,7 +90,9 @@ def with_bitsandbytes(model: PreTrainedModel, quantization: Quantization) -> Pre
 @pytest.mark.parametrize("kind", ["llama", "phi"])
 @pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.FP4, Quantization.INT8])
 @pytest.mark.parametrize("kernel_layout", [True, False])
-def test_a_packed_model_computes_what_bitsandbytes_does(tmp_path: Path, kind: str, quantization: Quantization, kernel_layout: bool) -> None:
+def test_a_packed_model_computes_what_bitsandbytes_does(
+    tmp_path: Path, kind: str, quantization: Quantization, kernel_layout: bool
+) -> None:
     if kernel_layout and quantization is Quantization.INT8:
         pytest.skip("int8 has one layout")
     model = model_of(kind)
@@ -94,7 +108,9 @@ def test_a_packed_model_computes_what_bitsandbytes_does(tmp_path: Path, kind: st
     assert_same(found, oracle, tolerance=1e-4 if quantization is not Quantization.INT8 else 4e-2)
     assert float((found[0] - unquantized[0]).abs().max()) > 1e-3, "quantising leaves its mark"
     if quantization is not Quantization.INT8:
-        assert resident.blueprint.layout.size_bytes < 0.45 * sum(4 * parameter.numel() for parameter in model_of(kind).parameters())
+        assert resident.blueprint.layout.size_bytes < 0.45 * sum(
+            4 * parameter.numel() for parameter in model_of(kind).parameters()
+        )
 
 
 def test_what_a_packed_file_lacks_is_named(tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_every_likely_size_runs_without_weights(name: str, tmp_path: Path, sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
+def test_every_likely_size_runs_without_weights(
+    name: str, tmp_path: Path, sizes: list[Bucket], caplog: pytest.LogCaptureFixture
+) -> None:
     blueprint, kv = drawn(name, tmp_path)
     rehearsal = WarmupStage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
     assert rehearsal is not None
@@ -73,7 +75,10 @@ def test_every_likely_size_runs_without_weights(name: str, tmp_path: Path, sizes
 def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine collects its garbage rarely, and the zeros are as large as the largest weight."""
     made: list[weakref.ref[FusedStack]] = []
-    monkeypatch.setattr("runtime.engine.model.build.warmup.FusedStack", lambda *args: made.append(weakref.ref(stack := FusedStack(*args))) or stack)
+    monkeypatch.setattr(
+        "runtime.engine.model.build.warmup.FusedStack",
+        lambda *args: made.append(weakref.ref(stack := FusedStack(*args))) or stack,
+    )
     blueprint, kv = drawn("llama", tmp_path)
     gc.disable()
     try:

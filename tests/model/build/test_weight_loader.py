@@ -20,7 +20,11 @@ from tests.support.steps import bring_up, hf_logits, prompts, save
 
 
 def rewrite(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, checkpoint.weight_files[0], metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        checkpoint.weight_files[0],
+        metadata={"format": "pt"},
+    )
 
 
 def read(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -57,7 +61,7 @@ def test_old_names_are_renamed(tmp_path: Path) -> None:
     model = tiny("neox")
     checkpoint = save(model, tmp_path)
     old = {name.replace("lm_head.", "embed_out."): tensor for name, tensor in read(checkpoint).items()}
-    old["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 4, 4)     # a mask that older versions stored
+    old["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 4, 4)  # a mask that older versions stored
     assert "embed_out.weight" in old
     rewrite(checkpoint, old)
     asked = prompts(VOCAB, [9])
@@ -128,7 +132,9 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int, says: str) -> None
     assert str(file) in message
 
 
-@pytest.mark.parametrize("header", [b"\xff" * 8, (40).to_bytes(8, "little") + b"no JSON" * 20, (2).to_bytes(8, "little") + b"[]"])
+@pytest.mark.parametrize(
+    "header", [b"\xff" * 8, (40).to_bytes(8, "little") + b"no JSON" * 20, (2).to_bytes(8, "little") + b"[]"]
+)
 def test_what_is_no_safetensors_file_is_named(tmp_path: Path, header: bytes) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     Path(checkpoint.weight_files[0]).write_bytes(header)
@@ -162,7 +168,9 @@ def test_a_file_that_shrinks_later_fails_the_swap_in_and_not_the_engine(tmp_path
 
 
 def test_a_fill_can_be_cancelled(tmp_path: Path) -> None:
-    blueprint = draw("m", save(tiny("llama"), tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
+    blueprint = draw(
+        "m", save(tiny("llama"), tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1
+    )
     cancelled = threading.Event()
     groups: list[int] = []
 
@@ -178,7 +186,9 @@ def test_a_fill_can_be_cancelled(tmp_path: Path) -> None:
 
 
 def test_groups_come_in_order(tmp_path: Path) -> None:
-    blueprint = draw("m", save(tiny("llama"), tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
+    blueprint = draw(
+        "m", save(tiny("llama"), tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1
+    )
     image = torch.zeros(blueprint.layout.size_bytes, dtype=torch.uint8)
     groups: list[int] = []
     blueprint.filler.fill(Contiguous(image), threading.Event(), groups.append)

@@ -47,7 +47,9 @@ def test_layout(model: tuple[list[TensorSpec], list[Join], int], min_group_bytes
 
     inside = {name for join in joins for name in join.members[1:]}
     assert all(tensor.offset % ALIGNMENT == 0 for tensor in layout.tensors if tensor.name not in inside)
-    for join, joined in zip(sorted(joins, key=lambda j: j.name), sorted(layout.joined, key=lambda t: t.name), strict=True):
+    for join, joined in zip(
+        sorted(joins, key=lambda j: j.name), sorted(layout.joined, key=lambda t: t.name), strict=True
+    ):
         members = [by_name[name] for name in join.members]
         assert joined.offset % ALIGNMENT == 0
         assert joined.shape == (sum(member.shape[0] for member in members), *members[0].shape[1:])
@@ -75,8 +77,13 @@ def test_members_must_fit_together() -> None:
 
 
 @given(
-    num_layers=st.integers(1, 6), heads=st.integers(1, 5), head_dim=st.sampled_from([8, 12, 64, 80]), block_log2=st.integers(4, 6),
-    item=st.sampled_from([torch.float32, torch.bfloat16]), slab_log2=st.integers(15, 18), num_slabs=st.integers(1, 3),
+    num_layers=st.integers(1, 6),
+    heads=st.integers(1, 5),
+    head_dim=st.sampled_from([8, 12, 64, 80]),
+    block_log2=st.integers(4, 6),
+    item=st.sampled_from([torch.float32, torch.bfloat16]),
+    slab_log2=st.integers(15, 18),
+    num_slabs=st.integers(1, 3),
 )
 @settings(deadline=None, max_examples=60)
 def test_kv_blocks_cover_slabs_without_overlap(

@@ -38,15 +38,23 @@ def a_step(seed: int, heads: int, dim: int, dtype: torch.dtype, contiguous: bool
         for row, (length, count) in zip(order, shapes, strict=True) for p in range(length - count, length)
     ]  # fmt: skip
     step = StepContext(
-        [KvPlanes(plane[0, 8:], plane[1, 8:], unit)], table, torch.tensor(order, dtype=torch.int32), starts, contexts, torch.tensor(slots), BLOCK,
-        max(count for _, count in shapes), int(contexts.max()),
+        [KvPlanes(plane[0, 8:], plane[1, 8:], unit)],
+        table,
+        torch.tensor(order, dtype=torch.int32),
+        starts,
+        contexts,
+        torch.tensor(slots),
+        BLOCK,
+        max(count for _, count in shapes),
+        int(contexts.max()),
     )
     return step, int(starts[-1])
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
-    ("window", "softcap", "sinks"), [(0, 0.0, False), (24, 0.0, False), (1, 0.0, False), (0, 5.0, False), (24, 5.0, True), (0, 0.0, True)]
+    ("window", "softcap", "sinks"),
+    [(0, 0.0, False), (24, 0.0, False), (1, 0.0, False), (0, 5.0, False), (24, 5.0, True), (0, 0.0, True)],
 )
 def test_equals_the_twin(seed: int, window: int, softcap: float, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_plan, "QUERY_TILE", 16)
@@ -68,7 +76,7 @@ def test_equals_the_twin(seed: int, window: int, softcap: float, sinks: bool, mo
     )  # fmt: skip
     torch.testing.assert_close(attend(step, spec, q, sinks=sink), expected, atol=2e-6, rtol=1e-5)
     again = torch.empty_like(q)
-    assert attend(step, spec, q, out=again, sinks=sink) is again       # a second layer of the same step reads the same plan
+    assert attend(step, spec, q, out=again, sinks=sink) is again  # a second layer of the same step reads the same plan
 
 
 def test_fp8_planes_hold_what_fits_in_them() -> None:

@@ -14,7 +14,13 @@ from tests.model.build.test_builder import assert_same
 from tests.support.steps import bring_up, hf_logits, prompts, save
 
 VOCAB = 256
-SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": VOCAB}
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+    "vocab_size": VOCAB,
+}
 # Llama runs fused; Phi unfused, as its own modules
 CONFIGS: dict[str, PretrainedConfig] = {
     "tied": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
@@ -56,7 +62,11 @@ def test_products_are_those_of_rows(order: OneDnnLayout, n: int, k: int, dtype: 
 def test_what_would_take_more_bytes_stays_in_rows(order: OneDnnLayout) -> None:
     for shape in [(17, 33), (100, 48), (64,), (2, 64, 64)]:
         matrix = order.matrix(shape, torch.float32)
-        assert matrix is None or torch.ops.mkldnn._nbytes(torch.ops.mkldnn._reorder_linear_weight(torch.empty(shape), None)) == 4 * shape[0] * shape[1]
+        assert (
+            matrix is None
+            or torch.ops.mkldnn._nbytes(torch.ops.mkldnn._reorder_linear_weight(torch.empty(shape), None))
+            == 4 * shape[0] * shape[1]
+        )
     assert order.matrix((1 << 16, 1 << 16), torch.float32) is None  # a second copy would take 16 GiB
     assert order.matrix((64, 64), torch.int8) is None
 
@@ -77,7 +87,7 @@ def test_a_model_in_order_is_the_model_and_returns_so(order: OneDnnLayout, name:
         assert_same(first, wanted)
         weights: VirtualRange = resident.memory._weights  # type: ignore[attr-defined]
         resident.memory.evict()
-        weights.bytes_view.fill_(3)                      # whoever had the slabs meanwhile
+        weights.bytes_view.fill_(3)  # whoever had the slabs meanwhile
         resident.memory.swap_in(range(resident.memory.weight_slabs))
         assert all(torch.equal(a, b) for a, b in zip(first, resident.logits(asked, chunk=16), strict=True))
     finally:

@@ -21,7 +21,14 @@ SLAB = 256 * 1024
 
 def backend(slabs: int = 64) -> EngineBackend:
     return make_backend(
-        EngineConfig(device="cpu", slab_bytes=SLAB, device_budget_bytes=slabs * SLAB, max_rows=4, max_batch_tokens=64, num_threads=1)
+        EngineConfig(
+            device="cpu",
+            slab_bytes=SLAB,
+            device_budget_bytes=slabs * SLAB,
+            max_rows=4,
+            max_batch_tokens=64,
+            num_threads=1,
+        )
     )
 
 
@@ -43,12 +50,16 @@ def test_a_load_ends_in_a_runner(tmp_path: Path) -> None:
 
 def test_what_can_never_fit_is_refused_with_the_sizes(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
-    with pytest.raises(LoadFailed, match=r"model big needs \d+ bytes for its weights .* the device budget is 262144 bytes \(1 slabs\)"):
+    with pytest.raises(
+        LoadFailed, match=r"model big needs \d+ bytes for its weights .* the device budget is 262144 bytes \(1 slabs\)"
+    ):
         backend(slabs=1).load(LoadRequest("big", checkpoint, None)).result()
 
 
 def test_a_slab_must_hold_a_block(tmp_path: Path) -> None:
-    made = make_backend(EngineConfig(device="cpu", slab_bytes=4096, device_budget_bytes=SLAB * 64, max_rows=4, max_batch_tokens=64))
+    made = make_backend(
+        EngineConfig(device="cpu", slab_bytes=4096, device_budget_bytes=SLAB * 64, max_rows=4, max_batch_tokens=64)
+    )
     with pytest.raises(LoadFailed, match=r"model m: one KV block of 16 tokens takes \d+ bytes, slab_bytes is 4096"):
         made.load(LoadRequest("m", save(tiny("llama"), tmp_path), None)).result()
 

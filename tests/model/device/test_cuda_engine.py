@@ -33,10 +33,16 @@ from tests.support.cuda_device import Device
 from tests.support.steps import save
 
 SLAB = 64 * 1024
-SLABS = 14                               # two of the three models and little KV
+SLABS = 14  # two of the three models and little KV
 CONFIG = EngineConfig(
-    device="cuda", slab_bytes=SLAB, device_budget_bytes=SLABS * SLAB, host_budget_bytes=11 * SLAB, max_rows=6, max_batch_tokens=64,
-    oversubscribe="disk", debug_checks=True,
+    device="cuda",
+    slab_bytes=SLAB,
+    device_budget_bytes=SLABS * SLAB,
+    host_budget_bytes=11 * SLAB,
+    max_rows=6,
+    max_batch_tokens=64,
+    oversubscribe="disk",
+    debug_checks=True,
 )
 
 
@@ -70,14 +76,26 @@ def separate_uploads(device: Device, config: EngineConfig) -> InputRing:
 def use_the_gpus_twins(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """Attention as a GPU's kernels have it, which are handed no pointer that the driver doesn't know: the CPU's own knows no padding."""
 
-    def attend(host: Any, planes: Any, block_tokens: int, spec: Any, q: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None) -> None:
-        assert not any(device.drivers[-1].refuses(plane.data_ptr()) for plane in (planes.k, planes.v)), "Triton would refuse the pointer"
+    def attend(
+        host: Any,
+        planes: Any,
+        block_tokens: int,
+        spec: Any,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        assert not any(device.drivers[-1].refuses(plane.data_ptr()) for plane in (planes.k, planes.v)), (
+            "Triton would refuse the pointer"
+        )
         paged_attention(
             out, q, planes.k, planes.v, planes.page_unit, *host.tables, block_tokens=block_tokens, num_kv_heads=spec.num_kv_heads, scale=spec.scale,
             max_query_len=0, max_context_len=0, sliding_window=spec.sliding_window, softcap=spec.softcap, sinks=sinks,
         )  # fmt: skip
 
-    def rope_write(qkv: torch.Tensor, cos: Any, sin: Any, slots: Any, planes: Any, spec: Any, rope: Any, q_norm: Any, k_norm: Any) -> torch.Tensor:
+    def rope_write(
+        qkv: torch.Tensor, cos: Any, sin: Any, slots: Any, planes: Any, spec: Any, rope: Any, q_norm: Any, k_norm: Any
+    ) -> torch.Tensor:
         q = torch.zeros((qkv.shape[0], spec.num_q_heads, spec.head_dim), dtype=qkv.dtype)
         rope_and_cache(
             q, qkv, cos, sin, slots, planes.k, planes.v, num_q_heads=spec.num_q_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
@@ -99,7 +117,9 @@ class Stage:
         self.device = Device(seed)
         self.device.install(monkeypatch)
         for name, stand_in in {
-            "mem_get_info": lambda *_: (1 << 40, 1 << 40), "get_device_name": lambda *_: "stand-in", "synchronize": lambda *_: self.drain(),
+            "mem_get_info": lambda *_: (1 << 40, 1 << 40),
+            "get_device_name": lambda *_: "stand-in",
+            "synchronize": lambda *_: self.drain(),
             "cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -107,11 +127,13 @@ class Stage:
         use_the_gpus_twins(monkeypatch, self.device)
         self.backend = EngineBackend(CONFIG, CudaDevice(torch.device("cpu"), CONFIG))
         self.pool = RecomputingPool()
-        self.backend._state = dataclasses.replace(self.backend._state, graphs=self.pool, uploads=separate_uploads(self.device, CONFIG))
+        self.backend._state = dataclasses.replace(
+            self.backend._state, graphs=self.pool, uploads=separate_uploads(self.device, CONFIG)
+        )
         self.inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self.events: list[Event] = []
         self.loop = EngineLoop(CONFIG, self.backend, self.inbox, self.events.append, lambda _: None, time.monotonic)
-        self.seen: dict[int, LoadedModel] = {}                         # also those that were unloaded since
+        self.seen: dict[int, LoadedModel] = {}  # also those that were unloaded since
         self.texts: dict[int, list[int]] = {}
         self.ended: set[int] = set()
 
@@ -146,7 +168,9 @@ class Stage:
     def ask(self, number: int, model_id: str, prompt: list[int], count: int) -> None:
         self.texts[number] = []
         stop = StopParams(max_tokens=count, ignore_eos=True)
-        self.inbox.put(Add(number, model_id, array("i", prompt).tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams()))
+        self.inbox.put(
+            Add(number, model_id, array("i", prompt).tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams())
+        )
 
     def close(self) -> None:
         self.inbox.put(None)
@@ -170,7 +194,7 @@ def test_models_that_take_turns_say_what_transformers_says(
         made.inbox.put(Load(name, checkpoints[name]))
     made.until(lambda: len(made.loop.house.models) == len(names))
     for _ in range(30):
-        made.turn()                                          # nobody asks yet
+        made.turn()  # nobody asks yet
     assert any(model.runner._graphs.num_graphs for model in cast("Any", made.loop.house.models).values())
     number, expected = 0, {}
     for _ in range(4):
@@ -183,7 +207,7 @@ def test_models_that_take_turns_say_what_transformers_says(
         gone = made.rng.choice(names)
         made.inbox.put(Unload(gone))
         made.inbox.put(Load(gone, checkpoints[gone]))
-        if made.rng.random() < 0.5:                          # and once more, while that one comes
+        if made.rng.random() < 0.5:  # and once more, while that one comes
             made.inbox.put(Unload(gone))
             made.inbox.put(Load(gone, checkpoints[gone]))
         made.turn()

@@ -25,7 +25,9 @@ from tests.support.torch_graphs import TorchGraphs
 
 SLAB = 4096
 SLABS = 24
-GEOMETRY = KvGeometry(block_tokens=16, blocks_per_slab=4, pages_per_slab=4, pages_per_block=1, bytes_per_token=64, max_slabs=8)
+GEOMETRY = KvGeometry(
+    block_tokens=16, blocks_per_slab=4, pages_per_slab=4, pages_per_block=1, bytes_per_token=64, max_slabs=8
+)
 BUCKETS = tuple(Bucket(n, n, 1, 1024) for n in (1, 2, 4))
 
 
@@ -43,7 +45,9 @@ class Bytes:
                 return
             start = self.group_ends[group - 1] if group else 0
             for piece in image.pieces(start, self.group_ends[group] - start):
-                assert not self._device.in_use(piece.data_ptr(), piece.numel()), "what is being copied from is overwritten"
+                assert not self._device.in_use(piece.data_ptr(), piece.numel()), (
+                    "what is being copied from is overwritten"
+                )
                 piece[:1] = 1
             on_group(group)
 
@@ -97,14 +101,23 @@ class Engine:
         name = f"model {self.rng.randrange(4)}"
         if name in self.models:
             self.unload(name)
-        size = random.Random(name).randrange(SLAB // 2, 6 * SLAB)         # the same files each time
+        size = random.Random(name).randrange(SLAB // 2, 6 * SLAB)  # the same files each time
         weights = self.memory.reserve(-(-size // SLAB))
         try:
             kv_range = KvRange(self.memory.reserve(GEOMETRY.max_slabs))
         except CudaError:
             weights.close()
             raise
-        memory = TrackedMemory(self.memory, self.copy, self.arena, weights, kv_range, GEOMETRY, Bytes(self.device, size, self.rng.randrange(1, 4)), name)
+        memory = TrackedMemory(
+            self.memory,
+            self.copy,
+            self.arena,
+            weights,
+            kv_range,
+            GEOMETRY,
+            Bytes(self.device, size, self.rng.randrange(1, 4)),
+            name,
+        )
         memory.device = self.device
         memory.stage(threading.Event())
         fails = self.rng.random() < 0.2
@@ -126,12 +139,18 @@ class Engine:
     def pass_over(self, memory: TrackedMemory, kv: dict[int, int]) -> None:
         weights, places = memory.weights_view.data_ptr(), memory.kv_view.data_ptr()
         # each layer's planes begin in the first slab of the range
-        assert all(self.driver.knows(address) for address in (weights, places, places + SLAB - 1)), "Triton would refuse the pointer"
+        assert all(self.driver.knows(address) for address in (weights, places, places + SLAB - 1)), (
+            "Triton would refuse the pointer"
+        )
         start = 0
         for group, end in enumerate(memory._filler.group_ends):
             memory.wait(group)
             if self.captures.capturing is None:
-                self.device.launch(self.device.compute, reads=[(weights + start, end - start)], writes=[(places + place * SLAB, SLAB) for place in kv])
+                self.device.launch(
+                    self.device.compute,
+                    reads=[(weights + start, end - start)],
+                    writes=[(places + place * SLAB, SLAB) for place in kv],
+                )
             start = end
 
     def swap_in(self, model: Model) -> None:
@@ -156,7 +175,11 @@ class Engine:
         if graph is not None:
             # a replay goes to the addresses of its capture, whatever was mapped there then
             reads = [(model.memory.weights_view.data_ptr(), model.memory.weight_bytes)]
-            self.device.launch(self.device.compute, reads=reads, writes=[(model.memory.kv_view.data_ptr() + place * SLAB, SLAB) for place in model.kv])
+            self.device.launch(
+                self.device.compute,
+                reads=reads,
+                writes=[(model.memory.kv_view.data_ptr() + place * SLAB, SLAB) for place in model.kv],
+            )
         else:
             self.pass_over(model.memory, model.kv)
 
@@ -192,7 +215,17 @@ class Engine:
     def turn(self) -> None:
         model = self.rng.choice(list(self.models.values()) or [None])
         action = self.rng.choices(
-            (self.load, self.swap_in, self.evict, self.step, self.grow, self.shrink, self.unload, self.idle, self.drop_host),
+            (
+                self.load,
+                self.swap_in,
+                self.evict,
+                self.step,
+                self.grow,
+                self.shrink,
+                self.unload,
+                self.idle,
+                self.drop_host,
+            ),
             (2, 4, 2, 8, 4, 3, 1, 8, 1),
         )[0]
         brings_in = action in (self.load, self.swap_in, self.grow)
@@ -204,7 +237,7 @@ class Engine:
             elif model is not None:
                 action(model.name if action == self.unload else model)
         except CudaError:
-            if action != self.load:                          # a load that fails is one model's affair
+            if action != self.load:  # a load that fails is one model's affair
                 raise
         finally:
             self.device.failing = lambda call: None

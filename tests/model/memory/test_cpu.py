@@ -209,7 +209,9 @@ def test_an_index_of_another_arena_is_worthless(tmp_path: Path) -> None:
     assert index.read(CHUNK, 4) == ()
 
 
-def test_shared_memory_that_is_full_costs_the_index_and_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_that_is_full_costs_the_index_and_no_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(tmp_path / "arena")
     host = arena(4, path)
     assert put(host, "a", 4 * CHUNK) is not None
@@ -220,7 +222,7 @@ def test_shared_memory_that_is_full_costs_the_index_and_no_load(tmp_path: Path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert put(host, "b", 4 * CHUNK) is not None                 # in the chunks of a
+    assert put(host, "b", 4 * CHUNK) is not None  # in the chunks of a
     monkeypatch.undo()
     assert arena(4, path).find("a") is None
     assert put(host, "c", CHUNK) is not None

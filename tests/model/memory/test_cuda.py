@@ -128,14 +128,18 @@ def test_a_graph_survives_another_slab_below(memory: CudaMemory) -> None:
 class Stage:
     """A tiny model's memory on the GPU, over a small arena."""
 
-    def __init__(self, memory: CudaMemory, folder: Path, *, arena_slabs: int = 16, arena_path: str = "", name: str = "llama") -> None:
+    def __init__(
+        self, memory: CudaMemory, folder: Path, *, arena_slabs: int = 16, arena_path: str = "", name: str = "llama"
+    ) -> None:
         self.model = tiny(name)
         self.memory = memory
         self.pinned = PinnedMemory(arena_slabs * SLAB, arena_path, memory.device)
         self.arena = HostTier(self.pinned.view, SLAB, ArenaIndex(arena_path))
         self.pinned.start_registering()
         checkpoint = save(self.model, folder)
-        self.blueprint: Blueprint = draw("m", checkpoint, None, EquivalenceChecker(fuse=True), num_threads=4, min_group_bytes=1, layout_4bit="kernel")
+        self.blueprint: Blueprint = draw(
+            "m", checkpoint, None, EquivalenceChecker(fuse=True), num_threads=4, min_group_bytes=1, layout_4bit="kernel"
+        )
         self.kv = kv_geometry("m", self.blueprint.shape, 16, 4, SLAB, 8)
         self.weight_slabs = -(-self.blueprint.layout.size_bytes // SLAB)
         self.model_memory = CudaModelMemory(
@@ -144,7 +148,12 @@ class Stage:
         )  # fmt: skip
         self.model_memory.stage(threading.Event())
         self.built: BuiltModel = assemble(
-            self.blueprint, self.model_memory.weights_view, self.model_memory.kv_view, self.kv, torch.float32, self.model_memory
+            self.blueprint,
+            self.model_memory.weights_view,
+            self.model_memory.kv_view,
+            self.kv,
+            torch.float32,
+            self.model_memory,
         )
 
     def logits(self, prompt: torch.Tensor) -> torch.Tensor:
@@ -176,7 +185,9 @@ def test_weights_leave_and_return(memory: CudaMemory, tmp_path: Path, arena_slab
     stage.model_memory.map_kv(0, 15)
     for slabs in (range(stage.weight_slabs), range(5, 5 + stage.weight_slabs)):
         stage.model_memory.swap_in(slabs)
-        torch.testing.assert_close(stage.logits(prompt), wanted, atol=2e-3, rtol=2e-3)   # TF32 is off, but other kernels add in other orders
+        torch.testing.assert_close(
+            stage.logits(prompt), wanted, atol=2e-3, rtol=2e-3
+        )  # TF32 is off, but other kernels add in other orders
         torch.cuda.synchronize()
         assert stage.model_memory.swap_in_done()
         assert not stage.model_memory.pending
@@ -210,7 +221,7 @@ def test_an_engine_that_returns_finds_its_models_warm(memory: CudaMemory, tmp_pa
 
     pinned = PinnedMemory(16 * SLAB, path, memory.device)
     arena = HostTier(pinned.view, SLAB, ArenaIndex(path))
-    filler.fill = never                                  # type: ignore[method-assign]
+    filler.fill = never  # type: ignore[method-assign]
     again = CudaModelMemory(
         memory, torch.cuda.Stream(memory.device), arena, memory.reserve(first.weight_slabs), KvRange(memory.reserve(8)), first.kv, filler,
         first.blueprint.identity,
@@ -238,7 +249,14 @@ def test_the_backend_loads_and_gives_back(tmp_path: Path) -> None:
     from runtime.engine.device.backend import make_backend
 
     backend = make_backend(
-        EngineConfig(device="cuda", slab_bytes=SLAB, device_budget_bytes=64 * SLAB, host_budget_bytes=64 * SLAB, max_rows=8, max_batch_tokens=256)
+        EngineConfig(
+            device="cuda",
+            slab_bytes=SLAB,
+            device_budget_bytes=64 * SLAB,
+            host_budget_bytes=64 * SLAB,
+            max_rows=8,
+            max_batch_tokens=256,
+        )
     )
     assert backend.total_slabs == 64
     loaded = backend.load(LoadRequest("m", save(tiny("llama"), tmp_path), None)).result()
@@ -254,12 +272,21 @@ def test_the_backend_loads_and_gives_back(tmp_path: Path) -> None:
     backend.close()
 
 
-def test_idle_turns_capture_what_is_likely_before_the_first_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_turns_capture_what_is_likely_before_the_first_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A model just loaded has no KV: nothing of its own lies below the addresses that its kernels are handed."""
     from runtime.engine.device.backend import make_backend
 
     backend = make_backend(
-        EngineConfig(device="cuda", slab_bytes=SLAB, device_budget_bytes=64 * SLAB, host_budget_bytes=64 * SLAB, max_rows=8, max_batch_tokens=96)
+        EngineConfig(
+            device="cuda",
+            slab_bytes=SLAB,
+            device_budget_bytes=64 * SLAB,
+            host_budget_bytes=64 * SLAB,
+            max_rows=8,
+            max_batch_tokens=96,
+        )
     )
     loaded = backend.load(LoadRequest("m", save(tiny("llama"), tmp_path), None)).result()
     loaded.memory.swap_in(range(loaded.memory.weight_slabs))

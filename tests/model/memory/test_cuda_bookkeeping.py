@@ -130,7 +130,10 @@ def test_a_budget_that_is_not_to_be_had_says_what_was(memory: CudaMemory, device
 
     device.failing = fail
     stream: Any = device.compute
-    with pytest.raises(CudaError, match=f"7 of 49 slabs of {SLAB} bytes were to be had: cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(
+        CudaError,
+        match=f"7 of 49 slabs of {SLAB} bytes were to be had: cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY",
+    ):
         CudaMemory(torch.device("cpu"), SLAB, 48, stream)
     assert not device.drivers[-1].handles
 
@@ -150,7 +153,9 @@ def test_a_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, dev
 
 
 @pytest.mark.parametrize("arena_slabs", [48, 0])
-def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, device: Device, tmp_path: Path, arena_slabs: int) -> None:
+def test_a_model_comes_from_the_arena_or_from_disk(
+    memory: CudaMemory, device: Device, tmp_path: Path, arena_slabs: int
+) -> None:
     model = tiny("llama")
     arena = HostTier(torch.zeros(arena_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
     blueprint = draw("m", save(model, tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
@@ -158,13 +163,24 @@ def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, device: D
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
     stream: Any = device.stream()
     taken = CudaModelMemory(
-        memory, stream, arena, memory.reserve(weight_slabs), KvRange(memory.reserve(16)), kv, blueprint.filler, blueprint.identity
+        memory,
+        stream,
+        arena,
+        memory.reserve(weight_slabs),
+        KvRange(memory.reserve(16)),
+        kv,
+        blueprint.filler,
+        blueprint.identity,
     )
     taken.stage(threading.Event())
     assert (taken.host_bytes() > 0) == (arena_slabs > 0)
     built = assemble(blueprint, taken.weights_view, taken.kv_view, kv, torch.float32, taken)
     hardware: Any = None
-    pages = [slab * kv.pages_per_slab + block * kv.pages_per_block for slab in range(8) for block in range(kv.blocks_per_slab)]
+    pages = [
+        slab * kv.pages_per_slab + block * kv.pages_per_block
+        for slab in range(8)
+        for block in range(kv.blocks_per_slab)
+    ]
     resident = Resident(blueprint, hardware, taken, built, pages)
     for index in range(8):
         taken.map_kv(index, 40 + index)
@@ -181,7 +197,7 @@ def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, device: D
         assert taken.pending
         taken.weights_view.zero_()
         if turn == 1:
-            taken.drop_host()        # the next return is from disk, and leaves a host copy where there is room
+            taken.drop_host()  # the next return is from disk, and leaves a host copy where there is room
             assert taken.host_bytes() == 0
     assert (taken.host_bytes() > 0) == (arena_slabs > 0)
     taken.swap_in(range(weight_slabs))
@@ -191,7 +207,9 @@ def test_a_model_comes_from_the_arena_or_from_disk(memory: CudaMemory, device: D
     assert memory.ledger.num_mapped == 0
 
 
-def test_an_image_is_nobody_elses_from_the_moment_it_is_found(memory: CudaMemory, device: Device, tmp_path: Path) -> None:
+def test_an_image_is_nobody_elses_from_the_moment_it_is_found(
+    memory: CudaMemory, device: Device, tmp_path: Path
+) -> None:
     """A loading thread looks for room in the arena just when a swap-in has found its image there, and queued no copy yet."""
     model = tiny("llama")
     blueprint = draw("m", save(model, tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
@@ -200,7 +218,14 @@ def test_an_image_is_nobody_elses_from_the_moment_it_is_found(memory: CudaMemory
     kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
     stream: Any = device.stream()
     taken = CudaModelMemory(
-        memory, stream, arena, memory.reserve(weight_slabs), KvRange(memory.reserve(16)), kv, blueprint.filler, blueprint.identity
+        memory,
+        stream,
+        arena,
+        memory.reserve(weight_slabs),
+        KvRange(memory.reserve(16)),
+        kv,
+        blueprint.filler,
+        blueprint.identity,
     )
     taken.stage(threading.Event())
     found: Any = arena.find

@@ -29,7 +29,9 @@ def group(folder: Path, limit: str, used: int, files: int, *, v1: bool = False) 
     (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(f"{limit}\n")
     (folder / ("memory.usage_in_bytes" if v1 else "memory.current")).write_text(f"{used}\n")
     prefix = "total_" if v1 else ""
-    (folder / "memory.stat").write_text(f"anon 1\n{prefix}inactive_file {files // 4}\n{prefix}active_file {files - files // 4}\n")
+    (folder / "memory.stat").write_text(
+        f"anon 1\n{prefix}inactive_file {files // 4}\n{prefix}active_file {files - files // 4}\n"
+    )
 
 
 def test_a_containers_limit_counts_and_pages_of_files_do_not(tmp_path: Path) -> None:
@@ -76,12 +78,14 @@ def shared(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> str:
 
 
 @pytest.mark.parametrize("room_slabs", [10, 10.4])
-def test_shared_memory_is_never_filled_to_the_brim_and_the_size_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room_slabs: float) -> None:
+def test_shared_memory_is_never_filled_to_the_brim_and_the_size_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room_slabs: float
+) -> None:
     path = shared(monkeypatch, tmp_path, int(room_slabs * SLAB))
     config = EngineConfig(host_arena_path=path, host_budget_bytes=12 * SLAB)
     assert host_tier(config, SLAB) == (path, 9 * SLAB)
     Path(path).write_bytes(b"x" * 9 * SLAB)
-    Path(f"{path}.index").write_bytes(b"x" * 5000)          # what the first engine kept would else be cut off by the second
+    Path(f"{path}.index").write_bytes(b"x" * 5000)  # what the first engine kept would else be cut off by the second
     assert host_tier(config, SLAB) == (path, 9 * SLAB)
     assert shared_memory_free_bytes(path) >= 9 * SLAB
 
@@ -114,7 +118,9 @@ def test_no_chunk_is_ever_registered_in_part(monkeypatch: pytest.MonkeyPatch, ch
         return 0
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0))
+    monkeypatch.setattr(
+        torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0)
+    )
     monkeypatch.setattr(PinnedMemory, "_touch", lambda *_: True)
     pinned = PinnedMemory(5 * chunk_mib * MIB, "", torch.device("cpu"), chunk_mib * MIB)
     pinned.start_registering()
@@ -122,6 +128,8 @@ def test_no_chunk_is_ever_registered_in_part(monkeypatch: pytest.MonkeyPatch, ch
     pinned._thread.join()
     base = pinned.view.data_ptr()
     assert pinned.registered_bytes == pinned.size_bytes
-    assert [address - base for address, _ in registered] == [sum(size for _, size in registered[:i]) for i in range(len(registered))]
+    assert [address - base for address, _ in registered] == [
+        sum(size for _, size in registered[:i]) for i in range(len(registered))
+    ]
     assert all((address - base) % (chunk_mib * MIB) == 0 for address, _ in registered)
     pinned.close()

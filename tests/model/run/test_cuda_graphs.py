@@ -151,7 +151,9 @@ def idle_pool(limit_bytes: int = 1000) -> GraphPool:
     return pool
 
 
-def member(pool: GraphPool, log: list[str], name: str, *likely: Bucket, ready: Callable[[], bool] = lambda: True) -> ModelGraphs:
+def member(
+    pool: GraphPool, log: list[str], name: str, *likely: Bucket, ready: Callable[[], bool] = lambda: True
+) -> ModelGraphs:
     def run(bucket: Bucket) -> torch.Tensor:
         log.append(f"{name}{bucket.num_rows}")
         return torch.zeros(0)
@@ -166,7 +168,7 @@ def test_idle_turns_capture_what_is_likely_model_by_model_one_thing_a_turn() -> 
     a, b = member(pool, log, "a", *buckets), member(pool, log, "b", *buckets[:2])
     for _ in range(2):
         assert pool.capture_one()
-    assert (a.num_graphs, b.num_graphs, log) == (1, 0, ["a1", "a1"])      # once to wake what it needs, once captured
+    assert (a.num_graphs, b.num_graphs, log) == (1, 0, ["a1", "a1"])  # once to wake what it needs, once captured
     while pool.capture_one():
         assert abs(a.num_graphs - b.num_graphs) <= 1
     assert (a.num_graphs, b.num_graphs) == (3, 2)
@@ -237,7 +239,7 @@ def test_replayed_steps_say_what_eager_ones_say() -> None:
     drivers: list[Driver] = []
     for model in models:
         drivers.append(Driver(*hooked(model, device="cuda"), seed=3, state=drivers[0].state if drivers else None))
-    for _ in range(2):                                     # the second round replays what idle turns captured after the first
+    for _ in range(2):  # the second round replays what idle turns captured after the first
         for driver, expected in zip(drivers, eager, strict=True):
             assert [a.tokens for a in driver.run(asks)] == [a.tokens for a in expected]
         while drivers[0].state.graphs.capture_one():
@@ -261,7 +263,9 @@ def test_a_model_that_asks_the_device_leaves_the_others_their_graphs(caplog: pyt
         return out[: bucket.num_rows] + float(out.sum())
 
     refused = ModelGraphs("asks", pool, lambda: None, asks, lambda: True)
-    others = [ModelGraphs(name, pool, lambda: None, lambda bucket: out[: bucket.num_rows] + 1, lambda: True) for name in "ab"]
+    others = [
+        ModelGraphs(name, pool, lambda: None, lambda bucket: out[: bucket.num_rows] + 1, lambda: True) for name in "ab"
+    ]
     assert others[0].capture(BUCKET)
     assert not refused.capture(BUCKET)
     assert "model asks runs without CUDA graphs" in caplog.text
@@ -272,6 +276,6 @@ def test_a_model_that_asks_the_device_leaves_the_others_their_graphs(caplog: pyt
         assert graph is not None
         graph.graph.replay()
         assert graph.logits.tolist() == [3, 3, 3, 3]
-    torch.cuda.empty_cache()                 # refused while torch believes in a capture under way
+    torch.cuda.empty_cache()  # refused while torch believes in a capture under way
     for graphs in (*others, refused):
         graphs.close()

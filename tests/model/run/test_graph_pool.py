@@ -34,7 +34,9 @@ def graphs_of(pool: GraphPool, run: Callable[[], object] = lambda: None, name: s
     return ModelGraphs(name, pool, lambda: None, logits, lambda: True, (BUCKET,))
 
 
-def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(captures: TorchGraphs, pool: GraphPool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(
+    captures: TorchGraphs, pool: GraphPool, caplog: pytest.LogCaptureFixture
+) -> None:
     before = graphs_of(pool)
     assert before.capture(BUCKET)
     for name in ("asks the device", "asks it too"):
@@ -53,7 +55,9 @@ def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(captures
     assert sum(captures.users.values()) == 1, "only the pool in use is kept"
 
 
-@pytest.mark.parametrize("error", [ValueError("a pointer that the driver doesn't know"), KeyError("x"), torch.OutOfMemoryError("no room")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a pointer that the driver doesn't know"), KeyError("x"), torch.OutOfMemoryError("no room")]
+)
 @pytest.mark.parametrize("fails_at", ["rehearsal", "capture"])
 @pytest.mark.parametrize("asked", ["by an idle turn", "by a step"])
 def test_whatever_a_pass_raises_that_nobody_asked_for_costs_graphs_alone(
@@ -84,7 +88,7 @@ def test_who_runs_unasked_is_named_before_and_a_lost_device_is_not_survived(
     graphs_of(pool, lambda: told.append("runs"), "a")
     assert pool.capture_one(told.append)
     assert told == ["a", "runs"]
-    assert pool.capture_one(told.append)                     # captured
+    assert pool.capture_one(told.append)  # captured
 
     def lost() -> None:
         raise RuntimeError("an illegal memory access was encountered")

@@ -55,7 +55,15 @@ def test_results_are_in_the_order_of_the_rows_that_sample() -> None:
     driver = Driver(*hooked(model), max_rows=4, chaos=False)
     for row in range(3):
         driver.runner.open_row(RowSetup(row, GREEDY, LogprobParams(), [row], 1))
-    plan = StepPlan([2, 0, 1], [0, 0, 0], [2, 1, 3], [False] * 3, [True, False, True], [3, 4, 5, 6, 7, 8], [(r, 0, 3 * r * 4) for r in range(3)])
+    plan = StepPlan(
+        [2, 0, 1],
+        [0, 0, 0],
+        [2, 1, 3],
+        [False] * 3,
+        [True, False, True],
+        [3, 4, 5, 6, 7, 8],
+        [(r, 0, 3 * r * 4) for r in range(3)],
+    )
     launched = driver.runner.launch(plan)
     assert launched.ready()
     result = launched.collect()
@@ -79,7 +87,9 @@ def test_steps_launched_ahead_keep_their_results() -> None:
         plans = [StepPlan([1], [0], [2], [False], [True], [4, 5], blocks)]
         plans += [StepPlan([1], [position], [1], [True], [True], []) for position in range(2, 30)]
         launched = [driver.runner.launch(plan) for plan in plans] if late else []
-        results = [step.collect() for step in launched] if late else [driver.runner.launch(plan).collect() for plan in plans]
+        results = (
+            [step.collect() for step in launched] if late else [driver.runner.launch(plan).collect() for plan in plans]
+        )
         texts.append([(result.tokens, result.logprobs) for result in results])
     assert texts[0] == texts[1]
     assert len({tokens[0] for tokens, _ in texts[0]}) > 5
@@ -93,7 +103,9 @@ def test_steps_launched_ahead_keep_their_results() -> None:
         SamplingParams(temperature=0.9, repetition_penalty=1.2, logit_bias=((4, 1.0),), seed=2),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("logprobs", [LogprobParams(), LogprobParams(generated=3, prompt=1), LogprobParams(generated=1, processed=True)])
+@pytest.mark.parametrize(
+    "logprobs", [LogprobParams(), LogprobParams(generated=3, prompt=1), LogprobParams(generated=1, processed=True)]
+)
 def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: LogprobParams) -> None:
     built, pages = hooked(family("llama").cuda(), device="cuda")
     driver = Driver(built, pages, max_rows=8)
@@ -108,7 +120,9 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
         tokens = [t for prompt in prompts for t in prompt]
         wants = rows if logprobs.prompt is not None else []
         blocks = [(row, 0, pages.ids[row]) for row in rows]
-        launched.append(driver.runner.launch(StepPlan(rows, [0] * 4, [4] * 4, [False] * 4, [True] * 4, tokens, blocks, wants)))
+        launched.append(
+            driver.runner.launch(StepPlan(rows, [0] * 4, [4] * 4, [False] * 4, [True] * 4, tokens, blocks, wants))
+        )
         decodes = [StepPlan(rows, [4 + step] * 4, [1] * 4, [True] * 4, [True] * 4, []) for step in range(4)]
         launched += [driver.runner.launch(plan) for plan in decodes]
         torch.cuda.set_sync_debug_mode("default")
@@ -117,7 +131,7 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
         for row in rows:
             driver.runner.close_row(row)
 
-    steps()                                                # compiles kernels, fills torch's pinned memory
+    steps()  # compiles kernels, fills torch's pinned memory
     for _ in range(3):
         torch.cuda.set_sync_debug_mode("error")
         try:

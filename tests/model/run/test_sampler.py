@@ -21,7 +21,13 @@ from tests.support.families import VOCAB, family
 CPU = torch.device("cpu")
 
 
-def setup(row: int, rules: SamplingParams, prompt: list[int] | None = None, min_tokens: int = 0, suppressed: tuple[int, ...] = ()) -> RowSetup:
+def setup(
+    row: int,
+    rules: SamplingParams,
+    prompt: list[int] | None = None,
+    min_tokens: int = 0,
+    suppressed: tuple[int, ...] = (),
+) -> RowSetup:
     prompt = prompt or [0]
     return RowSetup(row, rules, LogprobParams(), prompt, len(prompt), min_tokens, suppressed)
 
@@ -63,7 +69,7 @@ def test_draws_follow_the_filtered_distribution(rules: SamplingParams) -> None:
     likely = expected * num_draws >= 5
     statistic = ((counts - expected * num_draws)[likely] ** 2 / (expected * num_draws)[likely]).sum().item()
     assert p_value(statistic, int(likely.sum()) - 1) > 1e-3
-    wrong = (expected * 0.97 + 0.03 * expected.flip(0)).clamp_min(1e-9)      # the test sees an error of three in a hundred
+    wrong = (expected * 0.97 + 0.03 * expected.flip(0)).clamp_min(1e-9)  # the test sees an error of three in a hundred
     wrong_statistic = ((counts - wrong * num_draws)[likely] ** 2 / (wrong * num_draws)[likely]).sum().item()
     assert p_value(wrong_statistic, int(likely.sum()) - 1) < 1e-3
 
@@ -105,7 +111,11 @@ def test_edits_equal_their_definitions() -> None:
     vocab, rng = 60, random.Random(4)
     prompt = [rng.randrange(vocab) for _ in range(12)]
     rules = SamplingParams(
-        temperature=0.0, repetition_penalty=1.7, frequency_penalty=0.4, presence_penalty=0.9, logit_bias=((3, 2.5), (7, -1.0), (10**6, 1.0))
+        temperature=0.0,
+        repetition_penalty=1.7,
+        frequency_penalty=0.4,
+        presence_penalty=0.9,
+        logit_bias=((3, 2.5), (7, -1.0), (10**6, 1.0)),
     )
     sampler = Sampler(vocab, RowState(CPU, 4))
     sampler.open(setup(2, rules, prompt, min_tokens=3, suppressed=(1, 8)))
@@ -134,7 +144,7 @@ def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
     sampler = Sampler(vocab, RowState(CPU, 4))
     for row in (1, 2):
         sampler.open(setup(row, SamplingParams(temperature=0.0), min_tokens=3, suppressed=(-1, 4, 10**9)))
-    logits = torch.arange(vocab).float().repeat(2, 1)      # the last id is the largest
+    logits = torch.arange(vocab).float().repeat(2, 1)  # the last id is the largest
     logits[:, 4] = 99.0
     where = shape([1, 2], [1, 1])
     drawn = torch.full((2,), 4)
@@ -145,7 +155,7 @@ def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
 def test_a_returning_row_counts_what_it_said_once() -> None:
     vocab, rules = 30, SamplingParams(temperature=0.0, frequency_penalty=1.0)
     sampler = Sampler(vocab, RowState(CPU, 2))
-    for prompt_given in ([1, 2], [1, 2, 9]):               # with and without the first generated id in the setup
+    for prompt_given in ([1, 2], [1, 2, 9]):  # with and without the first generated id in the setup
         sampler.open(RowSetup(0, rules, LogprobParams(), prompt_given, 2))
         sampler.begin(StepPlan([0], [0], [3], [False], [False], [1, 2, 9]))
         sampler.begin(StepPlan([0], [3], [2], [False], [True], [9, 5]))
@@ -153,7 +163,7 @@ def test_a_returning_row_counts_what_it_said_once() -> None:
         assert scores[[1, 2, 9, 5]].tolist() == [0.0, 0.0, -2.0, -1.0]
         drawn = torch.zeros(1, dtype=torch.int64)
         sampler.draw(torch.nn.functional.one_hot(torch.tensor([5]), vocab).float() * 50, shape([0], [5]), drawn)
-        sampler.begin(StepPlan([0], [5], [1], [False], [True], [5]))       # the drawn token, given back by the host
+        sampler.begin(StepPlan([0], [5], [1], [False], [True], [5]))  # the drawn token, given back by the host
         assert sampler.processed(torch.zeros(1, vocab), [0], shape([0], [6]))[0, 5] == -2.0
         sampler.close(0)
 

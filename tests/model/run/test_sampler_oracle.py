@@ -67,7 +67,7 @@ def near_the_edge(logits: torch.Tensor, rules: SamplingParams) -> bool:
 
 
 @settings(max_examples=300, deadline=None)
-@example(SamplingParams(top_p=0.97), 1, 1500, 0.3)         # more is kept than the candidates
+@example(SamplingParams(top_p=0.97), 1, 1500, 0.3)  # more is kept than the candidates
 @example(SamplingParams(min_p=0.01), 2, 1500, 0.3)
 @given(RULES, st.integers(0, 2**32 - 1), st.sampled_from([2, 17, 60, 1500]), st.floats(0.3, 6.0))
 def test_what_is_left_is_what_transformers_leaves(rules: SamplingParams, seed: int, vocab: int, spread: float) -> None:
@@ -97,5 +97,7 @@ def test_nothing_is_drawn_that_was_cut(rules: SamplingParams, seed: int) -> None
     left = warped(logits, rules).isfinite()[0]
     drawn, index = torch.zeros(num, dtype=torch.int64), torch.arange(num)
     sorts = rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1
-    sample.draw_torch(logits.expand(num, -1), index, index, torch.zeros_like(index), index, words_of(rules), drawn, sorts)
+    sample.draw_torch(
+        logits.expand(num, -1), index, index, torch.zeros_like(index), index, words_of(rules), drawn, sorts
+    )
     assert bool(left[drawn].all())

@@ -36,11 +36,15 @@ async def services(model: ServedModel) -> AsyncIterator[Services]:
         yield found
 
 
-def infer(*texts: str, raw: bool = False, shape: list[int] | None = None, **parameters: pb.InferParameter) -> pb.ModelInferRequest:
+def infer(
+    *texts: str, raw: bool = False, shape: list[int] | None = None, **parameters: pb.InferParameter
+) -> pb.ModelInferRequest:
     request = pb.ModelInferRequest(model_name="m1", id="7", parameters=parameters)
     tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=shape or [len(texts)])
     if raw:
-        request.raw_input_contents.append(b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in texts))
+        request.raw_input_contents.append(
+            b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in texts)
+        )
     else:
         tensor.contents.bytes_contents.extend(text.encode() for text in texts)
     return request
@@ -101,7 +105,21 @@ def broken(name: str) -> pb.ModelInferRequest:
 
 
 @pytest.mark.parametrize(
-    "name", ["tensor", "datatype", "shape", "elements", "both", "short", "utf8", "output", "parameter", "type", "range", "length"]
+    "name",
+    [
+        "tensor",
+        "datatype",
+        "shape",
+        "elements",
+        "both",
+        "short",
+        "utf8",
+        "output",
+        "parameter",
+        "type",
+        "range",
+        "length",
+    ],
 )
 async def test_bad_input(services: Services, name: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -127,7 +145,9 @@ async def test_liveness_readiness_and_metadata(services: Services) -> None:
     assert found.properties["max_model_len"] == "200"
 
 
-@pytest.mark.parametrize(("name", "version", "code"), [("m1", "3", grpc.StatusCode.INVALID_ARGUMENT), ("no", "", grpc.StatusCode.NOT_FOUND)])
+@pytest.mark.parametrize(
+    ("name", "version", "code"), [("m1", "3", grpc.StatusCode.INVALID_ARGUMENT), ("no", "", grpc.StatusCode.NOT_FOUND)]
+)
 async def test_unknown_models_and_versions(services: Services, name: str, version: str, code: grpc.StatusCode) -> None:
     """NOT_FOUND has a mesh load the model again: a version that isn't there must not."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:

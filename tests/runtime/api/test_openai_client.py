@@ -42,7 +42,10 @@ async def test_chat(client: openai.AsyncOpenAI, server: Server) -> None:
     assert answer.choices[0].finish_reason == "stop"
     assert answer.model == "org/m1"
     asked = server.engine.asked[0]
-    assert server.model.text.decode(asked.prompt, skip_special_tokens=False) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        server.model.text.decode(asked.prompt, skip_special_tokens=False)
+        == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert asked.stop.max_tokens == 400 - len(asked.prompt)
     assert asked.sampling.greedy
     assert answer.usage is not None
@@ -96,7 +99,12 @@ async def test_stop_strings_cut_the_text_and_end_the_row(
     client: openai.AsyncOpenAI, server: Server, stop: str | list[str], stream: bool
 ) -> None:
     if stream:
-        chunks = [chunk async for chunk in await client.chat.completions.create(model="org/m1", messages=HELLO, stop=stop, stream=True)]
+        chunks = [
+            chunk
+            async for chunk in await client.chat.completions.create(
+                model="org/m1", messages=HELLO, stop=stop, stream=True
+            )
+        ]
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         finish = chunks[-1].choices[0].finish_reason
     else:
@@ -111,7 +119,9 @@ async def test_stop_strings_cut_the_text_and_end_the_row(
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
-async def test_a_special_token_as_a_stop_string(client: openai.AsyncOpenAI, server: Server, skip_special_tokens: bool) -> None:
+async def test_a_special_token_as_a_stop_string(
+    client: openai.AsyncOpenAI, server: Server, skip_special_tokens: bool
+) -> None:
     server.engine.script = lambda asked: [*server.script("The dog"), 2, *server.script(" more")]
     answer = await client.chat.completions.create(
         model="org/m1", messages=HELLO, stop=["<|im_end|>"], extra_body={"skip_special_tokens": skip_special_tokens}
@@ -152,7 +162,9 @@ async def test_chat_logprobs(client: openai.AsyncOpenAI, server: Server) -> None
     assert b"".join(bytes(item.bytes or []) for item in found.content[:-1]) == TEXT.encode()
     assert all(item.logprob == -1.5 and len(item.top_logprobs) == 2 for item in found.content)
     stream = await client.chat.completions.create(model="org/m1", messages=HELLO, logprobs=True, stream=True)
-    streamed = [item async for chunk in stream if chunk.choices[0].logprobs for item in chunk.choices[0].logprobs.content or ()]
+    streamed = [
+        item async for chunk in stream if chunk.choices[0].logprobs for item in chunk.choices[0].logprobs.content or ()
+    ]
     assert [item.token for item in streamed] == [item.token for item in found.content]
     assert streamed[0].top_logprobs == []
 
@@ -173,10 +185,21 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: S
     )  # fmt: skip
     asked = server.engine.asked[0]
     sampling = asked.sampling
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.typical_p) == (0.7, 0.9, 4, 0.1, 0.8)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.typical_p) == (
+        0.7,
+        0.9,
+        4,
+        0.1,
+        0.8,
+    )
     assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.2, 0.5, -0.5)
     assert sampling.logit_bias == ((5, -100.0),)
-    assert (asked.stop.min_tokens, asked.stop.stop_token_ids, asked.stop.ignore_eos, asked.stop.max_tokens) == (2, (9,), True, 16)
+    assert (asked.stop.min_tokens, asked.stop.stop_token_ids, asked.stop.ignore_eos, asked.stop.max_tokens) == (
+        2,
+        (9,),
+        True,
+        16,
+    )
     assert asked.priority == 3
 
 

@@ -33,7 +33,9 @@ def model(model_dir: Path) -> ServedModel:
 @pytest.fixture
 async def server(model: ServedModel) -> AsyncIterator[Server]:
     tokens = model.text.encode(TEXT, add_special_tokens=False)
-    async with serve(ScriptedEngine(lambda asked: [*tokens, 0]), model, config=RuntimeConfig(http_max_body_bytes=200_000)) as found:
+    async with serve(
+        ScriptedEngine(lambda asked: [*tokens, 0]), model, config=RuntimeConfig(http_max_body_bytes=200_000)
+    ) as found:
         yield found
 
 
@@ -43,7 +45,9 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
         yield found
 
 
-async def post(http: aiohttp.ClientSession, server: Server, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+async def post(
+    http: aiohttp.ClientSession, server: Server, path: str, body: Any, **headers: str
+) -> tuple[int, Any, Any]:
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     async with http.post(server.url + path, data=data, headers=headers) as response:
         raw = await response.read()
@@ -58,18 +62,33 @@ async def test_log_likelihood_request(http: aiohttp.ClientSession, server: Serve
     """What lm-eval sends for multiple choice."""
     prompt = server.script("The quick brown fox")
     for given in ([prompt], prompt, "The quick brown fox", ["The quick brown fox"]):
-        body = {"model": "m1", "prompt": given, "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
+        body = {
+            "model": "m1",
+            "prompt": given,
+            "temperature": 0,
+            "max_tokens": 1,
+            "logprobs": 1,
+            "echo": True,
+            "seed": 1234,
+        }
         status, answer, _ = await post(http, server, "/v1/completions", body, Authorization="Bearer ")
         assert status == 200, answer
         choice = answer["choices"][0]
         found = choice["logprobs"]
         assert choice["text"] == "The quick brown fox" + server.model.text.decode(server.script(TEXT)[:1])
-        assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["top_logprobs"]) == len(found["text_offset"])
+        assert (
+            len(found["tokens"])
+            == len(found["token_logprobs"])
+            == len(found["top_logprobs"])
+            == len(found["text_offset"])
+        )
         assert len(found["tokens"]) == len(prompt) + 1
         assert found["token_logprobs"][0] is None
         assert found["top_logprobs"][0] is None
         assert found["token_logprobs"][1:] == [-1.5] * len(prompt)
-        assert all(len(best) == 2 and found["tokens"][i + 1] in best for i, best in enumerate(found["top_logprobs"][1:]))
+        assert all(
+            len(best) == 2 and found["tokens"][i + 1] in best for i, best in enumerate(found["top_logprobs"][1:])
+        )
         for offset, token in zip(found["text_offset"], found["tokens"], strict=True):
             assert choice["text"].startswith(token, offset)
         assert found["text_offset"] == sorted(set(found["text_offset"]))
@@ -77,13 +96,22 @@ async def test_log_likelihood_request(http: aiohttp.ClientSession, server: Serve
 
 
 @pytest.mark.parametrize("kind", [tiny.byte_level, tiny.sentencepiece])
-async def test_offsets_count_special_tokens_that_the_caller_wrote(http: aiohttp.ClientSession, tmp_path: Path, kind: Any) -> None:
+async def test_offsets_count_special_tokens_that_the_caller_wrote(
+    http: aiohttp.ClientSession, tmp_path: Path, kind: Any
+) -> None:
     model = served(kind(tmp_path), "m2")
     mark = "<|im_end|>" if kind is tiny.byte_level else "</s>"
     prompt = f"the dog{mark}{mark}the dog"
     async with serve(ScriptedEngine(lambda asked: [50]), model) as server:
         for form in (prompt, model.text.encode(prompt)):
-            body = {"model": "m2", "prompt": form, "echo": True, "logprobs": 0, "max_tokens": 1, "skip_special_tokens": False}
+            body = {
+                "model": "m2",
+                "prompt": form,
+                "echo": True,
+                "logprobs": 0,
+                "max_tokens": 1,
+                "skip_special_tokens": False,
+            }
             _, answer, _ = await post(http, server, "/v1/completions", body)
             text, found = answer["choices"][0]["text"], answer["choices"][0]["logprobs"]
             own = [pair for pair in zip(found["text_offset"], found["tokens"], strict=True) if pair != (0, "<s>")]
@@ -138,7 +166,14 @@ async def test_an_event_is_one_line_however_lines_are_split(http: aiohttp.Client
 
 
 async def test_several_prompts_streamed_with_echo(http: aiohttp.ClientSession, server: Server) -> None:
-    body = {"model": "m1", "prompt": ["The fox", "a dog"], "n": 2, "echo": True, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": "m1",
+        "prompt": ["The fox", "a dog"],
+        "n": 2,
+        "echo": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     lines = await events(http, server, "/v1/completions", body)
     texts = [""] * 4
     for line in lines[:-1]:
@@ -165,7 +200,9 @@ async def test_offsets_go_on_through_a_stream(http: aiohttp.ClientSession, serve
 
 async def test_benchmark_clients_bodies(http: aiohttp.ClientSession, server: Server) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    body = chat(messages=parts, max_completion_tokens=5, ignore_eos=True, stream=False, logprobs=None, repetition_penalty=1.0)
+    body = chat(
+        messages=parts, max_completion_tokens=5, ignore_eos=True, stream=False, logprobs=None, repetition_penalty=1.0
+    )
     status, _, headers = await post(http, server, "/v1/chat/completions", body, **{"X-Request-Id": "bench-1"})
     assert status == 200
     assert headers["X-Request-Id"] == "bench-1"
@@ -202,7 +239,9 @@ async def test_a_chat_of_many_turns_is_rendered_beside_the_other_requests(
 
 
 async def test_unknown_fields_are_named_in_a_header(http: aiohttp.ClientSession, server: Server) -> None:
-    status, _, headers = await post(http, server, "/v1/chat/completions", chat(top_a=1, **{"x\r\ny": 2, "reasoning_effort": None}))
+    status, _, headers = await post(
+        http, server, "/v1/chat/completions", chat(top_a=1, **{"x\r\ny": 2, "reasoning_effort": None})
+    )
     assert status == 200
     assert headers["Warning"] == '299 repertory "unknown fields were ignored: top_a, x??y"'
 
@@ -226,7 +265,7 @@ async def test_what_is_not_here_says_so(http: aiohttp.ClientSession, server: Ser
     assert status == 501
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["param"].split("[")[0] in fields
-    assert headers["x-should-retry"] == "false"   # else the official clients ask three times
+    assert headers["x-should-retry"] == "false"  # else the official clients ask three times
     assert "not supported" in answer["error"]["message"]
     assert not server.engine.asked
 
@@ -263,7 +302,9 @@ async def test_empty_forms_of_what_is_not_here_are_taken(http: aiohttp.ClientSes
         ({"chat_template": "{{ 1 }}"}, "chat_template", "template"),
     ],
 )
-async def test_bad_parameters(http: aiohttp.ClientSession, server: Server, fields: dict[str, Any], param: str, words: str) -> None:
+async def test_bad_parameters(
+    http: aiohttp.ClientSession, server: Server, fields: dict[str, Any], param: str, words: str
+) -> None:
     status, answer, _ = await post(http, server, "/v1/chat/completions", chat(**fields))
     assert status == 400, answer
     assert answer["error"]["type"] == "invalid_request_error"
@@ -274,7 +315,15 @@ async def test_bad_parameters(http: aiohttp.ClientSession, server: Server, field
 
 @pytest.mark.parametrize(
     ("raw", "status"),
-    [(b"", 400), (b"{", 400), (b"[]", 400), (b"\xff", 400), (b'{"model":"m1"}', 400), (b"[" * 50_000, 400), (b" " * 300_000, 413)],
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b"\xff", 400),
+        (b'{"model":"m1"}', 400),
+        (b"[" * 50_000, 400),
+        (b" " * 300_000, 413),
+    ],
 )
 async def test_bad_bodies(http: aiohttp.ClientSession, server: Server, raw: bytes, status: int) -> None:
     found, answer, _ = await post(http, server, "/v1/chat/completions", raw)
@@ -285,11 +334,13 @@ async def test_bad_bodies(http: aiohttp.ClientSession, server: Server, raw: byte
 async def test_half_a_request_harms_nobody(http: aiohttp.ClientSession, server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{\"model\":")
+    writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model":')
     await writer.drain()
     writer.close()
     await writer.wait_closed()
-    status, answer, _ = await post(http, server, "/v1/completions", b"not gzip", **{"Content-Encoding": "gzip", "Connection": "close"})
+    status, answer, _ = await post(
+        http, server, "/v1/completions", b"not gzip", **{"Content-Encoding": "gzip", "Connection": "close"}
+    )
     assert status == 400, answer
     assert (await post(http, server, "/v1/completions", {"model": "m1", "prompt": "a"}))[0] == 200
 
@@ -316,7 +367,9 @@ async def test_a_prompt_beyond_all_bounds_is_refused_untokenized(http: aiohttp.C
 
 
 async def test_many_prompts(http: aiohttp.ClientSession, server: Server) -> None:
-    status, answer, _ = await post(http, server, "/v1/completions", {"model": "m1", "prompt": [[5, 6]] * 300, "max_tokens": 1})
+    status, answer, _ = await post(
+        http, server, "/v1/completions", {"model": "m1", "prompt": [[5, 6]] * 300, "max_tokens": 1}
+    )
     assert status == 200
     assert len(answer["choices"]) == 300
     status, answer, _ = await post(http, server, "/v1/completions", {"model": "m1", "prompt": [[5, 6]] * 2049})
@@ -351,7 +404,9 @@ async def test_the_header_names_the_model_and_the_body_the_answer(http: aiohttp.
 
 
 async def test_defaults_of_the_registration_come_before_the_apis(http: aiohttp.ClientSession, model_dir: Path) -> None:
-    settings = ModelSettings(sampling=DefaultSampling(temperature=0.2, top_k=5, max_tokens=7), display_name="shown", max_concurrency=1)
+    settings = ModelSettings(
+        sampling=DefaultSampling(temperature=0.2, top_k=5, max_tokens=7), display_name="shown", max_concurrency=1
+    )
     model = served(model_dir, "m2", settings=settings)
     async with serve(ScriptedEngine(lambda asked: [5] * 50), model) as server:
         status, answer, _ = await post(http, server, "/v1/chat/completions", chat(model="shown", top_k=9))
@@ -365,7 +420,9 @@ async def test_defaults_of_the_registration_come_before_the_apis(http: aiohttp.C
 
 
 async def test_tokenize_and_back(http: aiohttp.ClientSession, server: Server) -> None:
-    _, answer, _ = await post(http, server, "/tokenize", {"model": "m1", "prompt": "The dog", "return_token_strs": True})
+    _, answer, _ = await post(
+        http, server, "/tokenize", {"model": "m1", "prompt": "The dog", "return_token_strs": True}
+    )
     assert answer["tokens"] == server.script("The dog")
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
     assert answer["max_model_len"] == 200

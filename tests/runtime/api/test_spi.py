@@ -38,13 +38,21 @@ class ScriptedFitter:
         self.may_end = asyncio.Event()
         self.ended: list[str] = []
 
-    async def look(self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False) -> ModelMetadata:
+    async def look(
+        self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
+    ) -> ModelMetadata:
         if source.uri.startswith("slow:"):
             await self.may_end.wait()
             self.ended.append(source.uri)
         if source.uri.startswith("missing:"):
             raise LoadFailed(f"{source.uri}: no such files")
-        return ModelMetadata(GEOMETRY, needs_of(GEOMETRY, (), settings, device), Quantization.NONE, exact=False, config={"uri": source.uri})
+        return ModelMetadata(
+            GEOMETRY,
+            needs_of(GEOMETRY, (), settings, device),
+            Quantization.NONE,
+            exact=False,
+            config={"uri": source.uri},
+        )
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         return "FakeForCausalLM is not supported" if look.config["uri"] == "/models/odd" else ""
@@ -52,7 +60,9 @@ class ScriptedFitter:
 
 class Runtime:
     def __init__(self, tmp_path: Path, config: RuntimeConfig) -> None:
-        self.engine = EngineClient(config.engine, command=fake_command(), restart=RestartPolicy(first_s=0.01, start_timeout_s=20.0))
+        self.engine = EngineClient(
+            config.engine, command=fake_command(), restart=RestartPolicy(first_s=0.01, start_timeout_s=20.0)
+        )
         self.preparer = ScriptedPreparer(0.05)
         self.models = Models(config, self.engine, self.preparer, no_text)
         self.server = grpc.aio.server()
@@ -160,12 +170,14 @@ async def test_a_cancelled_call_leaves_nothing(runtime: Runtime, stub: ModelRunt
     await until(runtime, lambda: not runtime.models.views())
 
 
-async def test_prediction_is_quick_or_unknown(runtime: Runtime, stub: ModelRuntimeStub, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prediction_is_quick_or_unknown(
+    runtime: Runtime, stub: ModelRuntimeStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await ready(stub)
     slow = spi.PredictModelSizeRequest(modelId="a", modelPath="slow:x")
     assert (await stub.predictModelSize(slow)).sizeInBytes == 0
     runtime.fitter.may_end.set()
-    monkeypatch.setattr("runtime.api.spi._PREDICT_S", 60)   # what is quick may take longer here
+    monkeypatch.setattr("runtime.api.spi._PREDICT_S", 60)  # what is quick may take longer here
     assert (await stub.predictModelSize(slow)).sizeInBytes > 0
     assert runtime.fitter.ended == ["slow:x"] * 2, "what took too long the first time was given up"
     known = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="/models/a"))

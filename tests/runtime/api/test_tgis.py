@@ -50,7 +50,9 @@ def batch(*texts: str, **params: Any) -> pb.BatchedGenerationRequest:
 
 
 def single(text: str = "The fox", **params: Any) -> pb.SingleGenerationRequest:
-    return pb.SingleGenerationRequest(model_id="unused", request=pb.GenerationRequest(text=text), params=pb.Parameters(**params))
+    return pb.SingleGenerationRequest(
+        model_id="unused", request=pb.GenerationRequest(text=text), params=pb.Parameters(**params)
+    )
 
 
 async def generate(services: Services, text: str = "The fox", **params: Any) -> pb.GenerationResponse:
@@ -60,7 +62,9 @@ async def generate(services: Services, text: str = "The fox", **params: Any) -> 
 
 async def test_batches_of_none_and_of_too_many(services: Services) -> None:
     assert len((await services.tgis.Generate(pb.BatchedGenerationRequest())).responses) == 0
-    with pytest.raises(grpc.aio.AioRpcError, match="model m1: 2049 prompts make 2049 sequences; the limit of a request is 2048"):
+    with pytest.raises(
+        grpc.aio.AioRpcError, match="model m1: 2049 prompts make 2049 sequences; the limit of a request is 2048"
+    ):
         await services.tgis.Generate(batch(*["a"] * 2049))
     assert not services.engine.asked
 
@@ -108,10 +112,17 @@ async def test_seeds(services: Services) -> None:
     assert len(set(seeds)) == 5
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert sorted(seeds) == sorted(asked.sampling.seed for asked in services.engine.asked)
-    given = await generate(services, method=pb.SAMPLE, sampling=pb.SamplingParameters(seed=2**63 + 5, top_k=3, typical_p=0.5))
+    given = await generate(
+        services, method=pb.SAMPLE, sampling=pb.SamplingParameters(seed=2**63 + 5, top_k=3, typical_p=0.5)
+    )
     assert given.seed == 2**63 + 5
     asked = services.engine.asked[-1]
-    assert (asked.sampling.top_k, asked.sampling.typical_p, asked.sampling.top_p, asked.sampling.temperature) == (3, 0.5, 1.0, 1.0)
+    assert (asked.sampling.top_k, asked.sampling.typical_p, asked.sampling.top_p, asked.sampling.temperature) == (
+        3,
+        0.5,
+        1.0,
+        1.0,
+    )
     greedy = await generate(services, method=pb.SAMPLE, sampling=pb.SamplingParameters(temperature=0.0, seed=3))
     assert greedy.seed == 0
     assert services.engine.asked[-1].sampling.greedy
@@ -123,7 +134,12 @@ async def test_seeds(services: Services) -> None:
         (["confused"], None, TEXT[: TEXT.index(" 🤖")], "confused"),
         ([" movie"], False, "The first time I saw the", " movie"),
         (["confu"], True, TEXT[: TEXT.index("sed")], "confu"),
-        (["w the movie, I was a little bit confused"], False, "The first time I sa", "w the movie, I was a little bit confused"),
+        (
+            ["w the movie, I was a little bit confused"],
+            False,
+            "The first time I sa",
+            "w the movie, I was a little bit confused",
+        ),
         (["🤖"], True, TEXT[: TEXT.index(".")], "🤖"),
         (["never", "I was"], False, TEXT[: TEXT.index("I was")], "I was"),
     ],
@@ -143,7 +159,9 @@ async def test_stop_sequences(services: Services, stops: list[str], include: boo
 
 async def test_a_stop_sequence_at_the_last_allowed_token_is_a_length_stop(services: Services) -> None:
     upto = TEXT[: TEXT.index(" movie") + len(" movie")]
-    stopping = pb.StoppingCriteria(stop_sequences=[upto[-3:]], include_stop_sequence=False, max_new_tokens=len(services.script(upto)))
+    stopping = pb.StoppingCriteria(
+        stop_sequences=[upto[-3:]], include_stop_sequence=False, max_new_tokens=len(services.script(upto))
+    )
     answer = await generate(services, stopping=stopping)
     assert (answer.stop_reason, answer.text) == (pb.MAX_TOKENS, upto)
 
@@ -162,7 +180,12 @@ async def test_stream_sequence(services: Services) -> None:
     )  # fmt: skip
     first, inputs, *rest = [each async for each in services.tgis.GenerateStream(request)]
     num_input = len(services.script("The fox"))
-    assert (first.input_token_count, first.text, first.generated_token_count, first.stop_reason) == (num_input, "The fox", 0, 0)
+    assert (first.input_token_count, first.text, first.generated_token_count, first.stop_reason) == (
+        num_input,
+        "The fox",
+        0,
+        0,
+    )
     assert first.seed != 0
     assert len(inputs.input_tokens) == inputs.input_token_count == num_input
     assert inputs.text == ""
@@ -174,7 +197,9 @@ async def test_stream_sequence(services: Services) -> None:
     assert all(each.seed == 0 and each.stop_reason == 0 and each.input_token_count == 0 for each in rest[:-1])
     assert (rest[-1].seed, rest[-1].stop_reason) == (first.seed, pb.EOS_TOKEN)
     assert "".join(each.text for each in rest) == TEXT
-    assert [each.tokens[0].text for each in rest] == [services.model.text.piece(token) for token in [*services.script(TEXT), 0]]
+    assert [each.tokens[0].text for each in rest] == [
+        services.model.text.piece(token) for token in [*services.script(TEXT), 0]
+    ]
     assert rest[3].tokens[0].logprob == -1.5
     assert [top.logprob for top in rest[3].tokens[0].top_tokens] == [-0.5, -1.5]
 
@@ -299,7 +324,10 @@ async def test_prompt_lengths(services: Services) -> None:
     [
         ({"decoding": pb.DecodingParameters(regex="a+")}, "regex"),
         ({"decoding": pb.DecodingParameters(format=pb.DecodingParameters.JSON)}, "format"),
-        ({"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=1.5))}, "length_penalty"),
+        (
+            {"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=1.5))},
+            "length_penalty",
+        ),
     ],
 )
 async def test_what_is_not_here_says_so(services: Services, params: dict[str, Any], word: str) -> None:
@@ -329,7 +357,9 @@ async def test_missing_request(services: Services) -> None:
 async def test_models_by_header_by_field_and_alone(model: ServedModel, llama: ServedModel) -> None:
     async with serve_grpc(ScriptedEngine(lambda asked: [5]), model, llama, config=CONFIG) as services:
         await services.tgis.Generate(batch("a"), metadata=(("mm-model-id", "llama"),))
-        await services.tgis.Generate(pb.BatchedGenerationRequest(model_id="m1", requests=[pb.GenerationRequest(text="a")]))
+        await services.tgis.Generate(
+            pb.BatchedGenerationRequest(model_id="m1", requests=[pb.GenerationRequest(text="a")])
+        )
         assert [asked.model_id for asked in services.engine.asked] == ["llama", "m1"]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services.tgis.Generate(batch("a"))
@@ -376,7 +406,9 @@ async def test_cancelling_frees_the_rows(services: Services) -> None:
 
 async def test_tokenize(services: Services, llama: ServedModel) -> None:
     text = "Köln dog"
-    request = pb.BatchedTokenizeRequest(requests=[pb.TokenizeRequest(text=text)], return_tokens=True, return_offsets=True)
+    request = pb.BatchedTokenizeRequest(
+        requests=[pb.TokenizeRequest(text=text)], return_tokens=True, return_offsets=True
+    )
     found = (await services.tgis.Tokenize(request)).responses[0]
     assert found.token_count == len(found.tokens) == len(found.offsets) == len(services.script(text))
     assert found.offsets[-1].end == len(text)
@@ -391,4 +423,8 @@ async def test_tokenize(services: Services, llama: ServedModel) -> None:
 
 async def test_model_info(services: Services) -> None:
     info = await services.tgis.ModelInfo(pb.ModelInfoRequest())
-    assert (info.model_kind, info.max_sequence_length, info.max_new_tokens) == (pb.ModelInfoResponse.DECODER_ONLY, 200, 169)
+    assert (info.model_kind, info.max_sequence_length, info.max_new_tokens) == (
+        pb.ModelInfoResponse.DECODER_ONLY,
+        200,
+        169,
+    )

@@ -98,7 +98,7 @@ async def test_closing_a_stream_aborts_the_row(client: EngineClient, tmp_path: P
     with pytest.raises(asyncio.CancelledError):
         await cancelled
     assert client.running("a") == 0
-    await client.unload("a")     # a round trip: the aborts came before it
+    await client.unload("a")  # a round trip: the aborts came before it
     assert [entry["what"] for entry in journal(tmp_path)].count("abort") == 2
 
 
@@ -199,7 +199,10 @@ async def test_an_engine_that_hangs_is_killed_and_returns() -> None:
     await client.stop(0.0)
 
 
-@pytest.mark.parametrize(("silence_s", "device", "expected_s"), [(0.0, "cpu", -1.0), (0.0, "cuda:0", 300.0), (7.0, "cpu", 7.0), (-1.0, "cpu", -1.0)])
+@pytest.mark.parametrize(
+    ("silence_s", "device", "expected_s"),
+    [(0.0, "cpu", -1.0), (0.0, "cuda:0", 300.0), (7.0, "cpu", 7.0), (-1.0, "cpu", -1.0)],
+)
 def test_how_long_silence_is_borne(silence_s: float, device: str, expected_s: float) -> None:
     assert RestartPolicy(silence_s=silence_s).silence_on(device) == expected_s
 
@@ -258,8 +261,6 @@ async def test_a_slow_consumer_gets_one_item_and_then_the_error() -> None:
         await stream.take()
 
 
-
-
 async def test_above_its_rate_a_stream_is_woken_for_several_rows_at_once() -> None:
     pace = DeliveryPacer()
     streams = [RowStream("a", event_s=0.001) for _ in range(10)]
@@ -267,10 +268,10 @@ async def test_above_its_rate_a_stream_is_woken_for_several_rows_at_once() -> No
         pace.opened(stream)
     first = streams[0]
     pace.deliver(first, RowTokens(1, (1,)), now_s=100.0)
-    assert (await first.take()).tokens == (1,)                      # a first row is never held
+    assert (await first.take()).tokens == (1,)  # a first row is never held
     reader = asyncio.create_task(first.take())
     await asyncio.sleep(0)
-    pace.deliver(first, RowTokens(1, (2,)), now_s=100.004)          # ten streams at a millisecond each: 10 ms apart
+    pace.deliver(first, RowTokens(1, (2,)), now_s=100.004)  # ten streams at a millisecond each: 10 ms apart
     await asyncio.sleep(0)
     assert not reader.done()
     pace.deliver(first, RowTokens(1, (3,)), now_s=100.011)

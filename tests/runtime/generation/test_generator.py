@@ -42,13 +42,17 @@ def request_of(*, max_tokens: int = 100, index: int = 0, **fields: object) -> Se
 
 
 def play(model: ServedModel, request: SequenceRequest, rows: list[RowTokens]) -> Completed:
-    sequence = RunningSequence(request, model.text.detokenizer(request.prompt), model.text.special_tokens(request.stop_strings))
+    sequence = RunningSequence(
+        request, model.text.detokenizer(request.prompt), model.text.special_tokens(request.stop_strings)
+    )
     deltas = []
     for row in rows:
         deltas.append(sequence.push(row))
         if deltas[-1].finish is not None:
             break
-    assert [delta.num_generated for delta in deltas] == [sum(len(d.tokens) for d in deltas[: i + 1]) for i in range(len(deltas))]
+    assert [delta.num_generated for delta in deltas] == [
+        sum(len(d.tokens) for d in deltas[: i + 1]) for i in range(len(deltas))
+    ]
     return put_together(deltas)
 
 
@@ -62,7 +66,10 @@ def test_the_cut_of_rows_changes_nothing(model: ServedModel, data: st.DataObject
     pieces = [text[at : at + size] for at in range(len(text)) for size in (1, 2, 3)] or ["x"]
     stops = tuple(data.draw(st.lists(st.sampled_from([*pieces, "<|im_end|>"]), max_size=2)))
     request = request_of(
-        stop_strings=stops, include_stop=data.draw(st.booleans()), stops_by_list=True, logprobs=LogprobParams(generated=details)
+        stop_strings=stops,
+        include_stop=data.draw(st.booleans()),
+        stops_by_list=True,
+        logprobs=LogprobParams(generated=details),
     )
     if ended_by_eos:
         tokens = [*tokens, 0]
@@ -96,14 +103,18 @@ def test_a_stop_token_shows_only_if_asked(model: ServedModel) -> None:
     row = RowTokens(1, (5, 9), FinishReason.STOP_TOKEN, 9)
     assert play(model, request_of(), [row]).text == model.text.decode([5])
     assert play(model, request_of(show_stop_token=True), [row]).text == model.text.decode([5, 9])
-    bare = RowTokens(1, (5,), FinishReason.STOP_TOKEN, 9)   # an engine that leaves the stop token out
+    bare = RowTokens(1, (5,), FinishReason.STOP_TOKEN, 9)  # an engine that leaves the stop token out
     assert play(model, request_of(), [bare]).text == model.text.decode([5])
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "the dog"), (True, "the dog<|im_end|>")])
-def test_a_stop_string_that_is_a_special_token_is_found_though_its_text_is_not_shown(model: ServedModel, include: bool, text: str) -> None:
+def test_a_stop_string_that_is_a_special_token_is_found_though_its_text_is_not_shown(
+    model: ServedModel, include: bool, text: str
+) -> None:
     row = RowTokens(1, (*model.text.encode("the dog"), 2, 5, 2, 5), FinishReason.LENGTH)
-    request = request_of(stop_strings=("dogs", "<|im_end|>"), include_stop=include)   # what "dogs" held back is shown after all
+    request = request_of(
+        stop_strings=("dogs", "<|im_end|>"), include_stop=include
+    )  # what "dogs" held back is shown after all
     found = play(model, request, [row])
     assert (found.text, found.finish, found.stop) == (text, FinishReason.STOP_STRING, "<|im_end|>")
     assert found.tokens == row.tokens[: row.tokens.index(2) + 1]
@@ -114,7 +125,9 @@ def test_a_stop_string_that_is_a_special_token_is_found_though_its_text_is_not_s
 def test_a_stop_string_wins_over_the_length_it_ends_at(model: ServedModel) -> None:
     tokens = tuple(model.text.encode("the dog"))
     row = RowTokens(1, tokens, FinishReason.LENGTH)
-    assert play(model, request_of(stop_strings=("dog",), max_tokens=len(tokens)), [row]).finish is FinishReason.STOP_STRING
+    assert (
+        play(model, request_of(stop_strings=("dog",), max_tokens=len(tokens)), [row]).finish is FinishReason.STOP_STRING
+    )
     length_first = request_of(stop_strings=("dog",), max_tokens=len(tokens), length_before_stop=True)
     assert play(model, length_first, [row]).finish is FinishReason.LENGTH
     assert play(model, length_first, [row]).text == "the dog"
@@ -155,11 +168,15 @@ async def test_one_failure_frees_the_others(model: ServedModel) -> None:
 
     engine.generate = generate  # type: ignore[method-assign, assignment]
     with pytest.raises(ModelNotFound):
-        await Generator(engine, RuntimeMetrics()).complete(model, [request_of(index=index, max_tokens=1000) for index in range(4)])
+        await Generator(engine, RuntimeMetrics()).complete(
+            model, [request_of(index=index, max_tokens=1000) for index in range(4)]
+        )
     assert all(asked.closed or asked.sent == 0 for asked in engine.asked)
 
 
-@pytest.mark.parametrize(("code", "kind"), [("UNAVAILABLE", Unavailable), ("INTERNAL", EngineFault), ("RESOURCE_EXHAUSTED", Overloaded)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [("UNAVAILABLE", Unavailable), ("INTERNAL", EngineFault), ("RESOURCE_EXHAUSTED", Overloaded)]
+)
 async def test_engine_failures_have_their_kind(model: ServedModel, code: str, kind: type[Exception]) -> None:
     engine = ScriptedEngine(lambda asked: [5] * 10, fail_after=2, fail_with=(code, "why"))
     with pytest.raises(kind, match="why"):
@@ -170,7 +187,9 @@ async def test_concurrency_limit_counts_waiting_and_running(model: ServedModel, 
     limited = served(tiny.byte_level(tmp_path), "m2", settings=ModelSettings(max_concurrency=2))
     engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
     generator = Generator(engine, RuntimeMetrics())
-    running = asyncio.create_task(generator.complete(limited, [request_of(index=index, max_tokens=1000) for index in range(2)]))
+    running = asyncio.create_task(
+        generator.complete(limited, [request_of(index=index, max_tokens=1000) for index in range(2)])
+    )
     await until(lambda: len(engine.asked) == 2)
     with pytest.raises(Overloaded, match="its limit is 2") as caught:
         await generator.complete(limited, [request_of()])
@@ -207,7 +226,11 @@ async def test_merge_raises_the_first_failure_and_closes_the_rest() -> None:
 
 def test_limits_name_model_limit_and_value(model: ServedModel) -> None:
     assert room_for_output(model, 199) == 1
-    for call in (lambda: room_for_output(model, 200), lambda: check_output(model, 150, 51), lambda: room_for_output(model, 0)):
+    for call in (
+        lambda: room_for_output(model, 200),
+        lambda: check_output(model, 150, 51),
+        lambda: room_for_output(model, 0),
+    ):
         with pytest.raises(InvalidRequest, match="model m1"):
             call()
     check_output(model, 150, 50)
@@ -224,9 +247,11 @@ def test_no_token_stands_for_more_characters_than_the_bound(tokenizers: list[Tex
 def test_what_cannot_fit_is_refused_by_its_length(model: ServedModel, tmp_path: Path) -> None:
     longest = 200 * (model.text.most_chars_per_token or 0)
     check_chars(model, ["a", "b" * longest])
-    with pytest.raises(InvalidRequest, match=f"model m1: the prompt has {longest + 1} characters; its context is 200 tokens"):
+    with pytest.raises(
+        InvalidRequest, match=f"model m1: the prompt has {longest + 1} characters; its context is 200 tokens"
+    ):
         check_chars(model, ["a", "b" * (longest + 1)])
-    check_chars(served(tiny.word_pieces(tmp_path / "w"), "m2"), ["b" * 10**7])   # one unknown word is one token
+    check_chars(served(tiny.word_pieces(tmp_path / "w"), "m2"), ["b" * 10**7])  # one unknown word is one token
 
 
 def test_seeds() -> None:
@@ -243,10 +268,15 @@ def test_seeds() -> None:
         (SamplingParams(temperature=1e-45), SamplingParams(temperature=0.0)),
         (SamplingParams(repetition_penalty=1e-300), SamplingParams(repetition_penalty=1e-6)),
         (SamplingParams(repetition_penalty=1e300), SamplingParams(repetition_penalty=1e6)),
-        (SamplingParams(temperature=0.1, top_k=7, repetition_penalty=1.1), SamplingParams(temperature=0.1, top_k=7, repetition_penalty=1.1)),
+        (
+            SamplingParams(temperature=0.1, top_k=7, repetition_penalty=1.1),
+            SamplingParams(temperature=0.1, top_k=7, repetition_penalty=1.1),
+        ),
     ],
 )
-def test_wild_numbers_are_brought_to_where_they_mean_the_same(model: ServedModel, wild: SamplingParams, tame: SamplingParams) -> None:
+def test_wild_numbers_are_brought_to_where_they_mean_the_same(
+    model: ServedModel, wild: SamplingParams, tame: SamplingParams
+) -> None:
     assert within_float32(model, wild) == tame
 
 
@@ -257,5 +287,7 @@ async def test_a_token_that_only_the_tokenizer_knows_never_reaches_the_engine(mo
     smaller = replace(model, facts=msgspec.structs.replace(model.facts, vocab_size=last))
     generator = Generator(engine, RuntimeMetrics())
     with pytest.raises(InvalidRequest, match=f"model m1: the prompt has the token .*, id {last}, .* 0 to {last - 1}"):
-        await generator.complete(smaller, [request_of(), msgspec.structs.replace(request_of(index=1), prompt=(5, last))])
+        await generator.complete(
+            smaller, [request_of(), msgspec.structs.replace(request_of(index=1), prompt=(5, last))]
+        )
     assert not engine.asked

@@ -52,7 +52,9 @@ class House:
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    house = House(tmp_path, RuntimeConfig(load_timeout_s=5.0, grace_s=0.2, max_loading_concurrency=2), ScriptedPreparer(0.02))
+    house = House(
+        tmp_path, RuntimeConfig(load_timeout_s=5.0, grace_s=0.2, max_loading_concurrency=2), ScriptedPreparer(0.02)
+    )
     house.engine.start()
     yield house
     await house.models.close()

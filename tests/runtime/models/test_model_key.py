@@ -20,8 +20,16 @@ from tests.support.llama_checkpoints import tiny_llama
 
 def test_the_meshs_fields_and_ours_lie_side_by_side() -> None:
     key = {
-        "storage_key": "mine", "storage_params": {"bucket": "b"}, "model_type": {"name": "llm", "version": "1"}, "schema_path": "s", "bucket": "old",
-        "disk_size_bytes": 5, "quantize": "nf4", "double_quant": True, "max_model_len": 100, "sampling": {"temperature": 0.5},
+        "storage_key": "mine",
+        "storage_params": {"bucket": "b"},
+        "model_type": {"name": "llm", "version": "1"},
+        "schema_path": "s",
+        "bucket": "old",
+        "disk_size_bytes": 5,
+        "quantize": "nf4",
+        "double_quant": True,
+        "max_model_len": 100,
+        "sampling": {"temperature": 0.5},
     }
     source, settings = parse_model("m", json.dumps(key))
     assert source == ModelSource("m", "mine", {"bucket": "b"})
@@ -71,11 +79,23 @@ def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
     env = {"REPERTORY_GRACE_S": "2", "REPERTORY_SLAB_BYTES": "4MiB", "REPERTORY_LISTEN": "unix:/a, 0.0.0.0:1"}
     config = configure(["--config", str(file), "--max-rows", "9", "--no-fuse"], env)
     assert (config.cache_dir, config.grace_s, config.listen) == ("from-file", 2.0, ("unix:/a", "0.0.0.0:1"))
-    assert (config.engine.max_rows, config.engine.device_budget_bytes, config.engine.slab_bytes) == (9, 1 << 30, 4 << 20)
+    assert (config.engine.max_rows, config.engine.device_budget_bytes, config.engine.slab_bytes) == (
+        9,
+        1 << 30,
+        4 << 20,
+    )
     assert config.engine.fuse is False
     assert configure(["--config", '{"log_json": true}'], {}).log_json
-    assert configure(["--listen", "unix:/a", "--listen", "0.0.0.0:1,unix:/b"], env).listen == ("unix:/a", "0.0.0.0:1", "unix:/b")
-    for arguments, named in ((["--device-budget", "lots"], "'lots'"), (["--config", '{"grase_s": 1}'], "'grase_s'"), (["--max-rows", "x"], "max_rows")):
+    assert configure(["--listen", "unix:/a", "--listen", "0.0.0.0:1,unix:/b"], env).listen == (
+        "unix:/a",
+        "0.0.0.0:1",
+        "unix:/b",
+    )
+    for arguments, named in (
+        (["--device-budget", "lots"], "'lots'"),
+        (["--config", '{"grase_s": 1}'], "'grase_s'"),
+        (["--max-rows", "x"], "max_rows"),
+    ):
         with pytest.raises(InvalidRequest) as caught:
             configure(arguments, {})
         assert named in str(caught.value)
@@ -95,7 +115,7 @@ def test_addresses_and_who_has_them(tmp_path: Path) -> None:
         server.listen()
         with pytest.raises(Unavailable, match="taken"):
             claim(Address(path=str(path)))
-    claim(Address(path=str(path)))         # stale now
+    claim(Address(path=str(path)))  # stale now
     assert not path.exists()
     path.write_text("a file")
     with pytest.raises(Unavailable, match="no socket"):
@@ -116,7 +136,10 @@ def test_a_damaged_checkpoint_is_named_with_its_sizes(tmp_path: Path) -> None:
     weights = tmp_path / "m" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(LoadFailed, match=rf"model\.safetensors is truncated: {len(whole) - 100} bytes, its header describes {len(whole)}"):
+    with pytest.raises(
+        LoadFailed,
+        match=rf"model\.safetensors is truncated: {len(whole) - 100} bytes, its header describes {len(whole)}",
+    ):
         look(tmp_path / "m")
     weights.write_bytes(whole[:5])
     with pytest.raises(LoadFailed, match="truncated"):
@@ -161,11 +184,15 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, change: dict[str, object]
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(LoadFailed, match=named):
         look(tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "own.Model"}}))
-    look(tmp_path / "m")                   # transformers has the architecture: the code beside it is never run
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "own.Model"}})
+    )
+    look(tmp_path / "m")  # transformers has the architecture: the code beside it is never run
 
 
-def test_the_help_names_the_command_the_variables_and_the_defaults_as_a_person_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_names_the_command_the_variables_and_the_defaults_as_a_person_writes_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         configure(["--help"], {})
     text = " ".join(capsys.readouterr().out.split())
@@ -201,11 +228,18 @@ def test_needs_follow_from_the_files(tmp_path: Path) -> None:
     assert smaller.max_model_len == 64
     weights = load_file(tmp_path / "m" / "model.safetensors")
     save_file({name: weight.bfloat16() for name, weight in weights.items()}, tmp_path / "m" / "model.safetensors")
-    assert needs_of(geometry, inspect(tmp_path / "m", Policy()).tensors, ModelSettings(), "cpu").weight_bytes == needs.weight_bytes
+    assert (
+        needs_of(geometry, inspect(tmp_path / "m", Policy()).tensors, ModelSettings(), "cpu").weight_bytes
+        == needs.weight_bytes
+    )
 
 
 def test_victims_are_idle_and_least_recently_used() -> None:
-    residents = [ResidentBytes("new", 10, False, 9.0), ResidentBytes("busy", 10, True, 1.0), ResidentBytes("old", 10, False, 2.0)]
+    residents = [
+        ResidentBytes("new", 10, False, 9.0),
+        ResidentBytes("busy", 10, True, 1.0),
+        ResidentBytes("old", 10, False, 2.0),
+    ]
     assert victims(5, 5, residents) == ([], 0)
     assert victims(12, 5, residents) == (["old"], 0)
     assert victims(40, 5, residents) == (["old", "new"], 15)

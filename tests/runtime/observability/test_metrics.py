@@ -23,7 +23,9 @@ def test_gauges_come_from_the_engines_report() -> None:
     text = metrics.render().decode()
     assert 'vllm:num_requests_running{model_name="shown"} 3.0' in text
     assert 'vllm:num_requests_waiting{model_name="shown"} 4.0' in text
-    assert 'vllm:kv_cache_usage_perc{model_name="shown"} 0.1875' in text   # 150 of the 200 it has and the 600 that are free
+    assert (
+        'vllm:kv_cache_usage_perc{model_name="shown"} 0.1875' in text
+    )  # 150 of the 200 it has and the 600 that are free
     assert 'repertory_model_tier{model_name="shown"} 3.0' in text
     assert "repertory_device_used_bytes 400.0" in text
     assert "unknown" not in text

@@ -16,7 +16,15 @@ from runtime.types import ModelSource
 from tests.support.object_stores import ObjectStores
 from tests.support.tls import make_identity
 
-IDENTITY = ("AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET", "AZURE_TENANT_ID", "AZURE_FEDERATED_TOKEN_FILE", "IDENTITY_ENDPOINT", "IDENTITY_HEADER", "MSI_ENDPOINT")
+IDENTITY = (
+    "AZURE_CLIENT_ID",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_TENANT_ID",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "IDENTITY_ENDPOINT",
+    "IDENTITY_HEADER",
+    "MSI_ENDPOINT",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +68,9 @@ def test_a_machines_identity_opens_a_private_container(
     assert sum(path == "/identity" for _, path, _ in stores.log) == 1
 
 
-def test_a_machines_identity_does_not_go_where_a_registration_says(stores: ObjectStores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machines_identity_does_not_go_where_a_registration_says(
+    stores: ObjectStores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
     monkeypatch.setenv("IDENTITY_HEADER", "of-this-machine")
     (tmp_path / "mine").write_text(json.dumps({"type": "azure", "account_name": "account", "container": "models"}))

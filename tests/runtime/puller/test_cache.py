@@ -37,7 +37,9 @@ def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
         time.sleep(0.1)
         (work / "f").write_text("x")
 
-    threads = [threading.Thread(target=lambda: cache.obtain("pulled", "k", 1, fill, job(), "k").release()) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: cache.obtain("pulled", "k", 1, fill, job(), "k").release()) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -87,7 +89,7 @@ def test_a_killed_pull_frees_its_place(tmp_path: Path) -> None:
     assert cache.find("pulled", "k") is None
     waiter = job()
     threading.Timer(0.3, waiter.cancel).start()
-    with pytest.raises(Cancelled):         # the other process has it
+    with pytest.raises(Cancelled):  # the other process has it
         cache.obtain("pulled", "k", 1, lambda work: None, waiter, "k")
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -102,12 +104,12 @@ def test_the_least_recently_used_goes_first_and_nothing_in_use(tmp_path: Path) -
     for number, key in enumerate("abc"):
         put(cache, key, 300)
         os.utime(tmp_path / "pulled" / key / ".repertory.json", (number, number))
-    held = cache.find("pulled", "a")       # used now
+    held = cache.find("pulled", "a")  # used now
     assert held is not None
     put(cache, "d", 300)
     assert keys(cache, tmp_path) == {"a", "c", "d"}
     os.utime(tmp_path / "pulled" / "a" / ".repertory.json", (0, 0))
-    put(cache, "e", 300)                   # a is oldest, and held
+    put(cache, "e", 300)  # a is oldest, and held
     assert "a" in keys(cache, tmp_path)
     with pytest.raises(Overloaded, match="budget of 1000 bytes"):
         put(cache, "huge", 1001)
@@ -163,7 +165,7 @@ def test_what_is_on_its_way_counts_already(tmp_path: Path) -> None:
     go_on.set()
     thread.join()
     assert keys(cache, tmp_path) == {"slow", "small"}
-    put(cache, "second", 600)              # nobody uses them now
+    put(cache, "second", 600)  # nobody uses them now
     assert "slow" not in keys(cache, tmp_path)
 
 
@@ -176,10 +178,10 @@ def test_an_entry_that_lost_files_is_made_anew(tmp_path: Path) -> None:
     held = cache.find("pulled", "k")
     assert held is not None
     (held.path / "f").unlink()
-    other = cache.find("pulled", "k")      # somebody uses it: it stays as it is
+    other = cache.find("pulled", "k")  # somebody uses it: it stays as it is
     assert other is not None
     held.release()
-    third = cache.find("pulled", "k")      # and whoever was given it so holds it
+    third = cache.find("pulled", "k")  # and whoever was given it so holds it
     assert third is not None
     other.release()
     third.release()

@@ -61,7 +61,11 @@ def test_a_configuration_without_end_is_not_read_to_it(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("stored", "named"),
-    [({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "bitsandbytes' 'nf5'"), ("gptq", "str, not an object"), ([], "list, not an object")],
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "bitsandbytes' 'nf5'"),
+        ("gptq", "str, not an object"),
+        ([], "list, not an object"),
+    ],
 )
 def test_a_quantisation_of_no_kind_is_named(tmp_path: Path, stored: object, named: str) -> None:
     tiny_llama(tmp_path / "m")

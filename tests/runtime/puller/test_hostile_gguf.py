@@ -19,14 +19,19 @@ def text(content: str) -> bytes:
 
 
 def file_of(*values: bytes, tensors: int = 0, count: int | None = None) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(values) if count is None else count) + b"".join(values) + bytes(4096)
+    return (
+        b"GGUF"
+        + struct.pack("<IQQ", 3, tensors, len(values) if count is None else count)
+        + b"".join(values)
+        + bytes(4096)
+    )
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        file_of(text("x") + struct.pack("<IIQ", 9, 0, 1 << 40)),       # numbers without end
-        file_of(text("x") + struct.pack("<IIQ", 9, 8, 1 << 40)),       # texts without end
+        file_of(text("x") + struct.pack("<IIQ", 9, 0, 1 << 40)),  # numbers without end
+        file_of(text("x") + struct.pack("<IIQ", 9, 8, 1 << 40)),  # texts without end
         file_of(text("x") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10_000),
         file_of(text("x") + struct.pack("<I", 77)),
         file_of(struct.pack("<Q", 1 << 62) + b"abc"),
@@ -66,7 +71,9 @@ def test_a_file_that_was_cut_anywhere_is_told_with_its_sizes(tmp_path: Path) -> 
     rng = random.Random(0)
     for size in (*rng.sample(range(4, len(whole)), 60), len(whole) - 64):
         (tmp_path / "m.gguf").write_bytes(whole[:size])
-        with pytest.raises(LoadFailed, match=rf"^m\.gguf is truncated or damaged: {size} bytes, its index describes \d+"):
+        with pytest.raises(
+            LoadFailed, match=rf"^m\.gguf is truncated or damaged: {size} bytes, its index describes \d+"
+        ):
             check_index(tmp_path / "m.gguf")
 
 

@@ -73,13 +73,17 @@ async def pull(preparation: CheckpointPreparer, source: ModelSource, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_model_in_a_public_bucket(kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_a_model_in_a_public_bucket(
+    kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path
+) -> None:
     source = place(kind, "models/org/tiny", stores)
     look = await preparation.look(source, ModelSettings(), "cpu")
     assert look.exact
     assert sum(len(asked) for asked in stores.reads) < 1000  # headers, no weights
     await pull(preparation, source, tmp_path)
-    assert all(path.partition("/b/")[2] != "models" for _, path, _ in stores.log), "a reader of objects may have no right to ask for the bucket"
+    assert all(path.partition("/b/")[2] != "models" for _, path, _ in stores.log), (
+        "a reader of objects may have no right to ask for the bucket"
+    )
     # what is here is used when the store is away
     stores.log.clear()
     await pull(preparation, source, tmp_path)
@@ -125,7 +129,9 @@ async def test_a_pull_that_was_given_up_is_taken_up_again(
 
 
 @pytest.mark.parametrize(("kind", "by"), [("gs", "md5"), ("gs", "crc32c"), ("az", "md5")])
-async def test_wrong_bytes_are_found_out(kind: str, by: str, stores: ObjectStores, preparation: CheckpointPreparer) -> None:
+async def test_wrong_bytes_are_found_out(
+    kind: str, by: str, stores: ObjectStores, preparation: CheckpointPreparer
+) -> None:
     stores.no_md5 = by == "crc32c"
     stores.corrupt = "org/tiny/tokenizer.json"
     with pytest.raises(LoadFailed, match=rf"tokenizer.json is corrupt: its {by} is \w+, the source gives \w+"):
@@ -157,7 +163,9 @@ async def test_what_is_not_there_is_named(kind: str, stores: ObjectStores, prepa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_busy_store_is_asked_again(kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_a_busy_store_is_asked_again(
+    kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path
+) -> None:
     stores.refusals = 1
     await pull(preparation, place(kind, "models/org/tiny", stores), tmp_path)
 
@@ -167,7 +175,9 @@ async def test_google_asks_who_it_is(stores: ObjectStores, preparation: Checkpoi
     with pytest.raises(LoadFailed, match="it is not public, and there are no credentials for it"):
         await preparation.prepare(place("gs", "models/org/tiny", stores), ModelSettings(), "cpu", lambda progress: None)
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
     account = {
         "client_email": "reader@models.iam.gserviceaccount.com",
         "private_key": pem,
@@ -176,7 +186,9 @@ async def test_google_asks_who_it_is(stores: ObjectStores, preparation: Checkpoi
     }
     await pull(preparation, place("gs", "models/org/tiny", stores, **account), tmp_path)
     with pytest.raises(LoadFailed, match="gs://absent") as caught:
-        await preparation.prepare(place("gs", "absent/m", stores, **account), ModelSettings(), "cpu", lambda progress: None)
+        await preparation.prepare(
+            place("gs", "absent/m", stores, **account), ModelSettings(), "cpu", lambda progress: None
+        )
     assert "PRIVATE" not in str(caught.value)
 
 
@@ -184,17 +196,27 @@ async def test_azure_asks_who_it_is(stores: ObjectStores, preparation: Checkpoin
     stores.private = True
     wrong = {"account_key": "d3Jvbmc="}
     for options in ({}, wrong, {"sas_token": "sv=1&sig=wrong"}):
-        with pytest.raises(LoadFailed, match=r"ClientAuthenticationError: Server failed to authenticate the request\.") as caught:
-            await preparation.prepare(place("az", "models/org/tiny", stores, **options), ModelSettings(), "cpu", lambda progress: None)
+        with pytest.raises(
+            LoadFailed, match=r"ClientAuthenticationError: Server failed to authenticate the request\."
+        ) as caught:
+            await preparation.prepare(
+                place("az", "models/org/tiny", stores, **options), ModelSettings(), "cpu", lambda progress: None
+            )
         assert not {"wrong", "d3Jvbmc="} & set(str(caught.value).replace("=", " ").split())
     await pull(preparation, place("az", "models/org/tiny", stores, account_key=ACCOUNT_KEY), tmp_path)
     stores.log.clear()
     fresh = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "other", 1 << 30))
-    await pull(fresh, place("az", "models/org/tiny", stores, sas_token="sv=2024-01-01&sp=rl&sig=a%2Bsignature%3D"), tmp_path)
+    await pull(
+        fresh, place("az", "models/org/tiny", stores, sas_token="sv=2024-01-01&sp=rl&sig=a%2Bsignature%3D"), tmp_path
+    )
     fresh.close()
     assert stores.reads
-    connection = f"DefaultEndpointsProtocol=http;AccountName=account;AccountKey={ACCOUNT_KEY};BlobEndpoint={stores.url}/account"
-    look = await preparation.look(place("az", "models/org/tiny", stores, connection_string=connection), ModelSettings(), "cpu")
+    connection = (
+        f"DefaultEndpointsProtocol=http;AccountName=account;AccountKey={ACCOUNT_KEY};BlobEndpoint={stores.url}/account"
+    )
+    look = await preparation.look(
+        place("az", "models/org/tiny", stores, connection_string=connection), ModelSettings(), "cpu"
+    )
     assert look.exact
 
 
@@ -208,5 +230,7 @@ async def test_a_store_that_is_away_tells_no_secret_and_takes_nothing_back(
     stores.close()
     await pull(preparation, source, tmp_path)
     with pytest.raises(LoadFailed, match="can't be listed") as caught:
-        await preparation.prepare(place(kind, "models/org/other", stores, **options), ModelSettings(), "cpu", lambda progress: None)
+        await preparation.prepare(
+            place(kind, "models/org/other", stores, **options), ModelSettings(), "cpu", lambda progress: None
+        )
     assert "SECRET" not in str(caught.value)

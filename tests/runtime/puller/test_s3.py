@@ -40,35 +40,49 @@ def same(one: Path, other: Path) -> bool:
 
 async def test_a_model_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
     keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
-    client = boto3.client("s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1")
+    client = boto3.client(
+        "s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1"
+    )
     client.create_bucket(Bucket="models")
     tiny_llama(tmp_path / "m", shard="100KB")
     for file in (tmp_path / "m").iterdir():
         client.upload_file(str(file), "models", f"org/tiny/{file.name}")
-    for number in range(1100):              # more than a page of a neighbour's
+    for number in range(1100):  # more than a page of a neighbour's
         s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object("models", f"org/tiny/notes/{number:04}", b"x")
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource("s3://models/org/tiny", None, keys)
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     assert all(same(Path(name), tmp_path / "m" / Path(name).name) for name in prepared.checkpoint.weight_files)
-    look = await preparation.look(ModelSource("org/tiny", None, {"type": "s3", "bucket": "models", **keys}), ModelSettings(), "cpu")
+    look = await preparation.look(
+        ModelSource("org/tiny", None, {"type": "s3", "bucket": "models", **keys}), ModelSettings(), "cpu"
+    )
     assert look.needs.weight_bytes == prepared.checkpoint.weight_bytes
     with pytest.raises(LoadFailed, match="s3://absent") as caught:
-        await preparation.prepare(ModelSource("s3://absent/m", None, keys), ModelSettings(), "cpu", lambda progress: None)
+        await preparation.prepare(
+            ModelSource("s3://absent/m", None, keys), ModelSettings(), "cpu", lambda progress: None
+        )
     assert "SECRET" not in str(caught.value)
     preparation.close()
 
 
 @pytest.mark.parametrize("encryption", ["aws:kms", "AES256"])
-async def test_the_tag_of_what_a_key_service_encrypted_is_no_checksum(endpoint: str, tmp_path: Path, encryption: str) -> None:
+async def test_the_tag_of_what_a_key_service_encrypted_is_no_checksum(
+    endpoint: str, tmp_path: Path, encryption: str
+) -> None:
     keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
-    client = boto3.client("s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1")
+    client = boto3.client(
+        "s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1"
+    )
     client.create_bucket(Bucket="models")
     tiny_llama(tmp_path / "m")
     for file in (tmp_path / "m").iterdir():
-        client.put_object(Bucket="models", Key=f"m/{file.name}", Body=file.read_bytes(), ServerSideEncryption=encryption)
+        client.put_object(
+            Bucket="models", Key=f"m/{file.name}", Body=file.read_bytes(), ServerSideEncryption=encryption
+        )
     # the service's own tag would be of no content
-    s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets["models"].keys["m/config.json"]._etag = "0123456789abcdef0123456789abcdef"
+    s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets["models"].keys[
+        "m/config.json"
+    ]._etag = "0123456789abcdef0123456789abcdef"
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource("s3://models/m", None, keys)
     if encryption == "AES256":
@@ -82,7 +96,9 @@ async def test_the_tag_of_what_a_key_service_encrypted_is_no_checksum(endpoint: 
 
 def test_a_checksum_that_the_service_keeps_is_checked_by(endpoint: str) -> None:
     keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
-    client = boto3.client("s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1")
+    client = boto3.client(
+        "s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1"
+    )
     client.create_bucket(Bucket="sums")
     client.put_object(Bucket="sums", Key="f", Body=b"data", ChecksumAlgorithm="SHA256")
     bucket = S3Bucket("sums", keys)
@@ -93,7 +109,9 @@ def test_a_checksum_that_the_service_keeps_is_checked_by(endpoint: str) -> None:
 
 
 def test_a_checksum_of_parts_is_none_of_the_file(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket = S3Bucket("sums", {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"})
+    bucket = S3Bucket(
+        "sums", {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
+    )
     whole = base64.b64encode(hashlib.sha256(b"data").digest()).decode()
     file = RemoteFile("f", "f", 4, "0123456789abcdef0123456789abcdef-2")
     for answer, sha256 in (

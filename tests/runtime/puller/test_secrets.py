@@ -39,19 +39,24 @@ def source_of(uri: str, config: RuntimeConfig, storage_key: str | None = None, *
         ("https://127.0.0.1:1/m", {"certificate": "HIDDEN"}),
         ("https://127.0.0.1:1/m", {"client_certificate": "HIDDEN", "client_key": "HIDDEN"}),
         ("m", {"type": "http", "url": "ftp://user:HIDDEN@127.0.0.1:1"}),
-        ("s3://b/m", {"access_key_id": "a", "secret_access_key": "HIDDEN", "endpoint_url": "http://u:HIDDEN@127.0.0.1:1"}),
+        (
+            "s3://b/m",
+            {"access_key_id": "a", "secret_access_key": "HIDDEN", "endpoint_url": "http://u:HIDDEN@127.0.0.1:1"},
+        ),
         ("s3://b/m", {"access_key_id": "a", "secret_access_key": "HIDDEN", "endpoint_url": "HIDDEN"}),
         ("az://a/c/m", {"client_id": "a", "client_secret": "HIDDEN"}),
         ("az://a/c/m", {"connection_string": "HIDDEN"}),
         ("gs://b/m", {"private_key": "HIDDEN", "client_email": "a@b"}),
     ],
 )
-def test_a_place_that_cannot_be_used_is_told_without_its_secrets(uri: str, params: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_used_is_told_without_its_secrets(
+    uri: str, params: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("runtime.puller.http_client._SMALL_TRIES", 1)
     with pytest.raises((InvalidRequest, LoadFailed)) as caught:
         source_of(uri, RuntimeConfig(), **params).listing(job())
     error: BaseException | None = caught.value
-    while error is not None:               # a log shows what it was raised from too
+    while error is not None:  # a log shows what it was raised from too
         assert "HIDDEN" not in str(error)
         error = error.__cause__
 
@@ -73,7 +78,9 @@ def test_a_user_and_a_password_before_the_host_are_a_header(web: WebServer) -> N
 def test_a_storage_urls_query_stays_behind_the_path(web: WebServer) -> None:
     tiny_llama(web.root / "base" / "m")
     listing = source_of("m", RuntimeConfig(), type="http", url=f"{web.url}/base?sig=s").listing(job())
-    assert all(file.location.startswith(f"{web.url}/base/m/") and file.location.endswith("?sig=s") for file in listing.files)
+    assert all(
+        file.location.startswith(f"{web.url}/base/m/") and file.location.endswith("?sig=s") for file in listing.files
+    )
 
 
 def test_no_header_of_ours_follows_to_another_place(web: WebServer, tmp_path: Path) -> None:
@@ -82,7 +89,9 @@ def test_no_header_of_ours_follows_to_another_place(web: WebServer, tmp_path: Pa
     try:
         (other.root / "f").write_bytes(b"data")
         web.routes["/f"] = lambda: (302, {"Location": f"{other.url}/f"}, b"")
-        HttpClient({"X-Api-Key": "T"}).fetch(RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None)
+        HttpClient({"X-Api-Key": "T"}).fetch(
+            RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None
+        )
         assert (tmp_path / "f").read_bytes() == b"data"
         assert web.headers[-1]["X-Api-Key"] == "T"
         assert other.headers
@@ -99,16 +108,28 @@ def test_files_of_this_machine_are_no_web_site(tmp_path: Path) -> None:
 
 def test_a_configurations_credentials_go_where_it_says(tmp_path: Path, web: WebServer) -> None:
     config = RuntimeConfig(storage_config_dir=str(tmp_path))
-    (tmp_path / "default").write_text(json.dumps({"type": "http", "url": "https://models.example", "headers": {"Authorization": "Bearer K"}}))
+    (tmp_path / "default").write_text(
+        json.dumps({"type": "http", "url": "https://models.example", "headers": {"Authorization": "Bearer K"}})
+    )
     (tmp_path / "minio").write_text(
-        json.dumps({"type": "s3", "access_key_id": "a", "secret_access_key": "HIDDEN", "endpoint_url": "http://minio:9000", "bucket": "b"})
+        json.dumps(
+            {
+                "type": "s3",
+                "access_key_id": "a",
+                "secret_access_key": "HIDDEN",
+                "endpoint_url": "http://minio:9000",
+                "bucket": "b",
+            }
+        )
     )
     tiny_llama(web.root / "m")
-    source_of(f"{web.url}/m", config).listing(job())        # another site: nothing of the default is used
+    source_of(f"{web.url}/m", config).listing(job())  # another site: nothing of the default is used
     assert set(web.authorizations) == {""}
     with pytest.raises(InvalidRequest, match="storage key 'default' is for another site"):
         source_of(f"{web.url}/m", config, "default")
-    (tmp_path / "untyped").write_text(json.dumps({"url": "https://models.example", "headers": {"Authorization": "Bearer K"}}))
+    (tmp_path / "untyped").write_text(
+        json.dumps({"url": "https://models.example", "headers": {"Authorization": "Bearer K"}})
+    )
     with pytest.raises(InvalidRequest, match="storage key 'untyped' is for another site"):
         source_of(f"{web.url}/m", config, "untyped", type="s3")
     (tmp_path / "anywhere").write_text(json.dumps({"type": "http", "headers": {"Authorization": "Bearer K"}}))

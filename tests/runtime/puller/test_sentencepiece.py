@@ -20,7 +20,12 @@ from tests.support.llama_checkpoints import tiny_llama
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some tree while rain falls on the roof"
 SAME = ("Hello world", "two  spaces ", "Würde, 你好 😀", "def f(x):\n\n    return x\t", "")
-DIFFERENT = ("  two  spaces", " a", "<s>not a token</s>", "fox" * 50)  # where transformers differs from sentencepiece, it is right
+DIFFERENT = (
+    "  two  spaces",
+    " a",
+    "<s>not a token</s>",
+    "fox" * 50,
+)  # where transformers differs from sentencepiece, it is right
 
 
 def with_sentencepiece(folder: Path, kind: str) -> sentencepiece.SentencePieceProcessor:
@@ -76,7 +81,9 @@ async def test_a_checkpoint_with_only_a_sentencepiece_model_loads_plain_and_quan
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     for quantize in (Quantization.NONE, Quantization.NF4):
         settings = ModelSettings(quantize=quantize)
-        prepared = await preparation.prepare(ModelSource(str(tmp_path / "m"), None, {}), settings, "cpu", lambda progress: None)
+        prepared = await preparation.prepare(
+            ModelSource(str(tmp_path / "m"), None, {}), settings, "cpu", lambda progress: None
+        )
         folder = Path(prepared.checkpoint.model_dir)
         assert folder != tmp_path / "m"
         check(open_tokenizer(folder, read_tokenizer_config(folder)), oracle)

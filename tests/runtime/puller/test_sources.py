@@ -104,7 +104,7 @@ def test_a_half_fetched_file_is_gone_on_with_only_if_it_is_the_same(web: WebServ
 
 def test_what_says_nothing_of_its_content_is_never_gone_on_with(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"new" * 1000)
-    file = RemoteFile("f", f"{web.url}/f", 3000)             # as of a server without ETag and date
+    file = RemoteFile("f", f"{web.url}/f", 3000)  # as of a server without ETag and date
     (tmp_path / "f.part").write_bytes(b"old" * 500)
     (tmp_path / "f.tag").write_text("3000 ")
     HttpClient().fetch(file, tmp_path / "f", job(), lambda count: None)
@@ -175,7 +175,9 @@ def test_a_token_does_not_follow_a_redirect_to_another_host(web: WebServer, tmp_
         (other.root / "f").write_bytes(b"data")
         web.routes["/f"] = lambda: (302, {"Location": f"{other.url}/f"}, b"")
         web.secret = "Bearer T"
-        HttpClient({"Authorization": "Bearer T"}).fetch(RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None)
+        HttpClient({"Authorization": "Bearer T"}).fetch(
+            RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None
+        )
         assert (tmp_path / "f").read_bytes() == b"data"
         assert web.authorizations == ["Bearer T"]
         assert other.authorizations == [""]
@@ -198,16 +200,30 @@ def test_the_hub_is_asked_in_its_own_words(web: WebServer, tmp_path: Path, monke
     data = b"weights"
     sha = "0123456789abcdef0123456789abcdef01234567"
     info = {
-        "id": "org/m", "modelId": "org/m", "sha": sha, "private": False, "tags": [], "downloads": 0, "likes": 0,
+        "id": "org/m",
+        "modelId": "org/m",
+        "sha": sha,
+        "private": False,
+        "tags": [],
+        "downloads": 0,
+        "likes": 0,
         "siblings": [
-            {"rfilename": "model.safetensors", "size": 7, "blobId": "b1",
-             "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": 7, "pointerSize": 100}},
+            {
+                "rfilename": "model.safetensors",
+                "size": 7,
+                "blobId": "b1",
+                "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": 7, "pointerSize": 100},
+            },
             {"rfilename": "config.json", "size": 2, "blobId": "b2"},
             {"rfilename": "pytorch_model.bin", "size": 9, "blobId": "b3"},
             {"rfilename": "onnx/model.onnx", "size": 9, "blobId": "b4"},
         ],
     }
-    web.routes["/api/models/org/m/revision/v1"] = lambda: (200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+    web.routes["/api/models/org/m/revision/v1"] = lambda: (
+        200,
+        {"Content-Type": "application/json"},
+        json.dumps(info).encode(),
+    )
     web.routes[f"/org/m/resolve/{sha}/model.safetensors"] = lambda: (200, {}, data)
     web.secret = "Bearer hub-token"
     source = HubSource("org/m:v1", "hub-token", allow_pickle=False)
@@ -249,7 +265,13 @@ class DictBucket:
 
 
 def test_a_bucket_gives_what_lies_below_its_prefix(tmp_path: Path) -> None:
-    objects = {"m/model.safetensors": b"abc", "m/config.json": b"{}", "m/sub/": b"", "m2/config.json": b"{}", "m/x/../../evil": b"x"}
+    objects = {
+        "m/model.safetensors": b"abc",
+        "m/config.json": b"{}",
+        "m/sub/": b"",
+        "m2/config.json": b"{}",
+        "m/x/../../evil": b"x",
+    }
     bucket = DictBucket({key: data for key, data in objects.items() if "evil" not in key})
     source = BucketSource(bucket, "m", allow_pickle=False)
     listing = source.listing(job())
@@ -269,9 +291,14 @@ def test_a_bucket_gives_what_lies_below_its_prefix(tmp_path: Path) -> None:
 
 def test_only_one_kind_of_weights_is_wanted() -> None:
     def names(*given: str, allow_pickle: bool = False) -> list[str]:
-        return [file.name for file in wanted([RemoteFile(name, name, 1) for name in given], "o", allow_pickle=allow_pickle)]
+        return [
+            file.name for file in wanted([RemoteFile(name, name, 1) for name in given], "o", allow_pickle=allow_pickle)
+        ]
 
-    assert names("model.safetensors", "pytorch_model.bin", "config.json", "m.gguf", "tf.h5") == ["model.safetensors", "config.json"]
+    assert names("model.safetensors", "pytorch_model.bin", "config.json", "m.gguf", "tf.h5") == [
+        "model.safetensors",
+        "config.json",
+    ]
     assert names("a.gguf", "README.md") == ["a.gguf"]
     with pytest.raises(LoadFailed, match="2 GGUF files"):
         names("a.gguf", "b.gguf")
@@ -283,7 +310,9 @@ def test_only_one_kind_of_weights_is_wanted() -> None:
 
 
 def test_storage_configuration_is_read_and_overlaid(tmp_path: Path, web: WebServer) -> None:
-    (tmp_path / "mine").write_text(json.dumps({"type": "http", "url": f"{web.url}/base/", "headers": {"Authorization": "Bearer K"}}))
+    (tmp_path / "mine").write_text(
+        json.dumps({"type": "http", "url": f"{web.url}/base/", "headers": {"Authorization": "Bearer K"}})
+    )
     config = RuntimeConfig(storage_config_dir=str(tmp_path), pvc_dir=str(tmp_path / "pvc"))
     tiny_llama(web.root / "base" / "m")
     web.secret = "Bearer K"
@@ -331,7 +360,9 @@ def test_paths_stay_within_their_roots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("uri", "extra"), [("s3://b/m", "s3"), ("gs://b/m", "gcs"), ("az://a/c/m", "azure")])
-def test_a_store_whose_library_is_missing_says_which_extra(uri: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_whose_library_is_missing_says_which_extra(
+    uri: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in ("boto3", "google.cloud", "azure.storage.blob"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(LoadFailed, match=rf"repertory\[{extra}\]"):

@@ -14,21 +14,38 @@ from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import ModelSettings, ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
 
 
 def written(folder: Path, config: object) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config if isinstance(config, dict) else config.to_dict(), default=str))  # type: ignore[attr-defined]
+    (folder / "config.json").write_text(
+        json.dumps(config if isinstance(config, dict) else config.to_dict(), default=str)
+    )  # type: ignore[attr-defined]
     return folder
 
 
 def test_reasons(tmp_path: Path) -> None:
     assert support_check.refusal(written(tmp_path, LlamaConfig(**TINY, architectures=["LlamaForCausalLM"])), None) == ""
-    assert "max_model_len 5000" in support_check.refusal(written(tmp_path, LlamaConfig(**TINY, max_position_embeddings=128)), 5000)
-    assert "recurrent state" in support_check.refusal(written(tmp_path, MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64)), None)
-    assert "no causal language model" in support_check.refusal(written(tmp_path, T5Config(d_model=32, num_layers=2)), None)
-    unknown = support_check.refusal(written(tmp_path, {"model_type": "quux", "architectures": ["QuuxForCausalLM"]}), None)
+    assert "max_model_len 5000" in support_check.refusal(
+        written(tmp_path, LlamaConfig(**TINY, max_position_embeddings=128)), 5000
+    )
+    assert "recurrent state" in support_check.refusal(
+        written(tmp_path, MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64)), None
+    )
+    assert "no causal language model" in support_check.refusal(
+        written(tmp_path, T5Config(d_model=32, num_layers=2)), None
+    )
+    unknown = support_check.refusal(
+        written(tmp_path, {"model_type": "quux", "architectures": ["QuuxForCausalLM"]}), None
+    )
     assert "config.json can't be used" in unknown
     (tmp_path / "no.gguf").write_bytes(b"GGUF and nothing more")
     assert "no.gguf can't be read" in support_check.refusal(tmp_path / "no.gguf", None)
@@ -39,7 +56,16 @@ async def test_fit_asks_a_process_once(tmp_path: Path) -> None:
     settings = ModelSettings()
     mamba = tmp_path / "mamba"
     tiny_llama(mamba)
-    written(mamba, {**TINY, "model_type": "mamba", "architectures": ["MambaForCausalLM"], "auto_map": {}, "max_position_embeddings": 64})
+    written(
+        mamba,
+        {
+            **TINY,
+            "model_type": "mamba",
+            "architectures": ["MambaForCausalLM"],
+            "auto_map": {},
+            "max_position_embeddings": 64,
+        },
+    )
     look = await preparation.look(ModelSource(str(mamba), None, {}), settings, "cpu")
     first = await preparation.refusal(look, settings)
     assert "MambaForCausalLM is not supported: it keeps a recurrent state" in first

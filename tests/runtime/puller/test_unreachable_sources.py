@@ -47,13 +47,17 @@ async def test_one_path_at_two_places_is_two_models(preparation: CheckpointPrepa
 
 
 def hub(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", f"{web.url}/")       # as people write it
+    monkeypatch.setenv("HF_ENDPOINT", f"{web.url}/")  # as people write it
     monkeypatch.setenv("HF_TOKEN", "")
     files = sorted((web.root / "m").iterdir())
     info = {
         "id": "org/m", "sha": SHA, "siblings": [{"rfilename": file.name, "size": file.stat().st_size, "blobId": file.name} for file in files]
     }  # fmt: skip
-    web.routes["/api/models/org/m/revision/main"] = lambda: (200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+    web.routes["/api/models/org/m/revision/main"] = lambda: (
+        200,
+        {"Content-Type": "application/json"},
+        json.dumps(info).encode(),
+    )
     for file in files:
         web.routes[f"/org/m/resolve/{SHA}/{file.name}"] = lambda file=file: (200, {}, file.read_bytes())  # type: ignore[misc]
 
@@ -73,8 +77,13 @@ async def test_a_hub_that_is_unwell_or_forbidden_takes_nothing_back(
         await model_dir(preparation, ModelSource("hf://org/other"))
 
 
-@pytest.mark.parametrize(("status", "code", "words"), [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "can't be asked")])
-def test_a_hub_that_refuses_is_not_away(web: WebServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "can't be asked")],
+)
+def test_a_hub_that_refuses_is_not_away(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str
+) -> None:
     (web.root / "m").mkdir()
     hub(web, monkeypatch)
     web.routes["/api/models/org/m/revision/main"] = lambda: (status, {"X-Error-Code": code} if code else {}, b"{}")

@@ -47,13 +47,18 @@ def turns(chat: list[tuple[str, str]]) -> list[ChatMessage]:
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("prompt", [True, False])
-def test_renders_as_transformers(model_dir: Path, theirs: Any, name: str, chat: list[tuple[str, str]], prompt: bool) -> None:
+def test_renders_as_transformers(
+    model_dir: Path, theirs: Any, name: str, chat: list[tuple[str, str]], prompt: bool
+) -> None:
     ours = load_text(model_dir, ModelSettings(chat_template=TEMPLATES[name]))
     wanted = theirs.apply_chat_template(
         [{"role": role, "content": content} for role, content in chat],
         chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=prompt, extra="y",
     )  # fmt: skip
-    assert ours.render_chat("m", turns(chat), ChatOptions(add_generation_prompt=prompt, variables={"extra": "y"})) == wanted
+    assert (
+        ours.render_chat("m", turns(chat), ChatOptions(add_generation_prompt=prompt, variables={"extra": "y"}))
+        == wanted
+    )
 
 
 @pytest.mark.parametrize("name", ["chatml", "trims"])
@@ -108,7 +113,9 @@ def test_template_files_come_before_the_configuration(tmp_path: Path) -> None:
 
 
 def test_named_and_missing_templates(tmp_path: Path) -> None:
-    named = tiny.byte_level(tmp_path / "n", chat_template=[{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}])
+    named = tiny.byte_level(
+        tmp_path / "n", chat_template=[{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    )
     assert load_text(named, ModelSettings()).render_chat("m", turns(CHATS[0]), ChatOptions()) == "d"
     none = load_text(tiny.byte_level(tmp_path / "o", chat_template=None), ModelSettings())
     assert not none.has_chat_template
@@ -138,7 +145,11 @@ def test_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
 
 
 def test_special_tokens_by_transformers_5s_names(tmp_path: Path) -> None:
-    more = {"extra_special_tokens": ["<|y|>"], "model_specific_special_tokens": {"image_token": "<|img|>"}, "chat_template": "{{ image_token }}"}
+    more = {
+        "extra_special_tokens": ["<|y|>"],
+        "model_specific_special_tokens": {"image_token": "<|img|>"},
+        "chat_template": "{{ image_token }}",
+    }
     ours = load_text(tiny.byte_level(tmp_path / "m", **more), ModelSettings())
     assert ours.decode(ours.encode("a<|y|><|img|>b")) == "ab"
     assert ours.render_chat("m", turns(CHATS[0]), ChatOptions()) == "<|img|>"
@@ -146,7 +157,9 @@ def test_special_tokens_by_transformers_5s_names(tmp_path: Path) -> None:
 
 def test_defaults_of_the_registration_come_before_generation_config(tmp_path: Path) -> None:
     path = tiny.byte_level(tmp_path / "m")
-    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": [1, 2], "top_p": 1}))
+    (path / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": [1, 2], "top_p": 1})
+    )
     found = load_text(path, ModelSettings(sampling=DefaultSampling(top_k=5))).sampling
     assert found == DefaultSampling(temperature=0.6, top_k=5, top_p=1.0)
 

@@ -37,7 +37,9 @@ TEXTS = ["The dog sleeps.", " the dog", "Grüße 🤖🙂 東京", "a  b\n\n c",
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_encodes_and_decodes_as_transformers(models: dict[str, tuple[TextModel, object]], family: str, text: str) -> None:
+def test_encodes_and_decodes_as_transformers(
+    models: dict[str, tuple[TextModel, object]], family: str, text: str
+) -> None:
     ours, theirs = models[family]
     ids = ours.encode(text)
     assert ids == theirs(text)["input_ids"]  # type: ignore[operator]
@@ -52,7 +54,9 @@ def test_encodes_and_decodes_as_transformers(models: dict[str, tuple[TextModel, 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("family", ["byte_level", "metaspace", "word_pieces"])
-def test_deltas_of_any_tokens_make_the_full_decoding(models: dict[str, tuple[TextModel, object]], family: str, data: st.DataObject) -> None:
+def test_deltas_of_any_tokens_make_the_full_decoding(
+    models: dict[str, tuple[TextModel, object]], family: str, data: st.DataObject
+) -> None:
     ours, theirs = models[family]
     ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=30))
     skip = data.draw(st.booleans())
@@ -63,7 +67,9 @@ def test_deltas_of_any_tokens_make_the_full_decoding(models: dict[str, tuple[Tex
         size = data.draw(st.integers(1, 4))
         deltas.append(stream.push(ids[at : at + size]))
         at += size
-    assert "".join(deltas) + stream.flush() == theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
+    assert "".join(deltas) + stream.flush() == theirs.decode(
+        ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+    )  # type: ignore[attr-defined]
 
 
 @settings(max_examples=150, deadline=None)
@@ -84,7 +90,9 @@ def test_bytes_that_make_no_character_are_shown_alike_however_they_come(
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=20), prompt=st.sampled_from(["", "the dog", "the "]))
 @pytest.mark.parametrize("family", ["sentencepiece", "gemma_like"])
-def test_byte_fallback_text_comes_back(models: dict[str, tuple[TextModel, object]], family: str, text: str, prompt: str) -> None:
+def test_byte_fallback_text_comes_back(
+    models: dict[str, tuple[TextModel, object]], family: str, text: str, prompt: str
+) -> None:
     ours, _ = models[family]
     before = ours.encode(prompt)
     ids = ours.encode(text, add_special_tokens=False)
@@ -98,14 +106,16 @@ def test_byte_fallback_text_comes_back(models: dict[str, tuple[TextModel, object
 
 def test_a_character_is_held_until_it_is_whole(models: dict[str, tuple[TextModel, object]]) -> None:
     ours, _ = models["sentencepiece"]
-    ids = [ours.encode("x")[0] * 0 + 3 + byte for byte in "🤖".encode()]   # byte tokens follow the three special ones
+    ids = [ours.encode("x")[0] * 0 + 3 + byte for byte in "🤖".encode()]  # byte tokens follow the three special ones
     stream = ours.detokenizer(ours.encode("the"))
     assert [stream.push((token,)) for token in ids] == ["", "", "", "🤖"]
     assert stream.push(ids[:2]) == ""
     assert stream.flush() == "�"
 
 
-def test_a_leading_space_stays_after_a_prompt_and_goes_at_the_start(models: dict[str, tuple[TextModel, object]]) -> None:
+def test_a_leading_space_stays_after_a_prompt_and_goes_at_the_start(
+    models: dict[str, tuple[TextModel, object]],
+) -> None:
     ours, _ = models["sentencepiece"]
     dog = ours.encode("dog", add_special_tokens=False)
     assert ours.detokenizer(()).push(dog) == "dog"

@@ -40,7 +40,9 @@ def test_letter_by_letter_the_first_match_ends_the_text(text: str, stops: list[s
 
 @settings(deadline=None)
 @given(data=st.data(), stops=STOPS, include=st.booleans())
-def test_nothing_of_an_excluded_stop_shows_and_nothing_else_is_lost(data: st.DataObject, stops: list[str], include: bool) -> None:
+def test_nothing_of_an_excluded_stop_shows_and_nothing_else_is_lost(
+    data: st.DataObject, stops: list[str], include: bool
+) -> None:
     parts = data.draw(st.lists(LETTERS, max_size=8))
     text = "".join(parts)
     shown, stop = run(parts, stops, include=include)

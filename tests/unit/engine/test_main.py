@@ -30,7 +30,15 @@ class Front:
         listener.bind(str(path))
         listener.listen(1)
         listener.settimeout(WAIT_S)
-        command = [sys.executable, "-m", "runtime.engine", "--socket", str(path), "--config", msgspec.json.encode(CONFIG).decode()]
+        command = [
+            sys.executable,
+            "-m",
+            "runtime.engine",
+            "--socket",
+            str(path),
+            "--config",
+            msgspec.json.encode(CONFIG).decode(),
+        ]
         self.process = subprocess.Popen([*command, "--blackbox", str(self.blackbox_path)])
         self.connection, _ = listener.accept()
         self.connection.settimeout(WAIT_S)
@@ -63,7 +71,15 @@ def test_hello_load_tokens_shutdown_and_hanging_up(tmp_path: Path) -> None:
         assert (hello.pid, hello.device, hello.device_budget_bytes) == (front.process.pid, "cpu", 32 << 20)
         front.send(Load("m", Checkpoint(str(folder), files)))
         assert any(isinstance(event, Loaded) for event in events)
-        front.send(Add(1, "m", array("i", [5, 6, 7]).tobytes(), SamplingParams(temperature=0.0), StopParams(12, ignore_eos=True)))
+        front.send(
+            Add(
+                1,
+                "m",
+                array("i", [5, 6, 7]).tobytes(),
+                SamplingParams(temperature=0.0),
+                StopParams(12, ignore_eos=True),
+            )
+        )
         front.send(Shutdown(60.0))
         rows = [row for event in events if isinstance(event, Tokens) for row in event.rows]
         assert len([token for row in rows for token in row.tokens]) == 12

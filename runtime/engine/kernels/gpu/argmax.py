@@ -18,8 +18,21 @@ _MAX_PARTS = 64
 
 @triton.jit(do_not_specialize=["logits_stride", "vocab", "ring_stride", "part_size"])
 def _largest_kernel(
-    logits_ptr, drawn_ptr, upload_ptr, sample_rows_ptr, last_token_ptr, ring_ptr, partials_ptr, counters_ptr, logits_stride, vocab, ring_stride,
-    part_size, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr,
+    drawn_ptr,
+    upload_ptr,
+    sample_rows_ptr,
+    last_token_ptr,
+    ring_ptr,
+    partials_ptr,
+    counters_ptr,
+    logits_stride,
+    vocab,
+    ring_stride,
+    part_size,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
     pdl.wait(PDL)
@@ -60,7 +73,14 @@ def _largest_kernel(
 
 
 def draw_largest(
-    logits: Tensor, drawn: Tensor, upload: Tensor, inputs: "StepInputs", last_token: Tensor, ring: Tensor, num_samples: int, scratch: Scratch | None
+    logits: Tensor,
+    drawn: Tensor,
+    upload: Tensor,
+    inputs: "StepInputs",
+    last_token: Tensor,
+    ring: Tensor,
+    num_samples: int,
+    scratch: Scratch | None,
 ) -> None:
     """See runtime.engine.kernels.argmax.draw_largest."""
     vocab = logits.shape[1]
@@ -69,12 +89,28 @@ def draw_largest(
         parts *= 2
     if parts > 1:
         if scratch is None:
-            scratch = Scratch.allocate(logits.device, partial_elements=2 * parts * num_samples, num_counters=num_samples)
+            scratch = Scratch.allocate(
+                logits.device, partial_elements=2 * parts * num_samples, num_counters=num_samples
+            )
         elif not scratch.holds(2 * parts * num_samples, num_samples):
             parts = 1
     part_size = triton.cdiv(triton.cdiv(vocab, parts), _BLOCK) * _BLOCK
     _largest_kernel[(num_samples, parts)](
-        logits, drawn, upload, inputs.sample_rows, last_token, ring, scratch.partials if scratch is not None else drawn,
-        scratch.counters if scratch is not None else drawn, logits.stride(0), vocab, ring.stride(0), part_size, PARTS=parts, BLOCK=_BLOCK,
-        PDL=pdl.overlaps(logits), num_warps=8, **pdl.options(logits),
+        logits,
+        drawn,
+        upload,
+        inputs.sample_rows,
+        last_token,
+        ring,
+        scratch.partials if scratch is not None else drawn,
+        scratch.counters if scratch is not None else drawn,
+        logits.stride(0),
+        vocab,
+        ring.stride(0),
+        part_size,
+        PARTS=parts,
+        BLOCK=_BLOCK,
+        PDL=pdl.overlaps(logits),
+        num_warps=8,
+        **pdl.options(logits),
     )

@@ -18,9 +18,31 @@ _LOG2E = 1.4426950408889634
 
 @triton.jit
 def _attend(
-    q, begin, end, q_pos, row_mask, table_row, k_plane_ptr, v_plane_ptr, page_unit, head_offset, k_scale, softcap, window, acc, m, total,
-    KV_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    begin,
+    end,
+    q_pos,
+    row_mask,
+    table_row,
+    k_plane_ptr,
+    v_plane_ptr,
+    page_unit,
+    head_offset,
+    k_scale,
+    softcap,
+    window,
+    acc,
+    m,
+    total,
+    KV_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Fold keys begin..end (begin a multiple of TILE) into the running softmax (acc, m, total); scores are in powers of two."""
     dims = tl.arange(0, BLOCK_D)
@@ -70,11 +92,40 @@ def _start_sinks(sinks_ptr, heads, row_mask, SINKS: tl.constexpr, BLOCK_M: tl.co
 
 @triton.jit(do_not_specialize=["table_stride", "window", "num_splits"])
 def _decode_kernel(
-    out_ptr, q_ptr, k_plane_ptr, v_plane_ptr, page_unit, table_ptr, table_stride, row_slots_ptr, starts_ptr, lens_ptr, scale, softcap, window,
-    sinks_ptr, k_scale_ptr, v_scale_ptr, partials_ptr, counters_ptr, num_splits,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    out_ptr,
+    q_ptr,
+    k_plane_ptr,
+    v_plane_ptr,
+    page_unit,
+    table_ptr,
+    table_stride,
+    row_slots_ptr,
+    starts_ptr,
+    lens_ptr,
+    scale,
+    softcap,
+    window,
+    sinks_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    partials_ptr,
+    counters_ptr,
+    num_splits,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
     pdl.wait(PDL)
@@ -118,9 +169,31 @@ def _decode_kernel(
         total = tl.where(split == 0, total, 0.0)
     q_pos = tl.zeros((BLOCK_M,), tl.int32) + (length - 1)
     acc, m, total = _attend(
-        q, begin, end, q_pos, row_mask, table_ptr + slot * table_stride, k_plane_ptr, v_plane_ptr, page_unit, kv_head * HEAD_DIM, k_scale, softcap,
-        window, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), m, total,
-        KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TOKENS, BLOCK_D, TILE, WINDOW, SOFTCAP, False, PRECISION,
+        q,
+        begin,
+        end,
+        q_pos,
+        row_mask,
+        table_ptr + slot * table_stride,
+        k_plane_ptr,
+        v_plane_ptr,
+        page_unit,
+        kv_head * HEAD_DIM,
+        k_scale,
+        softcap,
+        window,
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+        m,
+        total,
+        KV_HEADS * HEAD_DIM,
+        HEAD_DIM,
+        BLOCK_TOKENS,
+        BLOCK_D,
+        TILE,
+        WINDOW,
+        SOFTCAP,
+        False,
+        PRECISION,
     )
     v_scale = 1.0
     if SCALED:
@@ -162,11 +235,38 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["table_stride", "window", "num_rows"])
 def _mixed_kernel(
-    out_ptr, q_ptr, k_plane_ptr, v_plane_ptr, page_unit, table_ptr, table_stride, row_slots_ptr, starts_ptr, lens_ptr, scale, softcap, window,
-    sinks_ptr, k_scale_ptr, v_scale_ptr, num_rows,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr,
-    PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    out_ptr,
+    q_ptr,
+    k_plane_ptr,
+    v_plane_ptr,
+    page_unit,
+    table_ptr,
+    table_stride,
+    row_slots_ptr,
+    starts_ptr,
+    lens_ptr,
+    scale,
+    softcap,
+    window,
+    sinks_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    num_rows,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
     pdl.wait(PDL)
@@ -217,12 +317,58 @@ def _mixed_kernel(
         # Tiles that every query of the block sees whole need no causal mask.
         diagonal = tl.maximum((lowest + 1) // TILE * TILE, begin)
         acc, m, total = _attend(
-            q, begin, diagonal, q_pos, row_mask, table_row, k_plane_ptr, v_plane_ptr, page_unit, kv_head * HEAD_DIM, k_scale, softcap, window, acc, m, total,
-            KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TOKENS, BLOCK_D, TILE, WINDOW, SOFTCAP, False, PRECISION,
+            q,
+            begin,
+            diagonal,
+            q_pos,
+            row_mask,
+            table_row,
+            k_plane_ptr,
+            v_plane_ptr,
+            page_unit,
+            kv_head * HEAD_DIM,
+            k_scale,
+            softcap,
+            window,
+            acc,
+            m,
+            total,
+            KV_HEADS * HEAD_DIM,
+            HEAD_DIM,
+            BLOCK_TOKENS,
+            BLOCK_D,
+            TILE,
+            WINDOW,
+            SOFTCAP,
+            False,
+            PRECISION,
         )
     acc, m, total = _attend(
-        q, diagonal, end, q_pos, row_mask, table_row, k_plane_ptr, v_plane_ptr, page_unit, kv_head * HEAD_DIM, k_scale, softcap, window, acc, m, total,
-        KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TOKENS, BLOCK_D, TILE, WINDOW, SOFTCAP, True, PRECISION,
+        q,
+        diagonal,
+        end,
+        q_pos,
+        row_mask,
+        table_row,
+        k_plane_ptr,
+        v_plane_ptr,
+        page_unit,
+        kv_head * HEAD_DIM,
+        k_scale,
+        softcap,
+        window,
+        acc,
+        m,
+        total,
+        KV_HEADS * HEAD_DIM,
+        HEAD_DIM,
+        BLOCK_TOKENS,
+        BLOCK_D,
+        TILE,
+        WINDOW,
+        SOFTCAP,
+        True,
+        PRECISION,
     )
     v_scale = 1.0
     if SCALED:
@@ -231,7 +377,9 @@ def _mixed_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def num_key_splits(num_rows: int, num_kv_heads: int, max_context_len: int, num_processors: int, split_tokens: int = 128) -> int:
+def num_key_splits(
+    num_rows: int, num_kv_heads: int, max_context_len: int, num_processors: int, split_tokens: int = 128
+) -> int:
     """How many programs share one row's keys: enough to give each multiprocessor four programs, no more than one per `split_tokens`."""
     wanted = -(-4 * num_processors // max(num_rows * num_kv_heads, 1))
     return max(1, min(wanted, -(-max_context_len // split_tokens), 64))
@@ -252,9 +400,26 @@ def mixed_tiling(wide: bool, block_d: int) -> tuple[int, int, int, int]:
 
 
 def paged_attention(
-    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
-    context_lens: Tensor, block_tokens: int, num_kv_heads: int, scale: float, max_query_len: int, max_context_len: int, sliding_window: int,
-    softcap: float, sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, scratch: Scratch | None,
+    out: Tensor,
+    q: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    page_unit: int,
+    page_table: Tensor,
+    row_slots: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tokens: int,
+    num_kv_heads: int,
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    sliding_window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scratch: Scratch | None,
 ) -> None:
     """See runtime.engine.kernels.attention.paged_attention."""
     num_tokens, num_heads, head_dim = q.shape
@@ -262,8 +427,23 @@ def paged_attention(
     if num_tokens == 0 or num_rows == 0:
         return
     if max_query_len == 1 and attention_cuda.decode_attention(
-        out, q, k_plane, v_plane, page_unit, page_table, row_slots, query_starts, context_lens, block_tokens, num_kv_heads, scale, max_context_len,
-        sliding_window, softcap, sinks, scratch,
+        out,
+        q,
+        k_plane,
+        v_plane,
+        page_unit,
+        page_table,
+        row_slots,
+        query_starts,
+        context_lens,
+        block_tokens,
+        num_kv_heads,
+        scale,
+        max_context_len,
+        sliding_window,
+        softcap,
+        sinks,
+        scratch,
     ):
         return
     group = num_heads // num_kv_heads
@@ -271,9 +451,24 @@ def paged_attention(
     wide = q.element_size() == 4
     # A soft cap needs the plain score before it becomes a power of two.
     score_scale = scale if softcap else scale * _LOG2E
-    arrays = (out, q, k_plane, v_plane, page_unit, page_table, page_table.stride(0), row_slots, query_starts, context_lens,
-              score_scale, softcap, sliding_window, sinks if sinks is not None else q,
-              k_scale if k_scale is not None else q, v_scale if v_scale is not None else q)
+    arrays = (
+        out,
+        q,
+        k_plane,
+        v_plane,
+        page_unit,
+        page_table,
+        page_table.stride(0),
+        row_slots,
+        query_starts,
+        context_lens,
+        score_scale,
+        softcap,
+        sliding_window,
+        sinks if sinks is not None else q,
+        k_scale if k_scale is not None else q,
+        v_scale if v_scale is not None else q,
+    )
     if max_query_len == 1:
         tile, num_warps, num_stages = decode_tiling(wide, block_d, num_rows)
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
@@ -287,11 +482,28 @@ def paged_attention(
             elif not scratch.holds(elements, pairs):
                 splits = 1
         _decode_kernel[(num_kv_heads, num_rows, splits)](
-            *arrays, scratch.partials if scratch is not None else q, scratch.counters if scratch is not None else q, splits,
-            GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_D=block_d, TILE=tile,
-            SPLIT=splits > 1, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-            SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q),
-            num_warps=num_warps, num_stages=num_stages, PDL=pdl.overlaps(q), **pdl.options(q),
+            *arrays,
+            scratch.partials if scratch is not None else q,
+            scratch.counters if scratch is not None else q,
+            splits,
+            GROUP=group,
+            KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_TOKENS=block_tokens,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            TILE=tile,
+            SPLIT=splits > 1,
+            WINDOW=sliding_window > 0,
+            SOFTCAP=softcap > 0,
+            SINKS=sinks is not None,
+            SCALED=k_scale is not None,
+            PER_HEAD=k_scale is not None and k_scale.numel() > 1,
+            PRECISION=precision(q),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            PDL=pdl.overlaps(q),
+            **pdl.options(q),
         )
         return
     block_m, tile, num_warps, num_stages = mixed_tiling(wide, block_d)
@@ -299,8 +511,24 @@ def paged_attention(
     block_q = block_m // group
     num_blocks = num_tokens // block_q + num_rows
     _mixed_kernel[(num_blocks, num_kv_heads)](
-        *arrays, num_rows,
-        GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens, BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_D=block_d,
-        TILE=tile, WINDOW=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, SCALED=k_scale is not None,
-        PER_HEAD=k_scale is not None and k_scale.numel() > 1, PRECISION=precision(q), num_warps=num_warps, num_stages=num_stages, PDL=pdl.overlaps(q), **pdl.options(q),
+        *arrays,
+        num_rows,
+        GROUP=group,
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_M=block_m,
+        BLOCK_Q=block_q,
+        BLOCK_D=block_d,
+        TILE=tile,
+        WINDOW=sliding_window > 0,
+        SOFTCAP=softcap > 0,
+        SINKS=sinks is not None,
+        SCALED=k_scale is not None,
+        PER_HEAD=k_scale is not None and k_scale.numel() > 1,
+        PRECISION=precision(q),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        PDL=pdl.overlaps(q),
+        **pdl.options(q),
     )

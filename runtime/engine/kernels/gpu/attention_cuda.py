@@ -29,10 +29,27 @@ _HEAD_DIMS = (64, 80, 96, 128, 256)
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("out", "q", "k", "v", "sinks", "table", "row_slots", "starts", "lens", "partials", "counters")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("out", "q", "k", "v", "sinks", "table", "row_slots", "starts", "lens", "partials", "counters")
+        ),
         ("page_unit", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("table_stride", "num_rows", "num_kv_heads", "group", "heads_each", "whole", "block_shift", "window", "early")),
-        ("scale", ctypes.c_float), ("softcap", ctypes.c_float),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "table_stride",
+                "num_rows",
+                "num_kv_heads",
+                "group",
+                "heads_each",
+                "whole",
+                "block_shift",
+                "window",
+                "early",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )
 
 
@@ -57,7 +74,13 @@ class Cut:
 def module(device: torch.device, head_dim: int, dtype: torch.dtype, group: int, how: Cut) -> nvrtc.Module | None:
     """The compiled kernel, if it can be had on this device."""
     half = "true" if dtype is torch.float16 else "false"
-    defines = (f"HEAD_DIM={head_dim}", f"HALF={half}", f"TILES={-(-group // 8)}", f"WARPS={how.warps}", f"STAGES={how.stages}")
+    defines = (
+        f"HEAD_DIM={head_dim}",
+        f"HALF={half}",
+        f"TILES={-(-group // 8)}",
+        f"WARPS={how.warps}",
+        f"STAGES={how.stages}",
+    )
     return nvrtc.module(SOURCE, (NAME,), device, defines)
 
 
@@ -84,20 +107,44 @@ def cut(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context
     return how
 
 
-def serves(q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, num_rows: int, num_kv_heads: int, sinks: Tensor | None) -> bool:
+def serves(
+    q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, num_rows: int, num_kv_heads: int, sinks: Tensor | None
+) -> bool:
     """Whether these operands are ones that the kernel can read."""
     head_dim, group = q.shape[2], q.shape[1] // num_kv_heads
     return (
-        q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and k_plane.dtype is q.dtype and head_dim in _HEAD_DIMS
-        and group <= (8 if head_dim == 256 else 16) and num_rows <= _MAX_ROWS and page_unit % 8 == 0
-        and (k_plane.data_ptr() | v_plane.data_ptr()) % 16 == 0 and q.data_ptr() % 8 == 0 and (sinks is None or sinks.dtype is q.dtype)
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and k_plane.dtype is q.dtype
+        and head_dim in _HEAD_DIMS
+        and group <= (8 if head_dim == 256 else 16)
+        and num_rows <= _MAX_ROWS
+        and page_unit % 8 == 0
+        and (k_plane.data_ptr() | v_plane.data_ptr()) % 16 == 0
+        and q.data_ptr() % 8 == 0
+        and (sinks is None or sinks.dtype is q.dtype)
     )
 
 
 def decode_attention(
-    out: Tensor, q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, page_table: Tensor, row_slots: Tensor, query_starts: Tensor,
-    context_lens: Tensor, block_tokens: int, num_kv_heads: int, scale: float, max_context_len: int, sliding_window: int, softcap: float,
-    sinks: Tensor | None, scratch: Scratch | None, how: Cut | None = None,
+    out: Tensor,
+    q: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    page_unit: int,
+    page_table: Tensor,
+    row_slots: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tokens: int,
+    num_kv_heads: int,
+    scale: float,
+    max_context_len: int,
+    sliding_window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    scratch: Scratch | None,
+    how: Cut | None = None,
 ) -> bool:
     """See runtime.engine.kernels.attention.paged_attention; every row has one query or none. False, and nothing done, where this kernel does not serve."""
     num_rows, head_dim, group = row_slots.shape[0], q.shape[2], q.shape[1] // num_kv_heads
@@ -107,14 +154,39 @@ def decode_attention(
         return False
     how = how or cut(num_rows, num_kv_heads, group, head_dim, max_context_len, _processors(q.device))
     shared_bytes = how.shared_bytes(num_rows, group, head_dim)
-    if shared_bytes > nvrtc.SHARED_BYTES or not scratch.holds(2 * num_kv_heads * how.blocks * group * (head_dim + 4), num_rows * num_kv_heads):
+    if shared_bytes > nvrtc.SHARED_BYTES or not scratch.holds(
+        2 * num_kv_heads * how.blocks * group * (head_dim + 4), num_rows * num_kv_heads
+    ):
         return False
     if (compiled := module(q.device, head_dim, q.dtype, group, how)) is None:
         return False
-    tensors = (out, q, k_plane, v_plane, sinks, page_table, row_slots, query_starts, context_lens, scratch.partials, scratch.counters)
+    tensors = (
+        out,
+        q,
+        k_plane,
+        v_plane,
+        sinks,
+        page_table,
+        row_slots,
+        query_starts,
+        context_lens,
+        scratch.partials,
+        scratch.counters,
+    )
     arguments = _Arguments(
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors), page_unit, page_table.stride(0), num_rows, num_kv_heads, group,
-        how.heads_each, how.whole, block_tokens.bit_length() - 1, sliding_window, how.early, scale if softcap else scale * _LOG2E, softcap,
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        page_unit,
+        page_table.stride(0),
+        num_rows,
+        num_kv_heads,
+        group,
+        how.heads_each,
+        how.whole,
+        block_tokens.bit_length() - 1,
+        sliding_window,
+        how.early,
+        scale if softcap else scale * _LOG2E,
+        softcap,
     )
     compiled.launch(NAME, (how.blocks, num_kv_heads // how.heads_each, 1), how.warps * 32, shared_bytes, arguments)
     return True

@@ -27,8 +27,25 @@ def _blocks_kernel(upload_ptr, table_ptr, table_stride, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_stride", "page_unit", "num_tokens", "num_rows", "num_samples", "token_stride"])
 def _rows_kernel(
-    upload_ptr, table_ptr, last_token_ptr, ids_ptr, positions_ptr, slots_ptr, row_slots_ptr, starts_ptr, contexts_ptr, logits_at_ptr,
-    sample_rows_ptr, table_stride, page_unit, num_tokens, num_rows, num_samples, token_stride, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    upload_ptr,
+    table_ptr,
+    last_token_ptr,
+    ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    row_slots_ptr,
+    starts_ptr,
+    contexts_ptr,
+    logits_at_ptr,
+    sample_rows_ptr,
+    table_stride,
+    page_unit,
+    num_tokens,
+    num_rows,
+    num_samples,
+    token_stride,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program b < num_rows: row b and sample b. Program num_rows: the padding of the tokens."""
     b = tl.program_id(0)
@@ -78,11 +95,17 @@ def _rows_kernel(
                 given = tl.load(given_ptr + offset, mask=mask & (ids_at >= 0), other=0).to(tl.int64)
                 tl.store(ids_ptr + first + offset, tl.where(ids_at >= 0, given, drawn), mask=mask)
                 tl.store(positions_ptr + first + offset, position.to(tl.int64), mask=mask)
-                tl.store(slots_ptr + first + offset, page * page_unit + (position % BLOCK_TOKENS).to(tl.int64) * token_stride, mask=mask)
+                tl.store(
+                    slots_ptr + first + offset,
+                    page * page_unit + (position % BLOCK_TOKENS).to(tl.int64) * token_stride,
+                    mask=mask,
+                )
 
 
 @triton.jit(do_not_specialize=["ring_stride", "num_samples"])
-def _commit_kernel(drawn_ptr, upload_ptr, sample_rows_ptr, last_token_ptr, ring_ptr, ring_stride, num_samples, BLOCK: tl.constexpr):
+def _commit_kernel(
+    drawn_ptr, upload_ptr, sample_rows_ptr, last_token_ptr, ring_ptr, ring_stride, num_samples, BLOCK: tl.constexpr
+):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     line = tl.load(upload_ptr + 4).to(tl.int64)
     mask = (at < tl.load(upload_ptr + 2)) & (at < num_samples)
@@ -93,18 +116,47 @@ def _commit_kernel(drawn_ptr, upload_ptr, sample_rows_ptr, last_token_ptr, ring_
 
 
 def build_inputs(
-    upload: Tensor, page_table: Tensor, last_token: Tensor, inputs: "StepInputs", num_tokens: int, num_rows: int, num_samples: int,
-    block_tokens: int, page_unit: int, token_stride: int,
+    upload: Tensor,
+    page_table: Tensor,
+    last_token: Tensor,
+    inputs: "StepInputs",
+    num_tokens: int,
+    num_rows: int,
+    num_samples: int,
+    block_tokens: int,
+    page_unit: int,
+    token_stride: int,
 ) -> None:
-    _blocks_kernel[(min(64, 1 + num_tokens // _BLOCK),)](upload, page_table, page_table.stride(0), BLOCK=_BLOCK, num_warps=4)
+    _blocks_kernel[(min(64, 1 + num_tokens // _BLOCK),)](
+        upload, page_table, page_table.stride(0), BLOCK=_BLOCK, num_warps=4
+    )
     _rows_kernel[(num_rows + 1,)](
-        upload, page_table, last_token, inputs.input_ids, inputs.positions, inputs.slots, inputs.row_slots, inputs.query_starts,
-        inputs.context_lens, inputs.logits_at, inputs.sample_rows, page_table.stride(0), page_unit, num_tokens, num_rows, num_samples,
-        token_stride, BLOCK_TOKENS=block_tokens, BLOCK=_BLOCK, num_warps=4,
+        upload,
+        page_table,
+        last_token,
+        inputs.input_ids,
+        inputs.positions,
+        inputs.slots,
+        inputs.row_slots,
+        inputs.query_starts,
+        inputs.context_lens,
+        inputs.logits_at,
+        inputs.sample_rows,
+        page_table.stride(0),
+        page_unit,
+        num_tokens,
+        num_rows,
+        num_samples,
+        token_stride,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK=_BLOCK,
+        num_warps=4,
     )
 
 
-def commit_draws(drawn: Tensor, upload: Tensor, inputs: "StepInputs", last_token: Tensor, ring: Tensor, num_samples: int) -> None:
+def commit_draws(
+    drawn: Tensor, upload: Tensor, inputs: "StepInputs", last_token: Tensor, ring: Tensor, num_samples: int
+) -> None:
     _commit_kernel[(triton.cdiv(num_samples, _BLOCK),)](
         drawn, upload, inputs.sample_rows, last_token, ring, ring.stride(0), num_samples, BLOCK=_BLOCK, num_warps=4
     )

@@ -34,9 +34,27 @@ def _summed(acc, base, cells, num_splits, CELLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "steps_each"])
 def _linear16_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, steps_each,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    partials_ptr,
+    counters_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    steps_each,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     pdl.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -144,8 +162,19 @@ def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tu
 
 
 def launch(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, out: Tensor, scratch: Scratch | None, block_m: int, block_n: int,
-    block_k: int, splits: int, early: bool, num_warps: int, num_stages: int,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: str | None,
+    out: Tensor,
+    scratch: Scratch | None,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    splits: int,
+    early: bool,
+    num_warps: int,
+    num_stages: int,
 ) -> None:
     """Launch with a given tiling (the benchmark tries several)."""
     num_rows, in_features = rows.shape
@@ -165,8 +194,28 @@ def launch(
             steps_each, splits = num_steps, 1
     overlaps = pdl.overlaps(rows)
     _linear16_kernel[(tiles_n, splits, tiles_m)](
-        rows, weight, bias if bias is not None else weight, out, partials, counters, num_rows, num_outputs, in_features, rows.stride(0), steps_each,
-        KIND=_KINDS[gate], HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, EARLY=early and overlaps, PDL=overlaps, PRECISION=precision(rows), num_warps=num_warps, num_stages=num_stages,
+        rows,
+        weight,
+        bias if bias is not None else weight,
+        out,
+        partials,
+        counters,
+        num_rows,
+        num_outputs,
+        in_features,
+        rows.stride(0),
+        steps_each,
+        KIND=_KINDS[gate],
+        HAS_BIAS=bias is not None,
+        SPLIT=splits > 1,
+        EVEN_N=num_outputs % block_n == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        EARLY=early and overlaps,
+        PDL=overlaps,
+        PRECISION=precision(rows),
+        num_warps=num_warps,
+        num_stages=num_stages,
         **pdl.options(rows),
     )

@@ -18,7 +18,7 @@ MAX_ROWS = 16  # at 32 rows Triton's product is as fast: docs/benchmarks/engine.
 SOURCE = "linear16.cu"
 NAME = "linear16"
 _LEAST_ELEMENTS = 4 << 20  # of a weight
-_MOST_OUTPUTS = 16384      # of an ungated one: Triton reads the output projection 8 % faster
+_MOST_OUTPUTS = 16384  # of an ungated one: Triton reads the output projection 8 % faster
 _COLUMNS = 256
 _WARPS, _BRINGERS = 8, 4
 _GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
@@ -28,7 +28,20 @@ _TYPES = (torch.bfloat16, torch.float16)
 class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "partials", "counters")),
-        *((name, ctypes.c_int) for name in ("num_rows", "num_outputs", "in_features", "x_stride", "outputs_each", "chunks_each", "stages", "x_stages", "activation")),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "num_rows",
+                "num_outputs",
+                "in_features",
+                "x_stride",
+                "outputs_each",
+                "chunks_each",
+                "stages",
+                "x_stages",
+                "activation",
+            )
+        ),
     )
 
 
@@ -56,7 +69,11 @@ def cut(num_outputs: int, in_features: int, tiles: int, gated: bool, processors:
     height = 4 if num_outputs * in_features >= 16 << 20 else 2
     # a block's outputs fill three quarters of a slab; where K is in parts, which costs a turn, then of the larger slab
     splits = 1
-    while splits < 8 and outputs_each(num_outputs, splits, processors) < (height * 12 if splits == 1 else 48) and in_features >= 4 * splits * _COLUMNS:
+    while (
+        splits < 8
+        and outputs_each(num_outputs, splits, processors) < (height * 12 if splits == 1 else 48)
+        and in_features >= 4 * splits * _COLUMNS
+    ):
         splits *= 2
     return Cut(height, 2, splits, 4 if height == 4 else 8, x_stages)
 
@@ -64,7 +81,13 @@ def cut(num_outputs: int, in_features: int, tiles: int, gated: bool, processors:
 def module(device: torch.device, dtype: torch.dtype, gated: bool, tiles: int, how: Cut) -> nvrtc.Module | None:
     """The compiled kernel, if it can be had on this device."""
     answers = {False: "false", True: "true"}
-    defines = (f"HALF={answers[dtype is torch.float16]}", f"GATED={answers[gated]}", f"TILES={tiles}", f"HEIGHT={how.height}", f"SLABS={how.slabs}")
+    defines = (
+        f"HALF={answers[dtype is torch.float16]}",
+        f"GATED={answers[gated]}",
+        f"TILES={tiles}",
+        f"HEIGHT={how.height}",
+        f"SLABS={how.slabs}",
+    )
     return nvrtc.module(SOURCE, (NAME,), device, defines)
 
 
@@ -72,9 +95,16 @@ def serves(rows: Tensor, weight: Tensor, gate: str | None) -> bool:
     """Whether these operands are ones that the kernel can read, and reads faster."""
     num_rows, in_features = rows.shape
     return (
-        rows.is_cuda and rows.dtype in _TYPES and 0 < num_rows <= MAX_ROWS and in_features % _COLUMNS == 0 and weight.is_contiguous()
-        and weight.numel() >= _LEAST_ELEMENTS and (gate is not None or weight.shape[0] < _MOST_OUTPUTS)
-        and rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and (rows.data_ptr() | weight.data_ptr()) % 16 == 0
+        rows.is_cuda
+        and rows.dtype in _TYPES
+        and 0 < num_rows <= MAX_ROWS
+        and in_features % _COLUMNS == 0
+        and weight.is_contiguous()
+        and weight.numel() >= _LEAST_ELEMENTS
+        and (gate is not None or weight.shape[0] < _MOST_OUTPUTS)
+        and rows.stride(1) == 1
+        and rows.stride(0) % 8 == 0
+        and (rows.data_ptr() | weight.data_ptr()) % 16 == 0
     )
 
 
@@ -83,7 +113,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def linear_16bit(rows: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, out: Tensor, scratch: Scratch | None, how: Cut | None = None) -> bool:
+def linear_16bit(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: str | None,
+    out: Tensor,
+    scratch: Scratch | None,
+    how: Cut | None = None,
+) -> bool:
     """`rows` [M, K] times the transpose of `weight` into `out`, as linear16.linear_16bit says. False, and nothing done, where this kernel does not serve."""
     if how is None and not serves(rows, weight, gate):
         return False
@@ -108,11 +146,28 @@ def linear_16bit(rows: Tensor, weight: Tensor, bias: Tensor | None, gate: str | 
         elif not scratch.holds(elements, columns):
             return False
     stages, x_stages = min(how.stages, slabs * chunks_each), min(how.x_stages, chunks_each)
-    shared_bytes = (stages * how.height * 16 + x_stages * tiles * 8) * _COLUMNS * 2 + 2 * _WARPS * tiles * 512 + 16 + (stages + x_stages) * 16
+    shared_bytes = (
+        (stages * how.height * 16 + x_stages * tiles * 8) * _COLUMNS * 2
+        + 2 * _WARPS * tiles * 512
+        + 16
+        + (stages + x_stages) * 16
+    )
     arguments = _Arguments(
-        rows.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-        None if scratch is None else scratch.partials.data_ptr(), None if scratch is None else scratch.counters.data_ptr(),
-        num_rows, num_outputs, in_features, rows.stride(0), each, chunks_each, stages, x_stages, _GATES[gate],
+        rows.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        None if scratch is None else scratch.partials.data_ptr(),
+        None if scratch is None else scratch.counters.data_ptr(),
+        num_rows,
+        num_outputs,
+        in_features,
+        rows.stride(0),
+        each,
+        chunks_each,
+        stages,
+        x_stages,
+        _GATES[gate],
     )
     compiled.launch(NAME, (columns, splits, 1), (_WARPS + _BRINGERS + 1) * 32, shared_bytes, arguments)
     return True

@@ -44,14 +44,28 @@ def lookup_asm(codebook: Codebook, dtype: torch.dtype) -> str:
     lines += ["mov.u32 z, %lanemask_eq;", "popc.b32 z, z;", "sub.u32 z, z, 1;"]
     lines += [f"or.b32 a0, z, {a[0]};", f"or.b32 a2, z, {a[2]};", f"or.b32 b0, z, {b[0]};", f"or.b32 b2, z, {b[2]};"]
     # Neighbouring nibbles must be the two words' same code: even codes into e, odd codes into o.
-    lines += ["shl.b32 p, $9, 4;", "lop3.b32 e, $8, p, 0x0f0f0f0f, 0xE4;", "shr.u32 p, $8, 4;", "lop3.b32 o, p, $9, 0x0f0f0f0f, 0xE4;"]
+    lines += [
+        "shl.b32 p, $9, 4;",
+        "lop3.b32 e, $8, p, 0x0f0f0f0f, 0xE4;",
+        "shr.u32 p, $8, 4;",
+        "lop3.b32 o, p, $9, 0x0f0f0f0f, 0xE4;",
+    ]
     for pairs, outputs in (("e", (0, 2, 4, 6)), ("o", (1, 3, 5, 7))):
-        lines += [f"and.b32 s, {pairs}, 0x77777777;", f"shr.u32 m, {pairs}, 1;", "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;"]
+        lines += [
+            f"and.b32 s, {pairs}, 0x77777777;",
+            f"shr.u32 m, {pairs}, 1;",
+            "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;",
+        ]
         for first, second in (outputs[:2], outputs[2:]):
             lines += [
-                f"prmt.b32 p, a0, {a[1]}, s;", f"prmt.b32 q, a2, {a[3]}, s;", "prmt.b32 l, p, q, m;",
-                f"prmt.b32 p, b0, {b[1]}, s;", f"prmt.b32 q, b2, {b[3]}, s;", "prmt.b32 h, p, q, m;",
-                f"prmt.b32 ${first}, l, h, 0x5140;", f"prmt.b32 ${second}, l, h, 0x7362;",
+                f"prmt.b32 p, a0, {a[1]}, s;",
+                f"prmt.b32 q, a2, {a[3]}, s;",
+                "prmt.b32 l, p, q, m;",
+                f"prmt.b32 p, b0, {b[1]}, s;",
+                f"prmt.b32 q, b2, {b[3]}, s;",
+                "prmt.b32 h, p, q, m;",
+                f"prmt.b32 ${first}, l, h, 0x5140;",
+                f"prmt.b32 ${second}, l, h, 0x7362;",
             ]
             if first == outputs[0]:
                 lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;"]
@@ -80,13 +94,21 @@ def _unpack(words, codes_ptr, ASM: tl.constexpr, DTYPE: tl.constexpr):
         c7 = _code(words, codes_ptr, 7, DTYPE)
     elif tl.bfloat16 == DTYPE:  # types must be written out: a tuple of constexprs is not unwrapped
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-            ASM, _OPERANDS, [words],
-            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            ASM,
+            _OPERANDS,
+            [words],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
         )
     else:
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-            ASM, _OPERANDS, [words],
-            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+            ASM,
+            _OPERANDS,
+            [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
         )
     return c0, c1, c2, c3, c4, c5, c6, c7
 
@@ -100,9 +122,30 @@ def _load_x(x_ptrs, mask_m, k, K, J: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "groups_each"])
 def _linear4_kernel(
-    x_ptr, words_ptr, absmax_ptr, codes_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, num_groups, groups_each,
-    ASM: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, EVEN_N: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    x_ptr,
+    words_ptr,
+    absmax_ptr,
+    codes_ptr,
+    bias_ptr,
+    out_ptr,
+    partials_ptr,
+    counters_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    num_groups,
+    groups_each,
+    ASM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALE_SUMS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -194,7 +237,18 @@ def _store_values(out_ptr, values, scale, rows, k, mask_n, K, DTYPE: tl.constexp
 
 
 @triton.jit
-def _dequantize_kernel(words_ptr, absmax_ptr, codes_ptr, out_ptr, num_rows, K, num_groups, ASM: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _dequantize_kernel(
+    words_ptr,
+    absmax_ptr,
+    codes_ptr,
+    out_ptr,
+    num_rows,
+    K,
+    num_groups,
+    ASM: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     WORK: tl.constexpr = tl.float32 if WIDE else DTYPE
     group = tl.program_id(0)
@@ -202,7 +256,9 @@ def _dequantize_kernel(words_ptr, absmax_ptr, codes_ptr, out_ptr, num_rows, K, n
     mask_n = rows < num_rows
     rows = rows.to(tl.int64)
     cols = tl.arange(0, 16)
-    words = tl.load(words_ptr + rows[:, None] * (num_groups * 16) + (group * 16 + cols)[None, :], mask=mask_n[:, None], other=0)
+    words = tl.load(
+        words_ptr + rows[:, None] * (num_groups * 16) + (group * 16 + cols)[None, :], mask=mask_n[:, None], other=0
+    )
     s0 = tl.load(absmax_ptr + rows * (num_groups * 2) + group * 2, mask=mask_n, other=0.0)
     s1 = tl.load(absmax_ptr + rows * (num_groups * 2) + group * 2 + 1, mask=mask_n, other=0.0)
     c0, c1, c2, c3, c4, c5, c6, c7 = _unpack(words, codes_ptr, ASM, WORK)
@@ -223,7 +279,14 @@ def _codes_tensor(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 def linear_4bit(
-    x: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, gate: Activation | None, out: Tensor, scratch: Scratch | None
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    bias: Tensor | None,
+    gate: Activation | None,
+    out: Tensor,
+    scratch: Scratch | None,
 ) -> None:
     """See runtime.engine.kernels.linear4.linear_4bit."""
     in_features = x.shape[-1]
@@ -231,7 +294,9 @@ def linear_4bit(
     num_rows, num_outputs = rows.shape[0], weight.shape[0]
     if num_rows == 0:
         return
-    if (cut := linear4_wgmma.choose(num_rows, num_outputs, _processors(x.device))) is not None and linear4_wgmma.linear_4bit(
+    if (
+        cut := linear4_wgmma.choose(num_rows, num_outputs, _processors(x.device))
+    ) is not None and linear4_wgmma.linear_4bit(
         rows, weight, absmax, codebook, bias, out.view(num_rows, -1), scratch, cut, gate
     ):
         return
@@ -241,7 +306,9 @@ def linear_4bit(
         act_mul(both, gate, out)
         return
     result = out.view(num_rows, num_outputs)
-    if num_rows <= linear4_cuda.MAX_ROWS and linear4_cuda.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch):
+    if num_rows <= linear4_cuda.MAX_ROWS and linear4_cuda.linear_4bit(
+        rows, weight, absmax, codebook, bias, result, scratch
+    ):
         return
     if num_rows > max_fused_rows(weight.shape[0], in_features):
         _linear_unpacked(rows, weight, absmax, codebook, bias, result, scratch)
@@ -285,8 +352,19 @@ def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int,
 
 
 def launch_fused(
-    rows: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor, scratch: Scratch | None, block_m: int,
-    block_n: int, splits: int, num_warps: int, num_stages: int, scale_sums: bool,
+    rows: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch | None,
+    block_m: int,
+    block_n: int,
+    splits: int,
+    num_warps: int,
+    num_stages: int,
+    scale_sums: bool,
 ) -> None:
     """Launch the fused kernel with a given tiling (the benchmark tries several)."""
     num_rows, in_features = rows.shape
@@ -303,12 +381,33 @@ def launch_fused(
             groups_each, splits = num_groups, 1
     asm = lookup_asm(codebook, rows.dtype) if rows.is_cuda and rows.element_size() == 2 else ""
     _linear4_kernel[(tiles_n, splits, tiles_m)](
-        rows, weight.view(torch.int32), absmax, absmax if asm else _codes_tensor(codebook, rows.device), bias if bias is not None else rows, out,
-        scratch.partials if scratch is not None else absmax, scratch.counters if scratch is not None else absmax,
-        num_rows, num_outputs, in_features, rows.stride(0), num_groups, groups_each,
-        ASM=asm, HAS_BIAS=bias is not None, SPLIT=splits > 1, SCALE_SUMS=scale_sums or rows.element_size() == 4,
-        EVEN_N=num_outputs % block_n == 0, PADDED=in_features % GROUP != 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        PRECISION=precision(rows), PDL=pdl.overlaps(rows), num_warps=num_warps, num_stages=num_stages, **pdl.options(rows),
+        rows,
+        weight.view(torch.int32),
+        absmax,
+        absmax if asm else _codes_tensor(codebook, rows.device),
+        bias if bias is not None else rows,
+        out,
+        scratch.partials if scratch is not None else absmax,
+        scratch.counters if scratch is not None else absmax,
+        num_rows,
+        num_outputs,
+        in_features,
+        rows.stride(0),
+        num_groups,
+        groups_each,
+        ASM=asm,
+        HAS_BIAS=bias is not None,
+        SPLIT=splits > 1,
+        SCALE_SUMS=scale_sums or rows.element_size() == 4,
+        EVEN_N=num_outputs % block_n == 0,
+        PADDED=in_features % GROUP != 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        PRECISION=precision(rows),
+        PDL=pdl.overlaps(rows),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **pdl.options(rows),
     )
 
 
@@ -319,13 +418,28 @@ def dequantize_4bit(weight: Tensor, absmax: Tensor, codebook: Codebook, out: Ten
     block_n = 64
     asm = lookup_asm(codebook, out.dtype) if out.is_cuda and out.element_size() == 2 else ""
     _dequantize_kernel[(num_groups, triton.cdiv(num_rows, block_n))](
-        weight.view(torch.int32), absmax, absmax if asm else _codes_tensor(codebook, weight.device), out, num_rows, in_features, num_groups,
-        ASM=asm, WIDE=asm == "", BLOCK_N=block_n, num_warps=4,
+        weight.view(torch.int32),
+        absmax,
+        absmax if asm else _codes_tensor(codebook, weight.device),
+        out,
+        num_rows,
+        in_features,
+        num_groups,
+        ASM=asm,
+        WIDE=asm == "",
+        BLOCK_N=block_n,
+        num_warps=4,
     )
 
 
 def _linear_unpacked(
-    rows: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor, scratch: Scratch | None
+    rows: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch | None,
 ) -> None:
     """Unpack as many output rows as scratch memory holds (all of them without one), multiply, go on."""
     num_outputs, in_features = weight.shape[0], rows.shape[1]

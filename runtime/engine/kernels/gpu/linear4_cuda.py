@@ -21,14 +21,20 @@ _PROCESSORS = 132  # multiprocessors of the GPU that this was measured on
 _WARPS = 16
 _TABLE_BYTES = 256 * 32 * 4
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_INSTANCES = {1: (2, 1), 2: (1, 2)}  # tiles of 8 rows of x: (groups of K a warp, blocks of 16 outputs a turn), as the source has them
+_INSTANCES = {
+    1: (2, 1),
+    2: (1, 2),
+}  # tiles of 8 rows of x: (groups of K a warp, blocks of 16 outputs a turn), as the source has them
 _NAMES = tuple(f"linear4_{kind}_{tiles}" for kind in _TYPES.values() for tiles in _INSTANCES)
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("words", "absmax", "x", "bias", "out", "partials", "counters")),
-        *((name, ctypes.c_int) for name in ("num_rows", "num_outputs", "in_features", "x_stride", "num_groups", "groups_each", "k_warps")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("num_rows", "num_outputs", "in_features", "x_stride", "num_groups", "groups_each", "k_warps")
+        ),
         ("codes", ctypes.c_ushort * 16),
     )
 
@@ -36,7 +42,10 @@ class _Arguments(ctypes.Structure):
 @functools.cache
 def codes_16bit(codebook: Codebook, dtype: torch.dtype) -> tuple[int, ...]:
     """The 16 values in a 16-bit type, as their bits."""
-    return tuple(value & 0xFFFF for value in torch.tensor(codebook_values(codebook), dtype=torch.float32).to(dtype).view(torch.int16).tolist())
+    return tuple(
+        value & 0xFFFF
+        for value in torch.tensor(codebook_values(codebook), dtype=torch.float32).to(dtype).view(torch.int16).tolist()
+    )
 
 
 def module(device: torch.device) -> nvrtc.Module | None:
@@ -59,7 +68,14 @@ def warps_of_k(groups_each: int, groups_a_warp: int) -> int:
 
 
 def linear_4bit(
-    rows: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor, scratch: Scratch | None, splits: int = 0
+    rows: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch | None,
+    splits: int = 0,
 ) -> bool:
     """`rows` [M, K] times the transpose of the weight into `out`. False, and nothing done, where this kernel does not serve."""
     if not rows.is_cuda or rows.dtype not in _TYPES or rows.shape[0] > MAX_ROWS:
@@ -72,7 +88,9 @@ def linear_4bit(
     groups_a_warp, blocks_a_turn = _INSTANCES[tiles]
     num_blocks = -(-num_outputs // 16)
     # one row is cheap to read everywhere, and sums of parts cost a turn
-    splits = splits or (splits_of_k(num_outputs, num_groups) if tiles > 1 else max(1, min(_PROCESSORS // num_blocks, num_groups // 8)))
+    splits = splits or (
+        splits_of_k(num_outputs, num_groups) if tiles > 1 else max(1, min(_PROCESSORS // num_blocks, num_groups // 8))
+    )
     groups_each = -(-num_groups // min(splits, num_groups))
     splits = -(-num_groups // groups_each)
     columns = min(num_blocks, max(1, _PROCESSORS // splits))
@@ -89,9 +107,23 @@ def linear_4bit(
         columns = max(columns, -(-num_blocks // room))
         sums_bytes += -(-num_blocks // columns) * tiles * 512
     arguments = _Arguments(
-        weight.data_ptr(), absmax.data_ptr(), rows.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-        None if scratch is None else scratch.partials.data_ptr(), None if scratch is None else scratch.counters.data_ptr(),
-        num_rows, num_outputs, in_features, rows.stride(0), num_groups, groups_each, k_warps, (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
+        weight.data_ptr(),
+        absmax.data_ptr(),
+        rows.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        None if scratch is None else scratch.partials.data_ptr(),
+        None if scratch is None else scratch.counters.data_ptr(),
+        num_rows,
+        num_outputs,
+        in_features,
+        rows.stride(0),
+        num_groups,
+        groups_each,
+        k_warps,
+        (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
     )
-    compiled.launch(f"linear4_{_TYPES[rows.dtype]}_{tiles}", (columns, splits, 1), _WARPS * 32, _TABLE_BYTES + sums_bytes, arguments)
+    compiled.launch(
+        f"linear4_{_TYPES[rows.dtype]}_{tiles}", (columns, splits, 1), _WARPS * 32, _TABLE_BYTES + sums_bytes, arguments
+    )
     return True

@@ -32,7 +32,20 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, _MAP) for name in ("words", "x")),
         *((name, ctypes.c_void_p) for name in ("absmax", "bias", "out", "partials", "counters")),
-        *((name, ctypes.c_int) for name in ("num_rows", "num_outputs", "num_groups", "gate", "num_units", "tile_units", "tiles_m", "x_stages", "w_stages")),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "num_rows",
+                "num_outputs",
+                "num_groups",
+                "gate",
+                "num_units",
+                "tile_units",
+                "tiles_m",
+                "x_stages",
+                "w_stages",
+            )
+        ),
         ("codes", ctypes.c_ushort * 16),
         ("padding", ctypes.c_ubyte * 64),  # the kernel's struct is a multiple of 64 bytes
     )
@@ -55,7 +68,9 @@ class Cut:
     @property
     def shared_bytes(self) -> int:
         table_bytes = 256 * (256 if self.columns <= 32 else 128)
-        rings_bytes = self.x_stages * self.columns * 128 * _x_turns(self.columns) + self.w_stages * self.groups * 64 * 128
+        rings_bytes = (
+            self.x_stages * self.columns * 128 * _x_turns(self.columns) + self.w_stages * self.groups * 64 * 128
+        )
         return table_bytes + 1024 + rings_bytes + self.piece_bytes + _BARRIER_BYTES
 
 
@@ -76,22 +91,41 @@ def choose(num_rows: int, num_outputs: int, processors: int) -> Cut | None:
     columns, groups = next((shape for shape in SHAPES if shape[0] >= num_rows), SHAPES[-1])
     tiles = -(-num_outputs // (64 * groups)) * -(-num_rows // columns)
     # whole tiles where they keep most of the GPU busy, an even number of blocks for each where there are few
-    blocks = tiles if 0.8 * processors <= tiles <= processors else processors // tiles * tiles if tiles < processors else processors
+    blocks = (
+        tiles
+        if 0.8 * processors <= tiles <= processors
+        else processors // tiles * tiles
+        if tiles < processors
+        else processors
+    )
     return fill(columns, groups, blocks)
 
 
 def fill(columns: int, groups: int, blocks: int, shared_bytes: int = nvrtc.SHARED_BYTES) -> Cut:
     """As many stages as shared memory takes: those of W first, four at most, then those of x, eight at most."""
-    w_stages, x_stages = 4, max(2, 4 // _x_turns(columns))  # two at least: a stage is given back when the next is in use
+    w_stages, x_stages = (
+        4,
+        max(2, 4 // _x_turns(columns)),
+    )  # two at least: a stage is given back when the next is in use
     while w_stages > 2 and Cut(columns, groups, blocks, x_stages, w_stages).shared_bytes > shared_bytes:
         w_stages -= 1
-    while x_stages < 8 // _x_turns(columns) and Cut(columns, groups, blocks, x_stages + 1, w_stages).shared_bytes <= shared_bytes:
+    while (
+        x_stages < 8 // _x_turns(columns)
+        and Cut(columns, groups, blocks, x_stages + 1, w_stages).shared_bytes <= shared_bytes
+    ):
         x_stages += 1
     return Cut(columns, groups, blocks, x_stages, w_stages)
 
 
 def linear_4bit(
-    rows: Tensor, weight: Tensor, absmax: Tensor, codebook: Codebook, bias: Tensor | None, out: Tensor, scratch: Scratch | None, cut: Cut,
+    rows: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch | None,
+    cut: Cut,
     gate: Activation | None = None,
 ) -> bool:
     """`rows` [M, K] times the transpose of the weight into `out`; with `gate`, of which W holds gate, then up: act(gate) × up.
@@ -115,21 +149,48 @@ def linear_4bit(
     blocks = min(cut.blocks, num_tiles * tile_units // -(-tile_units // (_MOST_PARTS - 2)))
     if num_tiles % blocks:  # a block has two parts of tiles at most
         if scratch is None:
-            scratch = Scratch.allocate(rows.device, partial_elements=2 * blocks * tile_outputs * cut.columns, num_counters=num_tiles)
+            scratch = Scratch.allocate(
+                rows.device, partial_elements=2 * blocks * tile_outputs * cut.columns, num_counters=num_tiles
+            )
         blocks = min(blocks, scratch.partials.numel() // (2 * tile_outputs * cut.columns))
         if blocks == 0 or not scratch.holds(0, num_tiles):
             return False
     arguments = _Arguments(
-        _MAP.from_buffer_copy(tensor_map(weight.data_ptr(), "byte", (num_groups * 64, weight.shape[0]), (num_groups * 64,), (128, copy_rows), True)),
         _MAP.from_buffer_copy(
             tensor_map(
-                rows.data_ptr(), "16-bit", (64, num_rows, in_features // 64), (rows.stride(0) * 2, 128), (64, cut.columns, _x_turns(cut.columns)), True
+                weight.data_ptr(),
+                "byte",
+                (num_groups * 64, weight.shape[0]),
+                (num_groups * 64,),
+                (128, copy_rows),
+                True,
+            )
+        ),
+        _MAP.from_buffer_copy(
+            tensor_map(
+                rows.data_ptr(),
+                "16-bit",
+                (64, num_rows, in_features // 64),
+                (rows.stride(0) * 2, 128),
+                (64, cut.columns, _x_turns(cut.columns)),
+                True,
             )
         ),
         absmax.data_ptr(),
-        None if bias is None else bias.data_ptr(), out.data_ptr(), None if scratch is None else scratch.partials.data_ptr(),
-        None if scratch is None else scratch.counters.data_ptr(), num_rows, num_outputs, num_groups, _GATES[gate], num_tiles * tile_units, tile_units, tiles_m,
-        cut.x_stages, cut.w_stages, (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        None if scratch is None else scratch.partials.data_ptr(),
+        None if scratch is None else scratch.counters.data_ptr(),
+        num_rows,
+        num_outputs,
+        num_groups,
+        _GATES[gate],
+        num_tiles * tile_units,
+        tile_units,
+        tiles_m,
+        cut.x_stages,
+        cut.w_stages,
+        (ctypes.c_ushort * 16)(*codes_16bit(codebook, rows.dtype)),
     )
     name = f"linear4_wgmma_{cut.columns}_{cut.groups}"
     compiled.launch(name, (blocks, 1, 1), (cut.groups + 1) * 128, cut.shared_bytes, arguments)

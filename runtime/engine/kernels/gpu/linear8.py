@@ -29,9 +29,27 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["M", "steps_each"])
 def _linear8_kernel(
-    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr, M, N, K, x_stride, steps_each,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    x_ptr,
+    x_scale_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    partials_ptr,
+    counters_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    steps_each,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
     pdl.wait(PDL)
@@ -82,7 +100,9 @@ def _linear8_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None) -> None:
+def linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None
+) -> None:
     """See runtime.engine.kernels.linear8.linear_int8."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
@@ -107,8 +127,18 @@ def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int,
 
 
 def launch(
-    rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None, block_m: int, block_n: int, block_k: int,
-    splits: int, num_warps: int, num_stages: int,
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch | None,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    splits: int,
+    num_warps: int,
+    num_stages: int,
 ) -> None:
     """Launch with a given tiling (the benchmark tries several)."""
     num_rows, in_features = rows.shape
@@ -129,10 +159,30 @@ def launch(
             steps_each, splits = num_steps, 1
     x, x_scale = quantize_rows(rows, scratch)
     _linear8_kernel[(tiles_n, splits, tiles_m)](
-        x, x_scale, weight, scale, bias if bias is not None else scale, out, partials, counters, num_rows, num_outputs, in_features, x.stride(0),
-        steps_each, HAS_BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=num_outputs % block_n == 0,
-        EVEN_K=in_features % block_k == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PDL=pdl.overlaps(rows), num_warps=num_warps,
-        num_stages=num_stages, **pdl.options(rows),
+        x,
+        x_scale,
+        weight,
+        scale,
+        bias if bias is not None else scale,
+        out,
+        partials,
+        counters,
+        num_rows,
+        num_outputs,
+        in_features,
+        x.stride(0),
+        steps_each,
+        HAS_BIAS=bias is not None,
+        SPLIT=splits > 1,
+        EVEN_N=num_outputs % block_n == 0,
+        EVEN_K=in_features % block_k == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        PDL=pdl.overlaps(rows),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **pdl.options(rows),
     )
 
 
@@ -150,6 +200,14 @@ def quantize_rows(rows: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor
     x_scale = memory[padded : padded + scale_bytes].view(torch.float32)
     block = triton.next_power_of_2(in_features)
     _quantize_kernel[(num_rows,)](
-        rows, x, x_scale, rows.stride(0), in_features, BLOCK=block, PDL=pdl.overlaps(rows), num_warps=4 if block <= 4096 else 8, **pdl.options(rows)
+        rows,
+        x,
+        x_scale,
+        rows.stride(0),
+        in_features,
+        BLOCK=block,
+        PDL=pdl.overlaps(rows),
+        num_warps=4 if block <= 4096 else 8,
+        **pdl.options(rows),
     )
     return x, x_scale

@@ -9,8 +9,18 @@ from runtime.engine.kernels.gpu import pdl
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, out_stride, width, eps,
-    ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    out_stride,
+    width,
+    eps,
+    ADD: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -42,8 +52,20 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus
     num_warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
     out_rows = out.view(-1, width)
     _norm_kernel[(rows.shape[0],)](
-        rows, residual if residual is not None else rows, weight, out_rows, rows.stride(0), out_rows.stride(0), width, eps,
-        ADD=residual is not None, PLUS_ONE=plus_one, BLOCK=block, PDL=pdl.overlaps(rows), num_warps=num_warps, **pdl.options(rows),
+        rows,
+        residual if residual is not None else rows,
+        weight,
+        out_rows,
+        rows.stride(0),
+        out_rows.stride(0),
+        width,
+        eps,
+        ADD=residual is not None,
+        PLUS_ONE=plus_one,
+        BLOCK=block,
+        PDL=pdl.overlaps(rows),
+        num_warps=num_warps,
+        **pdl.options(rows),
     )
 
 
@@ -55,5 +77,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool, out: Tensor)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool, out: Tensor) -> None:
     """See runtime.engine.kernels.norm.add_rms_norm. `residual` must be contiguous."""
     if not residual.is_contiguous():
-        raise ValueError(f"add_rms_norm: residual of shape {tuple(residual.shape)} must be contiguous, strides are {residual.stride()}")
+        raise ValueError(
+            f"add_rms_norm: residual of shape {tuple(residual.shape)} must be contiguous, strides are {residual.stride()}"
+        )
     _launch(x, residual, weight, eps, plus_one, out)

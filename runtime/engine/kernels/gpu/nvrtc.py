@@ -40,7 +40,9 @@ class Module:
     driver: Any
     functions: dict[str, Any]
 
-    def launch(self, name: str, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure) -> None:
+    def launch(
+        self, name: str, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure
+    ) -> None:
         """Put the kernel on torch's current stream. `arguments` is copied."""
         driver = self.driver
         config = driver.CUlaunchConfig()
@@ -54,7 +56,9 @@ class Module:
         config.attrs = [attribute]
         config.numAttrs = 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _checked(f"launch of {name}", driver.cuLaunchKernelEx(config, self.functions[name], ctypes.addressof(pointers), 0))
+        _checked(
+            f"launch of {name}", driver.cuLaunchKernelEx(config, self.functions[name], ctypes.addressof(pointers), 0)
+        )
 
 
 @functools.cache
@@ -64,7 +68,11 @@ def module(source: str, names: tuple[str, ...], device: torch.device, defines: t
         return None
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
-        _LOG.warning("%s: needs a GPU of compute capability 9.0 or later, this one has %d.%d; Triton serves instead", source, *capability)
+        _LOG.warning(
+            "%s: needs a GPU of compute capability 9.0 or later, this one has %d.%d; Triton serves instead",
+            source,
+            *capability,
+        )
         return None
     try:
         from cuda.bindings import driver
@@ -72,7 +80,10 @@ def module(source: str, names: tuple[str, ...], device: torch.device, defines: t
         image = cubin(source, architecture(device), defines)
         torch.zeros(1, device=device)  # the device's context is current from here on
         held = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
-        functions = {name: _checked(f"cuModuleGetFunction {name}", driver.cuModuleGetFunction(held, name.encode())) for name in names}
+        functions = {
+            name: _checked(f"cuModuleGetFunction {name}", driver.cuModuleGetFunction(held, name.encode()))
+            for name in names
+        }
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         for function in functions.values():
             _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, limit, SHARED_BYTES))
@@ -117,7 +128,11 @@ def compile_source(name: str, text: bytes, architecture: str, defines: tuple[str
     from cuda.bindings import nvrtc
 
     program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))
-    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", *(f"--define-macro={define}".encode() for define in defines)]
+    options = [
+        f"--gpu-architecture={architecture}".encode(),
+        b"--std=c++17",
+        *(f"--define-macro={define}".encode() for define in defines),
+    ]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     if int(status) != 0:
         log = b" " * _checked("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))

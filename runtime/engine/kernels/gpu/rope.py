@@ -25,10 +25,32 @@ def _head_norm(x, partner, weight_ptr, dims, partners, mask, eps, HEAD_DIM: tl.c
 
 @triton.jit
 def _rope_kernel(
-    q_out_ptr, qkv_ptr, cos_ptr, sin_ptr, slots_ptr, k_plane_ptr, v_plane_ptr, q_norm_ptr, k_norm_ptr, k_scale_ptr, v_scale_ptr,
-    qkv_stride, cos_stride, freq_stride, norm_eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_out_ptr,
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    slots_ptr,
+    k_plane_ptr,
+    v_plane_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    qkv_stride,
+    cos_stride,
+    freq_stride,
+    norm_eps,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
@@ -95,8 +117,23 @@ def _rope_kernel(
 
 @triton.jit
 def _write_kernel(
-    k_ptr, v_ptr, slots_ptr, k_plane_ptr, v_plane_ptr, k_scale_ptr, v_scale_ptr, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    k_plane_ptr,
+    v_plane_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
@@ -117,31 +154,76 @@ def _write_kernel(
 
 
 def rope_and_cache(
-    q_out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_plane: Tensor, v_plane: Tensor, num_q_heads: int, num_kv_heads: int,
-    head_dim: int, rotary_dim: int, interleaved: bool, q_norm: Tensor | None, k_norm: Tensor | None, norm_eps: float, norm_plus_one: bool,
-    k_scale: Tensor | None, v_scale: Tensor | None,
+    q_out: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
+    norm_plus_one: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     """See runtime.engine.kernels.rope.rope_and_cache."""
     num_tokens = qkv.shape[0]
     if num_tokens == 0:
         return
     if cos.stride() != sin.stride() or not q_out.is_contiguous():
-        raise ValueError(f"rope_and_cache: cos and sin must be laid out alike, {cos.stride()} and {sin.stride()}, and q_out contiguous")
+        raise ValueError(
+            f"rope_and_cache: cos and sin must be laid out alike, {cos.stride()} and {sin.stride()}, and q_out contiguous"
+        )
     block_h = 4 if num_tokens <= 256 else 8
     grid = (num_tokens, triton.cdiv(num_q_heads, block_h) + 2 * triton.cdiv(num_kv_heads, block_h))
     _rope_kernel[grid](
-        q_out, qkv, cos, sin, slots, k_plane, v_plane, q_norm if q_norm is not None else qkv, k_norm if k_norm is not None else qkv,
-        k_scale if k_scale is not None else qkv, v_scale if v_scale is not None else qkv,
-        qkv.stride(0), cos.stride(0), cos.stride(1), norm_eps,
-        Q_HEADS=num_q_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim, INTERLEAVED=interleaved,
-        NORM=q_norm is not None, PLUS_ONE=norm_plus_one, SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1,
-        BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(head_dim), PDL=pdl.overlaps(qkv), num_warps=1 if block_h * head_dim <= 512 else 2,
+        q_out,
+        qkv,
+        cos,
+        sin,
+        slots,
+        k_plane,
+        v_plane,
+        q_norm if q_norm is not None else qkv,
+        k_norm if k_norm is not None else qkv,
+        k_scale if k_scale is not None else qkv,
+        v_scale if v_scale is not None else qkv,
+        qkv.stride(0),
+        cos.stride(0),
+        cos.stride(1),
+        norm_eps,
+        Q_HEADS=num_q_heads,
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        INTERLEAVED=interleaved,
+        NORM=q_norm is not None,
+        PLUS_ONE=norm_plus_one,
+        SCALED=k_scale is not None,
+        PER_HEAD=k_scale is not None and k_scale.numel() > 1,
+        BLOCK_H=block_h,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        PDL=pdl.overlaps(qkv),
+        num_warps=1 if block_h * head_dim <= 512 else 2,
         **pdl.options(qkv),
     )
 
 
 def write_kv(
-    k: Tensor, v: Tensor, slots: Tensor, k_plane: Tensor, v_plane: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_plane: Tensor,
+    v_plane: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     """See runtime.engine.kernels.rope.write_kv."""
     num_tokens, num_heads, head_dim = k.shape
@@ -149,8 +231,22 @@ def write_kv(
         return
     block_h = min(8, triton.next_power_of_2(num_heads))
     _write_kernel[(num_tokens, triton.cdiv(num_heads, block_h))](
-        k, v, slots, k_plane, v_plane, k_scale if k_scale is not None else k, v_scale if v_scale is not None else v,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        KV_HEADS=num_heads, HEAD_DIM=head_dim, SCALED=k_scale is not None, PER_HEAD=k_scale is not None and k_scale.numel() > 1,
-        BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=2,
+        k,
+        v,
+        slots,
+        k_plane,
+        v_plane,
+        k_scale if k_scale is not None else k,
+        v_scale if v_scale is not None else v,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        KV_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        SCALED=k_scale is not None,
+        PER_HEAD=k_scale is not None and k_scale.numel() > 1,
+        BLOCK_H=block_h,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=2,
     )

@@ -63,8 +63,8 @@ def _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK: tl.constexpr):
 @triton.jit
 def _top_k_bound(row_ptr, vocab, temperature, k, best_key, BLOCK: tl.constexpr):
     """Halves until one score lies between: then it is the k-th."""
-    low = tl.full((), -2147483648, tl.int64)      # enough scores from here on
-    high = best_key + 1                           # too few
+    low = tl.full((), -2147483648, tl.int64)  # enough scores from here on
+    high = best_key + 1  # too few
     from_low = vocab + 0 * k
     from_high = 0 * k
     while (high - low > 1) & (from_low - from_high > 1):
@@ -83,8 +83,8 @@ def _top_p_bound(row_ptr, vocab, temperature, p, best, best_key, bound, BLOCK: t
     """Halves until one score lies between: then it is the last one kept."""
     mass, above_low = _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK)
     enough = p * mass
-    low = bound - 1                               # what lies above has `enough` or more
-    high = best_key                               # what lies above has less
+    low = bound - 1  # what lies above has `enough` or more
+    high = best_key  # what lies above has less
     above_high = above_low * 0
     while (high - low > 1) & (above_low - above_high > 1):
         middle = (low + high) >> 1
@@ -121,8 +121,18 @@ def _typical_bound(row_ptr, vocab, temperature, typical, best, bound, log_mass, 
 
 @triton.jit(do_not_specialize=["logits_stride", "rules_stride"])
 def _draw_kernel(
-    logits_ptr, source_ptr, target_ptr, slots_ptr, positions_ptr, rules_ptr, drawn_ptr, logits_stride, rules_stride, vocab,
-    SORTS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr,
+    source_ptr,
+    target_ptr,
+    slots_ptr,
+    positions_ptr,
+    rules_ptr,
+    drawn_ptr,
+    logits_stride,
+    rules_stride,
+    vocab,
+    SORTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0)
     row_ptr = logits_ptr + tl.load(source_ptr + i) * logits_stride
@@ -181,9 +191,27 @@ def _draw_kernel(
 
 
 def draw(
-    logits: Tensor, source: Tensor, target: Tensor, row_slots: Tensor, positions: Tensor, rules: Tensor, drawn: Tensor, sorts: bool
+    logits: Tensor,
+    source: Tensor,
+    target: Tensor,
+    row_slots: Tensor,
+    positions: Tensor,
+    rules: Tensor,
+    drawn: Tensor,
+    sorts: bool,
 ) -> None:
     _draw_kernel[(source.shape[0],)](
-        logits, source, target, row_slots, positions, rules, drawn, logits.stride(0), rules.stride(0), logits.shape[1],
-        SORTS=sorts, BLOCK=_BLOCK, num_warps=16,
+        logits,
+        source,
+        target,
+        row_slots,
+        positions,
+        rules,
+        drawn,
+        logits.stride(0),
+        rules.stride(0),
+        logits.shape[1],
+        SORTS=sorts,
+        BLOCK=_BLOCK,
+        num_warps=16,
     )

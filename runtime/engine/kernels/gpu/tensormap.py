@@ -8,7 +8,11 @@ TENSOR_MAP_BYTES = 128
 _ALIGNMENT = 64
 
 Element = Literal["byte", "16-bit", "float32"]
-_ELEMENTS: dict[Element, tuple[int, int]] = {"byte": (0, 1), "16-bit": (1, 2), "float32": (7, 4)}  # the driver's number of the type, bytes
+_ELEMENTS: dict[Element, tuple[int, int]] = {
+    "byte": (0, 1),
+    "16-bit": (1, 2),
+    "float32": (7, 4),
+}  # the driver's number of the type, bytes
 _SWIZZLES = {False: 0, True: 3}  # none, 128 bytes
 _PROMOTE_TO_256_BYTES = 3
 
@@ -24,7 +28,12 @@ def _driver() -> Any:
 
 @functools.lru_cache(maxsize=1 << 14)
 def tensor_map(
-    address: int, element: Element, shape: tuple[int, ...], pitches_bytes: tuple[int, ...], box: tuple[int, ...], swizzled: bool
+    address: int,
+    element: Element,
+    shape: tuple[int, ...],
+    pitches_bytes: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzled: bool,
 ) -> bytes:
     """Of an array of `shape`, the dense dimension first, the others' steps `pitches_bytes` apart: boxes of `box` are copied, zeros from beyond the edges.
 
@@ -36,10 +45,21 @@ def tensor_map(
     at = -(-ctypes.addressof(memory) // _ALIGNMENT) * _ALIGNMENT
     rank = len(shape)
     status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), ctypes.c_int(kind), ctypes.c_uint32(rank), ctypes.c_void_p(address), (ctypes.c_uint64 * rank)(*shape),
-        (ctypes.c_uint64 * (rank - 1))(*pitches_bytes), (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*(1,) * rank),
-        ctypes.c_int(0), ctypes.c_int(_SWIZZLES[swizzled]), ctypes.c_int(_PROMOTE_TO_256_BYTES), ctypes.c_int(0),
+        ctypes.c_void_p(at),
+        ctypes.c_int(kind),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*shape),
+        (ctypes.c_uint64 * (rank - 1))(*pitches_bytes),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*(1,) * rank),
+        ctypes.c_int(0),
+        ctypes.c_int(_SWIZZLES[swizzled]),
+        ctypes.c_int(_PROMOTE_TO_256_BYTES),
+        ctypes.c_int(0),
     )
     if status != 0:
-        raise TensorMapError(f"tensor map of {shape} of {element_bytes} bytes, {pitches_bytes} apart, boxes of {box}: error {status}")
+        raise TensorMapError(
+            f"tensor map of {shape} of {element_bytes} bytes, {pitches_bytes} apart, boxes of {box}: error {status}"
+        )
     return ctypes.string_at(at, TENSOR_MAP_BYTES)

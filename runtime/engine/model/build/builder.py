@@ -61,8 +61,15 @@ class Blueprint:
 
 
 def draw(
-    model_id: str, checkpoint: Checkpoint, max_model_len: int | None, prover: EquivalenceChecker, *, num_threads: int, min_group_bytes: int,
-    layout_4bit: Layout4Bit = "bitsandbytes", host_order: OneDnnLayout | None = None,
+    model_id: str,
+    checkpoint: Checkpoint,
+    max_model_len: int | None,
+    prover: EquivalenceChecker,
+    *,
+    num_threads: int,
+    min_group_bytes: int,
+    layout_4bit: Layout4Bit = "bitsandbytes",
+    host_order: OneDnnLayout | None = None,
 ) -> Blueprint:
     """Read configuration and headers, decide how the model runs and where its tensors go. Raises LoadFailed naming the model and the cause.
 
@@ -74,11 +81,18 @@ def draw(
     except LoadFailed as error:
         raise LoadFailed(f"model {model_id}: {error.message}") from error
     except Exception as error:
-        raise LoadFailed(f"model {model_id}: {card.architecture} can't be built: {type(error).__name__}: {error}") from error
+        raise LoadFailed(
+            f"model {model_id}: {card.architecture} can't be built: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _draw(
-    card: ModelConfig, checkpoint: Checkpoint, prover: EquivalenceChecker, num_threads: int, min_group_bytes: int, layout_4bit: Layout4Bit,
+    card: ModelConfig,
+    checkpoint: Checkpoint,
+    prover: EquivalenceChecker,
+    num_threads: int,
+    min_group_bytes: int,
+    layout_4bit: Layout4Bit,
     host_order: OneDnnLayout | None,
 ) -> Blueprint:
     files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
@@ -123,7 +137,12 @@ def _draw(
 
 
 def assemble(
-    blueprint: Blueprint, weights: Tensor, kv_memory: Tensor, kv: KvGeometry, kv_dtype: torch.dtype, arrival: WeightReadiness
+    blueprint: Blueprint,
+    weights: Tensor,
+    kv_memory: Tensor,
+    kv: KvGeometry,
+    kv_dtype: torch.dtype,
+    arrival: WeightReadiness,
 ) -> BuiltModel:
     """A runnable model over `weights` and `kv_memory` (uint8 on the engine's device, at addresses that stay). No byte of either is read."""
     card = blueprint.card
@@ -138,7 +157,9 @@ def assemble(
         aliases = tied_names(blueprint.skeleton)
         views |= {alias: views[owner] for alias, owner in aliases.items()}
         tables = rotary_tables(blueprint.skeleton.get_submodule(blueprint.spec.rotary), device)
-        forward = FusedStack(blueprint.spec, views, tables, blueprint.quantization, arrival, blueprint.layout.layer_groups)
+        forward = FusedStack(
+            blueprint.spec, views, tables, blueprint.quantization, arrival, blueprint.layout.layer_groups
+        )
     else:
         bind(blueprint.skeleton, views, blueprint.quantization)
         forward = UnfusedForward(blueprint.skeleton, arrival, len(blueprint.layout.group_ends) - 1)
@@ -179,7 +200,8 @@ def facts_of(blueprint: Blueprint, kv: KvGeometry) -> ModelFacts:
 def image_views(image: Tensor, placed: Sequence[Placed]) -> dict[str, Tensor]:
     """Tensors over an image, by name."""
     return {
-        tensor.name: image[tensor.offset : tensor.offset + tensor.size_bytes].view(tensor.dtype).view(tensor.shape) for tensor in placed
+        tensor.name: image[tensor.offset : tensor.offset + tensor.size_bytes].view(tensor.dtype).view(tensor.shape)
+        for tensor in placed
     }
 
 

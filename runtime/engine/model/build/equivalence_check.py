@@ -27,11 +27,16 @@ from runtime.engine.model.run.step import CausalForward
 from runtime.engine.model.run.unfused import UnfusedForward
 from runtime.types import Quantization
 
-_TOLERANCE = 3e-5          # of the largest logit; float32 noise through a few layers is ten times smaller
+_TOLERANCE = 3e-5  # of the largest logit; float32 noise through a few layers is ten times smaller
 _MAX_PARAMETERS = 1 << 29  # of what is tried: 2 GiB in float32, and as much again for its twin
 _BLOCK_TOKENS = 16
-_LENGTHS = (27, 10)        # tokens of two rows; more than a page, more than a miniature's window
-_STEPS = (((0, 0, 13), (1, 0, 9)), ((0, 13, 12),), ((1, 9, 1), (0, 25, 1)), ((0, 26, 1),))   # (row, first, count): chunks, then decode
+_LENGTHS = (27, 10)  # tokens of two rows; more than a page, more than a miniature's window
+_STEPS = (
+    ((0, 0, 13), (1, 0, 9)),
+    ((0, 13, 12),),
+    ((1, 9, 1), (0, 25, 1)),
+    ((0, 26, 1),),
+)  # (row, first, count): chunks, then decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,15 @@ class EquivalenceChecker:
                 try:
                     return self._remembered(model_class, reduce(config))
                 except Exception as error:  # a configuration that can't be made small says nothing about the model
-                    causes.append(f"{type(error).__name__}: {error}" if not isinstance(error, _UntestableError) else str(error))
-            return Verdict(False, False, True, f"it can't be tried, neither as a miniature ({causes[0]}) nor as a few layers of it ({causes[1]})")
+                    causes.append(
+                        f"{type(error).__name__}: {error}" if not isinstance(error, _UntestableError) else str(error)
+                    )
+            return Verdict(
+                False,
+                False,
+                True,
+                f"it can't be tried, neither as a miniature ({causes[0]}) nor as a few layers of it ({causes[1]})",
+            )
 
     def _remembered(self, model_class: Any, small: Any) -> Verdict:
         key = f"{model_class.__name__} {json.dumps(small.to_dict(), sort_keys=True, default=str)}"
@@ -75,10 +87,15 @@ class EquivalenceChecker:
 
     def _try(self, model_class: Any, config: Any) -> Verdict:
         """Raises _UntestableError, and whatever a class raises that can't be made."""
-        num_parameters = sum(parameter.numel() for parameter in build_skeleton(model_class, config, "eager").parameters())
+        num_parameters = sum(
+            parameter.numel() for parameter in build_skeleton(model_class, config, "eager").parameters()
+        )
         if num_parameters > _MAX_PARAMETERS:
             raise _UntestableError(f"{num_parameters} parameters are more than {_MAX_PARAMETERS}")
-        ids = [torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)) for length in _LENGTHS]
+        ids = [
+            torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+            for length in _LENGTHS
+        ]
         oracle = random_model(model_class, config, "eager")
         fix_frequencies(oracle, 1)
         expected = [oracle(input_ids=row[None], use_cache=False).logits[0] for row in ids]
@@ -90,7 +107,9 @@ class EquivalenceChecker:
                     spec = match_stack(oracle, interleaved)
                     worst = _difference(fused_from_module(oracle, spec), oracle, ids, expected)
                 except Exception as error:
-                    reasons.append(str(error) if isinstance(error, NoMatchError) else f"{type(error).__name__}: {error}")
+                    reasons.append(
+                        str(error) if isinstance(error, NoMatchError) else f"{type(error).__name__}: {error}"
+                    )
                     break
                 if worst <= _TOLERANCE * scale:
                     return Verdict(True, interleaved, False, "")
@@ -105,7 +124,12 @@ class EquivalenceChecker:
         except Exception as error:
             return Verdict(False, False, True, f"its code does not run behind the attention hook: {error}")
         if worst > _TOLERANCE * scale:
-            return Verdict(False, False, True, f"its code needs more than the attention hook carries: a miniature differs by {worst:.1e}")
+            return Verdict(
+                False,
+                False,
+                True,
+                f"its code needs more than the attention hook carries: a miniature differs by {worst:.1e}",
+            )
         return Verdict(False, False, False, reasons[0])
 
 
@@ -115,7 +139,14 @@ def fused_from_module(model: nn.Module, spec: StackSpec) -> FusedStack:
     for join in spec.joins(set(views)):
         views[join.name] = torch.cat([views[name] for name in join.members])
     rotary = model.get_submodule(spec.rotary)
-    return FusedStack(spec, views, rotary_tables(rotary, torch.device("cpu")), Quantization.NONE, AlwaysReady(), [0] * (len(spec.layers) + 2))
+    return FusedStack(
+        spec,
+        views,
+        rotary_tables(rotary, torch.device("cpu")),
+        Quantization.NONE,
+        AlwaysReady(),
+        [0] * (len(spec.layers) + 2),
+    )
 
 
 def _difference(forward: CausalForward, model: nn.Module, ids: list[Tensor], expected: list[Tensor]) -> float:
@@ -133,4 +164,3 @@ def _difference(forward: CausalForward, model: nn.Module, ids: list[Tensor], exp
         difference = (logits - wanted).abs().max()
         worst = max(worst, float(difference.nan_to_num(float("inf"))))
     return worst
-

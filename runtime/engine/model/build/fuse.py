@@ -37,7 +37,9 @@ def match_stack(model: nn.Module, interleaved: bool) -> StackSpec:
     _only(body, {"embed_tokens", "layers", "norm", "rotary_emb"})
     config = model.config
     norm = _child(body, "norm")
-    matched = tuple(_match_layer(layer, f"{prefix}.layers.{i}", i, body, config, interleaved) for i, layer in enumerate(layers))
+    matched = tuple(
+        _match_layer(layer, f"{prefix}.layers.{i}", i, body, config, interleaved) for i, layer in enumerate(layers)
+    )
     name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if name not in _ACTIVATIONS:
         raise NoMatchError(f"activation {name} has no fused form")
@@ -51,7 +53,8 @@ def match_stack(model: nn.Module, interleaved: bool) -> StackSpec:
         activation=_ACTIVATIONS[name],
         norm_eps=_eps(norm),
         norm_plus_one=_is_plus_one(norm),
-        embed_scale=float(getattr(embed, "scalar_embed_scale", 1.0)) * float(getattr(body, "embedding_multiplier", 1.0)),
+        embed_scale=float(getattr(embed, "scalar_embed_scale", 1.0))
+        * float(getattr(body, "embedding_multiplier", 1.0)),
         residual_scale=float(getattr(layers[0], "residual_multiplier", 1.0)),
         logits_divisor=float(getattr(config, "logits_scaling", 1.0) or 1.0),
         logits_softcap=float(getattr(config, "final_logit_softcapping", 0.0) or 0.0),
@@ -61,11 +64,22 @@ def match_stack(model: nn.Module, interleaved: bool) -> StackSpec:
 def _match_layer(layer: nn.Module, path: str, index: int, body: nn.Module, config: Any, interleaved: bool) -> LayerSpec:
     attention: Any = _child(layer, "self_attn")
     mlp = _child(layer, "mlp")
-    norms = [name for name, child in layer.named_children() if list(child.parameters()) and name not in ("self_attn", "mlp")]
+    norms = [
+        name for name, child in layer.named_children() if list(child.parameters()) and name not in ("self_attn", "mlp")
+    ]
     if set(norms) == {"input_layernorm", "post_attention_layernorm"}:
         mlp_norm, after_attention, after_mlp = "post_attention_layernorm", None, None
-    elif set(norms) == {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}:
-        mlp_norm, after_attention, after_mlp = "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
+    elif set(norms) == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    }:
+        mlp_norm, after_attention, after_mlp = (
+            "pre_feedforward_layernorm",
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+        )
     else:
         raise NoMatchError(f"layer {index} has the norms {', '.join(norms) or 'none'}")
     _only(layer, {"self_attn", "mlp", *norms})
@@ -89,11 +103,15 @@ def _match_layer(layer: nn.Module, path: str, index: int, body: nn.Module, confi
     rows = sum(_linear(attention, name).out_features for name in split)
     num_kv_heads, odd = divmod(rows // head_dim - num_q_heads, 2)
     if rest or odd or rows % head_dim or num_kv_heads < 1 or num_q_heads % num_kv_heads:
-        raise NoMatchError(f"layer {index} has heads of {head_dim} in a QKV of {rows} rows and an output of {out.in_features}")
+        raise NoMatchError(
+            f"layer {index} has heads of {head_dim} in a QKV of {rows} rows and an output of {out.in_features}"
+        )
     norm_eps, plus_one = 0.0, False
     if head_norms:
         q_norm = _child(attention, "q_norm")
-        if head_norms != {"q_norm", "k_norm"} or any(tuple(p.shape) != (head_dim,) for n in head_norms for p in _child(attention, n).parameters()):
+        if head_norms != {"q_norm", "k_norm"} or any(
+            tuple(p.shape) != (head_dim,) for n in head_norms for p in _child(attention, n).parameters()
+        ):
             raise NoMatchError(f"layer {index} normalises queries and keys, but not head by head")
         norm_eps, plus_one = _eps(q_norm), _is_plus_one(q_norm)
     rope_key = _rope_key(body, config, index)
@@ -108,7 +126,8 @@ def _match_layer(layer: nn.Module, path: str, index: int, body: nn.Module, confi
             softcap=float(getattr(attention, "attn_logit_softcapping", 0.0) or 0.0),
         ),
         rope=RopeSpec(
-            rotary_dim=2 * int(getattr(_child(body, "rotary_emb"), f"{rope_key}_inv_freq" if rope_key else "inv_freq").shape[0]),
+            rotary_dim=2
+            * int(getattr(_child(body, "rotary_emb"), f"{rope_key}_inv_freq" if rope_key else "inv_freq").shape[0]),
             interleaved=interleaved,
             norm_eps=norm_eps,
             norm_plus_one=plus_one,

@@ -10,7 +10,9 @@ import torch
 from runtime.engine.model.run.step import KvPlanes, StepContext
 
 
-def trial_planes(num_layers: int, token_stride: int, block_tokens: int, num_blocks: int, dtype: torch.dtype) -> list[KvPlanes]:
+def trial_planes(
+    num_layers: int, token_stride: int, block_tokens: int, num_blocks: int, dtype: torch.dtype
+) -> list[KvPlanes]:
     """CPU planes of `num_blocks` blocks whose page ids are 0, 1, …"""
     unit = block_tokens * token_stride
     planes = torch.zeros(num_layers, 2, num_blocks * unit, dtype=dtype)
@@ -21,7 +23,13 @@ class KvFixture:
     """Rows that grow by steps. `pages`: free page ids, taken from the front."""
 
     def __init__(
-        self, planes: Sequence[KvPlanes], token_stride: int, block_tokens: int, pages: Sequence[int], max_rows: int, max_blocks: int,
+        self,
+        planes: Sequence[KvPlanes],
+        token_stride: int,
+        block_tokens: int,
+        pages: Sequence[int],
+        max_rows: int,
+        max_blocks: int,
         device: torch.device,
     ) -> None:
         self._planes = planes

@@ -35,12 +35,12 @@ _LOG = logging.getLogger(__name__)
 
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
-_FEW_TOKENS = 32                         # more go through a library's products, which idle turns see to: those are ready, not compiled
-_SLACK_BYTES = 2 << 20                   # after the weights, as after a model's own
+_FEW_TOKENS = 32  # more go through a library's products, which idle turns see to: those are ready, not compiled
+_SLACK_BYTES = 2 << 20  # after the weights, as after a model's own
 _LONGEST_WAIT_S = 60.0
 _VOCAB = 131_072
 _FACTS = ModelFacts("", "", "rehearsal", "", Quantization.NONE, 0, 0, _MOST_CONTEXT, _VOCAB, 0)
-_PROMPT_TOKENS = 12                      # within one KV block of any size
+_PROMPT_TOKENS = 12  # within one KV block of any size
 _GREEDY = SamplingParams(temperature=0.0)
 _SAMPLED = (SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0, top_p=0.9, seed=1))
 
@@ -80,7 +80,9 @@ class WarmupStage:
             self._known.add(key)
         twin = partial(_twin, blueprint, kv, kv_dtype, slab_bytes, _shared_zeros(self.device))
         facts = facts_of(blueprint, kv)
-        return self._begin([partial(_model_steps, twin, facts, self.device, self.config, decode) for decode in (False, True)])
+        return self._begin(
+            [partial(_model_steps, twin, facts, self.device, self.config, decode) for decode in (False, True)]
+        )
 
     def _begin(self, parts: Sequence[Part]) -> "Warmup":
         rehearsal = Warmup(parts, self.device)
@@ -129,12 +131,12 @@ class Warmup:
                 if self._device.type == "cuda":
                     torch.cuda.current_stream(self._device).synchronize()
             _LOG.info("rehearsed in %.2f s, what a first request needs in %.2f s", time.monotonic() - begun_s, ready_s)
-        except Exception as error:       # the first request will meet it again, and say so to those whom it concerns
+        except Exception as error:  # the first request will meet it again, and say so to those whom it concerns
             _LOG.warning("a rehearsal ended early: %s: %s", type(error).__name__, error)
         finally:
             ready.set()
             if self._device.type == "cuda":
-                with suppress(RuntimeError):         # not while the engine captures a graph
+                with suppress(RuntimeError):  # not while the engine captures a graph
                     torch.cuda.empty_cache()
 
     def _own_stream(self) -> AbstractContextManager[object]:
@@ -165,7 +167,9 @@ def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> It
         runner.close()
 
 
-def _model_steps(twin: Callable[[], BuiltModel], facts: ModelFacts, device: torch.device, config: EngineConfig, decode: bool) -> Iterator[bool]:
+def _model_steps(
+    twin: Callable[[], BuiltModel], facts: ModelFacts, device: torch.device, config: EngineConfig, decode: bool
+) -> Iterator[bool]:
     """Runs a step before each value; true once what a first request needs has run. Prompts and what follows them are parts of their own."""
     state = _state(device, config)
     runner = ModelRunner(twin(), facts, config, state)
@@ -191,13 +195,17 @@ class _Zeros:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext
+    ) -> torch.Tensor:
         return torch.zeros((logits_at.numel(), _VOCAB), dtype=self._dtype, device=input_ids.device)
 
 
 def _nothing_but_logits(dtype: torch.dtype, device: torch.device) -> BuiltModel:
     plane = torch.zeros(0, dtype=dtype, device=device)
-    return BuiltModel(_Zeros(dtype), [KvPlanes(plane, plane, 1)], 16, _VOCAB, _MOST_CONTEXT, device, dtype, dtype, (), "rehearsal", 1)
+    return BuiltModel(
+        _Zeros(dtype), [KvPlanes(plane, plane, 1)], 16, _VOCAB, _MOST_CONTEXT, device, dtype, dtype, (), "rehearsal", 1
+    )
 
 
 def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
@@ -226,7 +234,11 @@ def _shared_zeros(device: torch.device) -> Callable[[int], torch.Tensor]:
 
 
 def _twin(
-    blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int, shared_zeros: Callable[[int], torch.Tensor]
+    blueprint: Blueprint,
+    kv: KvGeometry,
+    kv_dtype: torch.dtype,
+    slab_bytes: int,
+    shared_zeros: Callable[[int], torch.Tensor],
 ) -> BuiltModel:
     """The model with few layers, all of whose weights are the same zeros."""
     assert blueprint.spec is not None
@@ -264,8 +276,14 @@ def _kinds(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
 def _used(blueprint: Blueprint, spec: StackSpec) -> list[Placed]:
     """The tensors of the layers that are kept, and of what surrounds them."""
     assert blueprint.spec is not None
-    dropped = tuple(layer.input_norm.rpartition(".")[0] + "." for layer in blueprint.spec.layers if layer not in spec.layers)
-    return [tensor for tensor in (*blueprint.layout.tensors, *blueprint.layout.joined) if not tensor.name.startswith(dropped)]
+    dropped = tuple(
+        layer.input_norm.rpartition(".")[0] + "." for layer in blueprint.spec.layers if layer not in spec.layers
+    )
+    return [
+        tensor
+        for tensor in (*blueprint.layout.tensors, *blueprint.layout.joined)
+        if not tensor.name.startswith(dropped)
+    ]
 
 
 def _key(blueprint: Blueprint, kv_dtype: torch.dtype) -> object:

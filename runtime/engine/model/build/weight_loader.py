@@ -39,10 +39,15 @@ class WeightFiller:
     """One model's way from files to an image. Implements Filler. `ordered`, by name, wants an image in one piece."""
 
     def __init__(
-        self, layout: WeightLayout, resolution: Resolution, model: Any, num_threads: int, ordered: Mapping[str, OneDnnMatrix]
+        self,
+        layout: WeightLayout,
+        resolution: Resolution,
+        model: Any,
+        num_threads: int,
+        ordered: Mapping[str, OneDnnMatrix],
     ) -> None:
         self.group_ends = layout.group_ends
-        self._model = model            # converters ask it for its configuration
+        self._model = model  # converters ask it for its configuration
         self._num_threads = num_threads
         placed = {tensor.name: tensor for tensor in layout.tensors}
         self._placed = placed
@@ -85,7 +90,9 @@ class WeightFiller:
         end = tensor.offset + tensor.size_bytes
         return next(index for index, limit in enumerate(self.group_ends) if end <= limit)
 
-    def _arrange(self, matrices: "list[tuple[Placed, OneDnnMatrix]]", image: WeightBuffer, cancelled: threading.Event) -> None:
+    def _arrange(
+        self, matrices: "list[tuple[Placed, OneDnnMatrix]]", image: WeightBuffer, cancelled: threading.Event
+    ) -> None:
         for placed, matrix in matrices:
             _go_on(cancelled)
             [memory] = image.pieces(placed.offset, placed.size_bytes)
@@ -103,7 +110,9 @@ class WeightFiller:
         for pattern, stored in work.sources:
             converter.add_tensor(work.first_target, stored.name, pattern, _Lazy(stored, files))
         try:
-            made: Mapping[str, Tensor | list[Tensor]] = converter.convert(work.first_target, model=self._model, config=self._model.config)
+            made: Mapping[str, Tensor | list[Tensor]] = converter.convert(
+                work.first_target, model=self._model, config=self._model.config
+            )
         except LoadFailed:
             raise
         except Exception as error:
@@ -115,7 +124,9 @@ class WeightFiller:
             tensor = value[0] if isinstance(value, list) else value
             placed = self._placed[name]
             if tuple(tensor.shape) != placed.shape:
-                raise LoadFailed(f"tensor {name} has shape {list(tensor.shape)} after conversion, the model wants {list(placed.shape)}")
+                raise LoadFailed(
+                    f"tensor {name} has shape {list(tensor.shape)} after conversion, the model wants {list(placed.shape)}"
+                )
             flat = tensor.to(placed.dtype).contiguous().view(-1).view(torch.uint8)
             start = 0
             for piece in image.pieces(placed.offset, placed.size_bytes):
@@ -143,7 +154,10 @@ class _Lazy:
 
 def _reads(placed: Placed, stored: StoredTensor) -> Sequence[_Read]:
     step = _PIECE_BYTES
-    return [_Read(placed, stored, start, min(start + step, placed.size_bytes)) for start in range(0, placed.size_bytes, step)]
+    return [
+        _Read(placed, stored, start, min(start + step, placed.size_bytes))
+        for start in range(0, placed.size_bytes, step)
+    ]
 
 
 def _read(work: _Read, image: WeightBuffer, files: "_Files") -> None:

@@ -18,14 +18,21 @@ def write_on_host(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, planes:
         # every element starts an (overlapping) row of this view, so that a slot is a row index
         rows = plane.as_strided((plane.numel() - width + 1, width), (1, 1))
         values = x.reshape(-1, width).to(plane.dtype)
-        if plane.element_size() == 1:                                      # FP8 has no index_copy
+        if plane.element_size() == 1:  # FP8 has no index_copy
             rows, values = rows.view(torch.uint8), values.view(torch.uint8)
         rows.index_copy_(0, slots, values)
 
 
 def rope_write_on_host(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, planes: KvPlanes, spec: AttentionSpec, rope: RopeSpec,
-    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None,
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    planes: KvPlanes,
+    spec: AttentionSpec,
+    rope: RopeSpec,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
 ) -> torch.Tensor:
     """kernels.rope's rope_and_cache with few passes over memory: queries and keys turn together. Returns q [T, Hq, D], a view."""
     heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
@@ -34,7 +41,11 @@ def rope_write_on_host(
     if q_norm is not None and k_norm is not None:
         q, k = turning.split((spec.num_q_heads, spec.num_kv_heads), 1)
         turning = torch.cat(
-            (rms_norm(q, q_norm, rope.norm_eps, rope.norm_plus_one), rms_norm(k, k_norm, rope.norm_eps, rope.norm_plus_one)), 1
+            (
+                rms_norm(q, q_norm, rope.norm_eps, rope.norm_plus_one),
+                rms_norm(k, k_norm, rope.norm_eps, rope.norm_plus_one),
+            ),
+            1,
         )
     half = rope.rotary_dim // 2
     c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
@@ -53,7 +64,13 @@ def rope_write_on_host(
 
 
 def attend_on_host(
-    plan: AttentionPlan, planes: KvPlanes, block_tokens: int, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None
+    plan: AttentionPlan,
+    planes: KvPlanes,
+    block_tokens: int,
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
 ) -> None:
     """Attention of `q` [T, Hq, D] into `out` [T, Hq, D]."""
     for tile in plan.tiles(spec.sliding_window, q.dtype):
@@ -62,12 +79,20 @@ def attend_on_host(
         if tile.num_queries == 1 and sinks is None and not spec.softcap:
             # the heads that share keys as queries of one head: torch reads (and in bf16 repacks) the keys once, not once a head
             queries = q[tile.tokens].view(tile.num_rows, spec.num_kv_heads, -1, spec.head_dim)
-            out[tile.tokens] = scaled_dot_product_attention(queries, k, v, attn_mask=tile.bias, scale=spec.scale).flatten(1, 2)
+            out[tile.tokens] = scaled_dot_product_attention(
+                queries, k, v, attn_mask=tile.bias, scale=spec.scale
+            ).flatten(1, 2)
             continue
         queries = q[tile.tokens].view(tile.num_rows, tile.num_queries, spec.num_q_heads, spec.head_dim).transpose(1, 2)
         if sinks is None and not spec.softcap:
             mixed = scaled_dot_product_attention(
-                queries, k, v, attn_mask=tile.bias, is_causal=tile.causal, scale=spec.scale, enable_gqa=spec.num_q_heads != spec.num_kv_heads
+                queries,
+                k,
+                v,
+                attn_mask=tile.bias,
+                is_causal=tile.causal,
+                scale=spec.scale,
+                enable_gqa=spec.num_q_heads != spec.num_kv_heads,
             )
         else:
             mixed = _written_out(tile, spec, queries, k, v, sinks)
@@ -80,12 +105,12 @@ def _keys(
     """The tile's keys (values): [num_rows, Hkv, length, D]."""
     width = spec.num_kv_heads * spec.head_dim
     block = block_tokens * width
-    if tile.page_step == -1 or tile.page_step * page_unit == block:       # neighbours in memory: no copy
+    if tile.page_step == -1 or tile.page_step * page_unit == block:  # neighbours in memory: no copy
         begin = plane.storage_offset() + tile.first_page * page_unit
         seen = plane.as_strided((1, tile.length, spec.num_kv_heads, spec.head_dim), (0, width, spec.head_dim, 1), begin)
     else:
         blocks = plane.as_strided(((plane.numel() - block) // page_unit + 1, block), (page_unit, 1))
-        if plane.element_size() == 1:                                      # FP8 has no index_select
+        if plane.element_size() == 1:  # FP8 has no index_select
             gathered = blocks.view(torch.uint8).index_select(0, tile.pages).view(plane.dtype)
         else:
             # given its result, index_select copies whole blocks; without, it goes element by element over a view like this

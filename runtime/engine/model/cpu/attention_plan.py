@@ -52,11 +52,19 @@ class AttentionPlan:
     """The tiles of one step, for each window and type that its layers ask for."""
 
     def __init__(
-        self, page_table: torch.Tensor, row_slots: torch.Tensor, query_starts: torch.Tensor, context_lens: torch.Tensor, block_tokens: int
+        self,
+        page_table: torch.Tensor,
+        row_slots: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_tokens: int,
     ) -> None:
         starts, contexts, slots = query_starts.tolist(), context_lens.tolist(), row_slots.tolist()
-        rows = [_Row(start, end - start, context, slot) for start, end, context, slot
-                in zip(starts, starts[1:], contexts, slots, strict=False) if end > start]
+        rows = [
+            _Row(start, end - start, context, slot)
+            for start, end, context, slot in zip(starts, starts[1:], contexts, slots, strict=False)
+            if end > start
+        ]
         self._decode = [row for row in rows if row.num_queries == 1]
         self._prefill = [row for row in rows if row.num_queries > 1]
         self._page_table = page_table
@@ -99,20 +107,36 @@ class AttentionPlan:
         slots = torch.tensor([row.slot for row in group])
         firsts = torch.tensor([first for first, _ in seen])
         ends = torch.tensor([end for _, end in seen])
-        columns = torch.minimum(firsts[:, None] + torch.arange(width), ends[:, None] - 1)     # a short row repeats its last page
+        columns = torch.minimum(
+            firsts[:, None] + torch.arange(width), ends[:, None] - 1
+        )  # a short row repeats its last page
         pages = self._page_table[slots[:, None], columns].flatten().long()
         first_token = group[0].first_token
         consecutive = all(row.first_token == first_token + i for i, row in enumerate(group))
-        tokens = slice(first_token, first_token + len(group)) if consecutive else torch.tensor([row.first_token for row in group])
+        tokens = (
+            slice(first_token, first_token + len(group))
+            if consecutive
+            else torch.tensor([row.first_token for row in group])
+        )
         contexts = torch.tensor([row.context for row in group])
-        reach = contexts - firsts * size                       # keys before this column lie in the row
+        reach = contexts - firsts * size  # keys before this column lie in the row
         length = int(reach.max())
         column = torch.arange(length)
         hidden = column >= reach[:, None]
         if window:
             hidden |= column < (reach - window)[:, None]
         bias = _bias(hidden, dtype).view(len(group), 1, 1, length) if bool(hidden.any()) else None
-        return Tile(tokens, len(group), 1, pages, int(pages[0]), _page_step(pages) if len(group) == 1 else 0, length, bias, causal=False)
+        return Tile(
+            tokens,
+            len(group),
+            1,
+            pages,
+            int(pages[0]),
+            _page_step(pages) if len(group) == 1 else 0,
+            length,
+            bias,
+            causal=False,
+        )
 
     def _prefill_tiles(self, row: _Row, window: int, dtype: torch.dtype) -> Iterator[Tile]:
         size = self._block_tokens

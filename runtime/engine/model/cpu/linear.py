@@ -16,9 +16,11 @@ from torch.nn import functional
 from runtime.engine.kernels.scratch import Scratch
 
 _BLOCK = 64
-_PART_ELEMENTS = 1 << 21                 # unpacked at a time: a larger matrix would leave the cache, and be given fresh pages at every call
-_ROWS_OF_INT8 = 8                        # up to here torch's own product over int8 beats unpacking, in bf16: 3 times at one row
-_COLUMNS_OF_INT8 = 32                    # it takes so many at a time and knows no rest: it would read past the end of other matrices
+_PART_ELEMENTS = (
+    1 << 21
+)  # unpacked at a time: a larger matrix would leave the cache, and be given fresh pages at every call
+_ROWS_OF_INT8 = 8  # up to here torch's own product over int8 beats unpacking, in bf16: 3 times at one row
+_COLUMNS_OF_INT8 = 32  # it takes so many at a time and knows no rest: it would read past the end of other matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class CpuLinear4:
         self._weight = weight
         self._absmax = absmax.view(weight.shape[0], -1)
         self._bias = bias
-        self._state = partial(QuantState, code=get_4bit_type(codebook, device="cpu"), blocksize=_BLOCK, quant_type=codebook)
+        self._state = partial(
+            QuantState, code=get_4bit_type(codebook, device="cpu"), blocksize=_BLOCK, quant_type=codebook
+        )
         self._dequantize = dequantize_4bit
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -68,9 +72,16 @@ class CpuLinear8:
         scale = self.scale.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         if x.dtype is torch.bfloat16 and rows.shape[0] <= _ROWS_OF_INT8 and rows.shape[1] % _COLUMNS_OF_INT8 == 0:
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, scale).view(*x.shape[:-1], len(scale))
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, scale).view(
+                *x.shape[:-1], len(scale)
+            )
         else:
-            y = _multiply_unpacked(x, self.weight.shape, lambda first, last, dtype: self.weight[first:last].to(dtype), None) * scale
+            y = (
+                _multiply_unpacked(
+                    x, self.weight.shape, lambda first, last, dtype: self.weight[first:last].to(dtype), None
+                )
+                * scale
+            )
         return y if self.bias is None else y + self.bias
 
 

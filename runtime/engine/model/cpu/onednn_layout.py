@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
-_LARGEST_BYTES = 512 << 20               # a second copy exists while a matrix is put in order
+_LARGEST_BYTES = 512 << 20  # a second copy exists while a matrix is put in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,18 @@ class _Shim:
         self._create = self._library.aoti_torch_create_tensor_from_blob_v2
         longs = ctypes.POINTER(ctypes.c_int64)
         self._create.argtypes = [
-            ctypes.c_void_p, ctypes.c_int64, longs, longs, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32,
-            ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32, ctypes.c_char_p, ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            longs,
+            longs,
+            ctypes.c_int64,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_void_p),
+            ctypes.c_int32,
+            ctypes.c_char_p,
+            ctypes.c_int64,
         ]
         self._create.restype = ctypes.c_int32
         self._layout: int = self._library.aoti_torch_layout__mkldnn()
@@ -119,8 +129,18 @@ class _Shim:
         made = ctypes.c_void_p()
         pair = ctypes.c_int64 * 2
         status = self._create(
-            memory.data_ptr(), 2, pair(*shape), pair(shape[1], 1), 0, self._dtypes[dtype], self._device, 0,
-            ctypes.byref(made), self._layout, metadata, len(metadata),
+            memory.data_ptr(),
+            2,
+            pair(*shape),
+            pair(shape[1], 1),
+            0,
+            self._dtypes[dtype],
+            self._device,
+            0,
+            ctypes.byref(made),
+            self._layout,
+            metadata,
+            len(metadata),
         )
         if status != 0:
             raise RuntimeError(f"torch makes no tensor of oneDNN's over memory: status {status}")

@@ -25,17 +25,31 @@ def register() -> None:
 
 
 def hook(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, *,
-    step: StepContext, scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-    s_aux: torch.Tensor | None = None, **unused: object,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    step: StepContext,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **unused: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     del attention_mask, unused
     head_dim = query.shape[3]
     layer = cast("int", module.layer_idx)
     spec = AttentionSpec(
-        layer, query.shape[1], key.shape[1], head_dim, head_dim**-0.5 if scaling is None else float(scaling),
-        sliding_window or 0, softcap or 0.0,
+        layer,
+        query.shape[1],
+        key.shape[1],
+        head_dim,
+        head_dim**-0.5 if scaling is None else float(scaling),
+        sliding_window or 0,
+        softcap or 0.0,
     )
     write_kv(step, spec, key[0].transpose(0, 1), value[0].transpose(0, 1))
     return attend(step, spec, query[0].transpose(0, 1), sinks=s_aux)[None], None
@@ -51,7 +65,11 @@ def write_kv(step: StepContext, spec: AttentionSpec, k: torch.Tensor, v: torch.T
 
 
 def attend(
-    step: StepContext, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor | None = None, sinks: torch.Tensor | None = None
+    step: StepContext,
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    out: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of `q` [T, Hq, D] over each row's pages → `out` [T, Hq, D]. This step's keys and values are written already."""
     if out is None:
@@ -59,20 +77,43 @@ def attend(
     planes = step.planes[spec.layer]
     if not q.is_cuda:
         if step.host is None:
-            step.host = AttentionPlan(step.page_table, step.row_slots, step.query_starts, step.context_lens, step.block_tokens)
+            step.host = AttentionPlan(
+                step.page_table, step.row_slots, step.query_starts, step.context_lens, step.block_tokens
+            )
         attend_on_host(step.host, planes, step.block_tokens, spec, q, out, sinks)
         return out
     paged_attention(
-        out, q.contiguous(), planes.k, planes.v, planes.page_unit, step.page_table, step.row_slots, step.query_starts, step.context_lens,
-        block_tokens=step.block_tokens, num_kv_heads=spec.num_kv_heads, scale=spec.scale, max_query_len=step.max_query_len,
-        max_context_len=step.max_context_len, sliding_window=spec.sliding_window, softcap=spec.softcap, sinks=sinks, scratch=step.scratch,
+        out,
+        q.contiguous(),
+        planes.k,
+        planes.v,
+        planes.page_unit,
+        step.page_table,
+        step.row_slots,
+        step.query_starts,
+        step.context_lens,
+        block_tokens=step.block_tokens,
+        num_kv_heads=spec.num_kv_heads,
+        scale=spec.scale,
+        max_query_len=step.max_query_len,
+        max_context_len=step.max_context_len,
+        sliding_window=spec.sliding_window,
+        softcap=spec.softcap,
+        sinks=sinks,
+        scratch=step.scratch,
     )
     return out
 
 
 def rope_write(
-    step: StepContext, spec: AttentionSpec, rope: RopeSpec, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
+    step: StepContext,
+    spec: AttentionSpec,
+    rope: RopeSpec,
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Split `qkv` [T, (Hq + 2·Hkv)·D], normalise and rotate the heads, write K and V; returns q [T, Hq, D]. `cos`, `sin`: [T, rotary_dim / 2 or more]."""
     planes = step.planes[spec.layer]
@@ -80,8 +121,21 @@ def rope_write(
         return rope_write_on_host(qkv, cos, sin, step.slots, planes, spec, rope, q_norm, k_norm)
     q = torch.empty((qkv.shape[0], spec.num_q_heads, spec.head_dim), dtype=qkv.dtype, device=qkv.device)
     rope_and_cache(
-        q, qkv, cos, sin, step.slots, planes.k, planes.v, num_q_heads=spec.num_q_heads, num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim, rotary_dim=rope.rotary_dim, interleaved=rope.interleaved, q_norm=q_norm, k_norm=k_norm,
-        norm_eps=rope.norm_eps, norm_plus_one=rope.norm_plus_one,
+        q,
+        qkv,
+        cos,
+        sin,
+        step.slots,
+        planes.k,
+        planes.v,
+        num_q_heads=spec.num_q_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        rotary_dim=rope.rotary_dim,
+        interleaved=rope.interleaved,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        norm_eps=rope.norm_eps,
+        norm_plus_one=rope.norm_plus_one,
     )
     return q

@@ -7,11 +7,11 @@ DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320,
 # A few hundred tokens take as long as the weights take to read, so padding is free there; beyond, a step is at most a third larger than it
 # needs to be. From 1,024 tokens of an 8B model the device takes as long as Python needs to launch the step.
 MIXED_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024)
-MIXED_ROWS = (16, 512)                   # rows cost their logits alone: under a twentieth of such a step
+MIXED_ROWS = (16, 512)  # rows cost their logits alone: under a twentieth of such a step
 # Attention of a decode step divides a row's keys among programs by the longest context that may come.
 CONTEXT_TOKENS = (1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
 
-_ANY_ROWS_TOKENS = 64                    # up to here a token's logits cost nothing that shows
+_ANY_ROWS_TOKENS = 64  # up to here a token's logits cost nothing that shows
 _LIKELY_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -29,7 +29,9 @@ class Bucket(NamedTuple):
         return Bucket(tokens, rows, min(self.max_query_len, tokens), self.max_context_len)
 
 
-def bucket_of(num_tokens: int, num_rows: int, num_samples: int, max_query_len: int, max_context_len: int) -> Bucket | None:
+def bucket_of(
+    num_tokens: int, num_rows: int, num_samples: int, max_query_len: int, max_context_len: int
+) -> Bucket | None:
     """The bucket of a step, None if it is too large for a graph to pay."""
     context = _at_least(CONTEXT_TOKENS, max_context_len)
     if context is None:

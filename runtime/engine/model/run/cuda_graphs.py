@@ -22,10 +22,10 @@ from runtime.engine.model.run.buckets import Bucket
 
 _LOG = logging.getLogger(__name__)
 
-EAGER_USES = 4                           # then a graph is captured at once: it costs two or three eager steps
+EAGER_USES = 4  # then a graph is captured at once: it costs two or three eager steps
 POOL_LIMIT_BYTES = 2 << 30
-_LARGEST_GRAPH_BYTES = 512 << 20         # what more is gone was taken by another thread meanwhile
-UNASKED_SHARE = 0.5                      # of the limit, for graphs that nobody has asked for yet
+_LARGEST_GRAPH_BYTES = 512 << 20  # what more is gone was taken by another thread meanwhile
+UNASKED_SHARE = 0.5  # of the limit, for graphs that nobody has asked for yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class GraphPool:
         self._limit_bytes = limit_bytes
         self._wanted: deque[tuple[ModelGraphs, Bucket]] = deque()
         self._members: list[ModelGraphs] = []
-        self._joining = threading.Lock()                     # models come from loading threads
+        self._joining = threading.Lock()  # models come from loading threads
         self._handle = torch.cuda.graph_pool_handle() if enabled else None
         self._stream = torch.cuda.Stream(device) if enabled else None
         self._anchor: torch.cuda.CUDAGraph | None = None
@@ -108,7 +108,7 @@ class GraphPool:
         before, _ = torch.cuda.mem_get_info()
         pooled_before = torch.cuda.memory_reserved(self._device)
         graph, logits = self._capture(run)
-        after, _ = torch.cuda.mem_get_info()               # with what the driver keeps of a graph
+        after, _ = torch.cuda.mem_get_info()  # with what the driver keeps of a graph
         grown = min(max(0, before - after), _LARGEST_GRAPH_BYTES)
         # the pool keeps its memory when graphs end, and uses it for the next ones
         pooled = min(max(0, torch.cuda.memory_reserved(self._device) - pooled_before), grown)
@@ -125,7 +125,7 @@ class GraphPool:
                 try:
                     made = run()
                 except BaseException:
-                    with suppress(RuntimeError):             # what was captured so far is void; why is what counts
+                    with suppress(RuntimeError):  # what was captured so far is void; why is what counts
                         graph.capture_end()
                     raise
                 graph.capture_end()
@@ -143,9 +143,9 @@ class GraphPool:
         try:
             torch._C._cuda_endAllocateToPool(index, self._handle)
         except RuntimeError:
-            return                                           # it isn't: only the pass failed
+            return  # it isn't: only the pass failed
         torch._C._cuda_releasePool(index, self._handle)
-        self._failed.append(failed)                          # torch's allocator of pinned memory goes on asking it
+        self._failed.append(failed)  # torch's allocator of pinned memory goes on asking it
         self._handle = torch.cuda.graph_pool_handle()
         self._anchor = None
 
@@ -155,7 +155,12 @@ class ModelGraphs:
     bucket's sizes, `ready()` says whether the weights are in, and `likely` are the buckets to capture unasked, in this order."""
 
     def __init__(
-        self, name: str, pool: GraphPool, blank: Callable[[], None], run: Callable[[Bucket], torch.Tensor], ready: Callable[[], bool],
+        self,
+        name: str,
+        pool: GraphPool,
+        blank: Callable[[], None],
+        run: Callable[[Bucket], torch.Tensor],
+        ready: Callable[[], bool],
         likely: Sequence[Bucket] = (),
     ) -> None:
         self._name = name
@@ -201,7 +206,7 @@ class ModelGraphs:
             return False
         mark(self._name)
         done = self._attempt(self._record if self._rehearsed == bucket else self._rehearse, bucket)
-        self._pool.settle()              # a fault that shows later would be put down to another model
+        self._pool.settle()  # a fault that shows later would be put down to another model
         return done
 
     def capture(self, bucket: Bucket) -> bool:
@@ -213,7 +218,7 @@ class ModelGraphs:
         if bucket in self._graphs or self._refused or self._pool.full:
             return False
         if not self._ready():
-            self._uses[bucket] = 0                           # asked for again when the model is back
+            self._uses[bucket] = 0  # asked for again when the model is back
             return False
         return True
 
@@ -261,7 +266,10 @@ class _Alias:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__cuda_array_interface__ = {
-            "shape": (tensor.numel() * tensor.element_size(),), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
         }
 
 

@@ -42,7 +42,14 @@ class DeviceState:
         max_blocks = max_tokens // config.block_tokens + 2 * config.max_rows
         on_gpu = device.type == "cuda"
         return DeviceState(
-            device, config.max_rows, max_tokens, RowState(device, config.max_rows), StepInputs.allocate(device, max_tokens, config.max_rows),
-            torch.zeros(config.max_rows, dtype=torch.int64, device=device), InputRing(device, max_tokens, config.max_rows, max_blocks),
-            ResultRing(device, config.max_rows), GraphPool(device, enabled=on_gpu and config.graphs), Scratch.allocate(device) if on_gpu else None,
+            device,
+            config.max_rows,
+            max_tokens,
+            RowState(device, config.max_rows),
+            StepInputs.allocate(device, max_tokens, config.max_rows),
+            torch.zeros(config.max_rows, dtype=torch.int64, device=device),
+            InputRing(device, max_tokens, config.max_rows, max_blocks),
+            ResultRing(device, config.max_rows),
+            GraphPool(device, enabled=on_gpu and config.graphs),
+            Scratch.allocate(device) if on_gpu else None,
         )

@@ -49,8 +49,13 @@ class FusedStack:
     """
 
     def __init__(
-        self, spec: StackSpec, views: Mapping[str, Tensor], tables: Mapping[str, RotaryTable], quantization: Quantization,
-        arrival: WeightReadiness, layer_groups: Sequence[int],
+        self,
+        spec: StackSpec,
+        views: Mapping[str, Tensor],
+        tables: Mapping[str, RotaryTable],
+        quantization: Quantization,
+        arrival: WeightReadiness,
+        layer_groups: Sequence[int],
     ) -> None:
         self._spec = spec
         self._tables = dict(tables)
@@ -104,7 +109,16 @@ class FusedStack:
             else:
                 hidden, residual = add_rms_norm(branch, residual, layer.input_norm, eps, plus_one)
             cos, sin = turns[layer.spec.rope_key]
-            q = rope_write(step, layer.spec.attention, layer.spec.rope, layer.qkv(hidden, step.scratch), cos, sin, layer.q_norm, layer.k_norm)
+            q = rope_write(
+                step,
+                layer.spec.attention,
+                layer.spec.rope,
+                layer.qkv(hidden, step.scratch),
+                cos,
+                sin,
+                layer.q_norm,
+                layer.k_norm,
+            )
             mixed = attend(step, layer.spec.attention, q).flatten(1)
             if index == len(self._layers) - 1 and not step.each_samples:
                 # nothing after the last attention looks across tokens

@@ -58,13 +58,25 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
     ends = starts + counts
     blocks = plan.new_blocks[:max_blocks] if len(plan.new_blocks) > max_blocks else plan.new_blocks
     shape = StepShape(
-        num_tokens, num_rows, len(sample_at), int(counts.max()), int(ends.max()), sample_at, rows[sample_at],
-        ends[sample_at], firsts,
+        num_tokens,
+        num_rows,
+        len(sample_at),
+        int(counts.max()),
+        int(ends.max()),
+        sample_at,
+        rows[sample_at],
+        ends[sample_at],
+        firsts,
     )
     sections: list[tuple[int, Sequence[int] | npt.NDArray[np.int64]]] = [
-        (layout.AT_SLOT, rows), (layout.AT_START, starts), (layout.AT_FIRST, firsts), (layout.AT_IDS, ids_at),
-        (layout.AT_SAMPLE, firsts[1:][sample_at] - 1), (layout.AT_SAMPLE_ROW, shape.sample_rows),
-        (layout.AT_BLOCKS, np.array(blocks, np.int64).ravel()), (layout.AT_TOKENS, plan.tokens),
+        (layout.AT_SLOT, rows),
+        (layout.AT_START, starts),
+        (layout.AT_FIRST, firsts),
+        (layout.AT_IDS, ids_at),
+        (layout.AT_SAMPLE, firsts[1:][sample_at] - 1),
+        (layout.AT_SAMPLE_ROW, shape.sample_rows),
+        (layout.AT_BLOCKS, np.array(blocks, np.int64).ravel()),
+        (layout.AT_TOKENS, plan.tokens),
     ]
     words[layout.NUM_ROWS], words[layout.NUM_TOKENS] = num_rows, num_tokens
     words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = len(sample_at), len(blocks)
@@ -92,7 +104,10 @@ class InputRing:
         on_gpu = device.type == "cuda"
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
         lines = RING_LINES if on_gpu else 1
-        self._host = [torch.zeros(num_words, dtype=torch.int32, pin_memory=on_gpu) if on_gpu else self.device_words for _ in range(lines)]
+        self._host = [
+            torch.zeros(num_words, dtype=torch.int32, pin_memory=on_gpu) if on_gpu else self.device_words
+            for _ in range(lines)
+        ]
         self._words = [host.numpy() for host in self._host]
         self._sent = [torch.cuda.Event() for _ in range(lines)] if on_gpu else []
         self._turn = 0
@@ -101,7 +116,9 @@ class InputRing:
     def pack(self, plan: StepPlan, line: int) -> StepShape:
         """Put `plan` into words on the host. Waits for the device only if it is RING_LINES steps behind. Raises EngineFault if it is too large."""
         if plan.num_tokens > self._max_tokens or len(plan.rows) > self._max_rows:
-            raise EngineFault(f"a step of {plan.num_tokens} tokens in {len(plan.rows)} rows exceeds {self._max_tokens} tokens, {self._max_rows} rows")
+            raise EngineFault(
+                f"a step of {plan.num_tokens} tokens in {len(plan.rows)} rows exceeds {self._max_tokens} tokens, {self._max_rows} rows"
+            )
         if self._sent:
             self._sent[self._turn].synchronize()
         shape, self._num_words = pack(plan, line, self._words[self._turn], self.max_blocks)

@@ -39,15 +39,21 @@ def attention_geometry(model: Any) -> AttentionGeometry:
             found[index] = _heads(module, model.config, name)
     shapes = set(found.values())
     if not found or set(found) != set(range(len(found))) or len(found) != model.config.num_hidden_layers:
-        raise LoadFailed(f"{type(model).__name__} is not supported: {len(found)} attention layers in {model.config.num_hidden_layers} layers")
+        raise LoadFailed(
+            f"{type(model).__name__} is not supported: {len(found)} attention layers in {model.config.num_hidden_layers} layers"
+        )
     if len(shapes) > 1:
-        raise LoadFailed(f"{type(model).__name__} is not supported: its layers have different KV shapes {sorted(shapes)}")
+        raise LoadFailed(
+            f"{type(model).__name__} is not supported: its layers have different KV shapes {sorted(shapes)}"
+        )
     return AttentionGeometry(len(found), *shapes.pop())
 
 
 def _heads(module: nn.Module, config: Any, name: str) -> tuple[int, int]:
     heads = int(config.num_attention_heads)
-    head_dim = int(getattr(module, "head_dim", None) or getattr(module, "head_size", None) or config.hidden_size // heads)
+    head_dim = int(
+        getattr(module, "head_dim", None) or getattr(module, "head_size", None) or config.hidden_size // heads
+    )
     if (value_dim := getattr(module, "v_head_dim", head_dim)) != head_dim:
         raise LoadFailed(f"{name} has keys of {head_dim} and values of {value_dim} channels, which is not supported")
     if isinstance(k_proj := getattr(module, "k_proj", None), nn.Linear):
@@ -55,13 +61,17 @@ def _heads(module: nn.Module, config: Any, name: str) -> tuple[int, int]:
     return int(getattr(config, "num_key_value_heads", None) or heads), head_dim
 
 
-def kv_geometry(model_id: str, shape: AttentionGeometry, block_tokens: int, item_bytes: int, slab_bytes: int, max_slabs: int) -> KvGeometry:
+def kv_geometry(
+    model_id: str, shape: AttentionGeometry, block_tokens: int, item_bytes: int, slab_bytes: int, max_slabs: int
+) -> KvGeometry:
     """How the model's blocks lie in slabs. Raises LoadFailed if not even one block of all layers fits into a slab."""
     block_bytes = block_tokens * shape.token_stride * item_bytes
     all_layers_bytes = 2 * shape.num_layers * block_bytes
     blocks_per_slab = slab_bytes // all_layers_bytes
     if blocks_per_slab == 0:
-        raise LoadFailed(f"model {model_id}: one KV block of {block_tokens} tokens takes {all_layers_bytes} bytes, slab_bytes is {slab_bytes}")
+        raise LoadFailed(
+            f"model {model_id}: one KV block of {block_tokens} tokens takes {all_layers_bytes} bytes, slab_bytes is {slab_bytes}"
+        )
     page_bytes = math.gcd(slab_bytes, block_bytes)
     # page ids are int32
     max_slabs = min(max_slabs, (2**31 - 1) // (slab_bytes // page_bytes))
@@ -81,5 +91,6 @@ def kv_planes(memory: Tensor, kv: KvGeometry, shape: AttentionGeometry, dtype: t
     plane = kv.blocks_per_slab * kv.block_tokens * shape.token_stride
     unit = kv.block_tokens * shape.token_stride // kv.pages_per_block
     return [
-        KvPlanes(elements[2 * layer * plane :], elements[(2 * layer + 1) * plane :], unit) for layer in range(shape.num_layers)
+        KvPlanes(elements[2 * layer * plane :], elements[(2 * layer + 1) * plane :], unit)
+        for layer in range(shape.num_layers)
     ]

@@ -22,10 +22,10 @@ class _Row:
     bias_ids: npt.NDArray[np.int64]
     bias: npt.NDArray[np.float32]
     suppressed: npt.NDArray[np.int64]
-    suppressed_until: int                # position from which a drawn token may be any
-    table: int                           # line of the history, -1 = none is kept
+    suppressed_until: int  # position from which a drawn token may be any
+    table: int  # line of the history, -1 = none is kept
     prompt_len: int
-    counted: int                         # positions below this are in the history
+    counted: int  # positions below this are in the history
 
 
 class LogitsProcessors:
@@ -47,8 +47,18 @@ class LogitsProcessors:
         ids = np.array([i for i, _ in sampling.logit_bias], np.int64)
         bias = np.array([b for _, b in sampling.logit_bias], np.float32)
         known = (ids >= 0) & (ids < self._vocab_size)
-        suppressed = np.array([i for i in setup.suppressed if 0 <= i < self._vocab_size] if suppresses else [], np.int64)
-        row = _Row(ids[known], bias[known], suppressed, setup.prompt_len + setup.min_tokens, -1, setup.prompt_len, len(setup.prompt))
+        suppressed = np.array(
+            [i for i in setup.suppressed if 0 <= i < self._vocab_size] if suppresses else [], np.int64
+        )
+        row = _Row(
+            ids[known],
+            bias[known],
+            suppressed,
+            setup.prompt_len + setup.min_tokens,
+            -1,
+            setup.prompt_len,
+            len(setup.prompt),
+        )
         if sampling.needs_history:
             row.table = self._take_table()
             prompt = np.array(setup.prompt, np.int64)
@@ -86,7 +96,9 @@ class LogitsProcessors:
             return
         for i in kept:
             self._rows[rows[i]].counted = positions[i] + 1
-        where = np.array([[self._rows[rows[i]].table * self._vocab_size for i in kept], [targets[i] for i in kept]], np.int64)
+        where = np.array(
+            [[self._rows[rows[i]].table * self._vocab_size for i in kept], [targets[i] for i in kept]], np.int64
+        )
         base, target = to_device(where, self._tables.device)
         self._add(base + drawn[target])
 
@@ -101,8 +113,14 @@ class LogitsProcessors:
             flat.index_add_(0, to_device(where, logits.device), to_device(values, logits.device))
         with_history = [i for i, row in enumerate(known) if row.table >= 0]
         if with_history:
-            self._penalise(logits, with_history, [known[i].table for i in with_history], [rows[i] for i in with_history])
-        hidden = [row.suppressed + offset for row, offset, position in zip(known, offsets, positions, strict=True) if position < row.suppressed_until]
+            self._penalise(
+                logits, with_history, [known[i].table for i in with_history], [rows[i] for i in with_history]
+            )
+        hidden = [
+            row.suppressed + offset
+            for row, offset, position in zip(known, offsets, positions, strict=True)
+            if position < row.suppressed_until
+        ]
         if hidden:
             flat.index_fill_(0, to_device(np.concatenate(hidden), logits.device), float("-inf"))
 
@@ -122,7 +140,9 @@ class LogitsProcessors:
             self._add(to_device(tables * self._vocab_size + ids, self._tables.device))
 
     def _add(self, where: torch.Tensor) -> None:
-        self._history.view(-1).index_add_(0, where, torch.ones(1, dtype=torch.int32, device=where.device).expand(where.shape[0]))
+        self._history.view(-1).index_add_(
+            0, where, torch.ones(1, dtype=torch.int32, device=where.device).expand(where.shape[0])
+        )
 
     def _take_table(self) -> int:
         if not self._free:

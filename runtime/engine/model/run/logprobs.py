@@ -30,8 +30,16 @@ class Scored:
 
     def entries(self, tops: list[int]) -> list[TokenLogprobs | None]:
         """Read them, with tops[i] alternatives each."""
-        logprobs, ranks, top, ids = self.logprobs.tolist(), self.ranks.tolist(), self.top.tolist(), self.top_ids.tolist()
-        return [TokenLogprobs(logprobs[i], ranks[i], tuple(zip(ids[i][:n], top[i][:n], strict=True))) for i, n in enumerate(tops)]
+        logprobs, ranks, top, ids = (
+            self.logprobs.tolist(),
+            self.ranks.tolist(),
+            self.top.tolist(),
+            self.top_ids.tolist(),
+        )
+        return [
+            TokenLogprobs(logprobs[i], ranks[i], tuple(zip(ids[i][:n], top[i][:n], strict=True)))
+            for i, n in enumerate(tops)
+        ]
 
 
 def score(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Scored:
@@ -55,7 +63,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 @dataclass(slots=True)
 class _PromptPart:
     row: int
-    none_first: bool                     # position 0, or what comes before it isn't known
+    none_first: bool  # position 0, or what comes before it isn't known
     num_entries: int
     num_top: int
 
@@ -155,7 +163,9 @@ class LogprobRows:
             if len(span) > inner:
                 self._carried[row] = mine[inner:].clone()
             wants = self._wants.get(row)
-            parts.append(_PromptPart(row, carried is None, inner + (carried is not None), (wants and wants.prompt) or 0))
+            parts.append(
+                _PromptPart(row, carried is None, inner + (carried is not None), (wants and wants.prompt) or 0)
+            )
         num_top = max(part.num_top for part in parts)
         scored = score(torch.cat(rows), to_device(np.array(ids, np.int64), logits.device), num_top) if ids else None
         job.set_prompt(scored, parts)
@@ -164,7 +174,9 @@ class LogprobRows:
     def _span(plan: StepPlan, shape: StepShape, row: int) -> range:
         b = plan.rows.index(row)
         first, end = int(shape.firsts[b]), int(shape.firsts[b + 1])
-        return range(first, end - 1 if plan.samples[b] else end)      # a chunk that isn't the last leaves its end to the next one's first token
+        return range(
+            first, end - 1 if plan.samples[b] else end
+        )  # a chunk that isn't the last leaves its end to the next one's first token
 
     @staticmethod
     def _given(plan: StepPlan, b: int) -> list[int]:

@@ -25,7 +25,10 @@ class StepLaunched:
     """A step on its way (plan.Launched). On a CPU it is over when it is made."""
 
     def __init__(
-        self, tokens: torch.Tensor, logprobs: PendingLogprobs | None, events: "tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None",
+        self,
+        tokens: torch.Tensor,
+        logprobs: PendingLogprobs | None,
+        events: "tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None",
         host_us: float,
     ) -> None:
         self._tokens = tokens
@@ -38,7 +41,7 @@ class StepLaunched:
         try:
             return self._events is None or bool(self._events[2].query())
         except RuntimeError:
-            return True                  # it will never be; `collect` says why
+            return True  # it will never be; `collect` says why
 
     def settle(self) -> None:
         """Take the result off the ring, waiting for it if need be; the line may then be used again."""
@@ -51,7 +54,10 @@ class StepLaunched:
             self._events = None
         job = self._logprobs
         self._result = StepResult(
-            self._tokens.tolist(), self._device_us, job.generated() if job is not None else None, job.prompt() if job is not None else None
+            self._tokens.tolist(),
+            self._device_us,
+            job.generated() if job is not None else None,
+            job.prompt() if job is not None else None,
         )
 
     def collect(self) -> StepResult:
@@ -66,7 +72,9 @@ class ResultRing:
     def __init__(self, device: torch.device, max_rows: int) -> None:
         self.lines = torch.zeros((RING_LINES, max_rows), dtype=torch.int64, device=device)
         self._on_gpu = device.type == "cuda"
-        self._host = torch.zeros((RING_LINES, max_rows), dtype=torch.int64, pin_memory=True) if self._on_gpu else self.lines
+        self._host = (
+            torch.zeros((RING_LINES, max_rows), dtype=torch.int64, pin_memory=True) if self._on_gpu else self.lines
+        )
         self._copies = torch.cuda.Stream(device) if self._on_gpu else None
         self._users: list[StepLaunched | None] = [None] * RING_LINES
         self._turn = 0

@@ -42,7 +42,9 @@ def fix_frequencies(module: nn.Module, max_model_len: int) -> None:
         if isinstance(rotary.rope_type, dict):
             for layer_type, kind in list(rotary.rope_type.items()):
                 parameters = rotary.config.rope_parameters[layer_type]
-                rotary.rope_type[layer_type] = _fixed(rotary, kind, parameters, f"{layer_type}_", layer_type, max_model_len)
+                rotary.rope_type[layer_type] = _fixed(
+                    rotary, kind, parameters, f"{layer_type}_", layer_type, max_model_len
+                )
         else:
             rotary.rope_type = _fixed(rotary, rotary.rope_type, rotary.config.rope_parameters, "", None, max_model_len)
 
@@ -68,7 +70,9 @@ def rotary_tables(rotary: nn.Module, device: torch.device) -> dict[str, RotaryTa
     return tables
 
 
-def _fixed(rotary: Any, kind: str, parameters: dict[str, Any], prefix: str, layer_type: str | None, max_model_len: int) -> str:
+def _fixed(
+    rotary: Any, kind: str, parameters: dict[str, Any], prefix: str, layer_type: str | None, max_model_len: int
+) -> str:
     if kind == "longrope":
         original = int(parameters["original_max_position_embeddings"])
         if max_model_len > original:

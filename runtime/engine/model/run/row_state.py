@@ -36,8 +36,10 @@ class RowState:
         """A table of at least `num_pages` entries a row, [max_rows, W] int32: one for each power of two, shared by the models of that width."""
         width = max(16, 1 << (num_pages - 1).bit_length())
         table = self._page_tables.get(width)
-        if table is None:                # two loading threads may meet here: both get the same
-            table = self._page_tables.setdefault(width, torch.zeros((self.max_rows, width), dtype=torch.int32, device=self.device))
+        if table is None:  # two loading threads may meet here: both get the same
+            table = self._page_tables.setdefault(
+                width, torch.zeros((self.max_rows, width), dtype=torch.int32, device=self.device)
+            )
         return table
 
     def enter_blocks(self, table: torch.Tensor, blocks: Sequence[tuple[int, int, int]]) -> None:

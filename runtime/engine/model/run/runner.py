@@ -30,7 +30,12 @@ class ModelRunner:
     """Runs one built model. `weights_ready`: whether the last byte of the weights is in (graphs wait for that; eager passes wait on the device)."""
 
     def __init__(
-        self, built: BuiltModel, facts: ModelFacts, config: EngineConfig, state: DeviceState, weights_ready: Callable[[], bool] = lambda: True
+        self,
+        built: BuiltModel,
+        facts: ModelFacts,
+        config: EngineConfig,
+        state: DeviceState,
+        weights_ready: Callable[[], bool] = lambda: True,
     ) -> None:
         del config
         self.facts = facts
@@ -40,7 +45,9 @@ class ModelRunner:
         self._sampler = Sampler(built.vocab_size, state.rows)
         self._logprobs = LogprobRows()
         likely = tuple(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
-        self._graphs = ModelGraphs(facts.model_id, state.graphs, state.uploads.blank, self.rehearse, weights_ready, likely)
+        self._graphs = ModelGraphs(
+            facts.model_id, state.graphs, state.uploads.blank, self.rehearse, weights_ready, likely
+        )
 
     def open_row(self, setup: RowSetup) -> None:
         self._sampler.open(setup)
@@ -61,7 +68,9 @@ class ModelRunner:
         plain = self._sampler.all_plain(shape)
         bucket = None
         if not plan.prompt_logprobs:
-            bucket = bucket_of(shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len)
+            bucket = bucket_of(
+                shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len
+            )
         graph = self._graphs.find(bucket.within(state.max_rows, state.max_tokens)) if bucket is not None else None
         state.results.begin()
         state.uploads.send()
@@ -71,7 +80,13 @@ class ModelRunner:
             logits = graph.logits
         else:
             logits = self._pass(
-                shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len, prompt_at, greedy=plain
+                shape.num_tokens,
+                shape.num_rows,
+                shape.num_samples,
+                shape.max_query_len,
+                shape.max_context_len,
+                prompt_at,
+                greedy=plain,
             )
         raw, processed = self._logprobs.asking(shape)
         job = StepLogprobs() if raw or processed or plan.prompt_logprobs else None
@@ -87,18 +102,42 @@ class ModelRunner:
         self._graphs.close()
 
     def _pass(
-        self, num_tokens: int, num_rows: int, num_samples: int, max_query_len: int, max_context_len: int, prompt_at: list[int], *, greedy: bool
+        self,
+        num_tokens: int,
+        num_rows: int,
+        num_samples: int,
+        max_query_len: int,
+        max_context_len: int,
+        prompt_at: list[int],
+        *,
+        greedy: bool,
     ) -> torch.Tensor:
         """Inputs, forward and, if all draws are plain, the draws. Returns logits [num_samples, V], followed by those at `prompt_at`."""
         state, built = self._state, self._built
         inputs = state.inputs
         build_inputs(
-            state.uploads.device_words, self._page_table, state.rows.last_token, inputs, num_tokens=num_tokens, num_rows=num_rows,
-            num_samples=max(1, num_samples), block_tokens=built.block_tokens, page_unit=built.planes[0].page_unit, token_stride=built.token_stride,
+            state.uploads.device_words,
+            self._page_table,
+            state.rows.last_token,
+            inputs,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            num_samples=max(1, num_samples),
+            block_tokens=built.block_tokens,
+            page_unit=built.planes[0].page_unit,
+            token_stride=built.token_stride,
         )
         step = StepContext(
-            built.planes, self._page_table, inputs.row_slots[:num_rows], inputs.query_starts[: num_rows + 1], inputs.context_lens[:num_rows],
-            inputs.slots[:num_tokens], built.block_tokens, max_query_len, max_context_len, state.scratch,
+            built.planes,
+            self._page_table,
+            inputs.row_slots[:num_rows],
+            inputs.query_starts[: num_rows + 1],
+            inputs.context_lens[:num_rows],
+            inputs.slots[:num_tokens],
+            built.block_tokens,
+            max_query_len,
+            max_context_len,
+            state.scratch,
             each_samples=max_query_len == 1 and num_samples == num_tokens and not prompt_at,
         )
         logits_at = inputs.logits_at[: max(1, num_samples)]
@@ -107,7 +146,13 @@ class ModelRunner:
         logits = built.forward(inputs.input_ids[:num_tokens], inputs.positions[:num_tokens], logits_at, step)
         if greedy and num_samples:
             draw_largest(
-                logits, state.drawn, state.uploads.device_words, inputs, state.rows.last_token, state.results.lines, num_samples=num_samples,
+                logits,
+                state.drawn,
+                state.uploads.device_words,
+                inputs,
+                state.rows.last_token,
+                state.results.lines,
+                num_samples=num_samples,
                 scratch=state.scratch,
             )
         return logits
@@ -115,7 +160,15 @@ class ModelRunner:
     @torch.inference_mode()
     def rehearse(self, bucket: Bucket) -> torch.Tensor:
         """A pass in the bucket's sizes over what the device's upload says. Returns its logits."""
-        return self._pass(bucket.num_tokens, bucket.num_rows, bucket.num_rows, bucket.max_query_len, bucket.max_context_len, [], greedy=True)
+        return self._pass(
+            bucket.num_tokens,
+            bucket.num_rows,
+            bucket.num_rows,
+            bucket.max_query_len,
+            bucket.max_context_len,
+            [],
+            greedy=True,
+        )
 
     def _draw(self, logits: torch.Tensor, shape: StepShape, *, eager: bool) -> None:
         drawn = self._state.drawn[: shape.num_samples]
@@ -127,11 +180,22 @@ class ModelRunner:
     def _commit(self, num_samples: int) -> None:
         state = self._state
         commit_draws(
-            state.drawn, state.uploads.device_words, state.inputs, state.rows.last_token, state.results.lines, num_samples=num_samples
+            state.drawn,
+            state.uploads.device_words,
+            state.inputs,
+            state.rows.last_token,
+            state.results.lines,
+            num_samples=num_samples,
         )
 
     def _score(
-        self, job: StepLogprobs, logits: torch.Tensor, scores: torch.Tensor | None, raw: list[int], processed: list[int], plan: StepPlan,
+        self,
+        job: StepLogprobs,
+        logits: torch.Tensor,
+        scores: torch.Tensor | None,
+        raw: list[int],
+        processed: list[int],
+        plan: StepPlan,
         shape: StepShape,
     ) -> None:
         for samples, source in ((raw, logits), (processed, scores)):

@@ -59,7 +59,9 @@ class Sampler:
             self._unsent.clear()
         if plan.tokens and (self._kinds[np.array(plan.rows)] == _EDITED).any():
             at = 0
-            for row, start, count, from_device in zip(plan.rows, plan.starts, plan.counts, plan.from_device, strict=True):
+            for row, start, count, from_device in zip(
+                plan.rows, plan.starts, plan.counts, plan.from_device, strict=True
+            ):
                 if not from_device:
                     self._edits.note_given(row, start, plan.tokens[at : at + count])
                     at += count
@@ -75,7 +77,9 @@ class Sampler:
         if direct:
             self._draw(logits, direct, direct, rows, positions, drawn)
         if edited:
-            self._draw(self._edited(logits, edited, rows, positions), list(range(len(edited))), edited, rows, positions, drawn)
+            self._draw(
+                self._edited(logits, edited, rows, positions), list(range(len(edited))), edited, rows, positions, drawn
+            )
             self._edits.note_drawn([rows[s] for s in edited], [positions[s] for s in edited], edited, drawn)
 
     def processed(self, logits: torch.Tensor, samples: list[int], shape: StepShape) -> torch.Tensor:
@@ -103,9 +107,17 @@ class Sampler:
         return scores
 
     def _draw(
-        self, logits: torch.Tensor, source: Sequence[int], samples: list[int], rows: list[int], positions: list[int], drawn: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        source: Sequence[int],
+        samples: list[int],
+        rows: list[int],
+        positions: list[int],
+        drawn: torch.Tensor,
     ) -> None:
         slots = [rows[s] for s in samples]
         words = np.array([source, samples, slots, [positions[s] for s in samples]], np.int64)
         where, target, slot, position = to_device(words, logits.device)
-        sample.draw(logits, where, target, slot, position, self._tables.rules, drawn, sorts=bool(self._sorts[slots].any()))
+        sample.draw(
+            logits, where, target, slot, position, self._tables.rules, drawn, sorts=bool(self._sorts[slots].any())
+        )

@@ -25,7 +25,7 @@ class KvPlanes:
 
     k: torch.Tensor
     v: torch.Tensor
-    page_unit: int                       # elements
+    page_unit: int  # elements
 
 
 @dataclass(slots=True)
@@ -64,13 +64,13 @@ class StepContext:
 class AttentionSpec:
     """What is fixed about one layer's attention."""
 
-    layer: int                           # index into StepContext.planes
+    layer: int  # index into StepContext.planes
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    sliding_window: int = 0              # tokens seen, the query's own included; 0 = all
-    softcap: float = 0.0                 # 0 = none
+    sliding_window: int = 0  # tokens seen, the query's own included; 0 = all
+    softcap: float = 0.0  # 0 = none
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,9 @@ class RopeSpec:
     """How a fused attention turns qkv into q and writes K and V."""
 
     rotary_dim: int
-    interleaved: bool = False            # pairs (0,1),(2,3)… instead of halves
-    norm_eps: float = 0.0                # of the per-head QK norm, if there is one
-    norm_plus_one: bool = False          # Gemma's (1 + weight)
+    interleaved: bool = False  # pairs (0,1),(2,3)… instead of halves
+    norm_eps: float = 0.0  # of the per-head QK norm, if there is one
+    norm_plus_one: bool = False  # Gemma's (1 + weight)
 
 
 class CausalForward(Protocol):
@@ -90,7 +90,9 @@ class CausalForward(Protocol):
     (softcap and scale of the logits applied).
     """
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext) -> torch.Tensor: ...
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logits_at: torch.Tensor, step: StepContext
+    ) -> torch.Tensor: ...
 
 
 @dataclass(slots=True)
@@ -106,5 +108,5 @@ class BuiltModel:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
-    path: str                            # "fused: …" or "unfused: …"
-    token_stride: int                    # elements from one token's K (V) to the next one's in a block: KV heads × head dim, the same in every layer
+    path: str  # "fused: …" or "unfused: …"
+    token_stride: int  # elements from one token's K (V) to the next one's in a block: KV heads × head dim, the same in every layer

@@ -23,7 +23,11 @@ class UnfusedForward:
         if self._arrival.pending:
             self._arrival.wait(self._last_group)
         out = self._model(
-            input_ids=input_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at, step=step
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=logits_at,
+            step=step,
         )
         logits: Tensor = out.logits[0]
         return logits

@@ -45,7 +45,9 @@ def pack_here(request: PackRequest, job: PullJob) -> None:
         pack(request, lambda event: job.check())
 
 
-async def prepare(preparation: CheckpointPreparer, path: Path, seen: list[Progress] | None = None, **settings: object) -> Prepared:
+async def prepare(
+    preparation: CheckpointPreparer, path: Path, seen: list[Progress] | None = None, **settings: object
+) -> Prepared:
     report = seen.append if seen is not None else lambda progress: None
     return await preparation.prepare(ModelSource(str(path)), ModelSettings(**settings), "cpu", report)  # type: ignore[arg-type]
 
@@ -83,8 +85,12 @@ async def test_int8_is_bitsandbytes_own(apart: CheckpointPreparer, tmp_path: Pat
     assert packing[-1].done_bytes == packing[-1].total_bytes > 0
 
 
-@pytest.mark.parametrize(("quantize", "double"), [(Quantization.NF4, False), (Quantization.FP4, False), (Quantization.NF4, True)])
-async def test_4_bit_is_bitsandbytes_own(preparation: CheckpointPreparer, tmp_path: Path, quantize: Quantization, double: bool) -> None:
+@pytest.mark.parametrize(
+    ("quantize", "double"), [(Quantization.NF4, False), (Quantization.FP4, False), (Quantization.NF4, True)]
+)
+async def test_4_bit_is_bitsandbytes_own(
+    preparation: CheckpointPreparer, tmp_path: Path, quantize: Quantization, double: bool
+) -> None:
     model = tiny_llama(tmp_path / "m", tied=True)
     prepared = await prepare(preparation, tmp_path / "m", quantize=quantize, double_quant=double)
     tensors = packed(prepared)
@@ -107,7 +113,7 @@ async def test_rows_that_blocks_do_not_fit_stay_as_they_are(preparation: Checkpo
     tiny_llama(tmp_path / "m", hidden=96)
     tensors = packed(await prepare(preparation, tmp_path / "m", quantize=Quantization.NF4))
     assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype is torch.float32
-    assert tensors["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8      # 192 columns
+    assert tensors["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8  # 192 columns
 
 
 async def test_the_file_is_aligned_ordered_and_signed(preparation: CheckpointPreparer, tmp_path: Path) -> None:
@@ -128,7 +134,7 @@ async def test_the_file_is_aligned_ordered_and_signed(preparation: CheckpointPre
     assert names[0] == "model.embed_tokens.weight"
     layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
     assert layers == sorted(layers)
-    with safe_open(prepared.checkpoint.packed_file, "pt") as file:      # any reader of the format takes it
+    with safe_open(prepared.checkpoint.packed_file, "pt") as file:  # any reader of the format takes it
         assert "model.norm.weight" in file.keys()  # noqa: SIM118 — a handle, not a dict
 
 
@@ -144,7 +150,9 @@ async def test_a_second_load_never_quantises(preparation: CheckpointPreparer, tm
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double"])
-async def test_serialised_checkpoints_are_not_quantised_again(preparation: CheckpointPreparer, tmp_path: Path, kind: str) -> None:
+async def test_serialised_checkpoints_are_not_quantised_again(
+    preparation: CheckpointPreparer, tmp_path: Path, kind: str
+) -> None:
     model = tiny_llama(tmp_path / "plain")
     quantize, double = Quantization(kind.removesuffix("-double")), kind.endswith("double")
     ours = packed(await prepare(preparation, tmp_path / "plain", quantize=quantize, double_quant=double))
@@ -171,16 +179,24 @@ def serialise(model: torch.nn.Module, plain: Path, stored: Path, quantize: Quant
         elif quantize is Quantization.INT8:
             codes, absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
             module = name.removesuffix(".weight")
-            tensors |= {name: codes, f"{module}.SCB": absmax, f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+            tensors |= {
+                name: codes,
+                f"{module}.SCB": absmax,
+                f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
+            }
         else:
-            codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=quantize.value)
+            codes, state = bnb.quantize_4bit(
+                weight, blocksize=64, compress_statistics=double, quant_type=quantize.value
+            )
             tensors[name] = codes
             tensors |= {f"{name}.{key}": part.clone() for key, part in state.as_dict(packed=True).items()}
     save_file(tensors, stored / "model.safetensors", {"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
-    stored_as = {"load_in_8bit": True} if quantize is Quantization.INT8 else {
-        "load_in_4bit": True, "bnb_4bit_quant_type": quantize.value, "bnb_4bit_use_double_quant": double
-    }
+    stored_as = (
+        {"load_in_8bit": True}
+        if quantize is Quantization.INT8
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": quantize.value, "bnb_4bit_use_double_quant": double}
+    )
     config["quantization_config"] = {"quant_method": "bitsandbytes", **stored_as}
     (stored / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -197,7 +213,9 @@ async def test_a_pack_that_fails_says_why_and_leaves_nothing(apart: CheckpointPr
     assert not list((tmp_path / "cache" / "packed").iterdir())
 
 
-async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(apart: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(
+    apart: CheckpointPreparer, tmp_path: Path
+) -> None:
     tiny_llama(tmp_path / "m")
     seen: list[Progress] = []
     packing = asyncio.create_task(prepare(apart, tmp_path / "m", seen, quantize=Quantization.NF4))
@@ -208,7 +226,11 @@ async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(a
         await packing
     assert not list((tmp_path / "cache" / "packed").iterdir())
     children = Path("/proc/self/task").glob("*/children")
-    assert not any("runtime.puller.pack" in Path(f"/proc/{pid}/cmdline").read_text() for one in children for pid in one.read_text().split())
+    assert not any(
+        "runtime.puller.pack" in Path(f"/proc/{pid}/cmdline").read_text()
+        for one in children
+        for pid in one.read_text().split()
+    )
 
 
 async def test_a_budget_too_small_is_named(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from tests.unit.engine.scheduler.test_scheduler import Bench
 
 WEIGHTS_S = 4.2e-3
 TOKEN_S = 23e-6
-LAUNCH_S = 1.5e-3                        # of a graph, with planning and the messages
-EAGER_S = 20e-3                          # Python, layer by layer
+LAUNCH_S = 1.5e-3  # of a graph, with planning and the messages
+EAGER_S = 20e-3  # Python, layer by layer
 
 
 def step_s(tokens: int, rows: int, longest: int) -> tuple[float, float]:

@@ -9,8 +9,15 @@ from tests.support.engine_stage import Answer, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
 
 
-def stage(names: str = "ab", *, total_slabs: int = 32, turn_s: float = 0.005, config: dict[str, object] | None = None, **spec: object) -> Stage:
-    roomy = KvGeometry(4, 32, 32, 1, 32, 64)                 # 128 tokens a slab
+def stage(
+    names: str = "ab",
+    *,
+    total_slabs: int = 32,
+    turn_s: float = 0.005,
+    config: dict[str, object] | None = None,
+    **spec: object,
+) -> Stage:
+    roomy = KvGeometry(4, 32, 32, 1, 32, 64)  # 128 tokens a slab
     specs = {name: FakeSpec(**{"eos": (), "kv": roomy, **spec}) for name in names}  # type: ignore[arg-type]
     made = Stage(FakeBackend(specs, total_slabs=total_slabs), turn_s=turn_s, **(config or {}))
     for name in names:
@@ -53,9 +60,14 @@ def test_two_resident_models_take_turns() -> None:
 
 
 def test_a_long_prompt_is_cut_to_the_quantum_only_beside_others() -> None:
-    made = stage("ab", max_model_len=1000, config={"quantum_us": 250, "max_batch_tokens": 512, "max_rows": 16}, kv=KvGeometry(16, 8, 8, 1, 64, 64))
+    made = stage(
+        "ab",
+        max_model_len=1000,
+        config={"quantum_us": 250, "max_batch_tokens": 512, "max_rows": 16},
+        kv=KvGeometry(16, 8, 8, 1, 64, 64),
+    )
     made.backend.max_batch_tokens = 512
-    for _ in range(20):                                      # learn what a step costs: 100 + 2 µs a token
+    for _ in range(20):  # learn what a step costs: 100 + 2 µs a token
         made.add("a", [10], 3)
         made.add("b", [10], 3)
         made.until_quiet()
@@ -67,7 +79,7 @@ def test_a_long_prompt_is_cut_to_the_quantum_only_beside_others() -> None:
     made.add("b", [11], 60)
     made.add("a", list(range(40, 60)) * 20, 3)
     made.until_quiet()
-    assert 64 <= made.backend.largest_step <= 90             # (250 - 100) / 2 = 75
+    assert 64 <= made.backend.largest_step <= 90  # (250 - 100) / 2 = 75
     made.check_all()
     made.close()
 
@@ -122,7 +134,7 @@ def test_a_busy_model_makes_way_for_one_that_has_waited_long_enough() -> None:
     waiting: list[Answer] = []
     served_at: dict[str, float] = {}
     start_s = made.now
-    for turn in range(1500):                                 # "a" never runs dry by itself
+    for turn in range(1500):  # "a" never runs dry by itself
         if turn % 3 == 0:
             made.add("a", [turn % 40 + 2], 8)
         if turn == 10:
@@ -138,7 +150,9 @@ def test_a_busy_model_makes_way_for_one_that_has_waited_long_enough() -> None:
 
 
 def test_a_row_that_never_ends_is_preempted_for_one_that_waits() -> None:
-    made = stage("ab", total_slabs=75, weight_slabs=40, turn_s=0.5, max_model_len=400, kv=KvGeometry(16, 8, 8, 1, 64, 64))
+    made = stage(
+        "ab", total_slabs=75, weight_slabs=40, turn_s=0.5, max_model_len=400, kv=KvGeometry(16, 8, 8, 1, 64, 64)
+    )
     endless = made.add("a", [5], 390)
     made.turn(5)
     short = made.add("b", [5], 3)
@@ -156,14 +170,14 @@ def test_a_row_that_never_ends_is_preempted_for_one_that_waits() -> None:
 
 def test_cached_prefixes_go_before_idle_weights_and_those_before_rows() -> None:
     made = stage("ab", total_slabs=20, weight_slabs=4, max_model_len=150, kv=KvGeometry(4, 4, 4, 1, 64, 64))
-    made.add("b", list(range(60)), 2)                        # leaves four slabs of cached prefix
+    made.add("b", list(range(60)), 2)  # leaves four slabs of cached prefix
     made.until_quiet()
     cached = next(m for m in made.stats().models if m.model_id == "b").kv_cached_tokens
     assert cached >= 48
-    made.add("a", list(range(100)), 10)                      # 7 slabs: there is room without b's prefix
+    made.add("a", list(range(100)), 10)  # 7 slabs: there is room without b's prefix
     made.until_quiet()
     assert tier(made, "b") is Tier.DEVICE
-    answers = [made.add("a", [i] * 100, 40) for i in range(2)]   # 18 slabs
+    answers = [made.add("a", [i] * 100, 40) for i in range(2)]  # 18 slabs
     made.until_quiet()
     assert tier(made, "b") is Tier.DISK
     made.check_all()
@@ -209,7 +223,7 @@ def test_loads_answer_every_time_and_in_order() -> None:
     made.load("bad")
     made.turn(5)
     assert [(f.code, "no config.json" in f.message) for f in made.failures()] == [("FAILED_PRECONDITION", True)]
-    made.load("a", max_model_len=50)                         # another context: loaded anew
+    made.load("a", max_model_len=50)  # another context: loaded anew
     made.turn(10)
     assert made.loop.house.models["a"].facts.max_model_len == 50
     made.unload("a")
@@ -226,7 +240,7 @@ def test_an_unload_while_loading_cancels_and_a_load_after_it_counts() -> None:
     made.unload("a")
     made.turn()
     assert [f.code for f in made.failures()] == ["CANCELLED"]
-    assert made.unloaded() == []                             # not before it is really gone
+    assert made.unloaded() == []  # not before it is really gone
     made.load("a")
     made.turn(20)
     assert made.unloaded() == ["a"]

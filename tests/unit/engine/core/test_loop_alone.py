@@ -12,11 +12,15 @@ from tests.unit.engine.core.test_loop import stage
 
 
 @pytest.mark.parametrize(("device", "most"), [("fake", 400), ("cpu", 130)])
-def test_a_long_prompt_alone_is_cut_only_where_a_whole_step_takes_long(device: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_alone_is_cut_only_where_a_whole_step_takes_long(
+    device: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(FakeBackend, "device", device)
-    made = stage("a", max_model_len=1000, config={"max_batch_tokens": 512, "max_rows": 16}, kv=KvGeometry(16, 8, 8, 1, 64, 64))
+    made = stage(
+        "a", max_model_len=1000, config={"max_batch_tokens": 512, "max_rows": 16}, kv=KvGeometry(16, 8, 8, 1, 64, 64)
+    )
     made.backend.max_batch_tokens = 512
-    made.backend.token_us = 4000.0                           # half a second is 125 tokens
+    made.backend.token_us = 4000.0  # half a second is 125 tokens
     for _ in range(20):
         made.add("a", [10], 3)
         made.until_quiet()
@@ -30,7 +34,11 @@ def test_a_long_prompt_alone_is_cut_only_where_a_whole_step_takes_long(device: s
 
 def test_a_loaded_model_is_in_its_tier_before_its_load_is_answered() -> None:
     made = stage("a")
-    first = next(event for event in made.events if isinstance(event, EngineStats | Loaded) and (isinstance(event, Loaded) or event.models))
+    first = next(
+        event
+        for event in made.events
+        if isinstance(event, EngineStats | Loaded) and (isinstance(event, Loaded) or event.models)
+    )
     assert isinstance(first, EngineStats)
     assert first.models[0].tier is Tier.DEVICE
     made.close()
@@ -38,8 +46,8 @@ def test_a_loaded_model_is_in_its_tier_before_its_load_is_answered() -> None:
 
 def test_an_idle_engine_is_not_told_to_be_running() -> None:
     made = stage("a", turn_s=0.01)
-    made.turn(101)                                           # past the first seconds' figures
-    made.add("a", [10], 150)                                 # longer than a second: it is told that it runs
+    made.turn(101)  # past the first seconds' figures
+    made.add("a", [10], 150)  # longer than a second: it is told that it runs
     made.until_quiet()
     told = len(made.of(EngineStats))
     made.turn(2)
@@ -62,7 +70,7 @@ def test_the_mark_names_who_may_end_the_engine_while_it_rests(monkeypatch: pytes
     def idle(mark: Callable[[str], None]) -> bool:
         seen.append(made.marks[-1])
         if len(seen) == 1:
-            mark("a")                                        # and runs it
+            mark("a")  # and runs it
             return True
         if len(seen) == 3:
             made.backend.specs["b"].swap_polls = 50
@@ -85,7 +93,7 @@ def test_a_lost_device_is_put_down_to_the_step_that_broke_not_to_the_one_after_i
     made.add("a", [4], 100)
     made.add("b", [4], 100)
     made.turn(6)
-    while made.marks[-1] != "b":                             # and what is launched next is a's
+    while made.marks[-1] != "b":  # and what is launched next is a's
         made.turn()
 
     def lost() -> None:

@@ -29,10 +29,12 @@ def make(total_slabs: int, *, per_slab: int = 3, max_slabs: int = 64) -> tuple[P
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 5), st.randoms(use_true_random=False), st.integers(0, 150))
-def test_blocks_are_never_shared_unasked_and_all_come_back(total: int, per_slab: int, most: int, rng, steps: int) -> None:  # type: ignore[no-untyped-def]
+def test_blocks_are_never_shared_unasked_and_all_come_back(
+    total: int, per_slab: int, most: int, rng, steps: int
+) -> None:  # type: ignore[no-untyped-def]
     cache, pool, mapper = make(total, per_slab=per_slab, max_slabs=most)
     geometry = cache.blocks.geometry
-    rows: list[list[int]] = []                               # pages that each "row" holds
+    rows: list[list[int]] = []  # pages that each "row" holds
     digests = [bytes([i]) for i in range(12)]
     known: dict[bytes, int] = {}
     now = 0.0
@@ -99,8 +101,8 @@ def test_the_densest_slab_is_filled_first() -> None:
     pages = [cache.take() for _ in range(12)]
     per_slab = cache.blocks.geometry.pages_per_slab
     slabs = [[p for p in pages if p is not None and p // per_slab == i] for i in range(3)]
-    cache.release(slabs[0][:3], 0.0)                         # one block left in use
-    cache.release(slabs[1][:1], 0.0)                         # three left
+    cache.release(slabs[0][:3], 0.0)  # one block left in use
+    cache.release(slabs[1][:1], 0.0)  # three left
     assert cache.take() == slabs[1][0]
     taken = cache.take()
     assert taken is not None
@@ -116,7 +118,7 @@ def test_what_was_read_last_is_dropped_last() -> None:
         assert page is not None
         cache.publish(page, digest)
         cache.release([page], 1.0)
-    cache.release(cache.acquire(digests[:1]), 2.0)           # the oldest is read again
+    cache.release(cache.acquire(digests[:1]), 2.0)  # the oldest is read again
     cache.take()
     assert [cache.match([d]) for d in digests] == [1, 0, 1, 1]
 

@@ -8,14 +8,25 @@ from runtime.engine.memory.residency import Holder, choose_to_drain, choose_vict
 NOW = 1000.0
 HOLDERS = st.lists(
     st.builds(
-        Holder, st.uuids().map(str), st.integers(1, 20), st.floats(0, NOW), st.floats(0, NOW), st.floats(0, 20),
-        st.booleans(), st.integers(0, 2), st.integers(0, 2), st.booleans(),
+        Holder,
+        st.uuids().map(str),
+        st.integers(1, 20),
+        st.floats(0, NOW),
+        st.floats(0, NOW),
+        st.floats(0, 20),
+        st.booleans(),
+        st.integers(0, 2),
+        st.integers(0, 2),
+        st.booleans(),
     ),
-    max_size=8, unique_by=lambda h: h.model_id,
+    max_size=8,
+    unique_by=lambda h: h.model_id,
 )
 
 
-def holder(name: str, *, slabs: int = 4, used_s: float = 900.0, since_s: float = 0.0, cost_s: float = 0.1, **more: object) -> Holder:
+def holder(
+    name: str, *, slabs: int = 4, used_s: float = 900.0, since_s: float = 0.0, cost_s: float = 0.1, **more: object
+) -> Holder:
     facts: dict[str, object] = {"pinned": False, "running": 0, "waiting": 0, **more}
     return Holder(name, slabs, used_s, since_s, cost_s, **facts)  # type: ignore[arg-type]
 

@@ -31,5 +31,5 @@ def test_expected_length_is_the_limit_until_enough_is_known_then_what_is_usual()
         lengths.record(50)
     assert lengths.expected(4096, 0) == 50
     assert lengths.expected(30, 0) == 30
-    assert lengths.expected(4096, 400) == 100                # it has outgrown the usual
+    assert lengths.expected(4096, 400) == 100  # it has outgrown the usual
     assert lengths.expected(4096, 4095) == 1

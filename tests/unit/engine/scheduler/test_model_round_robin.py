@@ -66,7 +66,7 @@ def test_debts_are_paid_off_in_absence_and_idleness_earns_nothing() -> None:
     for _ in range(3):
         assert turns.pick(["b"]) == "b"
         turns.charge("b", 1000)
-    assert [turns.pick(["a", "b"]) for _ in range(3)] == ["b", "b", "b"]      # two rounds have paid 2000 of 4500
+    assert [turns.pick(["a", "b"]) for _ in range(3)] == ["b", "b", "b"]  # two rounds have paid 2000 of 4500
     for _ in range(50):
         assert turns.pick(["b"]) == "b"
         turns.charge("b", 1000)

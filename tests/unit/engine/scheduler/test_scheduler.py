@@ -26,7 +26,9 @@ class NoMapper:
 class Bench:
     """A scheduler with blocks of 4 tokens in slabs of 4."""
 
-    def __init__(self, *, slabs: int = 100, rows: int = 16, eos: tuple[int, ...] = (0, 1), max_model_len: int = 1000) -> None:
+    def __init__(
+        self, *, slabs: int = 100, rows: int = 16, eos: tuple[int, ...] = (0, 1), max_model_len: int = 1000
+    ) -> None:
         self.pool = SlabPool(slabs)
         self.cache = PrefixCache(BlockPool(KvGeometry(4, 4, 4, 1, 1, 1000), self.pool, "m/kv", NoMapper()))
         self.rows = RowPool(rows)
@@ -40,7 +42,13 @@ class Bench:
         sampling = more.pop("sampling", SamplingParams(temperature=0.0))
         logprobs = more.pop("logprobs", LogprobParams())
         add = Add(
-            self._ids, "m", array("i", prompt).tobytes(), sampling, StopParams(max_tokens, **more), logprobs, priority,  # type: ignore[arg-type]
+            self._ids,
+            "m",
+            array("i", prompt).tobytes(),
+            sampling,
+            StopParams(max_tokens, **more),
+            logprobs,
+            priority,  # type: ignore[arg-type]
         )
         sequence = from_add(add, self._ids, self.now, self.max_model_len)
         self.scheduler.add(sequence)
@@ -75,7 +83,12 @@ def test_decode_rows_come_first_and_chunks_fill_the_budget() -> None:
     bench = Bench()
     bench.add([5] * 3)
     first = bench.must_plan()
-    assert (first.plan.starts, first.plan.counts, first.plan.samples, first.plan.from_device) == ([0], [3], [True], [False])
+    assert (first.plan.starts, first.plan.counts, first.plan.samples, first.plan.from_device) == (
+        [0],
+        [3],
+        [True],
+        [False],
+    )
     bench.add([6] * 20)
     second = bench.must_plan(budget=8)
     assert second.plan.from_device == [True, False]
@@ -104,9 +117,15 @@ def test_a_row_that_ended_is_dropped_from_the_step_that_was_planned_already() ->
     assert ends.tokens[2:3] == [0]
 
 
-@pytest.mark.parametrize(("max_tokens", "max_model_len", "finish", "drawn"), [
-    (3, 100, FinishReason.LENGTH, 3), (1, 100, FinishReason.LENGTH, 1), (50, 6, FinishReason.CONTEXT, 4), (4, 6, FinishReason.LENGTH, 4),
-])
+@pytest.mark.parametrize(
+    ("max_tokens", "max_model_len", "finish", "drawn"),
+    [
+        (3, 100, FinishReason.LENGTH, 3),
+        (1, 100, FinishReason.LENGTH, 1),
+        (50, 6, FinishReason.CONTEXT, 4),
+        (4, 6, FinishReason.LENGTH, 4),
+    ],
+)
 def test_ends_by_count_are_never_overrun(max_tokens: int, max_model_len: int, finish: FinishReason, drawn: int) -> None:
     bench = Bench(max_model_len=max_model_len)
     sequence = bench.add([5, 6], max_tokens)
@@ -139,7 +158,7 @@ def test_stop_ids_min_tokens_and_ignore_eos() -> None:
 
 def test_prefix_hits_are_shared_and_never_cover_the_last_token() -> None:
     bench = Bench()
-    prompt = list(range(10, 18))                             # exactly two blocks
+    prompt = list(range(10, 18))  # exactly two blocks
     first = bench.add(prompt)
     bench.settle(bench.must_plan())
     second = bench.add(prompt)
@@ -201,7 +220,7 @@ def test_prompt_logprobs_skip_the_cache_and_penalties_skip_what_was_generated() 
     bench.sweep()
     bench.must_plan()
     assert penalty.cached == 4
-    assert penalty.shared == 1                               # of the prompt alone
+    assert penalty.shared == 1  # of the prompt alone
     assert plain.shared >= 3
 
 
@@ -224,7 +243,7 @@ def test_preemption_keeps_what_was_drawn_and_takes_the_token_on_its_way() -> Non
     flying = bench.must_plan()
     assert bench.scheduler.preempt_newest(0.0)
     bench.sweep()
-    assert bench.plan() is None                              # not before its last step has landed
+    assert bench.plan() is None  # not before its last step has landed
     assert bench.settle(flying, 21)[sequence.request_id].tokens == (21,)
     again = bench.must_plan()
     assert again.plan.tokens[-2:] == [20, 21]
@@ -235,11 +254,11 @@ def test_preemption_keeps_what_was_drawn_and_takes_the_token_on_its_way() -> Non
 
 
 def test_admission_counts_what_is_to_come() -> None:
-    bench = Bench(slabs=5)                                   # 20 blocks, 80 tokens
+    bench = Bench(slabs=5)  # 20 blocks, 80 tokens
     bench.add([5] * 8, 40)
     bench.add([6] * 8, 40)
     step = bench.must_plan()
-    assert len(step.plan.rows) == 1                          # two would need 24 blocks in the end
+    assert len(step.plan.rows) == 1  # two would need 24 blocks in the end
     assert bench.scheduler.totals.preemptions == 0
 
 
@@ -264,7 +283,7 @@ def test_a_broken_step_ends_its_rows_and_forgets_what_others_read_of_it() -> Non
     step = bench.must_plan()
     second = bench.add([*prompt, 2])
     later = bench.must_plan()
-    assert second.pages[0] == first.pages[0]                 # it reads what the first step was to write
+    assert second.pages[0] == first.pages[0]  # it reads what the first step was to write
     assert bench.scheduler.fail(step, 0.0) == [first]
     bench.sweep()
     assert bench.settle(later) == {}
