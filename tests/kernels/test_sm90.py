@@ -8,7 +8,7 @@ PROGRAM = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.engine.kernels.gpu import greedy, inputs, linear16, sample
+from runtime.engine.kernels.gpu import argmax, inputs, linear16, sample
 
 def check(kernel, constants, num_warps, **pointers):
     types = {name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
@@ -23,7 +23,7 @@ check(inputs._blocks_kernel, {"BLOCK": 256}, 4)
 check(inputs._rows_kernel, {"BLOCK_TOKENS": 16, "BLOCK": 256}, 4, **wide)
 check(inputs._commit_kernel, {"BLOCK": 256}, 4, **wide)
 halves = {name: "*bf16" for name in ("logits_ptr", "x_ptr", "weight_ptr", "bias_ptr", "out_ptr")}
-check(greedy._largest_kernel, {"PARTS": 64, "BLOCK": 2048, "PDL": True}, 8, partials_ptr="*fp32", **halves, **wide)
+check(argmax._largest_kernel, {"PARTS": 64, "BLOCK": 2048, "PDL": True}, 8, partials_ptr="*fp32", **halves, **wide)
 for kind, split, early in ((0, True, True), (1, False, False)):
     constants = {"KIND": kind, "HAS_BIAS": False, "SPLIT": split, "EVEN_N": True, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EARLY": early,
                  "PDL": True, "PRECISION": "tf32"}

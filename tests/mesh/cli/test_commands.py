@@ -211,7 +211,7 @@ async def test_the_documented_fields_are_those_there_are(pod: RunningPod, say: S
     """A script reads them: `docs/api.md` names each, and nothing else."""
     assert (await say("register", "q", "/q"))[0] == 0
     told = json.loads((await say("load", "q", "--json"))[1])
-    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs" / "api.md").read_text()
     table = page.split("with `--json` (")[1].split("| --- | --- |\n")[1].split("\n\n")[0]
     rows = [row.split("|")[1:3] for row in table.splitlines()]
     assert {name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)} == set(told)

@@ -115,7 +115,9 @@ async def test_a_second_signal_waits_for_nobody(tmp_path: Path, monkeypatch: pyt
     """The first gives running answers their grace period; who asks twice wants it to end."""
     stubborn = f"import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(tmp_path)!r}, 'NAME').touch(); time.sleep(600)"
     monkeypatch.setattr(
-        serve, "Child", lambda name, *_: SupervisedProcess(name, [sys.executable, "-c", stubborn.replace("NAME", name)])
+        serve,
+        "SupervisedProcess",
+        lambda name, *_: SupervisedProcess(name, [sys.executable, "-c", stubborn.replace("NAME", name)]),
     )
     (tmp_path / "run").mkdir()
     mesh = {"http_listen": f"unix:{tmp_path}/nobody", "grpc_listen": "", "grace_s": 600.0, "log_json": False}

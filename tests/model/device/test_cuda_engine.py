@@ -104,7 +104,7 @@ def use_the_gpus_twins(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
         )  # fmt: skip
         return q
 
-    monkeypatch.setattr(attention, "HostPlan", lambda *tables: SimpleNamespace(tables=tables[:-1]))
+    monkeypatch.setattr(attention, "AttentionPlan", lambda *tables: SimpleNamespace(tables=tables[:-1]))
     monkeypatch.setattr(attention, "attend_on_host", attend)
     monkeypatch.setattr(attention, "rope_write_on_host", rope_write)
 

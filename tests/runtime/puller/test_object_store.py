@@ -54,7 +54,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("azure.core.pipeline.transport.HttpTransport.sleep", lambda transport, seconds: None)
     monkeypatch.setattr("google.cloud.storage.retry.DEFAULT_RETRY", DEFAULT_RETRY.with_delay(initial=0.02, maximum=0.1))
     monkeypatch.setattr("runtime.puller.gcs._PATIENCE_S", 1.5)
-    monkeypatch.setattr("runtime.puller.progress.Job.wait", lambda job, seconds: job.check())
+    monkeypatch.setattr("runtime.puller.progress.PullJob.wait", lambda job, seconds: job.check())
 
 
 def place(kind: str, path: str, stores: ObjectStores, **options: str) -> ModelSource:

@@ -131,7 +131,7 @@ def test_a_wrong_checksum_is_corrupt_and_not_kept(web: WebServer, tmp_path: Path
 
 
 def test_a_long_file_may_be_cut_often(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.puller.progress.Job.wait", lambda job, seconds: job.check())
+    monkeypatch.setattr("runtime.puller.progress.PullJob.wait", lambda job, seconds: job.check())
     (web.root / "f").write_bytes(bytes(200_000))
     web.cuts, web.cut_after = 15, 10_000
     file = HttpClient().look("f", f"{web.url}/f")
