@@ -98,8 +98,6 @@ class FastEngine:
                         self._left.pop(request_id, None)
                 case Shutdown():
                     return False
-                case _:
-                    pass
         return True
 
     def _load(self, command: Load) -> None:

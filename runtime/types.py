@@ -74,12 +74,11 @@ class StopParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=Tru
 class LogprobParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     """Which log-probabilities to return: the chosen token's and the `top_n` best (0 = chosen only); None = none at all.
 
-    They are log-softmax of the raw logits, before temperature and filters (as vLLM's default), unless `processed`.
+    They are log-softmax of the raw logits, before temperature and filters, as in vLLM's default.
     """
 
     generated: int | None = None
     prompt: int | None = None
-    processed: bool = False
 
 
 class DefaultSampling(msgspec.Struct, frozen=True, omit_defaults=True):

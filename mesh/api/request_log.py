@@ -5,7 +5,6 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -29,13 +28,10 @@ class Record:
 
     @classmethod
     def of(cls, request: web.Request) -> "Record":
-        record = request[_KEY]
-        assert isinstance(record, cls)
-        return record
+        return request[_KEY]
 
 
-# aiohttp before 3.14 has no typed keys for requests, later ones warn about others
-_KEY: Any = web.RequestKey("record", Record) if hasattr(web, "RequestKey") else "record"
+_KEY = web.RequestKey("record", Record)
 
 
 def request_log(metrics: Metrics) -> Middleware:

@@ -396,5 +396,4 @@ def _pod(pod_id: str, pod: InstanceRecord) -> Pod:
         pod.lru_time_ms,
         pod.count,
         pod.loads_in_progress,
-        pod.requests_per_min,
     )

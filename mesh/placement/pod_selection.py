@@ -15,7 +15,6 @@ class Pod:
     lru_ms: int
     num_models: int = 0
     num_loading: int = 0
-    requests_per_min: int = 0
 
 
 def choose_pod(pods: Sequence[Pod], size_bytes: int) -> Pod | None:
@@ -39,4 +38,4 @@ def _order(pod: Pod, size_bytes: int) -> tuple[bool, float, float, int, bool, st
             not pod.local,
             pod.instance_id,
         )
-    return (True, float(pod.lru_ms), float(pod.num_loading), pod.requests_per_min, not pod.local, pod.instance_id)
+    return (True, float(pod.lru_ms), float(pod.num_loading), 0, not pod.local, pod.instance_id)

@@ -5,7 +5,6 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from aiohttp import web
 
@@ -22,8 +21,7 @@ from runtime.interfaces import ModelDirectory, TokenEngine
 from runtime.observability.metrics import RuntimeMetrics
 
 REQUEST_ID_HEADER = "X-Request-Id"
-# aiohttp before 3.14 has no typed keys for requests, later ones warn about others
-_REQUEST_ID: Any = web.RequestKey("request_id", str) if hasattr(web, "RequestKey") else "request_id"
+_REQUEST_ID = web.RequestKey("request_id", str)
 _LOG = logging.getLogger(__name__)
 # other servers' routes that clients try
 _NOT_HERE = (

@@ -36,7 +36,6 @@ from runtime.ipc.messages import (
     Loaded,
     LoadFailed,
     RowTokens,
-    SetPolicy,
     Shutdown,
     Tokens,
     Unload,
@@ -150,9 +149,6 @@ class EngineClient:
         """Forget a model and wait until its memory is free; a dead engine has forgotten all."""
         with contextlib.suppress(Unavailable):
             await self._ask(Unload(model_id), self._unloads)
-
-    def set_policy(self, policy: SetPolicy) -> None:
-        self._send(policy)
 
     def running(self, model_id: str) -> int:
         """Open sequences of a model, queued ones included."""

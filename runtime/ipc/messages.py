@@ -45,21 +45,13 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: tuple[int, ...]
 
 
-class SetPolicy(msgspec.Struct, frozen=True, tag=True):
-    """Change how one model is treated: pinned models aren't evicted, `weight` is its share in the round robin."""
-
-    model_id: str
-    pinned: bool = False
-    weight: float = 1.0
-
-
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish what runs within `grace_s`, then exit 0."""
 
     grace_s: float
 
 
-Command = Load | Unload | Add | Abort | SetPolicy | Shutdown
+Command = Load | Unload | Add | Abort | Shutdown
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):

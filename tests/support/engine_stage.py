@@ -15,7 +15,6 @@ from runtime.ipc.messages import (
     Loaded,
     LoadFailed,
     RowTokens,
-    SetPolicy,
     Shutdown,
     TokenLogprobs,
     Tokens,
@@ -150,9 +149,6 @@ class Stage:
 
     def abort(self, *request_ids: int) -> None:
         self.inbox.put(Abort(request_ids))
-
-    def pin(self, model_id: str, pinned: bool = True) -> None:
-        self.inbox.put(SetPolicy(model_id, pinned))
 
     def shutdown(self, grace_s: float) -> None:
         self.inbox.put(Shutdown(grace_s))

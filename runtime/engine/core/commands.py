@@ -1,4 +1,4 @@
-"""What the front asks for, applied to the engine's books: requests in and out, policy, shutdown. Loads and unloads are loads.py's."""
+"""What the front asks for, applied to the engine's books: requests in and out, shutdown. Loads and unloads are loads.py's."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.sequence import from_add
-from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, SetPolicy, Shutdown, Unload
+from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, Shutdown, Unload
 from runtime.types import FinishReason
 
 
@@ -32,11 +32,6 @@ class Commands:
                 self.loads.unload(model_id, now)
                 if model_id not in self.house.models:
                     self.turns.forget(model_id)
-            case SetPolicy(model_id=model_id, pinned=pinned, weight=weight):
-                model = self.house.models.get(model_id)
-                if model is not None:
-                    model.pinned, model.weight = pinned, max(weight, 1e-3)
-                    self.turns.set_weight(model_id, weight)
             case Shutdown(grace_s=grace_s):
                 self.stop_by_s = now + grace_s
 

@@ -27,8 +27,6 @@ class LoadedModel:
     cost: CostModel
     max_waiting: int
     last_used_s: float
-    pinned: bool = False
-    weight: float = 1.0
     weight_slabs: list[int] | None = None
     swapping: bool = False
     resident_since_s: float = 0.0
@@ -78,7 +76,7 @@ class LoadedModel:
             self.last_used_s,
             self.resident_since_s,
             self.return_cost_s,
-            self.pinned or self.swapping,
+            self.swapping,
             self.scheduler.running,
             0 if yields else len(self.scheduler.waiting),
             self.draining,

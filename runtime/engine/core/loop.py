@@ -129,14 +129,9 @@ class EngineLoop:
         for model in list(self.house.models.values()):
             self.house.close_rows(model)
         try:
-            hopeless = self.house.resident.tend(now)
+            self.house.resident.tend(now)
         except SwapInFailed as failure:
             self._give_up(failure.model, str(failure))
-            return
-        for model in hopeless:
-            total = self.house.slabs.total * self._backend.slab_bytes
-            text = f"model {model.model_id}: {model.memory.weight_bytes} bytes of weights do not fit into {total} bytes beside the pinned models"
-            self.house.end(model, model.scheduler.sequences(), FinishReason.ERROR, now, "RESOURCE_EXHAUSTED", text)
 
     # Launching ------------------------------------------------------------------------------------------------------------------------------
 

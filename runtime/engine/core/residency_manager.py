@@ -35,8 +35,8 @@ class ResidencyManager:
 
     # Weights --------------------------------------------------------------------------------------------------------------------------------
 
-    def tend(self, now: float) -> list[LoadedModel]:
-        """Note finished swap-ins, hasten drains, bring in who waits, longest wait first. Returns models that can't come in while others are pinned."""
+    def tend(self, now: float) -> None:
+        """Note finished swap-ins, end drains that take too long, and bring in models with waiting requests, longest wait first."""
         absent: list[tuple[float, LoadedModel]] = []
         for model in self._models.values():
             if model.swapping and model.memory.swap_in_done():
@@ -52,9 +52,10 @@ class ResidencyManager:
                     pass
         if not absent:
             self._end_drains()
-            return []
+            return
         absent.sort(key=lambda entry: entry[0])
-        return [model for since, model in absent if not self._bring_in(model, now - since, now)]
+        for since, model in absent:
+            self._bring_in(model, now - since, now)
 
     def load_if_free(self, model: LoadedModel, now: float) -> None:
         """A model that was just loaded becomes resident at once where that costs nobody anything."""
@@ -80,25 +81,22 @@ class ResidencyManager:
         model.evictions += 1
         self.changed = True
 
-    def _bring_in(self, model: LoadedModel, waited_s: float, now: float) -> bool:
-        """False: not even without all others that may ever leave."""
+    def _bring_in(self, model: LoadedModel, waited_s: float, now: float) -> None:
         if self._room_is_kept(model):
-            return True
+            return
         need = self._slabs_to_begin(model)
         short = need - self._pool.free
         if short > 0:
             others = [m for m in self._models.values() if m.resident and m is not model]
-            if need > self._pool.total - sum(m.memory.weight_slabs for m in others if m.pinned):
-                return False
             short -= sum(m.cache.blocks.idle_slabs for m in self._models.values())
             holders = [m.holder() for m in others]
             victims = choose_victims(holders, max(short, 0), now)
             if victims is None:
                 # running rows' KV goes with the rows, so a model that drains frees more than its weights
-                kv = sum(m.cache.blocks.slabs - m.cache.blocks.idle_slabs for m in others if not m.pinned)
+                kv = sum(m.cache.blocks.slabs - m.cache.blocks.idle_slabs for m in others)
                 for victim in choose_to_drain(holders, max(short - kv, 1), waited_s, model.return_cost_s, now):
                     self._models[victim].draining_since_s = now
-                return True
+                return
             while self._pool.free < need and self._drop_oldest_prefix(self._models.values()):
                 pass
             for victim in victims:
@@ -106,13 +104,12 @@ class ResidencyManager:
                     self.evict(self._models[victim])
         if self._pool.free >= need:
             self._swap_in(model, now)
-        return True
 
     def _slabs_to_begin(self, model: LoadedModel) -> int:
         """Weights, and KV for the first request in the queue, less the KV slabs that it holds."""
         head = model.scheduler.waiting.head()
         geometry = model.cache.blocks.geometry
-        blocks = blocks_for(len(head.tokens) + 1 if head else 1, geometry.block_tokens)
+        blocks = blocks_for(head.tokens_to_begin if head else 1, geometry.block_tokens)
         return model.memory.weight_slabs + max(
             blocks_for(blocks, geometry.blocks_per_slab) - model.cache.blocks.slabs, 0
         )
@@ -153,12 +150,6 @@ class ResidencyManager:
         own = model.cache.blocks
         return min(max(slabs, 0) + own.slabs, own.geometry.max_slabs) * own.geometry.blocks_per_slab
 
-    def ceiling_blocks(self, model: LoadedModel) -> int:
-        """Blocks that the model could have if everybody made way who ever would."""
-        pinned = sum(m.memory.weight_slabs for m in self._models.values() if m.pinned and m is not model and m.resident)
-        geometry = model.cache.blocks.geometry
-        return min(self._pool.total - model.memory.weight_slabs - pinned, geometry.max_slabs) * geometry.blocks_per_slab
-
     def make_room(self, model: LoadedModel, blocks: int, now: float) -> None:
         """Try to let the model's cache give out `blocks` more."""
         cache = model.cache
@@ -178,7 +169,7 @@ class ResidencyManager:
         The order is the same for everyone and never changes, so the first sequence of all gets through in the end, and nobody takes turns at
         turning each other out.
         """
-        blocks = blocks_for(len(sequence.tokens) + 1, model.cache.blocks.geometry.block_tokens) - len(sequence.pages)
+        blocks = blocks_for(sequence.tokens_to_begin, model.cache.blocks.geometry.block_tokens) - len(sequence.pages)
         others = [m for m in self._models.values() if m is not model]
         if self._room_is_kept(model):
             return
@@ -194,9 +185,7 @@ class ResidencyManager:
                     pass
         self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
         # weights on their way can't leave before they are here; they will then, if nobody takes that room in their stead
-        arriving = sum(
-            m.memory.weight_slabs for m in others if m.swapping and not m.pinned and _comes_after(m, sequence)
-        )
+        arriving = sum(m.memory.weight_slabs for m in others if m.swapping and _comes_after(m, sequence))
         if model.cache.obtainable() + arriving * model.cache.blocks.geometry.blocks_per_slab < blocks:
             return
         self._claimant = model.model_id  # or those who made way would take it back
@@ -243,13 +232,13 @@ class ResidencyManager:
         return any(model.cache.drop_oldest_slab() for _, model in ages)
 
     def _preempt_above_share(self, model: LoadedModel, others: list[LoadedModel], now: float) -> bool:
-        """Turn out the newest row of the model that holds most for its weight, if that is more than this one would hold.
+        """Turn out the newest row of the model that holds most KV, if that is more than this one would hold.
 
         Never one that came before all of this model's: two models would turn each other out for ever.
         """
         running = [m for m in others if m.scheduler.running]
-        furthest = max(running, key=_share_slabs, default=None)
-        if furthest is None or _share_slabs(furthest) <= _share_slabs(model) + 1 / model.weight:
+        furthest = max(running, key=_used_slabs, default=None)
+        if furthest is None or _used_slabs(furthest) <= _used_slabs(model) + 1:
             return False
         if not furthest.scheduler.preempt_newest(now, model.scheduler.foremost()):
             return False
@@ -264,7 +253,7 @@ def _comes_after(model: LoadedModel, sequence: Sequence) -> bool:
     return foremost is None or foremost > sequence.order
 
 
-def _share_slabs(model: LoadedModel) -> float:
-    """KV in running rows, in slabs, over its weight."""
+def _used_slabs(model: LoadedModel) -> float:
+    """KV in running rows, in slabs."""
     blocks = model.cache.blocks
-    return blocks.used_blocks / blocks.geometry.blocks_per_slab / model.weight
+    return blocks.used_blocks / blocks.geometry.blocks_per_slab

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.scheduler.scheduler import Limits
-from runtime.types import FinishReason
 
 _LEAST_CHUNK = 64  # tokens of prefill that a step may have however short the quantum
 _ALONE_ON_CPU_US = 500_000  # no step can be stopped: a full one would hold up for half a minute whoever comes or leaves
@@ -33,14 +32,9 @@ class StepBudget:
         return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
 
     def attend_starved(self, model: LoadedModel, now: float) -> None:
-        """After an empty plan: others make way, unless there can never be room enough (models were pinned after the request was let in)."""
+        """After an empty plan: others make way."""
         sequence = model.scheduler.starved()
         if sequence is None or (model.draining and not model.scheduler.running):
-            return
-        tokens = self.house.resident.ceiling_blocks(model) * model.cache.blocks.geometry.block_tokens
-        if len(sequence.tokens) + 1 > tokens:
-            text = f"model {model.model_id}: {len(sequence.tokens)} tokens need more KV than the {tokens} tokens that pinned models leave"
-            self.house.end(model, (sequence,), FinishReason.ERROR, now, "RESOURCE_EXHAUSTED", text)
             return
         self.house.resident.make_way(model, sequence, now)
         for other in self.house.models.values():

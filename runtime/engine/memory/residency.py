@@ -23,14 +23,14 @@ class Holder:
     last_used_s: float
     resident_since_s: float
     return_cost_s: float
-    pinned: bool
+    swapping: bool  # its weights are on their way to the device, and cannot leave before they have arrived
     running: int
     waiting: int
     draining: bool = False
 
     @property
     def evictable(self) -> bool:
-        return not self.pinned and not self.running and (self.draining or not self.waiting)
+        return not self.swapping and not self.running and (self.draining or not self.waiting)
 
 
 def choose_victims(holders: Sequence[Holder], slabs: int, now: float) -> list[str] | None:
@@ -68,7 +68,7 @@ def choose_to_drain(holders: Sequence[Holder], slabs: int, waited_s: float, swap
     chosen: list[str] = []
     # who has been here longest goes first
     for holder in sorted(holders, key=lambda h: h.resident_since_s):
-        if holder.pinned or holder.evictable or holder.draining:
+        if holder.swapping or holder.evictable or holder.draining:
             continue
         patience = patience_s(swap_in_s, holder.return_cost_s)
         if waited_s < patience or now - holder.resident_since_s < patience:

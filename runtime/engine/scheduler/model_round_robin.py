@@ -1,6 +1,6 @@
 """Whose turn it is: deficit round robin over models, in microseconds of device time.
 
-A round gives every model with work `quantum_us` times its weight; a model that has credit left may step, one step at a turn, and pays what the
+A round gives every model with work `quantum_us`; a model that has credit left may step, one step at a turn, and pays what the
 step took. Debts carry over to the next round, riches don't; a model out of work pays its debts off as rounds go by, and begins anew with one share. So in every stretch of (models × quantum) each gets its share, to within one step.
 Knows nothing of what a step is. (Shreedhar and Varghese, SIGCOMM 1995; here the price is known only after the purchase.)
 """
@@ -14,15 +14,10 @@ class RoundRobin:
         self._quantum_us = quantum_us
         self._credit_us: dict[str, float] = {}  # in order of turns; members had work at the last pick
         self._debts_us: dict[str, float] = {}  # of models without work
-        self._weights: dict[str, float] = {}
-
-    def set_weight(self, model_id: str, weight: float) -> None:
-        self._weights[model_id] = max(weight, 1e-3)
 
     def forget(self, model_id: str) -> None:
         self._credit_us.pop(model_id, None)
         self._debts_us.pop(model_id, None)
-        self._weights.pop(model_id, None)
 
     def credit_us(self, model_id: str) -> float:
         return self._credit_us.get(model_id, 0.0)
@@ -37,7 +32,7 @@ class RoundRobin:
                 self._debts_us[model_id] = credit_us
         for model_id in active:
             if model_id not in self._credit_us:
-                self._credit_us[model_id] = self._share_us(model_id) + self._debts_us.pop(model_id, 0.0)
+                self._credit_us[model_id] = self._quantum_us + self._debts_us.pop(model_id, 0.0)
         chosen = self._first_with_credit()
         if chosen is None:
             self._new_round()
@@ -56,17 +51,14 @@ class RoundRobin:
         return next((m for m, credit in self._credit_us.items() if credit > 0), None)
 
     def _new_round(self) -> None:
-        shares = {m: self._share_us(m) for m in self._credit_us}
+        quantum_us = self._quantum_us
         # as many rounds at once as the least indebted needs
-        rounds = min(math.floor(-credit / shares[m]) + 1 for m, credit in self._credit_us.items())
-        for model_id, share in shares.items():
-            self._credit_us[model_id] = min(self._credit_us[model_id] + rounds * share, share)
+        rounds = math.floor(-max(self._credit_us.values()) / quantum_us) + 1
+        for model_id, credit_us in self._credit_us.items():
+            self._credit_us[model_id] = min(credit_us + rounds * quantum_us, quantum_us)
         for model_id, debt_us in list(self._debts_us.items()):
-            debt_us += rounds * self._share_us(model_id)
+            debt_us += rounds * quantum_us
             if debt_us < 0:
                 self._debts_us[model_id] = debt_us
             else:
                 del self._debts_us[model_id]
-
-    def _share_us(self, model_id: str) -> float:
-        return self._quantum_us * self._weights.get(model_id, 1.0)

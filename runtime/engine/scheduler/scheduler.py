@@ -275,7 +275,7 @@ class Scheduler:
         sequence.set_aside = blocks_for(len(sequence.tokens) + remaining, block_tokens)
         if not self._running:
             # alone it may try with what there is: what it lacks later comes from others, or it waits again
-            if blocks_for(len(sequence.tokens) + 1, block_tokens) > kv_blocks:
+            if blocks_for(sequence.tokens_to_begin, block_tokens) > kv_blocks:
                 return False
             self.promised_blocks = min(sequence.set_aside, kv_blocks)
             return True

@@ -59,6 +59,11 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def tokens_to_begin(self) -> int:
+        """Tokens of KV it needs for its next draw, or for its prompt alone if it draws nothing."""
+        return len(self.tokens) + (self.limit > 0)
+
+    @property
     def order(self) -> tuple[int, int]:
         """Who comes first: higher priority, then earlier."""
         return (-self.priority, self.arrival)

@@ -51,18 +51,3 @@ def test_generated_and_prompt_logprobs() -> None:
             assert answer.prompt_logprobs[0] is None
             for position in range(1, len(ask.prompt)):
                 check(answer.prompt_logprobs[position], logits[position - 1], ask.prompt[position], ask.logprobs.prompt)
-
-
-def test_processed_logprobs_are_of_what_was_drawn_from() -> None:
-    rules = SamplingParams(temperature=0.7, top_k=4, logit_bias=((11, 3.0),), seed=2)
-    ask = Ask([5, 6, 7], 5, rules, LogprobParams(generated=4, processed=True))
-    answer = Driver(*hooked(family("llama")), chaos=False).run([ask])[0]
-    reference = family("llama")
-    with torch.inference_mode():
-        logits = reference(torch.tensor([ask.prompt + answer.tokens])).logits[0, 2:-1]
-    logits = logits + 3.0 * torch.nn.functional.one_hot(torch.tensor(11), VOCAB)
-    best = (logits / 0.7).topk(4)
-    for row, token, entry in zip(range(5), answer.tokens, answer.logprobs, strict=True):
-        assert entry is not None
-        assert token in best.indices[row].tolist()
-        assert [value for _, value in entry.top] == pytest.approx(best.values[row].log_softmax(-1).tolist(), abs=2e-4)

@@ -103,9 +103,7 @@ def test_steps_launched_ahead_keep_their_results() -> None:
         SamplingParams(temperature=0.9, repetition_penalty=1.2, logit_bias=((4, 1.0),), seed=2),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize(
-    "logprobs", [LogprobParams(), LogprobParams(generated=3, prompt=1), LogprobParams(generated=1, processed=True)]
-)
+@pytest.mark.parametrize("logprobs", [LogprobParams(), LogprobParams(generated=3, prompt=1)])
 def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: LogprobParams) -> None:
     built, pages = hooked(family("llama").cuda(), device="cuda")
     driver = Driver(built, pages, max_rows=8)

@@ -12,6 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from runtime.engine.interfaces import RowSetup, StepPlan
 from runtime.engine.kernels import sample
 from runtime.engine.model.run.input_buffers import StepShape
+from runtime.engine.model.run.logits_processors import LogitsProcessors
 from runtime.engine.model.run.row_state import RowState
 from runtime.engine.model.run.sampler import Sampler
 from runtime.types import LogprobParams, SamplingParams
@@ -117,8 +118,11 @@ def test_edits_equal_their_definitions() -> None:
         presence_penalty=0.9,
         logit_bias=((3, 2.5), (7, -1.0), (10**6, 1.0)),
     )
-    sampler = Sampler(vocab, RowState(CPU, 4))
-    sampler.open(setup(2, rules, prompt, min_tokens=3, suppressed=(1, 8)))
+    tables = RowState(CPU, 4)
+    sampler, edits = Sampler(vocab, tables), LogitsProcessors(vocab, tables)
+    row = setup(2, rules, prompt, min_tokens=3, suppressed=(1, 8))
+    sampler.open(row)
+    edits.open(row)
     sampler.begin(NO_PLAN)
     said: list[int] = []
     for turn in range(6):
@@ -131,11 +135,15 @@ def test_edits_equal_their_definitions() -> None:
             expected[token] -= 0.4 * said.count(token) + 0.9
         if turn < 3:
             expected[[1, 8]] = float("-inf")
-        where = shape([0, 2], [5, len(prompt) + turn])
-        torch.testing.assert_close(sampler.processed(logits, [1], where)[0], expected)
+        position = len(prompt) + turn
+        where = shape([0, 2], [5, position])
+        edited = logits[1:].clone()
+        edits.apply(edited, [2], [position])
+        torch.testing.assert_close(edited[0], expected)
         drawn = logits.argmax(1)
         sampler.draw(logits, where, drawn)
         assert drawn.tolist() == [int(logits[0].argmax()), int(expected.argmax())]
+        edits.note_drawn([2], [position], [1], drawn)
         said.append(int(drawn[1]))
 
 
@@ -154,18 +162,24 @@ def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
 
 def test_a_returning_row_counts_what_it_said_once() -> None:
     vocab, rules = 30, SamplingParams(temperature=0.0, frequency_penalty=1.0)
-    sampler = Sampler(vocab, RowState(CPU, 2))
+    tables = RowState(CPU, 2)
+    tables.write_rules([0], [rules])
+    edits = LogitsProcessors(vocab, tables)
+
+    def edited(position: int) -> torch.Tensor:
+        scores = torch.zeros(1, vocab)
+        edits.apply(scores, [0], [position])
+        return scores[0]
+
     for prompt_given in ([1, 2], [1, 2, 9]):  # with and without the first generated id in the setup
-        sampler.open(RowSetup(0, rules, LogprobParams(), prompt_given, 2))
-        sampler.begin(StepPlan([0], [0], [3], [False], [False], [1, 2, 9]))
-        sampler.begin(StepPlan([0], [3], [2], [False], [True], [9, 5]))
-        scores = sampler.processed(torch.zeros(1, vocab), [0], shape([0], [5]))[0]
-        assert scores[[1, 2, 9, 5]].tolist() == [0.0, 0.0, -2.0, -1.0]
-        drawn = torch.zeros(1, dtype=torch.int64)
-        sampler.draw(torch.nn.functional.one_hot(torch.tensor([5]), vocab).float() * 50, shape([0], [5]), drawn)
-        sampler.begin(StepPlan([0], [5], [1], [False], [True], [5]))  # the drawn token, given back by the host
-        assert sampler.processed(torch.zeros(1, vocab), [0], shape([0], [6]))[0, 5] == -2.0
-        sampler.close(0)
+        edits.open(RowSetup(0, rules, LogprobParams(), prompt_given, 2))
+        edits.note_given(0, 0, [1, 2, 9])
+        edits.note_given(0, 3, [9, 5])
+        assert edited(5)[[1, 2, 9, 5]].tolist() == [0.0, 0.0, -2.0, -1.0]
+        edits.note_drawn([0], [5], [0], torch.tensor([5]))
+        edits.note_given(0, 5, [5])  # the drawn token, given back by the host
+        assert edited(6)[5] == -2.0
+        edits.close(0)
 
 
 def test_rows_that_ask_for_nothing_stay_plain() -> None:

@@ -1,6 +1,6 @@
 """Log-probabilities of drawn tokens and of prompts: worked out on the device for the rows that ask, read on the host with the step's result.
 
-An entry is log-softmax of the raw logits (of the filtered ones if the row asks for `processed`), the 1-based rank, and the best few. Knows rows
+An entry is log-softmax of the raw logits, the 1-based rank, and the best few. Knows rows
 and chunks; nothing of how a token was drawn.
 """
 
@@ -122,17 +122,12 @@ class LogprobRows:
         self._wants.pop(row, None)
         self._carried.pop(row, None)
 
-    def asking(self, shape: StepShape) -> tuple[list[int], list[int]]:
-        """Samples whose entry is wanted: of the raw logits, and of the processed ones."""
+    def asking(self, shape: StepShape) -> list[int]:
+        """Return the samples of the step whose rows want log-probabilities of what they draw."""
         if not self._wants:
-            return [], []
-        raw: list[int] = []
-        processed: list[int] = []
-        for s, row in enumerate(shape.sample_rows.tolist()):
-            wants = self._wants.get(row)
-            if wants is not None and wants.generated is not None:
-                (processed if wants.processed else raw).append(s)
-        return raw, processed
+            return []
+        rows = ((s, self._wants.get(row)) for s, row in enumerate(shape.sample_rows.tolist()))
+        return [s for s, wants in rows if wants is not None and wants.generated is not None]
 
     def tops(self, shape: StepShape, samples: list[int]) -> list[int]:
         return [self._wants[int(shape.sample_rows[s])].generated or 0 for s in samples]

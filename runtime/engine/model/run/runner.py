@@ -88,13 +88,12 @@ class ModelRunner:
                 prompt_at,
                 greedy=plain,
             )
-        raw, processed = self._logprobs.asking(shape)
-        job = StepLogprobs() if raw or processed or plan.prompt_logprobs else None
-        scores = self._sampler.processed(logits, processed, shape) if processed else None
+        scored = self._logprobs.asking(shape)
+        job = StepLogprobs() if scored or plan.prompt_logprobs else None
         if not plain:
             self._draw(logits, shape, eager=graph is None)
         if job is not None:
-            self._score(job, logits, scores, raw, processed, plan, shape)
+            self._score(job, logits, scored, plan, shape)
         return state.results.finish(line, shape.num_samples, job)
 
     def close(self) -> None:
@@ -192,17 +191,13 @@ class ModelRunner:
         self,
         job: StepLogprobs,
         logits: torch.Tensor,
-        scores: torch.Tensor | None,
-        raw: list[int],
-        processed: list[int],
+        samples: list[int],
         plan: StepPlan,
         shape: StepShape,
     ) -> None:
-        for samples, source in ((raw, logits), (processed, scores)):
-            if samples and source is not None:
-                at = to_device(np.array(samples, np.int64), self._state.device)
-                tops = self._logprobs.tops(shape, samples)
-                rows = source[at] if source is logits else source
-                job.add_drawn(score(rows, self._state.drawn[at], max(tops)), samples, tops, shape.num_samples)
+        if samples:
+            at = to_device(np.array(samples, np.int64), self._state.device)
+            tops = self._logprobs.tops(shape, samples)
+            job.add_drawn(score(logits[at], self._state.drawn[at], max(tops)), samples, tops, shape.num_samples)
         if plan.prompt_logprobs:
             self._logprobs.score_prompts(plan, shape, logits[shape.num_samples :], job)

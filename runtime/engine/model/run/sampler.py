@@ -82,25 +82,6 @@ class Sampler:
             )
             self._edits.note_drawn([rows[s] for s in edited], [positions[s] for s in edited], edited, drawn)
 
-    def processed(self, logits: torch.Tensor, samples: list[int], shape: StepShape) -> torch.Tensor:
-        """What samples are drawn from: float32 [m, V], -inf where filters cut. To be asked before `draw` counts the new tokens."""
-        rows, positions = shape.sample_rows.tolist(), shape.sample_positions.tolist()
-        scores = logits.index_select(0, to_device(np.array(samples, np.int64), logits.device)).float()
-        edited = [i for i, s in enumerate(samples) if self._edits.active(rows[s], positions[s])]
-        if edited:
-            at = to_device(np.array(edited, np.int64), logits.device)
-            part = scores[at]
-            self._edits.apply(part, [rows[samples[i]] for i in edited], [positions[samples[i]] for i in edited])
-            scores[at] = part
-        random = [i for i, s in enumerate(samples) if self._kinds[rows[s]] != _PLAIN]
-        if random:
-            at, slot = to_device(np.array([random, [rows[samples[i]] for i in random]], np.int64), logits.device)
-            words = self._tables.rules[slot]
-            part = sample.scaled(scores[at], words)
-            hot = words.view(torch.float32)[:, sample.TEMPERATURE, None] > 0
-            scores[at] = torch.where(hot, sample.filtered(part, words, None), part)
-        return scores
-
     def _edited(self, logits: torch.Tensor, samples: list[int], rows: list[int], positions: list[int]) -> torch.Tensor:
         scores = logits.index_select(0, to_device(np.array(samples, np.int64), logits.device)).float()
         self._edits.apply(scores, [rows[s] for s in samples], [positions[s] for s in samples])

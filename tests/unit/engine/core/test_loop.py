@@ -3,7 +3,7 @@
 import pytest
 
 from runtime.engine.interfaces import KvGeometry
-from runtime.ipc.messages import EngineStats, LogprobParams, Tokens
+from runtime.ipc.messages import EngineStats, Loaded, LogprobParams, Tokens
 from runtime.types import FinishReason, SamplingParams, Tier
 from tests.support.engine_stage import Answer, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
@@ -100,20 +100,15 @@ def test_an_idle_model_is_evicted_for_one_that_is_asked_for_and_comes_back() -> 
     made.close()
 
 
-def test_a_pinned_model_stays_and_who_cannot_come_in_is_told_so() -> None:
-    made = stage("ab", total_slabs=12, weight_slabs=8)
-    made.pin("a")
-    refused = made.add("b", [3], 4)
+def test_prompt_that_fills_all_kv_is_scored() -> None:
+    made = stage("ab", total_slabs=12, weight_slabs=8, max_model_len=4096)
+    most = next(event.facts.max_model_len for event in made.events if isinstance(event, Loaded))
+    assert most == 4 * 128
+    answer = made.add("b", [3] * most, 4, logprobs=LogprobParams(prompt=0))
     made.until_quiet()
-    code, text = error_of(refused)
-    assert code == "RESOURCE_EXHAUSTED"
-    assert "b" in text
-    assert str(8 * 4096) in text
-    assert tier(made, "a") is Tier.DEVICE
-    made.pin("a", False)
-    made.add("b", [3], 4)
-    made.until_quiet()
-    assert tier(made, "b") is Tier.DEVICE
+    assert answer.finish is FinishReason.CONTEXT
+    assert answer.prompt_logprobs is not None
+    assert len(answer.prompt_logprobs) == most
     made.close()
 
 

@@ -76,11 +76,7 @@ def one_life(seed: int, turns: int) -> Stage:
             backend.faults[name] = rng.choice(("launch", "collect"))
         elif dice < 0.324:
             backend.broken_swap_ins[name] = True
-        elif dice < 0.33:
-            stage.pin(name, rng.random() < 0.3)
         stage.turn(rng.choice((0, 1, 1, 4)))
-    for name in names:
-        stage.pin(name, False)
     stage.until_quiet()
     return stage
 

@@ -1,4 +1,4 @@
-"""Victims are enough, none is needless, and none may run or be pinned; cheap returns go before dear ones."""
+"""Victims are enough, none is needless, and none may run or be on its way in; cheap returns go before dear ones."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,14 +27,14 @@ HOLDERS = st.lists(
 def holder(
     name: str, *, slabs: int = 4, used_s: float = 900.0, since_s: float = 0.0, cost_s: float = 0.1, **more: object
 ) -> Holder:
-    facts: dict[str, object] = {"pinned": False, "running": 0, "waiting": 0, **more}
+    facts: dict[str, object] = {"swapping": False, "running": 0, "waiting": 0, **more}
     return Holder(name, slabs, used_s, since_s, cost_s, **facts)  # type: ignore[arg-type]
 
 
 @given(HOLDERS, st.integers(1, 60))
 def test_victims(holders: list[Holder], slabs: int) -> None:
     chosen = choose_victims(holders, slabs, NOW)
-    may_go = {h.model_id: h for h in holders if not h.pinned and not h.running and (h.draining or not h.waiting)}
+    may_go = {h.model_id: h for h in holders if not h.swapping and not h.running and (h.draining or not h.waiting)}
     if chosen is None:
         assert sum(h.slabs for h in may_go.values()) < slabs
         return
@@ -59,7 +59,7 @@ def test_a_dear_return_outweighs_some_age() -> None:
 def test_draining_chooses_only_who_may_and_only_if_it_helps(holders: list[Holder], slabs: int, waited_s: float) -> None:
     chosen = choose_to_drain(holders, slabs, waited_s, 0.2, NOW)
     by_name = {h.model_id: h for h in holders}
-    assert not any(by_name[name].pinned or by_name[name].draining for name in chosen)
+    assert not any(by_name[name].swapping or by_name[name].draining for name in chosen)
     if chosen:
         assert waited_s >= 1.0
         freed = sum(h.slabs for h in holders if h.evictable or h.draining) + sum(by_name[name].slabs for name in chosen)
