@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from runtime.ipc import messages
-from runtime.types import Checkpoint, LogprobParams, SamplingParams, StopParams
+from runtime.types import Checkpoint, GenerationRequest, LogprobParams, SamplingParams, StopParams
 
 _LENGTH = struct.Struct("<I")
 Prompts = list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]
@@ -126,11 +126,8 @@ class Engine:
         number = self._next_id
         self._next_id += 1
         stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
-        self._send(
-            messages.Add(
-                number, model_id, ids.astype("<i4").tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams()
-            )
-        )
+        request = GenerationRequest(prompt=tuple(ids.tolist()), sampling=SamplingParams(temperature=0.0), stop=stop)
+        self._send(messages.Add(number, model_id, request))
         return number
 
     def texts(
@@ -159,16 +156,10 @@ class Engine:
         self._next_id += len(prompts)
         for offset, (model_id, ids) in enumerate(prompts):
             stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
-            self._send(
-                messages.Add(
-                    first + offset,
-                    model_id,
-                    ids.astype("<i4").tobytes(),
-                    SamplingParams(temperature=0.0),
-                    stop,
-                    logprobs,
-                )
+            request = GenerationRequest(
+                prompt=tuple(ids.tolist()), sampling=SamplingParams(temperature=0.0), stop=stop, logprobs=logprobs
             )
+            self._send(messages.Add(first + offset, model_id, request))
         waiting = len(prompts)
         while waiting:
             event = self._receive(300)

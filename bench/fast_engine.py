@@ -92,7 +92,7 @@ class FastEngine:
                     self._models.pop(model_id, None)
                     self._send(Unloaded(model_id))
                 case Add(request_id=request_id, model_id=model_id):
-                    self._left[request_id] = (model_id, command.stop.max_tokens)
+                    self._left[request_id] = (model_id, command.request.stop.max_tokens)
                 case Abort(request_ids=request_ids):
                     for request_id in request_ids:
                         self._left.pop(request_id, None)

@@ -26,7 +26,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.device.backend import make_backend
 from runtime.ipc import messages
-from runtime.types import LogprobParams, SamplingParams, StopParams
+from runtime.types import GenerationRequest, SamplingParams, StopParams
 
 FAMILIES = (
     ("linear", ("linear16", "linear4", "linear8", "gemm", "gemv", "cublas", "cutlass", "nvjet", "splitk", "quantize")),
@@ -65,12 +65,12 @@ class Harness:
         rng = np.random.default_rng(self._next_id)
         for _ in range(rows):
             ids = rng.integers(100, vocab, input_tokens, dtype=np.int32)
-            self.inbox.put(
-                messages.Add(
-                    self._next_id, model_id, ids.astype("<i4").tobytes(), SamplingParams(temperature=0.0),
-                    StopParams(max_tokens=output_tokens, ignore_eos=True), LogprobParams(),
-                )
-            )  # fmt: skip
+            request = GenerationRequest(
+                prompt=tuple(ids.tolist()),
+                sampling=SamplingParams(temperature=0.0),
+                stop=StopParams(max_tokens=output_tokens, ignore_eos=True),
+            )
+            self.inbox.put(messages.Add(self._next_id, model_id, request))
             self._next_id += 1
 
     def turns(self, count: int) -> None:

@@ -1,6 +1,6 @@
-"""The seam inside the front process: loaded models and the engine, as the APIs see them.
+"""Interfaces between the APIs and the rest of the front process: loaded models and the token engine.
 
-The lifecycle side (runtime.models, runtime.engine_client.client) implements these; the APIs and the generator use them. Knows no wire format.
+`runtime.models` and `runtime.engine_client` implement them. The APIs and the generator use them.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -9,12 +9,12 @@ from typing import Protocol
 
 from runtime.ipc.messages import RowTokens
 from runtime.text.text_model import TextModel
-from runtime.types import LogprobParams, ModelFacts, ModelSettings, SamplingParams, StopParams
+from runtime.types import GenerationRequest, ModelFacts, ModelSettings
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded model. `text` tokenizes, detokenizes and renders chats; `name` is what answers carry."""
+    """A loaded model. `text` tokenizes, detokenizes and renders chats. Responses carry `name`."""
 
     model_id: str
     name: str
@@ -26,29 +26,19 @@ class ServedModel:
 
 class ModelDirectory(Protocol):
     def get(self, model_id: str) -> ServedModel:
-        """Raises ModelNotFound (to a mesh: load it again), Unavailable while the engine restarts."""
+        """Return the loaded model. Raises ModelNotFound (a mesh then loads it again), or Unavailable while the engine restarts."""
 
     def list(self) -> Sequence[ServedModel]: ...
 
 
 class TokenEngine(Protocol):
-    """The engine process, from the front."""
+    """The engine process, as the front process uses it."""
 
-    def generate(
-        self,
-        model_id: str,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        stop: StopParams,
-        logprobs: LogprobParams,
-        *,
-        priority: int = 0,
-        event_s: float = 0.0,
-    ) -> AsyncIterator[RowTokens]:
-        """One sequence. Ends after the item with `finish` set. Closing the iterator (aclose, cancellation) aborts the row at the next step.
+    def generate(self, model_id: str, request: GenerationRequest) -> AsyncIterator[RowTokens]:
+        """Run one sequence. Ends after the item with `finish` set.
 
-        Items of one sequence may be merged when the consumer is slow, or when all consumers together are: tokens and log-probabilities then
-        come together in one item. `event_s`: what sending one item on costs the busiest process on its way, 0 = nothing is sent.
+        Closing the iterator (aclose, cancellation) aborts the row at the next step. Items of one sequence may be merged when its consumer,
+        or all consumers together, are slow: the tokens and log-probabilities of several steps then come in one item.
 
         Raises ModelNotFound, Overloaded, Unavailable (the engine died), EngineFault.
         """

@@ -81,6 +81,35 @@ class LogprobParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     prompt: int | None = None
 
 
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Everything that one sequence asks for. The API's planner makes it, and the engine receives it unchanged in `Add`.
+
+    `sampling.seed` is set and all limits have been checked. The engine reads the first group of fields, the front process the second.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stop: StopParams
+    logprobs: LogprobParams = LogprobParams()
+    priority: int = 0  # higher first
+
+    index: int = 0  # position among the sequences of one API call; each Delta repeats it
+    stop_strings: tuple[str, ...] = ()
+    include_stop: bool = False  # a stop string (or, with show_stop_token, a stop token) stays in the text
+    show_stop_token: bool = False
+    stops_by_list: bool = False  # of several matches the first of the list wins, not the first in the text
+    length_before_stop: bool = False  # a stop string that the last allowed token completes does not count
+    skip_special_tokens: bool = True
+    drop_incomplete: bool = False  # drop an incomplete character at the end instead of showing U+FFFD
+    one_token_deltas: bool = False  # send one delta per token, even without text
+    deadline_s: float | None = None  # event loop time; past it the sequence ends as TIME_LIMIT with what it has
+    event_s: float = 0.0  # CPU time that the busiest process spends on sending one delta; 0 = nothing is sent
+
+    @property
+    def with_details(self) -> bool:
+        return self.logprobs.generated is not None
+
+
 class DefaultSampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Per-model defaults, from the registration or the checkpoint's generation_config.json; None = the API's own default."""
 

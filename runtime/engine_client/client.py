@@ -4,7 +4,6 @@ Knows the engine's messages and its life and death; nothing of files, text or AP
 business (runtime.models): this ends the streams and says who was running.
 """
 
-import array
 import asyncio
 import contextlib
 import itertools
@@ -12,11 +11,13 @@ import logging
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, TypeVar
+
+import msgspec
 
 from runtime.config.schema import EngineConfig
 from runtime.engine_client.changes import Changes
@@ -41,7 +42,7 @@ from runtime.ipc.messages import (
     Unload,
     Unloaded,
 )
-from runtime.types import FinishReason, LogprobParams, ModelFacts, SamplingParams, StopParams
+from runtime.types import FinishReason, GenerationRequest, ModelFacts
 
 log = logging.getLogger(__name__)
 
@@ -167,21 +168,11 @@ class EngineClient:
 
     # Tokens
 
-    async def generate(
-        self,
-        model_id: str,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        stop: StopParams,
-        logprobs: LogprobParams,
-        *,
-        priority: int = 0,
-        event_s: float = 0.0,
-    ) -> AsyncIterator[RowTokens]:
+    async def generate(self, model_id: str, request: GenerationRequest) -> AsyncIterator[RowTokens]:
         """See runtime.interfaces.TokenEngine."""
         request_id = next(self._ids)
-        stream = RowStream(model_id, event_s)
-        self._send(Add(request_id, model_id, array.array("i", prompt).tobytes(), sampling, stop, logprobs, priority))
+        stream = RowStream(model_id, request.event_s)
+        self._send(Add(request_id, model_id, request))
         self._streams[request_id] = stream
         self._pace.opened(stream)
         self._open[model_id] += 1
@@ -190,7 +181,7 @@ class EngineClient:
                 row = await stream.take()
                 if row.finish is FinishReason.ERROR or row.finish is FinishReason.ABORTED:
                     if row.tokens:
-                        yield _without_finish(row)
+                        yield msgspec.structs.replace(row, finish=None, stop_token=None, error_code=None, error=None)
                     raise _end_error(model_id, row)
                 yield row
                 if row.finish is not None:
@@ -385,10 +376,6 @@ def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result
     else:
         future.set_result(result)
     return True
-
-
-def _without_finish(row: RowTokens) -> RowTokens:
-    return RowTokens(row.request_id, row.tokens, None, None, row.logprobs, row.prompt_logprobs, row.cached_tokens)
 
 
 def _end_error(model_id: str, row: RowTokens) -> RepertoryError:

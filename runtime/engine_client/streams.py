@@ -7,6 +7,8 @@ import asyncio
 import math
 from collections.abc import Sequence
 
+import msgspec
+
 from runtime.errors import RepertoryError
 from runtime.ipc.messages import RowTokens, TokenLogprobs
 
@@ -22,16 +24,12 @@ def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:
         logprobs = tuple(entry for row in rows for entry in row.logprobs or ())
     prompt_logprobs = next((row.prompt_logprobs for row in rows if row.prompt_logprobs is not None), None)
     cached_tokens = next((row.cached_tokens for row in rows if row.cached_tokens is not None), None)
-    return RowTokens(
-        request_id=last.request_id,
+    return msgspec.structs.replace(
+        last,
         tokens=tokens,
-        finish=last.finish,
-        stop_token=last.stop_token,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         cached_tokens=cached_tokens,
-        error_code=last.error_code,
-        error=last.error,
         queue_s=next((row.queue_s for row in rows if row.queue_s is not None), None),
     )
 

@@ -12,12 +12,12 @@ import msgspec
 from runtime.errors import Overloaded, RepertoryError, Unavailable, from_code
 from runtime.generation.limits import check_prompt
 from runtime.generation.merge import close, merge
-from runtime.generation.request import Completed, Delta, SequenceRequest, put_together
+from runtime.generation.request import Completed, Delta, put_together
 from runtime.generation.sequence import RunningSequence, split_tokens
 from runtime.interfaces import ServedModel, TokenEngine
 from runtime.ipc.messages import RowTokens
 from runtime.observability.metrics import RuntimeMetrics
-from runtime.types import FinishReason
+from runtime.types import FinishReason, GenerationRequest
 
 FIRST_TOKEN_GRACE_S = (
     0.25  # past the time limit a sequence without a token gets so much longer: an idle engine always answers with one
@@ -32,7 +32,7 @@ class Generator:
         self._metrics = metrics
         self._in_flight: dict[str, int] = {}
 
-    async def stream(self, model: ServedModel, requests: Sequence[SequenceRequest]) -> AsyncIterator[Delta]:
+    async def stream(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> AsyncIterator[Delta]:
         """Deltas of all sequences in order of arrival; each sequence ends with one that has `finish`.
 
         A delta without text comes only as a sequence's first or last, or when details were asked.
@@ -55,7 +55,7 @@ class Generator:
         finally:
             self._leave(model, len(requests))
 
-    async def complete(self, model: ServedModel, requests: Sequence[SequenceRequest]) -> list[Completed]:
+    async def complete(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> list[Completed]:
         """All sequences to their end, in the requests' order."""
         parts: dict[int, list[Delta]] = {request.index: [] for request in requests}
         deltas = self.stream(model, requests)
@@ -66,22 +66,14 @@ class Generator:
             await close(deltas)
         return [put_together(parts[request.index]) for request in requests]
 
-    async def _run(self, model: ServedModel, request: SequenceRequest) -> AsyncIterator[Delta]:
+    async def _run(self, model: ServedModel, request: GenerationRequest) -> AsyncIterator[Delta]:
         skips = request.skip_special_tokens
         unseen_stops = model.text.special_tokens(request.stop_strings) if skips else {}
         sequence = RunningSequence(
             request, model.text.detokenizer(request.prompt, skip_special_tokens=skips), unseen_stops
         )
         observer = self._metrics.of(model.name).start(len(request.prompt))
-        rows = self._engine.generate(
-            model.model_id,
-            request.prompt,
-            request.sampling,
-            request.stop,
-            request.logprobs,
-            priority=request.priority,
-            event_s=request.event_s,
-        )
+        rows = self._engine.generate(model.model_id, request)
         timed = rows if request.deadline_s is None else _until(rows, request.deadline_s)
         finish: FinishReason | None = None
         silent: tuple[int, ...] = ()  # tokens whose text is still held back

@@ -3,41 +3,11 @@
 import msgspec
 
 from runtime.ipc.messages import TokenLogprobs
-from runtime.types import FinishReason, LogprobParams, SamplingParams, StopParams
+from runtime.types import FinishReason
 
 # measured, docs/benchmarks/served.md; rounded up, since other things than tokens want their share of a core too
 HTTP_EVENT_S = 28e-6
 GRPC_EVENT_S = 125e-6
-
-
-class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to generate. `sampling.seed` is set; limits have been checked (runtime.generation.limits).
-
-    `deadline_s` is on the event loop's clock: past it the sequence ends as TIME_LIMIT with what it has.
-    """
-
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    stop: StopParams
-    logprobs: LogprobParams = LogprobParams()
-    index: int = 0  # which of the caller's sequences this is; comes back in each Delta
-    priority: int = 0
-    stop_strings: tuple[str, ...] = ()
-    include_stop: bool = False  # a stop string (or, with show_stop_token, a stop token) stays in the text
-    show_stop_token: bool = False
-    stops_by_list: bool = False  # of several matches the first of the list wins, not the first in the text
-    length_before_stop: bool = False  # a stop string that the last allowed token completes doesn't count
-    skip_special_tokens: bool = True
-    drop_incomplete: bool = False  # an incomplete character at the end is dropped, not shown as U+FFFD
-    one_token_deltas: bool = False  # a delta for each token, with text or without
-    deadline_s: float | None = None
-    event_s: float = (
-        HTTP_EVENT_S  # what one delta sent on costs the busiest process on its way (runtime.engine_client.streams.Pace)
-    )
-
-    @property
-    def with_details(self) -> bool:
-        return self.logprobs.generated is not None
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
-from runtime.generation.request import Delta, SequenceRequest
+import msgspec
+
+from runtime.generation.request import Delta
 from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.stop_strings import StopScanner
-from runtime.types import FinishReason
+from runtime.types import FinishReason, GenerationRequest
 
 _ENDED_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)
 
@@ -16,7 +18,7 @@ class RunningSequence:
 
     __slots__ = ("_chars", "_detokenizer", "_request", "_scanner", "_unseen_stops", "num_generated")
 
-    def __init__(self, request: SequenceRequest, detokenizer: Detokenizer, unseen_stops: Mapping[int, str]) -> None:
+    def __init__(self, request: GenerationRequest, detokenizer: Detokenizer, unseen_stops: Mapping[int, str]) -> None:
         """`unseen_stops`: those of the request's stop strings, by id, that are tokens which the detokenizer doesn't show."""
         self._request = request
         self._detokenizer = detokenizer
@@ -137,16 +139,15 @@ def split_tokens(row: RowTokens) -> list[RowTokens]:
         return [row]
     last = len(row.tokens) - 1
     return [
-        RowTokens(
-            request_id=row.request_id,
+        msgspec.structs.replace(
+            row,
             tokens=(token,),
             finish=row.finish if position == last else None,
             stop_token=row.stop_token if position == last else None,
             logprobs=(row.logprobs[position],) if row.logprobs else None,
             prompt_logprobs=row.prompt_logprobs if position == 0 else None,
             cached_tokens=row.cached_tokens if position == 0 else None,
-            error_code=row.error_code if position == last else None,
-            error=row.error if position == last else None,
+            queue_s=row.queue_s if position == 0 else None,
         )
         for position, token in enumerate(row.tokens)
     ]

@@ -7,7 +7,7 @@ about order between different models or requests.
 
 import msgspec
 
-from runtime.types import Checkpoint, FinishReason, LogprobParams, ModelFacts, SamplingParams, StopParams, Tier
+from runtime.types import Checkpoint, FinishReason, GenerationRequest, ModelFacts, Tier
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 
@@ -28,15 +28,11 @@ class Unload(msgspec.Struct, frozen=True, tag=True):
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """A new sequence. `request_id` is unique in the front's life. `prompt` is int32 token ids, little-endian bytes."""
+    """A new sequence. `request_id` is unique in the front's life."""
 
     request_id: int
     model_id: str
-    prompt: bytes
-    sampling: SamplingParams
-    stop: StopParams
-    logprobs: LogprobParams = LogprobParams()
-    priority: int = 0  # higher first
+    request: GenerationRequest
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

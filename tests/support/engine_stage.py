@@ -1,7 +1,6 @@
 """An engine loop on the fake backend and a clock of its own, with what every request should have answered."""
 
 import queue
-from array import array
 from dataclasses import dataclass, field
 
 from runtime.config.schema import EngineConfig
@@ -21,7 +20,7 @@ from runtime.ipc.messages import (
     Unload,
     Unloaded,
 )
-from runtime.types import Checkpoint, FinishReason, LogprobParams, SamplingParams, StopParams
+from runtime.types import Checkpoint, FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
 from tests.support.fake_backend import FakeBackend, FakeRunner, FakeSpec, draw
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -42,18 +41,14 @@ class Answer:
 
     @property
     def prompt(self) -> list[int]:
-        ids = array("i")
-        ids.frombytes(self.add.prompt)
-        return ids.tolist()
+        return list(self.add.request.prompt)
 
 
 def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
     """What a request answers that has the engine to itself."""
-    history = array("i", [])
-    history.frombytes(add.prompt)
-    ids = history.tolist()
+    ids = list(add.request.prompt)
     prompt_len = len(ids)
-    stop = add.stop
+    stop = add.request.stop
     eos = () if stop.ignore_eos else spec.eos
     ends = set(eos) | set(stop.stop_token_ids)
     while True:
@@ -137,11 +132,13 @@ class Stage:
         add = Add(
             self._ids,
             model_id,
-            array("i", prompt).tobytes(),
-            sampling,
-            StopParams(max_tokens, **stop),  # type: ignore[arg-type]
-            logprobs or LogprobParams(),
-            priority,
+            GenerationRequest(
+                prompt=tuple(prompt),
+                sampling=sampling,
+                stop=StopParams(max_tokens, **stop),  # type: ignore[arg-type]
+                logprobs=logprobs or LogprobParams(),
+                priority=priority,
+            ),
         )
         answer = self.answers[self._ids] = Answer(add)
         self.inbox.put(add)
@@ -192,12 +189,12 @@ class Stage:
         assert answer.last is not None
         if finish in (FinishReason.EOS, FinishReason.STOP_TOKEN):
             assert answer.last.stop_token == text[-1]
-        if answer.add.logprobs.generated is not None:
+        if answer.add.request.logprobs.generated is not None:
             history = answer.prompt
             for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
                 history.append(token)
                 assert logprob == FakeRunner.logprob(history)
-        if answer.add.logprobs.prompt is not None:
+        if answer.add.request.logprobs.prompt is not None:
             prompt = answer.prompt
             entries = [None, *(FakeRunner.logprob(prompt[: i + 1]) for i in range(1, len(prompt)))]
             assert answer.prompt_logprobs == tuple(entries)

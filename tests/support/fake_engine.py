@@ -6,7 +6,6 @@ to `--journal`.
 """
 
 import argparse
-import array
 import asyncio
 import json
 import os
@@ -129,8 +128,7 @@ class FakeEngine:
         self.stats()
 
     async def run(self, add: Add) -> None:
-        prompt = array.array("i")
-        prompt.frombytes(add.prompt)
+        prompt, max_tokens = add.request.prompt, add.request.stop.max_tokens
         self.blackbox.mark(add.model_id)
         await asyncio.sleep(self.step_s)
         if prompt[0] == KILL:
@@ -142,8 +140,8 @@ class FakeEngine:
             return
         if prompt[0] == STALL:
             await asyncio.sleep(3600)
-        for position in range(add.stop.max_tokens):
-            last = position == add.stop.max_tokens - 1
+        for position in range(max_tokens):
+            last = position == max_tokens - 1
             row = RowTokens(
                 add.request_id, (prompt[position % len(prompt)] + 1,), FinishReason.LENGTH if last else None
             )

@@ -13,25 +13,21 @@ from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.text.text_model import load_text
 from runtime.types import (
     FinishReason,
-    LogprobParams,
+    GenerationRequest,
     ModelFacts,
     ModelSettings,
     Quantization,
-    SamplingParams,
-    StopParams,
 )
 
 
 @dataclass
 class Asked:
+    """One call of `generate`, and how far it went."""
+
     model_id: str
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    stop: StopParams
-    logprobs: LogprobParams
-    priority: int
+    request: GenerationRequest
     sent: int = 0
-    closed: bool = False  # left before its end
+    closed: bool = False  # the consumer left before the end
 
 
 Script = Callable[[Asked], Sequence[int]]
@@ -51,18 +47,9 @@ class ScriptedEngine:
     finish_with: FinishReason | None = None  # in place of LENGTH when the script ends
     asked: list[Asked] = field(default_factory=list)
 
-    async def generate(
-        self,
-        model_id: str,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        stop: StopParams,
-        logprobs: LogprobParams,
-        *,
-        priority: int = 0,
-        event_s: float = 0.0,
-    ) -> AsyncIterator[RowTokens]:
-        asked = Asked(model_id, tuple(prompt), sampling, stop, logprobs, priority)
+    async def generate(self, model_id: str, request: GenerationRequest) -> AsyncIterator[RowTokens]:
+        asked = Asked(model_id, request)
+        stop, logprobs = request.stop, request.logprobs
         self.asked.append(asked)
         if self.raises is not None:
             raise self.raises
@@ -98,7 +85,7 @@ class ScriptedEngine:
                     logprobs=None
                     if logprobs.generated is None
                     else tuple(entry(token, logprobs.generated) for token in chunk),
-                    prompt_logprobs=prompt_entries(prompt, logprobs.prompt)
+                    prompt_logprobs=prompt_entries(request.prompt, logprobs.prompt)
                     if first and logprobs.prompt is not None
                     else None,
                     cached_tokens=1 if first else None,

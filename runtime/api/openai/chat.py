@@ -22,10 +22,10 @@ from runtime.api.tokenization import encode_text
 from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_output, room_for_output
-from runtime.generation.request import Completed, Delta, SequenceRequest
+from runtime.generation.request import Completed, Delta
 from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.text.chat import ChatOptions
-from runtime.types import LogprobParams
+from runtime.types import GenerationRequest, LogprobParams
 
 
 class ChatCompletions:
@@ -69,7 +69,7 @@ class ChatCompletions:
             check_chars(model, [text], param="messages")
         return await encode_text(model, text, add_special_tokens=bool(body.add_special_tokens))
 
-    async def _answer(self, model: ServedModel, answered: str, requests: list[SequenceRequest]) -> Answer:
+    async def _answer(self, model: ServedModel, answered: str, requests: list[GenerationRequest]) -> Answer:
         results = await self._generator.complete(model, requests)
         with_logprobs = requests[0].with_details
         choices = await written_out(

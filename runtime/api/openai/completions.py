@@ -27,10 +27,10 @@ from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_count, check_output, check_token_ids, room_for_output
 from runtime.generation.merge import close
-from runtime.generation.request import Completed, Delta, SequenceRequest
+from runtime.generation.request import Completed, Delta
 from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.ipc.messages import TokenLogprobs
-from runtime.types import FinishReason, LogprobParams
+from runtime.types import FinishReason, GenerationRequest, LogprobParams
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -101,7 +101,7 @@ class Completions:
         answered: str,
         body: CompletionBody,
         prompts: list[Prompt],
-        requests: list[SequenceRequest],
+        requests: list[GenerationRequest],
     ) -> Answer:
         results = await self._generator.complete(model, requests)
         if body.max_tokens == 0:

@@ -11,9 +11,9 @@ import msgspec
 from runtime.api.openai.types import Shared
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import check_token_ids, draw_seed, engine_seed, within_float32
-from runtime.generation.request import SequenceRequest
+from runtime.generation.request import HTTP_EVENT_S
 from runtime.interfaces import ServedModel
-from runtime.types import LogprobParams, SamplingParams, StopParams
+from runtime.types import GenerationRequest, LogprobParams, SamplingParams, StopParams
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -122,18 +122,18 @@ def sequences(
     prompts: Sequence[Sequence[int]],
     max_tokens: Sequence[int],
     logprobs: LogprobParams,
-) -> list[SequenceRequest]:
+) -> list[GenerationRequest]:
     """One request for each prompt and each of its `n`, numbered in that order. With a seed, the i-th of a prompt's n takes seed + i."""
     count = body.n or 1
     sampling = sampling_of(model, body)
     stops = stop_strings_of(model, body)
-    made: list[SequenceRequest] = []
+    made: list[GenerationRequest] = []
     for prompt, limit in zip(prompts, max_tokens, strict=True):
         stop, shared = stop_of(model, body, limit), tuple(prompt)
         for offset in range(count):
             seed = draw_seed() if body.seed is None else engine_seed(body.seed, offset)
             made.append(
-                SequenceRequest(
+                GenerationRequest(
                     prompt=shared,
                     sampling=sampling if sampling.greedy else msgspec.structs.replace(sampling, seed=seed),
                     stop=stop,
@@ -144,6 +144,7 @@ def sequences(
                     include_stop=bool(body.include_stop_str_in_output),
                     show_stop_token=bool(body.include_stop_str_in_output),
                     skip_special_tokens=body.skip_special_tokens is not False,
+                    event_s=HTTP_EVENT_S,
                 )
             )
     return made

@@ -14,9 +14,9 @@ import msgspec
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import draw_seed, engine_seed, within_float32
-from runtime.generation.request import GRPC_EVENT_S, SequenceRequest
+from runtime.generation.request import GRPC_EVENT_S
 from runtime.interfaces import ServedModel
-from runtime.types import LogprobParams, SamplingParams, StopParams
+from runtime.types import GenerationRequest, LogprobParams, SamplingParams, StopParams
 from wire.fmaas import generation_pb2 as pb
 
 MAX_STOPS = 6
@@ -39,7 +39,7 @@ class Prompt:
 class Planned:
     """One input's sequence. `seed` is what the caller is told; None when greedy. `server_limited`: a length stop is TOKEN_LIMIT."""
 
-    request: SequenceRequest
+    request: GenerationRequest
     seed: int | None
     server_limited: bool
 
@@ -124,7 +124,7 @@ def _plan_one(
         include = stopping.include_stop_sequence
     response = params.response
     details = response.top_n_tokens if _wants_details(response) else None
-    request = SequenceRequest(
+    request = GenerationRequest(
         prompt=prompt.token_ids,
         sampling=sampling if seed is None else msgspec.structs.replace(sampling, seed=engine_seed(seed)),
         stop=StopParams(max_tokens=limit, min_tokens=stopping.min_new_tokens),

@@ -58,8 +58,8 @@ class Commands:
             self.house.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
             return
         model.last_used_s = now
-        if sequence.limit == 0 and add.logprobs.prompt is None:
-            reason = FinishReason.LENGTH if add.stop.max_tokens == 0 else FinishReason.CONTEXT
+        if sequence.limit == 0 and add.request.logprobs.prompt is None:
+            reason = FinishReason.LENGTH if add.request.stop.max_tokens == 0 else FinishReason.CONTEXT
             self.house.tell(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])
             return
         model.scheduler.add(sequence)

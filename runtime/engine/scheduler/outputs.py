@@ -51,28 +51,28 @@ class StopRules:
         self.watched: dict[int, int] = dict.fromkeys(self.eos, 1)
 
     def join(self, sequence: Sequence) -> None:
-        for token in sequence.stop.stop_token_ids:
+        for token in sequence.request.stop.stop_token_ids:
             self.watched[token] = self.watched.get(token, 0) + 1
 
     def leave(self, sequence: Sequence) -> None:
-        for token in sequence.stop.stop_token_ids:
+        for token in sequence.request.stop.stop_token_ids:
             self.watched[token] -= 1
             if not self.watched[token]:
                 del self.watched[token]
 
     def suppressed(self, sequence: Sequence) -> tuple[int, ...]:
         """Ids that the sampler may not draw before `min_tokens`."""
-        if not sequence.stop.min_tokens:
+        if not sequence.request.stop.min_tokens:
             return ()
-        eos = frozenset() if sequence.stop.ignore_eos else self.eos
-        return tuple(sorted(eos | frozenset(sequence.stop.stop_token_ids)))
+        eos = frozenset() if sequence.request.stop.ignore_eos else self.eos
+        return tuple(sorted(eos | frozenset(sequence.request.stop.stop_token_ids)))
 
     def ends_on(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if token not in self.watched or sequence.drawn <= sequence.stop.min_tokens:
+        if token not in self.watched or sequence.drawn <= sequence.request.stop.min_tokens:
             return None
-        if token in sequence.stop.stop_token_ids:
+        if token in sequence.request.stop.stop_token_ids:
             return FinishReason.STOP_TOKEN
-        return FinishReason.EOS if token in self.eos and not sequence.stop.ignore_eos else None
+        return FinishReason.EOS if token in self.eos and not sequence.request.stop.ignore_eos else None
 
 
 def outcome(sequence: Sequence, token: int, rules: StopRules) -> tuple[FinishReason | None, int | None]:
@@ -84,7 +84,7 @@ def outcome(sequence: Sequence, token: int, rules: StopRules) -> tuple[FinishRea
 
 
 def at_limit(sequence: Sequence) -> FinishReason:
-    return FinishReason.LENGTH if sequence.limit == sequence.stop.max_tokens else FinishReason.CONTEXT
+    return FinishReason.LENGTH if sequence.limit == sequence.request.stop.max_tokens else FinishReason.CONTEXT
 
 
 def settle_decode(

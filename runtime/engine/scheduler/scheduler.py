@@ -249,11 +249,11 @@ class Scheduler:
         self._opened.append(
             RowSetup(
                 sequence.row,
-                sequence.sampling,
-                sequence.logprobs,
+                sequence.request.sampling,
+                sequence.request.logprobs,
                 sequence.tokens[: sequence.prompt_len],
                 sequence.prompt_len,
-                sequence.stop.min_tokens,
+                sequence.request.stop.min_tokens,
                 self._rules.suppressed(sequence),
             )
         )
@@ -264,7 +264,7 @@ class Scheduler:
         if sequence.wants_prompt_logprobs:
             return 0
         # the runner counts what was generated before a preemption from the tokens it is given again
-        known = sequence.prompt_len if sequence.sampling.needs_history else len(sequence.tokens)
+        known = sequence.prompt_len if sequence.request.sampling.needs_history else len(sequence.tokens)
         most = min(known, len(sequence.tokens) - 1) // self._block_tokens
         chain(sequence.tokens, self._block_tokens, sequence.digests, most)
         return self._cache.match(sequence.digests[:most])

@@ -1,11 +1,10 @@
 """One request inside the engine: its tokens, what it asked for, and where it stands. Changed by the scheduler alone."""
 
-from array import array
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from runtime.ipc.messages import Add, TokenLogprobs
-from runtime.types import LogprobParams, SamplingParams, StopParams
+from runtime.types import GenerationRequest
 
 
 class State(IntEnum):
@@ -31,10 +30,7 @@ class Sequence:
     request_id: int
     tokens: list[int]
     prompt_len: int
-    sampling: SamplingParams
-    stop: StopParams
-    logprobs: LogprobParams
-    priority: int
+    request: GenerationRequest
     arrival: int
     arrived_s: float
     limit: int
@@ -66,18 +62,15 @@ class Sequence:
     @property
     def order(self) -> tuple[int, int]:
         """Who comes first: higher priority, then earlier."""
-        return (-self.priority, self.arrival)
+        return (-self.request.priority, self.arrival)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.logprobs.prompt is not None and not self.told
+        return self.request.logprobs.prompt is not None and not self.told
 
 
 def from_add(add: Add, arrival: int, now: float, max_model_len: int) -> Sequence:
-    prompt = array("i")
-    prompt.frombytes(add.prompt)
-    tokens = prompt.tolist()
-    limit = max(0, min(add.stop.max_tokens, max_model_len - len(tokens)))
-    return Sequence(
-        add.request_id, tokens, len(tokens), add.sampling, add.stop, add.logprobs, add.priority, arrival, now, limit
-    )
+    request = add.request
+    tokens = list(request.prompt)
+    limit = max(0, min(request.stop.max_tokens, max_model_len - len(tokens)))
+    return Sequence(add.request_id, tokens, len(tokens), request, arrival, now, limit)

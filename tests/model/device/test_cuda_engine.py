@@ -5,7 +5,6 @@ import dataclasses
 import queue
 import random
 import time
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from runtime.engine.model.run import attention
 from runtime.engine.model.run.cuda_graphs import GraphPool, StepGraph
 from runtime.engine.model.run.input_buffers import RING_LINES, InputRing
 from runtime.ipc.messages import Add, Command, Event, Load, LoadFailed, Tokens, Unload
-from runtime.types import LogprobParams, SamplingParams, StopParams
+from runtime.types import GenerationRequest, SamplingParams, StopParams
 from tests.model.build.test_builder import tiny
 from tests.model.test_oracle import prompts, reference
 from tests.support.cuda_device import Device
@@ -168,9 +167,8 @@ class Stage:
     def ask(self, number: int, model_id: str, prompt: list[int], count: int) -> None:
         self.texts[number] = []
         stop = StopParams(max_tokens=count, ignore_eos=True)
-        self.inbox.put(
-            Add(number, model_id, array("i", prompt).tobytes(), SamplingParams(temperature=0.0), stop, LogprobParams())
-        )
+        request = GenerationRequest(prompt=tuple(prompt), sampling=SamplingParams(temperature=0.0), stop=stop)
+        self.inbox.put(Add(number, model_id, request))
 
     def close(self) -> None:
         self.inbox.put(None)

@@ -67,10 +67,10 @@ async def test_infer(services: Services, raw: bool) -> None:
         assert not tensor.contents.bytes_contents
     else:
         assert list(tensor.contents.bytes_contents) == [wanted, wanted]
-    prompts = [services.model.text.decode(asked.prompt) for asked in services.engine.asked]
+    prompts = [services.model.text.decode(asked.request.prompt) for asked in services.engine.asked]
     assert sorted(prompts) == ["Grüße", "The fox"]
-    sampling = services.engine.asked[0].sampling
-    assert (sampling.temperature, sampling.seed, services.engine.asked[0].stop.max_tokens) == (0.5, 9, 50)
+    sampling = services.engine.asked[0].request.sampling
+    assert (sampling.temperature, sampling.seed, services.engine.asked[0].request.stop.max_tokens) == (0.5, 9, 50)
 
 
 def broken(name: str) -> pb.ModelInferRequest:

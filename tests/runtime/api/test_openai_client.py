@@ -43,13 +43,13 @@ async def test_chat(client: openai.AsyncOpenAI, server: Server) -> None:
     assert answer.model == "org/m1"
     asked = server.engine.asked[0]
     assert (
-        server.model.text.decode(asked.prompt, skip_special_tokens=False)
+        server.model.text.decode(asked.request.prompt, skip_special_tokens=False)
         == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert asked.stop.max_tokens == 400 - len(asked.prompt)
-    assert asked.sampling.greedy
+    assert asked.request.stop.max_tokens == 400 - len(asked.request.prompt)
+    assert asked.request.sampling.greedy
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == len(asked.prompt)
+    assert answer.usage.prompt_tokens == len(asked.request.prompt)
     assert answer.usage.completion_tokens == len(server.script(TEXT)) + 1
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.usage.prompt_tokens_details is not None
@@ -144,13 +144,13 @@ async def test_include_stop_and_max_tokens(client: openai.AsyncOpenAI) -> None:
 async def test_n_sequences_have_their_own_seeds(client: openai.AsyncOpenAI, server: Server) -> None:
     answer = await client.chat.completions.create(model="org/m1", messages=HELLO, n=3, seed=7, temperature=0.5)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    assert sorted(asked.sampling.seed for asked in server.engine.asked) == [7, 8, 9]
+    assert sorted(asked.request.sampling.seed for asked in server.engine.asked) == [7, 8, 9]
     stream = await client.chat.completions.create(model="org/m1", messages=HELLO, n=2, stream=True)
     texts = ["", ""]
     async for chunk in stream:
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert texts == [TEXT, TEXT]
-    drawn = [asked.sampling.seed for asked in server.engine.asked[3:]]
+    drawn = [asked.request.sampling.seed for asked in server.engine.asked[3:]]
     assert drawn[0] != drawn[1]
 
 
@@ -184,7 +184,7 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: S
         },
     )  # fmt: skip
     asked = server.engine.asked[0]
-    sampling = asked.sampling
+    sampling = asked.request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.typical_p) == (
         0.7,
         0.9,
@@ -194,13 +194,18 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: S
     )
     assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.2, 0.5, -0.5)
     assert sampling.logit_bias == ((5, -100.0),)
-    assert (asked.stop.min_tokens, asked.stop.stop_token_ids, asked.stop.ignore_eos, asked.stop.max_tokens) == (
+    assert (
+        asked.request.stop.min_tokens,
+        asked.request.stop.stop_token_ids,
+        asked.request.stop.ignore_eos,
+        asked.request.stop.max_tokens,
+    ) == (
         2,
         (9,),
         True,
         16,
     )
-    assert asked.priority == 3
+    assert asked.request.priority == 3
 
 
 async def test_leaving_a_stream_frees_the_row(client: openai.AsyncOpenAI, server: Server) -> None:

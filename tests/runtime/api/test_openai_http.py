@@ -206,15 +206,17 @@ async def test_benchmark_clients_bodies(http: aiohttp.ClientSession, server: Ser
     status, _, headers = await post(http, server, "/v1/chat/completions", body, **{"X-Request-Id": "bench-1"})
     assert status == 200
     assert headers["X-Request-Id"] == "bench-1"
-    assert "user\na\nb<|im_end|>" in server.model.text.decode(server.engine.asked[0].prompt, skip_special_tokens=False)
-    assert server.engine.asked[0].stop.ignore_eos
+    assert "user\na\nb<|im_end|>" in server.model.text.decode(
+        server.engine.asked[0].request.prompt, skip_special_tokens=False
+    )
+    assert server.engine.asked[0].request.stop.ignore_eos
 
 
 async def test_an_assistant_at_the_end_is_continued(http: aiohttp.ClientSession, server: Server) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]
     await post(http, server, "/v1/chat/completions", chat(messages=turns))
     await post(http, server, "/v1/chat/completions", chat(messages=turns, add_generation_prompt=True))
-    texts = [server.model.text.decode(asked.prompt, skip_special_tokens=False) for asked in server.engine.asked]
+    texts = [server.model.text.decode(asked.request.prompt, skip_special_tokens=False) for asked in server.engine.asked]
     assert texts[0].endswith("<|im_start|>assistant\nWell, ")
     assert texts[1].endswith("Well, <|im_end|>\n<|im_start|>assistant\n")
 
@@ -348,11 +350,11 @@ async def test_half_a_request_harms_nobody(http: aiohttp.ClientSession, server: 
 async def test_truncation_keeps_the_end_and_bos(http: aiohttp.ClientSession, server: Server, tmp_path: Path) -> None:
     body = {"prompt": "the dog the dog", "truncate_prompt_tokens": 3, "echo": True, "max_tokens": 2}
     await post(http, server, "/v1/completions", {"model": "m1", **body})
-    assert server.engine.asked[0].prompt == tuple(server.script("the dog the dog")[-3:])
+    assert server.engine.asked[0].request.prompt == tuple(server.script("the dog the dog")[-3:])
     with_bos = served(tiny.sentencepiece(tmp_path), "m2")
     async with serve(ScriptedEngine(lambda asked: [5]), with_bos) as other:
         await post(http, other, "/v1/completions", {"model": "m2", **body})
-        assert other.engine.asked[0].prompt == (1, *other.script("the dog the dog")[-2:])
+        assert other.engine.asked[0].request.prompt == (1, *other.script("the dog the dog")[-2:])
 
 
 async def test_a_prompt_beyond_all_bounds_is_refused_untokenized(http: aiohttp.ClientSession, server: Server) -> None:
@@ -412,7 +414,11 @@ async def test_defaults_of_the_registration_come_before_the_apis(http: aiohttp.C
         status, answer, _ = await post(http, server, "/v1/chat/completions", chat(model="shown", top_k=9))
         asked = server.engine.asked[0]
         assert (status, answer["model"]) == (200, "shown")
-        assert (asked.sampling.temperature, asked.sampling.top_k, asked.stop.max_tokens) == (0.2, 9, 7)
+        assert (asked.request.sampling.temperature, asked.request.sampling.top_k, asked.request.stop.max_tokens) == (
+            0.2,
+            9,
+            7,
+        )
         status, answer, headers = await post(http, server, "/v1/chat/completions", chat(model="m2", n=2))
         assert status == 429
         assert "limit is 1" in answer["error"]["message"]

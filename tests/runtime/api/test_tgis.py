@@ -78,9 +78,9 @@ async def test_defaults_are_greedy_up_to_the_servers_limit(services: Services) -
     assert answer.generated_token_count == len(services.script(TEXT)) + 1
     assert answer.input_token_count == len(services.script("The fox"))
     asked = services.engine.asked[0]
-    assert asked.sampling.greedy
-    assert asked.stop.max_tokens == 169
-    assert not asked.stop.stop_token_ids
+    assert asked.request.sampling.greedy
+    assert asked.request.stop.max_tokens == 169
+    assert not asked.request.stop.stop_token_ids
 
 
 async def test_length_stops_say_whose_limit_it_was(services: Services, model_dir: Path) -> None:
@@ -111,13 +111,18 @@ async def test_seeds(services: Services) -> None:
     seeds = [each.seed for each in answer.responses]
     assert len(set(seeds)) == 5
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert sorted(seeds) == sorted(asked.sampling.seed for asked in services.engine.asked)
+    assert sorted(seeds) == sorted(asked.request.sampling.seed for asked in services.engine.asked)
     given = await generate(
         services, method=pb.SAMPLE, sampling=pb.SamplingParameters(seed=2**63 + 5, top_k=3, typical_p=0.5)
     )
     assert given.seed == 2**63 + 5
     asked = services.engine.asked[-1]
-    assert (asked.sampling.top_k, asked.sampling.typical_p, asked.sampling.top_p, asked.sampling.temperature) == (
+    assert (
+        asked.request.sampling.top_k,
+        asked.request.sampling.typical_p,
+        asked.request.sampling.top_p,
+        asked.request.sampling.temperature,
+    ) == (
         3,
         0.5,
         1.0,
@@ -125,7 +130,7 @@ async def test_seeds(services: Services) -> None:
     )
     greedy = await generate(services, method=pb.SAMPLE, sampling=pb.SamplingParameters(temperature=0.0, seed=3))
     assert greedy.seed == 0
-    assert services.engine.asked[-1].sampling.greedy
+    assert services.engine.asked[-1].request.sampling.greedy
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ async def test_min_new_tokens_put_off_stop_sequences(services: Services) -> None
     stopping = pb.StoppingCriteria(stop_sequences=["first", "bit"], min_new_tokens=12, max_new_tokens=100)
     answer = await generate(services, stopping=stopping)
     assert answer.stop_sequence == "bit"
-    assert services.engine.asked[0].stop.min_tokens == 12
+    assert services.engine.asked[0].request.stop.min_tokens == 12
 
 
 async def test_stream_sequence(services: Services) -> None:
@@ -233,14 +238,14 @@ async def test_details_whole(services: Services) -> None:
 async def test_truncation_keeps_the_last_tokens_and_bos(services: Services, llama: ServedModel) -> None:
     text = "the dog the dog"
     answer = await generate(services, text, truncate_input_tokens=2, response=pb.ResponseOptions(input_text=True))
-    assert services.engine.asked[0].prompt == tuple(services.script(text)[-2:])
+    assert services.engine.asked[0].request.prompt == tuple(services.script(text)[-2:])
     assert answer.input_token_count == 2
     assert answer.text.startswith(text)
     async with serve_grpc(ScriptedEngine(lambda asked: [5]), llama, config=CONFIG) as other:
         await generate(other, text, truncate_input_tokens=3)
-        assert other.engine.asked[0].prompt == (1, *other.script(text)[-2:])
+        assert other.engine.asked[0].request.prompt == (1, *other.script(text)[-2:])
         await generate(other, text, truncate_input_tokens=1)
-        assert other.engine.asked[1].prompt == (1,)
+        assert other.engine.asked[1].request.prompt == (1,)
 
 
 @pytest.mark.parametrize("limit_ms", [1, 150])

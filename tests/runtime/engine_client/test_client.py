@@ -19,7 +19,7 @@ from runtime.engine_client.streams import DeliveryPacer, RowStream, merge_rows
 from runtime.errors import EngineFault, ModelNotFound, Overloaded, RepertoryError, Unavailable
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import Hello, Load, RowTokens
-from runtime.types import Checkpoint, FinishReason, LogprobParams, SamplingParams, StopParams
+from runtime.types import Checkpoint, FinishReason, GenerationRequest, SamplingParams, StopParams
 from tests.support.engines import fake_command
 from tests.support.fake_engine import FAULT, KILL, STALL
 
@@ -55,10 +55,13 @@ def load(model_id: str) -> Load:
     return Load(model_id, Checkpoint(model_dir="/nowhere"))
 
 
+def request_of(*prompt: int, max_tokens: int) -> GenerationRequest:
+    return GenerationRequest(prompt=prompt, sampling=SamplingParams(temperature=0.0), stop=StopParams(max_tokens))
+
+
 async def collect(client: EngineClient, model_id: str, prompt: Sequence[int], max_tokens: int = 4) -> list[int]:
     tokens: list[int] = []
-    stop = StopParams(max_tokens=max_tokens)
-    async for row in client.generate(model_id, prompt, SamplingParams(temperature=0.0), stop, LogprobParams()):
+    async for row in client.generate(model_id, request_of(*prompt, max_tokens=max_tokens)):
         tokens.extend(row.tokens)
     return tokens
 
@@ -88,7 +91,7 @@ async def test_errors_carry_their_codes(client: EngineClient) -> None:
 
 async def test_closing_a_stream_aborts_the_row(client: EngineClient, tmp_path: Path) -> None:
     await client.load(load("a"))
-    stream = client.generate("a", [1, 2], SamplingParams(), StopParams(max_tokens=100_000), LogprobParams())
+    stream = client.generate("a", request_of(1, 2, max_tokens=100_000))
     await anext(stream)
     await stream.aclose()
     cancelled = asyncio.create_task(collect(client, "a", [STALL]))

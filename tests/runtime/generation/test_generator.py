@@ -1,6 +1,7 @@
 """Sequences and the generator: what comes out doesn't depend on how the engine's rows are cut; leaving, limits and failures free rows."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.engine_client.streams import merge_rows
 from runtime.errors import EngineFault, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_output, draw_seed, engine_seed, room_for_output, within_float32
 from runtime.generation.merge import merge
-from runtime.generation.request import Completed, SequenceRequest, put_together
+from runtime.generation.request import Completed, put_together
 from runtime.generation.sequence import RunningSequence, split_tokens
 from runtime.interfaces import ServedModel
 from runtime.ipc.messages import RowTokens
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.text.text_model import TextModel, load_text
-from runtime.types import FinishReason, LogprobParams, ModelSettings, SamplingParams, StopParams
+from runtime.types import FinishReason, GenerationRequest, LogprobParams, ModelSettings, SamplingParams, StopParams
 from tests.support import tokenizers as tiny
 from tests.support.scripted_engine import ScriptedEngine, entry, served, until
 
@@ -37,11 +39,11 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[TextModel]:
     return [load_text(kind(folder / kind.__name__), ModelSettings()) for kind in (tiny.byte_level, tiny.sentencepiece)]
 
 
-def request_of(*, max_tokens: int = 100, index: int = 0, **fields: object) -> SequenceRequest:
-    return SequenceRequest(prompt=(5, 6), sampling=GREEDY, stop=StopParams(max_tokens), index=index, **fields)  # type: ignore[arg-type]
+def request_of(*, max_tokens: int = 100, index: int = 0, **fields: object) -> GenerationRequest:
+    return GenerationRequest(prompt=(5, 6), sampling=GREEDY, stop=StopParams(max_tokens), index=index, **fields)  # type: ignore[arg-type]
 
 
-def play(model: ServedModel, request: SequenceRequest, rows: list[RowTokens]) -> Completed:
+def play(model: ServedModel, request: GenerationRequest, rows: list[RowTokens]) -> Completed:
     sequence = RunningSequence(
         request, model.text.detokenizer(request.prompt), model.text.special_tokens(request.stop_strings)
     )
@@ -99,6 +101,14 @@ def test_the_cut_of_rows_changes_nothing(model: ServedModel, data: st.DataObject
         assert len(whole.logprobs) == len(whole.offsets) == len(whole.tokens)
 
 
+def test_split_tokens_merged_again_is_the_same_row() -> None:
+    details = (entry(5, 1), entry(6, 1), entry(7, 1))
+    row = RowTokens(3, (5, 6, 7), FinishReason.STOP_TOKEN, 7, details, (None, entry(4, 0)), 2, "INTERNAL", "why", 0.25)
+    parts = split_tokens(row)
+    assert [part.tokens for part in parts] == [(5,), (6,), (7,)]
+    assert merge_rows(parts) == row
+
+
 def test_a_stop_token_shows_only_if_asked(model: ServedModel) -> None:
     row = RowTokens(1, (5, 9), FinishReason.STOP_TOKEN, 9)
     assert play(model, request_of(), [row]).text == model.text.decode([5])
@@ -141,7 +151,9 @@ async def test_tokens_whose_text_is_held_back_are_counted(model: ServedModel) ->
 
 
 async def test_sequences_go_on_at_once_and_come_back_in_order(model: ServedModel) -> None:
-    engine = ScriptedEngine(lambda asked: [asked.stop.max_tokens] * asked.stop.max_tokens, eos=-1, step_s=0.001)
+    engine = ScriptedEngine(
+        lambda asked: [asked.request.stop.max_tokens] * asked.request.stop.max_tokens, eos=-1, step_s=0.001
+    )
     requests = [request_of(index=index, max_tokens=5 + index) for index in range(5)]
     results = await Generator(engine, RuntimeMetrics()).complete(model, requests)
     assert [len(result.tokens) for result in results] == [5, 6, 7, 8, 9]
@@ -161,12 +173,12 @@ async def test_one_failure_frees_the_others(model: ServedModel) -> None:
     engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
     real = engine.generate
 
-    def generate(model_id: str, prompt: object, *rest: object, **more: object) -> object:
+    def generate(model_id: str, request: GenerationRequest) -> AsyncIterator[RowTokens]:
         if len(engine.asked) == 2:
             engine.raises = ModelNotFound("gone")
-        return real(model_id, prompt, *rest, **more)  # type: ignore[arg-type]
+        return real(model_id, request)
 
-    engine.generate = generate  # type: ignore[method-assign, assignment]
+    engine.generate = generate  # type: ignore[method-assign]
     with pytest.raises(ModelNotFound):
         await Generator(engine, RuntimeMetrics()).complete(
             model, [request_of(index=index, max_tokens=1000) for index in range(4)]

@@ -15,7 +15,7 @@ from runtime.errors import Cancelled, DeadlineExceeded, LoadFailed, ModelNotFoun
 from runtime.models.manager import Models
 from runtime.models.model_state import Phase
 from runtime.models.quarantine import Quarantine
-from runtime.types import LogprobParams, ModelSettings, ModelSource, SamplingParams, StopParams
+from runtime.types import GenerationRequest, ModelSettings, ModelSource, SamplingParams, StopParams
 from tests.support.engines import fake_command
 from tests.support.fake_engine import KILL, STALL
 from tests.support.preparers import ScriptedPreparer, no_text
@@ -38,7 +38,8 @@ class House:
 
     async def generate(self, model_id: str, *prompt: int) -> list[int]:
         self.models.get(model_id)
-        rows = self.engine.generate(model_id, prompt, SamplingParams(), StopParams(max_tokens=2), LogprobParams())
+        request = GenerationRequest(prompt=prompt, sampling=SamplingParams(), stop=StopParams(max_tokens=2))
+        rows = self.engine.generate(model_id, request)
         return [token async for row in rows for token in row.tokens]
 
     def phase(self, model_id: str) -> Phase | None:

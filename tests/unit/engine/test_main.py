@@ -4,7 +4,6 @@ import socket
 import struct
 import subprocess
 import sys
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from runtime.config.schema import EngineConfig
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import Add, Command, Event, Hello, Load, Loaded, Shutdown, Tokens
-from runtime.types import Checkpoint, FinishReason, SamplingParams, StopParams
+from runtime.types import Checkpoint, FinishReason, GenerationRequest, SamplingParams, StopParams
 from tests.support.checkpoints import tiny_llama
 
 WAIT_S = 120.0
@@ -75,9 +74,11 @@ def test_hello_load_tokens_shutdown_and_hanging_up(tmp_path: Path) -> None:
             Add(
                 1,
                 "m",
-                array("i", [5, 6, 7]).tobytes(),
-                SamplingParams(temperature=0.0),
-                StopParams(12, ignore_eos=True),
+                GenerationRequest(
+                    prompt=(5, 6, 7),
+                    sampling=SamplingParams(temperature=0.0),
+                    stop=StopParams(12, ignore_eos=True),
+                ),
             )
         )
         front.send(Shutdown(60.0))

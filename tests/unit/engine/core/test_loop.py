@@ -3,8 +3,8 @@
 import pytest
 
 from runtime.engine.interfaces import KvGeometry
-from runtime.ipc.messages import EngineStats, Loaded, LogprobParams, Tokens
-from runtime.types import FinishReason, SamplingParams, Tier
+from runtime.ipc.messages import EngineStats, Loaded, Tokens
+from runtime.types import FinishReason, LogprobParams, SamplingParams, Tier
 from tests.support.engine_stage import Answer, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
 

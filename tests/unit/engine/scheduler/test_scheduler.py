@@ -1,6 +1,5 @@
 """One model's scheduler against plain books: what a plan may hold, results that come a step late, stops, priorities, preemption."""
 
-from array import array
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,7 @@ from runtime.engine.scheduler.row_pool import RowPool
 from runtime.engine.scheduler.scheduler import SCORED_TOKENS, Limits, Scheduler
 from runtime.engine.scheduler.sequence import Sequence, State, from_add
 from runtime.ipc.messages import Add, RowTokens
-from runtime.types import FinishReason, LogprobParams, SamplingParams, StopParams
+from runtime.types import FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
 
 
 class NoMapper:
@@ -41,16 +40,14 @@ class Bench:
         self._ids += 1
         sampling = more.pop("sampling", SamplingParams(temperature=0.0))
         logprobs = more.pop("logprobs", LogprobParams())
-        add = Add(
-            self._ids,
-            "m",
-            array("i", prompt).tobytes(),
-            sampling,
-            StopParams(max_tokens, **more),
-            logprobs,
-            priority,  # type: ignore[arg-type]
+        request = GenerationRequest(
+            prompt=tuple(prompt),
+            sampling=sampling,  # type: ignore[arg-type]
+            stop=StopParams(max_tokens, **more),  # type: ignore[arg-type]
+            logprobs=logprobs,  # type: ignore[arg-type]
+            priority=priority,
         )
-        sequence = from_add(add, self._ids, self.now, self.max_model_len)
+        sequence = from_add(Add(self._ids, "m", request), self._ids, self.now, self.max_model_len)
         self.scheduler.add(sequence)
         return sequence
 
