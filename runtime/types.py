@@ -46,6 +46,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    allowed_token_ids: tuple[int, ...] = ()  # only these may be drawn; empty = all
 
     @property
     def greedy(self) -> bool:
@@ -59,7 +60,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     @property
     def plain(self) -> bool:
         """Greedy without any edit of the logits: the sampler's fast path."""
-        return self.greedy and not self.needs_history and not self.logit_bias
+        return self.greedy and not self.needs_history and not self.logit_bias and not self.allowed_token_ids
 
 
 class StopParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):

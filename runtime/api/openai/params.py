@@ -78,6 +78,7 @@ def sampling_of(model: ServedModel, body: Shared) -> SamplingParams:
         frequency_penalty=_first(body.frequency_penalty, 0.0),
         presence_penalty=_first(body.presence_penalty, 0.0),
         logit_bias=_logit_bias(model, body),
+        allowed_token_ids=_allowed_token_ids(model, body),
     )
     return within_float32(model, sampling)
 
@@ -178,6 +179,19 @@ def _logit_bias(model: ServedModel, body: Shared) -> tuple[tuple[int, float], ..
         )
     check_token_ids(model, [token for token, _ in pairs], param="logit_bias")
     return tuple(pairs)
+
+
+def _allowed_token_ids(model: ServedModel, body: Shared) -> tuple[int, ...]:
+    if body.allowed_token_ids is None:
+        return ()
+    allowed = dict.fromkeys(body.allowed_token_ids)
+    check_token_ids(model, tuple(allowed), param="allowed_token_ids")
+    # Until min_tokens are drawn the end tokens are suppressed, so another token must remain.
+    ends = {*model.facts.eos_token_ids, *(body.stop_token_ids or ())} if body.min_tokens else set()
+    if allowed.keys() <= ends:
+        wanted = "a token id that does not end the sequence (min_tokens is set)" if allowed else "at least 1 token id"
+        raise InvalidRequest(f"model {model.name}: allowed_token_ids needs {wanted}", param="allowed_token_ids")
+    return tuple(allowed)
 
 
 def _first(*values: float | None) -> float:

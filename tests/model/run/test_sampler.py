@@ -147,6 +147,23 @@ def test_edits_equal_their_definitions() -> None:
         said.append(int(drawn[1]))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sampler_draws_only_allowed_tokens(temperature: float) -> None:
+    vocab, allowed = 60, (3, 41, 10**6)
+    sampler = Sampler(vocab, RowState(CPU, 4))
+    sampler.open(setup(1, SamplingParams(temperature=temperature, seed=3, allowed_token_ids=allowed)))
+    sampler.begin(NO_PLAN)
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(2))
+    logits[1, 3] = logits[1, 41] - 0.1
+    drawn_ids: set[int] = set()
+    for position in range(1, 40):
+        drawn = logits.argmax(1)
+        sampler.draw(logits, shape([0, 1], [5, position]), drawn)
+        assert int(drawn[0]) == int(logits[0].argmax())
+        drawn_ids.add(int(drawn[1]))
+    assert drawn_ids == ({41} if temperature == 0.0 else {3, 41})
+
+
 def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
     vocab = 10
     sampler = Sampler(vocab, RowState(CPU, 4))

@@ -180,7 +180,7 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: S
         logit_bias={"5": -100},
         extra_body={
             "top_k": 4, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.2, "min_tokens": 2, "stop_token_ids": [9], "ignore_eos": True,
-            "priority": 3,
+            "priority": 3, "allowed_token_ids": [5, 7, 5],
         },
     )  # fmt: skip
     asked = server.engine.asked[0]
@@ -194,6 +194,7 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: S
     )
     assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.2, 0.5, -0.5)
     assert sampling.logit_bias == ((5, -100.0),)
+    assert sampling.allowed_token_ids == (5, 7)
     assert (
         asked.request.stop.min_tokens,
         asked.request.stop.stop_token_ids,

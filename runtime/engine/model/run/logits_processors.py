@@ -1,7 +1,7 @@
-"""Changes to logits before a draw: bias, penalties over what a row has said, and ids that may not come yet.
+"""Changes to logits before a draw: bias, penalties over a row's tokens, suppressed ids and allowed ids.
 
 Order: logit bias, repetition penalty (prompt and output, as transformers), frequency and presence penalties (output, as OpenAI), suppressed
-ids. Token counts are kept on the device, and only for rows that ask for a penalty. Knows rows and ids; nothing of temperature or filters.
+ids, allowed ids. Token counts are kept on the device, and only for rows that ask for a penalty.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,9 @@ class _Row:
     table: int  # line of the history, -1 = none is kept
     prompt_len: int
     counted: int  # positions below this are in the history
+    allowed: (
+        torch.Tensor | None
+    )  # [V] float32 on the device: 0 for allowed ids, -inf for others; None = all are allowed
 
 
 class LogitsProcessors:
@@ -42,7 +45,7 @@ class LogitsProcessors:
         """Take up a row; False if it edits nothing."""
         sampling = setup.sampling
         suppresses = setup.min_tokens > 0 and bool(setup.suppressed)
-        if not (sampling.logit_bias or sampling.needs_history or suppresses):
+        if not (sampling.logit_bias or sampling.needs_history or sampling.allowed_token_ids or suppresses):
             return False
         ids = np.array([i for i, _ in sampling.logit_bias], np.int64)
         bias = np.array([b for _, b in sampling.logit_bias], np.float32)
@@ -58,6 +61,7 @@ class LogitsProcessors:
             -1,
             setup.prompt_len,
             len(setup.prompt),
+            self._allowed(sampling.allowed_token_ids) if sampling.allowed_token_ids else None,
         )
         if sampling.needs_history:
             row.table = self._take_table()
@@ -76,7 +80,12 @@ class LogitsProcessors:
     def active(self, row: int, position: int) -> bool:
         """Whether a draw for `position` of the row is edited."""
         known = self._rows.get(row)
-        return known is not None and (len(known.bias_ids) > 0 or known.table >= 0 or position < known.suppressed_until)
+        return known is not None and (
+            len(known.bias_ids) > 0
+            or known.table >= 0
+            or known.allowed is not None
+            or position < known.suppressed_until
+        )
 
     def note_given(self, row: int, start: int, ids: list[int]) -> None:
         """Count ids that the host gave for positions `start` on: a returning row says again what it had said."""
@@ -123,6 +132,14 @@ class LogitsProcessors:
         ]
         if hidden:
             flat.index_fill_(0, to_device(np.concatenate(hidden), logits.device), float("-inf"))
+        for line, row in zip(logits, known, strict=True):
+            if row.allowed is not None:
+                line += row.allowed
+
+    def _allowed(self, token_ids: tuple[int, ...]) -> torch.Tensor:
+        ids = np.array([i for i in token_ids if 0 <= i < self._vocab_size], np.int64)
+        device = self._tables.device
+        return torch.full((self._vocab_size,), float("-inf"), device=device).index_fill_(0, to_device(ids, device), 0.0)
 
     def _penalise(self, logits: torch.Tensor, which: list[int], tables: list[int], rows: list[int]) -> None:
         at, table, slot = to_device(np.array([which, tables, rows], np.int64), logits.device)
