@@ -1,0 +1,106 @@
+"""Switching models: two models under a device budget that holds one, each called in turn, from the request to its first token.
+
+    python -m bench.swap [--lines 8B/bf16,8B/nf4,1B/bf16] [--switches 24] [--prompt 64] [--folder /tmp/repertory-checkpoints]
+
+Both models wait in host memory, so a switch copies one model's weights over the link. The table shows the median and the longest time to the first
+token, the floor (weight bytes over the link's measured bandwidth), and vLLM's switch (sleep one engine, wake the other, first token). Each model must
+give the same tokens after every return; the command fails otherwise.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench.checkpoints import SHAPES, Shape, write
+from bench.engine_process import Engine, Prompts, engine
+from bench.limits import HOST_TO_DEVICE_BYTES_PER_S
+from bench.packed import checkpoint_of
+
+VLLM_SWITCH_S = {"8B/bf16": 1.15, "8B/nf4": 0.82, "1B/bf16": 0.72}
+_SLAB_BYTES = 64 << 20
+_KV_BYTES = 1 << 30  # for the rows of the one resident model
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of the table; seconds and bytes."""
+
+    name: str
+    weight_bytes: int
+    switch_s: list[float]
+    resident_s: float
+
+    @property
+    def floor_s(self) -> float:
+        return self.weight_bytes / HOST_TO_DEVICE_BYTES_PER_S
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", default="8B/bf16,8B/nf4,1B/bf16", help="shape/format, comma separated")
+    parser.add_argument("--switches", type=int, default=24)
+    parser.add_argument("--prompt", type=int, default=64, help="token ids in each prompt")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))
+    args = parser.parse_args()
+    lines = [measure(name, args.switches, args.prompt, args.folder) for name in args.lines.split(",")]
+    print("| model | switch p50 | longest | floor | share of floor | already resident | vLLM 0.22.1 |")
+    print("| --- | --: | --: | --: | --: | --: | --: |")
+    for line in lines:
+        median = statistics.median(line.switch_s)
+        peer = VLLM_SWITCH_S.get(line.name)
+        cells = (median, max(line.switch_s), line.floor_s)
+        shown = " | ".join(f"{seconds * 1e3:.0f} ms" for seconds in cells)
+        theirs = f"{peer * 1e3:.0f} ms" if peer else ""
+        resident = f"{line.resident_s * 1e3:.0f} ms"
+        print(f"| {line.name} | {shown} | {line.floor_s / median:.0%} | {resident} | {theirs} |", flush=True)
+
+
+def measure(name: str, switches: int, prompt_tokens: int, folder: Path) -> Line:
+    shape_name, _, format_ = name.partition("/")
+    shape = SHAPES[shape_name]
+    folders = [write(shape, folder / f"{shape_name}-{number}", seed=number) for number in range(2)]
+    checkpoints = [checkpoint_of(path, format_, folder) for path in folders]
+    weight_bytes = max(checkpoint.weight_bytes for checkpoint in checkpoints)
+    budget = -(-weight_bytes // _SLAB_BYTES) * _SLAB_BYTES + _KV_BYTES
+    config = {
+        "device": "cuda",
+        "device_budget_bytes": budget,
+        "host_budget_bytes": 2 * weight_bytes + (2 << 30),
+        "oversubscribe": "host",
+    }
+    with engine(config) as running:
+        for model_id, checkpoint in zip(("one", "two"), checkpoints, strict=True):
+            running.load(model_id, checkpoint)
+        prompts = {model_id: _prompt(shape, model_id, prompt_tokens) for model_id in ("one", "two")}
+        expected = {model_id: running.texts(prompt, 8) for model_id, prompt in prompts.items()}
+        for prompt in prompts.values():  # a second round: both have been evicted and brought back once
+            _first_token_s(running, prompt)
+        running.wait_idle(3.0)
+        switch_s = []
+        for number in range(switches):
+            model_id = ("one", "two")[number % 2]
+            switch_s.append(_first_token_s(running, prompts[model_id]))
+            if running.texts(prompts[model_id], 8) != expected[model_id]:
+                raise SystemExit(f"{name}: {model_id} gave other tokens after switch {number}")
+        resident_s = statistics.median(_first_token_s(running, prompts[model_id]) for _ in range(5))
+    return Line(name, weight_bytes, switch_s, resident_s)
+
+
+def _first_token_s(running: Engine, prompt: Prompts) -> float:
+    timeline = running.generate(prompt, 1)
+    return min(timeline.first_s.values())
+
+
+def _prompt(shape: Shape, model_id: str, length: int) -> Prompts:
+    rng = np.random.default_rng(len(model_id) + ord(model_id[0]))
+    return [(model_id, rng.integers(100, shape.vocab, length, dtype=np.int32))]
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - started:.0f} s in all")
