@@ -21,10 +21,11 @@ from bench.checkpoints import SHAPES, write
 from bench.engine_process import Prompts, engine
 from bench.packed import checkpoint_of
 from bench.smollm2 import gguf_path
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
-from runtime.types import Checkpoint, ModelSettings, ModelSource
+from runtime.types import Checkpoint, ModelSource
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/api.md", "docs/configuration.md", "CONTRIBUTING.md")
 WAYS: dict[str, dict[str, Any]] = {

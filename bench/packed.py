@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from bench.checkpoints import Shape, config_of
+from common.model_key import Quantization
 from runtime.checkpoint.layout_4bit import padded_width
 from runtime.puller.pack.request import FORMAT, PACKED_NAME, PackRequest
-from runtime.types import Checkpoint, Quantization
+from runtime.types import Checkpoint
 
 _PLAIN = {"bf16": "bfloat16", "fp32": "float32"}
 

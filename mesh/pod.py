@@ -42,12 +42,13 @@ from mesh.placement.loads import LocalLoads
 from mesh.placement.placement import Placement
 from mesh.placement.reaper import Reaper
 from mesh.placement.record_updates import RecordUpdates
+from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
 from mesh.registry.transitions import Transitions
 from mesh.routing.router import CopyRouter, Limits
 from mesh.store.factory import store_at
 from mesh.store.location import parse_store
-from mesh.types import Target
+from mesh.types import ModelInfo, Target
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Pod:
         addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
             config.grpc_listen,
-            ManagementService(self.registry, self.placement),
+            ManagementService(self.registry, self.placement, check_info=self._check_info),
             InferenceGateway(
                 self.registry,
                 self._router,
@@ -265,6 +266,12 @@ class Pod:
                 told = not told
                 await self.grpc.tell_ready(told)
             await self._changes.wait(1.0, since=seen)
+
+    def _check_info(self, info: ModelInfo) -> None:
+        """Check a registration before it is stored. A foreign runtime has model keys of its own, which only it can check."""
+        runtime = self.placement.runtime.snapshot
+        if runtime.ready and not runtime.foreign:
+            check_key(info)
 
     def _last_used_ms(self, model_id: str) -> int:
         copy = self._copies.get(model_id)

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.model_key import ModelSettings
 from runtime.ipc.messages import RowTokens
 from runtime.text.text_model import TextModel
-from runtime.types import GenerationRequest, ModelFacts, ModelSettings
+from runtime.types import GenerationRequest, ModelFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,7 @@ from enum import StrEnum
 
 import msgspec
 
-
-class Quantization(StrEnum):
-    """bitsandbytes' formats; `NONE` keeps the checkpoint's own numbers."""
-
-    NONE = "none"
-    INT8 = "int8"
-    NF4 = "nf4"
-    FP4 = "fp4"
+from common.model_key import Quantization
 
 
 class FinishReason(StrEnum):
@@ -109,30 +102,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     @property
     def with_details(self) -> bool:
         return self.logprobs.generated is not None
-
-
-class DefaultSampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Per-model defaults, from the registration or the checkpoint's generation_config.json; None = the API's own default."""
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    max_tokens: int | None = None
-
-
-class ModelSettings(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Our fields of a ModelMesh model key (JSON object, flat, beside storage_key, storage_params and model_type)."""
-
-    quantize: Quantization = Quantization.NONE
-    double_quant: bool = False
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16; auto = checkpoint's on a GPU, float32 on a CPU
-    max_model_len: int | None = None  # tokens; None = the checkpoint's
-    chat_template: str | None = None  # Jinja text; None = the checkpoint's
-    sampling: DefaultSampling = DefaultSampling()
-    max_concurrency: int | None = None  # running and waiting requests
-    display_name: str | None = None  # the name that answers carry; None = the model id
 
 
 class ModelSource(msgspec.Struct, frozen=True):

@@ -9,7 +9,9 @@ import msgspec
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mesh.cli import serve_flags  # noqa: E402 - the script runs from a checkout
+from common.model_key import registrable_fields  # noqa: E402 - the script runs from a checkout
+from common.struct_schema import Field  # noqa: E402
+from mesh.cli import serve_flags  # noqa: E402
 from mesh.config import MeshConfig  # noqa: E402
 from runtime.config.schema import EngineConfig, RuntimeConfig  # noqa: E402
 
@@ -40,9 +42,6 @@ Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own va
 A registration may lay `storage_params` over its file, all but the place where the file's credentials go (`url`, `endpoint_url`, `token_uri`,
 `verify_ssl`, `ca_bundle`); a file with `headers` names the `url` whose site they are for, and the machine's own identity at Google's or Azure's store goes to
 no `endpoint_url` that a registration names. Without a `storage_key`, the files `default_<type>` and `default` are used if they are of the URI's type and, with headers, for its site.
-
-Per model, at `repertory register` (ModelMesh: fields of the model key): `quantize` (none, int8, nf4, fp4), `double_quant`, `dtype`, `max_model_len`, `chat_template`,
-`sampling` (default temperature, top_p, top_k, min_p, repetition_penalty, max_tokens), `max_concurrency`, `storage_key`, `storage_params`.
 """
 
 
@@ -60,7 +59,23 @@ def page() -> str:
         ("The engine (`engine:` in the runtime's file)", EngineConfig),
     ):
         parts += [f"\n## {title}\n", "| field | default | meaning |\n| --- | --- | --- |", *_rows(kind)]
+    parts += [
+        "\n## A model\n\nGiven at registration: flags of `repertory register` and `fit`, fields of `POST /admin/v1/models`, and fields of a\n"
+        "ModelMesh model key.\n",
+        "| setting | default | value | meaning |\n| --- | --- | --- | --- |",
+        *(row for field in registrable_fields() for row in _settings_rows(field)),
+    ]
     return "\n".join(parts) + "\n"
+
+
+def _settings_rows(field: Field) -> list[str]:
+    if field.fields:
+        return [
+            f"| `{field.name}.{inner.name}` |  | {inner.allowed} | {field.about if index == 0 else ''} |"
+            for index, inner in enumerate(field.fields)
+        ]
+    default = "" if field.default in (None, dict) else f"`{_shown('', field.default)}`"
+    return [f"| `{field.name}` | {default} | {field.allowed} | {_cell(field.about)} |"]
 
 
 def _rows(kind: type[msgspec.Struct]) -> list[str]:

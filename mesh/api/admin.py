@@ -3,6 +3,8 @@
 The same registry and loader as the gRPC management API stand behind it; the JSON shapes are mesh.client.admin's.
 """
 
+from typing import Any
+
 import msgspec
 from aiohttp import web
 
@@ -14,29 +16,28 @@ from mesh.errors import InvalidRequest, NotFound
 from mesh.placement.copies import epoch_ms
 from mesh.placement.placement import Placement
 from mesh.registry.records import CAPACITY_UNIT_BYTES
-from mesh.registry.registration import Dtype, Positive, Quantize, Registration, concrete_id, with_settings
+from mesh.registry.registration import DEFAULT_TYPE, concrete_id, model_info, with_settings
 from mesh.registry.registry import Registry
 from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
 
 _BODY_BYTES = 1024 * 1024
 
 
-class _Register(Registration, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class _Register(msgspec.Struct, frozen=True, kw_only=True):
+    """A registration's own fields; all others in the body are settings of the model."""
+
+    name: str
+    uri: str
+    type: str = DEFAULT_TYPE
     load: bool = False
 
 
-class _FitAsk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Either a registered name or a source, with settings as in a registration; those of a name go over what is registered."""
+class _Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """Either a registered name or a source; all other fields are settings, which replace those of a registered name."""
 
     name: str = ""
     uri: str = ""
     type: str | None = None
-    quantize: Quantize | None = None
-    double_quant: bool | None = None
-    dtype: Dtype | None = None
-    max_model_len: Positive | None = None
-    storage_key: str | None = None
-    storage_params: dict[str, str] | None = None
 
 
 class _Alias(msgspec.Struct, frozen=True):
@@ -90,12 +91,12 @@ class AdminRoutes:
         return _json(await self._views.one(request.match_info["name"]))
 
     async def register(self, request: web.Request) -> web.Response:
-        asked = decode(await read_body(request, _BODY_BYTES), _Register)
+        body = await read_body(request, _BODY_BYTES)
+        asked = decode(body, _Register)
         if not asked.uri:
             raise InvalidRequest(f"model {asked.name}: uri is missing: it says where the files are")
-        model_id = await self._registry.register_name(
-            asked.name, asked.info(), now_ms=epoch_ms(), is_loaded=self._is_loaded
-        )
+        info = model_info(asked.name, asked.uri, _settings(body, _Register), model_type=asked.type)
+        model_id = await self._registry.register_name(asked.name, info, now_ms=epoch_ms(), is_loaded=self._is_loaded)
         Record.of(request).model_id = model_id
         if asked.load:
             await self._placement.ensure_loaded(model_id, retry_failed=True)
@@ -111,21 +112,17 @@ class AdminRoutes:
         return web.Response(status=204)
 
     async def fit(self, request: web.Request) -> web.Response:
-        asked = decode(await read_body(request, _BODY_BYTES), _FitAsk)
+        body = await read_body(request, _BODY_BYTES)
+        asked, settings = decode(body, _Fit), _settings(body, _Fit)
         if bool(asked.name) == bool(asked.uri):
             raise InvalidRequest("give either the name of a registered model or the uri of one that isn't")
-        settings = {
-            key: value
-            for key, value in msgspec.structs.asdict(asked).items()
-            if key not in ("name", "uri") and value is not None
-        }
         if asked.name:
             model_id, info = await self._registered(asked.name)
-            if settings:
-                info = with_settings(info, settings)
+            if settings or asked.type is not None:
+                info = with_settings(info, settings, model_type=asked.type)
                 model_id = concrete_id("fit", info)
         else:
-            info = Registration(name=asked.uri, uri=asked.uri, **settings).info()
+            info = model_info(asked.uri, asked.uri, settings, model_type=asked.type or DEFAULT_TYPE)
             model_id = concrete_id("fit", info)
         answer = await self._runtime.fit(model_id, info)
         leaving: tuple[str, ...] = ()
@@ -209,6 +206,12 @@ class AdminRoutes:
             num_parameters=answer.num_parameters,
             exact=answer.exact,
         )
+
+
+def _settings(body: bytes, besides: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the fields of a JSON body that the struct does not declare."""
+    fields = decode(body, dict[str, Any])
+    return {name: value for name, value in fields.items() if name not in besides.__struct_fields__}
 
 
 def _json(value: object) -> web.Response:

@@ -30,18 +30,20 @@ def epoch_ms() -> int:
 
 
 class ManagementService(rpc.ModelMeshServicer):
-    """`now_ms` is the wall clock; `move_wait_s`: how long setVModel with sync waits for a move."""
+    """`check_info` raises InvalidRequest for a model that can never be loaded. `now_ms` is the wall clock; `move_wait_s`: how long setVModel with sync waits for a move."""
 
     def __init__(
         self,
         registry: Registry,
         loader: Loader,
         *,
+        check_info: Callable[[ModelInfo], None] = lambda _: None,
         now_ms: Callable[[], int] = epoch_ms,
         move_wait_s: float = MOVE_WAIT_S,
     ) -> None:
         self._registry = registry
         self._loader = loader
+        self._check_info = check_info
         self._now_ms = now_ms
         self._move_wait_s = move_wait_s
 
@@ -68,7 +70,7 @@ class ManagementService(rpc.ModelMeshServicer):
 
     async def _register(self, request: pb.RegisterModelRequest) -> pb.ModelStatusInfo:
         last_used_ms = entry_time_ms(request.lastUsedTime, self._now_ms(), load_now=request.loadNow)
-        await self._registry.models.register(request.modelId, _info(request.modelInfo), last_used_ms=last_used_ms)
+        await self._registry.models.register(request.modelId, self._info(request.modelInfo), last_used_ms=last_used_ms)
         if request.loadNow:
             return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
         return _status(self._loader.status(request.modelId))
@@ -94,7 +96,7 @@ class ManagementService(rpc.ModelMeshServicer):
         wish = VModelRequest(
             vmodel_id=request.vModelId,
             target_id=request.targetModelId,
-            info=_info(request.modelInfo) if request.HasField("modelInfo") else None,
+            info=self._info(request.modelInfo) if request.HasField("modelInfo") else None,
             auto_delete=request.autoDeleteTargetModel,
             update_only=request.updateOnly,
             force=request.force,
@@ -170,6 +172,11 @@ class ManagementService(rpc.ModelMeshServicer):
             owner=vmodel.owner,
         )
 
+    def _info(self, message: pb.ModelInfo) -> ModelInfo:
+        info = ModelInfo(type=message.type, path=message.path, key=message.key)
+        self._check_info(info)
+        return info
+
     def _is_loaded(self, model_id: str) -> bool:
         return self._loader.status(model_id).status is ModelStatus.LOADED
 
@@ -195,10 +202,6 @@ def _require_id(model_id: str) -> None:
 def _require_vmodel_id(vmodel_id: str) -> None:
     if not vmodel_id:
         raise InvalidRequest("must provide non-empty vModelId")
-
-
-def _info(info: pb.ModelInfo) -> ModelInfo:
-    return ModelInfo(type=info.type, path=info.path, key=info.key)
 
 
 def _status(info: StatusInfo) -> pb.ModelStatusInfo:

@@ -1,14 +1,13 @@
 """What each verb of the command line does with a running mesh. Parsing is mesh.cli.main's, looks are render's."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import msgspec
 
-from mesh.cli import chat, render
+from mesh.cli import chat, render, settings_flags
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import InvalidRequest, LoadFailed
 
@@ -17,23 +16,13 @@ _NO_LOAD_S = 10.0  # a load that was asked for and isn't under way after this lo
 
 
 def register(client: AdminClient, args: argparse.Namespace) -> int:
-    settings = {
-        "quantize": args.quantize,
-        "double_quant": args.double_quant or None,
-        "dtype": args.dtype,
-        "max_model_len": args.max_model_len,
-        "max_concurrency": args.max_concurrency,
-        "storage_key": args.storage_key,
-        "type": args.type,
-        "chat_template": _text_or_file(args.chat_template),
-        "storage_params": _pairs(args.storage_param),
-        "sampling": _numbers(args.sampling),
-    }
-    in_storage = (args.storage_key or args.storage_param) and not args.uri.startswith(".")
+    settings = settings_flags.given(args)
+    in_storage = ("storage_key" in settings or "storage_params" in settings) and not args.uri.startswith(".")
     request: dict[str, object] = {
         "name": args.name,
         "uri": args.uri if in_storage else _absolute(args.uri),
-        **_given(settings),
+        **({"type": args.type} if args.type else {}),
+        **settings,
     }
     model = client.register(request)
     if args.load:
@@ -43,8 +32,7 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
 
 
 def fit(client: AdminClient, args: argparse.Namespace) -> int:
-    settings = _given({"quantize": args.quantize, "dtype": args.dtype, "max_model_len": args.max_model_len})
-    settings |= _given({"double_quant": args.double_quant or None})
+    settings = settings_flags.given(args)
     is_uri = "://" in args.name or args.name.startswith(("/", "./", "../"))
     # reading a checkpoint's metadata from afar, or finding out whether it can be run, may take seconds
     with render.waiting(f"looking at {args.name}", enabled=not args.json):
@@ -168,11 +156,6 @@ def _print_json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def _given(settings: dict[str, object]) -> dict[str, object]:
-    """Without what wasn't asked for. A 0 was."""
-    return {key: value for key, value in settings.items() if value is not None and value != {} and value != ""}
-
-
 def _absolute(uri: str) -> str:
     """A path from here is no path to the server, which runs elsewhere. Raises InvalidRequest for one that leads nowhere from here."""
     if "://" in uri or uri.startswith("/"):
@@ -185,33 +168,3 @@ def _absolute(uri: str) -> str:
         )
         raise InvalidRequest(f"{uri}: no such file or directory{hint}")
     return str(Path(uri).absolute())
-
-
-def _text_or_file(value: str | None) -> str | None:
-    if value is None or not value.startswith("@"):
-        return value
-    try:
-        with open(value[1:], encoding="utf-8") as file:  # noqa: PTH123 - a user's path, read once
-            return file.read()
-    except OSError as error:
-        raise InvalidRequest(f"chat template {value[1:]}: {error.strerror}") from None
-
-
-def _pairs(values: list[str]) -> dict[str, str]:
-    pairs = {}
-    for value in values:
-        key, sep, text = value.partition("=")
-        if not sep:
-            raise InvalidRequest(f"{value!r}: expected KEY=VALUE")
-        pairs[key] = text
-    return pairs
-
-
-def _numbers(values: list[str]) -> dict[str, object]:
-    numbers: dict[str, object] = {}
-    for key, text in _pairs(values).items():
-        try:
-            numbers[key] = json.loads(text)
-        except ValueError:
-            raise InvalidRequest(f"sampling default {key}={text}: expected a number") from None
-    return numbers

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mesh import configure
-from mesh.cli import commands, serve, serve_flags
+from mesh.cli import commands, serve, serve_flags, settings_flags
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
@@ -147,7 +147,8 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     sub.add_argument("name")
     sub.add_argument("uri", help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path")
-    _add_settings(sub)
+    settings_flags.add_flags(sub)
+    sub.add_argument("--type", help="ModelMesh model type; default: llm")
     sub.add_argument("--load", action="store_true", help="load it now and wait")
     sub = verb(
         "fit",
@@ -155,7 +156,7 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         "before loading: how many bytes it needs, does it fit, whom would it evict (exit 1 if it doesn't fit)",
     )
     sub.add_argument("name", metavar="NAME|URI")
-    _add_format(sub)
+    settings_flags.add_flags(sub)
     verb("ps", commands.ps, "the registered models and where they are", aliases=["ls", "list"])
     sub = verb("run", commands.run, "ask a model; without a prompt, talk to it")
     sub.add_argument("name")
@@ -180,31 +181,6 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     sub.add_argument("alias")
     sub.add_argument("target", nargs="?", help="a registered name: the alias stands for what that stands for now")
     sub.add_argument("--delete", action="store_true", help="forget the alias; the model stays")
-
-
-def _add_format(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--quantize", choices=["none", "int8", "nf4", "fp4"], help="bitsandbytes' formats")
-    sub.add_argument("--double-quant", action="store_true", help="quantise the 4-bit scales too")
-    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
-    sub.add_argument("--max-model-len", type=int, metavar="TOKENS", help="context limit; default: the checkpoint's")
-
-
-def _add_settings(sub: argparse.ArgumentParser) -> None:
-    _add_format(sub)
-    sub.add_argument("--chat-template", metavar="TEXT|@FILE", help="Jinja; default: the checkpoint's")
-    sub.add_argument(
-        "--sampling",
-        action="append",
-        default=[],
-        metavar="NAME=NUMBER",
-        help="default temperature, top_p, top_k, min_p, repetition_penalty or max_tokens",
-    )
-    sub.add_argument("--max-concurrency", type=int, metavar="N", help="running and waiting requests")
-    sub.add_argument("--storage-key", help="name of the storage-config entry that holds the source's credentials")
-    sub.add_argument(
-        "--storage-param", action="append", default=[], metavar="KEY=VALUE", help="bucket, region, endpoint_url …"
-    )
-    sub.add_argument("--type", help="ModelMesh model type; default: llm")
 
 
 if __name__ == "__main__":

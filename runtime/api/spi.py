@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import grpc.aio
 
+from common.model_key import ModelSettings
 from runtime.api.grpc_errors import statuses
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineState
@@ -16,7 +17,7 @@ from runtime.models.capacity import Capacity, capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
 from runtime.puller.inspection import ModelInspector
-from runtime.types import ModelSettings, ModelSource
+from runtime.types import ModelSource
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from common.model_key import Quantization
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.engine.model.run.linear import LinearModule, make_linear
-from runtime.types import Quantization
 
 _LARGE_ELEMENTS = 1 << 22
 _RANDOM = frozenset({"normal_", "uniform_", "trunc_normal_"})

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.changes import Changes
 from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
@@ -32,7 +33,7 @@ from runtime.models.model_state import ModelView, Phase, Prepared, Preparer, Pro
 from runtime.models.operations import Operation, OperationKind, settled
 from runtime.models.quarantine import Quarantine
 from runtime.text.text_model import TextModel
-from runtime.types import ModelFacts, ModelSettings, ModelSource
+from runtime.types import ModelFacts, ModelSource
 
 log = logging.getLogger(__name__)
 

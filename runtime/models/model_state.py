@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from runtime.types import Checkpoint, ModelFacts, ModelSettings, ModelSource
+from common.model_key import ModelSettings
+from runtime.types import Checkpoint, ModelFacts, ModelSource
 
 
 class Phase(StrEnum):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from common.model_key import Quantization
 from runtime.errors import LoadFailed
 from runtime.puller.safetensors_header import read_header
 from runtime.puller.sizing import TensorShape
-from runtime.types import Quantization
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 LARGEST_JSON_BYTES = 64 * 1024 * 1024  # of a configuration or an index; the largest there are have ten

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from common.model_key import ModelSettings, Quantization
 from runtime.puller.sizing import Geometry, Needs
-from runtime.types import ModelSettings, ModelSource, Quantization
+from runtime.types import ModelSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 from cachetools import LRUCache
 
+from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.models.model_state import Phase, Prepared, Report
@@ -27,7 +28,7 @@ from runtime.puller.safetensors_header import read_header
 from runtime.puller.sizing import DTYPE_BYTES, checkpoint_dtype, compute_dtype, geometry_of, needs_of, tensor_bytes
 from runtime.puller.source import Listing, Source, Unreachable
 from runtime.puller.support_probe import SupportProbe
-from runtime.types import Checkpoint, ModelSettings, ModelSource, Quantization
+from runtime.types import Checkpoint, ModelSource
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.types import ModelSettings, Quantization
+from common.model_key import ModelSettings, Quantization
 
 DTYPE_BYTES = {
     "F64": 8,

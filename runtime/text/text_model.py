@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from common.model_key import DefaultSampling, ModelSettings
 from runtime.text.chat import ChatMessage, ChatOptions, ChatTemplates
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.tokenizer import Encoding, TextTokenizer, open_tokenizer
 from runtime.text.tokenizer_files import read_chat_templates, read_generation_config, read_tokenizer_config
-from runtime.types import DefaultSampling, ModelSettings
 
 _T = TypeVar("_T", int, float)
 

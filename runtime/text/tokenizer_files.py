@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from common.model_key import DefaultSampling
 from runtime.errors import LoadFailed
-from runtime.types import DefaultSampling
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from common.model_key import Quantization
 from runtime.config.schema import EngineConfig
 from runtime.engine.interfaces import KvGeometry, RowSetup, Runner, StepPlan, StepResult
 from runtime.engine.model.run.attention import IMPLEMENTATION, register
@@ -19,7 +20,7 @@ from runtime.engine.model.run.kv_geometry import attention_geometry, kv_geometry
 from runtime.engine.model.run.runner import ModelRunner
 from runtime.engine.model.run.step import BuiltModel, StepContext
 from runtime.ipc.messages import TokenLogprobs
-from runtime.types import LogprobParams, ModelFacts, Quantization, SamplingParams
+from runtime.types import LogprobParams, ModelFacts, SamplingParams
 
 BLOCK_TOKENS = 16
 

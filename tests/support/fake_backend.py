@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from common.model_key import Quantization
 from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepPlan, StepResult
 from runtime.errors import LoadFailed
 from runtime.ipc.messages import TokenLogprobs
-from runtime.types import ModelFacts, Quantization
+from runtime.types import ModelFacts
 
 
 def draw(model_id: str, history: Sequence[int], vocab: int, suppressed: Sequence[int] = ()) -> int:

@@ -4,10 +4,11 @@ import asyncio
 from pathlib import Path
 from typing import cast
 
+from common.model_key import ModelSettings
 from runtime.errors import LoadFailed
 from runtime.models.model_state import Phase, Prepared, Progress, Report
 from runtime.text.text_model import TextModel
-from runtime.types import Checkpoint, ModelSettings, ModelSource
+from runtime.types import Checkpoint, ModelSource
 
 
 class ScriptedPreparer:

@@ -7,17 +7,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.model_key import ModelSettings, Quantization
 from runtime.errors import ModelNotFound, RepertoryError
 from runtime.interfaces import ServedModel
 from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.text.text_model import load_text
-from runtime.types import (
-    FinishReason,
-    GenerationRequest,
-    ModelFacts,
-    ModelSettings,
-    Quantization,
-)
+from runtime.types import FinishReason, GenerationRequest, ModelFacts
 
 
 @dataclass

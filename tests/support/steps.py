@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from common.model_key import Quantization
 from runtime.config.schema import EngineConfig
 from runtime.engine.device.cpu import CpuDevice
 from runtime.engine.device.device import TakenMemory
@@ -17,7 +18,7 @@ from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.build.kv_fixture import KvFixture
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.step import BuiltModel
-from runtime.types import Checkpoint, Quantization
+from runtime.types import Checkpoint
 
 SLAB_BYTES = 64 * 1024
 MIN_GROUP_BYTES = 16 * 1024

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.model_key import Quantization
 from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.packed import KERNEL_LAYOUT
@@ -29,7 +30,7 @@ from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
 from runtime.puller.pack.request import PACKED_NAME, PackEvent, PackProgress, PackRequest
 from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable
 from runtime.puller.pack.writer import Entry, PackedWriter
-from runtime.types import Checkpoint, Quantization
+from runtime.types import Checkpoint
 
 Say = Callable[[PackEvent], None]
 _MOST_THREADS = 16

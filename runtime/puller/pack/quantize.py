@@ -11,9 +11,9 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from common.model_key import Quantization
 from runtime.checkpoint.layout_4bit import kernel_layout_4bit, padded_width
 from runtime.errors import LoadFailed
-from runtime.types import Quantization
 
 BLOCK = 64
 

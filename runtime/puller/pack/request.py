@@ -2,7 +2,7 @@
 
 import msgspec
 
-from runtime.types import Quantization
+from common.model_key import Quantization
 
 PACKED_NAME = "packed.safetensors"
 FORMAT = "repertory-packed-1"

@@ -13,6 +13,7 @@ from mesh.registry.secrets import looks_secret, refuse_secrets
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo
 from tests.support.mesh_node import NOW_MS, Node, running_node
+from tests.support.pods import running_pod
 from wire.mmesh import model_mesh_pb2 as pb
 
 S = pb.ModelStatusInfo
@@ -283,3 +284,27 @@ def test_a_key_without_end_is_refused() -> None:
 )
 def test_a_key_without_a_secret_passes(key: str) -> None:
     refuse_secrets("m", ModelInfo("llm", "hf://org/m@main?x=1", key))
+
+
+@pytest.mark.parametrize(
+    ("foreign", "model_type", "refused"), [(False, "llm", True), (False, "sklearn", False), (True, "llm", False)]
+)
+async def test_register_model_checks_keys_of_the_own_runtime_only(
+    tmp_path: Path, foreign: bool, model_type: str, refused: bool
+) -> None:
+    info = pb.ModelInfo(type=model_type, path="/m", key='{"sampling": {"top_p": 0}}')
+    async with running_pod(tmp_path / "pod", foreign=foreign) as pod:
+        calls = (
+            pod.management.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=info)),
+            pod.management.setVModel(pb.SetVModelRequest(vModelId="v", targetModelId="t", modelInfo=info)),
+        )
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        registered = [pod.pod.registry.models.get(model_id) is not None for model_id in ("m", "t")]
+    assert registered == [not refused, not refused]
+    for answer in answers:
+        if refused:
+            assert isinstance(answer, grpc.aio.AioRpcError)
+            assert answer.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "model key: sampling.top_p is 0" in (answer.details() or "")
+        else:
+            assert not isinstance(answer, BaseException)

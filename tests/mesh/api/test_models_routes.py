@@ -167,6 +167,11 @@ async def test_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) 
         ("dtype", "int4"),
         ("sampling", {"heat": 1}),
         ("sampling", {"top_p": 2}),
+        ("sampling", {"top_p": 0}),
+        ("sampling", {"temperature": 1000}),
+        ("double_quant", True),
+        ("display_name", "y"),
+        ("quantise", "nf4"),
     ],
 )
 async def test_settings_out_of_range_are_refused_at_registration(pod: RunningPod, field: str, value: object) -> None:

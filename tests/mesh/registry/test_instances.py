@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from mesh.registry.records import CopyReport, InstanceRecord
-from mesh.registry.registration import Registration
+from mesh.registry.registration import model_info
 from mesh.registry.registry import Registry
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
@@ -135,4 +135,4 @@ async def test_keys_lie_where_modelmesh_has_them(stores: tuple[Store, Store]) ->
 
 
 def smol() -> ModelInfo:
-    return Registration(name="smol", uri="/m").info()
+    return model_info("smol", "/m", {})

@@ -7,14 +7,14 @@ import pytest
 
 from mesh.errors import InvalidRequest, MeshError
 from mesh.placement.record_updates import RecordUpdates
-from mesh.registry.registration import Registration, check_name
+from mesh.registry.registration import check_name, model_info
 from mesh.registry.registry import Registry
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo
 
 
 def info(name: str, uri: str) -> ModelInfo:
-    return Registration(name=name, uri=uri).info()
+    return model_info(name, uri, {})
 
 
 def info_of(registry: Registry, model_id: str) -> ModelInfo:

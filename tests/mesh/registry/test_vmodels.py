@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from mesh.errors import AlreadyExists, InvalidRequest, NotFound
-from mesh.registry.registration import Registration, Sampling, belongs_to, concrete_id
+from mesh.registry.registration import belongs_to, concrete_id, model_info
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo, ModelStatus
 from tests.support.mesh_node import NOW_MS, Node, running_node
@@ -263,7 +263,7 @@ async def test_many_moves_at_once_keep_the_references_true(node: Node) -> None:
 
 
 def info(path: str, **settings: object) -> ModelInfo:
-    return Registration(name="smol", uri=path, **settings).info()  # type: ignore[arg-type]
+    return model_info("smol", path, settings)
 
 
 async def register(node: Node, name: str, what: ModelInfo) -> str:
@@ -294,8 +294,8 @@ async def test_a_registered_name_is_replaced_without_a_gap(node: Node) -> None:
 
 async def test_other_settings_are_another_model(node: Node) -> None:
     assert info("/a", quantize="nf4") != info("/a")
-    assert info("/a", sampling=Sampling(top_k=5, temperature=0.5)) == info(
-        "/a", sampling=Sampling(temperature=0.5, top_k=5)
+    assert info("/a", sampling={"top_k": 5, "temperature": 0.5}) == info(
+        "/a", sampling={"temperature": 0.5, "top_k": 5}
     )
     assert info("/a", version="2") != info("/a")
     name = concrete_id("smol", info("/a"))

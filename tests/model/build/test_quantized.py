@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
+from common.model_key import Quantization
 from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
 from runtime.errors import LoadFailed
 from runtime.puller.pack.quantize import quantize
-from runtime.types import Quantization
 from tests.model.build.test_builder import assert_same
 from tests.support.steps import bring_up, hf_logits, packed, prompts, save
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from common.model_key import Quantization
 from runtime.config.schema import EngineConfig
 from runtime.engine.device.backend import EngineBackend, Loading, make_backend
 from runtime.engine.interfaces import LoadRequest, LoadResult
 from runtime.errors import Cancelled, LoadFailed
-from runtime.types import Quantization
 from tests.model.build.test_builder import tiny
 from tests.support.steps import save
 

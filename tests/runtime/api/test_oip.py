@@ -8,9 +8,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from common.model_key import ModelSettings
 from runtime.errors import Overloaded
 from runtime.interfaces import ServedModel
-from runtime.types import ModelSettings
 from tests.support import tokenizers as tiny
 from tests.support.inference_server import Services, serve_grpc
 from tests.support.scripted_engine import ScriptedEngine, served

@@ -10,9 +10,9 @@ import aiohttp
 import msgspec
 import pytest
 
+from common.model_key import DefaultSampling, ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
-from runtime.types import DefaultSampling, ModelSettings
 from tests.support import tokenizers as tiny
 from tests.support.openai_server import Server, serve
 from tests.support.scripted_engine import ScriptedEngine, served

@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from common.model_key import ModelSettings, Quantization
 from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import RuntimeStateApi, TokenRate, add_state
 from runtime.config.schema import EngineConfig, RuntimeConfig
@@ -20,7 +21,7 @@ from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
 from runtime.puller.inspection import ModelMetadata
 from runtime.puller.sizing import Geometry, needs_of
-from runtime.types import ModelSettings, ModelSource, Quantization
+from runtime.types import ModelSource
 from tests.support.engines import fake_command
 from tests.support.fake_engine import WEIGHT_BYTES
 from tests.support.preparers import ScriptedPreparer, no_text

@@ -9,9 +9,10 @@ import grpc
 import grpc.aio
 import pytest
 
+from common.model_key import DefaultSampling, ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
-from runtime.types import DefaultSampling, FinishReason, ModelSettings
+from runtime.types import FinishReason
 from tests.support import tokenizers as tiny
 from tests.support.inference_server import Services, serve_grpc
 from tests.support.scripted_engine import ScriptedEngine, served, until

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.model_key import ModelSettings
 from runtime.engine_client.streams import merge_rows
 from runtime.errors import EngineFault, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from runtime.generation.generator import Generator
@@ -21,7 +22,7 @@ from runtime.interfaces import ServedModel
 from runtime.ipc.messages import RowTokens
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.text.text_model import TextModel, load_text
-from runtime.types import FinishReason, GenerationRequest, LogprobParams, ModelSettings, SamplingParams, StopParams
+from runtime.types import FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
 from tests.support import tokenizers as tiny
 from tests.support.scripted_engine import ScriptedEngine, entry, served, until
 

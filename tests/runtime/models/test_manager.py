@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient
 from runtime.engine_client.restart_policy import RestartPolicy
@@ -15,7 +16,7 @@ from runtime.errors import Cancelled, DeadlineExceeded, LoadFailed, ModelNotFoun
 from runtime.models.manager import Models
 from runtime.models.model_state import Phase
 from runtime.models.quarantine import Quarantine
-from runtime.types import GenerationRequest, ModelSettings, ModelSource, SamplingParams, StopParams
+from runtime.types import GenerationRequest, ModelSource, SamplingParams, StopParams
 from tests.support.engines import fake_command
 from tests.support.fake_engine import KILL, STALL
 from tests.support.preparers import ScriptedPreparer, no_text

@@ -8,11 +8,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.cloud.storage.retry import DEFAULT_RETRY
 
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
-from runtime.types import ModelSettings, ModelSource
+from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.object_stores import ACCOUNT_KEY, ObjectStores
 

@@ -13,13 +13,14 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.s3 import S3Bucket
 from runtime.puller.source import RemoteFile
-from runtime.types import ModelSettings, ModelSource
+from runtime.types import ModelSource
 from tests.support.http_server import HttpServer
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.tls import make_identity

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
@@ -15,7 +16,7 @@ from runtime.puller.pack.aux_files import convert_tokenizer
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.text.tokenizer import TextTokenizer, open_tokenizer
 from runtime.text.tokenizer_files import read_tokenizer_config
-from runtime.types import ModelSettings, ModelSource, Quantization
+from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some tree while rain falls on the roof"

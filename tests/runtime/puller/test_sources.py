@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import Cancelled, InvalidRequest, LoadFailed
 from runtime.models.model_state import Phase, Progress
@@ -22,7 +23,7 @@ from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source, wanted
 from runtime.puller.storage_config import storage_options
-from runtime.types import ModelSettings, ModelSource
+from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer
 

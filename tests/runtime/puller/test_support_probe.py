@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, MambaConfig, T5Config
 
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.engine import support_check
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
-from runtime.types import ModelSettings, ModelSource
+from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 
 TINY = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
@@ -13,7 +14,7 @@ from runtime.puller.huggingface import HubSource
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Unreachable
-from runtime.types import ModelSettings, ModelSource
+from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer
 

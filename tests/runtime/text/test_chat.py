@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from common.model_key import DefaultSampling, ModelSettings
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.text.chat import ChatMessage, ChatOptions
 from runtime.text.text_model import load_text
-from runtime.types import DefaultSampling, ModelSettings
 from tests.support import tokenizers as tiny
 
 TEMPLATES = {

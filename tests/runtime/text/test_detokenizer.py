@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.model_key import ModelSettings
 from runtime.text.text_model import TextModel, load_text
-from runtime.types import ModelSettings
 from tests.support import tokenizers as tiny
 
 FAMILIES = ("byte_level", "sentencepiece", "gemma_like", "metaspace", "word_pieces")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.model_key import Quantization
 from runtime.checkpoint.meta_model import bind, build_skeleton, stored_specs, tied_names, untie
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.name_mapping import resolve
@@ -32,7 +33,7 @@ from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
 from runtime.engine.model.run.step import BuiltModel, CausalForward
 from runtime.engine.model.run.unfused import UnfusedForward
 from runtime.errors import LoadFailed
-from runtime.types import Checkpoint, ModelFacts, Quantization
+from runtime.types import Checkpoint, ModelFacts
 
 _SAMPLE_BYTES = 1 << 16
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.model_key import Quantization
 from runtime.checkpoint.meta_model import build_skeleton
 from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
@@ -25,7 +26,6 @@ from runtime.engine.model.run.kv_geometry import attention_geometry
 from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
 from runtime.engine.model.run.step import CausalForward
 from runtime.engine.model.run.unfused import UnfusedForward
-from runtime.types import Quantization
 
 _TOLERANCE = 3e-5  # of the largest logit; float32 noise through a few layers is ten times smaller
 _MAX_PARAMETERS = 1 << 29  # of what is tried: 2 GiB in float32, and as much again for its twin

@@ -15,6 +15,7 @@ from functools import partial
 import msgspec
 import torch
 
+from common.model_key import Quantization
 from runtime.checkpoint.meta_model import tied_names
 from runtime.checkpoint.weight_layout import Placed
 from runtime.config.schema import EngineConfig
@@ -29,7 +30,7 @@ from runtime.engine.model.run.kv_geometry import kv_planes
 from runtime.engine.model.run.rope import rotary_tables
 from runtime.engine.model.run.runner import ModelRunner
 from runtime.engine.model.run.step import BuiltModel, KvPlanes, StepContext
-from runtime.types import LogprobParams, ModelFacts, Quantization, SamplingParams
+from runtime.types import LogprobParams, ModelFacts, SamplingParams
 
 _LOG = logging.getLogger(__name__)
 

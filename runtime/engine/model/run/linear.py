@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.model_key import Quantization
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.linear4 import linear_4bit, warm
 from runtime.engine.kernels.linear8 import linear_int8
 from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8
-from runtime.types import Quantization
 
 
 class Linear(Protocol):

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common.model_key import ModelSettings, Quantization
 from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed, Overloaded
@@ -20,7 +21,7 @@ from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PackRequest
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.progress import PullJob
-from runtime.types import ModelSettings, ModelSource, Quantization
+from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 
 

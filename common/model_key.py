@@ -1,0 +1,182 @@
+"""The settings of a registered model, defined once for registration over HTTP, gRPC and the command line, and for loading.
+
+A ModelMesh model key is a flat JSON object of these settings beside ModelMesh's own fields. To add a setting, add a field to `ModelSettings`:
+the command line's flags, the checks and the table in docs/configuration.md follow from it.
+"""
+
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from common.struct_schema import Field, fields_of
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class InvalidModelKey(ValueError):
+    """A model key that no load could accept. `field` is the setting's name, dotted if nested, or empty for the key as a whole."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+        self.message = message
+
+
+class Quantization(StrEnum):
+    """Formats of bitsandbytes; `NONE` keeps the checkpoint's own numbers."""
+
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_Positive = Annotated[int, Meta(ge=1)]
+_FOUR_BIT = (Quantization.NF4, Quantization.FP4)
+
+
+class DefaultSampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sampling defaults of a model, from its registration or its generation_config.json. None stands for the API's own default."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    max_tokens: _Positive | None = None
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a model is served. The description of each field is its help text."""
+
+    quantize: Annotated[Quantization, Meta(description="bitsandbytes format of the weights")] = Quantization.NONE
+    double_quant: Annotated[bool, Meta(description="quantise the scales of nf4 and fp4 too")] = False
+    dtype: Annotated[
+        Dtype, Meta(description="of the arithmetic; auto = the checkpoint's on a GPU, float32 on a CPU")
+    ] = "auto"
+    max_model_len: Annotated[
+        _Positive | None, Meta(description="context limit in tokens; not given = the checkpoint's")
+    ] = None
+    chat_template: Annotated[
+        str | None, Meta(description="Jinja text, or @FILE on the command line; not given = the checkpoint's")
+    ] = None
+    sampling: Annotated[
+        DefaultSampling, Meta(description="defaults for requests that leave a sampling parameter out")
+    ] = DefaultSampling()
+    max_concurrency: Annotated[_Positive | None, Meta(description="limit of running and waiting requests per copy")] = (
+        None
+    )
+    version: Annotated[
+        str | None, Meta(description="any text; change it to reload files that changed under the same URI")
+    ] = None
+    display_name: Annotated[str | None, Meta(description="the model's name in answers; registration sets it")] = None
+
+
+class Storage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the model's files are reached. Holds no secret: `storage_key` names the storage-config entry that does."""
+
+    storage_key: Annotated[
+        str | None, Meta(description="name of the storage-config entry that holds the source's credentials")
+    ] = None
+    storage_params: Annotated[
+        dict[str, str], Meta(description="parameters of the source, such as bucket, region or endpoint_url")
+    ] = {}
+    bucket: Annotated[str | None, Meta(description="the older spelling of storage_params' bucket")] = None
+
+
+class ModelKey(msgspec.Struct, frozen=True):
+    """A model key that has been checked."""
+
+    settings: ModelSettings = ModelSettings()
+    storage: Storage = Storage()
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that differ from their defaults as JSON values: equal keys give equal results."""
+        return {
+            name: msgspec.to_builtins(value)
+            for part in (self.settings, self.storage)
+            for name, value, default in _values(part)
+            if value != default
+        }
+
+
+# ModelMesh writes these into a key; they change nothing here.
+_MESH_FIELDS = frozenset({"model_type", "schema_path", "disk_size_bytes"})
+_NOT_REGISTRABLE = frozenset({"display_name", "bucket"})
+
+
+def parse_model_key(text: str) -> ModelKey:
+    """Read the JSON text of a model key; empty text is an empty key. Raises InvalidModelKey."""
+    if not text.strip():
+        return ModelKey()
+    try:
+        fields = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise InvalidModelKey("", f"not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise InvalidModelKey("", f"must be a JSON object, not {type(fields).__name__}")
+    return read_model_key({name: value for name, value in fields.items() if name not in _MESH_FIELDS})
+
+
+def read_model_key(fields: Mapping[str, Any]) -> ModelKey:
+    """Check decoded settings completely. A null is a setting that is not given. Raises InvalidModelKey."""
+    known = fields_of(ModelSettings) + fields_of(Storage)
+    _refuse_unknown(fields, known, "")
+    named = set(Storage.__struct_fields__)
+    key = ModelKey(
+        _read(ModelSettings, {name: value for name, value in fields.items() if name not in named}),
+        _read(Storage, {name: value for name, value in fields.items() if name in named}),
+    )
+    if key.settings.double_quant and key.settings.quantize not in _FOUR_BIT:
+        raise InvalidModelKey(
+            "double_quant",
+            f"double_quant needs quantize nf4 or fp4; quantize is {key.settings.quantize.value}",
+        )
+    return key
+
+
+def registrable_fields() -> tuple[Field, ...]:
+    """Return the settings that a registration may give, in the order of the schema."""
+    return tuple(
+        field for kind in (ModelSettings, Storage) for field in fields_of(kind) if field.name not in _NOT_REGISTRABLE
+    )
+
+
+def _read(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    fields = fields_of(kind)
+    _refuse_unknown(values, fields, prefix)
+    given: dict[str, Any] = {}
+    for field in fields:
+        value = values.get(field.name)
+        if value is None:
+            continue
+        name = prefix + field.name
+        if field.fields and isinstance(value, Mapping):
+            given[field.name] = _read(type(field.default), value, f"{name}.")
+            continue
+        try:
+            given[field.name] = msgspec.convert(value, field.type)
+        except msgspec.ValidationError:
+            # an object may hold a secret that does not belong there
+            given_as = "" if isinstance(value, Mapping | list) else f"is {value!r}; it "
+            raise InvalidModelKey(name, f"{name} {given_as}must be {field.allowed}") from None
+    return kind(**given)
+
+
+def _refuse_unknown(values: Mapping[str, Any], fields: tuple[Field, ...], prefix: str) -> None:
+    names = {field.name for field in fields}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        name = prefix + unknown[0]
+        known = ", ".join(sorted(names if prefix else names | _MESH_FIELDS))
+        raise InvalidModelKey(name, f"unknown field {name!r}; known fields are {known}")
+
+
+def _values(part: msgspec.Struct) -> Iterator[tuple[str, Any, Any]]:
+    empty = type(part)()
+    for name in part.__struct_fields__:
+        yield name, getattr(part, name), getattr(empty, name)
