@@ -2,7 +2,8 @@
 
     RepertoryError
     ├── InvalidRequest          the caller's parameters are wrong
-    ├── NotSupported            asked for and not here (yet)
+    │   └── ContextExceeded     the prompt fills the model's context
+    ├── NotSupported            a feature that this version does not have
     ├── ModelNotFound           no such model is loaded in this runtime
     ├── LoadFailed              the model could not be pulled, packed or loaded; carries the cause
     │   └── Quarantined         it took the engine down twice
@@ -12,50 +13,72 @@
     ├── Unavailable             shutting down, or the engine is being restarted
     └── EngineFault             an invariant broke inside the engine; the request is lost
 
-Every message names the model, the limit and the value. `code` is the gRPC status name and `http_status` the HTTP answer.
+An error carries its facts as fields. `message` puts the model's name in front of the detail, so no caller edits a text.
+`code` is the gRPC status name and `http_status` the HTTP status.
 """
 
 
 class RepertoryError(Exception):
-    """Base of all errors that a caller may see.
+    """Base of all errors that a client may see.
 
     Attributes:
-        message: what a person should read.
-        retry_after_s: when a repeat may succeed, if that is known.
+        detail: what happened, without the model's name.
+        model: the name or id of the model, if the error concerns one; the edge replaces an id with the name that the client knows.
+        param: the request's field at fault, in the API's own words.
+        limit: the limit that was exceeded.
+        value: the value that was found.
+        retry_after_s: when a retry may succeed, if that is known.
     """
 
     code = "INTERNAL"
     http_status = 500
     openai_type = "server_error"
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self,
+        detail: str,
+        *,
+        model: str | None = None,
+        param: str | None = None,
+        limit: float | None = None,
+        value: float | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.model = model
+        self.param = param
+        self.limit = limit
+        self.value = value
         self.retry_after_s = retry_after_s
+
+    @property
+    def message(self) -> str:
+        """The sentence that a person reads."""
+        return self.detail if self.model is None else f"model {self.model}: {self.detail}"
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class InvalidRequest(RepertoryError):
-    """The request can never succeed as it stands. `param` names the field in the API's own words, where there is one."""
+    """The request can never succeed as it stands."""
 
     code = "INVALID_ARGUMENT"
     http_status = 400
     openai_type = "invalid_request_error"
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+
+class ContextExceeded(InvalidRequest):
+    """The prompt leaves no room for output: `value` tokens, in a context of `limit` tokens."""
 
 
 class NotSupported(RepertoryError):
-    """A known feature that this version does not have; never ignored silently. `param` as in InvalidRequest."""
+    """A known feature that this version does not have; it is never ignored silently."""
 
     code = "UNIMPLEMENTED"
     http_status = 501
     openai_type = "not_supported_error"
-
-    def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 class ModelNotFound(RepertoryError):
@@ -132,6 +155,6 @@ _BY_CODE: dict[str, type[RepertoryError]] = {
 }
 
 
-def from_code(code: str, message: str) -> RepertoryError:
-    """The error that travelled as a status name and a text (engine → front)."""
-    return _BY_CODE.get(code, EngineFault)(message)
+def from_code(code: str, detail: str, *, model: str | None = None) -> RepertoryError:
+    """Restore the error that the engine or the packer sent as a status name and a text."""
+    return _BY_CODE.get(code, EngineFault)(detail, model=model)

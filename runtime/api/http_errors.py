@@ -14,8 +14,7 @@ _LOG = logging.getLogger(__name__)
 
 def error_body(error: RepertoryError) -> bytes:
     code = "model_not_found" if isinstance(error, ModelNotFound) else error.code.lower()
-    param = error.param if isinstance(error, (InvalidRequest, NotSupported)) else None
-    return encode(ErrorAnswer(ErrorBody(error.message, error.openai_type, param, code)))
+    return encode(ErrorAnswer(ErrorBody(error.message, error.openai_type, error.param, code)))
 
 
 def error_response(error: RepertoryError) -> web.Response:

@@ -26,4 +26,4 @@ def find_model(
         return directory.get(by_name)
     except ModelNotFound as error:
         names = ", ".join(sorted(model.name for model in loaded)[:32]) or "none"
-        raise ModelNotFound(f"model {asked} is not loaded here; loaded: {names}") from error
+        raise ModelNotFound(f"it is not loaded here; loaded: {names}", model=asked) from error

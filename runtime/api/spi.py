@@ -102,7 +102,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             for served in self._models.list():
                 if served.model_id == request.modelId:
                     return pb.ModelSizeResponse(sizeInBytes=(await self._capacity()).charge_of(served.facts))
-            raise ModelNotFound(f"model {request.modelId!r} is not loaded here")
+            raise ModelNotFound("it is not loaded here", model=request.modelId)
 
     async def runtimeStatus(
         self,

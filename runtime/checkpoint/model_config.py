@@ -41,24 +41,24 @@ class ModelConfig:
 def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelConfig:
     """Raises LoadFailed naming what is missing, unsupported or out of bounds."""
     if checkpoint.dtype not in _DTYPES:
-        raise LoadFailed(f"model {model_id}: dtype {checkpoint.dtype} is not one of {', '.join(_DTYPES)}")
+        raise LoadFailed(f"dtype {checkpoint.dtype} is not one of {', '.join(_DTYPES)}", model=model_id)
     try:
         return _read(model_id, checkpoint, max_model_len)
     except LoadFailed:
         raise
     except Exception as error:  # what a configuration of foreign make may lead transformers to raise
         raise LoadFailed(
-            f"model {model_id}: config.json can't be used: {' '.join(str(error).split()) or type(error).__name__}"
+            f"config.json can't be used: {' '.join(str(error).split()) or type(error).__name__}", model=model_id
         ) from error
 
 
 def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelConfig:
     config = AutoConfig.from_pretrained(checkpoint.model_dir, local_files_only=True, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise LoadFailed(f"model {model_id}: {type(config).__name__} is no causal language model")
+        raise LoadFailed(f"{type(config).__name__} is no causal language model", model=model_id)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if reason := _unsupported(config, model_class):
-        raise LoadFailed(f"model {model_id}: {model_class.__name__} is not supported: {reason}")
+        raise LoadFailed(f"{model_class.__name__} is not supported: {reason}", model=model_id)
     return ModelConfig(
         model_id=model_id,
         config=config,
@@ -105,12 +105,12 @@ def _context_limit(model_id: str, config: Any, asked: int | None) -> int:
     limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
     if limit <= 0:
         if asked is None:
-            raise LoadFailed(f"model {model_id}: config.json has no context limit, and max_model_len is not set")
+            raise LoadFailed("config.json has no context limit, and max_model_len is not set", model=model_id)
         return asked
     if asked is None:
         return min(limit, longrope_limit(getattr(config, "rope_parameters", None)) or limit)
     if not 0 < asked <= limit:
-        raise LoadFailed(f"model {model_id}: max_model_len {asked} is not within the checkpoint's {limit} tokens")
+        raise LoadFailed(f"max_model_len {asked} is not within the checkpoint's {limit} tokens", model=model_id)
     return asked
 
 

@@ -38,7 +38,7 @@ def _refusal(folder: Path, max_model_len: int | None) -> str:
     try:
         card = read_card(_NAME, Checkpoint(model_dir=str(folder), dtype="float32"), max_model_len)
     except LoadFailed as error:
-        return error.message.removeprefix(f"model {_NAME}: ")
+        return error.detail
     verdict = EquivalenceChecker(fuse=False).verdict(card.model_class, card.config)
     return f"{card.architecture} is not supported: {verdict.reason}" if verdict.refused else ""
 

@@ -222,7 +222,7 @@ class EngineClient:
             case Loaded(facts=facts):
                 _answer(self._loads, facts.model_id, facts)
             case LoadFailed(model_id=model_id):
-                failure = from_code(event.code, event.message)
+                failure = from_code(event.code, event.message, model=model_id)
                 if not _answer(self._loads, model_id, failure) and self._listener is not None:
                     self._listener.engine_dropped(model_id, failure)
             case Unloaded(model_id=model_id):
@@ -380,5 +380,5 @@ def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result
 
 def _end_error(model_id: str, row: RowTokens) -> RepertoryError:
     if row.finish is FinishReason.ABORTED:
-        return Unavailable(f"model {model_id!r} was unloaded while the request ran")
-    return from_code(row.error_code or "INTERNAL", row.error or f"model {model_id!r}: the engine gave up the request")
+        return Unavailable("it was unloaded while the request ran", model=model_id)
+    return from_code(row.error_code or "INTERNAL", row.error or "the engine gave up the request", model=model_id)

@@ -50,7 +50,7 @@ class Generator:
             finally:
                 await close(deltas)
         except RepertoryError as error:
-            _tell_by_name(error, model)
+            error.model = model.name  # the engine knows the model's id only
             raise
         finally:
             self._leave(model, len(requests))
@@ -80,7 +80,7 @@ class Generator:
         try:
             async for row in timed:
                 if row.error_code is not None or row.finish is FinishReason.ERROR:
-                    raise from_code(row.error_code or "INTERNAL", row.error or f"model {model.name}: the engine failed")
+                    raise from_code(row.error_code or "INTERNAL", row.error or "the engine failed")
                 if row.finish is FinishReason.TIME_LIMIT:
                     finish = row.finish
                     yield sequence.end(finish, silent)
@@ -98,7 +98,7 @@ class Generator:
                         silent += delta.tokens
                     if finish is not None:
                         return
-            raise Unavailable(f"model {model.name}: the engine ended a sequence without a reason")
+            raise Unavailable("the engine ended a sequence without a reason")
         finally:
             observer.end(finish)
             await close(timed)
@@ -108,7 +108,10 @@ class Generator:
         limit = model.settings.max_concurrency
         if limit is not None and running + count > limit:
             raise Overloaded(
-                f"model {model.name}: {running} sequences are running or waiting and {count} more are asked for; its limit is {limit}",
+                f"{running} sequences are running or waiting and {count} more are asked for; its limit is {limit}",
+                model=model.name,
+                limit=limit,
+                value=running + count,
                 retry_after_s=1.0,
             )
         self._in_flight[model.model_id] = running + count
@@ -119,14 +122,6 @@ class Generator:
             self._in_flight[model.model_id] = left
         else:
             del self._in_flight[model.model_id]
-
-
-def _tell_by_name(error: RepertoryError, model: ServedModel) -> None:
-    """The engine knows models by their ids alone."""
-    for known_as in (f"model {model.model_id}", f"model {model.model_id!r}"):
-        if error.message.startswith(known_as):
-            error.message = f"model {model.name}{error.message[len(known_as) :]}"
-            return
 
 
 async def _until(rows: AsyncIterator[RowTokens], deadline_s: float) -> AsyncIterator[RowTokens]:

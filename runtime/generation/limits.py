@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from runtime.errors import InvalidRequest
+from runtime.errors import ContextExceeded, InvalidRequest
 from runtime.interfaces import ServedModel
 from runtime.types import SamplingParams
 
@@ -25,8 +25,11 @@ def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> No
     if count > MAX_SEQUENCES:
         each = f" of n={per_prompt}" if per_prompt > 1 else ""
         raise InvalidRequest(
-            f"model {model.name}: {num_prompts} prompts{each} make {count} sequences; the limit of a request is {MAX_SEQUENCES}",
+            f"{num_prompts} prompts{each} make {count} sequences; the limit of a request is {MAX_SEQUENCES}",
+            model=model.name,
             param="prompt",
+            limit=MAX_SEQUENCES,
+            value=count,
         )
 
 
@@ -36,8 +39,11 @@ def check_chars(model: ServedModel, texts: Sequence[str], *, param: str = "promp
     longest = max(map(len, texts), default=0)
     if per_token is not None and longest > per_token * limit:
         raise InvalidRequest(
-            f"model {model.name}: the prompt has {longest} characters; its context is {limit} tokens of at most {per_token} characters each",
+            f"the prompt has {longest} characters; its context is {limit} tokens of at most {per_token} characters each",
+            model=model.name,
             param=param,
+            limit=per_token * limit,
+            value=longest,
         )
 
 
@@ -45,12 +51,15 @@ def room_for_output(model: ServedModel, num_prompt: int, *, param: str = "prompt
     """How many tokens may follow a prompt of `num_prompt` tokens; at least 1. Raises InvalidRequest."""
     limit = model.facts.max_model_len
     if num_prompt == 0:
-        raise InvalidRequest(f"model {model.name}: the prompt is empty (0 tokens); it needs at least 1", param=param)
+        raise InvalidRequest("the prompt is empty (0 tokens); it needs at least 1", model=model.name, param=param)
     if num_prompt >= limit:
-        raise InvalidRequest(
-            f"model {model.name}: the prompt has {num_prompt} tokens; its context is {limit} tokens, "
+        raise ContextExceeded(
+            f"the prompt has {num_prompt} tokens; its context is {limit} tokens, "
             f"so that a prompt can have at most {limit - 1}",
+            model=model.name,
             param=param,
+            limit=limit,
+            value=num_prompt,
         )
     return limit - num_prompt
 
@@ -60,9 +69,12 @@ def check_output(model: ServedModel, num_prompt: int, max_tokens: int, *, param:
     limit = model.facts.max_model_len
     if num_prompt + max_tokens > limit:
         raise InvalidRequest(
-            f"model {model.name}: {num_prompt} prompt tokens and {param}={max_tokens} make {num_prompt + max_tokens}; "
+            f"{num_prompt} prompt tokens and {param}={max_tokens} make {num_prompt + max_tokens}; "
             f"its context is {limit} tokens",
+            model=model.name,
             param=param,
+            limit=limit,
+            value=num_prompt + max_tokens,
         )
 
 
@@ -71,7 +83,11 @@ def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str)
     bad = next((token for token in token_ids if not 0 <= token < size), None)
     if bad is not None:
         raise InvalidRequest(
-            f"model {model.name}: token id {bad} is outside of its vocabulary (0 to {size - 1})", param=param
+            f"token id {bad} is outside of its vocabulary (0 to {size - 1})",
+            model=model.name,
+            param=param,
+            limit=size - 1,
+            value=bad,
         )
 
 
@@ -80,9 +96,12 @@ def check_prompt(model: ServedModel, prompt: Sequence[int]) -> None:
     size, highest = model.facts.vocab_size, max(prompt)
     if highest >= size:
         raise InvalidRequest(
-            f"model {model.name}: the prompt has the token {model.text.piece(highest)!r}, id {highest}, which its tokenizer knows "
+            f"the prompt has the token {model.text.piece(highest)!r}, id {highest}, which its tokenizer knows "
             f"and the model doesn't (its vocabulary is 0 to {size - 1})",
+            model=model.name,
             param="prompt",
+            limit=size - 1,
+            value=highest,
         )
 
 

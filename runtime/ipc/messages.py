@@ -65,7 +65,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """`code` is a gRPC status name (runtime.errors.from_code)."""
+    """`code` is a gRPC status name (runtime.errors.from_code), `message` the cause without the model's name."""
 
     model_id: str
     code: str
@@ -97,7 +97,7 @@ class RowTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     )
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; once, with the first token
     error_code: str | None = None  # with finish ERROR
-    error: str | None = None
+    error: str | None = None  # the cause, without the model's name
     queue_s: float | None = None  # from arrival to the first step; once, with the first token
 
 

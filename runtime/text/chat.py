@@ -50,7 +50,7 @@ class ChatTemplates:
         turns = [_as_template_sees(message, text) for message in messages]
         if options.continue_final:
             if not turns:
-                raise InvalidRequest(f"model {model}: there is no message to continue", param="messages")
+                raise InvalidRequest("there is no message to continue", model=model, param="messages")
             turns[-1]["content"] += _CONTINUE_MARK
         try:
             rendered = render(
@@ -66,7 +66,7 @@ class ChatTemplates:
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(
-                f"model {model}: its chat template refuses this chat: {error.message or error}", param="messages"
+                f"its chat template refuses this chat: {error.message or error}", model=model, param="messages"
             ) from error
         except (
             TypeError,
@@ -79,7 +79,7 @@ class ChatTemplates:
             MemoryError,
         ) as error:
             raise InvalidRequest(
-                f"model {model}: its chat template fails on this chat: {error}", param="messages"
+                f"its chat template fails on this chat: {error}", model=model, param="messages"
             ) from error
         return _cut_at_mark(model, rendered) if options.continue_final else rendered
 
@@ -87,17 +87,19 @@ class ChatTemplates:
         if wanted is not None:
             if wanted not in self._texts:
                 raise InvalidRequest(
-                    f"model {model} has no chat template {wanted!r}, only {sorted(self._texts)}", param="chat_template"
+                    f"it has no chat template {wanted!r}, only {sorted(self._texts)}",
+                    model=model,
+                    param="chat_template",
                 )
             return self._texts[wanted]
         if "default" in self._texts:
             return self._texts["default"]
         if not self._texts:
             raise InvalidRequest(
-                f"model {model} has no chat template: use /v1/completions, or register it with one", param="messages"
+                "it has no chat template: use /v1/completions, or register it with one", model=model, param="messages"
             )
         raise InvalidRequest(
-            f"model {model} has no default chat template, only {', '.join(sorted(self._texts))}", param="messages"
+            f"it has no default chat template, only {', '.join(sorted(self._texts))}", model=model, param="messages"
         )
 
     def _compile(self, text: str) -> jinja2.Template:
@@ -118,6 +120,6 @@ def _cut_at_mark(model: str, rendered: str) -> str:
     mark = _CONTINUE_MARK.strip()
     at = rendered.rfind(mark)
     if at < 0:
-        raise InvalidRequest(f"model {model}: its chat template can't continue the last message", param="messages")
+        raise InvalidRequest("its chat template can't continue the last message", model=model, param="messages")
     kept = rendered[:at]
     return kept if rendered.startswith(_CONTINUE_MARK, at) else kept.rstrip()

@@ -124,7 +124,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         results = await self._generator.complete(model, sequences(model, body, prompts, limits, LogprobParams()))
         if any(result.finish is FinishReason.ABORTED for result in results):
             raise Unavailable(
-                f"model {model.name}: it was unloaded, or the runtime stopped, before the answer was complete"
+                "it was unloaded, or the runtime stopped, before the answer was complete", model=model.name
             )
         return [result.text for result in results]
 
@@ -132,7 +132,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         model = find_model(self._directory, model_id_header(context), name)
         if version_asked not in ("", "1"):
             # NOT_FOUND would have a mesh load the model again
-            raise InvalidRequest(f"model {_told(model, name)} has no version {version_asked}, only 1")
+            raise InvalidRequest(f"it has no version {version_asked}, only 1", model=_told(model, name))
         return model
 
 
@@ -141,7 +141,7 @@ def _max_tokens(model: ServedModel, body: Shared, num_prompt: int) -> int:
     if body.max_tokens is None:
         return min(room, model.text.sampling.max_tokens or DEFAULT_MAX_TOKENS)
     if body.max_tokens < 1:
-        raise InvalidRequest(f"model {model.name}: max_tokens must be >= 1, got {body.max_tokens}", param="max_tokens")
+        raise InvalidRequest(f"max_tokens must be >= 1, got {body.max_tokens}", model=model.name, param="max_tokens")
     check_output(model, num_prompt, body.max_tokens)
     return body.max_tokens
 

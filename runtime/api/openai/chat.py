@@ -99,7 +99,7 @@ def _max_tokens(model: ServedModel, body: ChatBody, num_prompt: int) -> int:
         default = model.text.sampling.max_tokens
         return room if default is None else min(room, default)
     if asked < 1:
-        raise InvalidRequest(f"model {model.name}: {param} must be >= 1, got {asked}", param=param)
+        raise InvalidRequest(f"{param} must be >= 1, got {asked}", model=model.name, param=param)
     check_output(model, num_prompt, asked, param=param)
     return asked
 

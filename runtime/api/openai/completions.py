@@ -137,7 +137,7 @@ def _max_tokens(model: ServedModel, body: CompletionBody, num_prompt: int) -> in
     if body.max_tokens is None:
         return min(room, model.text.sampling.max_tokens or DEFAULT_MAX_TOKENS)
     if body.max_tokens < 0:
-        raise InvalidRequest(f"model {model.name}: max_tokens must be >= 0, got {body.max_tokens}", param="max_tokens")
+        raise InvalidRequest(f"max_tokens must be >= 0, got {body.max_tokens}", model=model.name, param="max_tokens")
     check_output(model, num_prompt, body.max_tokens)
     return body.max_tokens
 

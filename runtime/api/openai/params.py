@@ -37,7 +37,9 @@ class Range:
         if too_low or too_high or value != value:
             parts = [f"{'>' if self.above_low else '>='} {self.low:g}"] if self.low is not None else []
             parts += [f"<= {self.high:g}"] if self.high is not None else []
-            raise InvalidRequest(f"model {model}: {param} must be {' and '.join(parts)}, got {value:g}", param=param)
+            raise InvalidRequest(
+                f"{param} must be {' and '.join(parts)}, got {value:g}", model=model, param=param, value=value
+            )
 
 
 _RANGES = {
@@ -88,12 +90,13 @@ def stop_strings_of(model: ServedModel, body: Shared) -> tuple[str, ...]:
     stops = [stop for stop in stops if stop] if isinstance(body.stop, str) else stops
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(
-            f"model {model.name}: stop takes at most {MAX_STOPS} strings, got {len(stops)}", param="stop"
+            f"stop takes at most {MAX_STOPS} strings, got {len(stops)}", model=model.name, param="stop"
         )
     for stop in stops:
         if not 0 < len(stop) <= MAX_STOP_CHARS:
             raise InvalidRequest(
-                f"model {model.name}: a stop string has 1 to {MAX_STOP_CHARS} characters, got one of {len(stop)}",
+                f"a stop string has 1 to {MAX_STOP_CHARS} characters, got one of {len(stop)}",
+                model=model.name,
                 param="stop",
             )
     return tuple(dict.fromkeys(stops))
@@ -103,12 +106,13 @@ def stop_of(model: ServedModel, body: Shared, max_tokens: int) -> StopParams:
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(
-            f"model {model.name}: min_tokens={min_tokens} is above max_tokens={max_tokens}", param="min_tokens"
+            f"min_tokens={min_tokens} is above max_tokens={max_tokens}", model=model.name, param="min_tokens"
         )
     token_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
     if len(token_ids) > MAX_STOP_TOKENS:
         raise InvalidRequest(
-            f"model {model.name}: stop_token_ids takes at most {MAX_STOP_TOKENS} ids, got {len(token_ids)}",
+            f"stop_token_ids takes at most {MAX_STOP_TOKENS} ids, got {len(token_ids)}",
+            model=model.name,
             param="stop_token_ids",
         )
     check_token_ids(model, token_ids, param="stop_token_ids")
@@ -168,13 +172,14 @@ def _logit_bias(model: ServedModel, body: Shared) -> tuple[tuple[int, float], ..
             token = int(text)
         except ValueError:
             raise InvalidRequest(
-                f"model {model.name}: logit_bias has the key {text!r}, which is no token id", param="logit_bias"
+                f"logit_bias has the key {text!r}, which is no token id", model=model.name, param="logit_bias"
             ) from None
         Range(-100.0, 100.0).check(model.name, "logit_bias", bias)
         pairs.append((token, bias))
     if len(pairs) > MAX_BIASED_TOKENS:
         raise InvalidRequest(
-            f"model {model.name}: logit_bias takes at most {MAX_BIASED_TOKENS} tokens, got {len(pairs)}",
+            f"logit_bias takes at most {MAX_BIASED_TOKENS} tokens, got {len(pairs)}",
+            model=model.name,
             param="logit_bias",
         )
     check_token_ids(model, [token for token, _ in pairs], param="logit_bias")
@@ -190,7 +195,7 @@ def _allowed_token_ids(model: ServedModel, body: Shared) -> tuple[int, ...]:
     ends = {*model.facts.eos_token_ids, *(body.stop_token_ids or ())} if body.min_tokens else set()
     if allowed.keys() <= ends:
         wanted = "a token id that does not end the sequence (min_tokens is set)" if allowed else "at least 1 token id"
-        raise InvalidRequest(f"model {model.name}: allowed_token_ids needs {wanted}", param="allowed_token_ids")
+        raise InvalidRequest(f"allowed_token_ids needs {wanted}", model=model.name, param="allowed_token_ids")
     return tuple(allowed)
 
 

@@ -42,9 +42,7 @@ def finish_word(model: ServedModel, finish: FinishReason) -> str:
     """OpenAI's word. Raises Unavailable where the sequence was ended from within."""
     word = _FINISH.get(finish)
     if word is None:
-        raise Unavailable(
-            f"model {model.name}: it was unloaded, or the runtime stopped, before the answer was complete"
-        )
+        raise Unavailable("it was unloaded, or the runtime stopped, before the answer was complete", model=model.name)
     return word
 
 

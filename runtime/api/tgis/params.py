@@ -105,7 +105,7 @@ def _plan_one(
     stopping = params.stopping
     context, num_prompt = model.facts.max_model_len, len(prompt.token_ids)
     if num_prompt == 0:
-        raise InvalidRequest(f"model {model.name}: the input is empty (0 tokens); it needs at least 1")
+        raise InvalidRequest("the input is empty (0 tokens); it needs at least 1", model=model.name)
     if num_prompt >= context:
         raise InvalidRequest(f"input tokens ({num_prompt}) plus prefix length (0) must be < {context}")
     if num_prompt + stopping.min_new_tokens > context:

@@ -38,23 +38,21 @@ class Commands:
     def _add(self, add: Add, now: float) -> None:
         model = self.house.models.get(add.model_id)
         if self.stop_by_s is not None:
-            self.house.refuse(
-                add.request_id, add.model_id, "UNAVAILABLE", f"model {add.model_id}: the engine is shutting down"
-            )
+            self.house.refuse(add.request_id, add.model_id, "UNAVAILABLE", "the engine is shutting down")
             return
         if model is None:
-            self.house.refuse(add.request_id, add.model_id, "NOT_FOUND", f"model {add.model_id} is not loaded here")
+            self.house.refuse(add.request_id, add.model_id, "NOT_FOUND", "it is not loaded here")
             return
         waiting = len(model.scheduler.waiting)
         if waiting >= model.max_waiting:
-            text = f"model {add.model_id}: {waiting} requests wait already, the limit is {model.max_waiting}"
+            text = f"{waiting} requests wait already, the limit is {model.max_waiting}"
             self.house.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text)
             return
         most = model.facts.max_model_len
         sequence = from_add(add, self._arrivals, now, most)
         self._arrivals += 1
         if not 0 < sequence.prompt_len <= most:
-            text = f"model {add.model_id}: a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
+            text = f"a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
             self.house.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
             return
         model.last_used_s = now

@@ -41,9 +41,9 @@ class Loads:
             if not pending.cancelled and pending.request == request:
                 pending.loads += 1
                 return
-            self._cancel(pending, f"model {model_id}: another load of it came")
+            self._cancel(pending, "another load of it came")
             if pending.then is not None and pending.then != request:
-                self._fail(model_id, pending.then_loads, "CANCELLED", f"model {model_id}: another load of it came")
+                self._fail(model_id, pending.then_loads, "CANCELLED", "another load of it came")
                 pending.then_loads = 0
             pending.then = request
             pending.then_loads += 1
@@ -59,7 +59,7 @@ class Loads:
     def unload(self, model_id: str, now: float) -> None:
         pending = self._pending.get(model_id)
         if pending is not None:
-            text = f"model {model_id}: it was unloaded while it loaded"
+            text = "it was unloaded while it loaded"
             self._cancel(pending, text)
             self._fail(model_id, pending.then_loads, "CANCELLED", text)
             pending.then, pending.then_loads = None, 0
@@ -96,7 +96,7 @@ class Loads:
             self.house.make_host_room(size_bytes)
             job = self.house.backend.load(LoadRequest(request.model_id, request.checkpoint, request.max_model_len))
         except Exception as error:
-            self._fail(request.model_id, answers, *_reason(request.model_id, error))
+            self._fail(request.model_id, answers, *_reason(error))
             return
         self._pending[request.model_id] = _Pending(request, job, answers)
 
@@ -105,7 +105,7 @@ class Loads:
         try:
             loaded = pending.job.result()
         except Exception as error:
-            self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
+            self._fail(request.model_id, pending.loads, *_reason(error))
             return
         if pending.cancelled:
             _let_go(loaded)
@@ -114,13 +114,13 @@ class Loads:
             model = self.house.adopt(request, loaded, now)
         except Exception as error:
             _let_go(loaded)
-            self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
+            self._fail(request.model_id, pending.loads, *_reason(error))
             return
         try:
             self.house.resident.load_if_free(model, now)
         except Exception as error:
             self.house.dismiss(model, FinishReason.ERROR, now)
-            self._fail(request.model_id, pending.loads, *_reason(request.model_id, error))
+            self._fail(request.model_id, pending.loads, *_reason(error))
             return
         # before the answer: who reads it finds the model in its tier
         self.house.emit(self.house.stats())
@@ -152,7 +152,7 @@ def _let_go(loaded: LoadResult) -> None:
     loaded.memory.close()
 
 
-def _reason(model_id: str, error: Exception) -> tuple[str, str]:
+def _reason(error: Exception) -> tuple[str, str]:
     if isinstance(error, RepertoryError):
-        return error.code, error.message
-    return "FAILED_PRECONDITION", f"model {model_id}: {type(error).__name__}: {error}"
+        return error.code, error.detail
+    return "FAILED_PRECONDITION", f"{type(error).__name__}: {error}"

@@ -204,7 +204,7 @@ class EngineLoop:
         self._backend.synchronize()  # raises if the device itself is lost
         now = self._clock()
         counts = not step.void
-        text = f"model {model.model_id}: a step failed: {type(error).__name__}: {error}"
+        text = f"a step failed: {type(error).__name__}: {error}"
         lost = model.scheduler.fail(step, now)
         self.house.say_lost(model, lost, text)
         if not counts:
@@ -250,6 +250,6 @@ class EngineLoop:
                 FinishReason.ERROR,
                 self._clock(),
                 "UNAVAILABLE",
-                f"model {model.model_id}: the engine has shut down",
+                "the engine has shut down",
             )
         self.house.slabs.check()

@@ -44,7 +44,10 @@ class ModelTable:
         budget = self.slabs.total * self.backend.slab_bytes
         if weight_bytes > budget:
             raise Overloaded(
-                f"model {request.model_id}: its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes"
+                f"its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes",
+                model=request.model_id,
+                limit=budget,
+                value=weight_bytes,
             )
 
     def adopt(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
@@ -58,9 +61,11 @@ class ModelTable:
         if kv_slabs * geometry.blocks_per_slab < least_blocks:
             slab_bytes = self.backend.slab_bytes
             raise Overloaded(
-                f"model {request.model_id}: weights of {memory.weight_slabs * slab_bytes} bytes and KV of "
+                f"weights of {memory.weight_slabs * slab_bytes} bytes and KV of "
                 f"{blocks_for(least_blocks, geometry.blocks_per_slab) * slab_bytes} bytes for {least_blocks * block_tokens} tokens "
-                f"exceed the device budget of {self.slabs.total * slab_bytes} bytes"
+                f"exceed the device budget of {self.slabs.total * slab_bytes} bytes",
+                model=request.model_id,
+                limit=self.slabs.total * slab_bytes,
             )
         # a context that could never be held must not be promised
         facts = msgspec.structs.replace(

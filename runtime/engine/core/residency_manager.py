@@ -19,7 +19,7 @@ class SwapInFailed(Exception):
     """The weights did not come; the model holds its slabs until it is dismissed."""
 
     def __init__(self, model: LoadedModel, error: Exception) -> None:
-        super().__init__(f"model {model.model_id}: its weights did not come in: {type(error).__name__}: {error}")
+        super().__init__(f"its weights did not come in: {type(error).__name__}: {error}")
         self.model = model
 
 

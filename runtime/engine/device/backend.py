@@ -107,7 +107,7 @@ class EngineBackend:
             host_order=hardware.host_order,
         )
         if cancelled.is_set():
-            raise Cancelled(f"loading model {request.model_id} was cancelled")
+            raise Cancelled("loading was cancelled", model=request.model_id)
         kv_dtype = blueprint.card.dtype if config.kv_dtype == "auto" else torch.float8_e4m3fn
         kv = kv_geometry(
             request.model_id,
@@ -120,8 +120,11 @@ class EngineBackend:
         weight_slabs = -(-blueprint.layout.size_bytes // hardware.memory.slab_bytes)
         if weight_slabs >= hardware.memory.total_slabs:
             raise LoadFailed(
-                f"model {request.model_id} needs {blueprint.layout.size_bytes} bytes for its weights ({weight_slabs} slabs) and a slab of KV, "
-                f"the device budget is {hardware.memory.total_slabs * hardware.memory.slab_bytes} bytes ({hardware.memory.total_slabs} slabs)"
+                f"it needs {blueprint.layout.size_bytes} bytes for its weights ({weight_slabs} slabs) and a slab of KV, "
+                f"the device budget is {hardware.memory.total_slabs * hardware.memory.slab_bytes} bytes ({hardware.memory.total_slabs} slabs)",
+                model=request.model_id,
+                limit=hardware.memory.total_slabs * hardware.memory.slab_bytes,
+                value=blueprint.layout.size_bytes,
             )
         drawn_s = time.monotonic()
         rehearsal = (

@@ -51,7 +51,8 @@ def test_a_load_ends_in_a_runner(tmp_path: Path) -> None:
 def test_what_can_never_fit_is_refused_with_the_sizes(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     with pytest.raises(
-        LoadFailed, match=r"model big needs \d+ bytes for its weights .* the device budget is 262144 bytes \(1 slabs\)"
+        LoadFailed,
+        match=r"model big: it needs \d+ bytes for its weights .* the device budget is 262144 bytes \(1 slabs\)",
     ):
         backend(slabs=1).load(LoadRequest("big", checkpoint, None)).result()
 

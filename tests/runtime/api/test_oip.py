@@ -162,7 +162,7 @@ async def test_an_answer_never_carries_the_id_that_a_mesh_put_into_the_request(m
         request.model_name = named.model_id
         assert (await services.oip.ModelInfer(request)).model_name == "smol"
         assert (await services.oip.ModelMetadata(pb.ModelMetadataRequest(name=named.model_id))).name == "smol"
-        services.engine.raises = Overloaded(f"model {named.model_id}: 4096 requests wait already, the limit is 4096")
+        services.engine.raises = Overloaded("4096 requests wait already, the limit is 4096", model=named.model_id)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services.oip.ModelInfer(request)
         assert caught.value.details() == "model smol: 4096 requests wait already, the limit is 4096"

@@ -390,7 +390,7 @@ async def test_one_failure_ends_a_batch(services: Services) -> None:
     services.engine.fail_after = 3
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.tgis.Generate(batch("a", "b"))
-    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine died")
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "model m1: the engine died")
 
 
 async def test_cancelling_frees_the_rows(services: Services) -> None:

@@ -119,7 +119,7 @@ def test_named_and_missing_templates(tmp_path: Path) -> None:
     assert load_text(named, ModelSettings()).render_chat("m", turns(CHATS[0]), ChatOptions()) == "d"
     none = load_text(tiny.byte_level(tmp_path / "o", chat_template=None), ModelSettings())
     assert not none.has_chat_template
-    with pytest.raises(InvalidRequest, match="model m has no chat template"):
+    with pytest.raises(InvalidRequest, match="model m: it has no chat template"):
         none.render_chat("m", turns(CHATS[0]), ChatOptions())
 
 

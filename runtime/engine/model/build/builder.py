@@ -80,11 +80,11 @@ def draw(
     try:
         return _draw(card, checkpoint, prover, num_threads, min_group_bytes, layout_4bit, host_order)
     except LoadFailed as error:
-        raise LoadFailed(f"model {model_id}: {error.message}") from error
+        error.model = model_id
+        raise
     except Exception as error:
-        raise LoadFailed(
-            f"model {model_id}: {card.architecture} can't be built: {type(error).__name__}: {error}"
-        ) from error
+        detail = f"{card.architecture} can't be built: {type(error).__name__}: {error}"
+        raise LoadFailed(detail, model=model_id) from error
 
 
 def _draw(

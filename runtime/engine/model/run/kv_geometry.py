@@ -70,7 +70,10 @@ def kv_geometry(
     blocks_per_slab = slab_bytes // all_layers_bytes
     if blocks_per_slab == 0:
         raise LoadFailed(
-            f"model {model_id}: one KV block of {block_tokens} tokens takes {all_layers_bytes} bytes, slab_bytes is {slab_bytes}"
+            f"one KV block of {block_tokens} tokens takes {all_layers_bytes} bytes, slab_bytes is {slab_bytes}",
+            model=model_id,
+            limit=slab_bytes,
+            value=all_layers_bytes,
         )
     page_bytes = math.gcd(slab_bytes, block_bytes)
     # page ids are int32

@@ -188,7 +188,6 @@ def test_what_can_never_fit_is_refused_with_the_sizes() -> None:
     made.turn(10)
     assert [f.code for f in made.failures()] == ["RESOURCE_EXHAUSTED"] * 2
     for failure in made.failures():
-        assert failure.model_id in failure.message
         assert str(32 * 4096) in failure.message
     made.close()
 
@@ -322,7 +321,7 @@ def test_weights_that_do_not_come_back_take_one_model() -> None:
     made.close()
 
 
-def test_refusals_name_the_model_the_limit_and_the_value() -> None:
+def test_refusals_name_the_limit_and_the_value() -> None:
     made = Stage(FakeBackend({"a": FakeSpec(max_model_len=20)}))
     made.load("a", max_waiting=3)
     made.turn(10)
@@ -332,7 +331,6 @@ def test_refusals_name_the_model_the_limit_and_the_value() -> None:
     for answer, value in ((too_long, "21"), (empty, "0")):
         code, text = error_of(answer)
         assert code == "INVALID_ARGUMENT"
-        assert "model a" in text
         assert "20" in text
         assert value in text
     answers = [made.add("a", [4], 4) for _ in range(5)]
