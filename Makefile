@@ -15,6 +15,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test check lint types imports stubs proto bench gpu clean
 
+JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$p"; break; }; done)
 VENV ?= .venv
@@ -52,9 +53,10 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(RUN)/python scripts/demo.py $(ARGS)
 
-# One thread a process: the tests start several processes at a time, and OpenMP threads that wait for a busy core spin.
+# One thread per process: the tests start several processes at a time, and OpenMP threads that wait for a busy core spin.
+# All tests run in two processes with branch coverage; a selection runs in one, without.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(T) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(if $(T)$(ARGS),$(T) $(ARGS),-n $(JOBS) --dist loadfile --cov --cov-report=term)
 
 check: lint types imports stubs
 
