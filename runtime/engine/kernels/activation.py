@@ -1,4 +1,4 @@
-"""The gated activation of an MLP: act(gate) × up, over a fused gate-and-up row. Knows nothing of layers."""
+"""Computes the gated activation of an MLP, act(gate) × up, over a fused gate-and-up row."""
 
 from typing import Literal
 

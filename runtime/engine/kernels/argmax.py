@@ -1,4 +1,6 @@
-"""The draw of rows that ask for nothing: the largest logit, put where the next step and the host find it. Ties go to the smallest id."""
+"""Takes the largest logit of each row that uses greedy sampling and stores it for the next step and the host. Ties go
+to the smallest token id.
+"""
 
 import torch
 from torch import Tensor

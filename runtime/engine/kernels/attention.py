@@ -1,12 +1,12 @@
-"""Attention of a packed batch over paged keys and values.
+"""Attention of a packed batch over paged keys and values of one layer.
 
-Knows pages, rows and positions of one layer; nothing of who owns a page or which tokens these are. Where a token's K lies:
+Where a token's K is stored:
 
-    page_table[row_slots[b], t // block_tokens] = p     (t: position in the row)
+    page_table[row_slots[b], t // block_tokens] = p          (t: position in the row)
     k_plane[p * page_unit + (t % block_tokens) * Hkv * D + h * D + d]
 
-Host arguments (`max_*`) only choose the path and the grid; every count that matters is read from device memory, so one CUDA graph serves any
-smaller batch: a padded row has no query tokens.
+Host arguments (`max_*`) only choose the code path and the grid. Every count that matters is read from device memory,
+so one CUDA graph serves any smaller batch: a padded row has no query tokens.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""x · Wᵀ with a 16-bit W at few rows, where memory is all that counts. Knows matrices; nothing of modules.
+"""Computes x · Wᵀ with a 16-bit W at few rows, where memory bandwidth is the limit.
 
-At few rows a matrix product is a stream of weights, and what a library's product loses is the beginning and the end of each: ours fetches weights
-while the kernels before it still run (gpu/chain.py), splits what would leave multiprocessors idle, and applies the gate of an MLP where the sums are.
+At few rows a matrix product streams weights, and a library's product loses time at its beginning and end. This kernel
+fetches weights while the kernels before it still run (`gpu/pdl.py`), splits products that would leave multiprocessors
+idle, and applies the gate of an MLP to the sums in registers.
 """
 
 import torch
@@ -19,7 +20,7 @@ LEAST_COLUMNS = 512  # of K; and a multiple of it
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear_16bit` is the way for these operands: a GPU, 16-bit types, few rows, a wide K."""
+    """Return whether `linear_16bit` supports these operands: a GPU, 16-bit types, few rows, a wide K."""
     if not x.is_cuda or x.element_size() != 2 or weight.dtype != x.dtype or x.shape[-1] % LEAST_COLUMNS:
         return False
     large = weight.shape[0] >= LARGE_OUTPUTS or weight.shape[1] >= LARGE_COLUMNS

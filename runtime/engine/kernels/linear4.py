@@ -1,7 +1,9 @@
-"""x · Wᵀ with W in 4 bits (NF4 or FP4, one absmax for each 64 elements), as `layout.py` lays it out. Knows nothing of modules.
+"""Computes x · Wᵀ with W in 4 bits (NF4 or FP4, one absmax per 64 elements), in the layout of
+`checkpoint/layout_4bit.py`.
 
-Paths on a GPU, by rows M of x: fused kernels that unpack on the way to the matrix unit up to some hundred rows (which of them: `gpu/linear4.py`); above, the weight is
-unpacked into scratch memory and multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
+The path on a GPU depends on the rows M of x. Up to a few hundred rows, fused kernels dequantise the weights on their
+way to the matrix unit (`gpu/linear4.py` chooses between them). Above that, the weight is dequantised into scratch
+memory and multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
 """
 
 from typing import Literal

@@ -1,7 +1,8 @@
-"""x · Wᵀ with W in int8, one scale a row: bitsandbytes' rowwise int8 with threshold 0. Knows nothing of modules.
+"""Computes x · Wᵀ with W in int8 and one scale per row: bitsandbytes' row-wise int8 with threshold 0.
 
-One path at every number of rows: activations are quantised for each token, and integers are multiplied by integers. A weight-only path for few rows
-was measured and left out: turning int8 into bf16 costs more than quantising a few rows (docs/benchmarks/linear.md).
+One path serves every number of rows: activations are quantised per token, and integers are multiplied by integers. A
+weight-only path for few rows was measured and rejected, because converting int8 to bf16 costs more than quantising a
+few rows (docs/benchmarks/linear.md).
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""RMSNorm, alone and after a residual addition. Knows rows and weights; nothing of layers.
+"""RMSNorm, alone and after a residual addition.
 
-Rounding follows transformers: Llama-like norms round the normalised row to its own type and then multiply by the weight; Gemma-like ones
-(`plus_one`) multiply by `1 + weight` in float32 and round once.
+Rounding follows transformers. Llama-like norms round the normalised row to its own type and then multiply by the
+weight. Gemma-like norms (`plus_one`) multiply by `1 + weight` in float32 and round once.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""Device memory that kernels may scribble on between launches: partial sums, arrival counters, and a stage for unpacked operands.
+"""Device memory that kernels may overwrite between launches: partial sums, arrival counters, and a staging area for
+dequantised operands.
 
-Knows sizes only; not who runs when. One `Scratch` serves every launch of one stream: its contents mean nothing after a launch, but the
-counters are zero between launches, because the last program to arrive puts them back.
+One `Scratch` serves every launch of one stream. Its contents are meaningless after a launch, except that the counters
+are zero: the last program to arrive resets them.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""act(gate) × up in Triton: one program a row and a stretch of columns."""
+"""act(gate) × up in Triton, with one program per row and range of columns."""
 
 import triton
 import triton.language as tl

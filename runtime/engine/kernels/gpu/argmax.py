@@ -1,4 +1,6 @@
-"""The largest logit in Triton: several programs a row at few rows; the last of a row to end compares their finds and passes the token on."""
+"""Argmax in Triton. At few rows several programs share a row; the last to finish compares their results and stores
+the token.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,10 +1,14 @@
-"""Decode attention in CUDA C++ (`attention_decode.cu`): where it serves, how its work is cut, and its launch.
+"""Decode attention in CUDA C++ (`attention_decode.cu`): which operands it supports, how its work is divided, and its
+launch.
 
-Why not Triton: there every program begins with a chain of dependent loads (row, page table, keys, values), one after another; here a warp sends for
-its first tiles before the kernels before this one have ended. That is safe because of who writes what when. Lengths, slots and page tables are
-written by `build_inputs`, keys and values of earlier tokens in earlier steps; between either and the first attention of a step stands a launch that
-does not overlap (the inputs' own, the embedding), so they are in memory before anything later begins. This step's own token of each row is read
-after the wait, and where every row has one token none reads another's: `scheduler.py` lets nobody find a block that a lone token fills in its plan.
+It is faster than Triton because there every program begins with a chain of dependent loads (row, page table, keys,
+values). Here a warp requests its first tiles before the preceding kernels have ended.
+
+That is safe because of the order of writes. `build_inputs` writes lengths, slots and page tables, and earlier steps
+wrote the keys and values of earlier tokens. Between either and the first attention of a step there is a launch that
+does not overlap (the inputs' own, the embedding), so they are in memory before anything later begins. A row's token
+of this step is read after the wait. Where every row has one token, no row reads another row's: the scheduler does not
+let a sequence share a block that a lone token fills in the same plan.
 """
 
 import ctypes

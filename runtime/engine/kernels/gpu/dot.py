@@ -1,4 +1,4 @@
-"""The matrix product that all kernels here use, and how exact it is to be."""
+"""The matrix product that all kernels use, with its precision."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""A step's inputs in Triton: new blocks entered, then one program a row; and the draws put where the next step and the host find them."""
+"""Builds a step's inputs in Triton, and stores the drawn tokens for the next step and the host."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,6 @@
-"""The 16-bit linear of few rows in Triton: W · xᵀ, so that the weights are the long operand of the matrix unit. Up to 16 rows `linear16_cuda.py` goes first."""
+"""The 16-bit linear of few rows in Triton. It computes W · xᵀ, so that the weights are the long operand of the matrix
+unit. Up to 16 rows, `linear16_cuda.py` is tried first.
+"""
 
 import triton
 import triton.language as tl

@@ -1,7 +1,9 @@
-"""The 16-bit linear of up to 16 rows in CUDA C++ (`linear16.cu`): where it serves, how its work is cut, and its launch.
+"""The 16-bit linear of up to 16 rows in CUDA C++ (`linear16.cu`): which operands it supports, how its work is
+divided, and its launch.
 
-Why not Triton: what products lose is their beginnings and ends, and evenness. Here every multiprocessor has one block of about the same bytes, whose ring of
-128 to 192 KiB fills while the kernels before it end; Triton's programs come in waves, each with an end of its own.
+Products lose time at their beginnings and ends, and by uneven division. Here every multiprocessor has one block with
+about the same number of bytes, whose ring of 128 to 192 KiB fills while the preceding kernels end. Triton's programs
+come in waves, each with an end of its own.
 """
 
 import ctypes

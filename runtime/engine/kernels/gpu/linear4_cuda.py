@@ -1,7 +1,9 @@
-"""The 4-bit linear of up to 16 rows in CUDA C++ (`linear4.cu`): where it serves, how its work is cut, and its launch.
+"""The 4-bit linear of up to 16 rows in CUDA C++ (`linear4.cu`): which operands it supports, how its work is divided,
+and its launch.
 
-Why not Triton: unpacking in registers is bound by integer arithmetic there (44 µs at one row of 28672×4096, where the bytes need 16; 27 here), and
-a lookup table in shared memory without bank conflicts, a copy for each lane, can't be said in its language.
+In Triton, dequantising in registers is limited by integer arithmetic (44 µs at one row of 28672×4096, where the bytes
+need 16; 27 here). A lookup table in shared memory without bank conflicts, with one copy per lane, cannot be expressed
+in Triton.
 """
 
 import ctypes

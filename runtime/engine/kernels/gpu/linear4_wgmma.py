@@ -1,6 +1,8 @@
-"""The 4-bit linear on Hopper's matrix unit, in CUDA C++ (`linear4_wgmma.cu`): when it serves, how its work is cut, and its launch.
+"""The 4-bit linear on Hopper's matrix unit in CUDA C++ (`linear4_wgmma.cu`): which operands it supports, how its work
+is divided, and its launch.
 
-Weights are unpacked once for each tile of up to 256 rows of x, into registers that the matrix unit reads; Triton's own product first writes them to shared memory.
+Weights are dequantised once per tile of up to 256 rows of x, into registers that the matrix unit reads. Triton's own
+product first writes them to shared memory.
 """
 
 import ctypes

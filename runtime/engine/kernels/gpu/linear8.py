@@ -1,4 +1,4 @@
-"""The int8 linear in Triton: one launch quantises the rows of x, one multiplies W · xᵀ in integers."""
+"""The int8 linear in Triton: one launch quantises the rows of x, another multiplies W · xᵀ in integers."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""RMSNorm and residual + RMSNorm in Triton: one program a row, the row held in registers."""
+"""RMSNorm and residual + RMSNorm in Triton, with one program per row and the row held in registers."""
 
 import triton
 import triton.language as tl

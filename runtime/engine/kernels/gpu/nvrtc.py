@@ -1,7 +1,8 @@
-"""CUDA C++ kernels beside the Triton ones: compiled by NVRTC once for each source and GPU architecture, kept on disk, launched on torch's stream.
+"""Compiles CUDA C++ kernels with NVRTC, once per source and GPU architecture, keeps the machine code on disk, and
+launches kernels on torch's stream.
 
-Knows nothing of what the kernels compute. A kernel takes one struct; every launch may overlap with the end of the kernel before it (`chain.py`).
-Where NVRTC, the bindings or the architecture are missing there is no module, the log says so once, and callers keep to Triton.
+A kernel takes one struct. Every launch may overlap with the end of the kernel before it (`pdl.py`). Without NVRTC,
+its bindings or a supported architecture there is no module: the log says so once, and callers use Triton.
 """
 
 import ctypes
@@ -43,7 +44,7 @@ class Module:
     def launch(
         self, name: str, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: ctypes.Structure
     ) -> None:
-        """Put the kernel on torch's current stream. `arguments` is copied."""
+        """Launch the kernel on torch's current stream. `arguments` is copied."""
         driver = self.driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid

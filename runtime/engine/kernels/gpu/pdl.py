@@ -1,7 +1,9 @@
-"""Launches that overlap: a kernel may start while the one before it ends, as far as the point where it needs that one's results.
+"""Programmatic dependent launch: a kernel may start while the kernel before it ends, up to the point where it needs
+that kernel's results.
 
-Every kernel launched with `launch_pdl` first lets its follower start, fetches what nobody writes (weights) and then waits, in every program and before
-any early return: its end then says that all kernels before it have ended too. On machines without the feature both calls do nothing.
+Every kernel launched with `launch_pdl` first allows its successor to start, then fetches data that no kernel writes
+(weights), and then waits, in every program and before any early return. The end of a kernel therefore implies that
+all kernels before it have ended. On GPUs without the feature both calls do nothing.
 """
 
 import functools
@@ -18,18 +20,18 @@ def _overlaps(device: torch.device) -> bool:
 
 
 def overlaps(x: Tensor) -> bool:
-    """Whether launches on this tensor's device can overlap: an NVIDIA GPU of Hopper's kind or later."""
+    """Return whether launches on this tensor's device can overlap: an NVIDIA GPU of the Hopper generation or later."""
     return x.is_cuda and torch.version.hip is None and _overlaps(x.device)
 
 
 def options(x: Tensor) -> dict[str, bool]:
-    """What a launch on this tensor's device is told."""
+    """Return the launch options for this tensor's device."""
     return {"launch_pdl": True} if overlaps(x) else {}
 
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel start. It waits itself for what it needs of this one."""
+    """Allow the next kernel to start. That kernel waits for what it needs from this one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 

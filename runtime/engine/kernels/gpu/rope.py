@@ -1,4 +1,6 @@
-"""QK-norm + rotary embedding + KV write, and the KV write alone, in Triton: one program a token and a few heads."""
+"""QK-norm, rotary embedding and KV write in one kernel, and the KV write alone, in Triton, with one program per token
+and group of heads.
+"""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Descriptions of matrices in device memory for the GPU's tensor copies (TMA). Knows addresses and shapes; not what lies there."""
+"""Encodes descriptors of matrices in device memory for the GPU's tensor copies (TMA)."""
 
 import ctypes
 import functools
@@ -18,7 +18,7 @@ _PROMOTE_TO_256_BYTES = 3
 
 
 class TensorMapError(RuntimeError):
-    """The driver refuses a matrix."""
+    """The driver rejected the description of a matrix."""
 
 
 @functools.cache

@@ -1,6 +1,5 @@
-"""From a checkpoint to a model that can run: drawn up without touching memory (a Blueprint), then put together over ranges that hold the weights.
-
-Knows how the parts of this folder fit; nothing of devices' memory, slabs or threads.
+"""Builds a runnable model from a checkpoint in two stages: a Blueprint, drawn up without touching memory, and the
+model itself over ranges that hold the weights.
 """
 
 import hashlib

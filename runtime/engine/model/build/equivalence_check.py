@@ -1,8 +1,9 @@
-"""Which way a class of models may run: tried on a miniature, in numbers, against Hugging Face's own forward pass.
+"""Decides how a class of models may run, by comparing logits with Hugging Face's own forward pass on a small random
+model.
 
-The fused form is kept if it agrees; else the module's own code behind our hook, if that agrees (a mask or a bias that does not pass through the
-hook would show here). A class that no miniature can be made of is tried on a few random layers of its own size; one that can't be tried at all is
-refused: nothing is served unproven. Knows forwards and verdicts; nothing of files or devices.
+The fused stack is used if it agrees. Otherwise the module's own code runs behind the attention hook, if that agrees:
+a mask or a bias that bypasses the hook would show here. A class that cannot be made small is tested on a few random
+layers of its own size. A class that cannot be tested is refused.
 """
 
 import json
@@ -41,7 +42,7 @@ _STEPS = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a class of models runs. `reason`: why it isn't fused, or why it can't run at all (`refused`)."""
+    """How a class of models runs. `reason` says why it is not fused, or, if `refused`, why it cannot run."""
 
     fused: bool
     interleaved: bool
@@ -50,11 +51,11 @@ class Verdict:
 
 
 class _UntestableError(Exception):
-    """Nothing was learnt: the reduced model itself can't be run."""
+    """The reduced model itself cannot run, so the test has no result."""
 
 
 class EquivalenceChecker:
-    """Gives verdicts and remembers them: one trial a class and set of flags. Safe to use from several loading threads."""
+    """Returns verdicts and caches them per class and set of flags. Safe to use from several loading threads."""
 
     def __init__(self, fuse: bool) -> None:
         register()

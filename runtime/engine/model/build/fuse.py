@@ -1,7 +1,8 @@
-"""Finding a Llama-shaped decoder stack in a Hugging Face module by its structure alone: names of children, shapes, attributes.
+"""Recognises a Llama-shaped decoder stack in a Hugging Face module by its structure alone: names of children, shapes
+and attributes.
 
-A match is a conjecture; fuse_proof puts it to the test with numbers. Everything that doesn't fit is a NoMatchError with the reason, and the model
-runs as its own code says. Knows no class by name, no weights and no device.
+A match is a conjecture that `equivalence_check` tests with numbers. Whatever does not fit raises NoMatchError with
+the reason, and the model then runs with its own code. No class is recognised by name.
 """
 
 import copy
@@ -20,7 +21,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 class NoMatchError(Exception):
-    """The module is no such stack; the text says what differs."""
+    """The module is not such a stack. The message says what differs."""
 
 
 def match_stack(model: nn.Module, interleaved: bool) -> StackSpec:

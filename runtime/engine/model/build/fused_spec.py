@@ -1,6 +1,5 @@
-"""What a fused decoder stack is, as data: which named weights play which part, and the few numbers that families set differently.
-
-Made by matching a module's structure, used to join siblings in the weights image and to run. Knows no tensor.
+"""Describes a fused decoder stack as data: which named weights play which role, and the numbers that differ between
+model families.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""Steps over a handful of rows with pages handed out in order: enough of a KV cache to try a forward pass on.
-
-Knows planes and rows; nothing of scheduling, sampling or who owns pages. What the engine serves with is the runner's.
-"""
+"""Provides a minimal paged KV cache for testing a forward pass: a few rows whose blocks are assigned in order."""
 
 from collections.abc import Sequence
 
@@ -20,7 +17,7 @@ def trial_planes(
 
 
 class KvFixture:
-    """Rows that grow by steps. `pages`: free page ids, taken from the front."""
+    """Rows that grow step by step. `pages` are free page ids, taken from the front."""
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
-"""A small random model of the same class and flags as a real one, to try ideas on in milliseconds.
-
-Knows configurations and how to fill a module with numbers that would show a mistake; nothing of what is tried.
+"""Creates a small random model of the same class and flags as a real one, with parameters that would expose a
+computation error.
 """
 
 import copy

@@ -1,7 +1,9 @@
-"""Steps of a model without its weights, while those come in: so that kernels are compiled and libraries awake before the first request.
+"""Runs steps of a model over zero weights while the real weights are loading, so that kernels are compiled and
+libraries are initialised before the first request.
 
-One layer of each kind and the output projection over zeros, in threads and on streams of their own, with inputs and results of their own: the
-engine's are not touched. What a process has rehearsed once it knows. Knows sizes and the order of likelihood; nothing of loads or residency.
+One layer of each kind and the output projection run in threads and on streams of their own, with separate inputs and
+results, so that the engine's buffers are not touched. Each combination of kernels and sizes is warmed up once per
+process.
 """
 
 import logging
@@ -51,7 +53,7 @@ Part = Callable[[], Iterator[bool]]
 
 @dataclass(slots=True)
 class WarmupStage:
-    """What has been rehearsed in this process. Safe to use from several loading threads."""
+    """What this process has warmed up so far. Safe to use from several loading threads."""
 
     device: torch.device
     config: EngineConfig

@@ -1,7 +1,8 @@
-"""Filling a weights image from files: many threads read straight into place, in image order, converting types where they must; a CPU's matrices
-are then put in the order that it computes with.
+"""Fills a weight buffer from files: several threads read in buffer order, directly into place, and convert types
+where needed.
 
-Knows where each tensor comes from and goes; nothing of devices, modules or who asked. The same filler serves again at every return from disk.
+On a CPU the matrices are then rearranged into oneDNN's layout. The same loader serves again each time the model
+returns from disk.
 """
 
 import os

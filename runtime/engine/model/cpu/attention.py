@@ -1,6 +1,7 @@
-"""Attention and KV writes on a CPU, quick enough to serve: pages gathered (or seen in place) for a tile of rows, then torch's own attention.
+"""Computes attention and KV writes on a CPU: pages are gathered (or viewed in place) for a tile of rows and passed to
+torch's own attention.
 
-Knows one layer's planes and a AttentionPlan's tiles; nothing of models. kernels.attention's torch twin is the plain statement of the same thing.
+The torch twin in `kernels.attention` states the same computation plainly and serves as the reference.
 """
 
 import torch

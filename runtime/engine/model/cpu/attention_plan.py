@@ -1,7 +1,7 @@
-"""Which rows of a step attend together on a CPU, and over which pages: worked out once a step, read by every layer.
+"""Groups the rows of a step into attention tiles for a CPU, once per step for all layers.
 
-Decode rows of similar length form one tile (their pages gathered side by side, padded, masked); a prefill row forms a tile for every few hundred
-queries, so that no mask grows with the square of a prompt. Knows pages, rows and positions; nothing of heads, planes or arithmetic.
+Decode rows of similar length form one tile: their pages are gathered side by side, padded and masked. A prefill row
+forms a tile for every few hundred queries, so that no mask grows with the square of a prompt.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,10 @@
-"""Linear layers on a CPU: oneDNN's matrix product, which beats the BLAS behind torch's `linear` at every batch size.
+"""Linear layers on a CPU through oneDNN's matrix product, which is faster than the BLAS behind torch's `linear` at
+every batch size.
 
-Measured on an AMD EPYC with AVX-512: 1.2 to 2.7 times as fast for 1 to 32 rows over weights as they lie, and 1.3 to 1.5 times more for 4 to 32 rows
-over weights in oneDNN's order. Quantised weights are unpacked at every call, some megabytes at a time (4 bit: by bitsandbytes' own routine, so in its
-layout), and multiplied by unrounded activations. Knows matrices; nothing of layers or models.
+Measured on an AMD EPYC with AVX-512: 1.2 to 2.7 times as fast for 1 to 32 rows over row-major weights, and another
+1.3 to 1.5 times for 4 to 32 rows over weights in oneDNN's layout. Quantised weights are dequantised at every call, a
+few megabytes at a time (4-bit codes by bitsandbytes' own routine, and so in its layout), and multiplied by
+activations that are not rounded.
 """
 
 from collections.abc import Callable
