@@ -162,7 +162,7 @@ class Stage:
                 self.turn(3)
                 return
         waiting = [(i, a.add.model_id, len(a.tokens)) for i, a in self.answers.items() if a.last is None]
-        raise AssertionError(f"these never ended: {waiting}; {self.loop.house.stats()}")
+        raise AssertionError(f"these never ended: {waiting}; {self.loop.table.stats()}")
 
     def of(self, kind: type) -> list[Event]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -177,7 +177,7 @@ class Stage:
         return [event.model_id for event in self.of(Unloaded)]  # type: ignore[union-attr]
 
     def stats(self) -> EngineStats:
-        return self.loop.house.stats()
+        return self.loop.table.stats()
 
     def check_text(self, answer: Answer) -> None:
         spec = self.backend.specs[answer.add.model_id]
@@ -209,8 +209,8 @@ class Stage:
         self.inbox.put(None)
         self.loop.run()
         assert not self.backend.broken_rules
-        assert self.loop.house.slabs.free == self.backend.total_slabs
-        assert self.loop.house.rows.free == self.loop.house.rows.total
+        assert self.loop.table.slabs.free == self.backend.total_slabs
+        assert self.loop.table.rows.free == self.loop.table.rows.total
         assert self.backend.mapped == 0
         assert not self.backend.open_rows
         assert all(memory.closed for memory in self.backend.memories)

@@ -14,9 +14,9 @@ from runtime.types import FinishReason
 class Commands:
     """`stop_by_s` is set by a Shutdown."""
 
-    house: ModelTable
+    table: ModelTable
     loads: Loads
-    turns: RoundRobin
+    round_robin: RoundRobin
     stop_by_s: float | None = None
     _arrivals: int = 0
 
@@ -30,40 +30,40 @@ class Commands:
                 self.loads.load(command, now)
             case Unload(model_id=model_id):
                 self.loads.unload(model_id, now)
-                if model_id not in self.house.models:
-                    self.turns.forget(model_id)
+                if model_id not in self.table.models:
+                    self.round_robin.forget(model_id)
             case Shutdown(grace_s=grace_s):
                 self.stop_by_s = now + grace_s
 
     def _add(self, add: Add, now: float) -> None:
-        model = self.house.models.get(add.model_id)
+        model = self.table.models.get(add.model_id)
         if self.stop_by_s is not None:
-            self.house.refuse(add.request_id, add.model_id, "UNAVAILABLE", "the engine is shutting down")
+            self.table.refuse(add.request_id, add.model_id, "UNAVAILABLE", "the engine is shutting down")
             return
         if model is None:
-            self.house.refuse(add.request_id, add.model_id, "NOT_FOUND", "it is not loaded here")
+            self.table.refuse(add.request_id, add.model_id, "NOT_FOUND", "it is not loaded here")
             return
         waiting = len(model.scheduler.waiting)
         if waiting >= model.max_waiting:
             text = f"{waiting} requests wait already, the limit is {model.max_waiting}"
-            self.house.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text)
+            self.table.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text)
             return
         most = model.facts.max_model_len
         sequence = from_add(add, self._arrivals, now, most)
         self._arrivals += 1
         if not 0 < sequence.prompt_len <= most:
             text = f"a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
-            self.house.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
+            self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
             return
         model.last_used_s = now
         if sequence.limit == 0 and add.request.logprobs.prompt is None:
             reason = FinishReason.LENGTH if add.request.stop.max_tokens == 0 else FinishReason.CONTEXT
-            self.house.tell(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])
+            self.table.emit_rows(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])
             return
         model.scheduler.add(sequence)
 
     def _abort(self, request_ids: frozenset[int], now: float) -> None:
-        for model in self.house.models.values():
+        for model in self.table.models.values():
             found = [s for s in map(model.scheduler.find, request_ids) if s is not None]
             if found:
-                self.house.end(model, found, FinishReason.ABORTED, now)
+                self.table.end(model, found, FinishReason.ABORTED, now)

@@ -25,10 +25,10 @@ class _Pending:
 
 @dataclass(slots=True)
 class Loads:
-    """`settle` collects the steps of a model that are in flight: it can't go before them."""
+    """`collect_all_of` collects the steps of a model that are in flight: it can't go before them."""
 
-    house: ModelTable
-    settle: Callable[[str], None]
+    table: ModelTable
+    collect_all_of: Callable[[str], None]
     _pending: dict[str, _Pending] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -48,12 +48,12 @@ class Loads:
             pending.then = request
             pending.then_loads += 1
             return
-        model = self.house.models.get(model_id)
+        model = self.table.models.get(model_id)
         if model is not None:
             if (model.request.checkpoint, model.request.max_model_len) == (request.checkpoint, request.max_model_len):
-                self.house.emit(Loaded(model.facts))
+                self.table.emit(Loaded(model.facts))
                 return
-            self._dismiss(model_id, now)
+            self._unregister(model_id, now)
         self._start(request)
 
     def unload(self, model_id: str, now: float) -> None:
@@ -65,8 +65,8 @@ class Loads:
             pending.then, pending.then_loads = None, 0
             pending.unloads += 1
             return
-        self._dismiss(model_id, now)
-        self.house.emit(Unloaded(model_id))
+        self._unregister(model_id, now)
+        self.table.emit(Unloaded(model_id))
 
     def poll(self, now: float) -> None:
         """Take in what has come."""
@@ -74,7 +74,7 @@ class Loads:
             del self._pending[model_id]
             self._finish(pending, now)
             for _ in range(pending.unloads):
-                self.house.emit(Unloaded(model_id))
+                self.table.emit(Unloaded(model_id))
             if pending.then is not None:
                 self._start(pending.then, pending.then_loads)
 
@@ -84,7 +84,7 @@ class Loads:
             pending.job.cancel()
         for pending in self._pending.values():
             try:
-                _let_go(pending.job.result())
+                _close(pending.job.result())
             except Exception:
                 continue  # a cancelled load has nothing to say any more
         self._pending.clear()
@@ -92,9 +92,9 @@ class Loads:
     def _start(self, request: Load, answers: int = 1) -> None:
         size_bytes = request.checkpoint.weight_bytes
         try:
-            self.house.refuse_hopeless(request, size_bytes)
-            self.house.make_host_room(size_bytes)
-            job = self.house.backend.load(LoadRequest(request.model_id, request.checkpoint, request.max_model_len))
+            self.table.check_fits(request, size_bytes)
+            self.table.make_host_room(size_bytes)
+            job = self.table.backend.load(LoadRequest(request.model_id, request.checkpoint, request.max_model_len))
         except Exception as error:
             self._fail(request.model_id, answers, *_reason(error))
             return
@@ -108,32 +108,32 @@ class Loads:
             self._fail(request.model_id, pending.loads, *_reason(error))
             return
         if pending.cancelled:
-            _let_go(loaded)
+            _close(loaded)
             return
         try:
-            model = self.house.adopt(request, loaded, now)
+            model = self.table.register(request, loaded, now)
         except Exception as error:
-            _let_go(loaded)
+            _close(loaded)
             self._fail(request.model_id, pending.loads, *_reason(error))
             return
         try:
-            self.house.resident.load_if_free(model, now)
+            self.table.resident.load_if_free(model, now)
         except Exception as error:
-            self.house.dismiss(model, FinishReason.ERROR, now)
+            self.table.unregister(model, FinishReason.ERROR, now)
             self._fail(request.model_id, pending.loads, *_reason(error))
             return
         # before the answer: who reads it finds the model in its tier
-        self.house.emit(self.house.stats())
+        self.table.emit(self.table.stats())
         for _ in range(pending.loads):
-            self.house.emit(Loaded(model.facts))
+            self.table.emit(Loaded(model.facts))
 
-    def _dismiss(self, model_id: str, now: float) -> None:
-        if model_id in self.house.models:
-            self.settle(model_id)
+    def _unregister(self, model_id: str, now: float) -> None:
+        if model_id in self.table.models:
+            self.collect_all_of(model_id)
         # settling may have found the model broken, and forgotten it
-        model = self.house.models.get(model_id)
+        model = self.table.models.get(model_id)
         if model is not None:
-            self.house.dismiss(model, FinishReason.ABORTED, now)
+            self.table.unregister(model, FinishReason.ABORTED, now)
 
     def _cancel(self, pending: _Pending, text: str) -> None:
         if not pending.cancelled:
@@ -144,10 +144,10 @@ class Loads:
 
     def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
         for _ in range(answers):
-            self.house.emit(LoadFailed(model_id, code, message))
+            self.table.emit(LoadFailed(model_id, code, message))
 
 
-def _let_go(loaded: LoadResult) -> None:
+def _close(loaded: LoadResult) -> None:
     loaded.runner.close()
     loaded.memory.close()
 

@@ -1,7 +1,7 @@
 """The engine thread: commands → whose turn → plan → launch → collect the launch before → one message.
 
 At most two steps are in flight, over all models. Keep this file to the order of things: no policy (scheduler, fairness, resident), no bookkeeping
-(house, loads, commands), no torch, no I/O, no per-row work, and nothing that waits while a step could be launched. At most 250 lines.
+(model table, loads, commands), no torch, no I/O, no per-row work, and nothing that waits while a step could be launched. At most 250 lines.
 """
 
 import queue
@@ -50,26 +50,26 @@ class EngineLoop:
         mark: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        self.house = ModelTable(config, backend, emit, mark)
+        self.table = ModelTable(config, backend, emit, mark)
         self._config = config
         self._backend = backend
         self._inbox = inbox
         self._mark = mark
         self._clock = clock
-        self._allotment = StepBudget(self.house)
-        self._turns = RoundRobin(config.quantum_us)
-        self._loads = Loads(self.house, self._land_all_of)
-        self._commands = Commands(self.house, self._loads, self._turns)
+        self._step_budget = StepBudget(self.table)
+        self._round_robin = RoundRobin(config.quantum_us)
+        self._loads = Loads(self.table, self._collect_all_of)
+        self._commands = Commands(self.table, self._loads, self._round_robin)
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0
-        self._told_busy = False
+        self._reported_busy = False
         self.done = False
 
     def run(self) -> None:
         """Until a Shutdown is through or the front is gone. Raises what the device raises when it is lost: then this process must end."""
         while not self.done:
             if not self.turn():
-                self._rest()
+                self._wait()
         self._close()
 
     def turn(self) -> bool:
@@ -78,35 +78,35 @@ class EngineLoop:
         worked = self._take_commands(now)
         if len(self._loads):
             self._loads.poll(now)
-        self._tend(now)
+        self._update_residency(now)
         while self._flights and self._flights[0].launched.ready():
-            self._land()
+            self._collect()
             worked = True
         launched = self._launch(now)
         if self._flights and (len(self._flights) > 1 or not launched):
-            self._land()
+            self._collect()
             worked = True
         if self._config.debug_checks:
-            self.house.check()
+            self.table.check()
         idle = not (worked or launched)
         # whoever looks right after the last answer is not to be told that it runs
         if (
-            self.house.resident.changed
+            self.table.resident.changed
             or now >= self._stats_due_s
-            or (idle and self._told_busy and not self._anything_left())
+            or (idle and self._reported_busy and not self._anything_left())
         ):
-            self._tell_stats(now)
+            self._emit_stats(now)
         stop_by_s = self._commands.stop_by_s
         if stop_by_s is not None and (now >= stop_by_s or not self._anything_left()):
             self.done = True
         return not idle
 
-    def _tell_stats(self, now: float) -> None:
-        self.house.resident.changed = False
+    def _emit_stats(self, now: float) -> None:
+        self.table.resident.changed = False
         self._stats_due_s = now + _STATS_EVERY_S
-        stats = self.house.stats()
-        self._told_busy = any(model.running or model.waiting for model in stats.models)
-        self.house.emit(stats)
+        stats = self.table.stats()
+        self._reported_busy = any(model.running or model.waiting for model in stats.models)
+        self.table.emit(stats)
 
     def _take_commands(self, now: float) -> bool:
         took = False
@@ -115,35 +115,35 @@ class EngineLoop:
                 command = self._inbox.get_nowait()
             except queue.Empty:
                 return took
-            self._obey(command, now)
+            self._handle(command, now)
             took = True
 
-    def _obey(self, command: Command | None, now: float) -> None:
+    def _handle(self, command: Command | None, now: float) -> None:
         if command is None:
             self.done = True
             return
         self._commands.apply(command, now)
 
-    def _tend(self, now: float) -> None:
+    def _update_residency(self, now: float) -> None:
         """Residency. A swap-in that fails takes its model with it, and no other."""
-        for model in list(self.house.models.values()):
-            self.house.close_rows(model)
+        for model in list(self.table.models.values()):
+            self.table.close_rows(model)
         try:
-            self.house.resident.tend(now)
+            self.table.resident.update(now)
         except SwapInFailed as failure:
-            self._give_up(failure.model, str(failure))
+            self._unload_broken(failure.model, str(failure))
 
     # Launching ------------------------------------------------------------------------------------------------------------------------------
 
     def _launch(self, now: float) -> bool:
         """Plan and launch one step of the model whose turn it is; if that one can't move, of the next."""
-        active = {m.model_id: m for m in self.house.models.values() if m.resident and m.has_work()}
+        active = {m.model_id: m for m in self.table.models.values() if m.resident and m.has_work()}
         arrived = {model_id: m for model_id, m in active.items() if not m.swapping}
         # a model whose weights are still on their way would hold up the others' steps behind its own
         active = arrived or active
         num_active = len(active)
         while active:
-            model_id = self._turns.pick(active)
+            model_id = self._round_robin.pick(active)
             if model_id is None:
                 return False
             model = active.pop(model_id)
@@ -153,17 +153,17 @@ class EngineLoop:
         return False
 
     def _launch_step(self, model: LoadedModel, num_active: int, now: float) -> bool:
-        step = model.scheduler.plan(self._allotment.limits(model, num_active, now), now)
-        self.house.close_rows(model)
+        step = model.scheduler.plan(self._step_budget.limits(model, num_active, now), now)
+        self.table.close_rows(model)
         if step is None:
-            self._allotment.attend_starved(model, now)
+            self._step_budget.handle_starvation(model, now)
             return False
         model.last_used_s = now
-        self.house.resident.moved(model)
+        self.table.resident.moved(model)
         self._mark(model.model_id)
         tokens = step.plan.num_tokens
         predicted_us = model.cost.predict_us(tokens, step.kv_tokens)
-        self._turns.charge(model.model_id, predicted_us)
+        self._round_robin.charge(model.model_id, predicted_us)
         try:
             for setup in step.opened:
                 model.runner.open_row(setup)
@@ -176,7 +176,7 @@ class EngineLoop:
 
     # Landing --------------------------------------------------------------------------------------------------------------------------------
 
-    def _land(self) -> None:
+    def _collect(self) -> None:
         """Wait for the oldest launch and pass its tokens on."""
         flight = self._flights.popleft()
         model, step = flight.model, flight.step
@@ -188,15 +188,15 @@ class EngineLoop:
         if not step.void:
             model.faults = 0
         model.cost.observe(flight.tokens, step.kv_tokens, result.device_us)
-        self._turns.charge(model.model_id, result.device_us - flight.predicted_us)
+        self._round_robin.charge(model.model_id, result.device_us - flight.predicted_us)
         rows = model.scheduler.settle(step, result, self._clock())
-        self.house.close_rows(model)
-        self.house.tell(model.model_id, rows)
+        self.table.close_rows(model)
+        self.table.emit_rows(model.model_id, rows)
 
-    def _land_all_of(self, model_id: str) -> None:
+    def _collect_all_of(self, model_id: str) -> None:
         """Land every flight up to the last one of this model."""
         while any(flight.model.model_id == model_id for flight in self._flights):
-            self._land()
+            self._collect()
 
     def _fault(self, model: LoadedModel, step: Step, error: Exception) -> None:
         """A step raised: its rows are lost, the model stays, until it happens twice in a row."""
@@ -206,29 +206,29 @@ class EngineLoop:
         counts = not step.void
         text = f"a step failed: {type(error).__name__}: {error}"
         lost = model.scheduler.fail(step, now)
-        self.house.say_lost(model, lost, text)
+        self.table.fail_rows(model, lost, text)
         if not counts:
             return
         model.faults += 1
         if model.faults >= _FAULTS:
-            self._give_up(model, f"{text} ({model.faults} times in a row)")
+            self._unload_broken(model, f"{text} ({model.faults} times in a row)")
 
-    def _give_up(self, model: LoadedModel, text: str) -> None:
+    def _unload_broken(self, model: LoadedModel, text: str) -> None:
         model.faults = 0  # what is in flight may fail too, and must not come here again
-        self._land_all_of(model.model_id)
-        self.house.dismiss(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)
-        self._turns.forget(model.model_id)
-        self.house.emit(LoadFailed(model.model_id, "INTERNAL", text))
+        self._collect_all_of(model.model_id)
+        self.table.unregister(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)
+        self._round_robin.forget(model.model_id)
+        self.table.emit(LoadFailed(model.model_id, "INTERNAL", text))
 
     # Rest and end ---------------------------------------------------------------------------------------------------------------------------
 
     def _anything_left(self) -> bool:
-        return bool(self._flights) or any(m.scheduler.sequences() for m in self.house.models.values())
+        return bool(self._flights) or any(m.scheduler.sequences() for m in self.table.models.values())
 
-    def _rest(self) -> None:
+    def _wait(self) -> None:
         if self._backend.idle(self._mark):
             return
-        models = self.house.models.values()
+        models = self.table.models.values()
         swapping = next((m.model_id for m in models if m.swapping), "")
         self._mark(swapping)  # if the engine ends now, no other model did it
         soon = bool(len(self._loads) or swapping) or any(len(m.scheduler.waiting) for m in models)
@@ -237,19 +237,19 @@ class EngineLoop:
             command = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             return
-        self._obey(command, self._clock())
+        self._handle(command, self._clock())
 
     def _close(self) -> None:
         """End what is left, and give everything back."""
         while self._flights:
-            self._land()
+            self._collect()
         self._loads.stop()
-        for model in list(self.house.models.values()):
-            self.house.dismiss(
+        for model in list(self.table.models.values()):
+            self.table.unregister(
                 model,
                 FinishReason.ERROR,
                 self._clock(),
                 "UNAVAILABLE",
                 "the engine has shut down",
             )
-        self.house.slabs.check()
+        self.table.slabs.check()

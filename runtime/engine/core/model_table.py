@@ -24,7 +24,7 @@ from runtime.ipc.messages import EngineStats, Event, Load, RowTokens, Tokens
 from runtime.types import FinishReason
 
 _LEAST_KV_TOKENS = 256  # a model that can't hold this many beside its weights isn't loaded
-_CPU_SLOWNESS = 100.0  # beside a GPU, to within an order of magnitude
+_CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
 
 
 class ModelTable:
@@ -39,7 +39,7 @@ class ModelTable:
         self.models: dict[str, LoadedModel] = {}
         self.resident = ResidencyManager(self.slabs, self.models, mark)
 
-    def refuse_hopeless(self, request: Load, weight_bytes: int) -> None:
+    def check_fits(self, request: Load, weight_bytes: int) -> None:
         """Raises Overloaded, with the sizes, for weights that exceed the whole budget."""
         budget = self.slabs.total * self.backend.slab_bytes
         if weight_bytes > budget:
@@ -50,7 +50,7 @@ class ModelTable:
                 value=weight_bytes,
             )
 
-    def adopt(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
+    def register(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
         """Take a model in. Raises Overloaded, with the sizes, if weights and the least useful KV can never be on the device together."""
         runner, memory = loaded.runner, loaded.memory
         geometry = memory.kv
@@ -79,7 +79,7 @@ class ModelTable:
             memory,
             cache,
             Scheduler(facts.eos_token_ids, cache, self.rows),
-            CostModel(slowness=_CPU_SLOWNESS if self.backend.device == "cpu" else 1.0),
+            CostModel(slowness=_CPU_COST_SCALE if self.backend.device == "cpu" else 1.0),
             min(request.max_waiting, self.config.max_waiting),
             now,
         )
@@ -87,7 +87,7 @@ class ModelTable:
         self.resident.changed = True
         return model
 
-    def dismiss(
+    def unregister(
         self, model: LoadedModel, reason: FinishReason, now: float, code: str | None = None, error: str | None = None
     ) -> None:
         """Forget a model: its rows end for `reason`, all that it held goes back. No step of it may be in flight."""
@@ -114,18 +114,18 @@ class ModelTable:
             model.scheduler.end(sequence, now)
             rows.append(RowTokens(sequence.request_id, (), reason, error_code=code, error=error))
         self.close_rows(model)
-        self.tell(model.model_id, rows)
+        self.emit_rows(model.model_id, rows)
 
-    def say_lost(self, model: LoadedModel, sequences: Iterable[Sequence], error: str) -> None:
+    def fail_rows(self, model: LoadedModel, sequences: Iterable[Sequence], error: str) -> None:
         """These have ended already, with the step that failed."""
         self.close_rows(model)
         rows = [RowTokens(s.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error=error) for s in sequences]
-        self.tell(model.model_id, rows)
+        self.emit_rows(model.model_id, rows)
 
     def refuse(self, request_id: int, model_id: str, code: str, error: str) -> None:
-        self.tell(model_id, [RowTokens(request_id, (), FinishReason.ERROR, error_code=code, error=error)])
+        self.emit_rows(model_id, [RowTokens(request_id, (), FinishReason.ERROR, error_code=code, error=error)])
 
-    def tell(self, model_id: str, rows: list[RowTokens]) -> None:
+    def emit_rows(self, model_id: str, rows: list[RowTokens]) -> None:
         if rows:
             self.emit(Tokens(model_id, tuple(rows)))
 
@@ -134,7 +134,7 @@ class ModelTable:
         closed = model.scheduler.closed_rows
         for row in closed:
             model.runner.close_row(row)
-            self.rows.give_back(row)
+            self.rows.release(row)
         closed.clear()
 
     def make_host_room(self, size_bytes: int) -> None:

@@ -35,7 +35,7 @@ class ResidencyManager:
 
     # Weights --------------------------------------------------------------------------------------------------------------------------------
 
-    def tend(self, now: float) -> None:
+    def update(self, now: float) -> None:
         """Note finished swap-ins, end drains that take too long, and bring in models with waiting requests, longest wait first."""
         absent: list[tuple[float, LoadedModel]] = []
         for model in self._models.values():
@@ -72,7 +72,7 @@ class ResidencyManager:
         if model.weight_slabs is None:
             return
         model.memory.evict()
-        self._pool.give_back(model.weights_owner, model.weight_slabs)
+        self._pool.release(model.weights_owner, model.weight_slabs)
         self.moved(model)
         model.weight_slabs = None
         model.swapping = False
@@ -163,7 +163,7 @@ class ResidencyManager:
         while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
             pass
 
-    def make_way(self, model: LoadedModel, sequence: Sequence, now: float) -> None:
+    def yield_to(self, model: LoadedModel, sequence: Sequence, now: float) -> None:
         """Nothing of this model can move: whatever came after its first sequence gives up its room, share or no share.
 
         The order is the same for everyone and never changes, so the first sequence of all gets through in the end, and nobody takes turns at

@@ -16,33 +16,33 @@ _GROWTH = 4  # there a step is at most so many times as large as any before: wha
 
 @dataclass(slots=True)
 class StepBudget:
-    house: ModelTable
+    table: ModelTable
 
     def limits(self, model: LoadedModel, num_active: int, now: float) -> Limits:
         """Finds room for what the plan will want, as far as there is any."""
-        scheduler, resident = model.scheduler, self.house.resident
+        scheduler, resident = model.scheduler, self.table.resident
         budget = self._token_budget(model, num_active)
         wanted = scheduler.blocks_wanted(budget)
         if wanted > model.cache.blocks.obtainable():
             resident.make_room(model, wanted, now)
-            for other in self.house.models.values():
-                self.house.close_rows(other)
+            for other in self.table.models.values():
+                self.table.close_rows(other)
         if model.draining or not len(scheduler.waiting):
             return Limits(budget, 0, 0)
         return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
 
-    def attend_starved(self, model: LoadedModel, now: float) -> None:
+    def handle_starvation(self, model: LoadedModel, now: float) -> None:
         """After an empty plan: others make way."""
         sequence = model.scheduler.starved()
         if sequence is None or (model.draining and not model.scheduler.running):
             return
-        self.house.resident.make_way(model, sequence, now)
-        for other in self.house.models.values():
-            self.house.close_rows(other)
+        self.table.resident.yield_to(model, sequence, now)
+        for other in self.table.models.values():
+            self.table.close_rows(other)
 
     def _token_budget(self, model: LoadedModel, num_active: int) -> int:
-        config = self.house.config
-        on_cpu, alone = self.house.backend.device == "cpu", num_active == 1
+        config = self.table.config
+        on_cpu, alone = self.table.backend.device == "cpu", num_active == 1
         if alone and not on_cpu:
             return config.max_batch_tokens
         quantum_us = max(config.quantum_us, _ALONE_ON_CPU_US) if alone else config.quantum_us
@@ -55,11 +55,11 @@ class StepBudget:
 
     def _rows_to_admit(self, model: LoadedModel, num_active: int) -> int:
         """All free rows, but no more than the model's share while another has none and waits for one."""
-        free = self.house.rows.free
-        models = self.house.models.values()
+        free = self.table.rows.free
+        models = self.table.models.values()
         if num_active > 1 and any(
             m.resident and not m.scheduler.running and m.has_work() for m in models if m is not model
         ):
-            share = max(1, self.house.rows.total // num_active)
+            share = max(1, self.table.rows.total // num_active)
             return min(free, max(0, share - model.scheduler.running))
         return free

@@ -141,7 +141,7 @@ class BlockPool:
         self._num_free -= len(self._free_in.pop(place))
         del self._idle_in[place]
         self._places.append(place)
-        self._pool.give_back(self._owner, (self._slab_at.pop(place),))
+        self._pool.release(self._owner, (self._slab_at.pop(place),))
 
     def check(self) -> None:
         """Every place is in the bucket of its room, and the counts add up."""

@@ -178,7 +178,7 @@ class CudaModelMemory:
     def _hold(self, image: HostWeights | None) -> None:
         """Let go of the host image held so far; `image` is held already."""
         if self._image is not None and self._image is not image:
-            self._arena.let_go(self._image, self._busy)
+            self._arena.release(self._image, self._busy)
         self._image = image
 
     def _busy(self) -> bool:

@@ -81,7 +81,7 @@ class HostTier:
                 image.readers.append(reader)
             return image
 
-    def let_go(self, image: HostWeights, reader: Callable[[], bool]) -> None:
+    def release(self, image: HostWeights, reader: Callable[[], bool]) -> None:
         """`reader` holds it no more."""
         with self._lock:
             image.readers.remove(reader)

@@ -32,7 +32,7 @@ class SlabPool:
         self._lent[owner] = self._lent.get(owner, 0) + count
         return slabs
 
-    def give_back(self, owner: str, slabs: Sequence[int]) -> None:
+    def release(self, owner: str, slabs: Sequence[int]) -> None:
         """Raises ValueError if a slab isn't lent to `owner`."""
         for slab in slabs:
             if self._owner_of.get(slab) != owner:

@@ -16,7 +16,7 @@ class RowPool:
         self._taken.add(row)
         return row
 
-    def give_back(self, row: int) -> None:
+    def release(self, row: int) -> None:
         self._taken.remove(row)
         self._free.append(row)
 

@@ -143,7 +143,7 @@ class Stage:
     def turn(self) -> None:
         if not self.loop.turn() and not self.backend.idle(lambda _: None):
             time.sleep(0.001)
-        self.seen |= {id(model): model for model in self.loop.house.models.values()}
+        self.seen |= {id(model): model for model in self.loop.table.models.values()}
         for _ in range(self.rng.randrange(12)):
             self.device.advance()
 
@@ -190,10 +190,10 @@ def test_models_that_take_turns_say_what_transformers_says(
     made = Stage(monkeypatch, seed)
     for name in names:
         made.inbox.put(Load(name, checkpoints[name]))
-    made.until(lambda: len(made.loop.house.models) == len(names))
+    made.until(lambda: len(made.loop.table.models) == len(names))
     for _ in range(30):
         made.turn()  # nobody asks yet
-    assert any(model.runner._graphs.num_graphs for model in cast("Any", made.loop.house.models).values())
+    assert any(model.runner._graphs.num_graphs for model in cast("Any", made.loop.table.models).values())
     number, expected = 0, {}
     for _ in range(4):
         for prompt in prompts(seed + number, 5):
@@ -209,7 +209,7 @@ def test_models_that_take_turns_say_what_transformers_says(
             made.inbox.put(Unload(gone))
             made.inbox.put(Load(gone, checkpoints[gone]))
         made.turn()
-        made.until(lambda gone=gone: len(made.loop._loads) == 0 and gone in made.loop.house.models)
+        made.until(lambda gone=gone: len(made.loop._loads) == 0 and gone in made.loop.table.models)
     assert {at: made.texts[at] for at in expected} == expected
     assert made.pool.replays > 0
     assert "without CUDA graphs" not in caplog.text

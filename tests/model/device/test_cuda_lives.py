@@ -165,7 +165,7 @@ class Engine:
     def evict(self, model: Model) -> None:
         if model.slabs is not None:
             model.memory.evict()
-            self.pool.give_back(model.name, model.slabs)
+            self.pool.release(model.name, model.slabs)
             model.slabs = None
 
     def step(self, model: Model) -> None:
@@ -191,7 +191,7 @@ class Engine:
             try:
                 model.memory.map_kv(place, lent[0])
             except CudaError:
-                self.pool.give_back(model.name + "/kv", lent)
+                self.pool.release(model.name + "/kv", lent)
             else:
                 model.kv[place] = lent[0]
 
@@ -199,7 +199,7 @@ class Engine:
         if model.kv:
             place = self.rng.choice(sorted(model.kv))
             model.memory.unmap_kv(place)
-            self.pool.give_back(model.name + "/kv", [model.kv.pop(place)])
+            self.pool.release(model.name + "/kv", [model.kv.pop(place)])
 
     def unload(self, name: str) -> None:
         model = self.models.pop(name)

@@ -197,7 +197,7 @@ def test_the_context_is_cut_to_what_the_budget_holds() -> None:
     made = Stage(FakeBackend({"a": spec}, total_slabs=40, max_batch_tokens=512))
     made.load("a")
     made.turn(10)
-    assert made.loop.house.models["a"].facts.max_model_len == 20 * 16
+    assert made.loop.table.models["a"].facts.max_model_len == 20 * 16
     spec.max_model_len = 320
     made.add("a", [4] * 300, 1000)
     made.until_quiet()
@@ -219,7 +219,7 @@ def test_loads_answer_every_time_and_in_order() -> None:
     assert [(f.code, "no config.json" in f.message) for f in made.failures()] == [("FAILED_PRECONDITION", True)]
     made.load("a", max_model_len=50)  # another context: loaded anew
     made.turn(10)
-    assert made.loop.house.models["a"].facts.max_model_len == 50
+    assert made.loop.table.models["a"].facts.max_model_len == 50
     made.unload("a")
     made.unload("a")
     made.turn(2)
@@ -250,7 +250,7 @@ def test_unloading_aborts_rows_and_frees_all() -> None:
     made.unload("a")
     made.turn(2)
     assert {a.finish for a in answers} == {FinishReason.ABORTED}
-    assert made.loop.house.slabs.free == 32
+    assert made.loop.table.slabs.free == 32
     late = made.add("a", [4], 4)
     made.turn(2)
     assert error_of(late)[0] == "NOT_FOUND"
@@ -261,11 +261,11 @@ def test_an_abort_frees_the_row_at_once() -> None:
     made = stage("a", latency_polls=50)
     answer = made.add("a", [4], 100)
     made.turn(5)
-    assert made.loop.house.rows.free == 15
+    assert made.loop.table.rows.free == 15
     made.abort(1, 999)
     made.turn()
     assert answer.finish is FinishReason.ABORTED
-    assert made.loop.house.rows.free == 16
+    assert made.loop.table.rows.free == 16
     made.turn(5)
     made.close()
 
@@ -288,7 +288,7 @@ def test_a_fault_costs_the_rows_of_its_step_and_two_in_a_row_the_model(where: st
         made.add("a", [4], 4)
         made.turn(8)
     assert [f.model_id for f in made.failures()] == ["a"]
-    assert "a" not in made.loop.house.models
+    assert "a" not in made.loop.table.models
     made.until_quiet()
     assert other.finish is FinishReason.LENGTH
     made.check_all()
@@ -316,7 +316,7 @@ def test_weights_that_do_not_come_back_take_one_model() -> None:
     good = made.add("a", [4], 4)
     made.until_quiet()
     assert error_of(lost)[0] == "INTERNAL"
-    assert good.finish is FinishReason.LENGTH or "a" in made.loop.house.models
+    assert good.finish is FinishReason.LENGTH or "a" in made.loop.table.models
     assert [f.model_id for f in made.failures()] == ["b"]
     made.close()
 

@@ -18,7 +18,7 @@ def test_accounts_always_balance(total: int, asks: list[tuple[str, int, bool]]) 
             held[owner] += lent or []
         else:
             back, held[owner] = held[owner][:count], held[owner][count:]
-            pool.give_back(owner, back)
+            pool.release(owner, back)
         pool.check()
         everything = [slab for slabs in held.values() for slab in slabs]
         assert len(set(everything)) == len(everything)
@@ -31,7 +31,7 @@ def test_a_slab_goes_back_only_from_who_has_it() -> None:
     slabs = pool.lend("a", 1)
     assert slabs is not None
     with pytest.raises(ValueError, match="lent to 'a', not to 'b'"):
-        pool.give_back("b", slabs)
-    pool.give_back("a", slabs)
+        pool.release("b", slabs)
+    pool.release("a", slabs)
     with pytest.raises(ValueError, match="None"):
-        pool.give_back("a", slabs)
+        pool.release("a", slabs)

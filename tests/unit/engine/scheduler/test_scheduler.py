@@ -72,7 +72,7 @@ class Bench:
 
     def sweep(self) -> None:
         for row in self.scheduler.closed_rows:
-            self.rows.give_back(row)
+            self.rows.release(row)
         self.scheduler.closed_rows.clear()
 
 
