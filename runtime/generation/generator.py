@@ -1,4 +1,4 @@
-"""Runs sequences in the engine and turns their tokens into text. Knows no API and no wire format.
+"""Runs sequences in the engine and turns their tokens into deltas of typed parts.
 
 Leaving an iterator (aclose, cancellation, an error) frees its rows in the engine at the next step.
 """
@@ -7,42 +7,39 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
-import msgspec
-
 from runtime.errors import Overloaded, RepertoryError, Unavailable, from_code
-from runtime.generation.limits import check_prompt
 from runtime.generation.merge import close, merge
-from runtime.generation.request import Completed, Delta, put_together
-from runtime.generation.sequence import RunningSequence, split_tokens
+from runtime.generation.parser import MakeParser, plain_text
+from runtime.generation.parts import Completed, Delta, Finish, join
+from runtime.generation.sequence import RunningSequence
 from runtime.interfaces import ServedModel, TokenEngine
 from runtime.ipc.messages import RowTokens
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.types import FinishReason, GenerationRequest
 
-FIRST_TOKEN_GRACE_S = (
-    0.25  # past the time limit a sequence without a token gets so much longer: an idle engine always answers with one
-)
+# An idle engine always has time to answer with a first token: without one, a sequence outlives its time limit by this much.
+FIRST_TOKEN_GRACE_S = 0.25
 
 
 class Generator:
-    """The engine with text around it. One a process."""
+    """Text generation for all APIs of this process; one instance counts all their sequences against a model's limit."""
 
     def __init__(self, engine: TokenEngine, metrics: RuntimeMetrics) -> None:
         self._engine = engine
         self._metrics = metrics
         self._in_flight: dict[str, int] = {}
 
-    async def stream(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> AsyncIterator[Delta]:
-        """Deltas of all sequences in order of arrival; each sequence ends with one that has `finish`.
+    async def stream(
+        self, model: ServedModel, requests: Sequence[GenerationRequest], make_parser: MakeParser = plain_text
+    ) -> AsyncIterator[Delta]:
+        """Yield the deltas of all sequences in order of arrival. Each sequence ends with a delta that has a Finish.
 
-        A delta without text comes only as a sequence's first or last, or when details were asked.
-        Raises InvalidRequest, Overloaded, ModelNotFound, Unavailable, EngineFault; then all sequences are ended.
+        `make_parser` makes the parser that splits one sequence's text into parts.
+        Raises InvalidRequest, Overloaded, ModelNotFound, Unavailable or EngineFault; all sequences are then ended.
         """
-        for prompt in {id(request.prompt): request.prompt for request in requests}.values():
-            check_prompt(model, prompt)
         self._enter(model, len(requests))
         try:
-            runs = [self._run(model, request) for request in requests]
+            runs = [self._run(model, request, make_parser) for request in requests]
             deltas = runs[0] if len(runs) == 1 else merge(runs)
             try:
                 async for delta in deltas:
@@ -55,52 +52,48 @@ class Generator:
         finally:
             self._leave(model, len(requests))
 
-    async def complete(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> list[Completed]:
-        """All sequences to their end, in the requests' order."""
-        parts: dict[int, list[Delta]] = {request.index: [] for request in requests}
-        deltas = self.stream(model, requests)
+    async def complete(
+        self, model: ServedModel, requests: Sequence[GenerationRequest], make_parser: MakeParser = plain_text
+    ) -> list[Completed]:
+        """Run all sequences to their end and return them in the order of `requests`. Raises like `stream`."""
+        found: dict[int, list[Delta]] = {request.index: [] for request in requests}
+        deltas = self.stream(model, requests, make_parser)
         try:
             async for delta in deltas:
-                parts[delta.index].append(delta)
+                found[delta.index].append(delta)
         finally:
             await close(deltas)
-        return [put_together(parts[request.index]) for request in requests]
+        return [join(found[request.index]) for request in requests]
 
-    async def _run(self, model: ServedModel, request: GenerationRequest) -> AsyncIterator[Delta]:
+    async def _run(
+        self, model: ServedModel, request: GenerationRequest, make_parser: MakeParser
+    ) -> AsyncIterator[Delta]:
         skips = request.skip_special_tokens
-        unseen_stops = model.text.special_tokens(request.stop_strings) if skips else {}
         sequence = RunningSequence(
-            request, model.text.detokenizer(request.prompt, skip_special_tokens=skips), unseen_stops
+            request,
+            model.text.detokenizer(request.prompt, skip_special_tokens=skips),
+            make_parser(request),
+            model.text.special_tokens(request.stop_strings) if skips else {},
         )
         observer = self._metrics.of(model.name).start(len(request.prompt))
         rows = self._engine.generate(model.model_id, request)
         timed = rows if request.deadline_s is None else _until(rows, request.deadline_s)
-        finish: FinishReason | None = None
-        silent: tuple[int, ...] = ()  # tokens whose text is still held back
+        finish: Finish | None = None
         try:
             async for row in timed:
                 if row.error_code is not None or row.finish is FinishReason.ERROR:
                     raise from_code(row.error_code or "INTERNAL", row.error or "the engine failed")
-                if row.finish is FinishReason.TIME_LIMIT:
-                    finish = row.finish
-                    yield sequence.end(finish, silent)
-                    return
-                for part in split_tokens(row) if request.one_token_deltas else (row,):
-                    first = sequence.num_generated == 0
-                    delta = sequence.push(part)
-                    observer.tokens(len(delta.tokens), time.monotonic(), row)
+                before = sequence.num_generated
+                deltas = sequence.push(row)
+                observer.tokens(sequence.num_generated - before, time.monotonic(), row)
+                for delta in deltas:
                     finish = delta.finish
-                    if delta.text or first or finish is not None or request.with_details or request.one_token_deltas:
-                        if silent:
-                            delta, silent = msgspec.structs.replace(delta, tokens=silent + delta.tokens), ()
-                        yield delta
-                    else:
-                        silent += delta.tokens
-                    if finish is not None:
-                        return
+                    yield delta
+                if finish is not None:
+                    return
             raise Unavailable("the engine ended a sequence without a reason")
         finally:
-            observer.end(finish)
+            observer.end(finish.reason if finish is not None else None)
             await close(timed)
 
     def _enter(self, model: ServedModel, count: int) -> None:
@@ -125,7 +118,7 @@ class Generator:
 
 
 async def _until(rows: AsyncIterator[RowTokens], deadline_s: float) -> AsyncIterator[RowTokens]:
-    """The rows that come before the deadline, then one with finish TIME_LIMIT."""
+    """Yield the rows that come before the deadline, then one with finish TIME_LIMIT."""
     any_token = False
     try:
         while True:

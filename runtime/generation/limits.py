@@ -1,7 +1,4 @@
-"""A request against its model's limits: prompt and output lengths, seeds, and what the engine's arithmetic can hold.
-
-Every refusal names the model, the limit and the value.
-"""
+"""Checks of a request against its model's limits: number of sequences, prompt and output lengths, token ids, seeds and float ranges."""
 
 import secrets
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ _MOST_REPETITION_PENALTY = 1e6
 
 
 def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> None:
-    """Raises InvalidRequest. To be asked before anything is done with the prompts."""
+    """Raise InvalidRequest if one request has too many sequences. Call it before the prompts are tokenized."""
     count = num_prompts * per_prompt
     if count > MAX_SEQUENCES:
         each = f" of n={per_prompt}" if per_prompt > 1 else ""
@@ -34,7 +31,10 @@ def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> No
 
 
 def check_chars(model: ServedModel, texts: Sequence[str], *, param: str = "prompt") -> None:
-    """Refuses what can't fit whatever its tokens are, without the seconds that millions of letters take to be tokenized."""
+    """Raise InvalidRequest for texts that cannot fit the context however they are tokenized.
+
+    Tokenizing millions of characters would take seconds.
+    """
     per_token, limit = model.text.most_chars_per_token, model.facts.max_model_len
     longest = max(map(len, texts), default=0)
     if per_token is not None and longest > per_token * limit:
@@ -47,61 +47,80 @@ def check_chars(model: ServedModel, texts: Sequence[str], *, param: str = "promp
         )
 
 
-def room_for_output(model: ServedModel, num_prompt: int, *, param: str = "prompt") -> int:
-    """How many tokens may follow a prompt of `num_prompt` tokens; at least 1. Raises InvalidRequest."""
-    limit = model.facts.max_model_len
-    if num_prompt == 0:
+def check_prompt(model: ServedModel, prompt: Sequence[int], *, param: str = "prompt") -> None:
+    """Raise InvalidRequest for an empty prompt or one with ids outside of the model's vocabulary, ContextExceeded for one that is too long.
+
+    Some tokenizers have tokens that their model was never given. One such id would fail the step of every other request in the batch.
+    """
+    limit, size = model.facts.max_model_len, model.facts.vocab_size
+    if not prompt:
         raise InvalidRequest("the prompt is empty (0 tokens); it needs at least 1", model=model.name, param=param)
-    if num_prompt >= limit:
+    if len(prompt) >= limit:
         raise ContextExceeded(
-            f"the prompt has {num_prompt} tokens; its context is {limit} tokens, "
-            f"so that a prompt can have at most {limit - 1}",
+            f"the prompt has {len(prompt)} tokens; its context is {limit} tokens, so that a prompt can have at most {limit - 1}",
             model=model.name,
             param=param,
             limit=limit,
-            value=num_prompt,
+            value=len(prompt),
         )
-    return limit - num_prompt
-
-
-def check_output(model: ServedModel, num_prompt: int, max_tokens: int, *, param: str = "max_tokens") -> None:
-    """Raises InvalidRequest when prompt and output together don't fit the model's context."""
-    limit = model.facts.max_model_len
-    if num_prompt + max_tokens > limit:
-        raise InvalidRequest(
-            f"{num_prompt} prompt tokens and {param}={max_tokens} make {num_prompt + max_tokens}; "
-            f"its context is {limit} tokens",
-            model=model.name,
-            param=param,
-            limit=limit,
-            value=num_prompt + max_tokens,
-        )
-
-
-def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:
-    size = model.facts.vocab_size
-    bad = next((token for token in token_ids if not 0 <= token < size), None)
-    if bad is not None:
-        raise InvalidRequest(
-            f"token id {bad} is outside of its vocabulary (0 to {size - 1})",
-            model=model.name,
-            param=param,
-            limit=size - 1,
-            value=bad,
-        )
-
-
-def check_prompt(model: ServedModel, prompt: Sequence[int]) -> None:
-    """Some tokenizers know tokens that were never given to their model; one of them would fail the step of every other request with it."""
-    size, highest = model.facts.vocab_size, max(prompt)
+    highest = max(prompt)
     if highest >= size:
         raise InvalidRequest(
             f"the prompt has the token {model.text.piece(highest)!r}, id {highest}, which its tokenizer knows "
             f"and the model doesn't (its vocabulary is 0 to {size - 1})",
             model=model.name,
-            param="prompt",
+            param=param,
             limit=size - 1,
             value=highest,
+        )
+
+
+def output_limit(
+    model: ServedModel,
+    prompt: Sequence[int],
+    requested: int | None,
+    default: int | None,
+    *,
+    param: str = "max_tokens",
+    prompt_param: str = "prompt",
+    least: int = 1,
+) -> int:
+    """Return how many tokens may follow a prompt, after checking the prompt.
+
+    `default` replaces a limit that was not requested, and is cut to what the context leaves; None = all that it leaves.
+    Raises InvalidRequest naming `param` for a requested limit below `least` or above what the context leaves.
+    """
+    check_prompt(model, prompt, param=prompt_param)
+    context = model.facts.max_model_len
+    room = context - len(prompt)
+    if requested is None:
+        return room if default is None else min(room, default)
+    if requested < least:
+        raise InvalidRequest(
+            f"{param} must be >= {least}, got {requested}", model=model.name, param=param, limit=least, value=requested
+        )
+    if requested > room:
+        raise InvalidRequest(
+            f"{len(prompt)} prompt tokens and {param}={requested} make {len(prompt) + requested}; its context is {context} tokens",
+            model=model.name,
+            param=param,
+            limit=context,
+            value=len(prompt) + requested,
+        )
+    return requested
+
+
+def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:
+    """Raise InvalidRequest if an id is outside of the model's vocabulary."""
+    size = model.facts.vocab_size
+    bad = next((token for token in token_ids if not 0 <= token < size), None)
+    if bad is not None:
+        raise InvalidRequest(
+            f"{param} has the token id {bad}, which is outside of its vocabulary (0 to {size - 1})",
+            model=model.name,
+            param=param,
+            limit=size - 1,
+            value=bad,
         )
 
 
@@ -110,14 +129,15 @@ def draw_seed() -> int:
 
 
 def engine_seed(seed: int, offset: int = 0) -> int:
-    """A caller's seed (any 64 bits) as the engine takes it (63 bits)."""
+    """Return a client's seed (any 64 bits) plus `offset` in the engine's range (63 bits)."""
     return (seed + offset) & _ENGINE_SEED_MASK
 
 
 def within_float32(model: ServedModel, sampling: SamplingParams) -> SamplingParams:
-    """The same way of drawing in the engine's 32-bit words, where a wild number would become an infinity, and fail the step of every other request with it.
+    """Return equivalent parameters that the engine's float32 and int32 words can hold.
 
-    A temperature too small to leave a second token any chance is greedy, a top-k that drops nothing is off.
+    An infinity would fail the step of every other request in the batch. A temperature too small to leave a second token any chance becomes
+    greedy; a top-k that drops nothing is switched off.
     """
     return msgspec.structs.replace(
         sampling,

@@ -1,10 +1,11 @@
-"""One running sequence: the engine's tokens in, deltas of text out. Pure: knows no engine, no clock and no API."""
+"""One running sequence: the engine's rows go in, deltas of typed parts come out. Pure."""
 
 from collections.abc import Mapping
 
 import msgspec
 
-from runtime.generation.request import Delta
+from runtime.generation.parser import OutputParser
+from runtime.generation.parts import Delta, Finish, Part
 from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.stop_strings import StopScanner
@@ -14,24 +15,63 @@ _ENDED_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)
 
 
 class RunningSequence:
-    """Turns each RowTokens into a Delta. After a Delta with `finish` nothing more may be pushed."""
+    """Turns rows into deltas. Push nothing more after a delta with a Finish."""
 
-    __slots__ = ("_chars", "_detokenizer", "_request", "_scanner", "_unseen_stops", "num_generated")
+    __slots__ = (
+        "_chars",
+        "_detokenizer",
+        "_every_token",
+        "_held_tokens",
+        "_parser",
+        "_request",
+        "_scanner",
+        "_unseen_stops",
+        "num_generated",
+    )
 
-    def __init__(self, request: GenerationRequest, detokenizer: Detokenizer, unseen_stops: Mapping[int, str]) -> None:
-        """`unseen_stops`: those of the request's stop strings, by id, that are tokens which the detokenizer doesn't show."""
+    def __init__(
+        self,
+        request: GenerationRequest,
+        detokenizer: Detokenizer,
+        parser: OutputParser,
+        unseen_stops: Mapping[int, str],
+    ) -> None:
+        """`unseen_stops`: by id, those of the request's stop strings that are tokens which the detokenizer does not show."""
         self._request = request
         self._detokenizer = detokenizer
+        self._parser = parser
         self._unseen_stops = unseen_stops
         self._scanner = (
             StopScanner(request.stop_strings, include=request.include_stop, by_list=request.stops_by_list)
             if request.stop_strings
             else None
         )
+        self._every_token = request.one_token_deltas or request.with_details
+        self._held_tokens: tuple[int, ...] = ()  # tokens whose parts are still held back
         self._chars = 0  # decoded so far, shown or not
         self.num_generated = 0
 
-    def push(self, row: RowTokens) -> Delta:
+    def push(self, row: RowTokens) -> list[Delta]:
+        """Return the deltas to send for `row`.
+
+        A delta without parts comes only as the sequence's first one, or when every token is requested. Otherwise its tokens go with
+        the next delta.
+        """
+        if row.finish is FinishReason.TIME_LIMIT:
+            return [self._with_held(self._delta(row, self._rest(), 0, (), Finish(row.finish)))]
+        deltas: list[Delta] = []
+        for part in split_tokens(row) if self._request.one_token_deltas else (row,):
+            is_first = self.num_generated == 0
+            delta = self._push(part)
+            if not (delta.parts or is_first or self._every_token):
+                self._held_tokens += delta.tokens
+                continue
+            deltas.append(self._with_held(delta) if self._held_tokens else delta)
+            if delta.finish is not None:
+                break
+        return deltas
+
+    def _push(self, row: RowTokens) -> Delta:
         request = self._request
         if self._scanner is None and not request.with_details:
             return self._push_plain(row)
@@ -56,59 +96,58 @@ class RunningSequence:
             if stop is not None:
                 break
         if stop is not None:
-            return self._delta(row, "".join(texts), len(offsets), tuple(offsets), FinishReason.STOP_STRING, stop)
-        if row.finish is not None:
+            finish: Finish | None = Finish(FinishReason.STOP_STRING, stop)
+        elif row.finish is not None:
+            finish = Finish(row.finish, row.stop_token)
             texts.append(self._rest())
-        return self._delta(row, "".join(texts), len(row.tokens), tuple(offsets), row.finish, row.stop_token)
-
-    def end(self, finish: FinishReason, tokens: tuple[int, ...]) -> Delta:
-        """The sequence ends for a reason of the front's own; `tokens` were pushed and not told of yet."""
-        return Delta(self._request.index, self._rest(), tokens, self.num_generated, finish)
+        else:
+            finish = None
+        return self._delta(row, "".join(texts), len(offsets), tuple(offsets), finish)
 
     def _push_plain(self, row: RowTokens) -> Delta:
         tokens = row.tokens
         self.num_generated += len(tokens)
         if row.finish is None:
             text = self._detokenizer.push(tokens)
+            parts = self._parser.push(text) if text else ()
         else:
             text = self._detokenizer.push(tokens[: self._num_shown(row)]) + self._rest()
+            parts = self._parts(text, Finish(row.finish, row.stop_token))
         return Delta(
             self._request.index,
-            text,
+            parts,
             tokens,
             self.num_generated,
-            row.finish,
-            row.stop_token,
             prompt_logprobs=row.prompt_logprobs or (),
             cached_tokens=row.cached_tokens,
         )
 
     def _delta(
-        self,
-        row: RowTokens,
-        text: str,
-        num_tokens: int,
-        offsets: tuple[int, ...],
-        finish: FinishReason | None,
-        stop: str | int | None,
+        self, row: RowTokens, text: str, num_tokens: int, offsets: tuple[int, ...], finish: Finish | None
     ) -> Delta:
-        wanted = self._request.with_details
-        logprobs: tuple[TokenLogprobs, ...] = row.logprobs[:num_tokens] if wanted and row.logprobs else ()
+        details = self._request.with_details
+        logprobs: tuple[TokenLogprobs, ...] = row.logprobs[:num_tokens] if details and row.logprobs else ()
         return Delta(
             self._request.index,
-            text,
+            self._parts(text, finish),
             row.tokens[:num_tokens],
             self.num_generated,
-            finish,
-            stop,
             logprobs,
-            offsets if wanted else (),
+            offsets if details else (),
             row.prompt_logprobs or (),
             row.cached_tokens,
         )
 
+    def _parts(self, text: str, finish: Finish | None) -> tuple[Part, ...]:
+        parts = self._parser.push(text) if text else ()
+        return parts if finish is None else (*parts, *self._parser.flush(), finish)
+
+    def _with_held(self, delta: Delta) -> Delta:
+        held, self._held_tokens = self._held_tokens, ()
+        return msgspec.structs.replace(delta, tokens=held + delta.tokens)
+
     def _num_shown(self, row: RowTokens) -> int:
-        """How many of the row's tokens have text to show: all but the one that ended it."""
+        """Return how many of the row's tokens have text to show: all but the one that ended the sequence."""
         tokens = row.tokens
         if (
             row.finish in _ENDED_BY_TOKEN
@@ -126,7 +165,7 @@ class RunningSequence:
         return not (self._request.length_before_stop and self.num_generated >= stop.max_tokens)
 
     def _rest(self) -> str:
-        """Everything that was held back."""
+        """Return the text that the detokenizer and the stop scanner still hold back."""
         text = "" if self._request.drop_incomplete else self._detokenizer.flush()
         if self._scanner is None:
             return text
@@ -134,7 +173,7 @@ class RunningSequence:
 
 
 def split_tokens(row: RowTokens) -> list[RowTokens]:
-    """The same row, one token at a time; what comes once goes with the first, the end with the last."""
+    """Split a row into rows of one token. Fields that come once go with the first, the end goes with the last."""
     if len(row.tokens) <= 1:
         return [row]
     last = len(row.tokens) - 1
@@ -147,6 +186,8 @@ def split_tokens(row: RowTokens) -> list[RowTokens]:
             logprobs=(row.logprobs[position],) if row.logprobs else None,
             prompt_logprobs=row.prompt_logprobs if position == 0 else None,
             cached_tokens=row.cached_tokens if position == 0 else None,
+            error_code=row.error_code if position == last else None,
+            error=row.error if position == last else None,
             queue_s=row.queue_s if position == 0 else None,
         )
         for position, token in enumerate(row.tokens)

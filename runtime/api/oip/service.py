@@ -1,31 +1,22 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, with text as BYTES tensors and OpenAI's parameter names."""
 
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import grpc.aio
-import msgspec
 
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
 from runtime.api.model_lookup import find_model
+from runtime.api.oip.plan import parameters_of, plan_inference
 from runtime.api.oip.tensors import INPUT, OUTPUT, prompts_of, put_texts
-from runtime.api.openai.params import check_ranges, sequences
 from runtime.api.openai.types import Shared
 from runtime.api.tokenization import encode_texts
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_chars, check_count, check_output, room_for_output
+from runtime.generation.limits import check_chars, check_count
 from runtime.interfaces import ModelDirectory, ServedModel
-from runtime.types import FinishReason, LogprobParams
+from runtime.types import FinishReason
 from wire.inference import grpc_predict_v2_pb2 as pb
 from wire.inference import grpc_predict_v2_pb2_grpc as rpc
-
-DEFAULT_MAX_TOKENS = 16
-PARAMETERS = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
-    "min_tokens", "stop", "seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "add_special_tokens", "priority",
-)  # fmt: skip
 
 
 class InferenceService(rpc.GRPCInferenceServiceServicer):
@@ -77,7 +68,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         answer = pb.ModelMetadataResponse()
         async with statuses(context):
             model = self._model(context, request.name, request.version)
-            answer.name = _told(model, request.name)
+            answer.name = _shown_name(model, request.name)
             answer.versions.append("1")
             answer.platform = "repertory"
             answer.inputs.add(name=INPUT, datatype="BYTES", shape=[-1])
@@ -103,11 +94,11 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         answer = pb.ModelInferResponse(model_version="1", id=request.id)
         async with statuses(context):
             model = self._model(context, request.model_name, request.model_version)
-            answer.model_name = _told(model, request.model_name)
+            answer.model_name = _shown_name(model, request.model_name)
             texts = prompts_of(request)
             put_texts(
                 answer,
-                await self._complete(model, texts, _parameters(request.parameters)),
+                await self._complete(model, texts, parameters_of(request.parameters)),
                 raw=bool(request.raw_input_contents),
             )
         return answer
@@ -115,13 +106,10 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
     async def _complete(self, model: ServedModel, texts: list[str], body: Shared) -> list[str]:
         if not texts:
             return []
-        check_ranges(model, body)
-        special = body.add_special_tokens is not False
         check_count(model, len(texts))
         check_chars(model, texts)
-        prompts = await encode_texts(model, texts, add_special_tokens=special)
-        limits = [_max_tokens(model, body, len(prompt)) for prompt in prompts]
-        results = await self._generator.complete(model, sequences(model, body, prompts, limits, LogprobParams()))
+        prompts = await encode_texts(model, texts, add_special_tokens=body.add_special_tokens is not False)
+        results = await self._generator.complete(model, plan_inference(model, body, prompts))
         if any(result.finish is FinishReason.ABORTED for result in results):
             raise Unavailable(
                 "it was unloaded, or the runtime stopped, before the answer was complete", model=model.name
@@ -132,40 +120,12 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         model = find_model(self._directory, model_id_header(context), name)
         if version_asked not in ("", "1"):
             # NOT_FOUND would have a mesh load the model again
-            raise InvalidRequest(f"it has no version {version_asked}, only 1", model=_told(model, name))
+            raise InvalidRequest(f"it has no version {version_asked}, only 1", model=_shown_name(model, name))
         return model
 
 
-def _max_tokens(model: ServedModel, body: Shared, num_prompt: int) -> int:
-    room = room_for_output(model, num_prompt, param=INPUT)
-    if body.max_tokens is None:
-        return min(room, model.text.sampling.max_tokens or DEFAULT_MAX_TOKENS)
-    if body.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens must be >= 1, got {body.max_tokens}", model=model.name, param="max_tokens")
-    check_output(model, num_prompt, body.max_tokens)
-    return body.max_tokens
-
-
-def _parameters(given: Mapping[str, pb.InferParameter]) -> Shared:
-    """`stop` is one string, or a JSON list of them."""
-    values: dict[str, Any] = {}
-    for name, parameter in given.items():
-        kind = parameter.WhichOneof("parameter_choice")
-        if name not in PARAMETERS:
-            raise InvalidRequest(f"there is no parameter {name}; there are: {', '.join(PARAMETERS)}", param=name)
-        if kind is not None:
-            values[name] = getattr(parameter, kind)
-    stop = values.get("stop")
-    try:
-        if isinstance(stop, str) and stop.startswith("["):
-            values["stop"] = msgspec.json.decode(stop, type=list[str])
-        return msgspec.convert(values, Shared, strict=False)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise InvalidRequest(f"a parameter has the wrong type: {error}") from error
-
-
-def _told(model: ServedModel, asked: str) -> str:
-    """The name that an answer carries: as the caller wrote it, but not the id that a mesh put in its place."""
+def _shown_name(model: ServedModel, asked: str) -> str:
+    """Return the name for the response: as the client wrote it, but not an id that a mesh put in its place."""
     return model.name if asked in ("", model.model_id) else asked
 
 

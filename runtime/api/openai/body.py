@@ -1,4 +1,4 @@
-"""A JSON body to a typed request: parse errors that name the field, unknown fields noticed, refusals of what isn't here yet."""
+"""Parses a JSON body into a typed request: names the field of an error, lists unknown fields, refuses unsupported features."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from runtime.api.openai.types import ChatBody, Shared
+from runtime.api.openai.types import ChatBody, CompletionBody, Shared
 from runtime.errors import InvalidRequest, NotSupported
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -22,12 +22,14 @@ _REFUSED_CHAT = ("tools", "functions", "audio", "prediction", "web_search_option
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[_T]):
+    """A request body and the names of its fields that this API does not know."""
+
     body: _T
     unknown: tuple[str, ...]
 
     @property
     def warning(self) -> str | None:
-        """For the `Warning` header (RFC 9111's form), if something was ignored."""
+        """The `Warning` header's value, in RFC 9111's form, if fields were ignored."""
         if not self.unknown:
             return None
         names = ", ".join(_UNSAFE.sub("?", name)[:64] for name in self.unknown[:16])
@@ -35,7 +37,7 @@ class Parsed(Generic[_T]):
 
 
 def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
-    """Raises InvalidRequest naming the field."""
+    """Decode a body. Raises InvalidRequest, or NotSupported for a feature that this version does not have, naming the field."""
     try:
         names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         body = msgspec.json.decode(raw, type=kind)
@@ -47,12 +49,14 @@ def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
         raise InvalidRequest(f"{found['path']}: {found['what']}", param=found["path"]) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
+    if isinstance(body, Shared):
+        _refuse_unsupported(body)
     known = kind.__struct_encode_fields__
     return Parsed(body, tuple(name for name, value in names.items() if name not in known and bytes(value) != b"null"))
 
 
-def refuse_unsupported(body: Shared) -> None:
-    """Raises NotSupported for what was asked and isn't here; null, false and empty values ask for nothing."""
+def _refuse_unsupported(body: Shared) -> None:
+    """Raise NotSupported for the first field that asks for a missing feature. Null, false and empty values ask for nothing."""
     for name in _REFUSED_SHARED:
         _refuse(name, getattr(body, name))
     if body.response_format and not (
@@ -63,6 +67,8 @@ def refuse_unsupported(body: Shared) -> None:
         raise NotSupported(
             f"best_of={body.best_of} is not supported: only best_of equal to n ({body.n or 1})", param="best_of"
         )
+    if isinstance(body, CompletionBody):
+        _refuse("suffix", body.suffix)
     if isinstance(body, ChatBody):
         for name in _REFUSED_CHAT:
             _refuse(name, getattr(body, name))

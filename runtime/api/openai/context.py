@@ -1,4 +1,4 @@
-"""What the handlers of OpenAI's routes share: reading a request, its model and its chat."""
+"""Helpers that the handlers of OpenAI's routes share: reading a request, finding its model, rendering its chat, large responses."""
 
 import asyncio
 import logging
@@ -15,11 +15,11 @@ from runtime.api.openai.body import Parsed, parse
 from runtime.api.openai.responses import encode
 from runtime.api.openai.types import ChatTurn
 from runtime.errors import InvalidRequest, NotSupported
-from runtime.generation.request import Completed
+from runtime.generation.parts import Completed
 from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.text.chat import ChatMessage, ChatOptions
 
-# off the event loop, what takes longer than about two milliseconds: rendering a chat, writing out log-probabilities
+# Work above these sizes takes more than about two milliseconds and runs in a thread, off the event loop.
 _THREAD_ABOVE_TURNS = 256
 _THREAD_ABOVE_VALUES = 1000
 
@@ -47,7 +47,7 @@ def json_response(answer: msgspec.Struct, warning: str | None = None) -> web.Res
 
 
 async def render_chat(model: ServedModel, turns: Sequence[ChatTurn], options: ChatOptions) -> str:
-    """The prompt's text. Parts of a message's content are put together, a line each. Raises NotSupported for parts that aren't text."""
+    """Return the prompt's text. The text parts of a message are joined, one line each. Raises NotSupported for other parts."""
     if not turns:
         raise InvalidRequest("messages is empty: it needs at least one message", param="messages")
     if len(turns) <= _THREAD_ABOVE_TURNS:
@@ -83,8 +83,8 @@ def _content(index: int, turn: ChatTurn) -> str:
     return "\n".join(texts)
 
 
-async def written_out(make: Callable[[], _T], results: Sequence[Completed]) -> _T:
-    """What `make` makes of the results, which may hold a great many log-probabilities."""
+async def run_large(make: Callable[[], _T], results: Sequence[Completed]) -> _T:
+    """Run `make`, in a thread if the results have many log-probabilities to encode."""
     values = sum(
         1 + len(entry.top)
         for result in results

@@ -1,17 +1,18 @@
-"""OpenAI's parameters to the generator's: ranges, defaults (request, registration or generation_config.json, OpenAI's own), stops and seeds.
+"""Turns OpenAI's request fields into generation requests: ranges, defaults, stops and seeds.
 
-Ranges follow OpenAI's reference where it has one, vLLM's for its extensions. Knows no HTTP.
+A default comes from the registration, then generation_config.json, then OpenAI's reference. Ranges follow OpenAI's reference, or vLLM's for
+vLLM's extensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from runtime.api.delivery_cost import HTTP_EVENT_S
 from runtime.api.openai.types import Shared
-from runtime.errors import InvalidRequest, NotSupported
+from runtime.errors import InvalidRequest
 from runtime.generation.limits import check_token_ids, draw_seed, engine_seed, within_float32
-from runtime.generation.request import HTTP_EVENT_S
 from runtime.interfaces import ServedModel
 from runtime.types import GenerationRequest, LogprobParams, SamplingParams, StopParams
 
@@ -25,7 +26,7 @@ MAX_STOP_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A parameter's range, and how to say that a value lies outside."""
+    """A parameter's range."""
 
     low: float | None = None
     high: float | None = None
@@ -59,15 +60,8 @@ _RANGES = {
 }
 
 
-def check_ranges(model: ServedModel, body: Shared) -> None:
-    for param, allowed in _RANGES.items():
-        value = getattr(body, param)
-        if value is not None:
-            allowed.check(model.name, param, value)
-
-
-def sampling_of(model: ServedModel, body: Shared) -> SamplingParams:
-    """Without a seed: each sequence gets its own."""
+def _sampling(model: ServedModel, body: Shared) -> SamplingParams:
+    """Return the sampling parameters without a seed, which each sequence has of its own."""
     defaults = model.text.sampling
     top_k = _first(body.top_k, defaults.top_k, 0)
     sampling = SamplingParams(
@@ -85,7 +79,7 @@ def sampling_of(model: ServedModel, body: Shared) -> SamplingParams:
     return within_float32(model, sampling)
 
 
-def stop_strings_of(model: ServedModel, body: Shared) -> tuple[str, ...]:
+def _stop_strings(model: ServedModel, body: Shared) -> tuple[str, ...]:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     stops = [stop for stop in stops if stop] if isinstance(body.stop, str) else stops
     if len(stops) > MAX_STOPS:
@@ -102,7 +96,7 @@ def stop_strings_of(model: ServedModel, body: Shared) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stops))
 
 
-def stop_of(model: ServedModel, body: Shared, max_tokens: int) -> StopParams:
+def _stop(model: ServedModel, body: Shared, max_tokens: int) -> StopParams:
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(
@@ -121,38 +115,47 @@ def stop_of(model: ServedModel, body: Shared, max_tokens: int) -> StopParams:
     )
 
 
-def sequences(
+def generation_requests(
     model: ServedModel,
     body: Shared,
     prompts: Sequence[Sequence[int]],
     max_tokens: Sequence[int],
     logprobs: LogprobParams,
+    new_seed: Callable[[], int] = draw_seed,
 ) -> list[GenerationRequest]:
-    """One request for each prompt and each of its `n`, numbered in that order. With a seed, the i-th of a prompt's n takes seed + i."""
+    """Return one request for each prompt and each of its `n`, numbered in that order.
+
+    With `seed` in the body, the i-th of a prompt's `n` gets seed + i. Otherwise each gets one from `new_seed`.
+    Raises InvalidRequest naming the field. The prompts and `max_tokens` have been checked (`output_limit`).
+    """
+    for param, allowed in _RANGES.items():
+        value = getattr(body, param)
+        if value is not None:
+            allowed.check(model.name, param, value)
     count = body.n or 1
-    sampling = sampling_of(model, body)
-    stops = stop_strings_of(model, body)
-    made: list[GenerationRequest] = []
+    sampling = _sampling(model, body)
+    stop_strings = _stop_strings(model, body)
+    requests: list[GenerationRequest] = []
     for prompt, limit in zip(prompts, max_tokens, strict=True):
-        stop, shared = stop_of(model, body, limit), tuple(prompt)
+        stop, shared = _stop(model, body, limit), tuple(prompt)
         for offset in range(count):
-            seed = draw_seed() if body.seed is None else engine_seed(body.seed, offset)
-            made.append(
+            seed = new_seed() if body.seed is None else engine_seed(body.seed, offset)
+            requests.append(
                 GenerationRequest(
                     prompt=shared,
                     sampling=sampling if sampling.greedy else msgspec.structs.replace(sampling, seed=seed),
                     stop=stop,
                     logprobs=logprobs,
-                    index=len(made),
+                    index=len(requests),
                     priority=body.priority or 0,
-                    stop_strings=stops,
+                    stop_strings=stop_strings,
                     include_stop=bool(body.include_stop_str_in_output),
                     show_stop_token=bool(body.include_stop_str_in_output),
                     skip_special_tokens=body.skip_special_tokens is not False,
                     event_s=HTTP_EVENT_S,
                 )
             )
-    return made
+    return requests
 
 
 def check_logprobs(model: ServedModel, param: str, value: int | None) -> None:
@@ -160,9 +163,12 @@ def check_logprobs(model: ServedModel, param: str, value: int | None) -> None:
         Range(0, MAX_LOGPROBS).check(model.name, param, value)
 
 
-def truncated(body: Shared, prompt: list[int]) -> list[int]:
-    """Keeps the last tokens, as truncate_prompt_tokens asks."""
-    return prompt if body.truncate_prompt_tokens is None else prompt[-body.truncate_prompt_tokens :]
+def truncated(model: ServedModel, body: Shared, prompt: list[int]) -> list[int]:
+    """Return the last `truncate_prompt_tokens` tokens of the prompt, or all if the field is not given. Raises InvalidRequest."""
+    if body.truncate_prompt_tokens is None:
+        return prompt
+    _RANGES["truncate_prompt_tokens"].check(model.name, "truncate_prompt_tokens", body.truncate_prompt_tokens)
+    return prompt[-body.truncate_prompt_tokens :]
 
 
 def _logit_bias(model: ServedModel, body: Shared) -> tuple[tuple[int, float], ...]:
@@ -172,7 +178,7 @@ def _logit_bias(model: ServedModel, body: Shared) -> tuple[tuple[int, float], ..
             token = int(text)
         except ValueError:
             raise InvalidRequest(
-                f"logit_bias has the key {text!r}, which is no token id", model=model.name, param="logit_bias"
+                f"logit_bias has the key {text!r}, which is not a token id", model=model.name, param="logit_bias"
             ) from None
         Range(-100.0, 100.0).check(model.name, "logit_bias", bias)
         pairs.append((token, bias))
@@ -201,8 +207,3 @@ def _allowed_token_ids(model: ServedModel, body: Shared) -> tuple[int, ...]:
 
 def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
-
-
-def refuse_suffix(suffix: str | None) -> None:
-    if suffix:
-        raise NotSupported("suffix is not supported yet", param="suffix")

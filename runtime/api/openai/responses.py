@@ -1,11 +1,13 @@
-"""OpenAI's answers: bodies, usage, finish reasons and both forms of log-probabilities. Only shapes; knows no HTTP."""
+"""OpenAI's response bodies: choices, usage, finish reasons and both forms of log-probabilities."""
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from runtime.errors import Unavailable
+from runtime.generation.parts import Completed, ToolCall
 from runtime.interfaces import ServedModel
 from runtime.ipc.messages import TokenLogprobs
 from runtime.text.text_model import TextModel
@@ -38,16 +40,18 @@ def usage(num_prompt: int, num_generated: int, num_cached: int) -> Usage:
     return Usage(num_prompt, num_generated, num_prompt + num_generated, CachedTokens(num_cached))
 
 
-def finish_word(model: ServedModel, finish: FinishReason) -> str:
-    """OpenAI's word. Raises Unavailable where the sequence was ended from within."""
+def finish_word(model: ServedModel, finish: FinishReason, *, called: bool = False) -> str:
+    """Return OpenAI's finish reason; `called`: the sequence has tool calls. Raises Unavailable if the runtime ended the sequence."""
     word = _FINISH.get(finish)
+    if called and word == "stop":
+        return "tool_calls"
     if word is None:
         raise Unavailable("it was unloaded, or the runtime stopped, before the answer was complete", model=model.name)
     return word
 
 
 def stop_reason(finish: FinishReason | None, stop: str | int | None) -> str | int | None:
-    """vLLM's field beside finish_reason: the stop string or stop token id; None for an EOS."""
+    """Return vLLM's field beside finish_reason: the stop string or stop token id, None for an EOS."""
     return stop if finish in (FinishReason.STOP_STRING, FinishReason.STOP_TOKEN) else None
 
 
@@ -69,7 +73,7 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 def chat_logprobs(text: TextModel, tokens: Sequence[int], entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
-    """`bytes` are exact; `token` shows a part of a character as U+FFFD."""
+    """Return chat log-probabilities. `bytes` are exact; `token` shows a part of a character as U+FFFD."""
     content: list[TokenLogprob] = []
     for token, entry in zip(tokens, entries, strict=True):
         data = text.token_bytes(token)
@@ -88,7 +92,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 def completion_logprobs(
     text: TextModel, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], offsets: Sequence[int]
 ) -> CompletionLogprobs:
-    """Parallel lists; the chosen token is always among the `top_logprobs`. The prompt's first token has no values."""
+    """Return parallel lists. The chosen token is always among the `top_logprobs`. The prompt's first token has no values."""
     answer = CompletionLogprobs(list(offsets), [], [], [])
     for token, entry in zip(tokens, entries, strict=True):
         name = token_name(text, token)
@@ -105,7 +109,7 @@ def completion_logprobs(
 
 
 def token_name(text: TextModel, token: int) -> str:
-    """A token's text; `bytes:\\xe2…` for a part of a character, so that names stay distinct."""
+    """Return a token's text, or `bytes:\\xe2…` for a part of a character, so that names stay distinct."""
     data = text.token_bytes(token)
     try:
         return data.decode()
@@ -121,10 +125,26 @@ def _finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
-class ChatMessageOut(msgspec.Struct, frozen=True):
-    content: str
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCallOut(msgspec.Struct, frozen=True):
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
+class ChatMessageOut(msgspec.Struct, frozen=True, kw_only=True):
+    """The assistant's message. `content` is None if the message has only tool calls or a refusal."""
+
     role: str = "assistant"
-    refusal: None = None
+    content: str | None
+    refusal: str | None = None
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET  # DeepSeek's name for the same text
+    tool_calls: list[ToolCallOut] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -133,6 +153,32 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: str
     logprobs: ChatLogprobs | None
     stop_reason: str | int | None
+
+
+def chat_choice(model: ServedModel, result: Completed, *, with_logprobs: bool) -> ChatChoice:
+    """Return a sequence as a choice. Raises Unavailable if the runtime ended it."""
+    calls = [
+        ToolCallOut(tool_call_id(call), FunctionCall(call.name or "", call.arguments)) for call in result.tool_calls
+    ]
+    reasoning = result.reasoning or msgspec.UNSET
+    return ChatChoice(
+        index=result.index,
+        message=ChatMessageOut(
+            content=None if not result.text and (calls or result.refusal) else result.text,
+            refusal=result.refusal or None,
+            reasoning=reasoning,
+            reasoning_content=reasoning,
+            tool_calls=calls or msgspec.UNSET,
+        ),
+        finish_reason=finish_word(model, result.finish, called=bool(calls)),
+        logprobs=chat_logprobs(model.text, result.tokens, result.logprobs) if with_logprobs else None,
+        stop_reason=stop_reason(result.finish, result.stop),
+    )
+
+
+def tool_call_id(call: ToolCall) -> str:
+    """Return the call's own id, which some formats have none of, or a new one."""
+    return call.call_id if call.call_id is not None else f"call_{uuid.uuid4().hex}"
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
@@ -144,7 +190,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The whole answer of either API."""
+    """The response body of both APIs."""
 
     id: str
     object: str

@@ -1,7 +1,4 @@
-"""Server-sent events of one streamed answer: headers at the first event, one write a delta, errors as events, keep-alive comments.
-
-What the events say is runtime.api.openai.chunks' business.
-"""
+"""Sends one streamed response as server-sent events: headers with the first event, one write per delta, errors as events, keep-alives."""
 
 import asyncio
 import logging
@@ -12,7 +9,7 @@ from aiohttp import web
 from runtime.api.http_errors import error_event, internal
 from runtime.api.openai.chunks import EventChunks
 from runtime.generation.merge import close
-from runtime.generation.request import Delta
+from runtime.generation.parts import Delta
 
 KEEP_ALIVE_S = 15.0
 _LARGE_BYTES = 16384
@@ -25,7 +22,7 @@ _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control":
 async def send_events(
     request: web.Request, deltas: AsyncIterator[Delta], chunks: EventChunks, warning: str | None
 ) -> web.StreamResponse:
-    """Sends the whole answer. An error before the first event is raised, so that it gets a status of its own."""
+    """Send the whole response. An error before the first event is raised, so that it gets an HTTP status of its own."""
     response = web.StreamResponse(headers=_HEADERS)
     if warning is not None:
         response.headers["Warning"] = warning
@@ -46,16 +43,18 @@ async def send_events(
                 if data:
                     await response.write(data)
                 if len(data) > _LARGE_BYTES:
-                    await asyncio.sleep(0)  # a prompt's log-probabilities took milliseconds to write out: others first
+                    await asyncio.sleep(
+                        0
+                    )  # encoding a prompt's log-probabilities took milliseconds: let other requests run
             await response.write(chunks.end() + _DONE)
         except ConnectionError:
-            _LOG.info("caller left a stream")
+            _LOG.info("the client closed a stream")
         except Exception as error:
             await response.write(error_event(internal(error)))
         silence.cancel()  # nothing may be written after the end
         await response.write_eof()
     except ConnectionError:
-        _LOG.info("caller left a stream")
+        _LOG.info("the client closed a stream")
     finally:
         if silence is not None:
             silence.cancel()
@@ -70,7 +69,7 @@ async def _next(deltas: AsyncIterator[Delta]) -> Delta:
 
 
 async def _keep_alive(response: web.StreamResponse, chunks: EventChunks) -> None:
-    """Comments while nothing else is sent: proxies cut idle streams."""
+    """Send comments while nothing else is sent, since proxies close idle streams."""
     seen = -1
     while True:
         if chunks.num_events == seen:

@@ -1,4 +1,4 @@
-"""TGIS's parameters: its checks, in the adapter's order and with its texts, and what they mean to the generator.
+"""The planner of TGIS's calls: parameter checks, in the adapter's order and with its texts, and generation requests. Pure.
 
 Where TGIS (I) and its vLLM adapter (V) differ:
 repetition_penalty may have any value above 0 (I), temperature any from 0, and 0 sent explicitly is greedy (V); top_n_tokens is at most 10 (V);
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from runtime.api.delivery_cost import GRPC_EVENT_S
 from runtime.config.schema import RuntimeConfig
-from runtime.errors import InvalidRequest, NotSupported
-from runtime.generation.limits import draw_seed, engine_seed, within_float32
-from runtime.generation.request import GRPC_EVENT_S
+from runtime.errors import ContextExceeded, InvalidRequest, NotSupported
+from runtime.generation.limits import check_prompt, draw_seed, engine_seed, within_float32
 from runtime.interfaces import ServedModel
 from runtime.types import GenerationRequest, LogprobParams, SamplingParams, StopParams
 from wire.fmaas import generation_pb2 as pb
@@ -29,7 +29,7 @@ _STOPS_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One input, tokenized and truncated. `text` is whole."""
+    """One input. `token_ids` may be truncated, `text` is not."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One input's sequence. `seed` is what the caller is told; None when greedy. `server_limited`: a length stop is TOKEN_LIMIT."""
+    """One input's request. Responses carry `seed` (None if greedy). `server_limited`: a length stop is TOKEN_LIMIT."""
 
     request: GenerationRequest
     seed: int | None
@@ -53,7 +53,7 @@ def refuse_adapters(
 
 
 def check(params: pb.Parameters, server_limit: int) -> None:
-    """Raises InvalidRequest with TGIS's texts, then NotSupported for what isn't here."""
+    """Raise InvalidRequest with TGIS's texts, then NotSupported for guided decoding."""
     decoding, stopping, sampling, response = params.decoding, params.stopping, params.sampling, params.response
     if params.method not in (pb.GREEDY, pb.SAMPLE):
         raise InvalidRequest(f"there is no decoding method {params.method}")
@@ -84,12 +84,12 @@ def check(params: pb.Parameters, server_limit: int) -> None:
 def plan(
     model: ServedModel, config: RuntimeConfig, params: pb.Parameters, prompts: list[Prompt], deadline_s: float | None
 ) -> list[Planned]:
-    """Checks each input's length and makes its sequence. Each input gets a seed of its own if none is given."""
+    """Check each input's length and return its request. Each input gets a seed of its own if none is given."""
     return [_plan_one(model, config, params, prompt, index, deadline_s) for index, prompt in enumerate(prompts)]
 
 
 def deadline_of(params: pb.Parameters) -> float | None:
-    """On the event loop's clock; it counts from now."""
+    """Return the deadline in event loop time, counted from now, or None."""
     limit_ms = params.stopping.time_limit_millis
     return asyncio.get_running_loop().time() + limit_ms / 1000 if limit_ms else None
 
@@ -104,10 +104,12 @@ def _plan_one(
 ) -> Planned:
     stopping = params.stopping
     context, num_prompt = model.facts.max_model_len, len(prompt.token_ids)
-    if num_prompt == 0:
-        raise InvalidRequest("the input is empty (0 tokens); it needs at least 1", model=model.name)
-    if num_prompt >= context:
-        raise InvalidRequest(f"input tokens ({num_prompt}) plus prefix length (0) must be < {context}")
+    try:
+        check_prompt(model, prompt.token_ids, param="text")
+    except ContextExceeded as error:
+        raise InvalidRequest(
+            f"input tokens ({error.value}) plus prefix length (0) must be < {error.limit}", param="text"
+        ) from error
     if num_prompt + stopping.min_new_tokens > context:
         raise InvalidRequest(
             f"input tokens ({num_prompt}) plus prefix length (0) plus min_new_tokens ({stopping.min_new_tokens}) must be <= {context}"
@@ -168,6 +170,6 @@ def _refuse_guided(decoding: pb.DecodingParameters) -> None:
     if guided == "choice" and len(decoding.choice.choices) < 2:
         raise InvalidRequest("Must provide at least two choices")
     if guided is not None and not (guided == "format" and decoding.format == pb.DecodingParameters.TEXT):
-        raise NotSupported(f"decoding.{guided} is not supported yet: guided decoding isn't here")
+        raise NotSupported(f"decoding.{guided} is not supported yet")
     if decoding.HasField("length_penalty"):
         raise NotSupported("decoding.length_penalty is not supported yet")

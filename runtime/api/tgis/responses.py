@@ -1,14 +1,14 @@
-"""TGIS's response messages, from deltas and whole sequences. Only shapes.
+"""TGIS's response messages, made from deltas and completed sequences.
 
-Texts of tokens are the vocabulary's pieces. Log-probabilities are of the raw logits (as V has them); the first input token's is NaN (as I has it).
-The seed is told in the first and the last message of a stream (I); stop_sequence is empty at an EOS (I).
+TGIS (I) and its vLLM adapter (V) differ. Texts of tokens are the vocabulary's pieces. Log-probabilities are of the raw logits (V); the first
+input token's is NaN (I). A stream's first and last message carry the seed (I). `stop_sequence` is empty at an EOS (I).
 """
 
 import math
 from collections.abc import Sequence
 
 from runtime.api.tgis.params import Planned
-from runtime.generation.request import Completed, Delta
+from runtime.generation.parts import Completed, Delta
 from runtime.ipc.messages import TokenLogprobs
 from runtime.text.text_model import TextModel
 from runtime.types import FinishReason
@@ -47,7 +47,7 @@ class Answers:
         return answer
 
     def first(self, planned: Planned, prompt: str) -> pb.GenerationResponse:
-        """What is known before anything is computed."""
+        """Return a stream's first message, with what is known before the first step."""
         return pb.GenerationResponse(
             input_token_count=len(planned.request.prompt),
             text=prompt if self._options.input_text else "",
@@ -61,23 +61,24 @@ class Answers:
         )
 
     def delta(self, planned: Planned, delta: Delta) -> pb.GenerationResponse | None:
-        """None when there is nothing to tell yet."""
+        """Return the delta's message, or None if it has nothing to show yet."""
         tokens = self._tokens(delta.tokens, delta.logprobs) if self._options.generated_tokens else []
-        if delta.finish is None:
-            if not delta.text and not tokens:
+        text, finish = delta.text, delta.finish
+        if finish is None:
+            if not text and not tokens:
                 return None
-            return pb.GenerationResponse(generated_token_count=delta.num_generated, text=delta.text, tokens=tokens)
+            return pb.GenerationResponse(generated_token_count=delta.num_generated, text=text, tokens=tokens)
         return pb.GenerationResponse(
             generated_token_count=delta.num_generated,
-            text=delta.text,
+            text=text,
             tokens=tokens,
-            stop_reason=_reason(delta.finish, planned),
-            stop_sequence=_stop_sequence(delta.stop),
+            stop_reason=_reason(finish.reason, planned),
+            stop_sequence=_stop_sequence(finish.stop),
             seed=planned.seed or 0,
         )
 
     def _tokens(self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> list[pb.TokenInfo]:
-        """`entries` is empty where no details were asked."""
+        """Return token messages; `entries` is empty if no details were requested."""
         if not entries:
             return [pb.TokenInfo(text=self._text.piece(token)) for token in tokens]
         return [self._token(token, entry) for token, entry in zip(tokens, entries, strict=True)]

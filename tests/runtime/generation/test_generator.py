@@ -12,11 +12,20 @@ from hypothesis import strategies as st
 
 from common.model_key import ModelSettings
 from runtime.engine_client.streams import merge_rows
-from runtime.errors import EngineFault, InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from runtime.errors import (
+    ContextExceeded,
+    EngineFault,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    RepertoryError,
+    Unavailable,
+)
 from runtime.generation.generator import Generator
-from runtime.generation.limits import check_chars, check_output, draw_seed, engine_seed, room_for_output, within_float32
+from runtime.generation.limits import check_chars, check_prompt, draw_seed, engine_seed, output_limit, within_float32
 from runtime.generation.merge import merge
-from runtime.generation.request import Completed, put_together
+from runtime.generation.parser import PlainText
+from runtime.generation.parts import Completed, Delta, join
 from runtime.generation.sequence import RunningSequence, split_tokens
 from runtime.interfaces import ServedModel
 from runtime.ipc.messages import RowTokens
@@ -46,17 +55,17 @@ def request_of(*, max_tokens: int = 100, index: int = 0, **fields: object) -> Ge
 
 def play(model: ServedModel, request: GenerationRequest, rows: list[RowTokens]) -> Completed:
     sequence = RunningSequence(
-        request, model.text.detokenizer(request.prompt), model.text.special_tokens(request.stop_strings)
+        request, model.text.detokenizer(request.prompt), PlainText(), model.text.special_tokens(request.stop_strings)
     )
-    deltas = []
+    deltas: list[Delta] = []
     for row in rows:
-        deltas.append(sequence.push(row))
-        if deltas[-1].finish is not None:
+        deltas += sequence.push(row)
+        if deltas and deltas[-1].finish is not None:
             break
     assert [delta.num_generated for delta in deltas] == [
         sum(len(d.tokens) for d in deltas[: i + 1]) for i in range(len(deltas))
     ]
-    return put_together(deltas)
+    return join(deltas)
 
 
 @settings(max_examples=100, deadline=None)
@@ -237,16 +246,38 @@ async def test_merge_raises_the_first_failure_and_closes_the_rest() -> None:
     assert sorted(closed) == [1, 2]
 
 
-def test_limits_name_model_limit_and_value(model: ServedModel) -> None:
-    assert room_for_output(model, 199) == 1
-    for call in (
-        lambda: room_for_output(model, 200),
-        lambda: check_output(model, 150, 51),
-        lambda: room_for_output(model, 0),
-    ):
-        with pytest.raises(InvalidRequest, match="model m1"):
-            call()
-    check_output(model, 150, 50)
+@pytest.mark.parametrize(
+    ("num_prompt", "requested", "default", "limit"),
+    [(150, 50, None, 50), (150, None, None, 50), (150, None, 7, 7), (199, None, 7, 1), (1, 199, 7, 199)],
+)
+def test_output_limit_is_what_was_requested_or_fits(
+    model: ServedModel, num_prompt: int, requested: int | None, default: int | None, limit: int
+) -> None:
+    assert output_limit(model, [5] * num_prompt, requested, default) == limit
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "requested", "kind", "param", "limit", "value"),
+    [
+        (200, None, ContextExceeded, "messages", 200, 200),
+        (0, None, InvalidRequest, "messages", None, None),
+        (150, 51, InvalidRequest, "max_tokens", 200, 201),
+        (150, 0, InvalidRequest, "max_tokens", 1, 0),
+    ],
+)
+def test_output_limit_refuses_with_fields(
+    model: ServedModel,
+    num_prompt: int,
+    requested: int | None,
+    kind: type[RepertoryError],
+    param: str,
+    limit: int | None,
+    value: int | None,
+) -> None:
+    with pytest.raises(kind, match=r"^model m1: ") as caught:
+        output_limit(model, [5] * num_prompt, requested, None, prompt_param="messages")
+    error = caught.value
+    assert (error.model, error.param, error.limit, error.value) == ("m1", param, limit, value)
 
 
 @settings(deadline=None)
@@ -293,14 +324,10 @@ def test_wild_numbers_are_brought_to_where_they_mean_the_same(
     assert within_float32(model, wild) == tame
 
 
-async def test_a_token_that_only_the_tokenizer_knows_never_reaches_the_engine(model: ServedModel) -> None:
-    """As Llama 2's descendants have it, whose [PAD] lies just above the embeddings."""
-    engine = ScriptedEngine(lambda asked: [5])
+def test_check_prompt_refuses_a_token_that_only_the_tokenizer_has(model: ServedModel) -> None:
+    """Llama 2's descendants have such a token: their [PAD] lies just above the embeddings."""
     last = model.facts.vocab_size - 1
     smaller = replace(model, facts=msgspec.structs.replace(model.facts, vocab_size=last))
-    generator = Generator(engine, RuntimeMetrics())
+    check_prompt(model, (5, last))
     with pytest.raises(InvalidRequest, match=f"model m1: the prompt has the token .*, id {last}, .* 0 to {last - 1}"):
-        await generator.complete(
-            smaller, [request_of(), msgspec.structs.replace(request_of(index=1), prompt=(5, last))]
-        )
-    assert not engine.asked
+        check_prompt(smaller, (5, last))

@@ -1,0 +1,34 @@
+"""Output parsers: they stand between a running sequence and the API's encoder and split the text into typed parts."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from runtime.generation.parts import Part, Text
+from runtime.types import GenerationRequest
+
+
+class OutputParser(Protocol):
+    """Splits the text of one sequence. It may hold text back until it knows what the text belongs to."""
+
+    def push(self, text: str) -> tuple[Part, ...]:
+        """Return the parts that `text` (never empty) completes."""
+
+    def flush(self) -> tuple[Part, ...]:
+        """Return what is still held back. The sequence has ended, perhaps inside a tool call."""
+
+
+MakeParser = Callable[[GenerationRequest], OutputParser]
+
+
+class PlainText:
+    """Every text is a piece of the answer."""
+
+    def push(self, text: str) -> tuple[Part, ...]:
+        return (Text(text),)
+
+    def flush(self) -> tuple[Part, ...]:
+        return ()
+
+
+def plain_text(request: GenerationRequest) -> OutputParser:
+    return PlainText()
