@@ -1,35 +1,61 @@
-"""The mesh's exception tree and its one mapping to gRPC status and HTTP code.
+"""The mesh's exceptions and their gRPC status and HTTP codes.
 
     MeshError
     ├── InvalidRequest        INVALID_ARGUMENT     400
     ├── Unauthenticated       UNAUTHENTICATED      401
-    ├── NotFound              NOT_FOUND            404   no such model or vmodel
+    ├── NotFound              NOT_FOUND            404   unknown model or vmodel
     ├── AlreadyExists         ALREADY_EXISTS       409   other attributes or owner
     ├── PreconditionFailed    FAILED_PRECONDITION  412
-    ├── LoadFailed            FAILED_PRECONDITION  424   carries the cause
+    ├── LoadFailed            FAILED_PRECONDITION  424   `detail` is the cause
     ├── Overloaded            RESOURCE_EXHAUSTED   429   with a retry hint
     ├── TooLarge              RESOURCE_EXHAUSTED   413   a body or a message over the limit
     ├── NotSupported          UNIMPLEMENTED        501
     ├── Unavailable           UNAVAILABLE          503   with a retry hint
     ├── DeadlineExceeded      DEADLINE_EXCEEDED    504
-    └── StoreError            UNAVAILABLE          503   the store can't be reached, nothing was changed
-        └── StoreUncertain                               the connection broke after a write was sent: it may have happened
+    └── StoreError            UNAVAILABLE          503   the store is unreachable and nothing was changed
+        └── StoreUncertain                               the connection broke after a write was sent, so it may have been applied
 
-Every message names the model, the limit and the value.
+The fields carry what happened; `message` is the sentence for people, made from them. Code decides by type and field, never by text.
 """
 
 
 class MeshError(Exception):
-    """Base of all errors that a caller may see. `retry_after_s`: when a repeat may succeed, if that is known."""
+    """Base of all errors that a caller may see.
+
+    Attributes:
+        detail: what happened, without the model's name.
+        model: the model's id or name, as the caller knows it; empty if no model is concerned.
+        limit: the limit that was exceeded, in the unit that `detail` states; None if there is none.
+        value: the value that exceeded it.
+        retry_after_s: when a repeat may succeed; None if unknown.
+    """
 
     code = "INTERNAL"
     http_status = 500
     openai_type = "server_error"
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self,
+        detail: str,
+        *,
+        model: str = "",
+        limit: float | None = None,
+        value: float | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.model = model
+        self.limit = limit
+        self.value = value
         self.retry_after_s = retry_after_s
+
+    @property
+    def message(self) -> str:
+        return f"model {self.model}: {self.detail}" if self.model else self.detail
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class InvalidRequest(MeshError):
@@ -66,6 +92,10 @@ class LoadFailed(MeshError):
     code = "FAILED_PRECONDITION"
     http_status = 424
     openai_type = "model_load_error"
+
+    @property
+    def message(self) -> str:
+        return f"model {self.model} failed to load: {self.detail}" if self.model else self.detail
 
 
 class Overloaded(MeshError):

@@ -71,7 +71,7 @@ class ModelViews:
             waiting=sum(copy.waiting for copy in status.copies),
             progress=step.progress if step else 0.0,
             progress_text=step.progress_text if step else "",
-            error=_said(_error(status, coming, successor.path if successor and named.move_failed else ""), named),
+            error=_error(status, coming, successor.path if successor and named.move_failed else ""),
             moving_to=successor.path if successor else "",
             aliases=list(named.aliases),
             alias_of=self._alias_of(named),
@@ -119,13 +119,6 @@ def _error(status: StatusInfo, coming: StatusInfo, failed_path: str) -> str:
         return ""
     errors = status.errors or coming.errors
     return errors[0] if errors else ""
-
-
-def _said(error: str, named: NamedModel) -> str:
-    """In the words of somebody who knows the name only."""
-    for model_id in (named.model_id, named.target_id):
-        error = error.removeprefix(f"model {model_id}: ").replace(model_id, named.name)
-    return error
 
 
 def _state(status: StatusInfo, best: CopyInfo | None) -> str:

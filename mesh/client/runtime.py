@@ -112,7 +112,7 @@ class GrpcRuntime:
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise Unavailable(
-                    f"model {model_id}: the runtime could not unload it: {error.code().name}: {error.details()}"
+                    f"the runtime could not unload it: {error.code().name}: {error.details()}", model=model_id
                 ) from None
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None:
@@ -194,9 +194,9 @@ def _limits(answer: pb.RuntimeStatusResponse) -> RuntimeLimits:
 def _load_error(model_id: str, error: grpc.aio.AioRpcError, timeout_s: float) -> MeshError:
     code, details = error.code(), error.details() or error.code().name
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return LoadFailed(f"model {model_id}: loading took longer than {timeout_s:.0f} s")
+        return LoadFailed(f"loading took longer than {timeout_s:.0f} s", model=model_id, limit=timeout_s)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return Overloaded(details)
+        return Overloaded(details, model=model_id)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(details)
-    return LoadFailed(details)
+        return Unavailable(details, model=model_id)
+    return LoadFailed(details, model=model_id)

@@ -27,7 +27,7 @@ def make_room(
     `patient` False: models in use may be victims too, when the idle ones don't suffice (they end what they run first).
     """
     if need_bytes > usage.capacity_bytes:
-        return Room(refusal=f"model {model_id} needs {need_bytes} bytes; the capacity is {usage.capacity_bytes} bytes")
+        return Room(refusal=f"it needs {need_bytes} bytes; the capacity is {usage.capacity_bytes} bytes")
     others = [held for held in usage.held if held.model_id != model_id]
     used_bytes = sum(held.size_bytes for held in others)
     short_bytes = used_bytes + need_bytes - usage.capacity_bytes

@@ -163,7 +163,7 @@ class LocalLoads:
             copy.loaded_s = time.monotonic()
             self._copies.set_state(copy, CopyState.LOADED)
         except LoadFailed as error:
-            await self._failed(copy, error.message)
+            await self._failed(copy, error.detail)
         except _DeclinedError:
             pass
         finally:
@@ -193,15 +193,15 @@ class LocalLoads:
             except Unavailable as error:
                 if time.monotonic() > give_up_s:
                     raise
-                logger.info("model %s: %s; trying again", copy.model_id, error.message)
+                logger.info("%s; trying again", error.message)
                 await asyncio.sleep(_AGAIN_S)
             except Overloaded as error:
                 victim = next(iter(self._idle()), None)
                 # the same words after somebody has left: it isn't room that is missing
                 if victim is None or error.message == refusal or await self._never_fits(copy):
-                    raise LoadFailed(error.message) from None
+                    raise LoadFailed(error.detail, model=copy.model_id) from None
                 refusal = error.message
-                logger.warning("model %s: %s; unloading %s for it", copy.model_id, error.message, victim.model_id)
+                logger.warning("%s; unloading %s for it", error.message, victim.model_id)
                 await self._evict(victim)
 
     async def _never_fits(self, copy: LocalCopy) -> bool:
@@ -223,7 +223,7 @@ class LocalLoads:
                 self._copies.usage(), copy.model_id, predicted, last_used_ms=wanted_ms, patient=now_s < impatient_s
             )
             if room.refusal:
-                raise LoadFailed(room.refusal)
+                raise LoadFailed(room.refusal, model=copy.model_id, limit=self._copies.capacity_bytes, value=predicted)
             if room.declined:
                 logger.info("model %s is not loaded: all that it would displace was used more recently", copy.model_id)
                 raise _DeclinedError
@@ -232,7 +232,11 @@ class LocalLoads:
                 return
             if now_s > give_up_s:
                 raise Overloaded(
-                    f"model {copy.model_id}: no room for its {predicted} bytes within {_ROOM_S:.0f} s", retry_after_s=30
+                    f"no room for its {predicted} bytes within {_ROOM_S:.0f} s",
+                    model=copy.model_id,
+                    limit=self._copies.capacity_bytes,
+                    value=predicted,
+                    retry_after_s=30,
                 )
             for victim_id in room.victims:
                 victim = self._copies.get(victim_id)

@@ -17,15 +17,18 @@ AnyContext = grpc.aio.ServicerContext[Any, Any]
 
 
 @asynccontextmanager
-async def statuses(context: AnyContext) -> AsyncIterator[None]:
-    """What is raised inside ends the call with its status; a fault of ours says no more than that it happened."""
+async def statuses(context: AnyContext, *, names_model: bool = True) -> AsyncIterator[None]:
+    """End the call with the status of what is raised inside; the client learns of an internal error only that it happened.
+
+    `names_model` False: the text leaves the model's name out, for a caller that puts the name that its own clients know in front.
+    """
     try:
         yield
     except RepertoryError as error:
         trailing = (
             () if error.retry_after_s is None else (("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))),)
         )
-        await context.abort(grpc.StatusCode[error.code], error.message, trailing)
+        await context.abort(grpc.StatusCode[error.code], error.message if names_model else error.detail, trailing)
     except grpc.aio.AbortError:
         raise
     except Exception as error:

@@ -59,7 +59,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         request: pb.LoadModelRequest,
         context: "grpc.aio.ServicerContext[pb.LoadModelRequest, pb.LoadModelResponse]",
     ) -> pb.LoadModelResponse:
-        async with statuses(context):
+        async with statuses(context, names_model=False):
             _check_id(request.modelId)
             source, settings = parse_model(request.modelPath, request.modelKey)
             served = await self._models.load(request.modelId, source, settings)

@@ -69,10 +69,11 @@ async def test_fit_names_whom_the_pod_would_unload(tmp_path: Path) -> None:
         assert sorted(pod.runtime.loaded.values()) == ["/a", "/b"], "asking unloads nobody"
 
 
-async def test_a_failure_is_told_in_the_words_of_who_knows_the_name(tmp_path: Path) -> None:
+async def test_load_failure_names_the_name_not_the_id(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         model_id = (await pod.name("odd", "/odd"))["model_id"]
         assert model_id != "odd"
-        pod.runtime.switches.fail["/odd"] = f"model {model_id}: {model_id} has no weights"
-        assert (await pod.chat("odd"))[0] == 424
-        assert (await pod.model("odd"))["error"] == "odd has no weights"
+        pod.runtime.switches.fail["/odd"] = "the checkpoint has no weights"
+        status, body, _ = await pod.chat("odd")
+        assert (status, body["error"]["message"]) == (424, "model odd failed to load: the checkpoint has no weights")
+        assert (await pod.model("odd"))["error"] == "the checkpoint has no weights"
