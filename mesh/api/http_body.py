@@ -1,4 +1,4 @@
-"""Reading a request's body within limits, and the little that the mesh looks at in it. Knows no routes."""
+"""Reads the body of an HTTP request within limits and decodes JSON bodies."""
 
 import asyncio
 import hashlib
@@ -11,23 +11,27 @@ from mesh.errors import DeadlineExceeded, InvalidRequest, TooLarge
 
 T = TypeVar("T")
 
-_IDLE_S = 60.0  # a body that stands still for so long is not coming
+_IDLE_S = 60.0  # a client that sends nothing for so long is gone
 _PREFIX_BYTES = 1024
 
 
-class Ask(msgspec.Struct, frozen=True):
-    """Of an OpenAI request, all that the mesh knows."""
+class InferenceBody(msgspec.Struct, frozen=True):
+    """The fields of an OpenAI request that the mesh reads."""
 
     model: str | None = None
     stream: bool | None = None
 
 
 async def read_body(request: web.Request, limit_bytes: int) -> bytes:
-    """As it was before any Content-Encoding. Raises TooLarge before more than the limit has been read, DeadlineExceeded if the rest doesn't come, InvalidRequest if it can't be
-    decoded."""
+    """Return the body with its Content-Encoding undone.
+
+    Raises TooLarge before more than the limit has been read, DeadlineExceeded if the client stops sending, InvalidRequest if decoding fails.
+    """
     length = request.content_length
     if length is not None and length > limit_bytes:
-        raise TooLarge(f"the body is {length} bytes long; the limit is {limit_bytes} bytes")
+        raise TooLarge(
+            f"the body is {length} bytes long; the limit is {limit_bytes} bytes", limit=limit_bytes, value=length
+        )
     chunks: list[bytes] = []
     size_bytes = 0
     while True:
@@ -42,12 +46,12 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
             return b"".join(chunks)
         size_bytes += len(chunk)
         if size_bytes > limit_bytes:
-            raise TooLarge(f"the body is longer than the limit of {limit_bytes} bytes")
+            raise TooLarge(f"the body is longer than the limit of {limit_bytes} bytes", limit=limit_bytes)
         chunks.append(chunk)
 
 
 def decode(body: bytes, kind: type[T]) -> T:
-    """Raises InvalidRequest with what is wrong, and where."""
+    """Decode a JSON body. Raises InvalidRequest, which names the field at fault."""
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -57,5 +61,5 @@ def decode(body: bytes, kind: type[T]) -> T:
 
 
 def prefix_hash(body: bytes) -> str:
-    """The same for prompts that begin alike: where their cache may be. Opaque."""
+    """Return the same opaque text for prompts that begin alike, so that routing can find the copy that has them cached."""
     return hashlib.blake2b(body[:_PREFIX_BYTES], digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""What is kept of one HTTP request for the log and the metrics: its id, its model, how it ended. Never its content."""
+"""Logs and counts each HTTP request: its id, its model and its status, never its content."""
 
 import logging
 import re
@@ -13,9 +13,9 @@ from mesh.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = re.compile(r"^[\x21-\x7e]{1,128}$")
+_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 INFERENCE_PATH = "/v1/{path}"
-_QUIET = ("/health", "/healthz", "/readyz", "/metrics")
+_DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics")
 
 
 @dataclass(slots=True)
@@ -24,7 +24,11 @@ class Record:
     started_s: float = field(default_factory=time.monotonic)
     model_id: str = ""
     code: str = ""
-    answered: bool = False  # the caller has all that it asked for: if it leaves now, that is well
+    answered: bool = False  # the client has its whole answer, so its disconnecting is not a cancellation
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started_s
 
     @classmethod
     def of(cls, request: web.Request) -> "Record":
@@ -35,12 +39,12 @@ _KEY = web.RequestKey("record", Record)
 
 
 def request_log(metrics: Metrics) -> Middleware:
-    """A middleware: an id for each request (the caller's, if it sent a sane one), echoed; a line and a count when it has ended."""
+    """Return a middleware that gives each request an id (a valid one of the client is kept), sends it back, and logs the request's end."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
-        record = Record(given if _PLAIN.match(given) else uuid.uuid4().hex)
+        record = Record(given if _REQUEST_ID.match(given) else uuid.uuid4().hex)
         request[_KEY] = record
         try:
             response = await handler(request)
@@ -53,19 +57,19 @@ def request_log(metrics: Metrics) -> Middleware:
                 record.code = "CANCELLED" if not isinstance(error, Exception) else "DISCONNECTED"
             raise
         finally:
-            _account(request, record, metrics)
+            _log_end(request, record, metrics)
 
     return middleware
 
 
-def _account(request: web.Request, record: Record, metrics: Metrics) -> None:
-    seconds = time.monotonic() - record.started_s
+def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
+    seconds = record.elapsed_s
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "unknown"
     if path == INFERENCE_PATH:
         metrics.request(record.model_id, "http", record.code, path, seconds)
     logger.log(
-        logging.DEBUG if path in _QUIET else logging.INFO,
+        logging.DEBUG if path in _DEBUG_PATHS else logging.INFO,
         "request",
         extra={
             "request_id": record.request_id,

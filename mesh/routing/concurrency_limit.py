@@ -1,39 +1,42 @@
-"""How many requests a copy takes at once, where its runtime asks the mesh to keep to a limit (ModelMesh's limitModelConcurrency).
-
-First come, first served; a queue of bounded length. Knows one copy's numbers; nothing of models or routes.
-"""
+"""Limits the concurrent requests of one copy, where its runtime requires it (ModelMesh's limitModelConcurrency)."""
 
 import asyncio
 
 from mesh.errors import Overloaded
 
-_LEAST_IN_ALL = 16
-_IN_ALL_FOR_ONE = 8
+_MIN_ADMITTED = 16
+_ADMITTED_PER_SLOT = 8
 
 
 class ConcurrencyLimit:
-    """`limit`: requests at once, at least 1. Running and waiting ones together are max(16, 8 × limit), as in ModelMesh."""
+    """A first-come, first-served semaphore with a bounded queue.
+
+    `limit`: concurrent requests, at least 1. At most `max_admitted` = max(16, 8 × limit) requests run or wait, as in ModelMesh.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.most = max(_LEAST_IN_ALL, _IN_ALL_FOR_ONE * limit)
-        self.taken = 0  # running and waiting
-        self._free = asyncio.Semaphore(limit)
+        self.max_admitted = max(_MIN_ADMITTED, _ADMITTED_PER_SLOT * limit)
+        self.num_admitted = 0  # running and waiting
+        self._slots = asyncio.Semaphore(limit)
 
-    async def take(self, name: str) -> None:
-        """Returns when it is this caller's turn. Raises Overloaded if too many wait already."""
-        if self.taken >= self.most:
+    async def acquire(self, name: str) -> None:
+        """Return when the request may run. Raises Overloaded if too many wait already."""
+        if self.num_admitted >= self.max_admitted:
             raise Overloaded(
-                f"model {name}: {self.taken} requests run or wait; its limit of {self.limit} at once allows {self.most}",
+                f"{self.num_admitted} requests run or wait; its limit of {self.limit} at once allows {self.max_admitted}",
+                model=name,
+                limit=self.max_admitted,
+                value=self.num_admitted,
                 retry_after_s=1,
             )
-        self.taken += 1
+        self.num_admitted += 1
         try:
-            await self._free.acquire()
+            await self._slots.acquire()
         except BaseException:
-            self.taken -= 1
+            self.num_admitted -= 1
             raise
 
-    def give_back(self) -> None:
-        self.taken -= 1
-        self._free.release()
+    def release(self) -> None:
+        self.num_admitted -= 1
+        self._slots.release()

@@ -1,0 +1,191 @@
+"""Carries one gRPC call to one target: any method, unary or streaming in either direction, as opaque bytes."""
+
+from __future__ import annotations  # grpc's handler types take parameters only for the type checker
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from mesh.api.addressing import Metadata, backward, header, onward
+from mesh.api.protobuf_field import inject
+from mesh.api.replay_buffer import ReplayBuffer, ServerContext
+from mesh.client.connections import Connections
+from mesh.errors import InvalidRequest
+from mesh.metrics import Metrics
+from mesh.routing.attempts import Attempt
+from mesh.routing.retry_policy import Failure
+from mesh.types import RuntimeLimits
+
+REQUEST_ID_HEADER = "x-request-id"
+
+_SENDER_S = 0.05  # the sender learns of a failed write this long after the reader at most
+
+Rewrite = Callable[[bytes], bytes]
+ForwardedCall = grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+@dataclass(slots=True)
+class GrpcRequest:
+    """One call of a client. `model_id` and `code` are filled in as they become known."""
+
+    method: str
+    metadata: Metadata
+    started_s: float
+    request_id: str
+    model_id: str = ""
+    code: str = "OK"
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcOutcome:
+    """The status that one attempt ended with."""
+
+    code: grpc.StatusCode
+    details: str
+    trailers: tuple[tuple[str, str | bytes], ...]
+
+
+class GrpcForwarder:
+    """`limits`: the local runtime's limits, once they are known."""
+
+    def __init__(
+        self, connections: Connections, metrics: Metrics, own_id: str, limits: Callable[[], RuntimeLimits | None]
+    ) -> None:
+        self._connections = connections
+        self._metrics = metrics
+        self._own_id = own_id
+        self._limits = limits
+
+    async def forward(
+        self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, context: ServerContext
+    ) -> GrpcOutcome:
+        """Forward the request and relay the response. Sets the attempt's `is_committed` and `failure`."""
+        call, sending = self._start(request, attempt, inbound, context.time_remaining())
+        try:
+            with _status_not_exception():
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    if not attempt.is_committed:
+                        attempt.is_committed = True
+                        inbound.commit()
+                        self._metrics.first_byte(attempt.model_id, time.monotonic() - request.started_s)
+                        await _send_headers(call, context)
+                    await context.write(message)
+            code = await call.code()
+            if sending is not None and (error := _error_of(sending)) is not None:
+                raise error
+            if code is grpc.StatusCode.OK and not attempt.is_committed:
+                attempt.is_committed = True
+                await _send_headers(call, context)
+            details = await call.details() or ""
+            attempt.failure = await _failure(code, details, sending)
+            attempt.is_committed = attempt.is_committed or not inbound.replayable
+            return GrpcOutcome(code, details, tuple(backward(tuple(await call.trailing_metadata() or ()))))
+        finally:
+            if sending is not None:
+                sending.cancel()
+            call.cancel()
+
+    def _start(
+        self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, timeout_s: float | None
+    ) -> tuple[ForwardedCall, asyncio.Task[bool] | None]:
+        """Open the call, and a task that sends the caller's messages unless the only one is known already."""
+        target = attempt.target
+        metadata = onward(request.metadata, attempt.model_id, hop_from="" if target.local else self._own_id)
+        if not header(metadata, REQUEST_ID_HEADER):
+            metadata.append((REQUEST_ID_HEADER, request.request_id))
+        channel = self._connections.grpc(target.grpc_address, of_pod=not target.local)
+        rewrite = self._rewrite(request.method, attempt)
+        if inbound.only is not None:
+            single: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{request.method}")
+            message = rewrite(inbound.only) if rewrite else inbound.only
+            return single(message, metadata=metadata, timeout=timeout_s), None
+        stub: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{request.method}")
+        call = stub(metadata=metadata, timeout=timeout_s)
+        sending = asyncio.create_task(_send(call, inbound, rewrite))
+        # A request that cannot be sent gets no response.
+        sending.add_done_callback(lambda task: call.cancel() if _error_of(task) else None)
+        return call, sending
+
+    def _rewrite(self, method: str, attempt: Attempt) -> Rewrite | None:
+        """Return what writes the concrete id into each message, if the local runtime requires it for this method."""
+        limits = self._limits()
+        path = limits.allowed_methods.get(method) if limits else None
+        if not path or not attempt.target.local:
+            return None
+        model_id, injection_path = attempt.model_id, path
+
+        def rewrite(message: bytes) -> bytes:
+            try:
+                return inject(message, injection_path, model_id)
+            except ValueError as error:
+                raise InvalidRequest(f"{method}: the request message can't be read: {error}") from None
+
+        return rewrite
+
+
+async def _send_headers(call: grpc.aio.Call, context: ServerContext) -> None:
+    # If the runtime sends no headers of its own, they leave with the first message in one write.
+    if headers := backward(tuple(await call.initial_metadata())):
+        await context.send_initial_metadata(headers)
+
+
+async def _send(call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: ReplayBuffer, rewrite: Rewrite | None) -> bool:
+    """Send the caller's messages until the call ends. True if grpc.aio replaced the call's status by INTERNAL because a write failed."""
+    index = 0
+    try:
+        while (message := await inbound.message(index)) is not None:
+            await call.write(rewrite(message) if rewrite else message)
+            index += 1
+        await call.done_writing()
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.INTERNAL
+    except (grpc.aio.InternalError, asyncio.InvalidStateError):
+        # The call has ended, and its reader has the status. Raising here would leave the caller without it.
+        pass
+    return False
+
+
+async def _failure(code: grpc.StatusCode, details: str, sending: asyncio.Task[bool] | None) -> Failure | None:
+    if code is grpc.StatusCode.INTERNAL and sending is not None:
+        await asyncio.wait([sending], timeout=_SENDER_S)
+        if sending.done() and not sending.cancelled() and sending.result():
+            return Failure.STATUS_LOST
+    if is_model_lost(code, details):
+        return Failure.MODEL_LOST
+    return Failure.UNAVAILABLE if code is grpc.StatusCode.UNAVAILABLE else None
+
+
+def is_model_lost(code: grpc.StatusCode, details: str) -> bool:
+    """Whether a runtime's status means that it no longer has the model.
+
+    That is NOT_FOUND. Triton (UNAVAILABLE) and MLServer (INVALID_ARGUMENT) say it in their texts only, as ModelMesh recognises them.
+    """
+    if code is grpc.StatusCode.NOT_FOUND:
+        return True
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return details.startswith("Request for unknown model") and details.endswith(
+            (" is not found", " has no available versions")
+        )
+    return code is grpc.StatusCode.INVALID_ARGUMENT and details.startswith("Model ") and details.endswith(" not found")
+
+
+def _error_of(task: asyncio.Task[bool]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
+
+
+@contextlib.contextmanager
+def _status_not_exception() -> Iterator[None]:
+    """Suppress what a failed call raises: its status says it. A call that ended as CANCELLED raises as if this task were cancelled."""
+    try:
+        yield
+    except grpc.aio.AioRpcError:
+        pass
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise

@@ -1,0 +1,150 @@
+"""Carries one HTTP request to a target and holds the response: its status, its headers and the bytes that have arrived."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import aiohttp
+from yarl import URL
+
+from mesh.api.addressing import MODEL_HEADER
+from mesh.client.connections import HOP_HEADER, Connections
+from mesh.errors import NotSupported, Unavailable
+from mesh.routing.attempts import Attempt
+from mesh.routing.retry_policy import Failure
+from mesh.types import Target
+
+Headers = list[tuple[str, str]]
+
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "trailers",
+        "transfer-encoding",
+        "upgrade",
+        "host",
+        "content-length",
+        "expect",
+    }
+)
+_NOT_FOUND = 404
+_NOT_FOUND_CODE = b"model_not_found"  # OpenAI's code in the error's JSON
+_UNAVAILABLE = (502, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """A client's request as it is forwarded: the path with its query, the end-to-end headers and the decoded body."""
+
+    method: str
+    path: str
+    headers: Headers
+    body: bytes
+
+
+class HttpForwarder:
+    """A context manager that closes the response of the last `forward`. One that was not read to its end loses its connection, which frees the row."""
+
+    def __init__(self, connections: Connections, own_id: str, request: HttpRequest) -> None:
+        self._connections = connections
+        self._own_id = own_id
+        self._request = request
+        self._response: aiohttp.ClientResponse | None = None
+        self._first_chunk = b""
+        self._error = ""
+
+    def __enter__(self) -> "HttpForwarder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    async def forward(self, attempt: Attempt) -> None:
+        """Send the request and wait for the response's first bytes. Sets the attempt's `failure`. Raises NotSupported."""
+        self._close()
+        target = attempt.target
+        if not target.http_address:
+            raise NotSupported("its runtime has no HTTP API; call it by gRPC", model=attempt.model_id)
+        session, base = self._connections.http(target.http_address)
+        try:
+            self._response = await session.request(
+                self._request.method,
+                URL(base + self._request.path, encoded=True),
+                data=self._request.body,
+                headers=self._headers(attempt.model_id, target),
+                allow_redirects=False,
+            )
+            self._first_chunk = await self._response.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            self._close()
+            self._error = f"{type(error).__name__}: {error}"
+        attempt.failure = self._failure()
+
+    def raise_if_unanswered(self) -> None:
+        """Raise Unavailable if the target did not answer or closed the connection first."""
+        if self._response is None:
+            raise Unavailable(self._error)
+
+    @property
+    def response(self) -> aiohttp.ClientResponse:
+        """The response's status and headers, after `raise_if_unanswered`."""
+        assert self._response is not None
+        return self._response
+
+    @property
+    def whole_body(self) -> bytes | None:
+        """The body if all of it has arrived with the headers."""
+        length = self.response.headers.get("Content-Length")
+        return self._first_chunk if length == str(len(self._first_chunk)) else None
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives. Raises aiohttp's errors if it breaks off."""
+        chunk = self._first_chunk
+        while chunk:
+            yield chunk
+            chunk = await self.response.content.readany()
+
+    def _failure(self) -> Failure | None:
+        if self._response is None or self._response.status in _UNAVAILABLE:
+            return Failure.UNAVAILABLE
+        # Any other 404 is an unknown path, which loading the model does not change.
+        if self._response.status == _NOT_FOUND and _NOT_FOUND_CODE in self._first_chunk:
+            return Failure.MODEL_LOST
+        return None
+
+    def _headers(self, model_id: str, target: Target) -> Headers:
+        """Return the headers for a target. The bearer key goes to another pod, never to a runtime."""
+        headers = [
+            (key, value)
+            for key, value in end_to_end(self._request.headers)
+            if not target.local or key.lower() != "authorization"
+        ]
+        headers.append((MODEL_HEADER, model_id))
+        if not target.local:
+            headers.append((HOP_HEADER, self._own_id))
+        return headers
+
+    def _close(self) -> None:
+        if self._response is not None:
+            self._response.release() if self._response.content.at_eof() else self._response.close()
+        self._response, self._first_chunk, self._error = None, b"", ""
+
+
+def end_to_end(headers: Headers) -> Headers:
+    """Return the headers without those of one connection and without the mesh's own."""
+    named = {name.strip().lower() for key, value in headers if key.lower() == "connection" for name in value.split(",")}
+    return [
+        (key, value)
+        for key, value in headers
+        if (low := key.lower()) not in _HOP_BY_HOP
+        and low not in named
+        and low != HOP_HEADER
+        and not low.startswith("mm-")
+    ]

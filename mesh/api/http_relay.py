@@ -1,0 +1,86 @@
+"""Relays a forwarded HTTP response to the client, also where an event stream to the client has begun before it."""
+
+import contextlib
+import logging
+from typing import TypeVar
+
+import aiohttp
+from aiohttp import web
+
+from mesh.api.http_errors import body_of, event_of
+from mesh.api.http_forwarder import HttpForwarder, end_to_end
+from mesh.api.request_log import Record
+from mesh.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+Response = TypeVar("Response", bound=web.StreamResponse)
+
+_OK = 200
+_DONE = b"data: [DONE]\n\n"
+
+
+async def relay(
+    request: web.Request, record: Record, forwarder: HttpForwarder, begun: web.StreamResponse | None, model_name: str
+) -> web.StreamResponse:
+    """Pass the response on. `begun`: the event stream that the client is reading already, if there is one."""
+    status = forwarder.response.status
+    record.code = str(status)
+    if begun is not None and status != _OK:
+        # The client was sent status 200 before, so the error becomes the stream's last event.
+        return await end_stream(begun, event_of(b"".join([chunk async for chunk in forwarder.chunks()])))
+    if begun is None and (body := forwarder.whole_body) is not None:
+        return _with_head(web.Response(body=body), record, forwarder)  # leaves in one write
+    response = begun
+    if response is None:
+        response = _with_head(web.StreamResponse(), record, forwarder)
+        if (length := forwarder.response.headers.get("Content-Length")) is not None:
+            response.headers["Content-Length"] = length
+        await response.prepare(request)
+    try:
+        await _relay_chunks(record, forwarder, response)
+    except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        return await _broken_off(request, record, response, error, model_name)
+    await response.write_eof()
+    return response
+
+
+async def end_stream(response: web.StreamResponse, last: bytes) -> web.StreamResponse:
+    """Write the last event and end the stream; a client that has left is no error."""
+    with contextlib.suppress(ConnectionError):
+        await response.write(last)
+        await response.write_eof()
+    return response
+
+
+def _with_head(response: Response, record: Record, forwarder: HttpForwarder) -> Response:
+    response.set_status(forwarder.response.status, forwarder.response.reason)
+    response.headers.pop("Content-Type", None)
+    for key, value in end_to_end(list(forwarder.response.headers.items())):
+        response.headers.add(key, value)
+    response.headers["X-Request-Id"] = record.request_id
+    return response
+
+
+async def _relay_chunks(record: Record, forwarder: HttpForwarder, response: web.StreamResponse) -> None:
+    tail = b""
+    async for chunk in forwarder.chunks():
+        await response.write(chunk)
+        tail = (tail + chunk[-len(_DONE) :])[-len(_DONE) :]
+        # OpenAI's own client disconnects as soon as it has read this, which is not a cancellation.
+        record.answered = tail == _DONE
+
+
+async def _broken_off(
+    request: web.Request, record: Record, response: web.StreamResponse, error: Exception, model_name: str
+) -> web.StreamResponse:
+    """End a response whose source broke off so that the client notices: with an error event, or by closing the connection."""
+    record.code = "UNAVAILABLE"
+    logger.warning(
+        "a response broke off", extra={"request_id": record.request_id, "model": record.model_id, "error": str(error)}
+    )
+    if response.content_type == "text/event-stream":
+        return await end_stream(response, event_of(body_of(Unavailable("the answer broke off", model=model_name))))
+    if request.transport is not None:
+        request.transport.abort()
+    return response

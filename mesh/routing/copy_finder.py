@@ -1,0 +1,121 @@
+"""Lists the copies that can take a request for a model: this pod's own and those of its peers."""
+
+import time
+from collections import Counter
+
+from mesh.placement.copies import LocalCopies, LocalCopy, epoch_ms
+from mesh.placement.placement import Placement
+from mesh.registry.records import InstanceRecord, ModelRecord
+from mesh.registry.registry import Registry
+from mesh.routing.copy_selection import Candidate, choose
+from mesh.types import CopyState, Target, Tier
+
+_LOST_S = 5.0  # a peer that answered NOT_FOUND is skipped until its record had time to say so
+_MIN_LOADING_S = 0.1
+
+
+class CopyFinder:
+    """`local`: the target that stands for this pod's own runtime."""
+
+    def __init__(self, registry: Registry, placement: Placement, copies: LocalCopies, local: Target) -> None:
+        self._registry = registry
+        self._placement = placement
+        self._copies = copies
+        self._local = local
+        self._peer_requests: Counter[tuple[str, str]] = Counter()
+        self._lost_until_s: dict[tuple[str, str], float] = {}
+
+    def find(self, model_id: str, *, prefix_hash: str, exclude: frozenset[str], local_only: bool) -> Target | None:
+        """Return the copy with the least expected wait; None if no copy can take the request now."""
+        candidates = []
+        copy = self._copies.get(model_id)
+        own_id = self._local.instance_id
+        if copy is not None and copy.loaded and self._placement.runtime.serves(copy) and own_id not in exclude:
+            candidates.append(self._local_candidate(model_id))
+        record = self._registry.models.get(model_id)
+        pods: dict[str, InstanceRecord] = {}
+        if not local_only and record is not None and record.instance_ids.keys() - {own_id}:
+            pods = dict(self._registry.instances.live())
+            candidates += self._peer_candidates(model_id, record, pods, exclude)
+        chosen = choose(candidates, prefix_hash)
+        if chosen is None:
+            return None
+        if chosen.local:
+            assert copy is not None
+            return self._local_target(copy)
+        pod = pods[chosen.instance_id]
+        return Target(chosen.instance_id, False, pod.grpc_address, pod.http_address)
+
+    def begin_at_peer(self, model_id: str, instance_id: str) -> None:
+        self._peer_requests[model_id, instance_id] += 1
+
+    def end_at_peer(self, model_id: str, instance_id: str) -> None:
+        self._peer_requests[model_id, instance_id] -= 1
+        if not self._peer_requests[model_id, instance_id]:
+            del self._peer_requests[model_id, instance_id]
+
+    def mark_lost(self, model_id: str, instance_id: str) -> None:
+        """Skip a peer for this model for a few seconds, because it answered that it does not have it."""
+        self._lost_until_s[model_id, instance_id] = time.monotonic() + _LOST_S
+
+    def _local_target(self, copy: LocalCopy) -> Target:
+        return Target(
+            self._local.instance_id, True, self._local.grpc_address, self._local.http_address, copy.started_ms
+        )
+
+    def _local_candidate(self, model_id: str) -> Candidate:
+        model = self._placement.runtime.model(model_id)
+        in_flight = self._copies.in_flight(model_id)
+        if model is None:
+            return Candidate(self._local.instance_id, True, in_flight=in_flight)
+        return Candidate(
+            self._local.instance_id,
+            True,
+            tier=model.tier,
+            swap_in_s=model.swap_in_s,
+            running=model.running,
+            waiting=model.waiting,
+            in_flight=in_flight,
+            kv_usage=model.kv_usage,
+        )
+
+    def _peer_candidates(
+        self, model_id: str, record: ModelRecord, pods: dict[str, InstanceRecord], exclude: frozenset[str]
+    ) -> list[Candidate]:
+        now_s = time.monotonic()
+        return [
+            self._peer_candidate(model_id, pod_id, since_ms, pods[pod_id])
+            for pod_id, since_ms in record.instance_ids.items()
+            if pod_id in pods
+            and pod_id != self._local.instance_id
+            and pod_id not in exclude
+            and self._lost_until_s.get((model_id, pod_id), 0.0) <= now_s
+            and _takes_requests(pods[pod_id], model_id)
+        ]
+
+    def _peer_candidate(self, model_id: str, pod_id: str, since_ms: int, pod: InstanceRecord) -> Candidate:
+        """Describe a peer's copy. One that is still loading counts too: its pod holds the request until it is loaded."""
+        in_flight = self._peer_requests[model_id, pod_id]
+        report = pod.copies.get(model_id)
+        loading_s = 0.0
+        if report is None or report.state is not CopyState.LOADED:
+            elapsed_s = max(0.0, (epoch_ms() - since_ms) / 1000)  # the peer's clock may be ahead
+            loading_s = max(_MIN_LOADING_S, self._placement.expected_load_s(model_id) - elapsed_s)
+        if report is None:
+            return Candidate(pod_id, False, loading_s=loading_s, in_flight=in_flight, kv_usage=pod.kv_usage)
+        return Candidate(
+            pod_id,
+            False,
+            tier=Tier.DEVICE if loading_s else report.tier,
+            loading_s=loading_s,
+            swap_in_s=report.swap_in_s,
+            running=report.running,
+            waiting=report.waiting,
+            in_flight=in_flight,
+            kv_usage=pod.kv_usage,
+        )
+
+
+def _takes_requests(pod: InstanceRecord, model_id: str) -> bool:
+    report = pod.copies.get(model_id)
+    return bool(pod.grpc_address) and (report is None or report.state is not CopyState.UNLOADING)
