@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from runtime.errors import Overloaded, RepertoryError, Unavailable, from_code
 from runtime.generation.merge import close, merge
 from runtime.generation.parser import MakeParser, plain_text
-from runtime.generation.parts import Completed, Delta, Finish, join
+from runtime.generation.parts import Completed, Delta, join
 from runtime.generation.sequence import RunningSequence
 from runtime.interfaces import ServedModel, TokenEngine
 from runtime.ipc.messages import RowTokens
@@ -78,7 +78,6 @@ class Generator:
         observer = self._metrics.of(model.name).start(len(request.prompt))
         rows = self._engine.generate(model.model_id, request)
         timed = rows if request.deadline_s is None else _until(rows, request.deadline_s)
-        finish: Finish | None = None
         try:
             async for row in timed:
                 if row.error_code is not None or row.finish is FinishReason.ERROR:
@@ -87,13 +86,12 @@ class Generator:
                 deltas = sequence.push(row)
                 observer.tokens(sequence.num_generated - before, time.monotonic(), row)
                 for delta in deltas:
-                    finish = delta.finish
                     yield delta
-                if finish is not None:
+                if sequence.finish is not None:
                     return
             raise Unavailable("the engine ended a sequence without a reason")
         finally:
-            observer.end(finish.reason if finish is not None else None)
+            observer.end(sequence.finish.reason if sequence.finish is not None else None)
             await close(timed)
 
     def _enter(self, model: ServedModel, count: int) -> None:

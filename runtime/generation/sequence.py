@@ -1,6 +1,6 @@
 """One running sequence: the engine's rows go in, deltas of typed parts come out. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -22,10 +22,12 @@ class RunningSequence:
         "_detokenizer",
         "_every_token",
         "_held_tokens",
+        "_is_plain",
         "_parser",
         "_request",
         "_scanner",
         "_unseen_stops",
+        "finish",
         "num_generated",
     )
 
@@ -47,16 +49,20 @@ class RunningSequence:
             else None
         )
         self._every_token = request.one_token_deltas or request.with_details
+        self._is_plain = self._scanner is None and not self._every_token
         self._held_tokens: tuple[int, ...] = ()  # tokens whose parts are still held back
         self._chars = 0  # decoded so far, shown or not
         self.num_generated = 0
+        self.finish: Finish | None = None
 
-    def push(self, row: RowTokens) -> list[Delta]:
-        """Return the deltas to send for `row`.
+    def push(self, row: RowTokens) -> Sequence[Delta]:
+        """Return the deltas to send for `row`, and set `finish` with the last one.
 
         A delta without parts comes only as the sequence's first one, or when every token is requested. Otherwise its tokens go with
         the next delta.
         """
+        if self._is_plain and row.finish is None:
+            return self._push_plain(row)
         if row.finish is FinishReason.TIME_LIMIT:
             return [self._with_held(self._delta(row, self._rest(), 0, (), Finish(row.finish)))]
         deltas: list[Delta] = []
@@ -67,14 +73,25 @@ class RunningSequence:
                 self._held_tokens += delta.tokens
                 continue
             deltas.append(self._with_held(delta) if self._held_tokens else delta)
-            if delta.finish is not None:
+            if self.finish is not None:
                 break
         return deltas
 
+    def _push_plain(self, row: RowTokens) -> Sequence[Delta]:
+        """The path of nearly every token: nothing but text, and not the end."""
+        tokens, before = row.tokens, self.num_generated
+        self.num_generated = before + len(tokens)
+        text = self._detokenizer.push(tokens)
+        parts = self._parser.push(text) if text else ()
+        if not parts and before:
+            self._held_tokens += tokens
+            return ()
+        if self._held_tokens:
+            tokens, self._held_tokens = self._held_tokens + tokens, ()
+        details = row.prompt_logprobs or ()
+        return (Delta(self._request.index, parts, tokens, self.num_generated, (), (), details, row.cached_tokens),)
+
     def _push(self, row: RowTokens) -> Delta:
-        request = self._request
-        if self._scanner is None and not request.with_details:
-            return self._push_plain(row)
         shown = self._num_shown(row)
         texts: list[str] = []
         offsets: list[int] = []
@@ -92,7 +109,7 @@ class RunningSequence:
             stop = match.stop
             if stop is None and position < shown and token in self._unseen_stops and self._may_stop():
                 stop = self._unseen_stops[token]
-                texts.append(self._rest() + (stop if request.include_stop else ""))
+                texts.append(self._rest() + (stop if self._request.include_stop else ""))
             if stop is not None:
                 break
         if stop is not None:
@@ -103,24 +120,6 @@ class RunningSequence:
         else:
             finish = None
         return self._delta(row, "".join(texts), len(offsets), tuple(offsets), finish)
-
-    def _push_plain(self, row: RowTokens) -> Delta:
-        tokens = row.tokens
-        self.num_generated += len(tokens)
-        if row.finish is None:
-            text = self._detokenizer.push(tokens)
-            parts = self._parser.push(text) if text else ()
-        else:
-            text = self._detokenizer.push(tokens[: self._num_shown(row)]) + self._rest()
-            parts = self._parts(text, Finish(row.finish, row.stop_token))
-        return Delta(
-            self._request.index,
-            parts,
-            tokens,
-            self.num_generated,
-            prompt_logprobs=row.prompt_logprobs or (),
-            cached_tokens=row.cached_tokens,
-        )
 
     def _delta(
         self, row: RowTokens, text: str, num_tokens: int, offsets: tuple[int, ...], finish: Finish | None
@@ -140,7 +139,10 @@ class RunningSequence:
 
     def _parts(self, text: str, finish: Finish | None) -> tuple[Part, ...]:
         parts = self._parser.push(text) if text else ()
-        return parts if finish is None else (*parts, *self._parser.flush(), finish)
+        if finish is None:
+            return parts
+        self.finish = finish
+        return (*parts, *self._parser.flush(), finish)
 
     def _with_held(self, delta: Delta) -> Delta:
         held, self._held_tokens = self._held_tokens, ()
