@@ -8,10 +8,10 @@ from pathlib import Path
 
 import uvloop
 
+from common import logs
 from runtime.__main__ import Runtime
 from runtime.config.loader import configure
 from runtime.config.schema import EngineConfig, RuntimeConfig
-from runtime.observability import logs
 
 
 def _command(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:

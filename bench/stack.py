@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.units import parse_size
 from mesh.client.admin import AdminClient
-from mesh.configure import parse_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""The mesh's configuration: one pod's share of it. Where a value comes from is mesh.configure's business."""
+"""The configuration of one pod's mesh. common/config.py merges its sources."""
 
 from typing import Annotated, Any
 
 import msgspec
 
-MIB = 1024**2
+from common.units import MIB
 
 
 def _about(text: str, **limits: Any) -> msgspec.Meta:

@@ -12,12 +12,16 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import uvloop
 
-from mesh import logs
+from common import logs
+from common.addresses import check_free, parse_address
+from common.changes import Changes
+from common.clock import epoch_ms
+from common.errors import ConfigError
+from common.version import package_version
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
 from mesh.api.grpc_server import GrpcServer
@@ -34,9 +38,8 @@ from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
-from mesh.listening import check_address, check_free
 from mesh.metrics import Metrics, PodFigures
-from mesh.placement.copies import Changes, LocalCopies, epoch_ms
+from mesh.placement.copies import LocalCopies
 from mesh.placement.heartbeat import Heartbeat, identity
 from mesh.placement.loads import LocalLoads
 from mesh.placement.placement import Placement
@@ -62,7 +65,7 @@ def run_pod(config: MeshConfig) -> int:
     try:
         status: int = uvloop.run(_serve(config))
         return status
-    except InvalidRequest as error:
+    except (InvalidRequest, ConfigError) as error:
         print(f"repertory: {error}", file=sys.stderr)
         return 2
     except (MeshError, OSError) as error:
@@ -96,7 +99,7 @@ class Pod:
             raise InvalidRequest("store: say where registrations are kept: a directory, or etcd://HOST:PORT")
         for what in ("grpc_listen", "http_listen", "runtime_grpc", "runtime_http"):
             if address := getattr(config, what):
-                check_address(what, address)
+                parse_address(address, what)
         self._config = config
         self.instance_id = config.instance_id or _made_up_id(config.grpc_listen)
         if "," in self.instance_id:
@@ -164,7 +167,9 @@ class Pod:
                 limits=lambda: self.placement.runtime.limits,
                 max_message_bytes=config.grpc_max_message_bytes,
             ),
-            own_oip=OipServer(self.registry, self.placement, addressing, is_ready=self.is_ready, version=_version()),
+            own_oip=OipServer(
+                self.registry, self.placement, addressing, is_ready=self.is_ready, version=package_version()
+            ),
             keys=config.api_keys,
             max_message_bytes=config.grpc_max_message_bytes,
         )
@@ -203,7 +208,7 @@ class Pod:
             ("gRPC", self._config.grpc_listen, self.grpc),
             ("HTTP", self._config.http_listen, self.http),
         ):
-            await asyncio.to_thread(check_free, kind, address)
+            await asyncio.to_thread(check_free, parse_address(address), kind)
             await _listening(kind, address, server.start())
         own = identity(
             grpc_address=_advertised(self._config.grpc_listen, self.grpc.port, self._config.advertise_host),
@@ -337,10 +342,3 @@ async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks)
-
-
-def _version() -> str:
-    try:
-        return version("repertory")
-    except PackageNotFoundError:
-        return "unknown"

@@ -24,11 +24,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
+from common import logs
+from common.addresses import check_free, parse_address
+from common.errors import ConfigError
 from runtime.api.grpc_services import add_inference_services
 from runtime.api.http_app import build_http_app, http_runner
 from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import RuntimeStateApi, add_state
-from runtime.config.addresses import claim, parse_address
 from runtime.config.loader import configure
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import CommandBuilder, EngineClient, EngineState
@@ -38,7 +40,6 @@ from runtime.engine_client.shared_memory import SharedMemoryFile, wants_arena
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.models.manager import Models
-from runtime.observability import logs
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
@@ -125,7 +126,10 @@ class Runtime:
 
     async def _listen(self) -> None:
         for address in (*self._addresses, self._http_address):
-            await asyncio.to_thread(claim, address)
+            try:
+                await asyncio.to_thread(check_free, address)
+            except OSError as error:
+                raise Unavailable(str(error)) from None
         await self._runner.setup()
         site: web.BaseSite
         if self._http_address.path:
@@ -145,7 +149,7 @@ class Runtime:
         """Keep health and metrics with the engine's state."""
         seen: EngineState | None = None
         while True:
-            count = self._engine.changes.count
+            count = self._engine.changes.version
             if self._engine.state is not seen:
                 seen = self._engine.state
                 serving = (
@@ -161,7 +165,7 @@ class Runtime:
             if self._engine.stats is not None:
                 names = {view.model_id: view.settings.display_name or view.model_id for view in self._models.views()}
                 self._metrics.update(self._engine.stats, names)
-            await self._engine.changes.wait_past(count)
+            await self._engine.changes.wait(since=count)
 
     async def _end(self) -> None:
         """Take nothing new, let answers finish within the grace period, then end the engine."""
@@ -204,6 +208,9 @@ def main(arguments: list[str]) -> int:
     except RepertoryError as error:
         print(f"repertory runtime: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, InvalidRequest) else 1
+    except ConfigError as error:
+        print(f"repertory runtime: {error}", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"repertory runtime: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -20,8 +20,7 @@ PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-A flag beats an environment variable, which beats the YAML file, which beats the default; of `serve` alone, whose file holds its programs' own fields, the file
-goes over the flags. Sizes are bytes or `512MiB`, `40GiB`; times are seconds; addresses are `HOST:PORT` or `unix:PATH`; lists are comma separated.
+A flag overrides an environment variable, which overrides the YAML file, which overrides the default, for every program. Sizes are bytes or `512MiB`, `40GiB`; times are seconds; addresses are `HOST:PORT` or `unix:PATH`; lists are comma separated.
 
 | program | flags | environment | file |
 | --- | --- | --- | --- |

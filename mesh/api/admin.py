@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from common.clock import epoch_ms
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
 from mesh.api.request_log import Record
 from mesh.client.admin import Fit, Models
 from mesh.errors import InvalidRequest, NotFound
-from mesh.placement.copies import epoch_ms
 from mesh.placement.placement import Placement
 from mesh.registry.records import CAPACITY_UNIT_BYTES
 from mesh.registry.registration import DEFAULT_TYPE, concrete_id, model_info, with_settings

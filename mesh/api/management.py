@@ -4,12 +4,12 @@ Knows messages, ModelMesh's answers and texts; decides nothing. Which statuses m
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 
+from common.clock import epoch_ms
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound
 from mesh.registry.models import entry_time_ms
 from mesh.registry.records import VModelRecord
@@ -23,10 +23,6 @@ MOVE_WAIT_S = 240.0
 
 Answer = TypeVar("Answer")
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def epoch_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 class ManagementService(rpc.ModelMeshServicer):

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from common.changes import Changes
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
 from mesh.api.request_log import Record
@@ -17,7 +18,6 @@ from mesh.api.sse_keepalive import HEADERS
 from mesh.client.admin import Model
 from mesh.client.connections import HOP_HEADER
 from mesh.errors import InvalidRequest
-from mesh.placement.copies import Changes
 from mesh.placement.placement import Placement
 from mesh.registry.registry import Registry
 

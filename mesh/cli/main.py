@@ -6,10 +6,11 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mesh import configure
+from common.config import add_flags, load
+from common.errors import ConfigError
+from common.version import package_version
 from mesh.cli import commands, serve, serve_flags, settings_flags
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(args)
         sys.stdout.flush()  # what is still to be written may fail too
         return status
-    except MeshError as error:
+    except (MeshError, ConfigError) as error:
         print(f"repertory: {error.message}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidRequest) else 1
+        return 2 if isinstance(error, InvalidRequest | ConfigError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -66,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verb == "serve-mesh":
         from mesh.pod import run_pod  # the client verbs start faster without the server's imports
 
-        return run_pod(configure.load(MeshConfig, flags=vars(args), env=os.environ, file=args.config))
+        return run_pod(load(MeshConfig, flags=vars(args), env=os.environ, file=args.config))
     verb: Verb = args.do
     return verb(AdminClient(args.server, args.api_key), args)
 
@@ -82,18 +83,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _version() -> str:
-    try:
-        return version("repertory")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="repertory", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"repertory {_version()}")
+    parser.add_argument("--version", action="version", version=f"repertory {package_version()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_serve(verbs)
     _add_client_verbs(verbs)
@@ -109,7 +103,7 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     everything.set_defaults(usage_error=everything.error)
     mesh = verbs.add_parser("serve-mesh", help="one pod's mesh, in front of any ModelMesh serving runtime")
     mesh.add_argument("--config", type=Path, help="YAML file with any of the fields below")
-    configure.add_flags(mesh, MeshConfig)
+    add_flags(mesh, MeshConfig)
     mesh.set_defaults(usage_error=mesh.error)
     runtime = verbs.add_parser(
         "serve-runtime",

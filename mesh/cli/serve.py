@@ -21,14 +21,15 @@ from typing import Any
 
 import msgspec
 
-from mesh import logs
+from common import logs
+from common.addresses import check_free, parse_address
+from common.config import load, read_mapping
+from common.errors import ConfigError
 from mesh.cli.render import size
 from mesh.cli.supervisor import SupervisedProcess, reachable, status_of
 from mesh.client.admin import DEFAULT_SERVER
 from mesh.config import MeshConfig
-from mesh.configure import load, read_yaml
-from mesh.errors import InvalidRequest, Unavailable
-from mesh.listening import check_address, check_free
+from mesh.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +45,65 @@ class Settings:
     runtime: Mapping[str, Any]
 
 
+# The configuration fields that each flag of `serve` sets, as paths below `mesh` and `runtime`.
+_FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
+    "http_listen": (("mesh", "http_listen"),),
+    "grpc_listen": (("mesh", "grpc_listen"),),
+    "store": (("mesh", "store"),),
+    "wait_budget": (("mesh", "wait_budget_s"),),
+    "api_keys": (("mesh", "api_keys"),),
+    "memory": (("runtime", "engine", "device_budget_bytes"),),
+    "host_memory": (("runtime", "engine", "host_budget_bytes"),),
+    "device": (("runtime", "engine", "device"),),
+    "oversubscribe": (("runtime", "engine", "oversubscribe"),),
+    "cache_dir": (("runtime", "cache_dir"),),
+    "cache_size": (("runtime", "cache_budget_bytes"),),
+    "grace": (("mesh", "grace_s"), ("runtime", "grace_s")),
+    "log_level": (("mesh", "log_level"), ("runtime", "log_level")),
+    "log_json": (("mesh", "log_json"), ("runtime", "log_json")),
+}
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Raises InvalidRequest for a bad file."""
-    home = Path(args.home).expanduser()
-    run_dir = home / "run"
-    engine: dict[str, Any] = {"device": args.device, "oversubscribe": args.oversubscribe}
-    engine |= {"device_budget_bytes": args.memory, "host_budget_bytes": args.host_memory}
-    common = {"log_json": args.log_json, "log_level": args.log_level, "grace_s": args.grace}
-    runtime: dict[str, Any] = {
+    """Merge flags and environment (`args.given` names those that were set), the file, and the defaults, in this order.
+
+    Raises ConfigError for a bad file.
+    """
+    run_dir = Path(args.home).expanduser() / "run"
+    tree = _from_flags(args, run_dir)
+    if args.config is not None:
+        given = {path: _at(tree, path) for flag in args.given for path in _FIELDS_OF_FLAG.get(flag, ())}
+        _overlay(args.config, tree)
+        for path, value in given.items():
+            _at(tree, path[:-1])[path[-1]] = value
+    mesh = tree["mesh"]
+    if empty := next((name for name, value in mesh.items() if value is None), None):
+        raise ConfigError(f"configuration file {args.config}: {empty} of `mesh:` has no value")
+    # The mesh reads these values itself, and refuses a field that it does not have.
+    known = msgspec.to_builtins(load(MeshConfig, flags=mesh, env={}))
+    mesh |= {name: value for name, value in known.items() if name in mesh}
+    for field in ("grpc_listen", "http_listen"):
+        parse_address(str(mesh[field]), field)
+    return Settings(run_dir, mesh, tree["runtime"])
+
+
+def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    home = run_dir.parent
+    both = {"log_json": args.log_json, "log_level": args.log_level, "grace_s": args.grace}
+    runtime = {
         "listen": [f"unix:{run_dir}/runtime.sock"],
         "http_listen": f"unix:{run_dir}/runtime-http.sock",
         "cache_dir": str(Path(args.cache_dir).expanduser() if args.cache_dir else home / "cache"),
         "cache_budget_bytes": args.cache_size,
-        "engine": engine,
-        **common,
+        "engine": {
+            "device": args.device,
+            "oversubscribe": args.oversubscribe,
+            "device_budget_bytes": args.memory,
+            "host_budget_bytes": args.host_memory,
+        },
+        **both,
     }
-    mesh: dict[str, Any] = {
+    mesh = {
         "grpc_listen": args.grpc_listen,
         "http_listen": args.http_listen,
         "store": args.store or f"embedded:{home / 'registry'}",
@@ -67,36 +111,31 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "runtime_http": runtime["http_listen"],
         "wait_budget_s": args.wait_budget,
         "api_keys": tuple(key.strip() for key in args.api_keys.split(",") if key.strip()),
-        **common,
+        **both,
     }
-    if args.config is not None:
-        _overlay(args.config, mesh, runtime)
-        if empty := next((name for name, value in mesh.items() if value is None), None):
-            raise InvalidRequest(f"configuration file {args.config}: {empty} of `mesh:` has no value")
-        # as the mesh will read them; a field that it doesn't know is its own to refuse
-        mesh |= {
-            name: value
-            for name, value in msgspec.to_builtins(load(MeshConfig, flags=mesh, env={})).items()
-            if name in mesh
-        }
-    for field in ("grpc_listen", "http_listen"):
-        check_address(field, str(mesh[field]))
-    return Settings(run_dir, mesh, runtime)
+    return {"mesh": mesh, "runtime": runtime}
 
 
-def _overlay(file: Path, mesh: dict[str, Any], runtime: dict[str, Any]) -> None:
-    content = read_yaml(file)
+def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _overlay(file: Path, tree: dict[str, Any]) -> None:
+    content = read_mapping(file)
     if set(content) - {"mesh", "runtime"}:
-        raise InvalidRequest(f"configuration file {file}: expected the sections `mesh:` and `runtime:`")
+        raise ConfigError(f"configuration file {file}: expected the sections `mesh:` and `runtime:`")
+    mesh, runtime = tree["mesh"], tree["runtime"]
     mesh.update(_section(file, "mesh", content.get("mesh")))
-    own = dict(_section(file, "runtime", content.get("runtime")))
-    runtime["engine"] = {**runtime["engine"], **_section(file, "engine", own.pop("engine", None))}
-    runtime.update(own)
+    section = dict(_section(file, "runtime", content.get("runtime")))
+    runtime["engine"] = {**runtime["engine"], **_section(file, "engine", section.pop("engine", None))}
+    runtime.update(section)
 
 
 def _section(file: Path, name: str, content: object) -> Mapping[str, Any]:
     if not isinstance(content, dict | None):
-        raise InvalidRequest(f"configuration file {file}: `{name}:` must hold `field: value` lines")
+        raise ConfigError(f"configuration file {file}: `{name}:` must hold `field: value` lines")
     return content or {}
 
 
@@ -106,7 +145,7 @@ def serve(args: argparse.Namespace) -> int:
         settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _own(settings.run_dir):
             for kind, field in (("gRPC", "grpc_listen"), ("HTTP", "http_listen")):
-                check_free(kind, str(settings.mesh[field]))
+                check_free(parse_address(str(settings.mesh[field]), field), kind)
             logs.set_up(as_json=bool(settings.mesh["log_json"]), level=str(settings.mesh["log_level"]))
             return asyncio.run(_Supervisor(settings).run())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The flags of `repertory serve`, their environment variables, and what each takes. Knows nothing of the processes that they configure."""
+"""The flags of `repertory serve` and their environment variables, with a check of each value."""
 
 import argparse
 import os
@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mesh.configure import env_name, is_true, parse_size
-from mesh.errors import InvalidRequest
-from mesh.listening import check_address
+from common.addresses import parse_address
+from common.config import env_name, is_true
+from common.errors import ConfigError
+from common.units import parse_size
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -18,11 +19,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Each has an environment variable REPERTORY_<NAME>, whose value is checked as a flag's is, and never shown: it may be a key."""
     home = str(Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "repertory")
 
+    dests: dict[str, str] = {env_name("log_json"): "log_json"}
+
     def flag(name: str, default: str, takes: Callable[[str], object], text: str, **options: Any) -> None:
         env = env_name(name.replace("-", "_"))
         shown = f" (default {default})" if default else ""
         help_text = f"{text} [{env}]{shown}".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=os.environ.get(env, default), type=takes, help=help_text, **options)
+        default = os.environ.get(env, default)
+        parser.add_argument(f"--{name}", action=_Store, default=default, type=takes, help=help_text, **options)
+        dests[env] = name.replace("-", "_")
 
     flag("http-listen", "127.0.0.1:8080", _address, "OpenAI API, admin, health and metrics", metavar="HOST:PORT")
     flag("grpc-listen", "127.0.0.1:8033", _address, "gRPC: management and inference by model name", metavar="HOST:PORT")
@@ -80,21 +85,50 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML file: `mesh:` and `runtime:` with any of their own fields, over the flags above",
+        help="YAML file: `mesh:` and `runtime:` with any of their own fields; flags and environment variables override it",
     )
     parser.add_argument(
         "--log-json",
-        action=argparse.BooleanOptionalAction,
+        action=_StoreBoolean,
         default=is_true(os.environ.get("REPERTORY_LOG_JSON", "")),
         help="logs as JSON lines [REPERTORY_LOG_JSON]",
     )
+    parser.set_defaults(given=frozenset(dest for env, dest in dests.items() if env in os.environ))
+
+
+class _Store(argparse.Action):
+    """Stores a value and adds the flag to `given`, so that a default is told from a value that the user chose."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = namespace.given | {self.dest}
+
+
+class _StoreBoolean(argparse.BooleanOptionalAction):
+    """The same for `--flag` and `--no-flag`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        namespace.given = namespace.given | {self.dest}
 
 
 def _address(text: str) -> str:
     try:
-        check_address("address", text)
-    except InvalidRequest as error:
-        raise argparse.ArgumentTypeError(error.message) from None
+        parse_address(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

@@ -3,43 +3,17 @@
 All on one event loop: between two awaits nothing changes, which is what makes choosing a victim and marking it one step.
 """
 
-import asyncio
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from common.changes import Changes
+from common.clock import epoch_ms
 from mesh.placement.usage import Held, Usage
 from mesh.types import CopyState, ModelInfo
 
 _COMING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
-
-
-def epoch_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-class Changes:
-    """Wakes whoever waits for something to be different."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self.version = 0
-
-    def tell(self) -> None:
-        self.version += 1
-        self._event.set()
-        self._event = asyncio.Event()
-
-    async def wait(self, timeout_s: float | None = None, *, since: int | None = None) -> None:
-        """Returns after the next change, or after the time. `since`: a version; if there has been a change after it, returns at once."""
-        if since is not None and since != self.version:
-            return
-        # not wait_for: before Python 3.12 that may swallow a cancellation
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._event.wait()
 
 
 @dataclass(eq=False, slots=True)
@@ -89,16 +63,16 @@ class LocalCopies:
 
     def add(self, copy: LocalCopy) -> None:
         self._copies[copy.model_id] = copy
-        self._changes.tell()
+        self._changes.notify()
 
     def set_state(self, copy: LocalCopy, state: CopyState) -> None:
         copy.state = state
-        self._changes.tell()
+        self._changes.notify()
 
     def remove(self, copy: LocalCopy) -> None:
         if self._copies.get(copy.model_id) is copy:
             del self._copies[copy.model_id]
-        self._changes.tell()
+        self._changes.notify()
 
     def usage(self) -> Usage:
         held = tuple(
@@ -144,4 +118,4 @@ class LocalCopies:
         if counts[model_id] <= 0:
             del counts[model_id]
             # whoever waits for room, or for the copy to drain
-            self._changes.tell()
+            self._changes.notify()

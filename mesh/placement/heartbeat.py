@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import msgspec
 
+from common.changes import Changes
+from common.clock import epoch_ms
 from mesh.errors import StoreError
-from mesh.placement.copies import Changes, LocalCopies, LocalCopy, epoch_ms
+from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.usage import NEVER_MS
 from mesh.registry.instances import Instances
 from mesh.registry.records import CAPACITY_UNIT_BYTES, LRU_EMPTY_MS, CopyReport, InstanceRecord

@@ -10,9 +10,11 @@ import logging
 import time
 from collections.abc import Awaitable
 
+from common.changes import Changes
+from common.clock import epoch_ms
 from mesh.errors import LoadFailed, MeshError, NotFound, Overloaded, StoreError, Unavailable
 from mesh.metrics import Metrics
-from mesh.placement.copies import Changes, LocalCopies, LocalCopy, epoch_ms
+from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.eviction import make_room
 from mesh.placement.load_times import LoadTimes
 from mesh.placement.record_updates import RecordUpdates
@@ -71,7 +73,7 @@ class LocalLoads:
         if self._slots is None:
             self._slots = asyncio.Semaphore(limits.max_loading_concurrency)
         self._ready.set()
-        self._changes.tell()
+        self._changes.notify()
 
     def pause(self) -> None:
         """The runtime is away: loads wait for it."""
@@ -133,7 +135,7 @@ class LocalLoads:
         self._loading.pop(model_id, None)
         if not task.cancelled() and task.exception() is not None:
             logger.info("load of %s ended: %s", model_id, task.exception())
-        self._changes.tell()
+        self._changes.notify()
 
     async def _load(self, copy: LocalCopy, urgent: bool) -> None:
         model_id = copy.model_id

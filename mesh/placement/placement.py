@@ -10,8 +10,10 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
+from common.changes import Changes
+from common.clock import epoch_ms
 from mesh.errors import MeshError, NotFound, StoreError, Unavailable
-from mesh.placement.copies import Changes, LocalCopies, epoch_ms
+from mesh.placement.copies import LocalCopies
 from mesh.placement.eviction import make_room
 from mesh.placement.load_times import remaining_s
 from mesh.placement.loads import LocalLoads
@@ -70,7 +72,7 @@ class Placement:
 
     def start(self) -> None:
         self._registry.models.table.listen(self._record_changed)
-        self._registry.instances.table.listen(lambda *_: self._changes.tell())
+        self._registry.instances.table.listen(lambda *_: self._changes.notify())
         self._spawn(self._follower.run())
         self._spawn(self._sweep_for_ever())
 
@@ -338,7 +340,7 @@ class Placement:
                 self._spawn(self._loads.drop(model_id))
         if new is None:
             self._loads.forget(model_id)
-        self._changes.tell()
+        self._changes.notify()
 
     async def _sweep_for_ever(self) -> None:
         while True:

@@ -8,8 +8,9 @@ import logging
 import time
 from collections.abc import Callable
 
+from common.changes import Changes
 from mesh.errors import MeshError
-from mesh.placement.copies import Changes, LocalCopies, LocalCopy
+from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.loads import LocalLoads
 from mesh.types import CopyState, RuntimeClient, RuntimeLimits, RuntimeModel, RuntimeSnapshot
 
@@ -85,7 +86,7 @@ class RuntimeMonitor:
             if snapshot.capacity_bytes and not gone:
                 self._copies.capacity_bytes = snapshot.capacity_bytes
             self._changed(snapshot)
-            self._changes.tell()
+            self._changes.notify()
 
     async def newer_account(self) -> None:
         """Returns when the runtime has told of itself what is newer than this call, and so than anything that it answered before."""
@@ -102,7 +103,7 @@ class RuntimeMonitor:
                     self._asked_s = asked_s
                     self._take(snapshot)
                     self._changed(snapshot)
-                    self._changes.tell()
+                    self._changes.notify()
         while self._asked_s < called_s and self._told_s < called_s:
             await self._changes.wait()
 

@@ -5,9 +5,11 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from common.changes import Changes
+from common.clock import epoch_ms
 from mesh.errors import DeadlineExceeded, LoadFailed, NotFound, Overloaded, Unavailable
 from mesh.metrics import Metrics
-from mesh.placement.copies import Changes, LocalCopies, epoch_ms
+from mesh.placement.copies import LocalCopies
 from mesh.placement.load_times import retry_after_s
 from mesh.placement.placement import Placement
 from mesh.registry.registration import name_in
@@ -58,7 +60,7 @@ class CopyRouter:
     def stop(self) -> None:
         """Refuse requests that wait for a model from now on."""
         self._stopping.set()
-        self._changes.tell()
+        self._changes.notify()
 
     def attempts(self, request: RoutingRequest) -> Attempts:
         return Attempts(self, request)

@@ -4,11 +4,11 @@ Each method's specification is its comment in proto/mmesh/model_runtime.proto.
 """
 
 import asyncio
-from importlib.metadata import PackageNotFoundError, version
 
 import grpc.aio
 
 from common.model_key import ModelSettings
+from common.version import package_version
 from runtime.api.grpc_errors import statuses
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineState
@@ -110,9 +110,9 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         context: "grpc.aio.ServicerContext[pb.RuntimeStatusRequest, pb.RuntimeStatusResponse]",
     ) -> pb.RuntimeStatusResponse:
         if self._engine.state is EngineState.STOPPED:
-            return pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.FAILING, runtimeVersion=_version())
+            return pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.FAILING, runtimeVersion=package_version())
         if self._engine.state is not EngineState.READY:
-            return pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.STARTING, runtimeVersion=_version())
+            return pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.STARTING, runtimeVersion=package_version())
         await self._models.purge()
         capacity = await self._capacity()
         info = pb.RuntimeStatusResponse.MethodInfo(idInjectionPath=[1])
@@ -122,7 +122,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             maxLoadingConcurrency=self._config.max_loading_concurrency,
             modelLoadingTimeoutMs=max(100, int(self._config.load_timeout_s * 1000)),
             defaultModelSizeInBytes=capacity.default_size_bytes,
-            runtimeVersion=_version(),
+            runtimeVersion=package_version(),
             methodInfos=dict.fromkeys(_ID_IN_FIELD_1, info),
             limitModelConcurrency=True,
             allowAnyMethod=True,
@@ -153,10 +153,3 @@ def add_spi(server: grpc.aio.Server, api: ModelRuntimeApi) -> str:
 def _check_id(model_id: str) -> None:
     if not model_id:
         raise InvalidRequest("modelId is empty", param="modelId")
-
-
-def _version() -> str:
-    try:
-        return version("repertory")
-    except PackageNotFoundError:
-        return "0"

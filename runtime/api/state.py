@@ -89,14 +89,14 @@ class RuntimeStateApi(RuntimeStateServicer):
     ) -> AsyncIterator[pb.RuntimeSnapshot]:
         rates: dict[str, TokenRate] = {}
         while True:
-            seen_models, seen_engine = self._models.changes.count, self._engine.changes.count
+            seen_models, seen_engine = self._models.changes.version, self._engine.changes.version
             yield self._snapshot(rates)
             await asyncio.sleep(_SHORTEST_S)
             if self._stopping or self._engine.state is EngineState.STOPPED:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the runtime is shutting down")
             waits = [
-                asyncio.create_task(self._models.changes.wait_past(seen_models, _LONGEST_S - _SHORTEST_S)),
-                asyncio.create_task(self._engine.changes.wait_past(seen_engine, _LONGEST_S - _SHORTEST_S)),
+                asyncio.create_task(self._models.changes.wait(_LONGEST_S - _SHORTEST_S, since=seen_models)),
+                asyncio.create_task(self._engine.changes.wait(_LONGEST_S - _SHORTEST_S, since=seen_engine)),
             ]
             try:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

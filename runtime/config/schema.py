@@ -1,14 +1,10 @@
-"""The runtime's configuration: one typed tree, given whole to the front process and its engine part to the engine process.
-
-Knows defaults and ranges; where a value comes from (flag, environment, file) is runtime.config.loader's business.
-"""
+"""The runtime's configuration: one typed tree. The front process receives all of it, the engine process its engine section."""
 
 from typing import Annotated, Any
 
 import msgspec
 
-GIB = 1024**3
-MIB = 1024**2
+from common.units import GIB, MIB
 
 
 def _about(text: str, **limits: Any) -> msgspec.Meta:

@@ -19,8 +19,8 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from common.changes import Changes
 from runtime.config.schema import EngineConfig
-from runtime.engine_client.changes import Changes
 from runtime.engine_client.process import EngineProcess, engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.engine_client.streams import DeliveryPacer, RowStream
@@ -117,7 +117,7 @@ class EngineClient:
         while self.state is not EngineState.READY:
             if self.state is EngineState.STOPPED:
                 raise Unavailable(self.failure or "the engine is stopped")
-            await self.changes.wait_past(self.changes.count)
+            await self.changes.wait()
         assert self.hello is not None
         return self.hello
 
@@ -163,7 +163,7 @@ class EngineClient:
             left_s = deadline_s - loop.time()
             if left_s <= 0:
                 return False
-            await self.changes.wait_past(self.changes.count, left_s)
+            await self.changes.wait(left_s)
         return True
 
     # Tokens

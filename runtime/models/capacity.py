@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from runtime.config.schema import MIB
+from common.units import MIB
 from runtime.ipc.messages import Hello
 from runtime.types import ModelFacts
 

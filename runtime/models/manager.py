@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from common.changes import Changes
 from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.changes import Changes
 from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
 from runtime.errors import (
     Cancelled,

@@ -1,9 +1,8 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, with text as BYTES tensors and OpenAI's parameter names."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import grpc.aio
 
+from common.version import package_version
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
 from runtime.api.model_lookup import find_model
 from runtime.api.oip.plan import parameters_of, plan_inference
@@ -58,7 +57,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         request: pb.ServerMetadataRequest,
         context: grpc.aio.ServicerContext[pb.ServerMetadataRequest, pb.ServerMetadataResponse],
     ) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name="repertory", version=_version())
+        return pb.ServerMetadataResponse(name="repertory", version=package_version())
 
     async def ModelMetadata(
         self,
@@ -127,10 +126,3 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
 def _shown_name(model: ServedModel, asked: str) -> str:
     """Return the name for the response: as the client wrote it, but not an id that a mesh put in its place."""
     return model.name if asked in ("", model.model_id) else asked
-
-
-def _version() -> str:
-    try:
-        return version("repertory")
-    except PackageNotFoundError:
-        return "0"

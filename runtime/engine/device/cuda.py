@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from common.units import MIB
 from runtime.checkpoint.packed import Layout4Bit
-from runtime.config.schema import MIB, EngineConfig
+from runtime.config.schema import EngineConfig
 from runtime.engine.device.device import TakenMemory
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.arena_index import ArenaIndex

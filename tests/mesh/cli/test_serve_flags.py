@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from common.config import load
+from common.errors import ConfigError
+from common.units import GIB
 from mesh.cli import serve, serve_flags
 from mesh.cli.main import main
 from mesh.config import MeshConfig
-from mesh.configure import load
-from mesh.errors import InvalidRequest
-from mesh.listening import check_address, check_free
 from runtime.config.loader import configure
 from runtime.config.schema import RuntimeConfig
-from runtime.errors import InvalidRequest as RuntimeInvalid
 
 
 def settings(*arguments: str) -> serve.Settings:
@@ -83,7 +82,7 @@ def test_flags_and_environment_reach_both_processes(monkeypatch: pytest.MonkeyPa
 def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
-    with pytest.raises(InvalidRequest, match=str(file)):
+    with pytest.raises(ConfigError, match=str(file)):
         settings("--config", str(file))
 
 
@@ -105,9 +104,9 @@ def test_a_value_in_a_file_is_refused_before_anything_is_started(
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidRequest, match=str(file)):
+    with pytest.raises(ConfigError, match=str(file)):
         settings("--config", str(file))
-    with pytest.raises(InvalidRequest, match=str(file)):
+    with pytest.raises(ConfigError, match=str(file)):
         load(MeshConfig, flags={}, env={}, file=file)
 
 
@@ -121,7 +120,7 @@ def test_empty_sections_mean_nothing(tmp_path: Path) -> None:
     ("field", "value"), [("wait_budget_s", -1), ("keep_alive_s", 0), ("log_level", "loud"), ("session_ttl_s", 0)]
 )
 def test_a_mesh_that_cant_be_is_refused(field: str, value: object) -> None:
-    with pytest.raises(InvalidRequest, match=field):
+    with pytest.raises(ConfigError, match=field):
         load(MeshConfig, flags={field: value}, env={})
 
 
@@ -129,7 +128,7 @@ def test_a_mesh_that_cant_be_is_refused(field: str, value: object) -> None:
     "flags", [("--device", "gpu"), ("--oversubscribe", "tape"), ("--kv-dtype", "int4"), ("--max-rows", "0")]
 )
 def test_a_runtime_that_cant_be_is_refused(flags: tuple[str, str]) -> None:
-    with pytest.raises(RuntimeInvalid, match=flags[0].removeprefix("--").replace("-", "_")):
+    with pytest.raises(ConfigError, match=flags[0].removeprefix("--").replace("-", "_")):
         configure(flags, {})
     assert isinstance(configure((), {}), RuntimeConfig)
 
@@ -190,17 +189,27 @@ def test_a_home_that_cant_be_is_one_line(capsys: pytest.CaptureFixture[str], tmp
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1:0", "localhost:0", ":0", "0.0.0.0:0", "[::1]:8080", "unix:/nowhere/to/be/found"]
-)
-def test_what_may_be_written_as_an_address(address: str) -> None:
-    check_address("it", address)
+def test_settings_of_flag_and_environment_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "mesh: {wait_budget_s: 1, http_listen: '127.0.0.1:1', keep_alive_s: 2}\n"
+        "runtime: {grace_s: 4, engine: {device: cuda, device_budget_bytes: 1GiB, max_rows: 9}}\n"
+    )
+    monkeypatch.setenv("REPERTORY_DEVICE", "cpu")
+    found = settings("--config", str(file), "--http-listen", "127.0.0.1:2", "--memory", "2GiB", "--no-log-json")
+    assert found.mesh["http_listen"] == "127.0.0.1:2"
+    assert found.mesh["wait_budget_s"] == 1
+    assert found.mesh["keep_alive_s"] == 2
+    assert found.mesh["log_json"] is False
+    assert found.runtime["grace_s"] == 4
+    assert found.runtime["engine"]["device"] == "cpu"
+    assert found.runtime["engine"]["device_budget_bytes"] == 2 * GIB
+    assert found.runtime["engine"]["max_rows"] == 9
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", ""])
-def test_a_port_is_free_until_somebody_listens_there(host: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(OSError, match=f"it address {host}:{port} can't be listened on: Address already in use"):
-            check_free("it", f"{host}:{port}")
-    check_free("it", f"{host}:{port}")
+def test_settings_of_a_flag_at_its_default_value_still_overrides_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("runtime: {engine: {device: cuda}}\nmesh: {grace_s: 5}\n")
+    found = settings("--config", str(file), "--device", "auto", "--grace", "30")
+    assert found.runtime["engine"]["device"] == "auto"
+    assert found.mesh["grace_s"] == found.runtime["grace_s"] == 30

@@ -104,7 +104,7 @@ async def refused(call: "grpc.aio.UnaryUnaryCall[object, object]") -> tuple[grpc
 
 async def until(runtime: Runtime, done: Callable[[], bool]) -> None:
     while not done():
-        await runtime.models.changes.wait_past(runtime.models.changes.count, 0.05)
+        await runtime.models.changes.wait(0.05)
 
 
 async def ready(stub: ModelRuntimeStub) -> spi.RuntimeStatusResponse:

@@ -150,7 +150,7 @@ async def test_an_idle_engines_death_blames_nobody(client: EngineClient) -> None
     assert client.hello is not None
     os.kill(client.hello.pid, signal.SIGKILL)
     while client.restarts == 0:
-        await client.changes.wait_past(client.changes.count, 5.0)
+        await client.changes.wait(5.0)
     listener = client._listener
     assert isinstance(listener, Listener)
     assert listener.deaths[0].stepping is None
@@ -164,7 +164,7 @@ async def test_a_model_that_ran_unasked_is_blamed_for_the_engines_death(client: 
     client._blackbox.mark("a")
     os.kill(client.hello.pid, signal.SIGKILL)
     while client.restarts == 0:
-        await client.changes.wait_past(client.changes.count, 5.0)
+        await client.changes.wait(5.0)
     listener = client._listener
     assert isinstance(listener, Listener)
     assert listener.deaths[0].stepping == "a"

@@ -49,7 +49,7 @@ class House:
     async def until(self, done: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
             while not done():
-                await self.models.changes.wait_past(self.models.changes.count, 0.05)
+                await self.models.changes.wait(0.05)
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from bench.smollm2 import gguf_path
 from common.model_key import DefaultSampling, ModelSettings, Quantization
-from runtime.config.addresses import Address, claim, parse_address
 from runtime.config.loader import configure
-from runtime.errors import InvalidRequest, LoadFailed, Unavailable
+from runtime.errors import InvalidRequest, LoadFailed
 from runtime.models.model_key import fingerprint, parse_model
 from runtime.puller.checkpoint_check import CheckpointKind, Policy, inspect
 from runtime.puller.gguf_metadata import read_gguf
@@ -57,60 +56,6 @@ def test_an_empty_path_needs_a_storage() -> None:
         parse_model("", "{}")
     with pytest.raises(InvalidRequest, match="not valid JSON"):
         parse_model("/m", "{")
-
-
-def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("cache_dir: from-file\ngrace_s: 1\nengine:\n  max_rows: 7\n  device_budget_bytes: 1GiB\n")
-    env = {"REPERTORY_GRACE_S": "2", "REPERTORY_SLAB_BYTES": "4MiB", "REPERTORY_LISTEN": "unix:/a, 0.0.0.0:1"}
-    config = configure(["--config", str(file), "--max-rows", "9", "--no-fuse"], env)
-    assert (config.cache_dir, config.grace_s, config.listen) == ("from-file", 2.0, ("unix:/a", "0.0.0.0:1"))
-    assert (config.engine.max_rows, config.engine.device_budget_bytes, config.engine.slab_bytes) == (
-        9,
-        1 << 30,
-        4 << 20,
-    )
-    assert config.engine.fuse is False
-    assert configure(["--config", '{"log_json": true}'], {}).log_json
-    assert configure(["--listen", "unix:/a", "--listen", "0.0.0.0:1,unix:/b"], env).listen == (
-        "unix:/a",
-        "0.0.0.0:1",
-        "unix:/b",
-    )
-    for arguments, named in (
-        (["--device-budget", "lots"], "'lots'"),
-        (["--config", '{"grase_s": 1}'], "'grase_s'"),
-        (["--max-rows", "x"], "max_rows"),
-    ):
-        with pytest.raises(InvalidRequest) as caught:
-            configure(arguments, {})
-        assert named in str(caught.value)
-
-
-def test_addresses_and_who_has_them(tmp_path: Path) -> None:
-    import socket
-
-    assert parse_address("unix:/a/b") == Address(path="/a/b")
-    assert parse_address("[::1]:80") == Address(host="::1", port=80)
-    for bad in ("nonsense", "host:port", "host:99999", "unix:"):
-        with pytest.raises(InvalidRequest):
-            parse_address(bad)
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-        with pytest.raises(Unavailable, match="taken"):
-            claim(Address(path=str(path)))
-    claim(Address(path=str(path)))  # stale now
-    assert not path.exists()
-    path.write_text("a file")
-    with pytest.raises(Unavailable, match="no socket"):
-        claim(Address(path=str(path)))
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        with pytest.raises(Unavailable, match="can't be listened on"):
-            claim(Address(host="127.0.0.1", port=server.getsockname()[1]))
 
 
 def look(path: Path, **policy: bool) -> object:

@@ -1,0 +1,65 @@
+"""Logs on stderr, as JSON lines for machines or as text for people, with the fields that the caller passed as `extra`.
+
+Callers never pass a prompt or a secret.
+"""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def set_up(*, as_json: bool, level: str) -> None:
+    """Configure logging for the process. Raises ValueError for an unknown level."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    # aiohttp logs an error for each client that closes its connection early.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # httpx logs URLs, which may carry signatures.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extra(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, logger, message and the fields as `key=value`.
+
+    Control characters are escaped, so that a name chosen by a caller cannot forge a line or drive a terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = "".join(f" {key}={value}" for key, value in _extra(record).items() if value not in ("", None))
+        head = f"{_time(record)} {record.levelname.lower():7} {record.name}: "
+        text = head + _escaped(f"{record.getMessage()}{extra}")
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _RECORD_ATTRIBUTES}
+
+
+def _time(record: logging.LogRecord) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"

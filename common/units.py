@@ -1,0 +1,28 @@
+"""Sizes in bytes, as people write them and as help texts show them."""
+
+import re
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of `123`, `4GiB` or `4G` (both binary), or `4GB` (decimal). Raises ValueError."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB or TiB")
+    number, unit, binary = match.groups()
+    is_decimal = not binary and text.strip().lower().endswith("b") and unit != ""
+    return int(float(number) * (1000 if is_decimal else 1024) ** _POWER[unit.lower()])
+
+
+def format_size(size_bytes: int) -> str:
+    """Return the shortest exact form that `parse_size` reads: `6GiB`, `512MiB`, or bytes."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes and size_bytes % unit == 0:
+            return f"{size_bytes // unit}{name}"
+    return str(size_bytes)

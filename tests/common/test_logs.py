@@ -1,0 +1,46 @@
+"""Log lines: fields, exceptions, and no forged line."""
+
+import json
+import logging
+import sys
+
+from common.logs import JsonFormatter, TextFormatter
+
+
+def record(message: str, *, with_error: bool = False, **extra: object) -> logging.LogRecord:
+    made = logging.makeLogRecord(
+        {"name": "a.b", "levelno": 30, "levelname": "WARNING", "msg": "%s left", "args": (message,), **extra}
+    )
+    made.created, made.msecs = 1_800_000_000.25, 250.0
+    if with_error:
+        try:
+            raise OSError("no room")
+        except OSError:
+            made.exc_info = sys.exc_info()
+    return made
+
+
+def test_text_formatter_shows_fields_that_have_a_value() -> None:
+    line = TextFormatter().format(record("m", model="x", seconds=1.5, empty=""))
+    assert line == "2027-01-15T08:00:00.250Z warning a.b: m left model=x seconds=1.5"
+
+
+def test_text_formatter_escapes_control_characters_of_callers() -> None:
+    line = TextFormatter().format(record("a\r\nERROR forged\x1b[31m", model="b\nc"))
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert "a\\r\\nERROR forged\\x1b[31m" in line
+    assert "model=b\\nc" in line
+
+
+def test_text_formatter_appends_the_traceback() -> None:
+    assert TextFormatter().format(record("m", with_error=True)).endswith("OSError: no room")
+
+
+def test_json_formatter_is_one_line_with_all_fields() -> None:
+    line = JsonFormatter().format(record("a\nb", with_error=True, model="ñ"))
+    assert "\n" not in line
+    found = json.loads(line)
+    assert (found["message"], found["model"], found["level"]) == ("a\nb left", "ñ", "warning")
+    assert found["time"] == "2027-01-15T08:00:00.250Z"
+    assert "no room" in found["exception"]
