@@ -69,7 +69,6 @@ def main(arguments: list[str]) -> int:
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
         loop.run()
-        mark("")
     except Exception:
         traceback.print_exc()
         return 1

@@ -1,10 +1,12 @@
 """An engine loop on the fake backend and a clock of its own, with what every request should have answered."""
 
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
+from runtime.engine.operations import Operation
 from runtime.ipc.messages import (
     Abort,
     Add,
@@ -68,7 +70,14 @@ def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
 class Stage:
     """Drives a loop turn by turn; time passes `turn_s` a turn."""
 
-    def __init__(self, backend: FakeBackend, *, turn_s: float = 0.005, **config: object) -> None:
+    def __init__(
+        self,
+        backend: FakeBackend,
+        *,
+        turn_s: float = 0.005,
+        record: Callable[[Operation], None] | None = None,
+        **config: object,
+    ) -> None:
         self.backend = backend
         self.now = 100.0
         self.turn_s = turn_s
@@ -84,7 +93,7 @@ class Stage:
                 **config,
             }
         )
-        self.loop = EngineLoop(settings, backend, self.inbox, self._emit, self.marks.append, lambda: self.now)  # type: ignore[arg-type]
+        self.loop = EngineLoop(settings, backend, self.inbox, self._emit, self.marks.append, lambda: self.now, record)  # type: ignore[arg-type]
         self._ids = 0
 
     def _emit(self, event: Event) -> None:

@@ -171,13 +171,13 @@ class FakeRunner:
         if fault == "launch":
             raise RuntimeError("the fake device refuses")
         self._check(plan)
-        for row, index, page in plan.new_blocks:
+        for at_row, index, page in plan.new_blocks:
             assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
             assert (page % self._memory.kv.pages_per_slab) % self._memory.kv.pages_per_block == 0
-            self.rows[row].table[index] = page
+            self.rows[at_row].table[index] = page
         holders: dict[int, list[tuple[int, int]]] = {}  # page → rows that have it, and where
-        for slot, row in self.rows.items():
-            for index, page in row.table.items():
+        for slot, opened in self.rows.items():
+            for index, page in opened.table.items():
                 holders.setdefault(page, []).append((slot, index))
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
@@ -215,6 +215,7 @@ class FakeRunner:
         self._backend.steps += 1
         self._backend.largest_step = max(self._backend.largest_step, plan.num_tokens)
         if fault == "collect":
+            self._backend.results.append(None)
             return FakeLaunched(self, None, self._spec.latency_polls)
         result = StepResult(
             tokens,
@@ -222,6 +223,7 @@ class FakeRunner:
             logprobs if any(logprobs) else None,
             prompt_logprobs or None,
         )
+        self._backend.results.append(result)
         return FakeLaunched(self, result, self._spec.latency_polls)
 
     @staticmethod
@@ -338,6 +340,7 @@ class FakeBackend:
         self.steps = 0
         self.largest_step = 0
         self.token_us = 2.0
+        self.results: list[StepResult | None] = []  # of every launch; None where the step broke
         self._mapped: dict[int, tuple[str, str]] = {}
 
     def map(self, slab: int, owner: tuple[str, str]) -> None:
@@ -351,6 +354,25 @@ class FakeBackend:
     @property
     def mapped(self) -> int:
         return len(self._mapped)
+
+    def snapshot(self) -> list[object]:
+        """Everything that operations have changed, as plain values."""
+        models = [
+            (
+                runner.facts.model_id,
+                runner.closed,
+                memory.closed,
+                memory.resident,
+                sorted(memory.kv_slab.items()),
+                sorted(memory.cells.items()),
+                sorted(
+                    (slot, row.setup.prompt_len, list(row.setup.prompt), row.last) for slot, row in runner.rows.items()
+                ),
+                sorted((slot, sorted(row.table.items())) for slot, row in runner.rows.items()),
+            )
+            for runner, memory in zip(self.runners, self.memories, strict=True)
+        ]
+        return [models, sorted(self._mapped.items()), sorted(self.open_rows), self.steps]
 
     def host_free_bytes(self) -> int:
         return 0

@@ -55,7 +55,7 @@ class Commands:
             text = f"a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
             self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
             return
-        model.last_used_s = now
+        model.touch(now)
         if sequence.limit == 0 and add.request.logprobs.prompt is None:
             reason = FinishReason.LENGTH if add.request.stop.max_tokens == 0 else FinishReason.CONTEXT
             self.table.emit_rows(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])

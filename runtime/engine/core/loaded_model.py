@@ -1,8 +1,12 @@
-"""A loaded model as the loop holds it: its runner, its memory, its requests and its accounts. Plain state; decisions lie elsewhere."""
+"""A loaded model as the engine's core knows it: its requests, its caches and where its weights are.
+
+The state changes through the methods only; what changes on the device is an operation (runtime.engine.operations).
+"""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from runtime.engine.interfaces import ModelMemory, Runner
+from runtime.engine.interfaces import KvGeometry
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.residency import Holder
 from runtime.engine.scheduler.cost_model import CostModel
@@ -14,14 +18,38 @@ from runtime.types import ModelFacts, Tier
 _GUESSED_BYTES_PER_S = {Tier.HOST: 40e9, Tier.DISK: 1.5e9}
 
 
+class WeightsStatus(Protocol):
+    """The queries of interfaces.ModelMemory. Planning reads them and changes nothing."""
+
+    @property
+    def weight_slabs(self) -> int: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def kv(self) -> KvGeometry: ...
+
+    def swap_in_done(self) -> bool: ...
+
+    def host_bytes(self) -> int: ...
+
+
 @dataclass(slots=True, eq=False)
 class LoadedModel:
-    """`weight_slabs` None = not resident. `faults`: steps that failed in a row. `draining_since_s`: takes no requests until it is evicted."""
+    """One model and its accounts.
+
+    Attributes:
+        weight_slabs: the slabs under the weights; None = not resident.
+        swapping: the weights are being copied to the device.
+        draining_since_s: since when the model admits no request, until it is evicted.
+        faults: steps that failed in a row.
+        swap_seconds: how long the last swap-in took, per tier that the weights came from.
+    """
 
     request: Load
     facts: ModelFacts
-    runner: Runner
-    memory: ModelMemory
+    memory: WeightsStatus
     cache: PrefixCache
     scheduler: Scheduler
     cost: CostModel
@@ -52,9 +80,48 @@ class LoadedModel:
     def draining(self) -> bool:
         return self.draining_since_s is not None
 
+    def touch(self, now: float) -> None:
+        """Note that the model is used."""
+        self.last_used_s = now
+
+    def begin_swap_in(self, slabs: list[int], now: float) -> None:
+        """The weights are on their way to `slabs`."""
+        self.weight_slabs = slabs
+        self.resident_since_s = now
+        self.swapping = True
+        self.swap_ins += 1
+
+    def finish_swap_in(self, now: float) -> None:
+        """The last byte of the weights has arrived."""
+        self.swapping = False
+        self.swap_seconds[self.lower_tier] = now - self.resident_since_s
+
+    def leave_device(self) -> list[int]:
+        """The weights are evicted. Returns the slabs that they had."""
+        slabs, self.weight_slabs = self.weight_slabs or [], None
+        self.swapping = False
+        self.draining_since_s = None
+        self.evictions += 1
+        return slabs
+
+    def drain(self, now: float) -> None:
+        """Admit no more requests until the model is evicted."""
+        self.draining_since_s = now
+
+    def stop_draining(self) -> None:
+        self.draining_since_s = None
+
+    def record_fault(self) -> int:
+        """Count a step that failed. Returns how many failed in a row."""
+        self.faults += 1
+        return self.faults
+
+    def clear_faults(self) -> None:
+        self.faults = 0
+
     @property
     def lower_tier(self) -> Tier:
-        """Where its weights are once they left the device."""
+        """The tier of the weights while they are not on the device."""
         return Tier.HOST if self.memory.host_bytes() else Tier.DISK
 
     @property

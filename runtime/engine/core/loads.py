@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from runtime.engine.core.model_table import ModelTable
-from runtime.engine.interfaces import LoadJob, LoadRequest, LoadResult
+from runtime.engine.operations import StartLoad
 from runtime.errors import RepertoryError
 from runtime.ipc.messages import Load, Loaded, LoadFailed, Unloaded
 from runtime.types import FinishReason
@@ -15,7 +15,6 @@ class _Pending:
     """`loads` and `unloads` are answers owed when the job ends; `then` is what came after a cancellation."""
 
     request: Load
-    job: LoadJob
     loads: int = 1
     unloads: int = 0
     cancelled: bool = False
@@ -70,7 +69,7 @@ class Loads:
 
     def poll(self, now: float) -> None:
         """Take in what has come."""
-        for model_id, pending in [(m, p) for m, p in self._pending.items() if p.job.done()]:
+        for model_id, pending in [(m, p) for m, p in self._pending.items() if self.table.executor.load_is_done(m)]:
             del self._pending[model_id]
             self._finish(pending, now)
             for _ in range(pending.unloads):
@@ -80,13 +79,15 @@ class Loads:
 
     def stop(self) -> None:
         """Cancel all and wait for them (the engine ends)."""
-        for pending in self._pending.values():
-            pending.job.cancel()
-        for pending in self._pending.values():
+        executor = self.table.executor
+        for model_id in self._pending:
+            executor.cancel_load(model_id)
+        for model_id in self._pending:
             try:
-                _close(pending.job.result())
+                executor.finish_load(model_id)
             except Exception:
-                continue  # a cancelled load has nothing to say any more
+                continue  # the load was cancelled or failed, and holds nothing
+            executor.unload(model_id)
         self._pending.clear()
 
     def _start(self, request: Load, answers: int = 1) -> None:
@@ -94,35 +95,36 @@ class Loads:
         try:
             self.table.check_fits(request, size_bytes)
             self.table.make_host_room(size_bytes)
-            job = self.table.backend.load(LoadRequest(request.model_id, request.checkpoint, request.max_model_len))
+            self.table.executor.start_load(StartLoad(request.model_id, request.checkpoint, request.max_model_len))
         except Exception as error:
             self._fail(request.model_id, answers, *_reason(error))
             return
-        self._pending[request.model_id] = _Pending(request, job, answers)
+        self._pending[request.model_id] = _Pending(request, answers)
 
     def _finish(self, pending: _Pending, now: float) -> None:
-        request = pending.request
+        request, executor = pending.request, self.table.executor
         try:
-            loaded = pending.job.result()
+            loaded = executor.finish_load(request.model_id)
         except Exception as error:
             self._fail(request.model_id, pending.loads, *_reason(error))
             return
         if pending.cancelled:
-            _close(loaded)
+            executor.unload(request.model_id)
             return
         try:
             model = self.table.register(request, loaded, now)
         except Exception as error:
-            _close(loaded)
+            executor.unload(request.model_id)
             self._fail(request.model_id, pending.loads, *_reason(error))
             return
-        try:
-            self.table.resident.load_if_free(model, now)
-        except Exception as error:
+        self.table.resident.load_if_free(model, now)
+        executor.flush()
+        failure = executor.take_failed_swap_in(request.model_id)
+        if failure is not None:
             self.table.unregister(model, FinishReason.ERROR, now)
-            self._fail(request.model_id, pending.loads, *_reason(error))
+            self._fail(request.model_id, pending.loads, *_reason(failure))
             return
-        # before the answer: who reads it finds the model in its tier
+        # The figures come before the answer, so that its reader finds the model in its tier.
         self.table.emit(self.table.stats())
         for _ in range(pending.loads):
             self.table.emit(Loaded(model.facts))
@@ -138,18 +140,13 @@ class Loads:
     def _cancel(self, pending: _Pending, text: str) -> None:
         if not pending.cancelled:
             pending.cancelled = True
-            pending.job.cancel()
+            self.table.executor.cancel_load(pending.request.model_id)
         self._fail(pending.request.model_id, pending.loads, "CANCELLED", text)
         pending.loads = 0
 
     def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
         for _ in range(answers):
             self.table.emit(LoadFailed(model_id, code, message))
-
-
-def _close(loaded: LoadResult) -> None:
-    loaded.runner.close()
-    loaded.memory.close()
 
 
 def _reason(error: Exception) -> tuple[str, str]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.commands import Commands
+from runtime.engine.core.executor import OperationExecutor
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
-from runtime.engine.core.residency_manager import SwapInFailed
 from runtime.engine.core.step_budget import StepBudget
 from runtime.engine.interfaces import Backend, Launched
+from runtime.engine.operations import Operation
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.outputs import Step
 from runtime.ipc.messages import Command, Event, LoadFailed
@@ -49,12 +50,13 @@ class EngineLoop:
         emit: Callable[[Event], None],
         mark: Callable[[str], None],
         clock: Callable[[], float],
+        record: Callable[[Operation], None] | None = None,
     ) -> None:
-        self.table = ModelTable(config, backend, emit, mark)
+        self._executor = OperationExecutor(backend, mark, record)
+        self.table = ModelTable(config, backend, self._executor, emit)
         self._config = config
         self._backend = backend
         self._inbox = inbox
-        self._mark = mark
         self._clock = clock
         self._step_budget = StepBudget(self.table)
         self._round_robin = RoundRobin(config.quantum_us)
@@ -63,6 +65,7 @@ class EngineLoop:
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0
         self._reported_busy = False
+        self._reported_changes = 0
         self.done = False
 
     def run(self) -> None:
@@ -86,12 +89,13 @@ class EngineLoop:
         if self._flights and (len(self._flights) > 1 or not launched):
             self._collect()
             worked = True
+        self._executor.flush()
         if self._config.debug_checks:
             self.table.check()
         idle = not (worked or launched)
         # whoever looks right after the last answer is not to be told that it runs
         if (
-            self.table.resident.changed
+            self.table.num_changes != self._reported_changes
             or now >= self._stats_due_s
             or (idle and self._reported_busy and not self._anything_left())
         ):
@@ -102,7 +106,7 @@ class EngineLoop:
         return not idle
 
     def _emit_stats(self, now: float) -> None:
-        self.table.resident.changed = False
+        self._reported_changes = self.table.num_changes
         self._stats_due_s = now + _STATS_EVERY_S
         stats = self.table.stats()
         self._reported_busy = any(model.running or model.waiting for model in stats.models)
@@ -125,13 +129,13 @@ class EngineLoop:
         self._commands.apply(command, now)
 
     def _update_residency(self, now: float) -> None:
-        """Residency. A swap-in that fails takes its model with it, and no other."""
-        for model in list(self.table.models.values()):
-            self.table.close_rows(model)
-        try:
-            self.table.resident.update(now)
-        except SwapInFailed as failure:
-            self._unload_broken(failure.model, str(failure))
+        """Bring weights in and out. A model whose swap-in fails is unloaded, the others stay."""
+        self._executor.flush()  # what is asked about swap-ins must be under way
+        self.table.resident.update(now)
+        self._executor.flush()
+        for model_id, error in self._executor.take_failed_swap_ins().items():
+            text = f"its weights did not come in: {type(error).__name__}: {error}"
+            self._unload_broken(self.table.models[model_id], text)
 
     # Launching ------------------------------------------------------------------------------------------------------------------------------
 
@@ -154,20 +158,17 @@ class EngineLoop:
 
     def _launch_step(self, model: LoadedModel, num_active: int, now: float) -> bool:
         step = model.scheduler.plan(self._step_budget.limits(model, num_active, now), now)
-        self.table.close_rows(model)
         if step is None:
             self._step_budget.handle_starvation(model, now)
             return False
-        model.last_used_s = now
-        self.table.resident.moved(model)
-        self._mark(model.model_id)
+        model.touch(now)
+        self.table.resident.release_claim(model)
         tokens = step.plan.num_tokens
         predicted_us = model.cost.predict_us(tokens, step.kv_tokens)
         self._round_robin.charge(model.model_id, predicted_us)
+        self._executor.flush()  # an error in here is not the step's
         try:
-            for setup in step.opened:
-                model.runner.open_row(setup)
-            launched = model.runner.launch(step.plan)
+            launched = self._executor.launch(model.model_id, step.opened, step.plan)
         except Exception as error:
             self._fault(model, step, error)
             return True
@@ -186,11 +187,10 @@ class EngineLoop:
             self._fault(model, step, error)
             return
         if not step.void:
-            model.faults = 0
+            model.clear_faults()
         model.cost.observe(flight.tokens, step.kv_tokens, result.device_us)
         self._round_robin.charge(model.model_id, result.device_us - flight.predicted_us)
         rows = model.scheduler.settle(step, result, self._clock())
-        self.table.close_rows(model)
         self.table.emit_rows(model.model_id, rows)
 
     def _collect_all_of(self, model_id: str) -> None:
@@ -200,7 +200,7 @@ class EngineLoop:
 
     def _fault(self, model: LoadedModel, step: Step, error: Exception) -> None:
         """A step raised: its rows are lost, the model stays, until it happens twice in a row."""
-        self._mark(model.model_id)  # not the one launched after it
+        self._executor.mark_running(model.model_id)  # not the model that was launched after it
         self._backend.synchronize()  # raises if the device itself is lost
         now = self._clock()
         counts = not step.void
@@ -209,12 +209,12 @@ class EngineLoop:
         self.table.fail_rows(model, lost, text)
         if not counts:
             return
-        model.faults += 1
-        if model.faults >= _FAULTS:
-            self._unload_broken(model, f"{text} ({model.faults} times in a row)")
+        faults = model.record_fault()
+        if faults >= _FAULTS:
+            self._unload_broken(model, f"{text} ({faults} times in a row)")
 
     def _unload_broken(self, model: LoadedModel, text: str) -> None:
-        model.faults = 0  # what is in flight may fail too, and must not come here again
+        model.clear_faults()  # what is in flight may fail too, and must not come here again
         self._collect_all_of(model.model_id)
         self.table.unregister(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)
         self._round_robin.forget(model.model_id)
@@ -226,11 +226,11 @@ class EngineLoop:
         return bool(self._flights) or any(m.scheduler.sequences() for m in self.table.models.values())
 
     def _wait(self) -> None:
-        if self._backend.idle(self._mark):
+        if self._executor.run_idle_work():
             return
         models = self.table.models.values()
         swapping = next((m.model_id for m in models if m.swapping), "")
-        self._mark(swapping)  # if the engine ends now, no other model did it
+        self._executor.mark_running(swapping)  # if the engine ends now, no other model did it
         soon = bool(len(self._loads) or swapping) or any(len(m.scheduler.waiting) for m in models)
         timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
         try:
@@ -252,4 +252,5 @@ class EngineLoop:
                 "UNAVAILABLE",
                 "the engine has shut down",
             )
+        self._executor.mark_running("")
         self.table.slabs.check()

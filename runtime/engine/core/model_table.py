@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from runtime.config.schema import EngineConfig
+from runtime.engine.core.executor import KvOperations, OperationExecutor
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
 from runtime.engine.interfaces import Backend, LoadResult
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
+from runtime.engine.operations import CloseRow, DropHost
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.cost_model import CostModel
-from runtime.engine.scheduler.row_pool import RowPool
+from runtime.engine.scheduler.row_pool import ModelRows, RowPool
 from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.engine.scheduler.sequence import Sequence
 from runtime.errors import Overloaded
@@ -29,15 +31,22 @@ _CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
 
 class ModelTable:
     def __init__(
-        self, config: EngineConfig, backend: Backend, emit: Callable[[Event], None], mark: Callable[[str], None]
+        self, config: EngineConfig, backend: Backend, executor: OperationExecutor, emit: Callable[[Event], None]
     ) -> None:
         self.config = config
         self.backend = backend
+        self.executor = executor
         self.emit = emit
         self.slabs = SlabPool(backend.total_slabs)
         self.rows = RowPool(min(config.max_rows, backend.max_rows, config.max_batch_tokens))
         self.models: dict[str, LoadedModel] = {}
-        self.resident = ResidencyManager(self.slabs, self.models, mark)
+        self.resident = ResidencyManager(self.slabs, self.models, executor.enqueue)
+        self._num_registrations = 0
+
+    @property
+    def num_changes(self) -> int:
+        """Grows whenever a model is registered, unregistered, or changes its tier."""
+        return self._num_registrations + self.resident.num_changes
 
     def check_fits(self, request: Load, weight_bytes: int) -> None:
         """Raises Overloaded, with the sizes, for weights that exceed the whole budget."""
@@ -52,9 +61,8 @@ class ModelTable:
 
     def register(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
         """Take a model in. Raises Overloaded, with the sizes, if weights and the least useful KV can never be on the device together."""
-        runner, memory = loaded.runner, loaded.memory
+        memory, facts = loaded.memory, loaded.runner.facts
         geometry = memory.kv
-        facts = runner.facts
         block_tokens = geometry.block_tokens
         least_blocks = blocks_for(min(_LEAST_KV_TOKENS, facts.max_model_len), block_tokens)
         kv_slabs = min(self.slabs.total - memory.weight_slabs, geometry.max_slabs)
@@ -71,20 +79,21 @@ class ModelTable:
         facts = msgspec.structs.replace(
             facts, max_model_len=min(facts.max_model_len, kv_slabs * geometry.blocks_per_slab * block_tokens)
         )
-        cache = PrefixCache(BlockPool(geometry, self.slabs, f"{request.model_id}/kv", memory))
+        model_id, enqueue = request.model_id, self.executor.enqueue
+        cache = PrefixCache(BlockPool(geometry, self.slabs, f"{model_id}/kv", KvOperations(model_id, enqueue)))
+        rows = ModelRows(self.rows, lambda row: enqueue(CloseRow(model_id, row)))
         model = LoadedModel(
             request,
             facts,
-            runner,
             memory,
             cache,
-            Scheduler(facts.eos_token_ids, cache, self.rows),
+            Scheduler(facts.eos_token_ids, cache, rows),
             CostModel(slowness=_CPU_COST_SCALE if self.backend.device == "cpu" else 1.0),
             min(request.max_waiting, self.config.max_waiting),
             now,
         )
-        self.models[request.model_id] = model
-        self.resident.changed = True
+        self.models[model_id] = model
+        self._num_registrations += 1
         return model
 
     def unregister(
@@ -94,10 +103,9 @@ class ModelTable:
         self.end(model, model.scheduler.sequences(), reason, now, code, error)
         model.cache.forget()
         self.resident.evict(model)
-        model.runner.close()
-        model.memory.close()
+        self.executor.unload(model.model_id)
         del self.models[model.model_id]
-        self.resident.changed = True
+        self._num_registrations += 1
 
     def end(
         self,
@@ -113,12 +121,10 @@ class ModelTable:
         for sequence in sequences:
             model.scheduler.end(sequence, now)
             rows.append(RowTokens(sequence.request_id, (), reason, error_code=code, error=error))
-        self.close_rows(model)
         self.emit_rows(model.model_id, rows)
 
     def fail_rows(self, model: LoadedModel, sequences: Iterable[Sequence], error: str) -> None:
-        """These have ended already, with the step that failed."""
-        self.close_rows(model)
+        """Emit the error of sequences that ended with a step that failed."""
         rows = [RowTokens(s.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error=error) for s in sequences]
         self.emit_rows(model.model_id, rows)
 
@@ -129,14 +135,6 @@ class ModelTable:
         if rows:
             self.emit(Tokens(model_id, tuple(rows)))
 
-    def close_rows(self, model: LoadedModel) -> None:
-        """Rows that the scheduler gave up: the runner forgets them first, then another model may have them."""
-        closed = model.scheduler.closed_rows
-        for row in closed:
-            model.runner.close_row(row)
-            self.rows.release(row)
-        closed.clear()
-
     def make_host_room(self, size_bytes: int) -> None:
         """Host copies go, least recently used first, until a model of this size fits."""
         if not self.backend.host_total_bytes:
@@ -145,7 +143,8 @@ class ModelTable:
             if self.backend.host_free_bytes() >= size_bytes:
                 return
             if model.memory.host_bytes() and not model.swapping:
-                model.memory.drop_host()
+                self.executor.enqueue(DropHost(model.model_id))
+                self.executor.flush()  # the next look at the free bytes must include these
 
     def stats(self) -> EngineStats:
         slab_bytes = self.backend.slab_bytes
@@ -167,6 +166,6 @@ class ModelTable:
             model.scheduler.check()
             if self.slabs.lent(model.weights_owner) != len(model.weight_slabs or ()):
                 raise AssertionError(f"{model.model_id}: weights hold {self.slabs.lent(model.weights_owner)} slabs")
-        running = sum(model.scheduler.running + len(model.scheduler.closed_rows) for model in self.models.values())
+        running = sum(model.scheduler.running for model in self.models.values())
         if running != self.rows.total - self.rows.free:
             raise AssertionError(f"{running} rows run, {self.rows.total - self.rows.free} are taken")

@@ -4,34 +4,37 @@ Order of what gives way: cached prefixes (least recently used over all models), 
 above its share. Applies residency.py's choices to slabs and memory ranges; knows no torch and no clock.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims
 from runtime.engine.memory.slab_pool import SlabPool
+from runtime.engine.operations import Evict, Operation, SwapIn
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.sequence import Sequence
 
 _LONGEST_DRAIN_S = 10.0  # then the rows of a draining model are preempted
 
 
-class SwapInFailed(Exception):
-    """The weights did not come; the model holds its slabs until it is dismissed."""
-
-    def __init__(self, model: LoadedModel, error: Exception) -> None:
-        super().__init__(f"its weights did not come in: {type(error).__name__}: {error}")
-        self.model = model
-
-
 class ResidencyManager:
-    """`models` is the loop's own table. `changed` is set when something went in or out; the loop clears it."""
+    """Decides residency and enqueues the operations that bring it about.
 
-    def __init__(self, pool: SlabPool, models: dict[str, LoadedModel], mark: Callable[[str], None]) -> None:
+    Args:
+        models: the loaded models by id, a view of the model table.
+        enqueue: takes an operation for the executor.
+    """
+
+    def __init__(self, pool: SlabPool, models: Mapping[str, LoadedModel], enqueue: Callable[[Operation], None]) -> None:
         self._pool = pool
         self._models = models
-        self._mark = mark
-        self._claimant = ""  # whose first sequence waits for room that others are giving up
-        self.changed = False
+        self._enqueue = enqueue
+        self._claimant = ""  # the model whose first sequence waits for room that others are releasing
+        self._num_changes = 0
+
+    @property
+    def num_changes(self) -> int:
+        """Grows whenever weights arrive on the device, begin to, or leave it."""
+        return self._num_changes
 
     # Weights --------------------------------------------------------------------------------------------------------------------------------
 
@@ -40,9 +43,8 @@ class ResidencyManager:
         absent: list[tuple[float, LoadedModel]] = []
         for model in self._models.values():
             if model.swapping and model.memory.swap_in_done():
-                model.swapping = False
-                model.swap_seconds[model.lower_tier] = now - model.resident_since_s
-                self.changed = True
+                model.finish_swap_in(now)
+                self._num_changes += 1
             if not model.resident:
                 since = model.scheduler.waiting.oldest_s()
                 if since is not None:
@@ -62,24 +64,20 @@ class ResidencyManager:
         if self._pool.free >= model.memory.weight_slabs + 1 and not self._room_is_kept():
             self._swap_in(model, now)
 
-    def moved(self, model: LoadedModel) -> None:
-        """A step of it was planned: what it waited for, it has."""
+    def release_claim(self, model: LoadedModel) -> None:
+        """A step of the model was planned, so it has the room that it waited for."""
         if self._claimant == model.model_id:
             self._claimant = ""
 
     def evict(self, model: LoadedModel) -> None:
-        """Weights leave the device; cached prefixes stay until their room is wanted."""
-        if model.weight_slabs is None:
+        """Evict the weights of a resident model; cached prefixes stay until their room is wanted."""
+        if not model.resident:
             return
-        model.memory.evict()
-        self._pool.release(model.weights_owner, model.weight_slabs)
-        self.moved(model)
-        model.weight_slabs = None
-        model.swapping = False
-        model.draining_since_s = None
+        self._enqueue(Evict(model.model_id))
+        self._pool.release(model.weights_owner, model.leave_device())
+        self.release_claim(model)
         model.scheduler.promised_blocks = 0
-        model.evictions += 1
-        self.changed = True
+        self._num_changes += 1
 
     def _bring_in(self, model: LoadedModel, waited_s: float, now: float) -> None:
         if self._room_is_kept(model):
@@ -95,7 +93,7 @@ class ResidencyManager:
                 # running rows' KV goes with the rows, so a model that drains frees more than its weights
                 kv = sum(m.cache.blocks.slabs - m.cache.blocks.idle_slabs for m in others)
                 for victim in choose_to_drain(holders, max(short - kv, 1), waited_s, model.return_cost_s, now):
-                    self._models[victim].draining_since_s = now
+                    self._models[victim].drain(now)
                 return
             while self._pool.free < need and self._drop_oldest_prefix(self._models.values()):
                 pass
@@ -118,20 +116,13 @@ class ResidencyManager:
         slabs = self._pool.lend(model.weights_owner, model.memory.weight_slabs)
         if slabs is None:
             return
-        self._mark(model.model_id)
-        model.weight_slabs = slabs
-        model.resident_since_s = now
-        model.swapping = True
-        model.swap_ins += 1
-        self.changed = True
-        try:
-            model.memory.swap_in(slabs)
-        except Exception as error:
-            raise SwapInFailed(model, error) from error
+        self._enqueue(SwapIn(model.model_id, tuple(slabs)))
+        model.begin_swap_in(slabs, now)
+        self._num_changes += 1
 
     def _end_drains(self) -> None:
         for model in self._models.values():
-            model.draining_since_s = None
+            model.stop_draining()
 
     # KV -------------------------------------------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,6 @@ class StepBudget:
         wanted = scheduler.blocks_wanted(budget)
         if wanted > model.cache.blocks.obtainable():
             resident.make_room(model, wanted, now)
-            for other in self.table.models.values():
-                self.table.close_rows(other)
         if model.draining or not len(scheduler.waiting):
             return Limits(budget, 0, 0)
         return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
@@ -37,8 +35,6 @@ class StepBudget:
         if sequence is None or (model.draining and not model.scheduler.running):
             return
         self.table.resident.yield_to(model, sequence, now)
-        for other in self.table.models.values():
-            self.table.close_rows(other)
 
     def _token_budget(self, model: LoadedModel, num_active: int) -> int:
         config = self.table.config

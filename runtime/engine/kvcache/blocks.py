@@ -10,7 +10,7 @@ from runtime.engine.memory.slab_pool import SlabPool
 
 
 class KvMapper(Protocol):
-    """The part of plan.ModelMemory that puts slabs under the KV range."""
+    """Takes the changes of the KV range, as operations to apply before the next step."""
 
     def map_kv(self, index: int, slab: int) -> None: ...
 

@@ -1,5 +1,7 @@
 """Row slots of the engine's row tables, shared by all models. A slot is taken from admission to the end (or preemption) of a sequence."""
 
+from collections.abc import Callable
+
 
 class RowPool:
     def __init__(self, total: int) -> None:
@@ -23,3 +25,26 @@ class RowPool:
     def check(self) -> None:
         if len(self._free) + len(self._taken) != self.total or not self._taken.isdisjoint(self._free):
             raise AssertionError(f"{len(self._free)} free + {len(self._taken)} taken != {self.total} rows")
+
+
+class ModelRows:
+    """One model's view of the row pool. `close` is called for a released row before another model may take it."""
+
+    def __init__(self, pool: RowPool, close: Callable[[int], None]) -> None:
+        self._pool = pool
+        self._close = close
+
+    @property
+    def total(self) -> int:
+        return self._pool.total
+
+    @property
+    def free(self) -> int:
+        return self._pool.free
+
+    def take(self) -> int:
+        return self._pool.take()
+
+    def release(self, row: int) -> None:
+        self._close(row)
+        self._pool.release(row)

@@ -13,7 +13,7 @@ from runtime.engine.kvcache.prefix import PrefixCache, chain
 from runtime.engine.scheduler.admission import LengthEstimate, blocks_for, peak_blocks
 from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
-from runtime.engine.scheduler.row_pool import RowPool
+from runtime.engine.scheduler.row_pool import ModelRows
 from runtime.engine.scheduler.sequence import Sequence, State
 from runtime.engine.scheduler.waiting_queue import WaitingQueue
 from runtime.ipc.messages import RowTokens
@@ -43,11 +43,10 @@ class Totals:
 
 
 class Scheduler:
-    def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: RowPool) -> None:
+    def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: ModelRows) -> None:
         self.totals = Totals()
         self.waiting = WaitingQueue()
         self.promised_blocks = 0  # what admission counted on at the last look
-        self.closed_rows: list[int] = []  # for the runner to close, then for the pool
         self._cache = cache
         self._rows = rows
         self._block_tokens = cache.blocks.geometry.block_tokens
@@ -382,7 +381,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._set_aside -= sequence.set_aside
         self.promised_blocks = min(self.promised_blocks, self._set_aside)
-        self.closed_rows.append(sequence.row)
+        self._rows.release(sequence.row)
         self._cache.release(sequence.pages, now)
         sequence.pages = []
         sequence.published = sequence.computed = sequence.shared = 0

@@ -1,5 +1,7 @@
 """The loop on the fake backend, scene by scene: loads, residency, faults, limits, ends."""
 
+from typing import Any
+
 import pytest
 
 from runtime.engine.interfaces import KvGeometry
@@ -14,7 +16,7 @@ def stage(
     *,
     total_slabs: int = 32,
     turn_s: float = 0.005,
-    config: dict[str, object] | None = None,
+    config: dict[str, Any] | None = None,
     **spec: object,
 ) -> Stage:
     roomy = KvGeometry(4, 32, 32, 1, 32, 64)  # 128 tokens a slab

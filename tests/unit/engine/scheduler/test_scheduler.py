@@ -9,7 +9,7 @@ from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.scheduler.outputs import Step
-from runtime.engine.scheduler.row_pool import RowPool
+from runtime.engine.scheduler.row_pool import ModelRows, RowPool
 from runtime.engine.scheduler.scheduler import SCORED_TOKENS, Limits, Scheduler
 from runtime.engine.scheduler.sequence import Sequence, State, from_add
 from runtime.ipc.messages import Add, RowTokens
@@ -31,7 +31,7 @@ class Bench:
         self.pool = SlabPool(slabs)
         self.cache = PrefixCache(BlockPool(KvGeometry(4, 4, 4, 1, 1, 1000), self.pool, "m/kv", NoMapper()))
         self.rows = RowPool(rows)
-        self.scheduler = Scheduler(eos, self.cache, self.rows)
+        self.scheduler = Scheduler(eos, self.cache, ModelRows(self.rows, lambda row: None))
         self.max_model_len = max_model_len
         self.now = 0.0
         self._ids = 0
@@ -53,9 +53,7 @@ class Bench:
 
     def plan(self, budget: int = 64, *, admit: int = 99, kv_blocks: int | None = None) -> Step | None:
         blocks = self.pool.free * 4 + self.cache.blocks.slabs * 4 if kv_blocks is None else kv_blocks
-        step = self.scheduler.plan(Limits(budget, blocks, admit), self.now)
-        self.sweep()
-        return step
+        return self.scheduler.plan(Limits(budget, blocks, admit), self.now)
 
     def must_plan(self, budget: int = 64) -> Step:
         step = self.plan(budget)
@@ -66,14 +64,8 @@ class Bench:
         drawing = [row for row, draws in zip(step.plan.rows, step.plan.samples, strict=True) if draws]
         tokens = [token if isinstance(token, int) else token(row) for row in drawing]
         rows = self.scheduler.settle(step, StepResult(tokens, 10.0), self.now)
-        self.sweep()
         self.scheduler.check()
         return {row.request_id: row for row in rows}
-
-    def sweep(self) -> None:
-        for row in self.scheduler.closed_rows:
-            self.rows.release(row)
-        self.scheduler.closed_rows.clear()
 
 
 def test_decode_rows_come_first_and_chunks_fill_the_budget() -> None:
@@ -214,7 +206,6 @@ def test_prompt_logprobs_skip_the_cache_and_penalties_skip_what_was_generated() 
     assert bench.scheduler.preempt_newest(0.0)
     assert bench.scheduler.preempt_newest(0.0)
     assert (penalty.state, plain.state) == (State.WAITING, State.WAITING)
-    bench.sweep()
     bench.must_plan()
     assert penalty.cached == 4
     assert penalty.shared == 1  # of the prompt alone
@@ -239,7 +230,6 @@ def test_preemption_keeps_what_was_drawn_and_takes_the_token_on_its_way() -> Non
     bench.settle(bench.must_plan(), 20)
     flying = bench.must_plan()
     assert bench.scheduler.preempt_newest(0.0)
-    bench.sweep()
     assert bench.plan() is None  # not before its last step has landed
     assert bench.settle(flying, 21)[sequence.request_id].tokens == (21,)
     again = bench.must_plan()
@@ -282,7 +272,6 @@ def test_a_broken_step_ends_its_rows_and_forgets_what_others_read_of_it() -> Non
     later = bench.must_plan()
     assert second.pages[0] == first.pages[0]  # it reads what the first step was to write
     assert bench.scheduler.fail(step, 0.0) == [first]
-    bench.sweep()
     assert bench.settle(later) == {}
     again = bench.must_plan()
     assert again.plan.starts == [0]

@@ -1,0 +1,169 @@
+"""Applies device operations to a backend in the order in which planning enqueued them.
+
+The executor is the only code that changes the device and the only owner of the crash marker.
+"""
+
+from collections.abc import Callable, Iterable
+
+from runtime.engine.interfaces import Backend, Launched, LoadJob, LoadRequest, LoadResult, RowSetup, StepPlan
+from runtime.engine.operations import (
+    CancelLoad,
+    CloseRow,
+    DropHost,
+    Evict,
+    FinishLoad,
+    MapKv,
+    OpenRow,
+    Operation,
+    RunStep,
+    StartLoad,
+    SwapIn,
+    Unload,
+    UnmapKv,
+)
+
+
+class OperationExecutor:
+    """Queues operations and applies them.
+
+    Args:
+        mark: notes the model whose device work starts now, for the process that looks into a crash; "" for no model.
+        record: is called with each operation before it is applied.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        mark: Callable[[str], None] = lambda model_id: None,
+        record: Callable[[Operation], None] | None = None,
+    ) -> None:
+        self._backend = backend
+        self._mark = mark
+        self._record = record
+        self._queue: list[Operation] = []
+        self._jobs: dict[str, LoadJob] = {}
+        self._models: dict[str, LoadResult] = {}
+        self._failed_swap_ins: dict[str, Exception] = {}
+
+    def enqueue(self, operation: Operation) -> None:
+        """Add an operation that the next `flush` or `launch` applies. Touches no device."""
+        self._queue.append(operation)
+
+    def flush(self) -> None:
+        """Apply what is queued.
+
+        A SwapIn that fails is kept for `take_failed_swap_ins` and does not stop the operations after it. Any other error is raised.
+        """
+        if not self._queue:
+            return
+        queue, self._queue = self._queue, []
+        for operation in queue:
+            if isinstance(operation, SwapIn):
+                try:
+                    self.apply(operation)
+                except Exception as error:
+                    self._failed_swap_ins[operation.model_id] = error
+            else:
+                self.apply(operation)
+
+    def launch(self, model_id: str, opened: Iterable[RowSetup], plan: StepPlan) -> Launched:
+        """Open the rows that `plan` needs and launch it, after everything that is queued. Raises what the device raises."""
+        self.flush()
+        self._mark(model_id)
+        for setup in opened:
+            self.apply(OpenRow(model_id, setup))
+        if self._record is not None:
+            self._record(RunStep(model_id, plan))
+        return self._models[model_id].runner.launch(plan)
+
+    def start_load(self, request: StartLoad) -> None:
+        """Apply what is queued, then begin to load a model."""
+        self.enqueue(request)
+        self.flush()
+
+    def load_is_done(self, model_id: str) -> bool:
+        """Whether `finish_load` would return at once."""
+        return self._jobs[model_id].done()
+
+    def cancel_load(self, model_id: str) -> None:
+        """Stop a load as soon as possible; `finish_load` must still be called."""
+        self.enqueue(CancelLoad(model_id))
+        self.flush()
+
+    def finish_load(self, model_id: str) -> LoadResult:
+        """Wait for a load and return its model, which must be unloaded later. Raises the load's RepertoryError."""
+        self.flush()
+        self.apply(FinishLoad(model_id))
+        return self._models[model_id]
+
+    def unload(self, model_id: str) -> None:
+        """Apply what is queued, then close a model."""
+        self.enqueue(Unload(model_id))
+        self.flush()
+        self._failed_swap_ins.pop(model_id, None)
+
+    def take_failed_swap_ins(self) -> dict[str, Exception]:
+        """The models whose swap-in failed since the last call. Each holds its slabs until it is evicted."""
+        failed, self._failed_swap_ins = self._failed_swap_ins, {}
+        return failed
+
+    def take_failed_swap_in(self, model_id: str) -> Exception | None:
+        """Like `take_failed_swap_ins`, for one model."""
+        return self._failed_swap_ins.pop(model_id, None)
+
+    def mark_running(self, model_id: str) -> None:
+        """Note which model a crash from now on must be attributed to; "" for none."""
+        self._mark(model_id)
+
+    def run_idle_work(self) -> bool:
+        """Do one piece of the backend's background work. Returns whether there was one."""
+        return self._backend.idle(self._mark)
+
+    def apply(self, operation: Operation) -> Launched | None:
+        """Apply one operation now, ahead of the queue. Returns the launched step for a RunStep."""
+        if self._record is not None:
+            self._record(operation)
+        match operation:
+            case CloseRow(model_id, row):
+                self._models[model_id].runner.close_row(row)
+            case OpenRow(model_id, setup):
+                self._models[model_id].runner.open_row(setup)
+            case MapKv(model_id, index, slab):
+                self._models[model_id].memory.map_kv(index, slab)
+            case UnmapKv(model_id, index):
+                self._models[model_id].memory.unmap_kv(index)
+            case SwapIn(model_id, slabs):
+                self._mark(model_id)
+                self._models[model_id].memory.swap_in(slabs)
+            case Evict(model_id):
+                self._models[model_id].memory.evict()
+            case DropHost(model_id):
+                self._models[model_id].memory.drop_host()
+            case RunStep(model_id, plan):
+                self._mark(model_id)
+                return self._models[model_id].runner.launch(plan)
+            case StartLoad(model_id, checkpoint, max_model_len):
+                self._jobs[model_id] = self._backend.load(LoadRequest(model_id, checkpoint, max_model_len))
+            case CancelLoad(model_id):
+                self._jobs[model_id].cancel()
+            case FinishLoad(model_id):
+                self._models[model_id] = self._jobs.pop(model_id).result()
+            case Unload(model_id):
+                model = self._models.pop(model_id)
+                model.runner.close()
+                model.memory.close()
+        return None
+
+
+class KvOperations:
+    """Turns the block pool's borrowing and returning of slabs into operations. Implements kvcache.blocks.KvMapper."""
+
+    def __init__(self, model_id: str, enqueue: Callable[[Operation], None]) -> None:
+        self._model_id = model_id
+        self._enqueue = enqueue
+
+    def map_kv(self, index: int, slab: int) -> None:
+        self._enqueue(MapKv(self._model_id, index, slab))
+
+    def unmap_kv(self, index: int) -> None:
+        self._enqueue(UnmapKv(self._model_id, index))

@@ -1,0 +1,107 @@
+"""Device operations: everything that changes a device's state, as plain data in one order.
+
+Planning enqueues operations and `core.executor` applies them. The ordered log is complete: a second backend that applies the same operations
+reaches the same state and draws the same tokens. Models are named by id; an id means one model from its FinishLoad to its Unload.
+"""
+
+import msgspec
+
+from runtime.engine.interfaces import RowSetup, StepPlan
+from runtime.types import Checkpoint
+
+
+class StartLoad(msgspec.Struct, frozen=True, tag="start_load"):
+    """Begin to load a model in the background."""
+
+    model_id: str
+    checkpoint: Checkpoint
+    max_model_len: int | None = None
+
+
+class CancelLoad(msgspec.Struct, frozen=True, tag="cancel_load"):
+    """Stop a load that was started as soon as possible. FinishLoad still follows."""
+
+    model_id: str
+
+
+class FinishLoad(msgspec.Struct, frozen=True, tag="finish_load"):
+    """Wait for a load and keep its model. If the load failed, no model of this id exists afterwards."""
+
+    model_id: str
+
+
+class Unload(msgspec.Struct, frozen=True, tag="unload"):
+    """Close a model's runner and release its memory. Its weights were evicted and its KV unmapped before."""
+
+    model_id: str
+
+
+class SwapIn(msgspec.Struct, frozen=True, tag="swap_in"):
+    """Map `slabs` under the weights and start to copy the weights in."""
+
+    model_id: str
+    slabs: tuple[int, ...]
+
+
+class Evict(msgspec.Struct, frozen=True, tag="evict"):
+    """Unmap the weights after the last launched step."""
+
+    model_id: str
+
+
+class DropHost(msgspec.Struct, frozen=True, tag="drop_host"):
+    """Release the copy of the weights in the host arena."""
+
+    model_id: str
+
+
+class MapKv(msgspec.Struct, frozen=True, tag="map_kv"):
+    """Map `slab` at place `index` of the KV range."""
+
+    model_id: str
+    index: int
+    slab: int
+
+
+class UnmapKv(msgspec.Struct, frozen=True, tag="unmap_kv"):
+    """Unmap place `index` of the KV range after the last launched step."""
+
+    model_id: str
+    index: int
+
+
+class OpenRow(msgspec.Struct, frozen=True, tag="open_row"):
+    """Set a row up for a sequence that was admitted."""
+
+    model_id: str
+    setup: RowSetup
+
+
+class CloseRow(msgspec.Struct, frozen=True, tag="close_row"):
+    """Forget a row. Another model may open it next."""
+
+    model_id: str
+    row: int
+
+
+class RunStep(msgspec.Struct, frozen=True, tag="run_step"):
+    """Launch one forward pass and its draws."""
+
+    model_id: str
+    plan: StepPlan
+
+
+Operation = (
+    StartLoad
+    | CancelLoad
+    | FinishLoad
+    | Unload
+    | SwapIn
+    | Evict
+    | DropHost
+    | MapKv
+    | UnmapKv
+    | OpenRow
+    | CloseRow
+    | RunStep
+)

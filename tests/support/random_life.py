@@ -1,0 +1,90 @@
+"""Random lives of several models on the fake backend: requests, aborts, loads, unloads, pressure on memory and faults, from one seed."""
+
+import random
+from collections.abc import Callable
+
+from runtime.engine.interfaces import KvGeometry
+from runtime.engine.operations import Operation
+from runtime.types import LogprobParams, SamplingParams
+from tests.support.engine_stage import GREEDY, Stage
+from tests.support.fake_backend import FakeBackend, FakeSpec
+
+PENALTY = SamplingParams(temperature=0.0, repetition_penalty=1.1)
+
+
+def random_specs(rng: random.Random) -> dict[str, FakeSpec]:
+    made = {}
+    for name in ("ada", "bob", "cyd", "dan"):
+        block_tokens = rng.choice((2, 4, 8))
+        blocks_per_slab = rng.choice((1, 3, 8))
+        geometry = KvGeometry(block_tokens, blocks_per_slab, blocks_per_slab * 2 + 1, 2, 64, 64)
+        made[name] = FakeSpec(
+            weight_slabs=rng.randint(1, 9),
+            vocab=rng.choice((7, 40, 400)),
+            kv=geometry,
+            max_model_len=rng.randint(20, 90),
+            load_polls=rng.randint(0, 5),
+            swap_polls=rng.randint(0, 8),
+            latency_polls=rng.choice((0, 1, 50)),
+        )
+    return made
+
+
+def run_life(
+    seed: int,
+    turns: int,
+    *,
+    faults: bool = True,
+    record: Callable[[Operation], None] | None = None,
+    on_turn: Callable[[FakeBackend], None] = lambda backend: None,
+) -> Stage:
+    """Run `turns` random actions, then turn until every request has ended. `faults`: steps and swap-ins may break."""
+    rng = random.Random(seed)
+    backend = FakeBackend(
+        random_specs(rng),
+        total_slabs=rng.randint(40, 70),
+        max_rows=rng.choice((3, 8, 24)),
+        max_batch_tokens=rng.choice((8, 32, 128)),
+    )
+    stage = Stage(backend, turn_s=rng.choice((0.001, 0.05, 0.4)), quantum_us=rng.choice((200, 2000)), record=record)
+    names = list(backend.specs)
+    stems = [[rng.randrange(40) for _ in range(rng.randint(4, 40))] for _ in range(4)]
+    for name in names[:3]:
+        stage.load(name)
+    for _ in range(turns):
+        dice = rng.random()
+        name = rng.choice(names)
+        if dice < 0.25:
+            for _ in range(rng.choice((1, 1, 2, 12))):
+                stem = rng.choice(stems)
+                longest = backend.specs[name].max_model_len
+                prompt = (stem[: rng.randint(0, len(stem))] + [rng.randrange(40) for _ in range(rng.randint(1, 8))])[
+                    :longest
+                ]
+                wants = rng.random()
+                logprobs = LogprobParams(0 if wants < 0.1 else None, 0 if wants > 0.93 else None)
+                stage.add(
+                    name,
+                    prompt,
+                    rng.choice((0, 1, 3, 20, 200)),
+                    sampling=rng.choice((GREEDY, GREEDY, PENALTY)),
+                    logprobs=logprobs,
+                    priority=rng.choice((0, 0, 0, 1)),
+                    min_tokens=rng.choice((0, 0, 4)),
+                    ignore_eos=rng.random() < 0.3,
+                    stop_token_ids=tuple(rng.sample(range(backend.specs[name].vocab), rng.choice((0, 0, 2)))),
+                )
+        elif dice < 0.29 and stage.answers:
+            stage.abort(*rng.sample(sorted(stage.answers), min(3, len(stage.answers))))
+        elif dice < 0.31:
+            stage.load(name)
+        elif dice < 0.317:
+            stage.unload(name)
+        elif dice < 0.322 and faults:
+            backend.faults[name] = rng.choice(("launch", "collect"))
+        elif dice < 0.324 and faults:
+            backend.broken_swap_ins[name] = True
+        stage.turn(rng.choice((0, 1, 1, 4)))
+        on_turn(backend)
+    stage.until_quiet()
+    return stage
