@@ -165,7 +165,7 @@ class Stage:
             self.turn()
             if (
                 self.inbox.empty()
-                and not len(self.loop._loads)
+                and not self.loop.num_loading
                 and all(a.last is not None for a in self.answers.values())
             ):
                 self.turn(3)

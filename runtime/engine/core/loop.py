@@ -68,6 +68,11 @@ class EngineLoop:
         self._reported_changes = 0
         self.done = False
 
+    @property
+    def num_loading(self) -> int:
+        """Models whose load has begun and is not answered."""
+        return len(self._loads)
+
     def run(self) -> None:
         """Until a Shutdown is through or the front is gone. Raises what the device raises when it is lost: then this process must end."""
         while not self.done:

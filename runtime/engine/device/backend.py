@@ -50,13 +50,13 @@ def make_backend(config: EngineConfig) -> "EngineBackend":
 
 
 class EngineBackend:
-    """Implements plan.Backend."""
+    """Implements interfaces.Backend. `state`: what all models share on the device; None = made for `hardware`."""
 
-    def __init__(self, config: EngineConfig, hardware: Device) -> None:
+    def __init__(self, config: EngineConfig, hardware: Device, state: DeviceState | None = None) -> None:
         self._config = config
         self._hardware = hardware
         self._prover = EquivalenceChecker(config.fuse)
-        self._state = DeviceState.create(hardware.device, config)
+        self._state = state if state is not None else DeviceState.create(hardware.device, config)
         # a CPU compiles nothing
         self._stage = WarmupStage(hardware.device, config) if hardware.device.type == "cuda" else None
         self._opened = False

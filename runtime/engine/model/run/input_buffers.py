@@ -92,24 +92,30 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
 class InputRing:
     """Host buffers in turn, and the device buffer that they are copied to (always the same one: CUDA graphs read it).
 
+    Args:
+        staged: pack into host buffers of their own, even where the device's words are host memory (a CPU needs none; a test of the GPU's order does).
+
     Attributes:
         max_blocks: new blocks that a step's words have room for; a plan's further ones (many long prefix hits at once) go another way.
     """
 
-    def __init__(self, device: torch.device, max_tokens: int, max_rows: int, max_blocks: int) -> None:
+    def __init__(
+        self, device: torch.device, max_tokens: int, max_rows: int, max_blocks: int, *, staged: bool = False
+    ) -> None:
         self.max_blocks = max_blocks
         self._max_tokens = max_tokens
         self._max_rows = max_rows
         num_words = layout.HEADER_WORDS + 7 * max_rows + max_tokens + 3 * max_blocks + 1
         on_gpu = device.type == "cuda"
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
-        lines = RING_LINES if on_gpu else 1
+        staged = staged or on_gpu
+        lines = RING_LINES if staged else 1
         self._host = [
-            torch.zeros(num_words, dtype=torch.int32, pin_memory=on_gpu) if on_gpu else self.device_words
+            torch.zeros(num_words, dtype=torch.int32, pin_memory=on_gpu) if staged else self.device_words
             for _ in range(lines)
         ]
         self._words = [host.numpy() for host in self._host]
-        self._sent = [torch.cuda.Event() for _ in range(lines)] if on_gpu else []
+        self._sent = [torch.cuda.Event() for _ in range(lines)] if staged else []
         self._turn = 0
         self._num_words = 0
 
