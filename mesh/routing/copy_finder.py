@@ -3,7 +3,8 @@
 import time
 from collections import Counter
 
-from mesh.placement.copies import LocalCopies, LocalCopy, epoch_ms
+from common.clock import epoch_ms
+from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.placement import Placement
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
