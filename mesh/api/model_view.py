@@ -1,6 +1,7 @@
-"""A registered model as people see it: one name, its settings, its state over all pods. Reads the registry and the loader; changes nothing."""
+"""Describes registered models as clients see them: one name, its settings, and its state over all pods."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mesh.client.admin import Copy, Model
@@ -9,13 +10,23 @@ from mesh.registry.registration import belongs_to, settings_of
 from mesh.registry.registry import NamedModel, Registry
 from mesh.types import CopyInfo, CopyState, Loader, ModelStatus, StatusInfo, Tier
 
-_NEAREST = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE)
-_MOST_SETTINGS = 10_000
-_COMING = (CopyState.LOADING, CopyState.PACKING, CopyState.PULLING, CopyState.QUEUED)
+_BY_DISTANCE = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE)
+_MAX_CACHED_SETTINGS = 10_000
+_LOADING_STATES = (CopyState.LOADING, CopyState.PACKING, CopyState.PULLING, CopyState.QUEUED)
+_NO_COPY = CopyInfo("", ModelStatus.NOT_LOADED, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A name's move to another model: the path of its files, its state, and whether it failed to load."""
+
+    path: str
+    status: StatusInfo
+    has_failed: bool
 
 
 class ModelViews:
-    """`last_used_ms` tells when this pod last used a model; 0 = not that it knew."""
+    """`last_used_ms` returns when this pod last used a model, 0 if unknown."""
 
     def __init__(self, registry: Registry, loader: Loader, last_used_ms: Callable[[str], int]) -> None:
         self._registry = registry
@@ -27,12 +38,12 @@ class ModelViews:
         return [self._view(named) for named in self._registry.named()]
 
     def states(self) -> list[tuple[str, Model | None]]:
-        """As all, by name; None: it is at rest, loaded nowhere and well. Of thousands of names most are."""
+        """Like `all()`, keyed by name. None for models that are unloaded and healthy (the common case)."""
         named = self._registry.named()
-        return [(each.name, None if self._rests(each) else self._view(each)) for each in named]
+        return [(each.name, None if self._is_unloaded(each) else self._view(each)) for each in named]
 
     async def one(self, name: str) -> Model:
-        """By name or concrete id. Raises NotFound."""
+        """Describe a model by name or concrete id. Raises NotFound."""
         model_id = await self._registry.resolve_fresh(name)
         named = self._registry.find_named(name)
         if named is None:
@@ -41,17 +52,15 @@ class ModelViews:
             named = NamedModel(name, model_id, model_id, record)
         return self._view(named)
 
-    def _rests(self, named: NamedModel) -> bool:
+    def _is_unloaded(self, named: NamedModel) -> bool:
         return named.target_id == named.model_id and not self._loader.status(named.model_id).copies
 
     def _view(self, named: NamedModel) -> Model:
         status = self._loader.status(named.model_id)
-        # a name that moves shows how far the files are that it moves to
-        coming = self._loader.status(named.target_id) if named.target_id != named.model_id else status
         best = _best(status)
-        step = _best(coming) if coming is not status and coming.status is not ModelStatus.LOADED else best
-        successor = self._registry.models.get(named.target_id) if named.target_id != named.model_id else None
-        last_used_ms = max(self._last_used_ms(named.model_id), named.record.last_used_ms)
+        move = self._move_of(named)
+        # While a name is moving, the new target's progress is of interest.
+        loading = _best(move.status) if move and move.status.status is not ModelStatus.LOADED else best
         settings = self._settings_of(named.record)
         return Model(
             name=named.name,
@@ -61,26 +70,38 @@ class ModelViews:
             settings=settings,
             status=status.status.name,
             state=_state(status, best),
-            tier=best.tier or "" if best and best.status is ModelStatus.LOADED else "",
-            weight_bytes=(best.weight_bytes if best else 0) or named.record.weight_bytes,
+            tier=best.tier or "" if best.status is ModelStatus.LOADED else "",
+            weight_bytes=best.weight_bytes or named.record.weight_bytes,
             device_bytes=sum(copy.device_bytes for copy in status.copies),
-            quantization=(best.quantization if best else "") or str(settings.get("quantize") or ""),
+            quantization=best.quantization or str(settings.get("quantize") or ""),
             copies=[_copy(copy) for copy in status.copies],
-            last_used_ms=last_used_ms if last_used_ms > named.record.entered_ms else 0,
+            last_used_ms=self._used_ms(named),
             running=sum(copy.running for copy in status.copies),
             waiting=sum(copy.waiting for copy in status.copies),
-            progress=step.progress if step else 0.0,
-            progress_text=step.progress_text if step else "",
-            error=_error(status, coming, successor.path if successor and named.move_failed else ""),
-            moving_to=successor.path if successor else "",
+            progress=loading.progress,
+            progress_text=loading.progress_text,
+            error=_error(status, move),
+            moving_to=move.path if move else "",
             aliases=list(named.aliases),
             alias_of=self._alias_of(named),
         )
 
+    def _move_of(self, named: NamedModel) -> _Move | None:
+        if named.target_id == named.model_id:
+            return None
+        target = self._registry.models.get(named.target_id)
+        path = target.path if target else ""
+        return _Move(path, self._loader.status(named.target_id), has_failed=bool(path) and named.move_failed)
+
+    def _used_ms(self, named: NamedModel) -> int:
+        """Return when the model was last used; 0 if it was not used since its registration."""
+        last_used_ms = max(self._last_used_ms(named.model_id), named.record.last_used_ms)
+        return last_used_ms if last_used_ms > named.record.entered_ms else 0
+
     def _settings_of(self, record: ModelRecord) -> dict[str, Any]:
         settings = self._settings.get(record.key)
         if settings is None:
-            if len(self._settings) > _MOST_SETTINGS:
+            if len(self._settings) > _MAX_CACHED_SETTINGS:
                 self._settings.clear()
             known = settings_of(record.info)
             settings = self._settings[record.key] = {
@@ -96,34 +117,35 @@ class ModelViews:
         ):
             return ""
         owner = self._registry.name_of(named.model_id)
-        # a model that lives by its vmodels alone, as a platform's own do, has no better name than theirs
+        # A model that exists only through its vmodels, as those of KServe do, has no better name than theirs.
         return "" if owner == named.model_id and named.record.auto_delete else owner
 
 
-def _best(status: StatusInfo) -> CopyInfo | None:
-    """The copy that tells most: a loaded one in the nearest tier, else the one furthest on its way, else the newest."""
+def _best(status: StatusInfo) -> CopyInfo:
+    """Return the loaded copy in the tier nearest to the device, else the copy that is loading furthest, else the newest one."""
     loaded = [copy for copy in status.copies if copy.status is ModelStatus.LOADED]
     if loaded:
-        return min(loaded, key=lambda copy: _NEAREST.index(copy.tier) if copy.tier else len(_NEAREST))
-    coming = [copy for copy in status.copies if copy.state in _COMING]
-    if coming:
-        return min(coming, key=lambda copy: _COMING.index(copy.state) if copy.state in _COMING else 0)
-    return status.copies[0] if status.copies else None
+        return min(loaded, key=lambda copy: _BY_DISTANCE.index(copy.tier) if copy.tier else len(_BY_DISTANCE))
+    loading = [copy for copy in status.copies if copy.state in _LOADING_STATES]
+    if loading:
+        return min(loading, key=lambda copy: _LOADING_STATES.index(copy.state) if copy.state in _LOADING_STATES else 0)
+    return status.copies[0] if status.copies else _NO_COPY
 
 
-def _error(status: StatusInfo, coming: StatusInfo, failed_path: str) -> str:
-    """`failed_path`: of the files that the name should have gone over to; what it has goes on answering."""
-    if failed_path:
-        return f"{failed_path} can't take its place: {coming.errors[0] if coming.errors else 'it failed to load'}"
+def _error(status: StatusInfo, move: _Move | None) -> str:
+    """Return why the model, or the model that its name moves to, cannot be loaded; empty if nothing failed."""
+    if move is not None and move.has_failed:
+        cause = move.status.errors[0] if move.status.errors else "it failed to load"
+        return f"{move.path} can't take its place: {cause}"
     if status.status is ModelStatus.LOADED:
         return ""
-    errors = status.errors or coming.errors
+    errors = status.errors or (move.status.errors if move else ())
     return errors[0] if errors else ""
 
 
-def _state(status: StatusInfo, best: CopyInfo | None) -> str:
-    """A CopyState's value; empty: not loaded anywhere."""
-    if best is None or status.status in (ModelStatus.NOT_LOADED, ModelStatus.NOT_FOUND):
+def _state(status: StatusInfo, best: CopyInfo) -> str:
+    """Return a CopyState's value; empty if no copy is loaded or loading."""
+    if best is _NO_COPY or status.status in (ModelStatus.NOT_LOADED, ModelStatus.NOT_FOUND):
         return ""
     return str(best.state) if best.state else status.status.name.lower()
 
