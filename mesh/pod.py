@@ -242,7 +242,7 @@ class Pod:
         await _cancel(self._tasks)
         self._router.stop()
         if self._publisher is not None:
-            await self.grpc.tell_ready(False)
+            await self.grpc.set_ready(False)
             await self._publisher.shut_down()
             await self.placement.withdraw()
         await asyncio.gather(self.grpc.stop(self._config.grace_s), self.http.stop())
@@ -269,7 +269,7 @@ class Pod:
             seen = self._changes.version
             if self.is_ready() is not told:
                 told = not told
-                await self.grpc.tell_ready(told)
+                await self.grpc.set_ready(told)
             await self._changes.wait(1.0, since=seen)
 
     def _check_info(self, info: ModelInfo) -> None:

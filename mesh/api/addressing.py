@@ -1,7 +1,4 @@
-"""Which model a gRPC request is for, and what of its headers goes on: ModelMesh's addressing conventions.
-
-Pure: metadata and message bytes in, names out. Knows no registry: a name may turn out to be unknown.
-"""
+"""Reads the model's name from a gRPC request and filters the metadata that is forwarded, by ModelMesh's conventions. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +17,13 @@ MODEL_HEADER = "mm-model-id"
 VMODEL_HEADER = "mm-vmodel-id"
 
 _RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", HOP_HEADER, PREFIX_HEADER})
-# a status' details are the application's, whatever their name
+# A status' details belong to the application although their key begins with grpc-.
 _APPLICATION = "grpc-status-details-bin"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A name as the caller wrote it; `virtual`: it must be a vmodel's."""
+    """A name as the caller wrote it, which need not be registered. `virtual`: it must be the name of a vmodel."""
 
     name: str
     virtual: bool
@@ -44,7 +41,7 @@ class DataplaneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_others: bool = msgspec.field(default=False, name="allowOtherRpcs")
 
 
-# Without a configuration: the APIs that name their model in the message. A name may be a model's or a vmodel's.
+# These services name the model, or a vmodel, in the message; the paths hold unless a configuration replaces them.
 _BUILT_IN_PATHS: Mapping[str, tuple[int, ...]] = {
     "fmaas.GenerationService": (1,),
     "inference.GRPCInferenceService": (1,),
@@ -52,14 +49,14 @@ _BUILT_IN_PATHS: Mapping[str, tuple[int, ...]] = {
 
 
 class Addressing:
-    """The rules in force."""
+    """Applies a dataplane configuration, or the built-in paths without one."""
 
     def __init__(self, config: DataplaneConfig | None) -> None:
         self._config = config
 
     @classmethod
     def parse(cls, text: str) -> "Addressing":
-        """`text`: JSON, `@FILE`, or empty. Raises InvalidRequest."""
+        """Parse a configuration: JSON, `@FILE`, or empty. Raises InvalidRequest."""
         if not text:
             return cls(None)
         try:
@@ -69,18 +66,21 @@ class Addressing:
             raise InvalidRequest(f"dataplane configuration: {error}") from None
 
     def check_allowed(self, method: str) -> None:
-        """`method`: `package.Service/Method`. Raises NotSupported."""
+        """Raise NotSupported unless the method, `package.Service/Method`, may be called."""
         if method.startswith("mmesh.ModelRuntime/"):
             raise NotSupported(f"Method not found or not permitted: {method}")
         if self._config is not None and not self._config.allow_others and method not in self._config.rpcs:
             raise NotSupported(f"Method not found or not permitted: {method}")
 
     def wants_message(self, method: str, metadata: Metadata) -> bool:
-        """Whether the first message must be seen to know the model."""
+        """Whether the model can only be known from the first message."""
         return self._configured(method) is not None or _from_headers(metadata) is None
 
     def address(self, method: str, metadata: Metadata, message: bytes | None) -> Address:
-        """A configured path in the message wins over headers, headers over the built-in paths. Raises InvalidRequest."""
+        """Return the model's address. A configured path in the message wins over headers, and headers over the built-in paths.
+
+        Raises InvalidRequest if nothing names a model.
+        """
         configured = self._configured(method)
         if configured is not None and message is not None:
             name = _extract(method, message, configured.path)
@@ -144,9 +144,9 @@ def header(metadata: Metadata, key: str) -> str:
 
 
 def onward(metadata: Metadata, model_id: str, *, hop_from: str = "") -> list[tuple[str, str | bytes]]:
-    """The caller's own headers, without ours and the transport's, and the concrete model id.
+    """Return the metadata for a target: the caller's own headers and the concrete model id.
 
-    `hop_from`: this pod's id if the next is another pod; the bearer key goes there, never to a runtime.
+    `hop_from`: this pod's id if the target is another pod. The bearer key goes to pods only, never to a runtime.
     """
     passed = [(key, value) for key, value in _passed(metadata) if hop_from or key != "authorization"]
     passed.append((f"{MODEL_HEADER}-bin", model_id.encode()))
@@ -158,7 +158,7 @@ def onward(metadata: Metadata, model_id: str, *, hop_from: str = "") -> list[tup
 
 
 def backward(metadata: Metadata) -> list[tuple[str, str | bytes]]:
-    """Of the answer's headers or trailers, what the caller gets: all but the transport's."""
+    """Return the headers or trailers of a response without those of the transport and of the mesh."""
     return _passed(metadata)
 
 

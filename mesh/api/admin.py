@@ -1,6 +1,6 @@
-"""The command line's routes: register, show, remove and alias models by name, ask whether one fits, list pods.
+"""Serves the command line's routes: register, show, remove and alias models by name, predict whether one fits, list pods.
 
-The same registry and loader as the gRPC management API stand behind it; the JSON shapes are mesh.client.admin's.
+The JSON shapes are those of mesh.client.admin.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ class _Alias(msgspec.Struct, frozen=True):
 
 
 class Pod(msgspec.Struct, frozen=True):
-    """Bytes; 0 = not told."""
+    """One pod as `repertory pods` shows it; a figure is 0 if the pod has not reported it."""
 
     instance_id: str
     grpc_address: str
@@ -103,7 +103,7 @@ class AdminRoutes:
         return _json(await self._views.one(asked.name))
 
     async def remove(self, request: web.Request) -> web.Response:
-        """Answers when the copies are gone too."""
+        """Unregister a name. Responds after the copies are unloaded too."""
         name = request.match_info["name"]
         model_id = Record.of(request).model_id = await self._registry.resolve_fresh(name)
         await self._registry.remove_name(name)
@@ -125,13 +125,13 @@ class AdminRoutes:
             info = model_info(asked.uri, asked.uri, settings, model_type=asked.type or DEFAULT_TYPE)
             model_id = concrete_id("fit", info)
         answer = await self._runtime.fit(model_id, info)
-        leaving: tuple[str, ...] = ()
+        unloaded: tuple[str, ...] = ()
         if answer.fits:
-            # what the runtime would move out of device memory stays loaded; what this pod would unload does not
-            leaving = self._placement.would_unload(
+            # The runtime's answer lists the models that it would evict from device memory; they stay loaded. These would be unloaded.
+            unloaded = self._placement.would_unload(
                 model_id, await self._runtime.predict_size(model_id, info) or answer.weight_bytes
             )
-        return _json(self._fit_view(answer, leaving))
+        return _json(self._fit_view(answer, unloaded))
 
     async def set_alias(self, request: web.Request) -> web.Response:
         asked = decode(await read_body(request, _BODY_BYTES), _Alias)
@@ -146,7 +146,7 @@ class AdminRoutes:
         return web.Response(status=204)
 
     async def pods(self, _: web.Request) -> web.Response:
-        """Of this pod as it is now: what changes with every request isn't written into the registry for itself alone."""
+        """List all pods. This pod's own figures are current; the registry's record of it is not rewritten with every request."""
         own_id, now = self._registry.instances.own_id, self._placement.runtime.snapshot
         pods = dict(self._registry.instances.table.items())
         if own_id in pods:
@@ -190,7 +190,7 @@ class AdminRoutes:
     def _is_loaded(self, model_id: str) -> bool:
         return self._placement.status(model_id).status is ModelStatus.LOADED
 
-    def _fit_view(self, answer: FitAnswer, leaving: tuple[str, ...]) -> Fit:
+    def _fit_view(self, answer: FitAnswer, unloaded: tuple[str, ...]) -> Fit:
         return Fit(
             fits=answer.fits,
             reason=answer.reason,
@@ -199,7 +199,7 @@ class AdminRoutes:
             min_kv_bytes=answer.min_kv_bytes,
             workspace_bytes=answer.workspace_bytes,
             capacity_bytes=answer.capacity_bytes,
-            evicts=[self._registry.name_of(model_id) for model_id in dict.fromkeys((*leaving, *answer.evicts))],
+            evicts=[self._registry.name_of(model_id) for model_id in dict.fromkeys((*unloaded, *answer.evicts))],
             max_model_len=answer.max_model_len,
             quantization=answer.quantization,
             architecture=answer.architecture,

@@ -1,7 +1,4 @@
-"""The pod's gRPC port: management, the server's own part of the Open Inference Protocol, health, reflection, and pass-through for the rest.
-
-Assembles; decides nothing.
-"""
+"""Serves the pod's gRPC port: management, the server's part of the Open Inference Protocol, health, reflection, and forwarding of the rest."""
 
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker
 
@@ -34,7 +31,7 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHand
 
 
 class KeyGuard(grpc.aio.ServerInterceptor):
-    """Bearer keys, any of which opens everything; health and reflection need none."""
+    """Requires one of the bearer keys, each of which allows everything; health and reflection need no key."""
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._keys = keys
@@ -54,7 +51,7 @@ class KeyGuard(grpc.aio.ServerInterceptor):
 
 
 def key_is_known(authorization: str, keys: tuple[str, ...]) -> bool:
-    """`authorization`: the header's value. Takes the same time whatever is wrong."""
+    """Whether the value of an authorization header holds one of the keys. Compares in constant time."""
     scheme, _, given = authorization.partition(" ")
     matches = [hmac.compare_digest(given.strip().encode(errors="surrogateescape"), key.encode()) for key in keys]
     return scheme.lower() == "bearer" and any(matches)
@@ -80,13 +77,13 @@ class GrpcServer:
             options=(
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
-                # two servers on one port would share its requests in silence
+                # Two servers that share one port would split its requests without an error.
                 ("grpc.so_reuseport", 0),
-                # a held request is silent for minutes: callers that ask meanwhile whether the connection lives are not to be hung up on,
-                # which is what happens to more than two pings in five minutes otherwise
+                # A held request is silent for minutes. By default gRPC closes connections on which a client pings
+                # more than twice in five minutes without data.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                # a caller whose machine is gone says no goodbye, and its row would run to its end
+                # A crashed host sends no FIN, and its sequence would run to the end.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.ping_timeout_ms", 20_000),
@@ -109,13 +106,14 @@ class GrpcServer:
         if not self.port:
             raise OSError(f"cannot listen on {self._address}")
         await self._server.start()
-        await self.tell_ready(False)
+        await self.set_ready(False)
 
-    async def tell_ready(self, ready: bool) -> None:
+    async def set_ready(self, ready: bool) -> None:
+        """Report readiness to health checks."""
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", *_SERVICES):
             await self._health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:
-        """New requests are refused; running ones may end within the grace period."""
+        """Refuse new requests; running ones may end within the grace period."""
         await self._server.stop(grace_s)

@@ -1,4 +1,4 @@
-"""Is the pod alive, is it ready, and its figures: what probes and Prometheus ask. Open to all but for the figures."""
+"""Serves liveness and readiness probes, which need no key, and Prometheus metrics."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ _RUNTIME_S = 2.0
 
 
 class HealthRoutes:
-    """`figures` gives this pod's own metrics; those of the runtime at `runtime_http` (empty: it has none) are appended."""
+    """`figures` returns this pod's own metrics. Those of the runtime at `runtime_http` are appended; empty if it has no HTTP port."""
 
     def __init__(
         self, connections: Connections, runtime_http: str, is_ready: Callable[[], bool], figures: Callable[[], bytes]
@@ -46,7 +46,7 @@ class HealthRoutes:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _runtime_figures(self) -> bytes:
-        """Empty if the runtime doesn't answer: the pod's own must still be had."""
+        """Return the runtime's metrics; empty if it does not answer, so that the pod's own are still served."""
         if not self._runtime_http:
             return b""
         session, base = self._connections.http(self._runtime_http)

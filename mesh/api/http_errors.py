@@ -1,4 +1,4 @@
-"""Errors as HTTP answers in OpenAI's JSON shape, and as the last event of a stream that has begun. Knows no routes."""
+"""Encodes errors as HTTP responses in OpenAI's JSON shape, and as the last event of a stream that has begun."""
 
 import logging
 import math
@@ -36,20 +36,20 @@ def response_of(error: MeshError) -> web.Response:
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, NotSupported):
-        response.headers["x-should-retry"] = "false"  # the official clients would try any 5xx three times
+        response.headers["x-should-retry"] = "false"  # the official clients retry any 5xx three times
     if isinstance(error, TooLarge):
-        # the rest of the body is not going to be read
+        # The rest of the body is not read, so the connection cannot be used again.
         response.force_close()
     return response
 
 
 def event_of(body: bytes) -> bytes:
-    """An error's JSON as a server-sent event; official clients raise on it, and nothing may follow."""
+    """Return an error's JSON as the last server-sent event of a stream; official clients raise on it."""
     return b"data: " + b" ".join(body.split(b"\n")) + b"\n\n"
 
 
 def as_mesh_error(error: Exception) -> MeshError:
-    """What a caller sees of a fault of ours: that it happened, and no more."""
+    """Return the error itself, or one without details for an unexpected exception, which is logged."""
     if isinstance(error, MeshError):
         return error
     logger.error("unexpected error", exc_info=error)
@@ -58,7 +58,7 @@ def as_mesh_error(error: Exception) -> MeshError:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Whatever goes wrong before an answer begins becomes JSON."""
+    """Turn exceptions that are raised before a response begins into JSON responses."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -68,6 +68,6 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
             response.headers["Allow"] = error.headers["Allow"]
         return response
     except ConnectionError:
-        raise  # the caller is gone: nobody to tell
+        raise  # the client has disconnected
     except Exception as error:
         return response_of(as_mesh_error(error))

@@ -1,4 +1,4 @@
-"""The pod's HTTP port: OpenAI pass-through, models, admin, health. Assembles routes, keys and limits; decides nothing."""
+"""Serves the pod's HTTP port: forwarding of OpenAI's API, models, admin and health."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,14 +15,8 @@ from mesh.metrics import Metrics
 
 _OPEN_TO_ALL = ("/health", "/healthz", "/readyz")
 _HEADERS_BYTES = 16 * 1024
-_NOT_HERE = (
-    "/",
-    "/generate",
-    "/generate_stream",
-    "/invocations",
-    "/embed",
-    "/rerank",
-)  # text-generation-inference's and its kin's
+# Routes of text-generation-inference and text-embeddings-inference.
+_UNSUPPORTED_PATHS = ("/", "/generate", "/generate_stream", "/invocations", "/embed", "/rerank")
 
 
 class Routes(Protocol):
@@ -49,9 +43,9 @@ class HttpServer:
             part.add_to(app.router)
         for path in ("/v1/{path:.+}", "/tokenize", "/detokenize"):
             app.router.add_post(path, gateway.post)
-        for path in _NOT_HERE:
-            app.router.add_post(path, _not_here)
-        # a caller that leaves must free what it held
+        for path in _UNSUPPORTED_PATHS:
+            app.router.add_post(path, _refuse_path)
+        # A client that disconnects must free its sequence.
         self._runner = web.AppRunner(
             app,
             handler_cancellation=True,
@@ -77,15 +71,17 @@ class HttpServer:
         self.port = addresses[0][1] if addresses and isinstance(addresses[0], tuple) else 0
 
     async def stop(self) -> None:
-        """Takes no new connections; running answers may end within the grace period."""
+        """Refuse new connections; running responses may end within the grace period."""
         await self._runner.cleanup()
 
 
-async def _not_here(request: web.Request) -> web.StreamResponse:
+async def _refuse_path(request: web.Request) -> web.StreamResponse:
     raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
 def key_guard(keys: tuple[str, ...]) -> Middleware:
+    """Return a middleware that requires one of the keys, except for health probes."""
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path in _OPEN_TO_ALL or key_is_known(request.headers.get("Authorization", ""), keys):

@@ -1,4 +1,4 @@
-"""Which methods of the contracts that we know take exactly one message: those are passed on in one piece, without waiting for the caller's end."""
+"""Lists the known methods that take exactly one message: they are forwarded without waiting for the client to half-close."""
 
 from wire.fmaas import generation_pb2
 from wire.inference import grpc_predict_v2_pb2
@@ -10,7 +10,7 @@ _SERVICES = (
 
 
 def single_message_methods() -> frozenset[str]:
-    """As `package.Service/Method`."""
+    """Return them as `package.Service/Method`."""
     return frozenset(
         f"{service.full_name}/{method.name}"
         for service in _SERVICES

@@ -1,7 +1,4 @@
-"""mmesh.ModelMesh, the management API: turns its messages into calls of the registry and of placement, and their answers back.
-
-Knows messages, ModelMesh's answers and texts; decides nothing. Which statuses mean what is in proto/mmesh/model_mesh.proto.
-"""
+"""Serves mmesh.ModelMesh, the management API, with ModelMesh's statuses and texts; proto/mmesh/model_mesh.proto specifies each rpc."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -26,7 +23,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ManagementService(rpc.ModelMeshServicer):
-    """`check_info` raises InvalidRequest for a model that can never be loaded. `now_ms` is the wall clock; `move_wait_s`: how long setVModel with sync waits for a move."""
+    """`check_info` raises InvalidRequest for a model that can never be loaded. `now_ms` is the wall clock.
+
+    `move_wait_s`: how long setVModel with sync waits for a move.
+    """
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class ManagementService(rpc.ModelMeshServicer):
             expected_target_id=request.expectedTargetModelId,
             owner=request.owner,
         )
-        # a target that is made for this is as new to the LRU order as one that is registered
+        # A target that this call registers enters the LRU order as any registered model does.
         entry_ms = entry_time_ms(0, self._now_ms(), load_now=request.loadNow)
         before = self._registry.vmodels.get(request.vModelId)
         active = self._registry.models.get(before.active_id) if before else None
@@ -126,15 +126,15 @@ class ManagementService(rpc.ModelMeshServicer):
         return await self._vmodel_status(vmodel)
 
     async def _load(self, model_id: str, last_used_ms: int, *, wait: bool) -> StatusInfo:
-        """A load that fails is an answer, not an error."""
+        """Load a model. A failed load is returned as a status, not raised."""
         try:
             return await self._loader.ensure_loaded(model_id, last_used_ms=last_used_ms, wait=wait)
         except LoadFailed as error:
             status = self._loader.status(model_id)
-            return StatusInfo(ModelStatus.LOADING_FAILED, status.errors or (error.message,), status.copies)
+            return StatusInfo(ModelStatus.LOADING_FAILED, status.errors or (error.detail,), status.copies)
 
     async def _moved(self, vmodel_id: str, target_id: str) -> VModelRecord:
-        """Wait until the move has ended, in whatever way: done, parked, moved elsewhere or deleted."""
+        """Wait until the move to `target_id` is done, has failed or was replaced by another. Raises NotFound if the vmodel was deleted."""
 
         def ended(vmodel: VModelRecord | None) -> bool:
             return vmodel is None or vmodel.failed or not vmodel.moving or vmodel.target_id != target_id
@@ -178,7 +178,7 @@ class ManagementService(rpc.ModelMeshServicer):
 
 
 async def _answered(work: Awaitable[Answer], context: Context) -> Answer:
-    """The one place where errors become gRPC statuses."""
+    """Return the result; a MeshError ends the call with its status."""
     try:
         return await work
     except MeshError as error:

@@ -1,7 +1,4 @@
-"""The models as chat front ends list and control them: OpenAI's /v1/models, and llama.cpp's `status`, load, unload and events beside it.
-
-Knows those two vocabularies; what a model's state is comes from the views, what loading means from the loader.
-"""
+"""Serves the model routes of chat front ends: OpenAI's /v1/models, and llama.cpp's status, load, unload and events."""
 
 import asyncio
 import time
@@ -22,18 +19,18 @@ from mesh.placement.placement import Placement
 from mesh.registry.registry import Registry
 
 _BODY_BYTES = 64 * 1024
-_EVENTS_EVERY_S = 0.25
-_SILENCE_S = 15.0
+_POLL_S = 0.25
+_KEEP_ALIVE_S = 15.0
 _FAILED = ("failed", "quarantined")
 
 
-class _Which(msgspec.Struct, frozen=True):
+class _ModelRequest(msgspec.Struct, frozen=True):
     model: str = ""
     last_used_ms: int = 0
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """llama.cpp's: the stage that runs, and how far it is (0 … 1)."""
+    """llama.cpp's shape: the current stage, and its progress from 0 to 1."""
 
     stages: list[str]
     current: str
@@ -42,7 +39,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True, omit_defaults=True):
-    """llama.cpp's, which knows no failed state: `failed` marks an unloaded model whose last load failed. `error` and `tier` are ours."""
+    """llama.cpp's shape, in which `failed` marks an unloaded model whose last load failed. `error` and `tier` are additions."""
 
     value: str
     progress: Progress | None = None
@@ -51,7 +48,7 @@ class Status(msgspec.Struct, frozen=True, omit_defaults=True):
     tier: str = ""
 
 
-_AT_REST = Status("unloaded")
+_UNLOADED = Status("unloaded")
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -99,30 +96,30 @@ class ModelsRoutes:
         return _json(Entry(name, _status(await self._views.one(name))))
 
     async def load(self, request: web.Request) -> web.Response:
-        """Begins the load and answers; how it goes is in the status. From another pod: to be loaded here and nowhere else."""
-        which = decode(await read_body(request, _BODY_BYTES), _Which)
+        """Start a load and respond at once; the status shows its progress. A load that another pod asks for takes place on this pod."""
+        asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
         if HOP_HEADER in request.headers:
-            await self._placement.ensure_loaded(which.model, last_used_ms=which.last_used_ms, here=True)
+            await self._placement.ensure_loaded(asked.model, last_used_ms=asked.last_used_ms, here=True)
         else:
             record = Record.of(request)
-            record.model_id = await self._resolve(which)
+            record.model_id = await self._resolve(asked)
             await self._placement.ensure_loaded(record.model_id, retry_failed=True)
         return _json({"success": True})
 
     async def unload(self, request: web.Request) -> web.Response:
-        """Answers when all copies are gone. The registration stays."""
-        which = decode(await read_body(request, _BODY_BYTES), _Which)
+        """Unload all copies, then respond. The model stays registered."""
+        asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
         record = Record.of(request)
-        record.model_id = await self._resolve(which)
+        record.model_id = await self._resolve(asked)
         await self._placement.unload(record.model_id)
         return _json({"success": True})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """Each model's status now, then each change of it, until the caller leaves."""
+        """Stream each model's current status, then its changes, until the client disconnects."""
         response = web.StreamResponse(headers={**HEADERS, "X-Request-Id": Record.of(request).request_id})
         await response.prepare(request)
         known: dict[str, Status] = {}
-        spoken_s = time.monotonic()
+        sent_s = time.monotonic()
         while not self._stopping.is_set():
             seen = self._changes.version
             now = {name: _status(model) for name, model in self._views.states()}
@@ -131,27 +128,27 @@ class ModelsRoutes:
             for name, status in now.items():
                 if known.get(name) != status:
                     kind = "status_change" if name in known else "model_status"
-                    spoken_s = time.monotonic()
+                    sent_s = time.monotonic()
                     await _send(response, Event(name, kind, _event_data(status)))
             known = now
-            if time.monotonic() - spoken_s > _SILENCE_S:
-                spoken_s = time.monotonic()
+            if time.monotonic() - sent_s > _KEEP_ALIVE_S:
+                sent_s = time.monotonic()
                 await response.write(b": keep-alive\n\n")
-            await asyncio.sleep(_EVENTS_EVERY_S)
+            await asyncio.sleep(_POLL_S)
             await self._changes.wait(1.0, since=seen)
         await response.write_eof()
         return response
 
-    async def _resolve(self, which: _Which) -> str:
-        if not which.model:
+    async def _resolve(self, asked: _ModelRequest) -> str:
+        if not asked.model:
             raise InvalidRequest("model is missing: it names the model")
-        return await self._registry.resolve_fresh(which.model)
+        return await self._registry.resolve_fresh(asked.model)
 
 
 def _status(model: Model | None) -> Status:
-    """None: a model at rest."""
+    """Convert a view; None is an unloaded and healthy model."""
     if model is None:
-        return _AT_REST
+        return _UNLOADED
     if model.state == "loaded" or (not model.state and model.status == "LOADED"):
         return Status("loaded", tier=model.tier)
     if model.state in _FAILED or model.status == "LOADING_FAILED":

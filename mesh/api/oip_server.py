@@ -1,6 +1,6 @@
-"""What the mesh itself answers of the Open Inference Protocol: whether it is there, and whether a model can be called. The rest is passed on.
+"""Serves the Open Inference Protocol's server methods and ModelReady; its other methods are forwarded to a runtime.
 
-ModelReady isn't: it would load the model that it asks about, and a monitor would keep every model from being evicted.
+Forwarding ModelReady would load the model, so that a monitor would keep every model from being evicted.
 """
 
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker

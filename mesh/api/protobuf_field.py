@@ -1,6 +1,6 @@
-"""A string inside an encoded protobuf message, by its path of field numbers: read it, or write it, without knowing the message's type.
+"""Reads and writes a string inside an encoded protobuf message of unknown type, by its path of field numbers. Pure.
 
-Pure; works on the wire format alone. A path such as (1, 2) means field 2 of the message in field 1.
+The path (1, 2) means field 2 of the message in field 1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 def extract(message: bytes, path: Sequence[int]) -> str | None:
-    """The text at the path, its first occurrence at each level; None if it is absent or empty. Raises ValueError if this is no protobuf."""
+    """Return the first text at the path; None if it is absent or empty. Raises ValueError if the message is malformed."""
     view = memoryview(message)
     for number in path:
         found = next((value for at, _, value, _ in _fields(view) if at == number and value is not None), None)
@@ -23,7 +23,7 @@ def extract(message: bytes, path: Sequence[int]) -> str | None:
 
 
 def inject(message: bytes, path: Sequence[int], text: str) -> bytes:
-    """The message with `text` at the path in place of whatever stood there; messages on the way are made if need be."""
+    """Return the message with the text at the path replaced by `text`; missing messages on the path are added."""
     return _inject(memoryview(message), path, text.encode())
 
 
@@ -38,7 +38,7 @@ def _inject(view: memoryview, path: Sequence[int], content: bytes) -> bytes:
             done = True
             parts.append(_delimited(number, _inject(value, rest, content) if rest else content))
         elif rest:
-            # later occurrences of a message are merged into the first by the reader, so they must carry the id as well
+            # A reader merges later occurrences of a message into the first, so they must carry the id as well.
             parts.append(_delimited(number, _inject(value, rest, content)))
     if not done:
         parts.append(_delimited(number, _inject(memoryview(b""), rest, content) if rest else content))
@@ -59,7 +59,7 @@ def _varint(value: int) -> bytes:
 
 
 def _fields(view: memoryview) -> Iterator[tuple[int, int, memoryview | None, int]]:
-    """(number, start, content if length-delimited, end) of each field at this level."""
+    """Yield (number, start, content if length-delimited, end) of each field at this level."""
     at = 0
     while at < len(view):
         start = at

@@ -1,7 +1,4 @@
-"""A gRPC caller's messages, read once and kept until the answer has begun, so that they can be sent a second time elsewhere.
-
-Knows the server's context; nothing of models or targets.
-"""
+"""Keeps a gRPC client's messages until the response has begun, so that they can be sent again to another target."""
 
 import asyncio
 from typing import Any
@@ -12,7 +9,7 @@ ServerContext = grpc.aio.ServicerContext[Any, Any]
 
 
 class ReplayBuffer:
-    """`max_kept_bytes`: a caller that has sent more can't be replayed; then nothing is kept any longer. `only`: all that it sends, if that is known."""
+    """`max_kept_bytes`: a request with more bytes is not kept and cannot be replayed. `only`: the message of a method that takes exactly one."""
 
     def __init__(self, context: ServerContext, max_kept_bytes: int, *, only: bytes | None = None) -> None:
         self._context = context
@@ -29,13 +26,13 @@ class ReplayBuffer:
         return self._dropped == 0
 
     async def message(self, index: int) -> bytes | None:
-        """None: the caller has sent all. One that was dropped can't be had again."""
+        """Return a message by its index; None after the last one. A dropped message cannot be read again."""
         while index >= self._dropped + len(self._kept):
             if self._ended:
                 return None
             if self._reading is None:
                 self._reading = asyncio.create_task(self._read())
-            # a reader that is cancelled must not take the message with it
+            # A cancelled reader must not lose the message.
             await asyncio.shield(self._reading)
         message = self._kept[index - self._dropped]
         if not self._keep:
@@ -44,7 +41,7 @@ class ReplayBuffer:
         return message
 
     def commit(self) -> None:
-        """The answer has begun: nothing will be sent again."""
+        """Stop keeping messages: the response has begun."""
         self._keep = False
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which copy answers a request: the one with the least expected wait, with a leaning to where the same prompt went before. Pure."""
+"""Selects the copy with the least expected wait, with a bonus for the copy that served the same prefix before. Pure."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,21 +6,22 @@ from dataclasses import dataclass
 
 from mesh.types import Tier
 
-# What each thing costs, in seconds, where the copies' own figures don't say. Only their order matters much.
+# Estimates in seconds, used where a copy reports no figure of its own. Mostly their order matters.
 _SWAP_IN_S = {Tier.DEVICE: 0.0, Tier.HOST: 0.5, Tier.DISK: 10.0, Tier.REMOTE: 60.0}
-_RUNNING_S = 0.002  # one more row slows a step a little
-_WAITING_S = 0.05  # one more request ahead in the queue
+_RUNNING_S = 0.002  # each running sequence slows a step
+_WAITING_S = 0.05  # each queued request
 _HOP_S = 0.003
-_KV_FULL = 0.9
-_KV_PRESSURE_S = 5.0  # a full cache means preemption
-AFFINITY_S = 0.05  # what a cached prefix is taken to be worth
+_KV_FULL = 0.9  # KV usage from which on preemption becomes likely
+_KV_PRESSURE_S = 5.0  # added at a KV usage of 1
+AFFINITY_S = 0.05  # the estimated gain of a cached prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One copy. `in_flight`: requests that this pod has sent it and that haven't ended; `running` and `waiting` are its own, older account.
+    """One copy.
 
-    `loading_s`: how long until it is loaded; 0 if it is.
+    `in_flight`: this pod's own unfinished requests to the copy. `running` and `waiting`: what the copy last reported, which is older.
+    `loading_s`: the seconds until it is loaded; 0 if it is loaded.
     """
 
     instance_id: str
@@ -35,6 +36,7 @@ class Candidate:
 
 
 def expected_wait_s(candidate: Candidate) -> float:
+    """Estimate the seconds until a request could run on this copy."""
     swap_s = 0.0 if candidate.tier is Tier.DEVICE else candidate.swap_in_s or _SWAP_IN_S[candidate.tier]
     running = max(candidate.running, candidate.in_flight - candidate.waiting)
     kv_s = max(0.0, candidate.kv_usage - _KV_FULL) / (1 - _KV_FULL) * _KV_PRESSURE_S
@@ -43,22 +45,22 @@ def expected_wait_s(candidate: Candidate) -> float:
 
 
 def choose(candidates: Sequence[Candidate], prefix_hash: str = "") -> Candidate | None:
-    """None: there is no copy. Equal waits go to the copy with fewer of our own requests."""
+    """Return the best candidate; None if there is none. Of equal waits the copy with fewer of this pod's own requests is taken."""
     if not candidates:
         return None
-    home = (
+    affine_id = (
         max(candidates, key=lambda candidate: _rank(prefix_hash, candidate.instance_id)).instance_id
         if prefix_hash
         else ""
     )
 
     def cost(candidate: Candidate) -> tuple[float, int, bool, str]:
-        bonus_s = AFFINITY_S if candidate.instance_id == home else 0.0
+        bonus_s = AFFINITY_S if candidate.instance_id == affine_id else 0.0
         return expected_wait_s(candidate) - bonus_s, candidate.in_flight, not candidate.local, candidate.instance_id
 
     return min(candidates, key=cost)
 
 
 def _rank(prefix_hash: str, instance_id: str) -> bytes:
-    """Rendezvous hashing: every pod finds the same home, and a pod that comes or goes moves only its own share."""
+    """Rank for rendezvous hashing: all pods prefer the same copy, and a pod that joins or leaves moves only its own share of prefixes."""
     return hashlib.blake2b(f"{prefix_hash}\0{instance_id}".encode(), digest_size=8).digest()
