@@ -1,7 +1,4 @@
-"""What the runtime's rooms hand each other: sampling and stopping rules, model settings, checkpoints, facts of a loaded model.
-
-Plain immutable data; knows nothing of any API's field names, of torch, or of who sent it.
-"""
+"""Plain immutable data that the runtime's packages share: generation requests, checkpoints and facts about a loaded model."""
 
 from enum import StrEnum
 
@@ -11,22 +8,22 @@ from common.model_key import Quantization
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended, in the engine's words; each API has its own words for these."""
+    """Why a sequence ended. Each API maps these to its own words."""
 
     EOS = "eos"  # an EOS id of the model
     STOP_TOKEN = "stop_token"  # a stop token id of the request
-    STOP_STRING = "stop_string"  # found by the detokenizer; the engine only sees an abort
+    STOP_STRING = "stop_string"  # the front process finds it and aborts the row
     LENGTH = "length"  # max_tokens of the request
     CONTEXT = "context"  # the model's max_model_len
-    TIME_LIMIT = "time_limit"  # found by the front; the engine only sees an abort
+    TIME_LIMIT = "time_limit"  # the front process ends the sequence and aborts the row
     ABORTED = "aborted"
     ERROR = "error"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
-    """How to draw a token. `temperature == 0` is greedy, and then only penalties, bias and `min_tokens` matter.
+    """How to draw a token. `temperature` 0 is greedy: then only penalties, bias and allowed ids matter.
 
-    The defaults switch each filter off. `seed` None means: the front draws one (every request that samples has a seed).
+    The defaults switch every filter off.
     """
 
     temperature: float = 1.0
@@ -47,7 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
 
     @property
     def needs_history(self) -> bool:
-        """Whether the logits depend on what was generated before."""
+        """Whether the logits depend on earlier tokens."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     @property
@@ -57,7 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
 
 
 class StopParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
-    """When to stop, as far as the engine sees it (stop strings are the detokenizer's)."""
+    """When the engine stops. The front process finds stop strings."""
 
     max_tokens: int
     min_tokens: int = 0  # EOS and stop ids are suppressed until then
@@ -66,7 +63,7 @@ class StopParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=Tru
 
 
 class LogprobParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
-    """Which log-probabilities to return: the chosen token's and the `top_n` best (0 = chosen only); None = none at all.
+    """How many of the best log-probabilities to return beside the chosen token's (0 = only that one); None = no log-probabilities.
 
     They are log-softmax of the raw logits, before temperature and filters, as in vLLM's default.
     """

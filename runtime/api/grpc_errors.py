@@ -1,4 +1,4 @@
-"""Errors of this process as gRPC statuses, and the model that a call's metadata names."""
+"""Turns errors into gRPC statuses, and reads the model id from a call's metadata."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ async def statuses(context: AnyContext, *, names_model: bool = True) -> AsyncIte
 
 
 def model_id_header(context: AnyContext) -> str | None:
-    """The mesh's header, as text or in its binary form."""
+    """Return the mesh's header, in its text or binary form, or None."""
     for key, value in context.invocation_metadata() or ():
         if key == MODEL_ID_HEADER or key == f"{MODEL_ID_HEADER}-bin":
             return value if isinstance(value, str) else value.decode(errors="replace")

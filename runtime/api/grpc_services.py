@@ -1,4 +1,4 @@
-"""The gRPC inference services put together on a server."""
+"""Adds the gRPC inference services to a server."""
 
 import grpc.aio
 
@@ -21,9 +21,9 @@ def add_inference_services(
     *,
     generator: Generator | None = None,
 ) -> list[str]:
-    """Adds TGIS and the Open Inference Protocol; returns their full names, for reflection and health.
+    """Add TGIS and the Open Inference Protocol. Return their full names, for reflection and health checks.
 
-    Give the HTTP app's generator too, so that a model's concurrency limit counts both.
+    Pass the HTTP app's `generator`, so that a model's concurrency limit counts the sequences of both.
     """
     generator = generator or Generator(engine, metrics)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(directory, generator, config), server)

@@ -1,4 +1,4 @@
-"""The runtime's HTTP side put together: routes, request ids, error answers, limits."""
+"""Builds the runtime's HTTP application: routes, request ids, error responses and limits."""
 
 import logging
 import re
@@ -23,8 +23,8 @@ from runtime.observability.metrics import RuntimeMetrics
 REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID = web.RequestKey("request_id", str)
 _LOG = logging.getLogger(__name__)
-# other servers' routes that clients try
-_NOT_HERE = (
+# Routes of other servers that clients try.
+_UNSUPPORTED_PATHS = (
     "/v1/embeddings",
     "/v1/responses",
     "/v1/messages",
@@ -48,9 +48,9 @@ def build_http_app(
     *,
     generator: Generator | None = None,
 ) -> web.Application:
-    """Serve it with `http_runner`, so that a caller who leaves cancels its handler.
+    """Build the application. Serve it with `http_runner`, so that a disconnect cancels the handler.
 
-    Give the gRPC services' generator too, so that a model's concurrency limit counts both.
+    Pass the gRPC services' `generator`, so that a model's concurrency limit counts the sequences of both.
     """
     generator = generator or Generator(engine, metrics)
     chat = ChatCompletions(directory, generator)
@@ -73,28 +73,28 @@ def build_http_app(
             web.get("/metrics", health.metrics),
         ]
     )
-    app.add_routes([web.post(path, _not_here) for path in _NOT_HERE])
+    app.add_routes([web.post(path, _refuse_path) for path in _UNSUPPORTED_PATHS])
     return app
 
 
 def http_runner(app: web.Application, *, grace_s: float = 60.0) -> web.AppRunner:
-    """An unset-up runner whose handlers are cancelled when their caller leaves, and `grace_s` after its clean-up began."""
+    """Return a runner, not set up yet. It cancels a handler when its client disconnects, or `grace_s` after the cleanup began."""
     return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=grace_s)
 
 
-async def _not_here(request: web.Request) -> web.Response:
-    raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
+async def _refuse_path(request: web.Request) -> web.Response:
+    raise NotSupported(f"POST {request.path} is not supported yet; use /v1/chat/completions or /v1/completions")
 
 
 @web.middleware
 async def _log_requests(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """One line a request, when it has ended: never its text."""
+    """Log one line per request when it has ended, without its text."""
     given = request.headers.get(REQUEST_ID_HEADER, "")
     request[_REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
     start_s = time.monotonic()
-    status = 499  # the caller left
+    status = 499  # the client disconnected
     try:
         response = await handler(request)
         status = response.status
@@ -113,5 +113,5 @@ async def _log_requests(
 
 
 async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    if _REQUEST_ID in request:  # not if the request couldn't even be parsed
+    if _REQUEST_ID in request:  # absent if the request could not be parsed
         response.headers[REQUEST_ID_HEADER] = request[_REQUEST_ID]

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers in OpenAI's JSON shape, and as events of a stream that has begun."""
+"""Turns errors into HTTP responses in OpenAI's JSON shape, or into events of a stream that has begun."""
 
 import logging
 import math
@@ -23,17 +23,17 @@ def error_response(error: RepertoryError) -> web.Response:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
     if isinstance(error, NotSupported):
-        response.headers["x-should-retry"] = "false"  # the official clients would try any 5xx three times
+        response.headers["x-should-retry"] = "false"  # the official clients retry every 5xx twice
     return response
 
 
 def error_event(error: RepertoryError) -> bytes:
-    """The official client raises on it; nothing may follow."""
+    """Return the error as an event. The official client raises on it, so nothing may follow."""
     return b"data: " + error_body(error) + b"\n\n"
 
 
 def internal(error: Exception) -> RepertoryError:
-    """What a caller sees of a fault of ours: that it happened, and no more."""
+    """Return the error that a client may see: an unexpected exception is logged and becomes one without details."""
     if isinstance(error, RepertoryError):
         return error
     _LOG.error("unexpected error", exc_info=error)
@@ -42,7 +42,7 @@ def internal(error: Exception) -> RepertoryError:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Whatever goes wrong before a stream begins becomes a JSON answer."""
+    """Turn every error before the first event of a stream into a JSON response."""
     try:
         return await handler(request)
     except web.HTTPRequestEntityTooLarge as error:
@@ -60,6 +60,6 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     except web.RequestPayloadError as error:
         return error_response(InvalidRequest(f"the body can't be read: {error}"))
     except ConnectionError:
-        raise  # the caller is gone: nobody to tell
+        raise  # the client is gone
     except Exception as error:
         return error_response(internal(error))

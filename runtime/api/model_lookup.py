@@ -1,4 +1,4 @@
-"""Which loaded model an HTTP or gRPC request means: the mesh's header first, then the request's own field."""
+"""Finds the loaded model that a request names: by the mesh's header first, then by the request's own field."""
 
 from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.interfaces import ModelDirectory, ServedModel
@@ -9,10 +9,10 @@ MODEL_ID_HEADER = "mm-model-id"
 def find_model(
     directory: ModelDirectory, header: str | None, asked: str, *, lone_takes_all: bool = False
 ) -> ServedModel:
-    """`header` is a concrete model id. Without one, `asked` is an id or the name of a loaded model.
+    """Return the model with the id `header`, or without a header the one whose id or name is `asked`.
 
-    `lone_takes_all`: without a header, the only loaded model answers to any name, as a single-model TGIS does.
-    Raises InvalidRequest when neither is given, ModelNotFound naming what is loaded.
+    `lone_takes_all`: without a header, the only loaded model serves any name, like a TGIS with a single model.
+    Raises InvalidRequest if neither is given, ModelNotFound listing the loaded models.
     """
     if header:
         return directory.get(header)

@@ -1,6 +1,6 @@
-"""mmesh.ModelRuntime: load, unload, size and status for the mesh in charge. Turns the contract into calls of Models and errors into statuses.
+"""mmesh.ModelRuntime: the mesh loads and unloads models here, and reads sizes and status.
 
-Each method's specification is its comment in proto/mmesh/model_runtime.proto.
+The comments in proto/mmesh/model_runtime.proto specify the methods.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRun
 SERVICE_NAME = "mmesh.ModelRuntime"
 _PREDICT_S = 0.45
 _UNLIMITED = 2**31 - 1
-# methods whose request carries the model's name in field 1, for a mesh that injects ids there instead of in a header
+# Methods whose request has the model's name in field 1, for a mesh that injects ids there instead of in a header.
 _ID_IN_FIELD_1 = (
     "fmaas.GenerationService/Generate",
     "fmaas.GenerationService/GenerateStream",
@@ -37,7 +37,7 @@ _ID_IN_FIELD_1 = (
 
 
 class ModelRuntimeApi(ModelRuntimeServicer):
-    """One runtime's SPI. `cache_budget_bytes` is the disk tier's size."""
+    """The service. `cache_budget_bytes` is the size of the disk tier."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         prediction = asyncio.create_task(self._predicted_bytes(source, settings))
         self._predictions.add(prediction)
         prediction.add_done_callback(self._predictions.discard)
-        # a look that takes longer goes on, and is remembered for the next who asks
+        # A prediction that takes longer goes on, and the next call finds its result.
         done, _ = await asyncio.wait((prediction,), timeout=_PREDICT_S)
         return pb.PredictModelSizeResponse(sizeInBytes=prediction.result() if done else 0)
 
@@ -129,7 +129,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         )
 
     async def _predicted_bytes(self, source: ModelSource, settings: ModelSettings) -> int:
-        """0 = unknown."""
+        """Return the predicted size, 0 if it is unknown."""
         try:
             capacity = await self._capacity()
             hello = await self._engine.wait_ready()

@@ -1,6 +1,6 @@
-"""repertory.RuntimeState: a stream of what the runtime holds, and what loading a model would take. Turns views and statistics into messages.
+"""repertory.RuntimeState: streams the state of the runtime's models, and tells whether a model would fit.
 
-Each method's specification is its comment in proto/repertory/runtime.proto.
+The comments in proto/repertory/runtime.proto specify the methods.
 """
 
 import asyncio
@@ -49,13 +49,13 @@ _TIER = {Tier.DEVICE: pb.ModelState.DEVICE, Tier.HOST: pb.ModelState.HOST, Tier.
 
 @dataclass(slots=True)
 class TokenRate:
-    """Tokens a second over the last few seconds, from a counter that only grows."""
+    """Tokens per second over the last few seconds, from a counter."""
 
     samples: list[tuple[float, int]] = field(default_factory=list)
 
     def update(self, now_s: float, total: int) -> float:
         if self.samples and total < self.samples[-1][1]:
-            self.samples.clear()  # a new engine counts from zero
+            self.samples.clear()  # a restarted engine counts from zero
         self.samples.append((now_s, total))
         while len(self.samples) > 2 and now_s - self.samples[1][0] >= _RATE_WINDOW_S:
             del self.samples[0]
@@ -80,7 +80,7 @@ class RuntimeStateApi(RuntimeStateServicer):
         self._stopping = False
 
     def stop(self) -> None:
-        """End all watches, which would else outlast every grace period."""
+        """End all watches, which would otherwise outlast the grace period."""
         self._stopping = True
         self._models.changes.notify()
 

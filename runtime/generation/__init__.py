@@ -1,1 +1,1 @@
-"""From a prompt's tokens to text: sequences in the engine, their detokenizing, stopping, limits and counts. Knows no API's field names."""
+"""Generation: requests run in the engine, their tokens become typed parts, and limits are checked."""

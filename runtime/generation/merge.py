@@ -1,4 +1,4 @@
-"""Several async iterators as one, in order of arrival; and closing one for sure."""
+"""Merges async iterators in order of arrival, and closes iterators."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -8,14 +8,14 @@ _T = TypeVar("_T")
 
 
 async def close(iterator: AsyncIterator[object]) -> None:
-    """Closes an async generator, or whatever has `aclose`; aborts what it stands for."""
+    """Close an async generator, or any iterator that has `aclose`. The work behind it is aborted."""
     aclose = getattr(iterator, "aclose", None)
     if aclose is not None:
         await aclose()
 
 
 async def merge(iterators: Sequence[AsyncIterator[_T]]) -> AsyncIterator[_T]:
-    """Items as they come. The first failure is raised; then, or when this is closed, all are closed."""
+    """Yield items as they come. Raises the first failure. All iterators are closed then, and when this generator is closed."""
     queue: asyncio.Queue[tuple[_T | None, BaseException | None, bool]] = asyncio.Queue(maxsize=2 * len(iterators))
 
     async def pump(iterator: AsyncIterator[_T]) -> None:

@@ -1,7 +1,4 @@
-"""Chats to prompts: the checkpoint's Jinja templates, rendered in a sandbox with what transformers gives them.
-
-Knows messages and templates; nothing of tokens beyond the special tokens' texts that templates may name.
-"""
+"""Turns chats into prompts with the checkpoint's Jinja templates, rendered in a sandbox with the variables that transformers passes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,15 +13,15 @@ _CONTINUE_MARK = "\u2063continue-here\u2063 "  # ends in a space to see whether 
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn. `extra` holds further fields of the caller's message that templates may read."""
+    """One message. `content` is None if it has none, as beside tool calls. Templates may read the fields in `extra`."""
 
     role: str
-    content: str
+    content: str | None
     extra: dict[str, Any] = {}
 
 
 class ChatOptions(msgspec.Struct, frozen=True):
-    """How a chat becomes a prompt. `template` names one of the checkpoint's; `variables` go to the template as they are."""
+    """How a chat becomes a prompt. `template` is the name of one of the checkpoint's templates, `variables` are passed to it unchanged."""
 
     add_generation_prompt: bool = True
     continue_final: bool = False
@@ -33,7 +30,7 @@ class ChatOptions(msgspec.Struct, frozen=True):
 
 
 class ChatTemplates:
-    """A checkpoint's templates by name. Compiles each once."""
+    """A checkpoint's templates by name. Each is compiled once."""
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self._texts = dict(templates)
@@ -45,13 +42,13 @@ class ChatTemplates:
         return bool(self._texts)
 
     def render(self, model: str, messages: Sequence[ChatMessage], options: ChatOptions) -> str:
-        """Raises InvalidRequest when there is no template, or the template refuses the chat or is broken."""
+        """Return the prompt's text. Raises InvalidRequest if there is no template, or it rejects the chat or fails on it."""
         text = self._pick(model, options.template)
         turns = [_as_template_sees(message, text) for message in messages]
         if options.continue_final:
             if not turns:
                 raise InvalidRequest("there is no message to continue", model=model, param="messages")
-            turns[-1]["content"] += _CONTINUE_MARK
+            turns[-1]["content"] = (turns[-1]["content"] or "") + _CONTINUE_MARK
         try:
             rendered = render(
                 self._compile(text),
@@ -66,7 +63,7 @@ class ChatTemplates:
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(
-                f"its chat template refuses this chat: {error.message or error}", model=model, param="messages"
+                f"its chat template rejects this chat: {error.message or error}", model=model, param="messages"
             ) from error
         except (
             TypeError,
@@ -112,7 +109,7 @@ class ChatTemplates:
 def _as_template_sees(message: ChatMessage, template: str) -> dict[str, Any]:
     role = message.role
     if role == "developer" and "developer" not in template:
-        role = "system"  # OpenAI's newer name for it, which most templates don't know
+        role = "system"  # OpenAI's newer name, which most templates do not have
     return {**message.extra, "role": role, "content": message.content}
 
 

@@ -1,8 +1,9 @@
-"""Token ids to text as they come, never splitting a character. One object a sequence.
+"""Streaming detokenizers: they turn token ids into text as the ids come and never split a character. One object per sequence.
 
-All texts pushed and flushed, put together, are the decoding of all tokens. An incomplete character is held until it is complete or can't become so.
-Where a sentencepiece-like tokenizer's byte tokens don't make valid UTF-8, each maximal bad part becomes one U+FFFD (a decoder that sees the
-whole text at once writes one a byte of the whole run; a stream can't, since it has shown the run's beginning).
+The texts that `push` and `flush` return, joined, are the decoding of all tokens. An incomplete character is held until it is complete or
+cannot become so. If the byte tokens of a sentencepiece-like tokenizer do not form valid UTF-8, each maximal invalid part becomes one U+FFFD.
+A decoder of the whole text writes one U+FFFD per byte of the run instead, but a stream has already sent the run's beginning.
+docs/decisions/0001-detokenizer.md says why `tokenizers.DecodeStream` is not used.
 """
 
 import codecs
@@ -18,19 +19,19 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 class Detokenizer(Protocol):
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; may be empty."""
+        """Return the text that these tokens complete, which may be empty."""
 
     def flush(self) -> str:
-        """The end: what was held of an incomplete character, as U+FFFD."""
+        """End the text. Return U+FFFD for an incomplete character that was held."""
 
 
 class ByteDetokenizer:
-    """For tokenizers whose tokens each stand for bytes of their own."""
+    """For tokenizers in which each token stands for its own bytes."""
 
     __slots__ = ("_decode", "_pieces", "_start")
 
     def __init__(self, pieces: TokenBytes, at_start: str = START_KEEP) -> None:
-        """`at_start`: the rule for the text's first token; START_KEEP if a prompt with text goes before."""
+        """`at_start` is the rule for the text's first token: START_KEEP after a prompt with text."""
         self._pieces = pieces
         self._decode = _UTF8("replace").decode
         self._start = at_start
@@ -59,7 +60,7 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any other tokenizer: decodes a short window again with each token and takes what is new."""
+    """For other tokenizers: decodes a short window again with each token and returns what is new."""
 
     __slots__ = ("_ids", "_read", "_shown", "_skip_special", "_tokenizer")
 
@@ -85,7 +86,7 @@ class WindowDetokenizer:
         if len(text) <= len(self._shown) or text.endswith("�"):
             return ""
         new = text[len(self._shown) :]
-        # the tokens of this piece become the context of the next
+        # The tokens of this piece become the context of the next one.
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
         self._shown = self._decode(self._ids)

@@ -1,8 +1,8 @@
-"""The Jinja environment that a checkpoint's chat templates run in: transformers' filters and helpers, and an end to what a template may do.
+"""The Jinja environment for a checkpoint's chat templates: transformers' filters and helpers, with bounds on time and memory.
 
-A template is code of whoever made the checkpoint: Jinja's sandbox keeps it from objects, not from going on for ever or from filling the memory. So
-every loop's turn and every call is counted and timed, and what makes large texts of small ones in Jinja's own grammar is bounded; single filters and
-methods (`join`, `replace`, the text of lists within lists) are not. Knows Jinja; nothing of chats.
+A template is code from the checkpoint's author. Jinja's sandbox keeps it away from Python objects, but not from running for ever or filling the
+memory. So each iteration of a loop and each call is counted and timed, and operators that make large texts from small ones are bounded. Single
+filters and methods (`join`, `replace`, the text of nested lists) are not. docs/decisions/0002-template-sandbox.md has the alternatives.
 """
 
 import json
@@ -28,7 +28,7 @@ _MOST_DIGITS = 4_000
 
 
 class Budget:
-    """What one render may still do. Raises jinja2.TemplateError past its end."""
+    """The steps and the time that one render has left. Raises jinja2.TemplateError when they are used up."""
 
     def __init__(self) -> None:
         self._left = _MOST_STEPS
@@ -45,15 +45,15 @@ class Budget:
 def _bounded(pieces: Iterable[str]) -> str:
     parts = list(pieces)
     if sum(map(len, parts)) > _MOST_CHARACTERS:
-        raise jinja2.TemplateRuntimeError("it makes too long a text")
+        raise jinja2.TemplateRuntimeError(f"it builds a text of more than {_MOST_CHARACTERS} characters")
     return "".join(parts)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Every render must be given a Budget as the variable BUDGET."""
+    """Every render needs a Budget as the variable BUDGET."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
-    concat = staticmethod(_bounded)  # what a macro says, and a block that is set or filtered
+    concat = staticmethod(_bounded)  # joins the output of a macro, and of a block that is set or filtered
 
     def __init__(self) -> None:
         super().__init__(
@@ -84,19 +84,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
             args = (_counted(__context, args[0]), *args[1:])
         for value in args:
             if isinstance(value, int) and value > _MOST_CHARACTERS:  # widths
-                raise jinja2.TemplateRuntimeError(f"it calls for {value} of something")
+                raise jinja2.TemplateRuntimeError(f"a call has the argument {value}, more than {_MOST_CHARACTERS}")
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str) and any(len(digits) > 5 for digits in _numbers(left)):
-            raise jinja2.TemplateRuntimeError("it makes a text of too great a width")
+            raise jinja2.TemplateRuntimeError("it formats a value with a width of more than 5 digits")
         if (
             operator == "**"
             and isinstance(left, int)
             and isinstance(right, int)
             and left.bit_length() * abs(right) > 4 * _MOST_DIGITS
         ):
-            raise jinja2.TemplateRuntimeError("it makes too long a number")
+            raise jinja2.TemplateRuntimeError(f"it computes a number of more than {_MOST_DIGITS} digits")
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if (
@@ -104,31 +104,31 @@ class Sandbox(ImmutableSandboxedEnvironment):
                     and isinstance(other, int)
                     and len(one) * other > _MOST_CHARACTERS
                 ):
-                    raise jinja2.TemplateRuntimeError("it makes too long a text")
+                    raise jinja2.TemplateRuntimeError(f"it builds a text of more than {_MOST_CHARACTERS} characters")
         if (
             operator == "+"
             and isinstance(left, str | list)
             and isinstance(right, str | list)
             and len(left) + len(right) > _MOST_CHARACTERS
         ):
-            raise jinja2.TemplateRuntimeError("it makes too long a text")
+            raise jinja2.TemplateRuntimeError(f"it builds a text of more than {_MOST_CHARACTERS} characters")
         return super().call_binop(context, operator, left, right)
 
 
 def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Raises jinja2.TemplateError, and what the template's own arithmetic raises."""
+    """Return the rendered text. Raises jinja2.TemplateError, and any error of the template's own arithmetic."""
     pieces: list[str] = []
     length = 0
     for piece in template.generate(**variables, **{BUDGET: Budget()}):
         pieces.append(piece)
         length += len(piece)
         if length > _MOST_CHARACTERS:
-            raise jinja2.TemplateRuntimeError(f"it says more than {_MOST_CHARACTERS} characters")
+            raise jinja2.TemplateRuntimeError(f"its output has more than {_MOST_CHARACTERS} characters")
     return "".join(pieces)
 
 
 class _Counted:
-    """What a loop goes over, with a step for each turn."""
+    """The values of a loop. Each iteration takes a step from the budget."""
 
     def __init__(self, values: Any, budget: Budget) -> None:
         self._values = values
@@ -153,7 +153,7 @@ def _joined(values: list[Any]) -> str:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's part for training; here it only renders what it holds."""
+    """Renders the content of `{% generation %}`, which marks the assistant's part for training."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's interface)
 
@@ -173,7 +173,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which no model has seen in training."""
+    """Encode JSON without escaping HTML as Jinja's own filter does: models were not trained on that."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,6 +1,6 @@
-"""Stop strings in text that comes in parts: what may be shown now, and whether it ends here. Pure; knows no tokens.
+"""Finds stop strings in text that comes in pieces. Pure.
 
-Text is held back exactly while it may be the beginning of a stop string that must not be shown.
+Text is held back exactly as long as it may be the beginning of a stop string that must not be shown.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`text` may be shown; `stop` is the string that ended it, None while the text goes on."""
+    """`text` may be shown. `stop` is the stop string that ended it, None if the text continues."""
 
     text: str
     stop: str | None = None
 
 
 class StopScanner:
-    """One object a sequence.
+    """Scans one sequence.
 
-    Of several matches in one part the one that starts first wins (then the first in the list), or, `by_list`, the first string
-    of the list at its last place, as TGIS has it.
+    Of several matches in one piece the one that starts first wins, then the first in the list. With `by_list`, the first string in the list
+    wins, at its last position, as in TGIS.
     """
 
     __slots__ = ("_by_list", "_include", "_keep", "_stops", "_tail", "_unsent")
@@ -30,10 +30,10 @@ class StopScanner:
         self._by_list = by_list
         self._keep = max(map(len, self._stops)) - 1
         self._tail = ""  # the newest text, long enough to complete a match
-        self._unsent = 0  # letters at the tail's end that were not shown
+        self._unsent = 0  # characters at the tail's end that were not shown
 
     def push(self, text: str, *, check: bool = True) -> Match:
-        """`check` False: this part can't end the text (too few tokens yet)."""
+        """Scan a piece. With `check` False it cannot end the text, because too few tokens were generated."""
         if not text:
             return Match("")
         window = self._tail + text
@@ -51,7 +51,7 @@ class StopScanner:
         return Match(window[unshown : len(window) - held])
 
     def flush(self) -> str:
-        """What is still held; the text ended otherwise."""
+        """Return the text that is still held, after the sequence ended for another reason."""
         text = self._tail[len(self._tail) - self._unsent :] if self._unsent else ""
         self._unsent = 0
         return text
@@ -59,7 +59,7 @@ class StopScanner:
     def _find(self, window: str, old: int) -> tuple[int, str] | None:
         best: tuple[int, str] | None = None
         for stop in self._stops:
-            first = max(0, old - len(stop) + 1)  # it must take in something new
+            first = max(0, old - len(stop) + 1)  # a match must include new text
             if self._by_list:
                 start = window.rfind(stop, first)
                 if start >= 0:
@@ -71,7 +71,7 @@ class StopScanner:
         return best
 
     def _held(self, window: str) -> int:
-        """How long the longest beginning of a stop string is that the window ends with."""
+        """Return the length of the longest beginning of a stop string that the window ends with."""
         longest = 0
         if self._include:
             return longest

@@ -1,4 +1,4 @@
-"""A model's text side in one object: tokenizer, detokenizer, chat templates and the checkpoint's default sampling."""
+"""One model's tokenizer, detokenizers, chat templates and default sampling parameters."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ _T = TypeVar("_T", int, float)
 
 
 class TextModel:
-    """Everything between text and token ids. Immutable once made; safe to use from several threads."""
+    """Converts between text and token ids. Immutable, and safe to use from several threads."""
 
     def __init__(self, tokenizer: TextTokenizer, templates: ChatTemplates, sampling: DefaultSampling) -> None:
         self._tokenizer = tokenizer
         self._templates = templates
-        self.sampling = sampling  # generation_config.json's, under the registration's
+        self.sampling = sampling  # the registration's values, then generation_config.json's
         self.vocab_size = tokenizer.vocab_size
         self.most_chars_per_token = tokenizer.most_chars_per_token
 
@@ -34,7 +34,7 @@ class TextModel:
         return self._tokenizer.encode_with_offsets(text)
 
     def render_chat(self, model: str, messages: Sequence[ChatMessage], options: ChatOptions) -> str:
-        """The prompt's text; encode it without adding special tokens, since templates write them. `model` is for error messages."""
+        """Return the prompt's text. Encode it without adding special tokens, since templates write them. Errors carry the name `model`."""
         return self._templates.render(model, messages, options)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -50,7 +50,7 @@ class TextModel:
         return self._tokenizer.token_bytes(token_id)
 
     def special_tokens(self, texts: Sequence[str]) -> dict[int, str]:
-        """Those of `texts` that are special tokens, by id."""
+        """Return those of `texts` that are special tokens, by id."""
         ids = [(self._tokenizer.token_id(text), text) for text in texts]
         return {
             token_id: text for token_id, text in ids if token_id is not None and self._tokenizer.is_special(token_id)
@@ -61,7 +61,7 @@ class TextModel:
 
 
 def load_text(model_dir: Path, settings: ModelSettings) -> TextModel:
-    """Reads a checkpoint's tokenizer and template files (tens of milliseconds to a second: call it off the event loop).
+    """Read a checkpoint's tokenizer and template files. It takes tens of milliseconds to a second: call it off the event loop.
 
     Raises LoadFailed naming the file that is missing or broken.
     """

@@ -1,7 +1,7 @@
-"""What each token adds to the text, as bytes, for the decoders where that depends on the token alone.
+"""The bytes that each token adds to the text, for decoders where they depend on the token alone.
 
-Byte-level BPE and sentencepiece-like decoders are such; for any other `decoding_of` says None and the detokenizer asks the tokenizer itself.
-Knows the `decoder` section of tokenizer.json; knows nothing of streams.
+Byte-level BPE and sentencepiece-like decoders are of this kind, by the `decoder` section of tokenizer.json. For others `decoding_of` returns None
+and the detokenizer calls the tokenizer itself.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-START_KEEP = "keep"  # the text's first token is as any other
+START_KEEP = "keep"  # the text's first token is not special
 START_STRIP_ONE = "strip_one"  # one leading space of the text is dropped
 START_STRIP_MARKS = "strip_marks"  # every space mark of the first token is dropped
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How a vocabulary piece becomes bytes, and what happens at the very start of a text."""
+    """How a vocabulary piece becomes bytes, and the rule for the start of a text."""
 
     to_bytes: Callable[[str], bytes]
     at_start: str = START_KEEP
 
 
 class TokenBytes(dict[int, bytes]):
-    """Token id → bytes, filled as ids are met. Ids outside of the vocabulary, and special tokens if skipped, add nothing."""
+    """Maps token ids to bytes and is filled on first use. Ids outside of the vocabulary and skipped special tokens add nothing."""
 
     def __init__(self, tokenizer: Tokenizer, decoding: Decoding, skipped: frozenset[int]) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class TokenBytes(dict[int, bytes]):
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the other 68 bytes take U+0100 and following in order."""
+    """Return GPT-2's characters for bytes: printable Latin-1 stands for itself, the other 68 bytes are U+0100 and following in order."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(own)]
     return {chr(byte): byte for byte in own} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 def decoding_of(tokenizer: Tokenizer) -> Decoding | None:
-    """The decoder's rule, if each token's bytes stand alone."""
+    """Return the decoder's rule, or None if a token's bytes depend on its neighbours."""
     decoder = msgspec.json.decode(tokenizer.to_str()).get("decoder")
     if decoder is None:
         return None

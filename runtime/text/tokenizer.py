@@ -1,7 +1,7 @@
-"""Text to token ids and back, by the checkpoint's tokenizer.json. No torch and no transformers: the front starts fast.
+"""Converts text to token ids and back with the checkpoint's tokenizer.json. Safe to use from several threads.
 
-What is put before and after a text (BOS, EOS) is tokenizer.json's post-processor's business alone: as in transformers 5, add_bos_token and add_eos_token
-of tokenizer_config.json change nothing. Knows special tokens; nothing of chats or streams. Safe to use from several threads.
+Only tokenizer.json's post-processor decides what goes before and after a text (BOS, EOS). As in transformers 5, `add_bos_token` and
+`add_eos_token` of tokenizer_config.json change nothing.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetoken
 from runtime.text.token_bytes import START_KEEP, Decoding, TokenBytes, byte_level_alphabet, decoding_of
 from runtime.text.tokenizer_files import TokenizerConfig, TokenSpec
 
-# letters of bytes that no text has, or none that is typed: some vocabularies leave them out
+# Characters for bytes that no text has, or no typed text: some vocabularies leave them out.
 _RARE_BYTES = frozenset(
     letter for letter, byte in byte_level_alphabet().items() if byte < 0x20 or byte > 0xEF or byte in (0x7F, 0xC0, 0xC1)
 )
@@ -24,8 +24,10 @@ _MOST_NORMALIZED_AWAY = 4  # a letter with three marks becomes one
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Token ids, their vocabulary pieces, where each lies in the text, in characters (a special token that was added: 0, 0),
-    and which ones were added."""
+    """Token ids, their vocabulary pieces, their offsets in the text in characters, and which ones the tokenizer added.
+
+    The offsets of an added special token are (0, 0).
+    """
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
@@ -33,7 +35,7 @@ class Encoding:
     added: tuple[bool, ...]
 
     def last(self, limit: int) -> "Encoding":
-        """At most `limit` tokens: those that were added, and the last of the text's own."""
+        """Return at most `limit` tokens: the added ones, and the last of the text's own."""
         if len(self.ids) <= limit:
             return self
         room = max(0, limit - sum(self.added))
@@ -63,12 +65,12 @@ class TextTokenizer:
         self.most_chars_per_token = _most_chars_per_token(tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        # the batch call, unlike the single one, lets other threads run, and the fast one leaves out offsets
+        # Unlike the single call, the batch call releases the GIL, and the fast one leaves out offsets.
         [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
 
     def encode_with_offsets(self, text: str) -> Encoding:
-        """With special tokens."""
+        """Encode with special tokens."""
         [found] = self._tokenizer.encode_batch([text])
         return Encoding(
             tuple(found.ids), tuple(found.tokens), tuple(found.offsets), tuple(map(bool, found.special_tokens_mask))
@@ -79,7 +81,7 @@ class TextTokenizer:
         return stream.push(token_ids) + stream.flush()
 
     def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
-        """For the tokens that come after `prompt`: a word's leading space is kept unless the prompt holds no text."""
+        """Return a detokenizer for the tokens after `prompt`. The first word's leading space is kept unless the prompt has no text."""
         if self._decoding is None:
             return WindowDetokenizer(self._tokenizer, prompt, skip_special_tokens)
         pieces = self._shown if skip_special_tokens else self._all
@@ -89,11 +91,11 @@ class TextTokenizer:
         return ByteDetokenizer(pieces, at_start)
 
     def piece(self, token_id: int) -> str:
-        """The vocabulary's own text for a token, such as `Ġfirst` or `▁Once`; empty outside of the vocabulary."""
+        """Return the vocabulary's own text of a token, such as `Ġfirst` or `▁Once`, or "" for an unknown id."""
         return self._tokenizer.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to a text; a special token's own name."""
+        """Return the bytes that a token adds to a text; for a special token, its name."""
         if self._decoding is None:
             return str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
         return self._all[token_id]
@@ -106,7 +108,7 @@ class TextTokenizer:
 
 
 def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
-    """Raises LoadFailed naming the file."""
+    """Read tokenizer.json. Raises LoadFailed naming the file."""
     path = model_dir / "tokenizer.json"
     if not path.exists():
         raise LoadFailed(
@@ -123,7 +125,7 @@ def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
 
 
 def _most_chars_per_token(tokenizer: Tokenizer) -> int | None:
-    """Of a text that a token may stand for; None where a token for what is unknown may stand for any number."""
+    """Return how many characters of a text one token can stand for, or None if an unknown-token can stand for any number."""
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     if "<0x41>" not in vocab and not byte_level_alphabet().keys() - _RARE_BYTES <= vocab.keys():
         return None
@@ -131,7 +133,7 @@ def _most_chars_per_token(tokenizer: Tokenizer) -> int | None:
 
 
 def _add_missing_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
-    """Adds what tokenizer_config.json names and tokenizer.json lacks, in the order of their ids."""
+    """Add the tokens that tokenizer_config.json names and tokenizer.json lacks, in the order of their ids."""
     named = set(config.named_tokens().values())
     extra = config.unnamed_tokens()
     specials = named | {spec.content for spec in extra}

@@ -1,6 +1,6 @@
-"""What a checkpoint's tokenizer files say: names of special tokens, chat templates, default sampling.
+"""Reads a checkpoint's tokenizer files: names of special tokens, chat templates and default sampling.
 
-Reads tokenizer_config.json, generation_config.json, chat_template.jinja and additional_chat_templates/. Knows nothing of how text is split.
+The files are tokenizer_config.json, generation_config.json, chat_template.jinja and additional_chat_templates/.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 
 class TokenSpec(msgspec.Struct, frozen=True):
-    """An added token, in the words of tokenizer_config.json."""
+    """An added token, with the field names of tokenizer_config.json."""
 
     content: str
     special: bool = False
@@ -30,7 +30,7 @@ class NamedTemplate(msgspec.Struct, frozen=True):
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True):
-    """The fields of tokenizer_config.json that decide what text becomes."""
+    """The fields of tokenizer_config.json that affect tokenization and templates."""
 
     bos_token: str | TokenSpec | bool | None = None
     eos_token: str | TokenSpec | bool | None = None
@@ -48,7 +48,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     chat_template: str | list[NamedTemplate] | None = None
 
     def named_tokens(self) -> dict[str, str]:
-        """`bos_token` → its text, and so on, for those that the checkpoint has; templates may use these names."""
+        """Return the texts of the named tokens that the checkpoint has, by name (`bos_token`, …). Templates may use these names."""
         found: dict[str, str] = {}
         for name in NAMED_TOKENS:
             value = getattr(self, name)
@@ -62,7 +62,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
         return found
 
     def unnamed_tokens(self) -> list[TokenSpec]:
-        """Further special tokens."""
+        """Return the special tokens that have no name."""
         extra = self.extra_special_tokens if isinstance(self.extra_special_tokens, list) else []
         return [
             token if isinstance(token, TokenSpec) else TokenSpec(token)
@@ -71,7 +71,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True):
-    """generation_config.json, as far as it sets defaults (its EOS ids are the engine's)."""
+    """The sampling defaults of generation_config.json. The engine reads its EOS ids."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -92,7 +92,7 @@ class GenerationConfig(msgspec.Struct, frozen=True):
 
 
 def read_tokenizer_config(model_dir: Path) -> TokenizerConfig:
-    """An absent file means no rules. Raises LoadFailed for one that can't be read."""
+    """Read tokenizer_config.json; an absent file gives the defaults. Raises LoadFailed if it cannot be read."""
     path = model_dir / "tokenizer_config.json"
     if not path.exists():
         return TokenizerConfig()
@@ -113,7 +113,7 @@ def read_generation_config(model_dir: Path) -> GenerationConfig:
 
 
 def read_chat_templates(model_dir: Path, config: TokenizerConfig) -> dict[str, str]:
-    """Templates by name; files of their own go before what tokenizer_config.json carries, as in transformers."""
+    """Return the templates by name. Template files replace those in tokenizer_config.json, as in transformers."""
     templates: dict[str, str] = {}
     if isinstance(config.chat_template, str):
         templates["default"] = config.chat_template

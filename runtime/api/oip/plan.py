@@ -36,7 +36,7 @@ def parameters_of(given: Mapping[str, pb.InferParameter]) -> Shared:
     for name, parameter in given.items():
         kind = parameter.WhichOneof("parameter_choice")
         if name not in PARAMETERS:
-            raise InvalidRequest(f"there is no parameter {name}; there are: {', '.join(PARAMETERS)}", param=name)
+            raise InvalidRequest(f"parameter {name} does not exist; use one of {', '.join(PARAMETERS)}", param=name)
         if kind is not None:
             values[name] = getattr(parameter, kind)
     stop = values.get("stop")

@@ -118,7 +118,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
     def _model(self, context: AnyContext, name: str, version_asked: str) -> ServedModel:
         model = find_model(self._directory, model_id_header(context), name)
         if version_asked not in ("", "1"):
-            # NOT_FOUND would have a mesh load the model again
+            # NOT_FOUND would make a mesh load the model again.
             raise InvalidRequest(f"it has no version {version_asked}, only 1", model=_shown_name(model, name))
         return model
 

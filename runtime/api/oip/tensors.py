@@ -1,4 +1,4 @@
-"""BYTES tensors of the Open Inference Protocol: prompts out of a request, texts into a response. Typed contents or raw, never both."""
+"""Reads prompts from the BYTES tensors of the Open Inference Protocol and writes texts to them, as typed or raw contents."""
 
 import struct
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ _LENGTH = struct.Struct("<I")
 
 
 def prompts_of(request: pb.ModelInferRequest) -> list[str]:
-    """Raises InvalidRequest naming the tensor."""
+    """Return the request's prompts. Raises InvalidRequest naming the tensor."""
     if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
         names = ", ".join(tensor.name for tensor in request.inputs) or "none"
         raise InvalidRequest(f"the inputs must be one tensor {INPUT}, got {names}")
     unknown = [tensor.name for tensor in request.outputs if tensor.name != OUTPUT]
     if unknown:
-        raise InvalidRequest(f"there is no output {unknown[0]}, only {OUTPUT}")
+        raise InvalidRequest(f"output {unknown[0]} does not exist, only {OUTPUT}")
     tensor = request.inputs[0]
     if tensor.datatype != "BYTES":
         raise InvalidRequest(f"tensor {INPUT} must be BYTES, got {tensor.datatype or 'no datatype'}")

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: what is loaded here. The mesh, which also knows what isn't loaded, answers these itself."""
+"""GET /v1/models and /v1/models/{id}: the models loaded here. The mesh answers these itself for all registered models."""
 
 import msgspec
 from aiohttp import web
@@ -35,7 +35,7 @@ class Models:
         return json_response(ModelList([_entry(model) for model in self._directory.list()]))
 
     async def get_one(self, request: web.Request) -> web.Response:
-        """Ids may hold slashes."""
+        """Return one model, whose id may contain slashes."""
         return json_response(_entry(find_model(self._directory, None, request.match_info["id"])))
 
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes: no weights are needed for them."""
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
 
 import msgspec
 from aiohttp import web

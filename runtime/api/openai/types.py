@@ -1,4 +1,4 @@
-"""OpenAI's request bodies, as clients really send them: its own fields, vLLM's extensions, and those that are refused. Only shapes, no rules."""
+"""OpenAI's request bodies: its own fields, vLLM's extensions, and the fields that are refused."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
-    """What chat and text completions have in common. None = not given."""
+    """The fields that chat and text completions have in common. None = not given."""
 
     model: str = ""
     stream: bool | None = None
@@ -39,7 +39,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     priority: int | None = None
-    # taken and without effect: they describe the caller, not the answer
+    # accepted without effect: they describe the client, not the response
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -64,7 +64,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatTurn(msgspec.Struct, frozen=True):
-    """A message; `content` as a string or as parts."""
+    """A message. `content` is a string or a list of parts."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None

@@ -56,7 +56,7 @@ def check(params: pb.Parameters, server_limit: int) -> None:
     """Raise InvalidRequest with TGIS's texts, then NotSupported for guided decoding."""
     decoding, stopping, sampling, response = params.decoding, params.stopping, params.sampling, params.response
     if params.method not in (pb.GREEDY, pb.SAMPLE):
-        raise InvalidRequest(f"there is no decoding method {params.method}")
+        raise InvalidRequest(f"decoding method {params.method} does not exist")
     if decoding.HasField("length_penalty") and not 1.0 <= decoding.length_penalty.decay_factor <= 10.0:
         raise InvalidRequest("length_penalty.decay_factor must be >= 1.0 and <= 10.0")
     if decoding.repetition_penalty != 0 and not decoding.repetition_penalty > 0:

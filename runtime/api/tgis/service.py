@@ -1,4 +1,4 @@
-"""fmaas.GenerationService: TGIS's contract over the generator. Checks and their texts are in tgis_params, message shapes in tgis_answers."""
+"""fmaas.GenerationService: TGIS's gRPC service. `params` has the checks and the planner, `responses` the messages."""
 
 from collections.abc import AsyncIterator, Sequence
 

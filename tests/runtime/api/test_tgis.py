@@ -282,7 +282,7 @@ async def test_unloaded_meanwhile(services: Services) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=0.5))},
      "length_penalty.decay_factor must be >= 1.0 and <= 10.0"),
-    ({"method": 7}, "there is no decoding method 7"),
+    ({"method": 7}, "decoding method 7 does not exist"),
     ({"decoding": pb.DecodingParameters(repetition_penalty=-1)}, "repetition_penalty must be > 0.0"),
     ({"stopping": pb.StoppingCriteria(max_new_tokens=170)}, "max_new_tokens must be <= 169"),
     ({"stopping": pb.StoppingCriteria(min_new_tokens=5, max_new_tokens=4)}, "min_new_tokens must be <= max_new_tokens"),
