@@ -5,11 +5,11 @@ import json
 import os
 import select
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 
 from runtime.ipc import messages
+from runtime.ipc.framing import FrameReader, encode_frame
 from runtime.types import Checkpoint, GenerationRequest, LogprobParams, SamplingParams, StopParams
 
-_LENGTH = struct.Struct("<I")
 Prompts = list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]
 
 
@@ -56,9 +56,10 @@ class Engine:
     def __init__(self, connection: socket.socket, process: "subprocess.Popen[bytes]", started_s: float) -> None:
         self._connection = connection
         self._process = process
-        self._decoder = msgspec.msgpack.Decoder(messages.Event)
+        decoder: msgspec.msgpack.Decoder[messages.Event] = msgspec.msgpack.Decoder(messages.Event)
+        self._reader = FrameReader(decoder)
         self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
+        self._received: deque[messages.Event] = deque()
         self._next_id = 1
         self.stats: messages.EngineStats | None = None
         hello = self._receive(120)
@@ -177,31 +178,23 @@ class Engine:
                 self._receive(left)
 
     def _send(self, command: messages.Command) -> None:
-        frame = self._encoder.encode(command)
-        self._connection.sendall(_LENGTH.pack(len(frame)) + frame)
+        self._connection.sendall(encode_frame(self._encoder, command))
 
     def _receive(self, timeout_s: float) -> messages.Event:
         deadline = time.perf_counter() + timeout_s
         while True:
-            if len(self._buffer) >= 4:
-                (length,) = _LENGTH.unpack_from(self._buffer)
-                if len(self._buffer) >= 4 + length:
-                    frame = bytes(memoryview(self._buffer)[4 : 4 + length])
-                    del self._buffer[: 4 + length]
-                    event: messages.Event = self._decoder.decode(frame)
-                    if isinstance(event, messages.EngineStats):
-                        self.stats = event
-                        if time.perf_counter() > deadline:
-                            raise TimeoutError
-                        continue
+            while self._received:
+                event = self._received.popleft()
+                if not isinstance(event, messages.EngineStats):
                     return event
+                self.stats = event
             left = deadline - time.perf_counter()
             if left <= 0 or not select.select([self._connection], [], [], left)[0]:
                 raise TimeoutError(f"the engine said nothing for {timeout_s:g} s")
             data = self._connection.recv(1 << 20)
             if not data:
                 raise RuntimeError(f"the engine ended with status {self._process.wait(10)}")
-            self._buffer += data
+            self._received.extend(self._reader.feed(data))
 
 
 @contextlib.contextmanager

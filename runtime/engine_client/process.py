@@ -1,14 +1,13 @@
-"""One life of the engine process: spawn it, speak frames with it, know how it ended.
+"""One engine process: spawns it, exchanges messages with it, and reports how it ended.
 
-The front listens on a unix socket and the engine connects to it. A life that hangs is ended: an engine tells its state every second, whatever
-it does. Knows framing and processes; nothing of models, requests or restarts.
+The front listens on a unix socket and the engine connects to it. An engine reports its figures every second, so one that is silent hangs and is
+killed.
 """
 
 import asyncio
 import contextlib
 import os
 import signal
-import struct
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ import msgspec
 
 from runtime.config.schema import EngineConfig
 from runtime.errors import Unavailable
-from runtime.ipc.messages import MAX_FRAME_BYTES, Command, Event
+from runtime.ipc.framing import FrameReader, FrameTooLarge, encode_frame
+from runtime.ipc.messages import Command, Event
 
-_LENGTH = struct.Struct("<I")
 _EXIT_WAIT_S = 10.0
 _LISTEN_S = 1.0
 
@@ -43,7 +42,7 @@ def engine_command(socket_path: Path, config: EngineConfig, blackbox_path: Path)
 
 
 class FrameProtocol(asyncio.Protocol):
-    """Length-prefixed msgpack events in, commands out. `on_event` runs in the event loop, in order."""
+    """Receives events and sends commands. `on_event` runs in the event loop, in the order of arrival."""
 
     def __init__(
         self, on_event: Callable[[Event], None], on_connected: Callable[[], None], on_lost: Callable[[], None]
@@ -51,9 +50,9 @@ class FrameProtocol(asyncio.Protocol):
         self._on_event = on_event
         self._on_connected = on_connected
         self._on_lost = on_lost
-        self._decoder = msgspec.msgpack.Decoder(Event)
+        decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+        self._reader = FrameReader(decoder)
         self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
         self.heard = False  # anything since this was last set to False
 
@@ -67,32 +66,17 @@ class FrameProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard = True
-        buffer = self._buffer
-        buffer += data
-        start = 0
-        while len(buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(buffer, start)
-            if length > MAX_FRAME_BYTES:
-                self.close()
-                return
-            end = start + _LENGTH.size + length
-            if len(buffer) < end:
-                break
-            with memoryview(buffer) as view:
-                event = self._decoder.decode(view[start + _LENGTH.size : end])
-            start = end
-            self._on_event(event)
-        if start:
-            del buffer[:start]
+        try:
+            for event in self._reader.feed(data):
+                self._on_event(event)
+        except FrameTooLarge:
+            self.close()
 
     def send(self, command: Command) -> bool:
-        """Queue one command; False if there is no engine to take it."""
+        """Queue one command. Return False if the engine is not connected. Raises FrameTooLarge."""
         if self._transport is None or self._transport.is_closing():
             return False
-        body = self._encoder.encode(command)
-        if len(body) > MAX_FRAME_BYTES:
-            raise ValueError(f"a command of {len(body)} bytes exceeds the frame limit of {MAX_FRAME_BYTES}")
-        self._transport.write(_LENGTH.pack(len(body)) + body)
+        self._transport.write(encode_frame(self._encoder, command))
         return True
 
     def close(self) -> None:

@@ -1,25 +1,27 @@
-"""The socket between the engine and its front: two threads that keep encoding, decoding and waiting away from the engine thread.
-
-Frames are runtime.ipc.messages'. Knows no command and no event by name.
-"""
+"""The engine's end of the socket: two threads encode, decode and wait, so that the engine thread never does."""
 
 import contextlib
+import logging
 import queue
 import socket
-import struct
 import threading
 
 import msgspec
 
-from runtime.ipc.messages import MAX_FRAME_BYTES, Command, Event
+from runtime.ipc.framing import FrameReader, FrameTooLarge, encode_frame
+from runtime.ipc.messages import Command, Event
 
-_LENGTH = struct.Struct("<I")
+logger = logging.getLogger(__name__)
+
 _READ_BYTES = 1 << 20
-_MOST_EVENTS = 64  # sent with one system call
+_MAX_EVENTS_PER_SEND = 64
 
 
 class Channel:
-    """`inbox` gets every command, and None once the front is gone (also when it sends what can't be read)."""
+    """Receives commands into `inbox` and sends events.
+
+    `inbox` receives None after the last command: the front has closed the connection, or has sent bytes that are not a command.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -31,56 +33,49 @@ class Channel:
         self._writer.start()
 
     def emit(self, event: Event) -> None:
-        """Queue an event; never blocks."""
+        """Queue an event without blocking."""
         self._outbox.put(event)
 
     def close(self) -> None:
-        """Send what is queued, then hang up."""
+        """Send the queued events, then close the connection."""
         self._outbox.put(None)
         self._writer.join(timeout=5.0)
-        with contextlib.suppress(OSError):  # the front hung up first
+        with contextlib.suppress(OSError):  # the front may have closed it first
             self._connection.shutdown(socket.SHUT_RDWR)
         self._reader.join(timeout=5.0)
         self._connection.close()
 
     def _read(self) -> None:
         decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-        buffer = bytearray()
+        frames = FrameReader(decoder)
         try:
             while data := self._connection.recv(_READ_BYTES):
-                buffer += data
-                start = 0
-                while len(buffer) - start >= _LENGTH.size:
-                    (length,) = _LENGTH.unpack_from(buffer, start)
-                    if length > MAX_FRAME_BYTES:
-                        return
-                    end = start + _LENGTH.size + length
-                    if len(buffer) < end:
-                        break
-                    self.inbox.put(decoder.decode(bytes(buffer[start + _LENGTH.size : end])))
-                    start = end
-                del buffer[:start]
-        except (OSError, msgspec.MsgspecError):
-            return  # a front that can't be heard is gone
+                for command in frames.feed(data):
+                    self.inbox.put(command)
+        except (OSError, FrameTooLarge, msgspec.MsgspecError):
+            return
         finally:
             self.inbox.put(None)
 
     def _write(self) -> None:
         encoder = msgspec.msgpack.Encoder()
-        open_ = True
-        while open_:
+        is_open = True
+        while is_open:
             events = [self._outbox.get()]
-            while len(events) < _MOST_EVENTS and not self._outbox.empty():
+            while len(events) < _MAX_EVENTS_PER_SEND and not self._outbox.empty():
                 events.append(self._outbox.get())
             frames = bytearray()
-            for event in events:
-                if event is None:
-                    open_ = False
-                    break
-                body = encoder.encode(event)
-                frames += _LENGTH.pack(len(body))
-                frames += body
             try:
+                for event in events:
+                    if event is None:
+                        is_open = False
+                        break
+                    frames += encode_frame(encoder, event)
                 self._connection.sendall(frames)
+            except FrameTooLarge:
+                logger.exception("an event cannot be sent; closing the connection")
+                with contextlib.suppress(OSError):
+                    self._connection.shutdown(socket.SHUT_RDWR)
+                return
             except OSError:
-                return  # the reader says that the front is gone
+                return  # the reader reports that the front is gone

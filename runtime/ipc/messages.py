@@ -1,6 +1,6 @@
-"""Front ⇄ engine: every message that crosses the socket between them, and its framing.
+"""The messages between the runtime's front process and the engine.
 
-A message is a tagged msgspec struct in msgpack behind a 4-byte little-endian length. The engine answers every Load with Loaded or
+A message is a tagged msgspec struct, sent in a frame of runtime/ipc/framing.py. The engine answers every Load with Loaded or
 LoadFailed, every Unload with Unloaded, every Add with rows in Tokens messages until one carries a finish reason. Nothing else is promised
 about order between different models or requests.
 """
@@ -8,8 +8,6 @@ about order between different models or requests.
 import msgspec
 
 from runtime.types import Checkpoint, FinishReason, GenerationRequest, ModelFacts, Tier
-
-MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

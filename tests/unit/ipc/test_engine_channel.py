@@ -1,4 +1,4 @@
-"""The engine's socket: frames both ways, big and small, and what the engine learns when the front goes."""
+"""The engine's channel: messages in both directions, and the end of a connection."""
 
 import queue
 import socket
@@ -8,7 +8,9 @@ import threading
 import msgspec
 import pytest
 
+from runtime.ipc import framing
 from runtime.ipc.engine_channel import Channel
+from runtime.ipc.framing import encode_frame
 from runtime.ipc.messages import Abort, Command, Event, Load, RowTokens, Shutdown, Tokens, Unloaded
 from runtime.types import Checkpoint
 
@@ -22,8 +24,7 @@ def ends() -> tuple[socket.socket, Channel]:
 
 
 def frame(command: Command) -> bytes:
-    body = msgspec.msgpack.encode(command)
-    return struct.pack("<I", len(body)) + body
+    return encode_frame(msgspec.msgpack.Encoder(), command)
 
 
 def read_events(front: socket.socket, count: int) -> list[Event]:
@@ -32,11 +33,16 @@ def read_events(front: socket.socket, count: int) -> list[Event]:
     return [decoder.decode(stream.read(struct.unpack("<I", stream.read(4))[0])) for _ in range(count)]
 
 
-def test_commands_arrive_whole_and_in_order(ends: tuple[socket.socket, Channel]) -> None:
+def test_channel_delivers_commands_whole_and_in_order(ends: tuple[socket.socket, Channel]) -> None:
     front, channel = ends
-    commands = [Load("m", Checkpoint("/x" * 100_000)), Abort(tuple(range(1000))), Shutdown(1.5)]
-    data = b"".join(map(frame, commands))
-    sender = threading.Thread(target=lambda: [front.sendall(data[i : i + 7919]) for i in range(0, len(data), 7919)])
+    commands: list[Command] = [Load("m", Checkpoint("/x" * 100_000)), Abort(tuple(range(1000))), Shutdown(1.5)]
+    data = b"".join(frame(command) for command in commands)
+
+    def send() -> None:
+        for start in range(0, len(data), 7919):
+            front.sendall(data[start : start + 7919])
+
+    sender = threading.Thread(target=send)
     sender.start()
     assert [channel.inbox.get(timeout=WAIT_S) for _ in commands] == commands
     sender.join()
@@ -45,7 +51,7 @@ def test_commands_arrive_whole_and_in_order(ends: tuple[socket.socket, Channel])
     channel.close()
 
 
-def test_events_arrive_in_order_and_before_the_end(ends: tuple[socket.socket, Channel]) -> None:
+def test_channel_sends_queued_events_before_it_closes(ends: tuple[socket.socket, Channel]) -> None:
     front, channel = ends
     events: list[Event] = [Tokens("m", tuple(RowTokens(i, (i, n)) for i in range(50))) for n in range(300)]
     for event in [*events, Unloaded("m")]:
@@ -58,7 +64,7 @@ def test_events_arrive_in_order_and_before_the_end(ends: tuple[socket.socket, Ch
 
 
 @pytest.mark.parametrize("garbage", [struct.pack("<I", 3) + b"abc", struct.pack("<I", 0xFFFFFFFF)])
-def test_a_front_that_cannot_be_understood_is_gone(ends: tuple[socket.socket, Channel], garbage: bytes) -> None:
+def test_channel_ends_at_bytes_that_are_no_command(ends: tuple[socket.socket, Channel], garbage: bytes) -> None:
     front, channel = ends
     front.sendall(frame(Abort((1,))) + garbage)
     assert channel.inbox.get(timeout=WAIT_S) == Abort((1,))
@@ -69,10 +75,21 @@ def test_a_front_that_cannot_be_understood_is_gone(ends: tuple[socket.socket, Ch
     front.close()
 
 
-def test_writing_to_a_front_that_left_does_no_harm(ends: tuple[socket.socket, Channel]) -> None:
+def test_channel_emits_to_a_closed_connection_without_error(ends: tuple[socket.socket, Channel]) -> None:
     front, channel = ends
     front.close()
     for _ in range(200):
         channel.emit(Tokens("m", tuple(RowTokens(i, (1,)) for i in range(500))))
     assert channel.inbox.get(timeout=WAIT_S) is None
     channel.close()
+
+
+def test_channel_ends_at_an_event_over_the_limit(
+    ends: tuple[socket.socket, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front, channel = ends
+    monkeypatch.setattr(framing, "MAX_FRAME_BYTES", 64)
+    channel.emit(Tokens("m", tuple(RowTokens(i, (1,)) for i in range(100))))
+    assert channel.inbox.get(timeout=WAIT_S) is None
+    channel.close()
+    front.close()
