@@ -13,6 +13,7 @@ import time
 
 import msgspec
 
+from common.model_state import ModelFigures, Tier
 from runtime.ipc.messages import (
     Abort,
     Add,
@@ -22,14 +23,13 @@ from runtime.ipc.messages import (
     Hello,
     Load,
     Loaded,
-    ModelStats,
     RowTokens,
     Shutdown,
     Tokens,
     Unload,
     Unloaded,
 )
-from runtime.types import FinishReason, ModelFacts, Tier
+from runtime.types import FinishReason, ModelFacts
 
 _LENGTH = struct.Struct("<I")
 _BYTES = 1 << 34
@@ -48,7 +48,7 @@ class FastEngine:
         self._left: dict[int, tuple[str, int]] = {}  # request id → its model, tokens to come
 
     def run(self) -> None:
-        self._send(Hello(os.getpid(), "cpu", "no device", _BYTES, 0))
+        self._send(Hello(os.getpid(), "cpu", "no device", _BYTES, 0, 1 << 22, 256))
         self._stats()
         next_step_s = next_stats_s = time.perf_counter()
         while True:
@@ -123,7 +123,7 @@ class FastEngine:
 
     def _stats(self) -> None:
         models = tuple(
-            ModelStats(
+            ModelFigures(
                 model_id=model_id,
                 tier=Tier.DEVICE,
                 weight_bytes=_WEIGHT_BYTES,

@@ -6,8 +6,10 @@ records hold them (`…_ms`), seconds elsewhere (`…_s`).
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from typing import Protocol
+
+from common.model_state import CopyState, ModelState, Tier
 
 
 class ModelStatus(IntEnum):
@@ -21,26 +23,6 @@ class ModelStatus(IntEnum):
     UNKNOWN = 5
 
 
-class CopyState(StrEnum):
-    """What one pod says of its copy, finer than ModelMesh's status."""
-
-    QUEUED = "queued"
-    PULLING = "pulling"
-    PACKING = "packing"
-    LOADING = "loading"
-    LOADED = "loaded"
-    UNLOADING = "unloading"
-    FAILED = "failed"
-    QUARANTINED = "quarantined"
-
-
-class Tier(StrEnum):
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
-    REMOTE = "remote"
-
-
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model's attributes as registered; immutable. `key` is ModelMesh's model key (JSON text: storage and per-model settings)."""
@@ -50,26 +32,17 @@ class ModelInfo:
     key: str = ""
 
 
+_UNKNOWN = ModelState(state=CopyState.UNKNOWN, tier=Tier.UNKNOWN)
+
+
 @dataclass(frozen=True, slots=True)
 class CopyInfo:
-    """One pod's copy of a model, as far as this pod knows it."""
+    """One pod's copy of a model as this pod knows it. `model` is the state that the copy's own pod reports."""
 
     instance_id: str
     status: ModelStatus
     time_ms: int
-    state: CopyState | None = None
-    tier: Tier | None = None
-    error: str = ""
-    progress: float = 0.0  # 0 … 1 of the current state
-    progress_text: str = ""
-    weight_bytes: int = 0
-    device_bytes: int = 0
-    running: int = 0
-    waiting: int = 0
-    swap_in_s: float = 0.0
-    tokens_per_s: float = 0.0
-    quantization: str = ""
-    max_model_len: int = 0
+    model: ModelState = _UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,34 +89,6 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class RuntimeModel:
-    """One model in the local runtime's own account of itself (repertory.RuntimeState/watch); zeros from a foreign runtime."""
-
-    model_id: str
-    state: CopyState
-    tier: Tier = Tier.DEVICE
-    progress: float = 0.0
-    progress_bytes: int = 0
-    total_bytes: int = 0
-    progress_text: str = ""
-    weight_bytes: int = 0
-    device_bytes: int = 0
-    kv_bytes: int = 0
-    kv_usage: float = 0.0
-    running: int = 0
-    waiting: int = 0
-    swap_in_s: float = 0.0
-    load_s: float = 0.0
-    quantization: str = ""
-    dtype: str = ""
-    architecture: str = ""
-    path: str = ""
-    max_model_len: int = 0
-    tokens_per_s: float = 0.0
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class RuntimeSnapshot:
     """The local runtime now. `foreign`: it has no repertory.RuntimeState, so only what ModelMesh's contract says is known."""
 
@@ -157,7 +102,7 @@ class RuntimeSnapshot:
     engine_state: str = ""
     engine_restarts: int = 0
     device_name: str = ""
-    models: tuple[RuntimeModel, ...] = ()
+    models: tuple[ModelState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,11 +139,3 @@ class ModelFacts(msgspec.Struct, frozen=True):
     vocab_size: int
     num_parameters: int
     eos_token_ids: tuple[int, ...] = ()
-
-
-class Tier(StrEnum):
-    """Where a loaded model's weights are, nearest first."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from common.model_state import CopyState, Tier
 from mesh.client.admin import Copy, Model
 from mesh.registry.records import ModelRecord
 from mesh.registry.registration import belongs_to, settings_of
 from mesh.registry.registry import NamedModel, Registry
-from mesh.types import CopyInfo, CopyState, Loader, ModelStatus, StatusInfo, Tier
+from mesh.types import CopyInfo, Loader, ModelStatus, StatusInfo
 
 _BY_DISTANCE = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE)
 _MAX_CACHED_SETTINGS = 10_000
@@ -70,16 +73,16 @@ class ModelViews:
             settings=settings,
             status=status.status.name,
             state=_state(status, best),
-            tier=best.tier or "" if best.status is ModelStatus.LOADED else "",
-            weight_bytes=best.weight_bytes or named.record.weight_bytes,
-            device_bytes=sum(copy.device_bytes for copy in status.copies),
-            quantization=best.quantization or str(settings.get("quantize") or ""),
+            tier=best.model.tier if best.status is ModelStatus.LOADED else "",
+            weight_bytes=best.model.weight_bytes or named.record.weight_bytes,
+            device_bytes=sum(copy.model.device_bytes for copy in status.copies),
+            quantization=best.model.quantization or str(settings.get("quantize") or ""),
             copies=[_copy(copy) for copy in status.copies],
             last_used_ms=self._used_ms(named),
-            running=sum(copy.running for copy in status.copies),
-            waiting=sum(copy.waiting for copy in status.copies),
-            progress=loading.progress,
-            progress_text=loading.progress_text,
+            running=sum(copy.model.running for copy in status.copies),
+            waiting=sum(copy.model.waiting for copy in status.copies),
+            progress=loading.model.progress,
+            progress_text=loading.model.progress_text,
             error=_error(status, move),
             moving_to=move.path if move else "",
             aliases=list(named.aliases),
@@ -125,10 +128,15 @@ def _best(status: StatusInfo) -> CopyInfo:
     """Return the loaded copy in the tier nearest to the device, else the copy that is loading furthest, else the newest one."""
     loaded = [copy for copy in status.copies if copy.status is ModelStatus.LOADED]
     if loaded:
-        return min(loaded, key=lambda copy: _BY_DISTANCE.index(copy.tier) if copy.tier else len(_BY_DISTANCE))
-    loading = [copy for copy in status.copies if copy.state in _LOADING_STATES]
+        return min(
+            loaded, key=lambda copy: _BY_DISTANCE.index(copy.model.tier) if copy.model.tier else len(_BY_DISTANCE)
+        )
+    loading = [copy for copy in status.copies if copy.model.state in _LOADING_STATES]
     if loading:
-        return min(loading, key=lambda copy: _LOADING_STATES.index(copy.state) if copy.state in _LOADING_STATES else 0)
+        return min(
+            loading,
+            key=lambda copy: _LOADING_STATES.index(copy.model.state) if copy.model.state in _LOADING_STATES else 0,
+        )
     return status.copies[0] if status.copies else _NO_COPY
 
 
@@ -147,20 +155,8 @@ def _state(status: StatusInfo, best: CopyInfo) -> str:
     """Return a CopyState's value; empty if no copy is loaded or loading."""
     if best is _NO_COPY or status.status in (ModelStatus.NOT_LOADED, ModelStatus.NOT_FOUND):
         return ""
-    return str(best.state) if best.state else status.status.name.lower()
+    return str(best.model.state) if best.model.state else status.status.name.lower()
 
 
 def _copy(copy: CopyInfo) -> Copy:
-    return Copy(
-        instance_id=copy.instance_id,
-        status=copy.status.name,
-        state=copy.state or "",
-        tier=copy.tier or "",
-        error=copy.error,
-        progress=copy.progress,
-        progress_text=copy.progress_text,
-        weight_bytes=copy.weight_bytes,
-        device_bytes=copy.device_bytes,
-        running=copy.running,
-        waiting=copy.waiting,
-    )
+    return Copy(instance_id=copy.instance_id, status=copy.status.name, **msgspec.structs.asdict(copy.model))

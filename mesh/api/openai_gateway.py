@@ -5,6 +5,7 @@ A streaming request whose model is not loaded gets SSE comments until it is; any
 
 from aiohttp import web
 
+from common.model_state import CopyState
 from mesh.api.addressing import MODEL_HEADER
 from mesh.api.http_body import InferenceBody, decode, prefix_hash, read_body
 from mesh.api.http_errors import body_of, event_of
@@ -18,7 +19,7 @@ from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import Attempts, RoutingRequest
 from mesh.routing.router import CopyRouter
-from mesh.types import CopyState, Loader
+from mesh.types import Loader
 
 _FIRST_COMMENT_S = 0.2  # an error that is known at once still gets its own status
 
@@ -110,17 +111,18 @@ class OpenAiGateway:
 
     def _comment(self, model_id: str) -> str:
         """Return the load's state and progress, such as `pulling 42 % of the files`."""
-        copy = next((copy for copy in self._loader.status(model_id).copies if copy.state is not None), None)
-        if copy is None or copy.state in (
+        copies = self._loader.status(model_id).copies
+        model = next((copy.model for copy in copies if copy.model.state is not CopyState.UNKNOWN), None)
+        if model is None or model.state in (
             CopyState.LOADED,
             CopyState.FAILED,
             CopyState.QUARANTINED,
             CopyState.UNLOADING,
         ):
             return "keep-alive"
-        progress = f" {copy.progress:.0%}".replace("%", " %") if copy.progress else ""
-        text = f" {copy.progress_text}" if copy.progress_text else ""
-        return f"{copy.state}{progress}{text}".replace("\n", " ")
+        progress = f" {model.progress:.0%}".replace("%", " %") if model.progress else ""
+        text = f" {model.progress_text}" if model.progress_text else ""
+        return f"{model.state}{progress}{text}".replace("\n", " ")
 
 
 async def _first_byte(attempts: Attempts, forwarder: HttpForwarder) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from common.model_state import ModelState
 from mesh.errors import InvalidRequest, MeshError, Unavailable
 
 DEFAULT_SERVER = "http://127.0.0.1:8080"
@@ -16,20 +17,11 @@ DEFAULT_SERVER = "http://127.0.0.1:8080"
 _BROKEN = (OSError, http.client.HTTPException)
 
 
-class Copy(msgspec.Struct, frozen=True):
-    """One pod's copy, as `/admin/v1/models` tells it."""
+class Copy(ModelState, frozen=True, kw_only=True, omit_defaults=False):
+    """One pod's copy in the answer of `/admin/v1/models`: where it is, ModelMesh's status of it, and its state."""
 
     instance_id: str = ""
     status: str = ""
-    state: str = ""
-    tier: str = ""
-    error: str = ""
-    progress: float = 0.0
-    progress_text: str = ""
-    weight_bytes: int = 0
-    device_bytes: int = 0
-    running: int = 0
-    waiting: int = 0
 
 
 class Model(msgspec.Struct, frozen=True):

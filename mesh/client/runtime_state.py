@@ -13,7 +13,8 @@ import grpc.aio
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from mesh.types import CopyState, FitAnswer, RuntimeModel, RuntimeSnapshot, Tier
+from common.model_state import CopyState, ModelState, Tier
+from mesh.types import FitAnswer, RuntimeSnapshot
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
 
@@ -25,20 +26,10 @@ _PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 ANSWER_S = 10.0  # a runtime that hasn't answered by then hangs
 _SILENCE_S = 5.0  # after it, it is asked whether it is still there
 
-_STATES = {
-    pb.ModelState.PULLING: CopyState.PULLING,
-    pb.ModelState.PACKING: CopyState.PACKING,
-    pb.ModelState.LOADING: CopyState.LOADING,
-    pb.ModelState.LOADED: CopyState.LOADED,
-    pb.ModelState.FAILED: CopyState.FAILED,
-    pb.ModelState.QUARANTINED: CopyState.QUARANTINED,
-}
-_TIERS = {
-    pb.ModelState.REMOTE: Tier.REMOTE,
-    pb.ModelState.DISK: Tier.DISK,
-    pb.ModelState.HOST: Tier.HOST,
-    pb.ModelState.DEVICE: Tier.DEVICE,
-}
+_STATES = {number: CopyState[name] for name, number in pb.ModelState.State.items()}
+_TIERS = {number: Tier[name] for name, number in pb.ModelState.Tier.items()}
+# the message has the schema's names; states and tiers are enums of its own
+_SAME = tuple(name for name in ModelState.__struct_fields__ if name not in ("state", "tier"))
 
 
 class RuntimeWatch:
@@ -139,30 +130,12 @@ def snapshot(message: pb.RuntimeSnapshot) -> RuntimeSnapshot:
     )
 
 
-def _model(model: pb.ModelState) -> RuntimeModel:
-    return RuntimeModel(
-        model_id=model.model_id,
+def _model(model: pb.ModelState) -> ModelState:
+    """Return the state in the message. A state of a newer runtime counts as loading, a tier as remote."""
+    return ModelState(
         state=_STATES.get(model.state, CopyState.LOADING),
         tier=_TIERS.get(model.tier, Tier.REMOTE),
-        progress=model.progress,
-        progress_bytes=model.progress_bytes,
-        total_bytes=model.total_bytes,
-        progress_text=model.progress_text,
-        weight_bytes=model.weight_bytes,
-        device_bytes=model.device_bytes,
-        kv_bytes=model.kv_bytes,
-        kv_usage=model.kv_usage,
-        running=model.running,
-        waiting=model.waiting,
-        swap_in_s=model.swap_in_seconds,
-        load_s=model.load_seconds,
-        quantization=model.quantization,
-        dtype=model.dtype,
-        architecture=model.architecture,
-        path=model.path,
-        max_model_len=model.max_model_len,
-        tokens_per_s=model.tokens_per_second,
-        error=model.error,
+        **{name: getattr(model, name) for name in _SAME},
     )
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from common.changes import Changes
 from common.clock import epoch_ms
+from common.model_state import CopyState
 from mesh.placement.usage import Held, Usage
-from mesh.types import CopyState, ModelInfo
+from mesh.types import ModelInfo
 
 _COMING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
 

@@ -13,11 +13,12 @@ import msgspec
 from common.changes import Changes
 from common.clock import epoch_ms
 from mesh.errors import StoreError
-from mesh.placement.copies import LocalCopies, LocalCopy
+from mesh.placement.copies import LocalCopies
+from mesh.placement.model_status import copy_state
 from mesh.placement.usage import NEVER_MS
 from mesh.registry.instances import Instances
-from mesh.registry.records import CAPACITY_UNIT_BYTES, LRU_EMPTY_MS, CopyReport, InstanceRecord
-from mesh.types import RuntimeModel, RuntimeSnapshot, Tier
+from mesh.registry.records import CAPACITY_UNIT_BYTES, LRU_EMPTY_MS, InstanceRecord
+from mesh.types import RuntimeSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,10 @@ class Heartbeat:
         snapshot = self._snapshot()
         models = {model.model_id: model for model in snapshot.models}
         usage = self._copies.usage()
-        reports = {copy.model_id: _report(copy, models.get(copy.model_id)) for copy in self._copies}
+        reports = {
+            copy.model_id: copy_state(copy.model_id, copy.state, copy.size_bytes, models.get(copy.model_id))
+            for copy in self._copies
+        }
         return msgspec.structs.replace(
             self._identity,
             lru_time_ms=LRU_EMPTY_MS if usage.lru_ms == NEVER_MS else usage.lru_ms,
@@ -110,26 +114,9 @@ def identity(*, grpc_address: str, http_address: str, labels: tuple[str, ...], l
     )
 
 
-def _report(copy: LocalCopy, model: RuntimeModel | None) -> CopyReport:
-    if model is None or not copy.loaded:
-        return CopyReport(state=copy.state, tier=Tier.DEVICE, weight_bytes=copy.size_bytes)
-    return CopyReport(
-        state=copy.state,
-        tier=model.tier,
-        weight_bytes=model.weight_bytes or copy.size_bytes,
-        running=model.running,
-        waiting=model.waiting,
-        swap_in_s=model.swap_in_s,
-        tokens_per_s=model.tokens_per_s,
-    )
-
-
 def _settled(record: InstanceRecord) -> InstanceRecord:
     """Without what changes with every request."""
-    copies = {
-        model_id: msgspec.structs.replace(report, running=0, waiting=0, swap_in_s=0.0, tokens_per_s=0.0)
-        for model_id, report in record.copies.items()
-    }
+    copies = {model_id: report.settled() for model_id, report in record.copies.items()}
     return msgspec.structs.replace(
         record,
         lru_time_ms=0,

@@ -12,13 +12,14 @@ from collections.abc import Awaitable
 
 from common.changes import Changes
 from common.clock import epoch_ms
+from common.model_state import CopyState
 from mesh.errors import LoadFailed, MeshError, NotFound, Overloaded, StoreError, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.eviction import make_room
 from mesh.placement.load_times import LoadTimes
 from mesh.placement.record_updates import RecordUpdates
-from mesh.types import CopyState, LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
+from mesh.types import LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)
 

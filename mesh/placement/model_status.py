@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
+
+from common.model_state import CopyState, ModelState, Tier
 from mesh.registry.records import InstanceRecord, ModelRecord
-from mesh.types import CopyInfo, CopyState, ModelStatus, RuntimeModel, StatusInfo
+from mesh.types import CopyInfo, ModelStatus, StatusInfo
 
 MAX_FAILURES = 3  # ModelMesh: so many pods have tried
 FAILURES_FOR_MS = 450_000  # ... within 7.5 minutes
@@ -19,7 +22,7 @@ class OwnCopy:
     state: CopyState
     started_ms: int
     size_bytes: int
-    model: RuntimeModel | None = None
+    model: ModelState | None = None
 
 
 def status_of(
@@ -28,7 +31,7 @@ def status_of(
     *,
     own_id: str,
     own: OwnCopy | None,
-    own_model: RuntimeModel | None,
+    own_model: ModelState | None,
     pods: Mapping[str, InstanceRecord],
 ) -> StatusInfo:
     """`own_model`: what the runtime says of the model even if this pod holds no copy (it may remember why it failed)."""
@@ -36,7 +39,7 @@ def status_of(
         return StatusInfo(ModelStatus.NOT_FOUND)
     if own is None and not record.instance_ids and not record.failed_in:
         return _AT_REST  # as most are, of thousands
-    copies = [_own_info(own_id, own)] if own is not None else []
+    copies = [_own_info(model_id, own_id, own)] if own is not None else []
     copies += [_peer_info(model_id, pod, since_ms, pods[pod]) for pod, since_ms in _others(record, own_id, pods)]
     failures = sorted(((at_ms, pod) for pod, at_ms in record.failed_in.items()), reverse=True)
     errors = tuple(
@@ -100,37 +103,30 @@ def _others(record: ModelRecord, own_id: str, pods: Mapping[str, InstanceRecord]
     return [(pod, since_ms) for pod, since_ms in record.instance_ids.items() if pod != own_id and pod in pods]
 
 
-def _own_info(own_id: str, own: OwnCopy) -> CopyInfo:
-    model = own.model
-    state = own.state
-    if (
-        model is not None
-        and own.state is CopyState.LOADING
-        and model.state in (CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
-    ):
-        state = model.state
-    if model is None or state is CopyState.QUEUED:
-        # bytes that are only predicted are not shown as its weight
-        known_bytes = own.size_bytes if state is CopyState.LOADED else 0
-        return CopyInfo(own_id, _status(state), own.started_ms, state=state, weight_bytes=known_bytes)
-    return CopyInfo(
-        own_id,
-        _status(state),
-        own.started_ms,
+def copy_state(model_id: str, state: CopyState, size_bytes: int, reported: ModelState | None) -> ModelState:
+    """Return the state of this pod's copy: what its runtime reports, under the state that placement has given the copy.
+
+    `size_bytes` is the booked size. It stands for the weights of a loaded copy if the runtime does not report them.
+    """
+    loaded = state is CopyState.LOADED
+    known_bytes = size_bytes if loaded else 0
+    if reported is None or state is CopyState.QUEUED:
+        return ModelState(model_id=model_id, state=state, tier=Tier.UNKNOWN, weight_bytes=known_bytes)
+    if state is CopyState.LOADING and reported.state in (CopyState.PULLING, CopyState.PACKING):
+        state = reported.state
+    return msgspec.structs.replace(
+        reported,
         state=state,
-        tier=model.tier if state is CopyState.LOADED else None,
-        error=model.error,
-        progress=0.0 if state is CopyState.LOADED else model.progress,
-        progress_text="" if state is CopyState.LOADED else model.progress_text,
-        weight_bytes=model.weight_bytes or (own.size_bytes if state is CopyState.LOADED else 0),
-        device_bytes=model.device_bytes,
-        running=model.running,
-        waiting=model.waiting,
-        swap_in_s=model.swap_in_s,
-        tokens_per_s=model.tokens_per_s,
-        quantization=model.quantization,
-        max_model_len=model.max_model_len,
+        tier=reported.tier if loaded else Tier.UNKNOWN,
+        progress=0.0 if loaded else reported.progress,
+        progress_text="" if loaded else reported.progress_text,
+        weight_bytes=reported.weight_bytes or known_bytes,
     )
+
+
+def _own_info(model_id: str, own_id: str, own: OwnCopy) -> CopyInfo:
+    model = copy_state(model_id, own.state, own.size_bytes, own.model)
+    return CopyInfo(own_id, _status(model.state), own.started_ms, model)
 
 
 def _peer_info(model_id: str, pod: str, since_ms: int, instance: InstanceRecord) -> CopyInfo:
@@ -140,27 +136,16 @@ def _peer_info(model_id: str, pod: str, since_ms: int, instance: InstanceRecord)
     report = instance.copies.get(model_id)
     if report is None:
         # the load is announced before the pod's own record tells of it
-        return CopyInfo(pod, ModelStatus.LOADING, since_ms, state=CopyState.QUEUED)
-    return CopyInfo(
-        pod,
-        _status(report.state),
-        since_ms,
-        state=report.state,
-        tier=report.tier if report.state is CopyState.LOADED else None,
-        weight_bytes=report.weight_bytes,
-        running=report.running,
-        waiting=report.waiting,
-        swap_in_s=report.swap_in_s,
-        tokens_per_s=report.tokens_per_s,
-    )
+        return CopyInfo(pod, ModelStatus.LOADING, since_ms, ModelState(state=CopyState.QUEUED, tier=Tier.UNKNOWN))
+    return CopyInfo(pod, _status(report.state), since_ms, report)
 
 
-def _failed_info(pod: str, at_ms: int, record: ModelRecord, own_id: str, own_model: RuntimeModel | None) -> CopyInfo:
+def _failed_info(pod: str, at_ms: int, record: ModelRecord, own_id: str, own_model: ModelState | None) -> CopyInfo:
     state = CopyState.FAILED
     if pod == own_id and own_model is not None and own_model.state is CopyState.QUARANTINED:
         state = CopyState.QUARANTINED
     error = record.failures[pod].message if pod in record.failures else ""
-    return CopyInfo(pod, ModelStatus.LOADING_FAILED, at_ms, state=state, error=error)
+    return CopyInfo(pod, ModelStatus.LOADING_FAILED, at_ms, ModelState(state=state, tier=Tier.UNKNOWN, error=error))
 
 
 def _status(state: CopyState) -> ModelStatus:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from common.changes import Changes
 from common.clock import epoch_ms
+from common.model_state import CopyState
 from mesh.errors import MeshError, NotFound, StoreError, Unavailable
 from mesh.placement.copies import LocalCopies
 from mesh.placement.eviction import make_room
@@ -23,7 +24,7 @@ from mesh.placement.record_updates import RecordUpdates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import CAPACITY_UNIT_BYTES, InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
-from mesh.types import CopyState, ModelStatus, RuntimeClient, RuntimeSnapshot, StatusInfo
+from mesh.types import ModelStatus, RuntimeClient, RuntimeSnapshot, StatusInfo
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 
 from common.changes import Changes
+from common.model_state import CopyState, ModelState
 from mesh.errors import MeshError
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.loads import LocalLoads
-from mesh.types import CopyState, RuntimeClient, RuntimeLimits, RuntimeModel, RuntimeSnapshot
+from mesh.types import RuntimeClient, RuntimeLimits, RuntimeSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class RuntimeMonitor:
         self._connected = False
         self.limits: RuntimeLimits | None = None
         self.snapshot = RuntimeSnapshot(0)
-        self._models: dict[str, RuntimeModel] = {}
+        self._models: dict[str, ModelState] = {}
         self._told_s = 0.0
         self._asking = asyncio.Lock()
         self._asked_s = 0.0
@@ -66,7 +67,7 @@ class RuntimeMonitor:
         model = self.model(copy.model_id)
         return self.serving and (model is None or model.state is CopyState.LOADED or copy.loaded_s >= self._told_s)
 
-    def model(self, model_id: str) -> RuntimeModel | None:
+    def model(self, model_id: str) -> ModelState | None:
         return self._models.get(model_id)
 
     async def run(self) -> None:

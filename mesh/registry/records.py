@@ -11,7 +11,8 @@ from typing import TypeVar
 import msgspec
 from msgspec import field
 
-from mesh.types import CopyState, ModelInfo, Tier
+from common.model_state import ModelState
+from mesh.types import ModelInfo
 
 LRU_EMPTY_MS = 2**63 - 1
 CAPACITY_UNIT_BYTES = 8192
@@ -73,18 +74,6 @@ class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
         return self.active_id != self.target_id
 
 
-class CopyReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One copy, as its pod tells the others."""
-
-    state: CopyState = CopyState.LOADED
-    tier: Tier = Tier.DEVICE
-    weight_bytes: int = field(default=0, name="weightBytes")
-    running: int = 0
-    waiting: int = 0
-    swap_in_s: float = field(default=0.0, name="swapInS")
-    tokens_per_s: float = field(default=0.0, name="tokensPerS")
-
-
 class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     """A pod. Its key is leased: when the pod is gone, so is the record."""
 
@@ -113,7 +102,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     tokens_per_s: float = field(default=0.0, name="tokensPerS")
-    copies: Mapping[str, CopyReport] = field(default_factory=dict)  # by model id
+    copies: Mapping[str, ModelState] = field(default_factory=dict)  # by model id
 
 
 R = TypeVar("R", bound=Record)

@@ -4,12 +4,13 @@ import time
 from collections import Counter
 
 from common.clock import epoch_ms
+from common.model_state import CopyState, Tier
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.placement import Placement
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
 from mesh.routing.copy_selection import Candidate, choose
-from mesh.types import CopyState, Target, Tier
+from mesh.types import Target
 
 _LOST_S = 5.0  # a peer that answered NOT_FOUND is skipped until its record had time to say so
 _MIN_LOADING_S = 0.1

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mesh.types import Tier
+from common.model_state import Tier
 
 # Estimates in seconds, used where a copy reports no figure of its own. Mostly their order matters.
-_SWAP_IN_S = {Tier.DEVICE: 0.0, Tier.HOST: 0.5, Tier.DISK: 10.0, Tier.REMOTE: 60.0}
+_SWAP_IN_S = {Tier.UNKNOWN: 0.0, Tier.DEVICE: 0.0, Tier.HOST: 0.5, Tier.DISK: 10.0, Tier.REMOTE: 60.0}
 _RUNNING_S = 0.002  # each running sequence slows a step
 _WAITING_S = 0.05  # each queued request
 _HOP_S = 0.003

@@ -140,9 +140,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
 
     async def _capacity(self) -> Capacity:
         hello = await self._engine.wait_ready()
-        return capacity_of(
-            self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes
-        )
+        return capacity_of(self._config.engine.oversubscribe, hello, self._cache_budget_bytes)
 
 
 def add_spi(server: grpc.aio.Server, api: ModelRuntimeApi) -> str:

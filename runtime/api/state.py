@@ -9,18 +9,19 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import grpc.aio
+import msgspec
 
+from common.model_state import CopyState, ModelFigures, ModelState, Tier
 from runtime.api.grpc_errors import statuses
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineState
-from runtime.ipc.messages import EngineStats, ModelStats
+from runtime.ipc.messages import EngineStats
 from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
-from runtime.models.model_state import ModelView, Phase
+from runtime.models.model_state import ModelView, Phase, Progress
 from runtime.puller.inspection import ModelInspector
 from runtime.puller.sizing import ResidentBytes, victims
-from runtime.types import Tier
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
 
@@ -35,16 +36,8 @@ _ENGINE = {
     EngineState.RESTARTING: pb.ENGINE_RESTARTING,
     EngineState.STOPPED: pb.ENGINE_STOPPED,
 }
-_STATE = {
-    Phase.PULLING: pb.ModelState.PULLING,
-    Phase.PACKING: pb.ModelState.PACKING,
-    Phase.LOADING: pb.ModelState.LOADING,
-    Phase.LOADED: pb.ModelState.LOADED,
-    Phase.RETURNING: pb.ModelState.LOADING,
-    Phase.FAILED: pb.ModelState.FAILED,
-    Phase.QUARANTINED: pb.ModelState.QUARANTINED,
-}
-_TIER = {Tier.DEVICE: pb.ModelState.DEVICE, Tier.HOST: pb.ModelState.HOST, Tier.DISK: pb.ModelState.DISK}
+# the message has the schema's names; states and tiers are enums of its own
+_SAME = tuple(name for name in ModelState.__struct_fields__ if name not in ("state", "tier"))
 
 
 @dataclass(slots=True)
@@ -118,9 +111,7 @@ class RuntimeStateApi(RuntimeStateServicer):
         needed = needs.weight_bytes + min(needs.min_kv_bytes, max(budget - needs.weight_bytes, 0))
         evicts, _ = victims(needed, budget - used, self._residents(stats, leave_out=request.model_id))
         least = needs.weight_bytes + needs.min_kv_bytes
-        capacity = capacity_of(
-            self._config.engine.oversubscribe, hello, self._config.engine.slab_bytes, self._cache_budget_bytes
-        )
+        capacity = capacity_of(self._config.engine.oversubscribe, hello, self._cache_budget_bytes)
         charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
         reason = ""
         if least > budget:
@@ -171,11 +162,10 @@ class RuntimeStateApi(RuntimeStateServicer):
             device_name=hello.device_name if hello is not None else "",
         )
         if hello is not None:
-            engine = self._config.engine
             snapshot.device_budget_bytes = hello.device_budget_bytes
             snapshot.host_budget_bytes = hello.host_budget_bytes
             snapshot.capacity_bytes = capacity_of(
-                engine.oversubscribe, hello, engine.slab_bytes, self._cache_budget_bytes
+                self._config.engine.oversubscribe, hello, self._cache_budget_bytes
             ).capacity_bytes
         if stats is not None:
             snapshot.device_used_bytes = stats.device_used_bytes
@@ -187,57 +177,48 @@ class RuntimeStateApi(RuntimeStateServicer):
         for gone in set(rates) - {view.model_id for view in views}:
             del rates[gone]
         for view in views:
-            snapshot.models.append(
-                _state_of(view, by_id.get(view.model_id), rates, now_s, snapshot.device_budget_bytes)
-            )
+            figures = by_id.get(view.model_id)
+            rate = rates.setdefault(view.model_id, TokenRate())
+            tokens_per_s = rate.update(now_s, figures.generated_tokens_total) if figures is not None else 0.0
+            snapshot.models.append(to_message(state_of(view, figures, tokens_per_s)))
         return snapshot
 
 
-def _state_of(
-    view: ModelView, stats: ModelStats | None, rates: dict[str, TokenRate], now_s: float, device_budget_bytes: int
-) -> pb.ModelState:
-    state = pb.ModelState(
+def state_of(view: ModelView, figures: ModelFigures | None, tokens_per_s: float) -> ModelState:
+    """Join what the manager knows of a model with the engine's figures, which it has while the model is in the engine."""
+    phase, facts = view.phase, view.facts
+    progress = view.progress or Progress(phase)
+    state = ModelState(
         model_id=view.model_id,
-        state=_STATE[view.phase],
-        tier=pb.ModelState.REMOTE if view.phase in (Phase.PULLING, Phase.FAILED) else pb.ModelState.DISK,
-        quantization=view.settings.quantize.value,
-        load_seconds=view.load_seconds,
+        state=CopyState.LOADING if phase is Phase.RETURNING else CopyState(phase.value),
+        tier=Tier.REMOTE if phase in (Phase.PULLING, Phase.FAILED) else Tier.DISK,
+        progress=min(progress.done_bytes / progress.total_bytes, 1.0) if progress.total_bytes else 0.0,
+        progress_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+        progress_text=progress.text,
+        load_s=view.load_seconds,
+        tokens_per_s=tokens_per_s,
+        quantization=(facts.quantization if facts is not None else view.settings.quantize).value,
         error=view.error,
     )
-    if view.progress is not None:
-        state.progress_bytes = view.progress.done_bytes
-        state.total_bytes = view.progress.total_bytes
-        state.progress_text = view.progress.text
-        if view.progress.total_bytes:
-            state.progress = min(view.progress.done_bytes / view.progress.total_bytes, 1.0)
-    if view.facts is not None:
-        state.quantization = view.facts.quantization.value
-        state.dtype = view.facts.dtype
-        state.architecture = view.facts.architecture
-        state.path = view.facts.path
-        state.max_model_len = view.facts.max_model_len
-        state.weight_bytes = view.facts.weight_bytes
-    if stats is not None:
-        state.tier = _TIER[stats.tier]
-        state.weight_bytes = stats.weight_bytes
-        state.device_bytes = stats.device_bytes
-        state.kv_bytes = stats.kv_bytes
-        state.kv_used_tokens = stats.kv_used_tokens
-        state.kv_cached_tokens = stats.kv_cached_tokens
-        state.running = stats.running
-        state.waiting = stats.waiting
-        state.swap_in_seconds = stats.swap_in_s
-        state.prompt_tokens_total = stats.prompt_tokens_total
-        state.generated_tokens_total = stats.generated_tokens_total
-        state.prefix_hit_tokens_total = stats.prefix_hit_tokens_total
-        state.tokens_per_second = rates.setdefault(view.model_id, TokenRate()).update(
-            now_s, stats.generated_tokens_total
+    if facts is not None:
+        state = msgspec.structs.replace(
+            state,
+            weight_bytes=facts.weight_bytes,
+            dtype=facts.dtype,
+            architecture=facts.architecture,
+            path=facts.path,
+            max_model_len=facts.max_model_len,
         )
-        if view.facts is not None:
-            room = device_budget_bytes - stats.weight_bytes
-            used = stats.kv_used_tokens * view.facts.kv_bytes_per_token
-            state.kv_usage = min(used / room, 1.0) if room > 0 else 1.0
-    return state
+    return msgspec.structs.replace(state, **msgspec.structs.asdict(figures)) if figures is not None else state
+
+
+def to_message(state: ModelState) -> pb.ModelState:
+    return pb.ModelState(
+        state=state.state.name,
+        tier=state.tier.name,
+        **{name: getattr(state, name) for name in _SAME},
+    )
 
 
 def add_state(server: grpc.aio.Server, api: RuntimeStateApi) -> str:

@@ -18,6 +18,7 @@ import msgspec
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
+from runtime.engine.core.model_table import MIN_KV_TOKENS
 from runtime.engine.import_stubs import leave_out, without_compiler
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.engine_channel import Channel
@@ -60,6 +61,8 @@ def main(arguments: list[str]) -> int:
                 backend.device_name,
                 backend.total_slabs * slab_bytes,
                 backend.host_total_bytes,
+                slab_bytes,
+                MIN_KV_TOKENS,
             )
         )
         mark = blackbox.mark if blackbox is not None else lambda _: None

@@ -7,7 +7,8 @@ about order between different models or requests.
 
 import msgspec
 
-from runtime.types import Checkpoint, FinishReason, GenerationRequest, ModelFacts, Tier
+from common.model_state import ModelFigures
+from runtime.types import Checkpoint, FinishReason, GenerationRequest, ModelFacts
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -56,6 +57,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     device_name: str
     device_budget_bytes: int
     host_budget_bytes: int
+    slab_bytes: int
+    min_kv_tokens: int  # a model is loaded only if this much KV fits beside its weights
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -106,27 +109,6 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     rows: tuple[RowTokens, ...]
 
 
-class ModelStats(msgspec.Struct, frozen=True):
-    model_id: str
-    tier: Tier
-    weight_bytes: int
-    device_bytes: int  # weights and KV in device memory now, in whole slabs
-    kv_bytes: int  # of it KV, in whole slabs
-    kv_used_tokens: int  # in running rows
-    kv_cached_tokens: int  # in the prefix cache, free to drop
-    running: int
-    waiting: int
-    swap_in_s: float  # measured time to bring it back from where it is now; 0 if resident
-    prompt_tokens_total: int = 0
-    generated_tokens_total: int = 0
-    prefix_hit_tokens_total: int = 0
-    preemptions_total: int = 0
-    steps_total: int = 0
-    step_seconds_total: float = 0.0
-    evictions_total: int = 0
-    swap_ins_total: int = 0
-
-
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """Sent every second, and at once after a load, an unload, an eviction or a swap-in."""
 
@@ -135,7 +117,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     host_budget_bytes: int
     host_used_bytes: int
     stranded_bytes: int  # free blocks inside half-empty slabs
-    models: tuple[ModelStats, ...]
+    models: tuple[ModelFigures, ...]
 
 
 Event = Hello | Loaded | LoadFailed | Unloaded | Tokens | EngineStats

@@ -10,9 +10,10 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from runtime.ipc.messages import EngineStats, ModelStats, RowTokens
+from common.model_state import ModelFigures, Tier
+from runtime.ipc.messages import EngineStats, RowTokens
 from runtime.observability.token_counters import ModelTokenCounters
-from runtime.types import FinishReason, Tier
+from runtime.types import FinishReason
 
 _M = TypeVar("_M", bound=MetricWrapperBase)
 _LABEL = ("model_name",)
@@ -124,7 +125,8 @@ class Instruments:
         self.running = self._gauge("vllm:num_requests_running", "Sequences in the engine's batches.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Sequences waiting for the engine.")
         self.kv_usage = self._gauge(
-            "vllm:kv_cache_usage_perc", "Share of the memory KV can have that running sequences use (1 = all)."
+            "vllm:kv_cache_usage_perc",
+            "KV of running sequences over the KV that the model could have without a preemption (1 = all).",
         )
         self.tier = self._gauge("repertory_model_tier", "Where the weights are: 3 device, 2 host, 1 disk.")
         self.weight_bytes = self._gauge("repertory_model_weight_bytes", "Size of the weights.")
@@ -205,7 +207,7 @@ class ModelMetrics:
     def __init__(self, name: str, instruments: Instruments) -> None:
         self.name = name
         self._instruments = instruments
-        self._seen: ModelStats | None = None
+        self._seen: ModelFigures | None = None
         self.prompt_tokens = instruments.prompt_tokens.labels(name)
         self.ttft = instruments.ttft.labels(name)
         self.tally = instruments.tallies.of(name)
@@ -221,21 +223,19 @@ class ModelMetrics:
     def ended(self, reason: str) -> None:
         self._instruments.success.labels(self.name, reason).inc()
 
-    def update(self, stats: ModelStats, free_bytes: int) -> None:
-        """`free_bytes`: device memory that nobody holds. Counters take what was added since the last time; an engine that restarted begins at 0."""
+    def update(self, stats: ModelFigures) -> None:
+        """Counters take what was added since the last time; an engine that restarted begins at 0."""
         to, name = self._instruments, self.name
         to.running.labels(name).set(stats.running)
         to.waiting.labels(name).set(stats.waiting)
-        kv_tokens = stats.kv_used_tokens + stats.kv_cached_tokens
-        used_bytes = stats.kv_bytes * stats.kv_used_tokens / kv_tokens if kv_tokens else 0.0
-        to.kv_usage.labels(name).set(used_bytes / max(1, stats.kv_bytes + free_bytes))
+        to.kv_usage.labels(name).set(stats.kv_usage)
         to.tier.labels(name).set(_TIERS[stats.tier])
         to.weight_bytes.labels(name).set(stats.weight_bytes)
         to.device_bytes.labels(name).set(stats.device_bytes)
         to.kv_bytes.labels(name).set(stats.kv_bytes)
         before = self._seen
         if before is None or stats.steps_total < before.steps_total:
-            before = ModelStats(stats.model_id, stats.tier, 0, 0, 0, 0, 0, 0, 0, 0.0)
+            before = ModelFigures()
         for counter, field in (
             (to.preemptions, "preemptions_total"),
             (to.prefix_queries, "prompt_tokens_total"),
@@ -269,10 +269,9 @@ class RuntimeMetrics:
         to.host_used.set(stats.host_used_bytes)
         to.host_budget.set(stats.host_budget_bytes)
         to.stranded.set(stats.stranded_bytes)
-        free_bytes = max(0, stats.device_budget_bytes - stats.device_used_bytes)
         for model in stats.models:
             if model.model_id in names:
-                self.of(names[model.model_id]).update(model, free_bytes)
+                self.of(names[model.model_id]).update(model)
         for name in set(self._models) - set(names.values()):
             self.forget(name)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.model_state import ModelFigures, Tier
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
     Abort,
@@ -26,19 +27,19 @@ from runtime.ipc.messages import (
     Load,
     Loaded,
     LoadFailed,
-    ModelStats,
     RowTokens,
     Shutdown,
     Tokens,
     Unload,
     Unloaded,
 )
-from runtime.types import FinishReason, ModelFacts, Tier
+from runtime.types import FinishReason, ModelFacts
 
 KILL = 999_001
 FAULT = 999_002
 STALL = 999_003
 WEIGHT_BYTES = 1000
+SLAB_BYTES = 4096
 
 
 class FakeEngine:
@@ -167,7 +168,7 @@ class FakeEngine:
 
     def stats(self) -> None:
         models = tuple(
-            ModelStats(
+            ModelFigures(
                 model_id=model_id,
                 tier=Tier.DEVICE,
                 weight_bytes=WEIGHT_BYTES,
@@ -206,7 +207,7 @@ async def main() -> None:
     reader, writer = await asyncio.open_unix_connection(options.socket)
     engine = FakeEngine(writer, CrashMarker(options.blackbox), options.journal, options.load_s, options.step_s)
     engine.note("start")
-    engine.send(Hello(os.getpid(), "cpu", "fake device", 100_000, 0))
+    engine.send(Hello(os.getpid(), "cpu", "fake device", 100_000, 0, SLAB_BYTES, 256))
     engine.stats()
     decoder = msgspec.msgpack.Decoder(Command)
     while True:

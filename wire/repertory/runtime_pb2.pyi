@@ -46,7 +46,7 @@ class RuntimeSnapshot(_message.Message):
     def __init__(self, device_budget_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., stranded_bytes: _Optional[int] = ..., engine_state: _Optional[_Union[EngineState, str]] = ..., engine_restarts: _Optional[int] = ..., device_name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ...) -> None: ...
 
 class ModelState(_message.Message):
-    __slots__ = ("model_id", "state", "tier", "progress", "progress_bytes", "total_bytes", "progress_text", "weight_bytes", "device_bytes", "kv_bytes", "kv_used_tokens", "kv_cached_tokens", "running", "waiting", "swap_in_seconds", "load_seconds", "quantization", "dtype", "architecture", "path", "max_model_len", "tokens_per_second", "error", "kv_usage", "prompt_tokens_total", "generated_tokens_total", "prefix_hit_tokens_total")
+    __slots__ = ("model_id", "state", "tier", "progress", "progress_bytes", "total_bytes", "progress_text", "weight_bytes", "device_bytes", "kv_bytes", "kv_used_tokens", "kv_cached_tokens", "running", "waiting", "swap_in_s", "load_s", "quantization", "dtype", "architecture", "path", "max_model_len", "tokens_per_s", "error", "kv_usage", "prompt_tokens_total", "generated_tokens_total", "prefix_hit_tokens_total", "preemptions_total", "steps_total", "step_seconds_total", "evictions_total", "swap_ins_total")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PULLING: _ClassVar[ModelState.State]
@@ -85,19 +85,24 @@ class ModelState(_message.Message):
     KV_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
-    SWAP_IN_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SWAP_IN_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SWAP_INS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     state: ModelState.State
     tier: ModelState.Tier
@@ -112,20 +117,25 @@ class ModelState(_message.Message):
     kv_cached_tokens: int
     running: int
     waiting: int
-    swap_in_seconds: float
-    load_seconds: float
+    swap_in_s: float
+    load_s: float
     quantization: str
     dtype: str
     architecture: str
     path: str
     max_model_len: int
-    tokens_per_second: float
+    tokens_per_s: float
     error: str
     kv_usage: float
     prompt_tokens_total: int
     generated_tokens_total: int
     prefix_hit_tokens_total: int
-    def __init__(self, model_id: _Optional[str] = ..., state: _Optional[_Union[ModelState.State, str]] = ..., tier: _Optional[_Union[ModelState.Tier, str]] = ..., progress: _Optional[float] = ..., progress_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., progress_text: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., swap_in_seconds: _Optional[float] = ..., load_seconds: _Optional[float] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., error: _Optional[str] = ..., kv_usage: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
+    preemptions_total: int
+    steps_total: int
+    step_seconds_total: float
+    evictions_total: int
+    swap_ins_total: int
+    def __init__(self, model_id: _Optional[str] = ..., state: _Optional[_Union[ModelState.State, str]] = ..., tier: _Optional[_Union[ModelState.Tier, str]] = ..., progress: _Optional[float] = ..., progress_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., progress_text: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., swap_in_s: _Optional[float] = ..., load_s: _Optional[float] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., error: _Optional[str] = ..., kv_usage: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., step_seconds_total: _Optional[float] = ..., evictions_total: _Optional[int] = ..., swap_ins_total: _Optional[int] = ...) -> None: ...
 
 class FitRequest(_message.Message):
     __slots__ = ("model_id", "model_path", "model_key", "sizes_only")

@@ -50,21 +50,28 @@ class RuntimeStateServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def watch(self, request, context):
-        """The runtime's state: the first snapshot at once, then one after each change (at most one each 200 ms, changes in between are put together)
-        and one at least every 2 s. Each snapshot is whole and replaces the one before; a model that isn't in it isn't held. Counters only grow while the engine's
-        process lives and start at zero with a new one (`engine_restarts` tells).
-        The stream ends only with the runtime (UNAVAILABLE) or the caller. A slow reader gets the newest snapshot and misses older ones. Any number of watchers.
+        """Streams the runtime's state. The first snapshot is sent at once. Another one follows each
+        change, at most one per 200 ms (changes in between are combined) and at least one every 2 s.
+        Each snapshot is complete and replaces the previous one: a model that is missing from it is not
+        held. Counters grow for the lifetime of an engine process and restart at zero with a new one
+        (`engine_restarts` counts these).
+
+        The stream ends only with the runtime (UNAVAILABLE) or when the caller cancels it. A slow reader
+        gets the newest snapshot and misses older ones. The number of watchers is not limited.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def fit(self, request, context):
-        """What loading a model would take and cost, without loading it. Reads the checkpoint's metadata (from its source if need be: seconds) and no
-        weights; changes nothing, and promises nothing: another load may come in between. Cancelling is free; repeatable.
+        """Estimates what loading a model would take and cost, without loading it. Reads the checkpoint's
+        metadata, if necessary from its source (which may take seconds), and no weights. Changes nothing
+        and reserves nothing: another load may come in between. Safe to cancel and to repeat.
 
-        A model that doesn't fit, or that the engine couldn't run whatever its size, is OK with fits = false and the reason. INVALID_ARGUMENT: a bad key or path. FAILED_PRECONDITION: the files are missing
-        or unsupported; details carry the cause. UNAVAILABLE: starting or stopping.
+        A model that does not fit, or that the engine could not run whatever its size, is answered with
+        OK, fits = false and the reason. INVALID_ARGUMENT: the key or the path is invalid.
+        FAILED_PRECONDITION: the files are missing or unsupported; the details say why. UNAVAILABLE: the
+        runtime is starting or stopping.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

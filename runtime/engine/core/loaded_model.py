@@ -6,13 +6,14 @@ The state changes through the methods only; what changes on the device is an ope
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from common.model_state import ModelFigures, Tier
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.residency import Holder
 from runtime.engine.scheduler.cost_model import CostModel
 from runtime.engine.scheduler.scheduler import Scheduler
-from runtime.ipc.messages import Load, ModelStats
-from runtime.types import ModelFacts, Tier
+from runtime.ipc.messages import Load
+from runtime.types import ModelFacts
 
 # until a swap-in was measured
 _GUESSED_BYTES_PER_S = {Tier.HOST: 40e9, Tier.DISK: 1.5e9}
@@ -149,10 +150,11 @@ class LoadedModel:
             self.draining,
         )
 
-    def stats(self, slab_bytes: int) -> ModelStats:
+    def stats(self, slab_bytes: int, kv_blocks: int) -> ModelFigures:
+        """`kv_blocks`: blocks of KV that the model could have now without a preemption."""
         blocks, totals = self.cache.blocks, self.scheduler.totals
         kv_bytes = blocks.slabs * slab_bytes
-        return ModelStats(
+        return ModelFigures(
             model_id=self.model_id,
             tier=Tier.DEVICE if self.resident else self.lower_tier,
             weight_bytes=self.memory.weight_bytes,
@@ -160,6 +162,7 @@ class LoadedModel:
             kv_bytes=kv_bytes,
             kv_used_tokens=blocks.used_blocks * blocks.geometry.block_tokens,
             kv_cached_tokens=blocks.idle_blocks * blocks.geometry.block_tokens,
+            kv_usage=min(1.0, blocks.used_blocks / max(1, kv_blocks)),
             running=self.scheduler.running,
             waiting=len(self.scheduler.waiting),
             swap_in_s=0.0 if self.resident else self.return_cost_s,

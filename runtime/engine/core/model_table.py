@@ -25,7 +25,7 @@ from runtime.errors import Overloaded
 from runtime.ipc.messages import EngineStats, Event, Load, RowTokens, Tokens
 from runtime.types import FinishReason
 
-_LEAST_KV_TOKENS = 256  # a model that can't hold this many beside its weights isn't loaded
+MIN_KV_TOKENS = 256  # a model that cannot hold this many beside its weights is not loaded
 _CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
 
 
@@ -64,7 +64,7 @@ class ModelTable:
         memory, facts = loaded.memory, loaded.runner.facts
         geometry = memory.kv
         block_tokens = geometry.block_tokens
-        least_blocks = blocks_for(min(_LEAST_KV_TOKENS, facts.max_model_len), block_tokens)
+        least_blocks = blocks_for(min(MIN_KV_TOKENS, facts.max_model_len), block_tokens)
         kv_slabs = min(self.slabs.total - memory.weight_slabs, geometry.max_slabs)
         if kv_slabs * geometry.blocks_per_slab < least_blocks:
             slab_bytes = self.backend.slab_bytes
@@ -149,13 +149,14 @@ class ModelTable:
     def stats(self) -> EngineStats:
         slab_bytes = self.backend.slab_bytes
         models = self.models.values()
+        kv_blocks = self.resident.kv_blocks_of_all()
         return EngineStats(
             device_budget_bytes=self.slabs.total * slab_bytes,
             device_used_bytes=(self.slabs.total - self.slabs.free) * slab_bytes,
             host_budget_bytes=self.backend.host_total_bytes,
             host_used_bytes=self.backend.host_total_bytes - self.backend.host_free_bytes(),
             stranded_bytes=sum(model.stranded_bytes() for model in models),
-            models=tuple(model.stats(slab_bytes) for model in models),
+            models=tuple(model.stats(slab_bytes, kv_blocks[model.model_id]) for model in models),
         )
 
     def check(self) -> None:

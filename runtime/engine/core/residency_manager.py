@@ -127,19 +127,16 @@ class ResidencyManager:
     # KV -------------------------------------------------------------------------------------------------------------------------------------
 
     def kv_blocks(self, model: LoadedModel) -> int:
-        """Blocks that the model could have, its own included, without turning out anybody's rows or breaking what others were promised."""
-        slabs = self._pool.free
-        for other in self._models.values():
-            if other is model:
-                continue
-            blocks = other.cache.blocks
-            slabs += blocks.idle_slabs
-            if other.resident and other.holder().evictable:
-                slabs += other.memory.weight_slabs
-            promised = blocks_for(other.scheduler.promised_blocks, blocks.geometry.blocks_per_slab)
-            slabs -= max(0, promised - (blocks.slabs - blocks.idle_slabs))
-        own = model.cache.blocks
-        return min(max(slabs, 0) + own.slabs, own.geometry.max_slabs) * own.geometry.blocks_per_slab
+        """Return the blocks that the model could have, its own included, without a preemption and within what others are promised."""
+        return _kv_blocks(
+            model, self._pool.free + sum(_spare_slabs(m) for m in self._models.values() if m is not model)
+        )
+
+    def kv_blocks_of_all(self) -> dict[str, int]:
+        """Return `kv_blocks` of every model in one pass."""
+        spare = {model_id: _spare_slabs(model) for model_id, model in self._models.items()}
+        slabs = self._pool.free + sum(spare.values())
+        return {model_id: _kv_blocks(model, slabs - spare[model_id]) for model_id, model in self._models.items()}
 
     def make_room(self, model: LoadedModel, blocks: int, now: float) -> None:
         """Try to let the model's cache give out `blocks` more."""
@@ -236,6 +233,19 @@ class ResidencyManager:
         while self._drop_oldest_prefix((furthest,)):
             pass
         return True
+
+
+def _spare_slabs(model: LoadedModel) -> int:
+    """Return the slabs that other models could take from this one; negative if it is promised more than it holds."""
+    blocks = model.cache.blocks
+    promised = blocks_for(model.scheduler.promised_blocks, blocks.geometry.blocks_per_slab)
+    slabs = blocks.idle_slabs - max(0, promised - (blocks.slabs - blocks.idle_slabs))
+    return slabs + (model.memory.weight_slabs if model.resident and model.holder().evictable else 0)
+
+
+def _kv_blocks(model: LoadedModel, others_slabs: int) -> int:
+    own = model.cache.blocks
+    return min(max(others_slabs, 0) + own.slabs, own.geometry.max_slabs) * own.geometry.blocks_per_slab
 
 
 def _comes_after(model: LoadedModel, sequence: Sequence) -> bool:

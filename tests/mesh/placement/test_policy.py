@@ -3,14 +3,15 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from common.model_state import CopyState, ModelState, Tier
 from mesh.placement.eviction import make_room
 from mesh.placement.load_times import LoadTimes, remaining_s, retry_after_s
 from mesh.placement.model_status import blocked_for_s, may_load, status_of
 from mesh.placement.pod_selection import Pod, choose_pod
 from mesh.placement.usage import Held, Usage
-from mesh.registry.records import CopyReport, Failure, InstanceRecord, ModelRecord
+from mesh.registry.records import Failure, InstanceRecord, ModelRecord
 from mesh.routing.copy_selection import AFFINITY_S, Candidate, choose, expected_wait_s
-from mesh.types import CopyState, ModelStatus, Tier
+from mesh.types import ModelStatus
 
 HELD = st.builds(
     Held,
@@ -193,7 +194,7 @@ def test_a_prompt_goes_where_it_went_before_whoever_else_comes_or_goes(
 
 
 PEERS = {
-    "p": InstanceRecord(grpc_address="x:1", copies={"m": CopyReport(state=CopyState.LOADED)}),
+    "p": InstanceRecord(grpc_address="x:1", copies={"m": ModelState(state=CopyState.LOADED)}),
     "q": InstanceRecord(grpc_address="y:1"),
 }
 

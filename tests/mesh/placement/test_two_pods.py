@@ -37,7 +37,7 @@ async def loaded_at(pod: RunningPod, other: RunningPod, model_id: str) -> None:
 
     def known() -> bool:
         return any(
-            pod.pod.instance_id in copy.instance_id and copy.state == "loaded"
+            pod.pod.instance_id in copy.instance_id and copy.model.state == "loaded"
             for copy in other.pod.placement.status(model_id).copies
         )
 

@@ -7,13 +7,14 @@ from contextlib import AsyncExitStack
 import grpc
 import pytest
 
-from mesh.registry.records import CopyReport, InstanceRecord
+from common.model_state import ModelState, Tier
+from mesh.registry.records import InstanceRecord
 from mesh.registry.registration import model_info
 from mesh.registry.registry import Registry
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
 from mesh.store.protocol import Store
-from mesh.types import ModelInfo, Tier
+from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 from tests.support.mesh_node import NOW_MS, running_node
 from wire.mmesh import model_mesh_pb2 as pb
@@ -98,7 +99,7 @@ async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Stor
         for registry in (a, b):
             await registry.start()
             stack.push_async_callback(registry.close)
-        report = CopyReport(tier=Tier.HOST, running=2)
+        report = ModelState(tier=Tier.HOST, running=2)
         await a.instances.publish(InstanceRecord(start_time_ms=NOW_MS, grpc_address="h:1", copies={"m": report}))
         await b.instances.publish(InstanceRecord(start_time_ms=NOW_MS, grpc_address="h:2"))
         async with asyncio.timeout(10):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.model_state import CopyState, ModelState, Tier
 from mesh.registry.records import (
-    CopyReport,
     Failure,
     InstanceRecord,
     ModelRecord,
@@ -15,7 +15,7 @@ from mesh.registry.records import (
     decode_record,
     encode_record,
 )
-from mesh.types import CopyState, ModelInfo, Tier
+from mesh.types import ModelInfo
 
 text = st.text(max_size=12)
 epoch_ms = st.integers(0, 2**63 - 1)
@@ -42,7 +42,7 @@ model_records = st.builds(
     actionable=st.booleans(),
 )
 vmodel_records = st.builds(VModelRecord, owner=text, active_id=text, target_id=text, failed=st.booleans())
-copies = st.builds(CopyReport, state=st.sampled_from(CopyState), tier=st.sampled_from(Tier), running=st.integers(0, 99))
+copies = st.builds(ModelState, state=st.sampled_from(CopyState), tier=st.sampled_from(Tier), running=st.integers(0, 99))
 instance_records = st.builds(
     InstanceRecord,
     start_time_ms=epoch_ms,

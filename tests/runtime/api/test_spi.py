@@ -203,7 +203,7 @@ async def test_watch_shows_the_way_in_and_out(runtime: Runtime, stub: ModelRunti
                     assert (model.progress_bytes, model.total_bytes, model.progress) == (1, 4, 0.25)
                 elif model.state == state.ModelState.LOADED and model.tier == state.ModelState.DEVICE:
                     assert model.weight_bytes == WEIGHT_BYTES
-                    assert model.load_seconds > 0
+                    assert model.load_s > 0
                     assert snapshot.engine_state == state.ENGINE_READY
                     assert snapshot.device_budget_bytes == snapshot.capacity_bytes == 100_000
                     work.append(asyncio.ensure_future(stub.unloadModel(spi.UnloadModelRequest(modelId="a"))))
@@ -233,14 +233,16 @@ async def test_fit_names_the_sizes_and_the_victims(runtime: Runtime, stub: Model
 
 
 def test_capacity_follows_where_models_may_wait() -> None:
-    cpu = Hello(1, "cpu", "cpu", 1000, 0)
-    gpu = Hello(1, "cuda:0", "gpu", 1000, 5000)
-    assert capacity_of("auto", cpu, 0, 9).capacity_bytes == 1000
-    assert capacity_of("host", cpu, 0, 9).mode == "none"
-    assert capacity_of("auto", gpu, 0, 9).capacity_bytes == 5000
-    assert capacity_of("none", gpu, 0, 9).capacity_bytes == 1000
-    assert capacity_of("disk", gpu, 0, 9).capacity_bytes == 9
-    assert capacity_of("host", gpu, 0, 9).charge(70, 1, 100) == 70
+    cpu = Hello(1, "cpu", "cpu", 1000, 0, 64, 8)
+    gpu = Hello(1, "cuda:0", "gpu", 1000, 5000, 64, 8)
+    assert capacity_of("auto", cpu, 9).capacity_bytes == 1000
+    assert capacity_of("host", cpu, 9).mode == "none"
+    assert capacity_of("auto", gpu, 9).capacity_bytes == 5000
+    assert capacity_of("none", gpu, 9).capacity_bytes == 1000
+    assert capacity_of("disk", gpu, 9).capacity_bytes == 9
+    assert capacity_of("host", gpu, 9).charge(70, 1, 100) == 70
+    assert capacity_of("none", gpu, 9).charge(70, 9, 100) == 2 * 64 + 2 * 64  # 8 tokens of KV beside the weights
+    assert capacity_of("none", gpu, 9).charge(70, 9, 7) == 2 * 64 + 64
 
 
 def test_token_rate_is_over_the_last_seconds_and_starts_anew_with_the_counter() -> None:

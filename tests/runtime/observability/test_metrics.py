@@ -1,20 +1,21 @@
 """Metrics: vLLM's names with values that add up, counters over an engine's restart, series that go with their model."""
 
-from runtime.ipc.messages import EngineStats, ModelStats, RowTokens
+from common.model_state import ModelFigures, Tier
+from runtime.ipc.messages import EngineStats, RowTokens
 from runtime.observability.metrics import RuntimeMetrics
-from runtime.types import FinishReason, Tier
+from runtime.types import FinishReason
 
 
-def stats(*models: ModelStats) -> EngineStats:
+def stats(*models: ModelFigures) -> EngineStats:
     return EngineStats(1000, 400, 2000, 500, 7, models)
 
 
-def model_stats(model_id: str = "id1", **fields: float) -> ModelStats:
+def model_stats(model_id: str = "id1", **fields: float) -> ModelFigures:
     values = {
         "weight_bytes": 100, "device_bytes": 300, "kv_bytes": 200, "kv_used_tokens": 30, "kv_cached_tokens": 10, "running": 3, "waiting": 4,
-        "swap_in_s": 0.0, **fields,
+        "kv_usage": 0.25, **fields,
     }  # fmt: skip
-    return ModelStats(model_id=model_id, tier=Tier.DEVICE, **values)  # type: ignore[arg-type]
+    return ModelFigures(model_id=model_id, tier=Tier.DEVICE, **values)  # type: ignore[arg-type]
 
 
 def test_gauges_come_from_the_engines_report() -> None:
@@ -23,9 +24,7 @@ def test_gauges_come_from_the_engines_report() -> None:
     text = metrics.render().decode()
     assert 'vllm:num_requests_running{model_name="shown"} 3.0' in text
     assert 'vllm:num_requests_waiting{model_name="shown"} 4.0' in text
-    assert (
-        'vllm:kv_cache_usage_perc{model_name="shown"} 0.1875' in text
-    )  # 150 of the 200 it has and the 600 that are free
+    assert 'vllm:kv_cache_usage_perc{model_name="shown"} 0.25' in text
     assert 'repertory_model_tier{model_name="shown"} 3.0' in text
     assert "repertory_device_used_bytes 400.0" in text
     assert "unknown" not in text

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from common.model_state import Tier
 from runtime.engine.interfaces import KvGeometry
 from runtime.ipc.messages import EngineStats, Loaded, Tokens
-from runtime.types import FinishReason, LogprobParams, SamplingParams, Tier
+from runtime.types import FinishReason, LogprobParams, SamplingParams
 from tests.support.engine_stage import Answer, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
 
@@ -111,6 +112,23 @@ def test_prompt_that_fills_all_kv_is_scored() -> None:
     assert answer.finish is FinishReason.CONTEXT
     assert answer.prompt_logprobs is not None
     assert len(answer.prompt_logprobs) == most
+    made.close()
+
+
+def test_kv_usage_counts_memory_that_idle_models_can_give_up() -> None:
+    # 4 slabs are free, and 4 hold the weights of "b"
+    made = stage("ab", total_slabs=12, weight_slabs=4, max_model_len=1024)
+    made.add("a", [3] * 250, 100)
+    made.turn(3)
+    used, idle = made.loop.table.stats().models
+    assert (used.model_id, used.kv_used_tokens) == ("a", 192)
+    assert used.kv_usage == 192 / (8 * 128)
+    assert idle.kv_usage == 0.0
+    made.add("b", [3] * 4, 100)
+    made.turn(3)
+    used, busy = made.loop.table.stats().models
+    assert used.kv_usage >= 256 / (4 * 128)  # the weights of "b" have to stay now
+    assert busy.model_id == "b"
     made.close()
 
 

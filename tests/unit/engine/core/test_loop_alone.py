@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
+from common.model_state import Tier
 from runtime.engine.interfaces import KvGeometry
 from runtime.ipc.messages import EngineStats, Loaded, Shutdown
-from runtime.types import Tier
 from tests.support.fake_backend import FakeBackend
 from tests.unit.engine.core.test_loop import stage
 

@@ -1,0 +1,94 @@
+"""The state of a model's copy, defined once from the engine's figures to the registry, the HTTP API and the command line.
+
+The engine fills `ModelFigures`, the runtime completes them to a `ModelState`, and `proto/repertory/runtime.proto` carries that under the same
+names. To add a figure, add a field here and to the proto message, and fill it in the engine.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Tier(StrEnum):
+    """The nearest place that holds all weights of a loaded model."""
+
+    UNKNOWN = ""  # not loaded, or a runtime without repertory.RuntimeState
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+class CopyState(StrEnum):
+    """The state of one pod's copy, finer than ModelMesh's status."""
+
+    UNKNOWN = ""  # a copy of a pod that does not report states
+    QUEUED = "queued"
+    PULLING = "pulling"
+    PACKING = "packing"
+    LOADING = "loading"
+    LOADED = "loaded"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+    QUARANTINED = "quarantined"
+
+
+class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The engine's figures of one model. Counters (`…_total`) start at zero with each engine process."""
+
+    model_id: str = ""
+    tier: Tier = Tier.DEVICE
+    weight_bytes: int = 0
+    device_bytes: int = 0  # weights and KV in device memory, in whole slabs
+    kv_bytes: int = 0  # KV in device memory, in whole slabs
+    kv_used_tokens: int = 0  # of running sequences
+    kv_cached_tokens: int = 0  # of ended sequences, kept for their prefixes
+    kv_usage: float = 0.0  # 0 to 1: KV of running sequences over the KV that the model could have without a preemption
+    running: int = 0  # sequences
+    waiting: int = 0
+    swap_in_s: float = 0.0  # expected time to bring the weights to the device; 0 if they are there
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    prefix_hit_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+    evictions_total: int = 0
+    swap_ins_total: int = 0
+
+
+class ModelState(ModelFigures, frozen=True, kw_only=True, omit_defaults=True):
+    """One copy of a model as its runtime reports it. The defaults are those of the common case, a loaded model on the device."""
+
+    state: CopyState = CopyState.LOADED
+    progress: float = 0.0  # 0 to 1 of pulling, packing or loading
+    progress_bytes: int = 0
+    total_bytes: int = 0  # 0 if unknown
+    progress_text: str = ""
+    load_s: float = 0.0  # duration of the last load; 0 if there was none
+    tokens_per_s: float = 0.0  # generated, over the last seconds
+    quantization: str = ""
+    dtype: str = ""
+    architecture: str = ""
+    path: str = ""  # fused or unfused forward pass, with the reason
+    max_model_len: int = 0  # tokens
+    error: str = ""  # why the model failed or is quarantined
+
+    def settled(self) -> "ModelState":
+        """Return the state without the figures that change with every request or chunk of a download."""
+        return ModelState(**{name: getattr(self, name) for name in _SETTLED})
+
+
+_SETTLED = (
+    "model_id",
+    "tier",
+    "weight_bytes",
+    "state",
+    "load_s",
+    "quantization",
+    "dtype",
+    "architecture",
+    "path",
+    "max_model_len",
+    "error",
+)
