@@ -196,6 +196,11 @@ class Pod:
             grace_s=config.grace_s,
         )
 
+    @property
+    def copies(self) -> LocalCopies:
+        """This pod's copies and their counts of running and waiting requests, to be read only."""
+        return self._copies
+
     def is_ready(self) -> bool:
         """It takes requests, and will load what they need."""
         return self._publisher is not None and self.placement.runtime.ready and not self._stopping.is_set()

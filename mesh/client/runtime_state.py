@@ -6,7 +6,7 @@ One that hangs without dying answers no question in time, and counts as gone. Kn
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import grpc.aio
@@ -60,7 +60,7 @@ class RuntimeWatch:
             call.cancel()
         return snapshot(message) if message is not None else None
 
-    async def snapshots(self) -> AsyncIterator[RuntimeSnapshot]:
+    async def snapshots(self) -> AsyncGenerator[RuntimeSnapshot, None]:
         """Each snapshot as it comes. A broken connection gives one that isn't ready and holds nothing, then what follows the reconnect."""
         failures = 0
         while True:

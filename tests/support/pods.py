@@ -47,6 +47,12 @@ class RunningPod:
             body: dict[str, Any] = await answer.json()
             return body
 
+    def unary(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+        return self.channel.unary_unary(method)
+
+    def server_stream(self, method: str) -> grpc.aio.UnaryStreamMultiCallable[bytes, bytes]:
+        return self.channel.unary_stream(method)
+
     def method(self, verb: str) -> grpc.aio.StreamStreamMultiCallable[bytes, bytes]:
         return self.channel.stream_stream(f"/test.Any/{verb}")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from grpc._cython.cygrpc import ExecuteBatchError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -49,13 +48,13 @@ async def test_a_stream_both_ways_interleaves(pod: RunningPod) -> None:
 
 
 async def test_a_server_stream_of_many_messages_keeps_order(pod: RunningPod) -> None:
-    call = pod.channel.unary_stream("/test.Any/Count")(b"200", metadata=FOR_M)
+    call = pod.server_stream("/test.Any/Count")(b"200", metadata=FOR_M)
     assert [message async for message in call] == [str(index).encode() for index in range(200)]
 
 
 async def test_headers_and_trailers_pass_both_ways_but_not_ours(pod: RunningPod) -> None:
     metadata = (*FOR_M, ("x-request-id", "abc"), ("custom-bin", b"\x00\x80"), ("authorization", "Bearer secret"))
-    call = pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=metadata)
+    call = pod.unary("/test.Any/Echo")(b"hi", metadata=metadata)
     await call
     seen = dict(pod.runtime.metadata[-1])
     assert seen["x-request-id"] == "abc"
@@ -70,7 +69,7 @@ async def test_headers_and_trailers_pass_both_ways_but_not_ours(pod: RunningPod)
 
 
 async def test_a_status_passes_with_its_details_and_trailers(pod: RunningPod) -> None:
-    call = pod.channel.unary_unary("/test.Any/Fail")(b"FAILED_PRECONDITION", metadata=FOR_M)
+    call = pod.unary("/test.Any/Fail")(b"FAILED_PRECONDITION", metadata=FOR_M)
     assert await code_of(call) == (grpc.StatusCode.FAILED_PRECONDITION, "as asked")
     trailers = dict(tuple(await call.trailing_metadata()))
     assert (trailers["why"], trailers["why-bin"]) == ("because", b"\x00\xff")
@@ -78,7 +77,7 @@ async def test_a_status_passes_with_its_details_and_trailers(pod: RunningPod) ->
 
 async def test_methods_that_callers_make_up_are_no_labels_of_metrics(pod: RunningPod) -> None:
     await pod.echo("m")
-    assert (await code_of(pod.channel.unary_unary("/test.Any/Fail")(b"INVALID_ARGUMENT", metadata=FOR_M)))[
+    assert (await code_of(pod.unary("/test.Any/Fail")(b"INVALID_ARGUMENT", metadata=FOR_M)))[
         0
     ] is grpc.StatusCode.INVALID_ARGUMENT
     async with pod.http.get("/metrics") as answer:
@@ -89,7 +88,7 @@ async def test_methods_that_callers_make_up_are_no_labels_of_metrics(pod: Runnin
 
 
 async def test_a_runtimes_own_cancelled_is_a_status_like_any_other(pod: RunningPod) -> None:
-    call = pod.channel.unary_unary("/test.Any/Fail")(b"CANCELLED", metadata=FOR_M, timeout=5)
+    call = pod.unary("/test.Any/Fail")(b"CANCELLED", metadata=FOR_M, timeout=5)
     with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
         await call
     assert await call.code() is grpc.StatusCode.CANCELLED
@@ -107,16 +106,16 @@ async def test_a_load_that_is_dropped_does_not_take_its_waiters_along(pod: Runni
 
 
 async def test_cancelling_reaches_the_runtime(pod: RunningPod) -> None:
-    call = pod.channel.unary_stream("/test.Any/Slow")(b"go", metadata=FOR_M)
+    call = pod.server_stream("/test.Any/Slow")(b"go", metadata=FOR_M)
     assert await call.read() == b"first"
     call.cancel()
     await until(lambda: pod.runtime.cancelled == ["m"])
-    await until(lambda: pod.pod._copies.in_flight("m") == 0)
+    await until(lambda: pod.pod.copies.in_flight("m") == 0)
 
 
 async def test_a_deadline_reaches_the_runtime_and_ends_the_call(pod: RunningPod) -> None:
     await pod.load("m")
-    call = pod.channel.unary_stream("/test.Any/Slow")(b"go", metadata=FOR_M, timeout=0.5)
+    call = pod.server_stream("/test.Any/Slow")(b"go", metadata=FOR_M, timeout=0.5)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:
             pass
@@ -131,9 +130,9 @@ async def test_message_limits_hold_both_ways(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", grpc_max_message_bytes=100_000) as pod:
         await pod.register("m")
         assert len(await pod.echo("m", b"x" * 90_000)) == 90_000
-        code, _ = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"x" * 110_000, metadata=FOR_M))
+        code, _ = await code_of(pod.unary("/test.Any/Echo")(b"x" * 110_000, metadata=FOR_M))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        code, _ = await code_of(pod.channel.unary_unary("/test.Any/Big")(b"110000", metadata=FOR_M))
+        code, _ = await code_of(pod.unary("/test.Any/Big")(b"110000", metadata=FOR_M))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -144,12 +143,12 @@ async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_
 
     async def too_late(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         await said(call)
-        raise ExecuteBatchError("Failed execute_batch")  # as gRPC's own does, at times, of a call that has ended
+        raise grpc.aio.InternalError("Failed execute_batch")  # as gRPC's own does, at times, of a call that has ended
 
     async with running_pod(tmp_path / "pod", grpc_max_message_bytes=100_000) as pod:
         await pod.register("m")
         monkeypatch.setattr("grpc.aio._call.StreamStreamCall.done_writing", too_late)
-        asked = pod.channel.unary_unary("/test.Any/Big")(b"110000", metadata=FOR_M)
+        asked = pod.unary("/test.Any/Big")(b"110000", metadata=FOR_M)
         code, _ = await asyncio.wait_for(code_of(asked), 60)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -172,14 +171,14 @@ async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_
 async def test_addresses_that_are_wrong(
     pod: RunningPod, metadata: tuple[tuple[str, str], ...], code: str, text: str
 ) -> None:
-    got, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=metadata))
+    got, details = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=metadata))
     assert got is grpc.StatusCode[code]
     assert text in details
 
 
 async def test_binary_headers_address_a_model_that_ascii_cannot(pod: RunningPod) -> None:
     await pod.register("modèle")
-    call = pod.channel.unary_unary("/test.Any/Echo")
+    call = pod.unary("/test.Any/Echo")
     code, _ = await code_of(call(b"hi", metadata=(("mm-model-id-bin", "modèle".encode()),)))
     # the fake knows models by the plain header only, which such an id can't have
     assert code is grpc.StatusCode.NOT_FOUND
@@ -189,21 +188,21 @@ async def test_binary_headers_address_a_model_that_ascii_cannot(pod: RunningPod)
 
 async def test_a_vmodel_becomes_its_concrete_model(pod: RunningPod) -> None:
     model = await pod.name("smol", "/files")
-    await pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=(("mm-vmodel-id", "smol"),))
+    await pod.unary("/test.Any/Echo")(b"hi", metadata=(("mm-vmodel-id", "smol"),))
     assert dict(pod.runtime.metadata[-1])["mm-model-id"] == model["model_id"]
     assert await pod.echo("smol", b"by plain name") == b"by plain name"
 
 
 async def test_the_model_is_read_from_messages_that_name_it(pod: RunningPod) -> None:
     request = fmaas.BatchedGenerationRequest(model_id="m").SerializeToString()
-    assert await pod.channel.unary_unary("/fmaas.GenerationService/Generate")(request) == request
+    assert await pod.unary("/fmaas.GenerationService/Generate")(request) == request
     infer = oip.ModelInferRequest(model_name="m").SerializeToString()
-    assert await pod.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(infer) == infer
+    assert await pod.unary("/inference.GRPCInferenceService/ModelInfer")(infer) == infer
     other = fmaas.BatchedGenerationRequest(model_id="nope").SerializeToString()
-    code, _ = await code_of(pod.channel.unary_unary("/fmaas.GenerationService/Generate")(other))
+    code, _ = await code_of(pod.unary("/fmaas.GenerationService/Generate")(other))
     assert code is grpc.StatusCode.NOT_FOUND
     # a header wins over what the message says, unless a configuration says otherwise
-    assert await pod.channel.unary_unary("/fmaas.GenerationService/Generate")(other, metadata=FOR_M) == other
+    assert await pod.unary("/fmaas.GenerationService/Generate")(other, metadata=FOR_M) == other
 
 
 async def test_dataplane_configuration(tmp_path: Path) -> None:
@@ -211,8 +210,8 @@ async def test_dataplane_configuration(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", dataplane_config=config) as pod:
         await pod.name("smol", "/files")
         message = fmaas.BatchedGenerationRequest(model_id="smol").SerializeToString()
-        assert await pod.channel.unary_unary("/test.Any/Echo")(message, metadata=(("mm-model-id", "other"),)) == message
-        code, _ = await code_of(pod.channel.unary_unary("/test.Any/Count")(b"1", metadata=(("mm-vmodel-id", "smol"),)))
+        assert await pod.unary("/test.Any/Echo")(message, metadata=(("mm-model-id", "other"),)) == message
+        code, _ = await code_of(pod.unary("/test.Any/Count")(b"1", metadata=(("mm-vmodel-id", "smol"),)))
         assert code is grpc.StatusCode.UNIMPLEMENTED
         code, _ = await code_of(GRPCInferenceServiceStub(pod.channel).ModelReady(oip.ModelReadyRequest(name="smol")))
         assert code is grpc.StatusCode.UNIMPLEMENTED
@@ -223,13 +222,13 @@ async def test_the_concrete_id_is_written_where_the_runtime_wants_it(tmp_path: P
     async with running_pod(tmp_path / "pod", switches=switches) as pod:
         model = await pod.name("smol", "/files")
         request = fmaas.BatchedGenerationRequest(model_id="smol", requests=[fmaas.GenerationRequest(text="hi")])
-        answer = await pod.channel.unary_unary("/fmaas.GenerationService/Generate")(request.SerializeToString())
+        answer = await pod.unary("/fmaas.GenerationService/Generate")(request.SerializeToString())
         seen = fmaas.BatchedGenerationRequest.FromString(answer)
         assert (seen.model_id, seen.requests[0].text) == (model["model_id"], "hi")
 
 
 async def test_the_runtimes_own_management_is_not_open(pod: RunningPod) -> None:
-    code, details = await code_of(pod.channel.unary_unary("/mmesh.ModelRuntime/unloadModel")(b"", metadata=FOR_M))
+    code, details = await code_of(pod.unary("/mmesh.ModelRuntime/unloadModel")(b"", metadata=FOR_M))
     assert code is grpc.StatusCode.UNIMPLEMENTED
     assert "not permitted" in details
 
@@ -244,7 +243,7 @@ async def test_a_model_that_the_runtime_lost_is_loaded_again_unseen(pod: Running
 async def test_unavailable_before_the_answer_is_tried_once_more(pod: RunningPod) -> None:
     await pod.echo("m")
     # a method of one message: of the others grpc.aio may lose the status, and then they are asked for again on that account too
-    generate = pod.channel.unary_unary("/fmaas.GenerationService/Generate")
+    generate = pod.unary("/fmaas.GenerationService/Generate")
     pod.runtime.switches.unavailable = 1
     assert await generate(b"hi", metadata=FOR_M) == b"hi"
     pod.runtime.switches.unavailable = 2
@@ -255,9 +254,9 @@ async def test_unavailable_before_the_answer_is_tried_once_more(pod: RunningPod)
 async def test_a_refused_request_waits_for_an_account_that_is_newer_than_its_refusal(pod: RunningPod) -> None:
     await pod.echo("m")
     pod.runtime.switches.engine_ready = False  # and nobody is told
-    generate = pod.channel.unary_unary("/fmaas.GenerationService/Generate")
+    generate = pod.unary("/fmaas.GenerationService/Generate")
     calls = [asyncio.ensure_future(generate(b"hi", metadata=FOR_M)) for _ in range(20)]
-    await until(lambda: pod.pod._copies.held("m") == 20)
+    await until(lambda: pod.pod.copies.held("m") == 20)
     assert not pod.pod.placement.runtime.serving
     pod.runtime.switches.engine_ready = True
     pod.runtime.tell()
@@ -268,19 +267,19 @@ async def test_a_refused_request_waits_for_an_account_that_is_newer_than_its_ref
 async def test_a_hundred_requests_start_one_load(pod: RunningPod) -> None:
     pod.runtime.switches.load_gate = asyncio.Event()
     calls = [asyncio.ensure_future(pod.echo("m", str(index).encode())) for index in range(100)]
-    await until(lambda: pod.pod._copies.held("m") == 100)
+    await until(lambda: pod.pod.copies.held("m") == 100)
     pod.runtime.switches.load_gate.set()
     assert await asyncio.gather(*calls) == [str(index).encode() for index in range(100)]
     assert pod.runtime.log.count(("load", "m")) == 1
-    assert pod.pod._copies.in_flight("m") == 0
+    assert pod.pod.copies.in_flight("m") == 0
 
 
 async def test_a_waiter_that_leaves_does_not_stop_the_load(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
-    call = pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
+    call = pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
     await until(lambda: "m" in pod.runtime.loading)
     call.cancel()
-    await until(lambda: pod.pod._copies.held("m") == 0)
+    await until(lambda: pod.pod.copies.held("m") == 0)
     gate.set()
     await until(lambda: "m" in pod.runtime.loaded)
 
@@ -288,13 +287,13 @@ async def test_a_waiter_that_leaves_does_not_stop_the_load(pod: RunningPod) -> N
 async def test_a_failed_load_tells_its_cause_and_is_not_repeated_at_once(pod: RunningPod) -> None:
     pod.runtime.switches.fail["/m"] = "no tensors in it"
     for _ in range(2):
-        code, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
+        code, details = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "no tensors in it" in details
     assert pod.runtime.log.count(("load", "m")) == 1
     assert pod.runtime.log.count(("unload", "m")) == 1
     pod.runtime.switches.fail.clear()
-    await asyncio.sleep(0.25)
+    await until(lambda: not pod.pod.placement.blocked_for_s("m"))
     assert await pod.echo("m") == b"hi"
 
 
@@ -302,7 +301,7 @@ async def test_the_wait_budget_ends_in_unavailable_with_a_hint(tmp_path: Path) -
     async with running_pod(tmp_path / "pod", wait_budget_s=0.2) as pod:
         await pod.register("m")
         gate = pod.runtime.switches.load_gate = asyncio.Event()
-        call = pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
+        call = pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
         code, details = await code_of(call)
         assert code is grpc.StatusCode.UNAVAILABLE
         assert "wait budget of 0.2 s" in details
@@ -313,7 +312,7 @@ async def test_the_wait_budget_ends_in_unavailable_with_a_hint(tmp_path: Path) -
 
 async def test_a_deadline_shorter_than_the_load(pod: RunningPod) -> None:
     pod.runtime.switches.load_gate = asyncio.Event()
-    code, _ = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M, timeout=0.2))
+    code, _ = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M, timeout=0.2))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     pod.runtime.switches.load_gate.set()
 
@@ -323,8 +322,8 @@ async def test_more_waiters_than_allowed_are_refused(tmp_path: Path) -> None:
         await pod.register("m")
         gate = pod.runtime.switches.load_gate = asyncio.Event()
         waiting = [asyncio.ensure_future(pod.echo("m")) for _ in range(2)]
-        await until(lambda: pod.pod._copies.held("m") == 2)
-        code, details = await code_of(pod.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
+        await until(lambda: pod.pod.copies.held("m") == 2)
+        code, details = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "the limit is 2" in details
         gate.set()
@@ -363,7 +362,7 @@ async def test_asking_whether_a_model_is_ready_neither_loads_nor_uses_it(pod: Ru
 
 async def test_keys_guard_inference_and_not_health(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", api_keys=("k1", "k2")) as pod:
-        call = pod.channel.unary_unary("/test.Any/Echo")
+        call = pod.unary("/test.Any/Echo")
         code, _ = await code_of(call(b"hi", metadata=FOR_M))
         assert code is grpc.StatusCode.UNAUTHENTICATED
         code, _ = await code_of(call(b"hi", metadata=(*FOR_M, ("authorization", "Bearer k3"))))
@@ -396,9 +395,9 @@ async def test_a_caller_that_waits_may_ask_whether_the_connection_lives(pod: Run
         ("grpc.http2.max_pings_without_data", 0),
     )
     async with grpc.aio.insecure_channel(f"127.0.0.1:{pod.pod.grpc.port}", options=options) as channel:
-        call = channel.unary_unary("/test.Any/Echo")(b"hi", metadata=(("mm-model-id", "held"),))
-        await asyncio.sleep(
-            10.0
-        )  # five pings, none within a second of another even if some are late; without leave the fifth is the last
+        echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Any/Echo")
+        call = echo(b"hi", metadata=(("mm-model-id", "held"),))
+        # Five pings, none within a second of another even if some are late. By default gRPC closes the connection at the fifth.
+        await asyncio.sleep(10.0)
         pod.runtime.switches.load_gate.set()
         assert await call == b"hi"

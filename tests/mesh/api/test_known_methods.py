@@ -24,7 +24,7 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
 
 
 def generate(pod: RunningPod) -> "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]":
-    return pod.channel.unary_unary(f"/{SERVICE}/Generate")
+    return pod.unary(f"/{SERVICE}/Generate")
 
 
 def test_the_contracts_methods_are_known() -> None:
@@ -60,7 +60,7 @@ async def test_a_model_that_the_runtime_lost_is_loaded_again_and_the_message_sen
 
 
 async def test_a_stream_keeps_order_headers_and_trailers(pod: RunningPod) -> None:
-    call = pod.channel.unary_stream(f"/{SERVICE}/GenerateStream")(b"150", metadata=FOR_M)
+    call = pod.server_stream(f"/{SERVICE}/GenerateStream")(b"150", metadata=FOR_M)
     assert [message async for message in call] == [str(index).encode() for index in range(150)]
     assert dict(await call.initial_metadata())["answered-by"] == "fake"
     assert dict(await call.trailing_metadata())["trailer"] == "kept"

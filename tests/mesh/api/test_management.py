@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import grpc
@@ -127,7 +127,7 @@ async def test_refusals(node: Node) -> None:
         await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=pb.ModelInfo(path="p")))
     assert status_of(error) == (grpc.StatusCode.INVALID_ARGUMENT, "Must provide non-empty model type string")
     await node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m"))
-    empty = [
+    empty: list[Awaitable[object]] = [
         node.mesh.registerModel(pb.RegisterModelRequest(modelInfo=INFO)),
         node.mesh.unregisterModel(pb.UnregisterModelRequest()),
         node.mesh.getModelStatus(pb.GetStatusRequest()),

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
-from tests.support.waiting import until
+from tests.support.waiting import until, until_async
 
 
 @pytest.fixture
@@ -42,20 +42,28 @@ async def test_models_as_chat_front_ends_read_them(tmp_path: Path) -> None:
         pod.runtime.switches.progress = 0.5
         assert await post("/models/load", "org/smol") == 200
         await until(lambda: pod.runtime.loading)
-        await asyncio.sleep(0.1)
+
+        async def has_progress() -> bool:
+            return "progress" in await status("org/smol")
+
+        async def is_loaded() -> bool:
+            return bool((await status("org/smol"))["value"] == "loaded")
+
+        async def has_failed() -> bool:
+            return bool((await status("org/smol")).get("failed"))
+
+        await until_async(has_progress)
         loading = await status("org/smol")
         assert loading["value"] == "loading"
         assert (loading["progress"]["current"], loading["progress"]["value"]) == ("pulling", 0.5)
         gate.set()
-        await until(lambda: pod.runtime.loaded)
-        await asyncio.sleep(0.1)
-        assert (await status("org/smol"))["value"] == "loaded"
+        await until_async(is_loaded)
         assert await post("/models/unload", "org/smol") == 200
         assert pod.runtime.loaded == {}
         assert (await status("org/smol"))["value"] == "unloaded"
         pod.runtime.switches.fail["/files"] = "broken"
         assert await post("/models/load", "org/smol") == 200
-        await asyncio.sleep(0.2)
+        await until_async(has_failed)
         failed = await status("org/smol")
         assert (failed["value"], failed["failed"], failed["error"]) == ("unloaded", True, "broken")
         assert await post("/models/load", "nope") == 404
@@ -87,8 +95,11 @@ async def _event(answer: aiohttp.ClientResponse) -> dict[str, Any]:
 async def test_admin_routes(pod: RunningPod) -> None:
     model = await pod.name("llm", "/other", quantize="nf4", load=True)
     assert (model["name"], model["uri"], model["settings"]["quantize"]) == ("llm", "/other", "nf4")
-    await until(lambda: model["model_id"] in pod.runtime.loaded)
-    await asyncio.sleep(0.1)
+
+    async def is_loaded() -> bool:
+        return bool((await pod.model("llm"))["state"] == "loaded")
+
+    await until_async(is_loaded)
     model = await pod.model("llm")
     assert (model["status"], model["state"], model["tier"], model["weight_bytes"]) == (
         "LOADED",
@@ -135,10 +146,9 @@ async def test_the_same_name_with_new_files_is_replaced_without_a_gap(pod: Runni
     gate.set()
 
     async def moved() -> bool:
-        return (await pod.chat("org/smol"))[1]["answer"] != old
+        return bool((await pod.chat("org/smol"))[1]["answer"] != old)
 
-    while not await moved():
-        await asyncio.sleep(0.02)
+    await until_async(moved)
     await until(lambda: old not in pod.runtime.loaded)
     assert [request["model"] for request in pod.runtime.bodies] == ["org/smol" for _ in pod.runtime.bodies]
 

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -61,11 +62,14 @@ async def test_no_request_fails_while_its_name_is_replaced(pods: list[RunningPod
             except grpc.aio.AioRpcError as error:
                 wrong.append((error.code(), error.details()))
 
+    def has_answered(number: int) -> bool:
+        return len(answers) > number or bool(wrong)
+
     asking = [asyncio.create_task(ask(pod)) for pod in pods for ask in (ask_http, stream_http, ask_grpc, ask_http)]
     versions = 8
     for number in range(1, versions):
         await pods[number % len(pods)].name("org/smol", f"/files-{number}")
-        await until(lambda number=number: len(answers) > number or wrong)
+        await until(partial(has_answered, number))
     stop.set()
     await asyncio.gather(*asking)
     assert wrong == []

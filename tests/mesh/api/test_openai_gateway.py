@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.pods import RunningPod, running_pod
-from tests.support.waiting import until
+from tests.support.waiting import until, until_async
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ async def test_a_stream_begins_with_comments_while_the_model_is_loaded(pod: Runn
 async def test_a_caller_that_does_not_stream_just_waits(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     waiting = asyncio.ensure_future(pod.chat("org/smol"))
-    await until(lambda: pod.runtime.loading)
-    await asyncio.sleep(0.3)
+    model_id = (await pod.model("org/smol"))["model_id"]
+    await until(lambda: pod.runtime.loading and pod.pod.copies.held(model_id) == 1)
     assert not waiting.done()
     gate.set()
     assert (await waiting)[0] == 200
@@ -121,7 +121,7 @@ async def test_a_caller_that_leaves_frees_the_row(pod: RunningPod) -> None:
     answer.close()
     await until(lambda: pod.runtime.cancelled)
     model_id = (await pod.model("org/smol"))["model_id"]
-    await until(lambda: pod.pod._copies.in_flight(model_id) == 0)
+    await until(lambda: pod.pod.copies.in_flight(model_id) == 0)
 
 
 async def test_a_caller_that_leaves_while_it_waits_does_not_stop_the_load(pod: RunningPod) -> None:
@@ -130,7 +130,7 @@ async def test_a_caller_that_leaves_while_it_waits_does_not_stop_the_load(pod: R
     answer = await pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True})
     await answer.content.readany()
     answer.close()
-    await until(lambda: pod.pod._copies.held(model_id) == 0)
+    await until(lambda: pod.pod.copies.held(model_id) == 0)
     gate.set()
     await until(lambda: model_id in pod.runtime.loaded)
     assert pod.runtime.bodies == []
@@ -286,11 +286,12 @@ async def test_a_caller_that_leaves_with_its_whole_answer_has_cancelled_nothing(
 
     pod.runtime.switches.end_s = 60.0
     await leave_after(b"data: [DONE]")
-    while not (await counted("200") or await counted("CANCELLED")):
-        await asyncio.sleep(0.02)
+
+    async def is_counted() -> bool:
+        return await counted("200") or await counted("CANCELLED")
+
+    await until_async(is_counted)
     assert await counted("200")
     pod.runtime.switches.chunk_s = 60.0
     await leave_after(b": ")
-    async with asyncio.timeout(30):
-        while not await counted("CANCELLED"):
-            await asyncio.sleep(0.02)
+    await until_async(lambda: counted("CANCELLED"), timeout_s=30)

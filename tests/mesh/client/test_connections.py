@@ -48,7 +48,8 @@ async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess
     try:
         channel = connections.grpc(address, of_pod=True)
         await asyncio.wait_for(channel.channel_ready(), 30)
-        call = channel.unary_unary("/any/Method")(b"")
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/any/Method")
+        call = method(b"")
         await asyncio.wait([asyncio.ensure_future(call.code())], timeout=silent_s)
         process.send_signal(signal.SIGSTOP)  # its kernel still takes bytes, and nobody answers
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -14,7 +14,7 @@ from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
 
 
-class Moody(RuntimeStateServicer, HealthServicer):
+class Moody(RuntimeStateServicer, HealthServicer):  # type: ignore[misc]
     """Tells its state once a call and then nothing more; while it `hangs`, not even that."""
 
     def __init__(self) -> None:

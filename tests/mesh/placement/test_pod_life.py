@@ -123,7 +123,7 @@ async def test_a_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(t
         await pod.echo("bad")
         pod.runtime.switches.quarantined.add("bad")
         pod.runtime.drop("bad")
-        await until(lambda: pod.pod._copies.get("bad") is None)
+        await until(lambda: pod.pod.copies.get("bad") is None)
         for _ in range(2):
             # also after the pause that any other failure has
             await asyncio.sleep(0.15)
@@ -292,13 +292,13 @@ async def test_what_no_longer_fits_after_low_predictions_goes_once_it_is_idle(tm
         assert set(pod.runtime.loaded) == {"a", "b"}  # too much, and both in use
         for call in calls:
             call.cancel()
-        await until(lambda: not pod.pod._copies.in_flight("a"))
+        await until(lambda: not pod.pod.copies.in_flight("a"))
         await pod.pod.placement._sweep()
         await until(lambda: set(pod.runtime.loaded) == {"b"})
         # and what is known now is no longer predicted: there is room for one of them only
         await pod.load("a")
         await until(lambda: set(pod.runtime.loaded) == {"a"})
-        assert pod.pod._copies.usage().used_bytes == 60 * MB
+        assert pod.pod.copies.usage().used_bytes == 60 * MB
 
 
 async def test_a_runtime_that_cant_be_used_is_asked_again_with_pauses(

@@ -66,7 +66,7 @@ async def test_storm(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch)
             for error in failures
             if not any(blow in str(error) for blow in ("503", "404", "UNAVAILABLE", "NOT_FOUND"))
         ] == []
-        copies = pod.pod._copies
+        copies = pod.pod.copies
         await until(lambda: not copies._in_flight and not copies._held)
         await until(lambda: all(copy.loaded for copy in copies))
         assert copies.usage().used_bytes <= 35 * MB

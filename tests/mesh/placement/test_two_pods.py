@@ -114,10 +114,10 @@ async def test_a_pod_that_lost_the_model_is_not_asked_twice(pods: tuple[RunningP
     await a.register("m")
     await loaded_at(b, a, "m")
     # its books say otherwise than its record, as in the moment of an eviction
-    copy = b.pod._copies.get("m")
+    copy = b.pod.copies.get("m")
     assert copy is not None
     copy.announced = False
-    b.pod._copies.remove(copy)
+    b.pod.copies.remove(copy)
     assert await a.echo("m") == b"hi"
 
 

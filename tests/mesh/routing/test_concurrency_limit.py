@@ -24,7 +24,7 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
 
 
 async def stream(pod: RunningPod, count: int) -> list[bytes]:
-    call = pod.channel.unary_stream("/fmaas.GenerationService/GenerateStream")(str(count).encode(), metadata=FOR_M)
+    call = pod.server_stream("/fmaas.GenerationService/GenerateStream")(str(count).encode(), metadata=FOR_M)
     return [bytes(message) async for message in call]
 
 
@@ -32,31 +32,29 @@ async def test_no_more_at_once_than_the_runtime_said(pod: RunningPod) -> None:
     answers = await asyncio.gather(*(stream(pod, 3) for _ in range(12)))
     assert answers == [[b"0", b"1", b"2"]] * 12
     assert pod.runtime.most_running == 2
-    assert (pod.pod._copies.in_flight("m"), pod.pod._copies.held("m")) == (0, 0)
+    assert (pod.pod.copies.in_flight("m"), pod.pod.copies.held("m")) == (0, 0)
 
 
 async def test_who_leaves_gives_the_turn_back_and_too_many_are_refused(pod: RunningPod) -> None:
-    slow: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = pod.channel.unary_stream(
-        "/fmaas.GenerationService/GenerateStream"
-    )
+    slow: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = pod.server_stream("/fmaas.GenerationService/GenerateStream")
     pod.runtime.switches.chunk_s = 3600
     calls = [slow(b"3", metadata=FOR_M) for _ in range(2)]
     reading = [asyncio.ensure_future(call.read()) for call in calls]
     await until(lambda: pod.runtime.running == 2)
     calls += [slow(b"3", metadata=FOR_M) for _ in range(14)]
     reading += [asyncio.ensure_future(call.read()) for call in calls[2:]]
-    await until(lambda: pod.runtime.running == 2 and pod.pod._copies.held("m") == 14)
+    await until(lambda: pod.runtime.running == 2 and pod.pod.copies.held("m") == 14)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await slow(b"3", metadata=FOR_M).read()
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "limit of 2 at once" in (refused.value.details() or "")
     for call in (*calls[:1], *calls[10:]):
         call.cancel()
-    await until(lambda: pod.pod._copies.held("m") == 7 and pod.runtime.running == 2)
+    await until(lambda: pod.pod.copies.held("m") == 7 and pod.runtime.running == 2)
     for call in calls:
         call.cancel()
     await asyncio.gather(*reading, return_exceptions=True)
-    await until(lambda: pod.pod._copies.held("m") == 0 and pod.pod._copies.in_flight("m") == 0)
+    await until(lambda: pod.pod.copies.held("m") == 0 and pod.pod.copies.in_flight("m") == 0)
     pod.runtime.switches.chunk_s = 0
     assert await stream(pod, 1) == [b"0"]
 
@@ -65,14 +63,14 @@ async def test_a_deadline_holds_for_the_wait_too(pod: RunningPod) -> None:
     pod.runtime.switches.chunk_s = 3600
     calls = [asyncio.ensure_future(stream(pod, 1)) for _ in range(2)]
     await until(lambda: pod.runtime.running == 2)
-    late = pod.channel.unary_stream("/fmaas.GenerationService/GenerateStream")(b"1", metadata=FOR_M, timeout=0.3)
+    late = pod.server_stream("/fmaas.GenerationService/GenerateStream")(b"1", metadata=FOR_M, timeout=0.3)
     with pytest.raises(grpc.aio.AioRpcError) as passed:
         await late.read()
     assert passed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
-    await until(lambda: pod.pod._copies.held("m") == 0)
+    await until(lambda: pod.pod.copies.held("m") == 0)
 
 
 async def test_a_limit_without_a_number_is_one(tmp_path: Path) -> None:
