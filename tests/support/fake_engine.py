@@ -95,8 +95,6 @@ class FakeEngine:
                     self.end(request_id, FinishReason.ABORTED)
             case Shutdown(grace_s=grace_s):
                 asyncio.get_running_loop().create_task(self.shutdown(grace_s))
-            case _:
-                pass
 
     async def load(self, command: Load) -> None:
         model_id = command.model_id

@@ -132,11 +132,3 @@ class Directory:
 
     def list(self) -> Sequence[ServedModel]:
         return self.models
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
-    """Waits for something that happens in another task; fails when it doesn't."""
-    end_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end_s, "it did not happen"
-        await asyncio.sleep(0.01)

@@ -51,7 +51,7 @@ def infer(
 
 
 @pytest.mark.parametrize("raw", [False, True])
-async def test_infer(services: Services, raw: bool) -> None:
+async def test_model_infer_returns_texts(services: Services, raw: bool) -> None:
     request = infer(
         "The fox", "Grüße", raw=raw, shape=[2, 1],
         temperature=pb.InferParameter(double_param=0.5), max_tokens=pb.InferParameter(int64_param=50),
@@ -121,19 +121,19 @@ def broken(name: str) -> pb.ModelInferRequest:
         "length",
     ],
 )
-async def test_bad_input(services: Services, name: str) -> None:
+async def test_model_infer_refuses_bad_input(services: Services, name: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.oip.ModelInfer(broken(name))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert not services.engine.asked
 
 
-async def test_no_prompts(services: Services) -> None:
+async def test_model_infer_without_prompts(services: Services) -> None:
     answer = await services.oip.ModelInfer(infer(shape=[0]))
     assert list(answer.outputs[0].shape) == [0]
 
 
-async def test_liveness_readiness_and_metadata(services: Services) -> None:
+async def test_server_live_ready_and_metadata(services: Services) -> None:
     assert (await services.oip.ServerLive(pb.ServerLiveRequest())).live
     assert (await services.oip.ServerReady(pb.ServerReadyRequest())).ready
     assert (await services.oip.ModelReady(pb.ModelReadyRequest(name="m1"))).ready
@@ -148,14 +148,16 @@ async def test_liveness_readiness_and_metadata(services: Services) -> None:
 @pytest.mark.parametrize(
     ("name", "version", "code"), [("m1", "3", grpc.StatusCode.INVALID_ARGUMENT), ("no", "", grpc.StatusCode.NOT_FOUND)]
 )
-async def test_unknown_models_and_versions(services: Services, name: str, version: str, code: grpc.StatusCode) -> None:
+async def test_model_infer_refuses_unknown_models_and_versions(
+    services: Services, name: str, version: str, code: grpc.StatusCode
+) -> None:
     """NOT_FOUND has a mesh load the model again: a version that isn't there must not."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.oip.ModelMetadata(pb.ModelMetadataRequest(name=name, version=version))
     assert caught.value.code() == code
 
 
-async def test_an_answer_never_carries_the_id_that_a_mesh_put_into_the_request(model_dir: Path) -> None:
+async def test_model_infer_shows_the_name_instead_of_the_meshs_id(model_dir: Path) -> None:
     named = served(model_dir, "smol__b56d243b86", settings=ModelSettings(display_name="smol"))
     async with serve_grpc(ScriptedEngine(lambda asked: [5]), named) as services:
         request = infer("a")
@@ -168,5 +170,5 @@ async def test_an_answer_never_carries_the_id_that_a_mesh_put_into_the_request(m
         assert caught.value.details() == "model smol: 4096 requests wait already, the limit is 4096"
 
 
-async def test_service_names(services: Services) -> None:
+async def test_add_inference_services_returns_the_names(services: Services) -> None:
     assert services.names == ("fmaas.GenerationService", "inference.GRPCInferenceService")

@@ -6,15 +6,17 @@ from collections.abc import AsyncIterator
 import aiohttp
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from runtime.interfaces import ServedModel
-from runtime.ipc.messages import FinishReason
+from runtime.types import FinishReason
 from tests.support import tokenizers as tiny
 from tests.support.openai_server import Server, serve
-from tests.support.scripted_engine import ScriptedEngine, served, until
+from tests.support.scripted_engine import ScriptedEngine, served
+from tests.support.waiting import until
 
 TEXT = "The quick brown fox — 東京 🤖 END. The dog"
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ async def test_chat_streamed_equals_whole(client: openai.AsyncOpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-async def test_sync_client_streams(server: Server) -> None:
+async def test_openai_client_streams_synchronously(server: Server) -> None:
     def run() -> str:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             stream = client.completions.create(model="org/m1", prompt="The", stream=True, max_tokens=100)
@@ -81,12 +83,13 @@ async def test_sync_client_streams(server: Server) -> None:
     assert await asyncio.to_thread(run) == TEXT
 
 
-async def test_continuous_usage_counts_up(client: openai.AsyncOpenAI) -> None:
+async def test_chat_stream_continuous_usage_counts_up(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model="org/m1",
         messages=HELLO,
         stream=True,
-        stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        stream_options={"include_usage": True},
+        extra_body={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     )
     counts = [chunk.usage.completion_tokens async for chunk in stream if chunk.usage is not None]
     assert counts == sorted(counts)
@@ -95,7 +98,7 @@ async def test_continuous_usage_counts_up(client: openai.AsyncOpenAI) -> None:
 
 @pytest.mark.parametrize("stop", ["END", ["nothing", "END"]])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_stop_strings_cut_the_text_and_end_the_row(
+async def test_chat_stop_strings_cut_the_text_and_end_the_row(
     client: openai.AsyncOpenAI, server: Server, stop: str | list[str], stream: bool
 ) -> None:
     if stream:
@@ -119,7 +122,7 @@ async def test_stop_strings_cut_the_text_and_end_the_row(
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
-async def test_a_special_token_as_a_stop_string(
+async def test_chat_stop_string_may_be_a_special_token(
     client: openai.AsyncOpenAI, server: Server, skip_special_tokens: bool
 ) -> None:
     server.engine.script = lambda asked: [*server.script("The dog"), 2, *server.script(" more")]
@@ -130,7 +133,7 @@ async def test_a_special_token_as_a_stop_string(
     assert answer.choices[0].model_extra == {"stop_reason": "<|im_end|>"}
 
 
-async def test_include_stop_and_max_tokens(client: openai.AsyncOpenAI) -> None:
+async def test_completions_include_stop_and_max_tokens(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model="org/m1", messages=HELLO, stop="END", extra_body={"include_stop_str_in_output": True}
     )
@@ -141,7 +144,7 @@ async def test_include_stop_and_max_tokens(client: openai.AsyncOpenAI) -> None:
     assert short.usage.completion_tokens == 3
 
 
-async def test_n_sequences_have_their_own_seeds(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_chat_n_sequences_have_their_own_seeds(client: openai.AsyncOpenAI, server: Server) -> None:
     answer = await client.chat.completions.create(model="org/m1", messages=HELLO, n=3, seed=7, temperature=0.5)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert sorted(asked.request.sampling.seed for asked in server.engine.asked) == [7, 8, 9]
@@ -169,7 +172,7 @@ async def test_chat_logprobs(client: openai.AsyncOpenAI, server: Server) -> None
     assert streamed[0].top_logprobs == []
 
 
-async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_completions_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: Server) -> None:
     await client.completions.create(
         model="org/m1",
         prompt="The",
@@ -209,7 +212,7 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, server: S
     assert asked.request.priority == 3
 
 
-async def test_leaving_a_stream_frees_the_row(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_chat_stream_disconnect_frees_the_row(client: openai.AsyncOpenAI, server: Server) -> None:
     server.engine.step_s = 0.01
     server.engine.script = lambda asked: [5] * 100_000
     stream = await client.completions.create(model="org/m1", prompt="The", stream=True, max_tokens=390)
@@ -221,7 +224,7 @@ async def test_leaving_a_stream_frees_the_row(client: openai.AsyncOpenAI, server
     assert asked.sent < 390
 
 
-async def test_leaving_before_the_answer_frees_the_row(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_chat_disconnect_before_the_response_frees_the_row(client: openai.AsyncOpenAI, server: Server) -> None:
     server.engine.step_s = 0.05
     server.engine.script = lambda asked: [5] * 100_000
     with pytest.raises(openai.APITimeoutError):
@@ -229,7 +232,7 @@ async def test_leaving_before_the_answer_frees_the_row(client: openai.AsyncOpenA
     await until(lambda: server.engine.asked[0].closed)
 
 
-async def test_a_stream_that_waits_is_kept_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_chat_stream_sends_keep_alives_while_it_waits(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.api.openai.stream.KEEP_ALIVE_S", 0.02)
     server.engine.step_s = 0.1
     server.engine.script = lambda asked: [5, 6, 7]
@@ -244,7 +247,9 @@ async def test_a_stream_that_waits_is_kept_alive(server: Server, monkeypatch: py
     assert all(block == ": keep-alive" for block in blocks[:-2] if block not in events)
 
 
-async def test_an_error_before_the_first_token_has_a_status(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_chat_stream_error_before_the_first_token_has_a_status(
+    client: openai.AsyncOpenAI, server: Server
+) -> None:
     from runtime.errors import Overloaded
 
     server.engine.raises = Overloaded("model org/m1: 4096 sequences wait; its limit is 4096", retry_after_s=1.5)
@@ -255,7 +260,7 @@ async def test_an_error_before_the_first_token_has_a_status(client: openai.Async
     assert "4096" in caught.value.message
 
 
-async def test_an_error_in_a_stream_is_an_event_and_the_end(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_chat_stream_error_is_the_last_event(client: openai.AsyncOpenAI, server: Server) -> None:
     server.engine.fail_after = 4
     got: list[str] = []
 
@@ -269,7 +274,7 @@ async def test_an_error_in_a_stream_is_an_event_and_the_end(client: openai.Async
     assert TEXT.startswith("".join(got))
 
 
-async def test_a_model_unloaded_meanwhile_is_an_error(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_chat_of_an_unloaded_model_is_an_error(client: openai.AsyncOpenAI, server: Server) -> None:
     server.engine.finish_with = FinishReason.ABORTED
     server.engine.script = lambda asked: [5, 6]
     with pytest.raises(openai.InternalServerError, match="unloaded") as caught:
@@ -277,12 +282,12 @@ async def test_a_model_unloaded_meanwhile_is_an_error(client: openai.AsyncOpenAI
     assert caught.value.status_code == 503
 
 
-async def test_unknown_model_names_the_loaded_ones(client: openai.AsyncOpenAI) -> None:
+async def test_find_model_names_the_loaded_ones(client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="org/m1") as caught:
         await client.chat.completions.create(model="nobody", messages=HELLO)
     assert caught.value.code == "model_not_found"
 
 
-async def test_models(client: openai.AsyncOpenAI) -> None:
+async def test_models_lists_loaded_models(client: openai.AsyncOpenAI) -> None:
     assert [model.id async for model in client.models.list()] == ["org/m1"]
     assert (await client.models.retrieve("org/m1")).id == "org/m1"

@@ -58,7 +58,7 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "m1", "messages": [{"role": "user", "content": "hi"}], **fields}
 
 
-async def test_log_likelihood_request(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_completions_log_likelihood_request(http: aiohttp.ClientSession, server: Server) -> None:
     """What lm-eval sends for multiple choice."""
     prompt = server.script("The quick brown fox")
     for given in ([prompt], prompt, "The quick brown fox", ["The quick brown fox"]):
@@ -96,7 +96,7 @@ async def test_log_likelihood_request(http: aiohttp.ClientSession, server: Serve
 
 
 @pytest.mark.parametrize("kind", [tiny.byte_level, tiny.sentencepiece])
-async def test_offsets_count_special_tokens_that_the_caller_wrote(
+async def test_completions_offsets_count_special_tokens_in_the_prompt(
     http: aiohttp.ClientSession, tmp_path: Path, kind: Any
 ) -> None:
     model = served(kind(tmp_path), "m2")
@@ -120,7 +120,7 @@ async def test_offsets_count_special_tokens_that_the_caller_wrote(
             assert found["text_offset"] == sorted(found["text_offset"])
 
 
-async def test_very_many_log_probabilities(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_completions_many_log_probabilities_equal_few(http: aiohttp.ClientSession, server: Server) -> None:
     """They are written out beside the other requests; nothing of the answer differs."""
     prompt = server.script("The quick brown fox")
     body = {"model": "m1", "prompt": prompt, "max_tokens": 1, "logprobs": 20, "echo": True, "seed": 1}
@@ -130,7 +130,7 @@ async def test_very_many_log_probabilities(http: aiohttp.ClientSession, server: 
     assert [choice["logprobs"] for choice in many["choices"]] == [few["choices"][0]["logprobs"]] * 20
 
 
-async def test_echo_without_output(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_completions_echo_without_output(http: aiohttp.ClientSession, server: Server) -> None:
     body = {"model": "m1", "prompt": "The fox", "max_tokens": 0, "logprobs": 0, "echo": True}
     status, answer, _ = await post(http, server, "/v1/completions", body)
     assert status == 200
@@ -155,7 +155,7 @@ async def events(http: aiohttp.ClientSession, server: Server, path: str, body: A
     return [msgspec.json.decode(block.removeprefix("data: ")) for block in blocks[:-2]]
 
 
-async def test_an_event_is_one_line_however_lines_are_split(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_event_chunks_are_one_line_however_lines_are_split(http: aiohttp.ClientSession, server: Server) -> None:
     text = 'a\u2028b\u2029c\x85d\r\n\x0b\x0c\x1ee"\\'
     server.engine.script = lambda asked: [*server.script(text), 0]
     async with http.post(server.url + "/v1/chat/completions", json=chat(stream=True)) as response:
@@ -165,7 +165,7 @@ async def test_an_event_is_one_line_however_lines_are_split(http: aiohttp.Client
     assert "".join(line["choices"][0]["delta"]["content"] for line in lines) == text
 
 
-async def test_several_prompts_streamed_with_echo(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_completions_stream_several_prompts_with_echo(http: aiohttp.ClientSession, server: Server) -> None:
     body = {
         "model": "m1",
         "prompt": ["The fox", "a dog"],
@@ -184,7 +184,7 @@ async def test_several_prompts_streamed_with_echo(http: aiohttp.ClientSession, s
     assert lines[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
 
 
-async def test_offsets_go_on_through_a_stream(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_completions_offsets_continue_through_a_stream(http: aiohttp.ClientSession, server: Server) -> None:
     body = {"model": "m1", "prompt": "The fox", "logprobs": 1, "echo": True, "stream": True}
     lines = await events(http, server, "/v1/completions", body)
     text = "".join(line["choices"][0]["text"] for line in lines)
@@ -198,7 +198,7 @@ async def test_offsets_go_on_through_a_stream(http: aiohttp.ClientSession, serve
     assert pairs[-1] == (len(text), "<|end|>")
 
 
-async def test_benchmark_clients_bodies(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_chat_accepts_benchmark_clients_bodies(http: aiohttp.ClientSession, server: Server) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     body = chat(
         messages=parts, max_completion_tokens=5, ignore_eos=True, stream=False, logprobs=None, repetition_penalty=1.0
@@ -212,7 +212,7 @@ async def test_benchmark_clients_bodies(http: aiohttp.ClientSession, server: Ser
     assert server.engine.asked[0].request.stop.ignore_eos
 
 
-async def test_an_assistant_at_the_end_is_continued(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_chat_continues_an_assistant_message_at_the_end(http: aiohttp.ClientSession, server: Server) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]
     await post(http, server, "/v1/chat/completions", chat(messages=turns))
     await post(http, server, "/v1/chat/completions", chat(messages=turns, add_generation_prompt=True))
@@ -221,7 +221,7 @@ async def test_an_assistant_at_the_end_is_continued(http: aiohttp.ClientSession,
     assert texts[1].endswith("Well, <|im_end|>\n<|im_start|>assistant\n")
 
 
-async def test_a_chat_of_many_turns_is_rendered_beside_the_other_requests(
+async def test_render_chat_of_many_turns_runs_in_a_thread(
     http: aiohttp.ClientSession, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes microseconds a turn, and a body has room for hundreds of thousands."""
@@ -240,7 +240,7 @@ async def test_a_chat_of_many_turns_is_rendered_beside_the_other_requests(
     assert threads == [True, False]
 
 
-async def test_unknown_fields_are_named_in_a_header(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_parse_names_unknown_fields_in_a_header(http: aiohttp.ClientSession, server: Server) -> None:
     status, _, headers = await post(
         http, server, "/v1/chat/completions", chat(top_a=1, **{"x\r\ny": 2, "reasoning_effort": None})
     )
@@ -262,7 +262,9 @@ async def test_unknown_fields_are_named_in_a_header(http: aiohttp.ClientSession,
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
     ],
 )
-async def test_what_is_not_here_says_so(http: aiohttp.ClientSession, server: Server, fields: dict[str, Any]) -> None:
+async def test_parse_refuses_unsupported_features(
+    http: aiohttp.ClientSession, server: Server, fields: dict[str, Any]
+) -> None:
     status, answer, headers = await post(http, server, "/v1/chat/completions", chat(**fields))
     assert status == 501
     assert set(answer["error"]) == {"message", "type", "param", "code"}
@@ -272,7 +274,7 @@ async def test_what_is_not_here_says_so(http: aiohttp.ClientSession, server: Ser
     assert not server.engine.asked
 
 
-async def test_empty_forms_of_what_is_not_here_are_taken(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_parse_accepts_empty_forms_of_unsupported_features(http: aiohttp.ClientSession, server: Server) -> None:
     body = chat(tools=[], tool_choice="none", response_format={"type": "text"}, functions=None, best_of=1)
     assert (await post(http, server, "/v1/chat/completions", body))[0] == 200
     assert (await post(http, server, "/v1/completions", {"model": "m1", "prompt": "a", "suffix": "b"}))[0] == 501
@@ -307,7 +309,7 @@ async def test_empty_forms_of_what_is_not_here_are_taken(http: aiohttp.ClientSes
         ({"chat_template": "{{ 1 }}"}, "chat_template", "template"),
     ],
 )
-async def test_bad_parameters(
+async def test_chat_refuses_bad_parameters(
     http: aiohttp.ClientSession, server: Server, fields: dict[str, Any], param: str, words: str
 ) -> None:
     status, answer, _ = await post(http, server, "/v1/chat/completions", chat(**fields))
@@ -330,13 +332,13 @@ async def test_bad_parameters(
         (b" " * 300_000, 413),
     ],
 )
-async def test_bad_bodies(http: aiohttp.ClientSession, server: Server, raw: bytes, status: int) -> None:
+async def test_parse_refuses_bad_bodies(http: aiohttp.ClientSession, server: Server, raw: bytes, status: int) -> None:
     found, answer, _ = await post(http, server, "/v1/chat/completions", raw)
     assert found == status
     assert answer["error"]["message"]
 
 
-async def test_half_a_request_harms_nobody(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_http_app_survives_half_a_request(http: aiohttp.ClientSession, server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model":')
@@ -350,7 +352,9 @@ async def test_half_a_request_harms_nobody(http: aiohttp.ClientSession, server: 
     assert (await post(http, server, "/v1/completions", {"model": "m1", "prompt": "a"}))[0] == 200
 
 
-async def test_truncation_keeps_the_end_and_bos(http: aiohttp.ClientSession, server: Server, tmp_path: Path) -> None:
+async def test_completions_truncation_keeps_the_end_and_bos(
+    http: aiohttp.ClientSession, server: Server, tmp_path: Path
+) -> None:
     body = {"prompt": "the dog the dog", "truncate_prompt_tokens": 3, "echo": True, "max_tokens": 2}
     await post(http, server, "/v1/completions", {"model": "m1", **body})
     assert server.engine.asked[0].request.prompt == tuple(server.script("the dog the dog")[-3:])
@@ -360,7 +364,7 @@ async def test_truncation_keeps_the_end_and_bos(http: aiohttp.ClientSession, ser
         assert other.engine.asked[0].request.prompt == (1, *other.script("the dog the dog")[-2:])
 
 
-async def test_a_prompt_beyond_all_bounds_is_refused_untokenized(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_check_chars_refuses_a_huge_prompt_untokenized(http: aiohttp.ClientSession, server: Server) -> None:
     text = "the dog " * 1000
     for path, body, param in (
         ("/v1/completions", {"model": "m1", "prompt": text}, "prompt"),
@@ -371,7 +375,7 @@ async def test_a_prompt_beyond_all_bounds_is_refused_untokenized(http: aiohttp.C
         assert (await post(http, server, path, {**body, "truncate_prompt_tokens": 5}))[0] == 200
 
 
-async def test_many_prompts(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_completions_many_prompts(http: aiohttp.ClientSession, server: Server) -> None:
     status, answer, _ = await post(
         http, server, "/v1/completions", {"model": "m1", "prompt": [[5, 6]] * 300, "max_tokens": 1}
     )
@@ -383,13 +387,13 @@ async def test_many_prompts(http: aiohttp.ClientSession, server: Server) -> None
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], "", [1, "a"], ["a", [1]], [100_000], [[-1]], ["a", ""], [1] * 200])
-async def test_bad_prompts(http: aiohttp.ClientSession, server: Server, prompt: Any) -> None:
+async def test_completions_refuses_bad_prompts(http: aiohttp.ClientSession, server: Server, prompt: Any) -> None:
     status, answer, _ = await post(http, server, "/v1/completions", {"model": "m1", "prompt": prompt})
     assert status == 400, answer
     assert answer["error"]["param"] == "prompt"
 
 
-async def test_routes_that_are_not_there(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_http_app_refuses_unknown_routes(http: aiohttp.ClientSession, server: Server) -> None:
     assert (await post(http, server, "/v1/nothing", {}))[0] == 404
     for path in ("/v1/embeddings", "/generate", "/generate_stream", "/", "/v1/responses"):
         status, answer, _ = await post(http, server, path, {})
@@ -401,14 +405,14 @@ async def test_routes_that_are_not_there(http: aiohttp.ClientSession, server: Se
         assert "error" in await response.json()
 
 
-async def test_the_header_names_the_model_and_the_body_the_answer(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_find_model_prefers_the_header(http: aiohttp.ClientSession, server: Server) -> None:
     status, answer, _ = await post(http, server, "/v1/chat/completions", chat(model="alias"), **{"mm-model-id": "m1"})
     assert (status, answer["model"]) == (200, "alias")
     assert (await post(http, server, "/v1/chat/completions", chat(), **{"mm-model-id": "gone"}))[0] == 404
     assert (await post(http, server, "/v1/chat/completions", chat(model="")))[0] == 400
 
 
-async def test_defaults_of_the_registration_come_before_the_apis(http: aiohttp.ClientSession, model_dir: Path) -> None:
+async def test_chat_defaults_of_the_registration_come_first(http: aiohttp.ClientSession, model_dir: Path) -> None:
     settings = ModelSettings(
         sampling=DefaultSampling(temperature=0.2, top_k=5, max_tokens=7), display_name="shown", max_concurrency=1
     )
@@ -428,7 +432,7 @@ async def test_defaults_of_the_registration_come_before_the_apis(http: aiohttp.C
         assert headers["Retry-After"] == "1"
 
 
-async def test_tokenize_and_back(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_tokenize_and_detokenize(http: aiohttp.ClientSession, server: Server) -> None:
     _, answer, _ = await post(
         http, server, "/tokenize", {"model": "m1", "prompt": "The dog", "return_token_strs": True}
     )
@@ -442,7 +446,7 @@ async def test_tokenize_and_back(http: aiohttp.ClientSession, server: Server) ->
     assert (await post(http, server, "/tokenize", {"model": "m1"}))[0] == 400
 
 
-async def test_metrics_and_health(http: aiohttp.ClientSession, server: Server) -> None:
+async def test_health_and_metrics(http: aiohttp.ClientSession, server: Server) -> None:
     async with http.get(server.url + "/health") as response:
         assert response.status == 200
     await post(http, server, "/v1/chat/completions", chat())

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -96,7 +96,7 @@ def request(model_id: str, path: str = "/models/a", **key: object) -> spi.LoadMo
     return spi.LoadModelRequest(modelId=model_id, modelType="any", modelPath=path, modelKey=json.dumps(key))
 
 
-async def refused(call: "grpc.aio.UnaryUnaryCall[object, object]") -> tuple[grpc.StatusCode, str]:
+async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value.code(), caught.value.details() or ""
@@ -115,7 +115,7 @@ async def ready(stub: ModelRuntimeStub) -> spi.RuntimeStatusResponse:
         await asyncio.sleep(0.05)
 
 
-async def test_ready_means_purged_and_tells_the_limits(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_runtime_status_purges_and_returns_the_limits(runtime: Runtime, stub: ModelRuntimeStub) -> None:
     await stub.loadModel(request("old"))
     status = await ready(stub)
     assert status.status == spi.RuntimeStatusResponse.READY
@@ -130,7 +130,7 @@ async def test_ready_means_purged_and_tells_the_limits(runtime: Runtime, stub: M
     assert list(status.methodInfos["fmaas.GenerationService/Generate"].idInjectionPath) == [1]
 
 
-async def test_load_size_unload(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_load_model_size_and_unload(runtime: Runtime, stub: ModelRuntimeStub) -> None:
     loaded = await stub.loadModel(request("a", max_concurrency=3))
     # one slab of weights and one of KV
     assert loaded.sizeInBytes == 2 * SLAB > WEIGHT_BYTES
@@ -144,7 +144,7 @@ async def test_load_size_unload(runtime: Runtime, stub: ModelRuntimeStub) -> Non
     assert (await refused(stub.modelSize(spi.ModelSizeRequest(modelId="a"))))[0] is grpc.StatusCode.NOT_FOUND
 
 
-async def test_bad_requests_name_the_field(stub: ModelRuntimeStub) -> None:
+async def test_load_model_refusal_names_the_field(stub: ModelRuntimeStub) -> None:
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     assert await refused(stub.loadModel(request(""))) == (invalid, "modelId is empty")
     assert await refused(stub.unloadModel(spi.UnloadModelRequest())) == (invalid, "modelId is empty")
@@ -160,7 +160,7 @@ async def test_bad_requests_name_the_field(stub: ModelRuntimeStub) -> None:
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_a_cancelled_call_leaves_nothing(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_load_model_cancelled_leaves_nothing(runtime: Runtime, stub: ModelRuntimeStub) -> None:
     call = stub.loadModel(request("slow"))
     await until(runtime, lambda: bool(runtime.models.views()))
     call.cancel()
@@ -171,7 +171,7 @@ async def test_a_cancelled_call_leaves_nothing(runtime: Runtime, stub: ModelRunt
     await until(runtime, lambda: not runtime.models.views())
 
 
-async def test_prediction_is_quick_or_unknown(
+async def test_predict_model_size_is_quick_or_unknown(
     runtime: Runtime, stub: ModelRuntimeStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ready(stub)
@@ -187,7 +187,7 @@ async def test_prediction_is_quick_or_unknown(
     assert unknown.sizeInBytes == 0
 
 
-async def test_watch_shows_the_way_in_and_out(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_watch_shows_a_load_and_an_unload(runtime: Runtime, stub: ModelRuntimeStub) -> None:
     await ready(stub)
     runtime.preparer.delay_s = 0.5
     async with grpc.aio.insecure_channel(runtime.address) as channel:
@@ -214,7 +214,7 @@ async def test_watch_shows_the_way_in_and_out(runtime: Runtime, stub: ModelRunti
     assert seen[-1] == (state.ModelState.LOADED, state.ModelState.DEVICE)
 
 
-async def test_fit_names_the_sizes_and_the_victims(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_fit_returns_the_sizes_and_the_victims(runtime: Runtime, stub: ModelRuntimeStub) -> None:
     await ready(stub)
     await stub.loadModel(request("old"))
     async with grpc.aio.insecure_channel(runtime.address) as channel:
@@ -232,7 +232,7 @@ async def test_fit_names_the_sizes_and_the_victims(runtime: Runtime, stub: Model
         assert code is grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_capacity_follows_where_models_may_wait() -> None:
+def test_capacity_of_follows_oversubscribe() -> None:
     cpu = Hello(1, "cpu", "cpu", 1000, 0, 64, 8)
     gpu = Hello(1, "cuda:0", "gpu", 1000, 5000, 64, 8)
     assert capacity_of("auto", cpu, 9).capacity_bytes == 1000
@@ -245,7 +245,7 @@ def test_capacity_follows_where_models_may_wait() -> None:
     assert capacity_of("none", gpu, 9).charge(70, 9, 7) == 2 * 64 + 64
 
 
-def test_token_rate_is_over_the_last_seconds_and_starts_anew_with_the_counter() -> None:
+def test_token_rate_restarts_with_the_counter() -> None:
     rate = TokenRate()
     assert rate.update(0.0, 0) == 0.0
     assert rate.update(1.0, 10) == 10.0

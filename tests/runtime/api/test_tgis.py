@@ -15,7 +15,8 @@ from runtime.interfaces import ServedModel
 from runtime.types import FinishReason
 from tests.support import tokenizers as tiny
 from tests.support.inference_server import Services, serve_grpc
-from tests.support.scripted_engine import ScriptedEngine, served, until
+from tests.support.scripted_engine import ScriptedEngine, served
+from tests.support.waiting import until
 from wire.fmaas import generation_pb2 as pb
 
 TEXT = "The first time I saw the movie, I was a little bit confused 🤖. The dog"
@@ -61,7 +62,7 @@ async def generate(services: Services, text: str = "The fox", **params: Any) -> 
     return answer.responses[0]
 
 
-async def test_batches_of_none_and_of_too_many(services: Services) -> None:
+async def test_generate_batches_of_none_and_of_too_many(services: Services) -> None:
     assert len((await services.tgis.Generate(pb.BatchedGenerationRequest())).responses) == 0
     with pytest.raises(
         grpc.aio.AioRpcError, match="model m1: 2049 prompts make 2049 sequences; the limit of a request is 2048"
@@ -70,7 +71,7 @@ async def test_batches_of_none_and_of_too_many(services: Services) -> None:
     assert not services.engine.asked
 
 
-async def test_defaults_are_greedy_up_to_the_servers_limit(services: Services) -> None:
+async def test_generate_defaults_are_greedy_up_to_the_servers_limit(services: Services) -> None:
     answer = await generate(services)
     assert answer.text == TEXT
     assert answer.stop_reason == pb.EOS_TOKEN
@@ -84,7 +85,9 @@ async def test_defaults_are_greedy_up_to_the_servers_limit(services: Services) -
     assert not asked.request.stop.stop_token_ids
 
 
-async def test_length_stops_say_whose_limit_it_was(services: Services, model_dir: Path) -> None:
+async def test_generate_length_stops_tell_the_servers_limit_from_the_requests(
+    services: Services, model_dir: Path
+) -> None:
     services.engine.script = lambda asked: [5] * 1000
     asked_for = await generate(services, stopping=pb.StoppingCriteria(max_new_tokens=4))
     assert (asked_for.stop_reason, asked_for.generated_token_count) == (pb.MAX_TOKENS, 4)
@@ -99,7 +102,7 @@ async def test_length_stops_say_whose_limit_it_was(services: Services, model_dir
         assert (answer.stop_reason, answer.generated_token_count) == (pb.MAX_TOKENS, 20)
 
 
-async def test_each_of_a_batch_is_limited_by_its_own_length(services: Services) -> None:
+async def test_generate_limits_each_input_by_its_own_length(services: Services) -> None:
     services.engine.script = lambda asked: [5] * 1000
     long = "a " * 90
     answer = await services.tgis.Generate(batch(long, "a", stopping=pb.StoppingCriteria(max_new_tokens=150)))
@@ -107,7 +110,7 @@ async def test_each_of_a_batch_is_limited_by_its_own_length(services: Services) 
     assert answer.responses[1].generated_token_count == 150
 
 
-async def test_seeds(services: Services) -> None:
+async def test_generate_returns_the_seeds(services: Services) -> None:
     answer = await services.tgis.Generate(batch("a", "a", "a", "a", "a", method=pb.SAMPLE))
     seeds = [each.seed for each in answer.responses]
     assert len(set(seeds)) == 5
@@ -150,7 +153,9 @@ async def test_seeds(services: Services) -> None:
         (["never", "I was"], False, TEXT[: TEXT.index("I was")], "I was"),
     ],
 )
-async def test_stop_sequences(services: Services, stops: list[str], include: bool | None, text: str, stop: str) -> None:
+async def test_generate_stop_sequences(
+    services: Services, stops: list[str], include: bool | None, text: str, stop: str
+) -> None:
     stopping = pb.StoppingCriteria(stop_sequences=stops, max_new_tokens=100)
     if include is not None:
         stopping.include_stop_sequence = include
@@ -163,7 +168,7 @@ async def test_stop_sequences(services: Services, stops: list[str], include: boo
     assert (streamed[-1].stop_sequence, streamed[-1].stop_reason) == (stop, pb.STOP_SEQUENCE)
 
 
-async def test_a_stop_sequence_at_the_last_allowed_token_is_a_length_stop(services: Services) -> None:
+async def test_generate_stop_sequence_at_the_last_token_is_a_length_stop(services: Services) -> None:
     upto = TEXT[: TEXT.index(" movie") + len(" movie")]
     stopping = pb.StoppingCriteria(
         stop_sequences=[upto[-3:]], include_stop_sequence=False, max_new_tokens=len(services.script(upto))
@@ -172,14 +177,14 @@ async def test_a_stop_sequence_at_the_last_allowed_token_is_a_length_stop(servic
     assert (answer.stop_reason, answer.text) == (pb.MAX_TOKENS, upto)
 
 
-async def test_min_new_tokens_put_off_stop_sequences(services: Services) -> None:
+async def test_generate_min_new_tokens_delay_stop_sequences(services: Services) -> None:
     stopping = pb.StoppingCriteria(stop_sequences=["first", "bit"], min_new_tokens=12, max_new_tokens=100)
     answer = await generate(services, stopping=stopping)
     assert answer.stop_sequence == "bit"
     assert services.engine.asked[0].request.stop.min_tokens == 12
 
 
-async def test_stream_sequence(services: Services) -> None:
+async def test_generate_stream_message_order(services: Services) -> None:
     request = single(
         method=pb.SAMPLE,
         response=pb.ResponseOptions(input_text=True, input_tokens=True, generated_tokens=True, token_logprobs=True, token_ranks=True, top_n_tokens=2),
@@ -210,7 +215,7 @@ async def test_stream_sequence(services: Services) -> None:
     assert [top.logprob for top in rest[3].tokens[0].top_tokens] == [-0.5, -1.5]
 
 
-async def test_merged_rows_still_come_a_token_at_a_time(services: Services) -> None:
+async def test_generate_stream_splits_merged_rows(services: Services) -> None:
     services.engine.per_row = 7
     request = single(response=pb.ResponseOptions(generated_tokens=True))
     _, *rest = [each async for each in services.tgis.GenerateStream(request)]
@@ -218,14 +223,14 @@ async def test_merged_rows_still_come_a_token_at_a_time(services: Services) -> N
     assert "".join(each.text for each in rest) == TEXT
 
 
-async def test_stream_without_details_sends_only_text(services: Services) -> None:
+async def test_generate_stream_without_details_sends_only_text(services: Services) -> None:
     first, *rest = [each async for each in services.tgis.GenerateStream(single())]
     assert (first.text, first.seed) == ("", 0)
     assert all(each.text or each.stop_reason for each in rest)
     assert "".join(each.text for each in rest) == TEXT
 
 
-async def test_details_whole(services: Services) -> None:
+async def test_generate_details(services: Services) -> None:
     options = pb.ResponseOptions(input_text=True, generated_tokens=True, input_tokens=True, top_n_tokens=1)
     answer = await generate(services, response=options, stopping=pb.StoppingCriteria(max_new_tokens=2))
     assert answer.text.startswith("The foxThe")
@@ -236,7 +241,7 @@ async def test_details_whole(services: Services) -> None:
     assert not answer.input_tokens[0].top_tokens
 
 
-async def test_truncation_keeps_the_last_tokens_and_bos(services: Services, llama: ServedModel) -> None:
+async def test_generate_truncation_keeps_the_last_tokens_and_bos(services: Services, llama: ServedModel) -> None:
     text = "the dog the dog"
     answer = await generate(services, text, truncate_input_tokens=2, response=pb.ResponseOptions(input_text=True))
     assert services.engine.asked[0].request.prompt == tuple(services.script(text)[-2:])
@@ -250,7 +255,7 @@ async def test_truncation_keeps_the_last_tokens_and_bos(services: Services, llam
 
 
 @pytest.mark.parametrize("limit_ms", [1, 150])
-async def test_time_limit(services: Services, limit_ms: int) -> None:
+async def test_generate_time_limit(services: Services, limit_ms: int) -> None:
     services.engine.step_s = 0.02
     services.engine.script = lambda asked: [5] * 1000
     stopping = pb.StoppingCriteria(time_limit_millis=limit_ms)
@@ -262,18 +267,18 @@ async def test_time_limit(services: Services, limit_ms: int) -> None:
     assert all(asked.closed for asked in services.engine.asked)
 
 
-async def test_time_limit_of_a_request_that_never_starts(services: Services) -> None:
+async def test_generate_time_limit_of_a_request_that_never_starts(services: Services) -> None:
     services.engine.step_s = 60
     answer = await generate(services, stopping=pb.StoppingCriteria(time_limit_millis=10))
     assert (answer.stop_reason, answer.generated_token_count) == (pb.TIME_LIMIT, 0)
 
 
-async def test_an_incomplete_character_at_the_end_is_dropped(services: Services) -> None:
+async def test_generate_drops_an_incomplete_character_at_the_end(services: Services) -> None:
     services.engine.script = lambda asked: services.script("a🤖")[:-1]
     assert (await generate(services)).text == "a"
 
 
-async def test_unloaded_meanwhile(services: Services) -> None:
+async def test_generate_of_an_unloaded_model_is_cancelled(services: Services) -> None:
     services.engine.finish_with = FinishReason.ABORTED
     services.engine.script = lambda asked: [5]
     assert (await generate(services)).stop_reason == pb.CANCELLED
@@ -303,7 +308,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("params", "text"), BAD)
-async def test_bad_parameters(services: Services, params: dict[str, Any], text: str) -> None:
+async def test_check_refuses_bad_parameters(services: Services, params: dict[str, Any], text: str) -> None:
     prompt = "a"
     if "min_new_tokens (150)" in text:
         prompt = next(candidate for size in range(1, 600) if len(services.script(candidate := "\x01" * size)) == 69)
@@ -316,7 +321,7 @@ async def test_bad_parameters(services: Services, params: dict[str, Any], text: 
     assert not services.engine.asked
 
 
-async def test_prompt_lengths(services: Services) -> None:
+async def test_plan_refuses_bad_prompt_lengths(services: Services) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.tgis.Generate(batch("\x01" * 200))
     assert caught.value.details() == "input tokens (200) plus prefix length (0) must be < 200"
@@ -336,17 +341,18 @@ async def test_prompt_lengths(services: Services) -> None:
         ),
     ],
 )
-async def test_what_is_not_here_says_so(services: Services, params: dict[str, Any], word: str) -> None:
+async def test_check_refuses_unsupported_features(services: Services, params: dict[str, Any], word: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.tgis.Generate(batch("a", **params))
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
     assert word in (caught.value.details() or "")
 
 
-async def test_adapters_are_refused_and_plain_text_format_is_taken(services: Services) -> None:
-    for field in ("adapter_id", "prefix_id"):
+async def test_generate_refuses_adapters_and_accepts_plain_text_format(services: Services) -> None:
+    adapter, prefix = pb.SingleGenerationRequest(adapter_id="x"), pb.SingleGenerationRequest(prefix_id="x")
+    for field, request in (("adapter_id", adapter), ("prefix_id", prefix)):
         with pytest.raises(grpc.aio.AioRpcError, match=field) as caught:
-            await services.tgis.GenerateStream(pb.SingleGenerationRequest(**{field: "x"})).read()
+            await services.tgis.GenerateStream(request).read()
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
     none = pb.BatchedGenerationRequest(prefix_id="", adapter_id="", requests=[pb.GenerationRequest(text="a")])
     assert len((await services.tgis.Generate(none)).responses) == 1
@@ -354,13 +360,13 @@ async def test_adapters_are_refused_and_plain_text_format_is_taken(services: Ser
     assert (await generate(services, decoding=plain)).text == TEXT
 
 
-async def test_missing_request(services: Services) -> None:
+async def test_generate_stream_refuses_a_missing_request(services: Services) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="missing request") as caught:
         await services.tgis.GenerateStream(pb.SingleGenerationRequest()).read()
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_models_by_header_by_field_and_alone(model: ServedModel, llama: ServedModel) -> None:
+async def test_find_model_by_header_by_field_and_alone(model: ServedModel, llama: ServedModel) -> None:
     async with serve_grpc(ScriptedEngine(lambda asked: [5]), model, llama, config=CONFIG) as services:
         await services.tgis.Generate(batch("a"), metadata=(("mm-model-id", "llama"),))
         await services.tgis.Generate(
@@ -375,7 +381,7 @@ async def test_models_by_header_by_field_and_alone(model: ServedModel, llama: Se
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-async def test_engine_errors_have_their_status_and_hint(services: Services) -> None:
+async def test_generate_engine_errors_have_their_status_and_hint(services: Services) -> None:
     from runtime.errors import Overloaded
 
     services.engine.raises = Overloaded("full", retry_after_s=0.25)
@@ -385,7 +391,7 @@ async def test_engine_errors_have_their_status_and_hint(services: Services) -> N
     assert dict(caught.value.trailing_metadata() or ())["retry-after-ms"] == "250"
 
 
-async def test_one_failure_ends_a_batch(services: Services) -> None:
+async def test_generate_failure_ends_the_batch(services: Services) -> None:
     services.engine.step_s = 0.01
     services.engine.fail_after = 3
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -393,7 +399,7 @@ async def test_one_failure_ends_a_batch(services: Services) -> None:
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "model m1: the engine died")
 
 
-async def test_cancelling_frees_the_rows(services: Services) -> None:
+async def test_generate_stream_cancellation_frees_the_rows(services: Services) -> None:
     services.engine.step_s = 0.01
     services.engine.script = lambda asked: [5] * 1000
     call = services.tgis.GenerateStream(single())

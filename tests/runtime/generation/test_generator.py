@@ -33,7 +33,8 @@ from runtime.observability.metrics import RuntimeMetrics
 from runtime.text.text_model import TextModel, load_text
 from runtime.types import FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
 from tests.support import tokenizers as tiny
-from tests.support.scripted_engine import ScriptedEngine, entry, served, until
+from tests.support.scripted_engine import ScriptedEngine, entry, served
+from tests.support.waiting import until
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -70,7 +71,7 @@ def play(model: ServedModel, request: GenerationRequest, rows: list[RowTokens]) 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_the_cut_of_rows_changes_nothing(model: ServedModel, data: st.DataObject) -> None:
+def test_running_sequence_is_independent_of_row_boundaries(model: ServedModel, data: st.DataObject) -> None:
     tokens = data.draw(st.lists(st.integers(1, model.text.vocab_size - 1), min_size=1, max_size=25))
     ended_by_eos = data.draw(st.booleans())
     details = data.draw(st.sampled_from([None, 0, 2]))
@@ -119,7 +120,7 @@ def test_split_tokens_merged_again_is_the_same_row() -> None:
     assert merge_rows(parts) == row
 
 
-def test_a_stop_token_shows_only_if_asked(model: ServedModel) -> None:
+def test_running_sequence_shows_a_stop_token_only_on_request(model: ServedModel) -> None:
     row = RowTokens(1, (5, 9), FinishReason.STOP_TOKEN, 9)
     assert play(model, request_of(), [row]).text == model.text.decode([5])
     assert play(model, request_of(show_stop_token=True), [row]).text == model.text.decode([5, 9])
@@ -128,7 +129,7 @@ def test_a_stop_token_shows_only_if_asked(model: ServedModel) -> None:
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "the dog"), (True, "the dog<|im_end|>")])
-def test_a_stop_string_that_is_a_special_token_is_found_though_its_text_is_not_shown(
+def test_running_sequence_finds_a_stop_string_that_is_a_special_token(
     model: ServedModel, include: bool, text: str
 ) -> None:
     row = RowTokens(1, (*model.text.encode("the dog"), 2, 5, 2, 5), FinishReason.LENGTH)
@@ -142,7 +143,7 @@ def test_a_stop_string_that_is_a_special_token_is_found_though_its_text_is_not_s
     assert play(model, least, [row]).tokens == row.tokens[:-1]
 
 
-def test_a_stop_string_wins_over_the_length_it_ends_at(model: ServedModel) -> None:
+def test_running_sequence_prefers_a_stop_string_to_the_length(model: ServedModel) -> None:
     tokens = tuple(model.text.encode("the dog"))
     row = RowTokens(1, tokens, FinishReason.LENGTH)
     assert (
@@ -153,14 +154,14 @@ def test_a_stop_string_wins_over_the_length_it_ends_at(model: ServedModel) -> No
     assert play(model, length_first, [row]).text == "the dog"
 
 
-async def test_tokens_whose_text_is_held_back_are_counted(model: ServedModel) -> None:
+async def test_complete_counts_tokens_whose_text_is_held_back(model: ServedModel) -> None:
     tokens = model.text.encode("a STOP STO")
     generator = Generator(ScriptedEngine(lambda asked: [*tokens, 0]), RuntimeMetrics())
     [result] = await generator.complete(model, [request_of(stop_strings=("STOP STOP",))])
     assert (result.text, list(result.tokens)) == ("a STOP STO", [*tokens, 0])
 
 
-async def test_sequences_go_on_at_once_and_come_back_in_order(model: ServedModel) -> None:
+async def test_complete_runs_sequences_at_once_and_returns_them_in_order(model: ServedModel) -> None:
     engine = ScriptedEngine(
         lambda asked: [asked.request.stop.max_tokens] * asked.request.stop.max_tokens, eos=-1, step_s=0.001
     )
@@ -170,7 +171,7 @@ async def test_sequences_go_on_at_once_and_come_back_in_order(model: ServedModel
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_leaving_frees_all_rows(model: ServedModel, count: int) -> None:
+async def test_stream_close_frees_all_rows(model: ServedModel, count: int) -> None:
     engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
     generator = Generator(engine, RuntimeMetrics())
     deltas = generator.stream(model, [request_of(index=index, max_tokens=1000) for index in range(count)])
@@ -179,7 +180,7 @@ async def test_leaving_frees_all_rows(model: ServedModel, count: int) -> None:
     await until(lambda: len(engine.asked) == count and all(asked.closed for asked in engine.asked))
 
 
-async def test_one_failure_frees_the_others(model: ServedModel) -> None:
+async def test_complete_failure_frees_the_other_rows(model: ServedModel) -> None:
     engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
     real = engine.generate
 
@@ -199,13 +200,13 @@ async def test_one_failure_frees_the_others(model: ServedModel) -> None:
 @pytest.mark.parametrize(
     ("code", "kind"), [("UNAVAILABLE", Unavailable), ("INTERNAL", EngineFault), ("RESOURCE_EXHAUSTED", Overloaded)]
 )
-async def test_engine_failures_have_their_kind(model: ServedModel, code: str, kind: type[Exception]) -> None:
+async def test_complete_raises_the_engines_kind_of_error(model: ServedModel, code: str, kind: type[Exception]) -> None:
     engine = ScriptedEngine(lambda asked: [5] * 10, fail_after=2, fail_with=(code, "why"))
     with pytest.raises(kind, match="why"):
         await Generator(engine, RuntimeMetrics()).complete(model, [request_of()])
 
 
-async def test_concurrency_limit_counts_waiting_and_running(model: ServedModel, tmp_path: Path) -> None:
+async def test_complete_concurrency_limit_counts_waiting_and_running(model: ServedModel, tmp_path: Path) -> None:
     limited = served(tiny.byte_level(tmp_path), "m2", settings=ModelSettings(max_concurrency=2))
     engine = ScriptedEngine(lambda asked: [5] * 1000, step_s=0.001)
     generator = Generator(engine, RuntimeMetrics())
@@ -225,7 +226,7 @@ async def test_concurrency_limit_counts_waiting_and_running(model: ServedModel, 
 async def test_merge_raises_the_first_failure_and_closes_the_rest() -> None:
     closed: list[int] = []
 
-    async def endless(number: int):  # type: ignore[no-untyped-def]
+    async def endless(number: int) -> AsyncIterator[int]:
         try:
             while True:
                 await asyncio.sleep(0)
@@ -233,7 +234,7 @@ async def test_merge_raises_the_first_failure_and_closes_the_rest() -> None:
         finally:
             closed.append(number)
 
-    async def failing():  # type: ignore[no-untyped-def]
+    async def failing() -> AsyncIterator[int]:
         yield 9
         raise ValueError("broke")
 
@@ -281,14 +282,14 @@ def test_output_limit_refuses_with_fields(
 
 
 @settings(deadline=None)
-@given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFFFF, exclude_categories=("Cs",))))
-def test_no_token_stands_for_more_characters_than_the_bound(tokenizers: list[TextModel], text: str) -> None:
+@given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFFFF, exclude_categories=["Cs"])))
+def test_most_chars_per_token_bounds_every_token(tokenizers: list[TextModel], text: str) -> None:
     for each in tokenizers:
         assert each.most_chars_per_token is not None
         assert len(text) <= len(each.encode(text)) * each.most_chars_per_token
 
 
-def test_what_cannot_fit_is_refused_by_its_length(model: ServedModel, tmp_path: Path) -> None:
+def test_check_chars_refuses_what_cannot_fit(model: ServedModel, tmp_path: Path) -> None:
     longest = 200 * (model.text.most_chars_per_token or 0)
     check_chars(model, ["a", "b" * longest])
     with pytest.raises(
@@ -298,7 +299,7 @@ def test_what_cannot_fit_is_refused_by_its_length(model: ServedModel, tmp_path: 
     check_chars(served(tiny.word_pieces(tmp_path / "w"), "m2"), ["b" * 10**7])  # one unknown word is one token
 
 
-def test_seeds() -> None:
+def test_engine_seed_is_in_range() -> None:
     assert 0 <= draw_seed() < 2**32
     assert engine_seed(7, 2) == 9
     assert 0 <= engine_seed(2**64 - 1, 3) < 2**63
@@ -318,9 +319,7 @@ def test_seeds() -> None:
         ),
     ],
 )
-def test_wild_numbers_are_brought_to_where_they_mean_the_same(
-    model: ServedModel, wild: SamplingParams, tame: SamplingParams
-) -> None:
+def test_within_float32_keeps_the_meaning(model: ServedModel, wild: SamplingParams, tame: SamplingParams) -> None:
     assert within_float32(model, wild) == tame
 
 

@@ -47,7 +47,7 @@ def turns(chat: list[tuple[str, str]]) -> list[ChatMessage]:
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("prompt", [True, False])
-def test_renders_as_transformers(
+def test_render_equals_transformers(
     model_dir: Path, theirs: Any, name: str, chat: list[tuple[str, str]], prompt: bool
 ) -> None:
     ours = load_text(model_dir, ModelSettings(chat_template=TEMPLATES[name]))
@@ -63,7 +63,9 @@ def test_renders_as_transformers(
 
 @pytest.mark.parametrize("name", ["chatml", "trims"])
 @pytest.mark.parametrize("start", ["Well, ", "Well"])
-def test_continues_the_last_message_as_transformers(model_dir: Path, theirs: Any, name: str, start: str) -> None:
+def test_render_continues_the_last_message_like_transformers(
+    model_dir: Path, theirs: Any, name: str, start: str
+) -> None:
     chat = [("user", "hi"), ("assistant", start)]
     ours = load_text(model_dir, ModelSettings(chat_template=TEMPLATES[name]))
     wanted = theirs.apply_chat_template(
@@ -73,7 +75,7 @@ def test_continues_the_last_message_as_transformers(model_dir: Path, theirs: Any
     assert ours.render_chat("m", turns(chat), ChatOptions(continue_final=True)) == wanted
 
 
-def test_developer_is_system_where_the_template_does_not_know_it(model_dir: Path) -> None:
+def test_render_maps_developer_to_system(model_dir: Path) -> None:
     ours = load_text(model_dir, ModelSettings())
     assert ours.render_chat("m", [ChatMessage("developer", "x")], ChatOptions()).startswith("<|im_start|>system")
     knows = load_text(model_dir, ModelSettings(chat_template="{{ messages[0].role }}{# developer #}"))
@@ -94,13 +96,13 @@ def test_developer_is_system_where_the_template_does_not_know_it(model_dir: Path
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_a_template_that_fails_is_the_requests_error(model_dir: Path, template: str) -> None:
+def test_render_raises_invalid_request_if_the_template_fails(model_dir: Path, template: str) -> None:
     ours = load_text(model_dir, ModelSettings(chat_template=template))
     with pytest.raises(InvalidRequest, match="model m: its chat template"):
         ours.render_chat("m", turns(CHATS[0]), ChatOptions())
 
 
-def test_template_files_come_before_the_configuration(tmp_path: Path) -> None:
+def test_read_chat_templates_prefers_files(tmp_path: Path) -> None:
     model_dir = tiny.byte_level(tmp_path / "m")
     (model_dir / "chat_template.jinja").write_text("file")
     (model_dir / "additional_chat_templates").mkdir()
@@ -112,7 +114,7 @@ def test_template_files_come_before_the_configuration(tmp_path: Path) -> None:
         ours.render_chat("m", turns(CHATS[0]), ChatOptions(template="other"))
 
 
-def test_named_and_missing_templates(tmp_path: Path) -> None:
+def test_render_named_and_missing_templates(tmp_path: Path) -> None:
     named = tiny.byte_level(
         tmp_path / "n", chat_template=[{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     )
@@ -124,16 +126,16 @@ def test_named_and_missing_templates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, True), (True, False), (False, False), (None, None)])
-def test_bos_and_eos_rules_as_transformers(tmp_path: Path, bos: bool | None, eos: bool | None) -> None:
+def test_encode_bos_and_eos_like_transformers(tmp_path: Path, bos: bool | None, eos: bool | None) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    rules = {} if bos is None else {"add_bos_token": bos, "add_eos_token": eos}
+    rules: dict[str, Any] = {} if bos is None else {"add_bos_token": bos, "add_eos_token": eos}
     path = tiny.sentencepiece(tmp_path / "m", **rules)
     ours, theirs = load_text(path, ModelSettings()), PreTrainedTokenizerFast.from_pretrained(str(path))
     assert ours.encode("the dog") == theirs("the dog")["input_ids"]
 
 
-def test_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
+def test_encode_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     path = tiny.byte_level(tmp_path / "m", pad_token="<|pad|>", additional_special_tokens=["<|x|>"], chat_template=None)
@@ -144,7 +146,7 @@ def test_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
     assert len(ours.encode(text)) == len(theirs(text)["input_ids"]) == 4
 
 
-def test_special_tokens_by_transformers_5s_names(tmp_path: Path) -> None:
+def test_decode_skips_special_tokens_by_transformers_5s_names(tmp_path: Path) -> None:
     more = {
         "extra_special_tokens": ["<|y|>"],
         "model_specific_special_tokens": {"image_token": "<|img|>"},
@@ -155,7 +157,7 @@ def test_special_tokens_by_transformers_5s_names(tmp_path: Path) -> None:
     assert ours.render_chat("m", turns(CHATS[0]), ChatOptions()) == "<|img|>"
 
 
-def test_defaults_of_the_registration_come_before_generation_config(tmp_path: Path) -> None:
+def test_load_text_prefers_the_registrations_defaults(tmp_path: Path) -> None:
     path = tiny.byte_level(tmp_path / "m")
     (path / "generation_config.json").write_text(
         json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": [1, 2], "top_p": 1})
@@ -166,7 +168,7 @@ def test_defaults_of_the_registration_come_before_generation_config(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]"])
-def test_broken_files_are_named(model_dir: Path, tmp_path: Path, name: str, content: bytes) -> None:
+def test_load_text_names_a_broken_file(model_dir: Path, tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / "m"
     shutil.copytree(model_dir, path)
     (path / name).write_bytes(content)
@@ -174,14 +176,14 @@ def test_broken_files_are_named(model_dir: Path, tmp_path: Path, name: str, cont
         load_text(path, ModelSettings())
 
 
-def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+def test_load_text_names_a_missing_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(LoadFailed, match=r"tokenizer\.json"):
         load_text(tmp_path, ModelSettings())
 
 
-def test_the_front_starts_without_torch() -> None:
+def test_http_app_import_loads_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, runtime.api.http_app, runtime.api.grpc_services; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, runtime.api.http_app, runtime.api.grpc_services; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,10 +23,10 @@ _MAKERS = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TextModel, object]]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TextModel, Any]]:
     from transformers import PreTrainedTokenizerFast
 
-    made: dict[str, tuple[TextModel, object]] = {}
+    made: dict[str, tuple[TextModel, Any]] = {}
     for family in FAMILIES:
         path: Path = _MAKERS[family](tmp_path_factory.mktemp(family))
         made[family] = (load_text(path, ModelSettings()), PreTrainedTokenizerFast.from_pretrained(str(path)))
@@ -37,25 +38,25 @@ TEXTS = ["The dog sleeps.", " the dog", "Grüße 🤖🙂 東京", "a  b\n\n c",
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_encodes_and_decodes_as_transformers(
-    models: dict[str, tuple[TextModel, object]], family: str, text: str
+def test_tokenizer_encodes_and_decodes_like_transformers(
+    models: dict[str, tuple[TextModel, Any]], family: str, text: str
 ) -> None:
     ours, theirs = models[family]
     ids = ours.encode(text)
-    assert ids == theirs(text)["input_ids"]  # type: ignore[operator]
-    assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    assert ids == theirs(text)["input_ids"]
+    assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]
     for skip in (True, False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wanted = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
+            wanted = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         assert ours.decode(ids, skip_special_tokens=skip) == wanted
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("family", ["byte_level", "metaspace", "word_pieces"])
-def test_deltas_of_any_tokens_make_the_full_decoding(
-    models: dict[str, tuple[TextModel, object]], family: str, data: st.DataObject
+def test_detokenizer_deltas_join_to_the_full_decoding(
+    models: dict[str, tuple[TextModel, Any]], family: str, data: st.DataObject
 ) -> None:
     ours, theirs = models[family]
     ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=30))
@@ -69,14 +70,14 @@ def test_deltas_of_any_tokens_make_the_full_decoding(
         at += size
     assert "".join(deltas) + stream.flush() == theirs.decode(
         ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
-    )  # type: ignore[attr-defined]
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("family", ["sentencepiece", "gemma_like"])
-def test_bytes_that_make_no_character_are_shown_alike_however_they_come(
-    models: dict[str, tuple[TextModel, object]], family: str, data: st.DataObject
+def test_detokenizer_invalid_bytes_are_independent_of_boundaries(
+    models: dict[str, tuple[TextModel, Any]], family: str, data: st.DataObject
 ) -> None:
     ours, _ = models[family]
     ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1) | st.integers(3, 258), max_size=30))
@@ -90,8 +91,8 @@ def test_bytes_that_make_no_character_are_shown_alike_however_they_come(
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=20), prompt=st.sampled_from(["", "the dog", "the "]))
 @pytest.mark.parametrize("family", ["sentencepiece", "gemma_like"])
-def test_byte_fallback_text_comes_back(
-    models: dict[str, tuple[TextModel, object]], family: str, text: str, prompt: str
+def test_detokenizer_returns_byte_fallback_text(
+    models: dict[str, tuple[TextModel, Any]], family: str, text: str, prompt: str
 ) -> None:
     ours, _ = models[family]
     before = ours.encode(prompt)
@@ -104,7 +105,7 @@ def test_byte_fallback_text_comes_back(
         assert all("�" not in delta for delta in deltas)
 
 
-def test_a_character_is_held_until_it_is_whole(models: dict[str, tuple[TextModel, object]]) -> None:
+def test_detokenizer_holds_a_character_until_it_is_complete(models: dict[str, tuple[TextModel, Any]]) -> None:
     ours, _ = models["sentencepiece"]
     ids = [ours.encode("x")[0] * 0 + 3 + byte for byte in "🤖".encode()]  # byte tokens follow the three special ones
     stream = ours.detokenizer(ours.encode("the"))
@@ -113,8 +114,8 @@ def test_a_character_is_held_until_it_is_whole(models: dict[str, tuple[TextModel
     assert stream.flush() == "�"
 
 
-def test_a_leading_space_stays_after_a_prompt_and_goes_at_the_start(
-    models: dict[str, tuple[TextModel, object]],
+def test_detokenizer_keeps_a_leading_space_only_after_a_prompt(
+    models: dict[str, tuple[TextModel, Any]],
 ) -> None:
     ours, _ = models["sentencepiece"]
     dog = ours.encode("dog", add_special_tokens=False)
@@ -123,13 +124,13 @@ def test_a_leading_space_stays_after_a_prompt_and_goes_at_the_start(
     assert ours.detokenizer(ours.encode("the")).push(dog) == " dog"
 
 
-def test_ids_outside_of_the_vocabulary_add_nothing(models: dict[str, tuple[TextModel, object]]) -> None:
+def test_detokenizer_ignores_ids_outside_of_the_vocabulary(models: dict[str, tuple[TextModel, Any]]) -> None:
     for ours, _ in models.values():
         assert ours.decode([ours.vocab_size + 5]) == ""
         assert ours.piece(ours.vocab_size + 5) == ""
 
 
-def test_offsets_are_characters(models: dict[str, tuple[TextModel, object]]) -> None:
+def test_encode_with_offsets_counts_characters(models: dict[str, tuple[TextModel, Any]]) -> None:
     ours, _ = models["byte_level"]
     text = "Köln dog"
     found = ours.encode_with_offsets(text)

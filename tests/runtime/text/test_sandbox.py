@@ -33,7 +33,7 @@ def rendered(template: str, chat: list[ChatMessage] | None = None) -> str:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_a_template_without_end_or_measure_is_refused(template: str) -> None:
+def test_render_refuses_unbounded_templates(template: str) -> None:
     with pytest.raises(InvalidRequest, match="model m: its chat template"):
         rendered(template)
 
@@ -45,18 +45,18 @@ def test_a_template_without_end_or_measure_is_refused(template: str) -> None:
         "{% set a = range(99999)|list %}{% for i in [a] recursive %}{{ a|sort|length }}{{ loop(a) if loop.depth == 1 }}{% endfor %}",
     ],
 )
-def test_a_template_of_few_long_steps_is_ended_by_the_clock(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_render_ends_long_steps_by_the_clock(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.text.sandbox._MOST_S", 0.1)
     with pytest.raises(InvalidRequest, match=r"it takes more than 0\.1 s"):
         rendered(template)
 
 
-def test_a_loop_may_call_itself() -> None:
+def test_render_allows_recursive_loops() -> None:
     template = "{% for x in [1, [2, 3]] recursive %}{% if x is sequence %}{{ loop(x) }}{% else %}{{ x }}{{ loop.length }}{% endif %}{% endfor %}"
     assert rendered(template) == "122232"
 
 
-def test_the_budget_is_none_of_the_templates_names() -> None:
+def test_render_hides_the_budget_from_the_template() -> None:
     names = ("{% set __budget = namespace(step=dict) %}", f"{{% set {BUDGET} = 1 %}}")
     with pytest.raises(InvalidRequest, match="more than 4000000 steps"):
         rendered(names[0] + "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}")
@@ -64,11 +64,11 @@ def test_the_budget_is_none_of_the_templates_names() -> None:
         rendered(names[1])
 
 
-def test_a_tilde_joins_whatever_it_is_given() -> None:
+def test_render_tilde_joins_any_values() -> None:
     assert rendered("{% set a = 1 ~ 'b' ~ absent ~ none ~ (2 ~ [3]) %}{{ a ~ '\n' }}") == "1bNone2[3]\n"
 
 
-def test_what_loops_know_of_themselves_stays() -> None:
+def test_render_keeps_loop_variables() -> None:
     template = (
         "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.first }}{{ loop.last }}{{ loop.nextitem is defined }}{% endfor %}"
         "{% for k, v in {'a': 1}.items() if v %}{{ k }}{{ v }}{% else %}none{% endfor %}{% for x in absent %}{% else %}empty{% endfor %}"
@@ -76,6 +76,6 @@ def test_what_loops_know_of_themselves_stays() -> None:
     assert rendered(template) == "1/2TrueFalseTrue2/2FalseTrueFalsea1empty"
 
 
-def test_a_long_chat_is_no_endless_one() -> None:
+def test_render_accepts_a_long_chat() -> None:
     template = "{% for m in messages %}{{ m.role.strip() + ': ' + m['content'].strip() }}\n{% endfor %}"
     assert rendered(template, CHAT * 50_000).count("\n") == 100_000

@@ -24,7 +24,7 @@ def run(parts: list[str], stops: list[str], *, include: bool) -> tuple[list[str]
 
 @settings(deadline=None)
 @given(text=LETTERS, stops=STOPS, include=st.booleans())
-def test_letter_by_letter_the_first_match_ends_the_text(text: str, stops: list[str], include: bool) -> None:
+def test_scanner_ends_at_the_first_match(text: str, stops: list[str], include: bool) -> None:
     shown, stop = run(list(text), stops, include=include)
     ends = [(text.find(each) + len(each), each) for each in stops if each in text]
     if not ends:
@@ -40,9 +40,7 @@ def test_letter_by_letter_the_first_match_ends_the_text(text: str, stops: list[s
 
 @settings(deadline=None)
 @given(data=st.data(), stops=STOPS, include=st.booleans())
-def test_nothing_of_an_excluded_stop_shows_and_nothing_else_is_lost(
-    data: st.DataObject, stops: list[str], include: bool
-) -> None:
+def test_scanner_hides_only_the_stop_string(data: st.DataObject, stops: list[str], include: bool) -> None:
     parts = data.draw(st.lists(LETTERS, max_size=8))
     text = "".join(parts)
     shown, stop = run(parts, stops, include=include)
@@ -58,7 +56,7 @@ def test_nothing_of_an_excluded_stop_shows_and_nothing_else_is_lost(
 
 @settings(deadline=None)
 @given(parts=st.lists(LETTERS, max_size=8), stops=STOPS)
-def test_held_text_is_the_longest_beginning_of_a_stop(parts: list[str], stops: list[str]) -> None:
+def test_scanner_holds_the_longest_beginning_of_a_stop(parts: list[str], stops: list[str]) -> None:
     scanner = StopScanner(stops)
     seen, shown = "", ""
     for part in parts:
@@ -71,7 +69,7 @@ def test_held_text_is_the_longest_beginning_of_a_stop(parts: list[str], stops: l
         assert held == max(beginnings, key=len, default="")
 
 
-def test_long_stops_cost_little_memory() -> None:
+def test_scanner_memory_with_long_stops() -> None:
     """A request may bring 64 of 256 characters for each of 2048 sequences."""
     stops = [f"{number:02}" * 128 for number in range(64)]
     tracemalloc.start()
@@ -82,18 +80,18 @@ def test_long_stops_cost_little_memory() -> None:
     assert peak_bytes < 10_000
 
 
-def test_included_stops_hold_nothing() -> None:
+def test_scanner_with_included_stops_holds_nothing() -> None:
     scanner = StopScanner(["END"], include=True)
     assert [scanner.push(part).text for part in ("a E", "N", "Dx")] == ["a E", "N", "D"]
 
 
-def test_by_list_the_first_string_wins_at_its_last_place() -> None:
+def test_scanner_by_list_prefers_the_first_string_at_its_last_position() -> None:
     assert StopScanner(["b", "a"], by_list=True).push("xaybz") == StopScanner(["b"]).push("xaybz")
     assert StopScanner(["b"], by_list=True, include=True).push("abcbd").text == "abcb"
     assert StopScanner(["b", "a"]).push("xaybz").stop == "a"
 
 
-def test_before_the_least_length_nothing_ends_and_older_text_is_not_looked_at_again() -> None:
+def test_scanner_without_check_never_ends() -> None:
     scanner = StopScanner(["END"])
     assert scanner.push("END E", check=False).text == "END "
     assert scanner.push("N").text == ""
