@@ -60,29 +60,33 @@ class GenerationServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generates for each request of a batch, all under the same parameters, and answers when all have ended, in the requests' order.
-        No requests: an empty answer. If one fails the call fails and the others are cancelled.
-        Cancelling the call or passing its deadline frees its rows at the engine's next step. Not idempotent when sampling without a seed;
-        a caller that got no answer may repeat it: nothing is stored.
+        """Generates for each request of a batch, all under the same parameters, and answers when all have
+        ended, in the requests' order. No requests: an empty answer. If one fails the call fails and
+        the others are cancelled. Cancelling the call or passing its deadline frees its rows at the
+        engine's next step. Not idempotent when sampling without a seed; a caller that got no answer
+        may repeat it: nothing is stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Generates for one request and sends text as it comes. In order: a first message, before anything is computed, with input_token_count (and the
-        prompt if input_text, and the seed if sampling); one with input_tokens if they were asked for; then one a token that adds
-        text or token details, with the cumulative generated_token_count; the last carries stop_reason, stop_sequence and what text was held back.
-        All texts put together are the unary answer's text. Text never splits a character, and a stop sequence that isn't to be included never shows.
-        A stream that ends without a stop_reason failed, and its status says why; one that began is never silently started again.
-        Cancellation and deadlines: as in Generate.
+        """Generates for one request and sends text as it comes. In order: a first message, before
+        anything is computed, with input_token_count (and the prompt if input_text, and the seed if
+        sampling); one with input_tokens if they were asked for; then one a token that adds text or
+        token details, with the cumulative generated_token_count; the last carries stop_reason,
+        stop_sequence and what text was held back. All texts put together are the unary answer's text.
+        Text never splits a character, and a stop sequence that isn't to be included never shows. A
+        stream that ends without a stop_reason failed, and its status says why; one that began is never
+        silently started again. Cancellation and deadlines: as in Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Tokenizes with the model's tokenizer, special tokens included. Doesn't need the model's weights in memory, doesn't queue behind generation, repeatable.
+        """Tokenizes with the model's tokenizer, special tokens included. Doesn't need the model's weights
+        in memory, doesn't queue behind generation, repeatable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -77,15 +77,17 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ServerReady(self, request, context):
-        """Whether requests can be served now: false while starting, stopping or restarting the engine. Always OK.
+        """Whether requests can be served now: false while starting, stopping or restarting the engine.
+        Always OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelReady(self, request, context):
-        """Whether the model can be called. An unknown or failed model is OK with false; a model that would have to be loaded first is OK with true from a mesh
-        (calling it loads it) and with false from a runtime. Doesn't count as a use.
+        """Whether the model can be called. An unknown or failed model is OK with false; a model that
+        would have to be loaded first is OK with true from a mesh (calling it loads it) and with false
+        from a runtime. Doesn't count as a use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,16 +101,19 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ModelMetadata(self, request, context):
-        """The model's platform, tensors and limits. NOT_FOUND: unknown model. INVALID_ARGUMENT: a version other than "" or "1".
+        """The model's platform, tensors and limits. NOT_FOUND: unknown model. INVALID_ARGUMENT: a version
+        other than "" or "1".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelInfer(self, request, context):
-        """Generates. Input `text_input`: BYTES of shape [n] or [n, 1], one prompt each; sampling parameters by OpenAI's names in `parameters`.
-        Output `text_output`: BYTES of shape [n], in the inputs' order. Contents typed or raw, as the request has them; both at once is INVALID_ARGUMENT, as is an
-        unknown tensor, datatype, shape or parameter. If one prompt fails the call fails. Cancelling frees the rows at the next step.
+        """Generates. Input `text_input`: BYTES of shape [n] or [n, 1], one prompt each; sampling
+        parameters by OpenAI's names in `parameters`. Output `text_output`: BYTES of shape [n], in the
+        inputs' order. Contents typed or raw, as the request has them; both at once is
+        INVALID_ARGUMENT, as is an unknown tensor, datatype, shape or parameter. If one prompt fails
+        the call fails. Cancelling frees the rows at the next step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -75,65 +75,77 @@ class ModelMeshServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def registerModel(self, request, context):
-        """Makes a model known under an id and says where its files are. Nothing is fetched unless loadNow is set.
+        """Makes a model known under an id and says where its files are. Nothing is fetched unless loadNow
+        is set.
 
-        The record is immutable: registering the same again is OK, other type, path or key under the same id is ALREADY_EXISTS. To replace files
-        under a stable name, register a new id and move a vmodel to it (that is what `repertory register` does).
-        loadNow starts one load and sync waits for it; a load that fails is OK with LOADING_FAILED and the causes in `errors`, never a gRPC error.
-        INVALID_ARGUMENT: empty type. An OK means that the registration is durable and that every pod will see it.
+        The record is immutable: registering the same again is OK, other type, path or key under the
+        same id is ALREADY_EXISTS. To replace files under a stable name, register a new id and move a
+        vmodel to it (that is what `repertory register` does). loadNow starts one load and sync waits
+        for it; a load that fails is OK with LOADING_FAILED and the causes in `errors`, never a gRPC
+        error. INVALID_ARGUMENT: empty type, or a model of type llm with a key that no load could accept
+        (the message names the field). An OK means that the registration is durable and that every pod
+        will see it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def unregisterModel(self, request, context):
-        """Forgets a model; every pod unloads its copy soon after. Running requests end normally, new ones get NOT_FOUND.
-        An unknown id is OK. FAILED_PRECONDITION: a vmodel still points at it (delete or move that first).
+        """Forgets a model; every pod unloads its copy soon after. Running requests end normally, new ones
+        get NOT_FOUND. An unknown id is OK. FAILED_PRECONDITION: a vmodel still points at it (delete or
+        move that first).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def getModelStatus(self, request, context):
-        """A model's state over all pods, with the causes of recent failures, newest first. Changes nothing, not even the model's last use.
-        An unknown id is OK with NOT_FOUND in `status`.
+        """A model's state over all pods, with the causes of recent failures, newest first. Changes
+        nothing, not even the model's last use. An unknown id is OK with NOT_FOUND in `status`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ensureLoaded(self, request, context):
-        """Loads the model somewhere if it is loaded nowhere, and counts as a use of it. Any number of calls start one load.
-        Without sync it answers LOADING at once; with sync it answers when the load has ended, LOADED or LOADING_FAILED.
-        NOT_FOUND: the id isn't registered. A failed load is OK with LOADING_FAILED; it is tried again only after a pause.
+        """Loads the model somewhere if it is loaded nowhere, and counts as a use of it. Any number of
+        calls start one load. Without sync it answers LOADING at once; with sync it answers when the
+        load has ended, LOADED or LOADING_FAILED. NOT_FOUND: the id isn't registered. A failed load is
+        OK with LOADING_FAILED; it is tried again only after a pause.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def setVModel(self, request, context):
-        """Creates a vmodel or moves it to another target. A move keeps the old target answering until the new one is loaded as the old one was, then
-        switches for all pods at once; with force it switches now. An old target that was registered with autoDeleteTargetModel goes when nothing points at it.
+        """Creates a vmodel or moves it to another target. A move keeps the old target answering until the
+        new one is loaded as the old one was, then switches for all pods at once; with force it
+        switches now. An old target that was registered with autoDeleteTargetModel goes when nothing
+        points at it.
 
-        With modelInfo the target is registered in the same transaction. Repeating a call that is done, or under way, changes nothing.
-        NOT_FOUND: updateOnly and no such vmodel, or the target is unknown and no modelInfo was given.
-        ALREADY_EXISTS: the target exists with other attributes, or the vmodel has another owner. FAILED_PRECONDITION: the current target isn't expectedTargetModelId
-        (nor targetModelId). INVALID_ARGUMENT: empty vModelId or targetModelId, or a modelInfo without type.
-        sync waits for the move; a target that can't be loaded is OK with TRANSITION_FAILED, and the old one goes on answering.
+        With modelInfo the target is registered in the same transaction. Repeating a call that is done,
+        or under way, changes nothing. NOT_FOUND: updateOnly and no such vmodel, or the target is
+        unknown and no modelInfo was given. ALREADY_EXISTS: the target exists with other attributes, or
+        the vmodel has another owner. FAILED_PRECONDITION: the current target isn't
+        expectedTargetModelId (nor targetModelId). INVALID_ARGUMENT: empty vModelId or targetModelId,
+        or a modelInfo without type. sync waits for the move; a target that can't be loaded is OK with
+        TRANSITION_FAILED, and the old one goes on answering.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def deleteVModel(self, request, context):
-        """Forgets a vmodel. Its targets stay registered unless they were to be deleted with it. An unknown id, or another owner's, is OK and does nothing.
+        """Forgets a vmodel. Its targets stay registered unless they were to be deleted with it. An
+        unknown id, or another owner's, is OK and does nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def getVModelStatus(self, request, context):
-        """What a vmodel points at and whether a move is under way. Changes nothing. An unknown id, or another owner's, is OK with NOT_FOUND in `status`.
+        """What a vmodel points at and whether a move is under way. Changes nothing. An unknown id, or
+        another owner's, is OK with NOT_FOUND in `status`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

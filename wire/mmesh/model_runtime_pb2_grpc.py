@@ -65,15 +65,18 @@ class ModelRuntimeServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def loadModel(self, request, context):
-        """Pulls, prepares and admits a model, and returns when it can answer requests ("loaded"; its weights need not be in device memory yet).
+        """Pulls, prepares and admits a model, and returns when it can answer requests ("loaded"; its
+        weights need not be in device memory yet).
 
-        Idempotent: loading a loaded model answers at once with its size. Two loads of one id at a time share one effort. A load that arrives while
-        the same id is being unloaded waits for that and then loads.
-        Cancellation and deadline: the load is undone, nothing of it stays in memory or in the budget; files already pulled may stay in the disk cache.
-        A caller should send unloadModel after every load that did not return OK.
+        Idempotent: loading a loaded model answers at once with its size. Two loads of one id at a time
+        share one effort. A load that arrives while the same id is being unloaded waits for that and
+        then loads. Cancellation and deadline: the load is undone, nothing of it stays in memory or in
+        the budget; files already pulled may stay in the disk cache. A caller should send unloadModel
+        after every load that did not return OK.
 
-        INVALID_ARGUMENT: empty id, a model key that isn't a JSON object or has a value out of range, a path out of bounds. Nothing was tried.
-        FAILED_PRECONDITION: the files are missing, corrupt, unsupported, or could not be fetched, or the model was quarantined; details carry the cause.
+        INVALID_ARGUMENT: empty id, a model key that isn't a JSON object or has a value out of range, a
+        path out of bounds. Nothing was tried. FAILED_PRECONDITION: the files are missing, corrupt,
+        unsupported, or could not be fetched, or the model was quarantined; details carry the cause.
         RESOURCE_EXHAUSTED: it can't fit (needed and available bytes are named), or the disk is full.
         UNAVAILABLE: the runtime is starting, stopping, or its engine is being restarted; try again.
         """
@@ -82,23 +85,26 @@ class ModelRuntimeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def unloadModel(self, request, context):
-        """Frees all that the model holds except the disk cache, and returns when the memory is free. From the call on, the id's new requests get NOT_FOUND.
-        Running requests end first, within the runtime's unload grace; what is left then ends with UNAVAILABLE.
+        """Frees all that the model holds except the disk cache, and returns when the memory is free. From
+        the call on, the id's new requests get NOT_FOUND. Running requests end first, within the
+        runtime's unload grace; what is left then ends with UNAVAILABLE.
 
-        Idempotent: an unknown id is OK (other runtimes say NOT_FOUND; a mesh takes both for success). A running load of the id is cancelled first.
-        Cancelling this call doesn't stop the unload.
-        INVALID_ARGUMENT: empty id. UNAVAILABLE: the memory could not be freed now; the caller must try again and count the bytes as used until then.
+        Idempotent: an unknown id is OK (other runtimes say NOT_FOUND; a mesh takes both for success).
+        A running load of the id is cancelled first. Cancelling this call doesn't stop the unload.
+        INVALID_ARGUMENT: empty id. UNAVAILABLE: the memory could not be freed now; the caller must try
+        again and count the bytes as used until then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def predictModelSize(self, request, context):
-        """Estimates what loadModel would report, from what can be read quickly; answers within 500 ms or not at all. Changes nothing.
-        The same request gives the same answer while the files stay the same. Never relied upon for correctness.
+        """Estimates what loadModel would report, from what can be read quickly; answers within 500 ms or
+        not at all. Changes nothing. The same request gives the same answer while the files stay the
+        same. Never relied upon for correctness.
 
-        UNIMPLEMENTED means "never ask again"; this runtime doesn't use it. 0 in an OK answer means "unknown: assume the default size".
-        INVALID_ARGUMENT: as in loadModel.
+        UNIMPLEMENTED means "never ask again"; this runtime doesn't use it. 0 in an OK answer means
+        "unknown: assume the default size". INVALID_ARGUMENT: as in loadModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,11 +119,13 @@ class ModelRuntimeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def runtimeStatus(self, request, context):
-        """Whether the runtime is ready, and its limits. For the one mesh in charge of this runtime, while it starts: it polls until READY and never again.
-        Anyone else looks at grpc.health.v1 or repertory.RuntimeState.
+        """Whether the runtime is ready, and its limits. For the one mesh in charge of this runtime, while
+        it starts: it polls until READY and never again. Anyone else looks at grpc.health.v1 or
+        repertory.RuntimeState.
 
-        READY promises that the runtime holds no models: whatever an earlier caller loaded is purged before the answer (the disk cache stays).
-        The limits don't change while the process lives. UNAVAILABLE: not up yet, ask again.
+        READY promises that the runtime holds no models: whatever an earlier caller loaded is purged
+        before the answer (the disk cache stays). The limits don't change while the process lives.
+        UNAVAILABLE: not up yet, ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,8 +56,8 @@ class RuntimeStateServicer(object):
         held. Counters grow for the lifetime of an engine process and restart at zero with a new one
         (`engine_restarts` counts these).
 
-        The stream ends only with the runtime (UNAVAILABLE) or when the caller cancels it. A slow reader
-        gets the newest snapshot and misses older ones. The number of watchers is not limited.
+        The stream ends only with the runtime (UNAVAILABLE) or when the caller cancels it. A slow
+        reader gets the newest snapshot and misses older ones. The number of watchers is not limited.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -65,13 +65,13 @@ class RuntimeStateServicer(object):
 
     def fit(self, request, context):
         """Estimates what loading a model would take and cost, without loading it. Reads the checkpoint's
-        metadata, if necessary from its source (which may take seconds), and no weights. Changes nothing
-        and reserves nothing: another load may come in between. Safe to cancel and to repeat.
+        metadata, if necessary from its source (which may take seconds), and no weights. Changes
+        nothing and reserves nothing: another load may come in between. Safe to cancel and to repeat.
 
         A model that does not fit, or that the engine could not run whatever its size, is answered with
         OK, fits = false and the reason. INVALID_ARGUMENT: the key or the path is invalid.
-        FAILED_PRECONDITION: the files are missing or unsupported; the details say why. UNAVAILABLE: the
-        runtime is starting or stopping.
+        FAILED_PRECONDITION: the files are missing or unsupported; the details say why. UNAVAILABLE:
+        the runtime is starting or stopping.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
