@@ -1,7 +1,6 @@
-"""What the mesh's rooms hand each other: names, states, and the seams to placement and the runtime.
+"""Data types and Protocols that the mesh's packages share: models, copies, targets, the runtime's state and its client.
 
-Plain immutable data and Protocols; knows nothing of gRPC, HTTP, the store, tensors or tokens. Times are epoch milliseconds where ModelMesh's
-records hold them (`…_ms`), seconds elsewhere (`…_s`).
+Times are epoch milliseconds where ModelMesh's records hold them (`…_ms`), and seconds elsewhere (`…_s`).
 """
 
 from collections.abc import AsyncIterator
@@ -58,23 +57,23 @@ class Loader(Protocol):
     """Placement, as the APIs see it."""
 
     async def ensure_loaded(self, model_id: str, *, last_used_ms: int = 0, wait: bool = False) -> StatusInfo:
-        """See to it that at least one copy is loaded or on its way. `last_used_ms` 0 = now.
+        """Start a load unless a copy is loaded or loading. `last_used_ms` 0 means now.
 
-        With `wait`, returns when it is LOADED or LOADING_FAILED. A waiter that is cancelled doesn't stop the load.
+        With `wait`, returns when the model is LOADED or LOADING_FAILED. Cancelling the call does not stop the load.
         Raises NotFound for an unknown model.
         """
 
     async def unload(self, model_id: str) -> None:
-        """Drop all copies; the registration stays. Returns when they are gone. Unknown or not loaded: nothing happens."""
+        """Unload all copies and return when they are gone. The registration stays. Unknown and unloaded models are ignored."""
 
     def status(self, model_id: str) -> StatusInfo:
-        """What is known now, without a call."""
+        """Return what this pod knows now, without a remote call."""
 
     def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:
-        """The status now and after each change, until it is LOADED or LOADING_FAILED."""
+        """Yield the status now and after each change, until it is LOADED or LOADING_FAILED."""
 
     def expected_wait_s(self, model_id: str) -> float:
-        """How long until a request for this model could run, from measured load times; the basis of Retry-After."""
+        """Return how long a request for this model would wait, from measured load times. Retry-After is based on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSnapshot:
-    """The local runtime now. `foreign`: it has no repertory.RuntimeState, so only what ModelMesh's contract says is known."""
+    """The local runtime's state. A `foreign` runtime has no repertory.RuntimeState, so only its capacity and readiness are known."""
 
     capacity_bytes: int
     ready: bool = False
@@ -107,7 +106,7 @@ class RuntimeSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeLimits:
-    """What mmesh.ModelRuntime/runtimeStatus told at start."""
+    """The answer of mmesh.ModelRuntime/runtimeStatus when the runtime became ready."""
 
     capacity_bytes: int
     max_loading_concurrency: int
@@ -123,7 +122,7 @@ class RuntimeLimits:
 
 @dataclass(frozen=True, slots=True)
 class LoadAnswer:
-    """`size_bytes` 0: the runtime can't tell. `max_concurrency`: requests at once that the mesh has to keep to; 0 = as many as come."""
+    """`size_bytes` is 0 if the runtime does not know it. `max_concurrency` limits concurrent requests to the copy; 0 means no limit."""
 
     size_bytes: int
     max_concurrency: int = 0
@@ -152,7 +151,7 @@ class RuntimeClient(Protocol):
     async def wait_ready(self, timeout_s: float) -> RuntimeLimits: ...
 
     async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> LoadAnswer:
-        """Raises LoadFailed, Overloaded, Unavailable. Cancellable: leaves nothing."""
+        """Load a model. Raises LoadFailed, Overloaded or Unavailable. A cancelled load leaves nothing behind."""
 
     async def unload(self, model_id: str) -> None:
         """Idempotent."""
@@ -160,10 +159,10 @@ class RuntimeClient(Protocol):
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
 
     async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
-        """`sizes_only`: don't ask whether it can be run at all, which may take seconds to tell."""
+        """Estimate a load. `sizes_only` skips the check that the engine can run the model, which may take seconds."""
 
     async def look(self) -> RuntimeSnapshot | None:
-        """What it tells of itself when asked now; None: it doesn't answer, or has nothing to tell."""
+        """Return the runtime's current state, or None if it does not answer or has no repertory.RuntimeState."""
 
     def watch(self) -> AsyncIterator[RuntimeSnapshot]:
-        """The runtime's snapshots; reconnects by itself; a runtime that died and returned begins with `models` empty."""
+        """Yield the runtime's snapshots and reconnect as needed. The first snapshot of a restarted runtime has no models."""

@@ -1,4 +1,4 @@
-"""What the local runtime tells of itself: repertory.RuntimeState as the mesh's own types.
+"""Follows the local runtime's state: repertory.RuntimeState converted to the mesh's types.
 
 A runtime that has no such service ("foreign") is watched by its connection alone: it is ready while that stands and something answers.
 One that hangs without dying answers no question in time, and counts as gone. Knows nothing of loading.

@@ -12,7 +12,7 @@ from runtime.types import Checkpoint, FinishReason, GenerationRequest, ModelFact
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Admit a model. `max_model_len` None = the checkpoint's. Idempotent for an equal checkpoint."""
+    """Load a model. `max_model_len` None means the checkpoint's limit. Idempotent for an equal checkpoint."""
 
     model_id: str
     checkpoint: Checkpoint
@@ -21,7 +21,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Unload(msgspec.Struct, frozen=True, tag=True):
-    """Forget a model; its rows end as ABORTED. Unknown models are answered with Unloaded too."""
+    """Unload a model; its sequences end as ABORTED. Unknown models are answered with Unloaded, too."""
 
     model_id: str
 
@@ -35,13 +35,13 @@ class Add(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """End these sequences at the next step; unknown ones are passed over (they may just have ended)."""
+    """End these sequences at the next step. Unknown ids are ignored, because a sequence may just have ended."""
 
     request_ids: tuple[int, ...]
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Finish what runs within `grace_s`, then exit 0."""
+    """Finish running sequences within `grace_s`, then exit with status 0."""
 
     grace_s: float
 
@@ -50,7 +50,7 @@ Command = Load | Unload | Add | Abort | Shutdown
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """First message of an engine: it can take loads."""
+    """The first message of an engine: it is ready for loads. The figures are those of its device."""
 
     pid: int
     device: str  # "cpu", "cuda:0"
@@ -86,7 +86,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class RowTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What one step brought to one sequence. The last of a sequence has `finish` set (and may have no token)."""
+    """The result of one step for one sequence. The last one of a sequence has `finish` set, and may have no token."""
 
     request_id: int
     tokens: tuple[int, ...]
