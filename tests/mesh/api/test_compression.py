@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.pods import running_pod
 
 
-async def test_a_compressed_body_is_passed_on_plain_and_a_broken_one_refused(tmp_path: Path) -> None:
+async def test_read_body_decodes_compression_and_refuses_broken_bodies(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         await pod.name("org/smol", "/files")
         body = gzip.compress(json.dumps({"model": "org/smol", "messages": []}).encode())

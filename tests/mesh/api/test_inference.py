@@ -33,12 +33,12 @@ async def code_of(call: "grpc.aio.Call | asyncio.Future[object]") -> tuple[grpc.
     return caught.value.code(), caught.value.details() or ""
 
 
-async def test_unary_bytes_come_back_and_the_model_was_loaded_for_it(pod: RunningPod) -> None:
+async def test_inference_unary_call_loads_the_model(pod: RunningPod) -> None:
     assert await pod.echo("m", b"payload \x00\xff") == b"payload \x00\xff"
     assert pod.runtime.log == [("purge", ""), ("load", "m")]
 
 
-async def test_a_stream_both_ways_interleaves(pod: RunningPod) -> None:
+async def test_inference_bidirectional_stream_interleaves(pod: RunningPod) -> None:
     call = pod.method("Echo")(metadata=FOR_M)
     for index in range(3):
         await call.write(str(index).encode())
@@ -47,12 +47,12 @@ async def test_a_stream_both_ways_interleaves(pod: RunningPod) -> None:
     assert await call.read() is grpc.aio.EOF
 
 
-async def test_a_server_stream_of_many_messages_keeps_order(pod: RunningPod) -> None:
+async def test_inference_server_stream_keeps_order(pod: RunningPod) -> None:
     call = pod.server_stream("/test.Any/Count")(b"200", metadata=FOR_M)
     assert [message async for message in call] == [str(index).encode() for index in range(200)]
 
 
-async def test_headers_and_trailers_pass_both_ways_but_not_ours(pod: RunningPod) -> None:
+async def test_inference_passes_headers_and_trailers_both_ways(pod: RunningPod) -> None:
     metadata = (*FOR_M, ("x-request-id", "abc"), ("custom-bin", b"\x00\x80"), ("authorization", "Bearer secret"))
     call = pod.unary("/test.Any/Echo")(b"hi", metadata=metadata)
     await call
@@ -68,14 +68,14 @@ async def test_headers_and_trailers_pass_both_ways_but_not_ours(pod: RunningPod)
     assert trailers["trailer-bin"] == b"\x01\xfe"
 
 
-async def test_a_status_passes_with_its_details_and_trailers(pod: RunningPod) -> None:
+async def test_inference_passes_status_details_and_trailers(pod: RunningPod) -> None:
     call = pod.unary("/test.Any/Fail")(b"FAILED_PRECONDITION", metadata=FOR_M)
     assert await code_of(call) == (grpc.StatusCode.FAILED_PRECONDITION, "as asked")
     trailers = dict(tuple(await call.trailing_metadata()))
     assert (trailers["why"], trailers["why-bin"]) == ("because", b"\x00\xff")
 
 
-async def test_methods_that_callers_make_up_are_no_labels_of_metrics(pod: RunningPod) -> None:
+async def test_inference_unknown_methods_share_one_metrics_label(pod: RunningPod) -> None:
     await pod.echo("m")
     assert (await code_of(pod.unary("/test.Any/Fail")(b"INVALID_ARGUMENT", metadata=FOR_M)))[
         0
@@ -87,14 +87,14 @@ async def test_methods_that_callers_make_up_are_no_labels_of_metrics(pod: Runnin
     assert 'method="Fail"' not in text
 
 
-async def test_a_runtimes_own_cancelled_is_a_status_like_any_other(pod: RunningPod) -> None:
+async def test_inference_passes_a_runtimes_cancelled_status(pod: RunningPod) -> None:
     call = pod.unary("/test.Any/Fail")(b"CANCELLED", metadata=FOR_M, timeout=5)
     with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
         await call
     assert await call.code() is grpc.StatusCode.CANCELLED
 
 
-async def test_a_load_that_is_dropped_does_not_take_its_waiters_along(pod: RunningPod) -> None:
+async def test_inference_waiters_survive_an_unload_during_the_load(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     waiting = asyncio.ensure_future(pod.echo("m", timeout=10))
     await until(lambda: pod.runtime.loading)
@@ -105,7 +105,7 @@ async def test_a_load_that_is_dropped_does_not_take_its_waiters_along(pod: Runni
     assert await waiting == b"hi"
 
 
-async def test_cancelling_reaches_the_runtime(pod: RunningPod) -> None:
+async def test_inference_cancellation_reaches_the_runtime(pod: RunningPod) -> None:
     call = pod.server_stream("/test.Any/Slow")(b"go", metadata=FOR_M)
     assert await call.read() == b"first"
     call.cancel()
@@ -113,7 +113,7 @@ async def test_cancelling_reaches_the_runtime(pod: RunningPod) -> None:
     await until(lambda: pod.pod.copies.in_flight("m") == 0)
 
 
-async def test_a_deadline_reaches_the_runtime_and_ends_the_call(pod: RunningPod) -> None:
+async def test_inference_deadline_reaches_the_runtime(pod: RunningPod) -> None:
     await pod.load("m")
     call = pod.server_stream("/test.Any/Slow")(b"go", metadata=FOR_M, timeout=0.5)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -126,7 +126,7 @@ async def test_a_deadline_reaches_the_runtime_and_ends_the_call(pod: RunningPod)
     await until(lambda: pod.runtime.cancelled == ["m"])
 
 
-async def test_message_limits_hold_both_ways(tmp_path: Path) -> None:
+async def test_inference_message_limits_hold_both_ways(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", grpc_max_message_bytes=100_000) as pod:
         await pod.register("m")
         assert len(await pod.echo("m", b"x" * 90_000)) == 90_000
@@ -136,7 +136,7 @@ async def test_message_limits_hold_both_ways(tmp_path: Path) -> None:
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_on(
+async def test_inference_passes_status_of_a_call_that_ends_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = grpc.aio.StreamStreamCall.done_writing
@@ -168,7 +168,7 @@ async def test_a_call_that_ends_before_its_sender_has_said_so_passes_its_status_
         ((("mm-model-id", "m"), ("mm-model-id", "n")), "UNIMPLEMENTED", "several models"),
     ],
 )
-async def test_addresses_that_are_wrong(
+async def test_addressing_refuses_wrong_addresses(
     pod: RunningPod, metadata: tuple[tuple[str, str], ...], code: str, text: str
 ) -> None:
     got, details = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=metadata))
@@ -176,7 +176,7 @@ async def test_addresses_that_are_wrong(
     assert text in details
 
 
-async def test_binary_headers_address_a_model_that_ascii_cannot(pod: RunningPod) -> None:
+async def test_addressing_binary_header_names_a_non_ascii_model(pod: RunningPod) -> None:
     await pod.register("modèle")
     call = pod.unary("/test.Any/Echo")
     code, _ = await code_of(call(b"hi", metadata=(("mm-model-id-bin", "modèle".encode()),)))
@@ -186,14 +186,14 @@ async def test_binary_headers_address_a_model_that_ascii_cannot(pod: RunningPod)
     assert "mm-model-id" not in dict(pod.runtime.metadata[-1])
 
 
-async def test_a_vmodel_becomes_its_concrete_model(pod: RunningPod) -> None:
+async def test_inference_resolves_a_vmodel(pod: RunningPod) -> None:
     model = await pod.name("smol", "/files")
     await pod.unary("/test.Any/Echo")(b"hi", metadata=(("mm-vmodel-id", "smol"),))
     assert dict(pod.runtime.metadata[-1])["mm-model-id"] == model["model_id"]
     assert await pod.echo("smol", b"by plain name") == b"by plain name"
 
 
-async def test_the_model_is_read_from_messages_that_name_it(pod: RunningPod) -> None:
+async def test_addressing_reads_the_model_from_messages(pod: RunningPod) -> None:
     request = fmaas.BatchedGenerationRequest(model_id="m").SerializeToString()
     assert await pod.unary("/fmaas.GenerationService/Generate")(request) == request
     infer = oip.ModelInferRequest(model_name="m").SerializeToString()
@@ -205,7 +205,7 @@ async def test_the_model_is_read_from_messages_that_name_it(pod: RunningPod) -> 
     assert await pod.unary("/fmaas.GenerationService/Generate")(other, metadata=FOR_M) == other
 
 
-async def test_dataplane_configuration(tmp_path: Path) -> None:
+async def test_addressing_applies_the_dataplane_configuration(tmp_path: Path) -> None:
     config = '{"rpcConfigs": {"test.Any/Echo": {"idExtractionPath": [1], "vModelId": true}}, "allowOtherRpcs": false}'
     async with running_pod(tmp_path / "pod", dataplane_config=config) as pod:
         await pod.name("smol", "/files")
@@ -217,7 +217,7 @@ async def test_dataplane_configuration(tmp_path: Path) -> None:
         assert code is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_the_concrete_id_is_written_where_the_runtime_wants_it(tmp_path: Path) -> None:
+async def test_inference_injects_the_concrete_id(tmp_path: Path) -> None:
     switches = Switches(methods={"fmaas.GenerationService/Generate": (1,)})
     async with running_pod(tmp_path / "pod", switches=switches) as pod:
         model = await pod.name("smol", "/files")
@@ -227,20 +227,20 @@ async def test_the_concrete_id_is_written_where_the_runtime_wants_it(tmp_path: P
         assert (seen.model_id, seen.requests[0].text) == (model["model_id"], "hi")
 
 
-async def test_the_runtimes_own_management_is_not_open(pod: RunningPod) -> None:
+async def test_addressing_refuses_the_runtimes_management(pod: RunningPod) -> None:
     code, details = await code_of(pod.unary("/mmesh.ModelRuntime/unloadModel")(b"", metadata=FOR_M))
     assert code is grpc.StatusCode.UNIMPLEMENTED
     assert "not permitted" in details
 
 
-async def test_a_model_that_the_runtime_lost_is_loaded_again_unseen(pod: RunningPod) -> None:
+async def test_inference_lost_model_is_reloaded_unseen(pod: RunningPod) -> None:
     await pod.echo("m")
     pod.runtime.drop("m")
     assert await pod.echo("m", b"again") == b"again"
     assert pod.runtime.log.count(("load", "m")) == 2
 
 
-async def test_unavailable_before_the_answer_is_tried_once_more(pod: RunningPod) -> None:
+async def test_inference_retries_unavailable_once(pod: RunningPod) -> None:
     await pod.echo("m")
     # a method of one message: of the others grpc.aio may lose the status, and then they are asked for again on that account too
     generate = pod.unary("/fmaas.GenerationService/Generate")
@@ -251,7 +251,7 @@ async def test_unavailable_before_the_answer_is_tried_once_more(pod: RunningPod)
     assert (pod.runtime.refusals, pod.runtime.switches.unavailable) == (3, 0)
 
 
-async def test_a_refused_request_waits_for_an_account_that_is_newer_than_its_refusal(pod: RunningPod) -> None:
+async def test_inference_refused_request_waits_for_a_newer_snapshot(pod: RunningPod) -> None:
     await pod.echo("m")
     pod.runtime.switches.engine_ready = False  # and nobody is told
     generate = pod.unary("/fmaas.GenerationService/Generate")
@@ -264,7 +264,7 @@ async def test_a_refused_request_waits_for_an_account_that_is_newer_than_its_ref
     assert 0 < pod.runtime.refusals <= 20  # whoever came after the new account was not refused at all
 
 
-async def test_a_hundred_requests_start_one_load(pod: RunningPod) -> None:
+async def test_inference_hundred_requests_start_one_load(pod: RunningPod) -> None:
     pod.runtime.switches.load_gate = asyncio.Event()
     calls = [asyncio.ensure_future(pod.echo("m", str(index).encode())) for index in range(100)]
     await until(lambda: pod.pod.copies.held("m") == 100)
@@ -274,7 +274,7 @@ async def test_a_hundred_requests_start_one_load(pod: RunningPod) -> None:
     assert pod.pod.copies.in_flight("m") == 0
 
 
-async def test_a_waiter_that_leaves_does_not_stop_the_load(pod: RunningPod) -> None:
+async def test_inference_cancelled_waiter_does_not_stop_the_load(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     call = pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
     await until(lambda: "m" in pod.runtime.loading)
@@ -284,7 +284,7 @@ async def test_a_waiter_that_leaves_does_not_stop_the_load(pod: RunningPod) -> N
     await until(lambda: "m" in pod.runtime.loaded)
 
 
-async def test_a_failed_load_tells_its_cause_and_is_not_repeated_at_once(pod: RunningPod) -> None:
+async def test_inference_load_failure_has_its_cause_and_is_not_repeated_at_once(pod: RunningPod) -> None:
     pod.runtime.switches.fail["/m"] = "no tensors in it"
     for _ in range(2):
         code, details = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
@@ -297,7 +297,7 @@ async def test_a_failed_load_tells_its_cause_and_is_not_repeated_at_once(pod: Ru
     assert await pod.echo("m") == b"hi"
 
 
-async def test_the_wait_budget_ends_in_unavailable_with_a_hint(tmp_path: Path) -> None:
+async def test_router_wait_budget_ends_in_unavailable_with_retry_hint(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", wait_budget_s=0.2) as pod:
         await pod.register("m")
         gate = pod.runtime.switches.load_gate = asyncio.Event()
@@ -310,14 +310,14 @@ async def test_the_wait_budget_ends_in_unavailable_with_a_hint(tmp_path: Path) -
         await until(lambda: "m" in pod.runtime.loaded)
 
 
-async def test_a_deadline_shorter_than_the_load(pod: RunningPod) -> None:
+async def test_router_deadline_shorter_than_the_load(pod: RunningPod) -> None:
     pod.runtime.switches.load_gate = asyncio.Event()
     code, _ = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M, timeout=0.2))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     pod.runtime.switches.load_gate.set()
 
 
-async def test_more_waiters_than_allowed_are_refused(tmp_path: Path) -> None:
+async def test_router_refuses_more_waiters_than_allowed(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", max_held=2) as pod:
         await pod.register("m")
         gate = pod.runtime.switches.load_gate = asyncio.Event()
@@ -330,7 +330,7 @@ async def test_more_waiters_than_allowed_are_refused(tmp_path: Path) -> None:
         await asyncio.gather(*waiting)
 
 
-async def test_health_reflection_and_the_servers_own_oip(pod: RunningPod) -> None:
+async def test_grpc_server_serves_health_reflection_and_oip(pod: RunningPod) -> None:
     health = health_pb2_grpc.HealthStub(pod.channel)
     await until(pod.pod.is_ready)
     answer = await health.Check(health_pb2.HealthCheckRequest(service=""))
@@ -350,7 +350,7 @@ async def test_health_reflection_and_the_servers_own_oip(pod: RunningPod) -> Non
     assert pod.runtime.metadata == []
 
 
-async def test_asking_whether_a_model_is_ready_neither_loads_nor_uses_it(pod: RunningPod) -> None:
+async def test_oip_model_ready_neither_loads_nor_uses_the_model(pod: RunningPod) -> None:
     ready = GRPCInferenceServiceStub(pod.channel).ModelReady
     assert (await ready(oip.ModelReadyRequest(name="m"))).ready, "it would be loaded when it is called"
     assert (await ready(oip.ModelReadyRequest(), metadata=FOR_M)).ready
@@ -360,7 +360,7 @@ async def test_asking_whether_a_model_is_ready_neither_loads_nor_uses_it(pod: Ru
     assert pod.runtime.log == [("purge", "")]
 
 
-async def test_keys_guard_inference_and_not_health(tmp_path: Path) -> None:
+async def test_key_guard_protects_inference_but_not_health(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", api_keys=("k1", "k2")) as pod:
         call = pod.unary("/test.Any/Echo")
         code, _ = await code_of(call(b"hi", metadata=FOR_M))
@@ -372,7 +372,7 @@ async def test_keys_guard_inference_and_not_health(tmp_path: Path) -> None:
         await health_pb2_grpc.HealthStub(pod.channel).Check(health_pb2.HealthCheckRequest())
 
 
-async def test_least_recently_used_leaves_when_the_capacity_is_full(tmp_path: Path) -> None:
+async def test_inference_evicts_least_recently_used_at_capacity(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=25 * MB)) as pod:
         for name in ("a", "b", "c"):
             await pod.register(name)
@@ -385,7 +385,7 @@ async def test_least_recently_used_leaves_when_the_capacity_is_full(tmp_path: Pa
         assert set(pod.runtime.loaded) == {"b", "c"}
 
 
-async def test_a_caller_that_waits_may_ask_whether_the_connection_lives(pod: RunningPod) -> None:
+async def test_grpc_server_allows_keepalive_pings_of_waiting_clients(pod: RunningPod) -> None:
     """Keep-alive pings are what keeps a silent stream open at a load balancer; a server that takes them for abuse ends the request."""
     pod.runtime.switches.load_gate = asyncio.Event()
     await pod.register("held")

@@ -27,7 +27,7 @@ def generate(pod: RunningPod) -> "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
     return pod.unary(f"/{SERVICE}/Generate")
 
 
-def test_the_contracts_methods_are_known() -> None:
+def test_known_methods_lists_the_contracts() -> None:
     assert {
         f"{SERVICE}/Generate",
         f"{SERVICE}/GenerateStream",
@@ -36,14 +36,14 @@ def test_the_contracts_methods_are_known() -> None:
     assert "test.Any/Echo" not in single_message_methods()
 
 
-async def test_a_call_reaches_the_model_that_its_message_names_with_the_id_written_into_it(pod: RunningPod) -> None:
+async def test_known_methods_call_carries_the_injected_id(pod: RunningPod) -> None:
     message = fmaas.BatchedGenerationRequest(model_id="m", requests=[fmaas.GenerationRequest(text="hello")])
     answer = await generate(pod)(message.SerializeToString())
     assert fmaas.BatchedGenerationRequest.FromString(answer) == message
     assert pod.runtime.calls["m"] == 1
 
 
-async def test_a_target_that_is_away_is_asked_no_further_and_says_so(pod: RunningPod) -> None:
+async def test_known_methods_unavailable_target_is_reported(pod: RunningPod) -> None:
     await pod.load("m")
     pod.runtime.switches.unavailable = 9
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -51,7 +51,7 @@ async def test_a_target_that_is_away_is_asked_no_further_and_says_so(pod: Runnin
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_model_that_the_runtime_lost_is_loaded_again_and_the_message_sent_again(pod: RunningPod) -> None:
+async def test_known_methods_lost_model_is_reloaded_and_message_resent(pod: RunningPod) -> None:
     await pod.load("m")
     del pod.runtime.loaded["m"]  # nobody is told
     message = fmaas.BatchedGenerationRequest(model_id="m").SerializeToString()
@@ -59,14 +59,14 @@ async def test_a_model_that_the_runtime_lost_is_loaded_again_and_the_message_sen
     assert pod.runtime.log.count(("load", "m")) == 2
 
 
-async def test_a_stream_keeps_order_headers_and_trailers(pod: RunningPod) -> None:
+async def test_known_methods_stream_keeps_order_headers_and_trailers(pod: RunningPod) -> None:
     call = pod.server_stream(f"/{SERVICE}/GenerateStream")(b"150", metadata=FOR_M)
     assert [message async for message in call] == [str(index).encode() for index in range(150)]
     assert dict(await call.initial_metadata())["answered-by"] == "fake"
     assert dict(await call.trailing_metadata())["trailer"] == "kept"
 
 
-async def test_a_message_that_cannot_be_read_is_refused(pod: RunningPod) -> None:
+async def test_known_methods_malformed_message_is_refused(pod: RunningPod) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await generate(pod)(b"\xff\xff\xff", metadata=FOR_M)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

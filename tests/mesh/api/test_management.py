@@ -34,7 +34,7 @@ def status_of(error: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> tuple[grpc.S
     return error.value.code(), error.value.details()
 
 
-async def test_a_model_from_registration_to_removal(node: Node) -> None:
+async def test_management_model_from_registration_to_removal(node: Node) -> None:
     assert (await node.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == S.NOT_FOUND
     assert (await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))).status == S.NOT_LOADED
     loaded = await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", sync=True))
@@ -46,7 +46,7 @@ async def test_a_model_from_registration_to_removal(node: Node) -> None:
     assert node.registry.models.get("m") is None
 
 
-async def test_registering_the_same_is_fine_and_something_else_is_not(node: Node) -> None:
+async def test_management_refuses_other_attributes_under_one_id(node: Node) -> None:
     for _ in range(2):
         await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))
     for other in (
@@ -66,7 +66,7 @@ async def test_registering_the_same_is_fine_and_something_else_is_not(node: Node
     ("asked_ms", "load_now", "expected_ms"),
     [(0, False, NOW_MS - 6 * HOUR_MS), (0, True, NOW_MS - HOUR_MS), (NOW_MS + 5, False, NOW_MS), (7, False, 7)],
 )
-async def test_where_a_model_enters_the_lru_order(node: Node, asked_ms: int, load_now: bool, expected_ms: int) -> None:
+async def test_management_entry_into_the_lru_order(node: Node, asked_ms: int, load_now: bool, expected_ms: int) -> None:
     request = pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=load_now, lastUsedTime=asked_ms)
     await node.mesh.registerModel(request)
     record = node.registry.models.get("m")
@@ -75,7 +75,7 @@ async def test_where_a_model_enters_the_lru_order(node: Node, asked_ms: int, loa
     assert node.loader.asked == ([("m", expected_ms, False)] if load_now else [])
 
 
-async def test_a_repeated_registration_bumps_the_last_use_only_by_more_than_an_hour(node: Node) -> None:
+async def test_management_repeated_registration_updates_last_use_after_an_hour(node: Node) -> None:
     for last_used_ms, expected_ms in [
         (NOW_MS - 9 * HOUR_MS,) * 2,
         (NOW_MS - 8 * HOUR_MS, NOW_MS - 9 * HOUR_MS),
@@ -88,7 +88,7 @@ async def test_a_repeated_registration_bumps_the_last_use_only_by_more_than_an_h
 
 
 @pytest.mark.parametrize("sync", [False, True])
-async def test_load_now(node: Node, sync: bool) -> None:
+async def test_management_load_now(node: Node, sync: bool) -> None:
     node.loader.held["m"] = asyncio.Event()
     call = node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=sync))
     if sync:
@@ -101,7 +101,7 @@ async def test_load_now(node: Node, sync: bool) -> None:
         assert (await call).status == S.LOADING
 
 
-async def test_a_load_that_fails_is_an_answer_with_its_cause(node: Node) -> None:
+async def test_management_load_failure_is_a_status_with_its_cause(node: Node) -> None:
     node.loader.broken["m"] = "no config.json in hf://org/model"
     answer = await node.mesh.registerModel(
         pb.RegisterModelRequest(modelId="m", modelInfo=INFO, loadNow=True, sync=True)
@@ -112,14 +112,14 @@ async def test_a_load_that_fails_is_an_answer_with_its_cause(node: Node) -> None
     assert (await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", sync=True))).status == S.LOADING_FAILED
 
 
-async def test_ensure_loaded_passes_the_last_use_on(node: Node) -> None:
+async def test_management_ensure_loaded_passes_the_last_use(node: Node) -> None:
     await node.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=INFO))
     await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m"))
     await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", lastUsedTime=5))
     assert node.loader.asked == [("m", NOW_MS, False), ("m", 5, False)]
 
 
-async def test_refusals(node: Node) -> None:
+async def test_management_refuses_invalid_requests(node: Node) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m"))
     assert status_of(error) == (grpc.StatusCode.NOT_FOUND, "model not found")
@@ -139,7 +139,7 @@ async def test_refusals(node: Node) -> None:
         assert status_of(error) == (grpc.StatusCode.INVALID_ARGUMENT, "must provide non-empty modelId")
 
 
-async def test_a_deadline_stops_the_waiting_and_not_the_load(node: Node) -> None:
+async def test_management_deadline_does_not_stop_the_load(node: Node) -> None:
     node.loader.held["m"] = asyncio.Event()
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await node.mesh.registerModel(
@@ -150,7 +150,7 @@ async def test_a_deadline_stops_the_waiting_and_not_the_load(node: Node) -> None
     assert (await node.mesh.ensureLoaded(pb.EnsureLoadedRequest(modelId="m", sync=True))).status == S.LOADED
 
 
-async def test_a_store_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:
+async def test_management_unreachable_store_is_unavailable(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     await store.open()
     async with running_node(store) as node:
@@ -162,7 +162,7 @@ async def test_a_store_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> 
         assert (await node.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == S.NOT_LOADED
 
 
-async def test_registrations_survive_a_restart(tmp_path: Path) -> None:
+async def test_management_registrations_survive_a_restart(tmp_path: Path) -> None:
     for attempt in range(2):
         store = EmbeddedStore(tmp_path)
         await store.open()
@@ -174,7 +174,7 @@ async def test_registrations_survive_a_restart(tmp_path: Path) -> None:
         await store.close()
 
 
-async def test_a_secret_is_refused_by_name_and_never_repeated(node: Node) -> None:
+async def test_management_refuses_a_secret_without_repeating_it(node: Node) -> None:
     key = json.dumps({"storage_params": {"type": "s3", "secret_access_key": "hunter2"}})
     requests = (
         node.mesh.registerModel(
@@ -252,7 +252,7 @@ def test_does_not_look_secret(name: str) -> None:
     "path",
     ["https://user:pw@host/m", "https://host/m?sig=abc", "https://host/m?X-Amz-Signature=abc", "s3://h/m?token=x"],
 )
-def test_a_path_with_a_secret_is_refused(path: str) -> None:
+def test_secrets_in_a_path_are_refused(path: str) -> None:
     with pytest.raises(InvalidRequest, match="the path carries a secret"):
         refuse_secrets("m", ModelInfo("llm", path))
 
@@ -265,14 +265,14 @@ def test_a_path_with_a_secret_is_refused(path: str) -> None:
         ({"type": "http", "url": "https://host/m?sig=hunter2"}, r"storage_params\.url"),
     ],
 )
-def test_a_secret_inside_a_parameter_is_refused(params: dict[str, str], named: str) -> None:
+def test_secrets_inside_a_parameter_are_refused(params: dict[str, str], named: str) -> None:
     key = json.dumps({"storage_params": params})
     with pytest.raises(InvalidRequest, match=named) as caught:
         refuse_secrets("m", ModelInfo("llm", "m", key))
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_key_without_end_is_refused() -> None:
+def test_secrets_refuses_an_endlessly_nested_key() -> None:
     deep = '{"a":' * 100_000 + "1" + "}" * 100_000
     for key in (deep, json.dumps({"storage_params": {"a": deep}})):
         with pytest.raises(InvalidRequest, match="nested too deeply"):
@@ -282,14 +282,14 @@ def test_a_key_without_end_is_refused() -> None:
 @pytest.mark.parametrize(
     "key", ["", "not json", "[]", "7", '{"storage_key":"k","storage_params":{"token":""}}', '{"quantize":"int8"}']
 )
-def test_a_key_without_a_secret_passes(key: str) -> None:
+def test_secrets_accepts_a_key_without_one(key: str) -> None:
     refuse_secrets("m", ModelInfo("llm", "hf://org/m@main?x=1", key))
 
 
 @pytest.mark.parametrize(
     ("foreign", "model_type", "refused"), [(False, "llm", True), (False, "sklearn", False), (True, "llm", False)]
 )
-async def test_register_model_checks_keys_of_the_own_runtime_only(
+async def test_management_checks_keys_of_the_own_runtime_only(
     tmp_path: Path, foreign: bool, model_type: str, refused: bool
 ) -> None:
     info = pb.ModelInfo(type=model_type, path="/m", key='{"sampling": {"top_p": 0}}')

@@ -1,4 +1,4 @@
-"""What people are told of models before and after they are used: last use, and who would leave for whom."""
+"""Model views: last use, weights, failures, and which models a fit would unload."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ async def _fit(pod: RunningPod, **ask: str) -> dict[str, Any]:
         return body
 
 
-async def test_a_model_that_nobody_has_used_was_never_used(tmp_path: Path) -> None:
+async def test_model_view_last_use_of_an_unused_model_is_zero(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         assert (await pod.name("m", "/first"))["last_used_ms"] == 0
         await pod.register("plain")
@@ -39,7 +39,7 @@ async def test_a_model_that_nobody_has_used_was_never_used(tmp_path: Path) -> No
         assert third["last_used_ms"] == used_ms
 
 
-async def test_the_weights_of_a_model_that_was_loaded_once_are_remembered(tmp_path: Path) -> None:
+async def test_model_view_remembers_weights_of_unloaded_models(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         pod.runtime.switches.size_bytes["/m"] = 7 * MB
         assert (await pod.name("m", "/m"))["weight_bytes"] == 0
@@ -53,7 +53,7 @@ async def test_the_weights_of_a_model_that_was_loaded_once_are_remembered(tmp_pa
         assert (await pod.model("m"))["weight_bytes"] == 7 * MB, "after a restart too"
 
 
-async def test_fit_names_whom_the_pod_would_unload(tmp_path: Path) -> None:
+async def test_fit_lists_the_models_to_unload(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=25 * MB)) as pod:
         for name in ("a", "b", "c"):
             await pod.name(name, f"/{name}")
@@ -69,7 +69,7 @@ async def test_fit_names_whom_the_pod_would_unload(tmp_path: Path) -> None:
         assert sorted(pod.runtime.loaded.values()) == ["/a", "/b"], "asking unloads nobody"
 
 
-async def test_load_failure_names_the_name_not_the_id(tmp_path: Path) -> None:
+async def test_model_view_load_failure_has_the_name_not_the_id(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         model_id = (await pod.name("odd", "/odd"))["model_id"]
         assert model_id != "odd"

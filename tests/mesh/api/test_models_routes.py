@@ -1,4 +1,4 @@
-"""The HTTP edge's models: what is listed and told, what administrators do, and what becomes of names, capacity and settings."""
+"""Model and admin routes of a pod: listings, events, loads, names, capacity and settings."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
         yield running
 
 
-async def test_models_as_chat_front_ends_read_them(tmp_path: Path) -> None:
+async def test_models_routes_serve_chat_front_ends(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
 
         async def status(name: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ async def test_models_as_chat_front_ends_read_them(tmp_path: Path) -> None:
         await until(lambda: pod.runtime.loaded)
 
 
-async def test_events_tell_each_change(pod: RunningPod) -> None:
+async def test_models_routes_stream_each_change(pod: RunningPod) -> None:
     async with pod.http.get("/models/sse") as answer:
         assert (await _event(answer))["data"]["status"] == "unloaded"
         await pod.http.post("/models/load", json={"model": "org/smol"})
@@ -92,7 +92,7 @@ async def _event(answer: aiohttp.ClientResponse) -> dict[str, Any]:
             return event
 
 
-async def test_admin_routes(pod: RunningPod) -> None:
+async def test_admin_routes_cover_a_models_life(pod: RunningPod) -> None:
     model = await pod.name("llm", "/other", quantize="nf4", load=True)
     assert (model["name"], model["uri"], model["settings"]["quantize"]) == ("llm", "/other", "nf4")
 
@@ -135,7 +135,7 @@ async def test_admin_routes(pod: RunningPod) -> None:
         assert "s3cr3t" not in await answer.text()
 
 
-async def test_the_same_name_with_new_files_is_replaced_without_a_gap(pod: RunningPod) -> None:
+async def test_admin_replaces_a_names_files_without_a_gap(pod: RunningPod) -> None:
     old = (await pod.name("org/smol", "/files"))["model_id"]
     assert (await pod.chat("org/smol"))[1]["answer"] == old
     gate = pod.runtime.switches.load_gate = asyncio.Event()
@@ -153,7 +153,7 @@ async def test_the_same_name_with_new_files_is_replaced_without_a_gap(pod: Runni
     assert [request["model"] for request in pod.runtime.bodies] == ["org/smol" for _ in pod.runtime.bodies]
 
 
-async def test_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) -> None:
+async def test_admin_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=25 * MB)) as pod:
         for name in ("a", "b", "c"):
             await pod.name(name, f"/{name}")
@@ -184,7 +184,7 @@ async def test_capacity_is_kept_by_unloading_the_longest_unused(tmp_path: Path) 
         ("quantise", "nf4"),
     ],
 )
-async def test_settings_out_of_range_are_refused_at_registration(pod: RunningPod, field: str, value: object) -> None:
+async def test_admin_refuses_settings_out_of_range(pod: RunningPod, field: str, value: object) -> None:
     async with pod.http.post("/admin/v1/models", json={"name": "x", "uri": "/x", field: value}) as answer:
         assert answer.status == 400
         assert field in (await answer.json())["error"]["message"]

@@ -1,4 +1,4 @@
-"""A name that moves to other files under a stream of requests: none of them sees the old model go."""
+"""A name that moves to other files under load: no request fails."""
 
 import asyncio
 import uuid
@@ -32,7 +32,7 @@ async def pods(request: pytest.FixtureRequest, tmp_path: Path, etcd: EtcdServer)
         yield pods
 
 
-async def test_no_request_fails_while_its_name_is_replaced(pods: list[RunningPod]) -> None:
+async def test_moving_name_fails_no_request(pods: list[RunningPod]) -> None:
     await pods[0].name("org/smol", "/files-0")
     assert (await pods[0].chat("org/smol"))[0] == 200
     await until(lambda: all("org/smol" in pod.pod.registry.names() for pod in pods))
@@ -77,10 +77,10 @@ async def test_no_request_fails_while_its_name_is_replaced(pods: list[RunningPod
     await until(lambda: all(len(pod.runtime.loaded) <= 1 for pod in pods))
 
 
-async def test_a_request_whose_model_goes_before_it_is_routed_follows_the_name(
+async def test_attempts_follow_a_name_that_moves_before_routing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name's new model isn't loaded yet: the request waits for it instead of being told that the old one is unknown."""
+    """The name's new model isn't loaded yet: the request waits for it instead of failing with NOT_FOUND."""
     async with running_pod(tmp_path / "pod") as pod:
         route = CopyRouter.route
         moves: list[str] = []
@@ -106,7 +106,7 @@ async def test_a_request_whose_model_goes_before_it_is_routed_follows_the_name(
         assert list(pod.runtime.loaded.values()) == ["/fifth"]
 
 
-async def test_what_nothing_took_the_place_of_has_no_successor(tmp_path: Path) -> None:
+async def test_successor_is_none_without_a_replacement(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         registry = pod.pod.registry
         model_id = (await pod.name("m", "/first"))["model_id"]

@@ -1,4 +1,4 @@
-"""A pod over a fake runtime: OpenAI's API at the edge, held requests, limits and keys. What concerns models is test_pod_http_models'."""
+"""OpenAI gateway of a pod over a fake runtime: held requests, limits and keys. Model routes are in test_models_routes."""
 
 import asyncio
 import io
@@ -29,7 +29,7 @@ def events(text: str) -> list[Any]:
     return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
 
 
-async def test_a_request_goes_to_the_model_that_its_body_names(pod: RunningPod) -> None:
+async def test_gateway_routes_by_the_bodys_model(pod: RunningPod) -> None:
     model_id = (await pod.model("org/smol"))["model_id"]
     status, body, headers = await pod.chat("org/smol", messages=[{"role": "user", "content": "hi"}])
     assert (status, body["answer"], body["path"]) == (200, model_id, "/v1/chat/completions")
@@ -38,20 +38,20 @@ async def test_a_request_goes_to_the_model_that_its_body_names(pod: RunningPod) 
     assert pod.runtime.bodies[-1] == {"model": "org/smol", "messages": [{"role": "user", "content": "hi"}]}
 
 
-async def test_the_callers_request_id_is_kept(pod: RunningPod) -> None:
+async def test_gateway_keeps_the_clients_request_id(pod: RunningPod) -> None:
     async with pod.http.post("/v1/completions", json={"model": "org/smol"}, headers={"X-Request-Id": "mine"}) as answer:
         assert answer.headers["X-Request-Id"] == "mine"
         assert (await answer.json())["id"] == "mine"
 
 
-async def test_a_stream_is_passed_on_whole(pod: RunningPod) -> None:
+async def test_gateway_relays_a_whole_stream(pod: RunningPod) -> None:
     status, text = await stream(pod, chunks=50)
     assert status == 200
     assert [event["n"] for event in events(text)] == list(range(50))
     assert text.endswith("data: [DONE]\n\n")
 
 
-async def test_a_stream_begins_with_comments_while_the_model_is_loaded(pod: RunningPod) -> None:
+async def test_gateway_stream_begins_with_comments_during_the_load(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     pod.runtime.switches.progress = 0.42
     async with pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True}) as answer:
@@ -66,7 +66,7 @@ async def test_a_stream_begins_with_comments_while_the_model_is_loaded(pod: Runn
     assert text.startswith(": ")
 
 
-async def test_a_caller_that_does_not_stream_just_waits(pod: RunningPod) -> None:
+async def test_gateway_request_without_stream_waits(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     waiting = asyncio.ensure_future(pod.chat("org/smol"))
     model_id = (await pod.model("org/smol"))["model_id"]
@@ -76,7 +76,7 @@ async def test_a_caller_that_does_not_stream_just_waits(pod: RunningPod) -> None
     assert (await waiting)[0] == 200
 
 
-async def test_past_the_wait_budget(tmp_path: Path) -> None:
+async def test_gateway_wait_budget_ends_in_503_or_an_error_event(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", wait_budget_s=0.4, keep_alive_s=0.1) as pod:
         await pod.name("smol", "/files")
         gate = pod.runtime.switches.load_gate = asyncio.Event()
@@ -91,7 +91,7 @@ async def test_past_the_wait_budget(tmp_path: Path) -> None:
         gate.set()
 
 
-async def test_a_load_that_fails(pod: RunningPod) -> None:
+async def test_gateway_load_failure_has_its_own_status(pod: RunningPod) -> None:
     pod.runtime.switches.fail["/files"] = "weights are truncated"
     status, body, _ = await pod.chat("org/smol")
     assert status == 424
@@ -103,7 +103,7 @@ async def test_a_load_that_fails(pod: RunningPod) -> None:
     assert "weights are truncated" in json.loads(text)["error"]["message"]
 
 
-async def test_a_load_that_fails_after_the_stream_began(pod: RunningPod) -> None:
+async def test_gateway_load_failure_after_the_stream_began(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     pod.runtime.switches.fail["/files"] = "weights are truncated"
     async with pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True}) as answer:
@@ -113,7 +113,7 @@ async def test_a_load_that_fails_after_the_stream_began(pod: RunningPod) -> None
     assert "weights are truncated" in events(text)[-1]["error"]["message"]
 
 
-async def test_a_caller_that_leaves_frees_the_row(pod: RunningPod) -> None:
+async def test_gateway_disconnect_cancels_the_request(pod: RunningPod) -> None:
     await pod.chat("org/smol")
     pod.runtime.switches.chunk_s = 0.05
     answer = await pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True, "chunks": 1000})
@@ -124,7 +124,7 @@ async def test_a_caller_that_leaves_frees_the_row(pod: RunningPod) -> None:
     await until(lambda: pod.pod.copies.in_flight(model_id) == 0)
 
 
-async def test_a_caller_that_leaves_while_it_waits_does_not_stop_the_load(pod: RunningPod) -> None:
+async def test_gateway_disconnect_while_waiting_does_not_stop_the_load(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     model_id = (await pod.model("org/smol"))["model_id"]
     answer = await pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True})
@@ -136,7 +136,7 @@ async def test_a_caller_that_leaves_while_it_waits_does_not_stop_the_load(pod: R
     assert pod.runtime.bodies == []
 
 
-async def test_a_lost_model_and_a_moment_of_unavailability_are_not_seen(pod: RunningPod) -> None:
+async def test_gateway_hides_a_lost_model_and_one_unavailable_response(pod: RunningPod) -> None:
     model_id = (await pod.model("org/smol"))["model_id"]
     assert (await pod.chat("org/smol"))[0] == 200
     pod.runtime.drop(model_id)
@@ -148,7 +148,7 @@ async def test_a_lost_model_and_a_moment_of_unavailability_are_not_seen(pod: Run
     assert (pod.runtime.refusals, pod.runtime.switches.unavailable) == (3, 0)
 
 
-async def test_a_path_that_the_runtime_does_not_know_loads_nothing_again(pod: RunningPod) -> None:
+async def test_gateway_unknown_path_reloads_nothing(pod: RunningPod) -> None:
     assert (await pod.chat("org/smol"))[0] == 200
     log = list(pod.runtime.log)
     async with pod.http.post("/v1/nothing", json={"model": "org/smol"}) as answer:
@@ -156,7 +156,7 @@ async def test_a_path_that_the_runtime_does_not_know_loads_nothing_again(pod: Ru
     assert pod.runtime.log == log
 
 
-async def test_a_runtime_without_http(tmp_path: Path) -> None:
+async def test_gateway_runtime_without_http(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", runtime_http="") as pod:
         await pod.name("smol", "/files")
         status, body, _ = await pod.chat("smol")
@@ -164,7 +164,7 @@ async def test_a_runtime_without_http(tmp_path: Path) -> None:
         assert "gRPC" in body["error"]["message"]
 
 
-async def test_an_answer_that_breaks_off_ends_in_an_error_event(pod: RunningPod) -> None:
+async def test_gateway_broken_stream_ends_in_an_error_event(pod: RunningPod) -> None:
     status, text = await stream(pod, chunks=5, break_at=2)
     assert status == 200
     assert [event["n"] for event in events(text)[:-1]] == [0, 1, 2]
@@ -181,7 +181,7 @@ async def test_an_answer_that_breaks_off_ends_in_an_error_event(pod: RunningPod)
         (b"\xff\xfe", 400, "JSON"),
     ],
 )
-async def test_bad_requests(pod: RunningPod, body: bytes, status: int, text: str) -> None:
+async def test_gateway_refuses_bad_requests(pod: RunningPod, body: bytes, status: int, text: str) -> None:
     async with pod.http.post("/v1/chat/completions", data=body) as answer:
         assert answer.status == status
         error = (await answer.json())["error"]
@@ -190,7 +190,7 @@ async def test_bad_requests(pod: RunningPod, body: bytes, status: int, text: str
         assert answer.headers["X-Request-Id"]
 
 
-async def test_a_body_over_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+async def test_read_body_refuses_a_body_over_the_limit(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", http_max_body_bytes=1000) as pod:
         async with pod.http.post("/v1/completions", data=io.BytesIO(b"x" * 100_000_000)) as answer:
             assert answer.status == 413
@@ -204,7 +204,7 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read(tmp_path: Path
             assert answer.status == 413
 
 
-async def test_half_a_request_disturbs_nobody(pod: RunningPod) -> None:
+async def test_http_server_survives_half_a_request(pod: RunningPod) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", pod.pod.http.port)
     writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model": "org')
     await writer.drain()
@@ -213,7 +213,7 @@ async def test_half_a_request_disturbs_nobody(pod: RunningPod) -> None:
     assert (await pod.chat("org/smol"))[0] == 200
 
 
-async def test_unknown_paths_and_methods_are_answered_in_json(pod: RunningPod) -> None:
+async def test_http_server_answers_unknown_paths_in_json(pod: RunningPod) -> None:
     async with pod.http.get("/nothing") as answer:
         assert answer.status == 404
         assert (await answer.json())["error"]["message"]
@@ -222,7 +222,7 @@ async def test_unknown_paths_and_methods_are_answered_in_json(pod: RunningPod) -
         assert "GET" in answer.headers["Allow"]
 
 
-async def test_health_and_metrics(pod: RunningPod) -> None:
+async def test_health_serves_probes_and_metrics(pod: RunningPod) -> None:
     for path in ("/health", "/healthz", "/readyz"):
         async with pod.http.get(path) as answer:
             assert answer.status == 200
@@ -243,7 +243,7 @@ async def test_health_and_metrics(pod: RunningPod) -> None:
         assert 'model_name="org/smol"' not in await answer.text()
 
 
-async def test_not_ready_without_a_runtime(tmp_path: Path) -> None:
+async def test_health_is_not_ready_without_a_runtime(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         await pod.runtime.stop()
         await until(lambda: not pod.pod.is_ready())
@@ -253,7 +253,7 @@ async def test_not_ready_without_a_runtime(tmp_path: Path) -> None:
             assert answer.status == 200
 
 
-async def test_keys_guard_all_but_health(tmp_path: Path) -> None:
+async def test_key_guard_protects_all_http_but_health(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", api_keys=("secret",)) as pod:
         for path in ("/v1/models", "/metrics", "/admin/v1/models", "/models", "/nothing"):
             async with pod.http.get(path) as answer:
@@ -267,7 +267,7 @@ async def test_keys_guard_all_but_health(tmp_path: Path) -> None:
             assert answer.status == 401
 
 
-async def test_a_caller_that_leaves_with_its_whole_answer_has_cancelled_nothing(pod: RunningPod) -> None:
+async def test_gateway_disconnect_after_done_is_not_a_cancellation(pod: RunningPod) -> None:
     """As OpenAI's own client does: it closes when it has read [DONE], before the stream's end."""
 
     async def leave_after(last: bytes) -> None:

@@ -12,7 +12,7 @@ TEXT = st.text(min_size=1, max_size=300)
 
 
 @given(TEXT, st.lists(TEXT, max_size=3), st.integers(0, 2**31))
-def test_a_top_level_field(name: str, texts: list[str], tokens: int) -> None:
+def test_inject_top_level_field(name: str, texts: list[str], tokens: int) -> None:
     message = fmaas.BatchedGenerationRequest(
         model_id=name, requests=[fmaas.GenerationRequest(text=text) for text in texts]
     )
@@ -25,7 +25,7 @@ def test_a_top_level_field(name: str, texts: list[str], tokens: int) -> None:
 
 
 @given(TEXT, TEXT, st.booleans())
-def test_a_nested_field_whether_or_not_it_was_there(path: str, key: str, present: bool) -> None:
+def test_inject_nested_field_present_or_absent(path: str, key: str, present: bool) -> None:
     message = mm.RegisterModelRequest(modelId="m", loadNow=True)
     if present:
         message.modelInfo.key = key
@@ -37,14 +37,14 @@ def test_a_nested_field_whether_or_not_it_was_there(path: str, key: str, present
     assert written == message
 
 
-def test_occurrences_that_a_reader_would_merge_all_carry_it() -> None:
+def test_inject_writes_into_all_merged_occurrences() -> None:
     one = mm.RegisterModelRequest(modelInfo=mm.ModelInfo(path="a")).SerializeToString()
     two = mm.RegisterModelRequest(modelInfo=mm.ModelInfo(path="b")).SerializeToString()
     assert mm.RegisterModelRequest.FromString(inject(one + two, (2, 2), "x")).modelInfo.path == "x"
 
 
 @given(st.binary(max_size=60))
-def test_bytes_that_are_no_message_are_an_error_or_nothing(data: bytes) -> None:
+def test_extract_malformed_bytes_are_an_error_or_absent(data: bytes) -> None:
     try:
         found = extract(data, (1, 2))
     except ValueError:
@@ -52,7 +52,7 @@ def test_bytes_that_are_no_message_are_an_error_or_nothing(data: bytes) -> None:
     assert found is None or found
 
 
-def test_truncated() -> None:
+def test_extract_truncated_message() -> None:
     data = fmaas.ModelInfoRequest(model_id="abcdef").SerializeToString()
     with pytest.raises(ValueError, match="truncated"):
         extract(data[:-1], (1,))

@@ -42,7 +42,7 @@ def pod() -> Iterator[tuple[str, subprocess.Popen[str]]]:
 @pytest.mark.parametrize(
     "silent_s", [0.3, 4.0]
 )  # the latter is several pings long, and gRPC would wait a minute for the next
-async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess.Popen[str]], silent_s: float) -> None:
+async def test_connections_call_to_a_vanished_pod_ends(pod: tuple[str, subprocess.Popen[str]], silent_s: float) -> None:
     address, process = pod
     connections = Connections(max_message_bytes=1 << 20, ping_s=0.5, pong_s=0.5)
     try:
@@ -59,7 +59,7 @@ async def test_a_call_to_a_pod_that_has_vanished_ends(pod: tuple[str, subprocess
         await connections.close()
 
 
-def test_http_connections_are_kept_an_eye_on() -> None:
+def test_connections_http_uses_tcp_keepalive() -> None:
     with watched_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))) as made:
         assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         if hasattr(socket, "TCP_KEEPIDLE"):

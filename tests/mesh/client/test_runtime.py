@@ -75,7 +75,7 @@ async def scripted(tmp_path: Path) -> AsyncIterator[tuple[Script, GrpcRuntime]]:
     await server.stop(0)
 
 
-async def test_readiness_is_polled_for(scripted: tuple[Script, GrpcRuntime]) -> None:
+async def test_runtime_wait_ready_polls(scripted: tuple[Script, GrpcRuntime]) -> None:
     script, runtime = scripted
     waiting = asyncio.ensure_future(runtime.wait_ready(10))
     await asyncio.sleep(0.1)
@@ -102,7 +102,7 @@ async def test_readiness_is_polled_for(scripted: tuple[Script, GrpcRuntime]) -> 
         (lambda status: setattr(status, "modelLoadingTimeoutMs", 50), InvalidRequest),
     ],
 )
-async def test_a_runtime_that_cannot_be_used(
+async def test_runtime_refuses_an_unusable_runtime(
     scripted: tuple[Script, GrpcRuntime], change: Callable[[pb.RuntimeStatusResponse], None], error: type[MeshError]
 ) -> None:
     script, runtime = scripted
@@ -114,7 +114,7 @@ async def test_a_runtime_that_cannot_be_used(
         await runtime.wait_ready(5)
 
 
-async def test_never_ready(scripted: tuple[Script, GrpcRuntime]) -> None:
+async def test_runtime_wait_ready_gives_up(scripted: tuple[Script, GrpcRuntime]) -> None:
     with pytest.raises(Unavailable, match="not ready after"):
         await scripted[1].wait_ready(0.2)
 
@@ -129,7 +129,7 @@ async def test_never_ready(scripted: tuple[Script, GrpcRuntime]) -> None:
         ("UNAVAILABLE", Unavailable),
     ],
 )
-async def test_a_load_that_fails_is_cleaned_up(
+async def test_runtime_failed_load_is_cleaned_up(
     scripted: tuple[Script, GrpcRuntime], status: str, error: type[MeshError]
 ) -> None:
     script, runtime = scripted
@@ -139,7 +139,7 @@ async def test_a_load_that_fails_is_cleaned_up(
     assert script.unloaded == ["m"]
 
 
-async def test_a_load_that_takes_too_long_or_is_cancelled_is_cleaned_up(scripted: tuple[Script, GrpcRuntime]) -> None:
+async def test_runtime_load_that_is_late_or_cancelled_is_cleaned_up(scripted: tuple[Script, GrpcRuntime]) -> None:
     script, runtime = scripted
     script.load = "hang"
     with pytest.raises(LoadFailed, match="longer than"):
@@ -152,7 +152,7 @@ async def test_a_load_that_takes_too_long_or_is_cancelled_is_cleaned_up(scripted
     assert script.unloaded == ["m", "n"]
 
 
-async def test_sizes(scripted: tuple[Script, GrpcRuntime]) -> None:
+async def test_runtime_sizes(scripted: tuple[Script, GrpcRuntime]) -> None:
     script, runtime = scripted
     assert await runtime.load("m", INFO, 5) == LoadAnswer(7)
     script.load = 0
@@ -167,7 +167,7 @@ async def test_sizes(scripted: tuple[Script, GrpcRuntime]) -> None:
     assert script.predictions == asked
 
 
-async def test_unloading_what_is_not_there_is_well(scripted: tuple[Script, GrpcRuntime]) -> None:
+async def test_runtime_unload_is_idempotent(scripted: tuple[Script, GrpcRuntime]) -> None:
     script, runtime = scripted
     script.unload = "NOT_FOUND"
     await runtime.unload("m")

@@ -43,7 +43,7 @@ async def serve(tmp_path: Path, moody: Moody, *, foreign: bool) -> tuple[grpc.ai
     return server, RuntimeWatch(grpc.aio.insecure_channel(address), 7, silence_s=0.1, answer_s=0.3)
 
 
-async def test_silence_is_no_death_but_no_answer_is(tmp_path: Path) -> None:
+async def test_runtime_state_survives_silence_but_not_a_missing_answer(tmp_path: Path) -> None:
     moody = Moody()
     server, watch = await serve(tmp_path, moody, foreign=False)
     snapshots = watch.snapshots()
@@ -59,7 +59,7 @@ async def test_silence_is_no_death_but_no_answer_is(tmp_path: Path) -> None:
     await server.stop(0)
 
 
-async def test_a_foreign_runtime_that_answers_nothing_is_gone(tmp_path: Path) -> None:
+async def test_runtime_state_foreign_runtime_without_answers_is_gone(tmp_path: Path) -> None:
     moody = Moody()
     server, watch = await serve(tmp_path, moody, foreign=True)
     snapshots = watch.snapshots()

@@ -1,4 +1,4 @@
-"""A runtime that asks for it gets no more requests of a model at once than it said; the others wait for their turn, in order, up to a number."""
+"""Concurrency limit of a copy: running requests, the bounded queue and its order."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -28,14 +28,14 @@ async def stream(pod: RunningPod, count: int) -> list[bytes]:
     return [bytes(message) async for message in call]
 
 
-async def test_no_more_at_once_than_the_runtime_said(pod: RunningPod) -> None:
+async def test_concurrency_limit_bounds_running_requests(pod: RunningPod) -> None:
     answers = await asyncio.gather(*(stream(pod, 3) for _ in range(12)))
     assert answers == [[b"0", b"1", b"2"]] * 12
     assert pod.runtime.most_running == 2
     assert (pod.pod.copies.in_flight("m"), pod.pod.copies.held("m")) == (0, 0)
 
 
-async def test_who_leaves_gives_the_turn_back_and_too_many_are_refused(pod: RunningPod) -> None:
+async def test_concurrency_limit_frees_cancelled_slots_and_refuses_too_many(pod: RunningPod) -> None:
     slow: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = pod.server_stream("/fmaas.GenerationService/GenerateStream")
     pod.runtime.switches.chunk_s = 3600
     calls = [slow(b"3", metadata=FOR_M) for _ in range(2)]
@@ -59,7 +59,7 @@ async def test_who_leaves_gives_the_turn_back_and_too_many_are_refused(pod: Runn
     assert await stream(pod, 1) == [b"0"]
 
 
-async def test_a_deadline_holds_for_the_wait_too(pod: RunningPod) -> None:
+async def test_concurrency_limit_wait_keeps_to_the_deadline(pod: RunningPod) -> None:
     pod.runtime.switches.chunk_s = 3600
     calls = [asyncio.ensure_future(stream(pod, 1)) for _ in range(2)]
     await until(lambda: pod.runtime.running == 2)
@@ -73,7 +73,7 @@ async def test_a_deadline_holds_for_the_wait_too(pod: RunningPod) -> None:
     await until(lambda: pod.pod.copies.held("m") == 0)
 
 
-async def test_a_limit_without_a_number_is_one(tmp_path: Path) -> None:
+async def test_concurrency_limit_without_a_number_is_one(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(max_concurrency=-1, chunk_s=0.01)) as pod:
         await pod.register("m")
         await pod.load("m")
