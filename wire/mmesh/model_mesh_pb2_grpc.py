@@ -82,9 +82,9 @@ class ModelMeshServicer(object):
         same id is ALREADY_EXISTS. To replace files under a stable name, register a new id and move a
         vmodel to it (that is what `repertory register` does). loadNow starts one load and sync waits
         for it; a load that fails is OK with LOADING_FAILED and the causes in `errors`, never a gRPC
-        error. INVALID_ARGUMENT: empty type, or a model of type llm with a key that no load could accept
-        (the message names the field). An OK means that the registration is durable and that every pod
-        will see it.
+        error. INVALID_ARGUMENT: empty type, or a model of type llm with a key that no load could
+        accept (the message names the field). An OK means that the registration is durable and that
+        every pod will see it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
