@@ -1,9 +1,9 @@
-"""The pod's figures for Prometheus: requests, waiting, loads, evictions; ModelMesh's names beside our own where dashboards know them.
+"""Prometheus metrics of one pod: requests, queues, loads and evictions, under our names and under those of ModelMesh's dashboards.
 
-One registry a pod. Knows names and labels; a model that is no longer registered loses its series.
+The series of a model are dropped once it is no longer registered.
 """
 
-from collections import Counter as TallyOf
+from collections import Counter as Multiset
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ _MILLISECONDS = (0.5, 1, 2, 5, 10, 20, 50, 75, 100, 200, 500, 1000, 2000, 5000, 
 
 @dataclass(frozen=True, slots=True)
 class PodFigures:
-    """Read whenever the metrics are asked for. Bytes, epoch milliseconds. `leads`: this pod tells of the whole mesh, so that a sum over pods is right."""
+    """The pod's state at a scrape. Only the pod that `leads` exports the mesh-wide figures, so that a sum over pods is right."""
 
     capacity_bytes: int
     used_bytes: int
@@ -34,78 +34,93 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._known: dict[str, set[tuple[Counter | Gauge | Histogram, tuple[str, ...]]]] = {}
-        self._busy: TallyOf[str] = TallyOf()  # a gauge that will still go down must not be dropped
-        label = ("model_name",)  # the runtime's word, whose series stand beside these
+        self._busy: Multiset[str] = (
+            Multiset()
+        )  # series with a gauge above 0 must not be dropped: it will be decremented
+        label = ("model_name",)  # the same label as in the runtime's metrics
         self._requests = Counter(
             "repertory_mesh_requests",
-            "Requests by model, carrier and final code",
+            "Requests by model, protocol (grpc or http) and final status code",
             ("model_name", "carrier", "code"),
             registry=self._registry,
         )
         self._first_byte = Histogram(
             "repertory_mesh_time_to_first_byte_seconds",
-            "From a request's arrival to the first byte or message of its answer, loading included",
+            "Seconds from the arrival of a request to the first byte or message of its response, including loading",
             label,
             buckets=_SECONDS,
             registry=self._registry,
         )
         self._held = Gauge(
             "repertory_mesh_held_requests",
-            "Requests that wait for their model to be loaded",
+            "Requests waiting for their model to be loaded",
             label,
             registry=self._registry,
         )
         self._in_flight = Gauge(
-            "repertory_mesh_in_flight_requests", "Requests at a copy", label, registry=self._registry
+            "repertory_mesh_in_flight_requests",
+            "Requests forwarded to a copy and not finished",
+            label,
+            registry=self._registry,
         )
         self._loads = Counter(
-            "repertory_mesh_loads", "Loads by outcome", ("model_name", "outcome"), registry=self._registry
+            "repertory_mesh_loads",
+            "Model loads by outcome (loaded or failed)",
+            ("model_name", "outcome"),
+            registry=self._registry,
         )
         self._load_seconds = Histogram(
-            "repertory_mesh_load_seconds", "Successful loads", label, buckets=_SECONDS, registry=self._registry
+            "repertory_mesh_load_seconds",
+            "Duration of successful model loads in seconds",
+            label,
+            buckets=_SECONDS,
+            registry=self._registry,
         )
         self._evictions = Counter(
-            "repertory_mesh_evictions", "Models unloaded to make room", label, registry=self._registry
+            "repertory_mesh_evictions",
+            "Models unloaded to free memory for another model",
+            label,
+            registry=self._registry,
         )
         self._mm_load_ms = Histogram(
             "modelmesh_loadmodel_milliseconds",
-            "ModelMesh's name for load times",
+            "Duration of model loads in milliseconds (ModelMesh's name)",
             buckets=_MILLISECONDS,
             registry=self._registry,
         )
         self._mm_request_ms = Histogram(
             "modelmesh_api_request_milliseconds",
-            "ModelMesh's name for request times",
+            "Duration of requests in milliseconds (ModelMesh's name)",
             ("method", "code"),
             buckets=_MILLISECONDS,
             registry=self._registry,
         )
         self._mm_failures = Gauge(
-            "modelmesh_loadmodel_failure", "ModelMesh's name for failed loads", registry=self._registry
+            "modelmesh_loadmodel_failure", "Number of failed model loads (ModelMesh's name)", registry=self._registry
         )
         self._pod = {
             name: Gauge(f"modelmesh_{name}", text, registry=self._registry)
             for name, text in (
-                ("instance_capacity_bytes", "Bytes that loaded models may take"),
-                ("instance_used_bytes", "Bytes that loaded models take"),
+                ("instance_capacity_bytes", "Capacity for loaded models in bytes"),
+                ("instance_used_bytes", "Size of the loaded models in bytes"),
                 ("instance_used_bps", "Used capacity in basis points"),
-                ("instance_models_total", "Models on this pod"),
-                ("instance_lru_seconds", "When the longest unused model was used"),
-                ("instance_lru_age_seconds", "How long ago that was"),
+                ("instance_models_total", "Number of models loaded on this pod"),
+                ("instance_lru_seconds", "Unix time in seconds at which the least recently used model was last used"),
+                ("instance_lru_age_seconds", "Seconds since the least recently used model was last used"),
             )
         }
         self._whole = CollectorRegistry()
         self._mesh = {
             name: Gauge(f"modelmesh_{name}", text, registry=self._whole)
             for name, text in (
-                ("models_managed_total", "Registered models"),
-                ("models_loaded_total", "Models with a loaded copy"),
-                ("models_with_failure_total", "Models with a failed load"),
+                ("models_managed_total", "Number of registered models"),
+                ("models_loaded_total", "Number of models with a loaded copy"),
+                ("models_with_failure_total", "Number of models with a failed load"),
             )
         }
 
     def request(self, model_id: str, carrier: str, code: str, method: str, seconds: float) -> None:
-        """`carrier`: grpc or http. `model_id` empty: none could be made out."""
+        """Count a finished request. `carrier` is grpc or http; `model_id` is empty if the request names no model."""
         self._counter(self._requests, model_id, carrier, code)
         self._mm_request_ms.labels(method, code).observe(seconds * 1000)
 
@@ -131,7 +146,7 @@ class Metrics:
         self._counter(self._evictions, model_id)
 
     def text(self, figures: PodFigures, is_registered: Callable[[str], bool]) -> bytes:
-        """All series, in Prometheus' text format; those of models that are gone are dropped first."""
+        """Return all series in Prometheus' text format, after dropping those of models that are no longer registered."""
         for name in [name for name in self._known if name and not self._busy[name] and not is_registered(name)]:
             self._drop(name)
         used = figures.used_bytes / figures.capacity_bytes if figures.capacity_bytes else 0.0
@@ -166,7 +181,7 @@ class Metrics:
     def _series(
         self, family: Counter | Gauge | Histogram, model_id: str, labels: tuple[str, ...] = ()
     ) -> tuple[str, ...]:
-        """One label a name, whichever files stand behind it."""
+        """Return the labels of a series. All versions of a model share the label of its name."""
         name = name_in(model_id)
         self._known.setdefault(name, set()).add((family, (name, *labels)))
         return (name, *labels)

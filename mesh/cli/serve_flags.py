@@ -1,4 +1,4 @@
-"""The flags of `repertory serve` and their environment variables, with a check of each value."""
+"""Defines the flags of `repertory serve` and their environment variables, and checks each value."""
 
 import argparse
 import os
@@ -16,88 +16,112 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Each has an environment variable REPERTORY_<NAME>, whose value is checked as a flag's is, and never shown: it may be a key."""
+    """Add the flags. A flag's environment variable is REPERTORY_<NAME>; help texts never show its value, which may be a key."""
     home = str(Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "repertory")
 
     dests: dict[str, str] = {env_name("log_json"): "log_json"}
 
-    def flag(name: str, default: str, takes: Callable[[str], object], text: str, **options: Any) -> None:
+    def flag(name: str, default: str, parse: Callable[[str], object], text: str, **options: Any) -> None:
         env = env_name(name.replace("-", "_"))
         shown = f" (default {default})" if default else ""
         help_text = f"{text} [{env}]{shown}".replace("%", "%%")
         default = os.environ.get(env, default)
-        parser.add_argument(f"--{name}", action=_Store, default=default, type=takes, help=help_text, **options)
+        parser.add_argument(f"--{name}", action=_Store, default=default, type=parse, help=help_text, **options)
         dests[env] = name.replace("-", "_")
 
-    flag("http-listen", "127.0.0.1:8080", _address, "OpenAI API, admin, health and metrics", metavar="HOST:PORT")
-    flag("grpc-listen", "127.0.0.1:8033", _address, "gRPC: management and inference by model name", metavar="HOST:PORT")
-    flag("home", home, str, "registrations, sockets and, unless told otherwise, the model cache", metavar="DIR")
+    flag(
+        "http-listen",
+        "127.0.0.1:8080",
+        _address,
+        "address of HTTP: OpenAI API, admin, health and metrics",
+        metavar="HOST:PORT",
+    )
+    flag(
+        "grpc-listen",
+        "127.0.0.1:8033",
+        _address,
+        "address of gRPC: management, and inference by model name",
+        metavar="HOST:PORT",
+    )
+    flag("home", home, str, "directory of registrations, sockets and, by default, the model cache", metavar="DIR")
     flag(
         "store",
         "",
         str,
-        "etcd://HOST:PORT[,…] to share the registry with other pods; empty = a file below the home directory",
+        "etcd://HOST:PORT[,…] to share the registry with other pods; empty = files in the home directory",
         metavar="URL",
     )
     flag(
         "memory",
         "",
         _size,
-        "device memory for weights and KV of all models, such as 16GiB; empty = chosen from the machine",
+        "device memory for the weights and KV cache of all models, such as 16GiB; empty = chosen from the machine",
         metavar="SIZE",
     )
     flag(
         "host-memory",
         "",
         _size,
-        "pinned host memory for models that wait (GPU only); empty = chosen from the machine",
+        "pinned host memory for evicted models (GPU only); empty = chosen from the machine",
         metavar="SIZE",
     )
-    flag("device", "auto", _device, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
+    flag("device", "auto", _device, "device: auto, cpu, cuda or cuda:N", metavar="DEVICE")
     flag(
         "oversubscribe",
         "auto",
         _one_of("auto", "none", "host", "disk"),
-        "where loaded models may wait: none, host, disk; auto = host on a GPU, none on a CPU",
+        "where loaded models without device memory are kept: none, host or disk; auto = host on a GPU, none on a CPU",
         metavar="WHERE",
     )
-    flag("cache-dir", "", str, "pulled and packed models; empty = below the home directory", metavar="DIR")
-    flag("cache-size", "", _size, "its limit, such as 200GiB; empty = 80 % of the free disk", metavar="SIZE")
+    flag("cache-dir", "", str, "directory of pulled and packed files; empty = in the home directory", metavar="DIR")
+    flag(
+        "cache-size",
+        "",
+        _size,
+        "disk budget of the cache, such as 200GiB; empty = 80 % of the free disk space",
+        metavar="SIZE",
+    )
     flag(
         "api-keys",
         "",
         str,
-        "bearer keys, comma separated, any of which opens the API; empty = open to all who reach the port",
+        "accepted bearer keys, comma separated; empty = requests need no authentication",
         metavar="A,B,…",
     )
     flag(
-        "wait-budget", "120", _seconds, "seconds that a request may wait for its model to be loaded", metavar="SECONDS"
+        "wait-budget",
+        "120",
+        _seconds,
+        "longest time in seconds that a request waits for its model to be loaded",
+        metavar="SECONDS",
     )
-    flag("grace", "30", _seconds, "seconds that running answers get on SIGTERM", metavar="SECONDS")
+    flag(
+        "grace", "30", _seconds, "time in seconds that running requests have to finish after SIGTERM", metavar="SECONDS"
+    )
     flag(
         "log-level",
         "info",
         _one_of("debug", "info", "warning", "error"),
-        "debug, info, warning or error",
+        "lowest level that is logged: debug, info, warning or error",
         metavar="LEVEL",
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML file: `mesh:` and `runtime:` with any of their own fields; flags and environment variables override it",
+        help="YAML file with any fields of the mesh under `mesh:` and of the runtime under `runtime:`; flags and environment variables override it",
     )
     parser.add_argument(
         "--log-json",
         action=_StoreBoolean,
         default=is_true(os.environ.get("REPERTORY_LOG_JSON", "")),
-        help="logs as JSON lines [REPERTORY_LOG_JSON]",
+        help="write logs as JSON lines [REPERTORY_LOG_JSON]",
     )
     parser.set_defaults(given=frozenset(dest for env, dest in dests.items() if env in os.environ))
 
 
 class _Store(argparse.Action):
-    """Stores a value and adds the flag to `given`, so that a default is told from a value that the user chose."""
+    """Stores a value and adds the flag to `given`, so that a default can be distinguished from a value that the user chose."""
 
     def __call__(
         self,
@@ -111,7 +135,7 @@ class _Store(argparse.Action):
 
 
 class _StoreBoolean(argparse.BooleanOptionalAction):
-    """The same for `--flag` and `--no-flag`."""
+    """Like `_Store`, for `--flag` and `--no-flag`."""
 
     def __call__(
         self,
@@ -133,7 +157,7 @@ def _address(text: str) -> str:
 
 
 def _size(text: str) -> int:
-    """Bytes; 0 if it is empty."""
+    """Return the size in bytes, 0 for an empty text."""
     try:
         return parse_size(text) if text else 0
     except ValueError as error:
@@ -151,14 +175,14 @@ def _seconds(text: str) -> float:
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
-    """Not argparse's choices: those let a default pass, and the environment's value is one."""
+    """Return a parser of one of `words`. argparse's `choices` do not check defaults, which come from the environment."""
 
-    def takes(text: str) -> str:
+    def parse(text: str) -> str:
         if text.lower() not in words:
             raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(words)}")
         return text.lower()
 
-    return takes
+    return parse
 
 
 def _device(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The runtime's command line: flags, environment variables and a file, read into one RuntimeConfig."""
+"""Parses the runtime's command line and loads its RuntimeConfig."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ def configure(arguments: Sequence[str], env: Mapping[str, str]) -> RuntimeConfig
     """
     parser = argparse.ArgumentParser(
         prog="repertory serve-runtime",
-        description="One runtime: holds models and serves gRPC (TGIS, Open Inference Protocol, mmesh.ModelRuntime) and OpenAI HTTP.",
+        description="One serving runtime: loads models and serves gRPC (TGIS, Open Inference Protocol, mmesh.ModelRuntime) and OpenAI HTTP.",
         epilog="A flag overrides its environment variable (in brackets), which overrides the file. Sizes: 512MiB, 40GiB.",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML or JSON with any of the fields below, the engine's under `engine:`; or JSON text",
+        help="YAML or JSON file, or JSON text, with any of the fields below; the engine's fields belong under `engine:`",
     )
     add_flags(parser, RuntimeConfig)
     given = vars(parser.parse_args(arguments))

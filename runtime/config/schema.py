@@ -1,4 +1,4 @@
-"""The runtime's configuration: one typed tree. The front process receives all of it, the engine process its engine section."""
+"""Defines the runtime's configuration. The front process reads all of it; the engine process receives its `engine` section."""
 
 from typing import Annotated, Any
 
@@ -12,72 +12,95 @@ def _about(text: str, **limits: Any) -> msgspec.Meta:
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine process is told at its start. Sizes in bytes, 0 = choose from the machine."""
+    """The settings of the engine process. A size of 0 is chosen from the machine."""
 
-    device: Annotated[str, _about("auto | cpu | cuda | cuda:N", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
+    device: Annotated[str, _about("device: auto, cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     device_budget_bytes: Annotated[
         int,
         _about(
-            "weights and KV of all models; 0 = free device memory less the reserve (CPU: half of free memory)", ge=0
+            "device memory for the weights and KV cache of all models; 0 = free device memory less the reserve (CPU: half of free memory)",
+            ge=0,
         ),
     ] = 0
     device_reserve_bytes: Annotated[
-        int, _about("on a GPU: context, cuBLAS, graph pools, activations, the packer", ge=0)
+        int, _about("GPU memory kept free for the context, cuBLAS, graph pools, activations and the packer", ge=0)
     ] = 6 * GIB
-    host_budget_bytes: Annotated[int, _about("pinned arena; 0 = half of free memory (GPU); the CPU has none", ge=0)] = 0
-    slab_bytes: Annotated[int, _about("0 = 64 MiB on a GPU, 4 MiB on a CPU", ge=0)] = 0
-    host_arena_path: Annotated[str, _about("shared memory that outlives the engine; empty = private")] = ""
-    block_tokens: Annotated[int, _about("tokens in a KV block", gt=0)] = 16
-    max_rows: Annotated[int, _about("running sequences, over all models", gt=0)] = 512
-    max_batch_tokens: Annotated[int, _about("a step's token budget", gt=0)] = 8192
-    quantum_us: Annotated[int, _about("a step's time budget when several models have work", gt=0)] = 20_000
-    max_waiting: Annotated[int, _about("queued sequences a model", gt=0)] = 4096
-    kv_dtype: Annotated[str, _about("auto | fp8", pattern=r"^(auto|fp8)$")] = "auto"
-    graphs: Annotated[bool, _about("CUDA graphs")] = True
-    fuse: Annotated[bool, _about("join layers where a family's structure allows it")] = True
+    host_budget_bytes: Annotated[
+        int, _about("pinned host memory for evicted models; 0 = half of free memory (GPU only)", ge=0)
+    ] = 0
+    slab_bytes: Annotated[int, _about("size of a slab of device memory; 0 = 64 MiB on a GPU, 4 MiB on a CPU", ge=0)] = 0
+    host_arena_path: Annotated[
+        str, _about("shared memory file of the host arena, which outlives an engine crash; empty = private memory")
+    ] = ""
+    block_tokens: Annotated[int, _about("tokens per KV block", gt=0)] = 16
+    max_rows: Annotated[int, _about("largest number of running sequences over all models", gt=0)] = 512
+    max_batch_tokens: Annotated[int, _about("token budget of a step", gt=0)] = 8192
+    quantum_us: Annotated[
+        int, _about("time budget of a step, in microseconds, while several models have work", gt=0)
+    ] = 20_000
+    max_waiting: Annotated[int, _about("largest number of waiting sequences per model", gt=0)] = 4096
+    kv_dtype: Annotated[str, _about("KV cache data type: auto (the model's) or fp8", pattern=r"^(auto|fp8)$")] = "auto"
+    graphs: Annotated[bool, _about("capture CUDA graphs")] = True
+    fuse: Annotated[bool, _about("use fused layers where the architecture allows it")] = True
     debug_checks: Annotated[bool, _about("assert free + lent = total after every step")] = False
-    num_threads: Annotated[int, _about("torch threads on a CPU; 0 = torch's choice", ge=0)] = 0
+    num_threads: Annotated[int, _about("number of torch threads on a CPU; 0 = torch's default", ge=0)] = 0
     oversubscribe: Annotated[
-        str, _about("none | host | disk; auto = host on a GPU, none on a CPU", pattern=r"^(auto|none|host|disk)$")
+        str,
+        _about(
+            "where loaded models without device memory are kept: none, host or disk; auto = host on a GPU, none on a CPU",
+            pattern=r"^(auto|none|host|disk)$",
+        ),
     ] = "auto"
 
 
 class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the front process is told."""
+    """The settings of `repertory serve-runtime`."""
 
     listen: Annotated[tuple[str, ...], _about("gRPC addresses: unix:PATH or HOST:PORT")] = (
         "unix:/tmp/repertory/runtime.sock",
     )
-    http_listen: Annotated[str, _about("OpenAI API, health and metrics: unix:PATH or HOST:PORT")] = (
+    http_listen: Annotated[str, _about("HTTP address (OpenAI API, health and metrics): unix:PATH or HOST:PORT")] = (
         "unix:/tmp/repertory/runtime-http.sock"
     )
-    cache_dir: Annotated[str, _about("pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
-    cache_budget_bytes: Annotated[int, _about("0 = 80 % of the disk's free space at start", ge=0)] = 0
+    cache_dir: Annotated[str, _about("directory of pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
+    cache_budget_bytes: Annotated[
+        int, _about("disk budget of the cache; 0 = 80 % of the free disk space at start", ge=0)
+    ] = 0
     model_roots: Annotated[
-        tuple[str, ...], _about("plain paths, file:// and links must lie below one of these; none = anywhere readable")
+        tuple[str, ...],
+        _about(
+            "directories that may contain models given by path, file:// or symbolic link; empty = every readable directory"
+        ),
     ] = ()
-    storage_config_dir: Annotated[str, _about("ModelMesh's storage-config secret, one JSON file a key")] = ""
-    pvc_dir: Annotated[str, _about("where pvc:// volumes are mounted")] = "/pvc_mounts"
+    storage_config_dir: Annotated[
+        str, _about("directory of storage credentials, one JSON file per key (ModelMesh's storage-config secret)")
+    ] = ""
+    pvc_dir: Annotated[str, _about("directory in which pvc:// volumes are mounted")] = "/pvc_mounts"
     allow_pickle: Annotated[bool, _about("read .bin and .pt checkpoints (weights only)")] = False
-    allow_remote_code: Annotated[bool, _about("take checkpoints that bring code; the code itself is never run")] = False
-    max_loading_concurrency: Annotated[int, _about("loads beside each other", gt=0)] = 2
+    allow_remote_code: Annotated[bool, _about("accept checkpoints that contain code; the code is never run")] = False
+    max_loading_concurrency: Annotated[int, _about("largest number of concurrent loads", gt=0)] = 2
     engine_silence_s: Annotated[
         float,
         _about(
-            "an engine with work to do that tells nothing for so long hangs, and is restarted; 0 = 300 on a GPU, never on a CPU; negative = never"
+            "time without a message after which a busy engine is restarted; 0 = 300 on a GPU, never on a CPU; negative = never"
         ),
     ] = 0.0
-    load_timeout_s: Annotated[float, _about("one load, from pull to ready", gt=0)] = 3600.0
-    max_new_tokens: Annotated[int, _about("TGIS: server limit and ceiling of a default", gt=0)] = 4096
-    default_include_stop_seqs: Annotated[bool, _about("TGIS: stop sequences are part of the text")] = True
-    output_special_tokens: Annotated[bool, _about("TGIS: special tokens are part of the text")] = False
-    grpc_max_message_bytes: Annotated[int, _about("one gRPC message", gt=0)] = 16 * MIB
-    http_max_body_bytes: Annotated[int, _about("one HTTP body", gt=0)] = 8 * MIB
+    load_timeout_s: Annotated[float, _about("time limit of one load, from pull to ready", gt=0)] = 3600.0
+    max_new_tokens: Annotated[
+        int, _about("TGIS: largest number of new tokens per request, and upper bound of the default", gt=0)
+    ] = 4096
+    default_include_stop_seqs: Annotated[bool, _about("TGIS: include stop sequences in the text by default")] = True
+    output_special_tokens: Annotated[bool, _about("TGIS: include special tokens in the text")] = False
+    grpc_max_message_bytes: Annotated[int, _about("largest gRPC message", gt=0)] = 16 * MIB
+    http_max_body_bytes: Annotated[int, _about("largest HTTP request body", gt=0)] = 8 * MIB
     grace_s: Annotated[
-        float, _about("on SIGTERM, and when a model is unloaded: running answers may take this long", ge=0)
+        float, _about("time that running requests have to finish after SIGTERM or when their model is unloaded", ge=0)
     ] = 30.0
-    log_json: Annotated[bool, _about("logs as JSON lines")] = False
-    log_level: Annotated[str, _about("debug, info, warning or error", pattern=r"^(?i:debug|info|warning|error)$")] = (
-        "info"
-    )
-    engine: Annotated[EngineConfig, _about("the engine process's part: the next table")] = EngineConfig()
+    log_json: Annotated[bool, _about("write logs as JSON lines")] = False
+    log_level: Annotated[
+        str,
+        _about(
+            "lowest level that is logged: debug, info, warning or error", pattern=r"^(?i:debug|info|warning|error)$"
+        ),
+    ] = "info"
+    engine: Annotated[EngineConfig, _about("settings of the engine process (next table)")] = EngineConfig()

@@ -1,6 +1,6 @@
-"""The runtime's Prometheus metrics: its own names, and vLLM's family of names, which dashboards and autoscalers already know.
+"""Prometheus metrics of the runtime, under vLLM's names where one exists, so that dashboards and autoscalers work unchanged.
 
-One label, the model's name; a model's series go when it does. Knows nothing of HTTP.
+Series are labelled with the model's name and dropped when the model is unloaded.
 """
 
 import time
@@ -85,7 +85,7 @@ _REQUEST_S = (
     960.0,
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-_FINISHED = {  # vLLM's words
+_FINISHED = {  # vLLM's values of the label finished_reason
     FinishReason.EOS: "stop",
     FinishReason.STOP_TOKEN: "stop",
     FinishReason.STOP_STRING: "stop",
@@ -98,54 +98,74 @@ _TIERS = {Tier.DISK: 1, Tier.HOST: 2, Tier.DEVICE: 3}
 
 
 class Instruments:
-    """Every metric, made in one registry."""
+    """All metrics, registered in one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.by_model: list[MetricWrapperBase] = []
-        self.tallies = ModelTokenCounters(_LABEL[0], _INTER_TOKEN_S)
-        registry.register(self.tallies)
-        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that were started.")
-        self.success = self._counter("vllm:request_success", "Sequences that ended, by reason.", "finished_reason")
-        self.preemptions = self._counter("vllm:num_preemptions", "Sequences whose KV was taken away while they ran.")
-        self.prefix_queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self.prefix_hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self.ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", _TTFT_S)
+        self.token_counters = ModelTokenCounters(_LABEL[0], _INTER_TOKEN_S)
+        registry.register(self.token_counters)
+        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Number of prompt tokens of started requests.")
+        self.success = self._counter(
+            "vllm:request_success", "Number of finished sequences by reason.", "finished_reason"
+        )
+        self.preemptions = self._counter("vllm:num_preemptions", "Number of preemptions of running sequences.")
+        self.prefix_queries = self._counter(
+            "vllm:prefix_cache_queries", "Number of prompt tokens looked up in the prefix cache."
+        )
+        self.prefix_hits = self._counter("vllm:prefix_cache_hits", "Number of prompt tokens found in the prefix cache.")
+        self.ttft = self._histogram(
+            "vllm:time_to_first_token_seconds", "Time from arrival to the first token in seconds.", _TTFT_S
+        )
         self.per_output_token = self._histogram(
-            "vllm:request_time_per_output_token_seconds", "Mean time between a request's tokens.", _INTER_TOKEN_S
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time per output token of a request in seconds.",
+            _INTER_TOKEN_S,
         )
-        self.e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", _REQUEST_S)
+        self.e2e = self._histogram(
+            "vllm:e2e_request_latency_seconds", "Time from arrival to the last token in seconds.", _REQUEST_S
+        )
         self.queue = self._histogram(
-            "vllm:request_queue_time_seconds", "From arrival to the engine's first step.", _REQUEST_S
+            "vllm:request_queue_time_seconds", "Time from arrival to the first step in seconds.", _REQUEST_S
         )
-        self.request_prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self.request_prompt = self._histogram(
+            "vllm:request_prompt_tokens", "Number of prompt tokens per request.", _TOKENS
+        )
         self.request_generation = self._histogram(
-            "vllm:request_generation_tokens", "Generated tokens of a request.", _TOKENS
+            "vllm:request_generation_tokens", "Number of generated tokens per request.", _TOKENS
         )
-        self.running = self._gauge("vllm:num_requests_running", "Sequences in the engine's batches.")
-        self.waiting = self._gauge("vllm:num_requests_waiting", "Sequences waiting for the engine.")
+        self.running = self._gauge("vllm:num_requests_running", "Number of running sequences.")
+        self.waiting = self._gauge("vllm:num_requests_waiting", "Number of waiting sequences.")
         self.kv_usage = self._gauge(
             "vllm:kv_cache_usage_perc",
-            "KV of running sequences over the KV that the model could have without a preemption (1 = all).",
+            "KV cache used by running sequences as a share of what the model could use without preemption (1 = all).",
         )
-        self.tier = self._gauge("repertory_model_tier", "Where the weights are: 3 device, 2 host, 1 disk.")
-        self.weight_bytes = self._gauge("repertory_model_weight_bytes", "Size of the weights.")
+        self.tier = self._gauge("repertory_model_tier", "Memory tier of the weights: 3 = device, 2 = host, 1 = disk.")
+        self.weight_bytes = self._gauge("repertory_model_weight_bytes", "Size of the weights in bytes.")
         self.device_bytes = self._gauge(
-            "repertory_model_device_bytes", "Weights and KV in device memory, in whole slabs."
+            "repertory_model_device_bytes", "Device memory of weights and KV cache in bytes, in whole slabs."
         )
-        self.kv_bytes = self._gauge("repertory_model_kv_bytes", "KV in device memory, in whole slabs.")
-        self.swap_ins = self._counter("repertory_model_swap_ins", "Times the weights came back to the device.")
-        self.evictions = self._counter("repertory_model_evictions", "Times the weights left the device.")
-        self.step_seconds = self._counter("repertory_model_step_seconds", "Time in forward passes.")
+        self.kv_bytes = self._gauge(
+            "repertory_model_kv_bytes", "Device memory of the KV cache in bytes, in whole slabs."
+        )
+        self.swap_ins = self._counter("repertory_model_swap_ins", "Number of swap-ins of the weights.")
+        self.evictions = self._counter("repertory_model_evictions", "Number of evictions of the weights.")
+        self.step_seconds = self._counter(
+            "repertory_model_step_seconds", "Device time of the model's steps in seconds."
+        )
         self.device_used = Gauge(
-            "repertory_device_used_bytes", "Device memory lent to weights and KV.", registry=registry
+            "repertory_device_used_bytes", "Device memory lent to weights and KV cache in bytes.", registry=registry
         )
         self.device_budget = Gauge(
-            "repertory_device_budget_bytes", "Device memory for weights and KV.", registry=registry
+            "repertory_device_budget_bytes",
+            "Device memory budget for weights and KV cache in bytes.",
+            registry=registry,
         )
-        self.host_used = Gauge("repertory_host_used_bytes", "Host arena in use.", registry=registry)
-        self.host_budget = Gauge("repertory_host_budget_bytes", "Size of the host arena.", registry=registry)
-        self.stranded = Gauge("repertory_stranded_bytes", "Free blocks inside of half-empty slabs.", registry=registry)
+        self.host_used = Gauge("repertory_host_used_bytes", "Used part of the host arena in bytes.", registry=registry)
+        self.host_budget = Gauge("repertory_host_budget_bytes", "Size of the host arena in bytes.", registry=registry)
+        self.stranded = Gauge(
+            "repertory_stranded_bytes", "Free KV blocks in partly used slabs, in bytes.", registry=registry
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return self._kept(Counter(name, text, (*_LABEL, *labels), registry=self.registry))
@@ -162,7 +182,7 @@ class Instruments:
 
 
 class Observer:
-    """One sequence's way through the engine."""
+    """Records the latencies and token counts of one sequence."""
 
     __slots__ = ("_first_s", "_last_s", "_model", "_num_prompt", "_num_tokens", "_start_s")
 
@@ -183,13 +203,13 @@ class Observer:
             if row.queue_s is not None:
                 model.queue.observe(row.queue_s)
         else:
-            model.tally.gap((now_s - self._last_s) / count)
+            model.token_counters.gap((now_s - self._last_s) / count)
         self._last_s = now_s
         self._num_tokens += count
-        model.tally.tokens += count
+        model.token_counters.tokens += count
 
     def end(self, finish: FinishReason | None) -> None:
-        """`finish` None: the caller left, or the engine failed."""
+        """Record the end. `finish` is None if the client disconnected or the engine failed."""
         model = self._model
         model.ended(_FINISHED.get(finish, "abort") if finish else "abort")
         if finish is None:
@@ -202,7 +222,7 @@ class Observer:
 
 
 class ModelMetrics:
-    """The series of one model, looked up once."""
+    """The series of one model, so that labels are resolved once."""
 
     def __init__(self, name: str, instruments: Instruments) -> None:
         self.name = name
@@ -210,7 +230,7 @@ class ModelMetrics:
         self._seen: ModelFigures | None = None
         self.prompt_tokens = instruments.prompt_tokens.labels(name)
         self.ttft = instruments.ttft.labels(name)
-        self.tally = instruments.tallies.of(name)
+        self.token_counters = instruments.token_counters.of(name)
         self.per_output_token = instruments.per_output_token.labels(name)
         self.e2e = instruments.e2e.labels(name)
         self.queue = instruments.queue.labels(name)
@@ -224,7 +244,7 @@ class ModelMetrics:
         self._instruments.success.labels(self.name, reason).inc()
 
     def update(self, stats: ModelFigures) -> None:
-        """Counters take what was added since the last time; an engine that restarted begins at 0."""
+        """Set the gauges, and increase the counters by what was added since the last update. A restarted engine counts from 0."""
         to, name = self._instruments, self.name
         to.running.labels(name).set(stats.running)
         to.waiting.labels(name).set(stats.waiting)
@@ -249,7 +269,7 @@ class ModelMetrics:
 
 
 class RuntimeMetrics:
-    """What the runtime counts. One a process, in a registry of its own."""
+    """The metrics of one runtime process, by default in a registry of their own."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._instruments = Instruments(registry or CollectorRegistry())
@@ -262,7 +282,7 @@ class RuntimeMetrics:
         return model
 
     def update(self, stats: EngineStats, names: Mapping[str, str]) -> None:
-        """Takes over the engine's report. `names`: model id → the name that answers carry; other models' series go."""
+        """Record the engine's report. `names` maps a model's id to its name; the series of other models are dropped."""
         to = self._instruments
         to.device_used.set(stats.device_used_bytes)
         to.device_budget.set(stats.device_budget_bytes)
@@ -276,13 +296,13 @@ class RuntimeMetrics:
             self.forget(name)
 
     def forget(self, name: str) -> None:
-        """Drops a model's series."""
+        """Drop the series of a model."""
         if self._models.pop(name, None) is None:
             return
         for metric in self._instruments.by_model:
             metric.remove_by_labels({"model_name": name})
-        self._instruments.tallies.forget(name)
+        self._instruments.token_counters.forget(name)
 
     def render(self) -> bytes:
-        """Prometheus' text format, version 0.0.4."""
+        """Return all series in Prometheus' text format, version 0.0.4."""
         return generate_latest(self._instruments.registry)

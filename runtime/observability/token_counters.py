@@ -1,6 +1,7 @@
-"""What is counted with each token: plain numbers in the event loop, made into Prometheus series only when somebody asks.
+"""Counters that are updated for every token: plain numbers, converted to Prometheus series at a scrape.
 
-A prometheus_client histogram takes a lock and a Python call a bucket; at tens of thousands of tokens a second that is a tenth of the front's core.
+A prometheus_client histogram takes a lock and makes one Python call per bucket, which costs a tenth of a core at tens of thousands of tokens per
+second.
 """
 
 from bisect import bisect_left
@@ -12,14 +13,14 @@ from prometheus_client.registry import Collector
 
 
 class TokenCounters:
-    """One model's: tokens, and the time between them by bucket."""
+    """The generated tokens of one model, and the histogram of the time between them."""
 
     __slots__ = ("_bounds_s", "by_bucket", "gaps_s", "tokens")
 
     def __init__(self, bounds_s: Sequence[float]) -> None:
         self._bounds_s = bounds_s
         self.tokens = 0
-        self.by_bucket = [0] * (len(bounds_s) + 1)  # the last: over all bounds
+        self.by_bucket = [0] * (len(bounds_s) + 1)  # the last bucket is above all bounds
         self.gaps_s = 0.0
 
     def gap(self, seconds: float) -> None:
@@ -28,26 +29,30 @@ class TokenCounters:
 
 
 class ModelTokenCounters(Collector):
-    """All models', as two metrics with one label."""
+    """Exports the counters of all models as two metrics that are labelled with the model's name."""
 
     def __init__(self, label: str, bounds_s: Sequence[float]) -> None:
         self._label = label
         self._bounds_s = tuple(bounds_s)
         self._names = [*map(str, self._bounds_s), "+Inf"]
-        self._tallies: dict[str, TokenCounters] = {}
+        self._counters: dict[str, TokenCounters] = {}
 
     def of(self, name: str) -> TokenCounters:
-        return self._tallies.setdefault(name, TokenCounters(self._bounds_s))
+        return self._counters.setdefault(name, TokenCounters(self._bounds_s))
 
     def forget(self, name: str) -> None:
-        self._tallies.pop(name, None)
+        self._counters.pop(name, None)
 
     def collect(self) -> Iterable[Metric]:
-        tokens = CounterMetricFamily("vllm:generation_tokens", "Tokens that were generated.", labels=[self._label])
+        tokens = CounterMetricFamily("vllm:generation_tokens", "Number of generated tokens.", labels=[self._label])
         gaps = HistogramMetricFamily(
-            "vllm:inter_token_latency_seconds", "Between a sequence's tokens.", labels=[self._label]
+            "vllm:inter_token_latency_seconds",
+            "Time between two tokens of a sequence in seconds.",
+            labels=[self._label],
         )
-        for name, tally in self._tallies.items():
-            tokens.add_metric([name], tally.tokens)
-            gaps.add_metric([name], list(zip(self._names, accumulate(tally.by_bucket), strict=True)), tally.gaps_s)
+        for name, counters in self._counters.items():
+            tokens.add_metric([name], counters.tokens)
+            gaps.add_metric(
+                [name], list(zip(self._names, accumulate(counters.by_bucket), strict=True)), counters.gaps_s
+            )
         return tokens, gaps
