@@ -5,7 +5,6 @@ Exits 0 after a Shutdown or when the front hangs up, 1 with a line on standard e
 
 import argparse
 import gc
-import importlib
 import os
 import signal
 import socket
@@ -19,7 +18,7 @@ import msgspec
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.core.model_table import MIN_KV_TOKENS
-from runtime.engine.import_stubs import leave_out, without_compiler
+from runtime.engine.import_stubs import light_imports
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.engine_channel import Channel
 from runtime.ipc.messages import Hello
@@ -40,15 +39,14 @@ def main(arguments: list[str]) -> int:
 
     # loads and compilers run beside the engine thread, which must not wait long for its turn
     sys.setswitchinterval(0.001)
-    # late, because torch takes seconds to import and the front waits for the connection
-    leave_out()
-    # the driver's start takes a second beside the imports
-    if config.device != "cpu":
-        threading.Thread(target=_wake_device, args=(config.device,), name="wake", daemon=True).start()
-    with without_compiler():
-        from runtime.engine.device.backend import make_backend
+    # These imports come late, because torch takes seconds and the front waits for the connection.
+    with light_imports():
+        if config.device != "cpu":
+            # The driver takes a second to start; it does so beside the imports.
+            threading.Thread(target=_wake_device, args=(config.device,), name="wake", daemon=True).start()
+        from runtime.engine.device.backend import import_for_loads, make_backend
 
-        importlib.import_module("transformers.generation.utils")  # every modelling file asks for it
+        import_for_loads(config)
 
     backend = make_backend(config)
     channel = Channel(connection)

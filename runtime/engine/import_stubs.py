@@ -1,13 +1,13 @@
-"""What libraries would import and we never use: left out, because imports are most of a start. Knows names; imports none of them unasked.
+"""Shortens the import of transformers: libraries that a text engine never uses look absent meanwhile.
 
-transformers brings torch's compiler and its distributed tensors in for a few decorators and type checks; together with sympy, which those need, they
-are two fifths of an engine's imports. What is left out here comes in as ever when something does ask for it later.
+transformers imports torch's compiler and its distributed tensors for a few decorators and type checks. With sympy, which those need, they are half of
+an engine's imports (docs/decisions/0003-engine-imports.md). Everything is put back at the end, so later imports get the real libraries.
 """
 
 import contextlib
 import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 _ABSENT = ("sklearn", "scipy", "pandas", "torchvision", "torchaudio", "librosa", "accelerate", "boto3")
@@ -15,52 +15,70 @@ _COMPILER = "torch._dynamo"
 _INDEXING = "torch._dynamo._trace_wrapped_higher_order_op"
 
 
-def leave_out(*, but: Collection[str] = ()) -> None:
-    """Before the first import of torch or transformers: what serves no text model looks absent to them, unless it is here already, or in `but`."""
-    for name in set(_ABSENT) - set(but):
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+@contextlib.contextmanager
+def light_imports(*, keep: Collection[str] = ()) -> Iterator[None]:
+    """Hide optional packages (except `keep`), torch's compiler and torch.distributed while the body imports transformers.
+
+    Functions that the imported modules mark for compilation stay as they are. What is imported already stays visible. Enter it from one thread, before
+    other threads use torch's compiler.
+    """
+    hidden = [name for name in _ABSENT if name not in keep and name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        with _without_compiler():
+            yield
+    finally:
+        for name in hidden:
+            if name in sys.modules and sys.modules[name] is None:
+                del sys.modules[name]
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """While transformers' modules are imported: functions that they mark for torch's compiler stay as they are. Nothing is distributed and nothing is
-    compiled, now or later: an engine is one process, and bitsandbytes would wrap functions that we never call, with torch's whole compiler brought in.
-    If the compiler is here already, nothing changes."""
+def _without_compiler() -> Iterator[None]:
     import torch
     import torch.distributed
 
     if _COMPILER in sys.modules:
         yield
         return
-    torch.compile = _as_it_is  # type: ignore[assignment]
-    torch.distributed.is_available = _never
     indexing = types.ModuleType(_INDEXING)
     indexing.TransformGetItemToIndex = _Indexing  # type: ignore[attr-defined]
-    stand_ins = {_COMPILER: _Marks(_COMPILER), _INDEXING: indexing}
-    sys.modules.update(stand_ins)
+    stand_ins = {_COMPILER: _Decorators(_COMPILER), _INDEXING: indexing}
+    with _replaced(torch, "compile", _unchanged), _replaced(torch.distributed, "is_available", lambda: False):
+        sys.modules.update(stand_ins)
+        try:
+            yield
+        finally:
+            for name, module in stand_ins.items():
+                if sys.modules.get(name) is module:
+                    del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _replaced(owner: types.ModuleType, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        for name, module in stand_ins.items():
-            if sys.modules.get(name) is module:
-                del sys.modules[name]
+        setattr(owner, name, original)
 
 
-class _Marks(types.ModuleType):
-    """Every name in it is a decorator that changes nothing."""
+class _Decorators(types.ModuleType):
+    """A package in which every name is a decorator that returns its function."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__path__: list[str] = []  # a package, without parts
+        self.__path__: list[str] = []  # makes it a package; it has no submodules
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _as_it_is
+        return _unchanged
 
 
 class _Indexing:
-    """The real one, once somebody makes one."""
+    """Becomes the real TransformGetItemToIndex when an instance is made."""
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
@@ -68,9 +86,6 @@ class _Indexing:
         return TransformGetItemToIndex(*args, **options)
 
 
-def _as_it_is(function: Any = None, *args: Any, **options: Any) -> Any:
-    return function if function is not None else _as_it_is
-
-
-def _never() -> bool:
-    return False
+def _unchanged(function: Any = None, *args: Any, **options: Any) -> Any:
+    """A decorator, with arguments or without, that returns its function."""
+    return function if function is not None else _unchanged

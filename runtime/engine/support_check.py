@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.engine.import_stubs import leave_out, without_compiler
+from runtime.engine.import_stubs import light_imports
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 
@@ -44,8 +44,7 @@ def _refusal(folder: Path, max_model_len: int | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    leave_out(but=("accelerate",))
-    with without_compiler():
+    with light_imports(keep=("accelerate",)):
         reason = refusal(Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None)
     print(json.dumps(reason))
     return 0

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import msgspec
 
-from runtime.engine.import_stubs import leave_out, without_compiler
+from runtime.engine.import_stubs import light_imports
 from runtime.errors import RepertoryError
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackRequest
 
@@ -25,10 +25,10 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # tensors are worked on beside each other, so none needs more than a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    leave_out(but=("accelerate",))  # without it transformers reads no GGUF
-    # the driver's start takes a second or two, and goes beside the imports
-    threading.Thread(target=_wake_device, name="wake", daemon=True).start()
-    with without_compiler():
+    # transformers reads no GGUF without accelerate
+    with light_imports(keep=("accelerate",)):
+        # The driver takes a second or two to start; it does so beside the imports.
+        threading.Thread(target=_wake_device, name="wake", daemon=True).start()
         from runtime.puller.pack.packing import pack
 
     try:

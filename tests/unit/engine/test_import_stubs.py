@@ -1,33 +1,73 @@
-"""An engine's imports: without torch's compiler, which is there all the same for whoever asks for it later."""
+"""An engine's imports come without torch's compiler, and afterwards every library is what it was."""
 
 import subprocess
 import sys
 
-PROGRAM = """
+LIGHT = """
 import sys
-from runtime.engine.import_stubs import leave_out, without_compiler
-leave_out()
-with without_compiler():
+import torch, torch.distributed
+from runtime.engine.import_stubs import light_imports
+real = torch.compile, torch.distributed.is_available
+with light_imports():
     import runtime.engine.device.backend
     import transformers.generation.utils
-    import transformers.models.llama.modeling_llama
-loaded = [name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor", "accelerate") if sys.modules.get(name)]
-assert not loaded, loaded
-import torch
+    import bitsandbytes.functional
+def loaded():
+    heavy = ("torch._dynamo", "sympy", "torch.distributed.tensor", "accelerate", "boto3")
+    return [name for name in heavy if sys.modules.get(name)]
+assert not loaded(), loaded()
+"""
+
+RESTORED = """
+assert (torch.compile, torch.distributed.is_available) == real
+hidden = [name for name, module in sys.modules.items() if module is None]
+assert not hidden, hidden
+import accelerate
+"""
+
+LATER = """
+import transformers.models.llama.modeling_llama
 from transformers import LlamaConfig
 from runtime.checkpoint.meta_model import build_skeleton
 config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
 build_skeleton(transformers.models.llama.modeling_llama.LlamaForCausalLM, config, "eager")
-assert "torch._dynamo" not in sys.modules
+assert not loaded(), loaded()
+"""
+
+COMPILER = """
 import torch._dynamo
 assert torch._dynamo.is_compiling() is False
 from transformers.masking_utils import TransformGetItemToIndex
 with TransformGetItemToIndex():
     pass
-print("light")
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+"""
+
+FAILED = """
+import sys
+import torch, torch.distributed
+from runtime.engine.import_stubs import light_imports
+real = torch.compile, torch.distributed.is_available
+try:
+    with light_imports():
+        raise ImportError
+except ImportError:
+    pass
 """
 
 
-def test_an_engine_starts_without_a_compiler() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=200, check=False)
-    assert done.stdout.strip() == "light", done.stderr[-2000:]
+def run(program: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_light_imports_leave_the_compiler_out_for_later_models_too() -> None:
+    run(LIGHT + LATER)
+
+
+def test_light_imports_put_everything_back() -> None:
+    run(LIGHT + RESTORED + COMPILER)
+
+
+def test_light_imports_put_everything_back_after_an_error() -> None:
+    run(FAILED + RESTORED)

@@ -40,7 +40,7 @@ class CpuLinear4:
     """`weight` uint8 [N, K/2] and `absmax` float32 [N, K/64] in bitsandbytes' layout."""
 
     def __init__(self, weight: Tensor, absmax: Tensor, codebook: str, bias: Tensor | None = None) -> None:
-        # imported here: an engine that serves no such model on a CPU starts without it
+        # imported here, because an engine on a GPU never needs it
         from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
         self._shape = torch.Size((weight.shape[0], 2 * weight.shape[1]))
