@@ -1,4 +1,4 @@
-"""`repertory run`: one streamed answer, or a conversation in the terminal. Speaks the OpenAI chat route; knows no model's template."""
+"""Implements `repertory run` on the OpenAI chat API: one streamed answer, or a conversation in the terminal."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mesh.client.admin import AdminClient
 from mesh.errors import MeshError
 
-_HELP = "/clear forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer"
+_HELP = "/clear starts a new conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,22 +20,22 @@ class Options:
 
 
 def answer(client: AdminClient, name: str, prompt: str, options: Options) -> int:
-    """Print one answer as it comes."""
+    """Print one answer while it is generated."""
     _stream(client, name, [*_opening(options), {"role": "user", "content": prompt}], options)
     return 0
 
 
 def answer_as_json(client: AdminClient, name: str, prompt: str, options: Options) -> int:
-    """Print the API's own answer, whole."""
+    """Print the API's response as JSON."""
     body = _body(name, [*_opening(options), {"role": "user", "content": prompt}], options)
     print(json.dumps(json.loads(client.call("POST", "/v1/chat/completions", body)), indent=2, ensure_ascii=False))
     return 0
 
 
 def converse(client: AdminClient, name: str, options: Options) -> int:
-    """A conversation until the user ends it. An error is shown and the conversation goes on without that turn."""
+    """Hold a conversation until the user ends it. A turn that fails is reported and dropped from the conversation."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - it gives `input` arrow keys and a history
+        import readline  # noqa: F401 - importing it gives `input` arrow keys and a history
     print(f"talking to {name}; {_HELP}")
     messages = _opening(options)
     while True:
@@ -96,7 +96,7 @@ def _stream(client: AdminClient, name: str, messages: list[dict[str, str]], opti
                 parts.append(piece)
                 print(piece, end="", flush=True)
     finally:
-        # whatever comes next, an error's line or the shell's prompt, is not to follow half a line
+        # An error message or the shell's prompt must begin on a line of its own.
         if waiting:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         if any(parts):

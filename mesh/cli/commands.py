@@ -1,4 +1,4 @@
-"""What each verb of the command line does with a running mesh. Parsing is mesh.cli.main's, looks are render's."""
+"""Implements the verbs of the command line that call a running mesh."""
 
 import argparse
 import sys
@@ -11,8 +11,8 @@ from mesh.cli import chat, render, settings_flags
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import InvalidRequest, LoadFailed
 
-_ENDED = ("loaded", "failed", "quarantined")
-_NO_LOAD_S = 10.0  # a load that was asked for and isn't under way after this long was given up, or never begun
+_FINAL_STATES = ("loaded", "failed", "quarantined")
+_LOAD_START_TIMEOUT_S = 10.0  # a requested load that is not in progress after this time has been abandoned
 
 
 def register(client: AdminClient, args: argparse.Namespace) -> int:
@@ -34,8 +34,8 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
 def fit(client: AdminClient, args: argparse.Namespace) -> int:
     settings = settings_flags.given(args)
     is_uri = "://" in args.name or args.name.startswith(("/", "./", "../"))
-    # reading a checkpoint's metadata from afar, or finding out whether it can be run, may take seconds
-    with render.waiting(f"looking at {args.name}", enabled=not args.json):
+    # Reading remote metadata and checking whether the architecture is supported may take seconds.
+    with render.waiting(f"inspecting {args.name}", enabled=not args.json):
         answer = client.fit({"uri": _absolute(args.name), **settings} if is_uri else {"name": args.name, **settings})
     if args.json:
         _print_json(answer)
@@ -60,7 +60,9 @@ def run(client: AdminClient, args: argparse.Namespace) -> int:
     if not prompt and not sys.stdin.isatty():
         prompt = sys.stdin.read()
         if not prompt.strip():
-            raise InvalidRequest(f"run {args.name}: no prompt was given, and there is no terminal to talk at")
+            raise InvalidRequest(
+                f"run {args.name}: the prompt is empty; pass it as an argument or through a pipe, or run the command in a terminal"
+            )
     options = chat.Options(max_tokens=args.max_tokens, temperature=args.temperature, system=args.system, seed=args.seed)
     if args.json:
         if not prompt:
@@ -105,7 +107,7 @@ def alias(client: AdminClient, args: argparse.Namespace) -> int:
             print(f"alias {args.alias} is removed")
         return 0
     if not args.target:
-        raise InvalidRequest(f"alias {args.alias}: name the model it points at, or give --delete")
+        raise InvalidRequest(f"alias {args.alias}: give the name of a model as the target, or --delete")
     client.set_alias(args.alias, args.target)
     if args.json:
         _print_json({"alias": args.alias, "target": args.target})
@@ -115,12 +117,12 @@ def alias(client: AdminClient, args: argparse.Namespace) -> int:
 
 
 def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
-    """Ask for a load and watch it to its end. Raises LoadFailed with the cause."""
+    """Request a load and wait until it ends. Raises LoadFailed with the cause."""
     client.load(name)
     try:
         model = _watch_load(client, name, quiet=quiet)
     except KeyboardInterrupt:
-        print(f"{name}: the load goes on; `repertory stop {name}` ends it", file=sys.stderr)
+        print(f"{name}: loading continues on the server; `repertory stop {name}` cancels it", file=sys.stderr)
         raise
     if model.state != "loaded" or model.moving_to:
         raise LoadFailed(f"{name}: {model.error or model.state}")
@@ -128,18 +130,18 @@ def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
 
 
 def _watch_load(client: AdminClient, name: str, *, quiet: bool) -> Model:
-    """The model as it is when its load has ended. Raises LoadFailed if none is under way."""
-    under_way_s = time.monotonic()
+    """Return the model once its load has ended. Raises LoadFailed if no load is in progress."""
+    in_progress_s = time.monotonic()
     with render.LoadBar(name, enabled=not quiet) as bar:
         while True:
             model = client.model(name)
-            if model.state in _ENDED and (not model.moving_to or model.error):
+            if model.state in _FINAL_STATES and (not model.moving_to or model.error):
                 return model
             if model.state:
-                under_way_s = time.monotonic()
-            elif time.monotonic() - under_way_s > _NO_LOAD_S:
+                in_progress_s = time.monotonic()
+            elif time.monotonic() - in_progress_s > _LOAD_START_TIMEOUT_S:
                 raise LoadFailed(
-                    f"{name}: it is not being loaded; there may be no room for it beside models in use (the server's log says more)"
+                    f"{name}: the model is not being loaded; the models in use may leave too little memory for it. See the server's log"
                 )
             bar.update(model.state or "queued", model.progress, model.progress_text)
             time.sleep(0.2)
@@ -157,12 +159,12 @@ def _print_json(value: object) -> None:
 
 
 def _absolute(uri: str) -> str:
-    """A path from here is no path to the server, which runs elsewhere. Raises InvalidRequest for one that leads nowhere from here."""
+    """Make a relative path absolute, because the server runs in another directory. Raises InvalidRequest if it does not exist."""
     if "://" in uri or uri.startswith("/"):
         return uri
     if not Path(uri).exists():
         hint = (
-            f"; a model of the Hugging Face hub is written hf://{uri}"
+            f"; for a model on the Hugging Face hub, write hf://{uri}"
             if uri.count("/") == 1 and not uri.startswith(".")
             else ""
         )

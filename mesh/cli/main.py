@@ -1,4 +1,4 @@
-"""`repertory`: parses the command line and hands each verb to its doer. Errors end as one line on stderr, status 1 (2 for usage)."""
+"""Parses the command line of `repertory` and runs a verb. An error is one line on stderr and exit status 1, or 2 for invalid input."""
 
 import argparse
 import contextlib
@@ -31,15 +31,15 @@ Many language models by name on one GPU.
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["serve-runtime"]:
-        # The runtime is a program of its own, with flags of its own: the mesh doesn't know them.
+        # The runtime is a separate program that parses its own flags.
         os.execv(sys.executable, [sys.executable, "-m", "runtime", *arguments[1:]])
     args = _parse(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that can't show a character gets a `?`, and the rest
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot encode becomes `?`
     try:
         status = _run(args)
-        sys.stdout.flush()  # what is still to be written may fail too
+        sys.stdout.flush()  # buffered output may fail to be written, too
         return status
     except (MeshError, ConfigError) as error:
         print(f"repertory: {error.message}", file=sys.stderr)
@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except OSError as error:
-        print(f"repertory: {error}", file=sys.stderr)  # the output's disk is full, most likely
+        print(f"repertory: {error}", file=sys.stderr)  # most likely, the disk that receives the output is full
         _drop_output()
         return 1
 
 
 def _drop_output() -> None:
-    """What is left of it would fail once more at the interpreter's end, and take the exit status with it."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file
+    """Discard buffered output, whose failure at the interpreter's exit would replace the exit status."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: stdout is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -78,7 +78,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest and (args.verb != "run" or any(word.startswith("-") for word in rest)):
         args.usage_error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        # argparse takes a list of words before the first option as all there is; a prompt may also come after the options
+        # argparse ends a list of words at the first option, but a prompt may also follow the options.
         args.prompt += rest
     return args
 
@@ -95,19 +95,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "mesh, runtime and engine on this machine, supervised"
+    text = "start mesh, runtime and engine on this machine and restart them if they fail"
     everything = verbs.add_parser(
-        "serve", help=text, description=f"{text}. Stop it with Ctrl-C or SIGTERM: running answers may finish."
+        "serve", help=text, description=f"{text}. Stop it with Ctrl-C or SIGTERM; running requests get time to finish."
     )
     serve_flags.add_flags(everything)
     everything.set_defaults(usage_error=everything.error)
-    mesh = verbs.add_parser("serve-mesh", help="one pod's mesh, in front of any ModelMesh serving runtime")
+    mesh = verbs.add_parser("serve-mesh", help="start one pod's mesh in front of any ModelMesh serving runtime")
     mesh.add_argument("--config", type=Path, help="YAML file with any of the fields below")
     add_flags(mesh, MeshConfig)
     mesh.set_defaults(usage_error=mesh.error)
     runtime = verbs.add_parser(
         "serve-runtime",
-        help="the serving runtime alone, to put under a mesh (flags: serve-runtime --help)",
+        help="start the serving runtime without a mesh (flags: serve-runtime --help)",
         add_help=False,
     )
     runtime.set_defaults(usage_error=runtime.error)
@@ -119,15 +119,15 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         "--server",
         default=os.environ.get("REPERTORY_SERVER", DEFAULT_SERVER),
         metavar="URL",
-        help=f"the mesh's HTTP address (default {DEFAULT_SERVER}) [REPERTORY_SERVER]",
+        help=f"HTTP address of the mesh (default {DEFAULT_SERVER}) [REPERTORY_SERVER]",
     )
     common.add_argument(
         "--api-key",
         default=os.environ.get("REPERTORY_API_KEY", ""),
         metavar="KEY",
-        help="bearer key, if the mesh wants one [REPERTORY_API_KEY]",
+        help="bearer key, if the mesh requires one [REPERTORY_API_KEY]",
     )
-    common.add_argument("--json", action="store_true", help="print JSON for a script")
+    common.add_argument("--json", action="store_true", help="print JSON")
 
     def verb(name: str, do: Verb, text: str, *, aliases: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, parents=[common], help=text, description=text, aliases=list(aliases))
@@ -137,44 +137,55 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     sub = verb(
         "register",
         commands.register,
-        "give a model a name; the same name with another source replaces it without a gap",
+        "register a model under a name; registering the name again with another source replaces the model without downtime",
     )
     sub.add_argument("name")
     sub.add_argument("uri", help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path")
     settings_flags.add_flags(sub)
-    sub.add_argument("--type", help="ModelMesh model type; default: llm")
-    sub.add_argument("--load", action="store_true", help="load it now and wait")
+    sub.add_argument("--type", help="ModelMesh model type (default llm)")
+    sub.add_argument("--load", action="store_true", help="load the model now and wait")
     sub = verb(
         "fit",
         commands.fit,
-        "before loading: how many bytes it needs, does it fit, whom would it evict (exit 1 if it doesn't fit)",
+        "estimate the memory that a model needs and the models that loading it would evict (exit status 1 if it does not fit)",
     )
     sub.add_argument("name", metavar="NAME|URI")
     settings_flags.add_flags(sub)
-    verb("ps", commands.ps, "the registered models and where they are", aliases=["ls", "list"])
-    sub = verb("run", commands.run, "ask a model; without a prompt, talk to it")
+    verb("ps", commands.ps, "list the registered models and their states", aliases=["ls", "list"])
+    sub = verb("run", commands.run, "send a prompt to a model; without a prompt, start a conversation")
     sub.add_argument("name")
     sub.add_argument(
-        "prompt", nargs="*", help="the question; without one it is read from a pipe, or asked for in a conversation"
+        "prompt", nargs="*", help="prompt; by default it is read from a pipe, or a conversation starts in the terminal"
     )
-    sub.add_argument("--max-tokens", type=int, metavar="N", help="of the answer; default: what fits the context")
     sub.add_argument(
-        "--temperature", type=float, metavar="X", help="0 = always the likeliest token; default: the registration's"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="largest number of tokens in the answer (default: what the context has room for)",
     )
-    sub.add_argument("--seed", type=int, metavar="N", help="the same answer again")
+    sub.add_argument(
+        "--temperature", type=float, metavar="X", help="sampling temperature; 0 = greedy (default: the registration's)"
+    )
+    sub.add_argument("--seed", type=int, metavar="N", help="seed of the sampling, for a reproducible answer")
     sub.add_argument("--system", metavar="TEXT", help="system prompt")
     sub = verb("load", commands.load, "load a model now and wait")
     sub.add_argument("name")
     sub = verb("stop", commands.stop, "unload a model; its registration stays", aliases=["unload"])
     sub.add_argument("name")
-    sub = verb("show", commands.show, "everything known of one model")
+    sub = verb("show", commands.show, "show the details of one model")
     sub.add_argument("name")
-    sub = verb("rm", commands.remove, "forget a model")
+    sub = verb("rm", commands.remove, "remove a model's registration")
     sub.add_argument("name")
-    sub = verb("alias", commands.alias, "another, stable name for a model, movable without a gap (ModelMesh's vmodel)")
+    sub = verb(
+        "alias",
+        commands.alias,
+        "set a stable name that can be moved to another model without downtime (ModelMesh's vmodel)",
+    )
     sub.add_argument("alias")
-    sub.add_argument("target", nargs="?", help="a registered name: the alias stands for what that stands for now")
-    sub.add_argument("--delete", action="store_true", help="forget the alias; the model stays")
+    sub.add_argument(
+        "target", nargs="?", help="registered name; the alias points at the model that this name currently stands for"
+    )
+    sub.add_argument("--delete", action="store_true", help="remove the alias and keep the model")
 
 
 if __name__ == "__main__":

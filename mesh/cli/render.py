@@ -1,4 +1,4 @@
-"""How the command line shows things to a person: tables, sizes, ages, progress. Knows no server."""
+"""Formats the output of the command line for a terminal: tables, sizes, ages and progress."""
 
 import sys
 import time
@@ -17,12 +17,12 @@ _COLOURS = {"loaded": "green", "failed": "red", "quarantined": "red", "not loade
 
 
 def console() -> Console:
-    """On a pipe nothing is to be folded: a name that breaks in the middle is no name."""
+    """Return a console that does not wrap lines on a pipe, where a script reads them."""
     return Console(width=None if sys.stdout.isatty() else 1000)
 
 
 def size(num_bytes: int) -> str:
-    """`98 MiB`; an empty string for 0."""
+    """Return a size such as `98 MiB`, or an empty string for 0."""
     if num_bytes <= 0:
         return ""
     value, unit = float(num_bytes), 0
@@ -32,7 +32,7 @@ def size(num_bytes: int) -> str:
 
 
 def ago(epoch_ms: int, now_s: float) -> str:
-    """`3 minutes ago`; 0: `never`."""
+    """Return an age such as `3 minutes ago`, or `never` for 0."""
     if epoch_ms <= 0:
         return "never"
     seconds = max(0.0, now_s - epoch_ms / 1000)
@@ -49,7 +49,7 @@ def ago(epoch_ms: int, now_s: float) -> str:
 
 
 def state_of(model: Model) -> str:
-    """A model's state in one or two words."""
+    """Return a model's state in one or two words, with the progress of a load."""
     state = model.state or model.status.lower().replace("_", " ")
     if model.progress and state not in ("loaded", "failed"):
         return f"{state} {model.progress:.0%}"
@@ -114,8 +114,8 @@ def show_model(console: Console, model: Model) -> None:
 
 
 def show_fit(console: Console, name: str, fit: Fit) -> None:
-    """The answer to `fit`, as sentences with the numbers."""
-    kv = f"{size(fit.min_kv_bytes)} at least ({size(fit.kv_bytes_per_token)} a token, context {fit.max_model_len:,})"
+    """Print what a model needs, what the pod has, and whether the model fits."""
+    kv = f"{size(fit.min_kv_bytes)} at least ({size(fit.kv_bytes_per_token)} per token, context {fit.max_model_len:,})"
     sure = "" if fit.exact else "  (estimated from the configuration)"
     console.print(
         f"[bold]{name}[/bold]  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}"
@@ -130,13 +130,13 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
 
 
 def waiting(what: str, *, enabled: bool) -> AbstractContextManager[object]:
-    """Something that moves while a call takes its time; nothing on a pipe."""
+    """Return a context that shows a spinner in a terminal, and nothing on a pipe."""
     console = Console(stderr=True)
     return console.status(f"{what} …") if enabled and console.is_terminal else nullcontext()
 
 
 class LoadBar:
-    """A progress bar for one model's pull, pack and load; on a pipe, a line at each change of state."""
+    """Shows the progress of one model's load: a bar in a terminal, one line per change of state on a pipe."""
 
     def __init__(self, name: str, *, enabled: bool) -> None:
         self._name = name

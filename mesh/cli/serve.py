@@ -1,7 +1,6 @@
-"""`repertory serve`: mesh and runtime on one machine as supervised processes (the runtime supervises its engine).
+"""Implements `repertory serve`: supervises a mesh and a runtime on one machine. The runtime supervises its engine.
 
-Knows their command lines and the few settings that a single machine needs; knows nothing of models. A child that dies or hangs is
-started again; when the supervisor is told to stop, the mesh drains first, then the runtime.
+A process that exits or hangs is restarted. On SIGTERM the mesh drains first, then the runtime.
 """
 
 import argparse
@@ -38,7 +37,7 @@ _READY = 200
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The two children's configuration, as plain JSON objects in their own field names."""
+    """The configurations of the two processes, as JSON objects of MeshConfig's and RuntimeConfig's fields."""
 
     run_dir: Path
     mesh: Mapping[str, Any]
@@ -79,7 +78,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     mesh = tree["mesh"]
     if empty := next((name for name, value in mesh.items() if value is None), None):
         raise ConfigError(f"configuration file {args.config}: {empty} of `mesh:` has no value")
-    # The mesh reads these values itself, and refuses a field that it does not have.
+    # Check and normalise the mesh's settings. The runtime checks its own when it starts.
     known = msgspec.to_builtins(load(MeshConfig, flags=mesh, env={}))
     mesh |= {name: value for name, value in known.items() if name in mesh}
     for field in ("grpc_listen", "http_listen"):
@@ -143,7 +142,7 @@ def serve(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     try:
         settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _own(settings.run_dir):
+        with _locked(settings.run_dir):
             for kind, field in (("gRPC", "grpc_listen"), ("HTTP", "http_listen")):
                 check_free(parse_address(str(settings.mesh[field]), field), kind)
             logs.set_up(as_json=bool(settings.mesh["log_json"]), level=str(settings.mesh["log_level"]))
@@ -153,14 +152,14 @@ def serve(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _own(run_dir: Path) -> Iterator[None]:
-    """Two supervisors in one folder would start each other's children. Raises Unavailable if another has it."""
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Lock the directory against a second `repertory serve`. Raises Unavailable if another process holds the lock."""
     with (run_dir / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Unavailable(
-                f"another `repertory serve` uses {run_dir.parent}: stop it, or give this one a --home of its own"
+                f"another `repertory serve` uses {run_dir.parent}; stop it, or pass another directory with --home"
             ) from None
         yield
 
@@ -185,30 +184,32 @@ class _Supervisor:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._asked_to_stop)
-        children = [asyncio.create_task(child.run(self._stopping)) for child in (self._runtime, self._mesh)]
+            loop.add_signal_handler(number, self._handle_signal)
+        processes = [asyncio.create_task(process.run(self._stopping)) for process in (self._runtime, self._mesh)]
         announce = asyncio.create_task(self._announce())
         stop = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([*children, stop], return_when=asyncio.FIRST_COMPLETED)
-        failed = next((task.result() for task in children if task.done()), 0)
+        await asyncio.wait([*processes, stop], return_when=asyncio.FIRST_COMPLETED)
+        failed = next((task.result() for task in processes if task.done()), 0)
         self._stopping.set()
         announce.cancel()
-        # The mesh drains first: its streams need the runtime to the end.
+        # The mesh drains first, because its streams need the runtime until they end.
         await self._mesh.stop(self._grace_s + 5)
         await self._runtime.stop(self._grace_s + 5)
-        await asyncio.gather(*children, stop, announce, return_exceptions=True)
+        await asyncio.gather(*processes, stop, announce, return_exceptions=True)
         return failed
 
-    def _asked_to_stop(self) -> None:
+    def _handle_signal(self) -> None:
         if self._stopping.is_set():
-            for child in (self._mesh, self._runtime):
-                child.kill()
+            for process in (self._mesh, self._runtime):
+                process.kill()
             return
         self._stopping.set()
-        logger.info("stopping: running answers may take %g s; once more ends them at once", self._grace_s)
+        logger.info(
+            "stopping: running requests have %g s to finish; send the signal again to stop at once", self._grace_s
+        )
 
     async def _announce(self) -> None:
-        """Say once that it's ready, and how to use it."""
+        """Wait until the mesh is ready, then print how to use it."""
         address = str(self._settings.mesh["http_listen"])
         started_s = time.monotonic()
         while await status_of(address, "/readyz", 2.0) != _READY:  # noqa: ASYNC110 - another process sets no event
@@ -230,7 +231,7 @@ class _Supervisor:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> Path:
-    """For the child's eyes only: the mesh's part may hold keys."""
+    """Write a configuration that only this user can read, because it may contain keys."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(content, file, indent=1)

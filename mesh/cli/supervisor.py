@@ -1,4 +1,4 @@
-"""A supervised process: started, started again with growing pauses when it dies, killed first if it hangs. Knows nothing of what it does."""
+"""Supervises one process: restarts it with exponential pauses when it exits, and kills it when it stops answering."""
 
 import asyncio
 import contextlib
@@ -12,57 +12,65 @@ from collections.abc import Sequence
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-_USAGE = 2  # a configuration that can't be
-_STEADY_S = 30.0  # a child that lived this long is well: its next pause is the first again
-_PAUSES_S = (0.2, 1.0, 3.0, 10.0)
-_LOOK_S = 10.0  # between questions, and the longest wait for an answer
-_LOOKS = 3  # a minute in all
+_USAGE_STATUS = 2  # exit status for an invalid configuration
+_STABLE_AFTER_S = 30.0  # a process that ran this long resets the count of failures
+_BACKOFF_S = (0.2, 1.0, 3.0, 10.0)
+_PROBE_INTERVAL_S = 10.0  # also the timeout of a probe
+_MAX_FAILED_PROBES = 3  # with timeouts, a hang is detected within a minute
 
 
 class SupervisedProcess:
-    """One supervised process: started, started again when it dies or hangs, stopped with SIGTERM.
+    """Starts a process, restarts it when it exits or hangs, and stops it with SIGTERM.
 
-    `http`: where it answers HTTP, "unix:PATH" or "HOST:PORT". Once it has answered, `looks` questions in a row without an answer, one every
-    `look_s`, mean that it hangs.
+    `http` is the address (`unix:PATH` or `HOST:PORT`) of its HTTP server, which is probed every `probe_interval_s`. Once the server has answered,
+    `max_failed_probes` failed probes in a row mean that the process hangs. Without an address, hangs are not detected.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], http: str = "", *, look_s: float = _LOOK_S, looks: int = _LOOKS
+        self,
+        name: str,
+        command: Sequence[str],
+        http: str = "",
+        *,
+        probe_interval_s: float = _PROBE_INTERVAL_S,
+        max_failed_probes: int = _MAX_FAILED_PROBES,
     ) -> None:
         self.name = name
         self._command = command
         self._http = http
-        self._look_s = look_s
-        self._looks = looks
+        self._probe_interval_s = probe_interval_s
+        self._max_failed_probes = max_failed_probes
         self._process: asyncio.subprocess.Process | None = None
-        self._deaths = 0
+        self._num_failures = 0
 
     async def run(self, stopping: asyncio.Event) -> int:
-        """Keep it running until `stopping`; returns its exit status if it can't even start. One that once ran is started for ever:
-        what it misses now (a store that is away, a disk that is full) may come back."""
-        well = False
+        """Keep the process running until `stopping` is set. Return 0, or its exit status if it can never start.
+
+        A process that has run before is restarted without limit, since an unreachable store or a full disk may recover.
+        """
+        has_run = False
         while True:
             started_s = time.monotonic()
             self._process = await asyncio.create_subprocess_exec(
                 *self._command, env=_environment(), preexec_fn=_die_with_parent, start_new_session=True
             )
             if stopping.is_set():
-                # `stop` came while it was being started, and found nothing to stop
+                # `stop` was called while the process was being created.
                 self._process.terminate()
-            watching = asyncio.create_task(self._kill_if_it_hangs(self._process))
+            watcher = asyncio.create_task(self._kill_if_hung(self._process))
             status = await self._process.wait()
-            watching.cancel()
+            watcher.cancel()
             if stopping.is_set():
                 return 0
-            lived_s = time.monotonic() - started_s
-            self._deaths = 1 if lived_s > _STEADY_S else self._deaths + 1
-            if status == _USAGE:
-                return status  # it would say the same again
-            well = well or status != 1 or lived_s > _STEADY_S
-            if not well and self._deaths >= 2:
-                return status  # what it can't start without isn't there
-            pause_s = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
-            logger.warning("the %s process ended with status %d; starting it again in %g s", self.name, status, pause_s)
+            ran_s = time.monotonic() - started_s
+            self._num_failures = 1 if ran_s > _STABLE_AFTER_S else self._num_failures + 1
+            if status == _USAGE_STATUS:
+                return status  # an invalid configuration stays invalid
+            has_run = has_run or status != 1 or ran_s > _STABLE_AFTER_S
+            if not has_run and self._num_failures >= 2:
+                return status
+            pause_s = _BACKOFF_S[min(self._num_failures, len(_BACKOFF_S)) - 1]
+            logger.warning("the %s process exited with status %d; restarting it in %g s", self.name, status, pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await stopping.wait()
@@ -81,33 +89,35 @@ class SupervisedProcess:
             self.kill()
 
     def kill(self) -> None:
-        """At once, whatever it does."""
+        """Kill the process at once."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
-    async def _kill_if_it_hangs(self, process: asyncio.subprocess.Process) -> None:
-        """A process that is alive and does nothing is worse than a dead one: nobody starts it again."""
-        missed: int | None = None  # None: it hasn't answered yet, and may take its time to start
-        while self._http and (missed or 0) < self._looks:
-            await asyncio.sleep(self._look_s)
-            if await answers(self._http, self._look_s):
+    async def _kill_if_hung(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the process once it no longer answers probes, so that it is restarted."""
+        missed: int | None = None  # None until the first answer: starting may take any time
+        while self._http and (missed or 0) < self._max_failed_probes:
+            await asyncio.sleep(self._probe_interval_s)
+            if await answers(self._http, self._probe_interval_s):
                 missed = 0
             elif missed is not None:
                 missed += 1
         if self._http:
-            logger.error("the %s process hangs: it hasn't answered %d times; ending it", self.name, self._looks)
+            logger.error(
+                "the %s process hangs: %d health checks in a row failed; killing it", self.name, self._max_failed_probes
+            )
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
 
 async def answers(address: str, timeout_s: float) -> bool:
-    """Whether whatever listens there answers HTTP at all."""
+    """Return whether a server answers HTTP at an address, with whatever status."""
     return await status_of(address, "/health", timeout_s) is not None
 
 
 async def status_of(address: str, path: str, timeout_s: float) -> int | None:
-    """The status that a GET of `path` is answered with; None: it isn't answered with HTTP, or not in time."""
+    """Return the HTTP status of a GET of `path`, or None without a valid answer within `timeout_s`."""
     try:
         async with asyncio.timeout(timeout_s):
             if address.startswith("unix:"):
@@ -126,13 +136,13 @@ async def status_of(address: str, path: str, timeout_s: float) -> int | None:
 
 
 def reachable(address: str) -> str:
-    """One that listens everywhere listens here."""
+    """Return an address to connect to: the loopback address in place of a wildcard."""
     host, colon, port = address.rpartition(":")
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]"}.get(host, host) + colon + port
 
 
 def _environment() -> dict[str, str]:
-    """The children's: REPERTORY_… variables were read here, and some of their names mean something else to a child."""
+    """Return the environment without REPERTORY_… variables, which `serve` has read and which would override a process's file."""
     return {name: value for name, value in os.environ.items() if not name.startswith("REPERTORY_")}
 
 

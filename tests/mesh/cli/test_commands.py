@@ -134,7 +134,7 @@ async def test_run_without_a_prompt_or_a_terminal_says_so(
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     status, told, error = await say("run", "q")
     assert (status, told) == (2, "")
-    assert "no prompt" in error
+    assert "the prompt is empty" in error
 
 
 async def test_usage_is_the_verbs_own(say: Say) -> None:
