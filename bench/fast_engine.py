@@ -8,12 +8,12 @@ import os
 import random
 import select
 import socket
-import struct
 import time
 
 import msgspec
 
 from common.model_state import ModelFigures, Tier
+from runtime.ipc.framing import FrameReader, encode_frame
 from runtime.ipc.messages import (
     Abort,
     Add,
@@ -31,7 +31,6 @@ from runtime.ipc.messages import (
 )
 from runtime.types import FinishReason, ModelFacts
 
-_LENGTH = struct.Struct("<I")
 _BYTES = 1 << 34
 _WEIGHT_BYTES = 1 << 20
 
@@ -42,8 +41,9 @@ class FastEngine:
         self._step_s = step_s
         self._vocab = vocab
         self._random = random.Random(0)
-        self._decoder = msgspec.msgpack.Decoder(Command)
-        self._buffer = bytearray()
+        decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+        self._reader = FrameReader(decoder)
+        self._encoder = msgspec.msgpack.Encoder()
         self._models: dict[str, Load] = {}
         self._left: dict[int, tuple[str, int]] = {}  # request id → its model, tokens to come
 
@@ -81,10 +81,7 @@ class FastEngine:
         data = self._connection.recv(1 << 20)
         if not data:
             return False
-        self._buffer += data
-        while len(self._buffer) >= 4 and len(self._buffer) >= 4 + (length := _LENGTH.unpack_from(self._buffer)[0]):
-            command = self._decoder.decode(bytes(self._buffer[4 : 4 + length]))
-            del self._buffer[: 4 + length]
+        for command in self._reader.feed(data):
             match command:
                 case Load():
                     self._load(command)
@@ -140,8 +137,7 @@ class FastEngine:
         self._send(EngineStats(_BYTES, _WEIGHT_BYTES * len(models), 0, 0, 0, models))
 
     def _send(self, event: Event) -> None:
-        body = msgspec.msgpack.encode(event)
-        self._connection.sendall(_LENGTH.pack(len(body)) + body)
+        self._connection.sendall(encode_frame(self._encoder, event))
 
 
 def main() -> None:
