@@ -1,17 +1,17 @@
-"""The runtime's exception tree and its one mapping to gRPC status and HTTP code.
+"""The runtime's exceptions and their gRPC status and HTTP codes.
 
     RepertoryError
-    ├── InvalidRequest          the caller's parameters are wrong
+    ├── InvalidRequest          a parameter of the request is invalid
     │   └── ContextExceeded     the prompt fills the model's context
     ├── NotSupported            a feature that this version does not have
     ├── ModelNotFound           no such model is loaded in this runtime
     ├── LoadFailed              the model could not be pulled, packed or loaded; carries the cause
-    │   └── Quarantined         it took the engine down twice
+    │   └── Quarantined         its load or steps crashed the engine twice
     ├── Overloaded              a queue or a memory budget is full; carries a retry hint
-    ├── DeadlineExceeded        the caller's time is up
-    ├── Cancelled               the caller is gone
+    ├── DeadlineExceeded        the request's deadline has passed
+    ├── Cancelled               the client cancelled or disconnected
     ├── Unavailable             shutting down, or the engine is being restarted
-    └── EngineFault             an invariant broke inside the engine; the request is lost
+    └── EngineFault             a step of the engine failed; the request is lost
 
 An error carries its facts as fields. `message` puts the model's name in front of the detail, so no caller edits a text.
 `code` is the gRPC status name and `http_status` the HTTP status.
@@ -54,7 +54,7 @@ class RepertoryError(Exception):
 
     @property
     def message(self) -> str:
-        """The sentence that a person reads."""
+        """Return the sentence for people: the detail, after the model's name if there is one."""
         return self.detail if self.model is None else f"model {self.model}: {self.detail}"
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class NotSupported(RepertoryError):
 
 
 class ModelNotFound(RepertoryError):
-    """The model isn't loaded here. To a mesh this means: load it again."""
+    """The model is not loaded in this runtime. A mesh then loads it again."""
 
     code = "NOT_FOUND"
     http_status = 404
@@ -98,7 +98,7 @@ class LoadFailed(RepertoryError):
 
 
 class Quarantined(LoadFailed):
-    """The model took the engine down twice and isn't tried again until it is registered anew."""
+    """The model crashed the engine twice and is not loaded again until it is registered again."""
 
 
 class Overloaded(RepertoryError):
@@ -126,7 +126,7 @@ class Cancelled(RepertoryError):
 
 
 class Unavailable(RepertoryError):
-    """Shutting down, or the engine is coming back; another copy or a later try may serve."""
+    """Shutting down, or the engine is restarting; another copy or a later attempt may succeed."""
 
     code = "UNAVAILABLE"
     http_status = 503
@@ -134,7 +134,7 @@ class Unavailable(RepertoryError):
 
 
 class EngineFault(RepertoryError):
-    """An engine step failed; the rows of that step are lost, the engine lives on."""
+    """An engine step failed; the rows of that step are lost and the engine continues."""
 
     code = "INTERNAL"
     http_status = 500
