@@ -1,7 +1,6 @@
-"""The models of this runtime and their lives: load, unload, come back after an engine's death, be quarantined.
+"""Manages the runtime's models: loading, unloading, reloading after an engine crash, and quarantine.
 
-Operations on one id settle in the order in which they came; different ids go on beside each other. Knows the order of things; nothing of how
-files come (Preparer), how tokens come (EngineClient), or who asks (api.spi).
+Operations on one id run in the order of their arrival; operations on different ids run concurrently.
 """
 
 import asyncio
@@ -78,7 +77,7 @@ class Models:
         self.changes = Changes()
         engine.listen(self)
 
-    # What the APIs see
+    # Queries of the APIs
 
     def get(self, model_id: str) -> ServedModel:
         entry = self._entries.get(model_id)
@@ -103,7 +102,7 @@ class Models:
         ]
 
     def views(self) -> Sequence[ModelView]:
-        """Every model that is held, on its way, or failed lately."""
+        """Return all models that are loaded, loading, or failed recently."""
         return [
             ModelView(
                 entry.model_id,
@@ -118,10 +117,10 @@ class Models:
             for entry in self._entries.values()
         ]
 
-    # What the mesh asks
+    # Calls of the mesh
 
     async def load(self, model_id: str, source: ModelSource, settings: ModelSettings) -> ServedModel:
-        """Make a model answer requests. Shares a load that is on its way; cancelling undoes it unless others wait for it too.
+        """Load a model, or join a load of it that is running. Cancelling undoes the load unless other callers wait for it.
 
         Raises InvalidRequest, LoadFailed, Quarantined, Overloaded, Unavailable, DeadlineExceeded, Cancelled (unloaded meanwhile).
         """
@@ -149,7 +148,7 @@ class Models:
         return entry.served
 
     async def unload(self, model_id: str) -> None:
-        """Free what a model holds; unknown ids are fine. Goes on when the caller leaves. A load on its way is cancelled first."""
+        """Unload a model. Unknown ids are ignored. A running load is cancelled first. Continues if the caller is cancelled."""
         tail = self._tails.get(model_id)
         entry = self._entries.get(model_id)
         if tail is None and entry is None:
@@ -167,7 +166,7 @@ class Models:
         await asyncio.gather(*(self.unload(model_id) for model_id in {*self._entries, *self._tails}))
 
     async def stop_loads(self) -> None:
-        """Give up loads on their way and take no more; loaded models go on answering."""
+        """Cancel running loads and refuse new ones. Loaded models keep answering."""
         self._closing = True
         tickets = [*self._tails.values()]
         for ticket in tickets:
@@ -175,13 +174,13 @@ class Models:
         await asyncio.gather(*(ticket.task for ticket in tickets), return_exceptions=True)
 
     async def close(self) -> None:
-        """Let go of everything. The engine is stopped by its owner."""
+        """Release all models. The owner of the engine stops it."""
         await self.stop_loads()
         for entry in self._entries.values():
             self._release(entry)
         self._threads.shutdown(wait=False)
 
-    # What the engine tells
+    # Events of the engine
 
     def engine_ready(self, hello: Hello) -> None:
         for entry in self._entries.values():
@@ -224,7 +223,7 @@ class Models:
                 self.changes.notify()
 
         ticket = Operation(kind, mark, asyncio.create_task(run(), name=f"{kind.name.lower()} {model_id}"))
-        # whoever waits has the result; a task without a waiter (a model's return) has logged it
+        # Callers have the result. A task without callers (a reload after a crash) has logged it.
         ticket.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._tails[model_id] = ticket
         return ticket
@@ -304,7 +303,7 @@ class Models:
             try:
                 return await self._engine.load(request)
             except Unavailable:
-                # a death while loading: once more, unless this model was it
+                # The engine crashed during the load: try again unless this model is blamed for the crash.
                 if self._engine.restarts == lives or self._engine.state is EngineState.STOPPED:
                     raise
                 self._refuse_quarantined(entry.model_id, entry.mark)
@@ -333,9 +332,9 @@ class Models:
         if entry is None:
             return
         if entry.phase is Phase.QUARANTINED:
-            # a mesh cleans up after every load that failed: only who had been loaded is taken away on purpose
+            # A mesh also unloads after each failed load. Only the unload of a model that was loaded is deliberate.
             if entry.load_seconds:
-                self._quarantine.forgive(model_id)
+                self._quarantine.allow_retry(model_id)
         elif entry.phase is not Phase.FAILED:
             entry.phase = Phase.UNLOADING
             self.changes.notify()
@@ -393,5 +392,5 @@ def _quarantine_text(name: str) -> str:
 def _post(
     loop: asyncio.AbstractEventLoop, call: Callable[[_Entry, Progress], None], entry: _Entry, progress: Progress
 ) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody watches any more
+    with contextlib.suppress(RuntimeError):  # The loop has closed, so there are no watchers.
         loop.call_soon_threadsafe(call, entry, progress)

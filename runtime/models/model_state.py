@@ -1,7 +1,4 @@
-"""The words of a model's life in the runtime, and the seam to whoever makes its files ready.
-
-Plain data; knows no state machine (runtime.models) and no storage (runtime.puller.preparer).
-"""
+"""Phases of a model in the runtime, its view for the APIs, and the Protocol of the preparer of its files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ class Phase(StrEnum):
     PACKING = "packing"
     LOADING = "loading"
     LOADED = "loaded"
-    RETURNING = "returning"  # the engine died; the model is on its way back
+    RETURNING = "returning"  # the engine crashed and the model is being reloaded
     UNLOADING = "unloading"
     FAILED = "failed"
     QUARANTINED = "quarantined"
@@ -25,7 +22,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a phase is. `total_bytes` 0 = not known."""
+    """Progress within a phase. `total_bytes` is 0 if unknown."""
 
     phase: Phase
     done_bytes: int = 0
@@ -38,17 +35,17 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Files ready to load, held in the disk cache until `release` is called (once)."""
+    """Files that are ready to load. The disk cache keeps them until `release` is called, once."""
 
     checkpoint: Checkpoint
     release: Callable[[], None]
 
 
 class Preparer(Protocol):
-    """Pull, look at, and pack if need be."""
+    """Pulls, checks and, for a quantised model, packs the files of a model."""
 
     async def prepare(self, source: ModelSource, settings: ModelSettings, device: str, report: Report) -> Prepared:
-        """`report` may be called from any thread. Cancelling leaves no half-made files that look whole.
+        """Prepare the files of a model. `report` may be called from any thread. Cancelling leaves no incomplete files.
 
         Raises InvalidRequest (path, key), LoadFailed (files), Overloaded (disk full).
         """
@@ -56,7 +53,7 @@ class Preparer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model as a watcher sees it."""
+    """The state of one model."""
 
     model_id: str
     phase: Phase

@@ -1,4 +1,4 @@
-"""Places in a model's queue: one operation each, which starts when the one before has settled. Knows tasks; nothing of what they do."""
+"""The queue of operations on one model: each starts when the previous one has settled."""
 
 import asyncio
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class OperationKind(Enum):
 
 @dataclass(eq=False, slots=True)
 class Operation:
-    """One operation on one id, in its queue. `waiters` counts callers of a load; the last to leave takes it along."""
+    """One operation on one model id. `waiters` counts the callers of a load; the load is cancelled when the last one leaves."""
 
     kind: OperationKind
     mark: bytes
@@ -22,14 +22,14 @@ class Operation:
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """Once only: a second cancellation would cut short the undoing."""
+        """Cancel the task once. A second cancellation would interrupt its cleanup."""
         if not self.cancelled:
             self.cancelled = True
             self.task.cancel()
 
 
 async def settled(task: "asyncio.Task[None]") -> None:
-    """Wait for an earlier operation. Who is cancelled while it waits still keeps its place, or the next one would run beside the one before."""
+    """Wait for an earlier operation, even if cancelled meanwhile: otherwise the next operation would run beside the earlier one."""
     try:
         await asyncio.wait((task,))
     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""Who took the engine down how often, and who is therefore not tried again. Pure bookkeeping; knows no processes."""
+"""Counts the engine crashes of each model and blocks models that crashed the engine repeatedly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ class _Record:
 
 
 class Quarantine:
-    """Strikes by model id. A death with one suspect is a whole strike; with several, half a strike each: the next death will tell.
+    """Strikes by model id. A crash with one suspect is one strike. With several suspects each gets half a strike.
 
-    A record is of one source and its settings: the same id with others starts clean.
+    A record belongs to one source and its settings: the same id with other files or settings starts without strikes.
     """
 
     def __init__(self) -> None:
         self._records: dict[str, _Record] = {}
 
     def strike(self, suspects: Sequence[tuple[str, bytes]]) -> None:
-        """Blame one death on these (id, fingerprint) pairs."""
+        """Record one crash for these (id, fingerprint) pairs."""
         for model_id, fingerprint in suspects:
             record = self._records.get(model_id)
             if record is None or record.fingerprint != fingerprint:
@@ -33,8 +33,8 @@ class Quarantine:
         record = self._records.get(model_id)
         return record is not None and record.fingerprint == fingerprint and record.strikes >= _LIMIT
 
-    def forgive(self, model_id: str) -> None:
-        """Someone took the model away on purpose: it may come once more, and one more death is its last."""
+    def allow_retry(self, model_id: str) -> None:
+        """Allow one more load after a deliberate unload. The next crash quarantines the model again."""
         record = self._records.get(model_id)
         if record is not None:
             record.strikes = min(record.strikes, _LIMIT - 1.0)
