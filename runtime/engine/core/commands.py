@@ -1,4 +1,4 @@
-"""What the front asks for, applied to the engine's books: requests in and out, shutdown. Loads and unloads are loads.py's."""
+"""Applies the commands of the front: requests, aborts and shutdown. Loads and unloads are in loads.py."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from runtime.types import FinishReason
 
 @dataclass(slots=True)
 class Commands:
-    """`stop_by_s` is set by a Shutdown."""
+    """`stop_by_s`: when the engine must stop at the latest; None until a Shutdown came."""
 
     table: ModelTable
     loads: Loads

@@ -15,7 +15,7 @@ from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.ipc.messages import Load
 from runtime.types import ModelFacts
 
-# until a swap-in was measured
+# bytes per second, assumed until a swap-in of the tier was measured
 _GUESSED_BYTES_PER_S = {Tier.HOST: 40e9, Tier.DISK: 1.5e9}
 
 
@@ -131,11 +131,11 @@ class LoadedModel:
         return self.swap_seconds.get(tier, self.memory.weight_bytes / _GUESSED_BYTES_PER_S[tier])
 
     def has_work(self) -> bool:
-        """Whether a step could be planned for it, were it resident."""
+        """Whether a step could be planned for the model if it were resident."""
         return bool(self.scheduler.running) or (len(self.scheduler.waiting) > 0 and not self.draining)
 
     def holder(self, yields_to: tuple[int, int] | None = None) -> Holder:
-        """`yields_to`: waiting requests that come after this order don't count."""
+        """Return the facts that residency.py decides on. Waiting requests that come after the order `yields_to` do not count."""
         foremost = self.scheduler.foremost() if yields_to is not None else None
         yields = foremost is not None and yields_to is not None and foremost > yields_to
         return Holder(
@@ -177,6 +177,6 @@ class LoadedModel:
         )
 
     def stranded_bytes(self) -> int:
-        """Free blocks inside slabs that it holds."""
+        """Return the bytes of free blocks inside slabs that the model holds."""
         geometry = self.cache.blocks.geometry
         return self.cache.blocks.free_blocks * geometry.block_tokens * geometry.bytes_per_token

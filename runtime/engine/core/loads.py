@@ -1,4 +1,4 @@
-"""Loads on their way: one job a model, an answer for every Load and Unload, and none that overtakes another of the same model."""
+"""Loads and unloads: at most one load per model at a time, and one answer, in order, for every Load and Unload."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class _Pending:
 
 @dataclass(slots=True)
 class Loads:
-    """`collect_all_of` collects the steps of a model that are in flight: it can't go before them."""
+    """`collect_all_of` collects the steps of a model that are in flight, which must come before its unload."""
 
     table: ModelTable
     collect_all_of: Callable[[str], None]
@@ -68,7 +68,7 @@ class Loads:
         self.table.emit(Unloaded(model_id))
 
     def poll(self, now: float) -> None:
-        """Take in what has come."""
+        """Register the models whose loads have finished, and answer."""
         for model_id, pending in [(m, p) for m, p in self._pending.items() if self.table.executor.load_is_done(m)]:
             del self._pending[model_id]
             self._finish(pending, now)
@@ -78,7 +78,7 @@ class Loads:
                 self._start(pending.then, pending.then_loads)
 
     def stop(self) -> None:
-        """Cancel all and wait for them (the engine ends)."""
+        """Cancel all loads and wait for them, because the engine ends."""
         executor = self.table.executor
         for model_id in self._pending:
             executor.cancel_load(model_id)

@@ -1,7 +1,7 @@
 """The engine thread: commands → whose turn → plan → launch → collect the launch before → one message.
 
-At most two steps are in flight, over all models. Keep this file to the order of things: no policy (scheduler, fairness, resident), no bookkeeping
-(model table, loads, commands), no torch, no I/O, no per-row work, and nothing that waits while a step could be launched. At most 250 lines.
+At most two steps are in flight, over all models. This file is the order of a turn only: no policy, no bookkeeping, no torch, no I/O, no work per
+row, and nothing that waits while a step could be launched.
 """
 
 import queue
@@ -24,13 +24,13 @@ from runtime.ipc.messages import Command, Event, LoadFailed
 from runtime.types import FinishReason
 
 _STATS_EVERY_S = 1.0
-_POLL_S = 0.005  # while a load or a swap-in is on its way and nothing else is to be done
-_FAULTS = 2  # in a row, and the model is given up
+_POLL_S = 0.005  # between looks at loads and swap-ins while the engine is idle
+_FAULTS = 2  # failed steps in a row after which a model is unloaded
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A launched step. `predicted_us` was charged already."""
+    """A launched step. `predicted_us` is what the model was charged at the launch."""
 
     model: LoadedModel
     step: Step
@@ -40,7 +40,15 @@ class Flight:
 
 
 class EngineLoop:
-    """`inbox` brings commands; None in it means that the front is gone. `emit` must not block. `mark` notes which model is about to run."""
+    """Runs one engine.
+
+    Args:
+        inbox: commands; None means that the front has disconnected.
+        emit: sends an event; it must not block.
+        mark: notes which model is about to run, for the process that looks into a crash.
+        clock: monotonic seconds.
+        record: is called with every device operation before it is applied.
+    """
 
     def __init__(
         self,
@@ -74,14 +82,14 @@ class EngineLoop:
         return len(self._loads)
 
     def run(self) -> None:
-        """Until a Shutdown is through or the front is gone. Raises what the device raises when it is lost: then this process must end."""
+        """Turn until a Shutdown is complete or the front has disconnected. Raises the device's error if the device is lost; the process must end then."""
         while not self.done:
             if not self.turn():
                 self._wait()
         self._close()
 
     def turn(self) -> bool:
-        """One turn; False if there was nothing to do."""
+        """Run one turn. Returns whether there was work."""
         now = self._clock()
         worked = self._take_commands(now)
         if len(self._loads):
@@ -98,7 +106,7 @@ class EngineLoop:
         if self._config.debug_checks:
             self.table.check()
         idle = not (worked or launched)
-        # whoever looks right after the last answer is not to be told that it runs
+        # Report the idle state at once, so that a query after the last answer does not see a running model.
         if (
             self.table.num_changes != self._reported_changes
             or now >= self._stats_due_s
@@ -135,7 +143,7 @@ class EngineLoop:
 
     def _update_residency(self, now: float) -> None:
         """Bring weights in and out. A model whose swap-in fails is unloaded, the others stay."""
-        self._executor.flush()  # what is asked about swap-ins must be under way
+        self._executor.flush()  # swap-ins must have begun before they are polled
         self.table.resident.update(now)
         self._executor.flush()
         for model_id, error in self._executor.take_failed_swap_ins().items():
@@ -145,10 +153,10 @@ class EngineLoop:
     # Launching ------------------------------------------------------------------------------------------------------------------------------
 
     def _launch(self, now: float) -> bool:
-        """Plan and launch one step of the model whose turn it is; if that one can't move, of the next."""
+        """Plan and launch one step of the model whose turn it is, or of the next model if that one has nothing to run."""
         active = {m.model_id: m for m in self.table.models.values() if m.resident and m.has_work()}
         arrived = {model_id: m for model_id, m in active.items() if not m.swapping}
-        # a model whose weights are still on their way would hold up the others' steps behind its own
+        # A step of a model whose weights are still being copied would delay the other models' steps behind it.
         active = arrived or active
         num_active = len(active)
         while active:
@@ -156,7 +164,7 @@ class EngineLoop:
             if model_id is None:
                 return False
             model = active.pop(model_id)
-            # one that couldn't move may have taken its weights' room meanwhile
+            # A model that was tried before may have evicted this one.
             if model.resident and self._launch_step(model, num_active, now):
                 return True
         return False
@@ -180,10 +188,10 @@ class EngineLoop:
         self._flights.append(Flight(model, step, launched, tokens, predicted_us))
         return True
 
-    # Landing --------------------------------------------------------------------------------------------------------------------------------
+    # Collecting --------------------------------------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Wait for the oldest launch and pass its tokens on."""
+        """Wait for the oldest launched step and emit its tokens."""
         flight = self._flights.popleft()
         model, step = flight.model, flight.step
         try:
@@ -199,12 +207,12 @@ class EngineLoop:
         self.table.emit_rows(model.model_id, rows)
 
     def _collect_all_of(self, model_id: str) -> None:
-        """Land every flight up to the last one of this model."""
+        """Collect every launched step up to the last one of this model."""
         while any(flight.model.model_id == model_id for flight in self._flights):
             self._collect()
 
     def _fault(self, model: LoadedModel, step: Step, error: Exception) -> None:
-        """A step raised: its rows are lost, the model stays, until it happens twice in a row."""
+        """Fail the rows of a step that raised. The model is unloaded if this happens twice in a row."""
         self._executor.mark_running(model.model_id)  # not the model that was launched after it
         self._backend.synchronize()  # raises if the device itself is lost
         now = self._clock()
@@ -219,13 +227,13 @@ class EngineLoop:
             self._unload_broken(model, f"{text} ({faults} times in a row)")
 
     def _unload_broken(self, model: LoadedModel, text: str) -> None:
-        model.clear_faults()  # what is in flight may fail too, and must not come here again
+        model.clear_faults()  # steps in flight may fail too, and must not unload the model again
         self._collect_all_of(model.model_id)
         self.table.unregister(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)
         self._round_robin.forget(model.model_id)
         self.table.emit(LoadFailed(model.model_id, "INTERNAL", text))
 
-    # Rest and end ---------------------------------------------------------------------------------------------------------------------------
+    # Waiting and the end ---------------------------------------------------------------------------------------------------------------------------
 
     def _anything_left(self) -> bool:
         return bool(self._flights) or any(m.scheduler.sequences() for m in self.table.models.values())
@@ -235,7 +243,7 @@ class EngineLoop:
             return
         models = self.table.models.values()
         swapping = next((m.model_id for m in models if m.swapping), "")
-        self._executor.mark_running(swapping)  # if the engine ends now, no other model did it
+        self._executor.mark_running(swapping)  # a crash from now on has no other cause
         soon = bool(len(self._loads) or swapping) or any(len(m.scheduler.waiting) for m in models)
         timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
         try:
@@ -245,7 +253,7 @@ class EngineLoop:
         self._handle(command, self._clock())
 
     def _close(self) -> None:
-        """End what is left, and give everything back."""
+        """End all requests, unload all models and release everything."""
         while self._flights:
             self._collect()
         self._loads.stop()

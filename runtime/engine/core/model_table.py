@@ -1,6 +1,6 @@
-"""The engine's books: which models are loaded, who holds rows and slabs, and what the front is told of it.
+"""The loaded models of an engine, with the pools of slabs and rows that they share.
 
-Takes models in and lets them go so that nothing stays lent; when that happens is the loop's business.
+Registers and unregisters models so that no slab or row stays allocated, and emits what ends a request outside of a step.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,7 +49,7 @@ class ModelTable:
         return self._num_registrations + self.resident.num_changes
 
     def check_fits(self, request: Load, weight_bytes: int) -> None:
-        """Raises Overloaded, with the sizes, for weights that exceed the whole budget."""
+        """Raise Overloaded if weights of `weight_bytes` exceed the whole device budget."""
         budget = self.slabs.total * self.backend.slab_bytes
         if weight_bytes > budget:
             raise Overloaded(
@@ -60,7 +60,7 @@ class ModelTable:
             )
 
     def register(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
-        """Take a model in. Raises Overloaded, with the sizes, if weights and the least useful KV can never be on the device together."""
+        """Add a model that was loaded. Raises Overloaded if its weights and the smallest useful KV cache exceed the device budget."""
         memory, facts = loaded.memory, loaded.runner.facts
         geometry = memory.kv
         block_tokens = geometry.block_tokens
@@ -99,7 +99,7 @@ class ModelTable:
     def unregister(
         self, model: LoadedModel, reason: FinishReason, now: float, code: str | None = None, error: str | None = None
     ) -> None:
-        """Forget a model: its rows end for `reason`, all that it held goes back. No step of it may be in flight."""
+        """Remove a model: end its requests for `reason` and release all that it holds. None of its steps may be in flight."""
         self.end(model, model.scheduler.sequences(), reason, now, code, error)
         model.cache.forget()
         self.resident.evict(model)
@@ -116,7 +116,7 @@ class ModelTable:
         code: str | None = None,
         error: str | None = None,
     ) -> None:
-        """End sequences for a reason that isn't in their text, and say so."""
+        """End sequences for a reason outside of their text, and emit it."""
         rows = []
         for sequence in sequences:
             model.scheduler.end(sequence, now)
@@ -136,7 +136,7 @@ class ModelTable:
             self.emit(Tokens(model_id, tuple(rows)))
 
     def make_host_room(self, size_bytes: int) -> None:
-        """Host copies go, least recently used first, until a model of this size fits."""
+        """Drop host copies, least recently used first, until a model of this size fits in the host tier."""
         if not self.backend.host_total_bytes:
             return
         for model in sorted(self.models.values(), key=lambda m: (m.scheduler.running > 0, m.last_used_s)):
@@ -160,7 +160,7 @@ class ModelTable:
         )
 
     def check(self) -> None:
-        """Whatever was lent is accounted for."""
+        """Raise AssertionError unless every slab and row is free or has an owner."""
         self.slabs.check()
         self.rows.check()
         for model in self.models.values():

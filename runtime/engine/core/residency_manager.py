@@ -1,7 +1,7 @@
-"""Keeps the right models in device memory: brings in those with waiting requests, evicts, and finds room for KV under pressure.
+"""Decides which models' weights are on the device and finds room for KV cache under pressure.
 
-Order of what gives way: cached prefixes (least recently used over all models), idle models' weights, then the newest rows of the model furthest
-above its share. Applies residency.py's choices to slabs and memory ranges; knows no torch and no clock.
+Memory is reclaimed in this order: cached prefixes (least recently used over all models), the weights of idle models, then the newest rows of the model
+that exceeds its share most. The choices themselves are pure functions in memory/residency.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +39,7 @@ class ResidencyManager:
     # Weights --------------------------------------------------------------------------------------------------------------------------------
 
     def update(self, now: float) -> None:
-        """Note finished swap-ins, end drains that take too long, and bring in models with waiting requests, longest wait first."""
+        """Note finished swap-ins, end drains that take too long, and swap in models with waiting requests, longest wait first."""
         absent: list[tuple[float, LoadedModel]] = []
         for model in self._models.values():
             if model.swapping and model.memory.swap_in_done():
@@ -60,7 +60,7 @@ class ResidencyManager:
             self._bring_in(model, now - since, now)
 
     def load_if_free(self, model: LoadedModel, now: float) -> None:
-        """A model that was just loaded becomes resident at once where that costs nobody anything."""
+        """Swap in a model that was just loaded if no other model has to be evicted for it."""
         if self._pool.free >= model.memory.weight_slabs + 1 and not self._room_is_kept():
             self._swap_in(model, now)
 
@@ -76,7 +76,7 @@ class ResidencyManager:
         self._enqueue(Evict(model.model_id))
         self._pool.release(model.weights_owner, model.leave_device())
         self.release_claim(model)
-        model.scheduler.promised_blocks = 0
+        model.scheduler.promise(0)
         self._num_changes += 1
 
     def _bring_in(self, model: LoadedModel, waited_s: float, now: float) -> None:
@@ -139,7 +139,7 @@ class ResidencyManager:
         return {model_id: _kv_blocks(model, slabs - spare[model_id]) for model_id, model in self._models.items()}
 
     def make_room(self, model: LoadedModel, blocks: int, now: float) -> None:
-        """Try to let the model's cache give out `blocks` more."""
+        """Reclaim memory from other models until the model's cache can give out `blocks` more, as far as possible."""
         cache = model.cache
         others = [m for m in self._models.values() if m is not model]
         own_oldest = cache.oldest_idle_s
@@ -152,18 +152,17 @@ class ResidencyManager:
             pass
 
     def yield_to(self, model: LoadedModel, sequence: Sequence, now: float) -> None:
-        """Nothing of this model can move: whatever came after its first sequence gives up its room, share or no share.
+        """Reclaim room for `sequence`, the first of a model that cannot run anything, from every request that came after it, regardless of shares.
 
-        The order is the same for everyone and never changes, so the first sequence of all gets through in the end, and nobody takes turns at
-        turning each other out.
+        The order of requests is the same for all models and never changes. So the first request of all always runs in the end, and two models cannot
+        preempt each other in turns.
         """
         blocks = blocks_for(sequence.tokens_to_begin, model.cache.blocks.geometry.block_tokens) - len(sequence.pages)
         others = [m for m in self._models.values() if m is not model]
         if self._room_is_kept(model):
             return
         for other in others:
-            if not other.scheduler.running:
-                other.scheduler.promised_blocks = 0
+            other.scheduler.promise(0)
         while model.cache.obtainable() < blocks and self._drop_oldest_prefix(others):
             pass
         self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
@@ -172,16 +171,15 @@ class ResidencyManager:
                 while self._drop_oldest_prefix((other,)):
                     pass
         self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
-        # weights on their way can't leave before they are here; they will then, if nobody takes that room in their stead
+        # Weights that are being copied cannot be evicted yet. They will be once they have arrived, so their room counts.
         arriving = sum(m.memory.weight_slabs for m in others if m.swapping and _comes_after(m, sequence))
         if model.cache.obtainable() + arriving * model.cache.blocks.geometry.blocks_per_slab < blocks:
             return
-        self._claimant = model.model_id  # or those who made way would take it back
-        if not model.scheduler.running:
-            model.scheduler.promised_blocks = blocks
+        self._claimant = model.model_id  # or the preempted sequences would take the room back
+        model.scheduler.promise(blocks)
 
     def _room_is_kept(self, model: LoadedModel | None = None) -> bool:
-        """Whether room was made for a request that hasn't taken it yet and comes before all of this model's."""
+        """Whether room is kept for another model's request that comes before all requests of `model`."""
         order = model.scheduler.foremost() if model is not None else None
         for other in self._models.values():
             if other is model or (other.draining and not other.scheduler.running):
@@ -194,7 +192,7 @@ class ResidencyManager:
         return False
 
     def _evict_for(self, model: LoadedModel, blocks: int, holders: list[Holder], now: float) -> None:
-        """Evict what lets the model have these blocks; if nothing does, what helps at all."""
+        """Evict idle models until the model can have `blocks`; if that is impossible, evict what frees at least one slab."""
         short = blocks - model.cache.obtainable()
         if short <= 0:
             return
@@ -220,9 +218,9 @@ class ResidencyManager:
         return any(model.cache.drop_oldest_slab() for _, model in ages)
 
     def _preempt_above_share(self, model: LoadedModel, others: list[LoadedModel], now: float) -> bool:
-        """Turn out the newest row of the model that holds most KV, if that is more than this one would hold.
+        """Preempt the newest row of the model that holds most KV, if that is more than this model would hold.
 
-        Never one that came before all of this model's: two models would turn each other out for ever.
+        A row that came before all of this model's requests is not preempted, or two models would preempt each other for ever.
         """
         running = [m for m in others if m.scheduler.running]
         furthest = max(running, key=_used_slabs, default=None)
@@ -249,12 +247,12 @@ def _kv_blocks(model: LoadedModel, others_slabs: int) -> int:
 
 
 def _comes_after(model: LoadedModel, sequence: Sequence) -> bool:
-    """Whether none of its requests is as entitled as this one."""
+    """Whether all requests of `model` come after `sequence`."""
     foremost = model.scheduler.foremost()
     return foremost is None or foremost > sequence.order
 
 
 def _used_slabs(model: LoadedModel) -> float:
-    """KV in running rows, in slabs."""
+    """Return the KV cache of running rows, in slabs."""
     blocks = model.cache.blocks
     return blocks.used_blocks / blocks.geometry.blocks_per_slab

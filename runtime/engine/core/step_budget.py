@@ -1,7 +1,4 @@
-"""What one plan of one model may use: tokens, rows and KV blocks, given who else wants them now.
-
-Joins the cost model, the residency and the row pool into scheduler.Limits; plans nothing itself.
-"""
+"""Bounds one step of one model: tokens, rows and KV blocks, given what other models need now."""
 
 from dataclasses import dataclass
 
@@ -9,17 +6,21 @@ from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.scheduler.scheduler import Limits
 
-_LEAST_CHUNK = 64  # tokens of prefill that a step may have however short the quantum
-_ALONE_ON_CPU_US = 500_000  # no step can be stopped: a full one would hold up for half a minute whoever comes or leaves
-_GROWTH = 4  # there a step is at most so many times as large as any before: what it takes is a guess
+_LEAST_CHUNK = 64  # prefill tokens that every step may have, however short the quantum
+_ALONE_ON_CPU_US = (
+    500_000  # a step cannot be interrupted, and a full one would delay arrivals and aborts by half a minute
+)
+_GROWTH = 4  # on a CPU a step is at most this many times larger than any before, since its cost is extrapolated
 
 
 @dataclass(slots=True)
 class StepBudget:
+    """Joins the cost model, residency and the row pool into scheduler.Limits."""
+
     table: ModelTable
 
     def limits(self, model: LoadedModel, num_active: int, now: float) -> Limits:
-        """Finds room for what the plan will want, as far as there is any."""
+        """Return what the next plan may use, after reclaiming memory for what it will want."""
         scheduler, resident = model.scheduler, self.table.resident
         budget = self._token_budget(model, num_active)
         wanted = scheduler.blocks_wanted(budget)
@@ -30,7 +31,7 @@ class StepBudget:
         return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
 
     def handle_starvation(self, model: LoadedModel, now: float) -> None:
-        """After an empty plan: others make way."""
+        """Reclaim room from later requests after an empty plan."""
         sequence = model.scheduler.starved()
         if sequence is None or (model.draining and not model.scheduler.running):
             return
@@ -50,7 +51,7 @@ class StepBudget:
         return min(config.max_batch_tokens, tokens)
 
     def _rows_to_admit(self, model: LoadedModel, num_active: int) -> int:
-        """All free rows, but no more than the model's share while another has none and waits for one."""
+        """Return all free rows, or at most the model's share while another model waits for its first row."""
         free = self.table.rows.free
         models = self.table.models.values()
         if num_active > 1 and any(

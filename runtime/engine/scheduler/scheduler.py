@@ -46,7 +46,7 @@ class Scheduler:
     def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: ModelRows) -> None:
         self.totals = Totals()
         self.waiting = WaitingQueue()
-        self.promised_blocks = 0  # what admission counted on at the last look
+        self.promised_blocks = 0  # that the last admission counted on; read-only outside
         self._cache = cache
         self._rows = rows
         self._block_tokens = cache.blocks.geometry.block_tokens
@@ -77,6 +77,11 @@ class Scheduler:
     def decoding(self) -> tuple[int, int]:
         """Decode rows, and the tokens that they hold."""
         return len(self._decode), self._decode.kv_tokens()
+
+    def promise(self, blocks: int) -> None:
+        """Keep `blocks` for the first waiting sequence. Running rows have what admission counted, so nothing changes while there are any."""
+        if not self._running:
+            self.promised_blocks = blocks
 
     def sequences(self) -> list[Sequence]:
         return list(self._live.values())
