@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md's tables from the configuration itself: `python scripts/configuration.py [--check]`."""
+"""Generates docs/configuration.md from the configuration structs and flags: `python scripts/configuration.py [--check]`."""
 
 import argparse
 import sys
@@ -20,7 +20,8 @@ PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-A flag overrides an environment variable, which overrides the YAML file, which overrides the default, for every program. Sizes are bytes or `512MiB`, `40GiB`; times are seconds; addresses are `HOST:PORT` or `unix:PATH`; lists are comma separated.
+A flag overrides an environment variable, which overrides the YAML file, which overrides the default, for every program. Sizes are bytes, or
+`512MiB` and `40GiB`. Times are seconds. Addresses are `HOST:PORT` or `unix:PATH`. Lists are comma separated.
 
 | program | flags | environment | file |
 | --- | --- | --- | --- |
@@ -29,7 +30,7 @@ A flag overrides an environment variable, which overrides the YAML file, which o
 | `repertory serve-runtime` | the same, engine's fields included | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the runtime, the engine's under `engine:` |
 
 Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own variables belong to the runtime's environment, other stores' keys into files of
-`storage_config_dir` (ModelMesh's `storage-config` secret, one JSON object a file), named by `--storage-key` at registration.
+`storage_config_dir` (ModelMesh's `storage-config` secret, one JSON object per file), named by `--storage-key` at registration.
 
 | store | install | keys of its file, or `storage_params` | without any |
 | --- | --- | --- | --- |
@@ -38,9 +39,10 @@ Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own va
 | `az://ACCOUNT/CONTAINER/PATH` | `repertory[azure]` | `connection_string`, or `account_key`, `sas_token`, or `tenant_id`, `client_id`, `client_secret`, or `managed_identity`; `endpoint_url`, `anonymous` | the identity that the environment names, or public containers |
 | `http(s)://…` | | `headers` (a JSON object) and their `url`, `certificate`, `client_certificate`, `client_key` (PEM) | |
 
-A registration may lay `storage_params` over its file, all but the place where the file's credentials go (`url`, `endpoint_url`, `token_uri`,
-`verify_ssl`, `ca_bundle`); a file with `headers` names the `url` whose site they are for, and the machine's own identity at Google's or Azure's store goes to
-no `endpoint_url` that a registration names. Without a `storage_key`, the files `default_<type>` and `default` are used if they are of the URI's type and, with headers, for its site.
+A registration's `storage_params` override the file, except for the fields that decide where its credentials are sent (`url`, `endpoint_url`,
+`token_uri`, `verify_ssl`, `ca_bundle`). A file with `headers` must name the `url` of the site that receives them. The machine's own identity at
+Google's or Azure's store is never sent to an `endpoint_url` that a registration names. Without a `storage_key`, the files `default_<type>` and
+`default` are used if they match the URI's type and, with headers, its site.
 """
 
 
@@ -85,7 +87,7 @@ def _rows(kind: type[msgspec.Struct]) -> list[str]:
         if not isinstance(field.type, msgspec.inspect.Metadata):
             continue
         text = str((field.type.extra_json_schema or {}).get("description", ""))
-        inner = isinstance(field.default, msgspec.Struct)  # has a table of its own
+        inner = isinstance(field.default, msgspec.Struct)  # a section has its own table
         default = (
             "" if inner or field.default in ("", (), msgspec.NODEFAULT) else f"`{_shown(field.name, field.default)}`"
         )
@@ -109,9 +111,7 @@ def main() -> int:
     check = "--check" in sys.argv[1:]
     if check:
         if PAGE.read_text() != page():
-            print(
-                f"{PAGE.relative_to(ROOT)} is behind the configuration; run scripts/configuration.py", file=sys.stderr
-            )
+            print(f"{PAGE.relative_to(ROOT)} is out of date; run scripts/configuration.py", file=sys.stderr)
             return 1
         return 0
     PAGE.write_text(page())

@@ -1,4 +1,4 @@
-"""The configuration's page is the configuration."""
+"""docs/configuration.md is what scripts/configuration.py generates."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_shows_every_field_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("REPERTORY_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("configuration", ROOT / "scripts" / "configuration.py")
