@@ -1,6 +1,6 @@
 """`python -m runtime.engine --socket PATH --config JSON [--blackbox PATH]`: one engine, connected to its front.
 
-Exits 0 after a Shutdown or when the front hangs up, 1 with a line on standard error when the device is lost.
+Exits 0 after a Shutdown or when the front disconnects, 1 with a traceback on standard error when the device is lost.
 """
 
 import argparse
@@ -31,13 +31,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--blackbox", help="file that keeps the name of the model that runs")
     options = parser.parse_args(arguments)
     config = msgspec.json.decode(options.config, type=EngineConfig)
-    # the front decides when the engine ends, and hangs up if it dies itself
+    # The front decides when the engine ends; if the front dies, its connection closes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     blackbox = CrashMarker(options.blackbox) if options.blackbox else None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(options.socket)
 
-    # loads and compilers run beside the engine thread, which must not wait long for its turn
+    # Loads and compilers run beside the engine thread, which must get the interpreter back soon.
     sys.setswitchinterval(0.001)
     # These imports come late, because torch takes seconds and the front waits for the connection.
     with light_imports():
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         )
         mark = blackbox.mark if blackbox is not None else lambda _: None
         loop = EngineLoop(config, backend, channel.inbox, channel.emit, mark, time.monotonic)
-        # what was imported lives as long as the process: full collections needn't look at it, nor pause a step for it
+        # Imported objects live as long as the process, so full collections must not scan them and delay a step.
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
@@ -90,5 +90,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # loader threads and device libraries may have work that nobody waits for any more
+    # Do not wait for loader threads and device libraries.
     os._exit(status)

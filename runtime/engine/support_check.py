@@ -1,7 +1,7 @@
 """Whether the engine can run a checkpoint, from its configuration alone: `python -m runtime.engine.support_check PATH [MAX_MODEL_LEN]`.
 
-A process of its own, since it takes torch and the model's code to tell: it tries a miniature, as a load does. PATH is a directory with
-config.json, or a .gguf file. Prints one JSON line: the reason why not, or an empty string. Reads no weights.
+It is a process of its own because the check needs torch and the model's code: like a load, it builds a tiny model. PATH is a directory with
+config.json, or a .gguf file. It prints one JSON line: the reason against it, or an empty string. It reads no weights.
 """
 
 import json
@@ -17,7 +17,7 @@ _NAME = "it"  # stands for the model in messages, whose beginning is cut off
 
 
 def refusal(path: Path, max_model_len: int | None) -> str:
-    """Why it can't be run; empty if it can."""
+    """Return why the engine cannot run the checkpoint; empty if it can."""
     if path.suffix != ".gguf":
         return _refusal(path, max_model_len)
     from transformers import AutoConfig

@@ -1,7 +1,4 @@
-"""The engine's device and what is made on it: loads run in threads of their own and end in a runner over ranges of device memory.
-
-Knows how hardware, builder and runner fit together; decides nothing about who is resident or runs.
-"""
+"""The backend of an engine: loads models in threads of their own into a runner over ranges of device memory."""
 
 import importlib
 import logging
@@ -31,9 +28,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def make_backend(config: EngineConfig) -> "EngineBackend":
-    """The backend that `config.device` names ("auto": a GPU if there is one). Called from the engine thread, on whose stream everything runs.
+    """Return the backend that `config.device` names ("auto": a GPU if there is one). Call it from the engine thread, on whose stream everything runs.
 
-    Raises ValueError for an unknown device or a budget that the machine hasn't.
+    Raises ValueError for an unknown device or a budget that the machine does not have.
     """
     _quiet_libraries()
     device = _device_of(config)
@@ -76,7 +73,7 @@ class EngineBackend:
         self._hardware = hardware
         self._prover = EquivalenceChecker(config.fuse)
         self._state = state if state is not None else DeviceState.create(hardware.device, config)
-        # a CPU compiles nothing
+        # Nothing is compiled for a CPU.
         self._stage = WarmupStage(hardware.device, config) if hardware.device.type == "cuda" else None
         self._opened = False
         self.device = str(hardware.device)
@@ -97,18 +94,18 @@ class EngineBackend:
 
     def idle(self, mark: Callable[[str], None] = lambda name: None) -> bool:
         if self._stage is not None and not self._opened:
-            self._opened = True  # not before the engine has said that it is there
+            self._opened = True  # not earlier, so that it does not delay the engine's Hello
             self._stage.open()
             return True
-        # what a rehearsal compiles needn't be compiled twice, and the memory that it takes is no graph's
+        # A capture during a warmup would compile the same kernels twice and count the warmup's memory as the graph's.
         rehearsing = self._stage is not None and self._stage.busy
         if not rehearsing and self._state.graphs.capture_one(mark):
             return True
-        mark("")  # what follows is no model's doing
+        mark("")  # no model causes what follows
         return self._hardware.idle()
 
     def close(self) -> None:
-        """Give the device back; all models must be closed."""
+        """Release the device. All models must be closed."""
         self._hardware.close()
 
     def _load(self, request: LoadRequest, cancelled: threading.Event) -> LoadResult:
@@ -173,7 +170,7 @@ class EngineBackend:
 
 
 class Loading:
-    """A load in a thread of its own. Implements plan.LoadJob."""
+    """A load in a thread of its own. Implements interfaces.LoadJob."""
 
     def __init__(self, work: Callable[[threading.Event], LoadResult]) -> None:
         self._work = work

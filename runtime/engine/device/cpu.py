@@ -1,4 +1,4 @@
-"""A CPU as the engine's device: slabs of ordinary memory, no host tier beside it, no background work."""
+"""A CPU as the engine's device: slabs of ordinary memory, without a host tier or background work."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ _READ_THREADS = 8
 
 
 class CpuDevice:
-    """Implements Hardware."""
+    """Implements Device."""
 
     def __init__(self, config: EngineConfig) -> None:
         if config.num_threads:
@@ -45,7 +45,7 @@ class CpuDevice:
 
     @cached_property
     def host_order(self) -> OneDnnLayout | None:
-        # found out by the first load: the proof takes a tenth of a second, and an engine is to say soon that it is there
+        # Determined by the first load, because the check takes 0.1 s that would delay the engine's start.
         return OneDnnLayout.create()
 
     def host_free_bytes(self) -> int:
@@ -59,7 +59,7 @@ class CpuDevice:
         return CpuModelMemory(weights, KvRange(self.memory.reserve(kv.max_slabs)), kv, filler)
 
     def synchronize(self) -> None:
-        """Nothing is ever under way."""
+        """Return at once: a CPU launches nothing asynchronously."""
 
     def idle(self) -> bool:
         return False

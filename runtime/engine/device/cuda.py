@@ -28,11 +28,11 @@ _LOG = logging.getLogger(__name__)
 _SLAB_BYTES = 64 * MIB
 _GROUP_BYTES = 32 * MIB
 _READ_THREADS = 16
-_INDEX_BYTES = MIB  # the arena's index lies beside it
+_INDEX_BYTES = MIB  # for the arena's index, a file beside the arena
 
 
 class CudaDevice:
-    """Implements Hardware. Made in the engine thread: the stream that is current there is the one that everything is ordered on."""
+    """Implements Device. Construct it in the engine thread: all work is ordered on the stream that is current there."""
 
     def __init__(self, device: torch.device, config: EngineConfig) -> None:
         torch.cuda.set_device(device)
@@ -95,9 +95,9 @@ class CudaDevice:
 
 
 def host_tier(config: EngineConfig, slab_bytes: int) -> tuple[str, int]:
-    """Where the arena lies ("" = private memory) and its size: as configured, else what an earlier engine left, else half of free memory.
+    """Return the arena's path ("" = private memory) and its size: as configured, else as an earlier engine left it, else half of free memory.
 
-    Never more than its file system holds; one that holds less than half of that (a container's 64 MiB, say) is no place for it.
+    The size is at most what the path's file system can hold. If that is less than half of the size (a container's 64 MiB, say), memory is private.
     """
     path = config.host_arena_path
     left_bytes = Path(path).stat().st_size if path and Path(path).exists() else 0

@@ -1,4 +1,4 @@
-"""What a kind of device brings: slabs, a host tier or none, and a loaded model's memory. The seam that keeps CPU and GPU apart; knows no model."""
+"""Interface of a device type (CPU, GPU): slabs, an optional host tier, and the memory of a loaded model."""
 
 import threading
 from typing import Protocol
@@ -15,7 +15,7 @@ from runtime.engine.model.cpu.onednn_layout import OneDnnLayout
 
 
 class TakenMemory(ModelMemory, WeightReadiness, Protocol):
-    """One loaded model's memory, with the addresses that its tensors view."""
+    """The memory of one loaded model, with the bytes that its tensors view."""
 
     @property
     def weights_view(self) -> Tensor: ...
@@ -30,8 +30,8 @@ class Device(Protocol):
     Attributes:
         num_read_threads: threads that read a checkpoint.
         min_group_bytes: weights come in groups of at least this size.
-        layout_4bit: how it reads 4-bit codes.
-        host_order: what its matrices are put in; None = they stay in rows.
+        layout_4bit: the layout of 4-bit codes that its kernels read.
+        host_order: the order that matrices are converted to; None = they stay in rows.
     """
 
     device: torch.device
@@ -50,11 +50,11 @@ class Device(Protocol):
     def take(
         self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event
     ) -> TakenMemory:
-        """Ranges for a model, and its weights in the host tier where there is one. Called from a loading thread; raises Cancelled or LoadFailed."""
+        """Reserve ranges for a model and bring its weights into the host tier if there is one. Runs in a loading thread; raises Cancelled or LoadFailed."""
 
     def synchronize(self) -> None: ...
 
     def idle(self) -> bool:
-        """One piece of background work; True if there was one."""
+        """Do one piece of background work. Returns whether there was one."""
 
     def close(self) -> None: ...

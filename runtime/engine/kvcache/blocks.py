@@ -1,6 +1,6 @@
-"""One model's KV blocks over the slabs that it borrows: which page ids are free, and which slabs could go back.
+"""Allocates one model's KV blocks from the slabs that it borrows.
 
-A block is free, used, or idle (holds cached content that nobody reads now). Knows nothing of what blocks contain; prefix.py does.
+A block is free, used, or idle: an idle block holds cached content that no running sequence reads (prefix.py).
 """
 
 from typing import Protocol
@@ -42,7 +42,7 @@ class BlockPool:
 
     @property
     def free_blocks(self) -> int:
-        """In slabs that are held already: what lies stranded there."""
+        """Free blocks in slabs that the model holds already."""
         return self._num_free
 
     @property
@@ -51,16 +51,16 @@ class BlockPool:
 
     @property
     def used_blocks(self) -> int:
-        """Blocks that running rows hold."""
+        """Blocks that running sequences hold."""
         return len(self._slab_at) * self.geometry.blocks_per_slab - self._num_free - self._num_idle
 
     def obtainable(self) -> int:
-        """Blocks that `take` could give now, one after the other."""
+        """Return how many blocks `take` could allocate now."""
         slabs = min(self._pool.free, len(self._places))
         return self._num_free + slabs * self.geometry.blocks_per_slab
 
     def take(self) -> int | None:
-        """A free block's page id, or None if no slab is to be had."""
+        """Allocate a block. Returns its page id, or None if there is no free slab."""
         if not self._num_free and not self._borrow():
             return None
         room = self._least_room
@@ -76,7 +76,7 @@ class BlockPool:
         return page
 
     def free(self, page: int) -> None:
-        """A used block is empty again; its slab goes back if it was the last."""
+        """Free a used block. Its slab is returned to the pool if it was the last block in use there."""
         geometry = self.geometry
         place = page // geometry.pages_per_slab
         free = self._free_in[place]
@@ -92,21 +92,21 @@ class BlockPool:
         self._idle_slabs += self._is_idle(place)
 
     def set_idle(self, page: int) -> None:
-        """Nobody reads this used block any more, but its content is kept."""
+        """Mark a used block as idle: its content is kept."""
         place = page // self.geometry.pages_per_slab
         self._idle_in[place] += 1
         self._num_idle += 1
         self._idle_slabs += self._is_idle(place)
 
     def set_used(self, page: int) -> None:
-        """An idle block is read again, or about to be freed."""
+        """Mark an idle block as used, because it is read again or about to be freed."""
         place = page // self.geometry.pages_per_slab
         self._idle_slabs -= self._is_idle(place)
         self._idle_in[place] -= 1
         self._num_idle -= 1
 
     def idle_slab(self, page: int) -> bool:
-        """Whether the slab of this page would be empty without its idle blocks."""
+        """Whether the slab of this page holds only free and idle blocks."""
         return self._is_idle(page // self.geometry.pages_per_slab)
 
     @property
@@ -144,7 +144,7 @@ class BlockPool:
         self._pool.release(self._owner, (self._slab_at.pop(place),))
 
     def check(self) -> None:
-        """Every place is in the bucket of its room, and the counts add up."""
+        """Raise AssertionError unless every place is in the bucket of its free blocks and the counts add up."""
         per_slab = self.geometry.blocks_per_slab
         for place, free in self._free_in.items():
             if place not in self._by_room[len(free)] or len(set(free)) != len(free):

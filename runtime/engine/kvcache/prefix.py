@@ -1,7 +1,6 @@
-"""One model's KV blocks by content: a full block is known by the hash of all tokens up to its end, and shared by every row that begins so.
+"""Prefix cache of one model: a full KV block is found by the hash of all tokens up to its end and shared by every sequence with that beginning.
 
-Knows reference counts and what nobody reads any more (idle: kept until the room is wanted, least recently used first). Positions, rows and
-steps are the scheduler's; slabs are blocks.py's.
+Blocks are reference-counted. A block without references stays idle until its memory is needed, least recently used first.
 """
 
 from array import array
@@ -15,7 +14,7 @@ _ROOT = b""
 
 
 def chain(tokens: Sequence[int], block_tokens: int, digests: list[bytes], num_blocks: int) -> None:
-    """Extend `digests` to `num_blocks` entries. 128 bits: a collision isn't to be expected in the life of any machine."""
+    """Extend `digests` to `num_blocks` hashes. With 128 bits, collisions are not expected in any machine's lifetime."""
     parent = digests[-1] if digests else _ROOT
     for i in range(len(digests), num_blocks):
         content = array("i", tokens[i * block_tokens : (i + 1) * block_tokens]).tobytes()
@@ -40,11 +39,11 @@ class PrefixCache:
         return next(iter(self._idle.values()), None)
 
     def obtainable(self) -> int:
-        """Blocks that `take` could give, idle ones included."""
+        """Return how many blocks `take` could allocate, idle ones included."""
         return self.blocks.obtainable() + len(self._idle)
 
     def take(self) -> int | None:
-        """A block for new content: a free one, or else the longest idle one of this model's."""
+        """Allocate a block for new content: a free one, else the least recently used idle one. Returns None if there is neither."""
         page = self.blocks.take()
         if page is None:
             if not self._idle:
@@ -55,7 +54,7 @@ class PrefixCache:
         return page
 
     def match(self, digests: Sequence[bytes]) -> int:
-        """How many of these blocks, from the first on, are here."""
+        """Return how many of these blocks, counted from the first, are cached."""
         page_of = self._page_of
         for i, digest in enumerate(digests):
             if digest not in page_of:
@@ -63,11 +62,11 @@ class PrefixCache:
         return len(digests)
 
     def idle_among(self, digests: Sequence[bytes]) -> int:
-        """How many of these (matched) blocks nobody reads now: acquiring them lessens what is obtainable."""
+        """Return how many of these matched blocks are idle. Acquiring those reduces `obtainable`."""
         return sum(self._page_of[digest] in self._idle for digest in digests)
 
     def acquire(self, digests: Sequence[bytes]) -> list[int]:
-        """The pages of matched blocks, each with one reference more."""
+        """Add a reference to each of these matched blocks. Returns their pages."""
         pages = [self._page_of[digest] for digest in digests]
         for page in pages:
             if page in self._idle:
@@ -79,13 +78,13 @@ class PrefixCache:
         return pages
 
     def publish(self, page: int, digest: bytes) -> None:
-        """Let others find this block. Of two with equal content the first stays known."""
+        """Enter a block into the index. Of two blocks with equal content the first stays there."""
         if digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest] = page
             self._digest_of[page] = digest
 
     def release(self, pages: Sequence[int], now: float) -> None:
-        """Drop one reference of each. A row's last blocks grow old first, since the first ones serve more prefixes."""
+        """Drop one reference of each page. The last pages become the least recently used, since the first ones serve more prefixes."""
         for page in reversed(pages):
             left = self._references[page] - 1
             if left:
@@ -99,7 +98,7 @@ class PrefixCache:
                 self.blocks.free(page)
 
     def drop_oldest_slab(self) -> bool:
-        """Return the slab that holds nothing but idle blocks and whose turn comes first; False if there is none."""
+        """Release the least recently used slab without used blocks. Returns whether there was one."""
         for page in self._idle:
             if self.blocks.idle_slab(page):
                 pages_per_slab = self.blocks.geometry.pages_per_slab
@@ -111,7 +110,7 @@ class PrefixCache:
         return False
 
     def forget(self) -> None:
-        """No content can be trusted any more (a step failed): rows keep their blocks, nobody finds them."""
+        """Drop the index and all idle blocks, because a failed step left their content undefined. Running sequences keep their blocks."""
         for page in list(self._idle):
             self._forget_idle(page)
             self.blocks.free(page)

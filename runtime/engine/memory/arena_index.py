@@ -1,4 +1,4 @@
-"""Which images lie in a host arena, in a file beside it, so that an engine that comes back finds its models still there. Knows keys and chunks."""
+"""A file beside the host arena that lists its images, so that a restarted engine finds its models there."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ class IndexEntry(msgspec.Struct, frozen=True):
 
 
 class IndexPage(msgspec.Struct, frozen=True):
-    """Everything in the file. An arena of other sizes makes it worthless."""
+    """The content of the file. It is valid only for an arena of the same sizes."""
 
     chunk_bytes: int
     total_chunks: int
@@ -31,7 +31,7 @@ class ArenaIndex:
         self._path = Path(f"{arena_path}.index") if arena_path else None
 
     def read(self, chunk_bytes: int, total_chunks: int) -> tuple[IndexEntry, ...]:
-        """What was kept by an arena of the same sizes; nothing if the file is missing, damaged or of another arena."""
+        """Return the entries of an arena of the same sizes; none if the file is missing, damaged or of another arena."""
         if self._path is None:
             return ()
         try:
@@ -43,7 +43,7 @@ class ArenaIndex:
         return page.entries if sound and (page.chunk_bytes, page.total_chunks) == (chunk_bytes, total_chunks) else ()
 
     def write(self, chunk_bytes: int, total_chunks: int, entries: tuple[IndexEntry, ...]) -> None:
-        """Replace the file's contents in one step. Where they can't be written there is no file: an older one would name chunks that hold other things."""
+        """Replace the file atomically. If that fails, delete it: an older file would name chunks with other content."""
         if self._path is None:
             return
         fresh = self._path.with_suffix(".new")

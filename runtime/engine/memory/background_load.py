@@ -1,4 +1,4 @@
-"""A fill on its way in a thread of its own: started, waited for group by group, cancelled. Knows groups; nothing of where bytes go."""
+"""Fills a weight buffer in a thread of its own; readers wait for it group by group."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from runtime.errors import Cancelled, LoadFailed, RepertoryError
 
 
 class BackgroundLoad:
-    """Starts at once. `on_group(i)` runs in its thread after group i is in and before anyone waiting for it goes on."""
+    """Starts at once. `on_group(i)` runs in the thread after group i is filled and before waiters for it continue."""
 
     def __init__(self, filler: Filler, image: WeightBuffer, on_group: Callable[[int], None] | None = None) -> None:
         self._filler = filler
@@ -22,14 +22,14 @@ class BackgroundLoad:
         self._thread.start()
 
     def done(self) -> bool:
-        """Whether everything is in, or will never be."""
+        """Whether the fill has ended, well or not."""
         return self._groups_in == len(self._filler.group_ends) or self._error is not None
 
     def failed(self) -> RepertoryError | None:
         return self._error
 
     def wait(self, group: int) -> None:
-        """Until groups 0 … `group` are in. Raises the error that ended the fill."""
+        """Wait until groups 0 … `group` are filled. Raises the error that ended the fill."""
         if self._groups_in <= group:
             with self._changed:
                 self._changed.wait_for(lambda: self._groups_in > group or self._error is not None)
@@ -37,7 +37,7 @@ class BackgroundLoad:
             raise self._error
 
     def cancel(self) -> None:
-        """Stop, and wait until nothing writes to the image any more."""
+        """Stop the fill and wait until the thread no longer writes to the image."""
         self._cancelled.set()
         self._thread.join()
 

@@ -1,7 +1,4 @@
-"""One loaded model's memory on a CPU: no host tier, so its weights come straight from files into the mapped range.
-
-Knows ranges and a filler; nothing of tensors or of who decides.
-"""
+"""The memory of one loaded model on a CPU: weights are read from files straight into the mapped range."""
 
 from collections.abc import Sequence
 
@@ -15,7 +12,7 @@ from runtime.engine.memory.weight_buffer import Contiguous, Filler
 
 
 class CpuModelMemory:
-    """Implements plan.ModelMemory and Arrival."""
+    """Implements interfaces.ModelMemory and WeightReadiness."""
 
     def __init__(self, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry, filler: Filler) -> None:
         self.weight_slabs = weights.num_slabs
@@ -52,7 +49,7 @@ class CpuModelMemory:
     def swap_in_done(self) -> bool:
         if self._filling is None or not self._filling.done():
             return False
-        # a failed one is over, too: what runs next gets its error from `wait`
+        # A failed load has ended too; the next step gets its error from `wait`.
         self._pending = self._filling.failed() is not None
         return True
 

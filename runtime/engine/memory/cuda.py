@@ -1,11 +1,11 @@
 """Slabs on a GPU, through CUDA's virtual memory calls: physical handles made once at start, put under reserved addresses at need.
 
 Unmapping is put off: a place that was given up keeps its old physical memory until something else is mapped there or a quiet moment comes, because
-the driver may only unmap what no launched kernel uses, and waiting for that would stall the engine. A slab may so be reachable from an old place and
+the driver may only unmap what no launched kernel uses, and waiting for that would stall the engine. So a slab may be reachable from an old place and
 a new one at once; that is safe because all work on slabs is ordered on the compute stream (copies wait for it first).
 
-A range's first place is never without memory: torch and Triton ask the driver about the pointers that they are handed, and of an address with nothing
-below it the driver knows nothing. Where the owner has put no slab there lies the anchor, which nobody reads. Knows nothing of models.
+A range's first place always has memory: torch and Triton ask the driver about the pointers that they get, and the driver rejects unmapped addresses.
+While the owner has mapped no slab there, the place holds the anchor, a slab that is never read.
 """
 
 from collections.abc import Sequence
@@ -117,7 +117,7 @@ class CudaMemory:
             for handle in self.handles:
                 self.driver.release(handle)
             raise CudaError(
-                f"{len(self.handles)} of {total_slabs + 1} slabs of {slab_bytes} bytes were to be had: {error}"
+                f"{len(self.handles)} of {total_slabs + 1} slabs of {slab_bytes} bytes could be allocated: {error}"
             ) from error
         self.ranges: list[CudaRange] = []
 
@@ -157,7 +157,7 @@ class CudaRange:
             if self._view.data_ptr() != self._address:
                 raise CudaError("torch copied a reserved range instead of viewing it")
         except BaseException:
-            self._give_back()
+            self._release()
             raise
 
     @property
@@ -202,10 +202,10 @@ class CudaRange:
         self.unmap(0, self.num_slabs)
         # a pass without KV was handed the anchor's address, and no event tells of it
         self._memory.compute_stream.synchronize()
-        self._give_back()
+        self._release()
         self._memory.ranges.remove(self)
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         self._drop([place for place, slab in enumerate(self._under) if slab is not None])
         self._driver.free(self._address, self._size)
 

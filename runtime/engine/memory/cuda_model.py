@@ -1,7 +1,6 @@
 """One loaded model's memory on a GPU: weights go host → device group by group on the copy stream, and passes wait for the groups they read.
 
-From the host arena all copies are queued at once; from disk a thread reads and queues them as they come in. Evicting copies nothing. Knows
-ranges, images and streams; nothing of tensors or of who decides.
+From the host arena all copies are queued at once; from disk a thread reads and queues them as they arrive. Eviction copies nothing.
 """
 
 import mmap
@@ -22,7 +21,7 @@ from runtime.errors import Cancelled
 
 
 class CudaModelMemory:
-    """Implements plan.ModelMemory and Arrival. Engine thread only, but for `stage`."""
+    """Implements interfaces.ModelMemory and WeightReadiness. Use it from the engine thread, except `stage`."""
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class CudaModelMemory:
         self._image = image
         self._arena.commit(image)
 
-    # Arrival -------------------------------------------------------------------------------------------------------------------------------
+    # WeightReadiness -------------------------------------------------------------------------------------------------------------------------------
 
     @property
     def pending(self) -> bool:

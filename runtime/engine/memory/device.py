@@ -1,7 +1,6 @@
-"""Device memory as slabs under virtual ranges: the one seam between models and the way a device hands out memory.
+"""Interface of device memory: slabs of physical memory that are mapped under virtual ranges.
 
-A slab is a unit of physical memory, numbered 0 … total_slabs-1. Who has which slab is decided elsewhere; here they are put under addresses and
-taken away again. Addresses never change while a range lives. Knows nothing of models.
+Slabs are numbered 0 … total_slabs-1. The slab pool decides who has which one. Addresses never change while a range exists.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
-"""The host tier: weights images in chunks of one arena, the least recently used giving way. Safe to use from loading threads.
+"""The host tier: weight images in chunks of one arena, evicted least recently used first. Thread-safe.
 
-An image lies in the index only while all of it is there, so what a later engine finds is whole. Knows keys, sizes and chunks; nothing of models
-or devices' memory.
+The index names complete images only, so a later engine never finds a partial one.
 """
 
 import threading
@@ -13,9 +12,9 @@ from runtime.engine.memory.arena_index import ArenaIndex, IndexEntry
 
 
 class HostWeights:
-    """One image in the arena. Implements ImageBuffer. `gone` once its chunks were given to another.
+    """One image in the arena. Implements WeightBuffer. `gone`: its chunks have been given to another image.
 
-    `readers`: one call each for whoever holds the image, saying whether it is being read or filled right now. The arena's own to change.
+    `readers`: one callable for each holder of the image; it returns whether the holder reads or fills the image now. Only HostTier changes it.
     """
 
     def __init__(self, key: str, size_bytes: int, chunks: tuple[int, ...], memory: Tensor, chunk_bytes: int) -> None:
@@ -82,7 +81,7 @@ class HostTier:
             return image
 
     def release(self, image: HostWeights, reader: Callable[[], bool]) -> None:
-        """`reader` holds it no more."""
+        """Remove `reader` from the holders of the image."""
         with self._lock:
             image.readers.remove(reader)
 
@@ -110,13 +109,13 @@ class HostTier:
             return image
 
     def commit(self, image: HostWeights) -> None:
-        """All of it is in: it may be found, kept and given up."""
+        """Mark an image as complete: from now on it can be found, kept and evicted."""
         with self._lock:
             image.complete = True
             self._write_index()
 
     def drop(self, image: HostWeights) -> None:
-        """Give its chunks back."""
+        """Free the chunks of an image."""
         with self._lock:
             if not image.gone:
                 self._forget(image)

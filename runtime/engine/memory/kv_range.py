@@ -1,4 +1,4 @@
-"""A model's KV range: slabs put under it one by one. Knows places and slabs; nothing of blocks or who holds them."""
+"""The virtual range of a model's KV cache, to which slabs are mapped one by one."""
 
 from torch import Tensor
 

@@ -1,7 +1,6 @@
 """Host memory that a GPU copies from at full speed: mapped once, touched by many threads and registered slab by slab in the background.
 
-It is usable at once; what isn't registered yet copies slower. A file in shared memory keeps its contents when the process ends. Knows addresses;
-nothing of what lies there.
+The memory is usable at once; parts that are not registered yet are copied more slowly. A file in shared memory keeps its contents when the process ends.
 """
 
 import ctypes
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 _REGISTER_BYTES = 64 << 20  # the driver holds launches up meanwhile: 3 ms at a time
-_TOUCH_BYTES = 2 << 20  # whoever maps or unmaps memory meanwhile waits for one
+_TOUCH_BYTES = 2 << 20  # another thread that maps memory waits for at most one of these
 _MOST_TOUCH_THREADS = 16
 _MADV_POPULATE_WRITE = 23  # Linux 5.14: backs pages with memory and leaves what they hold
 

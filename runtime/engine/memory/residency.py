@@ -1,7 +1,7 @@
-"""Whose weights leave device memory, and when a busy model must make way. Pure: plain facts in, names out.
+"""Chooses the models to evict, and the busy models to drain. Pure functions over plain facts.
 
-Least recently used first, weighed by what the return costs: a model with a host copy comes back cheaply, one from disk doesn't. No model with
-running rows is ever chosen to be evicted; it can only be chosen to run dry.
+The least recently used model goes first, weighed by the cost of its return: a model with a host copy returns faster than one on disk. A model with
+running rows is never evicted, only drained: it admits no requests until its rows have ended.
 """
 
 from collections.abc import Sequence
@@ -60,13 +60,13 @@ def patience_s(swap_in_s: float, return_cost_s: float) -> float:
 def choose_to_drain(holders: Sequence[Holder], slabs: int, waited_s: float, swap_in_s: float, now: float) -> list[str]:
     """Busy models that must take no new requests until they can be evicted, for one that has waited `waited_s` and lacks `slabs`.
 
-    Empty while everybody's patience lasts, or if even all of them would not be enough.
+    Empty before the patience of the waiting requests is over, or if draining all busy models would not be enough.
     """
     freed = sum(h.slabs for h in holders if h.evictable or h.draining)
     if freed >= slabs:
-        return []  # on the way already
+        return []  # enough is being freed already
     chosen: list[str] = []
-    # who has been here longest goes first
+    # The model that has been resident longest is drained first.
     for holder in sorted(holders, key=lambda h: h.resident_since_s):
         if holder.swapping or holder.evictable or holder.draining:
             continue

@@ -1,7 +1,4 @@
-"""Who has which slab of device memory: every slab is free or lent to one owner, always.
-
-Counts slab ids only; mapping them is memory.device's work, and who deserves them is residency's.
-"""
+"""Accounts for slabs of device memory: at any time each slab is free or lent to one owner."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A weights image on the host, and what fills it: the seam between memory and files. Knows bytes; nothing of tensors' names or of models."""
+"""Interfaces of a weight image in memory and of the reader that fills it from files."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ class Contiguous:
 
 
 class Filler(Protocol):
-    """Brings one model's image in from files, as often as it is asked.
+    """Reads one model's image from files, any number of times.
 
     Attributes:
         group_ends: byte offsets at which groups of layers end, ascending; the last is the image's size.

@@ -1,4 +1,4 @@
-"""Weights on their way in: what a forward pass asks before it reads a group of layers. Knows groups by number; nothing of copies or layers."""
+"""Interface through which a forward pass waits for groups of weights that are still being copied."""
 
 from typing import Protocol
 
@@ -15,7 +15,7 @@ class WeightReadiness(Protocol):
 
 
 class AlwaysReady:
-    """Weights that are simply there. Implements Arrival."""
+    """Weights that are always on the device. Implements WeightReadiness."""
 
     pending = False
 

@@ -121,7 +121,7 @@ def test_a_mapping_that_fails_leaves_nothing(memory: CudaMemory, device: Device,
     assert all(driver_of(memory).knows(held.bytes_view.data_ptr() + place * SLAB) for place in range(4))
 
 
-def test_a_budget_that_is_not_to_be_had_says_what_was(memory: CudaMemory, device: Device) -> None:
+def test_cuda_memory_names_how_many_slabs_were_allocated(memory: CudaMemory, device: Device) -> None:
     calls = iter(range(100))
 
     def fail(call: str) -> None:
@@ -132,7 +132,7 @@ def test_a_budget_that_is_not_to_be_had_says_what_was(memory: CudaMemory, device
     stream: Any = device.compute
     with pytest.raises(
         CudaError,
-        match=f"7 of 49 slabs of {SLAB} bytes were to be had: cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY",
+        match=f"7 of 49 slabs of {SLAB} bytes could be allocated: cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY",
     ):
         CudaMemory(torch.device("cpu"), SLAB, 48, stream)
     assert not device.drivers[-1].handles
