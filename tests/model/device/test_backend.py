@@ -32,7 +32,7 @@ def backend(slabs: int = 64) -> EngineBackend:
     )
 
 
-def test_a_load_ends_in_a_runner(tmp_path: Path) -> None:
+def test_backend_load_returns_runner_and_memory(tmp_path: Path) -> None:
     made = backend()
     assert (made.device, made.total_slabs, made.slab_bytes, made.host_total_bytes) == ("cpu", 64, SLAB, 0)
     checkpoint = save(tiny("llama"), tmp_path)
@@ -48,7 +48,7 @@ def test_a_load_ends_in_a_runner(tmp_path: Path) -> None:
     made.close()
 
 
-def test_what_can_never_fit_is_refused_with_the_sizes(tmp_path: Path) -> None:
+def test_backend_refuses_oversized_weights_with_sizes(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     with pytest.raises(
         LoadFailed,
@@ -57,7 +57,7 @@ def test_what_can_never_fit_is_refused_with_the_sizes(tmp_path: Path) -> None:
         backend(slabs=1).load(LoadRequest("big", checkpoint, None)).result()
 
 
-def test_a_slab_must_hold_a_block(tmp_path: Path) -> None:
+def test_backend_refuses_slab_smaller_than_block(tmp_path: Path) -> None:
     made = make_backend(
         EngineConfig(device="cpu", slab_bytes=4096, device_budget_bytes=SLAB * 64, max_rows=4, max_batch_tokens=64)
     )
@@ -78,7 +78,7 @@ def test_a_slab_must_hold_a_block(tmp_path: Path) -> None:
         ({"model_type": ["llama"]}, r"model m: config\.json can't be used"),
     ],
 )
-def test_a_configuration_of_no_model_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
+def test_backend_refuses_invalid_configuration(tmp_path: Path, change: dict[str, object], named: str) -> None:
     made = backend()
     checkpoint = save(tiny("llama"), tmp_path)
     path = tmp_path / "config.json"
@@ -88,7 +88,7 @@ def test_a_configuration_of_no_model_is_refused(tmp_path: Path, change: dict[str
     made.close()
 
 
-def test_a_context_without_end_takes_no_memory_for_it(tmp_path: Path) -> None:
+def test_backend_huge_context_reserves_no_memory(tmp_path: Path) -> None:
     made = backend()
     checkpoint = save(tiny("llama"), tmp_path)
     path = tmp_path / "config.json"
@@ -98,7 +98,7 @@ def test_a_context_without_end_takes_no_memory_for_it(tmp_path: Path) -> None:
     made.close()
 
 
-def test_a_cancelled_load_leaves_nothing(tmp_path: Path) -> None:
+def test_loading_cancelled_raises_cancelled(tmp_path: Path) -> None:
     made = backend()
     job = made.load(LoadRequest("m", save(tiny("llama"), tmp_path), None))
     job.cancel()
@@ -107,7 +107,7 @@ def test_a_cancelled_load_leaves_nothing(tmp_path: Path) -> None:
     assert job.done()
 
 
-def test_a_load_that_ends_after_its_cancellation_is_left_to_who_asks_for_it() -> None:
+def test_loading_finished_after_cancel_returns_model() -> None:
     """Graphs and the pool that they share are the engine thread's alone: a loading thread may not close a runner."""
     closed: list[str] = []
 
@@ -130,7 +130,7 @@ def test_a_load_that_ends_after_its_cancellation_is_left_to_who_asks_for_it() ->
     assert closed == []
 
 
-def test_the_machine_must_have_what_is_asked() -> None:
+def test_make_backend_refuses_unknown_device_and_small_budget() -> None:
     with pytest.raises(ValueError, match="device meta is neither"):
         make_backend(EngineConfig(device="meta"))
     with pytest.raises(ValueError, match="less than one slab"):

@@ -178,7 +178,7 @@ class Stage:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_models_that_take_turns_say_what_transformers_says(
+def test_cuda_engine_swapped_models_match_transformers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
     """More models than fit: they are loaded, captured without KV in idle turns, evicted, brought back, unloaded amid a load, and loaded again."""

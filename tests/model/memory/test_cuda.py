@@ -104,6 +104,9 @@ def test_triton_takes_the_address_of_an_empty_range(memory: CudaMemory) -> None:
         triton.jit(_fill)[(1,)](made.bytes_view, 0)
         made.map(1, [5])
         triton.jit(_fill)[(1,)](made.bytes_view, 0)
+        made.bytes_view[SLAB : SLAB + 4] = 0
+        triton.jit(_fill)[(1,)](made.bytes_view[SLAB:], 3)
+        assert made.bytes_view[SLAB : SLAB + 4].tolist() == [1, 1, 1, 0]
         made.unmap(1, 1)
     torch.cuda.synchronize()
 

@@ -59,7 +59,7 @@ class Front:
 
 
 @pytest.mark.slow
-def test_hello_load_tokens_shutdown_and_hanging_up(tmp_path: Path) -> None:
+def test_main_serves_until_shutdown(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "model")
     files = tuple(map(str, sorted(folder.glob("*.safetensors"))))
     front = Front(tmp_path)
@@ -94,7 +94,7 @@ def test_hello_load_tokens_shutdown_and_hanging_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_leaves_when_the_front_is_gone(tmp_path: Path) -> None:
+def test_main_exits_when_front_disconnects(tmp_path: Path) -> None:
     front = Front(tmp_path)
     try:
         assert isinstance(next(front.events()), Hello)

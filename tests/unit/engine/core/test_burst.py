@@ -24,7 +24,7 @@ def step_s(tokens: int, rows: int, longest: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("streams", "over_s"), [(256, 0.150), (256, 0.0), (64, 0.050), (256, 0.400)])
-def test_a_crowd_waits_little_and_makes_few_steps(streams: int, over_s: float) -> None:
+def test_scheduler_burst_waits_little_in_few_steps(streams: int, over_s: float) -> None:
     bench = Bench(slabs=3000, rows=512, eos=())
     arrivals = [over_s * i / streams for i in range(streams)]
     arrived: dict[int, float] = {}

@@ -40,7 +40,7 @@ def error_of(answer: Answer) -> tuple[str | None, str]:
     return answer.last.error_code, answer.last.error or ""
 
 
-def test_one_message_a_step_with_all_rows() -> None:
+def test_loop_emits_one_message_per_step() -> None:
     made = stage("a")
     for i in range(5):
         made.add("a", [10 + i], 6)
@@ -52,7 +52,7 @@ def test_one_message_a_step_with_all_rows() -> None:
     made.close()
 
 
-def test_two_resident_models_take_turns() -> None:
+def test_loop_alternates_two_resident_models() -> None:
     made = stage("ab")
     made.add("a", [10], 30)
     made.add("b", [10], 30)
@@ -62,7 +62,7 @@ def test_two_resident_models_take_turns() -> None:
     made.close()
 
 
-def test_a_long_prompt_is_cut_to_the_quantum_only_beside_others() -> None:
+def test_loop_chunks_prompt_to_quantum_only_beside_other_models() -> None:
     made = stage(
         "ab",
         max_model_len=1000,
@@ -87,7 +87,7 @@ def test_a_long_prompt_is_cut_to_the_quantum_only_beside_others() -> None:
     made.close()
 
 
-def test_an_idle_model_is_evicted_for_one_that_is_asked_for_and_comes_back() -> None:
+def test_residency_evicts_idle_model_and_brings_it_back() -> None:
     made = stage("abc", total_slabs=14, weight_slabs=5)
     assert [tier(made, name) for name in "abc"] == [Tier.DEVICE, Tier.DEVICE, Tier.DISK]
     made.add("b", [3], 4)
@@ -103,7 +103,7 @@ def test_an_idle_model_is_evicted_for_one_that_is_asked_for_and_comes_back() -> 
     made.close()
 
 
-def test_prompt_that_fills_all_kv_is_scored() -> None:
+def test_loop_scores_prompt_that_fills_all_kv() -> None:
     made = stage("ab", total_slabs=12, weight_slabs=8, max_model_len=4096)
     most = next(event.facts.max_model_len for event in made.events if isinstance(event, Loaded))
     assert most == 4 * 128
@@ -132,7 +132,7 @@ def test_kv_usage_counts_memory_that_idle_models_can_give_up() -> None:
     made.close()
 
 
-def test_requests_of_an_absent_model_are_served_together() -> None:
+def test_residency_serves_requests_of_absent_model_together() -> None:
     made = stage("ab", total_slabs=14, weight_slabs=8)
     answers = [made.add("b", [3 + i], 5) for i in range(6)]
     made.until_quiet()
@@ -144,7 +144,7 @@ def test_requests_of_an_absent_model_are_served_together() -> None:
     made.close()
 
 
-def test_a_busy_model_makes_way_for_one_that_has_waited_long_enough() -> None:
+def test_residency_drains_busy_model_for_long_wait() -> None:
     made = stage("ab", total_slabs=14, weight_slabs=8, turn_s=0.02)
     waiting: list[Answer] = []
     served_at: dict[str, float] = {}
@@ -164,7 +164,7 @@ def test_a_busy_model_makes_way_for_one_that_has_waited_long_enough() -> None:
     made.close()
 
 
-def test_a_row_that_never_ends_is_preempted_for_one_that_waits() -> None:
+def test_residency_preempts_endless_row() -> None:
     made = stage(
         "ab", total_slabs=75, weight_slabs=40, turn_s=0.5, max_model_len=400, kv=KvGeometry(16, 8, 8, 1, 64, 64)
     )
@@ -183,7 +183,7 @@ def test_a_row_that_never_ends_is_preempted_for_one_that_waits() -> None:
     made.close()
 
 
-def test_cached_prefixes_go_before_idle_weights_and_those_before_rows() -> None:
+def test_residency_reclaims_prefixes_then_weights_then_rows() -> None:
     made = stage("ab", total_slabs=20, weight_slabs=4, max_model_len=150, kv=KvGeometry(4, 4, 4, 1, 64, 64))
     made.add("b", list(range(60)), 2)  # leaves four slabs of cached prefix
     made.until_quiet()
@@ -201,7 +201,7 @@ def test_cached_prefixes_go_before_idle_weights_and_those_before_rows() -> None:
     made.close()
 
 
-def test_what_can_never_fit_is_refused_with_the_sizes() -> None:
+def test_loads_refuse_oversized_model_with_sizes() -> None:
     made = Stage(FakeBackend({"big": FakeSpec(weight_slabs=32), "huge": FakeSpec(weight_slabs=99)}, total_slabs=32))
     made.load("big")
     made.load("huge")
@@ -212,7 +212,7 @@ def test_what_can_never_fit_is_refused_with_the_sizes() -> None:
     made.close()
 
 
-def test_the_context_is_cut_to_what_the_budget_holds() -> None:
+def test_register_limits_context_to_budget() -> None:
     spec = FakeSpec(weight_slabs=20, max_model_len=10_000, eos=())
     made = Stage(FakeBackend({"a": spec}, total_slabs=40, max_batch_tokens=512))
     made.load("a")
@@ -226,7 +226,7 @@ def test_the_context_is_cut_to_what_the_budget_holds() -> None:
     made.close()
 
 
-def test_loads_answer_every_time_and_in_order() -> None:
+def test_loads_answer_every_command_in_order() -> None:
     made = Stage(FakeBackend({"a": FakeSpec(load_polls=4), "bad": FakeSpec(fails="no config.json")}))
     made.load("a")
     made.load("a")
@@ -247,7 +247,7 @@ def test_loads_answer_every_time_and_in_order() -> None:
     made.close()
 
 
-def test_an_unload_while_loading_cancels_and_a_load_after_it_counts() -> None:
+def test_loads_unload_cancels_load_in_progress() -> None:
     made = Stage(FakeBackend({"a": FakeSpec(load_polls=4)}))
     made.load("a")
     made.turn()
@@ -263,7 +263,7 @@ def test_an_unload_while_loading_cancels_and_a_load_after_it_counts() -> None:
     made.close()
 
 
-def test_unloading_aborts_rows_and_frees_all() -> None:
+def test_loads_unload_aborts_rows_and_frees_memory() -> None:
     made = stage("a")
     answers = [made.add("a", [4], 100) for _ in range(20)]
     made.turn(6)
@@ -277,7 +277,7 @@ def test_unloading_aborts_rows_and_frees_all() -> None:
     made.close()
 
 
-def test_an_abort_frees_the_row_at_once() -> None:
+def test_commands_abort_frees_row_at_once() -> None:
     made = stage("a", latency_polls=50)
     answer = made.add("a", [4], 100)
     made.turn(5)
@@ -291,7 +291,7 @@ def test_an_abort_frees_the_row_at_once() -> None:
 
 
 @pytest.mark.parametrize("where", ["launch", "collect"])
-def test_a_fault_costs_the_rows_of_its_step_and_two_in_a_row_the_model(where: str) -> None:
+def test_loop_step_fault_fails_rows_and_second_unloads_model(where: str) -> None:
     made = stage("ab", latency_polls=50)
     lost = [made.add("a", [4], 100) for _ in range(3)]
     other = made.add("b", [4], 20)
@@ -315,7 +315,7 @@ def test_a_fault_costs_the_rows_of_its_step_and_two_in_a_row_the_model(where: st
     made.close()
 
 
-def test_a_lost_device_ends_the_engine() -> None:
+def test_loop_raises_when_device_is_lost() -> None:
     made = stage("a")
     made.add("a", [4], 10)
     made.turn(2)
@@ -329,7 +329,7 @@ def test_a_lost_device_ends_the_engine() -> None:
         made.turn(5)
 
 
-def test_weights_that_do_not_come_back_take_one_model() -> None:
+def test_loop_failed_swap_in_unloads_one_model() -> None:
     made = stage("ab", total_slabs=14, weight_slabs=8)
     made.backend.broken_swap_ins["b"] = True
     lost = made.add("b", [4], 4)
@@ -362,7 +362,7 @@ def test_refusals_name_the_limit_and_the_value() -> None:
     made.close()
 
 
-def test_tokens_carry_what_was_asked_once() -> None:
+def test_loop_emits_logprobs_and_cached_tokens_once() -> None:
     made = stage("a", eos=(0, 1))
     made.add("a", list(range(20)), 5, logprobs=LogprobParams(generated=0, prompt=0))
     made.add("a", list(range(20)), 0)
@@ -375,7 +375,7 @@ def test_tokens_carry_what_was_asked_once() -> None:
     made.close()
 
 
-def test_priorities_and_samplers_reach_the_runner() -> None:
+def test_loop_passes_sampling_to_runner() -> None:
     made = stage("a")
     sampling = SamplingParams(temperature=0.7, seed=5, top_p=0.9)
     made.add("a", [7, 8], 3, sampling=sampling, min_tokens=2, stop_token_ids=(3,))
@@ -390,7 +390,7 @@ def test_priorities_and_samplers_reach_the_runner() -> None:
 
 
 @pytest.mark.parametrize(("grace_s", "finish"), [(100.0, FinishReason.LENGTH), (0.02, FinishReason.ERROR)])
-def test_shutdown_waits_for_what_runs_as_long_as_it_may(grace_s: float, finish: FinishReason) -> None:
+def test_loop_shutdown_waits_for_grace_period(grace_s: float, finish: FinishReason) -> None:
     made = stage("a")
     answer = made.add("a", [4], 50)
     made.turn(5)
@@ -408,7 +408,7 @@ def test_shutdown_waits_for_what_runs_as_long_as_it_may(grace_s: float, finish: 
     assert made.backend.mapped == 0
 
 
-def test_stats_come_every_second_and_on_changes() -> None:
+def test_loop_emits_stats_every_second_and_on_changes() -> None:
     made = stage("ab", turn_s=0.01)
     made.turn(5)
     before = len(made.of(EngineStats))

@@ -1,4 +1,4 @@
-"""The loop with one model: how long its steps may be, and what is told of it first."""
+"""The loop with one model: the size of its steps, its first reports and the crash marker."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,7 @@ from tests.unit.engine.core.test_loop import stage
 
 
 @pytest.mark.parametrize(("device", "most"), [("fake", 400), ("cpu", 130)])
-def test_a_long_prompt_alone_is_cut_only_where_a_whole_step_takes_long(
-    device: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_budget_chunks_lone_prompt_only_on_cpu(device: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeBackend, "device", device)
     made = stage(
         "a", max_model_len=1000, config={"max_batch_tokens": 512, "max_rows": 16}, kv=KvGeometry(16, 8, 8, 1, 64, 64)
@@ -32,7 +30,7 @@ def test_a_long_prompt_alone_is_cut_only_where_a_whole_step_takes_long(
     made.close()
 
 
-def test_a_loaded_model_is_in_its_tier_before_its_load_is_answered() -> None:
+def test_loads_emit_stats_before_loaded() -> None:
     made = stage("a")
     first = next(
         event
@@ -44,22 +42,22 @@ def test_a_loaded_model_is_in_its_tier_before_its_load_is_answered() -> None:
     made.close()
 
 
-def test_an_idle_engine_is_not_told_to_be_running() -> None:
+def test_loop_reports_idle_state_once() -> None:
     made = stage("a", turn_s=0.01)
     made.turn(101)  # past the first seconds' figures
-    made.add("a", [10], 150)  # longer than a second: it is told that it runs
+    made.add("a", [10], 150)  # longer than a second, so that a running state is reported
     made.until_quiet()
-    told = len(made.of(EngineStats))
+    reported = len(made.of(EngineStats))
     made.turn(2)
     last = made.of(EngineStats)[-1]
     assert isinstance(last, EngineStats)
     assert last.models[0].running == 0
     made.turn(20)
-    assert len(made.of(EngineStats)) <= told + 1, "told once, not in every idle turn"
+    assert len(made.of(EngineStats)) <= reported + 1, "reported once, not in every idle turn"
     made.close()
 
 
-def test_the_mark_names_who_may_end_the_engine_while_it_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_marks_model_of_background_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """The front blames the model that is marked, with requests or without: an idle turn runs a model unasked, or its weights come in."""
     made = stage("ab")
     made.add("b", [10], 3)
@@ -88,7 +86,7 @@ def test_the_mark_names_who_may_end_the_engine_while_it_rests(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("where", ["launch", "collect"])
-def test_a_lost_device_is_put_down_to_the_step_that_broke_not_to_the_one_after_it(where: str) -> None:
+def test_loop_marks_model_of_broken_step(where: str) -> None:
     made = stage("ab", latency_polls=50)
     made.add("a", [4], 100)
     made.add("b", [4], 100)

@@ -11,9 +11,9 @@ from tests.support.fake_backend import FakeBackend, FakeSpec
 from tests.support.random_life import run_life
 
 
-# 32: models that starved of KV took turns at turning each other out
+# 32: models without KV room once preempted each other in turns
 @pytest.mark.parametrize("seed", [*range(16), 32])
-def test_a_life(seed: int) -> None:
+def test_loop_random_life(seed: int) -> None:
     stage = run_life(seed, 500)
     stage.check_all()
     ended = [answer.finish for answer in stage.answers.values()]
@@ -21,7 +21,7 @@ def test_a_life(seed: int) -> None:
     stage.close()
 
 
-def test_who_is_evicted_for_a_starved_one_is_not_launched_in_the_same_turn() -> None:
+def test_loop_does_not_launch_model_evicted_in_same_turn() -> None:
     """Room for the weights of one or two of three, and prompts that want nearly all the KV there is."""
     for seed in range(12):
         rng = random.Random(seed)
