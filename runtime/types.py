@@ -83,6 +83,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     stop: StopParams
     logprobs: LogprobParams = LogprobParams()
     priority: int = 0  # higher first
+    grammar: str | None = (
+        None  # what the output must match, in the language of the engine's mask sources; None = anything
+    )
 
     index: int = 0  # position among the sequences of one API call; each Delta repeats it
     stop_strings: tuple[str, ...] = ()

@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from runtime.ipc.messages import TokenLogprobs
-from runtime.types import LogprobParams, ModelFacts, SamplingParams
+from runtime.types import Checkpoint, GenerationRequest, LogprobParams, ModelFacts, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class RowSetup:
     prompt_len: int
     min_tokens: int = 0
     suppressed: tuple[int, ...] = ()
+    masked: bool = False  # every draw of the row waits for a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class StepPlan:
         tokens: input ids of all rows that aren't `from_device`, end to end in row order.
         new_blocks: (row, index in the row's page table, page id), before the step runs.
         prompt_logprobs: rows whose prompt log-probabilities are wanted for this chunk.
+        masked: rows that sample in this step and whose draw waits for a mask.
     """
 
     rows: list[int]
@@ -53,6 +58,7 @@ class StepPlan:
     tokens: list[int]
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     prompt_logprobs: list[int] = field(default_factory=list)
+    masked: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +78,36 @@ class StepResult:
     device_us: float
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None = None
+
+
+TokenMasks = npt.NDArray[np.int32]
+"""Packed masks [rows, mask_words(vocab_size)]: bit t % 32 of word t // 32 is set if token t may be drawn."""
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of one packed mask."""
+    return -(-vocab_size // 32)
+
+
+class MaskSource(Protocol):
+    """The tokens with which one sequence may continue, computed on the host in the engine thread."""
+
+    def fill_mask(self, words: TokenMasks) -> None:
+        """Write the mask [words] of the next token, with at least one bit set.
+
+        Called once per draw, after the step's forward pass has been launched and all earlier tokens have been accepted. If it raises, or leaves the
+        mask empty, the sequence ends with an error.
+        """
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Advance by tokens that were drawn. An error in here is raised by the next `fill_mask`."""
+
+
+class MaskSources(Protocol):
+    """Makes the mask sources of requests that have a grammar."""
+
+    def open(self, checkpoint: Checkpoint, request: GenerationRequest) -> MaskSource:
+        """Return a mask source for one sequence. Raises RepertoryError if the grammar cannot be enforced for this model."""
 
 
 class Launched(Protocol):
@@ -99,7 +135,13 @@ class Runner(Protocol):
         """Forget a row. Steps already launched may still write its state."""
 
     def launch(self, plan: StepPlan) -> Launched:
-        """Queue one forward pass and the draws; returns without waiting for the device (on a CPU: when it is done)."""
+        """Queue one forward pass and the draws of a plan without masked rows. Returns without waiting for the device (on a CPU: when it is done)."""
+
+    def launch_forward(self, plan: StepPlan) -> None:
+        """Queue the forward pass of a plan with masked rows. No other step of any model may be launched before `launch_draws`."""
+
+    def launch_draws(self, masks: TokenMasks) -> Launched:
+        """Queue the draws of the forward pass that was launched last. `masks` [len(plan.masked), words] has one line per masked row."""
 
     def close(self) -> None:
         """Give up what it holds on the device beside its memory (graphs). Before the memory's own close; no step may be in flight."""

@@ -91,6 +91,20 @@ class RunStep(msgspec.Struct, frozen=True, tag="run_step"):
     plan: StepPlan
 
 
+class RunForward(msgspec.Struct, frozen=True, tag="run_forward"):
+    """Launch the forward pass of a plan with masked rows. RunDraws of the same model follows next."""
+
+    model_id: str
+    plan: StepPlan
+
+
+class RunDraws(msgspec.Struct, frozen=True, tag="run_draws"):
+    """Launch the draws of the last forward pass. `masks`: packed int32 masks of the plan's masked rows, end to end."""
+
+    model_id: str
+    masks: bytes
+
+
 Operation = (
     StartLoad
     | CancelLoad
@@ -104,4 +118,6 @@ Operation = (
     | OpenRow
     | CloseRow
     | RunStep
+    | RunForward
+    | RunDraws
 )

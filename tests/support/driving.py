@@ -5,9 +5,11 @@ at random. Everything is drawn from one seed.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -21,6 +23,7 @@ from runtime.engine.model.run.runner import ModelRunner
 from runtime.engine.model.run.step import BuiltModel, StepContext
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams, ModelFacts, SamplingParams
+from tests.support.masks import pack
 
 BLOCK_TOKENS = 16
 
@@ -107,6 +110,7 @@ class Ask:
     logprobs: LogprobParams = field(default_factory=LogprobParams)
     min_tokens: int = 0
     suppressed: tuple[int, ...] = ()
+    allowed: Callable[[list[int]], list[int]] | None = None  # from the output so far; makes it a masked row
 
 
 @dataclass
@@ -191,7 +195,16 @@ class RunnerDriver:
         row.slot = self._free_slots.pop()
         ask = row.ask
         self.runner.open_row(
-            RowSetup(row.slot, ask.sampling, ask.logprobs, ask.prompt, len(ask.prompt), ask.min_tokens, ask.suppressed)
+            RowSetup(
+                row.slot,
+                ask.sampling,
+                ask.logprobs,
+                ask.prompt,
+                len(ask.prompt),
+                ask.min_tokens,
+                ask.suppressed,
+                ask.allowed is not None,
+            )
         )
 
     def _close(self, row: _Row) -> None:
@@ -220,7 +233,19 @@ class RunnerDriver:
             if budget <= 0:
                 break
         self.plans.append(plan)
-        self._take(plan, {row.slot: row for row in taken}, self.runner.launch(plan).collect())
+        rows = {row.slot: row for row in taken}
+        self._take(plan, rows, self._launch(plan, rows))
+
+    def _launch(self, plan: StepPlan, rows: dict[int, _Row]) -> StepResult:
+        if not plan.masked:
+            return self.runner.launch(plan).collect()
+        self.runner.launch_forward(plan)
+        vocab, masks = self.runner.facts.vocab_size, []
+        for slot in plan.masked:
+            allowed = rows[slot].ask.allowed
+            assert allowed is not None
+            masks.append(pack(allowed(rows[slot].said), vocab))
+        return self.runner.launch_draws(np.stack(masks)).collect()
 
     def _plan(self, plan: StepPlan, row: _Row, budget: int) -> None:
         left = len(row.tokens) - row.done
@@ -232,6 +257,8 @@ class RunnerDriver:
         plan.counts.append(count)
         plan.from_device.append(from_device)
         plan.samples.append(count == left)
+        if row.ask.allowed is not None and count == left:
+            plan.masked.append(row.slot)
         if not from_device:
             plan.tokens.extend(row.tokens[row.done : row.done + count])
         while len(row.pages) * BLOCK_TOKENS < row.done + count:

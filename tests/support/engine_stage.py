@@ -24,6 +24,7 @@ from runtime.ipc.messages import (
 )
 from runtime.types import Checkpoint, FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
 from tests.support.fake_backend import FakeBackend, FakeRunner, FakeSpec, draw
+from tests.support.masks import FakeMaskSources, allowed_tokens
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -60,7 +61,9 @@ def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
         if len(ids) == spec.max_model_len:
             return ids[prompt_len:], FinishReason.CONTEXT
         suppressed = tuple(sorted(ends)) if drawn < stop.min_tokens else ()
-        token = draw(add.model_id, ids, spec.vocab, suppressed)
+        grammar = add.request.grammar
+        allowed = None if grammar is None else allowed_tokens(grammar, ids[prompt_len:], spec.vocab)
+        token = draw(add.model_id, ids, spec.vocab, suppressed, allowed)
         ids.append(token)
         if token in ends and drawn >= stop.min_tokens:
             own = token in stop.stop_token_ids
@@ -76,6 +79,7 @@ class Stage:
         *,
         turn_s: float = 0.005,
         record: Callable[[Operation], None] | None = None,
+        mask_sources: bool = True,
         **config: object,
     ) -> None:
         self.backend = backend
@@ -93,8 +97,22 @@ class Stage:
                 **config,
             }
         )
-        self.loop = EngineLoop(settings, backend, self.inbox, self._emit, self.marks.append, lambda: self.now, record)  # type: ignore[arg-type]
+        self.mask_sources = FakeMaskSources(lambda name: backend.specs[name].vocab, self._check_forward_launched)
+        self.loop = EngineLoop(
+            settings,
+            backend,
+            self.inbox,  # type: ignore[arg-type]
+            self._emit,
+            self.marks.append,
+            lambda: self.now,
+            record,
+            self.mask_sources if mask_sources else None,
+        )
         self._ids = 0
+
+    def _check_forward_launched(self) -> None:
+        if self.backend.undrawn_plans() != 1:
+            self.backend.broken_rules.append("a mask was wanted before the forward pass was launched")
 
     def _emit(self, event: Event) -> None:
         self.events.append(event)
@@ -135,6 +153,7 @@ class Stage:
         sampling: SamplingParams = GREEDY,
         logprobs: LogprobParams | None = None,
         priority: int = 0,
+        grammar: str | None = None,
         **stop: object,
     ) -> Answer:
         self._ids += 1
@@ -147,6 +166,7 @@ class Stage:
                 stop=StopParams(max_tokens, **stop),  # type: ignore[arg-type]
                 logprobs=logprobs or LogprobParams(),
                 priority=priority,
+                grammar=grammar,
             ),
         )
         answer = self.answers[self._ids] = Answer(add)

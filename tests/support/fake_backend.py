@@ -9,13 +9,24 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from common.model_key import Quantization
-from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepPlan, StepResult
+from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepPlan, StepResult, TokenMasks
 from runtime.errors import LoadFailed
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import ModelFacts
+from tests.support.masks import unpack
 
 
-def draw(model_id: str, history: Sequence[int], vocab: int, suppressed: Sequence[int] = ()) -> int:
+def draw(
+    model_id: str,
+    history: Sequence[int],
+    vocab: int,
+    suppressed: Sequence[int] = (),
+    allowed: Sequence[int] | None = None,
+) -> int:
+    """The fake model's next token. Where `allowed` and `suppressed` leave nothing, `allowed` has precedence."""
+    if allowed is not None:
+        left = set(allowed) - set(suppressed) or set(allowed)
+        suppressed = [token for token in range(vocab) if token not in left]
     digest = blake2b(repr((model_id, tuple(history))).encode(), digest_size=8).digest()
     token = int.from_bytes(digest, "little") % vocab
     while token in suppressed:
@@ -138,6 +149,7 @@ class FakeRunner:
         self.rows: dict[int, FakeRow] = {}
         self.closed = False
         self.flying = 0
+        self.undrawn: StepPlan | None = None  # a forward pass was launched, its draws were not
 
     def open_row(self, setup: RowSetup) -> None:
         assert setup.row not in self._backend.open_rows, "the row is taken"
@@ -158,14 +170,28 @@ class FakeRunner:
         self.closed = True
 
     def launch(self, plan: StepPlan) -> FakeLaunched:
+        return self._checked(plan, None)
+
+    def launch_forward(self, plan: StepPlan) -> None:
+        assert plan.masked
+        self.undrawn = plan
+
+    def launch_draws(self, masks: TokenMasks) -> FakeLaunched:
+        plan, self.undrawn = self.undrawn, None
+        assert plan is not None
+        return self._checked(plan, masks)
+
+    def _checked(self, plan: StepPlan, masks: TokenMasks | None) -> FakeLaunched:
         try:
-            return self._launch(plan)
+            assert self._backend.undrawn_plans() == 0, "a step between a forward pass and its draws"
+            assert len(plan.masked) == (0 if masks is None else len(masks)), "a mask for each masked row"
+            return self._launch(plan, {} if masks is None else dict(zip(plan.masked, masks, strict=True)))
         except AssertionError as error:
             # the engine takes it for a fault of the device, and lives on
             self._backend.broken_rules.append(f"{self.facts.model_id}: {error}")
             raise
 
-    def _launch(self, plan: StepPlan) -> FakeLaunched:
+    def _launch(self, plan: StepPlan, masks: dict[int, TokenMasks]) -> FakeLaunched:
         assert self._memory.resident, "launched without weights"
         fault = self._backend.faults.pop(self.facts.model_id, "")
         if fault == "launch":
@@ -207,7 +233,9 @@ class FakeRunner:
             if plan.samples[i]:
                 drawn = end - row.setup.prompt_len
                 suppressed = row.setup.suppressed if drawn < row.setup.min_tokens else ()
-                token = draw(self.facts.model_id, history, self._spec.vocab, suppressed)
+                assert row.setup.masked == (slot in masks), "drawn without its mask"
+                allowed = unpack(masks[slot], self._spec.vocab) if slot in masks else None
+                token = draw(self.facts.model_id, history, self._spec.vocab, suppressed, allowed)
                 row.last = token
                 tokens.append(token)
                 wanted = row.setup.logprobs.generated is not None
@@ -350,6 +378,10 @@ class FakeBackend:
 
     def unmap(self, slab: int, owner: tuple[str, str]) -> None:
         assert self._mapped.pop(slab) == owner
+
+    def undrawn_plans(self) -> int:
+        """Forward passes whose draws were not launched; at most one at any time."""
+        return sum(runner.undrawn is not None for runner in self.runners)
 
     @property
     def mapped(self) -> int:

@@ -35,11 +35,13 @@ def run_life(
     turns: int,
     *,
     faults: bool = True,
+    masked: bool = False,
     record: Callable[[Operation], None] | None = None,
     on_turn: Callable[[FakeBackend], None] = lambda backend: None,
 ) -> Stage:
-    """Run `turns` random actions, then turn until every request has ended. `faults`: steps and swap-ins may break."""
+    """Run `turns` random actions, then turn until every request has ended. `faults`: steps and swap-ins may break. `masked`: some have grammars."""
     rng = random.Random(seed)
+    grammars = random.Random(seed + 1000)
     backend = FakeBackend(
         random_specs(rng),
         total_slabs=rng.randint(40, 70),
@@ -70,6 +72,7 @@ def run_life(
                     sampling=rng.choice((GREEDY, GREEDY, PENALTY)),
                     logprobs=logprobs,
                     priority=rng.choice((0, 0, 0, 1)),
+                    grammar=grammars.choice((None, None, None, "half", "half/6")) if masked else None,
                     min_tokens=rng.choice((0, 0, 4)),
                     ignore_eos=rng.random() < 0.3,
                     stop_token_ids=tuple(rng.sample(range(backend.specs[name].vocab), rng.choice((0, 0, 2)))),

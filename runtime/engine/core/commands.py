@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
+from runtime.engine.interfaces import MaskSource, MaskSources
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.sequence import from_add
+from runtime.errors import NotSupported, RepertoryError
 from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, Shutdown, Unload
 from runtime.types import FinishReason
 
@@ -17,6 +20,7 @@ class Commands:
     table: ModelTable
     loads: Loads
     round_robin: RoundRobin
+    mask_sources: MaskSources | None = None
     stop_by_s: float | None = None
     _arrivals: int = 0
 
@@ -49,7 +53,12 @@ class Commands:
             self.table.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text)
             return
         most = model.facts.max_model_len
-        sequence = from_add(add, self._arrivals, now, most)
+        try:
+            mask_source = self._mask_source(add, model)
+        except RepertoryError as error:
+            self.table.refuse(add.request_id, add.model_id, error.code, error.detail)
+            return
+        sequence = from_add(add, self._arrivals, now, most, mask_source)
         self._arrivals += 1
         if not 0 < sequence.prompt_len <= most:
             text = f"a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
@@ -61,6 +70,13 @@ class Commands:
             self.table.emit_rows(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])
             return
         model.scheduler.add(sequence)
+
+    def _mask_source(self, add: Add, model: LoadedModel) -> MaskSource | None:
+        if add.request.grammar is None:
+            return None
+        if self.mask_sources is None:
+            raise NotSupported("this engine cannot constrain the output to a grammar; send the request without one")
+        return self.mask_sources.open(model.request.checkpoint, add.request)
 
     def _abort(self, request_ids: frozenset[int], now: float) -> None:
         for model in self.table.models.values():

@@ -5,7 +5,19 @@ The executor is the only code that changes the device and the only owner of the 
 
 from collections.abc import Callable, Iterable
 
-from runtime.engine.interfaces import Backend, Launched, LoadJob, LoadRequest, LoadResult, RowSetup, StepPlan
+import numpy as np
+
+from runtime.engine.interfaces import (
+    Backend,
+    Launched,
+    LoadJob,
+    LoadRequest,
+    LoadResult,
+    RowSetup,
+    StepPlan,
+    TokenMasks,
+    mask_words,
+)
 from runtime.engine.operations import (
     CancelLoad,
     CloseRow,
@@ -15,6 +27,8 @@ from runtime.engine.operations import (
     MapKv,
     OpenRow,
     Operation,
+    RunDraws,
+    RunForward,
     RunStep,
     StartLoad,
     SwapIn,
@@ -68,13 +82,29 @@ class OperationExecutor:
 
     def launch(self, model_id: str, opened: Iterable[RowSetup], plan: StepPlan) -> Launched:
         """Open the rows that `plan` needs and launch it, after everything that is queued. Raises what the device raises."""
+        self._open(model_id, opened)
+        if self._record is not None:
+            self._record(RunStep(model_id, plan))
+        return self._models[model_id].runner.launch(plan)
+
+    def launch_forward(self, model_id: str, opened: Iterable[RowSetup], plan: StepPlan) -> None:
+        """Like `launch`, without the draws: `launch_draws` must be the next call."""
+        self._open(model_id, opened)
+        if self._record is not None:
+            self._record(RunForward(model_id, plan))
+        self._models[model_id].runner.launch_forward(plan)
+
+    def launch_draws(self, model_id: str, masks: TokenMasks) -> Launched:
+        """Launch the draws of the last forward pass. `masks` has one line per masked row of its plan."""
+        if self._record is not None:
+            self._record(RunDraws(model_id, masks.tobytes()))
+        return self._models[model_id].runner.launch_draws(masks)
+
+    def _open(self, model_id: str, opened: Iterable[RowSetup]) -> None:
         self.flush()
         self._mark(model_id)
         for setup in opened:
             self.apply(OpenRow(model_id, setup))
-        if self._record is not None:
-            self._record(RunStep(model_id, plan))
-        return self._models[model_id].runner.launch(plan)
 
     def start_load(self, request: StartLoad) -> None:
         """Apply what is queued, then begin to load a model."""
@@ -120,7 +150,7 @@ class OperationExecutor:
         return self._backend.idle(self._mark)
 
     def apply(self, operation: Operation) -> Launched | None:
-        """Apply one operation now, ahead of the queue. Returns the launched step for a RunStep."""
+        """Apply one operation now, ahead of the queue. Returns the launched step for a RunStep and a RunDraws."""
         if self._record is not None:
             self._record(operation)
         match operation:
@@ -142,6 +172,13 @@ class OperationExecutor:
             case RunStep(model_id, plan):
                 self._mark(model_id)
                 return self._models[model_id].runner.launch(plan)
+            case RunForward(model_id, plan):
+                self._mark(model_id)
+                self._models[model_id].runner.launch_forward(plan)
+            case RunDraws(model_id, masks):
+                runner = self._models[model_id].runner
+                words = np.frombuffer(masks, np.int32).reshape(-1, mask_words(runner.facts.vocab_size))
+                return runner.launch_draws(words)
             case StartLoad(model_id, checkpoint, max_model_len):
                 self._jobs[model_id] = self._backend.load(LoadRequest(model_id, checkpoint, max_model_len))
             case CancelLoad(model_id):

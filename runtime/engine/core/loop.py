@@ -16,8 +16,9 @@ from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.core.step_budget import StepBudget
-from runtime.engine.interfaces import Backend, Launched
+from runtime.engine.interfaces import Backend, Launched, MaskSources
 from runtime.engine.operations import Operation
+from runtime.engine.scheduler.masks import StepMasks, fill_masks
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.outputs import Step
 from runtime.ipc.messages import Command, Event, LoadFailed
@@ -48,6 +49,7 @@ class EngineLoop:
         mark: notes which model is about to run, for the process that looks into a crash.
         clock: monotonic seconds.
         record: is called with every device operation before it is applied.
+        mask_sources: makes the mask sources of requests with a grammar; None = such requests are refused.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class EngineLoop:
         mark: Callable[[str], None],
         clock: Callable[[], float],
         record: Callable[[Operation], None] | None = None,
+        mask_sources: MaskSources | None = None,
     ) -> None:
         self._executor = OperationExecutor(backend, mark, record)
         self.table = ModelTable(config, backend, self._executor, emit)
@@ -69,7 +72,7 @@ class EngineLoop:
         self._step_budget = StepBudget(self.table)
         self._round_robin = RoundRobin(config.quantum_us)
         self._loads = Loads(self.table, self._collect_all_of)
-        self._commands = Commands(self.table, self._loads, self._round_robin)
+        self._commands = Commands(self.table, self._loads, self._round_robin, mask_sources)
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0
         self._reported_busy = False
@@ -180,12 +183,21 @@ class EngineLoop:
         predicted_us = model.cost.predict_us(tokens, step.kv_tokens)
         self._round_robin.charge(model.model_id, predicted_us)
         self._executor.flush()  # an error in here is not the step's
+        masks: StepMasks | None = None
         try:
-            launched = self._executor.launch(model.model_id, step.opened, step.plan)
+            if step.plan.masked:
+                self._executor.launch_forward(model.model_id, step.opened, step.plan)
+                masks = fill_masks(step.masked_sequences(), model.facts.vocab_size)  # while the device computes
+                launched = self._executor.launch_draws(model.model_id, masks.words)
+            else:
+                launched = self._executor.launch(model.model_id, step.opened, step.plan)
         except Exception as error:
             self._fault(model, step, error)
             return True
         self._flights.append(Flight(model, step, launched, tokens, predicted_us))
+        if masks is not None:
+            for sequence, text in masks.failures:
+                self.table.end(model, [sequence], FinishReason.ERROR, now, "INTERNAL", text)
         return True
 
     # Collecting --------------------------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,10 @@ class Step:
         for chunk in self.prefill:
             yield chunk.sequence
 
+    def masked_sequences(self) -> list[Sequence]:
+        """The sequences of `plan.masked`, in its order."""
+        return [c.sequence for c in self.prefill if c.draws and c.sequence.mask_source is not None]
+
 
 class StopRules:
     """Which ids end a sequence of this model. `watched` holds all that any live sequence may end on, so that most steps cost one set operation."""
@@ -138,7 +142,7 @@ def settle_prefill(
             sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
         if chunk.draws:
             token = result.tokens[at]
-            sequence.tokens.append(token)
+            sequence.append(token)
             logprob = result.logprobs[at] if result.logprobs is not None else None
             reason, stop_token = outcome(sequence, token, rules)
             rows.append(_first(sequence, (token,), reason, stop_token, logprob))

@@ -53,6 +53,7 @@ class Scheduler:
         self._rules = StopRules(eos)
         self._decode = DecodeBatch(rows.total)
         self._prefill: list[Sequence] = []
+        self._lockstep: list[Sequence] = []  # past their prompts; each step needs the result of the sequence's last one
         self._live: dict[int, Sequence] = {}
         self._lengths = LengthEstimate()
         self._flying: list[Step] = []
@@ -76,7 +77,8 @@ class Scheduler:
 
     def decoding(self) -> tuple[int, int]:
         """Decode rows, and the tokens that they hold."""
-        return len(self._decode), self._decode.kv_tokens()
+        kv_tokens = sum(sequence.computed for sequence in self._lockstep)
+        return len(self._decode) + len(self._lockstep), self._decode.kv_tokens() + kv_tokens
 
     def promise(self, blocks: int) -> None:
         """Keep `blocks` for the first waiting sequence. Running rows have what admission counted, so nothing changes while there are any."""
@@ -101,7 +103,7 @@ class Scheduler:
         head = self.waiting.head()
         if head is not None and self._rows.free:
             pending += len(head.tokens)
-        wanted = len(self._decode.without_room()) + len(self._prefill)
+        wanted = len(self._without_room()) + len(self._prefill)
         return wanted + blocks_for(min(pending, token_budget), self._block_tokens)
 
     def starved(self) -> Sequence | None:
@@ -124,7 +126,7 @@ class Scheduler:
         budget = limits.token_budget - count
         self._score_budget = SCORED_TOKENS
         chunks: list[Chunk] = []
-        for sequence in self._prefill.copy():
+        for sequence in (*self._lockstep, *self._prefill):
             if budget <= 0:
                 break
             budget -= self._plan_chunk(sequence, budget, plan, chunks)
@@ -154,20 +156,30 @@ class Scheduler:
         return step
 
     def _give_decode_blocks(self, now: float) -> None:
-        """A block for each decode row that has none for its next token; the newest rows make way where there is no room."""
-        wanting = self._decode.without_room()
+        """Give a block to each decode row that has none for its next token. Where there is no room, the newest rows are preempted."""
+        wanting = self._without_room()
         if len(wanting) > 1:
             wanting.sort(key=lambda s: s.order)
         for sequence in wanting:
-            while sequence.place >= 0:  # until it made way itself
+            while sequence.state is State.RUNNING:  # until it is preempted itself
                 page = self._cache.take()
                 if page is not None:
-                    self._publish(sequence, self._decode.start_of(sequence))
+                    decodes = sequence.place >= 0
+                    self._publish(sequence, self._decode.start_of(sequence) if decodes else sequence.computed)
                     self._new_blocks.append((sequence.row, len(sequence.pages), page))
                     sequence.pages.append(page)
-                    self._decode.set_room(sequence, len(sequence.pages) * self._block_tokens)
+                    if decodes:
+                        self._decode.set_room(sequence, len(sequence.pages) * self._block_tokens)
                     break
                 self.preempt_newest(now)
+
+    def _without_room(self) -> list[Sequence]:
+        """Rows past their prompts whose next token needs another block."""
+        wanting = self._decode.without_room()
+        for sequence in self._lockstep:
+            if sequence.computed < len(sequence.tokens) > len(sequence.pages) * self._block_tokens:
+                wanting.append(sequence)
+        return wanting
 
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, chunks: list[Chunk]) -> int:
         """Plan as much of the sequence's wanted tokens as budget and blocks allow; returns the number."""
@@ -189,6 +201,8 @@ class Scheduler:
         plan.counts.append(end - start)
         plan.from_device.append(False)
         plan.samples.append(draws)
+        if draws and sequence.mask_source is not None:
+            plan.masked.append(sequence.row)
         plan.tokens.extend(sequence.tokens[start:end])
         if scored:
             plan.prompt_logprobs.append(sequence.row)
@@ -206,9 +220,15 @@ class Scheduler:
             sequence = chunk.sequence
             if not chunk.last:
                 continue
-            self._prefill.remove(sequence)
             left = sequence.limit - sequence.drawn - 1
-            if left > 0:
+            if sequence in self._lockstep:
+                if left <= 0:
+                    self._lockstep.remove(sequence)
+                continue
+            self._prefill.remove(sequence)
+            if left > 0 and sequence.in_lockstep:
+                self._lockstep.append(sequence)
+            elif left > 0:
                 self._decode.add(sequence, len(sequence.tokens), left, len(sequence.pages) * self._block_tokens)
 
     def _publish(self, sequence: Sequence, computed: int) -> None:
@@ -259,6 +279,7 @@ class Scheduler:
                 sequence.prompt_len,
                 sequence.request.stop.min_tokens,
                 self._rules.suppressed(sequence),
+                sequence.mask_source is not None,
             )
         )
         return True
@@ -358,7 +379,7 @@ class Scheduler:
 
     def preempt_newest(self, now: float, newer_than: tuple[int, int] | None = None) -> bool:
         """Turn out the least entitled running sequence; it begins again later with all that it has drawn. False if none (newer) runs."""
-        newest = max((*self._decode.sequences, *self._prefill), key=lambda s: s.order, default=None)
+        newest = max((*self._decode.sequences, *self._lockstep, *self._prefill), key=lambda s: s.order, default=None)
         if newest is None or (newer_than is not None and newest.order <= newer_than):
             return False
         self._turn_out(newest, now)
@@ -379,6 +400,8 @@ class Scheduler:
             self._decode.remove(sequence)
         elif sequence in self._prefill:
             self._prefill.remove(sequence)
+        elif sequence in self._lockstep:
+            self._lockstep.remove(sequence)
         if self._opened:
             self._opened = [setup for setup in self._opened if setup.row != sequence.row]
         if self._new_blocks:

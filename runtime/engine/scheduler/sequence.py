@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from runtime.engine.interfaces import MaskSource
 from runtime.ipc.messages import Add, TokenLogprobs
 from runtime.types import GenerationRequest
 
@@ -34,6 +35,7 @@ class Sequence:
     arrival: int
     arrived_s: float
     limit: int
+    mask_source: MaskSource | None = None
     state: State = State.WAITING
     row: int = -1
     pages: list[int] = field(default_factory=list)
@@ -48,6 +50,17 @@ class Sequence:
     queued_s: float | None = None  # from its arrival to its first row
     told: bool = False  # its first token has been sent
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether its next token can be planned only after its last one is known."""
+        return self.mask_source is not None
+
+    def append(self, token: int) -> None:
+        """Add a token that was drawn."""
+        self.tokens.append(token)
+        if self.mask_source is not None:
+            self.mask_source.accept((token,))
 
     @property
     def drawn(self) -> int:
@@ -69,8 +82,8 @@ class Sequence:
         return self.request.logprobs.prompt is not None and not self.told
 
 
-def from_add(add: Add, arrival: int, now: float, max_model_len: int) -> Sequence:
+def from_add(add: Add, arrival: int, now: float, max_model_len: int, mask_source: MaskSource | None = None) -> Sequence:
     request = add.request
     tokens = list(request.prompt)
     limit = max(0, min(request.stop.max_tokens, max_model_len - len(tokens)))
-    return Sequence(add.request_id, tokens, len(tokens), request, arrival, now, limit)
+    return Sequence(add.request_id, tokens, len(tokens), request, arrival, now, limit, mask_source)

@@ -1,7 +1,8 @@
-"""Changes to logits before a draw: bias, penalties over a row's tokens, suppressed ids and allowed ids.
+"""Changes to logits before a draw: bias, penalties over a row's tokens, suppressed ids, allowed ids and token masks.
 
 Order: logit bias, repetition penalty (prompt and output, as transformers), frequency and presence penalties (output, as OpenAI), suppressed
-ids, allowed ids. Token counts are kept on the device, and only for rows that ask for a penalty.
+ids, allowed ids. For a masked row, suppressed and allowed ids are part of its mask. Token counts are kept on the device, and only for rows with
+a penalty.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.engine.interfaces import RowSetup
+from runtime.engine.interfaces import RowSetup, TokenMasks, mask_words
 from runtime.engine.model.run.row_state import FREQUENCY, PRESENCE, REPETITION, RowState, to_device
 
 _IN_PROMPT = 1 << 30
@@ -26,9 +27,16 @@ class _Row:
     table: int  # line of the history, -1 = none is kept
     prompt_len: int
     counted: int  # positions below this are in the history
-    allowed: (
-        torch.Tensor | None
-    )  # [V] float32 on the device: 0 for allowed ids, -inf for others; None = all are allowed
+    allowed: torch.Tensor | None  # [V] float32 on the device: 0 for allowed ids, -inf for others; None = all
+    limits: "_MaskLimits | None"  # of a masked row, in place of `suppressed` and `allowed`
+
+
+@dataclass(frozen=True, slots=True)
+class _MaskLimits:
+    """Packed masks [words] of what the request itself allows; None = all tokens."""
+
+    not_suppressed: TokenMasks | None
+    allowed: TokenMasks | None
 
 
 class LogitsProcessors:
@@ -45,7 +53,8 @@ class LogitsProcessors:
         """Take up a row; False if it edits nothing."""
         sampling = setup.sampling
         suppresses = setup.min_tokens > 0 and bool(setup.suppressed)
-        if not (sampling.logit_bias or sampling.needs_history or sampling.allowed_token_ids or suppresses):
+        limits_ids = sampling.allowed_token_ids or suppresses
+        if not (setup.masked or sampling.logit_bias or sampling.needs_history or limits_ids):
             return False
         ids = np.array([i for i, _ in sampling.logit_bias], np.int64)
         bias = np.array([b for _, b in sampling.logit_bias], np.float32)
@@ -61,7 +70,8 @@ class LogitsProcessors:
             -1,
             setup.prompt_len,
             len(setup.prompt),
-            self._allowed(sampling.allowed_token_ids) if sampling.allowed_token_ids else None,
+            self._allowed(sampling.allowed_token_ids) if sampling.allowed_token_ids and not setup.masked else None,
+            self._mask_limits(suppressed, sampling.allowed_token_ids) if setup.masked else None,
         )
         if sampling.needs_history:
             row.table = self._take_table()
@@ -81,7 +91,8 @@ class LogitsProcessors:
         """Whether a draw for `position` of the row is edited."""
         known = self._rows.get(row)
         return known is not None and (
-            len(known.bias_ids) > 0
+            known.limits is not None
+            or len(known.bias_ids) > 0
             or known.table >= 0
             or known.allowed is not None
             or position < known.suppressed_until
@@ -128,13 +139,33 @@ class LogitsProcessors:
         hidden = [
             row.suppressed + offset
             for row, offset, position in zip(known, offsets, positions, strict=True)
-            if position < row.suppressed_until
+            if position < row.suppressed_until and row.limits is None
         ]
         if hidden:
             flat.index_fill_(0, to_device(np.concatenate(hidden), logits.device), float("-inf"))
         for line, row in zip(logits, known, strict=True):
             if row.allowed is not None:
                 line += row.allowed
+
+    def limited(self, mask: TokenMasks, row: int, position: int) -> TokenMasks:
+        """Return `mask` [words] of a masked row without its suppressed ids and the ids outside of its allowed ones.
+
+        A limit that would leave no token is dropped: the mask has precedence.
+        """
+        known = self._rows[row]
+        assert known.limits is not None
+        suppresses = position < known.suppressed_until
+        for limit in (known.limits.not_suppressed if suppresses else None, known.limits.allowed):
+            if limit is not None and (mask & limit).any():
+                mask = mask & limit
+        return mask
+
+    def _mask_limits(self, suppressed: npt.NDArray[np.int64], allowed: tuple[int, ...]) -> _MaskLimits:
+        ids = np.array([i for i in allowed if 0 <= i < self._vocab_size], np.int64)
+        return _MaskLimits(
+            ~_packed(suppressed, self._vocab_size) if len(suppressed) else None,
+            _packed(ids, self._vocab_size) if allowed else None,
+        )
 
     def _allowed(self, token_ids: tuple[int, ...]) -> torch.Tensor:
         ids = np.array([i for i in token_ids if 0 <= i < self._vocab_size], np.int64)
@@ -169,3 +200,10 @@ class LogitsProcessors:
             self._history = grown
             self._free = list(range(grown.shape[0] - 1, size - 1, -1))
         return self._free.pop()
+
+
+def _packed(ids: npt.NDArray[np.int64], vocab_size: int) -> TokenMasks:
+    """A mask of the given ids."""
+    bits = np.zeros(mask_words(vocab_size) * 32, np.bool_)
+    bits[ids] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)

@@ -1,17 +1,17 @@
-"""One model's steps: upload, inputs, forward pass, draws, results on their way (plan.Runner).
+"""Runs one model's steps: upload, inputs, forward pass, draws, results (interfaces.Runner).
 
-The hot path. Every model, every device and every feature passes through `launch`, so nothing may be added here that waits for the device,
-loops over rows in Python when all rows are plain, or knows a family: features attach through the sampler, the log-probabilities and the plan.
-Knows the order of things on the stream; nothing of scheduling, pages' owners or weights.
+This is the hot path of every model, device and feature. Nothing may be added here that waits for the device, loops over rows in Python when all
+rows are plain, or depends on a model family: features attach through the sampler, the log-probabilities and the plan.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import RowSetup, StepPlan
+from runtime.engine.interfaces import RowSetup, StepPlan, TokenMasks
 from runtime.engine.kernels.argmax import draw_largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
 from runtime.engine.model.run.buckets import Bucket, bucket_of, standard
@@ -23,11 +23,27 @@ from runtime.engine.model.run.result_ring import StepLaunched
 from runtime.engine.model.run.row_state import to_device
 from runtime.engine.model.run.sampler import Sampler
 from runtime.engine.model.run.step import BuiltModel, StepContext
+from runtime.errors import EngineFault
 from runtime.types import ModelFacts
 
 
+@dataclass(frozen=True, slots=True)
+class _ForwardPass:
+    """A forward pass that has been launched. `plain`: its draws have been launched, too. `eager`: it ran without a graph."""
+
+    plan: StepPlan
+    shape: StepShape
+    line: int
+    logits: torch.Tensor
+    plain: bool
+    eager: bool
+
+
 class ModelRunner:
-    """Runs one built model. `weights_ready`: whether the last byte of the weights is in (graphs wait for that; eager passes wait on the device)."""
+    """Runs one built model.
+
+    `weights_ready`: whether the last byte of the weights has arrived. Graphs wait for that on the host; eager passes wait on the device.
+    """
 
     def __init__(
         self,
@@ -44,6 +60,7 @@ class ModelRunner:
         self._page_table = state.rows.page_table(-(-built.max_model_len // built.block_tokens) + 1)
         self._sampler = Sampler(built.vocab_size, state.rows)
         self._logprobs = LogprobRows()
+        self._undrawn: _ForwardPass | None = None
         likely = tuple(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
         self._graphs = ModelGraphs(
             facts.model_id, state.graphs, state.uploads.blank, self.rehearse, weights_ready, likely
@@ -59,6 +76,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepLaunched:
+        return self._finish(self._begin(plan), {})
+
+    @torch.inference_mode()
+    def launch_forward(self, plan: StepPlan) -> None:
+        self._undrawn = self._begin(plan)
+
+    @torch.inference_mode()
+    def launch_draws(self, masks: TokenMasks) -> StepLaunched:
+        forward, self._undrawn = self._undrawn, None
+        if forward is None or len(masks) != len(forward.plan.masked):
+            expected = 0 if forward is None else len(forward.plan.masked)
+            raise EngineFault(f"{len(masks)} masks were given, the launched forward pass needs {expected}")
+        return self._finish(forward, dict(zip(forward.plan.masked, masks, strict=True)))
+
+    def _begin(self, plan: StepPlan) -> _ForwardPass:
         state = self._state
         line = state.results.take_line()
         shape = state.uploads.pack(plan, line)
@@ -88,16 +120,20 @@ class ModelRunner:
                 prompt_at,
                 greedy=plain,
             )
+        return _ForwardPass(plan, shape, line, logits, plain, graph is None)
+
+    def _finish(self, forward: _ForwardPass, masks: Mapping[int, TokenMasks]) -> StepLaunched:
+        plan, shape, logits = forward.plan, forward.shape, forward.logits
         scored = self._logprobs.asking(shape)
         job = StepLogprobs() if scored or plan.prompt_logprobs else None
-        if not plain:
-            self._draw(logits, shape, eager=graph is None)
+        if not forward.plain:
+            self._draw(logits, shape, masks, eager=forward.eager)
         if job is not None:
             self._score(job, logits, scored, plan, shape)
-        return state.results.finish(line, shape.num_samples, job)
+        return self._state.results.finish(forward.line, shape.num_samples, job)
 
     def close(self) -> None:
-        """Give up graphs; the runner is not used again."""
+        """Release the graphs. The runner must not be used afterwards."""
         self._graphs.close()
 
     def _pass(
@@ -169,11 +205,11 @@ class ModelRunner:
             greedy=True,
         )
 
-    def _draw(self, logits: torch.Tensor, shape: StepShape, *, eager: bool) -> None:
+    def _draw(self, logits: torch.Tensor, shape: StepShape, masks: Mapping[int, TokenMasks], *, eager: bool) -> None:
         drawn = self._state.drawn[: shape.num_samples]
         if eager:
             torch.argmax(logits[: shape.num_samples], 1, out=drawn)
-        self._sampler.draw(logits, shape, drawn)
+        self._sampler.draw(logits, shape, drawn, masks)
         self._commit(shape.num_samples)
 
     def _commit(self, num_samples: int) -> None:

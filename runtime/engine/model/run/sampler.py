@@ -1,16 +1,17 @@
-"""Drawing the tokens of a step's rows that want more than the largest logit; only they pay.
+"""Draws the tokens of a step's rows that need more than the largest logit.
 
-Knows which rows ask for what; the arithmetic is in kernels/sample.py and edits.py. Rows of one step fall in three groups: plain greedy (drawn with the
-forward pass), drawn straight from the logits, and drawn from an edited copy.
+Rows of one step fall in three groups: plain greedy (drawn with the forward pass), drawn straight from the logits, and drawn from an edited copy of
+their logits. Masked rows are in the third group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from runtime.engine.interfaces import RowSetup, StepPlan
+from runtime.engine.interfaces import RowSetup, StepPlan, TokenMasks
 from runtime.engine.kernels import sample
+from runtime.engine.kernels.token_mask import apply_token_masks
 from runtime.engine.model.run.input_buffers import StepShape
 from runtime.engine.model.run.logits_processors import LogitsProcessors
 from runtime.engine.model.run.row_state import RowState, to_device
@@ -66,8 +67,10 @@ class Sampler:
                     self._edits.note_given(row, start, plan.tokens[at : at + count])
                     at += count
 
-    def draw(self, logits: torch.Tensor, shape: StepShape, drawn: torch.Tensor) -> None:
-        """Overwrite `drawn` [S] int64 for the rows that aren't plain; `logits` [S or more, V] of the step's samples."""
+    def draw(
+        self, logits: torch.Tensor, shape: StepShape, drawn: torch.Tensor, masks: Mapping[int, TokenMasks]
+    ) -> None:
+        """Overwrite `drawn` [S] int64 for the rows that are not plain. `logits` [S or more, V] are the step's samples', `masks` the masked rows' by slot."""
         kinds = self._kinds[shape.sample_rows]
         special = np.flatnonzero(kinds).tolist()
         rows, positions = shape.sample_rows.tolist(), shape.sample_positions.tolist()
@@ -78,13 +81,31 @@ class Sampler:
             self._draw(logits, direct, direct, rows, positions, drawn)
         if edited:
             self._draw(
-                self._edited(logits, edited, rows, positions), list(range(len(edited))), edited, rows, positions, drawn
+                self._edited(logits, edited, rows, positions, masks),
+                list(range(len(edited))),
+                edited,
+                rows,
+                positions,
+                drawn,
             )
             self._edits.note_drawn([rows[s] for s in edited], [positions[s] for s in edited], edited, drawn)
 
-    def _edited(self, logits: torch.Tensor, samples: list[int], rows: list[int], positions: list[int]) -> torch.Tensor:
+    def _edited(
+        self,
+        logits: torch.Tensor,
+        samples: list[int],
+        rows: list[int],
+        positions: list[int],
+        masks: Mapping[int, TokenMasks],
+    ) -> torch.Tensor:
         scores = logits.index_select(0, to_device(np.array(samples, np.int64), logits.device)).float()
         self._edits.apply(scores, [rows[s] for s in samples], [positions[s] for s in samples])
+        if masks:
+            lines = [line for line, s in enumerate(samples) if rows[s] in masks]
+            masked = [samples[line] for line in lines]
+            words = np.stack([self._edits.limited(masks[rows[s]], rows[s], positions[s]) for s in masked])
+            device = logits.device
+            apply_token_masks(scores, to_device(np.array(lines, np.int64), device), to_device(words, device))
         return scores
 
     def _draw(

@@ -1,0 +1,37 @@
+"""Collects the masks of one step from its sequences' mask sources."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.engine.interfaces import TokenMasks, mask_words
+from runtime.engine.scheduler.sequence import Sequence
+
+_ALL_ALLOWED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StepMasks:
+    """`words` has one line per masked row of the plan. `failures`: sequences that must end, with the reason; all tokens are allowed in their lines."""
+
+    words: TokenMasks
+    failures: list[tuple[Sequence, str]]
+
+
+def fill_masks(sequences: Iterable[Sequence], vocab_size: int) -> StepMasks:
+    """Ask every sequence's source for the mask of its next token. An error of a source is a failure of its sequence alone."""
+    masked = list(sequences)
+    words = np.zeros((len(masked), mask_words(vocab_size)), np.int32)
+    failures: list[tuple[Sequence, str]] = []
+    for line, sequence in zip(words, masked, strict=True):
+        assert sequence.mask_source is not None
+        try:
+            sequence.mask_source.fill_mask(line)
+            text = "" if line.any() else f"its grammar allows no token after {sequence.drawn} output tokens"
+        except Exception as error:
+            text = f"its grammar failed after {sequence.drawn} output tokens: {type(error).__name__}: {error}"
+        if text:
+            line[:] = _ALL_ALLOWED
+            failures.append((sequence, text))
+    return StepMasks(words, failures)

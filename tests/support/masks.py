@@ -1,0 +1,83 @@
+"""Mask sources for tests: grammars whose allowed tokens are a pure function of the output so far.
+
+"half" allows a pseudo-random half of the vocabulary that depends on every output token. "half/N" allows only token 0 after N tokens. "raises/N" and
+"empty/N" are like "half", and break after N tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+from runtime.engine.interfaces import TokenMasks, mask_words
+from runtime.errors import InvalidRequest
+from runtime.types import Checkpoint, GenerationRequest
+
+
+def allowed_tokens(grammar: str, output: Sequence[int], vocab_size: int) -> list[int]:
+    """The tokens that may follow `output`; at least one."""
+    kind, _, count = grammar.partition("/")
+    if kind == "half" and count and len(output) >= int(count):
+        return [0]
+    digest = blake2b(repr((grammar, tuple(output))).encode(), digest_size=8).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    chosen = np.flatnonzero(rng.random(vocab_size) < 0.5).tolist()
+    return chosen or [int(rng.integers(vocab_size))]
+
+
+def pack(tokens: Sequence[int], vocab_size: int) -> TokenMasks:
+    """A mask of these tokens."""
+    words = np.zeros(mask_words(vocab_size), np.int64)
+    for token in tokens:
+        words[token // 32] |= 1 << (token % 32)
+    return words.astype(np.uint32).view(np.int32)
+
+
+def unpack(words: TokenMasks, vocab_size: int) -> list[int]:
+    """The tokens that a mask allows."""
+    bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), bitorder="little")[:vocab_size]
+    tokens: list[int] = np.flatnonzero(bits).tolist()
+    return tokens
+
+
+class GrammarMasks:
+    """One sequence's masks. `on_fill` is called before a mask is written."""
+
+    def __init__(self, grammar: str, vocab_size: int, on_fill: Callable[[], None] = lambda: None) -> None:
+        self.grammar = grammar
+        self.accepted: list[int] = []
+        self._vocab_size = vocab_size
+        self._on_fill = on_fill
+
+    def fill_mask(self, words: TokenMasks) -> None:
+        self._on_fill()
+        kind, _, count = self.grammar.partition("/")
+        if kind in ("raises", "empty") and len(self.accepted) >= int(count):
+            if kind == "raises":
+                raise ValueError("the parser is stuck")
+            return
+        words[:] = pack(allowed_tokens(self.grammar, self.accepted, self._vocab_size), self._vocab_size)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            kind = self.grammar.partition("/")[0]
+            allowed = allowed_tokens(self.grammar, self.accepted, self._vocab_size)
+            assert kind != "half" or token in allowed, f"token {token} after {self.accepted} is not allowed"
+            self.accepted.append(token)
+
+
+class FakeMaskSources:
+    """Implements MaskSources. Refuses the grammar "refused"."""
+
+    def __init__(self, vocab_size: Callable[[str], int], on_fill: Callable[[], None] = lambda: None) -> None:
+        self._vocab_size = vocab_size
+        self._on_fill = on_fill
+        self.opened: list[GrammarMasks] = []
+
+    def open(self, checkpoint: Checkpoint, request: GenerationRequest) -> GrammarMasks:
+        assert request.grammar is not None
+        if request.grammar == "refused":
+            raise InvalidRequest("the grammar has no rule named root")
+        source = GrammarMasks(request.grammar, self._vocab_size(checkpoint.model_dir), self._on_fill)
+        self.opened.append(source)
+        return source

@@ -1,0 +1,138 @@
+"""Requests with a grammar in the engine loop: when they are planned, what they draw, and how they fail."""
+
+from collections import Counter
+
+import msgspec
+import pytest
+
+from runtime.engine.core.executor import OperationExecutor
+from runtime.engine.operations import OpenRow, Operation, RunDraws, RunForward, RunStep
+from runtime.types import FinishReason
+from tests.support.engine_stage import Stage
+from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.random_life import run_life
+from tests.unit.engine.core.test_loop import stage
+
+
+def test_masked_rows_wait_for_their_last_token_and_others_do_not() -> None:
+    operations: list[Operation] = []
+    made = Stage(FakeBackend({"a": FakeSpec(latency_polls=50)}), record=operations.append)
+    made.load("a")
+    made.until_quiet()
+    plain = made.add("a", [5, 6], 30, ignore_eos=True)
+    masked = made.add("a", [7, 8], 10, ignore_eos=True, grammar="half")
+    made.until_quiet()
+    made.check_all()
+    assert (len(plain.tokens), len(masked.tokens)) == (30, 10)
+    plans = [o.plan for o in operations if isinstance(o, RunStep | RunForward)]
+    assert [bool(plan.masked) for plan in plans[:20]] == [True, False] * 10, "one step later than other rows, no more"
+    assert len(plans) == 30, "the other row is in every step"
+    made.close()
+
+
+def test_masks_hold_under_preemption_with_the_other_parameters() -> None:
+    opened: Counter[tuple[int, ...]] = Counter()
+
+    def record(operation: Operation) -> None:
+        if isinstance(operation, OpenRow) and operation.setup.masked:
+            opened[tuple(operation.setup.prompt)] += 1
+
+    made = run_life(4, 300, faults=False, masked=True, record=record)
+    made.check_all()
+    asked = Counter(a.add.request.prompt for a in made.answers.values() if a.add.request.grammar is not None)
+    assert any(count > asked[prompt] for prompt, count in opened.items()), "no masked row was preempted"
+    assert sum(model.prefix_hit_tokens_total for model in made.stats().models) > 0
+    made.close()
+
+
+def test_masks_hold_when_the_model_is_evicted_and_returns() -> None:
+    made = stage("ab", weight_slabs=16, total_slabs=24)
+    for _ in range(3):
+        for model_id in ("a", "b"):
+            made.add(model_id, [5, 6, 7, 8, 9], 12, grammar="half")
+            made.add(model_id, [5, 6, 7, 8, 9], 12)
+            made.until_quiet()
+    made.check_all()
+    assert sum(model.evictions_total for model in made.stats().models) >= 4
+    made.close()
+
+
+def test_a_finished_grammar_ends_at_its_end_token_even_below_min_tokens() -> None:
+    made = stage("a", vocab=40, eos=(0,))
+    answer = made.add("a", [5], 30, grammar="half/2", min_tokens=2)
+    early = made.add("a", [5], 30, grammar="half/1", min_tokens=6)
+    made.until_quiet()
+    made.check_all()
+    assert answer.finish is FinishReason.EOS
+    assert early.tokens[1:] == [0] * 6, "the grammar allows nothing but the end token, which ends only after min_tokens"
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        ("raises/3", "its grammar failed after 3 output tokens: ValueError: the parser is stuck"),
+        ("empty/3", "its grammar allows no token after 3 output tokens"),
+    ],
+)
+def test_a_grammar_that_breaks_ends_its_own_sequence_alone(grammar: str, text: str) -> None:
+    made = stage("a")
+    broken = made.add("a", [5], 12, ignore_eos=True, grammar=grammar)
+    others = [made.add("a", [6], 12, ignore_eos=True), made.add("a", [7], 12, ignore_eos=True, grammar="half")]
+    made.until_quiet()
+    for other in others:
+        made.check_text(other)
+    assert len(broken.tokens) == 3
+    assert broken.last is not None
+    assert (broken.finish, broken.last.error_code, broken.last.error) == (FinishReason.ERROR, "INTERNAL", text)
+    assert not made.failures()
+    made.close()
+
+
+def test_a_grammar_is_refused_with_its_own_error() -> None:
+    made = stage("a")
+    answer = made.add("a", [5], 12, grammar="refused")
+    made.until_quiet()
+    assert answer.last is not None
+    assert (answer.last.error_code, answer.last.error) == ("INVALID_ARGUMENT", "the grammar has no rule named root")
+    made.close()
+
+
+def test_an_engine_without_mask_sources_refuses_grammars() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec()}), mask_sources=False)
+    made.load("a")
+    made.until_quiet()
+    answer = made.add("a", [5], 12, grammar="half")
+    made.until_quiet()
+    assert answer.last is not None
+    assert answer.last.error_code == "UNIMPLEMENTED"
+    made.close()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_lives_with_grammars(seed: int) -> None:
+    made = run_life(seed, 250, masked=True)
+    made.check_all()
+    made.close()
+
+
+def test_recorded_masks_replay_without_a_mask_source() -> None:
+    log: list[bytes] = []
+    made = run_life(
+        5, 250, faults=False, masked=True, record=lambda operation: log.append(msgspec.msgpack.encode(operation))
+    )
+    made.close()
+    first = made.backend
+    second = FakeBackend(
+        first.specs, total_slabs=first.total_slabs, max_rows=first.max_rows, max_batch_tokens=first.max_batch_tokens
+    )
+    decoder: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
+    executor = OperationExecutor(second)
+    operations = [decoder.decode(data) for data in log]
+    for operation in operations:
+        launched = executor.apply(operation)
+        if launched is not None:
+            launched.collect()
+    assert sum(isinstance(operation, RunDraws) for operation in operations) > 20
+    assert second.results == first.results
+    assert second.snapshot() == first.snapshot()
