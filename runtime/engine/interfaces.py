@@ -43,8 +43,9 @@ class StepPlan:
         starts: position of the first token that this step computes in the row.
         counts: tokens that it computes in the row (1 in decode).
         from_device: the (only) input id is the row's last drawn token, which lies on the device; else its ids are in `tokens`.
-        samples: draw a token after the row's last computed one. False for a prompt's chunks before the last.
-        tokens: input ids of all rows that aren't `from_device`, end to end in row order.
+        samples: tokens to draw, one after each of the row's last `samples` computed tokens: 0 for a prompt's chunks before the last, 1 as a rule, and
+            1 + the number of drafts for a row with drafts.
+        tokens: input ids of all rows that are not `from_device`, end to end in row order; a row's drafts are its last ones.
         new_blocks: (row, index in the row's page table, page id), before the step runs.
         prompt_logprobs: rows whose prompt log-probabilities are wanted for this chunk.
         masked: rows that sample in this step and whose draw waits for a mask.
@@ -54,7 +55,7 @@ class StepPlan:
     starts: list[int]
     counts: list[int]
     from_device: list[bool]
-    samples: list[bool]
+    samples: list[int]
     tokens: list[int]
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     prompt_logprobs: list[int] = field(default_factory=list)
@@ -66,10 +67,11 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step brought, in the plan's order of the rows that sample.
+class StepOutput:
+    """The result of a step, in the plan's order of the rows that sample.
 
-    `logprobs` has an entry for each sampling row, None where none was asked. `prompt_logprobs` maps a row to the entries of this chunk's tokens:
+    `tokens` holds as many tokens of each row as the plan says in `samples`; those that follow a wrong draft are meaningless. `logprobs` has an entry per
+    token, None for rows without log-probabilities. `prompt_logprobs` maps a row to the entries of this chunk's tokens:
     the entry of the token at position p says how likely p's id was given what precedes it; position 0 has None. A chunk that isn't the last leaves
     out the entry of the token after it (it comes first in the next chunk's list).
     """
@@ -110,13 +112,20 @@ class MaskSources(Protocol):
         """Return a mask source for one sequence. Raises RepertoryError if the grammar cannot be enforced for this model."""
 
 
+class Drafter(Protocol):
+    """Guesses how sequences go on. A step verifies the guesses, so they change the speed and never the text."""
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        """Return at most `most` tokens that may follow `tokens`, the prompt and all output of one sequence."""
+
+
 class Launched(Protocol):
-    """A step on its way."""
+    """A step that was launched."""
 
     def ready(self) -> bool:
         """Whether `collect` would return at once."""
 
-    def collect(self) -> StepResult:
+    def collect(self) -> StepOutput:
         """Wait for the step and return its result; once."""
 
 

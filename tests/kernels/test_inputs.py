@@ -28,7 +28,7 @@ def a_step(seed: int) -> tuple[StepPlan, torch.Tensor, torch.Tensor]:
         plan.starts.append(start)
         plan.counts.append(count)
         plan.from_device.append(decodes)
-        plan.samples.append(decodes or rng.random() < 0.5)
+        plan.samples.append(1 if decodes else rng.randrange(2))
         if not decodes:
             plan.tokens.extend(rng.randrange(5000) for _ in range(count))
         for index in range(start // BLOCK_TOKENS, (start + count - 1) // BLOCK_TOKENS + 1):
@@ -120,3 +120,14 @@ def test_a_blank_upload_is_padding_alone(device: torch.device) -> None:
     assert inputs.slots.tolist() == [-1] * 8
     assert inputs.query_starts.tolist() == [0] * 5
     assert inputs.context_lens.tolist() == [0] * 4
+
+
+def test_pack_places_the_draws_of_rows_with_drafts() -> None:
+    plan = StepPlan([4, 2, 7], [9, 0, 30], [1, 5, 3], [True, False, False], [1, 0, 3], [1, 2, 3, 4, 5, 6, 7, 8])
+    words = np.zeros(200, np.int32)
+    shape, _ = pack(plan, 0, words, 0)
+    assert shape.num_samples == 4
+    assert shape.sample_rows.tolist() == [4, 7, 7, 7]
+    assert shape.sample_positions.tolist() == [10, 31, 32, 33]
+    at = words[op.AT_SAMPLE]
+    assert words[at : at + 4].tolist() == [0, 6, 7, 8]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from common.model_key import Quantization
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import KvGeometry, RowSetup, Runner, StepPlan, StepResult
+from runtime.engine.interfaces import KvGeometry, RowSetup, Runner, StepOutput, StepPlan
 from runtime.engine.model.run.attention import IMPLEMENTATION, register
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.kv_geometry import attention_geometry, kv_geometry, kv_planes
@@ -236,7 +236,7 @@ class RunnerDriver:
         rows = {row.slot: row for row in taken}
         self._take(plan, rows, self._launch(plan, rows))
 
-    def _launch(self, plan: StepPlan, rows: dict[int, _Row]) -> StepResult:
+    def _launch(self, plan: StepPlan, rows: dict[int, _Row]) -> StepOutput:
         if not plan.masked:
             return self.runner.launch(plan).collect()
         self.runner.launch_forward(plan)
@@ -256,7 +256,7 @@ class RunnerDriver:
         plan.starts.append(row.done)
         plan.counts.append(count)
         plan.from_device.append(from_device)
-        plan.samples.append(count == left)
+        plan.samples.append(int(count == left))
         if row.ask.allowed is not None and count == left:
             plan.masked.append(row.slot)
         if not from_device:
@@ -269,7 +269,7 @@ class RunnerDriver:
             plan.prompt_logprobs.append(row.slot)
         row.done += count
 
-    def _take(self, plan: StepPlan, rows: dict[int, _Row], result: StepResult) -> None:
+    def _take(self, plan: StepPlan, rows: dict[int, _Row], result: StepOutput) -> None:
         drawn = iter(result.tokens)
         entries = iter(result.logprobs or [None] * len(result.tokens))
         for slot, samples in zip(plan.rows, plan.samples, strict=True):

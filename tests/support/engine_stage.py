@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
+from runtime.engine.interfaces import Drafter
 from runtime.engine.operations import Operation
 from runtime.ipc.messages import (
     Abort,
@@ -80,6 +81,7 @@ class Stage:
         turn_s: float = 0.005,
         record: Callable[[Operation], None] | None = None,
         mask_sources: bool = True,
+        drafter: Drafter | None = None,
         **config: object,
     ) -> None:
         self.backend = backend
@@ -107,6 +109,7 @@ class Stage:
             lambda: self.now,
             record,
             self.mask_sources if mask_sources else None,
+            drafter,
         )
         self._ids = 0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from common.model_key import Quantization
-from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepPlan, StepResult, TokenMasks
+from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepOutput, StepPlan, TokenMasks
 from runtime.errors import LoadFailed
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import ModelFacts
@@ -123,7 +123,7 @@ class FakeRow:
 
 
 class FakeLaunched:
-    def __init__(self, runner: "FakeRunner", result: StepResult | None, polls: int) -> None:
+    def __init__(self, runner: "FakeRunner", result: StepOutput | None, polls: int) -> None:
         self._runner = runner
         runner.flying += 1
         self._result = result
@@ -133,7 +133,7 @@ class FakeLaunched:
         self._polls -= 1
         return self._polls < 0
 
-    def collect(self) -> StepResult:
+    def collect(self) -> StepOutput:
         self._runner.flying -= 1
         if self._result is None:
             raise RuntimeError("the fake device stumbled")
@@ -224,14 +224,15 @@ class FakeRunner:
         assert at == len(plan.tokens)
         for i, slot, row, ids in work:
             end = plan.starts[i] + len(ids)
-            history = self._read(row, end)
             if slot in plan.prompt_logprobs:
+                history = self._read(row, end)
                 positions = range(plan.starts[i], end)
                 prompt_logprobs[slot] = [
                     self.logprob(history[: position + 1]) if position else None for position in positions
                 ]
-            if plan.samples[i]:
-                drawn = end - row.setup.prompt_len
+            for known in range(end - plan.samples[i] + 1, end + 1):
+                history = self._read(row, known)
+                drawn = known - row.setup.prompt_len
                 suppressed = row.setup.suppressed if drawn < row.setup.min_tokens else ()
                 assert row.setup.masked == (slot in masks), "drawn without its mask"
                 allowed = unpack(masks[slot], self._spec.vocab) if slot in masks else None
@@ -245,7 +246,7 @@ class FakeRunner:
         if fault == "collect":
             self._backend.results.append(None)
             return FakeLaunched(self, None, self._spec.latency_polls)
-        result = StepResult(
+        result = StepOutput(
             tokens,
             100.0 + self._backend.token_us * plan.num_tokens,
             logprobs if any(logprobs) else None,
@@ -264,9 +265,10 @@ class FakeRunner:
         assert count == len(plan.starts) == len(plan.counts) == len(plan.from_device) == len(plan.samples)
         assert len(set(plan.rows)) == count, "a row twice"
         assert all(row in self.rows for row in plan.rows), "a row that isn't open"
-        assert all(c >= 1 for c in plan.counts)
+        assert all(c >= max(1, s) for c, s in zip(plan.counts, plan.samples, strict=True))
+        assert sum(plan.samples) <= self._backend.max_rows, "more draws than rows"
         assert sorted(plan.from_device, reverse=True) == plan.from_device, "decode rows come first"
-        assert all(c == 1 and s for c, s, d in zip(plan.counts, plan.samples, plan.from_device, strict=True) if d)
+        assert all(c == 1 and s == 1 for c, s, d in zip(plan.counts, plan.samples, plan.from_device, strict=True) if d)
         assert plan.num_tokens <= max(self._backend.max_batch_tokens, sum(plan.from_device))
 
     def _check_alone(self, plan: StepPlan, i: int, holders: dict[int, list[tuple[int, int]]]) -> None:
@@ -368,7 +370,7 @@ class FakeBackend:
         self.steps = 0
         self.largest_step = 0
         self.token_us = 2.0
-        self.results: list[StepResult | None] = []  # of every launch; None where the step broke
+        self.results: list[StepOutput | None] = []  # of every launch; None where the step broke
         self._mapped: dict[int, tuple[str, str]] = {}
 
     def map(self, slab: int, owner: tuple[str, str]) -> None:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from runtime.engine.interfaces import KvGeometry
+from runtime.engine.interfaces import Drafter, KvGeometry
 from runtime.engine.operations import Operation
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.engine_stage import GREEDY, Stage
@@ -36,6 +36,7 @@ def run_life(
     *,
     faults: bool = True,
     masked: bool = False,
+    drafter: Drafter | None = None,
     record: Callable[[Operation], None] | None = None,
     on_turn: Callable[[FakeBackend], None] = lambda backend: None,
 ) -> Stage:
@@ -48,7 +49,13 @@ def run_life(
         max_rows=rng.choice((3, 8, 24)),
         max_batch_tokens=rng.choice((8, 32, 128)),
     )
-    stage = Stage(backend, turn_s=rng.choice((0.001, 0.05, 0.4)), quantum_us=rng.choice((200, 2000)), record=record)
+    stage = Stage(
+        backend,
+        turn_s=rng.choice((0.001, 0.05, 0.4)),
+        quantum_us=rng.choice((200, 2000)),
+        record=record,
+        drafter=drafter,
+    )
     names = list(backend.specs)
     stems = [[rng.randrange(40) for _ in range(rng.randint(4, 40))] for _ in range(4)]
     for name in names[:3]:

@@ -16,7 +16,7 @@ from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.core.step_budget import StepBudget
-from runtime.engine.interfaces import Backend, Launched, MaskSources
+from runtime.engine.interfaces import Backend, Drafter, Launched, MaskSources
 from runtime.engine.operations import Operation
 from runtime.engine.scheduler.masks import StepMasks, fill_masks
 from runtime.engine.scheduler.model_round_robin import RoundRobin
@@ -50,6 +50,7 @@ class EngineLoop:
         clock: monotonic seconds.
         record: is called with every device operation before it is applied.
         mask_sources: makes the mask sources of requests with a grammar; None = such requests are refused.
+        drafter: guesses tokens for all models; None = no speculation.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class EngineLoop:
         clock: Callable[[], float],
         record: Callable[[Operation], None] | None = None,
         mask_sources: MaskSources | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._executor = OperationExecutor(backend, mark, record)
-        self.table = ModelTable(config, backend, self._executor, emit)
+        self.table = ModelTable(config, backend, self._executor, emit, drafter)
         self._config = config
         self._backend = backend
         self._inbox = inbox

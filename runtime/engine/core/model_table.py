@@ -11,7 +11,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.core.executor import KvOperations, OperationExecutor
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
-from runtime.engine.interfaces import Backend, LoadResult
+from runtime.engine.interfaces import Backend, Drafter, LoadResult
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
@@ -31,8 +31,14 @@ _CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
 
 class ModelTable:
     def __init__(
-        self, config: EngineConfig, backend: Backend, executor: OperationExecutor, emit: Callable[[Event], None]
+        self,
+        config: EngineConfig,
+        backend: Backend,
+        executor: OperationExecutor,
+        emit: Callable[[Event], None],
+        drafter: Drafter | None = None,
     ) -> None:
+        self._drafter = drafter
         self.config = config
         self.backend = backend
         self.executor = executor
@@ -87,7 +93,7 @@ class ModelTable:
             facts,
             memory,
             cache,
-            Scheduler(facts.eos_token_ids, cache, rows),
+            Scheduler(facts.eos_token_ids, cache, rows, self._drafter),
             CostModel(slowness=_CPU_COST_SCALE if self.backend.device == "cpu" else 1.0),
             min(request.max_waiting, self.config.max_waiting),
             now,

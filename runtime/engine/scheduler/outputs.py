@@ -6,7 +6,7 @@ Knows when a sequence ends; what its end frees is the scheduler's.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from runtime.engine.interfaces import RowSetup, StepPlan, StepResult
+from runtime.engine.interfaces import RowSetup, StepOutput, StepPlan
 from runtime.engine.scheduler.decode_batch import DecodeRows
 from runtime.engine.scheduler.sequence import Sequence, State
 from runtime.ipc.messages import RowTokens, TokenLogprobs
@@ -15,12 +15,19 @@ from runtime.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some of a sequence's known tokens, in one step. `row` is the row it had then; `last`: nothing known is left to compute."""
+    """Some of a sequence's known tokens, in one step, and the drafts that follow them.
+
+    Attributes:
+        row: the row that the sequence had then.
+        draws: tokens that the step draws.
+        last: no known token is left to compute.
+    """
 
     sequence: Sequence
     row: int
-    draws: bool
+    draws: int
     last: bool
+    drafts: list[int]
 
 
 @dataclass(slots=True)
@@ -92,7 +99,7 @@ def at_limit(sequence: Sequence) -> FinishReason:
 
 
 def settle_decode(
-    step: Step, result: StepResult, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
+    step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
 ) -> list[RowTokens]:
     """Every decode row's token. Rows that had ended before the step ran have drawn in vain, and get nothing."""
     batch = step.decode
@@ -123,7 +130,7 @@ def settle_decode(
 
 
 def settle_prefill(
-    step: Step, result: StepResult, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
+    step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
 ) -> list[RowTokens]:
     """First tokens, and prompt log-probabilities as they come."""
     rows: list[RowTokens] = []
@@ -141,11 +148,12 @@ def settle_prefill(
         ):
             sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
         if chunk.draws:
-            token = result.tokens[at]
-            sequence.append(token)
-            logprob = result.logprobs[at] if result.logprobs is not None else None
-            reason, stop_token = outcome(sequence, token, rules)
-            rows.append(_first(sequence, (token,), reason, stop_token, logprob))
+            drawn = verified(chunk.drafts, result.tokens[at : at + chunk.draws])
+            tokens, reason, stop_token = _take(sequence, drawn, rules)
+            entries = None if result.logprobs is None else result.logprobs[at : at + len(tokens)]
+            rows.append(_first(sequence, tokens, reason, stop_token, entries))
+            if chunk.drafts and sequence.state is State.RUNNING:
+                sequence.computed = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
         elif chunk.last:  # nothing was to be drawn
             reason = at_limit(sequence)
             rows.append(_first(sequence, (), reason, None, None))
@@ -156,14 +164,37 @@ def settle_prefill(
     return rows
 
 
+def verified(drafts: list[int], drawn: list[int]) -> list[int]:
+    """The tokens of `drawn` that follow right drafts only: drawn[i] was drawn after drafts[:i], so it counts if all of these were drawn, too."""
+    count = 1
+    for draft, token in zip(drafts, drawn, strict=False):
+        if draft != token:
+            break
+        count += 1
+    return drawn[:count]
+
+
+def _take(
+    sequence: Sequence, drawn: list[int], rules: StopRules
+) -> tuple[tuple[int, ...], FinishReason | None, int | None]:
+    """Append tokens up to the one that ends the sequence. Returns them, the reason and the id that ended it."""
+    for count, token in enumerate(drawn, 1):
+        sequence.append(token)
+        reason, stop_token = outcome(sequence, token, rules)
+        if reason is not None:
+            return tuple(drawn[:count]), reason, stop_token
+    return tuple(drawn), None, None
+
+
 def _first(
     sequence: Sequence,
     tokens: tuple[int, ...],
     reason: FinishReason | None,
     stop_token: int | None,
-    logprob: TokenLogprobs | None,
+    entries: list[TokenLogprobs | None] | None,
 ) -> RowTokens:
-    logprobs = None if logprob is None else (logprob,)
+    # a row has log-probabilities for all of its tokens or for none
+    logprobs = tuple(entry for entry in entries or () if entry is not None) or None
     if sequence.told:  # it comes back from a preemption
         return RowTokens(sequence.request_id, tokens, reason, stop_token, logprobs)
     sequence.told = True

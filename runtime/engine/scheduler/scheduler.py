@@ -8,7 +8,7 @@ known beforehand and never overrun. Knows no torch, no clock and no other model.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from runtime.engine.interfaces import RowSetup, StepPlan, StepResult
+from runtime.engine.interfaces import Drafter, RowSetup, StepOutput, StepPlan
 from runtime.engine.kvcache.prefix import PrefixCache, chain
 from runtime.engine.scheduler.admission import LengthEstimate, blocks_for, peak_blocks
 from runtime.engine.scheduler.decode_batch import DecodeBatch
@@ -43,12 +43,16 @@ class Totals:
 
 
 class Scheduler:
-    def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: ModelRows) -> None:
+    """Plans one model's steps. `drafter`: guesses tokens for the sequences whose draws do not depend on a history or a mask."""
+
+    def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: ModelRows, drafter: Drafter | None = None) -> None:
         self.totals = Totals()
         self.waiting = WaitingQueue()
         self.promised_blocks = 0  # that the last admission counted on; read-only outside
         self._cache = cache
         self._rows = rows
+        self._drafter = drafter
+        self._draft_slots = 0
         self._block_tokens = cache.blocks.geometry.block_tokens
         self._rules = StopRules(eos)
         self._decode = DecodeBatch(rows.total)
@@ -119,12 +123,12 @@ class Scheduler:
         preemptions = self.totals.preemptions
         self._give_decode_blocks(now)
         count = len(self._decode)
-        plan = StepPlan(
-            self._decode.rows.copy(), self._decode.starts(), [1] * count, [True] * count, [True] * count, []
-        )
+        plan = StepPlan(self._decode.rows.copy(), self._decode.starts(), [1] * count, [True] * count, [1] * count, [])
         kv_tokens = self._decode.kv_tokens()
         budget = limits.token_budget - count
         self._score_budget = SCORED_TOKENS
+        # A step draws at most as many tokens as there are rows, and every row may draw one.
+        self._draft_slots = max(0, self._rows.free - len(self.waiting)) if self._drafter is not None else 0
         chunks: list[Chunk] = []
         for sequence in (*self._lockstep, *self._prefill):
             if budget <= 0:
@@ -186,6 +190,8 @@ class Scheduler:
         start, total = sequence.computed, len(sequence.tokens)
         scored = sequence.wants_prompt_logprobs and start < sequence.prompt_len
         end = min(total, start + (min(budget, self._score_budget) if scored else budget))
+        drafts = self._drafts(sequence, budget - (end - start)) if self._draft_slots and end == total > start else []
+        end += len(drafts)
         while len(sequence.pages) * self._block_tokens < end:
             page = self._cache.take()
             if page is None:
@@ -195,7 +201,9 @@ class Scheduler:
             sequence.pages.append(page)
         if end <= start:
             return 0
-        draws = end == total and sequence.limit > 0
+        known_end = min(end, total)
+        del drafts[end - known_end :]
+        draws = 1 + len(drafts) if known_end == total and sequence.limit > 0 else 0
         plan.rows.append(sequence.row)
         plan.starts.append(start)
         plan.counts.append(end - start)
@@ -203,17 +211,35 @@ class Scheduler:
         plan.samples.append(draws)
         if draws and sequence.mask_source is not None:
             plan.masked.append(sequence.row)
-        plan.tokens.extend(sequence.tokens[start:end])
+        plan.tokens.extend(sequence.tokens[start:known_end])
+        plan.tokens.extend(drafts)
         if scored:
             plan.prompt_logprobs.append(sequence.row)
             self._score_budget -= end - start
-        chunks.append(Chunk(sequence, sequence.row, draws, end == total))
+        chunks.append(Chunk(sequence, sequence.row, draws, known_end == total, drafts))
         sequence.computed = end
         # A row after it in this very plan may share them: a layer writes the whole step's K and V before any row reads. Not those of a lone token:
         # where all rows have one, each reads all but its own before that (gpu/attention_cuda.py).
         if end - start > 1:
             self._publish(sequence, end)
         return end - start
+
+    def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
+        """Guesses that the step verifies behind the sequence's known tokens."""
+        most = min(budget, self._draft_slots, sequence.limit - sequence.drawn - 1)
+        if most <= 0 or self._drafter is None or not self._may_draft(sequence):
+            return []
+        drafts = self._drafter.propose(sequence.tokens, most)
+        self._draft_slots -= len(drafts)
+        return drafts
+
+    def _may_draft(self, sequence: Sequence) -> bool:
+        return (
+            self._drafter is not None
+            and sequence.mask_source is None
+            and not sequence.request.sampling.needs_history
+            and not sequence.wants_prompt_logprobs
+        )
 
     def _start_decoding(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -226,7 +252,7 @@ class Scheduler:
                     self._lockstep.remove(sequence)
                 continue
             self._prefill.remove(sequence)
-            if left > 0 and sequence.in_lockstep:
+            if left > 0 and (sequence.mask_source is not None or self._may_draft(sequence)):
                 self._lockstep.append(sequence)
             elif left > 0:
                 self._decode.add(sequence, len(sequence.tokens), left, len(sequence.pages) * self._block_tokens)
@@ -321,7 +347,7 @@ class Scheduler:
 
     # Results and ends -----------------------------------------------------------------------------------------------------------------------
 
-    def settle(self, step: Step, result: StepResult, now: float) -> list[RowTokens]:
+    def settle(self, step: Step, result: StepOutput, now: float) -> list[RowTokens]:
         """The step's result: a row of tokens for every sequence that still listens."""
         self._take_off(step)
         self.totals.steps += 1
@@ -333,9 +359,11 @@ class Scheduler:
             self.end(sequence, now)
 
         rows = settle_decode(step, result, self._rules, end)
-        if step.prefill:
-            rows += settle_prefill(step, result, self._rules, end)
         self.totals.generated_tokens += len(rows)
+        if step.prefill:
+            others = settle_prefill(step, result, self._rules, end)
+            self.totals.generated_tokens += sum(len(row.tokens) for row in others)
+            rows += others
         return rows
 
     def fail(self, step: Step, now: float) -> list[Sequence]:

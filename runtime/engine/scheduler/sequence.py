@@ -51,11 +51,6 @@ class Sequence:
     told: bool = False  # its first token has been sent
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
-    @property
-    def in_lockstep(self) -> bool:
-        """Whether its next token can be planned only after its last one is known."""
-        return self.mask_source is not None
-
     def append(self, token: int) -> None:
         """Add a token that was drawn."""
         self.tokens.append(token)

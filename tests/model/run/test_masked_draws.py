@@ -101,7 +101,7 @@ def test_draws_need_a_forward_pass_and_one_mask_per_masked_row() -> None:
     with pytest.raises(EngineFault, match="1 masks were given, the launched forward pass needs 0"):
         driver.runner.launch_draws(np.zeros((1, 7), np.int32))
     driver.runner.open_row(RowSetup(0, GREEDY, LogprobParams(), [1, 2], 2, masked=True))
-    driver.runner.launch_forward(StepPlan([0], [0], [2], [False], [True], [1, 2], [(0, 0, 0)], masked=[0]))
+    driver.runner.launch_forward(StepPlan([0], [0], [2], [False], [1], [1, 2], [(0, 0, 0)], masked=[0]))
     with pytest.raises(EngineFault, match="2 masks were given, the launched forward pass needs 1"):
         driver.runner.launch_draws(np.zeros((2, 7), np.int32))
 
@@ -118,8 +118,8 @@ def test_a_masked_step_never_waits_for_the_device() -> None:
         runner.open_row(RowSetup(0, GREEDY, LogprobParams(), [1, 2], 2, masked=True))
         runner.open_row(RowSetup(1, GREEDY, LogprobParams(), [1, 2], 2))
         blocks = [(row, 0, pages.ids[row]) for row in (0, 1)]
-        plans = [StepPlan([0, 1], [0, 0], [2, 2], [False] * 2, [True] * 2, [1, 2, 1, 2], blocks, masked=[0])]
-        plans += [StepPlan([1, 0], [2 + i] * 2, [1, 1], [True, False], [True] * 2, [7], masked=[0]) for i in range(4)]
+        plans = [StepPlan([0, 1], [0, 0], [2, 2], [False] * 2, [1] * 2, [1, 2, 1, 2], blocks, masked=[0])]
+        plans += [StepPlan([1, 0], [2 + i] * 2, [1, 1], [True, False], [1] * 2, [7], masked=[0]) for i in range(4)]
         launched = []
         torch.cuda.set_sync_debug_mode(mode)
         try:

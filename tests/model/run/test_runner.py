@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def test_a_step_beyond_the_buffers_is_refused_and_the_next_one_runs() -> None:
     driver = Driver(*hooked(family("llama")), max_rows=4, max_tokens=32, chaos=False)
-    too_long = StepPlan([0], [0], [33], [False], [True], [1] * 33, [(0, 0, 0), (0, 1, 3), (0, 2, 6)])
+    too_long = StepPlan([0], [0], [33], [False], [1], [1] * 33, [(0, 0, 0), (0, 1, 3), (0, 2, 6)])
     with pytest.raises(EngineFault, match="33 tokens"):
         driver.runner.launch(too_long)
     assert len(driver.run([Ask([1, 2, 3], 4)])[0].tokens) == 4
@@ -40,10 +40,10 @@ def test_more_blocks_at_once_than_the_upload_holds() -> None:
         for start in range(0, 400, 25):
             new = blocks[:first_blocks] if start == 0 else blocks[first_blocks:] if start == 25 else []
             last = start == 375
-            plan = StepPlan([1], [start], [25], [False], [last], prompt[start : start + 25], new)
+            plan = StepPlan([1], [start], [25], [False], [int(last)], prompt[start : start + 25], new)
             tokens = runner.launch(plan).collect().tokens
         for position in range(400, 410):
-            tokens += runner.launch(StepPlan([1], [position], [1], [True], [True], [])).collect().tokens
+            tokens += runner.launch(StepPlan([1], [position], [1], [True], [1], [])).collect().tokens
         return tokens
 
     assert DeviceState.create(built.device, config).uploads.max_blocks < 26
@@ -60,7 +60,7 @@ def test_results_are_in_the_order_of_the_rows_that_sample() -> None:
         [0, 0, 0],
         [2, 1, 3],
         [False] * 3,
-        [True, False, True],
+        [1, 0, 1],
         [3, 4, 5, 6, 7, 8],
         [(r, 0, 3 * r * 4) for r in range(3)],
     )
@@ -84,8 +84,8 @@ def test_steps_launched_ahead_keep_their_results() -> None:
         driver = Driver(built, pages, max_rows=2)
         driver.runner.open_row(RowSetup(1, rules, LogprobParams(generated=1), [4, 5], 2))
         blocks = [(1, i, page) for i, page in enumerate(pages.ids[:4])]
-        plans = [StepPlan([1], [0], [2], [False], [True], [4, 5], blocks)]
-        plans += [StepPlan([1], [position], [1], [True], [True], []) for position in range(2, 30)]
+        plans = [StepPlan([1], [0], [2], [False], [1], [4, 5], blocks)]
+        plans += [StepPlan([1], [position], [1], [True], [1], []) for position in range(2, 30)]
         launched = [driver.runner.launch(plan) for plan in plans] if late else []
         results = (
             [step.collect() for step in launched] if late else [driver.runner.launch(plan).collect() for plan in plans]
@@ -119,9 +119,9 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
         wants = rows if logprobs.prompt is not None else []
         blocks = [(row, 0, pages.ids[row]) for row in rows]
         launched.append(
-            driver.runner.launch(StepPlan(rows, [0] * 4, [4] * 4, [False] * 4, [True] * 4, tokens, blocks, wants))
+            driver.runner.launch(StepPlan(rows, [0] * 4, [4] * 4, [False] * 4, [1] * 4, tokens, blocks, wants))
         )
-        decodes = [StepPlan(rows, [4 + step] * 4, [1] * 4, [True] * 4, [True] * 4, []) for step in range(4)]
+        decodes = [StepPlan(rows, [4 + step] * 4, [1] * 4, [True] * 4, [1] * 4, []) for step in range(4)]
         launched += [driver.runner.launch(plan) for plan in decodes]
         torch.cuda.set_sync_debug_mode("default")
         for each in launched:

@@ -214,8 +214,8 @@ def _nothing_but_logits(dtype: torch.dtype, device: torch.device) -> BuiltModel:
 def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
     """A prompt, its answer's first token and the one after it."""
     runner.open_row(RowSetup(0, sampling, LogprobParams(), [0] * _PROMPT_TOKENS, _PROMPT_TOKENS))
-    prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [True], [0] * _PROMPT_TOKENS, [(0, 0, 0)])
-    for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [True], [])):
+    prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [1], [0] * _PROMPT_TOKENS, [(0, 0, 0)])
+    for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [1], [])):
         runner.launch(plan).collect()
     runner.close_row(0)
 

@@ -41,7 +41,7 @@ def bucket_of(
         # a decode graph takes every token's logits; a prompt's chunk of one token that isn't the last is rare
         return None if rows is None or num_samples < num_rows else _decode(rows, context)
     tokens = _at_least(MIXED_TOKENS, num_tokens)
-    rows = _at_least(MIXED_ROWS, num_rows) if num_tokens > _ANY_ROWS_TOKENS else MIXED_ROWS[-1]
+    rows = _at_least(MIXED_ROWS, max(num_rows, num_samples)) if num_tokens > _ANY_ROWS_TOKENS else MIXED_ROWS[-1]
     return None if tokens is None or rows is None else _mixed(tokens, rows)
 
 

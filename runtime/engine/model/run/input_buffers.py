@@ -1,7 +1,4 @@
-"""A step plan as the words that the device needs of it, and the pinned buffers that carry them over.
-
-Knows plans and the layout in kernels/inputs.py; nothing of models or sampling.
-"""
+"""Packs a step plan into the words that the device reads (kernels/inputs.py), and sends them through pinned buffers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +16,11 @@ RING_LINES = 8
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What the host must know of a step to run it, and arrays it will want again.
+    """A step's sizes, and arrays that the host uses again after packing. S counts draws: a row with drafts has several.
 
     Attributes:
-        sample_at: [S] index into the plan's rows of each row that samples.
-        sample_rows: [S] their row slots.
+        sample_at: [S] index into the plan's rows of the row of each draw.
+        sample_rows: [S] its row slot.
         sample_positions: [S] the position that the drawn token will have.
         firsts: [B + 1] first token of each row in the batch.
     """
@@ -54,18 +51,24 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
     if plan.tokens:
         given_counts = np.where(given, counts, 0)
         ids_at[given] = (np.cumsum(given_counts) - given_counts)[given]
-    sample_at = np.flatnonzero(np.array(plan.samples, np.bool_))
+    samples = np.array(plan.samples, np.int64)
+    sample_at = np.flatnonzero(samples)
+    num_samples = int(samples.sum())
+    before_end: int | npt.NDArray[np.int64] = 1  # from the token after which a token is drawn to its row's end
+    if num_samples > len(sample_at):
+        sample_at = np.repeat(sample_at, samples[sample_at])
+        before_end = np.cumsum(samples)[sample_at] - np.arange(num_samples)
     ends = starts + counts
     blocks = plan.new_blocks[:max_blocks] if len(plan.new_blocks) > max_blocks else plan.new_blocks
     shape = StepShape(
         num_tokens,
         num_rows,
-        len(sample_at),
+        num_samples,
         int(counts.max()),
         int(ends.max()),
         sample_at,
         rows[sample_at],
-        ends[sample_at],
+        ends[sample_at] - before_end + 1,
         firsts,
     )
     sections: list[tuple[int, Sequence[int] | npt.NDArray[np.int64]]] = [
@@ -73,13 +76,13 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
         (layout.AT_START, starts),
         (layout.AT_FIRST, firsts),
         (layout.AT_IDS, ids_at),
-        (layout.AT_SAMPLE, firsts[1:][sample_at] - 1),
+        (layout.AT_SAMPLE, firsts[1:][sample_at] - before_end),
         (layout.AT_SAMPLE_ROW, shape.sample_rows),
         (layout.AT_BLOCKS, np.array(blocks, np.int64).ravel()),
         (layout.AT_TOKENS, plan.tokens),
     ]
     words[layout.NUM_ROWS], words[layout.NUM_TOKENS] = num_rows, num_tokens
-    words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = len(sample_at), len(blocks)
+    words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = num_samples, len(blocks)
     words[layout.RING_LINE] = line
     at = layout.HEADER_WORDS
     for name, values in sections:
@@ -121,9 +124,11 @@ class InputRing:
 
     def pack(self, plan: StepPlan, line: int) -> StepShape:
         """Put `plan` into words on the host. Waits for the device only if it is RING_LINES steps behind. Raises EngineFault if it is too large."""
-        if plan.num_tokens > self._max_tokens or len(plan.rows) > self._max_rows:
+        num_samples = sum(plan.samples)
+        if plan.num_tokens > self._max_tokens or max(len(plan.rows), num_samples) > self._max_rows:
             raise EngineFault(
-                f"a step of {plan.num_tokens} tokens in {len(plan.rows)} rows exceeds {self._max_tokens} tokens, {self._max_rows} rows"
+                f"a step of {plan.num_tokens} tokens and {num_samples} draws in {len(plan.rows)} rows exceeds "
+                f"{self._max_tokens} tokens, {self._max_rows} rows and draws"
             )
         if self._sent:
             self._sent[self._turn].synchronize()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from runtime.engine.interfaces import StepResult
+from runtime.engine.interfaces import StepOutput
 from runtime.engine.model.run.input_buffers import RING_LINES
 from runtime.ipc.messages import TokenLogprobs
 
@@ -35,7 +35,7 @@ class StepLaunched:
         self._logprobs = logprobs
         self._events = events
         self._device_us = host_us
-        self._result: StepResult | None = None
+        self._result: StepOutput | None = None
 
     def ready(self) -> bool:
         try:
@@ -53,14 +53,14 @@ class StepLaunched:
             self._device_us = begin.elapsed_time(end) * 1e3
             self._events = None
         job = self._logprobs
-        self._result = StepResult(
+        self._result = StepOutput(
             self._tokens.tolist(),
             self._device_us,
             job.generated() if job is not None else None,
             job.prompt() if job is not None else None,
         )
 
-    def collect(self) -> StepResult:
+    def collect(self) -> StepOutput:
         self.settle()
         assert self._result is not None
         return self._result

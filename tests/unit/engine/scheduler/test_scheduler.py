@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.engine.interfaces import KvGeometry, StepResult
+from runtime.engine.interfaces import KvGeometry, StepOutput
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
@@ -63,7 +63,7 @@ class Bench:
     def settle(self, step: Step, token: Callable[[int], int] | int = 7) -> dict[int, RowTokens]:
         drawing = [row for row, draws in zip(step.plan.rows, step.plan.samples, strict=True) if draws]
         tokens = [token if isinstance(token, int) else token(row) for row in drawing]
-        rows = self.scheduler.settle(step, StepResult(tokens, 10.0), self.now)
+        rows = self.scheduler.settle(step, StepOutput(tokens, 10.0), self.now)
         self.scheduler.check()
         return {row.request_id: row for row in rows}
 
@@ -75,19 +75,19 @@ def test_decode_rows_come_first_and_chunks_fill_the_budget() -> None:
     assert (first.plan.starts, first.plan.counts, first.plan.samples, first.plan.from_device) == (
         [0],
         [3],
-        [True],
+        [1],
         [False],
     )
     bench.add([6] * 20)
     second = bench.must_plan(budget=8)
     assert second.plan.from_device == [True, False]
     assert second.plan.counts == [1, 7]
-    assert second.plan.samples == [True, False]
+    assert second.plan.samples == [1, 0]
     third = bench.must_plan(budget=8)
     assert third.plan.starts == [4, 7]
     assert third.plan.tokens == [6] * 7
     last = bench.must_plan(budget=8)
-    assert (last.plan.starts, last.plan.counts, last.plan.samples) == ([5, 14], [1, 6], [True, True])
+    assert (last.plan.starts, last.plan.counts, last.plan.samples) == ([5, 14], [1, 6], [1, 1])
     assert bench.must_plan().plan.from_device == [True, True]
 
 
