@@ -1,5 +1,7 @@
 """Computes the gated activation of an MLP, act(gate) × up, over a fused gate-and-up row."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -7,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+# The number of each activation in the kernels, Triton and CUDA alike.
+GATE_CODES: Mapping[Activation | None, int] = MappingProxyType({None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3})
 
 
 def act_mul(gate_up: Tensor, kind: Activation, out: Tensor | None = None) -> Tensor:

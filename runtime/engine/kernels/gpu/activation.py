@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.gpu import pdl
-
-_KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
 @triton.jit
@@ -20,9 +19,9 @@ def _act_mul_kernel(gate_up_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.c
     gate = tl.load(base + cols, mask=mask, other=0.0)
     up = tl.load(base + width + cols, mask=mask, other=0.0)
     g = gate.to(tl.float32)
-    if KIND == 0:
+    if KIND == 1:
         act = g / (1.0 + tl.exp(-g))
-    elif KIND == 1:
+    elif KIND == 2:
         inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
         act = g / (1.0 + tl.exp(-2.0 * inner))  # 0.5 (1 + tanh z) = sigmoid 2z
     else:
@@ -31,7 +30,7 @@ def _act_mul_kernel(gate_up_ptr, out_ptr, width, KIND: tl.constexpr, BLOCK: tl.c
     tl.store(out_ptr + row * width + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def act_mul(gate_up: Tensor, kind: str, out: Tensor) -> None:
+def act_mul(gate_up: Tensor, kind: Activation, out: Tensor) -> None:
     """See runtime.engine.kernels.activation.act_mul. Both tensors must be contiguous."""
     if not (gate_up.is_contiguous() and out.is_contiguous()):
         raise ValueError(f"act_mul: needs contiguous tensors, strides are {gate_up.stride()} and {out.stride()}")
@@ -41,5 +40,5 @@ def act_mul(gate_up: Tensor, kind: str, out: Tensor) -> None:
         return
     block = min(triton.next_power_of_2(width), 2048 if num_rows >= 64 else 512)
     _act_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        gate_up, out, width, KIND=_KINDS[kind], BLOCK=block, PDL=pdl.overlaps(out), num_warps=4, **pdl.options(out)
+        gate_up, out, width, KIND=GATE_CODES[kind], BLOCK=block, PDL=pdl.overlaps(out), num_warps=4, **pdl.options(out)
     )

@@ -6,11 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.gpu import linear16_cuda, pdl
 from runtime.engine.kernels.gpu.dot import dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
-
-_KINDS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
 @triton.jit
@@ -139,7 +138,7 @@ def _linear16_kernel(
 
 
 def linear_16bit(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, out: Tensor, scratch: Scratch | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Activation | None, out: Tensor, scratch: Scratch | None
 ) -> None:
     """See runtime.engine.kernels.linear16.linear_16bit."""
     rows = x.reshape(-1, x.shape[-1])
@@ -167,7 +166,7 @@ def launch(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gate: str | None,
+    gate: Activation | None,
     out: Tensor,
     scratch: Scratch | None,
     block_m: int,
@@ -207,7 +206,7 @@ def launch(
         in_features,
         rows.stride(0),
         steps_each,
-        KIND=_KINDS[gate],
+        KIND=GATE_CODES[gate],
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         EVEN_N=num_outputs % block_n == 0,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.scratch import Scratch
 
@@ -23,7 +24,6 @@ _LEAST_ELEMENTS = 4 << 20  # of a weight
 _MOST_OUTPUTS = 16384  # of an ungated one: Triton reads the output projection 8 % faster
 _COLUMNS = 256
 _WARPS, _BRINGERS = 8, 4
-_GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 _TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -93,7 +93,7 @@ def module(device: torch.device, dtype: torch.dtype, gated: bool, tiles: int, ho
     return nvrtc.module(SOURCE, (NAME,), device, defines)
 
 
-def serves(rows: Tensor, weight: Tensor, gate: str | None) -> bool:
+def serves(rows: Tensor, weight: Tensor, gate: Activation | None) -> bool:
     """Whether these operands are ones that the kernel can read, and reads faster."""
     num_rows, in_features = rows.shape
     return (
@@ -119,7 +119,7 @@ def linear_16bit(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gate: str | None,
+    gate: Activation | None,
     out: Tensor,
     scratch: Scratch | None,
     how: Cut | None = None,
@@ -169,7 +169,7 @@ def linear_16bit(
         chunks_each,
         stages,
         x_stages,
-        _GATES[gate],
+        GATE_CODES[gate],
     )
     compiled.launch(NAME, (columns, splits, 1), (_WARPS + _BRINGERS + 1) * 32, shared_bytes, arguments)
     return True
