@@ -7,6 +7,7 @@ from runtime.engine.kernels import argmax
 from runtime.engine.kernels import inputs as layout
 from runtime.engine.kernels.gpu import argmax as gpu
 from runtime.engine.kernels.scratch import Scratch
+from runtime.engine.kernels.step_inputs import StepInputs
 
 
 @pytest.mark.parametrize(("num_samples", "padded", "vocab"), [(1, 1, 5000), (3, 4, 9001), (2, 2, 100), (300, 300, 257)])
@@ -18,7 +19,7 @@ def test_kernel_equals_twin(
     logits[0, vocab // 2 :] = float("-inf")
     upload = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32, device=device)
     upload[layout.NUM_SAMPLES], upload[layout.RING_LINE] = num_samples, 2
-    inputs = layout.StepInputs.allocate(device, padded, padded)
+    inputs = StepInputs.allocate(device, padded, padded)
     inputs.sample_rows[:num_samples] = torch.randperm(400)[:num_samples].int().to(device)
     inputs.sample_rows[num_samples:] = -1
     found = []
@@ -43,7 +44,7 @@ def test_kernel_equals_twin(
 def test_on_a_cpu_too() -> None:
     upload = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32)
     upload[layout.NUM_SAMPLES] = 2
-    inputs = layout.StepInputs.allocate(torch.device("cpu"), 2, 2)
+    inputs = StepInputs.allocate(torch.device("cpu"), 2, 2)
     inputs.sample_rows[:] = torch.tensor([5, 3])
     drawn, last, ring = (
         torch.zeros(2, dtype=torch.int64),

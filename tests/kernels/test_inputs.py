@@ -9,6 +9,7 @@ import torch
 from runtime.engine.interfaces import StepPlan
 from runtime.engine.kernels import inputs as op
 from runtime.engine.kernels.gpu import inputs as gpu
+from runtime.engine.kernels.step_inputs import StepInputs
 from runtime.engine.model.run.input_buffers import pack
 
 BLOCK_TOKENS, PAGE_UNIT, STRIDE, MAX_ROWS, WIDTH = 16, 96, 24, 12, 32
@@ -62,7 +63,7 @@ def test_inputs(seed: int, padded: bool, which: str, device: torch.device) -> No
     tokens, rows, samples = shape.num_tokens, shape.num_rows, shape.num_samples
     if padded:
         tokens, rows, samples = tokens + 37, MAX_ROWS, MAX_ROWS
-    inputs = op.StepInputs.allocate(device, tokens + 5, MAX_ROWS)
+    inputs = StepInputs.allocate(device, tokens + 5, MAX_ROWS)
     for tensor in (
         inputs.input_ids,
         inputs.positions,
@@ -112,7 +113,7 @@ def test_inputs(seed: int, padded: bool, which: str, device: torch.device) -> No
 
 
 def test_a_blank_upload_is_padding_alone(device: torch.device) -> None:
-    inputs = op.StepInputs.allocate(device, 8, 4)
+    inputs = StepInputs.allocate(device, 8, 4)
     gpu.build_inputs(
         torch.zeros(64, dtype=torch.int32, device=device), torch.zeros((4, 4), dtype=torch.int32, device=device),
         torch.zeros(4, dtype=torch.int64, device=device), inputs, 8, 4, 4, BLOCK_TOKENS, PAGE_UNIT, STRIDE,

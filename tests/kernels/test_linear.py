@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from runtime.checkpoint import layout_4bit
 from runtime.engine.kernels import linear4, linear8
+from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import linear4 as gpu4
 from runtime.engine.kernels.gpu import linear8 as gpu8
 from runtime.engine.kernels.scratch import Scratch
@@ -34,7 +35,7 @@ def _quantized(
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("in_features", [64, 128, 320, 96])
-def test_twin_dequantises_as_bitsandbytes(kind: linear4.Codebook, in_features: int) -> None:
+def test_twin_dequantises_as_bitsandbytes(kind: Codebook, in_features: int) -> None:
     weight, absmax, wide = _quantized(6, in_features, kind)
     ours = linear4.dequantize_4bit_torch(weight, absmax, kind, in_features, torch.float32)
     torch.testing.assert_close(ours, wide, rtol=1e-6, atol=0)
@@ -66,7 +67,7 @@ def test_layout_goes_there_and_back(in_features: int) -> None:
 )
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_4bit_kernel_equals_twin(
-    device: torch.device, dtype: torch.dtype, kind: linear4.Codebook, num_rows: int, num_outputs: int, in_features: int
+    device: torch.device, dtype: torch.dtype, kind: Codebook, num_rows: int, num_outputs: int, in_features: int
 ) -> None:
     weight, absmax, wide = _quantized(num_outputs, in_features, kind, device)
     x = torch.randn(num_rows, in_features, device=device).to(dtype)
@@ -125,7 +126,7 @@ def test_lookup_tables_hold_every_code() -> None:
             )
             assert torch.equal(
                 halves.to(torch.int16).view(dtype).float(),
-                torch.tensor(linear4.codebook_values(kind)).to(dtype).float(),
+                torch.tensor(codebook_values(kind)).to(dtype).float(),
             )
 
 

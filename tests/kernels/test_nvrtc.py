@@ -11,6 +11,7 @@ from torch.nn import functional
 from runtime.checkpoint.layout_4bit import padded_width
 from runtime.engine.kernels import linear4
 from runtime.engine.kernels.activation import Activation, act_mul
+from runtime.engine.kernels.codebooks import Codebook
 from runtime.engine.kernels.gpu import attention_cuda, linear4_cuda, linear4_wgmma, nvrtc
 from runtime.engine.kernels.scratch import Scratch
 
@@ -142,7 +143,7 @@ def _operands(
 )
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_equals_twin(
-    device: torch.device, kind: linear4.Codebook, num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype
+    device: torch.device, kind: Codebook, num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype
 ) -> None:
     if device.type == "cpu" or linear4_cuda.module(device) is None:
         pytest.skip("needs a GPU that the kernels are made for")

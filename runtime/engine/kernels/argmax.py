@@ -5,8 +5,9 @@ to the smallest token id.
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.inputs import StepInputs, commit_draws_torch
+from runtime.engine.kernels.inputs import commit_draws_torch
 from runtime.engine.kernels.scratch import Scratch
+from runtime.engine.kernels.step_inputs import StepInputs
 
 
 def draw_largest(

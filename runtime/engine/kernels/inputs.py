@@ -12,10 +12,10 @@ Knows the upload's words and the row tables; nothing of requests. Layout of the 
 What a step leaves of the padded sizes is filled with rows of no queries and tokens of slot -1, so that one CUDA graph serves every smaller step.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from runtime.engine.kernels.step_inputs import StepInputs
 
 HEADER_WORDS = 16
 (
@@ -33,36 +33,6 @@ HEADER_WORDS = 16
     AT_BLOCKS,
     AT_TOKENS,
 ) = range(13)
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """Where a step's inputs go; shapes are the most that a step may have. See model.step.StepContext and CausalForward for their meaning."""
-
-    input_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64
-    row_slots: Tensor  # [B] int32
-    query_starts: Tensor  # [B + 1] int32
-    context_lens: Tensor  # [B] int32
-    logits_at: Tensor  # [B] int64
-    sample_rows: Tensor  # [B] int32, -1 = no sample
-
-    @staticmethod
-    def allocate(device: torch.device, max_tokens: int, max_rows: int) -> "StepInputs":
-        def zeros(size: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        return StepInputs(
-            zeros(max_tokens, torch.int64),
-            zeros(max_tokens, torch.int64),
-            zeros(max_tokens, torch.int64),
-            zeros(max_rows, torch.int32),
-            zeros(max_rows + 1, torch.int32),
-            zeros(max_rows, torch.int32),
-            zeros(max_rows, torch.int64),
-            zeros(max_rows, torch.int32),
-        )
 
 
 def build_inputs(

@@ -6,62 +6,14 @@ way to the matrix unit (`gpu/linear4.py` chooses between them). Above that, the 
 memory and multiplied by cuBLAS, because arithmetic then costs more than the extra bytes.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from runtime.checkpoint.layout_4bit import BLOCK, codes_4bit
 from runtime.engine.kernels.activation import Activation, act_mul
+from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
-
-Codebook = Literal["nf4", "fp4"]
-
-# bitsandbytes' tables: quantiles of a normal distribution, and sign-magnitude floats with two exponent bits and one of mantissa
-_CODES: dict[str, tuple[float, ...]] = {
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-    "fp4": (
-        0.0,
-        0.0052083333333,
-        0.6666666666667,
-        1.0,
-        0.3333333333333,
-        0.5,
-        0.1666666666667,
-        0.25,
-        -0.0,
-        -0.0052083333333,
-        -0.6666666666667,
-        -1.0,
-        -0.3333333333333,
-        -0.5,
-        -0.1666666666667,
-        -0.25,
-    ),
-}
-
-
-def codebook_values(codebook: Codebook) -> tuple[float, ...]:
-    """What each of the 16 codes stands for, as a share of the block's absmax."""
-    return _CODES[codebook]
 
 
 def linear_4bit(
@@ -125,7 +77,7 @@ def dequantize_4bit_torch(
     weight: Tensor, absmax: Tensor, codebook: Codebook, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight [N, K] in `dtype`, rounded once from float32, as bitsandbytes does it."""
-    values = torch.tensor(_CODES[codebook], dtype=torch.float32, device=weight.device)
+    values = torch.tensor(codebook_values(codebook), dtype=torch.float32, device=weight.device)
     if weight.dim() == 2:
         wide = values[codes_4bit(weight, in_features).int()]
         return (

@@ -2,17 +2,13 @@
 the token.
 """
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from runtime.engine.kernels.gpu import pdl
 from runtime.engine.kernels.scratch import Scratch
-
-if TYPE_CHECKING:
-    from runtime.engine.kernels.inputs import StepInputs
+from runtime.engine.kernels.step_inputs import StepInputs
 
 _BLOCK = 2048
 _MAX_PARTS = 64
@@ -78,7 +74,7 @@ def draw_largest(
     logits: Tensor,
     drawn: Tensor,
     upload: Tensor,
-    inputs: "StepInputs",
+    inputs: StepInputs,
     last_token: Tensor,
     ring: Tensor,
     num_samples: int,

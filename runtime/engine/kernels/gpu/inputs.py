@@ -1,13 +1,10 @@
 """Builds a step's inputs in Triton, and stores the drawn tokens for the next step and the host."""
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from runtime.engine.kernels.inputs import StepInputs
+from runtime.engine.kernels.step_inputs import StepInputs
 
 _BLOCK = 256
 
@@ -119,7 +116,7 @@ def build_inputs(
     upload: Tensor,
     page_table: Tensor,
     last_token: Tensor,
-    inputs: "StepInputs",
+    inputs: StepInputs,
     num_tokens: int,
     num_rows: int,
     num_samples: int,
@@ -155,7 +152,7 @@ def build_inputs(
 
 
 def commit_draws(
-    drawn: Tensor, upload: Tensor, inputs: "StepInputs", last_token: Tensor, ring: Tensor, num_samples: int
+    drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, num_samples: int
 ) -> None:
     _commit_kernel[(triton.cdiv(num_samples, _BLOCK),)](
         drawn, upload, inputs.sample_rows, last_token, ring, ring.stride(0), num_samples, BLOCK=_BLOCK, num_warps=4

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from runtime.checkpoint.layout_4bit import BLOCK, GROUP
 from runtime.engine.kernels.activation import Activation, act_mul
+from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import linear4_cuda, linear4_wgmma, pdl
 from runtime.engine.kernels.gpu.dot import dot, dot_add, precision
-from runtime.engine.kernels.linear4 import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
 
 _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint.layout_4bit import BLOCK
+from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import nvrtc
-from runtime.engine.kernels.linear4 import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
 
 MAX_ROWS = 16

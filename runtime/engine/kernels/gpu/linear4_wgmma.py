@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint.layout_4bit import BLOCK
-from runtime.engine.kernels.activation import Activation
+from runtime.engine.kernels.activation import GATE_CODES, Activation
+from runtime.engine.kernels.codebooks import Codebook
 from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.gpu.linear4_cuda import codes_16bit
 from runtime.engine.kernels.gpu.tensormap import TENSOR_MAP_BYTES, tensor_map
-from runtime.engine.kernels.linear4 import Codebook
 from runtime.engine.kernels.scratch import Scratch
 
 LARGE_OUTPUTS = 16384
 SOURCE = "linear4_wgmma.cu"
 _BARRIER_BYTES = 48 * 8 + 8
 _TYPES = {torch.bfloat16: "IS_HALF=false", torch.float16: "IS_HALF=true"}
-_GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 SHAPES = ((16, 4), (32, 4), (64, 4), (128, 3), (256, 2))
 _MOST_PARTS = 16  # of a tile: a counter has as many bits for them
 _MAP = ctypes.c_ubyte * TENSOR_MAP_BYTES
@@ -186,7 +185,7 @@ def linear_4bit(
         num_rows,
         num_outputs,
         num_groups,
-        _GATES[gate],
+        GATE_CODES[gate],
         num_tiles * tile_units,
         tile_units,
         tiles_m,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.kernels.inputs import StepInputs
 from runtime.engine.kernels.scratch import Scratch
+from runtime.engine.kernels.step_inputs import StepInputs
 from runtime.engine.model.run.cuda_graphs import GraphPool
 from runtime.engine.model.run.input_buffers import InputRing
 from runtime.engine.model.run.result_ring import ResultRing
