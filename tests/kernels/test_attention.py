@@ -1,6 +1,7 @@
 """Paged attention: the Triton kernels against the twin, the twin against a float64 reference that gathers nothing by pages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,16 +28,36 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
-    fp8_scales: int = 0
+    fp8: bool = False
     block_tokens: int = 16
     padded_rows: int = 0
-    extra: dict[str, int] = field(default_factory=dict)
+
+
+class Arguments(NamedTuple):
+    """What `paged_attention` takes between `out` and `scratch`, in its order."""
+
+    q: torch.Tensor
+    k_plane: torch.Tensor
+    v_plane: torch.Tensor
+    page_unit: int
+    page_table: torch.Tensor
+    row_slots: torch.Tensor
+    query_starts: torch.Tensor
+    context_lens: torch.Tensor
+    block_tokens: int
+    num_kv_heads: int
+    scale: float
+    max_query_len: int
+    max_context_len: int
+    sliding_window: int
+    softcap: float
+    sinks: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class Batch:
     case: Case
-    arguments: tuple[object, ...]
+    arguments: Arguments
     out: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -50,21 +71,17 @@ def _batch(case: Case, device: torch.device) -> Batch:
     counts = [-(-context // case.block_tokens) for _, context in case.rows]
     num_pages = sum(counts) + 2
     order = torch.randperm(num_pages).tolist()
-    plane_dtype = torch.float8_e4m3fn if case.fp8_scales else case.dtype
+    plane_dtype = torch.float8_e4m3fn if case.fp8 else case.dtype
     k_plane = torch.full(((num_pages - 1) * unit + block,), 7.0).to(plane_dtype)
     v_plane = k_plane.clone()
     num_rows = len(case.rows)
     table = torch.full((num_rows + 3, max([*counts, 1]) + 1), -1, dtype=torch.int32)
     slots = torch.randperm(num_rows + 3)[: num_rows + case.padded_rows].int()
-    scales = torch.rand(2, max(case.fp8_scales, 1)) * 0.5 + 0.5
     keys, values = [], []
     for index, (_, context) in enumerate(case.rows):
         k, v = (torch.randn(2, context, case.kv_heads, case.dim)).to(plane_dtype)
-        per_head = (
-            scales[:, None, :, None].expand(2, 1, case.kv_heads, 1) if case.fp8_scales else torch.ones(2, 1, 1, 1)
-        )
-        keys.append(k.double() * per_head[0].double())
-        values.append(v.double() * per_head[1].double())
+        keys.append(k.double())
+        values.append(v.double())
         for page_index in range(counts[index]):
             page = order.pop()
             table[slots[index], page_index] = page
@@ -79,22 +96,15 @@ def _batch(case: Case, device: torch.device) -> Batch:
     q = torch.randn(num_tokens, case.heads, case.dim).to(case.dtype)
     sinks = torch.randn(case.heads).to(case.dtype) if case.sinks else None
     longest = max((count for count, _ in case.rows), default=1)
-    moved = [
-        None if tensor is None else tensor.to(device)
-        for tensor in (q, k_plane, v_plane, table, slots, starts, contexts, sinks, scales)
-    ]
-    q, k_plane, v_plane, table, slots, starts, contexts, sinks, scales = moved  # type: ignore[assignment]
-    k_scale, v_scale = (scales[0], scales[1]) if case.fp8_scales else (None, None)
-    out = torch.full_like(q, torch.nan)
-    arguments = (
-        q,
-        k_plane,
-        v_plane,
+    arguments = Arguments(
+        q.to(device),
+        k_plane.to(device),
+        v_plane.to(device),
         unit,
-        table,
-        slots,
-        starts,
-        contexts,
+        table.to(device),
+        slots.to(device),
+        starts.to(device),
+        contexts.to(device),
         case.block_tokens,
         case.kv_heads,
         case.dim**-0.5,
@@ -102,18 +112,15 @@ def _batch(case: Case, device: torch.device) -> Batch:
         max(context for _, context in case.rows),
         case.window,
         case.softcap,
-        sinks,
-        k_scale,
-        v_scale,
+        None if sinks is None else sinks.to(device),
     )
-    return Batch(case, arguments, out, keys, values)
+    return Batch(case, arguments, torch.full_like(arguments.q, torch.nan), keys, values)
 
 
 def _reference(batch: Batch) -> torch.Tensor:
     """Attention of each query alone, in float64."""
     case = batch.case
-    q, sinks = batch.arguments[0], batch.arguments[15]
-    assert isinstance(q, torch.Tensor)
+    q, sinks = batch.arguments.q, batch.arguments.sinks
     out = torch.full(q.shape, torch.nan, dtype=torch.float64)
     token = 0
     for (count, context), keys, values in zip(case.rows, batch.keys, batch.values, strict=True):
@@ -127,7 +134,7 @@ def _reference(batch: Batch) -> torch.Tensor:
                     scores = case.softcap * torch.tanh(scores / case.softcap)
                 weights = torch.exp(scores)
                 total = weights.sum()
-                if isinstance(sinks, torch.Tensor):
+                if sinks is not None:
                     total = total + torch.exp(sinks[head].double().cpu())
                 out[token, head] = (weights[:, None] * values[first : position + 1, kv_head]).sum(0) / total
             token += 1
@@ -139,8 +146,8 @@ DECODE = [
     Case(((1, 300), (1, 5)), padded_rows=1, dtype=torch.bfloat16, heads=7, kv_heads=1, dim=80),
     Case(((1, 290),), dtype=torch.float16, heads=2, kv_heads=2, dim=64, window=100, sinks=True),
     Case(((1, 200), (1, 260)), softcap=5.0, sinks=True, dim=96, heads=3, kv_heads=1, block_tokens=32),
-    Case(((1, 70), (1, 140)), fp8_scales=1, dtype=torch.bfloat16),
-    Case(((1, 140),), fp8_scales=2, dim=128, window=9),
+    Case(((1, 70), (1, 140)), fp8=True, dtype=torch.bfloat16),
+    Case(((1, 140),), fp8=True, dim=128, window=9),
     Case(((1, 40),), dim=256, heads=2, kv_heads=1),
 ]
 MIXED = [
@@ -148,8 +155,8 @@ MIXED = [
     Case(((33, 70), (1, 33)), padded_rows=1, dtype=torch.bfloat16, heads=6, kv_heads=2, dim=80),
     Case(((40, 90), (2, 20)), dtype=torch.float16, window=7, sinks=True, heads=2, kv_heads=2, dim=64),
     Case(((20, 100), (1, 1)), softcap=4.0, sinks=True, heads=5, kv_heads=1, dim=96),
-    Case(((6, 30),), fp8_scales=1, dtype=torch.bfloat16),
-    Case(((4, 35), (3, 8)), fp8_scales=2, dim=128),
+    Case(((6, 30),), fp8=True, dtype=torch.bfloat16),
+    Case(((4, 35), (3, 8)), fp8=True, dim=128),
     Case(((3, 20),), dim=256, heads=2, kv_heads=1),
 ]
 
@@ -159,8 +166,8 @@ def test_kernel_equals_twin(device: torch.device, case: Case) -> None:
     batch = _batch(case, device)
     twin = torch.full_like(batch.out, torch.nan)
     scratch = Scratch.allocate(device, partial_elements=1 << 19, num_counters=256)
-    gpu.paged_attention(batch.out, *batch.arguments, scratch)  # type: ignore[arg-type]
-    attention.paged_attention_torch(twin, *batch.arguments, None)  # type: ignore[arg-type]
+    gpu.paged_attention(batch.out, *batch.arguments, scratch)
+    attention.paged_attention_torch(twin, *batch.arguments, None)
     torch.testing.assert_close(batch.out, twin, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True)
     assert scratch.counters.count_nonzero() == 0
     assert batch.out.isnan().flatten(1).any(1).sum() == case.padded_rows
@@ -169,7 +176,7 @@ def test_kernel_equals_twin(device: torch.device, case: Case) -> None:
 @pytest.mark.parametrize("case", DECODE[:4] + MIXED)
 def test_twin_against_float64(case: Case) -> None:
     batch = _batch(case, torch.device("cpu"))
-    attention.paged_attention_torch(batch.out, *batch.arguments, None)  # type: ignore[arg-type]
+    attention.paged_attention_torch(batch.out, *batch.arguments, None)
     torch.testing.assert_close(
         batch.out.double(), _reference(batch), rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True
     )
@@ -180,8 +187,8 @@ def test_split_keys_or_not_is_the_same(device: torch.device, partial_elements: i
     """Too little scratch memory means one program a row; either way the result is the twin's."""
     batch = _batch(Case(((1, 500), (1, 130))), device)
     twin = torch.empty_like(batch.out)
-    gpu.paged_attention(batch.out, *batch.arguments, Scratch.allocate(device, partial_elements=partial_elements))  # type: ignore[arg-type]
-    attention.paged_attention_torch(twin, *batch.arguments, None)  # type: ignore[arg-type]
+    gpu.paged_attention(batch.out, *batch.arguments, Scratch.allocate(device, partial_elements=partial_elements))
+    attention.paged_attention_torch(twin, *batch.arguments, None)
     torch.testing.assert_close(batch.out, twin, rtol=2e-5, atol=2e-5)
 
 
@@ -240,27 +247,7 @@ def test_cuda_decode_equals_twin(device: torch.device, case: Case, cuts: tuple[a
         pytest.skip("needs a GPU that the kernel is made for")
     batch = _batch(case, device)
     twin = torch.full_like(batch.out, torch.nan)
-    attention.paged_attention_torch(twin, *batch.arguments, None)  # type: ignore[arg-type]
-    (
-        q,
-        k,
-        v,
-        unit,
-        table,
-        slots,
-        starts,
-        contexts,
-        block_tokens,
-        kv_heads,
-        scale,
-        _,
-        longest,
-        window,
-        softcap,
-        sinks,
-        _,
-        _,
-    ) = batch.arguments
+    attention.paged_attention_torch(twin, *batch.arguments, None)
     for how in (*cuts, None) if len(case.rows) * case.kv_heads <= attention_cuda.MAX_PAIRS else cuts:
         scratch = Scratch.allocate(device)
         scratch.partials.fill_(torch.nan)
@@ -268,23 +255,10 @@ def test_cuda_decode_equals_twin(device: torch.device, case: Case, cuts: tuple[a
         torch.cuda.synchronize()
         assert attention_cuda.decode_attention(
             out,
-            q,
-            k,
-            v,
-            unit,
-            table,
-            slots,
-            starts,
-            contexts,
-            block_tokens,
-            kv_heads,
-            scale,
-            longest,
-            window,
-            softcap,
-            sinks,
+            *batch.arguments[:11],
+            *batch.arguments[12:],
             scratch,
-            how,  # type: ignore[arg-type]
+            how,
         )
         torch.testing.assert_close(out, twin, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype], equal_nan=True)
         assert scratch.counters.count_nonzero() == 0
@@ -297,11 +271,6 @@ def test_overlapped_decode_sees_the_newest_token(device: torch.device, count: in
         pytest.skip("needs a GPU that the kernel is made for")
     batch = _batch(Case(tuple((1, length) for _ in range(count)), dtype=BF16, heads=32, kv_heads=8, dim=128), device)
     k, v, unit, table, slots = batch.arguments[1:6]
-    assert isinstance(k, torch.Tensor)
-    assert isinstance(v, torch.Tensor)
-    assert isinstance(table, torch.Tensor)
-    assert isinstance(slots, torch.Tensor)
-    assert isinstance(unit, int)
     page = table[slots[:count].long(), (length - 1) // 16].long()
     places = page * unit + (length - 1) % 16 * 1024
     newest = (places[:, None] + torch.arange(1024, device=device)).flatten()
@@ -329,11 +298,11 @@ def test_overlapped_decode_sees_the_newest_token(device: torch.device, count: in
             norm_eps=0.0,
             norm_plus_one=False,
         )
-        gpu.paged_attention(batch.out, q, *batch.arguments[1:], scratch)  # type: ignore[arg-type]
+        gpu.paged_attention(batch.out, q, *batch.arguments[1:], scratch)
 
     step()
     twin = torch.empty_like(q)
-    attention.paged_attention_torch(twin, q, *batch.arguments[1:], None)  # type: ignore[arg-type]
+    attention.paged_attention_torch(twin, q, *batch.arguments[1:], None)
     for _ in range(20):
         k[newest] = v[newest] = 50.0
         batch.out.fill_(torch.nan)

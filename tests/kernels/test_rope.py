@@ -1,5 +1,7 @@
 """Rotary embedding and the KV write: the Triton kernels against their twins, the twins against transformers' own modules."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Cohere2Config, LlamaConfig, Qwen3Config
@@ -18,15 +20,14 @@ def _tables(num_tokens: int, rotary_dim: int, device: torch.device) -> tuple[tor
 
 
 @pytest.mark.parametrize(
-    ("dtype", "q_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "norm", "plus_one", "scales"),
+    ("dtype", "q_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "norm", "plus_one", "fp8"),
     [
-        (torch.float32, 4, 2, 16, 16, False, False, False, 0),
-        (torch.float32, 6, 2, 80, 32, False, True, False, 0),
-        (torch.bfloat16, 3, 3, 96, 96, True, False, False, 0),
-        (torch.float16, 5, 1, 64, 64, False, True, True, 0),
-        (torch.bfloat16, 4, 2, 128, 64, True, True, True, 0),
-        (torch.float32, 4, 2, 16, 16, False, False, False, 1),
-        (torch.float32, 4, 2, 16, 16, False, False, False, 2),
+        (torch.float32, 4, 2, 16, 16, False, False, False, False),
+        (torch.float32, 6, 2, 80, 32, False, True, False, False),
+        (torch.bfloat16, 3, 3, 96, 96, True, False, False, False),
+        (torch.float16, 5, 1, 64, 64, False, True, True, False),
+        (torch.bfloat16, 4, 2, 128, 64, True, True, True, False),
+        (torch.float32, 4, 2, 16, 16, False, False, False, True),
     ],
 )
 def test_kernel_equals_twin(
@@ -39,7 +40,7 @@ def test_kernel_equals_twin(
     interleaved: bool,
     norm: bool,
     plus_one: bool,
-    scales: int,
+    fp8: bool,
 ) -> None:
     num_tokens = 5
     qkv = torch.randn(num_tokens, (q_heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
@@ -47,9 +48,7 @@ def test_kernel_equals_twin(
     width = kv_heads * head_dim
     slots = torch.tensor([3 * width, -1, 0, 7 * width, -1], device=device)
     q_norm, k_norm = (torch.rand(2, head_dim, device=device) + 0.5).to(dtype) if norm else (None, None)
-    k_scale = torch.rand(scales, device=device) + 0.02 if scales else None
-    v_scale = torch.rand(scales, device=device) + 0.02 if scales else None
-    plane_dtype = torch.float8_e4m3fn if scales else dtype
+    plane_dtype = torch.float8_e4m3fn if fp8 else dtype
     results = []
     for run in (gpu.rope_and_cache, rope.rope_and_cache_torch):
         q_out = qkv.new_full((num_tokens, q_heads, head_dim), torch.nan)
@@ -71,13 +70,11 @@ def test_kernel_equals_twin(
             k_norm,
             1e-6,
             plus_one,
-            k_scale,
-            v_scale,
         )
         results.append((q_out, planes.float()))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
-    if not scales:
+    if not fp8:
         torch.testing.assert_close(results[0][1], results[1][1], rtol=tolerance, atol=tolerance)
         return
     one_step = ((results[0][1] - results[1][1]).abs() <= 0.126 * results[1][1].abs() + 2**-9).float().mean()
@@ -85,15 +82,13 @@ def test_kernel_equals_twin(
     assert one_step >= (0.97 if device.type == "cpu" else 1.0)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_write_kv_equals_twin(device: torch.device, scaled: bool) -> None:
+def test_write_kv_equals_twin(device: torch.device) -> None:
     k, v = torch.randn(2, 4, 3, 24, device=device)
     slots = torch.tensor([72, -1, 0, 216], device=device)
-    scale = torch.rand(3, device=device) + 0.1 if scaled else None
     results = []
     for run in (gpu.write_kv, rope.write_kv_torch):
         planes = torch.zeros(2, 300, device=device)
-        run(k[..., :16], v[..., :16], slots, planes[0], planes[1], scale, scale)
+        run(k[..., :16], v[..., :16], slots, planes[0], planes[1])
         results.append(planes)
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
     assert results[0].count_nonzero() == 2 * 3 * 3 * 16
@@ -104,13 +99,13 @@ def test_slots_past_two_to_the_31(device: torch.device) -> None:
         pytest.skip("needs 4 GiB of planes")
     planes = torch.zeros(2, 2**31 + 64, dtype=torch.float8_e4m3fn, device=device)
     k = torch.ones(1, 1, 16, device=device)
-    gpu.write_kv(k, k, torch.tensor([2**31 + 16], device=device), planes[0], planes[1], None, None)
+    gpu.write_kv(k, k, torch.tensor([2**31 + 16], device=device), planes[0], planes[1])
     assert planes[0, 2**31 + 16 : 2**31 + 32].float().sum() == 16
     assert planes[0, : 2**31 + 16].view(torch.uint8).max() == 0
 
 
 def _rotated(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int, dim: int, **options: object
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int, dim: int, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     num_tokens = qkv.shape[0]
     q_out = qkv.new_empty(num_tokens, heads, dim)
@@ -129,7 +124,7 @@ def _rotated(
         head_dim=dim,
         rotary_dim=dim,
         **options,
-    )  # type: ignore[arg-type]
+    )
     return q_out, planes[0].view(num_tokens, kv_heads, dim), planes[1].view(num_tokens, kv_heads, dim)
 
 

@@ -34,8 +34,6 @@ def paged_attention(
     sliding_window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> None:
     """Causal attention of `q` [T, Hq, D] into `out` [T, Hq, D] (tokens of no row are left as they were).
@@ -64,8 +62,6 @@ def paged_attention(
         sliding_window,
         softcap,
         sinks,
-        k_scale,
-        v_scale,
         scratch,
     )
     if q.is_cuda:
@@ -94,8 +90,6 @@ def paged_attention_torch(
     sliding_window: int,
     softcap: float,
     sinks: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
     scratch: Scratch | None,
 ) -> None:
     """Torch twin of the Triton launch: row by row, in float32."""
@@ -110,8 +104,8 @@ def paged_attention_torch(
         if num_queries <= 0 or length <= 0:
             continue
         pages = page_table[slot, : -(-length // block_tokens)].long()
-        k = _heads_first(k_pages[pages], length, k_scale)
-        v = _heads_first(v_pages[pages], length, v_scale)
+        k = _heads_first(k_pages[pages], length)
+        v = _heads_first(v_pages[pages], length)
         queries = q[start:end].float().view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
         scores = (queries.reshape(num_kv_heads, group * num_queries, head_dim) @ k.transpose(1, 2)) * scale
         if softcap:
@@ -142,6 +136,5 @@ def _pages(plane: Tensor, page_unit: int, block_tokens: int, num_kv_heads: int, 
     )
 
 
-def _heads_first(pages: Tensor, length: int, scale: Tensor | None) -> Tensor:
-    tokens = pages.flatten(0, 1)[:length].float().transpose(0, 1)
-    return tokens if scale is None else tokens * scale.view(-1, 1, 1)
+def _heads_first(pages: Tensor, length: int) -> Tensor:
+    return pages.flatten(0, 1)[:length].float().transpose(0, 1)

@@ -29,8 +29,6 @@ def rope_and_cache(
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_plus_one: bool = False,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
 ) -> None:
     """Split `qkv` [T, (Hq + 2·Hkv)·D] into heads; rotate queries into `q_out` [T, Hq, D], keys and values into the planes.
 
@@ -54,8 +52,6 @@ def rope_and_cache(
         k_norm,
         norm_eps,
         norm_plus_one,
-        k_scale,
-        v_scale,
     )
     if qkv.is_cuda:
         from runtime.engine.kernels.gpu import rope
@@ -71,17 +67,14 @@ def write_kv(
     slots: Tensor,
     k_plane: Tensor,
     v_plane: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
 ) -> None:
     """Write `k` and `v` [T, Hkv, D] (each head contiguous) at `slots` [T] of their planes, as `rope_and_cache` does."""
     if k.is_cuda:
         from runtime.engine.kernels.gpu import rope
 
-        rope.write_kv(k, v, slots, k_plane, v_plane, k_scale, v_scale)
+        rope.write_kv(k, v, slots, k_plane, v_plane)
     else:
-        write_kv_torch(k, v, slots, k_plane, v_plane, k_scale, v_scale)
+        write_kv_torch(k, v, slots, k_plane, v_plane)
 
 
 def rope_and_cache_torch(
@@ -101,8 +94,6 @@ def rope_and_cache_torch(
     k_norm: Tensor | None,
     norm_eps: float,
     norm_plus_one: bool,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
     """Torch twin of the Triton launch."""
     heads = qkv.view(qkv.shape[0], num_q_heads + 2 * num_kv_heads, head_dim)
@@ -110,7 +101,7 @@ def rope_and_cache_torch(
     q = _rotated(_normed(q, q_norm, norm_eps, norm_plus_one), cos, sin, rotary_dim, interleaved)
     k = _rotated(_normed(k, k_norm, norm_eps, norm_plus_one), cos, sin, rotary_dim, interleaved)
     q_out.copy_(q)
-    write_kv_torch(k.to(qkv.dtype), v, slots, k_plane, v_plane, k_scale, v_scale)
+    write_kv_torch(k.to(qkv.dtype), v, slots, k_plane, v_plane)
 
 
 def write_kv_torch(
@@ -119,16 +110,13 @@ def write_kv_torch(
     slots: Tensor,
     k_plane: Tensor,
     v_plane: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
     """Torch twin of the Triton launch."""
     kept = slots >= 0
     width = k.shape[1] * k.shape[2]
     where = slots[kept, None] + torch.arange(width, device=slots.device)
-    for x, plane, scale in ((k, k_plane, k_scale), (v, v_plane, v_scale)):
-        values = x if scale is None else x.float() / scale.view(-1, 1)
-        plane[where] = values[kept].reshape(-1, width).to(plane.dtype)
+    for x, plane in ((k, k_plane), (v, v_plane)):
+        plane[where] = x[kept].reshape(-1, width).to(plane.dtype)
 
 
 def _normed(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool) -> Tensor:

@@ -72,7 +72,7 @@ def test_equals_the_twin(seed: int, window: int, softcap: float, sinks: bool, mo
     expected = torch.empty_like(q)
     paged_attention_torch(
         expected, q, planes.k, planes.v, planes.page_unit, step.page_table, step.row_slots, step.query_starts, step.context_lens, BLOCK, heads, 0.3,
-        step.max_query_len, step.max_context_len, window, softcap, sink, None, None, None,
+        step.max_query_len, step.max_context_len, window, softcap, sink, None,
     )  # fmt: skip
     torch.testing.assert_close(attend(step, spec, q, sinks=sink), expected, atol=2e-6, rtol=1e-5)
     again = torch.empty_like(q)
@@ -108,7 +108,7 @@ def test_rope_and_write_equal_the_twin(rope: RopeSpec, dtype: torch.dtype) -> No
     k, v = planes.k.clone(), planes.v.clone()
     rope_and_cache_torch(
         expected, qkv, angles.cos(), angles.sin(), step.slots, k, v, 6, 2, 20, rope.rotary_dim, rope.interleaved, norms[0], norms[1], rope.norm_eps,
-        rope.norm_plus_one, None, None,
+        rope.norm_plus_one,
     )  # fmt: skip
     q = rope_write(step, spec, rope, qkv, angles.cos(), angles.sin(), norms[0], norms[1])
     torch.testing.assert_close(q, expected)

@@ -28,7 +28,7 @@ def _attend(
     v_plane_ptr,
     page_unit,
     head_offset,
-    k_scale,
+    scale,
     softcap,
     window,
     acc,
@@ -58,7 +58,7 @@ def _attend(
         else:
             k = tl.load(k_plane_ptr + tokens[None, :] + dims[:, None], mask=valid[None, :] & in_dim[:, None], other=0.0)
             v = tl.load(v_plane_ptr + tokens[:, None] + dims[None, :], mask=valid[:, None] & in_dim[None, :], other=0.0)
-        scores = dot(q, k.to(q.dtype), PRECISION) * k_scale
+        scores = dot(q, k.to(q.dtype), PRECISION) * scale
         if SOFTCAP:
             capped = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
             scores = capped * 1.4426950408889634
@@ -106,8 +106,6 @@ def _decode_kernel(
     softcap,
     window,
     sinks_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
     partials_ptr,
     counters_ptr,
     num_splits,
@@ -122,8 +120,6 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
-    SCALED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -159,10 +155,6 @@ def _decode_kernel(
     mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     place = token * (KV_HEADS * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + place, mask=mask, other=0.0)
-    k_scale = scale
-    if SCALED:
-        which = kv_head if PER_HEAD else 0
-        k_scale = scale * tl.load(k_scale_ptr + which)
     m, total = _start_sinks(sinks_ptr, heads, row_mask & (split == 0), SINKS, BLOCK_M)
     if SINKS:
         m = tl.where(split == 0, m, float("-inf"))
@@ -179,7 +171,7 @@ def _decode_kernel(
         v_plane_ptr,
         page_unit,
         kv_head * HEAD_DIM,
-        k_scale,
+        scale,
         softcap,
         window,
         tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
@@ -195,9 +187,6 @@ def _decode_kernel(
         False,
         PRECISION,
     )
-    v_scale = 1.0
-    if SCALED:
-        v_scale = tl.load(v_scale_ptr + (kv_head if PER_HEAD else 0))
     if SPLIT:
         parts = tl.cdiv(num_tiles, tiles_each)
         if parts > 1:
@@ -229,7 +218,7 @@ def _decode_kernel(
                 m = m_new
                 base += PART
             tl.store(counters_ptr + pair, 0)
-    y = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    y = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -249,8 +238,6 @@ def _mixed_kernel(
     softcap,
     window,
     sinks_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
     num_rows,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -263,8 +250,6 @@ def _mixed_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
-    SCALED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -304,10 +289,6 @@ def _mixed_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(lowest - window + 1, 0) // TILE * TILE
-    k_scale = scale
-    if SCALED:
-        which = kv_head if PER_HEAD else 0
-        k_scale = scale * tl.load(k_scale_ptr + which)
     m, total = _start_sinks(sinks_ptr, heads, row_mask, SINKS, BLOCK_M)
     slot = tl.load(row_slots_ptr + row).to(tl.int64)
     table_row = table_ptr + slot * table_stride
@@ -327,7 +308,7 @@ def _mixed_kernel(
             v_plane_ptr,
             page_unit,
             kv_head * HEAD_DIM,
-            k_scale,
+            scale,
             softcap,
             window,
             acc,
@@ -354,7 +335,7 @@ def _mixed_kernel(
         v_plane_ptr,
         page_unit,
         kv_head * HEAD_DIM,
-        k_scale,
+        scale,
         softcap,
         window,
         acc,
@@ -370,10 +351,7 @@ def _mixed_kernel(
         True,
         PRECISION,
     )
-    v_scale = 1.0
-    if SCALED:
-        v_scale = tl.load(v_scale_ptr + (kv_head if PER_HEAD else 0))
-    y = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    y = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -417,8 +395,6 @@ def paged_attention(
     sliding_window: int,
     softcap: float,
     sinks: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
     scratch: Scratch | None,
 ) -> None:
     """See runtime.engine.kernels.attention.paged_attention."""
@@ -466,8 +442,6 @@ def paged_attention(
         softcap,
         sliding_window,
         sinks if sinks is not None else q,
-        k_scale if k_scale is not None else q,
-        v_scale if v_scale is not None else q,
     )
     if max_query_len == 1:
         tile, num_warps, num_stages = decode_tiling(wide, block_d, num_rows)
@@ -497,8 +471,6 @@ def paged_attention(
             WINDOW=sliding_window > 0,
             SOFTCAP=softcap > 0,
             SINKS=sinks is not None,
-            SCALED=k_scale is not None,
-            PER_HEAD=k_scale is not None and k_scale.numel() > 1,
             PRECISION=precision(q),
             num_warps=num_warps,
             num_stages=num_stages,
@@ -524,8 +496,6 @@ def paged_attention(
         WINDOW=sliding_window > 0,
         SOFTCAP=softcap > 0,
         SINKS=sinks is not None,
-        SCALED=k_scale is not None,
-        PER_HEAD=k_scale is not None and k_scale.numel() > 1,
         PRECISION=precision(q),
         num_warps=num_warps,
         num_stages=num_stages,

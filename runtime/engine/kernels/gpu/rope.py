@@ -36,8 +36,6 @@ def _rope_kernel(
     v_plane_ptr,
     q_norm_ptr,
     k_norm_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
     qkv_stride,
     cos_stride,
     freq_stride,
@@ -49,8 +47,6 @@ def _rope_kernel(
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
     PLUS_ONE: tl.constexpr,
-    SCALED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
@@ -108,13 +104,7 @@ def _rope_kernel(
         tl.store(q_out_ptr + token * (Q_HEADS * HEAD_DIM) + place, x, mask=mask)
     else:
         plane_ptr = k_plane_ptr if is_k else v_plane_ptr
-        if SCALED:
-            scale_ptr = k_scale_ptr if is_k else v_scale_ptr
-            scale = tl.load(scale_ptr + (heads if PER_HEAD else heads * 0), mask=heads < num_heads, other=1.0)
-            stored = (x.to(tl.float32) / scale[:, None]).to(plane_ptr.dtype.element_ty)
-        else:
-            stored = x.to(plane_ptr.dtype.element_ty)
-        tl.store(plane_ptr + slot + place, stored, mask=mask)
+        tl.store(plane_ptr + slot + place, x.to(plane_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -124,16 +114,12 @@ def _write_kernel(
     slots_ptr,
     k_plane_ptr,
     v_plane_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
     k_token_stride,
     k_head_stride,
     v_token_stride,
     v_head_stride,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SCALED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -147,10 +133,6 @@ def _write_kernel(
     place = heads[:, None] * HEAD_DIM + dims[None, :]
     k = tl.load(k_ptr + token * k_token_stride + heads[:, None] * k_head_stride + dims[None, :], mask=mask, other=0.0)
     v = tl.load(v_ptr + token * v_token_stride + heads[:, None] * v_head_stride + dims[None, :], mask=mask, other=0.0)
-    if SCALED:
-        which = heads if PER_HEAD else heads * 0
-        k = k.to(tl.float32) / tl.load(k_scale_ptr + which, mask=heads < KV_HEADS, other=1.0)[:, None]
-        v = v.to(tl.float32) / tl.load(v_scale_ptr + which, mask=heads < KV_HEADS, other=1.0)[:, None]
     tl.store(k_plane_ptr + slot + place, k.to(k_plane_ptr.dtype.element_ty), mask=mask)
     tl.store(v_plane_ptr + slot + place, v.to(v_plane_ptr.dtype.element_ty), mask=mask)
 
@@ -172,8 +154,6 @@ def rope_and_cache(
     k_norm: Tensor | None,
     norm_eps: float,
     norm_plus_one: bool,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
     """See runtime.engine.kernels.rope.rope_and_cache."""
     num_tokens = qkv.shape[0]
@@ -195,8 +175,6 @@ def rope_and_cache(
         v_plane,
         q_norm if q_norm is not None else qkv,
         k_norm if k_norm is not None else qkv,
-        k_scale if k_scale is not None else qkv,
-        v_scale if v_scale is not None else qkv,
         qkv.stride(0),
         cos.stride(0),
         cos.stride(1),
@@ -208,8 +186,6 @@ def rope_and_cache(
         INTERLEAVED=interleaved,
         NORM=q_norm is not None,
         PLUS_ONE=norm_plus_one,
-        SCALED=k_scale is not None,
-        PER_HEAD=k_scale is not None and k_scale.numel() > 1,
         BLOCK_H=block_h,
         BLOCK_D=triton.next_power_of_2(head_dim),
         PDL=pdl.overlaps(qkv),
@@ -224,8 +200,6 @@ def write_kv(
     slots: Tensor,
     k_plane: Tensor,
     v_plane: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
     """See runtime.engine.kernels.rope.write_kv."""
     num_tokens, num_heads, head_dim = k.shape
@@ -238,16 +212,12 @@ def write_kv(
         slots,
         k_plane,
         v_plane,
-        k_scale if k_scale is not None else k,
-        v_scale if v_scale is not None else v,
         k.stride(0),
         k.stride(1),
         v.stride(0),
         v.stride(1),
         KV_HEADS=num_heads,
         HEAD_DIM=head_dim,
-        SCALED=k_scale is not None,
-        PER_HEAD=k_scale is not None and k_scale.numel() > 1,
         BLOCK_H=block_h,
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=2,
