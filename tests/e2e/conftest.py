@@ -16,7 +16,7 @@ from tests.support.edge import Edge
 from tests.support.web import WebServer
 
 API_KEY, HUB_TOKEN, STORE_SECRET = "key-nobody-may-read", "hf_tokenNobodyMayRead", "store-secret-nobody-may-read"
-_GUARDS = {
+_GUARDS: dict[str, dict[str, object]] = {
     "mesh": {"max_held": 4, "keep_alive_s": 0.3},
     "runtime": {"engine": {"max_rows": 2, "max_waiting": 4, "debug_checks": True, "num_threads": 1}},
 }

@@ -11,16 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import API_KEY, HUB_TOKEN, STORE_SECRET, Guarded
+from tests.support import tgis_client
 from tests.support.checkpoints import tiny_llama
 from tests.support.edge import Edge
 from wire.fmaas import generation_pb2 as fmaas
-from wire.fmaas import generation_pb2_grpc as fmaas_grpc
 
 MIB = 1 << 20
 
@@ -212,16 +213,16 @@ def test_half_a_request_and_garbage_leave_nothing_behind(guarded: Guarded) -> No
 
 
 def test_a_grpc_message_that_cannot_be_read_is_refused_at_once(guarded: Guarded) -> None:
-    metadata = [("mm-model-id", "ada"), ("authorization", f"Bearer {API_KEY}")]
+    metadata = (("mm-model-id", "ada"), ("authorization", f"Bearer {API_KEY}"))
     with grpc.insecure_channel(guarded.grpc, options=[("grpc.max_send_message_length", -1)]) as channel:
-        call = channel.unary_unary("/fmaas.GenerationService/Generate")
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/fmaas.GenerationService/Generate")
         for message, code in (
             (b"\xff" * 5, grpc.StatusCode.INVALID_ARGUMENT),
             (b"\xff" * 100 * MIB, grpc.StatusCode.RESOURCE_EXHAUSTED),
         ):
             with pytest.raises(grpc.RpcError) as refused:
                 call(message, metadata=metadata, timeout=30)
-            assert refused.value.code() is code  # type: ignore[attr-defined]
+            assert refused.value.code() is code
 
 
 @pytest.mark.parametrize(
@@ -237,12 +238,13 @@ def test_a_grpc_message_that_cannot_be_read_is_refused_at_once(guarded: Guarded)
     ],
     ids=lambda value: "",
 )
-def test_tgis_refusals(guarded: Guarded, change: dict[str, object], code: grpc.StatusCode) -> None:
-    metadata = [("mm-model-id", change.pop("model", "ada")), ("authorization", f"Bearer {change.pop('key', API_KEY)}")]
-    request = fmaas.BatchedGenerationRequest(**{"requests": [{"text": "a"}], **change})  # type: ignore[arg-type]
+def test_tgis_refusals(guarded: Guarded, change: dict[str, Any], code: grpc.StatusCode) -> None:
+    fields = {"requests": [{"text": "a"}], **change}
+    model, key = fields.pop("model", "ada"), fields.pop("key", API_KEY)
+    request = fmaas.BatchedGenerationRequest(**fields)
     with grpc.insecure_channel(guarded.grpc) as channel, pytest.raises(grpc.RpcError) as refused:
-        fmaas_grpc.GenerationServiceStub(channel).Generate(request, metadata=metadata, timeout=60)
-    assert refused.value.code() is code  # type: ignore[attr-defined]
+        tgis_client.generate(channel, request, (("mm-model-id", model), ("authorization", f"Bearer {key}")))
+    assert refused.value.code() is code
 
 
 def test_keys_open_everything_but_health(guarded: Guarded) -> None:

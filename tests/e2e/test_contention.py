@@ -218,9 +218,14 @@ def _come_and_go(tight: Tight, chance: random.Random, _: str) -> str:
 
 
 def _nonsense(tight: Tight, chance: random.Random, name: str) -> str:
-    fields: dict[str, object] = chance.choice(
-        ({"temperature": -1}, {"prompt": "x" * 9000}, {"n": 0}, {"model": "nobody"}, {"suffix": "x"})
+    faults: tuple[dict[str, object], ...] = (
+        {"temperature": -1},
+        {"prompt": "x" * 9000},
+        {"n": 0},
+        {"model": "nobody"},
+        {"suffix": "x"},
     )
+    fields = chance.choice(faults)
     answer = tight.edge.complete(name, **fields) if "model" not in fields else tight.edge.complete("nobody")
     return "refused" if answer.status in (400, 404, 501) else _named(answer)
 

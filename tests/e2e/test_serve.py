@@ -1,4 +1,4 @@
-"""One machine, from the outside: `repertory serve` as processes, called by the official OpenAI client and by generated stubs."""
+"""One machine, from the outside: `repertory serve` as processes, called by the official OpenAI client and by a TGIS client."""
 
 import json
 import os
@@ -17,8 +17,8 @@ import pytest
 
 from bench import stack
 from tests.e2e.conftest import greedy
+from tests.support import tgis_client
 from wire.fmaas import generation_pb2 as fmaas
-from wire.fmaas import generation_pb2_grpc as fmaas_grpc
 
 PROMPT = "The company keeps many plays ready"
 
@@ -54,8 +54,7 @@ def test_grpc_gives_the_same_text(served: stack.Stack, models: dict[str, Path]) 
         params=fmaas.Parameters(stopping=fmaas.StoppingCriteria(max_new_tokens=24)),
     )
     with grpc.insecure_channel(served.grpc) as channel:
-        stub = fmaas_grpc.GenerationServiceStub(channel)
-        answer = stub.Generate(request, metadata=[("mm-model-id", "ada")], timeout=60)
+        answer = tgis_client.generate(channel, request, (("mm-model-id", "ada"),))
         assert answer.responses[0].text == stream_text(served, "ada", PROMPT, 24)
         assert answer.responses[0].generated_token_count == 24
 

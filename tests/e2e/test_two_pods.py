@@ -67,8 +67,5 @@ def test_a_pod_killed_outright_is_replaced_by_the_next_request(
 
 def _pod_id(pod: stack.Stack) -> str:
     """Named after its host and its gRPC port."""
-    return next(
-        entry["instance_id"]
-        for entry in json.loads(pod.admin.call("GET", "/admin/v1/pods"))["pods"]
-        if pod.grpc in entry["grpc_address"]
-    )
+    pods = json.loads(pod.admin.call("GET", "/admin/v1/pods"))["pods"]
+    return str(next(entry["instance_id"] for entry in pods if pod.grpc in entry["grpc_address"]))

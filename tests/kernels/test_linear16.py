@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from runtime.engine.kernels import linear16
+from runtime.engine.kernels.activation import Activation
 from runtime.engine.kernels.gpu import linear16 as gpu
 from runtime.engine.kernels.scratch import Scratch
 
@@ -18,7 +19,7 @@ def _case(
 
 
 @pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh", "gelu"])
-def test_twin_is_the_product(gate: linear16.Activation | None) -> None:
+def test_twin_is_the_product(gate: Activation | None) -> None:
     x, weight, bias = _case(torch.device("cpu"), 3, 12, 64, torch.float32)
     exact = x.double() @ weight.double().T + bias.double()
     if gate is not None:
@@ -50,7 +51,7 @@ def test_kernel_equals_twin(
     num_rows: int,
     num_outputs: int,
     in_features: int,
-    gate: linear16.Activation | None,
+    gate: Activation | None,
     splits: int,
     early: bool,
 ) -> None:

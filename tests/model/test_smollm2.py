@@ -6,6 +6,7 @@ The engine runs as a process; both sides read the weights that the packer made o
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import numpy as np
@@ -130,17 +131,19 @@ def test_quantised_log_probabilities_are_bitsandbytes(
         assert differences(theirs, ids, scores).median() < EPSILON_BITSANDBYTES[quantization]
 
 
-def dequantised(layer: torch.nn.Module) -> torch.Tensor:
+def dequantised(layer: Any) -> torch.Tensor:
     """What bitsandbytes' codes stand for, in fp32."""
     weight = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
-    scale = weight.SCB if weight.SCB is not None else layer.state.SCB
-    return weight.data.to(torch.float32) * (scale.to(torch.float32) / 127)[:, None]
+        values: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return values.to(torch.float32)
+    scale: torch.Tensor = weight.SCB if weight.SCB is not None else layer.state.SCB
+    codes: torch.Tensor = weight.data
+    return codes.to(torch.float32) * (scale.to(torch.float32) / 127)[:, None]
 
 
 def differences(model: torch.nn.Module, ids: list[int], scores: list[float]) -> torch.Tensor:
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0].float()
-    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    expected: torch.Tensor = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     return (torch.tensor(scores) - expected).abs()

@@ -50,9 +50,15 @@ class Event:
     marks: object = None
 
     def record(self, stream: Stream | None = None) -> None:
+        marks = object()
+
+        def pass_mark() -> bool:
+            self.device.passed.add(marks)
+            return True
+
         with self.device.lock:
-            self.marks = marks = object()
-            (stream or self.device.current_stream()).queue.append(lambda: self.device.passed.add(marks) or True)
+            self.marks = marks
+            (stream or self.device.current_stream()).queue.append(pass_mark)
 
     def query(self) -> bool:
         with self.device.lock:

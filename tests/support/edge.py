@@ -52,10 +52,10 @@ class Edge:
         timeout_s: float = 90,
     ) -> Answer:
         """`body`: bytes or an iterable of bytes (sent in chunks) as they are, anything else as JSON."""
-        raw = body if body is None or isinstance(body, bytes) or _is_chunks(body) else json.dumps(body).encode()
+        raw: Any = body if body is None or isinstance(body, bytes) or _is_chunks(body) else json.dumps(body).encode()
         request = urllib.request.Request(
             self.url + path, data=raw, method=method, headers={**self._headers(), **(headers or {})}
-        )  # type: ignore[arg-type]
+        )
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 return Answer(response.status, dict(response.headers), response.read().decode())

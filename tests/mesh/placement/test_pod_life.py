@@ -91,7 +91,7 @@ async def test_two_models_that_need_the_same_room_take_turns(tmp_path: Path, mon
             await pod.register(name)
 
         async def count(name: str) -> int:
-            call = pod.channel.unary_stream("/test.Any/Count")(b"40", metadata=(("mm-model-id", name),))
+            call = pod.server_stream("/test.Any/Count")(b"40", metadata=(("mm-model-id", name),))
             return len([message async for message in call])
 
         running = asyncio.ensure_future(count("a"))

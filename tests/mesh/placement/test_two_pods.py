@@ -54,10 +54,10 @@ async def test_a_request_goes_in_one_hop_to_the_pod_that_has_the_model(pods: tup
     assert seen["mm-model-id"] == "m"
     assert not any(key.startswith("repertory") for key in seen)
     # streams, statuses and trailers pass the hop as well
-    call = a.channel.unary_stream("/test.Any/Count")(b"20", metadata=FOR_M)
+    call = a.server_stream("/test.Any/Count")(b"20", metadata=FOR_M)
     assert [message async for message in call] == [str(index).encode() for index in range(20)]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await a.channel.unary_unary("/test.Any/Fail")(b"ABORTED", metadata=FOR_M)
+        await a.unary("/test.Any/Fail")(b"ABORTED", metadata=FOR_M)
     assert caught.value.code() is grpc.StatusCode.ABORTED
     assert dict(tuple(caught.value.trailing_metadata()))["why-bin"] == b"\x00\xff"
 
@@ -168,10 +168,9 @@ async def test_a_pod_that_stops_leaves_nothing_behind(tmp_path: Path, etcd: Etcd
 
 async def test_keys_are_shared_over_the_hop(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
-    keys = {"api_keys": ("k",)}
     async with (
-        running_pod(tmp_path / "a", store=store, **keys) as a,
-        running_pod(tmp_path / "b", store=store, **keys) as b,
+        running_pod(tmp_path / "a", store=store, api_keys=("k",)) as a,
+        running_pod(tmp_path / "b", store=store, api_keys=("k",)) as b,
     ):
         await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
         headers = {"Authorization": "Bearer k"}
@@ -184,7 +183,7 @@ async def test_keys_are_shared_over_the_hop(tmp_path: Path, etcd: EtcdServer) ->
         assert "Authorization" not in b.runtime.headers[-1]
         assert isinstance(a.http, aiohttp.ClientSession)
         metadata = (("mm-model-id", model_id), ("authorization", "Bearer k"))
-        assert await a.channel.unary_unary("/test.Any/Echo")(b"hi", metadata=metadata) == b"hi"
+        assert await a.unary("/test.Any/Echo")(b"hi", metadata=metadata) == b"hi"
 
 
 async def test_two_pods_with_one_id_are_told_so(

@@ -1,6 +1,7 @@
 """The names that a registry lists: made once for many readers, and never behind the tables that they come from."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from mesh.types import ModelInfo
 
 def info(name: str, uri: str) -> ModelInfo:
     return model_info(name, uri, {})
+
+
+def answering(loaded: bool) -> Callable[[str], bool]:
+    return lambda _: loaded
 
 
 def info_of(registry: Registry, model_id: str) -> ModelInfo:
@@ -48,7 +53,7 @@ async def test_what_is_listed_is_what_is_registered(seed: int, tmp_path: Path) -
             match chance.randrange(8):
                 case 0 | 1:
                     await registry.register_name(
-                        one, info(one, f"/{chance.randrange(3)}"), now_ms=1, is_loaded=lambda _, loaded=loaded: loaded
+                        one, info(one, f"/{chance.randrange(3)}"), now_ms=1, is_loaded=answering(loaded)
                     )
                 case 2:
                     await registry.set_alias(one, other, now_ms=1, is_loaded=lambda _: True)

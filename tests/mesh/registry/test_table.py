@@ -54,7 +54,9 @@ async def test_own_writes_are_read_at_once_and_others_hear_of_them(
 ) -> None:
     mine, other = tables
     heard: list[tuple[str, int | None, int | None]] = []
-    mine.listen(lambda model_id, old, new: heard.append((model_id, old and old.refs, new and new.refs)))
+    mine.listen(
+        lambda model_id, old, new: heard.append((model_id, old.refs if old else None, new.refs if new else None))
+    )
     await mine.update("m/ä", one_more_ref)
     await mine.update("m/ä", one_more_ref)
     got = mine.get("m/ä")

@@ -1,5 +1,8 @@
 """The pure plans of vmodels: whatever is set, finished, parked and deleted, references are what they say and nothing in use is deleted."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +41,18 @@ actions = st.one_of(
 )
 
 
+T = TypeVar("T")
+
+
+def _write(table: dict[str, T], changes: Mapping[str, T | None]) -> None:
+    """Apply changes to a table; None deletes the record."""
+    for record_id, record in changes.items():
+        if record is None:
+            table.pop(record_id, None)
+        else:
+            table[record_id] = record
+
+
 class World:
     """All records, changed by plans alone (and by placement, which changes copies)."""
 
@@ -51,12 +66,8 @@ class World:
         return VModelView(vmodel, {model_id: self.models.get(model_id) for model_id in ids})
 
     def apply(self, vmodel_id: str, plan: VModelPlan) -> None:
-        for table, changes in ((self.vmodels, {vmodel_id: plan.vmodel}), (self.models, plan.models)):
-            for record_id, record in changes.items():
-                if record is None:
-                    table.pop(record_id, None)  # type: ignore[attr-defined]
-                else:
-                    table[record_id] = record  # type: ignore[index]
+        _write(self.vmodels, {vmodel_id: plan.vmodel})
+        _write(self.models, plan.models)
 
     def step(self, action: tuple[object, ...]) -> None:
         match action:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -28,12 +29,12 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
 
 
 def wish(
-    target: str, *, vmodel: str = "v", info: bool = True, auto: bool = True, path: str = "", **more: object
+    target: str, *, vmodel: str = "v", info: bool = True, auto: bool = True, path: str = "", **more: Any
 ) -> pb.SetVModelRequest:
     model_info = pb.ModelInfo(type="llm", path=path or f"/models/{target}") if info else None
     return pb.SetVModelRequest(
         vModelId=vmodel, targetModelId=target, modelInfo=model_info, autoDeleteTargetModel=auto, **more
-    )  # type: ignore[arg-type]
+    )
 
 
 async def status(node: Node, vmodel: str = "v", owner: str = "") -> pb.VModelStatusInfo:

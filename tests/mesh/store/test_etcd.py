@@ -319,7 +319,7 @@ class AuthAdmin:
         request = pb.AuthenticateRequest(
             name=fields[0] if fields else "", password=fields[1] if len(fields) > 1 else ""
         )
-        rpc = self._channel.unary_unary(
+        rpc: grpc.aio.UnaryUnaryMultiCallable[pb.AuthenticateRequest, bytes] = self._channel.unary_unary(
             f"/etcdserverpb.Auth/{path}", request_serializer=pb.AuthenticateRequest.SerializeToString
         )
         await rpc(request)

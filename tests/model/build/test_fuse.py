@@ -27,7 +27,8 @@ CONFIG = LlamaConfig(
 
 class Doubled(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
+        result: Tensor = 2 * super().forward(x)
+        return result
 
 
 class LookAlike(LlamaForCausalLM):
@@ -199,7 +200,7 @@ def test_longrope_is_decided_by_the_context_limit() -> None:
     positions = torch.arange(6)
     tables = {}
     for limit in (64, 4096):
-        model = build_skeleton(Phi3ForCausalLM, config, "eager")
+        model: Any = build_skeleton(Phi3ForCausalLM, config, "eager")
         fix_frequencies(model, limit)
         (tables[limit],) = rotary_tables(model.model.rotary_emb, torch.device("cpu")).values()
         cos, sin = tables[limit](positions, torch.float32)

@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,10 +76,13 @@ def test_every_likely_size_runs_without_weights(
 def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine collects its garbage rarely, and the zeros are as large as the largest weight."""
     made: list[weakref.ref[FusedStack]] = []
-    monkeypatch.setattr(
-        "runtime.engine.model.build.warmup.FusedStack",
-        lambda *args: made.append(weakref.ref(stack := FusedStack(*args))) or stack,
-    )
+
+    def tracked(*arguments: Any) -> FusedStack:
+        stack = FusedStack(*arguments)
+        made.append(weakref.ref(stack))
+        return stack
+
+    monkeypatch.setattr("runtime.engine.model.build.warmup.FusedStack", tracked)
     blueprint, kv = drawn("llama", tmp_path)
     gc.disable()
     try:

@@ -28,7 +28,8 @@ def rewrite(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.weight_files[0])
+    weights: dict[str, torch.Tensor] = load_file(checkpoint.weight_files[0])
+    return weights
 
 
 def refused(checkpoint: Checkpoint) -> str:
@@ -200,13 +201,14 @@ def test_unsupported_models_say_why(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     config_file = tmp_path / "config.json"
     original = config_file.read_text()
-    for changes, says in [
+    cases: list[tuple[dict[str, object], str]] = [
         ({"model_type": "mamba"}, "recurrent state"),
         ({"model_type": "bloom"}, "no attention hook"),
         ({"model_type": "t5"}, "no causal language model"),
         ({"model_type": "no such thing"}, "config.json can't be used"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised in a format"),
-    ]:
+    ]
+    for changes, says in cases:
         config_file.write_text(json.dumps({**json.loads(original), **changes}))
         message = refused(checkpoint)
         assert says in message, message

@@ -6,6 +6,7 @@ import queue
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -168,6 +169,9 @@ class Stage:
         request = GenerationRequest(prompt=tuple(prompt), sampling=SamplingParams(temperature=0.0), stop=stop)
         self.inbox.put(Add(number, model_id, request))
 
+    def has_loaded(self, name: str) -> bool:
+        return self.loop.num_loading == 0 and name in self.loop.table.models
+
     def close(self) -> None:
         self.inbox.put(None)
         self.loop.run()
@@ -207,7 +211,7 @@ def test_cuda_engine_swapped_models_match_transformers(
             made.inbox.put(Unload(gone))
             made.inbox.put(Load(gone, checkpoints[gone]))
         made.turn()
-        made.until(lambda gone=gone: made.loop.num_loading == 0 and gone in made.loop.table.models)
+        made.until(partial(made.has_loaded, gone))
     assert {at: made.texts[at] for at in expected} == expected
     assert made.pool.replays > 0
     assert "without CUDA graphs" not in caplog.text

@@ -214,30 +214,29 @@ class Engine:
 
     def turn(self) -> None:
         model = self.rng.choice(list(self.models.values()) or [None])
-        action = self.rng.choices(
-            (
-                self.load,
-                self.swap_in,
-                self.evict,
-                self.step,
-                self.grow,
-                self.shrink,
-                self.unload,
-                self.idle,
-                self.drop_host,
-            ),
-            (2, 4, 2, 8, 4, 3, 1, 8, 1),
-        )[0]
-        brings_in = action in (self.load, self.swap_in, self.grow)
+        on_model: dict[str, Callable[[Model], None]] = {
+            "swap_in": self.swap_in,
+            "evict": self.evict,
+            "step": self.step,
+            "grow": self.grow,
+            "shrink": self.shrink,
+            "unload": lambda model: self.unload(model.name),
+            "drop_host": self.drop_host,
+        }
+        actions = ("load", "swap_in", "evict", "step", "grow", "shrink", "unload", "idle", "drop_host")
+        action = self.rng.choices(actions, (2, 4, 2, 8, 4, 3, 1, 8, 1))[0]
+        brings_in = action in ("load", "swap_in", "grow")
         self.calls_left = self.rng.randrange(5)
         self.device.failing = self.fail if brings_in and self.rng.random() < 0.2 else lambda call: None
         try:
-            if action in (self.load, self.idle):
-                action()
+            if action == "load":
+                self.load()
+            elif action == "idle":
+                self.idle()
             elif model is not None:
-                action(model.name if action == self.unload else model)
+                on_model[action](model)
         except CudaError:
-            if action != self.load:  # a load that fails is one model's affair
+            if action != "load":  # a load that fails is one model's affair
                 raise
         finally:
             self.device.failing = lambda call: None

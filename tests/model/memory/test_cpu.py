@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_slab_lies_in_one_place_only() -> None:
 class ScriptedFiller:
     """Three groups; waits for a word before each."""
 
-    group_ends = (10, 20, 30)
+    group_ends: tuple[int, ...] = (10, 20, 30)
 
     def __init__(self, error: Exception | None = None) -> None:
         self.go = [threading.Event() for _ in self.group_ends]
@@ -239,7 +240,7 @@ def test_chunks_are_never_lost() -> None:
             image = host.find(key) or put(host, key, rng.randrange(1, 6 * CHUNK))
             if image is not None and not image.readers:
                 in_use[key] = rng.random() < 0.3
-                image.readers.append(lambda key=key: in_use[key])
+                image.readers.append(partial(in_use.__getitem__, key))
         elif action < 0.7:
             in_use[key] = not in_use.get(key, False)
         elif (image := host.find(key)) is not None and not image.busy():

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from runtime.config.schema import MIB, EngineConfig
+from common.units import MIB
+from runtime.config.schema import EngineConfig
 from runtime.engine.interfaces import LoadRequest
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaMemory
@@ -16,6 +17,7 @@ from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.host_tier import HostTier
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory
+from runtime.engine.memory.weight_buffer import WeightBuffer
 from runtime.engine.model.build.builder import Blueprint, assemble, draw
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.build.kv_fixture import KvFixture
@@ -213,18 +215,23 @@ def test_evicted_while_it_comes_in(memory: CudaMemory, tmp_path: Path) -> None:
     stage.close()
 
 
+class UnreadableFiller:
+    """Fails whenever a model is read from its files."""
+
+    def __init__(self, group_ends: tuple[int, ...]) -> None:
+        self.group_ends = group_ends
+
+    def fill(self, image: WeightBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
+        raise LoadFailed("read from disk again")
+
+
 def test_an_engine_that_returns_finds_its_models_warm(memory: CudaMemory, tmp_path: Path) -> None:
     path = str(tmp_path / "arena")
     first = Stage(memory, tmp_path / "model", arena_path=path)
     first.close()
-    filler = first.blueprint.filler
-
-    def never(*_: object) -> None:
-        raise LoadFailed("read from disk again")
-
+    filler = UnreadableFiller(first.blueprint.filler.group_ends)
     pinned = PinnedMemory(16 * SLAB, path, memory.device)
     arena = HostTier(pinned.view, SLAB, ArenaIndex(path))
-    filler.fill = never  # type: ignore[method-assign]
     again = CudaModelMemory(
         memory, torch.cuda.Stream(memory.device), arena, memory.reserve(first.weight_slabs), KvRange(memory.reserve(8)), first.kv, filler,
         first.blueprint.identity,

@@ -44,6 +44,7 @@ def memory(device: Device) -> Iterator[CudaMemory]:
 
 def driver_of(memory: CudaMemory) -> CheckedDriver:
     driver: Any = memory.driver
+    assert isinstance(driver, CheckedDriver)
     return driver
 
 
@@ -192,9 +193,10 @@ def test_a_model_comes_from_the_arena_or_from_disk(
         while device.advance():
             pass
         assert taken.swap_in_done()
-        assert not taken.pending
+        pending = [taken.pending]
         taken.evict()
-        assert taken.pending
+        pending.append(taken.pending)
+        assert pending == [False, True]
         taken.weights_view.zero_()
         if turn == 1:
             taken.drop_host()  # the next return is from disk, and leaves a host copy where there is room
@@ -235,10 +237,10 @@ def test_an_image_is_nobody_elses_from_the_moment_it_is_found(
         assert arena.allocate("another model", SLAB) is None, "its chunks would be overwritten while they are copied"
         return image
 
-    arena.find = find  # type: ignore[method-assign]
-    taken.swap_in(range(weight_slabs))
-    assert taken.host_bytes() > 0
-    arena.find = found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arena, "find", find)
+        taken.swap_in(range(weight_slabs))
+        assert taken.host_bytes() > 0
     taken.evict()
     while device.advance():
         pass

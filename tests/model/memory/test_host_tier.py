@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from runtime.config.schema import MIB, EngineConfig
+from common.units import MIB
+from runtime.config.schema import EngineConfig
 from runtime.engine.device import cuda
 from runtime.engine.device.cuda import host_tier
 from runtime.engine.memory.free_memory import free_bytes

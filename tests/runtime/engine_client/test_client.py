@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -92,6 +92,7 @@ async def test_errors_carry_their_codes(client: EngineClient) -> None:
 async def test_closing_a_stream_aborts_the_row(client: EngineClient, tmp_path: Path) -> None:
     await client.load(load("a"))
     stream = client.generate("a", request_of(1, 2, max_tokens=100_000))
+    assert isinstance(stream, AsyncGenerator)
     await anext(stream)
     await stream.aclose()
     cancelled = asyncio.create_task(collect(client, "a", [STALL]))

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import Cancelled, Overloaded
-from runtime.puller import cache as cache_module
 from runtime.puller.cache import Cache
 from runtime.puller.progress import PullJob
 
@@ -21,7 +21,10 @@ def job() -> PullJob:
 
 
 def put(cache: Cache, key: str, size: int) -> None:
-    cache.obtain("pulled", key, size, lambda work: (work / "f").write_bytes(bytes(size)) and None, job(), key).release()
+    def fill(work: Path) -> None:
+        (work / "f").write_bytes(bytes(size))
+
+    cache.obtain("pulled", key, size, fill, job(), key).release()
 
 
 def keys(cache: Cache, root: Path) -> set[str]:
@@ -131,8 +134,8 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Overloaded, match="is full"):
         cache.obtain("pulled", "k", 1, full, job(), "org/model")
     assert not list((tmp_path / "work").iterdir())
-    usage = cache_module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(Overloaded, match=r"org/model needs 11 bytes.*10 bytes are free"):
         cache.obtain("pulled", "k", 11, lambda work: None, job(), "org/model")
 

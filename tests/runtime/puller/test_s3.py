@@ -9,7 +9,7 @@ from pathlib import Path
 import boto3
 import pytest
 from botocore.exceptions import SSLError
-from moto.core import DEFAULT_ACCOUNT_ID
+from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 

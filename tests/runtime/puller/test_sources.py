@@ -244,7 +244,7 @@ class DictBucket:
     """An object store in memory; `fail` reads fail first."""
 
     origin = "s3://bucket"
-    away = (TimeoutError,)
+    away: tuple[type[Exception], ...] = (TimeoutError,)
 
     def __init__(self, objects: dict[str, bytes]) -> None:
         self.objects = objects

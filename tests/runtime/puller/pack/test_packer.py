@@ -55,7 +55,8 @@ async def prepare(
 
 def packed(prepared: Prepared) -> dict[str, torch.Tensor]:
     assert prepared.checkpoint.packed_file is not None
-    return load_file(prepared.checkpoint.packed_file)
+    entries: dict[str, torch.Tensor] = load_file(prepared.checkpoint.packed_file)
+    return entries
 
 
 async def test_unquantised_safetensors_are_used_where_they_lie(preparation: CheckpointPreparer, tmp_path: Path) -> None:
