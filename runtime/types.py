@@ -83,9 +83,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     stop: StopParams
     logprobs: LogprobParams = LogprobParams()
     priority: int = 0  # higher first
-    grammar: str | None = (
-        None  # what the output must match, in the language of the engine's mask sources; None = anything
-    )
+    pooling: bool = False  # answer with the last hidden state of the prompt; `stop.max_tokens` is 0 then
+    grammar: str | None = None  # what the output must match, in the mask sources' language
 
     index: int = 0  # position among the sequences of one API call; each Delta repeats it
     stop_strings: tuple[str, ...] = ()

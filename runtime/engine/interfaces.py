@@ -49,6 +49,7 @@ class StepPlan:
         new_blocks: (row, index in the row's page table, page id), before the step runs.
         prompt_logprobs: rows whose prompt log-probabilities are wanted for this chunk.
         masked: rows that sample in this step and whose draw waits for a mask.
+        pooled: rows whose last computed token's hidden state is wanted.
     """
 
     rows: list[int]
@@ -60,6 +61,7 @@ class StepPlan:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     prompt_logprobs: list[int] = field(default_factory=list)
     masked: list[int] = field(default_factory=list)
+    pooled: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +82,7 @@ class StepOutput:
     device_us: float
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None = None
+    vectors: dict[int, bytes] | None = None  # by row, float32 values: the plan's `pooled` rows
 
 
 TokenMasks = npt.NDArray[np.int32]

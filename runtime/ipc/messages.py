@@ -100,6 +100,7 @@ class RowTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error_code: str | None = None  # with finish ERROR
     error: str | None = None  # the cause, without the model's name
     queue_s: float | None = None  # from arrival to the first step; once, with the first token
+    vector: bytes | None = None  # float32 values, for a request with pooling; with the finish reason
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

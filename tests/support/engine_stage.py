@@ -157,6 +157,7 @@ class Stage:
         logprobs: LogprobParams | None = None,
         priority: int = 0,
         grammar: str | None = None,
+        pooling: bool = False,
         **stop: object,
     ) -> Answer:
         self._ids += 1
@@ -170,6 +171,7 @@ class Stage:
                 logprobs=logprobs or LogprobParams(),
                 priority=priority,
                 grammar=grammar,
+                pooling=pooling,
             ),
         )
         answer = self.answers[self._ids] = Answer(add)
@@ -226,6 +228,8 @@ class Stage:
             for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
                 history.append(token)
                 assert logprob == FakeRunner.logprob(history)
+        if answer.add.request.pooling:
+            assert answer.last.vector == FakeRunner.vector(answer.prompt)
         if answer.add.request.logprobs.prompt is not None:
             prompt = answer.prompt
             entries = [None, *(FakeRunner.logprob(prompt[: i + 1]) for i in range(1, len(prompt)))]

@@ -208,6 +208,7 @@ class FakeRunner:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        vectors: dict[int, bytes] = {}
         at = 0
         work = []
         for i, slot in enumerate(plan.rows):
@@ -230,6 +231,8 @@ class FakeRunner:
                 prompt_logprobs[slot] = [
                     self.logprob(history[: position + 1]) if position else None for position in positions
                 ]
+            if slot in plan.pooled:
+                vectors[slot] = self.vector(self._read(row, end))
             for known in range(end - plan.samples[i] + 1, end + 1):
                 history = self._read(row, known)
                 drawn = known - row.setup.prompt_len
@@ -251,9 +254,14 @@ class FakeRunner:
             100.0 + self._backend.token_us * plan.num_tokens,
             logprobs if any(logprobs) else None,
             prompt_logprobs or None,
+            vectors or None,
         )
         self._backend.results.append(result)
         return FakeLaunched(self, result, self._spec.latency_polls)
+
+    @staticmethod
+    def vector(history: Sequence[int]) -> bytes:
+        return repr(list(history)).encode()
 
     @staticmethod
     def logprob(history: Sequence[int]) -> TokenLogprobs:

@@ -35,12 +35,12 @@ def run_life(
     turns: int,
     *,
     faults: bool = True,
-    masked: bool = False,
+    varied: bool = False,
     drafter: Drafter | None = None,
     record: Callable[[Operation], None] | None = None,
     on_turn: Callable[[FakeBackend], None] = lambda backend: None,
 ) -> Stage:
-    """Run `turns` random actions, then turn until every request has ended. `faults`: steps and swap-ins may break. `masked`: some have grammars."""
+    """Run `turns` random actions, then turn until every request has ended. `faults`: steps and swap-ins may break. `varied`: some have grammars or ask for a vector."""
     rng = random.Random(seed)
     grammars = random.Random(seed + 1000)
     backend = FakeBackend(
@@ -72,14 +72,16 @@ def run_life(
                 ]
                 wants = rng.random()
                 logprobs = LogprobParams(0 if wants < 0.1 else None, 0 if wants > 0.93 else None)
+                max_tokens = rng.choice((0, 1, 3, 20, 200))
                 stage.add(
                     name,
                     prompt,
-                    rng.choice((0, 1, 3, 20, 200)),
+                    max_tokens,
                     sampling=rng.choice((GREEDY, GREEDY, PENALTY)),
                     logprobs=logprobs,
                     priority=rng.choice((0, 0, 0, 1)),
-                    grammar=grammars.choice((None, None, None, "half", "half/6")) if masked else None,
+                    grammar=grammars.choice((None, None, None, "half", "half/6")) if varied else None,
+                    pooling=varied and max_tokens == 0 and grammars.random() < 0.5,
                     min_tokens=rng.choice((0, 0, 4)),
                     ignore_eos=rng.random() < 0.3,
                     stop_token_ids=tuple(rng.sample(range(backend.specs[name].vocab), rng.choice((0, 0, 2)))),

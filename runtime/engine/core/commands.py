@@ -65,7 +65,8 @@ class Commands:
             self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
             return
         model.touch(now)
-        if sequence.limit == 0 and add.request.logprobs.prompt is None:
+        wants_pass = add.request.pooling or add.request.logprobs.prompt is not None
+        if sequence.limit == 0 and not wants_pass:
             reason = FinishReason.LENGTH if add.request.stop.max_tokens == 0 else FinishReason.CONTEXT
             self.table.emit_rows(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])
             return

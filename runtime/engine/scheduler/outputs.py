@@ -156,7 +156,8 @@ def settle_prefill(
                 sequence.computed = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
         elif chunk.last:  # nothing was to be drawn
             reason = at_limit(sequence)
-            rows.append(_first(sequence, (), reason, None, None))
+            vector = None if result.vectors is None else result.vectors.get(row)
+            rows.append(_first(sequence, (), reason, None, None, vector))
         else:
             continue
         if reason is not None:
@@ -192,6 +193,7 @@ def _first(
     reason: FinishReason | None,
     stop_token: int | None,
     entries: list[TokenLogprobs | None] | None,
+    vector: bytes | None = None,
 ) -> RowTokens:
     # a row has log-probabilities for all of its tokens or for none
     logprobs = tuple(entry for entry in entries or () if entry is not None) or None
@@ -209,4 +211,5 @@ def _first(
         prompt_logprobs,
         sequence.cached,
         queue_s=sequence.queued_s,
+        vector=vector,
     )

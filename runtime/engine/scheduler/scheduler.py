@@ -211,6 +211,8 @@ class Scheduler:
         plan.samples.append(draws)
         if draws and sequence.mask_source is not None:
             plan.masked.append(sequence.row)
+        if sequence.request.pooling and known_end == total:
+            plan.pooled.append(sequence.row)
         plan.tokens.extend(sequence.tokens[start:known_end])
         plan.tokens.extend(drafts)
         if scored:

@@ -151,7 +151,7 @@ def test_a_step_that_will_never_end_is_ready_and_says_why_when_it_is_collected()
             self.query()
 
     event = cast("torch.cuda.Event", Lost())
-    launched = StepLaunched(torch.zeros(1, dtype=torch.int64), None, (event, event, event), 0.0)
+    launched = StepLaunched(torch.zeros(1, dtype=torch.int64), None, None, (event, event, event), 0.0)
     assert launched.ready()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         launched.collect()

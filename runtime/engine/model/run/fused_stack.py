@@ -132,6 +132,8 @@ class FusedStack:
             self._arrival.wait(self._last_group)
         assert branch is not None, "a stack has layers"
         hidden, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
+        if step.keeps_hidden:
+            step.hidden = hidden
         logits = self._lm_head(hidden, step.scratch)
         if spec.logits_divisor != 1.0:
             logits.div_(spec.logits_divisor)

@@ -11,7 +11,7 @@ import torch
 
 from runtime.engine.interfaces import RowSetup, StepPlan
 from runtime.engine.model.run.input_buffers import StepShape
-from runtime.engine.model.run.row_state import to_device
+from runtime.engine.model.run.row_state import to_device, to_host
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams
 
@@ -51,13 +51,7 @@ def score(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Scored:
         own = x.gather(1, chosen[begin : begin + _ROWS_AT_ONCE, None])
         best, ids = x.topk(min(num_top, x.shape[1]), dim=1)
         parts.append(((own - mass).squeeze(1), (x > own).sum(1) + 1, best - mass, ids))
-    return Scored(*(_to_host(torch.cat(column)) for column in zip(*parts, strict=True)))
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return Scored(*(to_host(torch.cat(column)) for column in zip(*parts, strict=True)))
 
 
 @dataclass(slots=True)

@@ -1,7 +1,4 @@
-"""The way of a step's draws from the device to the host, one step late: a ring on the device, a pinned twin, a copy stream.
-
-Knows lines, counts and events; nothing of what the tokens mean.
-"""
+"""Brings the results of steps from the device to the host, one step late: a ring on the device, a pinned twin and a copy stream."""
 
 import time
 from typing import Protocol
@@ -10,6 +7,7 @@ import torch
 
 from runtime.engine.interfaces import StepOutput
 from runtime.engine.model.run.input_buffers import RING_LINES
+from runtime.engine.model.run.pooling import PooledRows
 from runtime.ipc.messages import TokenLogprobs
 
 
@@ -22,17 +20,19 @@ class PendingLogprobs(Protocol):
 
 
 class StepLaunched:
-    """A step on its way (plan.Launched). On a CPU it is over when it is made."""
+    """A step that was launched (interfaces.Launched). On a CPU it is complete when it is constructed."""
 
     def __init__(
         self,
         tokens: torch.Tensor,
         logprobs: PendingLogprobs | None,
+        pooled: PooledRows | None,
         events: "tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None",
         host_us: float,
     ) -> None:
         self._tokens = tokens
         self._logprobs = logprobs
+        self._pooled = pooled
         self._events = events
         self._device_us = host_us
         self._result: StepOutput | None = None
@@ -41,7 +41,7 @@ class StepLaunched:
         try:
             return self._events is None or bool(self._events[2].query())
         except RuntimeError:
-            return True  # it will never be; `collect` says why
+            return True  # the device is lost, and `collect` raises its error
 
     def settle(self) -> None:
         """Take the result off the ring, waiting for it if need be; the line may then be used again."""
@@ -58,6 +58,7 @@ class StepLaunched:
             self._device_us,
             job.generated() if job is not None else None,
             job.prompt() if job is not None else None,
+            self._pooled.by_row() if self._pooled is not None else None,
         )
 
     def collect(self) -> StepOutput:
@@ -98,11 +99,13 @@ class ResultRing:
         else:
             self._begin_s = time.perf_counter()
 
-    def finish(self, line: int, num_samples: int, logprobs: PendingLogprobs | None) -> StepLaunched:
+    def finish(
+        self, line: int, num_samples: int, logprobs: PendingLogprobs | None, pooled: PooledRows | None = None
+    ) -> StepLaunched:
         """Queue the copy of the line's first `num_samples` draws."""
         tokens = self._host[line, :num_samples]
         if self._copies is None or self._begin_event is None:
-            launched = StepLaunched(tokens, logprobs, None, (time.perf_counter() - self._begin_s) * 1e6)
+            launched = StepLaunched(tokens, logprobs, pooled, None, (time.perf_counter() - self._begin_s) * 1e6)
         else:
             end, copied = torch.cuda.Event(enable_timing=True), torch.cuda.Event()
             end.record()
@@ -111,6 +114,6 @@ class ResultRing:
                 if num_samples:
                     tokens.copy_(self.lines[line, :num_samples], non_blocking=True)
                 copied.record()
-            launched = StepLaunched(tokens, logprobs, (self._begin_event, end, copied), 0.0)
+            launched = StepLaunched(tokens, logprobs, pooled, (self._begin_event, end, copied), 0.0)
         self._users[line] = launched
         return launched

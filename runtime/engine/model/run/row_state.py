@@ -59,6 +59,13 @@ def to_device(array: "npt.NDArray[np.generic]", device: torch.device) -> torch.T
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in pinned memory. The copy is queued, so the values are there once the step is over."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def _words(rule: SamplingParams) -> npt.NDArray[np.int32]:
     words = np.zeros(NUM_WORDS, np.int32)
     floats = words.view(np.float32)

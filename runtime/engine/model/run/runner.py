@@ -19,6 +19,7 @@ from runtime.engine.model.run.cuda_graphs import ModelGraphs
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.input_buffers import StepShape
 from runtime.engine.model.run.logprobs import LogprobRows, StepLogprobs, score
+from runtime.engine.model.run.pooling import PooledRows, pool, pooled_positions
 from runtime.engine.model.run.result_ring import StepLaunched
 from runtime.engine.model.run.row_state import to_device
 from runtime.engine.model.run.sampler import Sampler
@@ -37,6 +38,7 @@ class _ForwardPass:
     logits: torch.Tensor
     plain: bool
     eager: bool
+    pooled: PooledRows | None
 
 
 class ModelRunner:
@@ -96,10 +98,13 @@ class ModelRunner:
         shape = state.uploads.pack(plan, line)
         if len(plan.new_blocks) > state.uploads.max_blocks:
             state.rows.enter_blocks(self._page_table, plan.new_blocks[state.uploads.max_blocks :])
-        prompt_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
+        further_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
+        pooled_from = shape.num_samples + len(further_at)
+        if plan.pooled:
+            further_at += pooled_positions(plan, shape)
         plain = self._sampler.all_plain(shape)
         bucket = None
-        if not plan.prompt_logprobs:
+        if not plan.prompt_logprobs and not plan.pooled:
             bucket = bucket_of(
                 shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len
             )
@@ -109,18 +114,20 @@ class ModelRunner:
         self._sampler.begin(plan)
         if graph is not None:
             graph.graph.replay()
-            logits = graph.logits
+            logits, hidden = graph.logits, None
         else:
-            logits = self._pass(
+            logits, hidden = self._pass(
                 shape.num_tokens,
                 shape.num_rows,
                 shape.num_samples,
                 shape.max_query_len,
                 shape.max_context_len,
-                prompt_at,
+                further_at,
                 greedy=plain,
+                keeps_hidden=bool(plan.pooled),
             )
-        return _ForwardPass(plan, shape, line, logits, plain, graph is None)
+        pooled = None if hidden is None else pool(plan, hidden[pooled_from:])
+        return _ForwardPass(plan, shape, line, logits, plain, graph is None, pooled)
 
     def _finish(self, forward: _ForwardPass, masks: Mapping[int, TokenMasks]) -> StepLaunched:
         plan, shape, logits = forward.plan, forward.shape, forward.logits
@@ -130,7 +137,7 @@ class ModelRunner:
             self._draw(logits, shape, masks, eager=forward.eager)
         if job is not None:
             self._score(job, logits, scored, plan, shape)
-        return self._state.results.finish(forward.line, shape.num_samples, job)
+        return self._state.results.finish(forward.line, shape.num_samples, job, forward.pooled)
 
     def close(self) -> None:
         """Release the graphs. The runner must not be used afterwards."""
@@ -143,11 +150,15 @@ class ModelRunner:
         num_samples: int,
         max_query_len: int,
         max_context_len: int,
-        prompt_at: list[int],
+        further_at: list[int],
         *,
         greedy: bool,
-    ) -> torch.Tensor:
-        """Inputs, forward and, if all draws are plain, the draws. Returns logits [num_samples, V], followed by those at `prompt_at`."""
+        keeps_hidden: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run inputs, forward and, if all draws are plain, the draws.
+
+        Returns logits [num_samples, V], followed by those at `further_at`, and the hidden states of the same tokens if they are kept.
+        """
         state, built = self._state, self._built
         inputs = state.inputs
         build_inputs(
@@ -173,11 +184,12 @@ class ModelRunner:
             max_query_len,
             max_context_len,
             state.scratch,
-            each_samples=max_query_len == 1 and num_samples == num_tokens and not prompt_at,
+            each_samples=max_query_len == 1 and num_samples == num_tokens and not further_at,
+            keeps_hidden=keeps_hidden,
         )
         logits_at = inputs.logits_at[: max(1, num_samples)]
-        if prompt_at:
-            logits_at = torch.cat((logits_at[:num_samples], to_device(np.array(prompt_at, np.int64), state.device)))
+        if further_at:
+            logits_at = torch.cat((logits_at[:num_samples], to_device(np.array(further_at, np.int64), state.device)))
         logits = built.forward(inputs.input_ids[:num_tokens], inputs.positions[:num_tokens], logits_at, step)
         if greedy and num_samples:
             draw_largest(
@@ -190,12 +202,12 @@ class ModelRunner:
                 num_samples=num_samples,
                 scratch=state.scratch,
             )
-        return logits
+        return logits, step.hidden
 
     @torch.inference_mode()
     def rehearse(self, bucket: Bucket) -> torch.Tensor:
-        """A pass in the bucket's sizes over what the device's upload says. Returns its logits."""
-        return self._pass(
+        """Run a pass in the bucket's sizes over the device's upload. Returns its logits."""
+        logits, _ = self._pass(
             bucket.num_tokens,
             bucket.num_rows,
             bucket.num_rows,
@@ -204,6 +216,7 @@ class ModelRunner:
             [],
             greedy=True,
         )
+        return logits
 
     def _draw(self, logits: torch.Tensor, shape: StepShape, masks: Mapping[int, TokenMasks], *, eager: bool) -> None:
         drawn = self._state.drawn[: shape.num_samples]

@@ -43,6 +43,8 @@ class StepContext:
         max_query_len, max_context_len: host-side upper bounds; they choose kernels, never results.
         scratch: what attention kernels may scribble on (GPU).
         each_samples: logits are wanted at every token, in order.
+        keeps_hidden: the forward pass must set `hidden`.
+        hidden: [S, hidden size], the last hidden states (after the final norm) that the logits are computed from.
         host: what attention's CPU path worked out for this step; it fills it at the first layer and reads it at the others.
     """
 
@@ -58,6 +60,8 @@ class StepContext:
     scratch: Scratch | None = None
     host: AttentionPlan | None = None
     each_samples: bool = False
+    keeps_hidden: bool = False
+    hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

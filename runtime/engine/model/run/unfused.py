@@ -1,8 +1,9 @@
-"""Hugging Face's own forward pass as a CausalForward: for every model whose structure we have no fused form of.
+"""Runs Hugging Face's own forward pass as a CausalForward, for every model without a fused form.
 
-Its attention calls reach our hook; its linear layers may be quantised twins. Knows the module's call; nothing of its insides.
+Its attention calls reach the engine's hook, and its linear layers may be quantised twins.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +23,27 @@ class UnfusedForward:
     def __call__(self, input_ids: Tensor, positions: Tensor, logits_at: Tensor, step: StepContext) -> Tensor:
         if self._arrival.pending:
             self._arrival.wait(self._last_group)
-        out = self._model(
-            input_ids=input_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=logits_at,
-            step=step,
-        )
+        head = self._model.get_output_embeddings() if step.keeps_hidden else None
+        hook = None if head is None else head.register_forward_pre_hook(_keep_in(step))
+        try:
+            out = self._model(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logits_at,
+                step=step,
+            )
+        finally:
+            if hook is not None:
+                hook.remove()
         logits: Tensor = out.logits[0]
         return logits
+
+
+def _keep_in(step: StepContext) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a hook that keeps the input [1, S, hidden size] of the output embeddings."""
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        step.hidden = inputs[0][0]
+
+    return keep

@@ -55,6 +55,6 @@ def test_a_stop_among_drafts_ends_the_text_there() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_lives_with_drafts_and_grammars(seed: int) -> None:
-    made = run_life(seed, 250, masked=True, drafter=FakeDrafter(("ada", "bob", "cyd"), 40))
+    made = run_life(seed, 250, varied=True, drafter=FakeDrafter(("ada", "bob", "cyd"), 40))
     made.check_all()
     made.close()

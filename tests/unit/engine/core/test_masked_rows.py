@@ -37,7 +37,7 @@ def test_masks_hold_under_preemption_with_the_other_parameters() -> None:
         if isinstance(operation, OpenRow) and operation.setup.masked:
             opened[tuple(operation.setup.prompt)] += 1
 
-    made = run_life(4, 300, faults=False, masked=True, record=record)
+    made = run_life(4, 300, faults=False, varied=True, record=record)
     made.check_all()
     asked = Counter(a.add.request.prompt for a in made.answers.values() if a.add.request.grammar is not None)
     assert any(count > asked[prompt] for prompt, count in opened.items()), "no masked row was preempted"
@@ -111,7 +111,7 @@ def test_an_engine_without_mask_sources_refuses_grammars() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_lives_with_grammars(seed: int) -> None:
-    made = run_life(seed, 250, masked=True)
+    made = run_life(seed, 250, varied=True)
     made.check_all()
     made.close()
 
@@ -119,7 +119,7 @@ def test_random_lives_with_grammars(seed: int) -> None:
 def test_recorded_masks_replay_without_a_mask_source() -> None:
     log: list[bytes] = []
     made = run_life(
-        5, 250, faults=False, masked=True, record=lambda operation: log.append(msgspec.msgpack.encode(operation))
+        5, 250, faults=False, varied=True, record=lambda operation: log.append(msgspec.msgpack.encode(operation))
     )
     made.close()
     first = made.backend

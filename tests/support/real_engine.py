@@ -1,0 +1,70 @@
+"""An engine loop over a real backend, run until a list of requests is answered."""
+
+import queue
+from dataclasses import dataclass
+
+from runtime.config.schema import EngineConfig
+from runtime.engine.core.loop import EngineLoop
+from runtime.engine.device.backend import make_backend
+from runtime.engine.interfaces import Drafter
+from runtime.engine.operations import Operation, RunStep
+from runtime.ipc.messages import Add, Command, Event, Load, Loaded, LoadFailed, RowTokens, Tokens
+from runtime.types import Checkpoint, GenerationRequest
+
+
+@dataclass
+class EngineRun:
+    """The rows of every request, the number of steps and how the model ran."""
+
+    rows: list[list[RowTokens]]
+    num_steps: int
+    path: str
+
+    def texts(self) -> list[list[int]]:
+        return [[token for row in rows for token in row.tokens] for rows in self.rows]
+
+
+def run_engine(
+    checkpoint: Checkpoint,
+    requests: list[GenerationRequest],
+    *,
+    device: str = "cpu",
+    drafter: Drafter | None = None,
+    fuse: bool = True,
+) -> EngineRun:
+    """Load a model, answer all requests together and close the engine."""
+    config = EngineConfig(
+        device=device,
+        max_rows=16,
+        max_batch_tokens=64,
+        slab_bytes=1 << 21,
+        device_budget_bytes=128 << 20,
+        debug_checks=True,
+        fuse=fuse,
+    )
+    inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+    now, events, operations = [0.0], list[Event](), list[Operation]()
+    backend = make_backend(config)
+    loop = EngineLoop(
+        config, backend, inbox, events.append, lambda _: None, lambda: now[0], operations.append, drafter=drafter
+    )
+    inbox.put(Load("m", checkpoint))
+    while not loop.table.models:
+        loop.turn()
+        assert not any(isinstance(event, LoadFailed) for event in events), events
+    path = next(event.facts.path for event in events if isinstance(event, Loaded))
+    for number, request in enumerate(requests):
+        inbox.put(Add(number, "m", request))
+    rows: list[list[RowTokens]] = [[] for _ in requests]
+    while not all(said and said[-1].finish for said in rows):
+        loop.turn()
+        now[0] += 0.01
+        for event in events:
+            for row in event.rows if isinstance(event, Tokens) else ():
+                assert row.error is None, row.error
+                rows[row.request_id].append(row)
+        events.clear()
+    inbox.put(None)
+    loop.run()
+    backend.close()
+    return EngineRun(rows, sum(isinstance(operation, RunStep) for operation in operations), path)
