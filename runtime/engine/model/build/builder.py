@@ -22,10 +22,10 @@ from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker, Verdict
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
-from runtime.engine.model.build.fused_spec import StackSpec
 from runtime.engine.model.build.weight_loader import WeightFiller
 from runtime.engine.model.cpu.onednn_layout import OneDnnLayout, OneDnnMatrix
 from runtime.engine.model.run.attention import IMPLEMENTATION
+from runtime.engine.model.run.fused_spec import StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import AttentionGeometry, attention_geometry, kv_planes
 from runtime.engine.model.run.rope import fix_frequencies, rotary_tables

@@ -18,10 +18,10 @@ from common.model_key import Quantization
 from runtime.checkpoint.meta_model import build_skeleton
 from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
-from runtime.engine.model.build.fused_spec import StackSpec
 from runtime.engine.model.build.kv_fixture import KvFixture, trial_planes
 from runtime.engine.model.build.tiny_model import cut, random_model, shrink
 from runtime.engine.model.run.attention import IMPLEMENTATION, register
+from runtime.engine.model.run.fused_spec import StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import attention_geometry
 from runtime.engine.model.run.rope import fix_frequencies, rotary_tables

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.model.build.fused_spec import LayerSpec, LinearRef, StackSpec
+from runtime.engine.model.run.fused_spec import LayerSpec, LinearRef, StackSpec
 from runtime.engine.model.run.step import AttentionSpec, RopeSpec
 
 _ACTIVATIONS: dict[str, Activation] = {

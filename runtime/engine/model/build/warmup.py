@@ -24,9 +24,9 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan
 from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.builder import Blueprint, facts_of
-from runtime.engine.model.build.fused_spec import LayerSpec, StackSpec
 from runtime.engine.model.run.buckets import Bucket, standard
 from runtime.engine.model.run.device_state import DeviceState
+from runtime.engine.model.run.fused_spec import LayerSpec, StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import kv_planes
 from runtime.engine.model.run.rope import rotary_tables

@@ -14,8 +14,8 @@ from torch.nn import functional
 from common.model_key import Quantization
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.memory.weight_readiness import WeightReadiness
-from runtime.engine.model.build.fused_spec import LayerSpec, StackSpec
 from runtime.engine.model.run.attention import attend, rope_write
+from runtime.engine.model.run.fused_spec import LayerSpec, StackSpec
 from runtime.engine.model.run.linear import Linear, gated, make_linear
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
