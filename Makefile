@@ -90,7 +90,7 @@ gpu: $(VENV)/.dev
 
 clean:
 	rm -rf .venv .env-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
-	find runtime mesh wire tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find common runtime mesh wire tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # $(call make-venv,FOLDER)
 define make-venv
