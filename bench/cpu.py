@@ -13,8 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import load, stack
-from bench.smollm2 import gguf_path
+from bench import load
+from tests.support import stack
+from tests.support.smollm2 import gguf_path
 
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 128
 # rows times repeats: the larger counts run for long enough to need fewer turns, and the whole stays within some minutes

@@ -16,9 +16,9 @@ import numpy as np
 
 from bench import limits
 from bench.checkpoints import SHAPES, Shape, write
-from bench.engine_process import Engine, engine
 from bench.packed import checkpoint_of, random_packed
 from runtime.types import Checkpoint
+from tests.support.engine_process import Engine, engine
 
 # vLLM 0.22.1 on the same machine and workloads (docs/benchmarks/README.md), output tokens per second
 VLLM = {

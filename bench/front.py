@@ -17,9 +17,10 @@ from pathlib import Path
 
 import uvloop
 
-from bench import load, load_tgis, stack
+from bench import load, load_tgis
 from bench.checkpoints import TINY, write
 from bench.processes import cpu_seconds, process_of
+from tests.support import stack
 
 MODEL = "front"
 

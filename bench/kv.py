@@ -18,14 +18,14 @@ import torch
 from tokenizers import Tokenizer
 
 from bench.checkpoints import SHAPES, write
-from bench.engine_process import Prompts, engine
 from bench.packed import checkpoint_of
-from bench.smollm2 import gguf_path
 from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import Checkpoint, ModelSource
+from tests.support.engine_process import Prompts, engine
+from tests.support.smollm2 import gguf_path
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/api.md", "docs/configuration.md", "CONTRIBUTING.md")
 WAYS: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.checkpoints import SHAPES, Shape, write
-from bench.engine_process import Engine, Prompts, Timeline, engine
 from bench.packed import checkpoint_of
+from tests.support.engine_process import Engine, Prompts, Timeline, engine
 
 
 def main() -> None:

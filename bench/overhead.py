@@ -22,8 +22,8 @@ import grpc.aio
 import psutil
 import uvloop
 
-from bench import stack
 from bench.load import quantile
+from tests.support import stack
 
 EVENTS = 100
 MODEL = "overhead"

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import load, stack
+from bench import load
 from bench.checkpoints import SHAPES, Shape, write
-from bench.engine_process import engine
 from bench.packed import checkpoint_of
 from bench.processes import CpuSeconds, cpu_seconds
+from tests.support import stack
+from tests.support.engine_process import engine
 
 NAME = "served"
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import load, stack
+from bench import load
 from bench.checkpoints import SHAPES, Shape, write
-from bench.engine_process import engine
 from bench.packed import checkpoint_of
+from tests.support import stack
+from tests.support.engine_process import engine
 
 READY_S = 10.0
 ASKED_S = {"bf16": 6.0, "nf4 packing": 25.0, "nf4": 3.0}

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from bench.checkpoints import SHAPES, Shape, write
-from bench.engine_process import Engine, Prompts, engine
 from bench.limits import HOST_TO_DEVICE_BYTES_PER_S
 from bench.packed import checkpoint_of
+from tests.support.engine_process import Engine, Prompts, engine
 
 VLLM_SWITCH_S = {"8B/bf16": 1.15, "8B/nf4": 0.82, "1B/bf16": 0.72}
 _SLAB_BYTES = 64 << 20

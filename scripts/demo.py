@@ -19,10 +19,10 @@ from rich.rule import Rule
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import stack  # noqa: E402 - the demo runs from a checkout, where `bench` isn't installed
-from bench.smollm2 import gguf_path  # noqa: E402
 from mesh.cli import render  # noqa: E402
 from mesh.client.admin import Model  # noqa: E402
+from tests.support import stack  # noqa: E402 - the demo runs from a checkout, where `tests` is not installed
+from tests.support.smollm2 import gguf_path  # noqa: E402
 from wire.fmaas import generation_pb2 as fmaas  # noqa: E402
 from wire.fmaas import generation_pb2_grpc as fmaas_grpc  # noqa: E402
 

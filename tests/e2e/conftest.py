@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import stack
+from tests.support import stack
 from tests.support.checkpoints import tiny_llama
 from tests.support.edge import Edge
 from tests.support.web import WebServer

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from bench import stack
+from tests.support import stack
 from tests.support.checkpoints import tiny_llama
 from tests.support.edge import Answer, Edge
 

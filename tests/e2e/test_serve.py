@@ -15,9 +15,8 @@ import openai
 import psutil
 import pytest
 
-from bench import stack
 from tests.e2e.conftest import greedy
-from tests.support import tgis_client
+from tests.support import stack, tgis_client
 from wire.fmaas import generation_pb2 as fmaas
 
 PROMPT = "The company keeps many plays ready"

@@ -8,9 +8,9 @@ import openai
 import psutil
 import pytest
 
-from bench import stack
 from tests.e2e.conftest import greedy
 from tests.e2e.test_serve import PROMPT, client_of, stream_text
+from tests.support import stack
 from tests.support.etcd import EtcdServer
 
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from bench.engine_process import Engine, engine
-from bench.smollm2 import gguf_path
 from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import Checkpoint, ModelSource
+from tests.support.engine_process import Engine, engine
+from tests.support.smollm2 import gguf_path
 
 PROMPTS = (
     "What is the capital of France? Answer in one short sentence.",

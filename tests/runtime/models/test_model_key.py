@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bench.smollm2 import gguf_path
 from common.model_key import DefaultSampling, ModelSettings, Quantization
 from runtime.config.loader import configure
 from runtime.errors import InvalidRequest, LoadFailed
@@ -16,6 +15,7 @@ from runtime.puller.gguf_metadata import read_gguf
 from runtime.puller.sizing import ResidentBytes, checkpoint_dtype, compute_dtype, geometry_of, needs_of, victims
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.smollm2 import gguf_path
 
 
 def test_parse_model_accepts_modelmesh_fields() -> None:

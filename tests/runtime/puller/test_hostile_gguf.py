@@ -8,10 +8,10 @@ import gguf
 import numpy as np
 import pytest
 
-from bench.smollm2 import gguf_path
 from runtime.errors import LoadFailed
 from runtime.puller.gguf_index import check_index
 from runtime.puller.gguf_metadata import read_gguf
+from tests.support.smollm2 import gguf_path
 
 
 def text(content: str) -> bytes:

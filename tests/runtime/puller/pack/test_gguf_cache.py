@@ -7,8 +7,8 @@ import gguf
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from bench.smollm2 import gguf_path
 from runtime.puller.pack.gguf_cache import read_once
+from tests.support.smollm2 import gguf_path
 
 
 def test_one_parse_serves_configuration_and_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
