@@ -93,6 +93,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     stops_by_list: bool = False  # of several matches the first of the list wins, not the first in the text
     length_before_stop: bool = False  # a stop string that the last allowed token completes does not count
     skip_special_tokens: bool = True
+    show_markers: bool = (
+        False  # special tokens that mark reasoning and tool calls are in the text that the parser reads
+    )
     drop_incomplete: bool = False  # drop an incomplete character at the end instead of showing U+FFFD
     one_token_deltas: bool = False  # send one delta per token, even without text
     deadline_s: float | None = None  # event loop time; past it the sequence ends as TIME_LIMIT with what it has

@@ -71,7 +71,7 @@ class Generator:
         skips = request.skip_special_tokens
         sequence = RunningSequence(
             request,
-            model.text.detokenizer(request.prompt, skip_special_tokens=skips),
+            model.text.detokenizer(request.prompt, skip_special_tokens=skips, show_markers=request.show_markers),
             make_parser(request),
             model.text.special_tokens(request.stop_strings) if skips else {},
         )

@@ -10,6 +10,10 @@ from runtime.types import GenerationRequest
 class OutputParser(Protocol):
     """Splits the text of one sequence. It may hold text back until it knows what the text belongs to."""
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the text so far ends in the model's reasoning."""
+
     def push(self, text: str) -> tuple[Part, ...]:
         """Return the parts that `text` (never empty) completes."""
 
@@ -22,6 +26,8 @@ MakeParser = Callable[[GenerationRequest], OutputParser]
 
 class PlainText:
     """Every text is a piece of the answer."""
+
+    in_reasoning = False
 
     def push(self, text: str) -> tuple[Part, ...]:
         return (Text(text),)

@@ -58,6 +58,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     ] = ()  # where each token's text begins in the output, in characters; if logprobs were requested
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # in the first delta, if requested
     cached_tokens: int | None = None  # in the first delta
+    num_reasoning: int = 0  # of `num_generated`, those in the model's reasoning
 
     @property
     def text(self) -> str:
@@ -85,6 +86,7 @@ class Completed(msgspec.Struct, frozen=True):
     offsets: tuple[int, ...]
     prompt_logprobs: tuple[TokenLogprobs | None, ...]
     cached_tokens: int
+    num_reasoning: int = 0  # tokens
     reasoning: str = ""
     refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
@@ -105,6 +107,7 @@ def join(deltas: list[Delta]) -> Completed:
         offsets=tuple([offset for delta in deltas for offset in delta.offsets]),
         prompt_logprobs=first.prompt_logprobs,
         cached_tokens=first.cached_tokens or 0,
+        num_reasoning=deltas[-1].num_reasoning,
         reasoning=_joined(parts, Reasoning),
         refusal=_joined(parts, Refusal),
         tool_calls=_joined_calls(parts),

@@ -29,6 +29,7 @@ class RunningSequence:
         "_unseen_stops",
         "finish",
         "num_generated",
+        "num_reasoning",
     )
 
     def __init__(
@@ -53,6 +54,7 @@ class RunningSequence:
         self._held_tokens: tuple[int, ...] = ()  # tokens whose parts are still held back
         self._chars = 0  # decoded so far, shown or not
         self.num_generated = 0
+        self.num_reasoning = 0
         self.finish: Finish | None = None
 
     def push(self, row: RowTokens) -> Sequence[Delta]:
@@ -83,13 +85,27 @@ class RunningSequence:
         self.num_generated = before + len(tokens)
         text = self._detokenizer.push(tokens)
         parts = self._parser.push(text) if text else ()
+        if self._parser.in_reasoning:
+            self.num_reasoning += len(tokens)
         if not parts and before:
             self._held_tokens += tokens
             return ()
         if self._held_tokens:
             tokens, self._held_tokens = self._held_tokens + tokens, ()
         details = row.prompt_logprobs or ()
-        return (Delta(self._request.index, parts, tokens, self.num_generated, (), (), details, row.cached_tokens),)
+        return (
+            Delta(
+                self._request.index,
+                parts,
+                tokens,
+                self.num_generated,
+                (),
+                (),
+                details,
+                row.cached_tokens,
+                self.num_reasoning,
+            ),
+        )
 
     def _push(self, row: RowTokens) -> Delta:
         shown = self._num_shown(row)
@@ -125,16 +141,20 @@ class RunningSequence:
         self, row: RowTokens, text: str, num_tokens: int, offsets: tuple[int, ...], finish: Finish | None
     ) -> Delta:
         details = self._request.with_details
+        parts = self._parts(text, finish)
+        if self._parser.in_reasoning:
+            self.num_reasoning += num_tokens
         logprobs: tuple[TokenLogprobs, ...] = row.logprobs[:num_tokens] if details and row.logprobs else ()
         return Delta(
             self._request.index,
-            self._parts(text, finish),
+            parts,
             row.tokens[:num_tokens],
             self.num_generated,
             logprobs,
             offsets if details else (),
             row.prompt_logprobs or (),
             row.cached_tokens,
+            self.num_reasoning,
         )
 
     def _parts(self, text: str, finish: Finish | None) -> tuple[Part, ...]:

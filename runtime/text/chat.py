@@ -7,6 +7,7 @@ import jinja2
 import msgspec
 
 from runtime.errors import InvalidRequest
+from runtime.text.output_format import OutputFormat, detect_format
 from runtime.text.sandbox import Sandbox, render
 
 _CONTINUE_MARK = "\u2063continue-here\u2063 "  # ends in a space to see whether the template trims
@@ -21,12 +22,16 @@ class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ChatOptions(msgspec.Struct, frozen=True):
-    """How a chat becomes a prompt. `template` is the name of one of the checkpoint's templates, `variables` are passed to it unchanged."""
+    """How a chat becomes a prompt. `template` is the name of one of the checkpoint's templates, `variables` are passed to it unchanged.
+
+    `tools` are the functions that the model may call, in OpenAI's form.
+    """
 
     add_generation_prompt: bool = True
     continue_final: bool = False
     template: str | None = None
     variables: dict[str, Any] = {}
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class ChatTemplates:
@@ -37,6 +42,7 @@ class ChatTemplates:
         self._special_tokens = dict(special_tokens)
         self._environment = Sandbox()
         self._compiled: dict[str, jinja2.Template] = {}
+        self.output_format: OutputFormat | None = detect_format([*self._texts.values()])
 
     def __bool__(self) -> bool:
         return bool(self._texts)
@@ -54,7 +60,7 @@ class ChatTemplates:
                 self._compile(text),
                 {
                     **self._special_tokens,
-                    "tools": None,
+                    "tools": list(options.tools) or None,
                     "documents": None,
                     **options.variables,
                     "messages": turns,

@@ -7,7 +7,7 @@ docs/decisions/0001-detokenizer.md says why `tokenizers.DecodeStream` is not use
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -62,13 +62,13 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For other tokenizers: decodes a short window again with each token and returns what is new."""
 
-    __slots__ = ("_ids", "_read", "_shown", "_skip_special", "_tokenizer")
+    __slots__ = ("_ids", "_read", "_shown", "_skipped", "_tokenizer")
 
     CONTEXT_TOKENS = 6  # of the prompt, so that the first tokens' spacing is right
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skipped: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special_tokens
+        self._skipped = skipped
         self._ids = list(prompt[-self.CONTEXT_TOKENS :])
         self._read = len(self._ids)
         self._shown = self._decode(self._ids)
@@ -93,4 +93,5 @@ class WindowDetokenizer:
         return new
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=self._skip_special))
+        kept = [token_id for token_id in token_ids if token_id not in self._skipped]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False))

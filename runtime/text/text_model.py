@@ -18,6 +18,8 @@ class TextModel:
 
     def __init__(self, tokenizer: TextTokenizer, templates: ChatTemplates, sampling: DefaultSampling) -> None:
         self._tokenizer = tokenizer
+        self.output_format = templates.output_format
+        self._with_markers = tokenizer.showing(self.output_format.markers) if self.output_format else tokenizer
         self._templates = templates
         self.sampling = sampling  # the registration's values, then generation_config.json's
         self.vocab_size = tokenizer.vocab_size
@@ -40,8 +42,12 @@ class TextModel:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
-        return self._tokenizer.detokenizer(prompt, skip_special_tokens=skip_special_tokens)
+    def detokenizer(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, show_markers: bool = False
+    ) -> Detokenizer:
+        """Return a detokenizer for the tokens after `prompt`. `show_markers`: it shows the special tokens that `output_format` has."""
+        tokenizer = self._with_markers if show_markers else self._tokenizer
+        return tokenizer.detokenizer(prompt, skip_special_tokens=skip_special_tokens)
 
     def piece(self, token_id: int) -> str:
         return self._tokenizer.piece(token_id)

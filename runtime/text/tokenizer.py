@@ -53,9 +53,11 @@ class Encoding:
 class TextTokenizer:
     """One checkpoint's tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: frozenset[str] = frozenset()) -> None:
+        """`shown`: the special tokens that texts show."""
         self._tokenizer = tokenizer
-        special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        added = tokenizer.get_added_tokens_decoder().items()
+        special = frozenset(i for i, token in added if token.special and token.content not in shown)
         self._special_ids = special
         self._decoding: Decoding | None = decoding_of(tokenizer)
         rule = self._decoding or Decoding(str.encode)
@@ -63,6 +65,11 @@ class TextTokenizer:
         self._all = TokenBytes(tokenizer, rule, frozenset())
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
         self.most_chars_per_token = _most_chars_per_token(tokenizer)
+
+    def showing(self, tokens: frozenset[str]) -> "TextTokenizer":
+        """Return a tokenizer whose texts show these special tokens, or this one if it has none of them."""
+        known = [self._tokenizer.token_to_id(token) for token in tokens]
+        return TextTokenizer(self._tokenizer, tokens) if self._special_ids.intersection(known) else self
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # Unlike the single call, the batch call releases the GIL, and the fast one leaves out offsets.
@@ -83,7 +90,7 @@ class TextTokenizer:
     def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a detokenizer for the tokens after `prompt`. The first word's leading space is kept unless the prompt has no text."""
         if self._decoding is None:
-            return WindowDetokenizer(self._tokenizer, prompt, skip_special_tokens)
+            return WindowDetokenizer(self._tokenizer, prompt, self._special_ids if skip_special_tokens else frozenset())
         pieces = self._shown if skip_special_tokens else self._all
         at_start = self._decoding.at_start
         if at_start != START_KEEP and any(pieces[token_id] for token_id in prompt):
