@@ -17,7 +17,7 @@ _REFUSED_SHARED = (
     "structured_outputs", "structural_tag", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "logits_processors",
     "use_beam_search", "lora_request", "adapter_id", "prompt_logprobs",
 )  # fmt: skip
-_REFUSED_CHAT = ("tools", "functions", "audio", "prediction", "web_search_options")
+_REFUSED_CHAT = ("audio", "prediction", "web_search_options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,13 @@ class Parsed(Generic[_T]):
     @property
     def warning(self) -> str | None:
         """The `Warning` header's value, in RFC 9111's form, if fields were ignored."""
-        if not self.unknown:
-            return None
+        return self.warning_with(())
+
+    def warning_with(self, notes: tuple[str, ...]) -> str | None:
+        """Return the header's value with `notes`, which hold no quotes and no text of the request."""
         names = ", ".join(_UNSAFE.sub("?", name)[:64] for name in self.unknown[:16])
-        return f'299 repertory "unknown fields were ignored: {names}"'
+        texts = ([f"unknown fields were ignored: {names}"] if names else []) + list(notes)
+        return ", ".join(f'299 repertory "{text}"' for text in texts) or None
 
 
 def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
@@ -72,16 +75,15 @@ def _refuse_unsupported(body: Shared) -> None:
     if isinstance(body, ChatBody):
         for name in _REFUSED_CHAT:
             _refuse(name, getattr(body, name))
-        if body.tool_choice not in (None, "none", "auto"):
-            raise NotSupported("tool_choice is not supported yet", param="tool_choice")
+        if body.functions:
+            raise NotSupported("functions is not supported: send the functions as tools", param="functions")
         if body.function_call not in (None, "none", "auto"):
-            raise NotSupported("function_call is not supported yet", param="function_call")
+            raise NotSupported("function_call is not supported: use tools and tool_choice", param="function_call")
         if body.modalities and body.modalities != ["text"]:
             raise NotSupported("modalities other than text are not supported", param="modalities")
         for index, turn in enumerate(body.messages):
-            if turn.tool_calls or turn.tool_call_id or turn.function_call or turn.audio:
-                for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
-                    _refuse(f"messages[{index}].{name}", getattr(turn, name))
+            for name in ("function_call", "audio"):
+                _refuse(f"messages[{index}].{name}", getattr(turn, name))
 
 
 def _refuse(name: str, value: Any) -> None:

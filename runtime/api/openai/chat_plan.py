@@ -1,17 +1,25 @@
 """The planner of POST /v1/chat/completions: a request and its tokenized prompt to generation requests. Pure."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
 
 from runtime.api.openai.params import check_logprobs, generation_requests, truncated
+from runtime.api.openai.tools import ToolPlan
 from runtime.api.openai.types import ChatBody
 from runtime.errors import InvalidRequest
+from runtime.generation.format_parser import FormatParser, ParserOptions
 from runtime.generation.limits import draw_seed, output_limit
+from runtime.generation.parser import MakeParser, plain_text
 from runtime.interfaces import ServedModel
 from runtime.text.chat import ChatOptions
 from runtime.types import GenerationRequest, LogprobParams
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
-def chat_options(body: ChatBody) -> ChatOptions:
+
+def chat_options(body: ChatBody, tools: ToolPlan) -> ChatOptions:
     """Return how the messages become a prompt. An assistant's message at the end is continued, unless the request says otherwise."""
     if body.continue_final_message and body.add_generation_prompt:
         raise InvalidRequest(
@@ -23,8 +31,40 @@ def chat_options(body: ChatBody) -> ChatOptions:
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final=bool(body.continue_final_message) or continues,
         template=body.chat_template,
-        variables=body.chat_template_kwargs or {},
+        variables=_variables(body),
+        tools=tools.tools,
     )
+
+
+def parser_of(
+    model: ServedModel, tools: ToolPlan, prompt: str, *, whole_calls: bool, show_reasoning: bool = True
+) -> MakeParser:
+    """Return the maker of parsers for responses to the rendered `prompt`, which may have opened the reasoning."""
+    output_format = model.text.output_format
+    if output_format is None or (output_format.reasoning is None and tools.schemas is None):
+        return plain_text
+    opens = output_format.reasoning is not None and prompt.rstrip().endswith(output_format.reasoning[0].rstrip())
+    options = ParserOptions(
+        tools=tools.schemas,
+        parallel_calls=tools.parallel,
+        whole_calls=whole_calls,
+        starts_in_reasoning=opens,
+        show_reasoning=show_reasoning,
+    )
+    return lambda request: FormatParser(output_format, options)
+
+
+def _variables(body: ChatBody) -> dict[str, Any]:
+    """Return the template's variables: those of `reasoning_effort`, in which "none" switches thinking off, then the request's own."""
+    effort = body.reasoning_effort
+    if effort is not None and effort not in EFFORTS:
+        raise InvalidRequest(
+            f"reasoning_effort must be one of {', '.join(EFFORTS)}, got {effort!r}", param="reasoning_effort"
+        )
+    variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        variables["enable_thinking"] = False
+    return variables | (body.chat_template_kwargs or {})
 
 
 def plan_chat(
@@ -41,7 +81,10 @@ def plan_chat(
         param="max_completion_tokens" if second else "max_tokens",
         prompt_param="messages",
     )
-    return generation_requests(model, body, [kept], [limit], _logprobs(model, body), new_seed)
+    requests = generation_requests(model, body, [kept], [limit], _logprobs(model, body), new_seed)
+    if model.text.output_format is None:
+        return requests
+    return [msgspec.structs.replace(request, show_markers=True) for request in requests]
 
 
 def _logprobs(model: ServedModel, body: ChatBody) -> LogprobParams:

@@ -39,15 +39,17 @@ class StreamUsage:
         self._num_prompt = num_prompt
         self._per_prompt = per_prompt
         self._num_generated = [0] * num_sequences
+        self._num_reasoning = [0] * num_sequences
         self._cached: dict[int, int] = {}  # by prompt
 
     def take(self, delta: Delta) -> None:
         self._num_generated[delta.index] = delta.num_generated
+        self._num_reasoning[delta.index] = delta.num_reasoning
         if delta.cached_tokens is not None:
             self._cached.setdefault(delta.index // self._per_prompt, delta.cached_tokens)
 
     def so_far(self) -> Usage:
-        return usage(self._num_prompt, sum(self._num_generated), sum(self._cached.values()))
+        return usage(self._num_prompt, sum(self._num_generated), sum(self._cached.values()), sum(self._num_reasoning))
 
 
 class DeltaShape(Protocol):

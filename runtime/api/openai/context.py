@@ -12,12 +12,14 @@ from aiohttp import web
 
 from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
 from runtime.api.openai.body import Parsed, parse
+from runtime.api.openai.history import chat_messages
 from runtime.api.openai.responses import encode
 from runtime.api.openai.types import ChatTurn
-from runtime.errors import InvalidRequest, NotSupported
+from runtime.errors import InvalidRequest
 from runtime.generation.parts import Completed
 from runtime.interfaces import ModelDirectory, ServedModel
-from runtime.text.chat import ChatMessage, ChatOptions
+from runtime.text.chat import ChatOptions
+from runtime.text.output_format import CallIds
 
 # Work above these sizes takes more than about two milliseconds and runs in a thread, off the event loop.
 _THREAD_ABOVE_TURNS = 256
@@ -56,31 +58,9 @@ async def render_chat(model: ServedModel, turns: Sequence[ChatTurn], options: Ch
 
 
 def _render(model: ServedModel, turns: Sequence[ChatTurn], options: ChatOptions) -> str:
-    messages: list[ChatMessage] = []
-    for index, turn in enumerate(turns):
-        extra: dict[str, str] = {}
-        if turn.name is not None:
-            extra["name"] = turn.name
-        if turn.reasoning_content is not None:
-            extra["reasoning_content"] = turn.reasoning_content
-        messages.append(ChatMessage(turn.role, _content(index, turn), extra))
+    output_format = model.text.output_format
+    messages = chat_messages(turns, output_format.call_ids if output_format else CallIds.ANY)
     return model.text.render_chat(model.name, messages, options)
-
-
-def _content(index: int, turn: ChatTurn) -> str:
-    if isinstance(turn.content, str):
-        return turn.content
-    texts: list[str] = []
-    for position, part in enumerate(turn.content or ()):
-        where = f"messages[{index}].content[{position}]"
-        kind = part.get("type", "text")
-        if kind not in ("text", "input_text", "output_text", "refusal"):
-            raise NotSupported(f"{where}: content of type {kind!r} is not supported, only text", param=where)
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if not isinstance(text, str):
-            raise InvalidRequest(f"{where}: text is missing or not a string", param=where)
-        texts.append(text)
-    return "\n".join(texts)
 
 
 async def run_large(make: Callable[[], _T], results: Sequence[Completed]) -> _T:

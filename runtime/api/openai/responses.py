@@ -29,15 +29,22 @@ class CachedTokens(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class ReasoningTokens(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens | msgspec.UnsetType = msgspec.UNSET
 
 
-def usage(num_prompt: int, num_generated: int, num_cached: int) -> Usage:
-    return Usage(num_prompt, num_generated, num_prompt + num_generated, CachedTokens(num_cached))
+def usage(num_prompt: int, num_generated: int, num_cached: int, num_reasoning: int = 0) -> Usage:
+    """Return the counts. Those of reasoning are left out if there was none."""
+    details = ReasoningTokens(num_reasoning) if num_reasoning else msgspec.UNSET
+    return Usage(num_prompt, num_generated, num_prompt + num_generated, CachedTokens(num_cached), details)
 
 
 def finish_word(model: ServedModel, finish: FinishReason, *, called: bool = False) -> str:

@@ -63,6 +63,18 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: Any = None
 
 
+class HistoryFunction(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class HistoryCall(msgspec.Struct, frozen=True):
+    """A tool call that the assistant made earlier."""
+
+    function: HistoryFunction
+    id: str = ""
+
+
 class ChatTurn(msgspec.Struct, frozen=True):
     """A message. `content` is a string or a list of parts."""
 
@@ -70,8 +82,9 @@ class ChatTurn(msgspec.Struct, frozen=True):
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    reasoning: str | None = None
+    tool_calls: list[HistoryCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
 
@@ -85,10 +98,12 @@ class ChatBody(Shared, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    parallel_tool_calls: Any = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: str | None = None
     # refused
-    tools: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None

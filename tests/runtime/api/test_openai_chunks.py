@@ -32,6 +32,8 @@ TWO_CALLS = [
 class ScriptedParser:
     """Returns the next entry of a script for each text, and the rest of the script at the end."""
 
+    in_reasoning = False
+
     def __init__(self, script: Sequence[tuple[Part, ...]]) -> None:
         self._script = list(script)
 

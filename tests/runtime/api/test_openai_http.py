@@ -251,7 +251,6 @@ async def test_parse_names_unknown_fields_in_a_header(http: aiohttp.ClientSessio
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"functions": [{"name": "f"}]},
         {"response_format": {"type": "json_object"}},
         {"guided_regex": "a+"},
@@ -259,7 +258,7 @@ async def test_parse_names_unknown_fields_in_a_header(http: aiohttp.ClientSessio
         {"best_of": 2},
         {"lora_request": {"name": "x"}},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
-        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
     ],
 )
 async def test_parse_refuses_unsupported_features(
