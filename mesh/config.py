@@ -60,8 +60,18 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
             "gRPC methods and where their requests hold the model's name: JSON text or @FILE (ModelMesh's MM_DATAPLANE_CONFIG)"
         ),
     ] = ""
-    owner: Annotated[str, _about("default owner of vmodels")] = "repertory"
+    owner: Annotated[str, _about("owner written into vmodels that name none; empty = none, as ModelMesh")] = ""
     labels: Annotated[tuple[str, ...], _about("labels in this pod's instance record")] = ()
+    type_constraints: Annotated[
+        str,
+        _about(
+            "pod labels that a type of model requires or prefers (ModelMesh's MM_TYPE_CONSTRAINTS): JSON text, or @FILE"
+        ),
+    ] = ""
+    static_models: Annotated[
+        str, _about("models to register at the start (ModelMesh's MM_AUTO_REGISTER_MODELS): JSON text, or @FILE")
+    ] = ""
+    read_only: Annotated[bool, _about("refuse changes of registrations (ModelMesh's KV_READ_ONLY)")] = False
     grace_s: Annotated[float, _about("time that running requests have to finish after SIGTERM", ge=0)] = 30.0
     log_json: Annotated[bool, _about("write logs as JSON lines")] = False
     log_level: Annotated[

@@ -6,7 +6,7 @@
     ├── NotFound              NOT_FOUND            404   unknown model or vmodel
     ├── AlreadyExists         ALREADY_EXISTS       409   other attributes or owner
     ├── PreconditionFailed    FAILED_PRECONDITION  412
-    ├── LoadFailed            FAILED_PRECONDITION  424   `detail` is the cause
+    ├── LoadFailed            INTERNAL             424   `detail` is the cause
     ├── Overloaded            RESOURCE_EXHAUSTED   429   with a retry hint
     ├── TooLarge              RESOURCE_EXHAUSTED   413   a body or a message over the limit
     ├── NotSupported          UNIMPLEMENTED        501
@@ -89,13 +89,15 @@ class PreconditionFailed(MeshError):
 
 
 class LoadFailed(MeshError):
-    code = "FAILED_PRECONDITION"
+    """`detail` begins with the runtime's status code, as in ModelMesh: "INTERNAL: broken model"."""
+
+    code = "INTERNAL"
     http_status = 424
     openai_type = "model_load_error"
 
     @property
     def message(self) -> str:
-        return f"model {self.model} failed to load: {self.detail}" if self.model else self.detail
+        return f"{self.detail} (model {self.model} failed to load)" if self.model else self.detail
 
 
 class Overloaded(MeshError):

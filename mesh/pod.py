@@ -5,9 +5,7 @@
 
 import asyncio
 import gc
-import hashlib
 import logging
-import secrets
 import signal
 import socket
 import sys
@@ -42,21 +40,24 @@ from mesh.metrics import Metrics, PodFigures
 from mesh.placement.copies import LocalCopies
 from mesh.placement.heartbeat import Heartbeat, identity
 from mesh.placement.loads import LocalLoads
+from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
 from mesh.placement.reaper import Reaper
+from mesh.placement.reconciler import Reconciler
 from mesh.placement.record_updates import RecordUpdates
+from mesh.placement.runtime_monitor import RuntimeMonitor
+from mesh.placement.type_constraints import TypeConstraints
+from mesh.pod_identity import advertised_address, default_instance_id
 from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
+from mesh.registry.static_models import parse_static_models, register_static_models
 from mesh.registry.transitions import Transitions
 from mesh.routing.router import CopyRouter, Limits
 from mesh.store.factory import store_at
 from mesh.store.location import parse_store
-from mesh.types import ModelInfo, Target
+from mesh.types import ModelInfo, ModelStatus, Target
 
 logger = logging.getLogger(__name__)
-
-_HOST_CHARACTERS = 32
-_ANY_HOST = ("", "0.0.0.0", "[::]", "::", "*")
 
 
 def run_pod(config: MeshConfig) -> int:
@@ -101,7 +102,7 @@ class Pod:
             if address := getattr(config, what):
                 parse_address(address, what)
         self._config = config
-        self.instance_id = config.instance_id or _made_up_id(config.grpc_listen)
+        self.instance_id = config.instance_id or default_instance_id(config.grpc_listen)
         if "," in self.instance_id:
             raise InvalidRequest(f"instance_id {self.instance_id!r} may not contain a comma")
         location = parse_store(config.store)
@@ -115,6 +116,8 @@ class Pod:
             session_ttl_s=config.session_ttl_s,
             default_owner=config.owner,
         )
+        self._static_models = parse_static_models(config.static_models)
+        self._static_registered = False
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._publisher: Heartbeat | None = None
@@ -129,9 +132,31 @@ class Pod:
         runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
         announcer = RecordUpdates(self.registry.models, self.instance_id)
         self._loads = LocalLoads(
-            runtime, announcer, self._copies, self._changes, self._metrics, load_timeout_s=config.load_timeout_s
+            runtime,
+            announcer,
+            self._copies,
+            self._changes,
+            self._metrics,
+            load_timeout_s=config.load_timeout_s,
+            publish=self._publish_record,
         )
         peers = HttpPeerLoads(self._connections, self.instance_id, next(iter(config.api_keys), ""))
+        monitor = RuntimeMonitor(
+            runtime,
+            self._copies,
+            self._loads,
+            self._changes,
+            first_ready=lambda: self.reconciler.first_ready(),
+            changed=lambda snapshot: self.reconciler.runtime_changed(snapshot),
+        )
+        self.states = ModelStates(
+            self.registry,
+            self._copies,
+            self._loads,
+            monitor,
+            self._changes,
+            failure_expiry_s=config.failure_expiry_s,
+        )
         self.placement = Placement(
             self.registry,
             runtime,
@@ -139,8 +164,22 @@ class Pod:
             self._copies,
             self._loads,
             peers,
+            self.states,
+            monitor,
             self._changes,
             failure_expiry_s=config.failure_expiry_s,
+            constraints=TypeConstraints(config.type_constraints),
+            own_labels=config.labels,
+        )
+        self.reconciler = Reconciler(
+            self.registry,
+            announcer,
+            self._copies,
+            self._loads,
+            self.placement,
+            self.states,
+            monitor,
+            self._changes,
         )
         self._transitions = Transitions(self.registry, self.placement, leads=self.registry.instances.leads)
         self._reaper = Reaper(self.registry, leads=self.registry.instances.leads)
@@ -156,7 +195,7 @@ class Pod:
         addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
             config.grpc_listen,
-            ManagementService(self.registry, self.placement, check_info=self._check_info),
+            ManagementService(self.registry, self.placement, check_info=self._check_info, read_only=config.read_only),
             InferenceGateway(
                 self.registry,
                 self._router,
@@ -203,7 +242,12 @@ class Pod:
 
     def is_ready(self) -> bool:
         """It takes requests, and will load what they need."""
-        return self._publisher is not None and self.placement.runtime.ready and not self._stopping.is_set()
+        return (
+            self._static_registered
+            and self._publisher is not None
+            and self.placement.runtime.ready
+            and not self._stopping.is_set()
+        )
 
     async def start(self) -> None:
         """Raises StoreError, or OSError if a port is taken."""
@@ -216,8 +260,8 @@ class Pod:
             await asyncio.to_thread(check_free, parse_address(address), kind)
             await _listening(kind, address, server.start())
         own = identity(
-            grpc_address=_advertised(self._config.grpc_listen, self.grpc.port, self._config.advertise_host),
-            http_address=_advertised(self._config.http_listen, self.http.port, self._config.advertise_host),
+            grpc_address=advertised_address(self._config.grpc_listen, self.grpc.port, self._config.advertise_host),
+            http_address=advertised_address(self._config.http_listen, self.http.port, self._config.advertise_host),
             labels=self._config.labels,
             location=self._config.advertise_host or socket.gethostname(),
         )
@@ -231,10 +275,11 @@ class Pod:
             num_loading=lambda: self._loads.num_loading,
             loading_threads=lambda: limits.max_loading_concurrency if (limits := self.placement.runtime.limits) else 0,
         )
-        self.placement.start()
+        self.reconciler.start()
         self._transitions.start()
         self._tasks = [
-            asyncio.create_task(work) for work in (self._publisher.run(), self._tell_health(), self._reaper.run())
+            asyncio.create_task(work)
+            for work in (self._register_static(), self._publisher.run(), self._tell_health(), self._reaper.run())
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
 
@@ -249,14 +294,27 @@ class Pod:
         if self._publisher is not None:
             await self.grpc.set_ready(False)
             await self._publisher.shut_down()
-            await self.placement.withdraw()
+            await self.reconciler.withdraw()
         await asyncio.gather(self.grpc.stop(self._config.grace_s), self.http.stop())
         if self._publisher is not None:
             await self._transitions.close()
-        await self.placement.close()
+        await self.reconciler.close()
         await self.registry.close()
         await self._connections.close()
         await self._store.close()
+
+    async def _register_static(self) -> None:
+        await register_static_models(
+            self._static_models,
+            self.registry,
+            self.placement,
+            is_loaded=lambda model_id: self.placement.status(model_id).status is ModelStatus.LOADED,
+        )
+        self._static_registered = True
+
+    async def _publish_record(self) -> None:
+        if self._publisher is not None:
+            await self._publisher.flush()
 
     def _look_for_a_double(self, grpc_address: str) -> None:
         """Two pods with one id overwrite each other's records. It may also be this pod's own, from before it moved here."""
@@ -312,34 +370,6 @@ async def _listening(kind: str, address: str, starting: Coroutine[Any, Any, None
         await starting
     except OSError as error:
         raise OSError(f"{kind} address {address} can't be listened on: {error.strerror or error}") from None
-
-
-def _made_up_id(grpc_listen: str) -> str:
-    """The same after a restart, different for two pods of one host, and for two hosts whose names begin or end alike."""
-    host = socket.gethostname().replace(",", "-")
-    if len(host) > _HOST_CHARACTERS:
-        host = f"{host[: _HOST_CHARACTERS - 9]}-{hashlib.sha1(host.encode(), usedforsecurity=False).hexdigest()[:8]}"
-    port = grpc_listen.rpartition(":")[2]
-    if grpc_listen.startswith("unix:") or port == "0":
-        return f"{host}-{secrets.token_hex(3)}"
-    return f"{host}-{port}"
-
-
-def _advertised(listen: str, port: int, host: str) -> str:
-    if listen.startswith("unix:"):
-        return listen
-    own = listen.rpartition(":")[0]
-    return f"{host or (_own_ip() if own in _ANY_HOST else own)}:{port}"
-
-
-def _own_ip() -> str:
-    """The address that this host would send from; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

@@ -75,6 +75,10 @@ class Loader(Protocol):
     def expected_wait_s(self, model_id: str) -> float:
         """Return how long a request for this model would wait, from measured load times. Retry-After is based on it."""
 
+    def blocked_for_s(self, model_id: str) -> float:
+        """Return the seconds until a pod may try to load a failed model again; 0 if one may now."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

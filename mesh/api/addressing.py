@@ -15,7 +15,18 @@ Metadata = Sequence[tuple[str, str | bytes]]
 PREFIX_HEADER = "repertory-prefix-hash"
 MODEL_HEADER = "mm-model-id"
 VMODEL_HEADER = "mm-vmodel-id"
+REQUIRED_HEADER = "mm-required"  # with several ids: "all" fails the request if a model does not exist
 
+# Services between a mesh and its runtime, and those of the mesh's own server: callers must not reach a runtime's.
+_NEVER_FORWARDED = (
+    "mmesh.ModelRuntime/",
+    "com.ibm.watson.modelmesh.ModelRuntime/",
+    "com.ibm.watson.tas.proto.",
+    "mmesh.ModelMesh/",
+    "repertory.",
+    "grpc.health.",
+    "grpc.reflection.",
+)
 _RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", HOP_HEADER, PREFIX_HEADER})
 # A status' details belong to the application although their key begins with grpc-.
 _APPLICATION = "grpc-status-details-bin"
@@ -67,33 +78,32 @@ class Addressing:
 
     def check_allowed(self, method: str) -> None:
         """Raise NotSupported unless the method, `package.Service/Method`, may be called."""
-        if method.startswith("mmesh.ModelRuntime/"):
-            raise NotSupported(f"Method not found or not permitted: {method}")
+        if method.startswith(_NEVER_FORWARDED):
+            raise NotSupported(f"{method}: UNIMPLEMENTED: Method not found or not permitted: {method}")
         if self._config is not None and not self._config.allow_others and method not in self._config.rpcs:
             raise NotSupported(f"Method not found or not permitted: {method}")
 
     def wants_message(self, method: str, metadata: Metadata) -> bool:
         """Whether the model can only be known from the first message."""
-        return self._configured(method) is not None or _from_headers(metadata) is None
+        return self._configured(method) is not None or not _from_headers(metadata)
 
-    def address(self, method: str, metadata: Metadata, message: bytes | None) -> Address:
-        """Return the model's address. A configured path in the message wins over headers, and headers over the built-in paths.
+    def addresses(self, method: str, metadata: Metadata, message: bytes | None) -> tuple[Address, ...]:
+        """Return the models that a request is for, in the order of its headers; usually one.
 
-        Raises InvalidRequest if nothing names a model.
+        A configured path in the message wins over headers, headers over the built-in paths. Raises InvalidRequest.
         """
         configured = self._configured(method)
         if configured is not None and message is not None:
             name = _extract(method, message, configured.path)
             if name:
-                return Address(name, configured.is_vmodel)
-        address = _from_headers(metadata)
-        if address is not None:
-            return address
+                return (Address(name, configured.is_vmodel),)
+        if addresses := _from_headers(metadata):
+            return addresses
         path = _BUILT_IN_PATHS.get(method.partition("/")[0])
         if path and message is not None:
             name = _extract(method, message, path)
             if name:
-                return Address(name, False)
+                return (Address(name, False),)
         raise InvalidRequest("must include mm-model-id header")
 
     def _configured(self, method: str) -> _Rpc | None:
@@ -108,28 +118,21 @@ def _extract(method: str, message: bytes, path: Sequence[int]) -> str | None:
         raise InvalidRequest(f"{method}: the request message can't be read: {error}") from None
 
 
-def _from_headers(metadata: Metadata) -> Address | None:
-    model = _header(metadata, MODEL_HEADER)
-    vmodel = _header(metadata, VMODEL_HEADER)
-    if model is not None and vmodel is not None:
+def _from_headers(metadata: Metadata) -> tuple[Address, ...]:
+    models, vmodels = _header_values(metadata, MODEL_HEADER), _header_values(metadata, VMODEL_HEADER)
+    if models and vmodels:
         raise InvalidRequest("must include only one of model id and vmodel id")
-    if model is None and vmodel is None:
-        model = next((_text(value) for key, value in metadata if key == "tas-model-id"), None)
-    name = vmodel if vmodel is not None else model
-    if name is None:
-        return None
-    if not name:
-        raise InvalidRequest("provided (v)model-id header must be non-empty")
-    return Address(name, vmodel is not None)
+    if not models and not vmodels:
+        models = [_text(value) for key, value in metadata if key == "tas-model-id"][:1]
+    if "" in models or "" in vmodels:
+        raise InvalidRequest(f"provided {'v' if vmodels else ''}model-id header must be non-empty")
+    return tuple(Address(name, virtual=bool(vmodels)) for name in vmodels or models)
 
 
-def _header(metadata: Metadata, key: str) -> str | None:
-    plain = [_text(value) for at, value in metadata if at == key] or [
+def _header_values(metadata: Metadata, key: str) -> list[str]:
+    return [_text(value) for at, value in metadata if at == key] or [
         _text(value) for at, value in metadata if at == f"{key}-bin"
     ]
-    if len(plain) > 1:
-        raise NotSupported(f"{len(plain)} {key} headers: one request to several models is not supported")
-    return plain[0] if plain else None
 
 
 def _text(value: str | bytes) -> str:

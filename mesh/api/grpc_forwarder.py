@@ -7,13 +7,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 import grpc.aio
 
 from mesh.api.addressing import Metadata, backward, header, onward
 from mesh.api.protobuf_field import inject
-from mesh.api.replay_buffer import ReplayBuffer, ServerContext
+from mesh.api.replay_buffer import ReplayBuffer
 from mesh.client.connections import Connections
 from mesh.errors import InvalidRequest
 from mesh.metrics import Metrics
@@ -27,6 +28,16 @@ _SENDER_S = 0.05  # the sender learns of a failed write this long after the read
 
 Rewrite = Callable[[bytes], bytes]
 ForwardedCall = grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class ForwardingContext(Protocol):
+    """What forwarding needs of the caller's context."""
+
+    def time_remaining(self) -> float | None: ...
+
+    async def send_initial_metadata(self, initial_metadata: Metadata) -> None: ...
+
+    async def write(self, message: bytes) -> None: ...
 
 
 @dataclass(slots=True)
@@ -62,13 +73,13 @@ class GrpcForwarder:
         self._limits = limits
 
     async def forward(
-        self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, context: ServerContext
+        self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, context: ForwardingContext
     ) -> GrpcOutcome:
         """Forward the request and relay the response. Sets the attempt's `is_committed` and `failure`."""
         call, sending = self._start(request, attempt, inbound, context.time_remaining())
         try:
             with _status_not_exception():
-                while (message := await call.read()) is not grpc.aio.EOF:
+                while isinstance(message := await call.read(), bytes):  # else grpc.aio.EOF
                     if not attempt.is_committed:
                         attempt.is_committed = True
                         inbound.commit()
@@ -84,6 +95,9 @@ class GrpcForwarder:
             details = await call.details() or ""
             attempt.failure = await _failure(code, details, sending)
             attempt.is_committed = attempt.is_committed or not inbound.replayable
+            if attempt.target.local and code is not grpc.StatusCode.OK:
+                # ModelMesh's form. A peer has written it already.
+                details = f"{request.method}: {code.name}: {details}"
             return GrpcOutcome(code, details, tuple(backward(tuple(await call.trailing_metadata() or ()))))
         finally:
             if sending is not None:
@@ -128,7 +142,7 @@ class GrpcForwarder:
         return rewrite
 
 
-async def _send_headers(call: grpc.aio.Call, context: ServerContext) -> None:
+async def _send_headers(call: grpc.aio.Call, context: ForwardingContext) -> None:
     # If the runtime sends no headers of its own, they leave with the first message in one write.
     if headers := backward(tuple(await call.initial_metadata())):
         await context.send_initial_metadata(headers)

@@ -13,6 +13,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from mesh.api.inference import InferenceGateway, refuse
+from mesh.api.legacy_management import LegacyManagement
 from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
 from mesh.api.oip_server import OipServer
 from mesh.errors import Unauthenticated
@@ -25,7 +26,15 @@ _SERVICES = (
     OIP_NAME,
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
-_OPEN_TO_ALL = ("/grpc.health.v1.", "/grpc.reflection.")
+# Methods that need no key, by their full names: a prefix would also open what the pass-through forwards.
+_OPEN_METHODS = frozenset(
+    {
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/List",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    }
+)
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
@@ -42,7 +51,7 @@ class KeyGuard(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if handler_call_details.method.startswith(_OPEN_TO_ALL):
+        if handler_call_details.method in _OPEN_METHODS:
             return await continuation(handler_call_details)
         given = next(
             (value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"), ""
@@ -94,7 +103,7 @@ class GrpcServer:
         reflection.enable_server_reflection(
             (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server
         )
-        self._server.add_generic_rpc_handlers((own_oip.handler(), gateway))
+        self._server.add_generic_rpc_handlers((own_oip.handler(), LegacyManagement(management), gateway))
         self.port = 0
 
     async def start(self) -> None:

@@ -11,12 +11,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 import grpc.aio
 
-from mesh.api.addressing import PREFIX_HEADER, Addressing, header
-from mesh.api.grpc_forwarder import REQUEST_ID_HEADER, GrpcForwarder, GrpcOutcome, GrpcRequest
+from mesh.api.addressing import PREFIX_HEADER, REQUIRED_HEADER, Address, Addressing, header
+from mesh.api.grpc_forwarder import (
+    REQUEST_ID_HEADER,
+    ForwardingContext,
+    GrpcForwarder,
+    GrpcOutcome,
+    GrpcRequest,
+)
 from mesh.api.known_methods import single_message_methods
+from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
 from mesh.client.connections import HOP_HEADER, Connections
-from mesh.errors import MeshError, NotSupported
+from mesh.errors import MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import RoutingRequest
@@ -91,7 +98,14 @@ class InferenceGateway(grpc.GenericRpcHandler):
     async def _answer(self, request: GrpcRequest, inbound: ReplayBuffer, context: ServerContext) -> GrpcOutcome:
         self._check_allowed(request.method)
         first = await inbound.message(0) if self._addressing.wants_message(request.method, request.metadata) else None
-        address = self._addressing.address(request.method, request.metadata, first)
+        addresses = self._addressing.addresses(request.method, request.metadata, first)
+        if len(addresses) > 1:
+            return await self._answer_several(request, addresses, inbound, context)
+        return await self._answer_one(request, addresses[0], inbound, context)
+
+    async def _answer_one(
+        self, request: GrpcRequest, address: Address, inbound: ReplayBuffer, context: ForwardingContext
+    ) -> GrpcOutcome:
         request.model_id = await self._registry.resolve_known(address.name, virtual=address.virtual)
         routing = RoutingRequest(
             address.name,
@@ -107,6 +121,34 @@ class InferenceGateway(grpc.GenericRpcHandler):
             finally:
                 request.model_id = attempts.model_id
         return outcome
+
+    async def _answer_several(
+        self, request: GrpcRequest, addresses: tuple[Address, ...], inbound: ReplayBuffer, context: ServerContext
+    ) -> GrpcOutcome:
+        """Send one message to several models and answer with their responses joined, which merges protobuf messages, as ModelMesh does."""
+        message = await inbound.message(0) or b""
+        parts = [MergedPart(context) for _ in addresses]
+
+        async def call(address: Address, part: MergedPart) -> GrpcOutcome | NotFound:
+            one = GrpcRequest(request.method, request.metadata, request.started_s, request.request_id)
+            replay = ReplayBuffer(context, 2 * self._max_message_bytes, only=message)
+            try:
+                return await self._answer_one(one, address, replay, part)
+            except NotFound as error:
+                return error
+
+        outcomes = await asyncio.gather(*(call(*pair) for pair in zip(addresses, parts, strict=True)))
+        missing = [outcome for outcome in outcomes if isinstance(outcome, NotFound)]
+        found = [outcome for outcome in outcomes if not isinstance(outcome, NotFound)]
+        if missing and header(request.metadata, REQUIRED_HEADER).lower() == "all":
+            raise missing[0]
+        if not found:
+            raise NotFound("none of the requested models were found")
+        failed = next((outcome for outcome in found if outcome.code is not grpc.StatusCode.OK), None)
+        if failed is not None:
+            return failed
+        await context.write(b"".join(part.body for part in parts))
+        return found[0]
 
     def _check_allowed(self, method: str) -> None:
         self._addressing.check_allowed(method)

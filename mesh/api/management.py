@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from common.clock import epoch_ms
-from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound
+from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, Unavailable
 from mesh.registry.models import entry_time_ms
 from mesh.registry.records import VModelRecord
 from mesh.registry.registry import Registry
@@ -17,6 +17,7 @@ from wire.mmesh import model_mesh_pb2 as pb
 from wire.mmesh import model_mesh_pb2_grpc as rpc
 
 MOVE_WAIT_S = 240.0
+GET_STATE_ID = "***GETSTATE***"
 
 Answer = TypeVar("Answer")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -36,12 +37,14 @@ class ManagementService(rpc.ModelMeshServicer):
         check_info: Callable[[ModelInfo], None] = lambda _: None,
         now_ms: Callable[[], int] = epoch_ms,
         move_wait_s: float = MOVE_WAIT_S,
+        read_only: bool = False,
     ) -> None:
         self._registry = registry
         self._loader = loader
         self._check_info = check_info
         self._now_ms = now_ms
         self._move_wait_s = move_wait_s
+        self._read_only = read_only
 
     async def registerModel(self, request: pb.RegisterModelRequest, context: Context) -> pb.ModelStatusInfo:
         return await _answered(self._register(request), context)
@@ -65,19 +68,28 @@ class ManagementService(rpc.ModelMeshServicer):
         return await _answered(self._get_vmodel_status(request), context)
 
     async def _register(self, request: pb.RegisterModelRequest) -> pb.ModelStatusInfo:
+        if self._read_only:
+            raise MeshError(f"Failed to add model {request.modelId}: this mesh is read-only")
         last_used_ms = entry_time_ms(request.lastUsedTime, self._now_ms(), load_now=request.loadNow)
-        await self._registry.models.register(request.modelId, self._info(request.modelInfo), last_used_ms=last_used_ms)
+        # A load writes the time of last use itself, in the same update.
+        await self._registry.models.register(
+            request.modelId, self._info(request.modelInfo), last_used_ms=last_used_ms, touch=not request.loadNow
+        )
         if request.loadNow:
             return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
         return _status(self._loader.status(request.modelId))
 
     async def _unregister(self, request: pb.UnregisterModelRequest) -> pb.UnregisterModelResponse:
         _require_id(request.modelId)
+        if self._read_only:
+            raise MeshError("model-mesh read-only mode")
         await self._registry.models.unregister(request.modelId)
         return pb.UnregisterModelResponse()
 
     async def _get_status(self, request: pb.GetStatusRequest) -> pb.ModelStatusInfo:
         _require_id(request.modelId)
+        if request.modelId == GET_STATE_ID:
+            return self._state()
         return await self._status_of(request.modelId)
 
     async def _ensure_loaded(self, request: pb.EnsureLoadedRequest) -> pb.ModelStatusInfo:
@@ -89,6 +101,8 @@ class ManagementService(rpc.ModelMeshServicer):
         return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
 
     async def _set_vmodel(self, request: pb.SetVModelRequest) -> pb.VModelStatusInfo:
+        if self._read_only:
+            raise Unavailable("model-mesh is in read-only mode")
         wish = VModelRequest(
             vmodel_id=request.vModelId,
             target_id=request.targetModelId,
@@ -114,24 +128,26 @@ class ManagementService(rpc.ModelMeshServicer):
         return await self._vmodel_status(vmodel)
 
     async def _delete_vmodel(self, request: pb.DeleteVModelRequest) -> pb.DeleteVModelResponse:
-        _require_vmodel_id(request.vModelId)
-        await self._registry.vmodels.delete(request.vModelId, owner=request.owner)
+        if request.vModelId and not self._read_only:
+            await self._registry.vmodels.delete(request.vModelId, owner=request.owner)
         return pb.DeleteVModelResponse()
 
     async def _get_vmodel_status(self, request: pb.GetVModelStatusRequest) -> pb.VModelStatusInfo:
-        _require_vmodel_id(request.vModelId)
-        vmodel = await self._registry.vmodels.find(request.vModelId)
+        vmodel = await self._registry.vmodels.find(request.vModelId) if request.vModelId else None
         if vmodel is None or (request.owner and request.owner != vmodel.owner):
             return pb.VModelStatusInfo()
         return await self._vmodel_status(vmodel)
 
     async def _load(self, model_id: str, last_used_ms: int, *, wait: bool) -> StatusInfo:
-        """Load a model. A failed load is returned as a status, not raised."""
+        """Load the model and return its status. A load that fails is an answer, not an error."""
         try:
-            return await self._loader.ensure_loaded(model_id, last_used_ms=last_used_ms, wait=wait)
+            status = await self._loader.ensure_loaded(model_id, last_used_ms=last_used_ms, wait=wait)
         except LoadFailed as error:
             status = self._loader.status(model_id)
             return StatusInfo(ModelStatus.LOADING_FAILED, status.errors or (error.detail,), status.copies)
+        if status.status is ModelStatus.LOADING and await self._refresh_peers(status):
+            return self._loader.status(model_id)
+        return status
 
     async def _moved(self, vmodel_id: str, target_id: str) -> VModelRecord:
         """Wait until the move to `target_id` is done, has failed or was replaced by another. Raises NotFound if the vmodel was deleted."""
@@ -151,22 +167,57 @@ class ManagementService(rpc.ModelMeshServicer):
     async def _status_of(self, model_id: str) -> pb.ModelStatusInfo:
         if await self._registry.models.find(model_id) is None:
             return pb.ModelStatusInfo(status=pb.ModelStatusInfo.NOT_FOUND)
-        return _status(self._loader.status(model_id))
+        status = self._loader.status(model_id)
+        if status.status is ModelStatus.LOADING and await self._refresh_peers(status):
+            status = self._loader.status(model_id)
+        return _status(status)
+
+    def _state(self) -> pb.ModelStatusInfo:
+        """Describe this pod and the mesh in text, one line per error, as ModelMesh does for the id that no model can have."""
+        instances = self._registry.instances
+        own = instances.get(instances.own_id)
+        lines = [
+            f"This instance: {instances.own_id}",
+            f"Local clock time: {self._now_ms()}",
+            f"Registered models: {len(self._registry.models.table)}, vmodels: {len(self._registry.vmodels.table)}",
+        ]
+        lines += [f"Model {model_id}: {state.state}" for model_id, state in (own.copies.items() if own else ())]
+        lines += [
+            f"Instance {instance_id}: {pod.count} models, {pod.used_units} of {pod.capacity_units} units of 8 KiB"
+            for instance_id, pod in instances.table.items()
+        ]
+        return pb.ModelStatusInfo(status=pb.ModelStatusInfo.UNKNOWN, errors=[f"CACHESTATE: {line}" for line in lines])
+
+    async def _refresh_peers(self, status: StatusInfo) -> bool:
+        """Read the records of the pods that load the model from the store itself, and return whether there are any.
+
+        A pod that has answered LOADED has written its record before, so every pod says LOADED from then on, as in ModelMesh.
+        """
+        instances = self._registry.instances
+        peers = [copy.instance_id for copy in status.copies if copy.instance_id != instances.own_id]
+        for instance_id in peers:
+            await instances.table.read(instance_id)
+        return bool(peers)
 
     async def _vmodel_status(self, vmodel: VModelRecord) -> pb.VModelStatusInfo:
         if not vmodel.moving:
             state = pb.VModelStatusInfo.DEFINED
         else:
             state = pb.VModelStatusInfo.TRANSITION_FAILED if vmodel.failed else pb.VModelStatusInfo.TRANSITIONING
-        active = await self._status_of(vmodel.active_id)
-        return pb.VModelStatusInfo(
+        info = pb.VModelStatusInfo(
             status=state,
             activeModelId=vmodel.active_id,
             targetModelId=vmodel.target_id,
-            activeModelStatus=active,
-            targetModelStatus=await self._status_of(vmodel.target_id) if vmodel.moving else active,
+            activeModelStatus=await self._status_of(vmodel.active_id),
             owner=vmodel.owner,
         )
+        if vmodel.moving:
+            target = await self._status_of(vmodel.target_id)
+            if not vmodel.failed and target.status != pb.ModelStatusInfo.LOADED:
+                # A move tries several pods, so a failure so far is not yet the result.
+                target = pb.ModelStatusInfo(status=pb.ModelStatusInfo.LOADING)
+            info.targetModelStatus.CopyFrom(target)
+        return info
 
     def _info(self, message: pb.ModelInfo) -> ModelInfo:
         info = ModelInfo(type=message.type, path=message.path, key=message.key)
@@ -193,11 +244,6 @@ async def _abort(error: MeshError, context: Context) -> NoReturn:
 def _require_id(model_id: str) -> None:
     if not model_id:
         raise InvalidRequest("must provide non-empty modelId")
-
-
-def _require_vmodel_id(vmodel_id: str) -> None:
-    if not vmodel_id:
-        raise InvalidRequest("must provide non-empty vModelId")
 
 
 def _status(info: StatusInfo) -> pb.ModelStatusInfo:

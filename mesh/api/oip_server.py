@@ -61,7 +61,7 @@ class OipServer:
         metadata = tuple(context.invocation_metadata() or ())
         try:
             self._addressing.check_allowed(_MODEL_READY)
-            address = self._addressing.address(_MODEL_READY, metadata, request.SerializeToString())
+            address = self._addressing.addresses(_MODEL_READY, metadata, request.SerializeToString())[0]
             model_id = await self._registry.resolve_known(address.name, virtual=address.virtual)
         except NotFound:
             return pb.ModelReadyResponse(ready=False)

@@ -80,11 +80,15 @@ class GrpcRuntime:
         """Whatever else than OK comes of it, the runtime is told to unload: it must hold nothing of it."""
         request = pb.LoadModelRequest(modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key)
         loaded = False
+        begun_s = time.monotonic()
         try:
             answer = await self._stub.loadModel(request, timeout=timeout_s)
             loaded = True
         except grpc.aio.AioRpcError as error:
-            raise _load_error(model_id, error, timeout_s) from None
+            connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
+            raise _load_error(
+                model_id, error, timeout_s, connected=connected, is_late=time.monotonic() >= begun_s + timeout_s
+            ) from None
         finally:
             if not loaded:
                 await self._undo(model_id)
@@ -191,12 +195,18 @@ def _limits(answer: pb.RuntimeStatusResponse) -> RuntimeLimits:
     )
 
 
-def _load_error(model_id: str, error: grpc.aio.AioRpcError, timeout_s: float) -> MeshError:
-    code, details = error.code(), error.details() or error.code().name
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return LoadFailed(f"loading took longer than {timeout_s:.0f} s", model=model_id, limit=timeout_s)
+def _load_error(
+    model_id: str, error: grpc.aio.AioRpcError, timeout_s: float, *, connected: bool, is_late: bool
+) -> MeshError:
+    """Return the mesh's error for a failed loadModel.
+
+    `connected`: the channel to the runtime still stands, so that UNAVAILABLE is the runtime's answer and not a broken connection. `is_late`: the time limit has passed, so that DEADLINE_EXCEEDED is ours.
+    """
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and is_late:
+        details = f"loading took longer than {timeout_s:g} s"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return Overloaded(details, model=model_id)
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(details, model=model_id)
-    return LoadFailed(details, model=model_id)
+        return Overloaded(details or code.name, model=model_id)
+    if code is grpc.StatusCode.UNAVAILABLE and not connected:
+        return Unavailable(details or code.name, model=model_id)
+    return LoadFailed(f"{code.name}: {details}", model=model_id)

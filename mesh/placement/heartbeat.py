@@ -63,6 +63,12 @@ class Heartbeat:
             await asyncio.sleep(_AT_MOST_EVERY_S)
             await self._changes.wait(_LOADS_EVERY_S, since=seen)
 
+    async def flush(self) -> None:
+        """Publish now if the record differs from the published one: what a synchronous call answers is then true at every pod."""
+        record = self.record()
+        if self._told is None or _settled(record) != _settled(self._told):
+            await self._publish(record)
+
     async def shut_down(self) -> None:
         """Others stop placing and sending here."""
         self._shutting_down = True

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 from common.changes import Changes
 from common.clock import epoch_ms
@@ -49,7 +49,10 @@ class LocalLoads:
         metrics: Metrics,
         *,
         load_timeout_s: float,
+        publish: Callable[[], Awaitable[None]],
     ) -> None:
+        """`publish` writes this pod's record: other pods read there that a load has ended."""
+        self._publish = publish
         self._runtime = runtime
         self._announcer = announcer
         self._copies = copies
@@ -165,6 +168,8 @@ class LocalLoads:
             )
             copy.loaded_s = time.monotonic()
             self._copies.set_state(copy, CopyState.LOADED)
+            # Before callers hear of it: every pod that reads the record then says LOADED, too.
+            await self._publish()
         except LoadFailed as error:
             await self._failed(copy, error.detail)
         except _DeclinedError:
@@ -202,7 +207,7 @@ class LocalLoads:
                 victim = next(iter(self._idle()), None)
                 # the same words after somebody has left: it isn't room that is missing
                 if victim is None or error.message == refusal or await self._never_fits(copy):
-                    raise LoadFailed(error.detail, model=copy.model_id) from None
+                    raise LoadFailed(f"{error.code}: {error.detail}", model=copy.model_id) from None
                 refusal = error.message
                 logger.warning("%s; unloading %s for it", error.message, victim.model_id)
                 await self._evict(victim)

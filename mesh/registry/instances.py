@@ -10,17 +10,24 @@ from mesh.store.protocol import Store
 
 
 class Instances:
-    def __init__(self, store: Store, prefix: str, *, own_id: str, ttl_s: float) -> None:
+    def __init__(self, store: Store, prefix: str, *, own_id: str, ttl_s: float, latch_prefix: str) -> None:
+        """`latch_prefix`: where ModelMesh's pods register for its leader election; Java pods count ours there."""
         self.table = Table(store, prefix, InstanceRecord)
         self.own_id = own_id
         self._own = LeasedKey(store, prefix + own_id, ttl_s=ttl_s)
+        self._latch = LeasedKey(store, f"{latch_prefix}_{own_id}", ttl_s=ttl_s)
+        self._is_latched = False
 
     async def publish(self, record: InstanceRecord) -> None:
         """Tell the others. Raises StoreError; it is then told as soon as the store is back, and again after a lost lease."""
         await self._own.set(encode_record(record))
+        if not self._is_latched:
+            await self._latch.set(b"")
+            self._is_latched = True
 
     async def withdraw(self) -> None:
         await self._own.remove()
+        await self._latch.remove()
 
     def get(self, instance_id: str) -> InstanceRecord | None:
         return self.table.get(instance_id)

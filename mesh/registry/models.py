@@ -30,7 +30,7 @@ class Models:
     async def find(self, model_id: str) -> ModelRecord | None:
         return await self.table.find(model_id)
 
-    async def register(self, model_id: str, info: ModelInfo, *, last_used_ms: int) -> ModelRecord:
+    async def register(self, model_id: str, info: ModelInfo, *, last_used_ms: int, touch: bool = True) -> ModelRecord:
         """Idempotent. Raises AlreadyExists on other attributes, InvalidRequest on what can't be registered at all."""
         check_registrable(model_id, info)
 
@@ -40,7 +40,7 @@ class Models:
             if old.info != info:
                 raise AlreadyExists("Model already exists with different attribute values")
             # a little newer is not worth a write that every pod hears of
-            if last_used_ms > old.last_used_ms + HOUR_MS:
+            if touch and last_used_ms > old.last_used_ms + HOUR_MS:
                 return msgspec.structs.replace(old, last_used_ms=last_used_ms)
             return old
 

@@ -110,11 +110,22 @@ R = TypeVar("R", bound=Record)
 OWN_FIELD = "unknown"
 
 
+# Numbers and flags that ModelMesh's Java objects always write; its readers take a missing one for the default as well.
+_ALWAYS_WRITTEN: Mapping[type[Record], Mapping[str, bytes]] = {
+    InstanceRecord: {
+        **dict.fromkeys(("startTime", "vers", "lruTime", "count", "cap", "used", "lThreads", "lInProg", "rpm"), b"0"),
+        "actionable": b"false",
+    }
+}
+
+
 def encode_record(record: Record) -> bytes:
-    if not record.unknown:
+    always = _ALWAYS_WRITTEN.get(type(record), {})
+    if not record.unknown and not always:
         return msgspec.json.encode(record)
     known = msgspec.json.encode(msgspec.structs.replace(record, unknown=()))
-    properties = msgspec.json.decode(known, type=dict[str, msgspec.Raw])
+    properties = {name: msgspec.Raw(text) for name, text in always.items()}
+    properties |= msgspec.json.decode(known, type=dict[str, msgspec.Raw])
     return msgspec.json.encode({**properties, **{name: msgspec.Raw(text) for name, text in record.unknown}})
 
 

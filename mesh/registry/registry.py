@@ -48,7 +48,9 @@ class Registry:
         root = f"{root_prefix}/{kv_prefix}/{service_name}"
         self.models = Models(store, f"{root}/registry/")
         self.vmodels = VModels(store, f"{root}/vmodels/", self.models, default_owner=default_owner)
-        self.instances = Instances(store, f"{root}/instances/", own_id=instance_id, ttl_s=session_ttl_s)
+        self.instances = Instances(
+            store, f"{root}/instances/", own_id=instance_id, ttl_s=session_ttl_s, latch_prefix=f"{root}/leaderLatch/"
+        )
         self._named: tuple[NamedModel, ...] | None = None
         self.models.table.listen(self._changed)
         self.vmodels.table.listen(self._changed)
@@ -225,5 +227,5 @@ class Registry:
             f" and {len(names) - NAMES_IN_A_MESSAGE} more" if len(names) > NAMES_IN_A_MESSAGE else ""
         )
         return NotFound(
-            f"model {name!r} not found; " + (f"served here: {shown}" if names else "no model is registered")
+            f"model not found: {name!r}; " + (f"served here: {shown}" if names else "no model is registered")
         )

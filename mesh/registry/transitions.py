@@ -113,7 +113,12 @@ class Transitions:
             return True
         try:
             async with asyncio.timeout(self._load_timeout_s):
-                status = await self._loader.ensure_loaded(vmodel.target_id, last_used_ms=active.last_used_ms, wait=True)
+                while True:
+                    status = await self._loader.ensure_loaded(
+                        vmodel.target_id, last_used_ms=active.last_used_ms, wait=True
+                    )
+                    if status.status is not ModelStatus.LOADING_FAILED or self._loader.blocked_for_s(vmodel.target_id):
+                        break  # otherwise another pod may still be able to load it
         except (MeshError, TimeoutError) as error:
             logger.info("%s can't be loaded: %s", vmodel.target_id, error or "it took too long")
             return False

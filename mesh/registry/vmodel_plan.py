@@ -63,8 +63,8 @@ def plan_set(
         new = VModelRecord(owner=wish.owner or default_owner, active_id=wish.target_id, target_id=wish.target_id)
         return _plan(view, new, wish.target_id, created)
     if wish.target_id == vmodel.target_id and not (vmodel.moving and wish.force):
-        # asked for again: nothing, except that a parked move gets another chance
-        return _plan(view, msgspec.structs.replace(vmodel, failed=False), wish.target_id, created)
+        # KServe's controller sets a vmodel again on every event of it: a set that changes nothing must write nothing.
+        return _plan(view, vmodel, wish.target_id, created)
     active = view.models.get(vmodel.active_id)
     copies = len(active.instance_ids) if active else 0
     switch = wish.force or copies == 0 or wish.target_id == vmodel.active_id or (copies == 1 and target_is_loaded)
@@ -109,23 +109,23 @@ def plan_delete(view: VModelView, *, owner: str) -> VModelPlan:
 
 def _check(wish: VModelRequest, view: VModelView) -> None:
     if not wish.vmodel_id:
-        raise InvalidRequest("must provide non-empty vModelId")
+        raise InvalidRequest("Must provide vModelId")
     if not wish.target_id:
-        raise InvalidRequest("must provide non-empty targetModelId")
+        raise InvalidRequest(f"Must provide target modelId for vmodel {wish.vmodel_id}")
     vmodel = view.vmodel
     if vmodel is None:
         if wish.update_only:
             raise NotFound(f"vmodel {wish.vmodel_id} not found")
         if wish.expected_target_id and wish.expected_target_id != wish.target_id:
             raise PreconditionFailed(
-                f"vmodel {wish.vmodel_id} does not exist, expected target model {wish.expected_target_id}"
+                f"vmodel {wish.vmodel_id} not found, expected target model {wish.expected_target_id}"
             )
         return
     if wish.owner and wish.owner != vmodel.owner:
-        raise AlreadyExists(f'vmodel {wish.vmodel_id} already exists with different owner "{vmodel.owner}"')
+        raise AlreadyExists(f'vmodel {wish.vmodel_id} already exists with different owner "{vmodel.owner or "null"}"')
     if wish.expected_target_id and vmodel.target_id not in (wish.expected_target_id, wish.target_id):
         raise PreconditionFailed(
-            f"vmodel {wish.vmodel_id} has target model {vmodel.target_id}, expected {wish.expected_target_id}"
+            f"Existing target model {vmodel.target_id} does not match expected {wish.expected_target_id}"
         )
 
 

@@ -3,27 +3,23 @@
 The comments in proto/mmesh/model_runtime.proto specify the methods.
 """
 
-import asyncio
-
 import grpc.aio
 
-from common.model_key import ModelSettings
 from common.version import package_version
 from runtime.api.grpc_errors import statuses
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineState
-from runtime.errors import InvalidRequest, ModelNotFound, RepertoryError
+from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.models.capacity import Capacity, capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
 from runtime.puller.inspection import ModelInspector
-from runtime.types import ModelSource
+from runtime.puller.size_prediction import SizePredictor
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 
 SERVICE_NAME = "mmesh.ModelRuntime"
-_PREDICT_S = 0.45
-_UNLIMITED = 2**31 - 1
+_PREDICT_S = 0.25
 # Methods whose request has the model's name in field 1, for a mesh that injects ids there instead of in a header.
 _ID_IN_FIELD_1 = (
     "fmaas.GenerationService/Generate",
@@ -50,9 +46,8 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         self._config = config
         self._engine = engine
         self._models = models
-        self._fitter = fitter
         self._cache_budget_bytes = cache_budget_bytes
-        self._predictions: set[asyncio.Task[int]] = set()
+        self._sizes = SizePredictor(fitter, self._device_and_capacity)
 
     async def loadModel(
         self,
@@ -63,9 +58,11 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             _check_id(request.modelId)
             source, settings = parse_model(request.modelPath, request.modelKey)
             served = await self._models.load(request.modelId, source, settings)
+            max_rows = self._config.engine.max_rows
             return pb.LoadModelResponse(
                 sizeInBytes=(await self._capacity()).charge_of(served.facts),
-                maxConcurrency=min(settings.max_concurrency or _UNLIMITED, _UNLIMITED),
+                # ModelMesh computes max(16, 8 × n) in 32 bits, so an unlimited n overflows.
+                maxConcurrency=min(settings.max_concurrency or max_rows, max_rows),
             )
 
     async def unloadModel(
@@ -85,12 +82,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
     ) -> pb.PredictModelSizeResponse:
         async with statuses(context):
             source, settings = parse_model(request.modelPath, request.modelKey)
-        prediction = asyncio.create_task(self._predicted_bytes(source, settings))
-        self._predictions.add(prediction)
-        prediction.add_done_callback(self._predictions.discard)
-        # A prediction that takes longer goes on, and the next call finds its result.
-        done, _ = await asyncio.wait((prediction,), timeout=_PREDICT_S)
-        return pb.PredictModelSizeResponse(sizeInBytes=prediction.result() if done else 0)
+        return pb.PredictModelSizeResponse(sizeInBytes=await self._sizes.predict(source, settings, _PREDICT_S))
 
     async def modelSize(
         self,
@@ -128,15 +120,9 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             allowAnyMethod=True,
         )
 
-    async def _predicted_bytes(self, source: ModelSource, settings: ModelSettings) -> int:
-        """Return the predicted size, 0 if it is unknown."""
-        try:
-            capacity = await self._capacity()
-            hello = await self._engine.wait_ready()
-            needs = (await self._fitter.look(source, settings, hello.device, local_only=True)).needs
-        except RepertoryError:
-            return 0
-        return capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
+    async def _device_and_capacity(self) -> tuple[str, Capacity]:
+        capacity = await self._capacity()
+        return (await self._engine.wait_ready()).device, capacity
 
     async def _capacity(self) -> Capacity:
         hello = await self._engine.wait_ready()

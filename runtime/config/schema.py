@@ -85,7 +85,9 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
             "time without a message after which a busy engine is restarted; 0 = 300 on a GPU, never on a CPU; negative = never"
         ),
     ] = 0.0
-    load_timeout_s: Annotated[float, _about("time limit of one load, from pull to ready", gt=0)] = 3600.0
+    load_timeout_s: Annotated[
+        float, _about("time limit of one load, from pull to ready; ModelMesh derives its churn guard from it", gt=0)
+    ] = 600.0
     max_new_tokens: Annotated[
         int, _about("TGIS: largest number of new tokens per request, and upper bound of the default", gt=0)
     ] = 4096

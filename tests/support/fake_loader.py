@@ -59,6 +59,10 @@ class FakeLoader:
     def expected_wait_s(self, model_id: str) -> float:
         return 1.0
 
+    def blocked_for_s(self, model_id: str) -> float:
+        record = self._registry.models.get(model_id)
+        return 60.0 if record is not None and record.failed_in else 0.0
+
     async def close(self) -> None:
         for task in self._loads.values():
             task.cancel()

@@ -75,5 +75,8 @@ async def test_model_view_load_failure_has_the_name_not_the_id(tmp_path: Path) -
         assert model_id != "odd"
         pod.runtime.switches.fail["/odd"] = "the checkpoint has no weights"
         status, body, _ = await pod.chat("odd")
-        assert (status, body["error"]["message"]) == (424, "model odd failed to load: the checkpoint has no weights")
-        assert (await pod.model("odd"))["error"] == "the checkpoint has no weights"
+        assert (status, body["error"]["message"]) == (
+            424,
+            "FAILED_PRECONDITION: the checkpoint has no weights (model odd failed to load)",
+        )
+        assert (await pod.model("odd"))["error"] == "FAILED_PRECONDITION: the checkpoint has no weights"

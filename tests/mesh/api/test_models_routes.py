@@ -65,7 +65,11 @@ async def test_models_routes_serve_chat_front_ends(tmp_path: Path) -> None:
         assert await post("/models/load", "org/smol") == 200
         await until_async(has_failed)
         failed = await status("org/smol")
-        assert (failed["value"], failed["failed"], failed["error"]) == ("unloaded", True, "broken")
+        assert (failed["value"], failed["failed"], failed["error"]) == (
+            "unloaded",
+            True,
+            "FAILED_PRECONDITION: broken",
+        )
         assert await post("/models/load", "nope") == 404
         # asked for by name, it is tried again at once
         pod.runtime.switches.fail.clear()

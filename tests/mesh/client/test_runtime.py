@@ -126,7 +126,7 @@ async def test_runtime_wait_ready_gives_up(scripted: tuple[Script, GrpcRuntime])
         ("INVALID_ARGUMENT", LoadFailed),
         ("INTERNAL", LoadFailed),
         ("RESOURCE_EXHAUSTED", Overloaded),
-        ("UNAVAILABLE", Unavailable),
+        ("UNAVAILABLE", LoadFailed),
     ],
 )
 async def test_runtime_failed_load_is_cleaned_up(

