@@ -3,7 +3,6 @@
 Knows config.json and generation_config.json through transformers; nothing of weights, devices or memory.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from runtime.engine.model.run.rope import longrope_limit
+from runtime.checkpoint.end_tokens import end_token_ids
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
 
@@ -67,7 +66,9 @@ def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> M
         num_layers=int(config.num_hidden_layers),
         vocab_size=int(config.vocab_size),
         max_model_len=_context_limit(model_id, config, max_model_len),
-        eos_token_ids=_eos_token_ids(checkpoint.model_dir, config),
+        eos_token_ids=end_token_ids(
+            Path(checkpoint.model_dir), getattr(config, "eos_token_id", None), int(config.vocab_size)
+        ),
     )
 
 
@@ -100,6 +101,16 @@ def _unsupported(config: Any, model_class: Any) -> str | None:
     return None
 
 
+def longrope_limit(rope_parameters: object) -> int | None:
+    """Return the tokens up to which a LongRoPE model runs with its short frequencies, None for any other scheme."""
+    if not isinstance(rope_parameters, dict):
+        return None
+    if rope_parameters.get("rope_type") == "longrope":
+        return int(rope_parameters["original_max_position_embeddings"])
+    limits = [limit for nested in rope_parameters.values() if (limit := longrope_limit(nested)) is not None]
+    return min(limits) if limits else None
+
+
 def _context_limit(model_id: str, config: Any, asked: int | None) -> int:
     """Tokens of a sequence. LongRoPE models keep to their original length unless more is asked for: their short and long frequencies don't mix."""
     limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
@@ -112,19 +123,3 @@ def _context_limit(model_id: str, config: Any, asked: int | None) -> int:
     if not 0 < asked <= limit:
         raise LoadFailed(f"max_model_len {asked} is not within the checkpoint's {limit} tokens", model=model_id)
     return asked
-
-
-def _eos_token_ids(model_dir: str, config: Any) -> tuple[int, ...]:
-    """generation_config.json wins over config.json; either has one id or a list."""
-    path = Path(model_dir) / "generation_config.json"
-    ids = None
-    if path.is_file():
-        try:
-            ids = json.loads(path.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise LoadFailed(f"{path} is damaged: {error}") from error
-    if ids is None:
-        ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        return ()
-    return tuple(dict.fromkeys(int(token) for token in (ids if isinstance(ids, list) else [ids])))

@@ -52,9 +52,10 @@ class ByteDetokenizer:
     def _strip_start(self, token_ids: Sequence[int]) -> bytes:
         parts = [self._pieces[token_id] for token_id in token_ids]
         first = next(index for index, part in enumerate(parts) if part)
-        parts[first] = (
-            parts[first].removeprefix(b" ") if self._start is START_STRIP_ONE else parts[first].replace(b" ", b"")
-        )
+        if self._start is START_STRIP_ONE:
+            parts[first] = parts[first].removeprefix(b" ")
+        else:
+            parts[first] = self._pieces.without_marks(token_ids[first])
         self._start = START_KEEP
         return b"".join(parts)
 

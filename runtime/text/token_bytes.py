@@ -18,10 +18,17 @@ START_STRIP_MARKS = "strip_marks"  # every space mark of the first token is drop
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How a vocabulary piece becomes bytes, and the rule for the start of a text."""
+    """How a vocabulary piece becomes bytes, and the rule for the start of a text.
+
+    Attributes:
+        added_are_text: the content of an added token is plain text, not written in the vocabulary's alphabet.
+        without_marks: the bytes of a piece whose space marks are dropped, for START_STRIP_MARKS.
+    """
 
     to_bytes: Callable[[str], bytes]
     at_start: str = START_KEEP
+    added_are_text: bool = False
+    without_marks: Callable[[str], bytes] = str.encode
 
 
 class TokenBytes(dict[int, bytes]):
@@ -30,14 +37,30 @@ class TokenBytes(dict[int, bytes]):
     def __init__(self, tokenizer: Tokenizer, decoding: Decoding, skipped: frozenset[int]) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._to_bytes = decoding.to_bytes
+        self._decoding = decoding
         self._skipped = skipped
+        self._texts = (
+            {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+            if decoding.added_are_text
+            else {}
+        )
 
     def __missing__(self, token_id: int) -> bytes:
-        piece = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
-        data = b"" if piece is None else self._to_bytes(piece)
+        data = self._bytes_of(token_id, self._decoding.to_bytes)
         self[token_id] = data
         return data
+
+    def without_marks(self, token_id: int) -> bytes:
+        """Return the bytes of a token whose space marks are dropped. Spaces that are part of the token stay."""
+        return self._bytes_of(token_id, self._decoding.without_marks)
+
+    def _bytes_of(self, token_id: int, to_bytes: Callable[[str], bytes]) -> bytes:
+        if token_id in self._skipped:
+            return b""
+        if token_id in self._texts:
+            return self._texts[token_id].encode()
+        piece = self._tokenizer.id_to_token(token_id)
+        return b"" if piece is None else to_bytes(piece)
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -54,7 +77,7 @@ def decoding_of(tokenizer: Tokenizer) -> Decoding | None:
         return None
     steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     if [step["type"] for step in steps] in (["ByteLevel"], ["ByteLevel", "Fuse"]):
-        return Decoding(_byte_level())
+        return Decoding(_byte_level(), added_are_text=True)
     return _sentencepiece(steps)
 
 
@@ -64,7 +87,7 @@ def _byte_level() -> Callable[[str], bytes]:
     def to_bytes(piece: str) -> bytes:
         try:
             return bytes([alphabet[letter] for letter in piece])
-        except KeyError:  # an added token: its content is text
+        except KeyError:  # a piece with a character that stands for no byte is text
             return piece.encode()
 
     return to_bytes
@@ -72,6 +95,7 @@ def _byte_level() -> Callable[[str], bytes]:
 
 def _sentencepiece(steps: list[dict[str, Any]]) -> Decoding | None:
     replacements: list[tuple[str, str]] = []
+    dropped: list[str] = []
     byte_fallback = False
     at_start = START_KEEP
     for step in steps:
@@ -88,6 +112,7 @@ def _sentencepiece(steps: list[dict[str, Any]]) -> Decoding | None:
                 replacements.append((mark, " "))
                 if step.get("prepend_scheme", "always") != "never":
                     at_start = START_STRIP_MARKS
+                    dropped.append(mark)
             case _:
                 return None
 
@@ -101,4 +126,9 @@ def _sentencepiece(steps: list[dict[str, Any]]) -> Decoding | None:
             piece = piece.replace(mark, text)
         return piece.encode()
 
-    return Decoding(to_bytes, at_start)
+    def without_marks(piece: str) -> bytes:
+        for mark in dropped:
+            piece = piece.replace(mark, "")
+        return to_bytes(piece)
+
+    return Decoding(to_bytes, at_start, without_marks=without_marks)

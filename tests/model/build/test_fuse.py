@@ -10,10 +10,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
 
 from runtime.checkpoint.meta_model import build_skeleton
+from runtime.checkpoint.model_config import longrope_limit
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
 from runtime.engine.model.build.tiny_model import random_model, shrink
-from runtime.engine.model.run.rope import fix_frequencies, longrope_limit, rotary_tables
+from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
 
 CONFIG = LlamaConfig(
     num_hidden_layers=12,

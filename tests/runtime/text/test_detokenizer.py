@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 
 from common.model_key import ModelSettings
 from runtime.text.text_model import TextModel, load_text
@@ -136,3 +137,28 @@ def test_encode_with_offsets_counts_characters(models: dict[str, tuple[TextModel
     found = ours.encode_with_offsets(text)
     assert found.offsets[-1][1] == len(text)
     assert len(found.ids) == len(found.pieces) == len(found.offsets)
+
+
+@pytest.mark.parametrize("content", ["ñandú", "<tool call>", "Ġ", "«a b» "])
+@pytest.mark.parametrize("family", ["byte_level", "metaspace"])
+def test_detokenizer_returns_the_text_of_an_added_token(tmp_path: Path, family: str, content: str) -> None:
+    path = _MAKERS[family](tmp_path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(content, normalized=False)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    model = load_text(path, ModelSettings())
+    token_id = tokenizer.token_to_id(content)
+    assert token_id is not None
+    assert model.decode([token_id]) == content
+    assert model.token_bytes(token_id) == content.encode()
+    assert model.encode(f"{content}dog{content}").count(token_id) == 2
+
+
+def test_detokenizer_round_trips_added_tokens_of_byte_level_bpe(tmp_path: Path) -> None:
+    path = tiny.byte_level(tmp_path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("ñandú", "un ñandú")])
+    tokenizer.save(str(path / "tokenizer.json"))
+    model = load_text(path, ModelSettings())
+    text = "ñandú dog un ñandú, ñandú"
+    assert model.decode(model.encode(text)) == text

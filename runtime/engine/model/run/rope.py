@@ -49,16 +49,6 @@ def fix_frequencies(module: nn.Module, max_model_len: int) -> None:
             rotary.rope_type = _fixed(rotary, rotary.rope_type, rotary.config.rope_parameters, "", None, max_model_len)
 
 
-def longrope_limit(rope_parameters: object) -> int | None:
-    """Tokens up to which a LongRoPE model runs with its short frequencies, None for any other scheme."""
-    if not isinstance(rope_parameters, dict):
-        return None
-    if rope_parameters.get("rope_type") == "longrope":
-        return int(rope_parameters["original_max_position_embeddings"])
-    limits = [limit for nested in rope_parameters.values() if (limit := longrope_limit(nested)) is not None]
-    return min(limits) if limits else None
-
-
 def rotary_tables(rotary: nn.Module, device: torch.device) -> dict[str, RotaryTable]:
     """The tables of a rotary module whose frequencies are fixed, by layer type ("" where all layers share one)."""
     tables = {}
