@@ -1,104 +1,153 @@
-"""A walk over a GGUF file's index before its own library reads it, which believes every count: a few damaged bytes would take it all memory.
+"""Reads a GGUF file's index: its metadata and its tensors' names and shapes.
 
-Knows where things lie and how long they are; not what they mean. (Layout: ggml's docs/gguf.md.)
+The format's own library believes every count, so that a few damaged bytes would make it allocate all memory. This reader checks each length
+against the file's size first. The layout is specified in ggml's docs/gguf.md.
 """
 
 import math
 import mmap
 import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import LoadFailed
+from runtime.puller.sizing import TensorShape
 
-# bytes of the kinds of values; text and arrays say their own length
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_UINT32, _TEXT, _ARRAY = 4, 8, 9
-_MOST_DIMENSIONS = 4
+_FORMS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_TEXT, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
 _ALIGNMENT_BYTES = 32
-_LEAST_ENTRY_BYTES = 13  # an empty name, a kind and a byte
+_MIN_ENTRY_BYTES = 13  # an empty name, a value type and a byte
+_MAX_TEXT_BYTES = 1 << 20
+_MAX_NUMBERS = 4096  # of an array that is kept: one number per layer, not one per vocabulary entry
+
+Value = int | float | bool | str | tuple[int | float | bool, ...] | None
 
 
-def check_index(path: Path) -> None:
-    """Raises LoadFailed for a file whose index doesn't end within it or whose tensors don't, naming the sizes."""
+@dataclass(frozen=True, slots=True)
+class GgufIndex:
+    """What a file states of itself. Arrays of texts and long arrays are None in `metadata`; `num_items` has their lengths."""
+
+    metadata: Mapping[str, Value]
+    num_items: Mapping[str, int]
+    tensors: Sequence[TensorShape]  # every one is F32 once it is dequantised
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture") or "")
+
+    def number(self, key: str) -> int | None:
+        """Return an integer of the metadata, None if it is absent or of another type."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def read_index(path: Path) -> GgufIndex:
+    """Read a file's index. Raises LoadFailed for a file whose index or tensors end beyond it, and for one part of a split file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Walk(path.name, data).check()
-    except (OSError, ValueError) as error:  # an empty file can't be mapped
+            index = _IndexReader(path.name, data).read()
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise LoadFailed(f"{path.name} can't be read: {error}") from error
+    num_parts = index.number("split.count") or 1
+    if num_parts > 1:
+        part = (index.number("split.no") or 0) + 1
+        raise LoadFailed(
+            f"{path.name} is part {part} of a GGUF file that was split into {num_parts}, which can't be loaded in parts; "
+            "merge them with `llama-gguf-split --merge` and register the whole file"
+        )
+    return index
 
 
-class _Walk:
+class _IndexReader:
     def __init__(self, name: str, data: mmap.mmap) -> None:
         self._name = name
         self._data = data
         self._at = 4
 
-    def check(self) -> None:
-        from gguf.constants import GGML_QUANT_SIZES
-
+    def read(self) -> GgufIndex:
         version = self._number("<I")
         if version not in (2, 3):
-            raise LoadFailed(f"{self._name} is GGUF of version {version}; 2 and 3 can be read")
-        tensors, entries = self._count(_LEAST_ENTRY_BYTES), self._count(_LEAST_ENTRY_BYTES)
-        alignment = _ALIGNMENT_BYTES
-        for _ in range(entries):
+            raise LoadFailed(f"{self._name} is GGUF of version {version}; versions 2 and 3 can be read")
+        num_tensors, num_entries = self._count(_MIN_ENTRY_BYTES), self._count(_MIN_ENTRY_BYTES)
+        metadata: dict[str, Value] = {}
+        num_items: dict[str, int] = {}
+        for _ in range(num_entries):
             key = self._text()
-            kind = self._number("<I")
-            if key == b"general.alignment" and kind == _UINT32:
-                alignment = (
-                    max(1, struct.unpack_from("<I", self._data, self._at)[0])
-                    if self._at + 4 <= len(self._data)
-                    else alignment
-                )
-            self._value(kind)
-        end = 0
-        for _ in range(tensors):
-            name = self._text()
-            dimensions = self._number("<I")
-            if dimensions > _MOST_DIMENSIONS:
-                raise LoadFailed(f"{self._name} is damaged: tensor {name[:100]!r} has {dimensions} dimensions")
-            numel = math.prod(self._number("<Q") for _ in range(dimensions))
-            sizes = GGML_QUANT_SIZES.get(self._number("<I"))
-            if sizes is None:
-                raise LoadFailed(f"{self._name}: tensor {name[:100]!r} is of a kind that isn't known here")
-            block, block_bytes = sizes
-            end = max(end, self._number("<Q") + -(-numel // block) * block_bytes)
-        needed = self._at + -self._at % alignment + end if tensors else self._at
+            metadata[key] = self._value(self._number("<I"), key, num_items)
+        tensors, data_bytes = self._tensors(num_tensors)
+        alignment = metadata.get("general.alignment")
+        step = max(1, alignment) if isinstance(alignment, int) else _ALIGNMENT_BYTES
+        needed = self._at + -self._at % step + data_bytes if tensors else self._at
         if needed > len(self._data):
             raise self._truncated(needed)
+        return GgufIndex(metadata, num_items, tensors)
 
-    def _value(self, kind: int) -> None:
+    def _tensors(self, count: int) -> tuple[list[TensorShape], int]:
+        """Return the tensors and the bytes of the data section."""
+        from gguf.constants import GGML_QUANT_SIZES
+
+        tensors, end = [], 0
+        for _ in range(count):
+            name = self._text()
+            num_dimensions = self._number("<I")
+            if num_dimensions > _MAX_DIMENSIONS:
+                raise LoadFailed(f"{self._name} is damaged: tensor {name[:100]!r} has {num_dimensions} dimensions")
+            # The fastest dimension comes first.
+            shape = tuple(int(self._number("<Q")) for _ in range(num_dimensions))[::-1]
+            sizes = GGML_QUANT_SIZES.get(self._number("<I"))
+            if sizes is None:
+                raise LoadFailed(f"{self._name}: tensor {name[:100]!r} has an unknown type")
+            block, block_bytes = sizes
+            end = max(end, self._number("<Q") + -(-math.prod(shape) // block) * block_bytes)
+            tensors.append(TensorShape(name, "F32", shape))
+        return tensors, end
+
+    def _value(self, kind: int, key: str, num_items: dict[str, int]) -> Value:
         if kind == _TEXT:
-            self._text()
-            return
+            return self._text()
         if kind != _ARRAY:
-            self._skip(self._size(kind))
-            return
+            return self._scalar(kind)
         item = self._number("<I")
         if item == _TEXT:
-            for _ in range(self._count(8)):
+            num_items[key] = self._count(8)
+            for _ in range(num_items[key]):
                 self._skip(self._number("<Q"))
-        else:
-            size_bytes = self._size(item)
-            self._skip(self._count(size_bytes) * size_bytes)
+            return None
+        form = self._form(item)
+        count = num_items[key] = self._count(struct.calcsize(form))
+        start = self._at
+        self._skip(count * struct.calcsize(form))
+        if count > _MAX_NUMBERS:
+            return None
+        return struct.unpack_from(f"<{count}{form[1]}", self._data, start)
 
-    def _size(self, kind: int) -> int:
-        size_bytes = _SIZES.get(kind)
-        if size_bytes is None:
-            raise LoadFailed(f"{self._name} is damaged: a value in its index is of kind {kind}")
-        return size_bytes
+    def _scalar(self, kind: int) -> int | float | bool:
+        form = self._form(kind)
+        start = self._at
+        self._skip(struct.calcsize(form))
+        [value] = struct.unpack_from(form, self._data, start)
+        number: int | float | bool = value
+        return number
+
+    def _form(self, kind: int) -> str:
+        form = _FORMS.get(kind)
+        if form is None:
+            raise LoadFailed(f"{self._name} is damaged: a value in its index has the unknown type {kind}")
+        return form
 
     def _count(self, item_bytes: int) -> int:
-        """A number of things of at least so many bytes, which the rest of the file must hold."""
+        """Read a number of items of at least `item_bytes` each, which the rest of the file must hold."""
         count = self._number("<Q")
         if count * item_bytes > len(self._data) - self._at:
             raise self._truncated(self._at + count * item_bytes)
         return count
 
-    def _text(self) -> bytes:
+    def _text(self) -> str:
         start = self._at + 8
         self._skip(self._number("<Q"))
-        return self._data[start : min(self._at, start + 200)]
+        return self._data[start : min(self._at, start + _MAX_TEXT_BYTES)].decode(errors="replace")
 
     def _number(self, form: str) -> int:
         at = self._at

@@ -36,14 +36,12 @@ def write_config(config: "dict[str, Any]", out_dir: Path) -> None:
     (out_dir / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
 
 
-def convert_tokenizer(model_dir: Path, out_dir: Path, *, gguf_file: str | None = None) -> None:
-    """Make a tokenizer.json of a slow tokenizer's files or of what a GGUF file carries. Raises LoadFailed with transformers' own words."""
+def convert_tokenizer(model_dir: Path, out_dir: Path) -> None:
+    """Make a tokenizer.json of a slow tokenizer's files. Raises LoadFailed with transformers' message."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(model_dir), gguf_file=gguf_file, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
         tokenizer.save_pretrained(str(out_dir))
     except Exception as error:  # whatever a converter raises means the same: this tokenizer can't be used
         raise LoadFailed(

@@ -5,6 +5,7 @@ them.
 """
 
 import copy
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -23,9 +24,10 @@ from runtime.checkpoint.packed import KERNEL_LAYOUT
 from runtime.checkpoint.safetensors_index import read_index
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
-from runtime.puller.gguf_index import check_index
+from runtime.puller.gguf_index import read_index as read_gguf_index
 from runtime.puller.pack.aux_files import convert_tokenizer, copy_beside, write_config
-from runtime.puller.pack.gguf_cache import read_once
+from runtime.puller.pack.gguf_tokenizer import convert_gguf_tokenizer, end_of_turn_ids
+from runtime.puller.pack.gguf_weights import read_gguf_config, read_gguf_weights
 from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
 from runtime.puller.pack.request import PACKED_NAME, PackEvent, PackProgress, PackRequest
 from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable
@@ -54,19 +56,9 @@ def pack(request: PackRequest, say: Say) -> int:
     """Fill `request.out_dir`; returns the packed file's bytes. Raises LoadFailed, OSError."""
     out_dir = Path(request.out_dir)
     model_dir = Path(request.model_dir)
-    whole: Any = None
+    whole: dict[str, Tensor] | None = None
     if request.kind == "gguf":
-        name = Path(request.weight_files[0]).name
-        check_index(Path(request.weight_files[0]))
-        with read_once():
-            say(PackProgress(0, 0, f"reading {name}"))
-            whole = _read_whole(request, gguf_file=name)
-            say(PackProgress(0, 0, "converting the tokenizer"))
-            convert_tokenizer(model_dir, out_dir, gguf_file=name)
-        write_config(
-            {**whole.config.to_dict(), "architectures": [type(whole).__name__], "dtype": request.dtype}, out_dir
-        )
-        whole.generation_config.save_pretrained(str(out_dir))
+        whole = _read_gguf(request, out_dir, say)
     else:
         copy_beside(model_dir, out_dir)
         if not (out_dir / "tokenizer.json").is_file():
@@ -74,21 +66,23 @@ def pack(request: PackRequest, say: Say) -> int:
             convert_tokenizer(model_dir, out_dir)
         if request.kind == "pickle":
             say(PackProgress(0, 0, "reading the pickled weights"))
-            whole = _read_whole(request)
+            whole = _read_pickles(request)
     if not request.pack_weights:
         return 0
     card = read_card("", Checkpoint(model_dir=str(out_dir), dtype=request.dtype), None)
     return _pack_weights(request, card, whole, out_dir / PACKED_NAME, say)
 
 
-def _pack_weights(request: PackRequest, card: ModelConfig, whole: Any, path: Path, say: Say) -> int:
+def _pack_weights(
+    request: PackRequest, card: ModelConfig, whole: dict[str, Tensor] | None, path: Path, say: Say
+) -> int:
     if whole is None:
         check_sizes(card, len(read_index(request.weight_files)))
     skeleton = build_skeleton(card.model_class, copy.deepcopy(card.config), "eager")
     specs = stored_specs(skeleton, card.dtype, card.num_layers)
     tensors: Tensors
     if whole is not None:
-        tensors = InMemory(whole.state_dict())
+        tensors = InMemory(whole)
         serialised: set[str] = set()
     else:
         from_files = FromFiles(skeleton, specs, request.weight_files, tied_names(skeleton))
@@ -215,21 +209,54 @@ def _two(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 else (1, 1)
 
 
-def _read_whole(request: PackRequest, gguf_file: str | None = None) -> Any:
+def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tensor]:
+    """Write the file's configuration and tokenizer to `out_dir` and return its weights."""
+    from gguf import GGUFReader
+
+    path = Path(request.weight_files[0])
+    index = read_gguf_index(path)
+    say(PackProgress(0, 0, f"reading {path.name}"))
+    try:
+        reader: Any = GGUFReader(str(path))
+        config = read_gguf_config(reader, index, path)
+        end_ids = end_of_turn_ids(index)
+        write_config({**config.to_dict(), "dtype": request.dtype}, out_dir)
+        (out_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": end_ids} if end_ids else {}))
+        say(PackProgress(0, 0, "converting the tokenizer"))
+        convert_gguf_tokenizer(reader, index, path, out_dir)
+        card = read_card("", Checkpoint(model_dir=str(out_dir), dtype=request.dtype), None)
+        check_sizes(card, len(index.tensors))
+        say(PackProgress(0, 0, f"dequantising {path.name}"))
+        model = build_skeleton(card.model_class, card.config, "eager")
+        return read_gguf_weights(reader, model, index.architecture, card.dtype)
+    except (LoadFailed, MemoryError):
+        raise
+    except Exception as error:  # the readers raise whatever a file of foreign make leads them to
+        raise LoadFailed(f"{path.name} can't be read: {type(error).__name__}: {error}") from error
+
+
+def _read_pickles(request: PackRequest) -> dict[str, Tensor]:
+    """Load pickled weights by way of transformers. Raises LoadFailed naming tensors that are missing or unexpected."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = (
-        {"gguf_file": gguf_file} if gguf_file is not None else {"use_safetensors": False, "weights_only": True}
-    )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             request.model_dir,
             dtype=getattr(torch, request.dtype),
             local_files_only=True,
             trust_remote_code=False,
-            **options,
+            use_safetensors=False,
+            weights_only=True,
+            output_loading_info=True,
         )
-    except Exception as error:  # the readers raise whatever they meet; all of it means that these files can't be used
+    except Exception as error:  # the reader raises whatever a file of foreign make leads it to
         raise LoadFailed(
             f"{Path(request.weight_files[0]).name} can't be read: {type(error).__name__}: {error}"
         ) from error
+    for what in ("missing", "unexpected"):
+        if names := sorted(info[f"{what}_keys"]):
+            raise LoadFailed(
+                f"{Path(request.weight_files[0]).name} has {what} tensors for {type(model).__name__}: {', '.join(names[:5])}"
+            )
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights

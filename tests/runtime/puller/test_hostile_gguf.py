@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import LoadFailed
-from runtime.puller.gguf_index import check_index
+from runtime.puller.gguf_index import read_index
 from runtime.puller.gguf_metadata import read_gguf
 from tests.support.smollm2 import gguf_path
 
@@ -74,7 +74,7 @@ def test_a_file_that_was_cut_anywhere_is_told_with_its_sizes(tmp_path: Path) -> 
         with pytest.raises(
             LoadFailed, match=rf"^m\.gguf is truncated or damaged: {size} bytes, its index describes \d+"
         ):
-            check_index(tmp_path / "m.gguf")
+            read_index(tmp_path / "m.gguf")
 
 
 def test_a_file_whose_bits_fell_over_is_read_or_refused(tmp_path: Path) -> None:
@@ -93,5 +93,8 @@ def test_a_file_whose_bits_fell_over_is_read_or_refused(tmp_path: Path) -> None:
     assert refused > 20
 
 
-def test_a_real_file_passes() -> None:
-    check_index(gguf_path())
+def test_read_index_describes_a_real_file() -> None:
+    index = read_index(gguf_path())
+    assert (index.architecture, index.number("llama.block_count")) == ("llama", 30)
+    assert index.num_items["tokenizer.ggml.tokens"] == 49152
+    assert len(index.tensors) == 272

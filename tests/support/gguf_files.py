@@ -1,0 +1,72 @@
+"""Writes a tiny Llama as GGUF, as llama.cpp's converter does."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+from transformers import LlamaForCausalLM
+
+SPECIAL = ("<s>", "</s>", "<|eot|>")
+
+
+def vocabulary(size: int, extra: Sequence[str] = ()) -> list[str]:
+    tokens = [*SPECIAL, *extra, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    return [*tokens, *(f"unused{number}" for number in range(size - len(tokens)))]
+
+
+def write_llama(
+    model: LlamaForCausalLM,
+    path: Path,
+    *,
+    pre: str | None = "gpt-2",
+    extra: Sequence[str] = (),
+    drop: str = "",
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> None:
+    """Write `model` to `path` in float32, without tensors whose names contain `drop`. `extra` are user-defined tokens after the special ones."""
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = vocabulary(config.vocab_size, extra)
+    writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIAL) + [4] * len(extra) + [1] * (len(tokens) - len(SPECIAL) - len(extra)))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    change(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        found = names.get_name(name.removesuffix(".weight"))
+        assert found is not None
+        if not drop or drop not in found:
+            writer.add_tensor(
+                f"{found}.weight", _permuted(found, tensor, config.num_attention_heads, config.num_key_value_heads)
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _permuted(name: str, tensor: torch.Tensor, num_heads: int, num_kv_heads: int) -> np.ndarray:
+    """Rotate pairs of neighbours, as ggml does, instead of halves."""
+    weights: np.ndarray = tensor.detach().numpy()
+    if not name.endswith(("attn_q", "attn_k")):
+        return weights
+    heads = num_heads if name.endswith("attn_q") else num_kv_heads
+    rows, columns = weights.shape
+    return weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
