@@ -15,7 +15,10 @@ GATE_CODES: Mapping[Activation | None, int] = MappingProxyType({None: 0, "silu":
 
 
 def act_mul(gate_up: Tensor, kind: Activation, out: Tensor | None = None) -> Tensor:
-    """`gate_up` [..., 2I] holds gate, then up; returns [..., I]. act(gate) is rounded to the row's type before the product, as in transformers."""
+    """Return act(gate) × up [..., I] of `gate_up` [..., 2I], whose rows hold gate, then up.
+
+    act(gate) is rounded to the row's type before the product, as in transformers.
+    """
     if out is None:
         out = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
     if gate_up.is_cuda:

@@ -21,7 +21,10 @@ def draw_largest(
     num_samples: int,
     scratch: Scratch | None,
 ) -> None:
-    """The place of the largest of `logits` [S or more, V] of each sample to `drawn` [S] int64, and as commit_draws says (kernels/inputs.py)."""
+    """Write the token id of the largest logit of each row of `logits` [S or more, V] to `drawn` [S] int64.
+
+    Then store the tokens as `commit_draws` in `kernels/inputs.py` does.
+    """
     if logits.is_cuda:
         from runtime.engine.kernels.gpu import argmax
 

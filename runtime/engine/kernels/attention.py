@@ -36,13 +36,18 @@ def paged_attention(
     sinks: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> None:
-    """Causal attention of `q` [T, Hq, D] into `out` [T, Hq, D] (tokens of no row are left as they were).
+    """Compute causal attention of `q` [T, Hq, D] into `out` [T, Hq, D]. Tokens that belong to no row are not written.
 
-    `query_starts` [B+1] int32: row b's queries are tokens starts[b]..starts[b+1], the last of them at position context_lens[b] - 1 (int32 [B],
-    counted after this step's keys and values were written). `page_table` [R, W] int32 is indexed by `row_slots` [B] int32.
-    `block_tokens`: a power of two, 16 or more. `max_query_len` and `max_context_len` bound the batch. `sliding_window`: a token sees that many
-    positions, itself included; 0 = all. `softcap`: scores become cap·tanh(score / cap). `sinks` [Hq]: a logit that takes weight and gives nothing.
-    `k_scale`, `v_scale` (float32, one element or one a KV head): what FP8 planes hold times this is K and V.
+    Args:
+        query_starts: [B+1] int32. The queries of row b are tokens starts[b] to starts[b+1] - 1.
+        context_lens: [B] int32, counted after this step's keys and values were written. The last query of row b is at
+            position context_lens[b] - 1.
+        page_table: [R, W] int32, indexed by `row_slots` [B] int32.
+        block_tokens: a power of two, at least 16.
+        max_query_len, max_context_len: upper bounds over the rows of the batch.
+        sliding_window: number of positions that a token sees, itself included. 0 means all.
+        softcap: if not 0, scores become softcap · tanh(score / softcap).
+        sinks: [Hq], a logit per head that takes part in the softmax and has no value.
     """
     arguments = (
         out,
@@ -128,7 +133,7 @@ def paged_attention_torch(
 
 
 def _pages(plane: Tensor, page_unit: int, block_tokens: int, num_kv_heads: int, head_dim: int) -> Tensor:
-    """The plane as [pages, block_tokens, Hkv, D]; the last page may end before its unit does."""
+    """View the plane as [pages, block_tokens, Hkv, D]. The last page may end before its unit does."""
     block = block_tokens * num_kv_heads * head_dim
     num_pages = (plane.numel() - block) // page_unit + 1
     return plane.as_strided(

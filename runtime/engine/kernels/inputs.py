@@ -1,15 +1,17 @@
-"""A step's inputs, built on the device from what the device already knows and one small upload.
+"""Builds a step's inputs on the device, from tables that are already there and one small upload.
 
-Knows the upload's words and the row tables; nothing of requests. Layout of the upload, int32 words:
+Layout of the upload, in int32 words:
 
     header[16]: num_rows, num_tokens, num_samples, num_blocks, ring line, then where each section begins, in the order below
-    per row:    slot · start (position of its first token here) · first token in the batch (one more entry: num_tokens)
-                · where its ids begin in `tokens`, -1 = its one id is the row's last drawn token
-    per sample: token whose logits count · row slot
+    per row:    slot · start (position of its first token in this step) · index of its first token in the batch (one
+                more entry: num_tokens) · where its ids begin in `tokens`, or -1 if its one id is the row's last drawn
+                token
+    per sample: token whose logits are used · row slot
     blocks:     (row slot, index in its page table, page id) each
     tokens:     input ids
 
-What a step leaves of the padded sizes is filled with rows of no queries and tokens of slot -1, so that one CUDA graph serves every smaller step.
+Unused rows are padded with zero queries and unused tokens with slot -1, so that one CUDA graph serves every smaller
+step.
 """
 
 import torch
@@ -48,8 +50,11 @@ def build_inputs(
     page_unit: int,
     token_stride: int,
 ) -> None:
-    """Enter new blocks in `page_table` [R, W] and fill the first `num_tokens`, `num_rows`, `num_samples` places of `inputs`; those counts are the
-    padded ones, the upload holds the true ones. A token's slot is page id · `page_unit` + its place in the block · `token_stride`."""
+    """Enter new blocks in `page_table` [R, W] and fill the first `num_tokens`, `num_rows` and `num_samples` of `inputs`.
+
+    These counts are padded; the upload holds the true ones. The slot of a token is
+    page id · `page_unit` + index in its block · `token_stride`.
+    """
     arguments = (
         upload,
         page_table,
@@ -73,7 +78,10 @@ def build_inputs(
 def commit_draws(
     drawn: Tensor, upload: Tensor, inputs: StepInputs, last_token: Tensor, ring: Tensor, *, num_samples: int
 ) -> None:
-    """Make `drawn` [S] int64 the rows' last tokens, and copy it to the upload's line of `ring` [lines, B] int64 (padded samples are left out)."""
+    """Store `drawn` [S] int64 as the rows' last tokens and in the line of `ring` [lines, B] int64 that the upload names.
+
+    Padded samples are skipped.
+    """
     arguments = (drawn, upload, inputs, last_token, ring, num_samples)
     if upload.is_cuda:
         from runtime.engine.kernels.gpu import inputs as gpu

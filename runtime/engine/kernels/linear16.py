@@ -12,8 +12,8 @@ from torch.nn import functional
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.scratch import Scratch
 
-MAX_ROWS = 32  # beyond, arithmetic counts and the library's product is as fast
-MAX_ROWS_OF_LARGE = 64  # of weights with so many outputs, or so wide a K
+MAX_ROWS = 32  # Above, arithmetic limits the product and cuBLAS is as fast.
+MAX_ROWS_OF_LARGE = 64  # for weights with at least LARGE_OUTPUTS outputs or LARGE_COLUMNS columns
 LARGE_OUTPUTS = 16384
 LARGE_COLUMNS = 8192
 LEAST_COLUMNS = 512  # of K; and a multiple of it
@@ -35,8 +35,11 @@ def linear_16bit(
     out: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """`x` [..., K] times the transpose of `weight` [N, K], plus `bias` [N]: [..., N]. With `gate`, the weight holds gate, then up, and the result is
-    act(gate) × up: [..., N/2]. For what `serves` says yes to."""
+    """Return x · Wᵀ + bias [..., N] of `x` [..., K], `weight` [N, K] and `bias` [N].
+
+    With `gate`, the rows of the weight are those of gate, then those of up, and the result is act(gate) × up [..., N/2].
+    On a GPU the operands must be ones that `serves` accepts.
+    """
     num_outputs = weight.shape[0] // (1 if gate is None else 2)
     if out is None:
         out = x.new_empty((*x.shape[:-1], num_outputs))

@@ -26,11 +26,12 @@ def linear_4bit(
     out: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """`x` [..., K] times the transpose of a 4-bit weight: [..., N] in x's type. With `gate`, the weight holds gate, then up, and the result is
-    act(gate) × up: [..., N/2].
+    """Return x · Wᵀ + bias [..., N] in the type of `x` [..., K], for a 4-bit weight and `bias` [N].
 
-    `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] as `kernel_layout_4bit` gives them; 1-D for a K that is no multiple of 64, which then
-    is dequantised at every call. `bias` [N]. With `out` and `scratch` given, nothing is allocated for M <= 128 (more, if `staging` is as large as the weight in x's type or a share of it).
+    With `gate`, the rows of the weight are those of gate, then those of up, and the result is act(gate) × up [..., N/2].
+    `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] are as `kernel_layout_4bit` returns them. If K is not a
+    multiple of 64 they are 1-D, and the weight is dequantised at every call. With `out` and `scratch`, nothing is
+    allocated for up to 128 rows, nor for more rows if `staging` holds a part of the weight in x's type.
     """
     if out is None:
         out = x.new_empty((*x.shape[:-1], num_rows_4bit(weight, x.shape[-1]) // (1 if gate is None else 2)))
@@ -44,7 +45,7 @@ def linear_4bit(
 
 
 def warm(device: torch.device) -> None:
-    """Have the GPU's kernels ready before the first call; call it when a first 4-bit model is loaded. Nothing to do on a CPU."""
+    """Prepare the GPU's kernels before the first call. Does nothing on a CPU."""
     if device.type == "cuda":
         from runtime.engine.kernels.gpu import linear4
 
@@ -52,7 +53,7 @@ def warm(device: torch.device) -> None:
 
 
 def num_rows_4bit(weight: Tensor, in_features: int) -> int:
-    """N of a weight in either layout."""
+    """Return N of a weight in either layout."""
     return weight.shape[0] if weight.dim() == 2 else weight.numel() * 2 // in_features
 
 
@@ -65,7 +66,7 @@ def linear_4bit_torch(
     gate: Activation | None,
     out: Tensor,
 ) -> None:
-    """Torch twin of the GPU's kernels: dequantise, then multiply."""
+    """Torch twin of the GPU's kernels: dequantises, then multiplies."""
     y = functional.linear(x, dequantize_4bit_torch(weight, absmax, codebook, x.shape[-1], x.dtype), bias)
     if gate is None:
         out.copy_(y)
@@ -76,7 +77,7 @@ def linear_4bit_torch(
 def dequantize_4bit_torch(
     weight: Tensor, absmax: Tensor, codebook: Codebook, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight [N, K] in `dtype`, rounded once from float32, as bitsandbytes does it."""
+    """Return the weight [N, K] in `dtype`, rounded once from float32, as bitsandbytes does."""
     values = torch.tensor(codebook_values(codebook), dtype=torch.float32, device=weight.device)
     if weight.dim() == 2:
         wide = values[codes_4bit(weight, in_features).int()]

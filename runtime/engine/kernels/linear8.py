@@ -19,7 +19,10 @@ def linear_int8(
     out: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """`x` [..., K] times the transpose of `weight` int8 [N, K], whose row n stands for weight[n] · scale[n] (float32, absmax / 127): [..., N]."""
+    """Return x · Wᵀ + bias [..., N] of `x` [..., K] and `weight` int8 [N, K] with `scale` [N] float32 (absmax / 127).
+
+    Row n of the weight stands for weight[n] · scale[n].
+    """
     if out is None:
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if x.is_cuda:
@@ -32,7 +35,10 @@ def linear_int8(
 
 
 def linear_int8_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Torch twin of the Triton launch, quantising activations. Sums of integers are exact in float64 (in float32 up to K = 1040)."""
+    """Torch twin of the Triton launch, which quantises the activations too.
+
+    Sums of integers are exact in float64. In float32 they are exact only up to K = 1040.
+    """
     quantized, x_scale = quantize_rows_torch(x)
     sums = (quantized.double() @ weight.t().double()).float()
     y = sums * (x_scale * scale)
@@ -40,7 +46,7 @@ def linear_int8_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
 
 
 def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of each row of `x` [..., K], and its scale [..., 1] = absmax / 127."""
+    """Quantise each row of `x` [..., K] to int8. Returns the codes and the scales [..., 1] = absmax / 127."""
     wide = x.float()
     absmax = wide.abs().amax(-1, keepdim=True)
     factor = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))

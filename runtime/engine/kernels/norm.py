@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out: Tensor | None = None) -> Tensor:
-    """Normalise the last dimension of `x` [..., H] by its root mean square and scale it by `weight` [H]. Rows must be contiguous."""
+    """Normalise the last dimension of `x` [..., H] by its root mean square and scale it by `weight` [H].
+
+    Rows must be contiguous.
+    """
     if out is None:
         out = torch.empty_like(x)
     if x.is_cuda:
@@ -24,7 +27,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`residual += x` in place, then its RMSNorm: returns (normed, residual). Shapes [..., H]; one launch on a GPU."""
+    """Add `x` to `residual` in place and normalise the sum. Returns (normed, residual), both [..., H].
+
+    This is one launch on a GPU.
+    """
     if out is None:
         out = torch.empty_like(x)
     if x.is_cuda:

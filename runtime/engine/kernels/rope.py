@@ -1,10 +1,10 @@
-"""Query/key normalisation, rotary embedding and the write of keys and values into their pages, in one pass over a fused QKV row.
+"""Normalises queries and keys, applies the rotary embedding and writes keys and values into the KV cache, in one pass
+over a fused QKV row.
 
-Knows one layer's rows and two planes of element offsets; nothing of pages, rows of a batch or which model this is.
-
-A rotated head of size D with `rotary_dim` R: in halves (NeoX) element d < R/2 pairs with d + R/2 and turns by frequency d; interleaved,
-elements 2i and 2i + 1 pair and turn by frequency i. Elements from R on pass through. `cos` and `sin` hold frequency f in column f, so
-the [T, R] table of halves that transformers returns serves as it is, and a table with each frequency twice in a row serves as `cos[:, ::2]`.
+Of a head of size D the first R = `rotary_dim` elements are rotated. In halves (NeoX), element d < R/2 pairs with
+d + R/2 at frequency d. Interleaved, elements 2i and 2i + 1 pair at frequency i. `cos` and `sin` hold frequency f in
+column f: the [T, R] table of two halves that transformers returns works as it is, and a table that holds each frequency
+twice in a row works as `cos[:, ::2]`.
 """
 
 import torch
@@ -30,10 +30,10 @@ def rope_and_cache(
     norm_eps: float = 1e-6,
     norm_plus_one: bool = False,
 ) -> None:
-    """Split `qkv` [T, (Hq + 2·Hkv)·D] into heads; rotate queries into `q_out` [T, Hq, D], keys and values into the planes.
+    """Split `qkv` [T, (Hq + 2·Hkv)·D] into heads, rotate queries into `q_out` [T, Hq, D] and write keys and values.
 
-    `slots` [T] int64: element offset of the token's [Hkv, D] block in both planes; -1 writes nothing (padding). `q_norm` and `k_norm` [D]:
-    RMSNorm weights of each head, or none. `k_scale` and `v_scale`: float32 of one element or one a KV head, for FP8 planes: what is stored is x / scale.
+    `slots` [T] int64 is the element offset of a token's [Hkv, D] block in both planes; -1 writes nothing (padding).
+    `q_norm` and `k_norm` [D] are RMSNorm weights that are applied to each head.
     """
     arguments = (
         q_out,
@@ -68,7 +68,7 @@ def write_kv(
     k_plane: Tensor,
     v_plane: Tensor,
 ) -> None:
-    """Write `k` and `v` [T, Hkv, D] (each head contiguous) at `slots` [T] of their planes, as `rope_and_cache` does."""
+    """Write `k` and `v` [T, Hkv, D] (each head contiguous) at `slots` [T] of their planes, like `rope_and_cache`."""
     if k.is_cuda:
         from runtime.engine.kernels.gpu import rope
 

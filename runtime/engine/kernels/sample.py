@@ -1,10 +1,11 @@
-"""Drawing tokens: temperature, top-k, top-p, min-p and typical-p in transformers' order, then Gumbel-max with noise from a counter.
+"""Draws tokens: applies temperature, top-k, top-p, min-p and typical-p in transformers' order, then Gumbel-max with
+noise from a counter.
 
-The noise of a token is a function of (seed, position, token id) alone, in 32-bit integer arithmetic that the Triton kernel repeats exactly, so a
-text doesn't depend on what else is in the batch. Every filter is "score at least a threshold": tokens that tie with the last one kept are kept.
-Knows scores and rules (model/rows.py numbers a rule's words); nothing of rows' histories or of edits made before.
+The noise of a token is a function of (seed, position, token id) only, in 32-bit integer arithmetic that the Triton
+kernel repeats exactly, so that a text does not depend on the rest of the batch. Each filter keeps scores at or above a
+threshold: tokens that tie with the last one kept are kept.
 
-Over z = logit / temperature, with M the mass of what the filters before kept:
+The filters over z = logit / temperature, where M is the mass that the earlier filters kept:
     top-k    z at least the k-th largest
     top-p    mass of the strictly larger ones < p · M
     min-p    z ≥ max z + log(min_p)
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Words of a rule; the same as in model/rows.py.
+# Positions of the words of a rule; the same as in model/run/row_state.py.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED_LOW, SEED_HIGH = range(7)
 _CANDIDATES = 1024
 
@@ -31,10 +32,11 @@ def draw(
     *,
     sorts: bool,
 ) -> None:
-    """For each i: draw from `logits` [N, V] row source[i] by the rules of row slot row_slots[i] for position positions[i] into drawn[target[i]].
+    """Draw n tokens. Draw i reads row source[i] of `logits` [N, V] and writes drawn[target[i]].
 
-    `source`, `target`, `row_slots`, `positions`: [n] int64; `rules`: [max_rows, words] int32; `drawn` int64. Temperature 0 takes the largest.
-    `sorts`: whether any of the rules has top-k, top-p or typical-p.
+    It applies the rules of row slot row_slots[i] with the noise of positions[i]. Temperature 0 takes the largest logit.
+    `source`, `target`, `row_slots` and `positions` are [n] int64, `rules` is [max_rows, words] int32 and `drawn` int64.
+    `sorts` says whether any of the rules has top-k, top-p or typical-p.
     """
     if logits.is_cuda:
         from runtime.engine.kernels.gpu import sample
@@ -54,7 +56,7 @@ def draw_torch(
     drawn: Tensor,
     sorts: bool,
 ) -> None:
-    """Torch twin of the Triton launch. Looks at the best candidates first and at all tokens only where those can't decide."""
+    """Torch twin of the Triton launch. Filters the best candidates, and all tokens only where those do not suffice."""
     words = rules[row_slots]
     scores = scaled(logits.index_select(0, source), words)
     greedy = words.view(torch.float32)[:, TEMPERATURE] == 0
@@ -78,13 +80,16 @@ def draw_torch(
 
 
 def scaled(logits: Tensor, words: Tensor) -> Tensor:
-    """float32 logits [n, V] over each row's temperature (as they are for temperature 0)."""
+    """Return float32 logits [n, V] divided by each row's temperature, or undivided for temperature 0."""
     temperature = words.view(torch.float32)[:, TEMPERATURE, None]
     return logits.float() / torch.where(temperature == 0, torch.ones_like(temperature), temperature)
 
 
 def undecided(top: Tensor, total: Tensor, words: Tensor) -> Tensor:
-    """[n] rows whose filters may keep more than the candidates `top` [n, C] (descending); `total` [n, 1]: all tokens' mass over the largest one's."""
+    """Return which rows [n] have filters that may keep more than the candidates `top` [n, C] (descending).
+
+    `total` [n, 1] is the mass of all tokens relative to that of the largest.
+    """
     floats = words.view(torch.float32)
     num = top.shape[1]
     mass = (top - top[:, :1]).exp().sum(1)
@@ -95,18 +100,21 @@ def undecided(top: Tensor, total: Tensor, words: Tensor) -> Tensor:
     )
     by_p = (floats[:, TOP_P] < 1) & (mass >= floats[:, TOP_P] * total.squeeze(1))
     by_min = (floats[:, MIN_P] > 0) & (top[:, -1] < top[:, 0] + floats[:, MIN_P].log())
-    # typical-p's entropy is over what top-k and top-p keep; min-p alone bounds that too
+    # The entropy of typical-p is over what top-k and top-p keep, which min-p alone bounds too.
     return ~(by_k | ((words[:, TOP_K] <= 0) & (by_p | by_min))) & (floats[:, TEMPERATURE] > 0)
 
 
 def min_p_filtered(scores: Tensor, words: Tensor) -> Tensor:
-    """`scores` [n, V] with -inf where min-p cuts."""
+    """Return `scores` [n, V] with -inf where min-p removes a token."""
     min_p = words.view(torch.float32)[:, MIN_P, None]
     return scores.masked_fill(scores < scores.amax(1, keepdim=True) + min_p.log(), float("-inf"))
 
 
 def filtered(scores: Tensor, words: Tensor, total: Tensor | None) -> Tensor:
-    """`scores` [n, C] with -inf where the filters cut. If they are the best C of more, `total` [n, 1] is all tokens' mass over the largest one's."""
+    """Return `scores` [n, C] with -inf where the filters remove a token.
+
+    If they are the best C of more tokens, `total` [n, 1] is the mass of all tokens relative to that of the largest.
+    """
     floats = words.view(torch.float32)
     ordered = _descending(scores)
     best = ordered[:, :1]
@@ -119,7 +127,7 @@ def filtered(scores: Tensor, words: Tensor, total: Tensor | None) -> Tensor:
     if total is not None:
         mass = torch.where(k > 0, mass, total)
     p = floats[:, TOP_P, None]
-    above = kept_weight.cumsum(1) - kept_weight  # equal scores are told apart here, and joined again by the threshold
+    above = kept_weight.cumsum(1) - kept_weight  # Ties that are separated here are rejoined by the threshold.
     in_p = (above < p * mass) | (p >= 1)
     in_p[:, 0] = True
     threshold = torch.where(in_p & in_k, ordered, float("inf")).amin(1, keepdim=True)
@@ -134,7 +142,7 @@ def filtered(scores: Tensor, words: Tensor, total: Tensor | None) -> Tensor:
 def _descending(scores: Tensor) -> Tensor:
     if scores.is_cuda:
         return scores.sort(1, descending=True).values
-    # numpy sorts bare floats three times as fast as torch sorts floats with their places
+    # numpy sorts values three times as fast as torch, which sorts indices with them.
     return torch.from_numpy(-np.sort(-scores.numpy(), axis=1))
 
 
@@ -152,11 +160,11 @@ def _typical(scores: Tensor, typical: Tensor) -> Tensor:
 
 
 def gumbel(words: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
-    """Gumbel noise [n, C] float32 of token ids `ids` [1 or n, C] int32 at `positions` [n] under the rules' seeds."""
+    """Return Gumbel noise [n, C] float32 of token ids `ids` [1 or n, C] int32 at `positions` [n] under the rules' seeds."""
     key = _mixed(words[:, SEED_LOW] ^ _mixed(words[:, SEED_HIGH] ^ _mixed(positions.int() + _GOLDEN)))
     other = _mixed(key ^ _STEP)
     bits = _mixed(_mixed(ids ^ key[:, None]) + other[:, None])
-    # the top 31 bits, as the middle of 2^31 equal parts of (0, 1); small values, which win, keep their full precision
+    # The top 31 bits select the middle of one of 2^31 equal parts of (0, 1). Small values, which win, keep full precision.
     u = (_shifted(bits, 1).float() + 0.5) * 2.0**-31
     wait = torch.where(u < 0.01, u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25))), -torch.log(1.0 - u))
     return -torch.log(wait)
@@ -170,12 +178,12 @@ _GOLDEN, _STEP = _int32(0x9E3779B9), _int32(0x85EBCA6B)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int32."""
+    """Shift int32 right logically."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32 bits that leaves no pattern (xor-shift-multiply with the constants of Wellons' "lowbias32"); products wrap."""
+    """Apply a mixing bijection of 32 bits: xor-shift-multiply with the constants of Wellons' "lowbias32". Products wrap."""
     x = (x ^ _shifted(x, 16)) * _int32(0x7FEB352D)
     x = (x ^ _shifted(x, 15)) * _int32(0x846CA68B)
     return x ^ _shifted(x, 16)

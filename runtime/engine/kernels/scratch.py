@@ -12,7 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class Scratch:
-    """`partials` float32, `counters` int32 zeros, `staging` uint8: a dequantised weight or quantised activations (may be empty)."""
+    """`partials` is float32, `counters` int32 zeros, `staging` uint8 for a dequantised weight or quantised activations.
+
+    `staging` may be empty.
+    """
 
     partials: torch.Tensor
     counters: torch.Tensor
@@ -26,7 +29,7 @@ class Scratch:
         num_counters: int = 1 << 14,
         staging_bytes: int = 0,
     ) -> "Scratch":
-        """Take the memory now, so that no launch has to: 32 MiB of partial sums unless told otherwise."""
+        """Allocate the memory ahead of any launch. The default holds 32 MiB of partial sums."""
         return Scratch(
             partials=torch.empty(partial_elements, dtype=torch.float32, device=device),
             counters=torch.zeros(num_counters, dtype=torch.int32, device=device),
@@ -34,4 +37,5 @@ class Scratch:
         )
 
     def holds(self, partial_elements: int, num_counters: int) -> bool:
+        """Return whether a launch that needs these amounts may use this memory."""
         return self.partials.numel() >= partial_elements and self.counters.numel() >= num_counters

@@ -63,7 +63,7 @@ def _largest_kernel(
         best = tl.max(finds, axis=0)
         token = tl.min(tl.where(finds == best, tokens, 2147483647), axis=0)
         tl.store(counters_ptr + sample, 0)
-    token = tl.minimum(token, vocab - 1).to(tl.int64)  # all NaN
+    token = tl.minimum(token, vocab - 1).to(tl.int64)  # Without a maximum (all NaN) the token would be out of range.
     tl.store(drawn_ptr + sample, token)
     if sample < tl.load(upload_ptr + 2):
         tl.store(last_token_ptr + tl.load(sample_rows_ptr + sample), token)

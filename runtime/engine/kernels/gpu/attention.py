@@ -1,7 +1,9 @@
-"""Paged attention in Triton: one kernel for decode with split keys, one for mixed and prefill batches, one inner loop for both.
+"""Paged attention in Triton: one kernel for decode with split keys and one for mixed and prefill batches, with a shared
+inner loop.
 
-A program owns BLOCK_M query rows of one KV head: the heads that share it, for one token (decode) or several (mixed). With split keys the last
-program of a row to arrive merges the parts, in their order, so that the sum does not depend on who came last.
+A program owns BLOCK_M query rows of one KV head: the heads that share it, for one token (decode) or several (mixed).
+With split keys the last program of a row to finish merges the parts in their order, so that the sum does not depend on
+the order of completion.
 """
 
 import torch
@@ -44,7 +46,10 @@ def _attend(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold keys begin..end (begin a multiple of TILE) into the running softmax (acc, m, total); scores are in powers of two."""
+    """Fold keys begin..end into the running softmax (acc, m, total). Scores are exponents of two.
+
+    `begin` is a multiple of TILE.
+    """
     dims = tl.arange(0, BLOCK_D)
     in_dim = dims < HEAD_DIM
     for start in range(begin, end, TILE):
@@ -128,7 +133,7 @@ def _decode_kernel(
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
-    # Loaded together, before any branch: at few rows their latencies would add up.
+    # These loads come before any branch, because their latencies would add up at few rows.
     token = tl.load(starts_ptr + row).to(tl.int64)
     next_token = tl.load(starts_ptr + row + 1)
     length = tl.load(lens_ptr + row)
@@ -141,7 +146,7 @@ def _decode_kernel(
     num_tiles = tl.cdiv(length - first, TILE)
     tiles_each = num_tiles
     if SPLIT:
-        # One turn a part while there are few parts; merging many costs more than it saves.
+        # One iteration per part while there are few parts. Merging many costs more than it saves.
         tiles_each = tl.maximum(tl.cdiv(num_tiles, num_splits), tl.minimum(tl.cdiv(num_tiles, 16), 4))
     begin = first + split * tiles_each * TILE
     if begin >= length:
@@ -255,7 +260,7 @@ def _mixed_kernel(
 ):
     pdl.begin(PDL)
     pdl.wait(PDL)
-    # Row b owns query blocks starts[b] // BLOCK_Q + b and up: at most one block a row is wasted, and nothing depends on the host.
+    # Row b owns query blocks from starts[b] // BLOCK_Q + b on. At most one block per row is wasted, and the host needs no counts.
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     low = 0
@@ -295,7 +300,7 @@ def _mixed_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     diagonal = begin
     if not WINDOW:
-        # Tiles that every query of the block sees whole need no causal mask.
+        # Tiles that all queries of the block see completely need no causal mask.
         diagonal = tl.maximum((lowest + 1) // TILE * TILE, begin)
         acc, m, total = _attend(
             q,
@@ -358,20 +363,23 @@ def _mixed_kernel(
 def num_key_splits(
     num_rows: int, num_kv_heads: int, max_context_len: int, num_processors: int, split_tokens: int = 128
 ) -> int:
-    """How many programs share one row's keys: enough to give each multiprocessor four programs, no more than one per `split_tokens`."""
+    """Return how many programs share one row's keys.
+
+    Each multiprocessor gets about four programs, and a program at least `split_tokens` keys.
+    """
     wanted = -(-4 * num_processors // max(num_rows * num_kv_heads, 1))
     return max(1, min(wanted, -(-max_context_len // split_tokens), 64))
 
 
 def decode_tiling(wide: bool, block_d: int, num_rows: int) -> tuple[int, int, int]:
-    """(keys a turn, warps, stages) from measurements: docs/benchmarks/linear.md."""
+    """Return (keys per iteration, warps, stages) from the measurements in docs/benchmarks/linear.md."""
     if wide or block_d > 128:
         return 32, 4, 2
     return (128, 4, 3) if num_rows <= 16 else (64, 2, 3)
 
 
 def mixed_tiling(wide: bool, block_d: int) -> tuple[int, int, int, int]:
-    """(query rows, keys a turn, warps, stages), likewise."""
+    """Return (query rows, keys per iteration, warps, stages), likewise."""
     if wide:
         return 32, 32, 4, 1
     return (64, 64, 4, 2) if block_d <= 64 else (128, 32, 4, 2) if block_d == 128 else (64, 32, 4, 2)
@@ -425,7 +433,7 @@ def paged_attention(
     group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     wide = q.element_size() == 4
-    # A soft cap needs the plain score before it becomes a power of two.
+    # A soft cap applies to the plain score, so the conversion to base two comes later.
     score_scale = scale if softcap else scale * _LOG2E
     arrays = (
         out,

@@ -23,8 +23,8 @@ from runtime.engine.kernels.scratch import Scratch
 
 SOURCE = "attention_decode.cu"
 NAME = "attention_decode"
-MAX_PAIRS = 512  # of rows and KV heads: beyond, Triton's many small programs are as fast or faster
-_MAX_ROWS = 1024  # as the source has it
+MAX_PAIRS = 512  # of rows and KV heads. Above, Triton's many small programs are as fast or faster.
+_MAX_ROWS = 1024  # MAX_ROWS of attention_rows.cuh and attention_decode.cu
 _TILE = 16
 _LEAST = 12
 _LOG2E = 1.4426950408889634
@@ -59,8 +59,16 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch's work is cut: KV heads a block, blocks for them, tiles up to which a row is one block's; warps of a block, tiles in a warp's ring;
-    whether the ring is filled early (for measurements)."""
+    """How the work of a launch is divided.
+
+    Attributes:
+        heads_each: KV heads per block.
+        blocks: blocks that share the tiles of these heads.
+        whole: a row of up to this many tiles is not divided.
+        warps: warps per block.
+        stages: tiles in a warp's ring.
+        early: fill the ring before the preceding kernels have ended. False only in measurements.
+    """
 
     heads_each: int
     blocks: int
@@ -70,13 +78,13 @@ class Cut:
     early: bool = True
 
     def shared_bytes(self, num_rows: int, group: int, head_dim: int) -> int:
-        """Rows; then for each warp counters, sums of its heads, and its ring."""
+        """Return the size of the rows and, for each warp, its counters, the sums of its heads and its ring."""
         ring = self.stages * 2 * _TILE * (head_dim * 2 + 16)
         return (num_rows + 1) * 16 + self.warps * (16 + 128 + group * (head_dim + 4) * 4 + ring)
 
 
 def module(device: torch.device, head_dim: int, dtype: torch.dtype, group: int, how: Cut) -> nvrtc.Module | None:
-    """The compiled kernel, if it can be had on this device."""
+    """Return the compiled kernel, or None if this device does not support it."""
     half = "true" if dtype is torch.float16 else "false"
     defines = (
         f"HEAD_DIM={head_dim}",
@@ -94,8 +102,11 @@ def _processors(device: torch.device) -> int:
 
 
 def cut(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context_len: int, processors: int) -> Cut:
-    """From measurements (docs/benchmarks/linear.md): rows stay whole where there are enough of them, since to merge parts costs some microseconds; few
-    pairs of row and head get a multiprocessor each, more of them half of one."""
+    """Choose how to divide the work, from the measurements in docs/benchmarks/linear.md.
+
+    Rows stay whole if there are enough of them, because merging parts costs some microseconds. Each pair of row and KV
+    head gets a multiprocessor if there are few pairs, and half of one otherwise.
+    """
     pairs = num_rows * num_kv_heads
     few = pairs <= processors
     warps = 8 if few and head_dim <= 128 else 4
@@ -114,7 +125,7 @@ def cut(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context
 def serves(
     q: Tensor, k_plane: Tensor, v_plane: Tensor, page_unit: int, num_rows: int, num_kv_heads: int, sinks: Tensor | None
 ) -> bool:
-    """Whether these operands are ones that the kernel can read."""
+    """Return whether the kernel supports these operands."""
     head_dim, group = q.shape[2], q.shape[1] // num_kv_heads
     return (
         q.is_cuda
@@ -150,7 +161,10 @@ def decode_attention(
     scratch: Scratch | None,
     how: Cut | None = None,
 ) -> bool:
-    """See runtime.engine.kernels.attention.paged_attention; every row has one query or none. False, and nothing done, where this kernel does not serve."""
+    """See runtime.engine.kernels.attention.paged_attention. Every row has one query or none.
+
+    Returns False without any effect if this kernel does not support the operands.
+    """
     num_rows, head_dim, group = row_slots.shape[0], q.shape[2], q.shape[1] // num_kv_heads
     if scratch is None or (how is None and num_rows * num_kv_heads > MAX_PAIRS):
         return False

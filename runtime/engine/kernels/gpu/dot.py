@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def precision(operand: Tensor) -> str:
-    """What `dot` is to do for operands of this type and place: float32 products stay float32, never TF32."""
+    """Return the PRECISION argument of `dot` for an operand: float32 products stay float32, never TF32."""
     if not operand.is_cuda:
-        return "widen"  # the interpreter takes bf16 bits for integers
+        return "widen"  # The interpreter reads bf16 bits as integers.
     return "ieee" if operand.element_size() == 4 else "tf32"
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a · b with sums in float32."""
+    """Return a · b, summed in float32."""
     if PRECISION == "widen":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision=PRECISION)
@@ -22,7 +22,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_add(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a · b in float32."""
+    """Return acc + a · b, summed in float32."""
     if PRECISION == "widen":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -44,7 +44,7 @@ def _rows_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program b < num_rows: row b and sample b. Program num_rows: the padding of the tokens."""
+    """Program b < num_rows writes row b and sample b. Program num_rows writes the padding of the tokens."""
     b = tl.program_id(0)
     rows = tl.load(upload_ptr + 0)
     tokens = tl.load(upload_ptr + 1)

@@ -25,7 +25,7 @@ def _activated(g, KIND: tl.constexpr):
 
 @triton.jit
 def _summed(acc, base, cells, num_splits, CELLS: tl.constexpr):
-    """The last program's sum of all parts, in their order."""
+    """Return the sum of all parts, in their order. Only the last program of a tile to finish calls this."""
     total = tl.zeros_like(acc)
     for _ in range(num_splits):
         total += tl.load(base + cells, cache_modifier=".cg")
@@ -73,7 +73,7 @@ def _linear16_kernel(
     if KIND > 0:
         u_ptrs = w_ptrs + N.to(tl.int64) * K
     if EARLY:
-        # on their way before the kernels that make x have ended
+        # Fetch the first weights before the kernels that compute x have ended.
         w_early = tl.load(w_ptrs, eviction_policy="evict_first")
         if KIND > 0:
             u_early = tl.load(u_ptrs, eviction_policy="evict_first")
@@ -130,7 +130,7 @@ def _linear16_kernel(
         if KIND > 0:
             up += tl.load(bias_ptr + N + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if KIND > 0:
-        # rounded where the separate kernels round
+        # Round where the separate kernels would round.
         gate = _activated(acc.to(DTYPE).to(tl.float32), KIND).to(DTYPE).to(tl.float32)
         acc = gate * up.to(DTYPE).to(tl.float32)
     place = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
@@ -149,11 +149,14 @@ def linear_16bit(
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tuple[int, int, int, int, bool, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, first weights before the wait, warps, stages) from measurements: docs/benchmarks/engine.md."""
+    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, early, warps, stages) from docs/benchmarks/engine.md.
+
+    `early` fetches the first weights before the wait.
+    """
     block_m = max(16, triton.next_power_of_2(num_rows))
     if gated:
         return (block_m, 64, 64, 1, False, 4, 6) if block_m == 64 else (block_m, 64, 128, 1, False, 4, 4)
-    # two programs a multiprocessor at most; a power of two, so that parts are alike
+    # At most two programs per multiprocessor, and a power of two so that parts have equal size.
     splits = 1
     while triton.cdiv(num_outputs, 64) * splits * 2 <= 4 * 80 and in_features // (splits * 2) >= 512:
         splits *= 2
@@ -177,7 +180,7 @@ def launch(
     num_warps: int,
     num_stages: int,
 ) -> None:
-    """Launch with a given tiling (the benchmark tries several)."""
+    """Launch with a given tiling."""
     num_rows, in_features = rows.shape
     num_outputs = weight.shape[0] // (1 if gate is None else 2)
     tiles_n, tiles_m = triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m)

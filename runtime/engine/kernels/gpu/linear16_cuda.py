@@ -17,11 +17,11 @@ from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.scratch import Scratch
 
-MAX_ROWS = 16  # at 32 rows Triton's product is as fast: docs/benchmarks/engine.md
+MAX_ROWS = 16  # At 32 rows Triton's product is as fast: docs/benchmarks/engine.md
 SOURCE = "linear16.cu"
 NAME = "linear16"
-_LEAST_ELEMENTS = 4 << 20  # of a weight
-_MOST_OUTPUTS = 16384  # of an ungated one: Triton reads the output projection 8 % faster
+_LEAST_ELEMENTS = 4 << 20  # elements of the smallest weight
+_MOST_OUTPUTS = 16384  # of an ungated weight: Triton reads the output projection 8 % faster
 _COLUMNS = 256
 _WARPS, _BRINGERS = 8, 4
 _TYPES = (torch.bfloat16, torch.float16)
@@ -49,7 +49,15 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch's work is cut: 16 rows of W each in a slab, slabs that a block sums at once, parts of K, slabs and chunks of x in shared memory."""
+    """How the work of a launch is divided.
+
+    Attributes:
+        height: rows of W in a slab, in units of 16.
+        slabs: slabs that a block sums at once.
+        splits: parts of K.
+        stages: slabs of W in shared memory.
+        x_stages: chunks of x in shared memory.
+    """
 
     height: int
     slabs: int
@@ -59,17 +67,17 @@ class Cut:
 
 
 def outputs_each(num_outputs: int, splits: int, processors: int) -> int:
-    """Outputs of one block, a multiple of 8."""
+    """Return the number of outputs of one block, a multiple of 8."""
     return -(-num_outputs // (8 * max(1, processors // splits))) * 8
 
 
 def cut(num_outputs: int, in_features: int, tiles: int, gated: bool, processors: int) -> Cut:
-    """From measurements: docs/benchmarks/engine.md. `tiles`: eights of rows of x."""
+    """Choose how to divide the work, from docs/benchmarks/engine.md. `tiles` counts the rows of x in units of 8."""
     x_stages = 4 if tiles == 1 else 3
     if gated:
         return Cut(4, 4, 1, 6 if tiles == 1 else 4, x_stages)
     height = 4 if num_outputs * in_features >= 16 << 20 else 2
-    # a block's outputs fill three quarters of a slab; where K is in parts, which costs a turn, then of the larger slab
+    # A block's outputs fill at least three quarters of a slab. Dividing K costs one more round, so then of the larger slab.
     splits = 1
     while (
         splits < 8
@@ -81,7 +89,7 @@ def cut(num_outputs: int, in_features: int, tiles: int, gated: bool, processors:
 
 
 def module(device: torch.device, dtype: torch.dtype, gated: bool, tiles: int, how: Cut) -> nvrtc.Module | None:
-    """The compiled kernel, if it can be had on this device."""
+    """Return the compiled kernel, or None if this device does not support it."""
     answers = {False: "false", True: "true"}
     defines = (
         f"HALF={answers[dtype is torch.float16]}",
@@ -94,7 +102,7 @@ def module(device: torch.device, dtype: torch.dtype, gated: bool, tiles: int, ho
 
 
 def serves(rows: Tensor, weight: Tensor, gate: Activation | None) -> bool:
-    """Whether these operands are ones that the kernel can read, and reads faster."""
+    """Return whether the kernel supports these operands and is faster for them."""
     num_rows, in_features = rows.shape
     return (
         rows.is_cuda
@@ -124,7 +132,10 @@ def linear_16bit(
     scratch: Scratch | None,
     how: Cut | None = None,
 ) -> bool:
-    """`rows` [M, K] times the transpose of `weight` into `out`, as linear16.linear_16bit says. False, and nothing done, where this kernel does not serve."""
+    """Compute what `linear16.linear_16bit` describes for `rows` [M, K] into `out`.
+
+    Returns False without any effect if this kernel does not support the operands.
+    """
     if how is None and not serves(rows, weight, gate):
         return False
     num_rows, in_features = rows.shape

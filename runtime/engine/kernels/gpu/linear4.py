@@ -1,11 +1,13 @@
-"""The 4-bit linear on a GPU: CUDA C++ where it is faster (`linear4_cuda.py`, `linear4_wgmma.py`), else Triton; dequantise + cuBLAS at many rows.
+"""The 4-bit linear on a GPU: CUDA C++ where it is faster (`linear4_cuda.py`, `linear4_wgmma.py`), otherwise Triton, and
+dequantisation with cuBLAS at many rows.
 
-The fused Triton kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix unit. A tile of words [BLOCK_N, 16]
-gives eight operands [BLOCK_N, 16], four in either absmax block: the products are scaled as sums (few rows), or the weights as they are unpacked (more).
+The fused Triton kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix
+unit. A tile of words [BLOCK_N, 16] yields eight operands [BLOCK_N, 16], four per absmax block. At few rows the sums are
+scaled, at more rows the weights as they are unpacked.
 
-Unpacking must cost less than the memory it saves: two or three integer instructions a weight is all there is room for. `_lookup_asm` gets there with
-byte permutes: a permute picks four bytes out of eight by four 3-bit indices, so two of them and a third by each code's top bit look up one byte of
-four codes at once; bf16 and fp16 values are two such bytes.
+Unpacking must cost less time than the smaller weights save, which leaves two or three integer instructions per weight.
+`lookup_asm` uses byte permutes. A permute selects four bytes out of eight by four 3-bit indices. Two permutes, and a
+third by each code's top bit, look up one byte of four codes at once. A bf16 or fp16 value is two such bytes.
 """
 
 import functools
@@ -29,21 +31,21 @@ _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured o
 
 @functools.cache
 def lookup_tables(codebook: Codebook, dtype: torch.dtype) -> tuple[int, ...]:
-    """The 16 values in a 16-bit `dtype` as eight 32-bit words: four with their low bytes, four with their high bytes."""
+    """Return the 16 values in a 16-bit `dtype` as eight 32-bit words: four of low bytes, then four of high bytes."""
     halves = torch.tensor(codebook_values(codebook), dtype=torch.float32).to(dtype).view(torch.int16).tolist()
     return struct.unpack("<8I", bytes(half & 0xFF for half in halves) + bytes((half >> 8) & 0xFF for half in halves))
 
 
 @functools.cache
 def lookup_asm(codebook: Codebook, dtype: torch.dtype) -> str:
-    """PTX that turns words $8 and $9 into $0..$7: register j holds the values of both words' code j, 16 bits each."""
+    """Return PTX that unpacks words $8 and $9 into $0..$7. Register j holds the values of code j of both words."""
     a, b = (lambda t: (t[:4], t[4:]))([f"0x{word:08x}" for word in lookup_tables(codebook, dtype)])
     lines = ["{", ".reg .b32 e, o, s, m, p, q, l, h, z, a0, a2, b0, b2;"]
-    # A permute takes one constant at most, and the assembler copies a second one into a register before each use, unless it can't see that it is
-    # one: z is 0, because a lane's mask has one bit.
+    # A permute takes at most one constant. The assembler would copy a second one into a register before each use, unless
+    # the value is hidden from it: z is 0, because a lane's mask has one bit.
     lines += ["mov.u32 z, %lanemask_eq;", "popc.b32 z, z;", "sub.u32 z, z, 1;"]
     lines += [f"or.b32 a0, z, {a[0]};", f"or.b32 a2, z, {a[2]};", f"or.b32 b0, z, {b[0]};", f"or.b32 b2, z, {b[2]};"]
-    # Neighbouring nibbles must be the two words' same code: even codes into e, odd codes into o.
+    # Adjacent nibbles must hold the same code of the two words: even codes in e, odd codes in o.
     lines += [
         "shl.b32 p, $9, 4;",
         "lop3.b32 e, $8, p, 0x0f0f0f0f, 0xE4;",
@@ -82,7 +84,7 @@ def _code(words, codes_ptr, J: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _unpack(words, codes_ptr, ASM: tl.constexpr, DTYPE: tl.constexpr):
-    """int32 words to eight tensors of values, unscaled: the j-th holds each word's code j."""
+    """Unpack int32 words to eight tensors of unscaled values. Tensor j holds code j of each word."""
     if ASM == "":
         c0 = _code(words, codes_ptr, 0, DTYPE)
         c1 = _code(words, codes_ptr, 1, DTYPE)
@@ -92,7 +94,7 @@ def _unpack(words, codes_ptr, ASM: tl.constexpr, DTYPE: tl.constexpr):
         c5 = _code(words, codes_ptr, 5, DTYPE)
         c6 = _code(words, codes_ptr, 6, DTYPE)
         c7 = _code(words, codes_ptr, 7, DTYPE)
-    elif tl.bfloat16 == DTYPE:  # types must be written out: a tuple of constexprs is not unwrapped
+    elif tl.bfloat16 == DTYPE:  # Types are written out because a tuple of constexprs is not unwrapped.
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
             ASM,
             _OPERANDS,
@@ -170,7 +172,7 @@ def _linear4_kernel(
         words = tl.load(w_ptrs)
         s0 = next_s0[:, None]
         s1 = next_s1[:, None]
-        # The compiler pipelines what a product reads; scales it does not, so they are fetched a turn ahead here.
+        # The compiler pipelines the operands of a product but not the scales, so these are fetched one iteration ahead.
         s_ptrs += 2
         next_s0 = tl.load(s_ptrs, mask=g + 1 < last_group, other=0.0)
         next_s1 = tl.load(s_ptrs + 1, mask=g + 1 < last_group, other=0.0)
@@ -322,18 +324,21 @@ def _processors(device: torch.device) -> int:
 
 
 def warm(device: torch.device) -> None:
-    """Compile or load the CUDA C++ kernels for bf16 now (seconds the first time on a machine), so that no request waits for them."""
+    """Compile or load the CUDA C++ kernels for bf16, so that no request waits. The first time takes seconds."""
     linear4_cuda.module(device)
     linear4_wgmma.module(device, torch.bfloat16)
 
 
 def max_fused_rows(num_outputs: int, in_features: int) -> int:
-    """Up to how many rows the fused kernel was the faster one: a weight that fits the L2 cache is cheap to unpack there."""
+    """Return the number of rows up to which the fused kernel is faster.
+
+    A weight that fits the L2 cache is cheap to unpack there.
+    """
     return 256 if num_outputs * in_features > 32 << 20 else 128
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, bool]:
-    """(BLOCK_M, BLOCK_N, splits of K, warps, stages, scale the sums) from measurements: docs/benchmarks/linear.md."""
+    """Return (BLOCK_M, BLOCK_N, splits of K, warps, stages, scale the sums) from docs/benchmarks/linear.md."""
     block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
     most_programs = 2 * _PROCESSORS
     if block_m == 16:
@@ -366,7 +371,7 @@ def launch_fused(
     num_stages: int,
     scale_sums: bool,
 ) -> None:
-    """Launch the fused kernel with a given tiling (the benchmark tries several)."""
+    """Launch the fused kernel with a given tiling."""
     num_rows, in_features = rows.shape
     num_outputs = weight.shape[0]
     num_groups = weight.shape[1] // BLOCK
@@ -441,7 +446,7 @@ def _linear_unpacked(
     out: Tensor,
     scratch: Scratch | None,
 ) -> None:
-    """Unpack as many output rows as scratch memory holds (all of them without one), multiply, go on."""
+    """Repeatedly unpack as many output rows as `scratch` holds and multiply. Without `scratch`, unpack all at once."""
     num_outputs, in_features = weight.shape[0], rows.shape[1]
     row_bytes = in_features * rows.element_size()
     step = num_outputs

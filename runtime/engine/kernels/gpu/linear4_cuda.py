@@ -19,14 +19,12 @@ from runtime.engine.kernels.scratch import Scratch
 
 MAX_ROWS = 16
 SOURCE = "linear4.cu"
-_PROCESSORS = 132  # multiprocessors of the GPU that this was measured on
+_PROCESSORS = 132  # multiprocessors of the GPU that the measurements are from
 _WARPS = 16
 _TABLE_BYTES = 256 * 32 * 4
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_INSTANCES = {
-    1: (2, 1),
-    2: (1, 2),
-}  # tiles of 8 rows of x: (groups of K a warp, blocks of 16 outputs a turn), as the source has them
+# Tiles of 8 rows of x → (groups of K per warp, blocks of 16 outputs per iteration), as instantiated in linear4.cu.
+_INSTANCES = {1: (2, 1), 2: (1, 2)}
 _NAMES = tuple(f"linear4_{kind}_{tiles}" for kind in _TYPES.values() for tiles in _INSTANCES)
 
 
@@ -43,7 +41,7 @@ class _Arguments(ctypes.Structure):
 
 @functools.cache
 def codes_16bit(codebook: Codebook, dtype: torch.dtype) -> tuple[int, ...]:
-    """The 16 values in a 16-bit type, as their bits."""
+    """Return the bit patterns of the 16 values in a 16-bit type."""
     return tuple(
         value & 0xFFFF
         for value in torch.tensor(codebook_values(codebook), dtype=torch.float32).to(dtype).view(torch.int16).tolist()
@@ -51,19 +49,19 @@ def codes_16bit(codebook: Codebook, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def module(device: torch.device) -> nvrtc.Module | None:
-    """The compiled kernels, if they can be had on this device."""
+    """Return the compiled kernels, or None if this device does not support them."""
     return nvrtc.module(SOURCE, _NAMES, device)
 
 
 def splits_of_k(num_outputs: int, num_groups: int) -> int:
-    """Parts of K that separate blocks take: few outputs would leave the GPU idle. From measurements: docs/benchmarks/linear.md."""
+    """Return the number of parts of K, from docs/benchmarks/linear.md. With few outputs, whole K would leave the GPU idle."""
     if num_outputs >= 16384:
         return 1
     return max(1, min(4, num_groups // 16))
 
 
 def warps_of_k(groups_each: int, groups_a_warp: int) -> int:
-    """Warps along K, so that every pass over `groups_each` groups is about as full as the others."""
+    """Return the number of warps along K that makes all passes over `groups_each` groups about equally full."""
     passes = -(-groups_each // (_WARPS * groups_a_warp))
     groups_a_pass = -(-groups_each // passes)
     return -(-groups_a_pass // groups_a_warp)
@@ -79,7 +77,7 @@ def linear_4bit(
     scratch: Scratch | None,
     splits: int = 0,
 ) -> bool:
-    """`rows` [M, K] times the transpose of the weight into `out`. False, and nothing done, where this kernel does not serve."""
+    """Compute rows [M, K] · Wᵀ into `out`. Returns False without any effect if this kernel does not support the operands."""
     if not rows.is_cuda or rows.dtype not in _TYPES or rows.shape[0] > MAX_ROWS:
         return False
     if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.data_ptr() % 8 or (compiled := module(rows.device)) is None:
@@ -89,7 +87,7 @@ def linear_4bit(
     tiles = -(-num_rows // 8)
     groups_a_warp, blocks_a_turn = _INSTANCES[tiles]
     num_blocks = -(-num_outputs // 16)
-    # one row is cheap to read everywhere, and sums of parts cost a turn
+    # Reading a single row of x again is cheap, and summing parts costs an iteration.
     splits = splits or (
         splits_of_k(num_outputs, num_groups) if tiles > 1 else max(1, min(_PROCESSORS // num_blocks, num_groups // 8))
     )
@@ -104,7 +102,7 @@ def linear_4bit(
             return False
     k_warps = warps_of_k(groups_each, groups_a_warp)
     sums_bytes = 2 * _WARPS * blocks_a_turn * tiles * 512
-    if groups_each > k_warps * groups_a_warp:  # sums over passes stay in shared memory
+    if groups_each > k_warps * groups_a_warp:  # Sums over passes stay in shared memory.
         room = (nvrtc.SHARED_BYTES - _TABLE_BYTES - sums_bytes) // (tiles * 512)
         columns = max(columns, -(-num_blocks // room))
         sums_bytes += -(-num_blocks // columns) * tiles * 512

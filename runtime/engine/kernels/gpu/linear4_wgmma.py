@@ -24,7 +24,7 @@ SOURCE = "linear4_wgmma.cu"
 _BARRIER_BYTES = 48 * 8 + 8
 _TYPES = {torch.bfloat16: "IS_HALF=false", torch.float16: "IS_HALF=true"}
 SHAPES = ((16, 4), (32, 4), (64, 4), (128, 3), (256, 2))
-_MOST_PARTS = 16  # of a tile: a counter has as many bits for them
+_MOST_PARTS = 16  # of a tile: a counter has 16 bits for them
 _MAP = ctypes.c_ubyte * TENSOR_MAP_BYTES
 _NAMES = tuple(f"linear4_wgmma_{columns}_{groups}" for columns, groups in SHAPES)
 
@@ -54,7 +54,11 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Cut:
-    """`columns` rows of x by 64 · `groups` rows of W a tile; `blocks` share the tiles' units of K evenly; stages of x (64 of K) and of W (256 of K)."""
+    """How the work of a launch is divided.
+
+    A tile is `columns` rows of x by 64 · `groups` rows of W. `blocks` share the tiles' units of K evenly. A stage of x
+    is 64 elements of K, a stage of W is 256.
+    """
 
     columns: int
     groups: int
@@ -76,22 +80,22 @@ class Cut:
 
 
 def module(device: torch.device, dtype: torch.dtype) -> nvrtc.Module | None:
-    """The compiled kernels, if they can be had on this device: `wgmma` is Hopper's alone."""
+    """Return the compiled kernels, or None if this device does not support them: only Hopper has `wgmma`."""
     return nvrtc.module(SOURCE, _NAMES, device, (_TYPES[dtype],)) if nvrtc.architecture(device) == "sm_90a" else None
 
 
 def _x_turns(columns: int) -> int:
-    """How many 64 of K of x are fetched together: small tiles are not worth a copy each."""
+    """Return how many stages of x are fetched together: separate copies of small tiles would be slow."""
     return 4 if columns <= 32 else 2 if columns == 64 else 1
 
 
 def choose(num_rows: int, num_outputs: int, processors: int) -> Cut | None:
-    """The cut for a product, None where another kernel was the faster one: docs/benchmarks/linear.md."""
+    """Return how to divide a product, or None if another kernel is faster: docs/benchmarks/linear.md."""
     if num_rows > 512 or num_rows <= (8 if num_outputs >= LARGE_OUTPUTS else 16):
         return None
     columns, groups = next((shape for shape in SHAPES if shape[0] >= num_rows), SHAPES[-1])
     tiles = -(-num_outputs // (64 * groups)) * -(-num_rows // columns)
-    # whole tiles where they keep most of the GPU busy, an even number of blocks for each where there are few
+    # Whole tiles if they keep most of the GPU busy. An equal number of blocks per tile if there are few tiles.
     blocks = (
         tiles
         if 0.8 * processors <= tiles <= processors
@@ -103,11 +107,9 @@ def choose(num_rows: int, num_outputs: int, processors: int) -> Cut | None:
 
 
 def fill(columns: int, groups: int, blocks: int, shared_bytes: int = nvrtc.SHARED_BYTES) -> Cut:
-    """As many stages as shared memory takes: those of W first, four at most, then those of x, eight at most."""
-    w_stages, x_stages = (
-        4,
-        max(2, 4 // _x_turns(columns)),
-    )  # two at least: a stage is given back when the next is in use
+    """Return a cut with as many stages as shared memory holds: first up to four of W, then up to eight of x."""
+    # At least two stages of x, because a stage is released only when the next is in use.
+    w_stages, x_stages = 4, max(2, 4 // _x_turns(columns))
     while w_stages > 2 and Cut(columns, groups, blocks, x_stages, w_stages).shared_bytes > shared_bytes:
         w_stages -= 1
     while (
@@ -129,9 +131,10 @@ def linear_4bit(
     cut: Cut,
     gate: Activation | None = None,
 ) -> bool:
-    """`rows` [M, K] times the transpose of the weight into `out`; with `gate`, of which W holds gate, then up: act(gate) × up.
+    """Compute rows [M, K] · Wᵀ into `out`.
 
-    False, and nothing done, where this kernel can't.
+    With `gate`, the rows of W are those of gate, then those of up, and the result is act(gate) × up. Returns False
+    without any effect if this kernel does not support the operands.
     """
     num_rows, in_features = rows.shape
     num_outputs, num_groups = weight.shape[0], weight.shape[1] // BLOCK
@@ -148,7 +151,7 @@ def linear_4bit(
     tiles_n, tiles_m, tile_units = -(-num_outputs // copy_rows), -(-num_rows // cut.columns), -(-num_groups // 2)
     num_tiles = tiles_n * tiles_m
     blocks = min(cut.blocks, num_tiles * tile_units // -(-tile_units // (_MOST_PARTS - 2)))
-    if num_tiles % blocks:  # a block has two parts of tiles at most
+    if num_tiles % blocks:  # A block has at most two parts of tiles.
         if scratch is None:
             scratch = Scratch.allocate(
                 rows.device, partial_elements=2 * blocks * tile_outputs * cut.columns, num_counters=num_tiles

@@ -21,7 +21,7 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr, 
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(x), axis=0)
     factor = tl.where(absmax > 0, 127.0 / tl.where(absmax > 0, absmax, 1.0), 0.0)
-    # Adding and taking away 1.5 · 2^23 rounds to the nearest integer, halves to even.
+    # Adding and subtracting 1.5 · 2^23 rounds to the nearest integer, halves to even.
     q = (x * factor + 12582912.0) - 12582912.0
     tl.store(q_ptr + row * K + cols, q.to(tl.int8), mask=mask)
     tl.store(scale_ptr + row, absmax / 127.0)
@@ -111,7 +111,7 @@ def linear_int8(
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from measurements: docs/benchmarks/linear.md."""
+    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from docs/benchmarks/linear.md."""
     block_m = min(256, max(16, triton.next_power_of_2(num_rows)))
     if block_m <= 32:
         block_n, block_k, num_warps, num_stages = 64, 256, 4, 4
@@ -140,7 +140,7 @@ def launch(
     num_warps: int,
     num_stages: int,
 ) -> None:
-    """Launch with a given tiling (the benchmark tries several)."""
+    """Launch with a given tiling."""
     num_rows, in_features = rows.shape
     num_outputs = weight.shape[0]
     tiles_n, tiles_m = triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m)
@@ -187,10 +187,10 @@ def launch(
 
 
 def quantize_rows(rows: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor]:
-    """int8 [M, K] and float32 [M] of `rows`, in scratch memory where it is large enough."""
+    """Return the int8 codes [M, K] and float32 scales [M] of `rows`, in scratch memory if it is large enough."""
     num_rows, in_features = rows.shape
     scale_bytes = 4 * num_rows
-    # The integers come first: matrix loads want 16-byte alignment.
+    # The codes come first, because matrix loads need 16-byte alignment.
     padded = -(-rows.numel() // 16) * 16
     if scratch is not None and scratch.staging.numel() >= padded + scale_bytes:
         memory = scratch.staging

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 _LOG = logging.getLogger(__name__)
-_OLDEST = (9, 0)  # the first whose launches may overlap
-SHARED_BYTES = 227 << 10  # what a block may have where the launch asks for it (Hopper)
+_OLDEST = (9, 0)  # the first compute capability whose launches can overlap
+SHARED_BYTES = 227 << 10  # the most shared memory that a launch can request for a block (Hopper)
 
 
 class NvrtcError(RuntimeError):
@@ -64,13 +64,16 @@ class Module:
 
 @functools.cache
 def module(source: str, names: tuple[str, ...], device: torch.device, defines: tuple[str, ...] = ()) -> Module | None:
-    """The module of `source`, a file beside this one, with the functions `names`; None where it can't be had. `defines`: NAME=value each."""
+    """Return the module of `source`, a file in this folder, with the functions `names`. `defines` are NAME=value.
+
+    Returns None if it cannot be compiled or loaded.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
         _LOG.warning(
-            "%s: needs a GPU of compute capability 9.0 or later, this one has %d.%d; Triton serves instead",
+            "%s needs a GPU of compute capability 9.0 or later, this one has %d.%d; using Triton instead",
             source,
             *capability,
         )
@@ -79,7 +82,7 @@ def module(source: str, names: tuple[str, ...], device: torch.device, defines: t
         from cuda.bindings import driver
 
         image = cubin(source, architecture(device), defines)
-        torch.zeros(1, device=device)  # the device's context is current from here on
+        torch.zeros(1, device=device)  # Makes the device's context current.
         held = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
         functions = {
             name: _checked(f"cuModuleGetFunction {name}", driver.cuModuleGetFunction(held, name.encode()))
@@ -89,19 +92,19 @@ def module(source: str, names: tuple[str, ...], device: torch.device, defines: t
         for function in functions.values():
             _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, limit, SHARED_BYTES))
     except (ImportError, RuntimeError, OSError) as error:
-        _LOG.warning("%s can't be compiled or loaded (%s); Triton serves instead", source, error)
+        _LOG.warning("%s cannot be compiled or loaded (%s); using Triton instead", source, error)
         return None
     return Module(driver, functions)
 
 
 def architecture(device: torch.device) -> str:
-    """What the compiler calls this GPU; Hopper with the instructions that are its own."""
+    """Return the compiler's name of this GPU's architecture, for Hopper with its architecture-specific instructions."""
     major, minor = torch.cuda.get_device_capability(device)
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
 def cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
-    """Machine code of `source`, from disk if it was compiled before."""
+    """Return the machine code of `source`, from disk if it was compiled before."""
     text = source_text(source)
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "repertory" / "kernels"
     kept = home / f"{hashlib.sha256(text + ' '.join(('', *defines)).encode()).hexdigest()[:32]}-{architecture}.cubin"
@@ -114,18 +117,18 @@ def cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> byte
             file.write(image)
         pathlib.Path(file.name).replace(kept)
     except OSError as error:
-        _LOG.warning("compiled kernels are not kept for the next start: %s", error)
+        _LOG.warning("compiled kernels cannot be cached on disk and are compiled again at the next start: %s", error)
     return image
 
 
 def source_text(source: str) -> bytes:
-    """A source with the files beside it that it includes in their places."""
+    """Return a source with its includes from this folder expanded."""
     text = (pathlib.Path(__file__).parent / source).read_text()
     return re.sub(r'^#include "(.+)"$', lambda found: source_text(found[1]).decode(), text, flags=re.MULTILINE).encode()
 
 
 def compile_source(name: str, text: bytes, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
-    """NVRTC's machine code for one architecture."""
+    """Compile a source with NVRTC for one architecture. Raises NvrtcError with the compiler's log."""
     from cuda.bindings import nvrtc
 
     program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))

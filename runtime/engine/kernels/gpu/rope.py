@@ -11,7 +11,7 @@ from runtime.engine.kernels.gpu import pdl
 
 @triton.jit
 def _head_norm(x, partner, weight_ptr, dims, partners, mask, eps, HEAD_DIM: tl.constexpr, PLUS_ONE: tl.constexpr):
-    """RMS-normalise rows of heads; `partner` holds the same rows in another order, so its sum of squares is the same."""
+    """RMS-normalise rows of heads. `partner` holds the same rows in another order, with the same sum of squares."""
     weight = tl.load(weight_ptr + dims, mask=mask, other=0.0)
     partner_weight = tl.load(weight_ptr + partners, mask=mask, other=0.0)
     wide = x.to(tl.float32)

@@ -1,6 +1,8 @@
-"""Drawing tokens in Triton: one program a row; thresholds by bisection over the bits of the scores, so nothing is sorted or copied.
+"""Draws tokens in Triton with one program per row. Thresholds are found by bisection over the bits of the scores, so that
+nothing is sorted or copied.
 
-Signed integers order as floats do once the bits below the sign of negative ones are flipped; at most 32 halvings find any threshold exactly.
+Signed integers have the order of floats once the bits below the sign of negative ones are flipped. At most 32 halvings
+find a threshold exactly.
 """
 
 import triton
@@ -39,7 +41,7 @@ def _scores(row_ptr, begin, vocab, temperature, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count_from(row_ptr, vocab, temperature, bound, BLOCK: tl.constexpr):
-    """How many scores are `bound` or more."""
+    """Return how many scores are at least `bound`."""
     total = tl.zeros((), tl.int32)
     for begin in range(0, vocab, BLOCK):
         ids, z = _scores(row_ptr, begin, vocab, temperature, BLOCK)
@@ -49,7 +51,7 @@ def _count_from(row_ptr, vocab, temperature, bound, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK: tl.constexpr):
-    """Mass, over the largest score's, of scores of `bound` or more, and how many there are."""
+    """Return the mass of scores of at least `bound`, relative to the largest score's, and their count."""
     total = tl.zeros((), tl.float32)
     count = tl.zeros((), tl.int32)
     for begin in range(0, vocab, BLOCK):
@@ -62,9 +64,9 @@ def _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK: tl.constexpr):
 
 @triton.jit
 def _top_k_bound(row_ptr, vocab, temperature, k, best_key, BLOCK: tl.constexpr):
-    """Halves until one score lies between: then it is the k-th."""
-    low = tl.full((), -2147483648, tl.int64)  # enough scores from here on
-    high = best_key + 1  # too few
+    """Return a bound that keeps the k largest scores: halve the interval until one score lies in it."""
+    low = tl.full((), -2147483648, tl.int64)  # At least k scores are >= low.
+    high = best_key + 1  # Fewer than k scores are >= high.
     from_low = vocab + 0 * k
     from_high = 0 * k
     while (high - low > 1) & (from_low - from_high > 1):
@@ -80,11 +82,11 @@ def _top_k_bound(row_ptr, vocab, temperature, k, best_key, BLOCK: tl.constexpr):
 
 @triton.jit
 def _top_p_bound(row_ptr, vocab, temperature, p, best, best_key, bound, BLOCK: tl.constexpr):
-    """Halves until one score lies between: then it is the last one kept."""
+    """Return the bound of top-p: halve the interval until one score, the last one kept, lies in it."""
     mass, above_low = _mass_from(row_ptr, vocab, temperature, best, bound, BLOCK)
     enough = p * mass
-    low = bound - 1  # what lies above has `enough` or more
-    high = best_key  # what lies above has less
+    low = bound - 1  # Scores above low have at least `enough` mass.
+    high = best_key  # Scores above high have less.
     above_high = above_low * 0
     while (high - low > 1) & (above_low - above_high > 1):
         middle = (low + high) >> 1
@@ -150,7 +152,7 @@ def _draw_kernel(
     near = tl.full((), 0x7F800000, tl.int64)
     log_mass = tl.full((), 0.0, tl.float32)
     entropy = tl.full((), 0.0, tl.float32)
-    if SORTS:  # noqa: SIM102 - one is known when compiling, the other is not
+    if SORTS:  # noqa: SIM102 - the first condition is known at compile time, the second is not
         if not greedy:
             k = tl.load(rule_ptr + 1)
             p = tl.load(rule_ptr + 2).to(tl.float32, bitcast=True)

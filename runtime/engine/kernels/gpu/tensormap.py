@@ -12,8 +12,8 @@ _ELEMENTS: dict[Element, tuple[int, int]] = {
     "byte": (0, 1),
     "16-bit": (1, 2),
     "float32": (7, 4),
-}  # the driver's number of the type, bytes
-_SWIZZLES = {False: 0, True: 3}  # none, 128 bytes
+}  # (the driver's number of the type, bytes)
+_SWIZZLES = {False: 0, True: 3}  # no swizzle, 128-byte swizzle
 _PROMOTE_TO_256_BYTES = 3
 
 
@@ -35,10 +35,11 @@ def tensor_map(
     box: tuple[int, ...],
     swizzled: bool,
 ) -> bytes:
-    """Of an array of `shape`, the dense dimension first, the others' steps `pitches_bytes` apart: boxes of `box` are copied, zeros from beyond the edges.
+    """Encode a map of an array of `shape`, the dense dimension first, from which boxes of shape `box` are copied.
 
-    A copy lies dense in shared memory, or, `swizzled` (rows of 128 bytes), with its 16-byte cells exclusive-or'ed by the row's number modulo 8.
-    Address and pitches are multiples of 16 bytes.
+    `pitches_bytes` are the strides of the other dimensions. Elements beyond the edges are copied as zeros. A copy is
+    dense in shared memory. If `swizzled`, its rows have 128 bytes, and the index of each 16-byte cell is xor-ed with the
+    row's number modulo 8. Address and pitches must be multiples of 16 bytes. Raises TensorMapError.
     """
     kind, element_bytes = _ELEMENTS[element]
     memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + _ALIGNMENT)

@@ -39,12 +39,12 @@ _SAMPLE_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A model as it will be: everything but memory.
+    """The plan of a loaded model: everything except its memory.
 
     Attributes:
-        spec: of the fused stack; None = the module runs as it is.
-        ordered: matrices that lie in oneDNN's order, by name.
-        identity: the same for two loads whose images hold the same bytes.
+        spec: describes the fused stack. None if the module's own code runs.
+        ordered: layouts of the matrices in oneDNN's order, by name.
+        identity: equal for two loads whose weight images hold the same bytes.
     """
 
     card: ModelConfig
@@ -71,9 +71,10 @@ def draw(
     layout_4bit: Layout4Bit = "bitsandbytes",
     host_order: OneDnnLayout | None = None,
 ) -> Blueprint:
-    """Read configuration and headers, decide how the model runs and where its tensors go. Raises LoadFailed naming the model and the cause.
+    """Read configuration and headers, and decide how the model runs and where its tensors go.
 
-    `layout_4bit`: how the device reads 4-bit codes ("bitsandbytes" on a CPU, "kernel" on a GPU). `host_order`: what a CPU's matrices are put in.
+    `layout_4bit` is the layout in which the device reads 4-bit codes: "bitsandbytes" on a CPU, "kernel" on a GPU.
+    `host_order` is the layout of matrices on a CPU. Raises LoadFailed with the model and the cause.
     """
     card = read_card(model_id, checkpoint, max_model_len)
     try:
@@ -97,7 +98,7 @@ def _draw(
 ) -> Blueprint:
     files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
     if not files:
-        raise LoadFailed(f"there are no weight files in {checkpoint.model_dir}")
+        raise LoadFailed(f"no weight files found in {checkpoint.model_dir}")
     index = read_index(files)
     check_sizes(card, len(index))
 
@@ -144,7 +145,10 @@ def assemble(
     kv_dtype: torch.dtype,
     arrival: WeightReadiness,
 ) -> BuiltModel:
-    """A runnable model over `weights` and `kv_memory` (uint8 on the engine's device, at addresses that stay). No byte of either is read."""
+    """Return a runnable model over `weights` and `kv_memory`, without reading either.
+
+    Both are uint8 on the engine's device, at addresses that do not change.
+    """
     card = blueprint.card
     device = weights.device
     placed = (*blueprint.layout.tensors, *blueprint.layout.joined)
@@ -168,7 +172,7 @@ def assemble(
         planes=kv_planes(kv_memory, kv, blueprint.shape, kv_dtype),
         block_tokens=kv.block_tokens,
         vocab_size=card.vocab_size,
-        # tables have a column for each of its blocks, and no row will have more blocks than there are
+        # Block tables have a column per block of the longest sequence, and no sequence can have more blocks than exist.
         max_model_len=min(card.max_model_len, kv.max_slabs * kv.blocks_per_slab * kv.block_tokens),
         device=device,
         dtype=card.dtype,
@@ -180,7 +184,7 @@ def assemble(
 
 
 def facts_of(blueprint: Blueprint, kv: KvGeometry) -> ModelFacts:
-    """What the rest of the runtime is told."""
+    """Return the facts of the model that the runtime reports."""
     card = blueprint.card
     return ModelFacts(
         model_id=card.model_id,
@@ -198,7 +202,7 @@ def facts_of(blueprint: Blueprint, kv: KvGeometry) -> ModelFacts:
 
 
 def image_views(image: Tensor, placed: Sequence[Placed]) -> dict[str, Tensor]:
-    """Tensors over an image, by name."""
+    """Return views of an image's tensors, by name."""
     return {
         tensor.name: image[tensor.offset : tensor.offset + tensor.size_bytes].view(tensor.dtype).view(tensor.shape)
         for tensor in placed
@@ -206,7 +210,7 @@ def image_views(image: Tensor, placed: Sequence[Placed]) -> dict[str, Tensor]:
 
 
 def _choose(skeleton: Any, specs: Sequence[TensorSpec], verdict: Verdict) -> tuple[StackSpec | None, list[Join], str]:
-    """The fused form with its joins, or None with the reason."""
+    """Return the fused form with its joins, or None with the reason."""
     if not verdict.fused:
         return None, [], verdict.reason
     try:
@@ -217,12 +221,12 @@ def _choose(skeleton: Any, specs: Sequence[TensorSpec], verdict: Verdict) -> tup
     joins = spec.joins(set(by_name))
     for join in joins:
         if len({(by_name[name].dtype, by_name[name].shape[1:]) for name in join.members}) > 1:
-            return None, [], f"{', '.join(join.members)} are stored in different ways"
+            return None, [], f"{', '.join(join.members)} are stored with different types or shapes"
     return spec, joins, ""
 
 
 def _products(skeleton: nn.Module, spec: StackSpec | None) -> set[str]:
-    """The matrices that nothing but products will read."""
+    """Return the names of the matrices that only matrix products read."""
     if spec is None:
         names = {f"{name}.weight" for name, module in skeleton.named_modules() if type(module) is nn.Linear}
     else:
@@ -238,7 +242,7 @@ def _in_order(host_order: OneDnnLayout, layout: WeightLayout, names: set[str]) -
 
 
 def _differ(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors that should be tied are not, judged by their shapes and their first and last bytes."""
+    """Return whether two supposedly tied tensors differ in shape, type, or their first or last bytes."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return True
     count = min(_SAMPLE_BYTES, a.size_bytes)
@@ -252,7 +256,7 @@ def _differ(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def _identity(layout: WeightLayout, files: Sequence[str]) -> str:
-    """A hash of where every byte goes and of the files that it comes from, as they are now."""
+    """Hash the layout of the image together with the paths, sizes and modification times of its files."""
     digest = hashlib.blake2b(layout.digest().encode(), digest_size=16)
     for file in files:
         status = Path(file).stat()

@@ -28,10 +28,10 @@ from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
 from runtime.engine.model.run.step import CausalForward
 from runtime.engine.model.run.unfused import UnfusedForward
 
-_TOLERANCE = 3e-5  # of the largest logit; float32 noise through a few layers is ten times smaller
-_MAX_PARAMETERS = 1 << 29  # of what is tried: 2 GiB in float32, and as much again for its twin
+_TOLERANCE = 3e-5  # relative to the largest logit; float32 noise through a few layers is ten times smaller
+_MAX_PARAMETERS = 1 << 29  # of a test model: 2 GiB in float32, and the same again for its twin
 _BLOCK_TOKENS = 16
-_LENGTHS = (27, 10)  # tokens of two rows; more than a page, more than a miniature's window
+_LENGTHS = (27, 10)  # tokens of two rows: more than a page and more than a tiny model's window
 _STEPS = (
     ((0, 0, 13), (1, 0, 9)),
     ((0, 13, 12),),
@@ -69,7 +69,7 @@ class EquivalenceChecker:
             for reduce in (shrink, cut):
                 try:
                     return self._remembered(model_class, reduce(config))
-                except Exception as error:  # a configuration that can't be made small says nothing about the model
+                except Exception as error:  # A configuration that cannot be reduced does not disqualify the model.
                     causes.append(
                         f"{type(error).__name__}: {error}" if not isinstance(error, _UntestableError) else str(error)
                     )
@@ -77,7 +77,7 @@ class EquivalenceChecker:
                 False,
                 False,
                 True,
-                f"it can't be tried, neither as a miniature ({causes[0]}) nor as a few layers of it ({causes[1]})",
+                f"it cannot be tested as a tiny model ({causes[0]}) or as a few of its own layers ({causes[1]})",
             )
 
     def _remembered(self, model_class: Any, small: Any) -> Verdict:
@@ -87,12 +87,12 @@ class EquivalenceChecker:
         return self._verdicts[key]
 
     def _try(self, model_class: Any, config: Any) -> Verdict:
-        """Raises _UntestableError, and whatever a class raises that can't be made."""
+        """Test a reduced model. Raises _UntestableError, or whatever error the class raises when it is created."""
         num_parameters = sum(
             parameter.numel() for parameter in build_skeleton(model_class, config, "eager").parameters()
         )
         if num_parameters > _MAX_PARAMETERS:
-            raise _UntestableError(f"{num_parameters} parameters are more than {_MAX_PARAMETERS}")
+            raise _UntestableError(f"its {num_parameters} parameters exceed the limit of {_MAX_PARAMETERS}")
         ids = [
             torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
             for length in _LENGTHS
@@ -114,7 +114,7 @@ class EquivalenceChecker:
                     break
                 if worst <= _TOLERANCE * scale:
                     return Verdict(True, interleaved, False, "")
-                reasons.append(f"a miniature differs by {worst:.1e}")
+                reasons.append(f"the logits of a tiny model differ by {worst:.1e}")
         else:
             reasons.append("fusing is switched off")
 
@@ -129,13 +129,13 @@ class EquivalenceChecker:
                 False,
                 False,
                 True,
-                f"its code needs more than the attention hook carries: a miniature differs by {worst:.1e}",
+                f"its code does more than the attention hook carries: the logits of a tiny model differ by {worst:.1e}",
             )
         return Verdict(False, False, False, reasons[0])
 
 
 def fused_from_module(model: nn.Module, spec: StackSpec) -> FusedStack:
-    """A fused stack over copies of a real module's own tensors, joined where the spec joins."""
+    """Return a fused stack over a real module's own tensors, concatenated where the spec joins them."""
     views: dict[str, Tensor] = dict(model.state_dict())
     for join in spec.joins(set(views)):
         views[join.name] = torch.cat([views[name] for name in join.members])
@@ -151,7 +151,7 @@ def fused_from_module(model: nn.Module, spec: StackSpec) -> FusedStack:
 
 
 def _difference(forward: CausalForward, model: nn.Module, ids: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference of any logit, over steps that mix prefill chunks and decode."""
+    """Return the largest difference of any logit, over steps that mix prefill chunks and decode."""
     geometry = attention_geometry(model)
     stride = geometry.token_stride
     planes = trial_planes(geometry.num_layers, stride, _BLOCK_TOKENS, 8, torch.float32)

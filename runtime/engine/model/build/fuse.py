@@ -21,19 +21,19 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 class NoMatchError(Exception):
-    """The module is not such a stack. The message says what differs."""
+    """The module is not a Llama-shaped stack. The message says what differs."""
 
 
 def match_stack(model: nn.Module, interleaved: bool) -> StackSpec:
-    """Read `model` (a …ForCausalLM, on any device, meta included) as a fused stack. Raises NoMatchError.
+    """Describe `model` (a …ForCausalLM, on any device, meta included) as a fused stack. Raises NoMatchError.
 
-    `interleaved` is a guess at how rotary pairs lie, which structure does not show.
+    `interleaved` is a guess at the order of rotary pairs, which the structure does not show.
     """
     prefix = str(getattr(model, "base_model_prefix", "model"))
     body = _child(model, prefix)
     layers = _child(body, "layers")
     if not isinstance(layers, nn.ModuleList):
-        raise NoMatchError("its layers are no list")
+        raise NoMatchError("its layers are not a ModuleList")
     _only(model, {prefix, "lm_head"})
     _only(body, {"embed_tokens", "layers", "norm", "rotary_emb"})
     config = model.config
@@ -148,7 +148,10 @@ def _match_layer(layer: nn.Module, path: str, index: int, body: nn.Module, confi
 
 
 def sliding_window(attention: Any, config: Any, index: int) -> int:
-    """Tokens that layer `index` sees, 0 = all: the attention module's own word, else the layer's type, else the model's."""
+    """Return the number of tokens that layer `index` sees, or 0 for all.
+
+    The attention module's own attribute wins over the layer's type, and that over the model's configuration.
+    """
     if hasattr(attention, "sliding_window"):
         return int(attention.sliding_window or 0)
     window = int(getattr(config, "sliding_window", None) or 0)
@@ -170,7 +173,7 @@ def _rope_key(body: nn.Module, config: Any, index: int) -> str:
 def _siblings(parent: nn.Module, path: str, name: str, children: tuple[str, ...]) -> LinearRef:
     linears = [_linear(parent, child) for child in children]
     if len({linear.bias is None for linear in linears}) != 1 or len({linear.in_features for linear in linears}) != 1:
-        raise NoMatchError(f"{', '.join(children)} can't be one matrix")
+        raise NoMatchError(f"{', '.join(children)} cannot be joined to one matrix")
     return LinearRef(f"{path}.{name}", tuple(f"{path}.{child}" for child in children))
 
 
@@ -184,12 +187,12 @@ def _child(module: nn.Module, name: str) -> nn.Module:
 def _linear(module: nn.Module, name: str) -> nn.Linear:
     child = _child(module, name)
     if type(child) is not nn.Linear:
-        raise NoMatchError(f"{name} is a {type(child).__name__}, no Linear")
+        raise NoMatchError(f"{name} is a {type(child).__name__}, not a Linear")
     return child
 
 
 def _only(module: nn.Module, known: set[str]) -> None:
-    """Refuse what has weights beyond the known children: it would be left out silently."""
+    """Raise NoMatchError if the module has weights beyond the known children, which would be ignored."""
     unknown = [name for name, child in module.named_children() if name not in known and list(child.parameters())]
     unknown += [name for name, _ in module.named_parameters(recurse=False)]
     if unknown:
@@ -204,9 +207,9 @@ def _eps(norm: nn.Module) -> float:
 
 
 def _is_plus_one(norm: nn.Module) -> bool:
-    """Whether the norm multiplies by 1 + weight. Raises NoMatchError if it is no RMSNorm of one weight."""
+    """Return whether the norm multiplies by 1 + weight. Raises NoMatchError if it is not an RMSNorm of one weight."""
     if [name for name, _ in norm.named_parameters()] != ["weight"]:
-        raise NoMatchError(f"{type(norm).__name__} is no RMSNorm")
+        raise NoMatchError(f"{type(norm).__name__} is not an RMSNorm")
     probe: Any = copy.deepcopy(norm)
     size = probe.weight.shape[0]
     probe.weight = nn.Parameter(torch.zeros(size), requires_grad=False)
@@ -218,4 +221,4 @@ def _is_plus_one(norm: nn.Module) -> bool:
         return False
     if torch.allclose(given, normal, atol=1e-5):
         return True
-    raise NoMatchError(f"{type(norm).__name__} is no RMSNorm")
+    raise NoMatchError(f"{type(norm).__name__} is not an RMSNorm")

@@ -10,14 +10,14 @@ from runtime.engine.model.run.step import KvPlanes, StepContext
 def trial_planes(
     num_layers: int, token_stride: int, block_tokens: int, num_blocks: int, dtype: torch.dtype
 ) -> list[KvPlanes]:
-    """CPU planes of `num_blocks` blocks whose page ids are 0, 1, …"""
+    """Return CPU planes of `num_blocks` blocks whose page ids are 0, 1, …"""
     unit = block_tokens * token_stride
     planes = torch.zeros(num_layers, 2, num_blocks * unit, dtype=dtype)
     return [KvPlanes(planes[layer, 0], planes[layer, 1], unit) for layer in range(num_layers)]
 
 
 class KvFixture:
-    """Rows that grow step by step. `pages` are free page ids, taken from the front."""
+    """Rows that grow step by step. `pages` are the free page ids, used in order."""
 
     def __init__(
         self,
@@ -38,7 +38,10 @@ class KvFixture:
         self._held = [0] * max_rows
 
     def step(self, chunks: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, StepContext]:
-        """One step over (row, first position, number of tokens); returns the tokens' positions [T] and the context."""
+        """Plan a step over chunks of (row, first position, number of tokens).
+
+        Returns the tokens' positions [T] and the step's context.
+        """
         positions: list[int] = []
         slots: list[int] = []
         starts = [0]

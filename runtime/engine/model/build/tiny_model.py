@@ -18,7 +18,10 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def shrink(config: Any) -> Any:
-    """A copy of `config` with few layers, heads and channels. Head size and every flag stay; layers that differ are each kept once."""
+    """Return a copy of `config` with few layers, heads and channels.
+
+    Head size and all flags stay. One layer of each distinct kind is kept.
+    """
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -40,13 +43,13 @@ def shrink(config: Any) -> Any:
     for name in _TOKEN_IDS:
         try:
             setattr(small, name, None)
-        except Exception:  # a configuration that checks its fields may insist on a number
+        except Exception:  # A configuration that validates its fields may require a number.
             _clamp_token(small, name)
     return small
 
 
 def cut(config: Any) -> Any:
-    """A copy of `config` with few layers and words and nothing else smaller: for classes whose sizes hang together in ways of their own."""
+    """Return a copy of `config` with few layers and a small vocabulary, for classes whose sizes depend on each other."""
     few = _with_few_layers(config)
     for name in _TOKEN_IDS:
         _clamp_token(few, name)
@@ -73,7 +76,10 @@ def _with_few_layers(config: Any) -> Any:
 
 
 def _representative_layers(config: Any) -> list[int]:
-    """Indices of layers, one of each kind that per-layer lists of the configuration tell apart, at least two in all."""
+    """Return the indices of one layer per kind, and at least two.
+
+    Kinds are what the per-layer lists of the configuration distinguish.
+    """
     count = int(config.num_hidden_layers)
     lists = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == count]
     kinds: dict[str, int] = {}
@@ -86,7 +92,11 @@ def _representative_layers(config: Any) -> list[int]:
 
 
 def random_model(model_class: Any, config: Any, attention: str, seed: int = 0) -> nn.Module:
-    """A float32 model on the CPU whose every parameter matters: nothing is left at one or zero, and branches have the residual's size."""
+    """Return a float32 CPU model with random parameters.
+
+    No parameter is left at one or zero, and branches are as large as the residual, so that every parameter affects the
+    logits.
+    """
     model = build_skeleton(model_class, config, attention)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
@@ -102,7 +112,7 @@ def random_model(model_class: Any, config: Any, attention: str, seed: int = 0) -
 def _values(leaf: str, parameter: nn.Parameter, generator: torch.Generator) -> Tensor:
     noise = torch.randn(parameter.shape, generator=generator)
     if parameter.dim() == 1:
-        # rounded: transformers may have drawn small numbers from the global generator
+        # Rounded because transformers may have drawn small numbers from the global generator.
         base: Tensor | float = parameter.detach().round() if not parameter.is_meta else float(leaf == "weight")
         return noise.mul(0.2).add(base)
     return noise.mul(float(parameter.shape[-1]) ** -0.5)

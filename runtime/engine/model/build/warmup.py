@@ -38,11 +38,11 @@ _LOG = logging.getLogger(__name__)
 
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
-_FEW_TOKENS = 32  # more go through a library's products, which idle turns see to: those are ready, not compiled
-_SLACK_BYTES = 2 << 20  # after the weights, as after a model's own
+_FEW_TOKENS = 32  # Larger sizes use library products, which need no compilation. Idle turns run them.
+_SLACK_BYTES = 2 << 20  # after the weights, as in a real model's range
 _LONGEST_WAIT_S = 60.0
 _VOCAB = 131_072
-_FACTS = ModelFacts("", "", "rehearsal", "", Quantization.NONE, 0, 0, _MOST_CONTEXT, _VOCAB, 0)
+_FACTS = ModelFacts("", "", "warmup", "", Quantization.NONE, 0, 0, _MOST_CONTEXT, _VOCAB, 0)
 _PROMPT_TOKENS = 12  # within one KV block of any size
 _GREEDY = SamplingParams(temperature=0.0)
 _SAMPLED = (SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0, top_p=0.9, seed=1))
@@ -53,7 +53,7 @@ Part = Callable[[], Iterator[bool]]
 
 @dataclass(slots=True)
 class WarmupStage:
-    """What this process has warmed up so far. Safe to use from several loading threads."""
+    """Starts warmups and records what this process has warmed up. Safe to use from several loading threads."""
 
     device: torch.device
     config: EngineConfig
@@ -63,17 +63,17 @@ class WarmupStage:
 
     @property
     def busy(self) -> bool:
-        """Whether a rehearsal is under way."""
+        """Whether a warmup is running."""
         with self._lock:
-            self._running = [rehearsal for rehearsal in self._running if not rehearsal.over]
+            self._running = [warmup for warmup in self._running if not warmup.over]
             return bool(self._running)
 
     def open(self) -> "Warmup":
-        """Begin with what all models share: how a step's inputs are made and its tokens drawn."""
+        """Start warming up what all models share: the kernels for inputs and sampling."""
         return self._begin([partial(_shared_steps, self.device, self.config, sorts) for sorts in (False, True)])
 
     def begin(self, blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int) -> "Warmup | None":
-        """Start rehearsing; None where the model's own code runs, or its like was rehearsed before."""
+        """Start warming up a model. Returns None if its own code runs or an equal model was warmed up before."""
         if blueprint.spec is None:
             return None
         key = _key(blueprint, kv_dtype)
@@ -88,21 +88,21 @@ class WarmupStage:
         )
 
     def _begin(self, parts: Sequence[Part]) -> "Warmup":
-        rehearsal = Warmup(parts, self.device)
+        warmup = Warmup(parts, self.device)
         with self._lock:
-            self._running.append(rehearsal)
-        return rehearsal
+            self._running.append(warmup)
+        return warmup
 
 
 class Warmup:
-    """Parts, each in a thread and on a stream of its own: a compiler works for one thread at a time. Starts at once."""
+    """A running warmup: each part has its own thread and stream, because compilation blocks a thread. Starts at once."""
 
     def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
         self._device = device
         self.num_steps = 0
         self._ready = [threading.Event() for _ in parts]
         self._threads = [
-            threading.Thread(target=self._run, args=(part, ready), name="rehearse", daemon=True)
+            threading.Thread(target=self._run, args=(part, ready), name="warmup", daemon=True)
             for part, ready in zip(parts, self._ready, strict=True)
         ]
         for thread in self._threads:
@@ -113,12 +113,12 @@ class Warmup:
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self) -> None:
-        """Until what a first request needs has run; the rest goes on."""
+        """Wait for the steps that a first request needs. The other steps continue."""
         for ready in self._ready:
             ready.wait(_LONGEST_WAIT_S)
 
     def finish(self) -> None:
-        """Until all has run."""
+        """Wait for all steps."""
         for thread in self._threads:
             thread.join()
 
@@ -133,13 +133,15 @@ class Warmup:
                         ready.set()
                 if self._device.type == "cuda":
                     torch.cuda.current_stream(self._device).synchronize()
-            _LOG.info("rehearsed in %.2f s, what a first request needs in %.2f s", time.monotonic() - begun_s, ready_s)
-        except Exception as error:  # the first request will meet it again, and say so to those whom it concerns
-            _LOG.warning("a rehearsal ended early: %s: %s", type(error).__name__, error)
+            _LOG.info(
+                "warmed up in %.2f s, and in %.2f s what a first request needs", time.monotonic() - begun_s, ready_s
+            )
+        except Exception as error:  # The first request meets the same error and reports it to its caller.
+            _LOG.warning("a warmup ended early: %s: %s", type(error).__name__, error)
         finally:
             ready.set()
             if self._device.type == "cuda":
-                with suppress(RuntimeError):  # not while the engine captures a graph
+                with suppress(RuntimeError):  # It fails while the engine captures a graph.
                     torch.cuda.empty_cache()
 
     def _own_stream(self) -> AbstractContextManager[object]:
@@ -155,7 +157,7 @@ def _state(device: torch.device, config: EngineConfig) -> DeviceState:
 
 
 def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> Iterator[bool]:
-    """A model that is nothing but logits: one word's answer in each of the types that logits have."""
+    """Run a model that consists of logits only: a short answer in each type that logits have."""
     state = _state(device, config)
     for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,):
         runner = ModelRunner(_nothing_but_logits(dtype, device), _FACTS, config, state)
@@ -173,7 +175,10 @@ def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> It
 def _model_steps(
     twin: Callable[[], BuiltModel], facts: ModelFacts, device: torch.device, config: EngineConfig, decode: bool
 ) -> Iterator[bool]:
-    """Runs a step before each value; true once what a first request needs has run. Prompts and what follows them are parts of their own."""
+    """Run a step before each yielded value, which is True once the steps that a first request needs have run.
+
+    Prefill and decode are separate parts.
+    """
     state = _state(device, config)
     runner = ModelRunner(twin(), facts, config, state)
     if not decode:
@@ -188,7 +193,7 @@ def _model_steps(
 
 
 def _within(state: DeviceState) -> list[Bucket]:
-    """Likely sizes, none larger than a step of `state` can be."""
+    """Return the likely sizes, capped at the largest step of `state`."""
     return list(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
 
 
@@ -207,12 +212,12 @@ class _Zeros:
 def _nothing_but_logits(dtype: torch.dtype, device: torch.device) -> BuiltModel:
     plane = torch.zeros(0, dtype=dtype, device=device)
     return BuiltModel(
-        _Zeros(dtype), [KvPlanes(plane, plane, 1)], 16, _VOCAB, _MOST_CONTEXT, device, dtype, dtype, (), "rehearsal", 1
+        _Zeros(dtype), [KvPlanes(plane, plane, 1)], 16, _VOCAB, _MOST_CONTEXT, device, dtype, dtype, (), "warmup", 1
     )
 
 
 def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
-    """A prompt, its answer's first token and the one after it."""
+    """Run a prompt, the first token of its answer and the one after it."""
     runner.open_row(RowSetup(0, sampling, LogprobParams(), [0] * _PROMPT_TOKENS, _PROMPT_TOKENS))
     prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [1], [0] * _PROMPT_TOKENS, [(0, 0, 0)])
     for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [1], [])):
@@ -221,7 +226,7 @@ def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
 
 
 def _shared_zeros(device: torch.device) -> Callable[[int], torch.Tensor]:
-    """So many bytes of zeros, once for all threads: an output projection alone may take a gigabyte."""
+    """Return a function that allocates zeros once for all threads: an output projection alone may take a gigabyte."""
     lock = threading.Lock()
     made: list[torch.Tensor] = []
 
@@ -243,7 +248,7 @@ def _twin(
     slab_bytes: int,
     shared_zeros: Callable[[int], torch.Tensor],
 ) -> BuiltModel:
-    """The model with few layers, all of whose weights are the same zeros."""
+    """Return the model with one layer of each kind, all of whose weights view the same zeros."""
     assert blueprint.spec is not None
     spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
     placed = _used(blueprint, spec)
@@ -263,13 +268,13 @@ def _twin(
         dtype=card.dtype,
         kv_dtype=kv_dtype,
         eos_token_ids=(),
-        path="rehearsal",
+        path="warmup",
         token_stride=blueprint.shape.token_stride,
     )
 
 
 def _kinds(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """One layer of each kind."""
+    """Return one layer of each kind."""
     found: dict[object, LayerSpec] = {}
     for layer in layers:
         found.setdefault((replace(layer.attention, layer=0), layer.rope, layer.rope_key), layer)
@@ -277,7 +282,7 @@ def _kinds(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
 
 
 def _used(blueprint: Blueprint, spec: StackSpec) -> list[Placed]:
-    """The tensors of the layers that are kept, and of what surrounds them."""
+    """Return the tensors of the layers that `spec` keeps and of the rest of the stack."""
     assert blueprint.spec is not None
     dropped = tuple(
         layer.input_norm.rpartition(".")[0] + "." for layer in blueprint.spec.layers if layer not in spec.layers
@@ -290,7 +295,7 @@ def _used(blueprint: Blueprint, spec: StackSpec) -> list[Placed]:
 
 
 def _key(blueprint: Blueprint, kv_dtype: torch.dtype) -> object:
-    """Equal for models that need the same kernels in the same sizes."""
+    """Return a key that is equal for models that need the same kernels in the same sizes."""
     assert blueprint.spec is not None
     spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
     shapes = tuple((tensor.name, tensor.shape, tensor.dtype) for tensor in _used(blueprint, spec))

@@ -28,7 +28,7 @@ _PIECE_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Fill `placed` from byte `start` to `end` with what lies in the file."""
+    """A read of bytes `start` to `end` of the tensor `placed` from its file."""
 
     placed: Placed
     stored: StoredTensor
@@ -37,7 +37,10 @@ class _Read:
 
 
 class WeightFiller:
-    """One model's way from files to an image. Implements Filler. `ordered`, by name, wants an image in one piece."""
+    """Fills the weight buffer of one model from its files. Implements Filler.
+
+    A tensor named in `ordered` must be contiguous in the buffer.
+    """
 
     def __init__(
         self,
@@ -48,13 +51,13 @@ class WeightFiller:
         ordered: Mapping[str, OneDnnMatrix],
     ) -> None:
         self.group_ends = layout.group_ends
-        self._model = model  # converters ask it for its configuration
+        self._model = model  # transformers' converters read its configuration
         self._num_threads = num_threads
         placed = {tensor.name: tensor for tensor in layout.tensors}
         self._placed = placed
         self._groups: list[list[_Read | Conversion]] = [[] for _ in layout.group_ends]
         for conversion in resolution.conversions:
-            # done with the first group that needs any of its targets
+            # A conversion belongs to the first group that needs any of its targets.
             self._groups[min(self._group_of(placed[name]) for name in conversion.targets)].append(conversion)
         for tensor in layout.tensors:
             if stored := resolution.direct.get(tensor.name):
@@ -67,7 +70,7 @@ class WeightFiller:
     def fill(self, image: WeightBuffer, cancelled: threading.Event, on_group: Callable[[int], None]) -> None:
         """Fill the whole image; `on_group(i)` is called from this thread, in order, once groups 0 … i are in.
 
-        Raises LoadFailed (a file is gone or too short) or Cancelled.
+        Raises LoadFailed if a file is missing or too short, or Cancelled.
         """
         files = _Files()
         try:
@@ -117,16 +120,16 @@ class WeightFiller:
         except LoadFailed:
             raise
         except Exception as error:
-            raise LoadFailed(f"tensor {work.first_target} can't be made from the checkpoint's: {error}") from error
+            raise LoadFailed(f"tensor {work.first_target} cannot be converted from the checkpoint: {error}") from error
         for name in work.targets:
             if name not in made:
-                raise LoadFailed(f"tensor {name} did not come of converting {work.sources[0][1].name}")
+                raise LoadFailed(f"tensor {name} is missing after the conversion of {work.sources[0][1].name}")
             value = made[name]
             tensor = value[0] if isinstance(value, list) else value
             placed = self._placed[name]
             if tuple(tensor.shape) != placed.shape:
                 raise LoadFailed(
-                    f"tensor {name} has shape {list(tensor.shape)} after conversion, the model wants {list(placed.shape)}"
+                    f"tensor {name} has shape {list(tensor.shape)} after conversion, the model needs {list(placed.shape)}"
                 )
             flat = tensor.to(placed.dtype).contiguous().view(-1).view(torch.uint8)
             start = 0
@@ -141,7 +144,7 @@ def _go_on(cancelled: threading.Event) -> None:
 
 
 class _Lazy:
-    """A tensor that is read when transformers' converter calls for it."""
+    """A tensor that is read when transformers' converter calls it."""
 
     def __init__(self, stored: StoredTensor, files: "_Files") -> None:
         self._stored = stored
@@ -196,7 +199,7 @@ class _Files:
                     raise LoadFailed(f"{stored.path} is truncated: tensor {stored.name} ends beyond the file's end")
                 done += count
         except OSError as error:
-            raise LoadFailed(f"{stored.path} can't be read: {error.strerror}") from error
+            raise LoadFailed(f"{stored.path} cannot be read: {error.strerror}") from error
 
     def close(self) -> None:
         for file in self._open.values():

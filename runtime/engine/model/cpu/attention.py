@@ -16,7 +16,7 @@ def write_on_host(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, planes:
     """Write `k` and `v` [T, Hkv, D] at element offsets `slots` [T] (all ≥ 0: a CPU step has no padding)."""
     width = k.shape[1] * k.shape[2]
     for x, plane in ((k, planes.k), (v, planes.v)):
-        # every element starts an (overlapping) row of this view, so that a slot is a row index
+        # Every element starts an (overlapping) row of this view, so that a slot is a row index.
         rows = plane.as_strided((plane.numel() - width + 1, width), (1, 1))
         values = x.reshape(-1, width).to(plane.dtype)
         if plane.element_size() == 1:  # FP8 has no index_copy
@@ -35,7 +35,10 @@ def rope_write_on_host(
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
 ) -> torch.Tensor:
-    """kernels.rope's rope_and_cache with few passes over memory: queries and keys turn together. Returns q [T, Hq, D], a view."""
+    """Do what `kernels.rope.rope_and_cache` does in few passes: queries and keys are rotated together.
+
+    Returns q [T, Hq, D], a view.
+    """
     heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
     num_turning = spec.num_q_heads + spec.num_kv_heads
     turning = heads[:, :num_turning]
@@ -73,12 +76,12 @@ def attend_on_host(
     out: torch.Tensor,
     sinks: torch.Tensor | None,
 ) -> None:
-    """Attention of `q` [T, Hq, D] into `out` [T, Hq, D]."""
+    """Compute attention of `q` [T, Hq, D] into `out` [T, Hq, D]."""
     for tile in plan.tiles(spec.sliding_window, q.dtype):
         k = _keys(planes.k, planes.page_unit, tile, block_tokens, spec, q.dtype)
         v = _keys(planes.v, planes.page_unit, tile, block_tokens, spec, q.dtype)
         if tile.num_queries == 1 and sinks is None and not spec.softcap:
-            # the heads that share keys as queries of one head: torch reads (and in bf16 repacks) the keys once, not once a head
+            # Heads that share keys become queries of one head: torch reads (and in bf16 repacks) the keys once, not per head.
             queries = q[tile.tokens].view(tile.num_rows, spec.num_kv_heads, -1, spec.head_dim)
             out[tile.tokens] = scaled_dot_product_attention(
                 queries, k, v, attn_mask=tile.bias, scale=spec.scale
@@ -103,10 +106,10 @@ def attend_on_host(
 def _keys(
     plane: torch.Tensor, page_unit: int, tile: Tile, block_tokens: int, spec: AttentionSpec, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The tile's keys (values): [num_rows, Hkv, length, D]."""
+    """Return the tile's keys, or values: [num_rows, Hkv, length, D]."""
     width = spec.num_kv_heads * spec.head_dim
     block = block_tokens * width
-    if tile.page_step == -1 or tile.page_step * page_unit == block:  # neighbours in memory: no copy
+    if tile.page_step == -1 or tile.page_step * page_unit == block:  # The pages are adjacent: no copy is needed.
         begin = plane.storage_offset() + tile.first_page * page_unit
         seen = plane.as_strided((1, tile.length, spec.num_kv_heads, spec.head_dim), (0, width, spec.head_dim, 1), begin)
     else:
@@ -114,7 +117,7 @@ def _keys(
         if plane.element_size() == 1:  # FP8 has no index_select
             gathered = blocks.view(torch.uint8).index_select(0, tile.pages).view(plane.dtype)
         else:
-            # given its result, index_select copies whole blocks; without, it goes element by element over a view like this
+            # With `out`, index_select copies whole blocks. Without, it copies such a view element by element.
             gathered = torch.index_select(blocks, 0, tile.pages, out=plane.new_empty((tile.pages.numel(), block)))
         seen = gathered.view(tile.num_rows, -1, spec.num_kv_heads, spec.head_dim)[:, : tile.length]
     return seen.to(dtype).transpose(1, 2)
@@ -123,7 +126,7 @@ def _keys(
 def _written_out(
     tile: Tile, spec: AttentionSpec, queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """What torch's attention lacks: soft-capped scores and sinks. [num_rows, Hq, num_queries, D]."""
+    """Compute attention with soft-capped scores or sinks, which torch lacks: [num_rows, Hq, num_queries, D]."""
     group = spec.num_q_heads // spec.num_kv_heads
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = (queries @ k.transpose(2, 3)).float() * spec.scale

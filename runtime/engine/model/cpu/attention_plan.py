@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 
 QUERY_TILE = 512
-# A row joins a tile while padding it costs less than this share of its own pages (a tile of its own costs one more kernel call).
+# A row joins a tile while its padding is less than this share of its own pages. A separate tile costs one more kernel call.
 PADDING_SHARE = 0.25
 PADDING_PAGES = 4
 
@@ -21,11 +21,13 @@ class Tile:
     """`num_rows` rows of `num_queries` queries each, over `length` keys each.
 
     Attributes:
-        tokens: where the queries lie in the batch, row by row: a slice or indices.
-        pages: [num_rows · pages a row] int64, page ids row by row; what pads a short row is any mapped page.
-        first_page: the first of them.
-        page_step: the difference between neighbouring page ids if there is one row and it is the same everywhere (-1: there is one page); else 0.
-        bias: added to the scores: [num_rows, 1, num_queries, length], 0 or -inf; None = all keys count for all queries (or `causal`).
+        tokens: indices of the queries in the batch, row by row, as a slice or a tensor.
+        pages: [num_rows · pages per row] int64, page ids row by row. Short rows are padded with any mapped page.
+        first_page: the first of `pages`.
+        page_step: for a single row, the constant difference between adjacent page ids, or -1 if it has one page. 0
+            otherwise.
+        bias: [num_rows, 1, num_queries, length], 0 or -inf, added to the scores. None if every query sees all keys or
+            `causal` is set.
         causal: query i sees keys 0 … i.
     """
 
@@ -49,7 +51,7 @@ class _Row:
 
 
 class AttentionPlan:
-    """The tiles of one step, for each window and type that its layers ask for."""
+    """The attention tiles of one step, for each window and type that its layers use."""
 
     def __init__(
         self,
@@ -72,7 +74,10 @@ class AttentionPlan:
         self._tiles: dict[tuple[int, torch.dtype], list[Tile]] = {}
 
     def tiles(self, window: int, dtype: torch.dtype) -> list[Tile]:
-        """`window`: how many positions a query sees, its own included; 0 = all. `dtype` of the scores' bias."""
+        """Return the tiles for a window and the type of the scores' bias.
+
+        `window` is the number of positions that a query sees, its own included. 0 means all.
+        """
         key = (window, dtype)
         if key not in self._tiles:
             tiles = [self._decode_tile(group, window, dtype) for group in self._groups(window)]
@@ -81,7 +86,7 @@ class AttentionPlan:
         return self._tiles[key]
 
     def _pages_seen(self, window: int, first: int, last: int) -> tuple[int, int]:
-        """Page table entries [begin, end) that queries at positions `first` … `last` need."""
+        """Return the page table entries [begin, end) that queries at positions `first` … `last` need."""
         begin = max(0, first + 1 - window) // self._block_tokens if window else 0
         return begin, last // self._block_tokens + 1
 
@@ -119,7 +124,7 @@ class AttentionPlan:
             else torch.tensor([row.first_token for row in group])
         )
         contexts = torch.tensor([row.context for row in group])
-        reach = contexts - firsts * size  # keys before this column lie in the row
+        reach = contexts - firsts * size  # number of columns that hold keys of the row
         length = int(reach.max())
         column = torch.arange(length)
         hidden = column >= reach[:, None]

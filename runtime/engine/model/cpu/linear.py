@@ -18,16 +18,17 @@ from torch.nn import functional
 from runtime.engine.kernels.scratch import Scratch
 
 _BLOCK = 64
-_PART_ELEMENTS = (
-    1 << 21
-)  # unpacked at a time: a larger matrix would leave the cache, and be given fresh pages at every call
-_ROWS_OF_INT8 = 8  # up to here torch's own product over int8 beats unpacking, in bf16: 3 times at one row
-_COLUMNS_OF_INT8 = 32  # it takes so many at a time and knows no rest: it would read past the end of other matrices
+# Elements that are unpacked at a time. A larger part would leave the cache and get fresh pages from the OS at every call.
+_PART_ELEMENTS = 1 << 21
+# Up to this number of rows torch's own int8 product is faster than unpacking in bf16: 3 times as fast at one row.
+_ROWS_OF_INT8 = 8
+# torch's int8 product reads this many columns at a time, and past the end of a row that is not a multiple.
+_COLUMNS_OF_INT8 = 32
 
 
 @dataclass(frozen=True, slots=True)
 class CpuLinear:
-    """`weight` [N, K] in the activations' type, in rows or in oneDNN's order."""
+    """A linear layer with `weight` [N, K] in the activations' type, row-major or in oneDNN's layout."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -37,10 +38,10 @@ class CpuLinear:
 
 
 class CpuLinear4:
-    """`weight` uint8 [N, K/2] and `absmax` float32 [N, K/64] in bitsandbytes' layout."""
+    """A linear layer with `weight` uint8 [N, K/2] and `absmax` float32 [N, K/64] in bitsandbytes' layout."""
 
     def __init__(self, weight: Tensor, absmax: Tensor, codebook: str, bias: Tensor | None = None) -> None:
-        # imported here, because an engine on a GPU never needs it
+        # Imported here because an engine on a GPU never needs it.
         from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
         self._shape = torch.Size((weight.shape[0], 2 * weight.shape[1]))
@@ -64,7 +65,7 @@ class CpuLinear4:
 
 @dataclass(frozen=True, slots=True)
 class CpuLinear8:
-    """`weight` int8 [N, K], `scale` float32 [N]."""
+    """A linear layer with `weight` int8 [N, K] and `scale` float32 [N]."""
 
     weight: Tensor
     scale: Tensor
@@ -90,7 +91,7 @@ class CpuLinear8:
 def _multiply_unpacked(
     x: Tensor, shape: torch.Size, unpack: Callable[[int, int, torch.dtype], Tensor], bias: Tensor | None
 ) -> Tensor:
-    """x [..., K] · weightᵀ (+ bias), of a weight [N, K] whose rows `unpack(first, last, dtype)` gives."""
+    """Return x [..., K] · Wᵀ (+ bias) for a weight [N, K] whose rows `unpack(first, last, dtype)` returns."""
     num_rows = shape[0]
     num_parts = -(-shape.numel() // _PART_ELEMENTS)
     if num_parts <= 1:
@@ -104,7 +105,7 @@ def _multiply_unpacked(
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] · weightᵀ (+ bias)."""
+    """Return x [..., K] · Wᵀ (+ bias)."""
     if weight.is_mkldnn or (x.dtype is torch.float32 and torch.backends.mkldnn.is_available()):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
-_LARGEST_BYTES = 512 << 20  # a second copy exists while a matrix is put in order
+_LARGEST_BYTES = 512 << 20  # A second copy exists while a matrix is rearranged.
 
 
 @dataclass(frozen=True, slots=True)
 class OneDnnMatrix:
-    """How [N, K] lies in oneDNN's order. `metadata` is oneDNN's description of it."""
+    """The layout of a matrix [N, K] in oneDNN's order. `metadata` is oneDNN's own description of it."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -29,19 +29,19 @@ class OneDnnMatrix:
     shim: "_Shim" = field(repr=False)
 
     def arrange(self, memory: Tensor) -> None:
-        """Put the elements in `memory` (uint8, row after row) in order."""
+        """Rearrange the row-major elements in `memory` (uint8) in place."""
         ordered = torch.ops.mkldnn._reorder_linear_weight(memory.view(self.dtype).view(self.shape), None)
         if _metadata(ordered) != self.metadata:
-            raise RuntimeError(f"oneDNN orders a matrix of {list(self.shape)} {self.dtype} in two ways")
+            raise RuntimeError(f"oneDNN has two layouts for a matrix of {list(self.shape)} {self.dtype}")
         ctypes.memmove(memory.data_ptr(), torch.ops.mkldnn.data_ptr(ordered), memory.numel())
 
     def over(self, memory: Tensor) -> Tensor:
-        """What oneDNN's products take. It does not keep `memory` alive."""
+        """Return a tensor over `memory` that oneDNN's products accept. The tensor does not keep `memory` alive."""
         return self.shim.tensor_over(memory, self.shape, self.dtype, self.metadata)
 
 
 class OneDnnLayout:
-    """What this machine's oneDNN can put in order. Raises RuntimeError or AttributeError where it can't be told."""
+    """The layouts of this machine's oneDNN. Raises RuntimeError or AttributeError if they cannot be used."""
 
     def __init__(self) -> None:
         self._shim = _Shim()
@@ -54,11 +54,11 @@ class OneDnnLayout:
         try:
             return cls()
         except (RuntimeError, AttributeError, OSError) as error:
-            _LOG.info("matrices stay in rows: %s", error)
+            _LOG.info("weights stay row-major, because oneDNN's layout cannot be used: %s", error)
             return None
 
     def matrix(self, shape: tuple[int, ...], dtype: torch.dtype) -> OneDnnMatrix | None:
-        """How a matrix of this kind is ordered; None if it had better stay as it is."""
+        """Return the layout for a matrix of this shape and type, or None if it should stay row-major."""
         if len(shape) != 2 or dtype not in self._dtypes:
             return None
         key = ((shape[0], shape[1]), dtype)
@@ -76,18 +76,18 @@ class OneDnnLayout:
         return OneDnnMatrix(shape, dtype, _metadata(ordered), self._shim)
 
     def _prove(self) -> None:
-        """Multiply by a matrix in order over memory of ours, and by the same one in rows."""
+        """Compare a product over a rearranged matrix with the same product over the row-major one."""
         for dtype in self._dtypes:
             matrix = self._look((128, 64), dtype)
             if matrix is None:
-                raise RuntimeError(f"oneDNN pads a matrix of 128 by 64 {dtype}")
+                raise RuntimeError(f"oneDNN pads a {dtype} matrix of 128 by 64")
             rows = torch.arange(128 * 64).remainder(97).sub(48).to(dtype).view(128, 64)
             x = torch.arange(3 * 64).remainder(13).sub(6).to(dtype).view(3, 64)
             memory = rows.clone().view(-1).view(torch.uint8)
             matrix.arrange(memory)
             product = torch.ops.mkldnn._linear_pointwise(x, matrix.over(memory), None, "none", [], "")
             if not torch.equal(product, torch.nn.functional.linear(x, rows)):
-                raise RuntimeError(f"a product over oneDNN's order in {dtype} is wrong")
+                raise RuntimeError(f"a {dtype} product over oneDNN's layout is wrong")
 
 
 def _metadata(ordered: Tensor) -> bytes:
@@ -95,7 +95,7 @@ def _metadata(ordered: Tensor) -> bytes:
 
 
 class _Shim:
-    """torch's C interface for compiled models, as far as it is needed to name memory a tensor of oneDNN's."""
+    """The part of torch's C interface for compiled models that creates a oneDNN tensor over existing memory."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -144,6 +144,6 @@ class _Shim:
             len(metadata),
         )
         if status != 0:
-            raise RuntimeError(f"torch makes no tensor of oneDNN's over memory: status {status}")
+            raise RuntimeError(f"torch could not create a oneDNN tensor over memory: status {status}")
         tensor: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(self._capsule(made, None, None))
         return tensor

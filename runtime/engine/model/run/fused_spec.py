@@ -13,7 +13,7 @@ _SUFFIXES = ("weight", "absmax", "scale", "bias")
 
 @dataclass(frozen=True, slots=True)
 class LinearRef:
-    """A matrix by its module path; more than one member are siblings that are read as one, under a name of their own."""
+    """A matrix, by its module path. Several `members` are sibling modules that are stored end to end under `name`."""
 
     name: str
     members: tuple[str, ...]
@@ -23,7 +23,7 @@ class LinearRef:
         return cls(name, (name,))
 
     def joins(self, stored: set[str]) -> list[Join]:
-        """What has to lie end to end, given the names of all stored tensors."""
+        """Return the tensors that must be stored end to end, given the names of all stored tensors."""
         if len(self.members) == 1:
             return []
         found = []
@@ -36,7 +36,10 @@ class LinearRef:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder layer. Norms are module paths; the two `after_…` ones are Gemma's, on a branch's output before it is added."""
+    """One decoder layer. Norms are module paths.
+
+    The two `after_…` norms are Gemma's: they apply to a branch's output before it is added to the residual.
+    """
 
     attention: AttentionSpec
     rope: RopeSpec
@@ -55,7 +58,10 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class StackSpec:
-    """embed · embed_scale → layers → norm → lm_head / logits_divisor → softcap; branches are scaled by `residual_scale` before they are added."""
+    """A whole stack: embed · embed_scale → layers → norm → lm_head / logits_divisor → softcap.
+
+    Branches are scaled by `residual_scale` before they are added to the residual.
+    """
 
     embed: str
     norm: str
@@ -71,4 +77,5 @@ class StackSpec:
     logits_softcap: float = 0.0
 
     def joins(self, stored: set[str]) -> list[Join]:
+        """Return the joins of all layers, given the names of all stored tensors."""
         return [join for layer in self.layers for ref in (layer.qkv, layer.gate_up) for join in ref.joins(stored)]
