@@ -32,6 +32,7 @@ _HOP_BY_HOP = frozenset(
         "expect",
     }
 )
+_KEY_HEADERS = ("authorization", "x-api-key")
 _NOT_FOUND = 404
 _NOT_FOUND_CODE = b"model_not_found"  # OpenAI's code in the error's JSON
 _UNAVAILABLE = (502, 503)
@@ -120,11 +121,11 @@ class HttpForwarder:
         return None
 
     def _headers(self, model_id: str, target: Target) -> Headers:
-        """Return the headers for a target. The bearer key goes to another pod, never to a runtime."""
+        """Return the headers for a target. The client's key goes to another pod, never to a runtime."""
         headers = [
             (key, value)
             for key, value in end_to_end(self._request.headers)
-            if not target.local or key.lower() != "authorization"
+            if not target.local or key.lower() not in _KEY_HEADERS
         ]
         headers.append((MODEL_HEADER, model_id))
         if not target.local:

@@ -80,13 +80,19 @@ async def _refuse_path(request: web.Request) -> web.StreamResponse:
 
 
 def key_guard(keys: tuple[str, ...]) -> Middleware:
-    """Return a middleware that requires one of the keys, except for health probes."""
+    """Return a middleware that requires one of the keys, except for health probes.
+
+    Clients send it as a bearer key, or in `x-api-key` as Anthropic's do.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path in _OPEN_TO_ALL or key_is_known(request.headers.get("Authorization", ""), keys):
+        sent = (request.headers.get("Authorization", ""), f"Bearer {request.headers.get('x-api-key', '')}")
+        if request.path in _OPEN_TO_ALL or any(key_is_known(value, keys) for value in sent):
             return await handler(request)
-        response = response_of(Unauthenticated("a valid API key is needed: send `Authorization: Bearer KEY`"))
+        response = response_of(
+            Unauthenticated("a valid API key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
+        )
         response.headers["WWW-Authenticate"] = "Bearer"
         return response
 

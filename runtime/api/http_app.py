@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from runtime.api.anthropic.messages import Messages
 from runtime.api.health import Health
 from runtime.api.http_errors import errors_as_json
 from runtime.api.openai.chat import ChatCompletions
@@ -27,7 +28,6 @@ _LOG = logging.getLogger(__name__)
 _UNSUPPORTED_PATHS = (
     "/v1/embeddings",
     "/v1/responses",
-    "/v1/messages",
     "/v1/rerank",
     "/v1/score",
     "/v1/moderations",
@@ -55,6 +55,7 @@ def build_http_app(
     generator = generator or Generator(engine, metrics)
     chat = ChatCompletions(directory, generator)
     completions = Completions(directory, generator)
+    messages = Messages(directory, generator)
     models = Models(directory)
     tokenizing = Tokenizing(directory)
     health = Health(directory, metrics)
@@ -64,6 +65,8 @@ def build_http_app(
         [
             web.post("/v1/chat/completions", chat.post),
             web.post("/v1/completions", completions.post),
+            web.post("/v1/messages", messages.post),
+            web.post("/v1/messages/count_tokens", messages.count_tokens),
             web.get("/v1/models", models.get_all),
             web.get("/v1/models/{id:.+}", models.get_one),
             web.post("/tokenize", tokenizing.tokenize),

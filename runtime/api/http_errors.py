@@ -1,4 +1,4 @@
-"""Turns errors into HTTP responses in OpenAI's JSON shape, or into events of a stream that has begun."""
+"""Turns errors into HTTP responses in OpenAI's JSON shape."""
 
 import logging
 import math
@@ -6,15 +6,11 @@ import math
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from runtime.api.openai.errors import error_body
 from runtime.api.openai.responses import ErrorAnswer, ErrorBody, encode
-from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError
+from runtime.errors import InvalidRequest, NotSupported, RepertoryError
 
 _LOG = logging.getLogger(__name__)
-
-
-def error_body(error: RepertoryError) -> bytes:
-    code = "model_not_found" if isinstance(error, ModelNotFound) else error.code.lower()
-    return encode(ErrorAnswer(ErrorBody(error.message, error.openai_type, error.param, code)))
 
 
 def error_response(error: RepertoryError) -> web.Response:
@@ -25,11 +21,6 @@ def error_response(error: RepertoryError) -> web.Response:
     if isinstance(error, NotSupported):
         response.headers["x-should-retry"] = "false"  # the official clients retry every 5xx twice
     return response
-
-
-def error_event(error: RepertoryError) -> bytes:
-    """Return the error as an event. The official client raises on it, so nothing may follow."""
-    return b"data: " + error_body(error) + b"\n\n"
 
 
 def internal(error: Exception) -> RepertoryError:

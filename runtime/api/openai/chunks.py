@@ -7,11 +7,14 @@ from typing import Protocol
 
 import msgspec
 
+from runtime.api.openai.errors import error_event
 from runtime.api.openai.responses import Usage, chat_logprobs, encode, finish_word, stop_reason, tool_call_id, usage
 from runtime.api.openai.types import StreamOptions
+from runtime.errors import RepertoryError
 from runtime.generation.parts import Delta, Finish, Part, Reasoning, Refusal, Text, ToolCall
 from runtime.interfaces import ServedModel
 
+_DONE = b"data: [DONE]\n\n"
 _PLAIN_END = b',"logprobs":null,"finish_reason":null}]'
 _LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _encode_json = msgspec.json.Encoder().encode
@@ -115,10 +118,13 @@ class EventChunks:
         return self._full(delta)
 
     def end(self) -> bytes:
-        """Return what follows the last delta: the usage, if it was requested."""
+        """Return what follows the last delta: the usage, if it was requested, and the mark of the end."""
         if not self._counts.at_end:
-            return b""
-        return self._head + b',"choices":[],"usage":' + encode(self._counts.so_far()) + b"}\n\n"
+            return _DONE
+        return self._head + b',"choices":[],"usage":' + encode(self._counts.so_far()) + b"}\n\n" + _DONE
+
+    def error(self, error: RepertoryError) -> bytes:
+        return error_event(error)
 
     def _full(self, delta: Delta) -> bytes:
         """Return one event per part. The last event carries the log-probabilities and the finish reason."""

@@ -3,24 +3,41 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from typing import Protocol
 
 from aiohttp import web
 
-from runtime.api.http_errors import error_event, internal
-from runtime.api.openai.chunks import EventChunks
+from runtime.api.http_errors import internal
+from runtime.errors import RepertoryError
 from runtime.generation.merge import close
 from runtime.generation.parts import Delta
 
 KEEP_ALIVE_S = 15.0
 _LARGE_BYTES = 16384
 _KEEP_ALIVE = b": keep-alive\n\n"
-_DONE = b"data: [DONE]\n\n"
 _LOG = logging.getLogger(__name__)
 _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+class StreamEncoder(Protocol):
+    """Turns the deltas of one response into server-sent events."""
+
+    @property
+    def num_events(self) -> int:
+        """How many events there were so far."""
+
+    def delta(self, delta: Delta) -> bytes:
+        """Return the delta's events, which may be none."""
+
+    def end(self) -> bytes:
+        """Return what follows the last delta."""
+
+    def error(self, error: RepertoryError) -> bytes:
+        """Return the events of an error, after which nothing follows."""
+
+
 async def send_events(
-    request: web.Request, deltas: AsyncIterator[Delta], chunks: EventChunks, warning: str | None
+    request: web.Request, deltas: AsyncIterator[Delta], chunks: StreamEncoder, warning: str | None
 ) -> web.StreamResponse:
     """Send the whole response. An error before the first event is raised, so that it gets an HTTP status of its own."""
     response = web.StreamResponse(headers=_HEADERS)
@@ -46,11 +63,11 @@ async def send_events(
                     await asyncio.sleep(
                         0
                     )  # encoding a prompt's log-probabilities took milliseconds: let other requests run
-            await response.write(chunks.end() + _DONE)
+            await response.write(chunks.end())
         except ConnectionError:
             _LOG.info("the client closed a stream")
         except Exception as error:
-            await response.write(error_event(internal(error)))
+            await response.write(chunks.error(internal(error)))
         silence.cancel()  # nothing may be written after the end
         await response.write_eof()
     except ConnectionError:
@@ -68,7 +85,7 @@ async def _next(deltas: AsyncIterator[Delta]) -> Delta:
     return await anext(deltas)
 
 
-async def _keep_alive(response: web.StreamResponse, chunks: EventChunks) -> None:
+async def _keep_alive(response: web.StreamResponse, chunks: StreamEncoder) -> None:
     """Send comments while nothing else is sent, since proxies close idle streams."""
     seen = -1
     while True:

@@ -263,8 +263,18 @@ async def test_key_guard_protects_all_http_but_health(tmp_path: Path) -> None:
             assert answer.status == 200
         async with pod.http.get("/v1/models", headers={"Authorization": "Bearer secret"}) as answer:
             assert answer.status == 200
-        async with pod.http.get("/v1/models", headers={"Authorization": "Bearer "}) as answer:
-            assert answer.status == 401
+        for headers in ({"Authorization": "Bearer "}, {"x-api-key": ""}, {"x-api-key": "other"}):
+            async with pod.http.get("/v1/models", headers=headers) as answer:
+                assert answer.status == 401
+        async with pod.http.get("/v1/models", headers={"x-api-key": "secret"}) as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses"])
+async def test_gateway_forwards_every_protocol_by_model(pod: RunningPod, path: str) -> None:
+    async with pod.http.post(path, json={"model": "org/smol"}, headers={"x-api-key": "secret"}) as answer:
+        assert (answer.status, (await answer.json())["path"]) == (200, path)
+    assert "x-api-key" not in {key.lower() for key in pod.runtime.headers[-1]}
 
 
 async def test_gateway_disconnect_after_done_is_not_a_cancellation(pod: RunningPod) -> None:

@@ -1,0 +1,72 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API, without state."""
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from runtime.api.anthropic.as_chat import as_chat
+from runtime.api.anthropic.events import MessageEvents
+from runtime.api.anthropic.responses import TokenCount, error_response, message
+from runtime.api.anthropic.types import MessagesBody, PromptBody
+from runtime.api.http_errors import internal
+from runtime.api.openai.chat_prepare import prepare_chat, render_prompt
+from runtime.api.openai.context import json_response, model_of, read_body
+from runtime.api.openai.stream import send_events
+from runtime.api.openai.tools import plan_tools
+from runtime.errors import RepertoryError
+from runtime.generation.generator import Generator
+from runtime.interfaces import ModelDirectory
+
+
+class _TooLarge(RepertoryError):
+    http_status = 413
+
+
+class Messages:
+    """Both routes' handlers."""
+
+    def __init__(self, directory: ModelDirectory, generator: Generator) -> None:
+        self._directory = directory
+        self._generator = generator
+
+    async def post(self, request: web.Request) -> web.StreamResponse:
+        return await _with_errors(request, self._post)
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        return await _with_errors(request, self._count_tokens)
+
+    async def _post(self, request: web.Request) -> web.StreamResponse:
+        parsed = await read_body(request, MessagesBody)
+        body = parsed.body
+        model = model_of(request, self._directory, body.model)
+        # Clients ask for the output limit of the model that they were made for.
+        chat = await prepare_chat(model, as_chat(body), cut_to_context=True)
+        shown_name = body.model or model.name
+        warning = parsed.warning_with(chat.notes)
+        if body.stream:
+            events = MessageEvents(model, shown_name, chat.num_prompt)
+            deltas = self._generator.stream(model, chat.requests, chat.make_parser)
+            return await send_events(request, deltas, events, warning)
+        [result] = await self._generator.complete(model, chat.requests, chat.make_parser)
+        return json_response(message(model, shown_name, chat.num_prompt, result), warning)
+
+    async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
+        parsed = await read_body(request, PromptBody)
+        model = model_of(request, self._directory, parsed.body.model)
+        chat = as_chat(parsed.body)
+        _, prompt = await render_prompt(model, chat, plan_tools(model, chat.tools, chat.tool_choice))
+        return json_response(TokenCount(len(prompt)), parsed.warning)
+
+
+async def _with_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Answer errors before the first event in Anthropic's shape."""
+    try:
+        return await handler(request)
+    except web.HTTPRequestEntityTooLarge:
+        return error_response(_TooLarge(f"the body is larger than the limit of {request.client_max_size} bytes"))
+    except (web.HTTPException, web.RequestPayloadError, ConnectionError):
+        raise
+    except Exception as error:
+        return error_response(internal(error))

@@ -1,0 +1,38 @@
+"""The request bodies of Anthropic's Messages API."""
+
+from typing import Any
+
+import msgspec
+
+Blocks = str | list[dict[str, Any]]
+
+
+class Turn(msgspec.Struct, frozen=True):
+    role: str
+    content: Blocks
+
+
+class PromptBody(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields that make the prompt: all of a request to count tokens."""
+
+    model: str = ""
+    messages: list[Turn]
+    system: Blocks | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    # accepted without effect
+    metadata: Any = None
+    service_tier: Any = None
+    cache_control: Any = None
+    context_management: Any = None
+    output_config: Any = None
+
+
+class MessagesBody(PromptBody, frozen=True, kw_only=True):
+    max_tokens: int
+    stream: bool | None = None
+    stop_sequences: list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None

@@ -1,0 +1,51 @@
+"""Prepares a chat for generation, for every protocol whose requests can be written as an OpenAI chat."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from runtime.api.openai.chat_plan import chat_options, parser_of, plan_chat
+from runtime.api.openai.context import render_chat
+from runtime.api.openai.tools import ToolPlan, plan_tools
+from runtime.api.openai.types import ChatBody
+from runtime.api.tokenization import encode_text
+from runtime.generation.limits import check_chars
+from runtime.generation.parser import MakeParser
+from runtime.interfaces import ServedModel
+from runtime.types import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """`notes` are for the `Warning` header."""
+
+    requests: list[GenerationRequest]
+    make_parser: MakeParser
+    notes: tuple[str, ...]
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.requests[0].prompt)
+
+
+async def prepare_chat(model: ServedModel, body: ChatBody, *, cut_to_context: bool = False) -> PreparedChat:
+    """Render, tokenize and plan. `cut_to_context`: `max_tokens` above what fits the context is reduced instead of refused.
+
+    Raises InvalidRequest or NotSupported naming the field.
+    """
+    tools = plan_tools(model, body.tools, body.tool_choice, body.parallel_tool_calls)
+    text, prompt = await render_prompt(model, body, tools)
+    if cut_to_context and body.max_tokens is not None:
+        room = model.facts.max_model_len - len(prompt)
+        body = msgspec.structs.replace(body, max_tokens=min(body.max_tokens, max(1, room)))
+    show_reasoning = body.include_reasoning is not False
+    make_parser = parser_of(model, tools, text, whole_calls=not body.stream, show_reasoning=show_reasoning)
+    return PreparedChat(plan_chat(model, body, prompt), make_parser, tools.notes)
+
+
+async def render_prompt(model: ServedModel, body: ChatBody, tools: ToolPlan) -> tuple[str, list[int]]:
+    """Return the prompt's text and tokens."""
+    text = await render_chat(model, body.messages, chat_options(body, tools))
+    if body.truncate_prompt_tokens is None:
+        check_chars(model, [text], param="messages")
+    return text, await encode_text(model, text, add_special_tokens=bool(body.add_special_tokens))
