@@ -5,16 +5,14 @@ Knows how transformers builds a module and how to hang tensors into one; nothing
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from common.model_key import Quantization
 from runtime.checkpoint.weight_layout import TensorSpec
-from runtime.engine.model.run.linear import LinearModule, make_linear
 
 _LARGE_ELEMENTS = 1 << 22
 _RANDOM = frozenset({"normal_", "uniform_", "trunc_normal_"})
@@ -67,7 +65,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def untie(model: nn.Module, alias: str) -> None:
     """Give `alias` a parameter of its own."""
-    parent, leaf = _parent(model, alias)
+    parent, leaf = parent_of(model, alias)
     parent._parameters[leaf] = nn.Parameter(torch.empty_like(getattr(parent, leaf), device="meta"), requires_grad=False)
 
 
@@ -101,31 +99,7 @@ def _layer_prefix(model: nn.Module, num_layers: int) -> str:
     return "\0"  # matches nothing: the model is one group
 
 
-def bind(model: nn.Module, views: Mapping[str, Tensor], quantization: Quantization) -> None:
-    """Hang `views` into the module under their names, aliases included; linears are replaced by twins that compute on them.
-
-    Buffers that no checkpoint brings move to the views' device.
-    """
-    aliases = tied_names(model)
-    device = next(iter(views.values())).device
-    linears = dict(views)
-    linears |= {alias: views[owner] for alias, owner in aliases.items()}
-    for name, old in list(model.named_modules()):
-        if type(old) is nn.Linear:
-            parent, leaf = _parent(model, name)
-            setattr(
-                parent, leaf, LinearModule(make_linear(name, linears, quantization), old.in_features, old.out_features)
-            )
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        parent, leaf = _parent(model, name)
-        parent._parameters[leaf] = nn.Parameter(
-            views[aliases.get(name, name)].view(parameter.shape), requires_grad=False
-        )
-    for name, buffer in list(model.named_buffers()):
-        parent, leaf = _parent(model, name)
-        parent._buffers[leaf] = views[name].view(buffer.shape) if name in views else buffer.to(device)
-
-
-def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter or submodule, and its name in there."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.model_key import Quantization
-from runtime.checkpoint.meta_model import bind, build_skeleton, stored_specs, tied_names, untie
+from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names, untie
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.name_mapping import resolve
 from runtime.checkpoint.packed import Layout4Bit, PackedTensors
@@ -20,6 +20,7 @@ from runtime.checkpoint.safetensors_index import StoredTensor, read_index, read_
 from runtime.checkpoint.weight_layout import Join, Placed, TensorSpec, WeightLayout, lay_out
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.weight_readiness import WeightReadiness
+from runtime.engine.model.build.bind import bind
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker, Verdict
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
 from runtime.engine.model.build.weight_loader import WeightFiller

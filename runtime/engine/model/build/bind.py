@@ -1,0 +1,34 @@
+"""Puts the tensors of a weight buffer into a module."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from common.model_key import Quantization
+from runtime.checkpoint.meta_model import parent_of, tied_names
+from runtime.engine.model.run.linear import LinearModule, make_linear
+
+
+def bind(model: nn.Module, views: Mapping[str, Tensor], quantization: Quantization) -> None:
+    """Hang `views` into the module under their names, aliases included; linears are replaced by twins that compute on them.
+
+    Buffers that no checkpoint brings move to the views' device.
+    """
+    aliases = tied_names(model)
+    device = next(iter(views.values())).device
+    linears = dict(views)
+    linears |= {alias: views[owner] for alias, owner in aliases.items()}
+    for name, old in list(model.named_modules()):
+        if type(old) is nn.Linear:
+            parent, leaf = parent_of(model, name)
+            setattr(
+                parent, leaf, LinearModule(make_linear(name, linears, quantization), old.in_features, old.out_features)
+            )
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        parent, leaf = parent_of(model, name)
+        parent._parameters[leaf] = nn.Parameter(
+            views[aliases.get(name, name)].view(parameter.shape), requires_grad=False
+        )
+    for name, buffer in list(model.named_buffers()):
+        parent, leaf = parent_of(model, name)
+        parent._buffers[leaf] = views[name].view(buffer.shape) if name in views else buffer.to(device)
