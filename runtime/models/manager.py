@@ -30,7 +30,8 @@ from runtime.ipc.messages import Hello, Load
 from runtime.models.model_key import fingerprint
 from runtime.models.model_state import ModelView, Phase, Prepared, Preparer, Progress
 from runtime.models.operations import Operation, OperationKind, settled
-from runtime.models.quarantine import Quarantine
+from runtime.models.quarantine import Quarantine, quarantine_text
+from runtime.models.source_check import is_current
 from runtime.text.text_model import TextModel
 from runtime.types import ModelFacts, ModelSource
 
@@ -134,9 +135,10 @@ class Models:
         self._refuse_quarantined(model_id, mark)
         if tail is None:
             entry = self._entries.get(model_id)
-            if entry is not None and entry.phase is Phase.LOADED and entry.mark == mark:
+            if entry is not None and entry.mark == mark and await self._is_current(entry):
                 assert entry.served is not None
                 return entry.served
+            tail = self._tails.get(model_id)
         if tail is None or tail.kind is OperationKind.UNLOAD or tail.mark != mark:
             tail = self._enqueue(
                 model_id, OperationKind.LOAD, mark, lambda: self._load(model_id, source, settings, mark)
@@ -246,7 +248,7 @@ class Models:
     async def _load(self, model_id: str, source: ModelSource, settings: ModelSettings, mark: bytes) -> None:
         old = self._entries.get(model_id)
         if old is not None:
-            if old.phase is Phase.LOADED and old.mark == mark:
+            if old.mark == mark and await self._is_current(old):
                 return
             await self._unload(model_id)
         entry = self._entries[model_id] = _Entry(model_id, source, settings, mark)
@@ -277,6 +279,12 @@ class Models:
         entry.phase = Phase.LOADED
         entry.progress = None
         log.info("loaded %s in %.1f s", model_id, entry.load_seconds)
+
+    async def _is_current(self, entry: _Entry) -> bool:
+        """Return whether the model is loaded, with the files that its source has now."""
+        if entry.phase is not Phase.LOADED or not await is_current(self._preparer, entry.source, entry.prepared):
+            return False
+        return entry.phase is Phase.LOADED
 
     async def _bring(self, entry: _Entry) -> None:
         hello = await self._engine.wait_ready()
@@ -355,11 +363,11 @@ class Models:
 
     def _refuse_quarantined(self, model_id: str, mark: bytes) -> None:
         if self._quarantine.holds(model_id, mark):
-            raise Quarantined(_quarantine_text(model_id))
+            raise Quarantined(quarantine_text(model_id))
 
     def _isolate(self, entry: _Entry) -> None:
         entry.phase = Phase.QUARANTINED
-        entry.error = _quarantine_text(entry.name)
+        entry.error = quarantine_text(entry.name)
         entry.served = None
         self._release(entry)
         log.error("%s", entry.error)
@@ -383,10 +391,6 @@ class Models:
         if entry.prepared is not None:
             entry.prepared.release()
             entry.prepared = None
-
-
-def _quarantine_text(name: str) -> str:
-    return f"model {name!r} is quarantined: the engine died twice while it was running; unload it, or register it anew, to try again"
 
 
 def _post(

@@ -35,10 +35,11 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Files that are ready to load. The disk cache keeps them until `release` is called, once."""
+    """Files that are ready to load. The disk cache keeps them until `release` is called, once. `identity` is the source's at that time."""
 
     checkpoint: Checkpoint
     release: Callable[[], None]
+    identity: str = ""
 
 
 class Preparer(Protocol):
@@ -49,6 +50,9 @@ class Preparer(Protocol):
 
         Raises InvalidRequest (path, key), LoadFailed (files), Overloaded (disk full).
         """
+
+    async def identity(self, source: ModelSource) -> str:
+        """Return text that changes with the files at the source: their sizes, times, ETags or commit. Raises InvalidRequest, LoadFailed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,3 +38,8 @@ class Quarantine:
         record = self._records.get(model_id)
         if record is not None:
             record.strikes = min(record.strikes, _LIMIT - 1.0)
+
+
+def quarantine_text(name: str) -> str:
+    """Return the reason that callers of a quarantined model get, with the way out."""
+    return f"model {name!r} is quarantined: the engine died twice while it was running; unload it, or register it again, to retry"

@@ -17,6 +17,7 @@ from runtime.puller.safetensors_header import read_header
 from runtime.puller.sizing import TensorShape
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_TEXTS = (".json", ".txt", ".jinja", ".model")
 LARGEST_JSON_BYTES = 64 * 1024 * 1024  # of a configuration or an index; the largest there are have ten
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
@@ -91,7 +92,7 @@ def inspect(path: Path, policy: Policy) -> CheckpointSummary:
         quantization,
         double_quant,
         _needs_tokenizer(path),
-        _identity([path / "config.json", *files]),
+        _identity([*files, *_texts(path)]),
     )
 
 
@@ -200,6 +201,12 @@ def _needs_tokenizer(path: Path) -> bool:
     if any((path / name).is_file() for name in _SLOW_TOKENIZERS):
         return True
     raise LoadFailed(f"{path} has no tokenizer: no tokenizer.json and none of {', '.join(_SLOW_TOKENIZERS)}")
+
+
+def _texts(path: Path) -> list[Path]:
+    """Return the configuration, tokenizer and template files: a packed directory holds copies of them."""
+    files = [*path.iterdir(), *path.glob("additional_chat_templates/*")]
+    return sorted(file for file in files if file.suffix in _TEXTS and file.is_file())
 
 
 def _identity(files: Sequence[Path]) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,6 +58,11 @@ class CheckpointPreparer:
         job = PullJob(report)
         return await self._in_thread(lambda: self._prepare(source, settings, device, job), job)
 
+    async def identity(self, source: ModelSource) -> str:
+        """See runtime.models.model_state.Preparer."""
+        job = PullJob(lambda progress: None)
+        return await self._in_thread(lambda: self._identity(source, job), job)
+
     async def look(
         self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
     ) -> ModelMetadata:
@@ -89,18 +95,26 @@ class CheckpointPreparer:
         job.say(Phase.PULLING, 0, 0, "looking")
         place = locate(source, self._config)
         if isinstance(place, Path):
-            return self._from_files(place, None, "", settings, device, job)
+            # Read before the files are, so that a change in between shows as a difference later.
+            identity = inspect(place, self._policy).identity
+            return replace(self._from_files(place, None, "", settings, device, job), identity=identity)
         listing = self._listing(place, source, job)
         packed = self._find_packed(_pack_key(listing.key, settings, device))
         if packed is not None:
-            return packed
+            return replace(packed, identity=listing.key)
         pulled = self._pull(place, listing, job)
         try:
             path = pulled.path / listing.files[0].name if listing.files[0].name.endswith(".gguf") else pulled.path
-            return self._from_files(path, pulled, listing.key, settings, device, job)
+            return replace(self._from_files(path, pulled, listing.key, settings, device, job), identity=listing.key)
         except BaseException:
             pulled.release()
             raise
+
+    def _identity(self, source: ModelSource, job: PullJob) -> str:
+        place = locate(source, self._config)
+        if isinstance(place, Path):
+            return inspect(place, self._policy).identity
+        return self._listing(place, source, job).key
 
     def _listing(self, place: Source, source: ModelSource, job: PullJob) -> Listing:
         """What the source lists now; if it doesn't answer, what it listed last."""

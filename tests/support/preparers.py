@@ -12,12 +12,13 @@ from runtime.types import Checkpoint, ModelSource
 
 
 class ScriptedPreparer:
-    """Counts what it prepares and what was given back. A URI of "missing:" fails, of "endless:" never ends; others take `delay_s`."""
+    """Counts what it prepares and what was given back. `files` is the identity of all sources. A URI of "missing:" fails, of "endless:" never ends; others take `delay_s`."""
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
         self.started = 0
         self.held = 0
+        self.files = "first"
 
     async def prepare(self, source: ModelSource, settings: ModelSettings, device: str, report: Report) -> Prepared:
         self.started += 1
@@ -27,8 +28,13 @@ class ScriptedPreparer:
         await asyncio.sleep(3600 if source.uri.startswith("endless:") else self.delay_s)
         self.held += 1
         return Prepared(
-            Checkpoint(model_dir="/nowhere", quantization=settings.quantize, dtype="float32"), self._release
+            Checkpoint(model_dir="/nowhere", quantization=settings.quantize, dtype="float32"),
+            self._release,
+            self.files,
         )
+
+    async def identity(self, source: ModelSource) -> str:
+        return self.files
 
     def _release(self) -> None:
         self.held -= 1

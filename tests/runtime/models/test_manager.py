@@ -81,6 +81,17 @@ async def test_the_same_id_with_other_files_is_loaded_anew(house: House) -> None
     assert house.journal("unload") == ["a"]
 
 
+async def test_manager_loads_again_when_the_files_have_changed(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    house.preparer.files = "second"
+    await asyncio.gather(*(house.models.load("a", SOURCE, PLAIN) for _ in range(3)))
+    assert house.preparer.started == 2
+    assert house.preparer.held == 1
+    assert house.journal("unload") == ["a"]
+    await house.models.load("a", SOURCE, PLAIN)
+    assert house.preparer.started == 2
+
+
 async def test_unload_frees_and_unknown_ids_are_fine(house: House) -> None:
     await house.models.unload("nobody")
     await house.models.load("a", SOURCE, PLAIN)
