@@ -1,9 +1,7 @@
 """Fetching over HTTP: ranges, resuming, retries, checks. Knows URLs and headers; nothing of models."""
 
-import hashlib
 import http.client
 import ssl
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,6 +14,7 @@ from typing import IO
 from runtime.errors import LoadFailed
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, RemoteFile, Unreachable
+from runtime.puller.transfer import Interrupted, commit, size_of, transfer
 
 _CHUNK_BYTES = 1024 * 1024
 _TIMEOUT_S = 60.0
@@ -70,16 +69,16 @@ class HttpClient:
         assert isinstance(response, http.client.HTTPResponse)
         return response
 
-    def look(self, name: str, url: str) -> RemoteFile | None:
+    def look(self, name: str, url: str, job: PullJob) -> RemoteFile | None:
         """Size and ETag of a file; None if there isn't one. Raises LoadFailed when the server can't be asked."""
         try:
             try:
-                response = self._open_patiently(url, "HEAD", {})
+                response = self._open_patiently(url, "HEAD", {}, job)
             except urllib.error.HTTPError as error:
                 # a signed URL is signed for GET alone
                 if error.code not in (403, 405, 501):
                     raise
-                response = self._open_patiently(url, "GET", {"Range": "bytes=0-0"})
+                response = self._open_patiently(url, "GET", {"Range": "bytes=0-0"}, job)
             with response:
                 return _described(name, url, response.headers)
         except urllib.error.HTTPError as error:
@@ -90,60 +89,40 @@ class HttpClient:
         except _BROKEN as error:
             raise Unreachable(f"{_shown(url)} can't be reached: {_words(error)}") from None
 
-    def read(self, url: str, start: int, count: int) -> bytes:
+    def read(self, url: str, start: int, count: int, job: PullJob) -> bytes:
         """A few bytes. Raises LoadFailed."""
         try:
-            with self._open_patiently(url, "GET", {"Range": f"bytes={start}-{start + count - 1}"}) as response:
+            with self._open_patiently(url, "GET", {"Range": f"bytes={start}-{start + count - 1}"}, job) as response:
                 if response.status != 206 and start:
                     raise LoadFailed(f"{_shown(url)}: the server gives no parts of files")
                 return response.read(count)
         except _BROKEN as error:
             raise LoadFailed(f"{_shown(url)} can't be read: {_words(error)}") from None
 
-    def _open_patiently(self, url: str, method: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        for attempt in range(_SMALL_TRIES):
-            try:
-                return self.open(url, method=method, headers=headers)
-            except urllib.error.HTTPError as error:
-                if error.code not in AGAIN or attempt == _SMALL_TRIES - 1:
-                    raise
-                error.close()
-            time.sleep(0.25 * 2**attempt)
-        raise AssertionError("the last try returns or raises")
-
-    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
-        """Bring a file, going on where an earlier try ended, if it is still the same file. Raises LoadFailed, and OSError for our own disk."""
-        done = target.with_name(target.name + ".part")
-        tag = target.with_name(target.name + ".tag")
-        if target.exists():
-            arrived(target.stat().st_size)
-            return
-        # of a file that says nothing of its content, what came earlier may be the beginning of another
-        unknown = not (file.sha256 or file.md5 or file.digest)
-        if done.exists() and (unknown or not tag.exists() or tag.read_text() != _identity(file)):
-            done.unlink()
-        tag.write_text(_identity(file))
-        if done.exists():
-            arrived(done.stat().st_size)
+    def _open_patiently(
+        self, url: str, method: str, headers: Mapping[str, str], job: PullJob
+    ) -> http.client.HTTPResponse:
+        """Open a URL, trying again for a server that is busy. Raises Cancelled between tries."""
         attempt = 0
         while True:
             job.check()
-            before_bytes = _size(done)
             try:
-                self._receive(file, done, job, arrived)
-                break
-            except _InterruptedError as error:
-                # a long file may be cut often: only tries that bring nothing are counted
-                attempt = 1 if _size(done) > before_bytes else attempt + 1
-                if attempt >= _TRIES:
-                    raise LoadFailed(f"{_shown(file.location)}: {error}, after {_TRIES} tries") from error
-                job.wait(min(0.25 * 2 ** (attempt - 1), 10.0))
-        _verify(file, done, job)
-        done.rename(target)
-        tag.unlink(missing_ok=True)
+                return self.open(url, method=method, headers=headers)
+            except urllib.error.HTTPError as error:
+                attempt += 1
+                if error.code not in AGAIN or attempt == _SMALL_TRIES:
+                    raise
+                error.close()
+            job.wait(0.25 * 2 ** (attempt - 1))
+
+    def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
+        """Bring a file, resuming an earlier try if it is still the same file. Raises LoadFailed, and OSError for the local disk."""
+        transfer(file, target, job, arrived, lambda part: self._receive(file, part, job, arrived), max_tries=_TRIES)
+        if not target.exists():
+            commit(file, target, job)
 
     def _receive(self, file: RemoteFile, done: Path, job: PullJob, arrived: Arrived) -> None:
-        start = _size(done)
+        start = size_of(done)
         if start and 0 <= file.size_bytes <= start:
             return
         headers = {"Range": f"bytes={start}-"} if start else {}
@@ -153,10 +132,10 @@ class HttpClient:
             response = self.open(file.location, headers=headers)
         except urllib.error.HTTPError as error:
             if error.code in AGAIN:
-                raise _InterruptedError(f"the server answers {error.code}") from error
+                raise Interrupted(f"{_shown(file.location)}: the server answers {error.code}") from error
             raise LoadFailed(f"{_shown(file.location)}: the server answers {error.code} {error.reason}") from error
         except _BROKEN as error:
-            raise _InterruptedError(f"can't be reached: {_words(error)}") from None
+            raise Interrupted(f"{_shown(file.location)}: can't be reached: {_words(error)}") from None
         with response, done.open("ab" if response.status == 206 else "wb") as out:
             if response.status != 206 and start:
                 arrived(-start)  # it changed, or the server gives no parts: from the beginning
@@ -168,7 +147,9 @@ class HttpClient:
                 try:
                     chunk = response.read1(_CHUNK_BYTES)
                 except (OSError, http.client.HTTPException) as error:
-                    raise _InterruptedError(f"cut off after {start + received} bytes: {error}") from error
+                    raise Interrupted(
+                        f"{_shown(file.location)}: cut off after {start + received} bytes: {error}"
+                    ) from error
                 if not chunk:
                     break
                 out.write(chunk)
@@ -177,45 +158,15 @@ class HttpClient:
                 if 0 <= file.size_bytes < start + received:
                     return  # it might go on till the disk is full; its size tells it from the file
             if expected is not None and received < expected:
-                raise _InterruptedError(f"cut off after {start + received} of {start + expected} bytes")
-
-
-class _InterruptedError(Exception):
-    """Worth another try."""
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _verify(file: RemoteFile, path: Path, job: PullJob) -> None:
-    size_bytes = path.stat().st_size
-    if file.size_bytes >= 0 and size_bytes != file.size_bytes:
-        path.unlink()
-        raise LoadFailed(f"{file.name}: {size_bytes} bytes came, the source lists {file.size_bytes}")
-    for name, expected in (("sha256", file.sha256), ("md5", file.md5)):
-        if expected:
-            digest = hashlib.new(name, usedforsecurity=False)
-            with path.open("rb") as content:
-                while chunk := content.read(_CHUNK_BYTES):
-                    job.check()
-                    digest.update(chunk)
-            if digest.hexdigest() != expected:
-                path.unlink()
-                raise LoadFailed(
-                    f"{file.name} is corrupt: its {name} is {digest.hexdigest()}, the source gives {expected}"
+                raise Interrupted(
+                    f"{_shown(file.location)}: cut off after {start + received} of {start + expected} bytes"
                 )
-            return
 
 
 def _described(name: str, url: str, headers: Message) -> RemoteFile:
     size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
     digest = headers.get("ETag") or headers.get("Last-Modified") or ""
     return RemoteFile(name, url, int(size) if size.isdigit() else -1, digest)
-
-
-def _identity(file: RemoteFile) -> str:
-    return f"{file.size_bytes} {file.sha256 or file.md5 or file.digest}"
 
 
 def _words(error: Exception) -> str:

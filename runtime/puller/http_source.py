@@ -8,7 +8,7 @@ from runtime.errors import LoadFailed
 from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, parse_json
 from runtime.puller.http_client import HttpClient
 from runtime.puller.progress import PullJob
-from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name
+from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name, refuse_split
 
 _INDEX = "model.safetensors.index.json"
 _BESIDE = (
@@ -37,17 +37,18 @@ class WebSource:
     def listing(self, job: PullJob) -> Listing:
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(self._url).path)).name
         if name.endswith(".gguf"):
-            file = self._client.look(name, self._url)
+            refuse_split(name, self._origin)
+            file = self._client.look(name, self._url, job)
             if file is None:
                 raise LoadFailed(f"{self._origin}: the server has no such file")
             return Listing(self._origin, [file])
-        config = self._look("config.json")
+        config = self._look("config.json", job)
         if config is None:
             raise LoadFailed(f"{self._origin} has no config.json, and is no .gguf file")
-        files = [config, *self._weights()]
+        files = [config, *self._weights(job)]
         for beside in _BESIDE:
             job.check()
-            if (file := self._look(beside)) is not None:
+            if (file := self._look(beside, job)) is not None:
                 files.append(file)
         return Listing(self._origin, files)
 
@@ -55,29 +56,29 @@ class WebSource:
         self._client.fetch(file, target, job, arrived)
 
     def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
-        return self._client.read(file.location, start, count)
+        return self._client.read(file.location, start, count, job)
 
-    def _weights(self) -> Sequence[RemoteFile]:
-        index = self._look(_INDEX)
+    def _weights(self, job: PullJob) -> Sequence[RemoteFile]:
+        index = self._look(_INDEX, job)
         if index is None:
-            single = self._look("model.safetensors")
+            single = self._look("model.safetensors", job)
             if single is None:
                 raise LoadFailed(f"{self._origin} has neither model.safetensors nor {_INDEX}")
             return [single]
         weight_map = parse_json(
-            f"{self._origin}/{_INDEX}", self._client.read(index.location, 0, LARGEST_JSON_BYTES + 1)
+            f"{self._origin}/{_INDEX}", self._client.read(index.location, 0, LARGEST_JSON_BYTES + 1, job)
         ).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LoadFailed(f"{self._origin}/{_INDEX} has no weight_map")
         files = [index]
         for name in sorted({str(name) for name in weight_map.values()}):
-            file = self._look(checked_name(name, self._origin))
+            file = self._look(checked_name(name, self._origin), job)
             if file is None:
                 raise LoadFailed(f"{self._origin} has no {name}, which {_INDEX} names")
             files.append(file)
         return files
 
-    def _look(self, name: str) -> RemoteFile | None:
+    def _look(self, name: str, job: PullJob) -> RemoteFile | None:
         parts = urllib.parse.urlsplit(self._url)
         path = f"{parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
-        return self._client.look(name, urllib.parse.urlunsplit(parts._replace(path=path)))
+        return self._client.look(name, urllib.parse.urlunsplit(parts._replace(path=path)), job)

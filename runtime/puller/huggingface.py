@@ -6,7 +6,7 @@ from pathlib import Path
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.http_client import AGAIN, HttpClient
 from runtime.puller.progress import PullJob
-from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
+from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, refuse_split, wanted
 
 
 class HubSource:
@@ -73,6 +73,7 @@ class HubSource:
             for sibling in info.siblings or []
         ]
         if self._file is not None:
+            refuse_split(self._file, origin)
             chosen = [file for file in files if file.name == self._file]
             if not chosen:
                 raise LoadFailed(f"{origin} has no file {self._file}")
@@ -83,4 +84,4 @@ class HubSource:
         self._client.fetch(file, target, job, arrived)
 
     def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
-        return self._client.read(file.location, start, count)
+        return self._client.read(file.location, start, count, job)

@@ -4,16 +4,16 @@ Resumes, checks, chooses files, and tells errors without secrets. Knows no store
 """
 
 import contextlib
-import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import LoadFailed, RepertoryError
 from runtime.puller.progress import PullJob
-from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, wanted
+from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, refuse_split, wanted
+from runtime.puller.transfer import Interrupted, commit, size_of, transfer
 
 _CHUNK_BYTES = 8 * 1024 * 1024
 _TRIES = 4
@@ -60,46 +60,35 @@ class BucketSource:
         if not files:
             raise LoadFailed(f"{origin}: nothing is there")
         if len(files) == 1 and files[0].name.endswith(".gguf"):
+            refuse_split(files[0].name, origin)
             return Listing(origin, files)
         return Listing(origin, wanted(files, origin, allow_pickle=self._allow_pickle))
 
     def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
-        if target.exists():
-            arrived(target.stat().st_size)
-            return
-        part = target.with_name(target.name + ".part")
-        start = part.stat().st_size if part.exists() else 0
-        if start > file.size_bytes:
-            part.unlink()
-            start = 0
-        arrived(start)
-        attempt = 0
-        while True:
-            before = start
-            try:
-                with part.open("ab") as out:
-                    while start < file.size_bytes:
-                        job.check()
-                        with _told(f"{self._bucket.origin}/{file.location}", "read"):
-                            chunk = self._bucket.read(file, start, min(_CHUNK_BYTES, file.size_bytes - start))
-                        if not chunk:
-                            raise LoadFailed(
-                                f"{self._bucket.origin}/{file.location}: ended after {start} of {file.size_bytes} bytes"
-                            )
-                        out.write(chunk)
-                        start += len(chunk)
-                        arrived(len(chunk))
-                break
-            except LoadFailed:
-                # of a thousand reads more than a few may fail: only those that bring nothing are counted
-                attempt = 1 if start > before else attempt + 1
-                if attempt >= _TRIES:
-                    raise
-                job.wait(0.5 * 2 ** (attempt - 1))
-        with _told(f"{self._bucket.origin}/{file.location}", "checked"):
-            file = self._bucket.checkable(file)
-        _verify(file, part, job)
-        part.rename(target)
+        transfer(file, target, job, arrived, lambda part: self._receive(file, part, job, arrived), max_tries=_TRIES)
+        if not target.exists():
+            with _told(f"{self._bucket.origin}/{file.location}", "checked"):
+                file = self._bucket.checkable(file)
+            commit(file, target, job)
+
+    def _receive(self, file: RemoteFile, part: Path, job: PullJob, arrived: Arrived) -> None:
+        """Append what is missing, one range after another. The store refuses a range of an object that has changed."""
+        place = f"{self._bucket.origin}/{file.location}"
+        start = size_of(part)
+        with part.open("ab") as out:
+            while start < file.size_bytes:
+                job.check()
+                try:
+                    with _told(place, "read"):
+                        chunk = self._bucket.read(file, start, min(_CHUNK_BYTES, file.size_bytes - start))
+                except LoadFailed as error:
+                    raise Interrupted(error.message) from error
+                if not chunk:
+                    raise Interrupted(f"{place}: ended after {start} of {file.size_bytes} bytes")
+                out.write(chunk)
+                out.flush()
+                start += len(chunk)
+                arrived(len(chunk))
 
     def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
         with _told(f"{self._bucket.origin}/{file.location}", "read"):
@@ -108,29 +97,6 @@ class BucketSource:
 
 def missing_extra(extra: str, package: str) -> RepertoryError:
     return LoadFailed(f"reading from this store needs {package}: install repertory[{extra}]")
-
-
-def _verify(file: RemoteFile, path: Path, job: PullJob) -> None:
-    """By what the store gives; an object that was put together of parts has no MD5, and in Google's store a CRC32C."""
-    update: Callable[[bytes], None]
-    if file.sha256 or file.md5:
-        name, expected = ("sha256", file.sha256) if file.sha256 else ("md5", file.md5)
-        digest = hashlib.new(name, usedforsecurity=False)
-        update, result = digest.update, digest.hexdigest
-    elif file.crc32c:
-        import google_crc32c  # comes with the only store that gives it
-
-        crc = google_crc32c.Checksum()
-        name, expected, update, result = "crc32c", file.crc32c, crc.update, lambda: str(crc.hexdigest().decode())
-    else:
-        return
-    with path.open("rb") as content:
-        while chunk := content.read(_CHUNK_BYTES):
-            job.check()
-            update(chunk)
-    if result() != expected:
-        path.unlink()
-        raise LoadFailed(f"{file.name} is corrupt: its {name} is {result()}, the source gives {expected}")
 
 
 _QUERY = re.compile(r"\?[^\s'\")<>]+=[^\s'\")<>]+")  # of a URL: it may hold a signature

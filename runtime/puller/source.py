@@ -4,6 +4,7 @@ Also says which of a repository's files a checkpoint needs. Knows no protocol.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from runtime.puller.progress import PullJob
 
 _TEXT = (".json", ".txt", ".jinja", ".model")
 _PICKLES = (".bin", ".pt", ".pth")
+_SPLIT = re.compile(r"-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 _LARGEST_TEXT_BYTES = 256 * 1024 * 1024
 
 
@@ -84,6 +86,8 @@ def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> l
     ]
     if not weights:
         weights = [file for file in top if file.name.endswith(".gguf")]
+        for file in weights:
+            refuse_split(file.name, origin)
         if len(weights) > 1:
             names = ", ".join(file.name for file in weights[:4])
             raise LoadFailed(
@@ -99,6 +103,16 @@ def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> l
     if not weights:
         raise LoadFailed(f"{origin} has no weights: no *.safetensors and no .gguf among {len(files)} files")
     return weights + [file for file in top if file.name.endswith(_TEXT) and file.size_bytes <= _LARGEST_TEXT_BYTES]
+
+
+def refuse_split(name: str, origin: str) -> None:
+    """Raise LoadFailed for the name of one part of a split GGUF file."""
+    match = _SPLIT.search(name)
+    if match is not None and int(match["parts"]) > 1:
+        raise LoadFailed(
+            f"{origin}: {name} is part {int(match['part'])} of a GGUF file that was split into {int(match['parts'])}, which can't be "
+            "loaded in parts; merge them with `llama-gguf-split --merge` and register the whole file"
+        )
 
 
 def checked_name(name: str, origin: str) -> str:

@@ -103,7 +103,7 @@ def test_no_header_of_ours_follows_to_another_place(web: WebServer, tmp_path: Pa
 def test_files_of_this_machine_are_no_web_site(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"data")
     with pytest.raises(LoadFailed, match="is not HTTP"):
-        HttpClient().read(f"file://{tmp_path}/f", 0, 4)
+        HttpClient().read(f"file://{tmp_path}/f", 0, 4, PullJob(lambda progress: None))
 
 
 def test_a_configurations_credentials_go_where_it_says(tmp_path: Path, web: WebServer) -> None:

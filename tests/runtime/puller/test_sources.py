@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,7 @@ async def test_a_source_that_is_away_does_not_take_what_was_pulled(tmp_path: Pat
 def test_a_half_fetched_file_is_gone_on_with_only_if_it_is_the_same(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(range(256)) * 100)
     client = HttpClient()
-    file = client.look("f", f"{web.url}/f")
+    file = client.look("f", f"{web.url}/f", job())
     assert file is not None
     target = tmp_path / "f"
     target.with_name("f.part").write_bytes((web.root / "f").read_bytes()[:1000])
@@ -115,7 +116,7 @@ def test_what_says_nothing_of_its_content_is_never_gone_on_with(web: WebServer, 
 def test_a_server_without_ranges_starts_over(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"x" * 10_000)
     web.ranges, web.cuts, web.cut_after = False, 1, 4000
-    file = HttpClient().look("f", f"{web.url}/f")
+    file = HttpClient().look("f", f"{web.url}/f", job())
     assert file is not None
     arrived: list[int] = []
     HttpClient().fetch(file, tmp_path / "f", job(), arrived.append)
@@ -124,7 +125,7 @@ def test_a_server_without_ranges_starts_over(web: WebServer, tmp_path: Path) -> 
 
 def test_a_wrong_checksum_is_corrupt_and_not_kept(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"data")
-    file = HttpClient().look("f", f"{web.url}/f")
+    file = HttpClient().look("f", f"{web.url}/f", job())
     assert file is not None
     with pytest.raises(LoadFailed, match="f is corrupt: its sha256"):
         HttpClient().fetch(replace(file, sha256="0" * 64), tmp_path / "f", job(), lambda count: None)
@@ -135,7 +136,7 @@ def test_a_long_file_may_be_cut_often(web: WebServer, tmp_path: Path, monkeypatc
     monkeypatch.setattr("runtime.puller.progress.PullJob.wait", lambda job, seconds: job.check())
     (web.root / "f").write_bytes(bytes(200_000))
     web.cuts, web.cut_after = 15, 10_000
-    file = HttpClient().look("f", f"{web.url}/f")
+    file = HttpClient().look("f", f"{web.url}/f", job())
     assert file is not None
     HttpClient().fetch(file, tmp_path / "f", job(), lambda count: None)
     assert (tmp_path / "f").stat().st_size == 200_000
@@ -188,7 +189,7 @@ def test_a_token_does_not_follow_a_redirect_to_another_host(web: WebServer, tmp_
 
 def test_a_cancelled_fetch_stops(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(10 << 20))
-    file = HttpClient().look("f", f"{web.url}/f")
+    file = HttpClient().look("f", f"{web.url}/f", job())
     assert file is not None
     work = job()
     with pytest.raises(Cancelled):
@@ -368,3 +369,51 @@ def test_a_store_whose_library_is_missing_says_which_extra(
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(LoadFailed, match=rf"repertory\[{extra}\]"):
         locate(ModelSource(uri), RuntimeConfig())
+
+
+def test_http_client_stops_trying_again_once_it_is_cancelled(web: WebServer) -> None:
+    work = job()
+
+    def busy() -> tuple[int, dict[str, str], bytes]:
+        work.cancel()
+        return 503, {}, b""
+
+    web.routes["/f"] = busy
+    with pytest.raises(Cancelled):
+        HttpClient().look("f", f"{web.url}/f", work)
+    with pytest.raises(Cancelled):
+        HttpClient().read(f"{web.url}/f", 0, 4, work)
+    assert len(web.log) == 1
+
+
+def test_listing_refuses_one_part_of_a_split_gguf_file(web: WebServer) -> None:
+    with pytest.raises(LoadFailed, match=r"part 1 of a GGUF file that was split into 2"):
+        source_of(f"{web.url}/m-00001-of-00002.gguf").listing(job())
+    assert not web.log
+    with pytest.raises(LoadFailed, match="part 2"):
+        wanted([RemoteFile("m-00002-of-00002.gguf", "", 1)], "s3://b/m", allow_pickle=False)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+async def test_preparer_identity_changes_with_the_files(tmp_path: Path, name: str) -> None:
+    tiny_llama(tmp_path / "m")
+    preparer = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    source = ModelSource(str(tmp_path / "m"))
+    prepared = await preparer.prepare(source, ModelSettings(), "cpu", lambda progress: None)
+    assert await preparer.identity(source) == prepared.identity
+    os.utime(tmp_path / "m" / name, ns=(1, 1))
+    assert await preparer.identity(source) != prepared.identity
+    prepared.release()
+    preparer.close()
+
+
+async def test_preparer_identity_changes_with_the_etag(web: WebServer, tmp_path: Path) -> None:
+    tiny_llama(web.root / "m")
+    preparer = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    source = ModelSource(f"{web.url}/m")
+    prepared = await preparer.prepare(source, ModelSettings(), "cpu", lambda progress: None)
+    assert await preparer.identity(source) == prepared.identity
+    tiny_llama(web.root / "m", seed=1)
+    assert await preparer.identity(source) != prepared.identity
+    prepared.release()
+    preparer.close()
