@@ -70,7 +70,7 @@ def journal(tmp_path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
 
 
-async def test_loads_and_streams(client: EngineClient) -> None:
+async def test_engine_client_loads_and_streams(client: EngineClient) -> None:
     facts = await client.load(load("a"))
     assert facts.architecture == "FakeForCausalLM"
     assert await asyncio.gather(*(collect(client, "a", [i, i + 1], 4) for i in range(10, 20))) == [
@@ -79,7 +79,7 @@ async def test_loads_and_streams(client: EngineClient) -> None:
     assert client.running("a") == 0
 
 
-async def test_errors_carry_their_codes(client: EngineClient) -> None:
+async def test_engine_client_errors_carry_their_codes(client: EngineClient) -> None:
     with pytest.raises(Overloaded, match="needs 10 bytes of 5"):
         await client.load(load("fail"))
     with pytest.raises(ModelNotFound):
@@ -89,7 +89,7 @@ async def test_errors_carry_their_codes(client: EngineClient) -> None:
         await collect(client, "a", [FAULT])
 
 
-async def test_closing_a_stream_aborts_the_row(client: EngineClient, tmp_path: Path) -> None:
+async def test_engine_client_aborts_the_row_of_a_closed_stream(client: EngineClient, tmp_path: Path) -> None:
     await client.load(load("a"))
     stream = client.generate("a", request_of(1, 2, max_tokens=100_000))
     assert isinstance(stream, AsyncGenerator)
@@ -106,7 +106,7 @@ async def test_closing_a_stream_aborts_the_row(client: EngineClient, tmp_path: P
     assert [entry["what"] for entry in journal(tmp_path)].count("abort") == 2
 
 
-async def test_unload_ends_what_runs_and_drain_waits(client: EngineClient) -> None:
+async def test_engine_client_unload_ends_streams_and_drain_waits(client: EngineClient) -> None:
     await client.load(load("a"))
     running = asyncio.create_task(collect(client, "a", [STALL]))
     await asyncio.sleep(0.02)
@@ -117,7 +117,7 @@ async def test_unload_ends_what_runs_and_drain_waits(client: EngineClient) -> No
     assert await client.drain("a", 1.0)
 
 
-async def test_a_cancelled_load_does_not_answer_the_next_one(client: EngineClient) -> None:
+async def test_engine_client_separates_a_cancelled_load_from_the_next(client: EngineClient) -> None:
     first = asyncio.create_task(client.load(load("slow")))
     await asyncio.sleep(0.05)
     first.cancel()
@@ -127,7 +127,7 @@ async def test_a_cancelled_load_does_not_answer_the_next_one(client: EngineClien
     assert (await client.load(load("slow"))).model_id == "slow"
 
 
-async def test_death_ends_streams_and_the_engine_returns(client: EngineClient) -> None:
+async def test_engine_client_restarts_a_dead_engine(client: EngineClient) -> None:
     await client.load(load("a"))
     await client.load(load("b"))
     bystander = asyncio.create_task(collect(client, "b", [STALL]))
@@ -145,7 +145,7 @@ async def test_death_ends_streams_and_the_engine_returns(client: EngineClient) -
     assert await collect(client, "b", [5], 2) == [6, 6]
 
 
-async def test_an_idle_engines_death_blames_nobody(client: EngineClient) -> None:
+async def test_engine_client_blames_no_model_for_an_idle_crash(client: EngineClient) -> None:
     await client.load(load("a"))
     await collect(client, "a", [5], 2)
     assert client.hello is not None
@@ -158,7 +158,7 @@ async def test_an_idle_engines_death_blames_nobody(client: EngineClient) -> None
     assert listener.deaths[0].loading == ()
 
 
-async def test_a_model_that_ran_unasked_is_blamed_for_the_engines_death(client: EngineClient) -> None:
+async def test_engine_client_blames_a_model_of_a_background_step(client: EngineClient) -> None:
     """Idle turns run models to capture their graphs: without a name the engine would die of the same one for ever."""
     await client.load(load("a"))
     assert client.hello is not None
@@ -171,7 +171,7 @@ async def test_a_model_that_ran_unasked_is_blamed_for_the_engines_death(client: 
     assert listener.deaths[0].stepping == "a"
 
 
-async def test_a_death_fails_the_load_that_was_on_its_way(client: EngineClient) -> None:
+async def test_engine_client_fails_a_load_at_a_crash(client: EngineClient) -> None:
     with pytest.raises(Unavailable):
         await client.load(load("deadly"))
     listener = client._listener
@@ -179,7 +179,7 @@ async def test_a_death_fails_the_load_that_was_on_its_way(client: EngineClient) 
     assert listener.deaths[0].loading == ("deadly",)
 
 
-async def test_an_engine_that_hangs_is_killed_and_returns() -> None:
+async def test_engine_client_kills_a_hanging_engine() -> None:
     client = EngineClient(EngineConfig(), command=fake_command(), restart=dataclasses.replace(FAST, silence_s=0.5))
     listener = Listener()
     client.listen(listener)
@@ -207,11 +207,11 @@ async def test_an_engine_that_hangs_is_killed_and_returns() -> None:
     ("silence_s", "device", "expected_s"),
     [(0.0, "cpu", -1.0), (0.0, "cuda:0", 300.0), (7.0, "cpu", 7.0), (-1.0, "cpu", -1.0)],
 )
-def test_how_long_silence_is_borne(silence_s: float, device: str, expected_s: float) -> None:
+def test_engine_client_silence_limit(silence_s: float, device: str, expected_s: float) -> None:
     assert RestartPolicy(silence_s=silence_s).silence_on(device) == expected_s
 
 
-async def test_an_engine_that_never_starts_is_given_up() -> None:
+async def test_engine_client_gives_up_an_engine_that_never_starts() -> None:
     client = EngineClient(EngineConfig(), command=fake_command(stillborn=True), restart=FAST)
     client.start()
     with pytest.raises(Unavailable, match="exited with code 3"):
@@ -222,7 +222,7 @@ async def test_an_engine_that_never_starts_is_given_up() -> None:
     await client.stop(0.0)
 
 
-async def test_stop_lets_streams_finish() -> None:
+async def test_engine_client_stop_lets_streams_finish() -> None:
     client = EngineClient(EngineConfig(), command=fake_command(), restart=FAST)
     client.start()
     await client.wait_ready()
@@ -233,7 +233,7 @@ async def test_stop_lets_streams_finish() -> None:
     assert await running == [8] * 20
 
 
-def test_the_blackbox_survives_its_writer(tmp_path: Path) -> None:
+def test_crash_marker_survives_its_writer(tmp_path: Path) -> None:
     path = tmp_path / "blackbox"
     reader = CrashMarker(path)
     assert reader.read() is None
@@ -247,7 +247,7 @@ def test_the_blackbox_survives_its_writer(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=6))
-def test_merging_keeps_every_token_in_order(parts: list[list[int]]) -> None:
+def test_merge_rows_keeps_every_token_in_order(parts: list[list[int]]) -> None:
     rows = [RowTokens(1, tuple(part), cached_tokens=3 if i == 0 else None) for i, part in enumerate(parts)]
     rows[-1] = RowTokens(1, tuple(parts[-1]), FinishReason.EOS, 2, cached_tokens=rows[-1].cached_tokens)
     merged = merge_rows(rows)
@@ -255,7 +255,7 @@ def test_merging_keeps_every_token_in_order(parts: list[list[int]]) -> None:
     assert (merged.finish, merged.stop_token, merged.cached_tokens) == (FinishReason.EOS, 2, 3)
 
 
-async def test_a_slow_consumer_gets_one_item_and_then_the_error() -> None:
+async def test_row_stream_merges_for_a_slow_consumer() -> None:
     stream = RowStream("a")
     for token in range(5):
         stream.put(RowTokens(1, (token,)))
@@ -265,7 +265,7 @@ async def test_a_slow_consumer_gets_one_item_and_then_the_error() -> None:
         await stream.take()
 
 
-async def test_above_its_rate_a_stream_is_woken_for_several_rows_at_once() -> None:
+async def test_pacer_wakes_a_fast_stream_for_several_rows() -> None:
     pace = DeliveryPacer()
     streams = [RowStream("a", event_s=0.001) for _ in range(10)]
     for stream in streams:
@@ -282,7 +282,7 @@ async def test_above_its_rate_a_stream_is_woken_for_several_rows_at_once() -> No
     assert (await reader).tokens == (2, 3)
 
 
-async def test_what_is_held_goes_out_without_another_row_and_an_end_is_not_held() -> None:
+async def test_pacer_releases_held_rows_and_ends() -> None:
     pace = DeliveryPacer()
     stream, ending = RowStream("a", event_s=0.002), RowStream("a", event_s=0.002)
     for each in (stream, ending):
@@ -295,7 +295,7 @@ async def test_what_is_held_goes_out_without_another_row_and_an_end_is_not_held(
     assert (await asyncio.wait_for(ending.take(), 5.0)).finish is FinishReason.LENGTH
 
 
-async def test_few_streams_are_not_paced() -> None:
+async def test_pacer_leaves_few_streams_alone() -> None:
     pace = DeliveryPacer()
     stream = RowStream("a", event_s=33e-6)
     pace.opened(stream)

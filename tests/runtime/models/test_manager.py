@@ -63,7 +63,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     await house.engine.stop(0.0)
 
 
-async def test_load_is_shared_and_idempotent(house: House) -> None:
+async def test_manager_load_is_shared_and_idempotent(house: House) -> None:
     served = await asyncio.gather(*(house.models.load("a", SOURCE, PLAIN) for _ in range(10)))
     assert house.preparer.started == 1
     assert {one.model_id for one in served} == {"a"}
@@ -73,7 +73,7 @@ async def test_load_is_shared_and_idempotent(house: House) -> None:
     assert [view.phase for view in house.models.views()] == [Phase.LOADED]
 
 
-async def test_the_same_id_with_other_files_is_loaded_anew(house: House) -> None:
+async def test_manager_loads_an_id_with_another_source_again(house: House) -> None:
     await house.models.load("a", SOURCE, PLAIN)
     await house.models.load("a", ModelSource("/models/b"), PLAIN)
     assert house.preparer.started == 2
@@ -92,7 +92,7 @@ async def test_manager_loads_again_when_the_files_have_changed(house: House) -> 
     assert house.preparer.started == 2
 
 
-async def test_unload_frees_and_unknown_ids_are_fine(house: House) -> None:
+async def test_manager_unload_releases_and_ignores_unknown_ids(house: House) -> None:
     await house.models.unload("nobody")
     await house.models.load("a", SOURCE, PLAIN)
     await house.models.unload("a")
@@ -102,7 +102,7 @@ async def test_unload_frees_and_unknown_ids_are_fine(house: House) -> None:
         house.models.get("a")
 
 
-async def test_unload_lets_requests_end_and_ends_those_that_do_not(house: House) -> None:
+async def test_manager_unload_drains_within_the_grace(house: House) -> None:
     await house.models.load("a", SOURCE, PLAIN)
     short = asyncio.create_task(house.generate("a", 5))
     endless = asyncio.create_task(house.generate("a", STALL))
@@ -117,7 +117,7 @@ async def test_unload_lets_requests_end_and_ends_those_that_do_not(house: House)
     await unloading
 
 
-async def test_a_load_that_fails_tells_why_and_leaves_nothing(house: House) -> None:
+async def test_manager_cleans_up_after_a_failed_load(house: House) -> None:
     with pytest.raises(LoadFailed, match="no such files"):
         await house.models.load("a", ModelSource("missing:x"), PLAIN)
     assert house.phase("a") is Phase.FAILED
@@ -130,7 +130,7 @@ async def test_a_load_that_fails_tells_why_and_leaves_nothing(house: House) -> N
     await house.models.load("a", SOURCE, PLAIN)
 
 
-async def test_a_cancelled_load_is_undone(house: House) -> None:
+async def test_manager_undoes_a_cancelled_load(house: House) -> None:
     loading = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
     await house.until(lambda: house.phase("slow") is Phase.LOADING)
     await asyncio.sleep(0.05)
@@ -142,7 +142,7 @@ async def test_a_cancelled_load_is_undone(house: House) -> None:
     assert house.journal("unload") == ["slow"]
 
 
-async def test_one_of_two_waiters_leaving_does_not_cancel(house: House) -> None:
+async def test_manager_load_survives_one_of_two_waiters(house: House) -> None:
     leaver = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
     stayer = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
     await asyncio.sleep(0.05)
@@ -151,7 +151,7 @@ async def test_one_of_two_waiters_leaving_does_not_cancel(house: House) -> None:
     assert house.preparer.started == 1
 
 
-async def test_unload_cancels_a_load_and_a_later_load_waits_for_it(house: House) -> None:
+async def test_manager_unload_cancels_a_load(house: House) -> None:
     first = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
     await house.until(lambda: house.phase("slow") is Phase.LOADING)
     unloading = asyncio.create_task(house.models.unload("slow"))
@@ -164,7 +164,7 @@ async def test_unload_cancels_a_load_and_a_later_load_waits_for_it(house: House)
     assert house.preparer.held == 1
 
 
-async def test_a_load_that_takes_too_long_is_undone(tmp_path: Path) -> None:
+async def test_manager_undoes_a_load_at_its_timeout(tmp_path: Path) -> None:
     house = House(tmp_path, RuntimeConfig(load_timeout_s=0.3), ScriptedPreparer())
     house.engine.start()
     await house.engine.wait_ready()
@@ -175,7 +175,7 @@ async def test_a_load_that_takes_too_long_is_undone(tmp_path: Path) -> None:
     await house.engine.stop(0.0)
 
 
-async def test_progress_is_seen(house: House) -> None:
+async def test_manager_reports_progress(house: House) -> None:
     loading = asyncio.create_task(house.models.load("a", ModelSource("endless:x"), PLAIN))
     await house.until(lambda: any(view.progress is not None for view in house.models.views()))
     (view,) = house.models.views()
@@ -184,7 +184,7 @@ async def test_progress_is_seen(house: House) -> None:
     loading.cancel()
 
 
-async def test_operations_settle_in_order(house: House) -> None:
+async def test_manager_runs_operations_in_order(house: House) -> None:
     draw = random.Random(7)
     for _ in range(6):
         tasks: list[asyncio.Task[object]] = []
@@ -199,7 +199,7 @@ async def test_operations_settle_in_order(house: House) -> None:
         assert house.preparer.held == (last == "load")
 
 
-async def test_models_come_back_after_a_death(house: House) -> None:
+async def test_manager_reloads_models_after_an_engine_crash(house: House) -> None:
     await house.models.load("a", SOURCE, PLAIN)
     await house.models.load("b", SOURCE, PLAIN)
     with pytest.raises(Unavailable):
@@ -212,7 +212,7 @@ async def test_models_come_back_after_a_death(house: House) -> None:
     assert house.preparer.held == 2
 
 
-async def test_a_second_death_quarantines_by_name(house: House) -> None:
+async def test_manager_quarantines_a_model_after_two_crashes(house: House) -> None:
     await house.models.load("a", SOURCE, PLAIN)
     await house.models.load("b", SOURCE, PLAIN)
     for _ in range(2):
@@ -233,7 +233,7 @@ async def test_a_second_death_quarantines_by_name(house: House) -> None:
     assert house.phase("a") is Phase.QUARANTINED
 
 
-async def test_a_load_that_kills_the_engine_is_tried_twice(house: House) -> None:
+async def test_manager_retries_a_load_that_crashed_the_engine(house: House) -> None:
     with pytest.raises(Quarantined, match="deadly"):
         await house.models.load("deadly", SOURCE, PLAIN)
     assert house.journal("load") == ["deadly", "deadly"]
@@ -244,7 +244,7 @@ async def test_a_load_that_kills_the_engine_is_tried_twice(house: House) -> None
     assert house.preparer.held == 0
 
 
-async def test_unload_while_the_engine_is_away(house: House) -> None:
+async def test_manager_unloads_while_the_engine_restarts(house: House) -> None:
     await house.models.load("slow", SOURCE, PLAIN)
     await house.models.load("b", SOURCE, PLAIN)
     with pytest.raises(Unavailable):
@@ -256,7 +256,7 @@ async def test_unload_while_the_engine_is_away(house: House) -> None:
         house.models.get("slow")
 
 
-async def test_purge_leaves_nothing(house: House) -> None:
+async def test_manager_purge_unloads_everything(house: House) -> None:
     await house.models.load("a", SOURCE, PLAIN)
     loading = asyncio.create_task(house.models.load("b", ModelSource("endless:x"), PLAIN))
     await house.until(lambda: house.phase("b") is not None)
@@ -267,7 +267,7 @@ async def test_purge_leaves_nothing(house: House) -> None:
         await loading
 
 
-def test_one_of_two_suspects_gets_half_the_blame() -> None:
+def test_quarantine_splits_the_blame_between_two_models() -> None:
     quarantine = Quarantine()
     for _ in range(3):
         quarantine.strike([("a", b"1"), ("b", b"1")])

@@ -47,11 +47,11 @@ def test_parse_model_names_the_field() -> None:
     assert caught.value.param == "sampling.top_p"
 
 
-def test_an_empty_storage_key_is_none() -> None:
+def test_parse_model_reads_an_empty_storage_key_as_none() -> None:
     assert parse_model("/m", '{"storage_key": ""}')[0].storage_key is None
 
 
-def test_an_empty_path_needs_a_storage() -> None:
+def test_parse_model_refuses_an_empty_path_without_storage() -> None:
     with pytest.raises(InvalidRequest, match="path is empty"):
         parse_model("", "{}")
     with pytest.raises(InvalidRequest, match="not valid JSON"):
@@ -62,7 +62,7 @@ def look(path: Path, **policy: bool) -> object:
     return inspect(path, Policy(**policy))
 
 
-def test_a_damaged_checkpoint_is_named_with_its_sizes(tmp_path: Path) -> None:
+def test_inspect_names_the_sizes_of_a_damaged_checkpoint(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     whole = weights.read_bytes()
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_named_with_its_sizes(tmp_path: Path) -> None:
         look(tmp_path / "m")
 
 
-def test_a_shard_that_is_missing_or_outside_is_named(tmp_path: Path) -> None:
+def test_inspect_names_a_missing_or_outside_shard(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m", shard="100KB")
     index = tmp_path / "m" / "model.safetensors.index.json"
     shard = sorted((tmp_path / "m").glob("model-*.safetensors"))[1]
@@ -109,7 +109,7 @@ def test_a_shard_that_is_missing_or_outside_is_named(tmp_path: Path) -> None:
         ({"auto_map": {"AutoModelForCausalLM": "own.Model"}, "model_type": "own_thing"}, "own code"),
     ],
 )
-def test_what_cannot_be_run_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
+def test_inspect_refuses_unsupported_checkpoints(tmp_path: Path, change: dict[str, object], named: str) -> None:
     tiny_llama(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
@@ -121,7 +121,7 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, change: dict[str, object]
     look(tmp_path / "m")  # transformers has the architecture: the code beside it is never run
 
 
-def test_the_help_names_the_command_the_variables_and_the_defaults_as_a_person_writes_them(
+def test_configure_help_shows_variables_and_defaults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
@@ -132,7 +132,7 @@ def test_the_help_names_the_command_the_variables_and_the_defaults_as_a_person_w
     assert "--http-max-body SIZE one HTTP body (default 8MiB) [REPERTORY_HTTP_MAX_BODY_BYTES]" in text
 
 
-def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
+def test_inspect_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"x")
     (tmp_path / "m.gguf").write_bytes(b"not gguf")
     with pytest.raises(LoadFailed, match=r"must be \.gguf"):
@@ -145,7 +145,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
         look(tmp_path / "m")
 
 
-def test_needs_follow_from_the_files(tmp_path: Path) -> None:
+def test_needs_of_a_checkpoint(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "m")
     found = inspect(tmp_path / "m", Policy())
     geometry = geometry_of(found.config)
@@ -187,13 +187,13 @@ def test_victims_are_idle_and_least_recently_used() -> None:
         ({}, "bfloat16"),
     ],
 )
-def test_what_a_model_computes_in(config: dict[str, object], on_gpu: str) -> None:
+def test_compute_dtype_by_device(config: dict[str, object], on_gpu: str) -> None:
     assert compute_dtype("auto", checkpoint_dtype(config), "cuda") == on_gpu
     assert compute_dtype("auto", checkpoint_dtype(config), "cpu") == "float32"
     assert compute_dtype("float16", checkpoint_dtype(config), "cpu") == "float16"
 
 
-def test_a_gguf_file_is_no_float32_checkpoint() -> None:
+def test_read_gguf_states_no_dtype() -> None:
     config, tensors = read_gguf(gguf_path())
     on_gpu, on_cpu = (needs_of(geometry_of(config), tensors, ModelSettings(), device) for device in ("cuda", "cpu"))
     assert (on_gpu.dtype, on_cpu.dtype) == ("bfloat16", "float32")

@@ -53,7 +53,7 @@ def source_of(stores: ObjectStores, folder: Path, **options: str) -> Source:
 
 
 @pytest.mark.parametrize("options", [{}, {"managed_identity": "true"}, {"client_id": "one-of-several"}])
-def test_a_machines_identity_opens_a_private_container(
+def test_azure_opens_a_private_container_with_the_machines_identity(
     stores: ObjectStores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, str]
 ) -> None:
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
@@ -68,7 +68,7 @@ def test_a_machines_identity_opens_a_private_container(
     assert sum(path == "/identity" for _, path, _ in stores.log) == 1
 
 
-def test_a_machines_identity_does_not_go_where_a_registration_says(
+def test_azure_keeps_the_machines_identity_from_registered_endpoints(
     stores: ObjectStores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
@@ -85,12 +85,12 @@ def test_a_machines_identity_does_not_go_where_a_registration_says(
 
 
 @pytest.mark.parametrize("account", ["elsewhere.example?", "elsewhere.example#", "u@elsewhere.example", "a.b"])
-def test_an_accounts_name_is_no_host(account: str) -> None:
+def test_azure_refuses_an_account_name_that_is_a_host(account: str) -> None:
     with pytest.raises(InvalidRequest, match="letters, digits and hyphens"):
         locate(ModelSource(f"az://{account}/models/m", None, {"sas_token": "s"}), RuntimeConfig())
 
 
-def test_without_a_name_a_public_container_is_read_by_nobody(stores: ObjectStores, tmp_path: Path) -> None:
+def test_azure_reads_a_public_container_anonymously(stores: ObjectStores, tmp_path: Path) -> None:
     with pytest.raises(LoadFailed, match="failed to authenticate"):
         source_of(stores, tmp_path).listing(PullJob(lambda progress: None))
     assert all(path != "/identity" for _, path, _ in stores.log)
@@ -98,7 +98,7 @@ def test_without_a_name_a_public_container_is_read_by_nobody(stores: ObjectStore
     assert source_of(stores, tmp_path).listing(PullJob(lambda progress: None)).files
 
 
-def test_a_service_principal_is_a_client_secret() -> None:
+def test_azure_credential_of_a_service_principal() -> None:
     from azure.identity import ClientSecretCredential
 
     options = {"tenant_id": "t", "client_id": "c", "client_secret": "s"}

@@ -31,7 +31,7 @@ def keys(cache: Cache, root: Path) -> set[str]:
     return {path.name for path in (root / "pulled").iterdir()}
 
 
-def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
+def test_cache_fills_an_entry_once(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1 << 20)
     made: list[int] = []
 
@@ -54,7 +54,7 @@ def test_an_entry_is_made_once_and_found_again(tmp_path: Path) -> None:
     held.release()
 
 
-def test_a_fill_that_fails_is_never_seen_and_is_taken_up_again(tmp_path: Path) -> None:
+def test_cache_resumes_a_failed_fill(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1 << 20)
 
     def half(work: Path) -> None:
@@ -82,7 +82,7 @@ def _fill_for_ever(root: str, started: "multiprocessing.synchronize.Event") -> N
     Cache(Path(root), 1 << 20).obtain("pulled", "k", 1, fill, job(), "k")
 
 
-def test_a_killed_pull_frees_its_place(tmp_path: Path) -> None:
+def test_cache_releases_the_bytes_of_a_killed_fill(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     started = context.Event()
     process = context.Process(target=_fill_for_ever, args=(str(tmp_path), started))
@@ -102,7 +102,7 @@ def test_a_killed_pull_frees_its_place(tmp_path: Path) -> None:
     assert seen == ["part"]
 
 
-def test_the_least_recently_used_goes_first_and_nothing_in_use(tmp_path: Path) -> None:
+def test_cache_drops_the_least_recently_used_idle_entry(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1000)
     for number, key in enumerate("abc"):
         put(cache, key, 300)
@@ -124,7 +124,7 @@ def test_the_least_recently_used_goes_first_and_nothing_in_use(tmp_path: Path) -
     assert cache.used_bytes() == 900
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_reports_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path, 1 << 40)
 
     def full(work: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         cache.obtain("pulled", "k", 11, lambda work: None, job(), "org/model")
 
 
-def test_leftovers_are_swept(tmp_path: Path) -> None:
+def test_cache_sweeps_leftovers(tmp_path: Path) -> None:
     Cache(tmp_path, 1000)
     (tmp_path / "work" / "trash-1").mkdir()
     (tmp_path / "work" / "pulled-old").mkdir()
@@ -150,7 +150,7 @@ def test_leftovers_are_swept(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"pulled-new"}
 
 
-def test_what_is_on_its_way_counts_already(tmp_path: Path) -> None:
+def test_cache_counts_fills_in_progress(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1000)
     filling, go_on = threading.Event(), threading.Event()
 
@@ -172,7 +172,7 @@ def test_what_is_on_its_way_counts_already(tmp_path: Path) -> None:
     assert "slow" not in keys(cache, tmp_path)
 
 
-def test_an_entry_that_lost_files_is_made_anew(tmp_path: Path) -> None:
+def test_cache_refills_an_entry_that_lost_files(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1 << 20)
     put(cache, "k", 300)
     os.truncate(tmp_path / "pulled" / "k" / "f", 100)

@@ -43,7 +43,7 @@ class Scripted:
         target.write_bytes(bytes(100))
 
 
-def test_files_come_beside_each_other_and_are_counted_together(tmp_path: Path) -> None:
+def test_pull_fetches_files_concurrently_and_sums_their_progress(tmp_path: Path) -> None:
     seen: list[Progress] = []
     source = Scripted()
     pull(source, source.listing(PullJob(seen.append)), tmp_path, PullJob(seen.append))
@@ -55,13 +55,13 @@ def test_files_come_beside_each_other_and_are_counted_together(tmp_path: Path) -
     assert len(set(names)) == sum(one != other for one, other in pairwise(["", *names])), "files took turns in the text"
 
 
-def test_one_that_fails_stops_the_others_and_is_the_reason(tmp_path: Path) -> None:
+def test_pull_stops_all_files_when_one_fails(tmp_path: Path) -> None:
     source = Scripted("f3")
     with pytest.raises(LoadFailed, match="f3 is corrupt"):
         pull(source, source.listing(PullJob(lambda progress: None)), tmp_path, PullJob(lambda progress: None))
 
 
-def test_a_cancelled_pull_is_cancelled(tmp_path: Path) -> None:
+def test_pull_can_be_cancelled(tmp_path: Path) -> None:
     job = PullJob(lambda progress: None)
     source = Scripted("nothing of that name")
     threading.Timer(0.2, job.cancel).start()

@@ -34,12 +34,12 @@ WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ([WHOLE], "can't be read"),
     ],
 )
-def test_a_header_that_misleads_is_refused(header: Any, named: str) -> None:
+def test_read_header_refuses_misleading_headers(header: Any, named: str) -> None:
     with pytest.raises(LoadFailed, match=rf"^m\.safetensors .*{named}"):
         parse_header("m.safetensors", json.dumps(header).encode())
 
 
-def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+def test_inspect_refuses_deeply_nested_json(tmp_path: Path) -> None:
     deep = b'{"a":' + b"[" * 200_000
     with pytest.raises(LoadFailed, match="can't be read"):
         parse_header("m.safetensors", deep)
@@ -49,7 +49,7 @@ def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
         inspect(tmp_path / "m", Policy())
 
 
-def test_a_configuration_without_end_is_not_read_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_refuses_an_oversized_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.puller.checkpoint_check.LARGEST_JSON_BYTES", 5000)
     tiny_llama(tmp_path / "m")
     inspect(tmp_path / "m", Policy())
@@ -67,7 +67,7 @@ def test_a_configuration_without_end_is_not_read_to_it(tmp_path: Path, monkeypat
         ([], "list, not an object"),
     ],
 )
-def test_a_quantisation_of_no_kind_is_named(tmp_path: Path, stored: object, named: str) -> None:
+def test_inspect_names_an_unknown_quantisation(tmp_path: Path, stored: object, named: str) -> None:
     tiny_llama(tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": stored}))
@@ -75,7 +75,7 @@ def test_a_quantisation_of_no_kind_is_named(tmp_path: Path, stored: object, name
         inspect(tmp_path / "m", Policy())
 
 
-def test_paths_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+def test_inspect_names_unusable_paths(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (str(tmp_path / "loop" / "m"), f"/{'a' * 5000}", "~nobody-of-this-name/m"):
         with pytest.raises(LoadFailed, match=r"can't be used|no such file"):

@@ -44,7 +44,7 @@ def file_of(*values: bytes, tensors: int = 0, count: int | None = None) -> bytes
         b"",
     ],
 )
-def test_an_index_that_misleads_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_read_gguf_refuses_a_misleading_index(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(LoadFailed, match=r"^m\.gguf"):
         read_gguf(tmp_path / "m.gguf")
@@ -63,7 +63,7 @@ def small(path: Path) -> None:
     writer.close()
 
 
-def test_a_file_that_was_cut_anywhere_is_told_with_its_sizes(tmp_path: Path) -> None:
+def test_read_index_names_the_sizes_of_a_truncated_file(tmp_path: Path) -> None:
     small(tmp_path / "whole.gguf")
     whole = (tmp_path / "whole.gguf").read_bytes()
     config, tensors = read_gguf(tmp_path / "whole.gguf")
@@ -77,7 +77,7 @@ def test_a_file_that_was_cut_anywhere_is_told_with_its_sizes(tmp_path: Path) -> 
             read_index(tmp_path / "m.gguf")
 
 
-def test_a_file_whose_bits_fell_over_is_read_or_refused(tmp_path: Path) -> None:
+def test_read_gguf_reads_or_refuses_flipped_bits(tmp_path: Path) -> None:
     small(tmp_path / "whole.gguf")
     whole = (tmp_path / "whole.gguf").read_bytes()
     rng = random.Random(1)

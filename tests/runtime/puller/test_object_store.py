@@ -74,7 +74,7 @@ async def pull(preparation: CheckpointPreparer, source: ModelSource, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_model_in_a_public_bucket(
+async def test_object_store_loads_from_a_public_bucket(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path
 ) -> None:
     source = place(kind, "models/org/tiny", stores)
@@ -92,7 +92,7 @@ async def test_a_model_in_a_public_bucket(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_pull_goes_on_where_it_was_cut(
+async def test_object_store_resumes_an_interrupted_pull(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
@@ -105,7 +105,7 @@ async def test_a_pull_goes_on_where_it_was_cut(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_pull_that_was_given_up_is_taken_up_again(
+async def test_object_store_resumes_an_abandoned_pull(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
@@ -130,7 +130,7 @@ async def test_a_pull_that_was_given_up_is_taken_up_again(
 
 
 @pytest.mark.parametrize(("kind", "by"), [("gs", "md5"), ("gs", "crc32c"), ("az", "md5")])
-async def test_wrong_bytes_are_found_out(
+async def test_object_store_refuses_corrupt_bytes(
     kind: str, by: str, stores: ObjectStores, preparation: CheckpointPreparer
 ) -> None:
     stores.no_md5 = by == "crc32c"
@@ -140,7 +140,7 @@ async def test_wrong_bytes_are_found_out(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_object_that_is_replaced_meanwhile_is_no_mixture(
+async def test_object_store_never_mixes_two_versions_of_an_object(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores.no_md5 = True
@@ -156,7 +156,9 @@ async def test_an_object_that_is_replaced_meanwhile_is_no_mixture(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_is_not_there_is_named(kind: str, stores: ObjectStores, preparation: CheckpointPreparer) -> None:
+async def test_object_store_names_what_is_missing(
+    kind: str, stores: ObjectStores, preparation: CheckpointPreparer
+) -> None:
     for path, text in (("absent/org/tiny", "does not exist"), ("models/org/absent", "nothing is there")):
         with pytest.raises(LoadFailed, match=text) as caught:
             await preparation.prepare(place(kind, path, stores), ModelSettings(), "cpu", lambda progress: None)
@@ -164,14 +166,14 @@ async def test_what_is_not_there_is_named(kind: str, stores: ObjectStores, prepa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_busy_store_is_asked_again(
+async def test_object_store_retries_a_busy_store(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path
 ) -> None:
     stores.refusals = 1
     await pull(preparation, place(kind, "models/org/tiny", stores), tmp_path)
 
 
-async def test_google_asks_who_it_is(stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_gcs_requires_credentials(stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
     stores.private = True
     with pytest.raises(LoadFailed, match="it is not public, and there are no credentials for it"):
         await preparation.prepare(place("gs", "models/org/tiny", stores), ModelSettings(), "cpu", lambda progress: None)
@@ -193,7 +195,9 @@ async def test_google_asks_who_it_is(stores: ObjectStores, preparation: Checkpoi
     assert "PRIVATE" not in str(caught.value)
 
 
-async def test_azure_asks_who_it_is(stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_azure_requires_credentials(
+    stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path
+) -> None:
     stores.private = True
     wrong = {"account_key": "d3Jvbmc="}
     for options in ({}, wrong, {"sas_token": "sv=1&sig=wrong"}):
@@ -222,7 +226,7 @@ async def test_azure_asks_who_it_is(stores: ObjectStores, preparation: Checkpoin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_store_that_is_away_tells_no_secret_and_takes_nothing_back(
+async def test_object_store_keeps_pulled_models_while_it_is_unreachable(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"sas_token": "sv=1&sig=SECRET"} if kind == "az" else {}

@@ -39,7 +39,7 @@ def same(one: Path, other: Path) -> bool:
     return one.read_bytes() == other.read_bytes()
 
 
-async def test_a_model_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
+async def test_s3_loads_from_a_bucket(endpoint: str, tmp_path: Path) -> None:
     keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
     client = boto3.client(
         "s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1"
@@ -67,9 +67,7 @@ async def test_a_model_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encryption", ["aws:kms", "AES256"])
-async def test_the_tag_of_what_a_key_service_encrypted_is_no_checksum(
-    endpoint: str, tmp_path: Path, encryption: str
-) -> None:
+async def test_s3_ignores_the_tag_of_an_encrypted_object(endpoint: str, tmp_path: Path, encryption: str) -> None:
     keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
     client = boto3.client(
         "s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1"
@@ -95,7 +93,7 @@ async def test_the_tag_of_what_a_key_service_encrypted_is_no_checksum(
     preparation.close()
 
 
-def test_a_checksum_that_the_service_keeps_is_checked_by(endpoint: str) -> None:
+def test_s3_verifies_the_stored_checksum(endpoint: str) -> None:
     keys = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
     client = boto3.client(
         "s3", aws_access_key_id="id", aws_secret_access_key="SECRET", endpoint_url=endpoint, region_name="us-east-1"
@@ -109,7 +107,7 @@ def test_a_checksum_that_the_service_keeps_is_checked_by(endpoint: str) -> None:
     assert bucket.checkable(file).md5 == hashlib.md5(b"data").hexdigest()
 
 
-def test_a_checksum_of_parts_is_none_of_the_file(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_ignores_a_checksum_of_parts(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = S3Bucket(
         "sums", {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
     )
@@ -135,7 +133,7 @@ class _Empty(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_a_private_authority_is_believed_if_it_is_given(tmp_path: Path) -> None:
+def test_s3_accepts_a_private_authority(tmp_path: Path) -> None:
     make_identity(tmp_path)
     server = HttpServer(_Empty, tmp_path / "identity.pem")
     options = {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": server.url, "region": "us-east-1"}

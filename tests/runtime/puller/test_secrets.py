@@ -49,7 +49,7 @@ def source_of(uri: str, config: RuntimeConfig, storage_key: str | None = None, *
         ("gs://b/m", {"private_key": "HIDDEN", "client_email": "a@b"}),
     ],
 )
-def test_a_place_that_cannot_be_used_is_told_without_its_secrets(
+def test_errors_of_unusable_locations_hold_no_secrets(
     uri: str, params: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.puller.http_client._SMALL_TRIES", 1)
@@ -61,21 +61,21 @@ def test_a_place_that_cannot_be_used_is_told_without_its_secrets(
         error = error.__cause__
 
 
-def test_a_header_whose_secret_ends_in_a_line_is_sent_without_the_end(web: WebServer) -> None:
+def test_headers_are_sent_without_a_trailing_newline(web: WebServer) -> None:
     tiny_llama(web.root / "m")
     web.secret = "Bearer K"
     source = source_of(f"{web.url}/m", RuntimeConfig(), headers=json.dumps({"Authorization": "Bearer K\n"}))
     assert "config.json" in {file.name for file in source.listing(job()).files}
 
 
-def test_a_user_and_a_password_before_the_host_are_a_header(web: WebServer) -> None:
+def test_url_credentials_become_a_header(web: WebServer) -> None:
     tiny_llama(web.root / "m")
     web.secret = f"Basic {base64.b64encode(b'me:p@ss').decode()}"
     listing = source_of(f"{web.url.replace('//', '//me:p%40ss@')}/m", RuntimeConfig()).listing(job())
     assert all("@" not in file.location for file in listing.files)
 
 
-def test_a_storage_urls_query_stays_behind_the_path(web: WebServer) -> None:
+def test_storage_url_query_stays_behind_the_path(web: WebServer) -> None:
     tiny_llama(web.root / "base" / "m")
     listing = source_of("m", RuntimeConfig(), type="http", url=f"{web.url}/base?sig=s").listing(job())
     assert all(
@@ -83,7 +83,7 @@ def test_a_storage_urls_query_stays_behind_the_path(web: WebServer) -> None:
     )
 
 
-def test_no_header_of_ours_follows_to_another_place(web: WebServer, tmp_path: Path) -> None:
+def test_http_client_drops_headers_on_redirects(web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = WebServer(tmp_path / "other")
     try:
@@ -100,13 +100,13 @@ def test_no_header_of_ours_follows_to_another_place(web: WebServer, tmp_path: Pa
         other.close()
 
 
-def test_files_of_this_machine_are_no_web_site(tmp_path: Path) -> None:
+def test_http_client_refuses_file_urls(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"data")
     with pytest.raises(LoadFailed, match="is not HTTP"):
         HttpClient().read(f"file://{tmp_path}/f", 0, 4, PullJob(lambda progress: None))
 
 
-def test_a_configurations_credentials_go_where_it_says(tmp_path: Path, web: WebServer) -> None:
+def test_storage_credentials_stay_with_their_endpoint(tmp_path: Path, web: WebServer) -> None:
     config = RuntimeConfig(storage_config_dir=str(tmp_path))
     (tmp_path / "default").write_text(
         json.dumps({"type": "http", "url": "https://models.example", "headers": {"Authorization": "Bearer K"}})

@@ -66,7 +66,7 @@ def check(ours: TextTokenizer, oracle: sentencepiece.SentencePieceProcessor) -> 
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_the_same_tokens_as_sentencepiece(kind: str, tmp_path: Path) -> None:
+def test_convert_tokenizer_matches_sentencepiece(kind: str, tmp_path: Path) -> None:
     oracle = with_sentencepiece(tmp_path / "m", kind)
     (tmp_path / "out").mkdir()
     convert_tokenizer(tmp_path / "m", tmp_path / "out")
@@ -77,7 +77,7 @@ def test_the_same_tokens_as_sentencepiece(kind: str, tmp_path: Path) -> None:
         assert ours.encode(text) == theirs.encode(text), text
 
 
-async def test_a_checkpoint_with_only_a_sentencepiece_model_loads_plain_and_quantised(tmp_path: Path) -> None:
+async def test_preparer_converts_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     oracle = with_sentencepiece(tmp_path / "m", "bpe")
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     for quantize in (Quantization.NONE, Quantization.NF4):
@@ -92,7 +92,7 @@ async def test_a_checkpoint_with_only_a_sentencepiece_model_loads_plain_and_quan
     preparation.close()
 
 
-def test_a_damaged_model_is_said_to_be(tmp_path: Path) -> None:
+def test_convert_tokenizer_refuses_a_damaged_model(tmp_path: Path) -> None:
     with_sentencepiece(tmp_path / "m", "bpe")
     (tmp_path / "m" / "tokenizer.model").write_bytes(b"\x00 nothing of the kind")
     (tmp_path / "out").mkdir()

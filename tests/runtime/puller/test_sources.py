@@ -39,7 +39,7 @@ def source_of(uri: str, config: RuntimeConfig | None = None, **source: Any) -> S
     return place
 
 
-async def test_a_directory_on_a_web_server_is_pulled_once_and_resumed(web: WebServer, tmp_path: Path) -> None:
+async def test_web_source_pulls_once_and_resumes(web: WebServer, tmp_path: Path) -> None:
     tiny_llama(web.root / "org" / "tiny", shard="100KB")
     web.cuts, web.cut_after, web.refusals = 2, 50_000, 1
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
@@ -64,7 +64,7 @@ async def test_a_directory_on_a_web_server_is_pulled_once_and_resumed(web: WebSe
     preparation.close()
 
 
-async def test_a_file_that_changed_is_another_model(web: WebServer, tmp_path: Path) -> None:
+async def test_preparer_pulls_a_changed_file_again(web: WebServer, tmp_path: Path) -> None:
     tiny_llama(web.root / "m")
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
@@ -74,7 +74,7 @@ async def test_a_file_that_changed_is_another_model(web: WebServer, tmp_path: Pa
     preparation.close()
 
 
-async def test_a_source_that_is_away_does_not_take_what_was_pulled(tmp_path: Path) -> None:
+async def test_preparer_keeps_pulled_models_of_an_unreachable_source(tmp_path: Path) -> None:
     (tmp_path / "www").mkdir()
     web = WebServer(tmp_path / "www")
     tiny_llama(web.root / "m")
@@ -89,7 +89,7 @@ async def test_a_source_that_is_away_does_not_take_what_was_pulled(tmp_path: Pat
     preparation.close()
 
 
-def test_a_half_fetched_file_is_gone_on_with_only_if_it_is_the_same(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_resumes_only_the_same_file(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(range(256)) * 100)
     client = HttpClient()
     file = client.look("f", f"{web.url}/f", job())
@@ -104,7 +104,7 @@ def test_a_half_fetched_file_is_gone_on_with_only_if_it_is_the_same(web: WebServ
     assert not target.with_name("f.tag").exists()
 
 
-def test_what_says_nothing_of_its_content_is_never_gone_on_with(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_never_resumes_unidentified_content(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"new" * 1000)
     file = RemoteFile("f", f"{web.url}/f", 3000)  # as of a server without ETag and date
     (tmp_path / "f.part").write_bytes(b"old" * 500)
@@ -113,7 +113,7 @@ def test_what_says_nothing_of_its_content_is_never_gone_on_with(web: WebServer, 
     assert (tmp_path / "f").read_bytes() == b"new" * 1000
 
 
-def test_a_server_without_ranges_starts_over(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_starts_over_without_ranges(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"x" * 10_000)
     web.ranges, web.cuts, web.cut_after = False, 1, 4000
     file = HttpClient().look("f", f"{web.url}/f", job())
@@ -123,7 +123,7 @@ def test_a_server_without_ranges_starts_over(web: WebServer, tmp_path: Path) -> 
     assert (tmp_path / "f").stat().st_size == sum(arrived) == 10_000
 
 
-def test_a_wrong_checksum_is_corrupt_and_not_kept(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_deletes_a_file_with_a_wrong_checksum(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"data")
     file = HttpClient().look("f", f"{web.url}/f", job())
     assert file is not None
@@ -132,7 +132,7 @@ def test_a_wrong_checksum_is_corrupt_and_not_kept(web: WebServer, tmp_path: Path
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("f") and path.suffix != ".tag"]
 
 
-def test_a_long_file_may_be_cut_often(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_survives_many_interruptions(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.puller.progress.PullJob.wait", lambda job, seconds: job.check())
     (web.root / "f").write_bytes(bytes(200_000))
     web.cuts, web.cut_after = 15, 10_000
@@ -143,7 +143,7 @@ def test_a_long_file_may_be_cut_often(web: WebServer, tmp_path: Path, monkeypatc
     assert web.cuts == 0
 
 
-def test_a_body_without_end_is_left_when_it_is_longer_than_the_file(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_stops_at_the_listed_size(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(20 << 20))
     arrived: list[int] = []
     with pytest.raises(LoadFailed, match="the source lists 4"):
@@ -152,13 +152,13 @@ def test_a_body_without_end_is_left_when_it_is_longer_than_the_file(web: WebServ
     assert not (tmp_path / "f.part").exists()
 
 
-def test_a_length_that_is_no_number_is_none(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_ignores_an_invalid_content_length(web: WebServer, tmp_path: Path) -> None:
     web.routes["/f"] = lambda: (200, {"Content-Length": "much"}, b"data")
     HttpClient().fetch(RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None)
     assert (tmp_path / "f").read_bytes() == b"data"
 
 
-def test_errors_name_the_place_and_no_secret(web: WebServer) -> None:
+def test_web_source_errors_hold_no_secrets(web: WebServer) -> None:
     with pytest.raises(LoadFailed, match=r"no config\.json"):
         source_of(f"{web.url}/nothing?sig=SECRET").listing(job())
     web.secret = "Bearer right"
@@ -170,7 +170,7 @@ def test_errors_name_the_place_and_no_secret(web: WebServer) -> None:
         source_of("http://127.0.0.1:1/m").listing(job())
 
 
-def test_a_token_does_not_follow_a_redirect_to_another_host(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_drops_the_token_on_a_redirect(web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = WebServer(tmp_path / "other")
     try:
@@ -187,7 +187,7 @@ def test_a_token_does_not_follow_a_redirect_to_another_host(web: WebServer, tmp_
         other.close()
 
 
-def test_a_cancelled_fetch_stops(web: WebServer, tmp_path: Path) -> None:
+def test_fetch_can_be_cancelled(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(10 << 20))
     file = HttpClient().look("f", f"{web.url}/f", job())
     assert file is not None
@@ -197,7 +197,7 @@ def test_a_cancelled_fetch_stops(web: WebServer, tmp_path: Path) -> None:
     assert not (tmp_path / "f").exists()
 
 
-def test_the_hub_is_asked_in_its_own_words(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_source_lists_and_fetches(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", web.url)
     data = b"weights"
     sha = "0123456789abcdef0123456789abcdef01234567"
@@ -266,7 +266,7 @@ class DictBucket:
         return self.objects[file.location][start : start + count]
 
 
-def test_a_bucket_gives_what_lies_below_its_prefix(tmp_path: Path) -> None:
+def test_bucket_source_lists_below_its_prefix(tmp_path: Path) -> None:
     objects = {
         "m/model.safetensors": b"abc",
         "m/config.json": b"{}",
@@ -291,7 +291,7 @@ def test_a_bucket_gives_what_lies_below_its_prefix(tmp_path: Path) -> None:
         BucketSource(bucket, "absent", allow_pickle=False).listing(job())
 
 
-def test_only_one_kind_of_weights_is_wanted() -> None:
+def test_wanted_selects_one_kind_of_weights() -> None:
     def names(*given: str, allow_pickle: bool = False) -> list[str]:
         return [
             file.name for file in wanted([RemoteFile(name, name, 1) for name in given], "o", allow_pickle=allow_pickle)
@@ -311,7 +311,7 @@ def test_only_one_kind_of_weights_is_wanted() -> None:
         names("config.json")
 
 
-def test_storage_configuration_is_read_and_overlaid(tmp_path: Path, web: WebServer) -> None:
+def test_storage_options_overlay_the_configuration(tmp_path: Path, web: WebServer) -> None:
     (tmp_path / "mine").write_text(
         json.dumps({"type": "http", "url": f"{web.url}/base/", "headers": {"Authorization": "Bearer K"}})
     )
@@ -338,7 +338,7 @@ def test_storage_configuration_is_read_and_overlaid(tmp_path: Path, web: WebServ
         locate(ModelSource("ftp://x/y"), config)
 
 
-def test_paths_stay_within_their_roots(tmp_path: Path) -> None:
+def test_local_path_stays_within_its_roots(tmp_path: Path) -> None:
     root, outside = tmp_path / "models", tmp_path / "outside"
     (root / "m").mkdir(parents=True)
     outside.mkdir()
@@ -362,9 +362,7 @@ def test_paths_stay_within_their_roots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("uri", "extra"), [("s3://b/m", "s3"), ("gs://b/m", "gcs"), ("az://a/c/m", "azure")])
-def test_a_store_whose_library_is_missing_says_which_extra(
-    uri: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_locate_names_the_extra_of_a_missing_library(uri: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("boto3", "google.cloud", "azure.storage.blob"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(LoadFailed, match=rf"repertory\[{extra}\]"):

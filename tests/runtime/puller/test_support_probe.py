@@ -34,7 +34,7 @@ def written(folder: Path, config: Any) -> Path:
     return folder
 
 
-def test_reasons(tmp_path: Path) -> None:
+def test_refusal_names_the_reason(tmp_path: Path) -> None:
     assert support_check.refusal(written(tmp_path, LlamaConfig(**TINY, architectures=["LlamaForCausalLM"])), None) == ""
     assert "max_model_len 5000" in support_check.refusal(
         written(tmp_path, LlamaConfig(**TINY, max_position_embeddings=128)), 5000
@@ -53,7 +53,7 @@ def test_reasons(tmp_path: Path) -> None:
     assert "no.gguf can't be read" in support_check.refusal(tmp_path / "no.gguf", None)
 
 
-async def test_fit_asks_a_process_once(tmp_path: Path) -> None:
+async def test_support_probe_runs_one_process_per_configuration(tmp_path: Path) -> None:
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
     settings = ModelSettings()
     mamba = tmp_path / "mamba"

@@ -34,7 +34,7 @@ async def model_dir(preparation: CheckpointPreparer, source: ModelSource) -> Pat
     return Path(prepared.checkpoint.model_dir)
 
 
-async def test_one_path_at_two_places_is_two_models(preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_preparer_separates_one_path_in_two_buckets(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     (tmp_path / "www").mkdir()
     web = WebServer(tmp_path / "www")
     places = [ModelSource("m", None, {"type": "http", "url": f"{web.url}/{name}"}) for name in ("one", "two")]
@@ -63,7 +63,7 @@ def hub(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
         web.routes[f"/org/m/resolve/{SHA}/{file.name}"] = lambda file=file: (200, {}, file.read_bytes())  # type: ignore[misc]
 
 
-async def test_a_hub_that_is_unwell_or_forbidden_takes_nothing_back(
+async def test_preparer_keeps_pulled_models_of_a_failing_hub(
     web: WebServer, preparation: CheckpointPreparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_llama(web.root / "m")
@@ -82,7 +82,7 @@ async def test_a_hub_that_is_unwell_or_forbidden_takes_nothing_back(
     ("status", "code", "words"),
     [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "can't be asked")],
 )
-def test_a_hub_that_refuses_is_not_away(
+def test_hub_source_refusal_is_not_unreachable(
     web: WebServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str
 ) -> None:
     (web.root / "m").mkdir()

@@ -59,7 +59,7 @@ def packed(prepared: Prepared) -> dict[str, torch.Tensor]:
     return entries
 
 
-async def test_unquantised_safetensors_are_used_where_they_lie(preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_preparer_uses_unquantised_safetensors_in_place(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "m", shard="60KB")
     prepared = await prepare(preparation, tmp_path / "m")
     checkpoint = prepared.checkpoint
@@ -71,7 +71,7 @@ async def test_unquantised_safetensors_are_used_where_they_lie(preparation: Chec
     assert not list((tmp_path / "cache" / "packed").iterdir())
 
 
-async def test_int8_is_bitsandbytes_own(apart: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_pack_int8_equals_bitsandbytes(apart: CheckpointPreparer, tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "m")
     seen: list[Progress] = []
     prepared = await prepare(apart, tmp_path / "m", seen, quantize=Quantization.INT8)
@@ -90,7 +90,7 @@ async def test_int8_is_bitsandbytes_own(apart: CheckpointPreparer, tmp_path: Pat
 @pytest.mark.parametrize(
     ("quantize", "double"), [(Quantization.NF4, False), (Quantization.FP4, False), (Quantization.NF4, True)]
 )
-async def test_4_bit_is_bitsandbytes_own(
+async def test_pack_4_bit_equals_bitsandbytes(
     preparation: CheckpointPreparer, tmp_path: Path, quantize: Quantization, double: bool
 ) -> None:
     model = tiny_llama(tmp_path / "m", tied=True)
@@ -111,14 +111,14 @@ async def test_4_bit_is_bitsandbytes_own(
     assert "lm_head.weight" not in tensors
 
 
-async def test_rows_that_blocks_do_not_fit_stay_as_they_are(preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_pack_keeps_rows_that_blocks_do_not_divide(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m", hidden=96)
     tensors = packed(await prepare(preparation, tmp_path / "m", quantize=Quantization.NF4))
     assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype is torch.float32
     assert tensors["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8  # 192 columns
 
 
-async def test_the_file_is_aligned_ordered_and_signed(preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_pack_aligns_orders_and_hashes_tensors(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m", hidden=72)
     prepared = await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
     assert prepared.checkpoint.packed_file is not None
@@ -140,7 +140,7 @@ async def test_the_file_is_aligned_ordered_and_signed(preparation: CheckpointPre
         assert "model.norm.weight" in file.keys()  # noqa: SIM118 — a handle, not a dict
 
 
-async def test_a_second_load_never_quantises(preparation: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_preparer_packs_once(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     (await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)).release()
     seen: list[Progress] = []
@@ -152,7 +152,7 @@ async def test_a_second_load_never_quantises(preparation: CheckpointPreparer, tm
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double"])
-async def test_serialised_checkpoints_are_not_quantised_again(
+async def test_pack_keeps_serialised_quantised_weights(
     preparation: CheckpointPreparer, tmp_path: Path, kind: str
 ) -> None:
     model = tiny_llama(tmp_path / "plain")
@@ -205,7 +205,7 @@ def serialise(model: torch.nn.Module, plain: Path, stored: Path, quantize: Quant
         (stored / name).write_bytes((plain / name).read_bytes())
 
 
-async def test_a_pack_that_fails_says_why_and_leaves_nothing(apart: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_preparer_cleans_up_after_a_failed_pack(apart: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
     del weights["model.norm.weight"]
@@ -215,9 +215,7 @@ async def test_a_pack_that_fails_says_why_and_leaves_nothing(apart: CheckpointPr
     assert not list((tmp_path / "cache" / "packed").iterdir())
 
 
-async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(
-    apart: CheckpointPreparer, tmp_path: Path
-) -> None:
+async def test_preparer_cleans_up_after_a_cancelled_pack(apart: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     seen: list[Progress] = []
     packing = asyncio.create_task(prepare(apart, tmp_path / "m", seen, quantize=Quantization.NF4))
@@ -235,7 +233,7 @@ async def test_a_cancelled_pack_leaves_no_process_and_nothing_that_looks_whole(
     )
 
 
-async def test_a_budget_too_small_is_named(tmp_path: Path) -> None:
+async def test_preparer_names_a_cache_budget_that_is_too_small(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1000))
     with pytest.raises(Overloaded, match="budget of 1000 bytes"):
