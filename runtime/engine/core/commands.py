@@ -66,7 +66,7 @@ class Commands:
             return
         model.touch(now)
         wants_pass = add.request.pooling or add.request.logprobs.prompt is not None
-        if sequence.limit == 0 and not wants_pass:
+        if sequence.max_output_tokens == 0 and not wants_pass:
             reason = FinishReason.LENGTH if add.request.stop.max_tokens == 0 else FinishReason.CONTEXT
             self.table.emit_rows(add.model_id, [RowTokens(add.request_id, (), reason, cached_tokens=0)])
             return

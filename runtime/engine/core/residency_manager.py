@@ -157,7 +157,9 @@ class ResidencyManager:
         The order of requests is the same for all models and never changes. So the first request of all always runs in the end, and two models cannot
         preempt each other in turns.
         """
-        blocks = blocks_for(sequence.tokens_to_begin, model.cache.blocks.geometry.block_tokens) - len(sequence.pages)
+        blocks = blocks_for(sequence.tokens_to_begin, model.cache.blocks.geometry.block_tokens) - len(
+            sequence.block_ids
+        )
         others = [m for m in self._models.values() if m is not model]
         if self._room_is_kept(model):
             return

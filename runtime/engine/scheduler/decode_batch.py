@@ -39,37 +39,37 @@ class DecodeBatch:
 
     def add(self, sequence: Sequence, start: int, left: int, room: int) -> None:
         """`start` is the position that its next step computes; it will draw `left` more; its blocks hold `room` tokens."""
-        place = len(self.sequences)
-        sequence.place = place
+        index = len(self.sequences)
+        sequence.decode_index = index
         self.sequences.append(sequence)
         self.rows.append(sequence.row)
         self._ids.append(sequence.request_id)
         self._histories.append(sequence.tokens)
-        self._starts[place], self._left[place], self._room[place] = start, left, room
+        self._starts[index], self._left[index], self._room[index] = start, left, room
 
     def remove(self, sequence: Sequence) -> None:
-        place, last = sequence.place, len(self.sequences) - 1
+        index, last = sequence.decode_index, len(self.sequences) - 1
         moved = self.sequences[last]
         columns: tuple[list[Any], ...] = (self.sequences, self.rows, self._ids, self._histories)
         for column in columns:
-            column[place] = column[last]
+            column[index] = column[last]
             column.pop()
         for array in (self._starts, self._left, self._room):
-            array[place] = array[last]
-        moved.place = place
-        sequence.place = -1
+            array[index] = array[last]
+        moved.decode_index = index
+        sequence.decode_index = -1
 
     def without_room(self) -> list[Sequence]:
         """Those whose next token needs another block."""
         n = len(self.sequences)
-        places = np.flatnonzero(self._starts[:n] >= self._room[:n]).tolist()
-        return [self.sequences[place] for place in places]
+        indices = np.flatnonzero(self._starts[:n] >= self._room[:n]).tolist()
+        return [self.sequences[index] for index in indices]
 
     def start_of(self, sequence: Sequence) -> int:
-        return int(self._starts[sequence.place])
+        return int(self._starts[sequence.decode_index])
 
     def set_room(self, sequence: Sequence, room: int) -> None:
-        self._room[sequence.place] = room
+        self._room[sequence.decode_index] = room
 
     def kv_tokens(self) -> int:
         return int(self._starts[: len(self.sequences)].sum())
@@ -85,6 +85,6 @@ class DecodeBatch:
         self._left[:n] -= 1
         finals: list[int] = np.flatnonzero(self._left[:n] == 0).tolist()
         rows = DecodeRows(self.sequences.copy(), self._ids.copy(), self._histories.copy(), finals)
-        for place in reversed(finals):
-            self.remove(rows.sequences[place])
+        for index in reversed(finals):
+            self.remove(rows.sequences[index])
         return rows

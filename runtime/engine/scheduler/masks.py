@@ -28,9 +28,11 @@ def fill_masks(sequences: Iterable[Sequence], vocab_size: int) -> StepMasks:
         assert sequence.mask_source is not None
         try:
             sequence.mask_source.fill_mask(line)
-            text = "" if line.any() else f"its grammar allows no token after {sequence.drawn} output tokens"
+            text = "" if line.any() else f"its grammar allows no token after {sequence.num_output_tokens} output tokens"
         except Exception as error:
-            text = f"its grammar failed after {sequence.drawn} output tokens: {type(error).__name__}: {error}"
+            text = (
+                f"its grammar failed after {sequence.num_output_tokens} output tokens: {type(error).__name__}: {error}"
+            )
         if text:
             line[:] = _ALL_ALLOWED
             failures.append((sequence, text))

@@ -79,7 +79,7 @@ class StopRules:
         return tuple(sorted(eos | frozenset(sequence.request.stop.stop_token_ids)))
 
     def ends_on(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if token not in self.watched or sequence.drawn <= sequence.request.stop.min_tokens:
+        if token not in self.watched or sequence.num_output_tokens <= sequence.request.stop.min_tokens:
             return None
         if token in sequence.request.stop.stop_token_ids:
             return FinishReason.STOP_TOKEN
@@ -91,11 +91,13 @@ def outcome(sequence: Sequence, token: int, rules: StopRules) -> tuple[FinishRea
     reason = rules.ends_on(sequence, token)
     if reason is not None:
         return reason, token
-    return (at_limit(sequence), None) if sequence.drawn >= sequence.limit else (None, None)
+    return (at_limit(sequence), None) if sequence.num_output_tokens >= sequence.max_output_tokens else (None, None)
 
 
 def at_limit(sequence: Sequence) -> FinishReason:
-    return FinishReason.LENGTH if sequence.limit == sequence.request.stop.max_tokens else FinishReason.CONTEXT
+    return (
+        FinishReason.LENGTH if sequence.max_output_tokens == sequence.request.stop.max_tokens else FinishReason.CONTEXT
+    )
 
 
 def settle_decode(
@@ -153,7 +155,7 @@ def settle_prefill(
             entries = None if result.logprobs is None else result.logprobs[at : at + len(tokens)]
             rows.append(_first(sequence, tokens, reason, stop_token, entries))
             if chunk.drafts and sequence.state is State.RUNNING:
-                sequence.computed = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
+                sequence.num_computed_tokens = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
         elif chunk.last:  # nothing was to be drawn
             reason = at_limit(sequence)
             vector = None if result.vectors is None else result.vectors.get(row)
@@ -197,9 +199,9 @@ def _first(
 ) -> RowTokens:
     # a row has log-probabilities for all of its tokens or for none
     logprobs = tuple(entry for entry in entries or () if entry is not None) or None
-    if sequence.told:  # it comes back from a preemption
+    if sequence.first_token_sent:  # it comes back from a preemption
         return RowTokens(sequence.request_id, tokens, reason, stop_token, logprobs)
-    sequence.told = True
+    sequence.first_token_sent = True
     prompt_logprobs = None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
     sequence.prompt_logprobs = None
     return RowTokens(
@@ -209,7 +211,7 @@ def _first(
         stop_token,
         logprobs,
         prompt_logprobs,
-        sequence.cached,
+        sequence.num_cached_tokens,
         queue_s=sequence.queued_s,
         vector=vector,
     )

@@ -81,7 +81,7 @@ class Scheduler:
 
     def decoding(self) -> tuple[int, int]:
         """Decode rows, and the tokens that they hold."""
-        kv_tokens = sum(sequence.computed for sequence in self._lockstep)
+        kv_tokens = sum(sequence.num_computed_tokens for sequence in self._lockstep)
         return len(self._decode) + len(self._lockstep), self._decode.kv_tokens() + kv_tokens
 
     def promise(self, blocks: int) -> None:
@@ -103,7 +103,7 @@ class Scheduler:
 
     def blocks_wanted(self, token_budget: int) -> int:
         """Blocks that the next plan would take if it could."""
-        pending = sum(len(s.tokens) - s.computed for s in self._prefill)
+        pending = sum(len(s.tokens) - s.num_computed_tokens for s in self._prefill)
         head = self.waiting.head()
         if head is not None and self._rows.free:
             pending += len(head.tokens)
@@ -148,7 +148,7 @@ class Scheduler:
             if len(self._prefill) > 1 and not self._flying:
                 self.preempt_newest(now)
             return None
-        kv_tokens += sum(chunk.sequence.computed for chunk in chunks)
+        kv_tokens += sum(chunk.sequence.num_computed_tokens for chunk in chunks)
         plan.new_blocks.extend(self._new_blocks)
         opened, self._opened = self._opened, []
         self._new_blocks.clear()
@@ -168,12 +168,14 @@ class Scheduler:
             while sequence.state is State.RUNNING:  # until it is preempted itself
                 page = self._cache.take()
                 if page is not None:
-                    decodes = sequence.place >= 0
-                    self._publish(sequence, self._decode.start_of(sequence) if decodes else sequence.computed)
-                    self._new_blocks.append((sequence.row, len(sequence.pages), page))
-                    sequence.pages.append(page)
+                    decodes = sequence.decode_index >= 0
+                    self._publish(
+                        sequence, self._decode.start_of(sequence) if decodes else sequence.num_computed_tokens
+                    )
+                    self._new_blocks.append((sequence.row, len(sequence.block_ids), page))
+                    sequence.block_ids.append(page)
                     if decodes:
-                        self._decode.set_room(sequence, len(sequence.pages) * self._block_tokens)
+                        self._decode.set_room(sequence, len(sequence.block_ids) * self._block_tokens)
                     break
                 self.preempt_newest(now)
 
@@ -181,29 +183,29 @@ class Scheduler:
         """Rows past their prompts whose next token needs another block."""
         wanting = self._decode.without_room()
         for sequence in self._lockstep:
-            if sequence.computed < len(sequence.tokens) > len(sequence.pages) * self._block_tokens:
+            if sequence.num_computed_tokens < len(sequence.tokens) > len(sequence.block_ids) * self._block_tokens:
                 wanting.append(sequence)
         return wanting
 
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, chunks: list[Chunk]) -> int:
         """Plan as much of the sequence's wanted tokens as budget and blocks allow; returns the number."""
-        start, total = sequence.computed, len(sequence.tokens)
+        start, total = sequence.num_computed_tokens, len(sequence.tokens)
         scored = sequence.wants_prompt_logprobs and start < sequence.prompt_len
         end = min(total, start + (min(budget, self._score_budget) if scored else budget))
         drafts = self._drafts(sequence, budget - (end - start)) if self._draft_slots and end == total > start else []
         end += len(drafts)
-        while len(sequence.pages) * self._block_tokens < end:
+        while len(sequence.block_ids) * self._block_tokens < end:
             page = self._cache.take()
             if page is None:
-                end = len(sequence.pages) * self._block_tokens
+                end = len(sequence.block_ids) * self._block_tokens
                 break
-            self._new_blocks.append((sequence.row, len(sequence.pages), page))
-            sequence.pages.append(page)
+            self._new_blocks.append((sequence.row, len(sequence.block_ids), page))
+            sequence.block_ids.append(page)
         if end <= start:
             return 0
         known_end = min(end, total)
         del drafts[end - known_end :]
-        draws = 1 + len(drafts) if known_end == total and sequence.limit > 0 else 0
+        draws = 1 + len(drafts) if known_end == total and sequence.max_output_tokens > 0 else 0
         plan.rows.append(sequence.row)
         plan.starts.append(start)
         plan.counts.append(end - start)
@@ -219,7 +221,7 @@ class Scheduler:
             plan.prompt_logprobs.append(sequence.row)
             self._score_budget -= end - start
         chunks.append(Chunk(sequence, sequence.row, draws, known_end == total, drafts))
-        sequence.computed = end
+        sequence.num_computed_tokens = end
         # A row after it in this very plan may share them: a layer writes the whole step's K and V before any row reads. Not those of a lone token:
         # where all rows have one, each reads all but its own before that (gpu/attention_cuda.py).
         if end - start > 1:
@@ -228,7 +230,7 @@ class Scheduler:
 
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
         """Guesses that the step verifies behind the sequence's known tokens."""
-        most = min(budget, self._draft_slots, sequence.limit - sequence.drawn - 1)
+        most = min(budget, self._draft_slots, sequence.max_output_tokens - sequence.num_output_tokens - 1)
         if most <= 0 or self._drafter is None or not self._may_draft(sequence):
             return []
         drafts = self._drafter.propose(sequence.tokens, most)
@@ -248,7 +250,7 @@ class Scheduler:
             sequence = chunk.sequence
             if not chunk.last:
                 continue
-            left = sequence.limit - sequence.drawn - 1
+            left = sequence.max_output_tokens - sequence.num_output_tokens - 1
             if sequence in self._lockstep:
                 if left <= 0:
                     self._lockstep.remove(sequence)
@@ -257,22 +259,22 @@ class Scheduler:
             if left > 0 and (sequence.mask_source is not None or self._may_draft(sequence)):
                 self._lockstep.append(sequence)
             elif left > 0:
-                self._decode.add(sequence, len(sequence.tokens), left, len(sequence.pages) * self._block_tokens)
+                self._decode.add(sequence, len(sequence.tokens), left, len(sequence.block_ids) * self._block_tokens)
 
     def _publish(self, sequence: Sequence, computed: int) -> None:
         """Let others find the blocks that `computed` tokens fill, as far as their ids are known."""
         full = min(computed, len(sequence.tokens)) // self._block_tokens
-        if full <= sequence.published:
+        if full <= sequence.num_published_blocks:
             return
-        chain(sequence.tokens, self._block_tokens, sequence.digests, full)
-        for i in range(sequence.published, full):
-            self._cache.publish(sequence.pages[i], sequence.digests[i])
-        sequence.published = full
+        chain(sequence.tokens, self._block_tokens, sequence.block_hashes, full)
+        for i in range(sequence.num_published_blocks, full):
+            self._cache.publish(sequence.block_ids[i], sequence.block_hashes[i])
+        sequence.num_published_blocks = full
 
     # Admission ------------------------------------------------------------------------------------------------------------------------------
 
     def _admit(self, sequence: Sequence, kv_blocks: int, now: float) -> bool:
-        if sequence.hold_until > self._settled:
+        if sequence.blocked_until_step > self._settled:
             return False
         key = (sequence.request_id, kv_blocks, len(self._running))
         if key == self._refused_at:
@@ -282,22 +284,24 @@ class Scheduler:
             self._refused_at = key
             return False
         self.waiting.discard(sequence)
-        sequence.shared = hits
-        sequence.pages = self._cache.acquire(sequence.digests[:hits])
-        sequence.published = hits
-        sequence.computed = hits * self._block_tokens
-        if not sequence.told:
-            self.totals.prefix_hit_tokens += min(sequence.computed, sequence.prompt_len) - sequence.cached
-            sequence.cached = min(sequence.computed, sequence.prompt_len)
+        sequence.num_shared_blocks = hits
+        sequence.block_ids = self._cache.acquire(sequence.block_hashes[:hits])
+        sequence.num_published_blocks = hits
+        sequence.num_computed_tokens = hits * self._block_tokens
+        if not sequence.first_token_sent:
+            self.totals.prefix_hit_tokens += (
+                min(sequence.num_computed_tokens, sequence.prompt_len) - sequence.num_cached_tokens
+            )
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_len)
             sequence.prompt_logprobs = [] if sequence.wants_prompt_logprobs else None
         if sequence.queued_s is None:
             sequence.queued_s = now - sequence.arrived_s
         sequence.row = self._rows.take()
         sequence.state = State.RUNNING
-        self._set_aside += sequence.set_aside
+        self._set_aside += sequence.reserved_blocks
         self._running.add(sequence)
         self._prefill.append(sequence)
-        self._new_blocks.extend((sequence.row, i, page) for i, page in enumerate(sequence.pages))
+        self._new_blocks.extend((sequence.row, i, page) for i, page in enumerate(sequence.block_ids))
         self._opened.append(
             RowSetup(
                 sequence.row,
@@ -319,26 +323,26 @@ class Scheduler:
         # the runner counts what was generated before a preemption from the tokens it is given again
         known = sequence.prompt_len if sequence.request.sampling.needs_history else len(sequence.tokens)
         most = min(known, len(sequence.tokens) - 1) // self._block_tokens
-        chain(sequence.tokens, self._block_tokens, sequence.digests, most)
-        return self._cache.match(sequence.digests[:most])
+        chain(sequence.tokens, self._block_tokens, sequence.block_hashes, most)
+        return self._cache.match(sequence.block_hashes[:most])
 
     def _fits(self, sequence: Sequence, hits: int, kv_blocks: int) -> bool:
         block_tokens = self._block_tokens
-        remaining = self._lengths.expected(sequence.limit, sequence.drawn)
-        sequence.set_aside = blocks_for(len(sequence.tokens) + remaining, block_tokens)
+        remaining = self._lengths.expected(sequence.max_output_tokens, sequence.num_output_tokens)
+        sequence.reserved_blocks = blocks_for(len(sequence.tokens) + remaining, block_tokens)
         if not self._running:
             # alone it may try with what there is: what it lacks later comes from others, or it waits again
             if blocks_for(sequence.tokens_to_begin, block_tokens) > kv_blocks:
                 return False
-            self.promised_blocks = min(sequence.set_aside, kv_blocks)
+            self.promised_blocks = min(sequence.reserved_blocks, kv_blocks)
             return True
-        if self._set_aside + sequence.set_aside <= kv_blocks:
-            self.promised_blocks = self._set_aside + sequence.set_aside
+        if self._set_aside + sequence.reserved_blocks <= kv_blocks:
+            self.promised_blocks = self._set_aside + sequence.reserved_blocks
             return True
-        held = [len(s.tokens) - s.shared * block_tokens for s in self._running]
-        left = [self._lengths.expected(s.limit, s.drawn) for s in self._running]
-        own = sum(len(s.pages) - s.shared for s in self._running)
-        base = max(self._cache.blocks.used_blocks - own, 0) + self._cache.idle_among(sequence.digests[:hits])
+        held = [len(s.tokens) - s.num_shared_blocks * block_tokens for s in self._running]
+        left = [self._lengths.expected(s.max_output_tokens, s.num_output_tokens) for s in self._running]
+        own = sum(len(s.block_ids) - s.num_shared_blocks for s in self._running)
+        base = max(self._cache.blocks.used_blocks - own, 0) + self._cache.idle_among(sequence.block_hashes[:hits])
         held.append(len(sequence.tokens) - hits * block_tokens)
         left.append(remaining)
         peak = base + peak_blocks(held, left, block_tokens)
@@ -377,7 +381,7 @@ class Scheduler:
         for sequence in lost:
             self.end(sequence, now)
         for sequence in sorted(self._running, key=lambda s: s.order):
-            self._turn_out(sequence, now)
+            self._preempt(sequence, now)
         for later in self._flying:
             later.void = True
         self._cache.forget()
@@ -391,7 +395,7 @@ class Scheduler:
         """It is over, whatever its state; what it held is free at once."""
         if sequence.state is State.RUNNING:
             self._leave_row(sequence, now)
-            self._lengths.record(sequence.drawn)
+            self._lengths.record(sequence.num_output_tokens)
         else:
             self.waiting.discard(sequence)
             if not self._running:
@@ -412,21 +416,21 @@ class Scheduler:
         newest = max((*self._decode.sequences, *self._lockstep, *self._prefill), key=lambda s: s.order, default=None)
         if newest is None or (newer_than is not None and newest.order <= newer_than):
             return False
-        self._turn_out(newest, now)
+        self._preempt(newest, now)
         return True
 
-    def _turn_out(self, sequence: Sequence, now: float) -> None:
+    def _preempt(self, sequence: Sequence, now: float) -> None:
         self._leave_row(sequence, now)
         sequence.state = State.WAITING
-        sequence.hold_until = self._planned
+        sequence.blocked_until_step = self._planned
         self.waiting.push(sequence)
         self.totals.preemptions += 1
 
     def _leave_row(self, sequence: Sequence, now: float) -> None:
         # of the known tokens, the last may not have been computed
-        computed = sequence.computed if sequence in self._prefill else len(sequence.tokens) - 1
+        computed = sequence.num_computed_tokens if sequence in self._prefill else len(sequence.tokens) - 1
         self._publish(sequence, computed)
-        if sequence.place >= 0:
+        if sequence.decode_index >= 0:
             self._decode.remove(sequence)
         elif sequence in self._prefill:
             self._prefill.remove(sequence)
@@ -437,18 +441,18 @@ class Scheduler:
         if self._new_blocks:
             self._new_blocks = [block for block in self._new_blocks if block[0] != sequence.row]
         self._running.remove(sequence)
-        self._set_aside -= sequence.set_aside
+        self._set_aside -= sequence.reserved_blocks
         self.promised_blocks = min(self.promised_blocks, self._set_aside)
         self._rows.release(sequence.row)
-        self._cache.release(sequence.pages, now)
-        sequence.pages = []
-        sequence.published = sequence.computed = sequence.shared = 0
+        self._cache.release(sequence.block_ids, now)
+        sequence.block_ids = []
+        sequence.num_published_blocks = sequence.num_computed_tokens = sequence.num_shared_blocks = 0
         sequence.row = -1
 
     def check(self) -> None:
         self._cache.check()
-        held = {page for sequence in self._running for page in sequence.pages}
+        held = {page for sequence in self._running for page in sequence.block_ids}
         if len(held) != self._cache.blocks.used_blocks:
             raise AssertionError(f"rows hold {len(held)} blocks, {self._cache.blocks.used_blocks} are used")
-        if self._set_aside != sum(s.set_aside for s in self._running):
+        if self._set_aside != sum(s.reserved_blocks for s in self._running):
             raise AssertionError("blocks set aside are miscounted")

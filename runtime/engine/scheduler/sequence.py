@@ -19,13 +19,13 @@ class Sequence:
     """`tokens` is the prompt and all output that is known; the device may be one or two tokens ahead.
 
     Attributes:
-        limit: tokens it may draw: max_tokens, or what the context leaves if that is less.
-        computed: tokens whose KV the launched steps hold, while it prefills.
-        hold_until: the step that must be settled before it may have a row again.
-        place: its index in the decode batch, -1 = not there.
-        cached: prompt tokens found in the prefix cache at its first admission.
-        shared: blocks that it found at its admission, at the head of `pages`.
-        set_aside: KV blocks that admission counted for it.
+        max_output_tokens: tokens it may draw: max_tokens, or what the context leaves if that is less.
+        num_computed_tokens: tokens whose KV the launched steps hold, while it prefills.
+        blocked_until_step: the step that must be settled before it may have a row again.
+        decode_index: its index in the decode batch, -1 = not there.
+        num_cached_tokens: prompt tokens found in the prefix cache at its first admission.
+        num_shared_blocks: blocks that it found at its admission, at the head of `block_ids`.
+        reserved_blocks: KV blocks that admission counted for it.
     """
 
     request_id: int
@@ -34,21 +34,21 @@ class Sequence:
     request: GenerationRequest
     arrival: int
     arrived_s: float
-    limit: int
+    max_output_tokens: int
     mask_source: MaskSource | None = None
     state: State = State.WAITING
     row: int = -1
-    pages: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    published: int = 0
-    computed: int = 0
-    place: int = -1
-    hold_until: int = 0
-    set_aside: int = 0
-    shared: int = 0
-    cached: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published_blocks: int = 0
+    num_computed_tokens: int = 0
+    decode_index: int = -1
+    blocked_until_step: int = 0
+    reserved_blocks: int = 0
+    num_shared_blocks: int = 0
+    num_cached_tokens: int = 0
     queued_s: float | None = None  # from its arrival to its first row
-    told: bool = False  # its first token has been sent
+    first_token_sent: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def append(self, token: int) -> None:
@@ -58,14 +58,14 @@ class Sequence:
             self.mask_source.accept((token,))
 
     @property
-    def drawn(self) -> int:
+    def num_output_tokens(self) -> int:
         """Output tokens that are known."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def tokens_to_begin(self) -> int:
         """Tokens of KV it needs for its next draw, or for its prompt alone if it draws nothing."""
-        return len(self.tokens) + (self.limit > 0)
+        return len(self.tokens) + (self.max_output_tokens > 0)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -74,7 +74,7 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.request.logprobs.prompt is not None and not self.told
+        return self.request.logprobs.prompt is not None and not self.first_token_sent
 
 
 def from_add(add: Add, arrival: int, now: float, max_model_len: int, mask_source: MaskSource | None = None) -> Sequence:

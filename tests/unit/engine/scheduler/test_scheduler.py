@@ -155,13 +155,13 @@ def test_prefix_hits_are_shared_and_never_cover_the_last_token() -> None:
     step = bench.must_plan()
     assert step.plan.starts[1:] == [4, 8]
     assert step.plan.counts[1:] == [4, 1]
-    assert second.pages[:1] == first.pages[:1]
-    assert third.pages[:2] == first.pages[:2]
+    assert second.block_ids[:1] == first.block_ids[:1]
+    assert third.block_ids[:2] == first.block_ids[:2]
     rows = bench.settle(step)
     assert rows[second.request_id].cached_tokens == 4
     assert rows[third.request_id].cached_tokens == 8
     tables = {(row, index): page for row, index, page in step.plan.new_blocks}
-    assert tables[third.row, 0] == first.pages[0]
+    assert tables[third.row, 0] == first.block_ids[0]
 
 
 def test_equal_prompts_that_come_at_once_are_computed_once() -> None:
@@ -183,11 +183,11 @@ def test_a_block_that_a_lone_token_fills_is_found_from_the_next_plan_on() -> Non
     second = bench.add([*prompt, 50])
     step = bench.must_plan()
     assert step.plan.counts == [1, 5]
-    assert second.shared == 1
+    assert second.num_shared_blocks == 1
     bench.settle(step)
     third = bench.add([*prompt, 60])
     bench.settle(bench.must_plan())
-    assert third.shared == 2
+    assert third.num_shared_blocks == 2
 
 
 def test_prompt_logprobs_skip_the_cache_and_penalties_skip_what_was_generated() -> None:
@@ -207,9 +207,9 @@ def test_prompt_logprobs_skip_the_cache_and_penalties_skip_what_was_generated() 
     assert bench.scheduler.preempt_newest(0.0)
     assert (penalty.state, plain.state) == (State.WAITING, State.WAITING)
     bench.must_plan()
-    assert penalty.cached == 4
-    assert penalty.shared == 1  # of the prompt alone
-    assert plain.shared >= 3
+    assert penalty.num_cached_tokens == 4
+    assert penalty.num_shared_blocks == 1  # of the prompt alone
+    assert plain.num_shared_blocks >= 3
 
 
 def test_higher_priority_is_admitted_first_and_the_least_entitled_makes_way() -> None:
@@ -260,7 +260,7 @@ def test_without_room_the_newest_makes_way_and_all_still_end() -> None:
     while any(s.state is not State.ENDED for s in sequences):
         bench.settle(bench.must_plan())
     assert bench.scheduler.totals.preemptions > 0
-    assert all(s.drawn == 30 for s in sequences)
+    assert all(s.num_output_tokens == 30 for s in sequences)
 
 
 def test_a_broken_step_ends_its_rows_and_forgets_what_others_read_of_it() -> None:
@@ -270,7 +270,7 @@ def test_a_broken_step_ends_its_rows_and_forgets_what_others_read_of_it() -> Non
     step = bench.must_plan()
     second = bench.add([*prompt, 2])
     later = bench.must_plan()
-    assert second.pages[0] == first.pages[0]  # it reads what the first step was to write
+    assert second.block_ids[0] == first.block_ids[0]  # it reads what the first step was to write
     assert bench.scheduler.fail(step, 0.0) == [first]
     assert bench.settle(later) == {}
     again = bench.must_plan()
