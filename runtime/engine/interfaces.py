@@ -1,8 +1,7 @@
-"""The seam between deciding and doing: what the scheduler asks of a model's runner, as plain data.
+"""The interfaces between the engine's scheduling and its device work. What crosses them is plain data.
 
-A *row* is one running sequence's stable slot in the engine's row tables (0 … max_rows-1), kept from admission to its end. A *page id* names
-one KV block of a model in units that the runner's memory gave (kvcache.blocks hands them out; the runner never invents one). Knows nothing of
-torch, time, or how tokens are drawn. Plans hold everything that a follower rank would need.
+A *row* is a running sequence's slot in the engine's row tables (0 … max_rows - 1), from its admission to its end or preemption. A *page id* names
+one KV block of a model in units that the model's memory defines; kvcache.blocks hands page ids out. A plan holds everything that a follower rank needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +17,10 @@ from runtime.types import Checkpoint, GenerationRequest, LogprobParams, ModelFac
 
 @dataclass(frozen=True, slots=True)
 class RowSetup:
-    """What the runner must know of a row before its first step. `prompt` feeds repetition penalties only.
+    """Describes a row to the runner before the row's first step. `prompt` is used by repetition penalties only.
 
-    `suppressed` ids can't be drawn before `min_tokens` tokens were. `prompt_len` counts the ids of the original prompt; after a preemption the
-    row is opened again with the same `prompt_len`, and what it had generated comes as further tokens of its first chunks.
+    `suppressed` ids are not drawn before `min_tokens` tokens have been. `prompt_len` counts the ids of the original prompt; after a preemption the
+    row is opened again with the same `prompt_len`, and its earlier output is part of the first chunks.
     """
 
     row: int
@@ -36,13 +35,13 @@ class RowSetup:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass of one model. The lists run in parallel, one entry a row; decode rows come first.
+    """One forward pass of one model. The lists are parallel, with one entry per row; decode rows come first.
 
     Attributes:
         rows: row slots, each at most once.
         starts: position of the first token that this step computes in the row.
-        counts: tokens that it computes in the row (1 in decode).
-        from_device: the (only) input id is the row's last drawn token, which lies on the device; else its ids are in `tokens`.
+        counts: tokens that this step computes in the row (1 in decode).
+        from_device: the only input id is the row's last drawn token, which is on the device; otherwise the ids are in `tokens`.
         samples: tokens to draw, one after each of the row's last `samples` computed tokens: 0 for a prompt's chunks before the last, 1 as a rule, and
             1 + the number of drafts for a row with drafts.
         tokens: input ids of all rows that are not `from_device`, end to end in row order; a row's drafts are its last ones.
@@ -129,19 +128,19 @@ class Launched(Protocol):
         """Whether `collect` would return at once."""
 
     def collect(self) -> StepOutput:
-        """Wait for the step and return its result; once."""
+        """Wait for the step and return its output. Must be called once."""
 
 
 class Runner(Protocol):
-    """One model, able to run steps while it is resident. Everything is called from the engine thread, launches in order.
+    """Runs one model's steps while the model is resident. All methods are called from the engine thread, launches in order.
 
-    KV pages given in plans must be mapped; weights must be resident (or on their way: `launch` waits on the device, not on the host).
+    The KV pages of a plan must be mapped. The weights must be resident or being copied: then the step waits for them on the device.
     """
 
     facts: ModelFacts
 
     def open_row(self, setup: RowSetup) -> None:
-        """Take up a row, or a row's return after a preemption."""
+        """Set up a row, also for a sequence that returns after a preemption."""
 
     def close_row(self, row: int) -> None:
         """Forget a row. Steps already launched may still write its state."""
@@ -156,12 +155,12 @@ class Runner(Protocol):
         """Queue the draws of the forward pass that was launched last. `masks` [len(plan.masked), words] has one line per masked row."""
 
     def close(self) -> None:
-        """Give up what it holds on the device beside its memory (graphs). Before the memory's own close; no step may be in flight."""
+        """Release the graphs. Called before the memory is closed; no step may be in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
-    """How KV blocks of one model lie in slabs: what kvcache.blocks needs to hand out page ids.
+    """The layout of one model's KV blocks in slabs, from which kvcache.blocks computes page ids.
 
     Slab i of the model's KV range holds `blocks_per_slab` blocks with page ids `i * pages_per_slab + j * pages_per_block`, j counted from 0.
     """
@@ -175,9 +174,9 @@ class KvGeometry:
 
 
 class ModelMemory(Protocol):
-    """One loaded model's ranges in device memory: the mechanism under residency and kvcache.
+    """One loaded model's ranges in device memory.
 
-    Slab ids are the device pool's; the pool (memory.slabs) decides who has which, this maps them.
+    Slab ids are those of the device's pool, which decides which model holds which slab.
     """
 
     weight_slabs: int
@@ -185,32 +184,32 @@ class ModelMemory(Protocol):
     kv: KvGeometry
 
     def swap_in(self, slabs: Sequence[int]) -> None:
-        """Map `slabs` under the weights and start bringing the weights in, from the host arena or from disk. Returns at once where the device can copy on its own."""
+        """Map `slabs` under the weights and start to copy the weights in. Returns at once where the device copies by itself."""
 
     def swap_in_done(self) -> bool:
-        """Whether the last byte has come."""
+        """Whether the last byte has arrived."""
 
     def evict(self) -> None:
-        """Unmap the weights after the last launched step. Copies nothing. The caller gives the slabs back."""
+        """Unmap the weights after the last launched step. Copies nothing. The caller releases the slabs."""
 
     def map_kv(self, index: int, slab: int) -> None:
-        """Put a slab at place `index` of the KV range."""
+        """Map a slab at place `index` of the KV range."""
 
     def unmap_kv(self, index: int) -> None:
-        """Take it away again, after the last launched step."""
+        """Unmap place `index` after the last launched step."""
 
     def host_bytes(self) -> int:
         """Bytes that the model holds in the host arena."""
 
     def drop_host(self) -> None:
-        """Give the host arena's chunks back; the model then returns from disk."""
+        """Release the host copy. The next swap-in reads from disk."""
 
     def close(self) -> None:
-        """Give up all ranges."""
+        """Release all ranges."""
 
 
 class Backend(Protocol):
-    """The device, as the loop sees it: makes and unmakes models. The only thing in the engine that the loop doesn't decide."""
+    """The device of an engine. Loads models."""
 
     device: str
     device_name: str
@@ -222,7 +221,7 @@ class Backend(Protocol):
     def host_free_bytes(self) -> int: ...
 
     def load(self, request: "LoadRequest") -> "LoadJob":
-        """Start admitting a model: build, lay out, read into the host arena (GPU). Runs in a thread of its own; touches no slab."""
+        """Start to load a model in a thread of its own: build it and, on a GPU, read its weights into the host arena. Uses no slab."""
 
     def synchronize(self) -> None:
         """Wait for all launched work (tests and shutdown only)."""
@@ -230,7 +229,7 @@ class Backend(Protocol):
     def idle(self, mark: Callable[[str], None]) -> bool:
         """Do one piece of background work (a graph capture, a slab of the arena); True if there was one. Called when no model has work.
 
-        `mark` is told a model before anything of it runs, as before a step.
+        `mark` is called with a model's id before work of that model starts.
         """
 
 
@@ -250,13 +249,13 @@ class LoadResult:
 
 
 class LoadJob(Protocol):
-    """A load on its way."""
+    """A load that was started."""
 
     def done(self) -> bool: ...
 
     def result(self) -> LoadResult:
-        """The model, or raises runtime.errors.RepertoryError. One that came in spite of a cancellation is the asker's to close, in the engine thread:
-        graphs are that thread's alone."""
+        """Return the model, or raise the load's RepertoryError. If the load completes despite cancellation, the caller must close the model, in the engine
+        thread, which owns the graphs."""
 
     def cancel(self) -> None:
         """Stop as soon as possible and leave nothing behind."""

@@ -1,7 +1,4 @@
-"""How much KV a set of sequences will need at its worst, so that what is admitted rarely has to be turned out again.
-
-Pure arithmetic over token counts; whether there is room is the caller's question.
-"""
+"""Estimates the KV that a set of sequences will need at its peak, so that admitted sequences are rarely preempted."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -20,8 +17,8 @@ def blocks_for(tokens: int, block_tokens: int) -> int:
 def peak_blocks(held: Sequence[int], remaining: Sequence[int], block_tokens: int) -> int:
     """The most blocks that sequences with `held` tokens and `remaining` to come use at any time, each growing by one token a step.
 
-    Sorted by what remains, longest first, the peak lies at some sequence's end: then it and all longer ones are there, each grown by its
-    remainder (LightLLM's estimate). Tokens round up to blocks one by one.
+    The peak lies at the end of some sequence: then it and all sequences with more tokens to come hold blocks, each grown by that sequence's
+    remainder (LightLLM's estimate). Each sequence's tokens are rounded up to blocks.
     """
     if not held:
         return 0
@@ -32,12 +29,12 @@ def peak_blocks(held: Sequence[int], remaining: Sequence[int], block_tokens: int
     whole, rest = np.divmod(now, block_tokens)
     grown_whole, grown_rest = np.divmod(left, block_tokens)
     alive = np.arange(1, len(left) + 1)
-    # Σ ceil((now + r) / B) over the living, with one block more than exact where the two remainders fit into one
+    # Σ ceil((now + r) / B) over the sequences that still run, at most one block per sequence above the exact sum
     return int(np.max(np.cumsum(whole + (rest > 0)) + alive * (grown_whole + (grown_rest > 0))))
 
 
 class LengthEstimate:
-    """How long this model's answers are: what is set aside for a request that allows far more than it will use."""
+    """Estimates the output length of one model's requests, which often allow far more tokens than they use."""
 
     def __init__(self) -> None:
         self._lengths: deque[int] = deque(maxlen=_HISTORY)
@@ -48,11 +45,11 @@ class LengthEstimate:
         self._typical = None
 
     def expected(self, limit: int, generated: int) -> int:
-        """Tokens still to come of a sequence that may draw `limit` and has drawn `generated`."""
+        """Return how many tokens a sequence will still draw, of at most `limit`, after it has drawn `generated`."""
         left = limit - generated
         if len(self._lengths) < _ENOUGH:
             return left
         if self._typical is None:
             self._typical = sorted(self._lengths)[int(_QUANTILE * (len(self._lengths) - 1))]
-        # one that has outgrown the typical length is expected to go on for a quarter of its age
+        # A sequence beyond the typical length is expected to go on for a quarter of its present length.
         return min(left, max(self._typical - generated, 16, generated // 4))

@@ -1,30 +1,30 @@
-"""What a step of one model takes: t = a + b·tokens + c·kv_tokens microseconds, learnt while it runs.
+"""Predicts the duration of one model's steps, learnt from measurements: t = a + b·tokens + c·kv_tokens microseconds.
 
 A Kalman filter over the three coefficients, which drift slowly; plain floats. (Least squares with forgetting would grow deaf or wild while all
 steps are alike, as they are in decode.) Knows no clock: whoever measured a step tells it.
 """
 
-_WARMUP = 4  # steps before an outlier is told from a change
-_OUTLIER = 4.0  # a step this many times dearer than foreseen teaches no more than that
-_TOKEN_SCALE = 256.0  # features of like size keep the arithmetic well conditioned
+_WARMUP = 4  # steps before outliers are recognised
+_OUTLIER = 4.0  # a measurement is clipped to this multiple of its prediction
+_TOKEN_SCALE = 256.0  # keeps the features of similar size, so that the arithmetic is well conditioned
 _KV_SCALE = 65536.0
 _STEP_SCALE_US = 1000.0
 _NOISE = 400.0  # variance of a measurement scaled to 1000 µs: 2 %
-_DRIFT = 2.0  # variance that each coefficient gains a step: a change is believed after some twenty
-_IGNORANCE = 1e6  # variance of what was never seen
+_DRIFT = 2.0  # variance that each coefficient gains per step: the model follows a change within about twenty steps
+_INITIAL_VARIANCE = 1e6
 
 
 class CostModel:
     """`slowness`: about how many times slower than a GPU the device is."""
 
     def __init__(self, base_us: float = 1000.0, token_us: float = 10.0, *, slowness: float = 1.0) -> None:
-        # on a GPU a step larger than any before may have waited for its kernels: it is no more believed than other outliers
+        # On a GPU a step larger than any before may have waited for its kernels to compile, so it is clipped like other outliers.
         self._compiles = slowness == 1.0
-        self._ignorance, self._drift = _IGNORANCE * slowness**2, _DRIFT * slowness**2
+        self._ignorance, self._drift = _INITIAL_VARIANCE * slowness**2, _DRIFT * slowness**2
         self._theta = [base_us * slowness, token_us * slowness * _TOKEN_SCALE, 0.0]
         self._p = [[self._ignorance, 0.0, 0.0], [0.0, self._ignorance, 0.0], [0.0, 0.0, self._ignorance]]
         self._observations = 0
-        self.largest_tokens = 0  # of a step that was measured: beyond it all is a guess
+        self.largest_tokens = 0  # of any measured step; predictions beyond it are extrapolated
 
     def predict_us(self, tokens: int, kv_tokens: int) -> float:
         a, b, c = self._theta
@@ -36,7 +36,7 @@ class CostModel:
         self.largest_tokens = max(self.largest_tokens, tokens)
         if self._observations >= _WARMUP and (self._compiles or not beyond):
             device_us = min(device_us, _OUTLIER * self.predict_us(tokens, kv_tokens))
-        # relative errors count: a long prefill's noise mustn't drown what a decode step costs
+        # Errors are relative, so that the noise of a long prefill does not hide the cost of a decode step.
         scale = _STEP_SCALE_US / max(device_us, 1.0)
         x = (scale, scale * tokens / _TOKEN_SCALE, scale * kv_tokens / _KV_SCALE)
         error = scale * device_us - (theta[0] * x[0] + theta[1] * x[1] + theta[2] * x[2])
@@ -52,7 +52,7 @@ class CostModel:
         self._observations += 1
 
     def tokens_within(self, quantum_us: float, kv_tokens: int, least: int) -> int:
-        """Tokens that a step may have to stay within `quantum_us`; never fewer than `least`."""
+        """Return how many tokens fit into a step of `quantum_us`, at least `least`."""
         a, b, c = self._theta
         per_token_us = max(b / _TOKEN_SCALE, 1e-3)
         return max(least, int((quantum_us - max(a, 0.0) - max(c, 0.0) * kv_tokens / _KV_SCALE) / per_token_us))

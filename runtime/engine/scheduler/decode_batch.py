@@ -1,7 +1,4 @@
-"""The rows of one model that draw a token in every step, kept as parallel arrays so that a step over hundreds costs microseconds.
-
-Knows where each row stands; not why it is here or what it drew.
-"""
+"""Holds the rows of one model that draw one token in every step, as parallel arrays so that planning hundreds of rows takes microseconds."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +11,16 @@ from runtime.engine.scheduler.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The batch as one step saw it."""
+    """The batch at the time of one step."""
 
     sequences: list[Sequence]
     ids: list[int]
-    histories: list[list[int]]  # the sequences' own token lists
-    finals: list[int]  # indices of those that drew their last token
+    histories: list[list[int]]  # the sequences' token lists, shared
+    finals: list[int]  # indices of the rows that draw their last token
 
 
 class DecodeBatch:
-    """Order is of no meaning; removal puts the last into the gap."""
+    """The order has no meaning: removal moves the last row into the gap."""
 
     def __init__(self, capacity: int) -> None:
         self.sequences: list[Sequence] = []
@@ -38,7 +35,7 @@ class DecodeBatch:
         return len(self.sequences)
 
     def add(self, sequence: Sequence, start: int, left: int, room: int) -> None:
-        """`start` is the position that its next step computes; it will draw `left` more; its blocks hold `room` tokens."""
+        """Add a row whose next step computes position `start`, that draws `left` more tokens, and whose blocks hold `room` tokens."""
         index = len(self.sequences)
         sequence.decode_index = index
         self.sequences.append(sequence)
@@ -60,7 +57,7 @@ class DecodeBatch:
         sequence.decode_index = -1
 
     def without_room(self) -> list[Sequence]:
-        """Those whose next token needs another block."""
+        """Return the sequences whose next token needs another block."""
         n = len(self.sequences)
         indices = np.flatnonzero(self._starts[:n] >= self._room[:n]).tolist()
         return [self.sequences[index] for index in indices]
@@ -79,7 +76,7 @@ class DecodeBatch:
         return starts
 
     def advance(self) -> DecodeRows:
-        """A step over all of them is on its way. Those that drew their last leave the batch."""
+        """Count a step over all rows. Rows that draw their last token leave the batch."""
         n = len(self.sequences)
         self._starts[:n] += 1
         self._left[:n] -= 1

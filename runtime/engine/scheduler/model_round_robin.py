@@ -1,4 +1,4 @@
-"""Whose turn it is: deficit round robin over models, in microseconds of device time.
+"""Picks the model that runs next: deficit round robin, in microseconds of device time.
 
 A round gives every model with work `quantum_us`; a model that has credit left may step, one step at a turn, and pays what the
 step took. Debts carry over to the next round, riches don't; a model out of work pays its debts off as rounds go by, and begins anew with one share. So in every stretch of (models × quantum) each gets its share, to within one step.
@@ -12,7 +12,7 @@ from collections.abc import Collection
 class RoundRobin:
     def __init__(self, quantum_us: float) -> None:
         self._quantum_us = quantum_us
-        self._credit_us: dict[str, float] = {}  # in order of turns; members had work at the last pick
+        self._credit_us: dict[str, float] = {}  # in order of turns; the models that had work at the last pick
         self._debts_us: dict[str, float] = {}  # of models without work
 
     def forget(self, model_id: str) -> None:
@@ -23,7 +23,7 @@ class RoundRobin:
         return self._credit_us.get(model_id, 0.0)
 
     def pick(self, active: Collection[str]) -> str | None:
-        """The model among `active` whose turn it is; it goes to the end of the row."""
+        """Return the model of `active` whose turn it is, and move it to the end of the order."""
         if not active:
             return None
         for model_id in [m for m in self._credit_us if m not in active]:
@@ -52,7 +52,7 @@ class RoundRobin:
 
     def _new_round(self) -> None:
         quantum_us = self._quantum_us
-        # as many rounds at once as the least indebted needs
+        # Play as many rounds at once as the model with the smallest debt needs.
         rounds = math.floor(-max(self._credit_us.values()) / quantum_us) + 1
         for model_id, credit_us in self._credit_us.items():
             self._credit_us[model_id] = min(credit_us + rounds * quantum_us, quantum_us)

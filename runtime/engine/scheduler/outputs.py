@@ -1,7 +1,4 @@
-"""What a step was, and what its result says to whom: tokens, stops and finish reasons.
-
-Knows when a sequence ends; what its end frees is the scheduler's.
-"""
+"""Turns a step's output into each sequence's tokens, and decides which sequences end and why."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,8 +29,12 @@ class Chunk:
 
 @dataclass(slots=True)
 class Step:
-    """A planned step: what goes to the runner, and for whom. `stale` is set when one of its sequences ended after it was planned,
-    `void` when the step before it broke, so that nothing it drew counts."""
+    """A planned step and its sequences.
+
+    Attributes:
+        stale: one of its sequences ended after the step was planned.
+        void: an earlier step failed, so the step's tokens are dropped.
+    """
 
     number: int
     plan: StepPlan
@@ -55,7 +56,11 @@ class Step:
 
 
 class StopRules:
-    """Which ids end a sequence of this model. `watched` holds all that any live sequence may end on, so that most steps cost one set operation."""
+    """The ids that end sequences of one model.
+
+    Attributes:
+        watched: ids that end any live sequence, with the number of sequences. Most steps need one set operation with them.
+    """
 
     def __init__(self, eos: Iterable[int]) -> None:
         self.eos = frozenset(eos)
@@ -72,7 +77,7 @@ class StopRules:
                 del self.watched[token]
 
     def suppressed(self, sequence: Sequence) -> tuple[int, ...]:
-        """Ids that the sampler may not draw before `min_tokens`."""
+        """Return the ids that the sampler may not draw before `min_tokens`."""
         if not sequence.request.stop.min_tokens:
             return ()
         eos = frozenset() if sequence.request.stop.ignore_eos else self.eos
@@ -87,7 +92,7 @@ class StopRules:
 
 
 def outcome(sequence: Sequence, token: int, rules: StopRules) -> tuple[FinishReason | None, int | None]:
-    """Why the sequence ends with this token (already in its history), if it does, and the id that ended it."""
+    """Return why the sequence ends with this token, which it holds already, and the id that ended it; None if it goes on."""
     reason = rules.ends_on(sequence, token)
     if reason is not None:
         return reason, token
@@ -103,7 +108,7 @@ def at_limit(sequence: Sequence) -> FinishReason:
 def settle_decode(
     step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
 ) -> list[RowTokens]:
-    """Every decode row's token. Rows that had ended before the step ran have drawn in vain, and get nothing."""
+    """Return the tokens of all decode rows whose sequence has not ended."""
     batch = step.decode
     tokens = result.tokens
     for history, token in zip(batch.histories, tokens, strict=False):
@@ -134,7 +139,7 @@ def settle_decode(
 def settle_prefill(
     step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
 ) -> list[RowTokens]:
-    """First tokens, and prompt log-probabilities as they come."""
+    """Return the tokens, vectors and prompt log-probabilities of all rows that are not decode rows."""
     rows: list[RowTokens] = []
     drawn_at = len(step.decode.ids)
     for chunk in step.prefill:
@@ -156,7 +161,7 @@ def settle_prefill(
             rows.append(_first(sequence, tokens, reason, stop_token, entries))
             if chunk.drafts and sequence.state is State.RUNNING:
                 sequence.num_computed_tokens = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
-        elif chunk.last:  # nothing was to be drawn
+        elif chunk.last:  # the request asked for no tokens
             reason = at_limit(sequence)
             vector = None if result.vectors is None else result.vectors.get(row)
             rows.append(_first(sequence, (), reason, None, None, vector))
@@ -199,7 +204,7 @@ def _first(
 ) -> RowTokens:
     # a row has log-probabilities for all of its tokens or for none
     logprobs = tuple(entry for entry in entries or () if entry is not None) or None
-    if sequence.first_token_sent:  # it comes back from a preemption
+    if sequence.first_token_sent:
         return RowTokens(sequence.request_id, tokens, reason, stop_token, logprobs)
     sequence.first_token_sent = True
     prompt_logprobs = None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs)

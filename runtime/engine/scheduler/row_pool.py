@@ -1,4 +1,4 @@
-"""Row slots of the engine's row tables, shared by all models. A slot is taken from admission to the end (or preemption) of a sequence."""
+"""Row slots of the engine's row tables, shared by all models. A sequence has a slot from its admission to its end or preemption."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,9 @@
-"""One model's requests: who runs, what the next step computes, and what its result means.
+"""Schedules one model's sequences: which ones run, what the next step computes, and what its output means.
 
-There are no phases: a sequence has tokens computed and tokens wanted, decode rows come first and prefill chunks fill what is left of the budget.
-A step is planned before the one before it is known, so a row may be planned once more than it needs; that token is dropped. What ends by count is
-known beforehand and never overrun. Knows no torch, no clock and no other model.
+There are no phases. A sequence has tokens that are computed and tokens that are not; decode rows come first, and chunks of other rows fill the rest
+of the token budget. A step is planned before the output of the previous one is known, so a row may be planned once more than needed; that token is
+dropped. The end by a token limit is known beforehand and never overrun. Rows in lockstep (with a mask or drafts) are planned only after their last
+token is known.
 """
 
 from collections.abc import Iterable
@@ -10,84 +11,75 @@ from dataclasses import dataclass
 
 from runtime.engine.interfaces import Drafter, RowSetup, StepOutput, StepPlan
 from runtime.engine.kvcache.prefix import PrefixCache, chain
-from runtime.engine.scheduler.admission import LengthEstimate, blocks_for, peak_blocks
+from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
+from runtime.engine.scheduler.reservations import Reservations
 from runtime.engine.scheduler.row_pool import ModelRows
-from runtime.engine.scheduler.sequence import Sequence, State
+from runtime.engine.scheduler.sequence import Sequence, State, row_setup
+from runtime.engine.scheduler.speculation import Speculation
+from runtime.engine.scheduler.totals import Totals
 from runtime.engine.scheduler.waiting_queue import WaitingQueue
 from runtime.ipc.messages import RowTokens
 from runtime.types import FinishReason
 
-# Prompt tokens a step whose log-probabilities are wanted: each leaves a whole row of logits (a quarter of a megabyte with a vocabulary of 128k).
+# Prompt tokens with log-probabilities per step. Each leaves a row of logits: a quarter of a megabyte with a vocabulary of 128k.
 SCORED_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one plan may use. `kv_blocks`: blocks that the model could have for itself, those it holds included."""
+    """Bounds one plan. `kv_blocks`: blocks that the model could have, including those that it holds."""
 
     token_budget: int
     kv_blocks: int
     admit_rows: int
 
 
-@dataclass(slots=True)
-class Totals:
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-
-
 class Scheduler:
-    """Plans one model's steps. `drafter`: guesses tokens for the sequences whose draws do not depend on a history or a mask."""
+    """Plans one model's steps and applies their outputs. `drafter`: None = no speculation."""
 
     def __init__(self, eos: Iterable[int], cache: PrefixCache, rows: ModelRows, drafter: Drafter | None = None) -> None:
         self.totals = Totals()
         self.waiting = WaitingQueue()
-        self.promised_blocks = 0  # that the last admission counted on; read-only outside
         self._cache = cache
         self._rows = rows
-        self._drafter = drafter
-        self._draft_slots = 0
+        self._speculation = Speculation(drafter)
+        self._reservations = Reservations(cache)
         self._block_tokens = cache.blocks.geometry.block_tokens
         self._rules = StopRules(eos)
         self._decode = DecodeBatch(rows.total)
         self._prefill: list[Sequence] = []
         self._lockstep: list[Sequence] = []  # past their prompts; each step needs the result of the sequence's last one
         self._live: dict[int, Sequence] = {}
-        self._lengths = LengthEstimate()
         self._flying: list[Step] = []
         self._planned = 0
         self._settled = 0
         self._running: set[Sequence] = set()
         self._score_budget = SCORED_TOKENS
-        self._set_aside = 0
         self._refused_at: tuple[int, int, int] | None = None
         self._opened: list[RowSetup] = []
         self._new_blocks: list[tuple[int, int, int]] = []
 
     @property
     def running(self) -> int:
-        """Sequences with a row, those included whose last token is on its way."""
+        """The number of sequences with a row, including those whose last token is in flight."""
         return len(self._running)
 
-    @property
-    def in_flight(self) -> int:
-        return len(self._flying)
-
     def decoding(self) -> tuple[int, int]:
-        """Decode rows, and the tokens that they hold."""
+        """Return the number of rows past their prompts, and the tokens that they hold."""
         kv_tokens = sum(sequence.num_computed_tokens for sequence in self._lockstep)
         return len(self._decode) + len(self._lockstep), self._decode.kv_tokens() + kv_tokens
 
+    @property
+    def promised_blocks(self) -> int:
+        """Blocks on which the last admission relied."""
+        return self._reservations.promised_blocks
+
     def promise(self, blocks: int) -> None:
-        """Keep `blocks` for the first waiting sequence. Running rows have what admission counted, so nothing changes while there are any."""
+        """Keep `blocks` for the first waiting sequence. Does nothing while sequences run: admission has counted their blocks."""
         if not self._running:
-            self.promised_blocks = blocks
+            self._reservations.promised_blocks = blocks
 
     def sequences(self) -> list[Sequence]:
         return list(self._live.values())
@@ -102,7 +94,7 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def blocks_wanted(self, token_budget: int) -> int:
-        """Blocks that the next plan would take if it could."""
+        """Return how many blocks the next plan would allocate if all were free."""
         pending = sum(len(s.tokens) - s.num_computed_tokens for s in self._prefill)
         head = self.waiting.head()
         if head is not None and self._rows.free:
@@ -111,7 +103,7 @@ class Scheduler:
         return wanted + blocks_for(min(pending, token_budget), self._block_tokens)
 
     def starved(self) -> Sequence | None:
-        """After an empty plan with nothing in flight: the sequence that would be first if there were room for it."""
+        """Return the first sequence that lacks room, after an empty plan with nothing in flight."""
         if self._flying:
             return None
         return min(self._prefill, key=lambda s: s.order, default=None) or self.waiting.head()
@@ -119,7 +111,7 @@ class Scheduler:
     # Planning -------------------------------------------------------------------------------------------------------------------------------
 
     def plan(self, limits: Limits, now: float) -> Step | None:
-        """The next step, or None if nothing can move."""
+        """Plan the next step. Returns None if no sequence can advance."""
         preemptions = self.totals.preemptions
         self._give_decode_blocks(now)
         count = len(self._decode)
@@ -127,15 +119,14 @@ class Scheduler:
         kv_tokens = self._decode.kv_tokens()
         budget = limits.token_budget - count
         self._score_budget = SCORED_TOKENS
-        # A step draws at most as many tokens as there are rows, and every row may draw one.
-        self._draft_slots = max(0, self._rows.free - len(self.waiting)) if self._drafter is not None else 0
+        self._speculation.begin_step(self._rows.free - len(self.waiting))  # every row that runs may draw a token
         chunks: list[Chunk] = []
         for sequence in (*self._lockstep, *self._prefill):
             if budget <= 0:
                 break
             budget -= self._plan_chunk(sequence, budget, plan, chunks)
         admitted = 0
-        # what was turned out for want of room must not come back in the same breath
+        # Do not re-admit a sequence that was preempted in this step.
         while (
             budget > 0 and admitted < limits.admit_rows and self._rows.free and self.totals.preemptions == preemptions
         ):
@@ -165,19 +156,23 @@ class Scheduler:
         if len(wanting) > 1:
             wanting.sort(key=lambda s: s.order)
         for sequence in wanting:
+            decodes = sequence.decode_index >= 0
+            self._publish(sequence, self._decode.start_of(sequence) if decodes else sequence.num_computed_tokens)
             while sequence.state is State.RUNNING:  # until it is preempted itself
-                page = self._cache.take()
-                if page is not None:
-                    decodes = sequence.decode_index >= 0
-                    self._publish(
-                        sequence, self._decode.start_of(sequence) if decodes else sequence.num_computed_tokens
-                    )
-                    self._new_blocks.append((sequence.row, len(sequence.block_ids), page))
-                    sequence.block_ids.append(page)
+                if self._add_block(sequence):
                     if decodes:
                         self._decode.set_room(sequence, len(sequence.block_ids) * self._block_tokens)
                     break
                 self.preempt_newest(now)
+
+    def _add_block(self, sequence: Sequence) -> bool:
+        """Allocate the sequence's next block. Returns False if there is none."""
+        block_id = self._cache.take()
+        if block_id is None:
+            return False
+        self._new_blocks.append((sequence.row, len(sequence.block_ids), block_id))
+        sequence.block_ids.append(block_id)
+        return True
 
     def _without_room(self) -> list[Sequence]:
         """Rows past their prompts whose next token needs another block."""
@@ -188,19 +183,16 @@ class Scheduler:
         return wanting
 
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, chunks: list[Chunk]) -> int:
-        """Plan as much of the sequence's wanted tokens as budget and blocks allow; returns the number."""
+        """Plan as many of the sequence's tokens as budget and blocks allow. Returns the number."""
         start, total = sequence.num_computed_tokens, len(sequence.tokens)
         scored = sequence.wants_prompt_logprobs and start < sequence.prompt_len
         end = min(total, start + (min(budget, self._score_budget) if scored else budget))
-        drafts = self._drafts(sequence, budget - (end - start)) if self._draft_slots and end == total > start else []
+        drafts = self._speculation.propose(sequence, budget - (end - start)) if end == total > start else []
         end += len(drafts)
         while len(sequence.block_ids) * self._block_tokens < end:
-            page = self._cache.take()
-            if page is None:
+            if not self._add_block(sequence):
                 end = len(sequence.block_ids) * self._block_tokens
                 break
-            self._new_blocks.append((sequence.row, len(sequence.block_ids), page))
-            sequence.block_ids.append(page)
         if end <= start:
             return 0
         known_end = min(end, total)
@@ -222,28 +214,11 @@ class Scheduler:
             self._score_budget -= end - start
         chunks.append(Chunk(sequence, sequence.row, draws, known_end == total, drafts))
         sequence.num_computed_tokens = end
-        # A row after it in this very plan may share them: a layer writes the whole step's K and V before any row reads. Not those of a lone token:
-        # where all rows have one, each reads all but its own before that (gpu/attention_cuda.py).
+        # A later row of this plan may share these blocks: a layer writes K and V of the whole step before any row reads them. This does not hold for a
+        # single token: where every row has one, a row reads the KV of the others before the layer writes it (gpu/attention_cuda.py).
         if end - start > 1:
             self._publish(sequence, end)
         return end - start
-
-    def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
-        """Guesses that the step verifies behind the sequence's known tokens."""
-        most = min(budget, self._draft_slots, sequence.max_output_tokens - sequence.num_output_tokens - 1)
-        if most <= 0 or self._drafter is None or not self._may_draft(sequence):
-            return []
-        drafts = self._drafter.propose(sequence.tokens, most)
-        self._draft_slots -= len(drafts)
-        return drafts
-
-    def _may_draft(self, sequence: Sequence) -> bool:
-        return (
-            self._drafter is not None
-            and sequence.mask_source is None
-            and not sequence.request.sampling.needs_history
-            and not sequence.wants_prompt_logprobs
-        )
 
     def _start_decoding(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -256,13 +231,13 @@ class Scheduler:
                     self._lockstep.remove(sequence)
                 continue
             self._prefill.remove(sequence)
-            if left > 0 and (sequence.mask_source is not None or self._may_draft(sequence)):
+            if left > 0 and (sequence.mask_source is not None or self._speculation.covers(sequence)):
                 self._lockstep.append(sequence)
             elif left > 0:
                 self._decode.add(sequence, len(sequence.tokens), left, len(sequence.block_ids) * self._block_tokens)
 
     def _publish(self, sequence: Sequence, computed: int) -> None:
-        """Let others find the blocks that `computed` tokens fill, as far as their ids are known."""
+        """Enter the blocks that the first `computed` tokens fill in the prefix cache, as far as the tokens are known."""
         full = min(computed, len(sequence.tokens)) // self._block_tokens
         if full <= sequence.num_published_blocks:
             return
@@ -280,7 +255,7 @@ class Scheduler:
         if key == self._refused_at:
             return False
         hits = self._prefix_hits(sequence)
-        if not self._fits(sequence, hits, kv_blocks):
+        if not self._reservations.fits(sequence, hits, kv_blocks, self._running):
             self._refused_at = key
             return False
         self.waiting.discard(sequence)
@@ -298,63 +273,27 @@ class Scheduler:
             sequence.queued_s = now - sequence.arrived_s
         sequence.row = self._rows.take()
         sequence.state = State.RUNNING
-        self._set_aside += sequence.reserved_blocks
+        self._reservations.add(sequence)
         self._running.add(sequence)
         self._prefill.append(sequence)
-        self._new_blocks.extend((sequence.row, i, page) for i, page in enumerate(sequence.block_ids))
-        self._opened.append(
-            RowSetup(
-                sequence.row,
-                sequence.request.sampling,
-                sequence.request.logprobs,
-                sequence.tokens[: sequence.prompt_len],
-                sequence.prompt_len,
-                sequence.request.stop.min_tokens,
-                self._rules.suppressed(sequence),
-                sequence.mask_source is not None,
-            )
-        )
+        self._new_blocks.extend((sequence.row, i, block_id) for i, block_id in enumerate(sequence.block_ids))
+        self._opened.append(row_setup(sequence, self._rules.suppressed(sequence)))
         return True
 
     def _prefix_hits(self, sequence: Sequence) -> int:
-        """Blocks of its beginning that are here. The last known token is always computed: something must be drawn after it."""
+        """Return how many leading blocks are cached. The last known token is always computed, because a draw needs its logits."""
         if sequence.wants_prompt_logprobs:
             return 0
-        # the runner counts what was generated before a preemption from the tokens it is given again
+        # After a preemption the runner counts the earlier output for penalties from the tokens that it computes again.
         known = sequence.prompt_len if sequence.request.sampling.needs_history else len(sequence.tokens)
         most = min(known, len(sequence.tokens) - 1) // self._block_tokens
         chain(sequence.tokens, self._block_tokens, sequence.block_hashes, most)
         return self._cache.match(sequence.block_hashes[:most])
 
-    def _fits(self, sequence: Sequence, hits: int, kv_blocks: int) -> bool:
-        block_tokens = self._block_tokens
-        remaining = self._lengths.expected(sequence.max_output_tokens, sequence.num_output_tokens)
-        sequence.reserved_blocks = blocks_for(len(sequence.tokens) + remaining, block_tokens)
-        if not self._running:
-            # alone it may try with what there is: what it lacks later comes from others, or it waits again
-            if blocks_for(sequence.tokens_to_begin, block_tokens) > kv_blocks:
-                return False
-            self.promised_blocks = min(sequence.reserved_blocks, kv_blocks)
-            return True
-        if self._set_aside + sequence.reserved_blocks <= kv_blocks:
-            self.promised_blocks = self._set_aside + sequence.reserved_blocks
-            return True
-        held = [len(s.tokens) - s.num_shared_blocks * block_tokens for s in self._running]
-        left = [self._lengths.expected(s.max_output_tokens, s.num_output_tokens) for s in self._running]
-        own = sum(len(s.block_ids) - s.num_shared_blocks for s in self._running)
-        base = max(self._cache.blocks.used_blocks - own, 0) + self._cache.idle_among(sequence.block_hashes[:hits])
-        held.append(len(sequence.tokens) - hits * block_tokens)
-        left.append(remaining)
-        peak = base + peak_blocks(held, left, block_tokens)
-        if peak > kv_blocks:
-            return False
-        self.promised_blocks = peak
-        return True
-
     # Results and ends -----------------------------------------------------------------------------------------------------------------------
 
     def settle(self, step: Step, result: StepOutput, now: float) -> list[RowTokens]:
-        """The step's result: a row of tokens for every sequence that still listens."""
+        """Apply a step's output. Returns the new tokens of every sequence that has not ended."""
         self._take_off(step)
         self.totals.steps += 1
         self.totals.step_seconds += result.device_us * 1e-6
@@ -373,7 +312,10 @@ class Scheduler:
         return rows
 
     def fail(self, step: Step, now: float) -> list[Sequence]:
-        """The step broke: its sequences end and are returned. What it was to compute may have been read by others already: they begin again."""
+        """End the sequences of a step that failed, and return them.
+
+        All other sequences are preempted, because they may have read KV that the step did not write.
+        """
         self._take_off(step)
         if step.void:
             return []
@@ -392,14 +334,13 @@ class Scheduler:
         self._settled = max(self._settled, step.number)
 
     def end(self, sequence: Sequence, now: float) -> None:
-        """It is over, whatever its state; what it held is free at once."""
+        """End a sequence in any state and release its row and blocks."""
         if sequence.state is State.RUNNING:
             self._leave_row(sequence, now)
-            self._lengths.record(sequence.num_output_tokens)
+            self._reservations.record_length(sequence)
         else:
             self.waiting.discard(sequence)
-            if not self._running:
-                self.promised_blocks = 0
+            self.promise(0)
         sequence.state = State.ENDED
         self._rules.leave(sequence)
         del self._live[sequence.request_id]
@@ -407,12 +348,12 @@ class Scheduler:
             step.stale = True
 
     def foremost(self) -> tuple[int, int] | None:
-        """The order of the most entitled sequence here."""
+        """Return the order of the model's first sequence, running or waiting."""
         head = self.waiting.head()
         return min((s.order for s in (*self._running, *((head,) if head else ()))), default=None)
 
     def preempt_newest(self, now: float, newer_than: tuple[int, int] | None = None) -> bool:
-        """Turn out the least entitled running sequence; it begins again later with all that it has drawn. False if none (newer) runs."""
+        """Preempt the running sequence that is last in order; it keeps its output. Returns False if none (after `newer_than`) runs."""
         newest = max((*self._decode.sequences, *self._lockstep, *self._prefill), key=lambda s: s.order, default=None)
         if newest is None or (newer_than is not None and newest.order <= newer_than):
             return False
@@ -427,7 +368,7 @@ class Scheduler:
         self.totals.preemptions += 1
 
     def _leave_row(self, sequence: Sequence, now: float) -> None:
-        # of the known tokens, the last may not have been computed
+        # The last known token may not have been computed.
         computed = sequence.num_computed_tokens if sequence in self._prefill else len(sequence.tokens) - 1
         self._publish(sequence, computed)
         if sequence.decode_index >= 0:
@@ -441,8 +382,7 @@ class Scheduler:
         if self._new_blocks:
             self._new_blocks = [block for block in self._new_blocks if block[0] != sequence.row]
         self._running.remove(sequence)
-        self._set_aside -= sequence.reserved_blocks
-        self.promised_blocks = min(self.promised_blocks, self._set_aside)
+        self._reservations.remove(sequence)
         self._rows.release(sequence.row)
         self._cache.release(sequence.block_ids, now)
         sequence.block_ids = []
@@ -450,9 +390,9 @@ class Scheduler:
         sequence.row = -1
 
     def check(self) -> None:
+        """Raise AssertionError unless all blocks in use belong to running sequences."""
         self._cache.check()
-        held = {page for sequence in self._running for page in sequence.block_ids}
+        held = {block_id for sequence in self._running for block_id in sequence.block_ids}
         if len(held) != self._cache.blocks.used_blocks:
             raise AssertionError(f"rows hold {len(held)} blocks, {self._cache.blocks.used_blocks} are used")
-        if self._set_aside != sum(s.reserved_blocks for s in self._running):
-            raise AssertionError("blocks set aside are miscounted")
+        self._reservations.check(self._running)

@@ -1,9 +1,9 @@
-"""One request inside the engine: its tokens, what it asked for, and where it stands. Changed by the scheduler alone."""
+"""A request inside the engine: its tokens, its parameters and its state. The scheduler alone changes it."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from runtime.engine.interfaces import MaskSource
+from runtime.engine.interfaces import MaskSource, RowSetup
 from runtime.ipc.messages import Add, TokenLogprobs
 from runtime.types import GenerationRequest
 
@@ -16,16 +16,17 @@ class State(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` is the prompt and all output that is known; the device may be one or two tokens ahead.
+    """One sequence. `tokens` is the prompt and all known output; the device may be one or two tokens ahead.
 
     Attributes:
-        max_output_tokens: tokens it may draw: max_tokens, or what the context leaves if that is less.
-        num_computed_tokens: tokens whose KV the launched steps hold, while it prefills.
-        blocked_until_step: the step that must be settled before it may have a row again.
-        decode_index: its index in the decode batch, -1 = not there.
-        num_cached_tokens: prompt tokens found in the prefix cache at its first admission.
-        num_shared_blocks: blocks that it found at its admission, at the head of `block_ids`.
-        reserved_blocks: KV blocks that admission counted for it.
+        max_output_tokens: the request's max_tokens, or what the context leaves if that is less.
+        mask_source: the source of the request's token masks; None = no grammar.
+        num_computed_tokens: tokens whose KV the launched steps write. Not kept up to date for decode rows.
+        decode_index: index in the decode batch, -1 = not a decode row.
+        blocked_until_step: the step that must be settled before the sequence may be admitted again.
+        reserved_blocks: KV blocks that admission counted for the sequence.
+        num_shared_blocks: blocks found in the prefix cache at the last admission, at the head of `block_ids`.
+        num_cached_tokens: prompt tokens found in the prefix cache before the first token was sent.
     """
 
     request_id: int
@@ -47,7 +48,7 @@ class Sequence:
     reserved_blocks: int = 0
     num_shared_blocks: int = 0
     num_cached_tokens: int = 0
-    queued_s: float | None = None  # from its arrival to its first row
+    queued_s: float | None = None  # from arrival to the first row
     first_token_sent: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
@@ -59,26 +60,43 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Output tokens that are known."""
+        """The number of known output tokens."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def tokens_to_begin(self) -> int:
-        """Tokens of KV it needs for its next draw, or for its prompt alone if it draws nothing."""
+        """Tokens of KV that the next draw needs, or the prompt alone if nothing is drawn."""
         return len(self.tokens) + (self.max_output_tokens > 0)
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who comes first: higher priority, then earlier."""
+        """Sorts sequences: higher priority first, then earlier arrival."""
         return (-self.request.priority, self.arrival)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be sent."""
         return self.request.logprobs.prompt is not None and not self.first_token_sent
 
 
 def from_add(add: Add, arrival: int, now: float, max_model_len: int, mask_source: MaskSource | None = None) -> Sequence:
+    """Make the sequence of an Add message."""
     request = add.request
     tokens = list(request.prompt)
     limit = max(0, min(request.stop.max_tokens, max_model_len - len(tokens)))
     return Sequence(add.request_id, tokens, len(tokens), request, arrival, now, limit, mask_source)
+
+
+def row_setup(sequence: Sequence, suppressed: tuple[int, ...]) -> RowSetup:
+    """Describe the sequence to the runner. `suppressed`: ids that may not be drawn before min_tokens."""
+    request = sequence.request
+    return RowSetup(
+        sequence.row,
+        request.sampling,
+        request.logprobs,
+        sequence.tokens[: sequence.prompt_len],
+        sequence.prompt_len,
+        request.stop.min_tokens,
+        suppressed,
+        sequence.mask_source is not None,
+    )

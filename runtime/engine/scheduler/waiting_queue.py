@@ -1,4 +1,4 @@
-"""The queue in front of one model: higher priority first, then earlier; leaving it from the middle is cheap."""
+"""One model's waiting sequences: higher priority first, then earlier arrival. Removal from the middle is cheap."""
 
 import heapq
 
@@ -31,5 +31,5 @@ class WaitingQueue:
         return sorted(self._members, key=lambda sequence: sequence.order)
 
     def oldest_s(self) -> float | None:
-        """When the first of them came."""
+        """Return the earliest arrival, in seconds of the engine's clock."""
         return min((sequence.arrived_s for sequence in self._members), default=None)

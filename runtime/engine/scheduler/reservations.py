@@ -1,0 +1,65 @@
+"""Reserves KV blocks for the sequences that one model runs, and decides whether one more fits."""
+
+from collections.abc import Set as AbstractSet
+
+from runtime.engine.kvcache.prefix import PrefixCache
+from runtime.engine.scheduler.admission import LengthEstimate, blocks_for, peak_blocks
+from runtime.engine.scheduler.sequence import Sequence
+
+
+class Reservations:
+    """Counts blocks that running sequences will need. The count is an estimate; the block pool alone knows what is free.
+
+    Attributes:
+        promised_blocks: blocks on which the last admission relied.
+    """
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self.promised_blocks = 0
+        self._cache = cache
+        self._block_tokens = cache.blocks.geometry.block_tokens
+        self._lengths = LengthEstimate()
+        self._reserved = 0
+
+    def fits(self, sequence: Sequence, hits: int, kv_blocks: int, running: AbstractSet[Sequence]) -> bool:
+        """Whether `kv_blocks` suffice for `running` and `sequence`, whose first `hits` blocks are cached. Sets the blocks to reserve for it."""
+        block_tokens = self._block_tokens
+        remaining = self._lengths.expected(sequence.max_output_tokens, sequence.num_output_tokens)
+        sequence.reserved_blocks = blocks_for(len(sequence.tokens) + remaining, block_tokens)
+        if not running:
+            # A lone sequence begins with the room for its next token. Later it takes blocks from other models, or it is preempted.
+            if blocks_for(sequence.tokens_to_begin, block_tokens) > kv_blocks:
+                return False
+            self.promised_blocks = min(sequence.reserved_blocks, kv_blocks)
+            return True
+        if self._reserved + sequence.reserved_blocks <= kv_blocks:
+            self.promised_blocks = self._reserved + sequence.reserved_blocks
+            return True
+        held = [len(s.tokens) - s.num_shared_blocks * block_tokens for s in running]
+        left = [self._lengths.expected(s.max_output_tokens, s.num_output_tokens) for s in running]
+        own = sum(len(s.block_ids) - s.num_shared_blocks for s in running)
+        base = max(self._cache.blocks.used_blocks - own, 0) + self._cache.idle_among(sequence.block_hashes[:hits])
+        held.append(len(sequence.tokens) - hits * block_tokens)
+        left.append(remaining)
+        peak = base + peak_blocks(held, left, block_tokens)
+        if peak > kv_blocks:
+            return False
+        self.promised_blocks = peak
+        return True
+
+    def add(self, sequence: Sequence) -> None:
+        """Reserve what `fits` counted for the sequence."""
+        self._reserved += sequence.reserved_blocks
+
+    def remove(self, sequence: Sequence) -> None:
+        """End the sequence's reservation."""
+        self._reserved -= sequence.reserved_blocks
+        self.promised_blocks = min(self.promised_blocks, self._reserved)
+
+    def record_length(self, sequence: Sequence) -> None:
+        """Learn from a sequence that has ended."""
+        self._lengths.record(sequence.num_output_tokens)
+
+    def check(self, running: AbstractSet[Sequence]) -> None:
+        if self._reserved != sum(sequence.reserved_blocks for sequence in running):
+            raise AssertionError("reserved blocks are miscounted")
