@@ -5,9 +5,10 @@ one KV block of a model in units that the model's memory defines; kvcache.blocks
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -33,8 +34,7 @@ class RowSetup:
     masked: bool = False  # every draw of the row waits for a mask
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True):
     """One forward pass of one model. The lists are parallel, with one entry per row; decode rows come first.
 
     Attributes:
@@ -57,10 +57,10 @@ class StepPlan:
     from_device: list[bool]
     samples: list[int]
     tokens: list[int]
-    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
-    prompt_logprobs: list[int] = field(default_factory=list)
-    masked: list[int] = field(default_factory=list)
-    pooled: list[int] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, int]] = []
+    prompt_logprobs: list[int] = []
+    masked: list[int] = []
+    pooled: list[int] = []
 
     @property
     def num_tokens(self) -> int:

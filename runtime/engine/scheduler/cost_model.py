@@ -1,7 +1,7 @@
 """Predicts the duration of one model's steps, learnt from measurements: t = a + b·tokens + c·kv_tokens microseconds.
 
-A Kalman filter over the three coefficients, which drift slowly; plain floats. (Least squares with forgetting would grow deaf or wild while all
-steps are alike, as they are in decode.) Knows no clock: whoever measured a step tells it.
+A Kalman filter over the three coefficients, which drift slowly, in plain floats. Least squares with forgetting would stop adapting or diverge while
+all steps are alike, as they are in decode.
 """
 
 _WARMUP = 4  # steps before outliers are recognised

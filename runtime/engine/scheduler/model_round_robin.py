@@ -1,8 +1,8 @@
 """Picks the model that runs next: deficit round robin, in microseconds of device time.
 
-A round gives every model with work `quantum_us`; a model that has credit left may step, one step at a turn, and pays what the
-step took. Debts carry over to the next round, riches don't; a model out of work pays its debts off as rounds go by, and begins anew with one share. So in every stretch of (models × quantum) each gets its share, to within one step.
-Knows nothing of what a step is. (Shreedhar and Varghese, SIGCOMM 1995; here the price is known only after the purchase.)
+A round gives `quantum_us` to every model with work. A model with credit left may run, one step per turn, and pays the step's duration afterwards.
+Negative credit carries over; positive credit is capped at one share. A model without work pays its debt off as rounds go by, and starts again with one
+share. In every stretch of (models × quantum), each model gets its share to within one step (Shreedhar and Varghese, SIGCOMM 1995).
 """
 
 import math
