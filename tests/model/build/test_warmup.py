@@ -51,29 +51,29 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
 def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
     stage = WarmupStage(torch.device("cuda", 0), CONFIG)
-    for rehearsal in (stage.open(), stage.begin(blueprint, kv, blueprint.card.dtype, SLAB)):
-        assert rehearsal is not None
-        rehearsal.finish()
-        assert rehearsal.num_steps >= 4
+    for warmup in (stage.open(), stage.begin(blueprint, kv, blueprint.card.dtype, SLAB)):
+        assert warmup is not None
+        warmup.finish()
+        assert warmup.num_steps >= 4
     assert "ended early" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_every_likely_size_runs_without_weights(
+def test_warmup_runs_every_likely_size(
     name: str, tmp_path: Path, sizes: list[Bucket], caplog: pytest.LogCaptureFixture
 ) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    rehearsal = WarmupStage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
-    assert rehearsal is not None
-    rehearsal.finish()
+    warmup = WarmupStage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
+    assert warmup is not None
+    warmup.finish()
     assert "ended early" not in caplog.text
-    assert rehearsal.num_steps == 1 + len(sizes)
+    assert warmup.num_steps == 1 + len(sizes)
     assert set(sizes) == {bucket.within(8, 96) for bucket in standard() if bucket.within(8, 96).num_tokens <= 32}
     assert len(sizes) > 4
 
 
 @pytest.mark.usefixtures("sizes")
-def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warmup_keeps_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine collects its garbage rarely, and the zeros are as large as the largest weight."""
     made: list[weakref.ref[FusedStack]] = []
 
@@ -95,16 +95,16 @@ def test_nothing_of_a_rehearsal_stays(tmp_path: Path, monkeypatch: pytest.Monkey
         gc.enable()
 
 
-def test_what_models_share_is_rehearsed_by_itself(sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
-    rehearsal = WarmupStage(torch.device("cpu"), CONFIG).open()
-    rehearsal.finish()
-    assert rehearsal.num_steps == 3
+def test_warmup_runs_shared_kernels_once(sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
+    warmup = WarmupStage(torch.device("cpu"), CONFIG).open()
+    warmup.finish()
+    assert warmup.num_steps == 3
     assert set(sizes) == {bucket.within(8, 96) for bucket in standard()}
     assert "ended early" not in caplog.text
 
 
 @pytest.mark.usefixtures("sizes")
-def test_models_of_one_shape_are_rehearsed_once(tmp_path: Path) -> None:
+def test_warmup_runs_once_per_shape(tmp_path: Path) -> None:
     stage = WarmupStage(torch.device("cpu"), CONFIG)
     blueprint, kv = drawn("llama", tmp_path)
     first = stage.begin(blueprint, kv, torch.float32, SLAB)
@@ -119,12 +119,12 @@ def test_models_of_one_shape_are_rehearsed_once(tmp_path: Path) -> None:
     assert stage.begin(dataclasses.replace(blueprint, spec=None), kv, torch.float32, SLAB) is None
 
 
-def test_a_rehearsal_that_fails_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_warmup_failure_blocks_no_load(caplog: pytest.LogCaptureFixture) -> None:
     def steps() -> Iterator[bool]:
         raise RuntimeError("no compiler")
 
-    rehearsal = Warmup([steps], torch.device("cpu"))
-    rehearsal.wait()
-    rehearsal.finish()
-    assert rehearsal.over
-    assert "a rehearsal ended early: RuntimeError: no compiler" in caplog.text
+    warmup = Warmup([steps], torch.device("cpu"))
+    warmup.wait()
+    warmup.finish()
+    assert warmup.over
+    assert "a warmup ended early: RuntimeError: no compiler" in caplog.text
