@@ -1,13 +1,16 @@
-// Attention of rows with one query each over paged keys and values. attention_cuda.py says why this is not Triton, and launches it.
+// Attention of rows with one query each over paged keys and values. Launched by attention_cuda.py, which says why it is
+// not written in Triton.
 //
-// A tile is 16 tokens of one KV head. The tiles of all rows lie on one line that is cut into about equal stretches, one a block, from the real lengths.
-// A warp has one KV head and every few tiles of the stretch, and a ring of its own in shared memory that it keeps full. Scores are keys × query
-// heads, so a group of up to 8 heads fills the matrix unit. Warps of a head add up in shared memory, blocks of a row through device memory, where
-// the last to arrive adds the parts in their order.
+// A tile is 16 tokens of one KV head. The tiles of all rows form one sequence, which is divided by the real lengths into
+// about equal ranges, one per block. A warp processes one KV head and every n-th tile of the range, and keeps its own ring
+// of tiles in shared memory full. Scores are keys × query heads, so that a group of up to 8 heads fills the matrix unit.
+// The warps of a head add their sums in shared memory. Blocks that share a row use device memory, where the last block to
+// finish adds the parts in their order.
 //
-// The compiler is told HEAD_DIM, HALF (float16, else bfloat16), TILES (of 8 query heads of one KV head), WARPS and STAGES (tiles in a ring).
+// Compile-time constants: HEAD_DIM, HALF (float16 instead of bfloat16), TILES (of 8 query heads of one KV head), WARPS,
+// STAGES (tiles in a ring).
 
-constexpr int TOKENS = 16, THREADS = WARPS * 32, DIM = HEAD_DIM, STEPS = DIM / 16, MERGE_ROW = DIM + 4, MAX_ROWS = 1024, LEAST = 12;  // LEAST: tiles of a block, if all rows have one
+constexpr int TOKENS = 16, THREADS = WARPS * 32, DIM = HEAD_DIM, STEPS = DIM / 16, MERGE_ROW = DIM + 4, MAX_ROWS = 1024, LEAST = 12;  // LEAST: fewest tiles of a block, if each row has one
 constexpr int ROWS_EACH = MAX_ROWS / THREADS, PIECES = DIM / 8, PITCH = DIM * 2 + 16, SLOT_BYTES = 2 * TOKENS * PITCH;
 constexpr unsigned FULL = 0xffffffffu;
 
@@ -21,10 +24,10 @@ struct Arguments {
     long long page_unit;
     int table_stride, num_rows, num_kv_heads, group;
     int heads_each;    // KV heads of a block: a power of two, at most WARPS
-    int whole;         // rows of up to so many tiles are not cut
+    int whole;         // a row of up to this many tiles is not divided
     int block_shift;   // log2 of the tokens in a page
     int window;        // or 0
-    int early;         // fill the ring before the kernels before this one have ended
+    int early;         // fill the ring before the preceding kernels have ended
     float scale, softcap;
 };
 
@@ -37,7 +40,7 @@ struct Sum {
     float most, total;
 };
 
-// Add a part with its own largest score to a sum.
+// Adds a part, which has its own largest score, to a sum.
 __device__ __forceinline__ void add(Sum& to, float4 value, float most, float total) {
     const float larger = fmaxf(to.most, most), level = larger == -infinity() ? 0.f : larger;
     const float old = power(to.most - level), fresh = power(most - level);
@@ -58,9 +61,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     extern __shared__ __align__(128) char memory[];
     Row* rows = reinterpret_cast<Row*>(memory);
     int* sums = reinterpret_cast<int*>(rows + a.num_rows + 1);
-    volatile int* arrivals = sums + WARPS;                      // two a head
-    float* stats = reinterpret_cast<float*>(sums + 4 * WARPS);  // a warp: largest scores and totals of 16 heads
-    float* merge = stats + WARPS * 32;                          // a warp: its sums, [group][MERGE_ROW]
+    volatile int* arrivals = sums + WARPS;                      // two per head
+    float* stats = reinterpret_cast<float*>(sums + 4 * WARPS);  // per warp: largest scores and totals of 16 heads
+    float* merge = stats + WARPS * 32;                          // per warp: its sums, [group][MERGE_ROW]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const unsigned ring = static_cast<unsigned>(__cvta_generic_to_shared(merge + WARPS * a.group * MERGE_ROW)) + warp * STAGES * SLOT_BYTES;
 
@@ -68,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     if (!a.early) wait_for_predecessors();
     const Line line = read_rows(a, rows, sums);
     const int begin = line.cut(blockIdx.x), end = line.cut(blockIdx.x + 1);
-    if (begin >= end) {  // the launch ends when its other blocks do, so this one need not wait unless there are none
+    if (begin >= end) {  // The launch ends when its other blocks do, so that this one need not wait unless there are none.
         if (line.num_tiles == 0) wait_for_predecessors();
         return;
     }
@@ -76,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     const int kv_head = blockIdx.y * a.heads_each + head, threads = turns * 32, thread = turn * 32 + lane;
     Feed feed = {a.k + kv_head * DIM, a.v + kv_head * DIM, static_cast<long long>(a.num_kv_heads) * DIM, 0, begin + turn, end, turns, 0, ring};
     feed.look_up(a, line, 0);
-    bool waits[STAGES];  // for the newest token
+    bool waits[STAGES];  // whether the stage waits for the newest token
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
         waits[s] = feed.send<true, false>(s, s);
@@ -104,10 +107,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     const unsigned v_own = ring + (TOKENS + (lane & 7) + (lane >> 4) * 8) * PITCH + ((lane >> 3) & 1) * 16;
     int index = 0, slot = 0, at = begin + turn;
     const int pieces = a.group * (DIM / 4);
-    auto part_at = [&](int block, bool began) {  // a block has at most one part that began in another block and one that began in itself
+    auto part_at = [&](int block, bool began) {  // A block has at most one part that began in another block and one that began in itself.
         return a.partials + ((static_cast<long long>(kv_head) * gridDim.x + block) * 2 + began) * a.group * MERGE_ROW;
     };
-    int split[2] = {-1, -1};  // rows that this block has a part of: one that began in another, one that began here
+    int split[2] = {-1, -1};  // divided rows of this block: one that began in another block, one that began here
     while (true) {
         const int before = rows[row].tiles_before, after = rows[row + 1].tiles_before, length = rows[row].length;
         int next_row = row + 1;
@@ -137,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
                 await_copies<STAGES - 1>();
             __syncwarp();
             const unsigned k_from = k_own + slot * SLOT_BYTES, v_from = v_own + slot * SLOT_BYTES;
-            float4 score[TILES], odd[TILES];  // two chains
+            float4 score[TILES], odd[TILES];  // two independent chains of products
 #pragma unroll
             for (int n = 0; n < TILES; ++n) score[n] = odd[n] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -184,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
                 weights[n][0] = transpose(pack(p[0], p[1]));
                 weights[n][1] = transpose(pack(p[2], p[3]));
             }
-            // Of tokens that don't exist the ring holds what others left there: not a number times nothing would not be nothing.
+            // For tokens that do not exist the ring holds stale data. A stale NaN times a weight of zero would be NaN.
             const int left = length - first - 2 * t;
             const unsigned keep_low = (left > 0 ? 0xffffu : 0u) | (left > 1 ? 0xffff0000u : 0u), keep_high = (left > 8 ? 0xffffu : 0u) | (left > 9 ? 0xffff0000u : 0u);
 #pragma unroll
@@ -204,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
             slot = slot + 1 == STAGES ? 0 : slot + 1;
         }
 
-        // The warps of this head add up.
+        // The warps of this head add their sums.
 #pragma unroll
         for (int n = 0; n < TILES; ++n)
 #pragma unroll
@@ -242,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
         }
         if (parts > 1) (before < begin ? split[0] : split[1]) = row;
         if (!more) break;
-        meet(1 + head, threads);  // before the next row overwrites what was merged
+        meet(1 + head, threads);  // Wait before the next row overwrites the merged sums.
         row = next_row;
 #pragma unroll
         for (int n = 0; n < TILES; ++n)
@@ -251,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     }
     if (split[0] < 0 && split[1] < 0) return;
 
-    // Parts of rows that others have parts of: told once, at the end, so that nothing waits for it.
+    // Announce the parts of divided rows once, at the end, so that nothing waits for it.
     meet(1 + head, threads);
     if (thread == 0) {
         __threadfence();

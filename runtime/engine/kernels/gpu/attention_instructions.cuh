@@ -1,4 +1,4 @@
-// The instructions that decode attention needs and C++ has no words for: how the matrix unit is fed, copies, overlapping launches.
+// Instructions for decode attention that C++ cannot express: operands of the matrix unit, copies, overlapping launches.
 
 __device__ __forceinline__ void load_matrices(unsigned (&a)[4], unsigned from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
@@ -41,7 +41,7 @@ __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until all but the last LEFT groups are there.
+// Waits until all but the last LEFT groups have arrived.
 template <int LEFT>
 __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");

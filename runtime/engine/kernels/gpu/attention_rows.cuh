@@ -1,4 +1,4 @@
-// Which rows there are, where the line of their tiles is cut into blocks, and the way of a warp's tiles into its ring.
+// Describes the rows of a batch, the division of their tiles into blocks, and how a warp's tiles reach its ring.
 
 __device__ __forceinline__ int first_tile(const Arguments& a, int length) {
     return a.window ? max(length - a.window, 0) / TOKENS : 0;
@@ -9,8 +9,8 @@ struct Row {
     int tiles_before, length, token, slot;
 };
 
-// The rows' tiles on a line, and where it is cut. A short row is never cut, and a long one not near its ends: a part more costs more than a stretch
-// that is somewhat longer than others.
+// The sequence of the rows' tiles and where it is divided. A short row is never divided, and a long one not near its ends,
+// because one more part costs more time than a somewhat longer range.
 struct Line {
     const Row* rows;
     int num_rows, num_tiles, num_blocks, whole;
@@ -31,7 +31,7 @@ struct Line {
         return (min(tiles, num_tiles / num_blocks) - 1) / 2;
     }
 
-    // Where block `index` begins.
+    // Returns where block `index` begins.
     __device__ __forceinline__ int cut(int index) const {
         if (index >= num_blocks) return num_tiles;
         const int at = static_cast<int>(static_cast<long long>(index) * num_tiles / num_blocks), row = row_of(at);
@@ -40,18 +40,18 @@ struct Line {
         return before <= margin(tiles) ? at - before : after <= margin(tiles) ? at + after : at;
     }
 
-    // The first block with a part of a row, and how many have one.
+    // Returns the first block with a part of a row, and the number of such blocks.
     __device__ __forceinline__ void parts_of(int row, int& first_block, int& parts) const {
         const int begin = rows[row].tiles_before, end = rows[row + 1].tiles_before;
         first_block = 0, parts = 1;
         if (end - begin <= whole) return;
-        const long long low = begin + margin(end - begin) + 1, high = end - margin(end - begin);  // cuts from low to high - 1 are in the row
+        const long long low = begin + margin(end - begin) + 1, high = end - margin(end - begin);  // divisions from low to high - 1 are in the row
         const int first = static_cast<int>((low * num_blocks + num_tiles - 1) / num_tiles), past = static_cast<int>((high * num_blocks + num_tiles - 1) / num_tiles);
         first_block = first - 1, parts = past - first + 1;
     }
 };
 
-// The rows, and the line of their tiles. Every thread calls it.
+// Reads the rows and the sequence of their tiles. Every thread must call it.
 __device__ __forceinline__ Line read_rows(const Arguments& a, Row* rows, int* sums) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, each = (a.num_rows + THREADS - 1) / THREADS;
     int tiles[ROWS_EACH], own = 0;
@@ -88,16 +88,17 @@ __device__ __forceinline__ Line read_rows(const Arguments& a, Row* rows, int* su
         before += tiles[j];
     }
     if (threadIdx.x == 0) rows[a.num_rows].tiles_before = total;
-    const int busy = __syncthreads_count(own > 0);  // of up to THREADS rows, those with tiles
+    const int busy = __syncthreads_count(own > 0);  // number of rows with tiles, of up to THREADS rows
     const int blocks = min(static_cast<int>(gridDim.x), max(busy, total / LEAST));
     return {rows, a.num_rows, total, max(blocks, 1), a.whole};
 }
 
-// A warp's tiles, `stride` apart, and their way into its ring. Which tokens a tile has is looked up for 32 tiles at a time, one a lane.
+// A warp's tiles, `stride` apart, and their copies into its ring. The pages of 32 tiles are looked up at a time, one per
+// lane.
 struct Feed {
     const unsigned short *k, *v;  // of this warp's head
     long long token_stride, offset;
-    int begin, end, stride, newest;  // newest: the row's last token, from the tile's first
+    int begin, end, stride, newest;  // newest: index of the row's last token, relative to the tile's first
     unsigned ring;
 
     __device__ __forceinline__ void look_up(const Arguments& a, const Line& line, int index) {
@@ -110,7 +111,7 @@ struct Feed {
         newest = row.length - 1 - first;
     }
 
-    // Send for the tokens of a tile: those of earlier steps, this step's, or all.
+    // Starts copying the tokens of a tile: those of earlier steps, that of this step, or all.
     template <bool EARLIER, bool NEWEST>
     __device__ __forceinline__ bool send(int index, int slot) {
         const long long from = __shfl_sync(FULL, offset, index & 31);

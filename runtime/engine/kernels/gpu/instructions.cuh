@@ -1,4 +1,4 @@
-// The instructions that several kernels need and C++ has no words for: 16-bit numbers, the matrix unit of a warp, barriers.
+// Instructions that several kernels need and C++ cannot express: 16-bit numbers, the matrix unit of a warp, barriers.
 
 template <bool F16>
 __device__ __forceinline__ float widen(unsigned short v) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ unsigned short narrow(float v) {
     return result;
 }
 
-// 16 × 16 by 16 × 8, added to the 16 × 8 sums that 32 lanes hold.
+// Multiplies 16 × 16 by 16 × 8 and adds to the 16 × 8 sums that 32 lanes hold.
 template <bool F16>
 __device__ __forceinline__ void multiply_add(float4& d, const unsigned (&a)[4], unsigned b0, unsigned b1) {
     if constexpr (F16)

@@ -1,12 +1,15 @@
-// W · xᵀ with W in 16 bits, for up to 16 rows of x. linear16_cuda.py says why this is not Triton, and launches it.
+// W · xᵀ with W in 16 bits, for up to 16 rows of x. Launched by linear16_cuda.py, which says why it is not written in
+// Triton.
 //
-// A block owns a stretch of outputs (and, where there are few of them, a part of K) and walks K in chunks; for each chunk it walks its rows in slabs. Every warp has
-// the same columns of every slab, so that its piece of x stays in registers for the whole chunk, and keeps its sums of all slabs to the end of K.
-// Four more warps bring slabs to a deep ring in shared memory and one brings x. Weights are nobody's output: the ring fills while the kernels before this one end.
+// A block owns a range of outputs (and a part of K, if there are few outputs). It loops over K in chunks, and over its rows
+// in slabs per chunk. Each warp has the same columns of every slab, so that its piece of x stays in registers for the
+// chunk, and keeps its sums of all slabs until the end of K. Four more warps copy slabs into a deep ring in shared memory
+// and one copies x. No kernel writes weights, so the ring fills while the preceding kernels end.
 //
-// In the rings 16 bytes of a row lie where the row's evenness and the stretch of 64 elements turn them: the eight lanes that read together then meet in no bank.
+// In the rings, the place of 16 bytes of a row depends on the row's parity and on the range of 64 elements. The eight lanes
+// that read together then have no bank conflicts.
 
-#ifndef HALF  // the launcher says which of these it wants
+#ifndef HALF  // defaults for a build without the launcher's definitions
 #define HALF false
 #define GATED false
 #define TILES 1
@@ -14,8 +17,8 @@
 #define SLABS 2
 #endif
 
-constexpr int WARPS = 8, BRINGERS = 4;           // that multiply; that bring W, and one more that brings x
-constexpr int COLUMNS = 256, PITCH = COLUMNS * 2;  // of a chunk of K; of a row of it in bytes
+constexpr int WARPS = 8, BRINGERS = 4;           // warps that multiply; warps that copy W (one more copies x)
+constexpr int COLUMNS = 256, PITCH = COLUMNS * 2;  // columns of a chunk of K; bytes of one of its rows
 
 #include "instructions.cuh"
 
@@ -39,11 +42,11 @@ __device__ __forceinline__ void wait_for(unsigned barrier, int phase) {
         unsigned done;
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
         if (done) return;
-        if (polls == 1 << 22) asm volatile("trap;");  // an error rather than a GPU that hangs
+        if (polls == 1 << 22) asm volatile("trap;");  // Report an error instead of blocking the GPU.
     }
 }
 
-// 16 bytes of what is read once.
+// Copies 16 bytes that are read once.
 __device__ __forceinline__ void copy_once(unsigned to, const void* from, unsigned long long policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
@@ -52,7 +55,7 @@ __device__ __forceinline__ void copy(unsigned to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// This thread's copies so far arrive at the barrier when they are there.
+// Makes the barrier count this thread's copies when they have arrived.
 __device__ __forceinline__ void arrive_with_copies(unsigned barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -88,7 +91,8 @@ __device__ __forceinline__ void add(float4& to, float4 v) {
     to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w;
 }
 
-// 32 lanes' four sums of a 16 × 8 tile, in the order of the matrix unit, to their places; `up` is read where the layer is gated.
+// Stores 32 lanes' four sums of a 16 × 8 tile, which are in the order of the matrix unit. `up` is read if the layer is
+// gated.
 template <bool F16, bool GATE>
 __device__ __forceinline__ void finish(const Arguments& a, float4 sum, float4 up, int first, int end, int tile, int lane) {
     const int row = first + (lane >> 2), m = tile * 8 + (lane & 3) * 2;
@@ -98,7 +102,7 @@ __device__ __forceinline__ void finish(const Arguments& a, float4 sum, float4 up
         const int n = row + (i >> 1) * 8, at = m + (i & 1);
         if (n < end && at < a.num_rows) {
             float result = sums[i] + (a.bias ? widen<F16>(a.bias[n]) : 0.f);
-            if constexpr (GATE) {  // rounded where separate kernels round
+            if constexpr (GATE) {  // Round where separate kernels would round.
                 const float factor = ups[i] + (a.bias ? widen<F16>(a.bias[a.num_outputs + n]) : 0.f);
                 result = widen<F16>(narrow<F16>(activated(widen<F16>(narrow<F16>(result)), a.activation))) * widen<F16>(narrow<F16>(factor));
             }
@@ -107,8 +111,8 @@ __device__ __forceinline__ void finish(const Arguments& a, float4 sum, float4 up
     }
 }
 
-// TILE_ROWS: 8 rows of x each. UP: warps along the rows of a slab of W, 16 rows each, the others lie along K; gate's rows, then up's, where the layer is gated.
-// MOST: slabs that a block sums at once.
+// TILE_ROWS: tiles of 8 rows of x. UP: warps along the rows of a slab of W, 16 rows each; the other warps lie along K. If
+// the layer is gated, a slab has rows of gate, then of up. MOST: slabs that a block sums at once.
 template <bool F16, bool GATE, int TILE_ROWS, int UP, int MOST>
 __device__ __forceinline__ void run(const Arguments& a) {
     extern __shared__ __align__(1024) char memory[];
@@ -117,7 +121,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
     constexpr int STAGE = ROWS * PITCH, X_STAGE = TILE_ROWS * 8 * PITCH, ITEMS = UP * TILE_ROWS * 32, SUMS = SLICES * ITEMS;
     static_assert((!GATE || UP % 2 == 0) && OUTPUTS % BRINGERS == 0);
     char* x_ring = memory + a.stages * STAGE;
-    float4* sums = reinterpret_cast<float4*>(x_ring + a.x_stages * X_STAGE);  // two slabs'
+    float4* sums = reinterpret_cast<float4*>(x_ring + a.x_stages * X_STAGE);  // of two slabs
     int* arrived = reinterpret_cast<int*>(sums + 2 * SUMS);
     const unsigned ring_at = static_cast<unsigned>(__cvta_generic_to_shared(memory)), x_ring_at = static_cast<unsigned>(__cvta_generic_to_shared(x_ring));
     const unsigned full = static_cast<unsigned>(__cvta_generic_to_shared(arrived)) + 16, empty = full + a.stages * 8;
@@ -143,15 +147,15 @@ __device__ __forceinline__ void run(const Arguments& a) {
     __syncthreads();
 
     if (warp >= WARPS) {
-        // lanes bring a row of a chunk together
+        // The lanes copy a row of a chunk together.
         const int stretch = lane >> 3;
         const unsigned even = stretch * 128 + ((lane & 7) ^ stretch) * 16, odd = stretch * 128 + ((lane & 7) ^ (stretch + 4)) * 16;
         int stage = 0, phase = 1;
-        if (warp == WARPS + BRINGERS) {  // brings x
+        if (warp == WARPS + BRINGERS) {  // copies x
             wait_for_kernels_before();
             for (int pass = 0; pass < passes; ++pass)
                 for (int c = 0; c < chunks; ++c) {
-                    wait_for(x_empty + stage * 8, phase);  // at once, the first time round
+                    wait_for(x_empty + stage * 8, phase);  // returns at once in the first round
                     const unsigned short* from = a.x + (chunk0 + c) * COLUMNS + lane * 8;
 #pragma unroll 8
                     for (int m = 0; m < a.num_rows; ++m)
@@ -161,7 +165,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
                 }
             return;
         }
-        const int own = warp - WARPS;  // of every four rows
+        const int own = warp - WARPS;  // its row of every four
         const unsigned place = own * PITCH + (own & 1 ? odd : even);
         const unsigned long long policy = read_once();
         for (int pass = 0; pass < passes; ++pass)
@@ -187,13 +191,13 @@ __device__ __forceinline__ void run(const Arguments& a) {
     const int tile = warp % UP, slice = warp / UP, g = lane >> 2, t = lane & 3;
     const char* w_here = memory + (tile * 16 + g) * PITCH;
     const char* x_here = x_ring + g * PITCH;
-    int place[STEPS];  // of this lane's 16 bytes of every step, in a row of a chunk
+    int place[STEPS];  // place of this lane's 16 bytes of every step in a row of a chunk
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
         const int stretch = (slice * STEPS + i) / 2, half = (slice * STEPS + i) % 2;
         place[i] = stretch * 128 + ((half * 4 + t) ^ ((g & 1) * 4 + stretch)) * 16;
     }
-    constexpr bool HOLD = TILE_ROWS * STEPS <= 4;  // x of a chunk in registers
+    constexpr bool HOLD = TILE_ROWS * STEPS <= 4;  // whether x of a chunk fits in registers
     int stage = 0, phase = 0, x_stage = 0, x_phase = 0, turn = 0;
     for (int pass = 0; pass < passes; ++pass) {
         const int slab0 = pass * slabs_each, slabs = min(slabs_each, all_slabs - slab0);
@@ -250,7 +254,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
 #pragma unroll
         for (int s = 0; s < MOST; ++s) {
             if (s < slabs) {
-                float4* parts = sums + (turn++ & 1) * SUMS;  // the other one may still be read
+                float4* parts = sums + (turn++ & 1) * SUMS;  // The other buffer may still be read.
 #pragma unroll
                 for (int n = 0; n < TILE_ROWS; ++n) parts[(warp * TILE_ROWS + n) * 32 + lane] = acc[s][n];
                 meet_multipliers();
@@ -275,7 +279,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
         }
     }
     if (gridDim.y == 1) return;
-    // The last block of these outputs to arrive adds up the parts, in their order.
+    // The last block of these outputs to finish adds the parts in their order.
     __threadfence();
     meet_multipliers();
     if (threadIdx.x == 0) *reinterpret_cast<volatile int*>(arrived) = atomicAdd(a.counters + blockIdx.x, 1);

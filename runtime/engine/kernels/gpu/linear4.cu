@@ -1,10 +1,12 @@
-// W · xᵀ with W in 4 bits, for few rows of x. linear4_cuda.py says why this is not Triton, and launches it.
+// W · xᵀ with W in 4 bits, for few rows of x. Launched by linear4_cuda.py, which says why it is not written in Triton.
 //
-// A byte of codes is two weights: 256 of them stand in shared memory as pairs of 16-bit values, once for each bank, so that no two lanes of a
-// warp ever want the same bank. A warp multiplies 16 rows of W by all of x over its own stretch of K; the warps of a stretch of rows add up.
-// x stays in registers while the block walks down its rows. Sums of 64 products are scaled in float32.
+// A byte of codes is two weights. A table in shared memory holds the 256 pairs of 16-bit values once per bank, so that the
+// lanes of a warp never conflict. A warp multiplies 16 rows of W by all of x over its own range of K, and the warps of the
+// same rows add their sums. x stays in registers while the block moves down its rows. Sums of 64 products are scaled in
+// float32.
 //
-// Layout of W: layout.py. Word i of a group holds elements 16j + i, so a byte is elements 32b + i and 32b + 16 + i, and x is paired alike.
+// Layout of W: checkpoint/layout_4bit.py. Word i of a group holds elements 16j + i, so that a byte holds elements 32b + i
+// and 32b + 16 + i, and x is paired likewise.
 
 constexpr int WARPS = 16, GROUP = 128, TABLE_BYTES = 256 * 32 * 4;
 
@@ -20,7 +22,7 @@ struct Arguments {
     int* counters;
     int num_rows, num_outputs, in_features, x_stride, num_groups;
     int groups_each;  // of K, for each blockIdx.y
-    int k_warps;      // warps along K; what is left of 16 lies along the rows of W
+    int k_warps;      // warps along K; the rest of the 16 warps lie along the rows of W
     unsigned short codes[16];
 };
 
@@ -36,7 +38,7 @@ __device__ __forceinline__ float2 load_scales(const float* p) {
     return v;
 }
 
-// 32 lanes' four sums of one 16 × 8 tile, in the order of the matrix unit, to their places.
+// Stores 32 lanes' four sums of one 16 × 8 tile, which are in the order of the matrix unit.
 template <bool HALF>
 __device__ __forceinline__ void finish(const Arguments& a, float4 sum, int block, int tile, int lane) {
     const int row = block * 16 + (lane >> 2), m = tile * 8 + (lane & 3) * 2;
@@ -55,14 +57,14 @@ __device__ __forceinline__ void add(float4& to, float4 v) {
     to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w;
 }
 
-// TILES: 8 rows of x each, a warp. GROUPS: 128 elements of K each, a warp. BLOCKS: 16 rows of W each, a warp and turn.
+// Per warp: TILES of 8 rows of x, GROUPS of 128 elements of K, and BLOCKS of 16 rows of W per iteration.
 template <bool HALF, int TILES, int GROUPS, int BLOCKS>
 __device__ __forceinline__ void run(const Arguments& a) {
     extern __shared__ __align__(128) char memory[];
     unsigned* table = reinterpret_cast<unsigned*>(memory);
     constexpr int SUMS = WARPS * BLOCKS * TILES * 32;
-    float4* sums = reinterpret_cast<float4*>(memory + TABLE_BYTES);  // two of SUMS
-    float4* totals = sums + 2 * SUMS;                                // over chunks of K, where there are several
+    float4* sums = reinterpret_cast<float4*>(memory + TABLE_BYTES);  // two buffers of SUMS
+    float4* totals = sums + 2 * SUMS;                                // over chunks of K, if there are several
 
     asm volatile("griddepcontrol.launch_dependents;");
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -173,7 +175,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
                 for (int n = 0; n < TILES; ++n) mine[(b * TILES + n) * 32] = acc[n];
             }
             __syncthreads();
-            // Two buffers: whoever still reads this one is waited for by the next turn's barrier, before the turn after writes to it again.
+            // Two buffers: readers of this one pass the next iteration's barrier before the iteration after that writes to it.
             const int tasks = n_warps * BLOCKS * TILES;
             for (int task = (warp - turn * tasks) & (WARPS - 1); task < tasks; task += WARPS) {
                 const int n = task % TILES, b = task / TILES % BLOCKS, from = task / (TILES * BLOCKS);
@@ -199,7 +201,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
         }
     }
     if (gridDim.y == 1) return;
-    // The last block of these rows to arrive adds up the parts, in their order.
+    // The last block of these rows to finish adds the parts in their order.
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) *reinterpret_cast<volatile int*>(sums) = atomicAdd(a.counters + blockIdx.x, 1);

@@ -1,4 +1,5 @@
-// The instructions that linear4_wgmma.cu needs and C++ has no words for: tensor copies and waiting for them, arithmetic on pairs, the matrix unit of four warps.
+// Instructions for linear4_wgmma.cu that C++ cannot express: tensor copies and waiting for them, arithmetic on pairs, the
+// matrix unit of four warps.
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -71,7 +72,7 @@ __device__ __forceinline__ float activated(float g, int kind) {
     return 0.5f * g * (1.f + erff(g * 0.7071067811865476f));
 }
 
-// Two neighbours' act(gate) · up, rounded where separate kernels would.
+// Returns act(gate) · up of two adjacent elements, rounded where separate kernels would round.
 template <bool HALF>
 __device__ __forceinline__ unsigned gated(unsigned gate, unsigned up, int kind) {
     unsigned pair = 0;
@@ -83,7 +84,8 @@ __device__ __forceinline__ unsigned gated(unsigned gate, unsigned up, int kind) 
     return pair;
 }
 
-// Sums need more registers than an even share leaves them; the group that fetches needs few. By warpgroups that compute: 232, 152, 104.
+// The sums need more registers than an even share, and the fetching group needs few. By the number of computing
+// warpgroups: 232, 152, 104.
 template <int COLUMNS, int GROUPS>
 __device__ __forceinline__ void fewer_registers() {
     if constexpr (COLUMNS >= 64 || GROUPS == 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -107,7 +109,8 @@ __device__ __forceinline__ void more_registers() {
 #define NAMES_64 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define NAMES_128 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// 64 rows of W, in registers, by all columns of the tile in shared memory that `b` describes, 16 elements of K
+// Multiplies 64 rows of W in registers by all columns of the tile in shared memory that `b` describes, over 16 elements of
+// K.
 #define MULTIPLY_ADD(COLUMNS, SUMS, A0, A1, A2, A3, B)                                                                                            \
     template <bool HALF>                                                                                                                          \
     __device__ __forceinline__ void multiply_add(float (&d)[SUMS], const unsigned (&a)[4], unsigned long long b) {                                \

@@ -1,12 +1,16 @@
-// W · xᵀ with W in 4 bits on Hopper's matrix unit. linear4_wgmma.py says where it serves and how its work is cut, and launches it.
+// W · xᵀ with W in 4 bits on Hopper's matrix unit. Launched by linear4_wgmma.py, which says when it is used and how its
+// work is divided.
 //
-// A block is two warps that fetch, one x and one W, and some warpgroups that compute, 64 rows of W each. Weights and x come to shared memory by tensor copies
-// through two rings, scales to registers a unit ahead. Words of codes are looked up pair by pair in a table of 256 pairs, one copy for each bank, and scaled, in registers, which are the first
-// operand of wgmma; x is the second. While the matrix unit works on 64 elements of K, the next 64 are unpacked.
+// A block has two warps that fetch, one x and one W, and several warpgroups that compute, 64 rows of W each. Tensor copies
+// bring weights and x into two rings in shared memory. Scales are loaded into registers one unit ahead. Codes are looked up
+// in pairs in a table of 256 pairs with one copy per bank, and scaled in registers, which are the first operand of wgmma. x
+// is the second. While the matrix unit works on 64 elements of K, the next 64 are unpacked.
 //
-// Work is a line of units, 256 elements of K of one tile of the result, and each block takes an even stretch of it. Where a stretch ends inside a tile, sums meet
-// through global memory: of two blocks the second to come adds the first's, of more each adds up its share. A block waits for others only when it has nothing
-// left to give them, and not for long: whoever has waited PATIENCE turns leaves, and the last to come does its share. So nothing depends on who runs when.
+// A unit is 256 elements of K of one tile of the result. Each block takes an equal range of the sequence of units. If a
+// range ends inside a tile, the blocks of the tile combine their sums in global memory: of two blocks the second to finish
+// adds the first's sums; of more, each adds its share of columns. A block waits for others only after it has stored all its
+// own sums, and for at most PATIENCE polls. Then it exits, and the last block to finish adds its share. The result does not
+// depend on the order in which blocks run.
 
 #include "instructions.cuh"
 #include "linear4_instructions.cuh"
@@ -20,11 +24,11 @@ struct Arguments {
     unsigned short* out;
     float4* partials;
     unsigned* counters;
-    int num_rows, num_outputs;  // of the result
-    int num_groups;             // of 128 elements of K
-    int gate;                   // 0, or W holds gate, then up, and the result is act(gate) · up: 1 SiLU, 2 GELU by tanh, 3 GELU
-    int num_units;              // of all tiles
-    int tile_units;             // of one
+    int num_rows, num_outputs;  // size of the result
+    int num_groups;             // groups of 128 elements of K
+    int gate;                   // 0: none. Else W holds rows of gate, then of up, and the result is act(gate) · up: 1 SiLU, 2 tanh GELU, 3 GELU
+    int num_units;              // units of all tiles
+    int tile_units;             // units of one tile
     int tiles_m;
     int x_stages, w_stages;
     unsigned short codes[16];
@@ -36,7 +40,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
     extern __shared__ __align__(1024) char memory[];
     constexpr int TILE_N = GROUPS * 64, WARPS = GROUPS * 4, THREADS = WARPS * 32, SUMS = COLUMNS / 2;
     constexpr int X_TURNS = COLUMNS <= 32 ? 4 : COLUMNS == 64 ? 2 : 1, X_TILE = COLUMNS * 128, X_BYTES = X_TILE * X_TURNS, W_BYTES = TILE_N * 128;
-    constexpr int ENTRY = COLUMNS <= 32 ? 256 : 128;  // bytes from entry to entry of the table: at 256 one permute makes an address, where there is room
+    constexpr int ENTRY = COLUMNS <= 32 ? 256 : 128;  // bytes between entries of the table; with 256, if there is room, one permute makes an address
     constexpr int PIECE = COLUMNS < STAGE_COLUMNS ? COLUMNS : STAGE_COLUMNS;
     const unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(memory));
     const unsigned x_ring = (base + 256 * ENTRY + 1023) & ~1023u, w_ring = x_ring + a.x_stages * X_BYTES;
@@ -47,7 +51,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
     const int unit1 = static_cast<int>(static_cast<long long>(a.num_units) * (blockIdx.x + 1) / gridDim.x);
     asm volatile("griddepcontrol.launch_dependents;");
 
-    // Who walks along the units keeps count step by step: divisions would be what everybody waits for.
+    // Loops over units count step by step, because divisions would limit the fetching warps.
     const int tile0 = unit0 / a.tile_units, k0 = unit0 - tile0 * a.tile_units, m0 = tile0 % a.tiles_m, tile_rows = a.gate ? TILE_N / 2 : TILE_N;
     int w_k = k0, w_m = m0, w_row = tile0 / a.tiles_m * tile_rows;
     auto step = [&]() {
@@ -59,7 +63,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
         const unsigned barrier = w_full + stage * 8, to = w_ring + stage * W_BYTES;
         expect(barrier, W_BYTES);
         copy_tile(to, a.words, w_k * 128, w_row, barrier);
-        if (a.gate) copy_tile(to + W_BYTES / 2, a.words, w_k * 128, w_row + a.num_outputs, barrier);  // half a tile each
+        if (a.gate) copy_tile(to + W_BYTES / 2, a.words, w_k * 128, w_row + a.num_outputs, barrier);  // half a tile for gate and for up
         step();
     };
     if (warp == WARPS + 1) {
@@ -75,7 +79,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
             asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             prefetch(a.words), prefetch(a.x);
-            for (int i = 0; i < min(a.w_stages, unit1 - unit0); ++i) bring_weights(i);  // nobody's output: no need to wait
+            for (int i = 0; i < min(a.w_stages, unit1 - unit0); ++i) bring_weights(i);  // No kernel writes weights: no need to wait.
         }
     } else if (warp < WARPS) {
 #pragma unroll 4
@@ -83,10 +87,10 @@ __device__ __forceinline__ void run(const Arguments& a) {
             *reinterpret_cast<unsigned*>(memory + entry * ENTRY + lane * 4) = static_cast<unsigned>(a.codes[entry >> 4]) << 16 | a.codes[entry & 15];
     }
     const int t = lane & 3, group = warp >> 2;
-    const int place = (lane >> 2 & 3) << 1 | lane >> 4;  // of eight rows, in an order in which 16 lanes' words never meet in a bank
+    const int place = (lane >> 2 & 3) << 1 | lane >> 4;  // of eight rows, in an order in which the words of 16 lanes have no bank conflicts
     const int row = warp * 16 + place;
     const int scale_row = row + (a.gate && row >= TILE_N / 2 ? a.num_outputs - TILE_N / 2 : 0), last_row = (a.gate ? 2 * a.num_outputs : a.num_outputs) - 1;
-    float2 scales_ahead[2][2];  // of a unit: row, group
+    float2 scales_ahead[2][2];  // of the next unit: [row][group]
     auto bring_scales = [&]() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -140,7 +144,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
     const int word_at = (t >> 1 ^ place) << 4 | (t & 1) << 3;
     int x_stage = 0, x_phase = 0, x_done = 0, w_at = 0, w_phase = 0;
     float sums[SUMS];
-    int deferred = -1;  // a tile of which others have parts, left for when there is nothing else to do
+    int deferred = -1;  // a tile shared with other blocks, completed after all other work
     unsigned deferred_last = 0;
     unsigned* note = reinterpret_cast<unsigned*>(memory + (w_empty - base) + 8 * 8);
     for (int unit = unit0; unit < unit1 || deferred >= 0;) {
@@ -160,7 +164,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
                 const char* words = words_at + w_at * W_BYTES;
 #pragma unroll
                 for (int q = 0; q < 2; ++q) {
-                    unsigned codes[2][2][2];  // row, half of 16 elements, code even or odd: each byte is two neighbours
+                    unsigned codes[2][2][2];  // [row][half of 16 elements][even or odd code]: each byte holds two adjacent codes
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -181,14 +185,14 @@ __device__ __forceinline__ void run(const Arguments& a) {
                             w[h][s][2] = scaled<HALF>(values(codes[0][1][s & 1], byte), upper);
                             w[h][s][3] = scaled<HALF>(values(codes[1][1][s & 1], byte), lower);
                         }
-                        const int turn = (2 * q + h) % X_TURNS;  // of those that are fetched together
+                        const int turn = (2 * q + h) % X_TURNS;  // index among the stages that are fetched together
                         wait_for(x_full + x_stage * 8, x_phase);
                         // 128-byte rows, eight of them 1024 bytes apart, swizzled over 128 bytes
                         const unsigned long long at = 1ull << 62 | 64ull << 32 | 1ull << 16 | ((x_ring + x_stage * X_BYTES + turn * X_TILE) >> 4 & 0x3FFF);
 #pragma unroll
-                        for (int s = 0; s < 4; ++s)  // the compiler must not put the unpacking off until the products are under way
+                        for (int s = 0; s < 4; ++s)  // The compiler must not move the unpacking behind the start of the products.
                             asm volatile("" : "+r"(w[h][s][0]), "+r"(w[h][s][1]), "+r"(w[h][s][2]), "+r"(w[h][s][3])::"memory");
-                        if (q == 1 && h == 0) {  // all words have been read, and not only asked for
+                        if (q == 1 && h == 0) {  // All words have been read, not only requested.
                             __syncwarp();
                             if (lane == 0) arrive(w_empty + w_at * 8);
                         }
@@ -196,7 +200,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
 #pragma unroll
                         for (int s = 0; s < 4; ++s) multiply_add<HALF>(sums, w[h][s], at + 2 * s);
                         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the turn before is over: its registers and its part of x are free
+                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // The previous products have ended: their registers and part of x are free.
                         if (turn == 0 && (h == 1 || q == 1 || u > unit)) {
                             if (lane == 0) arrive(x_empty + x_done * 8);
                             if (++x_done == a.x_stages) x_done = 0;
@@ -213,17 +217,17 @@ __device__ __forceinline__ void run(const Arguments& a) {
             if (++x_done == a.x_stages) x_done = 0;
         }
 
-        // Whose is the tile? Block b owns unit u if b is the last with num_units · b / blocks <= u.
+        // Find the tile's blocks: block b owns unit u if b is the last with num_units · b / blocks <= u.
         auto owner = [&](int u) { return static_cast<int>((static_cast<long long>(u + 1) * gridDim.x - 1) / a.num_units); };
         const int head = owner(tile * a.tile_units), parts = owner(tile * a.tile_units + a.tile_units - 1) - head + 1, part = blockIdx.x - head;
-        auto slot = [&](int b) {  // a block's first stretch has the first of its two places
+        auto slot = [&](int b) {  // A block's first range uses the first of its two slots.
             const bool first = static_cast<long long>(a.num_units) * b / gridDim.x >= tile * a.tile_units;
             return a.partials + static_cast<long long>(2 * b + (first ? 0 : 1)) * (SUMS / 4) * THREADS + threadIdx.x;
         };
-        unsigned mask = ~0u;  // of 8 columns each, what this block stores
+        unsigned mask = ~0u;  // groups of 8 columns that this block stores
         if (parts > 1) {
             unsigned* counter = a.counters + tile;
-            auto agreed = [&](unsigned v) {  // thread 0's value, everybody's
+            auto agreed = [&](unsigned v) {  // broadcasts thread 0's value
                 if (threadIdx.x == 0) *note = v;
                 meet(8, THREADS);
                 v = *note;
@@ -238,7 +242,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
                 meet(8, THREADS);
             };
             unsigned parts_to_add;
-            if (parts == 2) {  // the second to come adds the first's sums to its own
+            if (parts == 2) {  // The second block to finish adds the first's sums to its own.
                 if (!agreed(threadIdx.x == 0 ? acquired(counter) : 0)) {
                     publish();
                     if (!agreed(threadIdx.x == 0 ? atomicAdd(counter, 1u) : 0)) mask = 0;
@@ -246,7 +250,8 @@ __device__ __forceinline__ void run(const Arguments& a) {
                 if (threadIdx.x == 0 && mask) *counter = 0;
                 parts_to_add = mask ? 1u << (1 - part) : 0;
             } else {
-                // Each adds up its share when all parts are there. A counter holds parts, from bit 8 on who left before, from bit 24 on who saw all.
+                // Each block adds its share when all parts are stored. The counter holds the number of parts, from bit 8 on which
+                // blocks exited early, and from bit 24 on how many saw all parts.
                 unsigned state = 0;
                 if (own_sums) {
                     publish();
@@ -255,7 +260,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
                 if (own_sums && stop < unit1) {
                     mask = 0, deferred = tile, deferred_last = (state & 0xFF) == parts ? state : 0;
                 } else {
-                    unsigned last = own_sums ? ((state & 0xFF) == parts ? state : 0) : deferred_last;  // the last to come does what those do not who left
+                    unsigned last = own_sums ? ((state & 0xFF) == parts ? state : 0) : deferred_last;  // The last block to finish takes the shares of those that exited.
                     bool left = false;
                     if (threadIdx.x == 0 && !last) {
                         int polls = 0;
@@ -301,7 +306,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
         unit = stop;
         if (!mask) continue;
 
-        // Through shared memory, so that rows of the result are written in stretches; gate and up meet there.
+        // Results pass through shared memory, which combines gate and up and makes writes of a row contiguous.
         constexpr int HALF_GROUPS = GROUPS / 2;
         const int pair = a.gate ? group % HALF_GROUPS : group, team = a.gate ? 256 : 128, member = a.gate ? threadIdx.x & 127 | group / HALF_GROUPS << 7 : threadIdx.x & 127;
         unsigned short* pieces_of = reinterpret_cast<unsigned short*>(memory + (pieces - base));
@@ -344,7 +349,7 @@ __device__ __forceinline__ void run(const Arguments& a) {
     }
 }
 
-// IS_HALF: whether x is fp16 (it is bf16 otherwise): one type a compilation, because each takes seconds.
+// IS_HALF: whether x is fp16 instead of bf16. Each type is compiled separately, because a compilation takes seconds.
 #define KERNEL(COLUMNS, GROUPS)                                                                                                                              \
     extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 128, 1) linear4_wgmma_##COLUMNS##_##GROUPS(const __grid_constant__ Arguments a) {              \
         run<IS_HALF, COLUMNS, GROUPS>(a);                                                                                                                    \
