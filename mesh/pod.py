@@ -141,7 +141,7 @@ class Pod:
             publish=self._publish_record,
         )
         peers = HttpPeerLoads(self._connections, self.instance_id, next(iter(config.api_keys), ""))
-        monitor = RuntimeMonitor(
+        self.monitor = RuntimeMonitor(
             runtime,
             self._copies,
             self._loads,
@@ -153,8 +153,7 @@ class Pod:
             self.registry,
             self._copies,
             self._loads,
-            monitor,
-            self._changes,
+            self.monitor,
             failure_expiry_s=config.failure_expiry_s,
         )
         self.placement = Placement(
@@ -165,7 +164,7 @@ class Pod:
             self._loads,
             peers,
             self.states,
-            monitor,
+            self.monitor,
             self._changes,
             failure_expiry_s=config.failure_expiry_s,
             constraints=TypeConstraints(config.type_constraints),
@@ -178,14 +177,16 @@ class Pod:
             self._loads,
             self.placement,
             self.states,
-            monitor,
+            self.monitor,
             self._changes,
         )
-        self._transitions = Transitions(self.registry, self.placement, leads=self.registry.instances.leads)
+        self._transitions = Transitions(self.registry, self.placement, self.states, leads=self.registry.instances.leads)
         self._reaper = Reaper(self.registry, leads=self.registry.instances.leads)
         self._router = CopyRouter(
             self.registry,
             self.placement,
+            self.states,
+            self.monitor,
             self._copies,
             self._changes,
             self._metrics,
@@ -195,7 +196,9 @@ class Pod:
         addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
             config.grpc_listen,
-            ManagementService(self.registry, self.placement, check_info=self._check_info, read_only=config.read_only),
+            ManagementService(
+                self.registry, self.placement, self.states, check_info=self._check_info, read_only=config.read_only
+            ),
             InferenceGateway(
                 self.registry,
                 self._router,
@@ -203,21 +206,21 @@ class Pod:
                 addressing,
                 self._metrics,
                 own_id=self.instance_id,
-                limits=lambda: self.placement.runtime.limits,
+                limits=lambda: self.monitor.limits,
                 max_message_bytes=config.grpc_max_message_bytes,
             ),
             own_oip=OipServer(
-                self.registry, self.placement, addressing, is_ready=self.is_ready, version=package_version()
+                self.registry, self.states, addressing, is_ready=self.is_ready, version=package_version()
             ),
             keys=config.api_keys,
             max_message_bytes=config.grpc_max_message_bytes,
         )
-        views = ModelViews(self.registry, self.placement, self._last_used_ms)
+        views = ModelViews(self.registry, self.states, self._last_used_ms)
         self.http = HttpServer(
             config.http_listen,
             OpenAiGateway(
                 self.registry,
-                self.placement,
+                self.states,
                 self._router,
                 self._connections,
                 self._metrics,
@@ -228,7 +231,7 @@ class Pod:
             (
                 HealthRoutes(self._connections, config.runtime_http, self.is_ready, self._figures),
                 ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
-                AdminRoutes(self.registry, self.placement, runtime, views),
+                AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
             ),
             self._metrics,
             keys=config.api_keys,
@@ -245,7 +248,7 @@ class Pod:
         return (
             self._static_registered
             and self._publisher is not None
-            and self.placement.runtime.ready
+            and self.monitor.ready
             and not self._stopping.is_set()
         )
 
@@ -271,9 +274,9 @@ class Pod:
             own,
             self._copies,
             self._changes,
-            snapshot=lambda: self.placement.runtime.snapshot,
+            snapshot=lambda: self.monitor.snapshot,
             num_loading=lambda: self._loads.num_loading,
-            loading_threads=lambda: limits.max_loading_concurrency if (limits := self.placement.runtime.limits) else 0,
+            loading_threads=lambda: limits.max_loading_concurrency if (limits := self.monitor.limits) else 0,
         )
         self.reconciler.start()
         self._transitions.start()
@@ -308,7 +311,7 @@ class Pod:
             self._static_models,
             self.registry,
             self.placement,
-            is_loaded=lambda model_id: self.placement.status(model_id).status is ModelStatus.LOADED,
+            is_loaded=lambda model_id: self.states.status(model_id).status is ModelStatus.LOADED,
         )
         self._static_registered = True
 
@@ -337,7 +340,7 @@ class Pod:
 
     def _check_info(self, info: ModelInfo) -> None:
         """Check a registration before it is stored. A foreign runtime has model keys of its own, which only it can check."""
-        runtime = self.placement.runtime.snapshot
+        runtime = self.monitor.snapshot
         if runtime.ready and not runtime.foreign:
             check_key(info)
 

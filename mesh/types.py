@@ -53,8 +53,20 @@ class StatusInfo:
     copies: tuple[CopyInfo, ...] = ()
 
 
+class ModelStatuses(Protocol):
+    """What this pod knows of the models' states, without a remote call."""
+
+    def status(self, model_id: str) -> StatusInfo:
+        """Return the model's state over all pods."""
+        ...
+
+    def blocked_for_s(self, model_id: str) -> float:
+        """Return the seconds until a pod may try to load a failed model again; 0 if one may now."""
+        ...
+
+
 class Loader(Protocol):
-    """Placement, as the APIs see it."""
+    """Placement, as the management API, moving names and static models use it."""
 
     async def ensure_loaded(self, model_id: str, *, last_used_ms: int = 0, wait: bool = False) -> StatusInfo:
         """Start a load unless a copy is loaded or loading. `last_used_ms` 0 means now.
@@ -65,19 +77,6 @@ class Loader(Protocol):
 
     async def unload(self, model_id: str) -> None:
         """Unload all copies and return when they are gone. The registration stays. Unknown and unloaded models are ignored."""
-
-    def status(self, model_id: str) -> StatusInfo:
-        """Return what this pod knows now, without a remote call."""
-
-    def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:
-        """Yield the status now and after each change, until it is LOADED or LOADING_FAILED."""
-
-    def expected_wait_s(self, model_id: str) -> float:
-        """Return how long a request for this model would wait, from measured load times. Retry-After is based on it."""
-
-    def blocked_for_s(self, model_id: str) -> float:
-        """Return the seconds until a pod may try to load a failed model again; 0 if one may now."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,9 @@ from mesh.api.model_view import ModelViews
 from mesh.api.request_log import Record
 from mesh.client.admin import Fit, Models
 from mesh.errors import InvalidRequest, NotFound
+from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
+from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import CAPACITY_UNIT_BYTES
 from mesh.registry.registration import DEFAULT_TYPE, concrete_id, model_info, with_settings
 from mesh.registry.registry import Registry
@@ -68,9 +70,19 @@ class Pods(msgspec.Struct, frozen=True):
 
 
 class AdminRoutes:
-    def __init__(self, registry: Registry, placement: Placement, runtime: RuntimeClient, views: ModelViews) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        placement: Placement,
+        states: ModelStates,
+        monitor: RuntimeMonitor,
+        runtime: RuntimeClient,
+        views: ModelViews,
+    ) -> None:
         self._registry = registry
         self._placement = placement
+        self._states = states
+        self._monitor = monitor
         self._runtime = runtime
         self._views = views
 
@@ -128,7 +140,7 @@ class AdminRoutes:
         unloaded: tuple[str, ...] = ()
         if answer.fits:
             # The runtime's answer lists the models that it would evict from device memory; they stay loaded. These would be unloaded.
-            unloaded = self._placement.would_unload(
+            unloaded = self._states.would_unload(
                 model_id, await self._runtime.predict_size(model_id, info) or answer.weight_bytes
             )
         return _json(self._fit_view(answer, unloaded))
@@ -147,7 +159,7 @@ class AdminRoutes:
 
     async def pods(self, _: web.Request) -> web.Response:
         """List all pods. This pod's own figures are current; the registry's record of it is not rewritten with every request."""
-        own_id, now = self._registry.instances.own_id, self._placement.runtime.snapshot
+        own_id, now = self._registry.instances.own_id, self._monitor.snapshot
         pods = dict(self._registry.instances.table.items())
         if own_id in pods:
             pods[own_id] = msgspec.structs.replace(
@@ -188,7 +200,7 @@ class AdminRoutes:
         return model_id, record.info
 
     def _is_loaded(self, model_id: str) -> bool:
-        return self._placement.status(model_id).status is ModelStatus.LOADED
+        return self._states.status(model_id).status is ModelStatus.LOADED
 
     def _fit_view(self, answer: FitAnswer, unloaded: tuple[str, ...]) -> Fit:
         return Fit(

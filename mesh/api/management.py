@@ -12,7 +12,7 @@ from mesh.registry.models import entry_time_ms
 from mesh.registry.records import VModelRecord
 from mesh.registry.registry import Registry
 from mesh.registry.vmodel_plan import VModelRequest
-from mesh.types import Loader, ModelInfo, ModelStatus, StatusInfo
+from mesh.types import Loader, ModelInfo, ModelStatus, ModelStatuses, StatusInfo
 from wire.mmesh import model_mesh_pb2 as pb
 from wire.mmesh import model_mesh_pb2_grpc as rpc
 
@@ -33,6 +33,7 @@ class ManagementService(rpc.ModelMeshServicer):
         self,
         registry: Registry,
         loader: Loader,
+        states: ModelStatuses,
         *,
         check_info: Callable[[ModelInfo], None] = lambda _: None,
         now_ms: Callable[[], int] = epoch_ms,
@@ -41,6 +42,7 @@ class ManagementService(rpc.ModelMeshServicer):
     ) -> None:
         self._registry = registry
         self._loader = loader
+        self._states = states
         self._check_info = check_info
         self._now_ms = now_ms
         self._move_wait_s = move_wait_s
@@ -77,7 +79,7 @@ class ManagementService(rpc.ModelMeshServicer):
         )
         if request.loadNow:
             return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
-        return _status(self._loader.status(request.modelId))
+        return _status(self._states.status(request.modelId))
 
     async def _unregister(self, request: pb.UnregisterModelRequest) -> pb.UnregisterModelResponse:
         _require_id(request.modelId)
@@ -143,10 +145,10 @@ class ManagementService(rpc.ModelMeshServicer):
         try:
             status = await self._loader.ensure_loaded(model_id, last_used_ms=last_used_ms, wait=wait)
         except LoadFailed as error:
-            status = self._loader.status(model_id)
+            status = self._states.status(model_id)
             return StatusInfo(ModelStatus.LOADING_FAILED, status.errors or (error.detail,), status.copies)
         if status.status is ModelStatus.LOADING and await self._refresh_peers(status):
-            return self._loader.status(model_id)
+            return self._states.status(model_id)
         return status
 
     async def _moved(self, vmodel_id: str, target_id: str) -> VModelRecord:
@@ -167,9 +169,9 @@ class ManagementService(rpc.ModelMeshServicer):
     async def _status_of(self, model_id: str) -> pb.ModelStatusInfo:
         if await self._registry.models.find(model_id) is None:
             return pb.ModelStatusInfo(status=pb.ModelStatusInfo.NOT_FOUND)
-        status = self._loader.status(model_id)
+        status = self._states.status(model_id)
         if status.status is ModelStatus.LOADING and await self._refresh_peers(status):
-            status = self._loader.status(model_id)
+            status = self._states.status(model_id)
         return _status(status)
 
     def _state(self) -> pb.ModelStatusInfo:
@@ -225,7 +227,7 @@ class ManagementService(rpc.ModelMeshServicer):
         return info
 
     def _is_loaded(self, model_id: str) -> bool:
-        return self._loader.status(model_id).status is ModelStatus.LOADED
+        return self._states.status(model_id).status is ModelStatus.LOADED
 
 
 async def _answered(work: Awaitable[Answer], context: Context) -> Answer:

@@ -11,7 +11,7 @@ from mesh.client.admin import Copy, Model
 from mesh.registry.records import ModelRecord
 from mesh.registry.registration import belongs_to, settings_of
 from mesh.registry.registry import NamedModel, Registry
-from mesh.types import CopyInfo, Loader, ModelStatus, StatusInfo
+from mesh.types import CopyInfo, ModelStatus, ModelStatuses, StatusInfo
 
 _BY_DISTANCE = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE)
 _MAX_CACHED_SETTINGS = 10_000
@@ -31,9 +31,9 @@ class _Move:
 class ModelViews:
     """`last_used_ms` returns when this pod last used a model, 0 if unknown."""
 
-    def __init__(self, registry: Registry, loader: Loader, last_used_ms: Callable[[str], int]) -> None:
+    def __init__(self, registry: Registry, states: ModelStatuses, last_used_ms: Callable[[str], int]) -> None:
         self._registry = registry
-        self._loader = loader
+        self._states = states
         self._last_used_ms = last_used_ms
         self._settings: dict[str, dict[str, Any]] = {}  # by model key
 
@@ -56,10 +56,10 @@ class ModelViews:
         return self._view(named)
 
     def _is_unloaded(self, named: NamedModel) -> bool:
-        return named.target_id == named.model_id and not self._loader.status(named.model_id).copies
+        return named.target_id == named.model_id and not self._states.status(named.model_id).copies
 
     def _view(self, named: NamedModel) -> Model:
-        status = self._loader.status(named.model_id)
+        status = self._states.status(named.model_id)
         best = _best(status)
         move = self._move_of(named)
         # While a name is moving, the new target's progress is of interest.
@@ -94,7 +94,7 @@ class ModelViews:
             return None
         target = self._registry.models.get(named.target_id)
         path = target.path if target else ""
-        return _Move(path, self._loader.status(named.target_id), has_failed=bool(path) and named.move_failed)
+        return _Move(path, self._states.status(named.target_id), has_failed=bool(path) and named.move_failed)
 
     def _used_ms(self, named: NamedModel) -> int:
         """Return when the model was last used; 0 if it was not used since its registration."""

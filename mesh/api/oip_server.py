@@ -14,7 +14,7 @@ import grpc.aio
 from mesh.api.addressing import Addressing
 from mesh.errors import MeshError, NotFound
 from mesh.registry.registry import Registry
-from mesh.types import Loader, ModelStatus
+from mesh.types import ModelStatus, ModelStatuses
 from wire.inference import grpc_predict_v2_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -25,10 +25,16 @@ class OipServer:
     """Each method's specification is its comment in proto/inference/grpc_predict_v2.proto."""
 
     def __init__(
-        self, registry: Registry, loader: Loader, addressing: Addressing, *, is_ready: Callable[[], bool], version: str
+        self,
+        registry: Registry,
+        states: ModelStatuses,
+        addressing: Addressing,
+        *,
+        is_ready: Callable[[], bool],
+        version: str,
     ) -> None:
         self._registry = registry
-        self._loader = loader
+        self._states = states
         self._addressing = addressing
         self._is_ready = is_ready
         self._version = version
@@ -67,7 +73,7 @@ class OipServer:
             return pb.ModelReadyResponse(ready=False)
         except MeshError as error:
             await context.abort(grpc.StatusCode[error.code], error.message)
-        return pb.ModelReadyResponse(ready=self._loader.status(model_id).status is not ModelStatus.LOADING_FAILED)
+        return pb.ModelReadyResponse(ready=self._states.status(model_id).status is not ModelStatus.LOADING_FAILED)
 
 
 def _unary(serve: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:

@@ -19,7 +19,7 @@ from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import Attempts, RoutingRequest
 from mesh.routing.router import CopyRouter
-from mesh.types import Loader
+from mesh.types import ModelStatuses
 
 _FIRST_COMMENT_S = 0.2  # an error that is known at once still gets its own status
 
@@ -30,7 +30,7 @@ class OpenAiGateway:
     def __init__(
         self,
         registry: Registry,
-        loader: Loader,
+        states: ModelStatuses,
         router: CopyRouter,
         connections: Connections,
         metrics: Metrics,
@@ -40,7 +40,7 @@ class OpenAiGateway:
         keep_alive_s: float,
     ) -> None:
         self._registry = registry
-        self._loader = loader
+        self._states = states
         self._router = router
         self._connections = connections
         self._metrics = metrics
@@ -111,7 +111,7 @@ class OpenAiGateway:
 
     def _comment(self, model_id: str) -> str:
         """Return the load's state and progress, such as `pulling 42 % of the files`."""
-        copies = self._loader.status(model_id).copies
+        copies = self._states.status(model_id).copies
         model = next((copy.model for copy in copies if copy.model.state is not CopyState.UNKNOWN), None)
         if model is None or model.state in (
             CopyState.LOADED,

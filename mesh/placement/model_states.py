@@ -1,9 +1,7 @@
 """Answers what state a model is in: on this pod, over all pods, and how long a request for it would wait."""
 
 import time
-from collections.abc import AsyncIterator
 
-from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState
 from mesh.placement.copies import LocalCopies
@@ -16,8 +14,6 @@ from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
 from mesh.types import ModelStatus, StatusInfo
 
-_ENDED = (ModelStatus.LOADED, ModelStatus.LOADING_FAILED, ModelStatus.NOT_FOUND)
-
 
 class ModelStates:
     """Reads the registry, this pod's copies and loads, and its runtime's state. Changes nothing."""
@@ -28,7 +24,6 @@ class ModelStates:
         copies: LocalCopies,
         loads: LocalLoads,
         monitor: RuntimeMonitor,
-        changes: Changes,
         *,
         failure_expiry_s: float,
     ) -> None:
@@ -36,7 +31,6 @@ class ModelStates:
         self._copies = copies
         self._loads = loads
         self._monitor = monitor
-        self._changes = changes
         self._failure_expiry_s = failure_expiry_s
         self._own_id = registry.instances.own_id
 
@@ -50,17 +44,6 @@ class ModelStates:
             own_model=self._monitor.model(model_id),
             pods=self.pods() if record is not None and record.instance_ids else {},
         )
-
-    async def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:
-        last: StatusInfo | None = None
-        while True:
-            status = self.status(model_id)
-            if status != last:
-                last = status
-                yield status
-            if status.status in _ENDED:
-                return
-            await self._changes.wait()
 
     def expected_wait_s(self, model_id: str) -> float:
         copy = self._copies.get(model_id)

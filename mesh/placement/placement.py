@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from common.changes import Changes
@@ -66,28 +66,6 @@ class Placement:
         self._constraints = constraints
         self._own_labels = own_labels
         self._own_id = registry.instances.own_id
-
-    def status(self, model_id: str) -> StatusInfo:
-        return self._states.status(model_id)
-
-    def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:
-        return self._states.progress(model_id)
-
-    def expected_wait_s(self, model_id: str) -> float:
-        return self._states.expected_wait_s(model_id)
-
-    def expected_load_s(self, model_id: str) -> float:
-        return self._states.expected_load_s(model_id)
-
-    def would_unload(self, model_id: str, size_bytes: int) -> tuple[str, ...]:
-        return self._states.would_unload(model_id, size_bytes)
-
-    def blocked_for_s(self, model_id: str) -> float:
-        return self._states.blocked_for_s(model_id)
-
-    @property
-    def runtime(self) -> RuntimeMonitor:
-        return self._monitor
 
     async def ensure_loaded(
         self,

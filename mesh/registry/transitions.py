@@ -12,7 +12,7 @@ from contextlib import suppress
 from mesh.errors import MeshError
 from mesh.registry.records import ModelRecord, VModelRecord
 from mesh.registry.registry import Registry
-from mesh.types import Loader, ModelStatus
+from mesh.types import Loader, ModelStatus, ModelStatuses
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Transitions:
         self,
         registry: Registry,
         loader: Loader,
+        states: ModelStatuses,
         *,
         leads: Callable[[], bool] = lambda: True,
         load_timeout_s: float = LOAD_TIMEOUT_S,
@@ -32,6 +33,7 @@ class Transitions:
     ) -> None:
         self._registry = registry
         self._loader = loader
+        self._states = states
         self._leads = leads
         self._load_timeout_s = load_timeout_s
         self._retry_every_s = retry_every_s
@@ -117,7 +119,7 @@ class Transitions:
                     status = await self._loader.ensure_loaded(
                         vmodel.target_id, last_used_ms=active.last_used_ms, wait=True
                     )
-                    if status.status is not ModelStatus.LOADING_FAILED or self._loader.blocked_for_s(vmodel.target_id):
+                    if status.status is not ModelStatus.LOADING_FAILED or self._states.blocked_for_s(vmodel.target_id):
                         break  # otherwise another pod may still be able to load it
         except (MeshError, TimeoutError) as error:
             logger.info("%s can't be loaded: %s", vmodel.target_id, error or "it took too long")

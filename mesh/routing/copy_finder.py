@@ -6,7 +6,8 @@ from collections import Counter
 from common.clock import epoch_ms
 from common.model_state import CopyState, Tier
 from mesh.placement.copies import LocalCopies, LocalCopy
-from mesh.placement.placement import Placement
+from mesh.placement.model_states import ModelStates
+from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
 from mesh.routing.copy_selection import Candidate, choose
@@ -19,9 +20,12 @@ _MIN_LOADING_S = 0.1
 class CopyFinder:
     """`local`: the target that stands for this pod's own runtime."""
 
-    def __init__(self, registry: Registry, placement: Placement, copies: LocalCopies, local: Target) -> None:
+    def __init__(
+        self, registry: Registry, states: ModelStates, monitor: RuntimeMonitor, copies: LocalCopies, local: Target
+    ) -> None:
         self._registry = registry
-        self._placement = placement
+        self._states = states
+        self._monitor = monitor
         self._copies = copies
         self._local = local
         self._peer_requests: Counter[tuple[str, str]] = Counter()
@@ -32,7 +36,7 @@ class CopyFinder:
         candidates = []
         copy = self._copies.get(model_id)
         own_id = self._local.instance_id
-        if copy is not None and copy.loaded and self._placement.runtime.serves(copy) and own_id not in exclude:
+        if copy is not None and copy.loaded and self._monitor.serves(copy) and own_id not in exclude:
             candidates.append(self._local_candidate(model_id))
         record = self._registry.models.get(model_id)
         pods: dict[str, InstanceRecord] = {}
@@ -66,7 +70,7 @@ class CopyFinder:
         )
 
     def _local_candidate(self, model_id: str) -> Candidate:
-        model = self._placement.runtime.model(model_id)
+        model = self._monitor.model(model_id)
         in_flight = self._copies.in_flight(model_id)
         if model is None:
             return Candidate(self._local.instance_id, True, in_flight=in_flight)
@@ -102,7 +106,7 @@ class CopyFinder:
         loading_s = 0.0
         if report is None or report.state is not CopyState.LOADED:
             elapsed_s = max(0.0, (epoch_ms() - since_ms) / 1000)  # the peer's clock may be ahead
-            loading_s = max(_MIN_LOADING_S, self._placement.expected_load_s(model_id) - elapsed_s)
+            loading_s = max(_MIN_LOADING_S, self._states.expected_load_s(model_id) - elapsed_s)
         if report is None:
             return Candidate(pod_id, False, loading_s=loading_s, in_flight=in_flight, kv_usage=pod.kv_usage)
         return Candidate(

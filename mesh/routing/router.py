@@ -11,7 +11,9 @@ from mesh.errors import DeadlineExceeded, LoadFailed, NotFound, Overloaded, Unav
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies
 from mesh.placement.load_times import retry_after_s
+from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
+from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.registration import name_in
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import Attempts, RoutingRequest
@@ -39,6 +41,8 @@ class CopyRouter:
         self,
         registry: Registry,
         placement: Placement,
+        states: ModelStates,
+        monitor: RuntimeMonitor,
         copies: LocalCopies,
         changes: Changes,
         metrics: Metrics,
@@ -47,12 +51,14 @@ class CopyRouter:
     ) -> None:
         self._registry = registry
         self._placement = placement
+        self._states = states
+        self._monitor = monitor
         self._copies = copies
         self._changes = changes
         self._metrics = metrics
         self._local = local
         self._limits = limits
-        self._finder = CopyFinder(registry, placement, copies, local)
+        self._finder = CopyFinder(registry, states, monitor, copies, local)
         # Of local copies with a limit, by model: the load that the limit belongs to, and the limit.
         self._concurrency: dict[str, tuple[int, ConcurrencyLimit]] = {}
         self._stopping = asyncio.Event()
@@ -158,7 +164,7 @@ class CopyRouter:
                 f"not {condition} within the wait budget of {budget_s:g} s",
                 model=name,
                 limit=budget_s,
-                retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
+                retry_after_s=retry_after_s(self._states.expected_wait_s(model_id)),
             ) from None
         finally:
             self._metrics.held(model_id, -1)
@@ -170,7 +176,7 @@ class CopyRouter:
             model=self._registry.name_of(model_id),
             limit=self._limits.max_held,
             value=num_held,
-            retry_after_s=retry_after_s(self._placement.expected_wait_s(model_id)),
+            retry_after_s=retry_after_s(self._states.expected_wait_s(model_id)),
         )
 
     async def _wait_for_copy(
@@ -181,7 +187,7 @@ class CopyRouter:
                 raise _shutting_down()
             if self._local.instance_id in exclude:
                 # The local runtime has just failed, and its last snapshot may predate the failure.
-                await self._unless_stopping(self._placement.runtime.newer_account())
+                await self._unless_stopping(self._monitor.newer_account())
                 exclude -= {self._local.instance_id}
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
             if target is not None:
@@ -196,7 +202,7 @@ class CopyRouter:
             await self._changes.wait(_RECHECK_S)
             return
         # A copy elsewhere that was not chosen is unreachable or does not exist any more.
-        is_elsewhere = copy is None and self._placement.status(model_id).status in (
+        is_elsewhere = copy is None and self._states.status(model_id).status in (
             ModelStatus.LOADED,
             ModelStatus.LOADING,
         )
@@ -209,7 +215,7 @@ class CopyRouter:
             raise NotFound(f"model {name_in(model_id)} was unregistered")
 
     def _load_failed(self, model_id: str, errors: tuple[str, ...]) -> LoadFailed:
-        blocked_s = self._placement.blocked_for_s(model_id)
+        blocked_s = self._states.blocked_for_s(model_id)
         return LoadFailed(
             errors[0] if errors else "the cause is not known",
             model=self._registry.name_of(model_id),

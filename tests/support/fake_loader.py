@@ -1,7 +1,7 @@
 """Placement for tests: "loads" by writing what a pod would write into the registry, as fast or as slowly or as badly as a test wants."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
@@ -52,12 +52,6 @@ class FakeLoader:
             return StatusInfo(ModelStatus.NOT_LOADED)
         status = ModelStatus.LOADING if model_id in self._loads else ModelStatus.LOADED
         return StatusInfo(status, (), tuple(CopyInfo(pod, status, at) for pod, at in record.instance_ids.items()))
-
-    async def progress(self, model_id: str) -> AsyncIterator[StatusInfo]:
-        yield self.status(model_id)
-
-    def expected_wait_s(self, model_id: str) -> float:
-        return 1.0
 
     def blocked_for_s(self, model_id: str) -> float:
         record = self._registry.models.get(model_id)

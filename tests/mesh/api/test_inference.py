@@ -263,7 +263,7 @@ async def test_inference_refused_request_waits_for_a_newer_snapshot(pod: Running
     generate = pod.unary("/fmaas.GenerationService/Generate")
     calls = [asyncio.ensure_future(generate(b"hi", metadata=FOR_M)) for _ in range(20)]
     await until(lambda: pod.pod.copies.held("m") == 20)
-    assert not pod.pod.placement.runtime.serving
+    assert not pod.pod.monitor.serving
     pod.runtime.switches.engine_ready = True
     pod.runtime.tell()
     assert await asyncio.gather(*calls) == [b"hi"] * 20
@@ -299,7 +299,7 @@ async def test_inference_load_failure_has_its_cause_and_is_not_repeated_at_once(
     assert pod.runtime.log.count(("load", "m")) == 1
     assert pod.runtime.log.count(("unload", "m")) == 1
     pod.runtime.switches.fail.clear()
-    await until(lambda: not pod.pod.placement.blocked_for_s("m"))
+    await until(lambda: not pod.pod.states.blocked_for_s("m"))
     assert await pod.echo("m") == b"hi"
 
 

@@ -38,7 +38,7 @@ async def loaded_at(pod: RunningPod, other: RunningPod, model_id: str) -> None:
     def known() -> bool:
         return any(
             pod.pod.instance_id in copy.instance_id and copy.model.state == "loaded"
-            for copy in other.pod.placement.status(model_id).copies
+            for copy in other.pod.states.status(model_id).copies
         )
 
     await until(known)
