@@ -1,6 +1,6 @@
-"""What all models of one engine share on the device: row tables, input buffers, the upload ring, the line of results, the graph pool.
+"""Holds what all models of one engine share on the device: row tables, input buffers, the upload ring, the result ring and the graph pool.
 
-Made once at the engine's start; every tensor keeps its address. Knows sizes; nothing of any model.
+It is created once, at the engine's start, and every tensor keeps its address.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from runtime.engine.model.run.row_state import RowState
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """Everything runs on the stream that was current when it was made.
+    """All work runs on the stream that was current when the state was created.
 
     Attributes:
         drawn: [max_rows] int64, the tokens drawn in the running step, in the order of the rows that sample.
@@ -37,7 +37,7 @@ class DeviceState:
 
     @staticmethod
     def create(device: torch.device, config: EngineConfig) -> "DeviceState":
-        """Take the memory. A step may have as many tokens as the token budget, or one a row if that is more."""
+        """Allocate the state. A step may have as many tokens as the token budget, or one per row if that is more."""
         max_tokens = max(config.max_batch_tokens, config.max_rows)
         max_blocks = max_tokens // config.block_tokens + 2 * config.max_rows
         on_gpu = device.type == "cuda"

@@ -37,8 +37,10 @@ class StepShape:
 
 
 def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: int) -> tuple[StepShape, int]:
-    """Write `plan` into `words`, with no more than `max_blocks` of its new blocks; returns its shape and how many words it took. `line`: where in
-    the ring of results its draws will lie."""
+    """Write `plan`, with at most `max_blocks` of its new blocks, into `words`. Returns its shape and the number of words.
+
+    `line`: the line of the result ring for its draws.
+    """
     num_rows = len(plan.rows)
     rows = np.array(plan.rows, np.int64)
     starts = np.array(plan.starts, np.int64)
@@ -93,13 +95,13 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
 
 
 class InputRing:
-    """Host buffers in turn, and the device buffer that they are copied to (always the same one: CUDA graphs read it).
+    """Host buffers that take turns, and the device buffer that they are copied to. There is one device buffer, because CUDA graphs read it.
 
     Args:
-        staged: pack into host buffers of their own, even where the device's words are host memory (a CPU needs none; a test of the GPU's order does).
+        staged: pack into separate host buffers, even where the device is a CPU, which needs none. For tests of the GPU's order.
 
     Attributes:
-        max_blocks: new blocks that a step's words have room for; a plan's further ones (many long prefix hits at once) go another way.
+        max_blocks: new blocks for which a step's words have room. More come with many long prefix hits at once; they are sent separately.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class InputRing:
         self._num_words = 0
 
     def pack(self, plan: StepPlan, line: int) -> StepShape:
-        """Put `plan` into words on the host. Waits for the device only if it is RING_LINES steps behind. Raises EngineFault if it is too large."""
+        """Pack `plan` on the host. Waits for the device only if it is RING_LINES steps behind. Raises EngineFault if the plan is too large."""
         num_samples = sum(plan.samples)
         if plan.num_tokens > self._max_tokens or max(len(plan.rows), num_samples) > self._max_rows:
             raise EngineFault(
@@ -136,7 +138,7 @@ class InputRing:
         return shape
 
     def send(self) -> None:
-        """Start the copy of what was packed last."""
+        """Start to copy the plan that was packed last."""
         if self._sent:
             turn, size = self._turn, self._num_words
             self.device_words[:size].copy_(self._host[turn][:size], non_blocking=True)
@@ -144,5 +146,5 @@ class InputRing:
             self._turn = (turn + 1) % len(self._host)
 
     def blank(self) -> None:
-        """Make the device's words a step of no rows: what a graph is captured over."""
+        """Make the device's words a step without rows, over which graphs are captured."""
         self.device_words.zero_()

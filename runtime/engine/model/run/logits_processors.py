@@ -23,8 +23,8 @@ class _Row:
     bias_ids: npt.NDArray[np.int64]
     bias: npt.NDArray[np.float32]
     suppressed: npt.NDArray[np.int64]
-    suppressed_until: int  # position from which a drawn token may be any
-    table: int  # line of the history, -1 = none is kept
+    suppressed_until: int  # first position at which nothing is suppressed
+    table: int  # line of the history, -1 = none
     prompt_len: int
     counted: int  # positions below this are in the history
     allowed: torch.Tensor | None  # [V] float32 on the device: 0 for allowed ids, -inf for others; None = all
@@ -40,7 +40,7 @@ class _MaskLimits:
 
 
 class LogitsProcessors:
-    """One model's rows that edit their logits."""
+    """Changes the logits of one model's rows that have any such parameter."""
 
     def __init__(self, vocab_size: int, tables: RowState) -> None:
         self._vocab_size = vocab_size
@@ -50,7 +50,7 @@ class LogitsProcessors:
         self._free: list[int] = []
 
     def open(self, setup: RowSetup) -> bool:
-        """Take up a row; False if it edits nothing."""
+        """Set up a row. Returns False if its logits are never changed."""
         sampling = setup.sampling
         suppresses = setup.min_tokens > 0 and bool(setup.suppressed)
         limits_ids = sampling.allowed_token_ids or suppresses
@@ -88,7 +88,7 @@ class LogitsProcessors:
             self._free.append(known.table)
 
     def active(self, row: int, position: int) -> bool:
-        """Whether a draw for `position` of the row is edited."""
+        """Whether the logits of a draw for `position` of the row are changed."""
         known = self._rows.get(row)
         return known is not None and (
             known.limits is not None
@@ -99,7 +99,7 @@ class LogitsProcessors:
         )
 
     def note_given(self, row: int, start: int, ids: list[int]) -> None:
-        """Count ids that the host gave for positions `start` on: a returning row says again what it had said."""
+        """Count ids that the host gave for positions from `start` on, such as the earlier output of a preempted row."""
         known = self._rows.get(row)
         if known is None or known.table < 0:
             return
@@ -110,7 +110,7 @@ class LogitsProcessors:
         known.counted = max(known.counted, start + len(ids))
 
     def note_drawn(self, rows: list[int], positions: list[int], targets: list[int], drawn: torch.Tensor) -> None:
-        """Count the tokens drawn[targets[i]] of rows that keep a history."""
+        """Count the tokens drawn[targets[i]] of rows with penalties."""
         kept = [i for i, row in enumerate(rows) if row in self._rows and self._rows[row].table >= 0]
         if not kept:
             return
@@ -123,7 +123,7 @@ class LogitsProcessors:
         self._add(base + drawn[target])
 
     def apply(self, logits: torch.Tensor, rows: list[int], positions: list[int]) -> None:
-        """Edit float32 `logits` [m, V] of `rows` in place, for draws at `positions`."""
+        """Change float32 `logits` [m, V] of `rows` in place, for draws at `positions`."""
         known = [self._rows[row] for row in rows]
         flat = logits.view(-1)
         offsets = np.arange(len(rows)) * self._vocab_size

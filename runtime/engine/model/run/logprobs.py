@@ -1,7 +1,6 @@
-"""Log-probabilities of drawn tokens and of prompts: worked out on the device for the rows that ask, read on the host with the step's result.
+"""Computes log-probabilities of drawn tokens and of prompts on the device, for the rows that want them. The host reads them with the step's output.
 
-An entry is log-softmax of the raw logits, the 1-based rank, and the best few. Knows rows
-and chunks; nothing of how a token was drawn.
+An entry is the log-softmax of the raw logits, the 1-based rank, and the best alternatives.
 """
 
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from runtime.engine.model.run.row_state import to_device, to_host
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams
 
-# Rows worked on at a time: float32 copies of the logits are made, and a prompt's chunk has thousands.
+# Rows per pass: float32 copies of the logits are made, and a prompt's chunk has thousands of rows.
 _ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Entries on their way to the host: [m], [m], [m, n], [m, n] in pinned memory."""
+    """Entries whose copy to the host is queued: [m], [m], [m, n], [m, n] in pinned memory."""
 
     logprobs: torch.Tensor
     ranks: torch.Tensor
@@ -29,7 +28,7 @@ class Scored:
     top_ids: torch.Tensor
 
     def entries(self, tops: list[int]) -> list[TokenLogprobs | None]:
-        """Read them, with tops[i] alternatives each."""
+        """Read the entries, with tops[i] alternatives each."""
         logprobs, ranks, top, ids = (
             self.logprobs.tolist(),
             self.ranks.tolist(),
@@ -43,7 +42,7 @@ class Scored:
 
 
 def score(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Scored:
-    """Entries of tokens `chosen` [m] int64 under `logits` [m, V], with the `num_top` best, queued for the host."""
+    """Compute entries of tokens `chosen` [m] int64 under `logits` [m, V], with the `num_top` best, and queue their copy to the host."""
     parts = []
     for begin in range(0, logits.shape[0], _ROWS_AT_ONCE):
         x = logits[begin : begin + _ROWS_AT_ONCE].float()
@@ -57,13 +56,13 @@ def score(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> Scored:
 @dataclass(slots=True)
 class _PromptPart:
     row: int
-    none_first: bool  # position 0, or what comes before it isn't known
+    none_first: bool  # the first token has no entry: it is at position 0
     num_entries: int
     num_top: int
 
 
 class StepLogprobs:
-    """What one step's rows asked for (results.LogprobsOnTheWay)."""
+    """The log-probabilities of one step (result_ring.PendingLogprobs)."""
 
     def __init__(self) -> None:
         self._num_samples = 0
@@ -101,7 +100,7 @@ class StepLogprobs:
 
 
 class LogprobRows:
-    """Which of a model's rows want log-probabilities, and the logits that a chunk leaves for the next one's first token."""
+    """The rows of a model that want log-probabilities, and the logits that a chunk leaves for the next chunk's first token."""
 
     def __init__(self) -> None:
         self._wants: dict[int, LogprobParams] = {}
@@ -127,7 +126,7 @@ class LogprobRows:
         return [self._wants[int(shape.sample_rows[s])].generated or 0 for s in samples]
 
     def prompt_positions(self, plan: StepPlan, shape: StepShape) -> list[int]:
-        """Tokens of the batch whose logits the prompts' entries need, row by row."""
+        """Return the tokens of the batch whose logits the prompts' entries need, row by row."""
         return [t for row in plan.prompt_logprobs for t in self._span(plan, shape, row)]
 
     def score_prompts(self, plan: StepPlan, shape: StepShape, logits: torch.Tensor, job: StepLogprobs) -> None:

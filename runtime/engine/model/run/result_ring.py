@@ -44,7 +44,7 @@ class StepLaunched:
             return True  # the device is lost, and `collect` raises its error
 
     def settle(self) -> None:
-        """Take the result off the ring, waiting for it if need be; the line may then be used again."""
+        """Read the output from the ring, waiting for it if necessary. The line may be used again afterwards."""
         if self._result is not None:
             return
         if self._events is not None:
@@ -68,7 +68,7 @@ class StepLaunched:
 
 
 class ResultRing:
-    """Lines of drawn tokens in turn."""
+    """Lines of drawn tokens, used in turn."""
 
     def __init__(self, device: torch.device, max_rows: int) -> None:
         self.lines = torch.zeros((RING_LINES, max_rows), dtype=torch.int64, device=device)
@@ -83,7 +83,7 @@ class ResultRing:
         self._begin_s = 0.0
 
     def take_line(self) -> int:
-        """A line for the next step. Waits only if RING_LINES steps are under way."""
+        """Return a line for the next step. Waits only if RING_LINES steps are in flight."""
         line = self._turn
         self._turn = (line + 1) % RING_LINES
         user = self._users[line]
@@ -92,7 +92,7 @@ class ResultRing:
         return line
 
     def begin(self) -> None:
-        """The step's device time counts from now."""
+        """Start to measure the step's device time."""
         if self._on_gpu:
             self._begin_event = torch.cuda.Event(enable_timing=True)
             self._begin_event.record()

@@ -1,7 +1,6 @@
-"""What the device keeps of every row slot between steps: its last drawn token, its page table, its sampling rules.
+"""Holds the device's state of every row slot between steps: the last drawn token, the page table and the sampling rules.
 
-One set for the whole engine: a slot belongs to one model at a time, and all steps run in one order, so models share the tables. Knows slots and
-words; nothing of models, batches or how a token is drawn.
+A slot belongs to one model at a time and all steps run in one order, so the models of an engine share the tables.
 """
 
 from collections.abc import Sequence
@@ -33,17 +32,17 @@ class RowState:
         self._page_tables: dict[int, torch.Tensor] = {}
 
     def page_table(self, num_pages: int) -> torch.Tensor:
-        """A table of at least `num_pages` entries a row, [max_rows, W] int32: one for each power of two, shared by the models of that width."""
+        """Return a table of at least `num_pages` entries per row, [max_rows, W] int32. Models with the same W, a power of two, share one."""
         width = max(16, 1 << (num_pages - 1).bit_length())
         table = self._page_tables.get(width)
-        if table is None:  # two loading threads may meet here: both get the same
+        if table is None:  # setdefault, because two loading threads may get here at once
             table = self._page_tables.setdefault(
                 width, torch.zeros((self.max_rows, width), dtype=torch.int32, device=self.device)
             )
         return table
 
     def enter_blocks(self, table: torch.Tensor, blocks: Sequence[tuple[int, int, int]]) -> None:
-        """Write (row slot, index, page id) entries into a page table: those that a step's upload has no room for."""
+        """Write (row slot, index, page id) entries into a page table: those for which a step's upload has no room."""
         row, index, page = to_device(np.array(blocks, np.int64).T.copy(), self.device)
         table[row, index] = page.int()
 
@@ -54,7 +53,7 @@ class RowState:
 
 
 def to_device(array: "npt.NDArray[np.generic]", device: torch.device) -> torch.Tensor:
-    """A copy of `array` on the device, without waiting for it (torch keeps the pinned copy until the transfer is over)."""
+    """Copy `array` to the device without waiting for it. Torch keeps the pinned copy until the transfer is over."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

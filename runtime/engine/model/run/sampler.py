@@ -21,7 +21,7 @@ _PLAIN, _RANDOM, _EDITED = range(3)
 
 
 class Sampler:
-    """One model's open rows and their rules."""
+    """Draws for one model's open rows by their sampling parameters."""
 
     def __init__(self, vocab_size: int, tables: RowState) -> None:
         self._tables = tables
@@ -31,7 +31,7 @@ class Sampler:
         self._unsent: dict[int, SamplingParams] = {}
 
     def open(self, setup: RowSetup) -> None:
-        """Take up a row; its rules go to the device with the next step."""
+        """Set up a row. Its rules are sent to the device with the next step."""
         rules = setup.sampling
         row = setup.row
         self._edits.close(row)
@@ -50,11 +50,11 @@ class Sampler:
         self._unsent.pop(row, None)
 
     def all_plain(self, shape: StepShape) -> bool:
-        """Whether the largest logit is the draw of every row."""
+        """Whether every row draws its largest logit."""
         return not self._kinds[shape.sample_rows].any()
 
     def begin(self, plan: StepPlan) -> None:
-        """Before a step: send new rows' rules, count what the host gives to rows that keep a history."""
+        """Prepare a step: send the rules of new rows, and count the tokens that the host gives to rows with penalties."""
         if self._unsent:
             self._tables.write_rules(list(self._unsent), list(self._unsent.values()))
             self._unsent.clear()
