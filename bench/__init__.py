@@ -1,1 +1,1 @@
-"""Benchmarks: each prints one table, with its peer's figure and the share of the limit beside ours. See bench/README.md."""
+"""Benchmarks. Each prints a table with a peer's figure and the share of the physical limit. See bench/README.md."""

@@ -1,4 +1,4 @@
-"""The least that a proxy can do: bytes from one connection to another and back, nothing parsed. `python -m bench.byte_proxy PORT SOCKET …`"""
+"""A minimal proxy that copies bytes between connections without parsing: `python -m bench.byte_proxy PORT SOCKET …`"""
 
 import asyncio
 import sys

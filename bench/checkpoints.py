@@ -1,4 +1,4 @@
-"""Random-weight Llama checkpoints in the shapes that docs/benchmarks speaks of, written as sharded safetensors. Needs no GPU."""
+"""Writes random Llama checkpoints in the shapes of docs/benchmarks, as sharded safetensors. A GPU is optional."""
 
 import json
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Shape:
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
     def step_bytes(self, body_bytes_per_parameter: float) -> float:
-        """Weights that a decode step reads: the body, and the output projection in bf16."""
+        """Return the bytes of weights that a decode step reads: the layers, and the output projection in bf16."""
         return self.body_parameters * body_bytes_per_parameter + 2.0 * self.vocab * self.hidden
 
 
@@ -50,7 +50,7 @@ SHAPES = {shape.name: shape for shape in (LLAMA_8B, LLAMA_1B, TINY)}
 
 
 def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
-    """A checkpoint with normal random weights in bf16; at once if it is there already. A few GB a shard."""
+    """Write a checkpoint of normal random bf16 weights, unless it exists. A shard has a few GB."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,14 +102,16 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
     _write_tokenizer(folder, shape.vocab)
-    (folder / "config.json").write_text(json.dumps(config_of(shape)))  # last: its presence says that the rest is whole
+    (folder / "config.json").write_text(
+        json.dumps(config_of(shape))
+    )  # Written last: it marks the checkpoint as complete.
     if device == "cuda":
-        torch.cuda.empty_cache()  # what an engine finds there is its budget
+        torch.cuda.empty_cache()  # An engine takes its budget from the free memory.
     return folder
 
 
 def config_of(shape: Shape) -> dict[str, object]:
-    """A Llama's config.json."""
+    """Return the config.json of a Llama of this shape."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -134,7 +136,7 @@ def config_of(shape: Shape) -> dict[str, object]:
 
 
 def _write_tokenizer(folder: Path, vocab: int) -> None:
-    """A word for each id, so that any output can be decoded, in byte-level form, as the families of these shapes have theirs."""
+    """Write a byte-level tokenizer with a word per id, so that any output can be decoded."""
     words = {f"Ġw{i}": i for i in range(vocab)}
     content: dict[str, object] = {
         "version": "1.0",

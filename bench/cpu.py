@@ -1,8 +1,8 @@
-"""SmolLM2 in fp32 on this machine's CPU: Repertory, streamed through mesh and runtime, beside transformers `generate`, in turns in one run.
+"""Compares Repertory, streamed through mesh and runtime, with transformers `generate`: SmolLM2 in fp32 on a CPU, in turns.
 
     python -m bench.cpu [--rows 1,4,16,32] [--repeats 3]
 
-Prints tokens per second and their ratio. The machines that run this are shared: believe the ratios, not the absolute figures.
+Prints tokens per second and their ratio. On shared machines only the ratios are meaningful.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from tests.support import stack
 from tests.support.smollm2 import gguf_path
 
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 128
-# rows times repeats: the larger counts run for long enough to need fewer turns, and the whole stays within some minutes
+# Limit of rows × repeats. Larger counts run longer and need fewer repeats.
 MOST_ROWS = 64
-# docs/benchmarks: vLLM's CPU build on two cores, another run on such a machine; not in this run, so it gives a direction only
+# vLLM's CPU build on two cores of another machine, from docs/benchmarks: an indication only.
 VLLM_CPU = {1: 19.6, 4: 55.5, 16: 128.1, 32: 160.4}
 
 
@@ -55,11 +55,11 @@ def main() -> None:
                 flush=True,
             )
         peer.close()
-    print("* another run on two such cores")
+    print("* measured in another run on two similar cores")
 
 
 class _Peer:
-    """transformers in a process of its own, idle while ours runs. It reads the packed fp32 weights, so that both compute the same model."""
+    """transformers in its own process, idle while Repertory runs, over the same weights in fp32."""
 
     def __init__(self, served: stack.Stack) -> None:
         self._process = subprocess.Popen(
@@ -75,7 +75,7 @@ class _Peer:
             raise RuntimeError(f"the transformers peer did not start: {ready!r}")
 
     def run(self, rows: int, seed: int) -> float:
-        """Output tokens per second."""
+        """Return output tokens per second."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         job = {"rows": rows, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS, "seed": seed}

@@ -1,4 +1,4 @@
-"""The engine alone on one GPU, on docs/benchmarks' workloads: output tokens per second beside vLLM's, and the share of the physical floor.
+"""Measures the engine alone on one GPU: output tokens per second beside vLLM's, and the share of the physical floor.
 
     python -m bench.engine [--lines 8B/bf16,8B/nf4,1B/bf16,8B/int8] [--workloads 1/256/128,…] [--folder /tmp/checkpoints]
 
@@ -27,7 +27,7 @@ VLLM = {
     "8B/nf4": {"1/256/128": 178, "8/256/128": 630, "32/256/128": 2199, "128/256/128": 5443, "256/256/128": 7458},
     "1B/bf16": {"1/256/128": 776, "8/256/128": 4666, "32/256/128": 14729, "128/256/128": 30897, "256/256/128": 37414, "512/1024/256": 29356},
 }  # fmt: skip
-# what issue 3 asks of us
+# targets
 ASKED = {
     "8B/bf16": {"1/256/128": 240, "8/256/128": 1800, "32/256/128": 5500, "128/256/128": 11000, "256/256/128": 13000, "64/16/512": 12500,
                 "256/16/512": 26500, "512/1024/256": 6800},

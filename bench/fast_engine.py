@@ -1,6 +1,6 @@
-"""An engine process without a model: rows for all running sequences in one message every step, as fast as is asked. Speaks runtime/ipc/messages.py.
+"""An engine process without a model, to measure the runtime alone: it sends a token of each sequence at a fixed rate.
 
-So that the front can be measured alone: the ids are random, a step costs next to nothing, and the steps keep their beat whoever is late.
+The ids are random, a step costs almost nothing, and the rate does not depend on readers. Uses runtime/ipc/messages.py.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class FastEngine:
         self._reader = FrameReader(decoder)
         self._encoder = msgspec.msgpack.Encoder()
         self._models: dict[str, Load] = {}
-        self._left: dict[int, tuple[str, int]] = {}  # request id → its model, tokens to come
+        self._left: dict[int, tuple[str, int]] = {}  # request id → model, remaining tokens
 
     def run(self) -> None:
         self._send(Hello(os.getpid(), "cpu", "no device", _BYTES, 0, 1 << 22, 256))

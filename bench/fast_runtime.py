@@ -1,4 +1,4 @@
-"""`python -m runtime` with bench.fast_engine in the engine's place. BENCH_STEP_S and BENCH_VOCAB tell that engine its pace and its ids."""
+"""`python -m runtime` with bench.fast_engine in the engine's place. BENCH_STEP_S and BENCH_VOCAB set its step and vocabulary."""
 
 import asyncio
 import os

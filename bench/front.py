@@ -1,9 +1,9 @@
-"""The served path without a model: client → mesh → runtime front → an engine that only keeps a beat. What a token costs in each process.
+"""Measures the CPU time per token of mesh and runtime, over an engine without a model that sends at a fixed rate.
 
     python -m bench.front [--streams 256] [--output 200] [--step-ms 10] [--path mesh|runtime] [--api http|grpc]
 
-Prints CPU microseconds per token of the runtime front and of the mesh: the figure to watch where cores are few or shared, since a process can carry
-at most one over it. Wall figures stand beside it; they mean something only where each process has a core of its own.
+The reciprocal of a process's CPU time per token is the most that it can carry. Wall times are meaningful only if each
+process has its own core.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Front:
 
 @contextlib.contextmanager
 def serve(step_s: float, log: Path | None = None) -> Iterator[Front]:
-    """Mesh and runtime front over bench.fast_engine, with one model loaded; ended with the block."""
+    """Run mesh and runtime over bench.fast_engine, with one model loaded."""
     with contextlib.ExitStack() as parts:
         home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-front-")))
         checkpoint = write(TINY, home / "checkpoint")

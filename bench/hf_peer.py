@@ -1,4 +1,4 @@
-"""The peer of bench.cpu: transformers `generate`, a static batch, fp32, SDPA. One JSON job a line in, tokens per second a line out."""
+"""The peer of bench.cpu: transformers `generate` on a static batch. Reads a JSON job per line, writes tokens per second."""
 
 import json
 import random

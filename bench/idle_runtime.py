@@ -1,4 +1,4 @@
-"""A runtime that loads and computes nothing, as a process: `python -m bench.idle_runtime FOLDER`. Its sockets lie in the folder."""
+"""A runtime process that computes nothing, with its sockets in a folder: `python -m bench.idle_runtime FOLDER`."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""Time of one decoder layer on a GPU, as the chain of launches that a decode step makes of it, beside the floor.
+"""Measures one decoder layer on a GPU, as the chain of launches of a decode step, beside the floor.
 
     python -m bench.layer [--models 8B,1B] [--rows 1,8,16,32,64] [--context 300]
 

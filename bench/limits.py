@@ -1,4 +1,4 @@
-"""What the H200 could do at most with a workload: the fewest bytes and operations over its measured ceilings. Source: docs/benchmarks/README.md."""
+"""Computes the least time of a workload on an H200 from bytes, operations and the ceilings in docs/benchmarks/README.md."""
 
 from bench.checkpoints import Shape
 
@@ -9,14 +9,14 @@ BODY_BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64, "fp4"
 
 
 def decode_step_s(shape: Shape, format_: str, rows: int, context: float) -> float:
-    """One decode step of `rows` rows with `context` cached tokens each: bytes or arithmetic, whichever takes longer."""
+    """Return the least time of one decode step of `rows` rows with `context` cached tokens each: bytes or arithmetic, whichever takes longer."""
     num_bytes = shape.step_bytes(BODY_BYTES_PER_PARAMETER[format_]) + rows * context * shape.kv_bytes_per_token
     operations = 2.0 * rows * (shape.body_parameters + shape.vocab * shape.hidden)
     return max(num_bytes / COPY_BYTES_PER_S, operations / BF16_FLOP_PER_S)
 
 
 def workload_s(shape: Shape, format_: str, rows: int, input_tokens: int, output_tokens: int) -> float:
-    """A whole offline workload: every prompt's arithmetic once, then `output_tokens - 1` decode steps of all rows."""
+    """Return the least time of a whole offline workload: every prompt's arithmetic once, then `output_tokens - 1` decode steps of all rows."""
     prefill = 2.0 * rows * input_tokens * shape.body_parameters / BF16_FLOP_PER_S
     decode = sum(decode_step_s(shape, format_, rows, input_tokens + k) for k in range(1, output_tokens))
     return prefill + decode

@@ -1,4 +1,4 @@
-"""Time of one linear layer on a GPU: ours in NF4, FP4 and int8, beside bf16 (cuBLAS), bitsandbytes where it is installed, and the floor.
+"""Measures a linear layer on a GPU in NF4, FP4 and int8, beside cuBLAS in bf16, bitsandbytes if installed, and the floor.
 
     python bench/linear.py [--shapes 28672x4096,4096x4096] [--rows 1,16,256]
 
@@ -60,7 +60,7 @@ def time_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
 
 
 def floor_us(num_rows: int, num_outputs: int, in_features: int, weight_bytes: int) -> float:
-    """What bytes or arithmetic leave no way around."""
+    """Return the least time, by bytes or by arithmetic."""
     moved = weight_bytes + 2 * num_rows * (num_outputs + in_features)
     return 1e6 * max(moved / BYTES_PER_S, 2 * num_rows * num_outputs * in_features / OPERATIONS_PER_S)
 

@@ -1,4 +1,4 @@
-"""Load for an OpenAI server: N streams at once of random token ids, and what came back when. Knows nothing of who serves.
+"""Generates load for an OpenAI server: N concurrent streams of random token ids, with the time of each event.
 
 The client reads bytes and counts events, no more, so that one process of it keeps up with what one server process can send; `run_spread` takes
 several. As a program (`python -m bench.load`) it is one of those: a job as JSON on stdin, a line "go" when all are connected, a report on stdout.
@@ -94,7 +94,7 @@ async def run(url: str, model: str, workload: Workload, headers: dict[str, str] 
 def run_spread(
     url: str, model: str, workload: Workload, processes: int, headers: dict[str, str] | None = None
 ) -> Outcome:
-    """The same from several client processes, each with its share of the streams. Blocks."""
+    """Like `run`, but divided over several client processes. Blocks."""
     prompts = workload.prompts()
     clients = [
         subprocess.Popen([sys.executable, "-m", "bench.load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -132,7 +132,7 @@ def _hear(client: "subprocess.Popen[str]") -> str:
     assert client.stdout is not None
     line = client.stdout.readline()
     if not line:
-        raise RuntimeError("a client process ended early; its stderr says why")
+        raise RuntimeError("a client process ended early; see its stderr")
     return line
 
 

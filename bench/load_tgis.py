@@ -1,4 +1,4 @@
-"""Load for fmaas.GenerationService: N GenerateStream calls at once, and what came back when. The gRPC twin of bench.load.run."""
+"""Generates load for fmaas.GenerationService: N concurrent GenerateStream calls, like bench.load.run over gRPC."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from wire.fmaas.generation_pb2_grpc import GenerationServiceStub
 
 
 async def run(address: str, model: str, workload: Workload, metadata: tuple[tuple[str, str], ...] = ()) -> Outcome:
-    """Raises RuntimeError if a stream ends early."""
+    """Run the workload. Raises RuntimeError if a stream ends early."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = GenerationServiceStub(channel)
         prompts = [" ".join(f"w{token}" for token in prompt) for prompt in workload.prompts()]

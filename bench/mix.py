@@ -1,9 +1,9 @@
-"""Several things at once on one GPU: two models taking turns, and a short prompt among long answers.
+"""Measures mixed work on one GPU: two models taking turns, and a short prompt among long answers.
 
     python -m bench.mix [--shape 1B] [--rows 128] [--folder /tmp/checkpoints]
 
-Prints the throughput of two models with half of the rows each beside that of one with all of them (asked: at most 5 % less), and the time to the first
-token of a short prompt while 64 rows decode, in steps (asked: at most 3). Random weights, greedy, EOS ignored, one engine, after a warm-up.
+Prints the throughput of two models with half of the rows each beside that of one with all of them (target: at most 5 % less), and the time to the first
+token of a short prompt while 64 rows decode, in steps (target: at most 3). Random weights, greedy, EOS ignored, one engine, after a warm-up.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def turns(running: Engine, shape: Shape, rows: int, output_tokens: int, repeats: int) -> None:
-    """One model with all rows, then two with half each."""
+    """Compare one model with all rows and two models with half of the rows each."""
     rates = {}
     for names in (("one",), ("one", "two")):
         runs: list[Timeline] = []
@@ -52,13 +52,13 @@ def turns(running: Engine, shape: Shape, rows: int, output_tokens: int, repeats:
         rates[names] = statistics.median(run.tokens_per_s for run in runs[1:])
     alone, shared = rates[("one",)], rates["one", "two"]
     print(
-        f"{rows} rows: one model {alone:.0f} tok/s, two taking turns {shared:.0f} tok/s, {1 - shared / alone:.1%} less (asked: at most 5 %)",
+        f"{rows} rows: one model {alone:.0f} tok/s, two taking turns {shared:.0f} tok/s, {1 - shared / alone:.1%} less (target: at most 5 %)",
         flush=True,
     )
 
 
 def first_token(running: Engine, shape: Shape, repeats: int, late_s: float) -> None:
-    """A prompt of 32 ids comes while 64 rows decode."""
+    """Measure the first token of a prompt of 32 ids that arrives while 64 rows decode."""
     waits, steps = [], []
     for repeat in range(repeats + 1):
         result = running.generate(
@@ -72,7 +72,7 @@ def first_token(running: Engine, shape: Shape, repeats: int, late_s: float) -> N
             steps.append(statistics.median(result.gaps_s))
     wait, step = statistics.median(waits), statistics.median(steps)
     print(
-        f"a short prompt among 64 rows: first token after {wait * 1e3:.1f} ms, a step takes {step * 1e3:.2f} ms: {wait / step:.1f} steps (asked: 3)"
+        f"a short prompt among 64 rows: first token after {wait * 1e3:.1f} ms, a step takes {step * 1e3:.2f} ms: {wait / step:.1f} steps (target: 3)"
     )
 
 

@@ -1,9 +1,9 @@
-"""A call through the mesh beside the same call to the runtime directly, and through a proxy that only moves bytes; in turns, in one run.
+"""Compares a call through the mesh with a direct call to the runtime and with one through a byte proxy, in turns.
 
     python -m bench.overhead [--seconds 1.0] [--repeats 3] [--carriers http,grpc]
 
-The runtime computes nothing, so everything that is seen is transport. Unary: one small request and answer. Stream: one request, 100 small events.
-All processes share the machine: believe the differences and ratios, not the absolute figures. "CPU µs between" is what a message costs the process
+The runtime computes nothing, so that only transport is measured. Unary: one small request and answer. Stream: one request, 100 small events.
+All processes share the machine, so only differences and ratios are meaningful. "CPU µs between" is what a message costs the process
 between client and runtime; it suffers least from other work on the machine.
 """
 

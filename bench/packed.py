@@ -1,4 +1,4 @@
-"""Checkpoints as the puller would hand them over: files where they lie for bf16, a packed file for quantised formats, made by the packer once."""
+"""Provides checkpoints as the puller prepares them: original files for bf16, a packed file for quantised formats."""
 
 import json
 import subprocess

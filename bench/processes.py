@@ -1,4 +1,4 @@
-"""CPU seconds of a served path's processes, by the part that each plays. Knows their command lines."""
+"""Measures the CPU seconds of mesh, runtime and engine, which it finds by their command lines."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ _PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class CpuSeconds:
-    """By part: engine, runtime, mesh."""
+    """CPU seconds by part: engine, runtime, mesh."""
 
     by_part: dict[str, float]
 
@@ -22,7 +22,7 @@ class CpuSeconds:
 
 
 def cpu_seconds(pid: int) -> CpuSeconds:
-    """Of the process and what it started."""
+    """Return the CPU seconds of a process and its descendants."""
     found: dict[str, float] = {}
     root = psutil.Process(pid)
     for process in (root, *root.children(recursive=True)):
@@ -38,7 +38,7 @@ def cpu_seconds(pid: int) -> CpuSeconds:
 
 
 def process_of(pid: int, part: str) -> int:
-    """The pid of a part, for a profiler."""
+    """Return the pid of a part, for a profiler."""
     names = dict(_PARTS)[part]
     root = psutil.Process(pid)
     return next(

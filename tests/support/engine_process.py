@@ -1,4 +1,4 @@
-"""An engine process for a benchmark: the messages that the front would send, over the same socket, without a front."""
+"""Runs an engine process and sends it the runtime's messages, for tests and benchmarks."""
 
 import contextlib
 import json

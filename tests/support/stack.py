@@ -1,4 +1,4 @@
-"""A whole Repertory for a benchmark: `repertory serve` in a folder of its own, on free ports, ended with the block."""
+"""Runs `repertory serve`, or the mesh alone, in its own folder on free ports, for tests and benchmarks."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def bytes_of(text: str) -> int:
-    """Of a size as `serve --memory` takes it."""
+    """Return the bytes of a size in the form of `serve --memory`."""
     return parse_size(text)
 
 
@@ -49,7 +49,7 @@ def free_port() -> int:
 def serve(
     *flags: str, home: Path | None = None, environment: dict[str, str] | None = None, log: Path | None = None
 ) -> Iterator[Stack]:
-    """Start, wait for readiness (at most 120 s), and stop in the end. `log` takes the children's output; None discards it."""
+    """Run `repertory serve`, ready within 120 s. `log` receives the output; None discards it."""
     with contextlib.ExitStack() as stack:
         base = home or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repertory-")))
         http, grpc = free_port(), free_port()
@@ -96,7 +96,7 @@ class Mesh:
 
 @contextlib.contextmanager
 def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = None) -> Iterator[Mesh]:
-    """Only the mesh, in front of a runtime that is up or about to be; files below `home`."""
+    """Run only the mesh, in front of a runtime that is running or starting, with files below `home`."""
     http, grpc = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     settings = {
         "http_listen": http,
@@ -116,7 +116,7 @@ def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = No
 def program(
     *words: str, log: Path | None = None, environment: dict[str, str] | None = None
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """`python -m …`, ended with the block. `log` is added to; None discards the output."""
+    """Run `python -m …`. `log` is appended to; None discards the output."""
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(log.open("ab")) if log is not None else subprocess.DEVNULL
         process = subprocess.Popen(
