@@ -15,13 +15,23 @@ from runtime.engine.model.run.cuda_graphs import EAGER_USES, GraphPool, ModelGra
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family
 
+LARGEST_CONTEXT = CONTEXT_TOKENS[-1]
+LARGEST_MIXED = MIXED_TOKENS[-1]
 
-@given(rows=st.integers(1, 600), context=st.integers(1, 5_000_000))
-def test_decode_steps_fit_their_bucket(rows: int, context: int) -> None:
+
+def mixed_counts(least: int, most: int) -> st.SearchStrategy[list[int]]:
+    """Tokens per row of steps with `least` to `most` tokens in all, of which one row at least has several."""
+    splits = st.integers(least, most).flatmap(
+        lambda total: st.lists(st.integers(1, total - 1), unique=True, max_size=39).map(
+            lambda cuts: [end - start for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), total], strict=True)]
+        )
+    )
+    return splits.filter(lambda counts: max(counts) > 1)
+
+
+@given(rows=st.integers(1, DECODE_ROWS[-1]), context=st.integers(1, LARGEST_CONTEXT))
+def test_bucket_of_decode_step_holds_the_step(rows: int, context: int) -> None:
     bucket = bucket_of(rows, rows, rows, 1, context)
-    if rows > DECODE_ROWS[-1] or context > CONTEXT_TOKENS[-1]:
-        assert bucket is None
-        return
     assert bucket is not None
     assert bucket.num_tokens == bucket.num_rows >= rows
     assert bucket.max_context_len >= context
@@ -29,18 +39,38 @@ def test_decode_steps_fit_their_bucket(rows: int, context: int) -> None:
     assert bucket.max_query_len == 1
 
 
-@given(counts=st.lists(st.integers(1, 200), min_size=1, max_size=40))
-def test_mixed_steps_fit_their_bucket(counts: list[int]) -> None:
-    if max(counts) == 1:
-        return
+@given(rows=st.integers(DECODE_ROWS[-1] + 1, 2000), context=st.integers(1, LARGEST_CONTEXT))
+def test_bucket_of_decode_step_with_too_many_rows_is_none(rows: int, context: int) -> None:
+    assert bucket_of(rows, rows, rows, 1, context) is None
+
+
+@given(rows=st.integers(1, DECODE_ROWS[-1]), context=st.integers(LARGEST_CONTEXT + 1, 2 * LARGEST_CONTEXT))
+def test_bucket_of_decode_step_with_too_long_context_is_none(rows: int, context: int) -> None:
+    assert bucket_of(rows, rows, rows, 1, context) is None
+
+
+@given(counts=mixed_counts(2, LARGEST_MIXED))
+def test_bucket_of_mixed_step_holds_the_step(counts: list[int]) -> None:
     bucket = bucket_of(sum(counts), len(counts), len(counts), max(counts), 300)
-    if sum(counts) > MIXED_TOKENS[-1]:
-        assert bucket is None
-        return
     assert bucket is not None
     assert bucket.num_tokens >= sum(counts)
     assert bucket.num_tokens >= bucket.num_rows >= len(counts)
     assert bucket.max_query_len >= max(counts)
+
+
+@given(counts=mixed_counts(LARGEST_MIXED + 1, 3 * LARGEST_MIXED))
+def test_bucket_of_mixed_step_with_too_many_tokens_is_none(counts: list[int]) -> None:
+    assert bucket_of(sum(counts), len(counts), len(counts), max(counts), 300) is None
+
+
+@given(tokens=st.integers(1, LARGEST_MIXED), rows=st.integers(1, 100), drafts=st.integers(0, 400))
+def test_bucket_of_mixed_step_has_a_row_per_draw(tokens: int, rows: int, drafts: int) -> None:
+    """A row with drafts draws several tokens, so draws may outnumber rows."""
+    num_rows = min(rows, tokens)
+    num_samples = min(num_rows + drafts, tokens, DECODE_ROWS[-1])
+    bucket = bucket_of(tokens, num_rows, num_samples, max(2, tokens - num_rows + 1), 300)
+    assert bucket is not None
+    assert bucket.num_rows >= num_samples
 
 
 @dataclass
@@ -117,14 +147,12 @@ def test_a_model_that_cannot_be_captured_is_tried_once_and_runs_eagerly(caplog: 
     assert "model tiny runs without CUDA graphs" in caplog.text
 
 
-@given(counts=st.lists(st.integers(1, 300), min_size=2, max_size=300))
-def test_padding_of_a_step_that_computes_much_is_bounded(counts: list[int]) -> None:
-    tokens = sum(counts)
-    bucket = bucket_of(tokens, len(counts), len(counts), max(2, *counts), 4000)
-    if bucket is not None and tokens > 256:
-        assert bucket.num_tokens <= 1.5 * tokens
-    if bucket is not None and tokens > 512:
-        assert bucket.num_tokens <= 4 / 3 * tokens
+@pytest.mark.parametrize(("least", "most", "ratio"), [(257, 512, 1.5), (513, LARGEST_MIXED, 4 / 3)])
+def test_bucket_of_large_mixed_step_bounds_the_padding(least: int, most: int, ratio: float) -> None:
+    for tokens in range(least, most + 1):
+        bucket = bucket_of(tokens, 2, 2, tokens - 1, 4000)
+        assert bucket is not None
+        assert bucket.num_tokens <= ratio * tokens
 
 
 def test_a_context_makes_no_difference_to_a_mixed_step() -> None:
