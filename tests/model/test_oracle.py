@@ -1,28 +1,12 @@
 """Greedy text is transformers' own, whatever the batch, the chunks, the pages and the preemptions."""
 
-import random
-
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from runtime.types import LogprobParams
 from tests.support.driving import Ask, Driver, hooked
-from tests.support.families import VOCAB, family
-
-
-def reference(model: PreTrainedModel, prompt: list[int], max_new: int) -> list[int]:
-    ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, do_sample=False, pad_token_id=0
-    )
-    said: list[int] = out[0, len(prompt) :].tolist()
-    return said
-
-
-def prompts(seed: int, count: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(VOCAB) for _ in range(rng.choice((1, 2, 15, 16, 17, 40, 63, 90)))] for _ in range(count)]
+from tests.support.families import family
+from tests.support.oracle import prompts, reference
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -43,14 +27,14 @@ BF16_EPSILON = 0.15  # of logits whose standard deviation is about 3: bf16 keeps
 @pytest.mark.parametrize("name", ["llama", "gemma3", "neox"])
 def test_bf16_logits_are_near_and_tokens_equal_where_the_choice_is_clear(name: str) -> None:
     """Teacher-forced: our text goes through transformers at once; each token is its own best, or as good as that within epsilon."""
-    reference = family(name).to(torch.bfloat16)
+    model = family(name).to(torch.bfloat16)
     asks = [Ask(prompt, 16, logprobs=LogprobParams(generated=5)) for prompt in prompts(2, 6)]
     answers = Driver(*hooked(family(name).to(torch.bfloat16)), seed=3, max_rows=5, max_tokens=64).run(asks)
     exact = 0
     for ask, answer in zip(asks, answers, strict=True):
         tokens = ask.prompt + answer.tokens
         with torch.inference_mode():
-            logits = reference(torch.tensor([tokens])).logits[0, len(ask.prompt) - 1 : -1].float()
+            logits = model(torch.tensor([tokens])).logits[0, len(ask.prompt) - 1 : -1].float()
         expected = logits.log_softmax(-1)
         for row, scores, token, entry in zip(expected, logits, answer.tokens, answer.logprobs, strict=True):
             assert entry is not None

@@ -10,9 +10,9 @@ from runtime.engine.device.backend import EngineBackend, make_backend
 from runtime.engine.interfaces import LoadRequest, LoadResult
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
-from tests.model.test_oracle import prompts, reference
 from tests.support.driving import Ask, Pages, RunnerDriver, pages_of
 from tests.support.families import family
+from tests.support.oracle import prompts, reference
 
 MAX_ROWS, MAX_TOKENS, KV_SLABS = 6, 64, 12
 

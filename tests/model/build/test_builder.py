@@ -4,67 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    GlmConfig,
-    GptOssConfig,
-    MistralConfig,
-    MixtralConfig,
-    Phi3Config,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    SmolLM3Config,
-)
+from transformers import Qwen2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tests.support.families import VOCAB, family
+from tests.support.families import VOCAB
 from tests.support.steps import bring_up, hf_logits, prompts, save
+from tests.support.tiny_models import COMMON, assert_same, tiny
 
-COMMON = {
-    "num_hidden_layers": 3,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 80,
-    "vocab_size": VOCAB,
-}
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "mistral": MistralConfig(**COMMON, sliding_window=9),
-    "qwen2": Qwen2Config(**COMMON),
-    "gemma2": Gemma2Config(
-        **COMMON, **NO_TOKENS, head_dim=12, query_pre_attn_scalar=12, sliding_window=9, final_logit_softcapping=5.0
-    ),
-    "phi3": Phi3Config(**COMMON, **NO_TOKENS),
-    "glm": GlmConfig(**COMMON, **NO_TOKENS, head_dim=12),
-    "mixtral": MixtralConfig(**COMMON, num_local_experts=4),
-    "gpt_oss": GptOssConfig(**COMMON, **NO_TOKENS, head_dim=12, num_local_experts=4, sliding_window=9),
-    "smollm3": SmolLM3Config(**COMMON, **NO_TOKENS, no_rope_layers=[1, 1, 0]),
-}
 FUSED = ["llama", "qwen3", "gemma3", "granite", "mistral", "qwen2", "gemma2", "phi3", "glm"]
 UNFUSED = ["gpt2", "neox", "phi", "mixtral", "gpt_oss", "smollm3"]
-
-
-def tiny(name: str, seed: int = 0) -> PreTrainedModel:
-    if name not in CONFIGS:
-        return family(name, seed)
-    torch.manual_seed(seed)
-    config = CONFIGS[name]
-    # eager knows soft caps and sinks; the default implementation leaves them out or refuses
-    config._attn_implementation = "eager"
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(float(parameter.dim() == 1), 0.6 / parameter.shape[-1] ** 0.5)
-    return model.eval()
-
-
-def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance: float = 1e-4) -> None:
-    for a, b in zip(found, wanted, strict=True):
-        assert a.shape == b.shape
-        scale = max(1.0, float(b.abs().max()))
-        assert float((a - b).abs().max()) <= tolerance * scale
 
 
 @pytest.mark.parametrize("name", FUSED + UNFUSED)

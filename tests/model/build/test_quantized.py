@@ -13,8 +13,8 @@ from common.model_key import Quantization
 from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
 from runtime.errors import LoadFailed
 from runtime.puller.pack.quantize import quantize
-from tests.model.build.test_builder import assert_same
 from tests.support.steps import bring_up, hf_logits, packed, prompts, save
+from tests.support.tiny_models import assert_same
 
 VOCAB = 193
 

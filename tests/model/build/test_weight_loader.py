@@ -14,9 +14,9 @@ from runtime.engine.model.build.builder import draw
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Checkpoint
-from tests.model.build.test_builder import assert_same, tiny
 from tests.support.families import VOCAB
 from tests.support.steps import bring_up, hf_logits, prompts, save
+from tests.support.tiny_models import assert_same, tiny
 
 
 def rewrite(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:

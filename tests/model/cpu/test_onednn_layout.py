@@ -10,8 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from runtime.engine.memory.device import VirtualRange
 from runtime.engine.model.cpu.linear import multiply
 from runtime.engine.model.cpu.onednn_layout import OneDnnLayout
-from tests.model.build.test_builder import assert_same
 from tests.support.steps import bring_up, hf_logits, prompts, save
+from tests.support.tiny_models import assert_same
 
 VOCAB = 256
 SIZES = {

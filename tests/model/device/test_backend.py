@@ -13,8 +13,8 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.device.backend import EngineBackend, Loading, make_backend
 from runtime.engine.interfaces import LoadRequest, LoadResult
 from runtime.errors import Cancelled, LoadFailed
-from tests.model.build.test_builder import tiny
 from tests.support.steps import save
+from tests.support.tiny_models import tiny
 
 SLAB = 256 * 1024
 

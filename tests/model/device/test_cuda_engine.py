@@ -28,10 +28,10 @@ from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.input_buffers import InputRing
 from runtime.ipc.messages import Add, Command, Event, Load, LoadFailed, Tokens, Unload
 from runtime.types import GenerationRequest, SamplingParams, StopParams
-from tests.model.build.test_builder import tiny
-from tests.model.test_oracle import prompts, reference
 from tests.support.cuda_device import Device
+from tests.support.oracle import prompts, reference
 from tests.support.steps import save
+from tests.support.tiny_models import tiny
 
 SLAB = 64 * 1024
 SLABS = 14  # two of the three models and little KV

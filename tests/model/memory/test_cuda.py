@@ -24,9 +24,9 @@ from runtime.engine.model.build.kv_fixture import KvFixture
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.step import BuiltModel
 from runtime.errors import LoadFailed
-from tests.model.build.test_builder import tiny
 from tests.support.families import VOCAB
 from tests.support.steps import hf_logits, prompts, save
+from tests.support.tiny_models import tiny
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -17,10 +17,10 @@ from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.model.build.builder import assemble, draw
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.run.kv_geometry import kv_geometry
-from tests.model.build.test_builder import assert_same, tiny
 from tests.support.cuda_device import CheckedDriver, Device
 from tests.support.families import VOCAB
 from tests.support.steps import Resident, hf_logits, prompts, save
+from tests.support.tiny_models import assert_same, tiny
 
 SLAB = 64 * 1024
 

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from runtime.types import Checkpoint, GenerationRequest, SamplingParams, StopParams
-from tests.model.test_oracle import prompts, reference
 from tests.support.drafting import TextDrafter
 from tests.support.families import family
+from tests.support.oracle import prompts, reference
 from tests.support.real_engine import run_engine
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from runtime.types import Checkpoint, FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
-from tests.model.test_oracle import prompts, reference
 from tests.support.families import family
+from tests.support.oracle import prompts, reference
 from tests.support.real_engine import run_engine
 
 
