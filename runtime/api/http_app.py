@@ -15,6 +15,7 @@ from runtime.api.openai.chat import ChatCompletions
 from runtime.api.openai.completions import Completions
 from runtime.api.openai.models import Models
 from runtime.api.openai.tokenize import Tokenizing
+from runtime.api.openai_responses.route import Responses
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import NotSupported
 from runtime.generation.generator import Generator
@@ -27,7 +28,6 @@ _LOG = logging.getLogger(__name__)
 # Routes of other servers that clients try.
 _UNSUPPORTED_PATHS = (
     "/v1/embeddings",
-    "/v1/responses",
     "/v1/rerank",
     "/v1/score",
     "/v1/moderations",
@@ -56,6 +56,7 @@ def build_http_app(
     chat = ChatCompletions(directory, generator)
     completions = Completions(directory, generator)
     messages = Messages(directory, generator)
+    responses = Responses(directory, generator)
     models = Models(directory)
     tokenizing = Tokenizing(directory)
     health = Health(directory, metrics)
@@ -65,6 +66,7 @@ def build_http_app(
         [
             web.post("/v1/chat/completions", chat.post),
             web.post("/v1/completions", completions.post),
+            web.post("/v1/responses", responses.post),
             web.post("/v1/messages", messages.post),
             web.post("/v1/messages/count_tokens", messages.count_tokens),
             web.get("/v1/models", models.get_all),

@@ -1,0 +1,133 @@
+"""Turns a request of the Responses API into an OpenAI chat. Pure."""
+
+from typing import Any
+
+import msgspec
+
+from runtime.api.openai.types import ChatBody, ChatTurn, HistoryCall, HistoryFunction
+from runtime.api.openai_responses.types import ResponsesBody
+from runtime.errors import InvalidRequest, NotSupported
+
+_STATE = "this server keeps no responses: send all earlier items in input"
+
+
+def as_chat(body: ResponsesBody) -> ChatBody:
+    """Return the chat. Raises InvalidRequest or NotSupported naming the field."""
+    _refuse_unsupported(body)
+    if body.max_output_tokens is not None and body.max_output_tokens < 1:
+        raise InvalidRequest(f"max_output_tokens must be >= 1, got {body.max_output_tokens}", param="max_output_tokens")
+    turns = [] if body.instructions is None else [ChatTurn("system", body.instructions)]
+    turns += [ChatTurn("user", body.input)] if isinstance(body.input, str) else _turns(body.input)
+    return ChatBody(
+        model=body.model,
+        messages=turns or [ChatTurn("user", "")],
+        tools=[_tool(tool) for tool in body.tools or () if tool.get("type") == "function"] or None,
+        tool_choice=_choice(body.tool_choice),
+        parallel_tool_calls=body.parallel_tool_calls,
+        max_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        stream=body.stream,
+        reasoning_effort=(body.reasoning or {}).get("effort"),
+    )
+
+
+def ignored_tools(body: ResponsesBody) -> tuple[str, ...]:
+    """Return a note for the `Warning` header if the request has tools that run on the server: agents send them always."""
+    others = any(tool.get("type") != "function" for tool in body.tools or ())
+    return ("tools other than functions were ignored",) if others else ()
+
+
+def _refuse_unsupported(body: ResponsesBody) -> None:
+    for name in ("previous_response_id", "conversation", "store", "background", "prompt"):
+        if getattr(body, name):
+            raise NotSupported(f"{name} is not supported: {_STATE}", param=name)
+    if body.top_logprobs:
+        raise NotSupported("top_logprobs is not supported: use /v1/chat/completions", param="top_logprobs")
+    if body.truncation not in (None, "disabled"):
+        raise NotSupported(
+            f"truncation {body.truncation!r} is not supported: leave items out of input", param="truncation"
+        )
+    form = (body.text or {}).get("format")
+    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
+        raise NotSupported("text.format other than text is not supported yet", param="text.format")
+
+
+def _turns(items: list[dict[str, Any]]) -> list[ChatTurn]:
+    """Return the items as messages: what the assistant did between two messages of others becomes one message."""
+    turns: list[ChatTurn] = []
+    for index, item in enumerate(items):
+        where = f"input[{index}]"
+        match item:
+            case {"role": "assistant", "content": content}:
+                _extend(turns, ChatTurn("assistant", _text(where, content)))
+            case {"role": str(role), "content": content} if item.get("type", "message") == "message":
+                turns.append(ChatTurn(role, _text(where, content)))
+            case {"type": "function_call", "call_id": str(call_id), "name": str(name), "arguments": str(arguments)}:
+                call = HistoryCall(HistoryFunction(name, arguments), call_id)
+                _extend(turns, ChatTurn("assistant", tool_calls=[call]))
+            case {"type": "function_call_output", "call_id": str(call_id), "output": output}:
+                turns.append(ChatTurn("tool", _text(where, output), tool_call_id=call_id))
+            case {"type": "reasoning"}:
+                thoughts = _text(where, item.get("content") or item.get("summary") or "")
+                if thoughts:
+                    _extend(turns, ChatTurn("assistant", reasoning_content=thoughts))
+            case {"type": "message" | "function_call" | "function_call_output"}:
+                raise InvalidRequest(f"{where} lacks a field or has one of another type", param=where)
+            case _:
+                kind = item.get("type")
+                raise NotSupported(f"{where} of type {kind!r} is not supported, only text and functions", param=where)
+    return turns
+
+
+def _extend(turns: list[ChatTurn], more: ChatTurn) -> None:
+    """Add to the assistant's message at the end, or begin one."""
+    last = turns[-1] if turns and turns[-1].role == "assistant" else None
+    if last is None:
+        turns.append(more)
+        return
+    turns[-1] = msgspec.structs.replace(
+        last,
+        content=_joined(last.content, more.content),
+        reasoning_content=_joined(last.reasoning_content, more.reasoning_content),
+        tool_calls=[*(last.tool_calls or ()), *(more.tool_calls or ())] or None,
+    )
+
+
+def _joined(first: Any, second: Any) -> str | None:
+    texts = [text for text in (first, second) if text]
+    return "\n".join(texts) if texts else None
+
+
+def _text(where: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for index, part in enumerate(content if isinstance(content, list) else [content]):
+        match part:
+            case {"type": "input_text" | "output_text" | "reasoning_text" | "summary_text" | "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "refusal", "refusal": str(text)}:
+                texts.append(text)
+            case {"type": str(kind)}:
+                raise NotSupported(
+                    f"{where}.content[{index}] of type {kind!r} is not supported, only text", param=where
+                )
+            case _:
+                raise InvalidRequest(f"{where} has content that is neither a string nor a list of parts", param=where)
+    return "\n".join(texts)
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    match choice:
+        case {"type": "function", "name": str(name)}:
+            return {"type": "function", "function": {"name": name}}
+        case {"type": "allowed_tools", "mode": str(mode), "tools": list(tools)}:
+            named = [_tool(tool) for tool in tools if isinstance(tool, dict)]
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+    return choice
