@@ -74,7 +74,12 @@ class EngineBackend:
         self._prover = EquivalenceChecker(config.fuse)
         self._state = state if state is not None else DeviceState.create(hardware.device, config)
         # Nothing is compiled for a CPU.
-        self._stage = WarmupStage(hardware.device, config) if hardware.device.type == "cuda" else None
+        self._stage: WarmupStage | None = None
+        if hardware.device.type == "cuda":
+            from runtime.engine.kernels.gpu.launchers import serialise_launchers  # needs triton
+
+            serialise_launchers()  # before warmup threads and the engine thread launch kernels
+            self._stage = WarmupStage(hardware.device, config)
         self._opened = False
         self.device = str(hardware.device)
         self.device_name = hardware.name

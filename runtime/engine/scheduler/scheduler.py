@@ -50,7 +50,9 @@ class Scheduler:
         self._rules = StopRules(eos)
         self._decode = DecodeBatch(rows.total)
         self._prefill: list[Sequence] = []
-        self._lockstep: list[Sequence] = []  # past their prompts; each step needs the result of the sequence's last one
+        self._lockstep: dict[
+            Sequence, None
+        ] = {}  # past their prompts; each step needs the result of the sequence's last one
         self._live: dict[int, Sequence] = {}
         self._flying: list[Step] = []
         self._planned = 0
@@ -228,11 +230,11 @@ class Scheduler:
             left = sequence.max_output_tokens - sequence.num_output_tokens - 1
             if sequence in self._lockstep:
                 if left <= 0:
-                    self._lockstep.remove(sequence)
+                    del self._lockstep[sequence]
                 continue
             self._prefill.remove(sequence)
             if left > 0 and (sequence.mask_source is not None or self._speculation.covers(sequence)):
-                self._lockstep.append(sequence)
+                self._lockstep[sequence] = None
             elif left > 0:
                 self._decode.add(sequence, len(sequence.tokens), left, len(sequence.block_ids) * self._block_tokens)
 
@@ -376,7 +378,7 @@ class Scheduler:
         elif sequence in self._prefill:
             self._prefill.remove(sequence)
         elif sequence in self._lockstep:
-            self._lockstep.remove(sequence)
+            del self._lockstep[sequence]
         if self._opened:
             self._opened = [setup for setup in self._opened if setup.row != sequence.row]
         if self._new_blocks:

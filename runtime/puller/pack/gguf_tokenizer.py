@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from runtime.errors import LoadFailed
 from runtime.puller.gguf_index import GgufIndex
@@ -93,9 +92,10 @@ def _splits(pre: str) -> list[str]:
         return [_GPT2_SPLIT]
     if pre in _SINGLE_DIGITS:
         return [r"\p{N}", _GPT2_SPLIT]
-    if pre in GGUF_PRE_TOKENIZER_SPLITS:
-        return [GGUF_PRE_TOKENIZER_SPLITS[pre]]
-    known = ", ".join(sorted(_GPT2 | _SINGLE_DIGITS | GGUF_PRE_TOKENIZER_SPLITS.keys()))
+    splits = _splits_by_name()
+    if pre in splits:
+        return [splits[pre]]
+    known = ", ".join(sorted(_GPT2 | _SINGLE_DIGITS | splits.keys()))
     stated = f"tokenizer.ggml.pre = {pre!r}" if pre else "no tokenizer.ggml.pre"
     raise LoadFailed(
         f"the GGUF file has {stated}, so its text can't be split as the model learnt it (known: {known}); "
@@ -133,3 +133,12 @@ def _texts(reader: Any, key: str) -> list[str]:
 def _array(reader: Any, key: str) -> list[Any]:
     field = reader.fields.get(key)
     return [] if field is None else [field.parts[part][0] for part in field.data]
+
+
+def _splits_by_name() -> dict[str, str]:
+    """Return transformers' table of splitting rules. Its releases before 5.23 have none, and then these names are refused."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return {}
+    return dict(GGUF_PRE_TOKENIZER_SPLITS)
