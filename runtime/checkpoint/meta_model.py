@@ -1,7 +1,4 @@
-"""A Hugging Face model without its weights: big parameters on the meta device, the small computed buffers (rotary frequencies, scales) real.
-
-Knows how transformers builds a module and how to hang tensors into one; nothing of files, layouts or fusing.
-"""
+"""Builds a Hugging Face model without its weights: large parameters on the meta device, small computed buffers (rotary frequencies, scales) real."""
 
 import copy
 import math
@@ -30,7 +27,7 @@ class _EmptyOnMeta(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         filled = args[0] if args else kwargs.get("tensor")
-        # numbers that nobody will see; torch's way to draw none of them imports its compiler
+        # The numbers are never used, and drawing them on the meta device would import torch's compiler.
         if getattr(func, "__name__", "") in _RANDOM and isinstance(filled, Tensor) and filled.is_meta:
             return filled
         if func is torch.empty or (func in (torch.zeros, torch.ones) and _num_elements(args) > _LARGE_ELEMENTS):
@@ -53,7 +50,7 @@ def build_skeleton(model_class: Any, config: Any, attention: str) -> nn.Module:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names that share another parameter's memory: alias → the name it is stored under."""
+    """Return the names of tied parameters: alias → the name that the weight is stored under."""
     first: dict[int, str] = {}
     aliases = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,7 +1,4 @@
-"""What a checkpoint's configuration says before any weight is read: the class, the limits, the end tokens; and what we can't run, said clearly.
-
-Knows config.json and generation_config.json through transformers; nothing of weights, devices or memory.
-"""
+"""Reads a checkpoint's configuration before any weight: the model class, its limits and end tokens, and why a model is not supported."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A model's configuration, judged. `config` is transformers' object and `model_class` its …ForCausalLM."""
+    """The configuration of a supported model. `config` is transformers' object and `model_class` its …ForCausalLM."""
 
     model_id: str
     config: Any
@@ -54,7 +51,7 @@ def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) 
 def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> ModelConfig:
     config = AutoConfig.from_pretrained(checkpoint.model_dir, local_files_only=True, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise LoadFailed(f"{type(config).__name__} is no causal language model", model=model_id)
+        raise LoadFailed(f"{type(config).__name__} is not a causal language model", model=model_id)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if reason := _unsupported(config, model_class):
         raise LoadFailed(f"{model_class.__name__} is not supported: {reason}", model=model_id)

@@ -1,7 +1,4 @@
-"""From a checkpoint's tensor names to a module's: transformers' renames and conversions, prefixes, ties. Says what is missing or unexpected.
-
-Knows names, shapes and transformers' mapping; reads no tensor.
-"""
+"""Maps a checkpoint's tensor names to a module's, by transformers' renamings and conversions, prefixes and ties. Reports missing and unexpected names."""
 
 import re
 from collections.abc import Mapping, Sequence

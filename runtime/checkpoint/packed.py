@@ -1,7 +1,6 @@
 """A packed file's tensors as a model's: quantised weights beside their scales, under the module's own names, in the layout that the device reads.
 
-4-bit codes lie as our GPU kernels or as bitsandbytes' CPU routines want them; a file of the other kind is rearranged on the way in. Knows names
-and shapes; quantises nothing.
+4-bit codes lie as our GPU kernels or as bitsandbytes' CPU routines want them; a file of the other kind is rearranged on the way in.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint's safetensors files: headers only, checked against the files' sizes. Knows nothing of models."""
+"""Reads the headers of a checkpoint's safetensors files and checks them against the files' sizes."""
 
 import json
 import math
@@ -62,16 +62,16 @@ def _header(path: str) -> tuple[dict[str, Any], int, int]:
                 raise LoadFailed(f"{path} is truncated: {file_bytes} bytes, not even a header")
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > _MAX_HEADER_BYTES:
-                raise LoadFailed(f"{path} is no safetensors file: it claims a header of {header_bytes} bytes")
+                raise LoadFailed(f"{path} is not a safetensors file: it claims a header of {header_bytes} bytes")
             if 8 + header_bytes > file_bytes:
                 raise LoadFailed(f"{path} is truncated: {file_bytes} bytes, its header alone needs {8 + header_bytes}")
             header = json.loads(file.read(header_bytes))
     except OSError as error:
         raise LoadFailed(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
-        raise LoadFailed(f"{path} is no safetensors file: its header isn't JSON") from error
+        raise LoadFailed(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise LoadFailed(f"{path} is no safetensors file: its header is no object")
+        raise LoadFailed(f"{path} is not a safetensors file: its header is not an object")
     return header, 8 + header_bytes, file_bytes
 
 

@@ -1,7 +1,7 @@
-"""Directories of files on disk, each made once, found by a key, held while in use, and dropped least recently used under a byte budget.
+"""Directories on disk that are filled once, found by a key, locked while in use, and dropped least recently used under a byte budget.
 
-A directory appears under its key whole or not at all: it is filled elsewhere, flushed, and renamed. Holds and fills are file locks, so several
-processes may share one cache. Knows nothing of what the files are.
+A directory appears under its key complete or not at all: it is filled elsewhere, flushed and renamed. File locks protect entries and fills, so
+that several processes may share one cache.
 """
 
 import errno
@@ -29,7 +29,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Held:
-    """An entry that can't be dropped until `release`."""
+    """An entry that cannot be dropped until `release`."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """`pending_bytes` are still to come: somebody fills it now."""
+    """`pending_bytes` are still to be written by a fill in progress."""
 
     path: Path
     lock_name: str
@@ -79,7 +79,7 @@ class Cache:
         return sum(item.size_bytes for item in self._items())
 
     def find(self, area: str, key: str) -> Held | None:
-        """A complete entry, held; None if there is none. One whose files were cut or removed since is dropped, unless others use it."""
+        """Return a complete entry, locked, or None. An entry whose files were truncated or removed is dropped unless others use it."""
         path = self._root / area / key
         if not path.is_dir():
             return None
@@ -90,7 +90,7 @@ class Cache:
         if not _is_whole(path):
             unused = _try_lock(lock, fcntl.LOCK_EX)  # fails with the shared one lost
             if unused:
-                log.warning("%s isn't what was put there any more; it is made anew", path)
+                log.warning("%s has lost files since it was filled; it will be filled again", path)
                 self._throw_away(path)
             if unused or not _try_lock(lock, fcntl.LOCK_SH) or not path.is_dir():
                 os.close(lock)
@@ -101,9 +101,9 @@ class Cache:
     def obtain(
         self, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], job: PullJob, what: str
     ) -> Held:
-        """The entry, held; made by `fill` into an empty or half-filled directory if there is none yet. Of many who ask, one fills.
+        """Return the entry, locked. If there is none, one of the callers runs `fill` on an empty or partly filled directory.
 
-        A `fill` that raises leaves what it has for the next try, except on a full disk. Raises Overloaded when the bytes can't be had.
+        A `fill` that raises leaves its files for the next try, except on a full disk. Raises Overloaded if the cache cannot hold the bytes.
         """
         while True:
             held = self.find(area, key)
@@ -115,7 +115,9 @@ class Cache:
                     path = self._root / area / key
                     if not path.is_dir():
                         self._fill(path, area, key, need_bytes, fill, what, lock)
-                    fcntl.flock(lock, fcntl.LOCK_SH)  # not atomic: whoever came between may have dropped it
+                    fcntl.flock(
+                        lock, fcntl.LOCK_SH
+                    )  # Not atomic: another process may have dropped the entry in between.
                     if path.is_dir():
                         _touch(path)
                         return Held(path, lock)
@@ -128,7 +130,7 @@ class Cache:
                 Phase.PULLING if area == "pulled" else Phase.PACKING,
                 _size_of(work),
                 need_bytes,
-                f"{what}: another load has begun it",
+                f"{what}: waiting for another load of the same files",
             )
             job.wait(_POLL_S)
 
@@ -158,12 +160,12 @@ class Cache:
         self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str, lock: int
     ) -> None:
         work = self._root / "work" / f"{area}-{key}"
-        room = self._open("room")  # two that ask at once must not both be given what is left
+        room = self._open("room")  # Two concurrent fills must not both get the remaining bytes.
         try:
             fcntl.flock(room, fcntl.LOCK_EX)
             self.make_room(max(need_bytes - _size_of(work), 0), what, keep=f"{area}-{key}")
             os.truncate(lock, 0)
-            os.pwrite(lock, str(need_bytes).encode(), 0)  # for who asks while this lock is held
+            os.pwrite(lock, str(need_bytes).encode(), 0)  # for processes that look while this lock is held
         finally:
             os.close(room)
         try:
@@ -203,7 +205,7 @@ class Cache:
         return items
 
     def _need_of(self, lock_name: str) -> int:
-        """What a directory will have, if somebody fills it now."""
+        """Return the bytes that a fill in progress needs, or 0."""
         lock = self._open(lock_name)
         try:
             return 0 if _try_lock(lock, fcntl.LOCK_SH) else int(os.pread(lock, 32, 0) or b"0")
@@ -260,7 +262,7 @@ def _flush(path: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """By its size: what a disk lost, or a person removed. Contents are their readers' to check."""
+    """Return whether the size is as recorded. Readers verify the contents."""
     try:
         manifest = path / _MANIFEST
         return _size_of(path) - manifest.stat().st_size == int(json.loads(manifest.read_text())["size_bytes"])
@@ -269,7 +271,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _size_of(path: Path) -> int:
-    """Bytes below `path`; what its maker moves away or drops meanwhile doesn't count."""
+    """Return the bytes below `path`. Files that disappear meanwhile are not counted."""
     total = 0
     with suppress(FileNotFoundError):
         for file in path.rglob("*"):

@@ -1,6 +1,6 @@
-"""Looks at a checkpoint's files before anyone computes with them: what kind it is, whether it is whole, whether we may and can use it.
+"""Inspects a checkpoint's files before they are loaded: their kind, whether they are complete, and whether they may and can be used.
 
-Reads JSON and headers only. Knows file formats; nothing of where files came from, nor of torch.
+Reads JSON and headers only.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSummary:
-    """What was found. GGUF carries its configuration and tokenizer inside: `config` and `tensors` are then empty."""
+    """The result of `inspect`. A GGUF file contains its configuration and tokenizer: `config` and `tensors` are then empty."""
 
     kind: CheckpointKind
     model_dir: Path
@@ -51,7 +51,7 @@ class CheckpointSummary:
 
 
 def inspect(path: Path, policy: Policy) -> CheckpointSummary:
-    """`path` is a directory or a .gguf file. Raises LoadFailed naming the file and what is wrong with it."""
+    """Inspect a directory or a .gguf file. Raises LoadFailed naming the file and what is wrong with it."""
     if path.is_file():
         return _inspect_file(path)
     if not path.is_dir():
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def parse_json(name: str, data: bytes) -> dict[str, object]:
-    """A JSON object of foreign make: large, deep or broken as it may be. Raises LoadFailed naming it."""
+    """Parse an untrusted JSON object. Raises LoadFailed naming one that is too large, nested too deeply or damaged."""
     if len(data) > LARGEST_JSON_BYTES:
         raise LoadFailed(f"{name} is larger than {LARGEST_JSON_BYTES} bytes, which no configuration is")
     try:
@@ -126,7 +126,7 @@ def _inspect_file(path: Path) -> CheckpointSummary:
     with path.open("rb") as file:
         magic = file.read(8)
     if magic[:4] != b"GGUF":
-        raise LoadFailed(f"{path} is no GGUF file: it begins with {magic[:4]!r}")
+        raise LoadFailed(f"{path} is not a GGUF file: it begins with {magic[:4]!r}")
     return CheckpointSummary(
         CheckpointKind.GGUF, path.parent, [path], {}, [], Quantization.NONE, False, True, _identity([path])
     )
@@ -179,7 +179,7 @@ def stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, boo
 
 
 def _refuse_remote_code(path: Path, config: Mapping[str, object], policy: Policy) -> None:
-    # many checkpoints carry code beside an architecture that transformers has: then its own code is used and theirs never runs
+    # Many checkpoints bring code for an architecture that transformers has. Its own code is used, and theirs never runs.
     model_type = str(config.get("model_type", ""))
     if "auto_map" not in config or policy.allow_remote_code or _is_native(model_type):
         return

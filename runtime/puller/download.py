@@ -1,4 +1,4 @@
-"""All files of a model, some beside each other: one connection is rarely as fast as the disk. Knows the count of bytes; nothing of where they come from."""
+"""Fetches the files of a model concurrently, because one connection is rarely as fast as the disk."""
 
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -13,17 +13,17 @@ _FILES_AT_ONCE = 8
 
 
 def pull(source: Source, listing: Listing, directory: Path, job: PullJob) -> None:
-    """Fetch what isn't there yet. Raises what the first file that fails raises, once the others have stopped."""
+    """Fetch the files that are missing in `directory`. Raises the first failure, once the other fetches have stopped."""
     lock = threading.Lock()
     failed = threading.Event()
     done_bytes = 0
-    under_way: list[str] = []  # the oldest is the one that is told of, so that the text stays while files take turns
+    under_way: list[str] = []  # The oldest is the one reported, so that the text stays the same while files take turns.
 
     def fetch(file: RemoteFile) -> None:
         def arrived(count: int) -> None:
             nonlocal done_bytes
             if failed.is_set():
-                raise Cancelled("another file of the model can't be had")
+                raise Cancelled("another file of the model failed")
             with lock:
                 done_bytes += count
                 job.say(Phase.PULLING, done_bytes, listing.total_bytes, under_way[0])

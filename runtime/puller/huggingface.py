@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, or of a mirror (HF_ENDPOINT): the hub's library lists and names, our fetcher brings, since it can be cancelled."""
+"""Lists models of the Hugging Face hub, or of a mirror (HF_ENDPOINT), with the hub's library. Files are fetched by HttpClient, which can be cancelled."""
 
 import os
 from pathlib import Path
@@ -46,7 +46,7 @@ class HubSource:
             ) from error
         except (HfHubHTTPError, OSError, ValueError) as error:
             first_line, *_ = str(error).splitlines() or [""]
-            # offline by its own variable, or not well: what was listed before still holds
+            # If the hub is offline or failing, the last listing still holds.
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
             if status in (401, 403):
                 raise LoadFailed(
@@ -54,11 +54,11 @@ class HubSource:
                 ) from error
             away = status in AGAIN or isinstance(error, ConnectionError | TimeoutError)
             raise (Unreachable if away else LoadFailed)(
-                f"{origin}: the hub can't be asked: {type(error).__name__}: {first_line}"
+                f"{origin}: the hub's answer can't be used: {type(error).__name__}: {first_line}"
             ) from error
         except (
             Exception
-        ) as error:  # the library's HTTP client has a tree of its own, which changes with its major versions
+        ) as error:  # The library's HTTP client has exceptions of its own, which change with its major versions.
             raise Unreachable(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
         token = self._token or get_token()
         self._client = HttpClient(headers={"Authorization": f"Bearer {token}"} if token else {})

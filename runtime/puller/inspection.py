@@ -1,7 +1,4 @@
-"""Looks at a model without loading it: finds its configuration and its files' index, here or at its source, and says what it would need.
-
-Knows where to look; the arithmetic is runtime.fit's.
-"""
+"""The interface for inspecting a model without loading it: its configuration, the tensors in its files, and what it would need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from runtime.types import ModelSource
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
-    """What was found. `exact`: from the files' own index, not estimated. `config`: config.json, or of `gguf_file` what it says of itself."""
+    """What is known of a model. `exact` if the needs come from the files' index. `config` is config.json, or a GGUF file's own metadata."""
 
     geometry: Geometry
     needs: Needs
@@ -29,7 +26,7 @@ class ModelInspector(Protocol):
     async def look(
         self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
     ) -> ModelMetadata:
-        """`local_only`: raise LoadFailed at once where it would need the network. Raises InvalidRequest, LoadFailed."""
+        """Inspect a model. With `local_only`, raise LoadFailed at once if the network is needed. Raises InvalidRequest, LoadFailed."""
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
-        """Why the engine can't run what was found, whatever its size; empty if it can. Takes seconds, the first time."""
+        """Return why the engine cannot run the model, whatever its size; empty if it can. The first call takes seconds."""

@@ -1,4 +1,4 @@
-"""A model's configuration and its tensors' shapes without its weights: from files here, or from a source by a few small reads."""
+"""Reads a model's configuration and its tensors' shapes without its weights: from local files, or from a source by a few small reads."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,8 +25,8 @@ def look_remote(source: Source, job: PullJob) -> Found:
     by_name = {file.name: file for file in listing.files}
     config_file = by_name.get("config.json")
     if config_file is None:
-        raise LoadFailed(f"{listing.origin}: a GGUF file tells its sizes only when it is here; load it once")
-    # a size that the source doesn't know is -1, and one that it gives may be anything
+        raise LoadFailed(f"{listing.origin}: the size of a GGUF file is known only after it was pulled; load it once")
+    # A source may not know a size (-1) or state a wrong one.
     count = config_file.size_bytes if 0 <= config_file.size_bytes <= LARGEST_JSON_BYTES else LARGEST_JSON_BYTES + 1
     config = parse_json(f"{listing.origin}: config.json", source.read(config_file, 0, count, job))
     tensors: list[TensorShape] = []

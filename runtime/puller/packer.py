@@ -1,4 +1,4 @@
-"""Runs the packer process and hears how far it is. Knows processes and the packer's words; no torch."""
+"""Runs the packer process and forwards its progress."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 
 def run_packer(request: PackRequest, job: PullJob) -> None:
-    """Blocks until the packed directory is filled. Raises what the packer says, LoadFailed if it dies, OSError (ENOSPC) on a full disk."""
+    """Fill the packed directory; blocks. Raises the error that the packer reports, LoadFailed if it dies, OSError (ENOSPC) on a full disk."""
     command = [sys.executable, "-m", "runtime.puller.pack"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -29,7 +29,7 @@ def run_packer(request: PackRequest, job: PullJob) -> None:
     last: list[PackEvent] = []
     errors: list[bytes] = []
     readers = [
-        threading.Thread(target=_hear, args=(process.stdout, job, last), daemon=True),
+        threading.Thread(target=_read_events, args=(process.stdout, job, last), daemon=True),
         threading.Thread(target=_keep_tail, args=(process.stderr, errors), daemon=True),
     ]
     try:
@@ -60,11 +60,11 @@ def run_packer(request: PackRequest, job: PullJob) -> None:
             raise from_code(code, message)
     tail = b"".join(errors[-3:]).decode(errors="replace").strip()
     raise LoadFailed(
-        f"the packer ended without a word (exit status {process.returncode}; killed for its memory?): {tail}"
+        f"the packer process ended with status {process.returncode} and no result (status -9 usually means that memory ran out): {tail}"
     )
 
 
-def _hear(stream: IO[bytes], job: PullJob, last: list[PackEvent]) -> None:
+def _read_events(stream: IO[bytes], job: PullJob, last: list[PackEvent]) -> None:
     decoder = msgspec.json.Decoder(PackEvent)
     for line in stream:
         with suppress(msgspec.DecodeError):

@@ -1,4 +1,4 @@
-"""One piece of slow work on files: who wants to know how far it is, and whether it is still wanted. Safe to use from any thread."""
+"""The progress and the cancellation of one pull or pack. Safe to use from any thread."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ _SHORTEST_S = 0.1
 
 
 class PullJob:
-    """`check` between pieces of work, `say` after them; reports that only count on, with the same text, are thinned to ten a second."""
+    """Call `check` between pieces of work and `say` after them. Reports that repeat the text are limited to ten per second."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -22,12 +22,12 @@ class PullJob:
         self._cancelled.set()
 
     def check(self) -> None:
-        """Raises Cancelled once the work isn't wanted any more."""
+        """Raise Cancelled once `cancel` was called."""
         if self._cancelled.is_set():
             raise Cancelled("the load was cancelled")
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but wake to raise Cancelled."""
+        """Sleep for at most `seconds`. Raises Cancelled as soon as the work is cancelled."""
         self._cancelled.wait(seconds)
         self.check()
 

@@ -1,4 +1,4 @@
-"""From what a registration says to where the files are: a path here, or a Source that can bring them. Knows every scheme; talks to none."""
+"""Resolves a registration to a local path or to a Source that can fetch its files."""
 
 import base64
 import json
@@ -144,11 +144,11 @@ def _web(url: str, path: str, options: Mapping[str, str]) -> WebSource:
 def _split(url: str) -> urllib.parse.SplitResult:
     try:
         parts = urllib.parse.urlsplit(url)
-        parts.port  # noqa: B018 — raises if it is no number
+        parts.port  # noqa: B018 — raises unless it is a number
         if parts.hostname:
             parts.hostname.encode("idna")
     except ValueError:
-        raise InvalidRequest(f"{url.partition('?')[0].rpartition('@')[2]!r} is no URL", param="modelPath") from None
+        raise InvalidRequest(f"{url.partition('?')[0].rpartition('@')[2]!r} is not a URL", param="modelPath") from None
     return parts
 
 

@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds: its header, checked against the file's size. Reads no tensor; knows nothing of models or torch."""
+"""Reads the header of a safetensors file without torch and checks it against the file's size."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def header_length(name: str, prefix: bytes, file_bytes: int) -> int:
         raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, less than a header's length")
     (length,) = struct.unpack("<Q", prefix)
     if length > _MAX_HEADER_BYTES or length == 0:
-        raise LoadFailed(f"{name} is no safetensors file: it claims a header of {length} bytes")
+        raise LoadFailed(f"{name} is not a safetensors file: it claims a header of {length} bytes")
     if 8 + length > file_bytes:
         raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, its header alone needs {8 + length}")
     return int(length)
@@ -59,7 +59,7 @@ def parse_header(name: str, data: bytes) -> Header:
             shape = tuple(entry["shape"])
             if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
                 raise LoadFailed(
-                    f"{name} is corrupt: tensor {tensor} has offsets or sizes that are no whole numbers from 0 on"
+                    f"{name} is corrupt: tensor {tensor} has offsets or sizes that are not whole numbers from 0 on"
                 )
             expected = math.prod(shape) * DTYPE_BYTES[entry["dtype"]]
             if end - start != expected:
@@ -72,7 +72,7 @@ def parse_header(name: str, data: bytes) -> Header:
             raise LoadFailed(f"{name} is corrupt: its metadata has values that are no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadFailed(
-            f"{name} is no safetensors file: its header can't be read ({type(error).__name__}: {error})"
+            f"{name} is not a safetensors file: its header can't be read ({type(error).__name__}: {error})"
         ) from error
     places.sort()
     if any(before > start for (_, before), (start, _) in pairwise(places)):

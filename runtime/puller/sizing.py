@@ -1,4 +1,4 @@
-"""What a model would need, from its configuration and its files' index. Pure arithmetic; reads nothing (runtime.puller.inspection does)."""
+"""Computes the memory that a model needs from its configuration and its files' index. Pure arithmetic."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class TensorShape:
-    """One tensor of a checkpoint; `dtype` in safetensors' words."""
+    """One tensor of a checkpoint, with safetensors' name of its dtype."""
 
     name: str
     dtype: str
@@ -44,7 +44,7 @@ class TensorShape:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What config.json says of a decoder."""
+    """The dimensions of a decoder, from config.json."""
 
     architecture: str
     num_layers: int
@@ -54,7 +54,7 @@ class Geometry:
     intermediate_size: int
     vocab_size: int
     max_model_len: int
-    dtype: str  # of the checkpoint; "" where it doesn't say
+    dtype: str  # of the checkpoint; "" if not stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class ResidentBytes:
-    """A model that lies in device memory now."""
+    """A model that is in device memory."""
 
     model_id: str
     device_bytes: int
@@ -79,7 +79,7 @@ class ResidentBytes:
 
 
 def needs_of(geometry: Geometry, tensors: Sequence[TensorShape], settings: ModelSettings, device: str) -> Needs:
-    """`tensors` may be empty (an index that can't be read): parameters are then counted from the geometry."""
+    """Return the needs of a model. If `tensors` is empty, because the index is unknown, parameters are counted from the geometry."""
     dtype = compute_dtype(settings.dtype, geometry.dtype, device)
     size = DTYPE_BYTES[dtype]
     max_model_len = min(settings.max_model_len or geometry.max_model_len, geometry.max_model_len)
@@ -115,7 +115,7 @@ def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
 
 
 def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int) -> int:
-    """How one checkpoint tensor will lie in memory. Quantised are a decoder layer's matrices; already quantised numbers stay as they are."""
+    """Return the bytes of one tensor in memory. Matrices of decoder layers are quantised; tensors that are quantised already keep their size."""
     if tensor.dtype not in _FLOATS:
         return tensor.numel * DTYPE_BYTES.get(tensor.dtype, 1)
     if quantize is Quantization.NONE or not is_layer_matrix(tensor):
@@ -142,7 +142,7 @@ def estimate_parameters(geometry: Geometry) -> int:
 
 
 def victims(needed_bytes: int, free_bytes: int, residents: Sequence[ResidentBytes]) -> tuple[list[str], int]:
-    """Who would leave device memory, least recently used and idle first; and the bytes still missing after all of them."""
+    """Return the idle models that would be evicted, least recently used first, and the bytes still missing after all of them."""
     missing = needed_bytes - free_bytes
     chosen: list[str] = []
     for resident in sorted(residents, key=lambda one: one.last_used_s):
@@ -155,7 +155,7 @@ def victims(needed_bytes: int, free_bytes: int, residents: Sequence[ResidentByte
 
 
 def checkpoint_dtype(config: Mapping[str, object]) -> str:
-    """What config.json says of the weights' type, "" if nothing."""
+    """Return the dtype that config.json states for the weights, or ""."""
     text = config.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):
         if dtype := part.get("dtype") or part.get("torch_dtype"):

@@ -1,6 +1,6 @@
-"""The seam to where models come from: a listing of files and a way to fetch each. One implementation a kind of storage, chosen by locate.py.
+"""The interface of the places that models come from: a listing of files, and a way to fetch each.
 
-Also says which of a repository's files a checkpoint needs. Knows no protocol.
+It has one implementation per kind of storage, chosen in resolve.py. `wanted` selects the files of a repository that a checkpoint needs.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ _LARGEST_TEXT_BYTES = 256 * 1024 * 1024
 
 
 class Unreachable(LoadFailed):
-    """The source doesn't answer at all; what was pulled from it before may still be used."""
+    """The source does not answer. What was pulled from it before may still be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """`digest` changes with the content (an ETag, a hash); `sha256`, `md5` and `crc32c` are hex, "" = not given. `size_bytes` -1 = not known."""
+    """`digest` changes with the content (an ETag, a hash); `sha256`, `md5` and `crc32c` are hex, or "" if not given. `size_bytes` is -1 if unknown."""
 
     name: str
     location: str
@@ -38,14 +38,14 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a model consists of at its source. `origin` is for people and holds no secret."""
+    """The files of a model at its source. `origin` names the source in messages and holds no secret."""
 
     origin: str
     files: Sequence[RemoteFile]
 
     @property
     def key(self) -> str:
-        """Equal for equal content, as far as the source tells."""
+        """Return text that is equal for equal content, as far as the source identifies content."""
         digest = hashlib.blake2b(self.origin.encode(), digest_size=16)
         for file in sorted(self.files, key=lambda one: one.name):
             digest.update(f"\0{file.name}\0{file.size_bytes}\0{file.sha256 or file.md5 or file.digest}".encode())
@@ -56,24 +56,26 @@ class Listing:
         return sum(max(file.size_bytes, 0) for file in self.files)
 
 
-Arrived = Callable[[int], None]  # bytes that came, since the last call
+Arrived = Callable[
+    [int], None
+]  # called with the bytes received since the last call; negative if they are fetched again
 
 
 class Source(Protocol):
     """One model at one place. Methods block."""
 
     def listing(self, job: PullJob) -> Listing:
-        """The files that a checkpoint needs. Raises LoadFailed saying what couldn't be found or reached."""
+        """Return the files that a checkpoint needs. Raises LoadFailed naming what was not found or not reached."""
 
     def fetch(self, file: RemoteFile, target: Path, job: PullJob, arrived: Arrived) -> None:
-        """Bring `file` to `target`, going on from what is there. Checks what the source gives to check by. Raises LoadFailed, OSError."""
+        """Fetch `file` to `target`, resuming what is there, and verify the checksum that the source gives. Raises LoadFailed, OSError."""
 
     def read(self, file: RemoteFile, start: int, count: int, job: PullJob) -> bytes:
-        """Some bytes of a file, to look at headers without fetching it."""
+        """Return `count` bytes from `start`, to read headers without fetching the file."""
 
 
 def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> list[RemoteFile]:
-    """Of a repository's files those that a checkpoint needs: one kind of weights, configuration and tokenizer. Raises LoadFailed if there are none."""
+    """Return the files that a checkpoint needs: one kind of weights, configuration and tokenizer. Raises LoadFailed if there are no weights."""
     top = [
         file
         for file in files
@@ -116,7 +118,7 @@ def refuse_split(name: str, origin: str) -> None:
 
 
 def checked_name(name: str, origin: str) -> str:
-    """A file name from elsewhere, which must stay inside the directory that it is put in."""
+    """Return a file name of a listing. Raises LoadFailed if it leads out of the directory that it is put in."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
         raise LoadFailed(f"{origin} lists a file {name!r}, which would lie outside the model's directory")

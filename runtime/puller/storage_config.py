@@ -1,6 +1,6 @@
-"""ModelMesh's storage configuration: a directory with one JSON file a key, mounted from a secret. Reads it and lays a request's parameters over it.
+"""Reads ModelMesh's storage configuration, a directory with one JSON file per key that is mounted from a secret, and overlays a request's parameters.
 
-What it returns may hold secrets: it is used and forgotten, never logged, stored or sent.
+The result may hold secrets: it is used and dropped, never logged, stored or sent.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 from runtime.errors import InvalidRequest, LoadFailed
 
 _KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
-_BEARERS = ("gcs", "azure")  # whose requests carry a token that whoever gets it can use
-# where what a configuration holds is sent to; whoever may register a model may not read it, and so may not name the place either
+_BEARERS = ("gcs", "azure")  # Their requests carry a bearer token.
+# Destination fields. A registration may not override them, or it could send the configuration's credentials elsewhere.
 _PLACES = ("url", "endpoint_url", "token_uri", "verify_ssl", "ca_bundle")
 _OPEN = frozenset(
     {
@@ -34,10 +34,10 @@ _OPEN = frozenset(
 def storage_options(
     config_dir: str, storage_key: str | None, params: Mapping[str, str], uri: str = ""
 ) -> dict[str, str]:
-    """The named configuration with `params` over it. Without a key: `default_<type>` or `default`, if there is one.
+    """Return the named configuration overlaid with `params`. Without a key it is `default_<type>` or `default`, if present.
 
-    `uri` as it is registered: a configuration of another type or for another web site isn't used for it. Raises InvalidRequest for a key that is
-    no name or isn't for this place, LoadFailed for one that has no configuration.
+    A configuration of another type, or for another web site than the registered `uri`, is not used. Raises InvalidRequest for a key that is not a
+    name or does not fit the URI, LoadFailed for a key without configuration.
     """
     options: dict[str, str] = {}
     scheme, separator, _ = uri.partition("://")
@@ -71,12 +71,12 @@ def storage_options(
     merged = {**options, **params}
     kind = kind or _KINDS.get(merged.get("type", ""), merged.get("type", ""))
     if kind in _BEARERS and "endpoint_url" in moved:
-        merged["anonymous"] = "true"  # nor does the machine's own identity go to where a registration says
+        merged["anonymous"] = "true"  # The machine's own identity must not go to an endpoint that a registration names.
     return merged
 
 
 def _strange(options: Mapping[str, str], kind: str, uri: str) -> str:
-    """Why a configuration isn't for this URI; empty if it is."""
+    """Return why a configuration does not fit this URI; empty if it does."""
     own = options.get("type", kind)
     if _KINDS.get(own, own) != kind:
         return f"of type {own}"

@@ -1,6 +1,6 @@
-"""Asks whether the engine could run a configuration at all, once for each: the answer takes a process with torch some seconds.
+"""Asks the engine's support check whether it can run a configuration, and caches the answers.
 
-Knows the process and remembers its answers; what can be run is runtime.engine.support_check's to say.
+Each check takes a process with torch some seconds.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _REMEMBERED = 256
-# of no meaning to the engine: a packed directory's configuration has none of them either
+# The engine ignores them, and the configuration of a packed directory lacks them.
 _LEFT_OUT = ("quantization_config", "_name_or_path", "auto_map")
 
 
 class SupportProbe:
-    """Safe to use from several threads; one question at a time, so that no more than one such process takes memory."""
+    """Safe to use from several threads. Runs one check at a time, so that only one such process takes memory."""
 
     def __init__(self) -> None:
         self._answers: LRUCache[bytes, str] = LRUCache(_REMEMBERED)
@@ -35,7 +35,7 @@ class SupportProbe:
     def refusal(
         self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: PullJob
     ) -> str:
-        """Why it can't be run; empty if it can, or if that can't be told. `gguf_file` carries its configuration itself."""
+        """Return why the engine cannot run it; empty if it can or if the check fails. A `gguf_file` contains its configuration."""
         kept = {name: value for name, value in config.items() if name not in _LEFT_OUT}
         status = gguf_file.stat() if gguf_file is not None else None
         subject = (str(gguf_file), status.st_size, status.st_mtime_ns) if status is not None else kept
@@ -80,7 +80,7 @@ def _ask(path: Path, max_model_len: int | None, job: PullJob) -> str | None:
         return str(json.loads(words))
     except ValueError:
         log.warning(
-            "whether it can be run was not to be learnt: the process that tries it ended with status %d",
+            "the support check ended with status %d without an answer; the load will show whether the model can run",
             process.returncode,
         )
         return None

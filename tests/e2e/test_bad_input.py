@@ -54,7 +54,7 @@ def _untokenized(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "corrupt": (_corrupt, "no safetensors file"),
+    "corrupt": (_corrupt, "not a safetensors file"),
     "truncated": (_truncated, "truncated"),
     "incomplete": (_incomplete, "missing model.layers.0.self_attn.q_proj.weight"),
     "misshapen": (lambda folder: _configured(folder, hidden_size=128), "shape"),

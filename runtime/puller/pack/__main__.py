@@ -1,4 +1,4 @@
-"""The packer process: reads a request from stdin, says how far it is on stdout. Knows its ends and its start; the work is packing's."""
+"""The packer process: reads a request from stdin and writes events to stdout."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackReq
 
 
 def main() -> int:
-    # stdout carries events only: whatever a library prints goes to stderr
+    # stdout carries events only, so the output of libraries goes to stderr.
     events: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -23,7 +23,7 @@ def main() -> int:
         events.flush()
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # tensors are worked on beside each other, so none needs more than a core
+    # Tensors are processed concurrently, so each needs one core only.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # transformers reads no GGUF without accelerate
     with light_imports(keep=("accelerate",)):

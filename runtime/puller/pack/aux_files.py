@@ -1,4 +1,4 @@
-"""What lies beside the weights in a packed directory: configuration and tokenizer files, copied or converted. Knows transformers' file names."""
+"""Writes the files beside the weights of a packed directory: configuration and tokenizer files, copied or converted."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ _COPIED = (
 
 
 def copy_beside(model_dir: Path, out_dir: Path) -> None:
-    """config.json without its quantisation, and the rest as it is."""
+    """Copy config.json without its quantisation, and the other files unchanged."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     write_config(config, out_dir)
     for name in _COPIED:
@@ -43,7 +43,7 @@ def convert_tokenizer(model_dir: Path, out_dir: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
         tokenizer.save_pretrained(str(out_dir))
-    except Exception as error:  # whatever a converter raises means the same: this tokenizer can't be used
+    except Exception as error:  # Any error of a converter means that the tokenizer cannot be used.
         raise LoadFailed(
             f"the tokenizer can't be converted to tokenizer.json: {type(error).__name__}: {error}"
         ) from error

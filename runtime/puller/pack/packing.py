@@ -1,7 +1,6 @@
-"""Fills a packed directory: what is read, quantised and written, in which order, by how many threads. Knows the order of the work.
+"""Fills a packed directory: reads, quantises and writes tensor by tensor, in several threads within a byte budget.
 
-Tensors are worked on beside each other, as many as a bound on their bytes allows, or one; GGUF and pickles are held whole, as transformers reads
-them.
+The weights of GGUF files and pickles are held in memory as a whole.
 """
 
 import copy
@@ -124,7 +123,7 @@ def _pack_weights(
 
 
 class _Budget:
-    """Bytes of tensors that are in memory together; one alone may be larger."""
+    """Limits the bytes of tensors in memory at the same time. A single tensor may exceed the limit."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -145,7 +144,7 @@ class _Budget:
 
 
 def _chosen(request: PackRequest, skeleton: Any, specs: list[TensorSpec], serialised: set[str]) -> set[str]:
-    """Names of the weights that lie quantised in the packed file."""
+    """Return the names of the weights that the packed file holds quantised."""
     if request.quantization is Quantization.NONE:
         return set()
     if request.kind == "bitsandbytes":
@@ -195,7 +194,7 @@ def _quantize(tensor: Tensor, spec: TensorSpec, request: PackRequest) -> Matrix:
     if torch.cuda.is_available():
         try:
             return quantize(tensor.to("cuda").to(spec.dtype), request.quantization, double_quant=request.double_quant)
-        except torch.cuda.OutOfMemoryError:  # the engine has the device; there is time
+        except torch.cuda.OutOfMemoryError:  # The engine uses the device; the CPU is slower but has room.
             torch.cuda.empty_cache()
     return quantize(tensor.to(spec.dtype), request.quantization, double_quant=request.double_quant)
 

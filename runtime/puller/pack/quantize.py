@@ -1,6 +1,6 @@
-"""bitsandbytes' quantisation of one matrix, in our layout; and bitsandbytes' serialised matrices, in our layout without quantising again.
+"""Quantises one matrix as bitsandbytes does, into the packed layout, and converts bitsandbytes' serialised matrices to it without quantising again.
 
-Knows numbers; nothing of models or files. Layout: runtime.types.Checkpoint, 4-bit codes and scales as runtime.checkpoint.layout_4bit has them.
+The layouts are those of runtime.types.Checkpoint and, for 4-bit codes and scales, runtime.checkpoint.layout_4bit.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the packer is asked and what it says: one JSON line each. Knows no torch, so that the asking side needs none."""
+"""The messages between the runtime and the packer process, one line of JSON each. Free of torch, so that the runtime can import them."""
 
 import msgspec
 
@@ -11,7 +11,7 @@ PACKER_VERSION = "4"
 
 
 class PackRequest(msgspec.Struct, frozen=True):
-    """`kind` as runtime.puller.checkpoint_check.Kind. `pack_weights` False: only the tokenizer is converted."""
+    """`kind` as runtime.puller.checkpoint_check.CheckpointKind. `pack_weights` False: only the tokenizer is converted."""
 
     kind: str
     model_dir: str

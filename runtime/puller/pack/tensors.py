@@ -1,7 +1,4 @@
-"""Where the packer's tensors come from, one after another: safetensors files by way of transformers' names, or a model in memory.
-
-Knows names and files; nothing of quantisation but how bitsandbytes names what it serialised.
-"""
+"""The sources of the packer's tensors: safetensors files by way of transformers' names, or weights in memory."""
 
 import copy
 import re
@@ -28,12 +25,12 @@ _INT8_PART = re.compile(r"^(?P<module>.+)\.(SCB|weight_format)$")
 
 class Tensors(Protocol):
     def take(self, spec: TensorSpec) -> Tensor | Matrix:
-        """One tensor of the module, by its own name; quantised already if it is stored so."""
+        """Return one tensor of the module, as a Matrix if it is stored quantised."""
 
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
-    """A model that transformers has loaded."""
+    """Weights by the module's names."""
 
     state: Mapping[str, Tensor]
 
@@ -45,7 +42,7 @@ class InMemory:
 
 
 class FromFiles:
-    """safetensors files, read tensor by tensor, by several threads if need be. Holds few conversions' results: they are done one at a time."""
+    """safetensors files, read tensor by tensor from several threads. Conversions run one at a time, so that few results are held."""
 
     def __init__(
         self, model: Any, specs: Sequence[TensorSpec], files: Sequence[str], aliases: Mapping[str, str]

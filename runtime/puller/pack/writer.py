@@ -1,4 +1,4 @@
-"""Writes the packed file: safetensors' format, each tensor at a multiple of 256 bytes, a content hash in the metadata. Knows bytes; no torch.
+"""Writes the packed file: safetensors' format, each tensor at a multiple of 256 bytes, a content hash in the metadata.
 
 Tensors may come from several threads and in any order: each has its place from the start. The content hash is the hash of the tensors' own, in the
 file's order, so that it too is made by all threads.

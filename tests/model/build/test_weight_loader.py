@@ -139,7 +139,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int, says: str) -> None
 def test_what_is_no_safetensors_file_is_named(tmp_path: Path, header: bytes) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     Path(checkpoint.weight_files[0]).write_bytes(header)
-    assert "is no safetensors file" in refused(checkpoint)
+    assert "is not a safetensors file" in refused(checkpoint)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_unsupported_models_say_why(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, object], str]] = [
         ({"model_type": "mamba"}, "recurrent state"),
         ({"model_type": "bloom"}, "no attention hook"),
-        ({"model_type": "t5"}, "no causal language model"),
+        ({"model_type": "t5"}, "not a causal language model"),
         ({"model_type": "no such thing"}, "config.json can't be used"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised in a format"),
     ]

@@ -76,7 +76,7 @@ def test_inspect_names_the_sizes_of_a_damaged_checkpoint(tmp_path: Path) -> None
     with pytest.raises(LoadFailed, match="truncated"):
         look(tmp_path / "m")
     weights.write_bytes(b"\xff" * 1000)
-    with pytest.raises(LoadFailed, match="no safetensors file"):
+    with pytest.raises(LoadFailed, match="not a safetensors file"):
         look(tmp_path / "m")
     weights.unlink()
     with pytest.raises(LoadFailed, match="no weights"):
@@ -129,7 +129,7 @@ def test_configure_help_shows_variables_and_defaults(
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("usage: repertory serve-runtime ")
     assert "(default unix:/tmp/repertory/runtime.sock) [REPERTORY_LISTEN]" in text
-    assert "--http-max-body SIZE one HTTP body (default 8MiB) [REPERTORY_HTTP_MAX_BODY_BYTES]" in text
+    assert "--http-max-body SIZE largest HTTP request body (default 8MiB) [REPERTORY_HTTP_MAX_BODY_BYTES]" in text
 
 
 def test_inspect_refuses_other_files(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_inspect_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"not gguf")
     with pytest.raises(LoadFailed, match=r"must be \.gguf"):
         look(tmp_path / "m.bin")
-    with pytest.raises(LoadFailed, match="no GGUF file"):
+    with pytest.raises(LoadFailed, match="not a GGUF file"):
         look(tmp_path / "m.gguf")
     tiny_llama(tmp_path / "m")
     (tmp_path / "m" / "tokenizer.json").unlink()

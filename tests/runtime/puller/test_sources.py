@@ -234,7 +234,7 @@ def test_hub_source_lists_and_fetches(web: WebServer, tmp_path: Path, monkeypatc
     assert [file.name for file in listing.files] == ["model.safetensors", "config.json"]
     source.fetch(listing.files[0], tmp_path / "w", job(), lambda count: None)
     assert (tmp_path / "w").read_bytes() == data
-    with pytest.raises(LoadFailed, match=r"no such repository|can't be asked|can't be reached"):
+    with pytest.raises(LoadFailed, match=r"no such repository|can't be used|can't be reached"):
         HubSource("org/absent", "hub-token", allow_pickle=False).listing(job())
     for bad in ("onlyname", "a/b/c/d", "a/", "a/b:"):
         with pytest.raises(InvalidRequest):

@@ -42,7 +42,7 @@ def test_refusal_names_the_reason(tmp_path: Path) -> None:
     assert "recurrent state" in support_check.refusal(
         written(tmp_path, MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64)), None
     )
-    assert "no causal language model" in support_check.refusal(
+    assert "not a causal language model" in support_check.refusal(
         written(tmp_path, T5Config(d_model=32, num_layers=2)), None
     )
     unknown = support_check.refusal(

@@ -80,7 +80,7 @@ async def test_preparer_keeps_pulled_models_of_a_failing_hub(
 
 @pytest.mark.parametrize(
     ("status", "code", "words"),
-    [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "can't be asked")],
+    [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "can't be used")],
 )
 def test_hub_source_refusal_is_not_unreachable(
     web: WebServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str
