@@ -1,4 +1,7 @@
-"""Encodes errors as HTTP responses in OpenAI's JSON shape, and as the last event of a stream that has begun."""
+"""Encodes errors as HTTP responses in OpenAI's JSON shape, and as the last event of a stream that has begun.
+
+Errors below /v1/messages also have the mark and the event name that Anthropic's clients look for.
+"""
 
 import logging
 import math
@@ -11,6 +14,7 @@ from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported, Overl
 
 logger = logging.getLogger(__name__)
 
+_MESSAGES_PATH = "/v1/messages"
 _CODES: dict[type[MeshError], str] = {NotFound: "model_not_found", TooLarge: "body_too_large", Overloaded: "overloaded"}
 
 
@@ -23,16 +27,18 @@ class Problem(msgspec.Struct, frozen=True):
 
 class ErrorBody(msgspec.Struct, frozen=True):
     error: Problem
+    type: str | msgspec.UnsetType = msgspec.UNSET
 
 
-def body_of(error: MeshError) -> bytes:
-    return msgspec.json.encode(
-        ErrorBody(Problem(error.message, error.openai_type, None, _CODES.get(type(error), error.code.lower())))
-    )
+def body_of(error: MeshError, path: str) -> bytes:
+    """Return the error's JSON for a request to `path`."""
+    problem = Problem(error.message, error.openai_type, None, _CODES.get(type(error), error.code.lower()))
+    return msgspec.json.encode(ErrorBody(problem, "error" if path.startswith(_MESSAGES_PATH) else msgspec.UNSET))
 
 
-def response_of(error: MeshError) -> web.Response:
-    response = web.Response(status=error.http_status, body=body_of(error), content_type="application/json")
+def response_of(error: MeshError, path: str) -> web.Response:
+    """Return the response to a request to `path`."""
+    response = web.Response(status=error.http_status, body=body_of(error, path), content_type="application/json")
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, NotSupported):
@@ -43,9 +49,14 @@ def response_of(error: MeshError) -> web.Response:
     return response
 
 
-def event_of(body: bytes) -> bytes:
-    """Return an error's JSON as the last server-sent event of a stream; official clients raise on it."""
-    return b"data: " + b" ".join(body.split(b"\n")) + b"\n\n"
+def event_of(body: bytes, path: str) -> bytes:
+    """Return an error's JSON as the last server-sent event of a stream from `path`; official clients raise on it."""
+    return (
+        (b"event: error\n" if path.startswith(_MESSAGES_PATH) else b"")
+        + b"data: "
+        + b" ".join(body.split(b"\n"))
+        + b"\n\n"
+    )
 
 
 def as_mesh_error(error: Exception) -> MeshError:
@@ -63,11 +74,13 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except web.HTTPException as error:
         problem = InvalidRequest(f"{request.method} {request.path}: {error.reason}")
-        response = web.Response(status=error.status, body=body_of(problem), content_type="application/json")
+        response = web.Response(
+            status=error.status, body=body_of(problem, request.path), content_type="application/json"
+        )
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
     except ConnectionError:
         raise  # the client has disconnected
     except Exception as error:
-        return response_of(as_mesh_error(error))
+        return response_of(as_mesh_error(error), request.path)

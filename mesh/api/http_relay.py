@@ -28,7 +28,8 @@ async def relay(
     record.code = str(status)
     if begun is not None and status != _OK:
         # The client was sent status 200 before, so the error becomes the stream's last event.
-        return await end_stream(begun, event_of(b"".join([chunk async for chunk in forwarder.chunks()])))
+        answer = b"".join([chunk async for chunk in forwarder.chunks()])
+        return await end_stream(begun, event_of(answer, request.path))
     if begun is None and (body := forwarder.whole_body) is not None:
         return _with_head(web.Response(body=body), record, forwarder)  # leaves in one write
     response = begun
@@ -80,7 +81,8 @@ async def _broken_off(
         "a response broke off", extra={"request_id": record.request_id, "model": record.model_id, "error": str(error)}
     )
     if response.content_type == "text/event-stream":
-        return await end_stream(response, event_of(body_of(Unavailable("the answer broke off", model=model_name))))
+        body = body_of(Unavailable("the answer broke off", model=model_name), request.path)
+        return await end_stream(response, event_of(body, request.path))
     if request.transport is not None:
         request.transport.abort()
     return response

@@ -91,7 +91,8 @@ def key_guard(keys: tuple[str, ...]) -> Middleware:
         if request.path in _OPEN_TO_ALL or any(key_is_known(value, keys) for value in sent):
             return await handler(request)
         response = response_of(
-            Unauthenticated("a valid API key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
+            Unauthenticated("a valid API key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`"),
+            request.path,
         )
         response.headers["WWW-Authenticate"] = "Bearer"
         return response

@@ -72,7 +72,7 @@ class OpenAiGateway:
                 if keep_alive is None or keep_alive.response is None:
                     raise
                 record.code = error.code
-                return await end_stream(keep_alive.response, event_of(body_of(error)))
+                return await end_stream(keep_alive.response, event_of(body_of(error, request.path), request.path))
 
     async def _answer(
         self,

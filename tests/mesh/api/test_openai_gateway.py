@@ -164,6 +164,16 @@ async def test_gateway_runtime_without_http(tmp_path: Path) -> None:
         assert "gRPC" in body["error"]["message"]
 
 
+async def test_gateway_errors_of_messages_have_that_protocols_marks(pod: RunningPod) -> None:
+    async with pod.http.post("/v1/messages", json={"model": "nobody"}) as answer:
+        assert (answer.status, (await answer.json())["type"]) == (404, "error")
+    body = {"model": "org/smol", "stream": True, "chunks": 5, "break_at": 2}
+    async with pod.http.post("/v1/messages", json=body) as answer:
+        last = (await answer.text()).rstrip("\n").split("\n\n")[-1]
+    name, _, data = last.partition("\ndata: ")
+    assert (name, json.loads(data)["type"]) == ("event: error", "error")
+
+
 async def test_gateway_broken_stream_ends_in_an_error_event(pod: RunningPod) -> None:
     status, text = await stream(pod, chunks=5, break_at=2)
     assert status == 200
