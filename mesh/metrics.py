@@ -17,7 +17,7 @@ _MILLISECONDS = (0.5, 1, 2, 5, 10, 20, 50, 75, 100, 200, 500, 1000, 2000, 5000, 
 
 @dataclass(frozen=True, slots=True)
 class PodFigures:
-    """The pod's state at a scrape. Only the pod that `leads` exports the mesh-wide figures, so that a sum over pods is right."""
+    """The pod's state at a scrape. Only the pod that `is_leader` exports the mesh-wide figures, so that a sum over pods is right."""
 
     capacity_bytes: int
     used_bytes: int
@@ -27,7 +27,7 @@ class PodFigures:
     models_managed: int
     models_loaded: int
     models_failed: int
-    leads: bool
+    is_leader: bool
 
 
 class Metrics:
@@ -161,7 +161,7 @@ class Metrics:
         for name, value in values.items():
             self._pod[name].set(value)
         text = generate_latest(self._registry)
-        if not figures.leads:
+        if not figures.is_leader:
             return text
         self._mesh["models_managed_total"].set(figures.models_managed)
         self._mesh["models_loaded_total"].set(figures.models_loaded)

@@ -120,7 +120,7 @@ class Pod:
         self._static_registered = False
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._publisher: Heartbeat | None = None
+        self._heartbeat: Heartbeat | None = None
         self._build()
 
     def _build(self) -> None:
@@ -130,10 +130,10 @@ class Pod:
         self._changes = Changes()
         self._copies = LocalCopies(self._changes)
         runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
-        announcer = RecordUpdates(self.registry.models, self.instance_id)
+        record_updates = RecordUpdates(self.registry.models, self.instance_id)
         self._loads = LocalLoads(
             runtime,
-            announcer,
+            record_updates,
             self._copies,
             self._changes,
             self._metrics,
@@ -159,7 +159,7 @@ class Pod:
         self.placement = Placement(
             self.registry,
             runtime,
-            announcer,
+            record_updates,
             self._copies,
             self._loads,
             peers,
@@ -172,7 +172,7 @@ class Pod:
         )
         self.reconciler = Reconciler(
             self.registry,
-            announcer,
+            record_updates,
             self._copies,
             self._loads,
             self.placement,
@@ -180,8 +180,10 @@ class Pod:
             self.monitor,
             self._changes,
         )
-        self._transitions = Transitions(self.registry, self.placement, self.states, leads=self.registry.instances.leads)
-        self._reaper = Reaper(self.registry, leads=self.registry.instances.leads)
+        self._transitions = Transitions(
+            self.registry, self.placement, self.states, is_leader=self.registry.instances.is_leader
+        )
+        self._reaper = Reaper(self.registry, is_leader=self.registry.instances.is_leader)
         self._router = CopyRouter(
             self.registry,
             self.placement,
@@ -247,8 +249,8 @@ class Pod:
         """It takes requests, and will load what they need."""
         return (
             self._static_registered
-            and self._publisher is not None
-            and self.monitor.ready
+            and self._heartbeat is not None
+            and self.monitor.is_ready
             and not self._stopping.is_set()
         )
 
@@ -268,8 +270,8 @@ class Pod:
             labels=self._config.labels,
             location=self._config.advertise_host or socket.gethostname(),
         )
-        self._look_for_a_double(own.grpc_address)
-        self._publisher = Heartbeat(
+        self._warn_of_duplicate_id(own.grpc_address)
+        self._heartbeat = Heartbeat(
             self.registry.instances,
             own,
             self._copies,
@@ -282,7 +284,7 @@ class Pod:
         self._transitions.start()
         self._tasks = [
             asyncio.create_task(work)
-            for work in (self._register_static(), self._publisher.run(), self._tell_health(), self._reaper.run())
+            for work in (self._register_static(), self._heartbeat.run(), self._publish_readiness(), self._reaper.run())
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
 
@@ -294,12 +296,12 @@ class Pod:
         logger.info("pod stops", extra={"instance": self.instance_id})
         await _cancel(self._tasks)
         self._router.stop()
-        if self._publisher is not None:
+        if self._heartbeat is not None:
             await self.grpc.set_ready(False)
-            await self._publisher.shut_down()
+            await self._heartbeat.shut_down()
             await self.reconciler.withdraw()
         await asyncio.gather(self.grpc.stop(self._config.grace_s), self.http.stop())
-        if self._publisher is not None:
+        if self._heartbeat is not None:
             await self._transitions.close()
         await self.reconciler.close()
         await self.registry.close()
@@ -316,10 +318,10 @@ class Pod:
         self._static_registered = True
 
     async def _publish_record(self) -> None:
-        if self._publisher is not None:
-            await self._publisher.flush()
+        if self._heartbeat is not None:
+            await self._heartbeat.flush()
 
-    def _look_for_a_double(self, grpc_address: str) -> None:
+    def _warn_of_duplicate_id(self, grpc_address: str) -> None:
         """Two pods with one id overwrite each other's records. It may also be this pod's own, from before it moved here."""
         other = self.registry.instances.get(self.instance_id)
         if other is not None and other.grpc_address != grpc_address:
@@ -329,13 +331,13 @@ class Pod:
                 other.grpc_address or "an unknown address",
             )
 
-    async def _tell_health(self) -> None:
-        told = False
+    async def _publish_readiness(self) -> None:
+        published = False
         while True:
             seen = self._changes.version
-            if self.is_ready() is not told:
-                told = not told
-                await self.grpc.set_ready(told)
+            if self.is_ready() is not published:
+                published = not published
+                await self.grpc.set_ready(published)
             await self._changes.wait(1.0, since=seen)
 
     def _check_info(self, info: ModelInfo) -> None:
@@ -354,13 +356,13 @@ class Pod:
         figures = PodFigures(
             capacity_bytes=usage.capacity_bytes,
             used_bytes=usage.used_bytes,
-            num_models=len(usage.held),
+            num_models=len(usage.models),
             lru_ms=usage.lru_ms,
             now_ms=epoch_ms(),
             models_managed=len(records),
             models_loaded=sum(1 for record in records if record.instance_ids),
             models_failed=sum(1 for record in records if record.failed_in),
-            leads=self.registry.instances.leads(),
+            is_leader=self.registry.instances.is_leader(),
         )
         return self._metrics.text(figures, self._is_registered)
 

@@ -105,7 +105,7 @@ class ManagementService(rpc.ModelMeshServicer):
     async def _set_vmodel(self, request: pb.SetVModelRequest) -> pb.VModelStatusInfo:
         if self._read_only:
             raise Unavailable("model-mesh is in read-only mode")
-        wish = VModelRequest(
+        vmodel_request = VModelRequest(
             vmodel_id=request.vModelId,
             target_id=request.targetModelId,
             info=self._info(request.modelInfo) if request.HasField("modelInfo") else None,
@@ -120,8 +120,8 @@ class ManagementService(rpc.ModelMeshServicer):
         before = self._registry.vmodels.get(request.vModelId)
         active = self._registry.models.get(before.active_id) if before else None
         had_copies = active is not None and bool(active.instance_ids)
-        vmodel = await self._registry.vmodels.set(wish, now_ms=entry_ms, is_loaded=self._is_loaded)
-        if vmodel.moving:
+        vmodel = await self._registry.vmodels.set(vmodel_request, now_ms=entry_ms, is_loaded=self._is_loaded)
+        if vmodel.is_moving:
             if request.sync:
                 vmodel = await self._moved(request.vModelId, vmodel.target_id)
         elif request.loadNow or had_copies:
@@ -155,7 +155,7 @@ class ManagementService(rpc.ModelMeshServicer):
         """Wait until the move to `target_id` is done, has failed or was replaced by another. Raises NotFound if the vmodel was deleted."""
 
         def ended(vmodel: VModelRecord | None) -> bool:
-            return vmodel is None or vmodel.failed or not vmodel.moving or vmodel.target_id != target_id
+            return vmodel is None or vmodel.failed or not vmodel.is_moving or vmodel.target_id != target_id
 
         try:
             async with asyncio.timeout(self._move_wait_s):
@@ -202,7 +202,7 @@ class ManagementService(rpc.ModelMeshServicer):
         return bool(peers)
 
     async def _vmodel_status(self, vmodel: VModelRecord) -> pb.VModelStatusInfo:
-        if not vmodel.moving:
+        if not vmodel.is_moving:
             state = pb.VModelStatusInfo.DEFINED
         else:
             state = pb.VModelStatusInfo.TRANSITION_FAILED if vmodel.failed else pb.VModelStatusInfo.TRANSITIONING
@@ -213,7 +213,7 @@ class ManagementService(rpc.ModelMeshServicer):
             activeModelStatus=await self._status_of(vmodel.active_id),
             owner=vmodel.owner,
         )
-        if vmodel.moving:
+        if vmodel.is_moving:
             target = await self._status_of(vmodel.target_id)
             if not vmodel.failed and target.status != pb.ModelStatusInfo.LOADED:
                 # A move tries several pods, so a failure so far is not yet the result.

@@ -99,7 +99,7 @@ class ModelsRoutes:
         """Start a load and respond at once; the status shows its progress. A load that another pod asks for takes place on this pod."""
         asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
         if HOP_HEADER in request.headers:
-            await self._placement.ensure_loaded(asked.model, last_used_ms=asked.last_used_ms, here=True)
+            await self._placement.ensure_loaded(asked.model, last_used_ms=asked.last_used_ms, local_only=True)
         else:
             record = Record.of(request)
             record.model_id = await self._resolve(asked)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState
-from mesh.placement.usage import Held, Usage
+from mesh.placement.usage import ModelUsage, Usage
 from mesh.types import ModelInfo
 
-_COMING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
+_PENDING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
 
 
 @dataclass(eq=False, slots=True)
 class LocalCopy:
-    """`announced`: the registry's record has it, so that its absence there later means "unload". `size_bytes` counts from the moment
+    """`is_announced`: the registry's record has it, so that its absence there later means "unload". `size_bytes` counts from the moment
     that room is reserved: a load that only waits must not keep others from theirs. `expected_bytes`: what it was before; 0 = not known."""
 
     model_id: str
@@ -32,15 +32,15 @@ class LocalCopy:
     loaded_s: float = 0.0
     max_concurrency: int = 0  # requests at once that its runtime asks for; 0 = as many as come
     last_used_ms: int = 0
-    announced: bool = False
-    measured: bool = False  # the registry was told what its weights take
+    is_announced: bool = False
+    is_measured: bool = False  # the registry was told what its weights take
 
     @property
-    def coming(self) -> bool:
-        return self.state in _COMING
+    def is_pending(self) -> bool:
+        return self.state in _PENDING
 
     @property
-    def loaded(self) -> bool:
+    def is_loaded(self) -> bool:
         return self.state is CopyState.LOADED
 
 
@@ -49,7 +49,7 @@ class LocalCopies:
         self._copies: dict[str, LocalCopy] = {}
         # by id, not in the copies: a request may outlive the copy it began on
         self._in_flight: Counter[str] = Counter()
-        self._held: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
         self._changes = changes
         self.capacity_bytes = 0
 
@@ -76,18 +76,18 @@ class LocalCopies:
         self._changes.notify()
 
     def usage(self) -> Usage:
-        held = tuple(
-            Held(
+        models = tuple(
+            ModelUsage(
                 copy.model_id,
                 copy.size_bytes,
                 copy.last_used_ms,
-                self._in_flight[copy.model_id] + self._held[copy.model_id],
-                leaving=copy.state is CopyState.UNLOADING,
-                pinned=copy.coming,
+                self._in_flight[copy.model_id] + self._waiting[copy.model_id],
+                is_unloading=copy.state is CopyState.UNLOADING,
+                is_loading=copy.is_pending,
             )
             for copy in self._copies.values()
         )
-        return Usage(self.capacity_bytes, held)
+        return Usage(self.capacity_bytes, models)
 
     def touch(self, model_id: str, at_ms: int) -> None:
         copy = self._copies.get(model_id)
@@ -97,24 +97,24 @@ class LocalCopies:
     def in_flight(self, model_id: str) -> int:
         return self._in_flight[model_id]
 
-    def held(self, model_id: str) -> int:
+    def num_waiting(self, model_id: str) -> int:
         """Requests that wait for the model to be loaded."""
-        return self._held[model_id]
+        return self._waiting[model_id]
 
     def begin(self, model_id: str) -> None:
         self._in_flight[model_id] += 1
         self.touch(model_id, epoch_ms())
 
     def end(self, model_id: str) -> None:
-        self._less(self._in_flight, model_id)
+        self._decrease(self._in_flight, model_id)
 
-    def hold(self, model_id: str) -> None:
-        self._held[model_id] += 1
+    def begin_wait(self, model_id: str) -> None:
+        self._waiting[model_id] += 1
 
-    def release(self, model_id: str) -> None:
-        self._less(self._held, model_id)
+    def end_wait(self, model_id: str) -> None:
+        self._decrease(self._waiting, model_id)
 
-    def _less(self, counts: Counter[str], model_id: str) -> None:
+    def _decrease(self, counts: Counter[str], model_id: str) -> None:
         counts[model_id] -= 1
         if counts[model_id] <= 0:
             del counts[model_id]

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from mesh.placement.usage import Held, Usage
+from mesh.placement.usage import ModelUsage, Usage
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Eviction:
     """`victims` are to be unloaded, in this order. `wait`: there isn't room yet, look again after a change. `refusal`: there never will be.
 
     `declined`: what would have to leave was used more recently than the newcomer.
@@ -18,49 +18,49 @@ class Room:
     declined: bool = False
 
 
-def make_room(
-    usage: Usage, model_id: str, need_bytes: int, *, last_used_ms: int | None = None, patient: bool = True
-) -> Room:
+def plan_eviction(
+    usage: Usage, model_id: str, need_bytes: int, *, last_used_ms: int | None = None, spare_busy: bool = True
+) -> Eviction:
     """Room for `need_bytes` beside what is held; the model's own entry doesn't count.
 
     `last_used_ms`: None for a model that is wanted now; otherwise it displaces only what was used longer ago.
-    `patient` False: models in use may be victims too, when the idle ones don't suffice (they end what they run first).
+    `spare_busy` False: models in use may be victims too, when the idle ones don't suffice (they end what they run first).
     """
     if need_bytes > usage.capacity_bytes:
-        return Room(refusal=f"it needs {need_bytes} bytes; the capacity is {usage.capacity_bytes} bytes")
-    others = [held for held in usage.held if held.model_id != model_id]
-    used_bytes = sum(held.size_bytes for held in others)
+        return Eviction(refusal=f"it needs {need_bytes} bytes; the capacity is {usage.capacity_bytes} bytes")
+    others = [model for model in usage.models if model.model_id != model_id]
+    used_bytes = sum(model.size_bytes for model in others)
     short_bytes = used_bytes + need_bytes - usage.capacity_bytes
     if short_bytes <= 0:
-        return Room()
-    short_bytes -= sum(held.size_bytes for held in others if held.leaving)
+        return Eviction()
+    short_bytes -= sum(model.size_bytes for model in others if model.is_unloading)
     if short_bytes <= 0:
-        return Room(wait=True)
-    candidates = [held for held in others if not held.leaving and not held.pinned and held.size_bytes > 0]
+        return Eviction(wait=True)
+    candidates = [model for model in others if not model.is_unloading and not model.is_loading and model.size_bytes > 0]
     if last_used_ms is not None:
-        candidates = [held for held in candidates if held.last_used_ms < last_used_ms]
-        if sum(held.size_bytes for held in candidates) < short_bytes:
-            return Room(declined=True)
-    idle = _take([held for held in candidates if held.users == 0], short_bytes)
+        candidates = [model for model in candidates if model.last_used_ms < last_used_ms]
+        if sum(model.size_bytes for model in candidates) < short_bytes:
+            return Eviction(declined=True)
+    idle = _take([model for model in candidates if model.num_users == 0], short_bytes)
     if idle is not None:
-        return Room(victims=idle, wait=True)
-    if patient:
-        return Room(wait=True)
+        return Eviction(victims=idle, wait=True)
+    if spare_busy:
+        return Eviction(wait=True)
     # idle ones go first, then those in use, each group by last use
-    by_use = sorted(candidates, key=lambda held: (held.users > 0, held.last_used_ms, held.model_id))
-    return Room(victims=_take(by_use, short_bytes, ordered=True) or (), wait=True)
+    by_use = sorted(candidates, key=lambda model: (model.num_users > 0, model.last_used_ms, model.model_id))
+    return Eviction(victims=_take(by_use, short_bytes, ordered=True) or (), wait=True)
 
 
-def _take(candidates: list[Held], short_bytes: int, *, ordered: bool = False) -> tuple[str, ...] | None:
+def _take(candidates: list[ModelUsage], short_bytes: int, *, ordered: bool = False) -> tuple[str, ...] | None:
     """The first few, by last use, that free enough; without those that turn out not to be needed. None: all together don't."""
-    chosen: list[Held] = []
-    for held in candidates if ordered else sorted(candidates, key=lambda held: (held.last_used_ms, held.model_id)):
-        chosen.append(held)
+    chosen: list[ModelUsage] = []
+    for model in candidates if ordered else sorted(candidates, key=lambda model: (model.last_used_ms, model.model_id)):
+        chosen.append(model)
         if sum(victim.size_bytes for victim in chosen) >= short_bytes:
             break
     else:
         return None
-    for held in reversed(chosen[:-1]):
-        if sum(victim.size_bytes for victim in chosen) - held.size_bytes >= short_bytes:
-            chosen.remove(held)
-    return tuple(held.model_id for held in chosen)
+    for model in reversed(chosen[:-1]):
+        if sum(victim.size_bytes for victim in chosen) - model.size_bytes >= short_bytes:
+            chosen.remove(model)
+    return tuple(model.model_id for model in chosen)

@@ -22,8 +22,8 @@ from mesh.types import RuntimeSnapshot
 
 logger = logging.getLogger(__name__)
 
-_LOADS_EVERY_S = 2.0
-_AT_MOST_EVERY_S = 0.1
+_LOAD_INTERVAL_S = 2.0
+_MIN_INTERVAL_S = 0.1
 
 
 class Heartbeat:
@@ -48,7 +48,7 @@ class Heartbeat:
         self._num_loading = num_loading
         self._loading_threads = loading_threads
         self._shutting_down = False
-        self._told: InstanceRecord | None = None
+        self._published: InstanceRecord | None = None
 
     async def run(self) -> None:
         loads_at_s = 0.0
@@ -56,17 +56,21 @@ class Heartbeat:
             seen = self._changes.version
             record = self.record()
             now_s = time.monotonic()
-            due = now_s - loads_at_s >= _LOADS_EVERY_S and len(self._instances.table) > 1
-            if self._told is None or _settled(record) != _settled(self._told) or (due and record != self._told):
+            due = now_s - loads_at_s >= _LOAD_INTERVAL_S and len(self._instances.table) > 1
+            if (
+                self._published is None
+                or _without_load(record) != _without_load(self._published)
+                or (due and record != self._published)
+            ):
                 loads_at_s = now_s
                 await self._publish(record)
-            await asyncio.sleep(_AT_MOST_EVERY_S)
-            await self._changes.wait(_LOADS_EVERY_S, since=seen)
+            await asyncio.sleep(_MIN_INTERVAL_S)
+            await self._changes.wait(_LOAD_INTERVAL_S, since=seen)
 
     async def flush(self) -> None:
         """Publish now if the record differs from the published one: what a synchronous call answers is then true at every pod."""
         record = self.record()
-        if self._told is None or _settled(record) != _settled(self._told):
+        if self._published is None or _without_load(record) != _without_load(self._published):
             await self._publish(record)
 
     async def shut_down(self) -> None:
@@ -87,7 +91,7 @@ class Heartbeat:
             lru_time_ms=LRU_EMPTY_MS if usage.lru_ms == NEVER_MS else usage.lru_ms,
             count=len(reports),
             capacity_units=usage.capacity_bytes // CAPACITY_UNIT_BYTES,
-            used_units=(usage.used_bytes - usage.leaving_bytes) // CAPACITY_UNIT_BYTES,
+            used_units=(usage.used_bytes - usage.unloading_bytes) // CAPACITY_UNIT_BYTES,
             loading_threads=self._loading_threads(),
             loads_in_progress=self._num_loading(),
             shutting_down=self._shutting_down,
@@ -105,7 +109,7 @@ class Heartbeat:
     async def _publish(self, record: InstanceRecord) -> None:
         try:
             await self._instances.publish(record)
-            self._told = record
+            self._published = record
         except StoreError as error:
             logger.warning("this pod's record could not be told: %s", error.message)
 
@@ -120,7 +124,7 @@ def identity(*, grpc_address: str, http_address: str, labels: tuple[str, ...], l
     )
 
 
-def _settled(record: InstanceRecord) -> InstanceRecord:
+def _without_load(record: InstanceRecord) -> InstanceRecord:
     """Without what changes with every request."""
     copies = {model_id: report.settled() for model_id, report in record.copies.items()}
     return msgspec.structs.replace(

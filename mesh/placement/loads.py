@@ -16,18 +16,18 @@ from common.model_state import CopyState
 from mesh.errors import LoadFailed, MeshError, NotFound, Overloaded, StoreError, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
-from mesh.placement.eviction import make_room
+from mesh.placement.eviction import plan_eviction
 from mesh.placement.load_times import LoadTimes
 from mesh.placement.record_updates import RecordUpdates
 from mesh.types import LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)
 
-_ROOM_S = 180.0  # ModelMesh's: a load that finds no room by then is given up, and not held against the model
-_PATIENCE_S = 5.0  # after it, models in use must make room: they finish what they run and are then unloaded
-_DRAIN_S = 120.0
-_AWAY_S = 60.0  # a runtime that says UNAVAILABLE gets this long to come back
-_AGAIN_S = 0.2
+_ROOM_TIMEOUT_S = 180.0  # ModelMesh's: a load that finds no room by then is given up, and not held against the model
+_SPARE_BUSY_S = 5.0  # after it, models in use must make room: they finish what they run and are then unloaded
+_DRAIN_TIMEOUT_S = 120.0
+_RUNTIME_RETRY_S = 60.0  # a runtime that says UNAVAILABLE gets this long to come back
+_RETRY_PAUSE_S = 0.2
 _UNLOAD_RETRIES_S = (0.5, 1.0, 2.0, 5.0)
 _UNLOAD_RETRY_S = 10.0
 _UNLOAD_ATTEMPTS = 90
@@ -43,7 +43,7 @@ class LocalLoads:
     def __init__(
         self,
         runtime: RuntimeClient,
-        announcer: RecordUpdates,
+        record_updates: RecordUpdates,
         copies: LocalCopies,
         changes: Changes,
         metrics: Metrics,
@@ -54,7 +54,7 @@ class LocalLoads:
         """`publish` writes this pod's record: other pods read there that a load has ended."""
         self._publish = publish
         self._runtime = runtime
-        self._announcer = announcer
+        self._record_updates = record_updates
         self._copies = copies
         self._changes = changes
         self._metrics = metrics
@@ -69,7 +69,7 @@ class LocalLoads:
         ] = {}  # as they turned out, by model id: a model that comes back needs no prediction
         self.times = LoadTimes()
 
-    def begin(self, limits: RuntimeLimits) -> None:
+    def runtime_ready(self, limits: RuntimeLimits) -> None:
         """The runtime is ready and holds nothing."""
         self._copies.capacity_bytes = limits.capacity_bytes
         self._default_size_bytes = limits.default_model_size_bytes
@@ -79,7 +79,7 @@ class LocalLoads:
         self._ready.set()
         self._changes.notify()
 
-    def pause(self) -> None:
+    def runtime_lost(self) -> None:
         """The runtime is away: loads wait for it."""
         self._ready.clear()
 
@@ -101,7 +101,7 @@ class LocalLoads:
         previous = self._copies.get(model_id)
         if previous is not None and previous.state is not CopyState.UNLOADING:
             copy.expected_bytes = previous.size_bytes or previous.expected_bytes
-            copy.announced = previous.announced
+            copy.is_announced = previous.is_announced
         task = asyncio.create_task(self._load(copy, urgent), name=f"load {model_id}")
         self._loading[model_id] = task
         task.add_done_callback(lambda done: self._ended(model_id, done))
@@ -118,7 +118,7 @@ class LocalLoads:
         self.times = self.times.without(model_id)
         self._sizes_bytes.pop(model_id, None)
 
-    async def drop(self, model_id: str) -> None:
+    async def unload(self, model_id: str) -> None:
         """Unload, or stop loading. Returns when it is gone; idempotent."""
         task = self._loading.get(model_id)
         if task is not None:
@@ -177,22 +177,22 @@ class LocalLoads:
         finally:
             if not keep:
                 self._copies.remove(copy)
-                await self._quietly(self._announcer.gone(model_id))
+                await self._log_errors(self._record_updates.gone(model_id))
         self.trim()
 
     async def _announce(self, copy: LocalCopy) -> None:
         try:
-            await self._announcer.loading(
+            await self._record_updates.loading(
                 copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms
             )
-            copy.announced = True
+            copy.is_announced = True
         except StoreError as error:
             # a store that is away must not keep a known model from being served; the next sweep announces it
             logger.warning("model %s is loaded unannounced: %s", copy.model_id, error.message)
 
     async def _load_on_runtime(self, copy: LocalCopy) -> LoadAnswer:
         """What doesn't fit although it should is given room, one idle model after the other; a runtime that restarts is waited for."""
-        give_up_s = time.monotonic() + _AWAY_S
+        give_up_s = time.monotonic() + _RUNTIME_RETRY_S
         refusal = ""
         while True:
             await self._ready.wait()
@@ -202,7 +202,7 @@ class LocalLoads:
                 if time.monotonic() > give_up_s:
                     raise
                 logger.info("%s; trying again", error.message)
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_PAUSE_S)
             except Overloaded as error:
                 victim = next(iter(self._idle()), None)
                 # the same words after somebody has left: it isn't room that is missing
@@ -222,13 +222,17 @@ class LocalLoads:
         """Reserve room for the predicted size, once there is."""
         known = copy.expected_bytes or self._sizes_bytes.get(copy.model_id)
         predicted = known or await self._runtime.predict_size(copy.model_id, copy.info) or self._default_size_bytes
-        give_up_s = time.monotonic() + _ROOM_S
-        impatient_s = time.monotonic() + _PATIENCE_S
+        give_up_s = time.monotonic() + _ROOM_TIMEOUT_S
+        spare_busy_until_s = time.monotonic() + _SPARE_BUSY_S
         while True:
             now_s = time.monotonic()
-            wanted_ms = None if urgent or self._copies.held(copy.model_id) else copy.last_used_ms
-            room = make_room(
-                self._copies.usage(), copy.model_id, predicted, last_used_ms=wanted_ms, patient=now_s < impatient_s
+            wanted_ms = None if urgent or self._copies.num_waiting(copy.model_id) else copy.last_used_ms
+            room = plan_eviction(
+                self._copies.usage(),
+                copy.model_id,
+                predicted,
+                last_used_ms=wanted_ms,
+                spare_busy=now_s < spare_busy_until_s,
             )
             if room.refusal:
                 raise LoadFailed(room.refusal, model=copy.model_id, limit=self._copies.capacity_bytes, value=predicted)
@@ -240,7 +244,7 @@ class LocalLoads:
                 return
             if now_s > give_up_s:
                 raise Overloaded(
-                    f"no room for its {predicted} bytes within {_ROOM_S:.0f} s",
+                    f"no room for its {predicted} bytes within {_ROOM_TIMEOUT_S:.0f} s",
                     model=copy.model_id,
                     limit=self._copies.capacity_bytes,
                     value=predicted,
@@ -248,15 +252,15 @@ class LocalLoads:
                 )
             for victim_id in room.victims:
                 victim = self._copies.get(victim_id)
-                if victim is not None and victim.loaded:
+                if victim is not None and victim.is_loaded:
                     self._start_unload(victim, evicted=True)
             await self._changes.wait(
-                max(0.05, min(give_up_s, impatient_s if now_s < impatient_s else give_up_s) - now_s)
+                max(0.05, min(give_up_s, spare_busy_until_s if now_s < spare_busy_until_s else give_up_s) - now_s)
             )
 
     def trim(self) -> None:
         """After a load that turned out larger than predicted: what no longer fits goes, as far as it is idle. What isn't goes at a later look."""
-        while self._copies.usage().used_bytes - self._copies.usage().leaving_bytes > self._copies.capacity_bytes:
+        while self._copies.usage().used_bytes - self._copies.usage().unloading_bytes > self._copies.capacity_bytes:
             victim = next(iter(self._idle()), None)
             if victim is None:
                 return
@@ -264,19 +268,19 @@ class LocalLoads:
 
     def _idle(self) -> list[LocalCopy]:
         """Loaded copies that nobody uses, the longest unused first; never the newest, which somebody has just asked for."""
-        users = {held.model_id: held.users for held in self._copies.usage().held}
+        num_users = {model.model_id: model.num_users for model in self._copies.usage().models}
         loaded = sorted(
-            (copy for copy in self._copies if copy.loaded), key=lambda copy: (copy.last_used_ms, copy.started_ms)
+            (copy for copy in self._copies if copy.is_loaded), key=lambda copy: (copy.last_used_ms, copy.started_ms)
         )
         newest = max(loaded, key=lambda copy: copy.started_ms, default=None)
-        alone = not any(copy.coming for copy in self._copies)
-        return [copy for copy in loaded if users.get(copy.model_id, 0) == 0 and not (alone and copy is newest)]
+        alone = not any(copy.is_pending for copy in self._copies)
+        return [copy for copy in loaded if num_users.get(copy.model_id, 0) == 0 and not (alone and copy is newest)]
 
     async def _failed(self, copy: LocalCopy, message: str) -> None:
         self._metrics.load_failed(copy.model_id)
         logger.warning("model failed to load", extra={"model": copy.model_id, "error": message})
-        copy.announced = False  # its absence from the record is our own doing
-        await self._quietly(self._announcer.failed(copy.model_id, message, at_ms=epoch_ms()))
+        copy.is_announced = False  # its absence from the record is our own doing
+        await self._log_errors(self._record_updates.failed(copy.model_id, message, at_ms=epoch_ms()))
 
     async def _evict(self, copy: LocalCopy) -> None:
         await asyncio.wait([self._start_unload(copy, evicted=True)])
@@ -298,9 +302,9 @@ class LocalLoads:
         return task
 
     async def _unload_copy(self, copy: LocalCopy) -> None:
-        await self._quietly(self._announcer.gone(copy.model_id, last_used_ms=copy.last_used_ms))
+        await self._log_errors(self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_S):
+            async with asyncio.timeout(_DRAIN_TIMEOUT_S):
                 while self._copies.in_flight(copy.model_id):
                     await self._changes.wait()
         for attempt in range(_UNLOAD_ATTEMPTS):
@@ -314,7 +318,7 @@ class LocalLoads:
                 await asyncio.sleep(_UNLOAD_RETRIES_S[attempt] if attempt < len(_UNLOAD_RETRIES_S) else _UNLOAD_RETRY_S)
         self._copies.remove(copy)
 
-    async def _quietly(self, work: Awaitable[None]) -> None:
+    async def _log_errors(self, work: Awaitable[None]) -> None:
         """The store may be away, or the registration gone; the sweep puts right what is then wrong."""
         try:
             await work

@@ -5,10 +5,10 @@ import time
 from common.clock import epoch_ms
 from common.model_state import CopyState
 from mesh.placement.copies import LocalCopies
-from mesh.placement.eviction import make_room
+from mesh.placement.eviction import plan_eviction
 from mesh.placement.load_times import remaining_s
 from mesh.placement.loads import LocalLoads
-from mesh.placement.model_status import OwnCopy, blocked_for_s, status_of
+from mesh.placement.model_status import LocalCopyState, blocked_for_s, status_of
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
@@ -40,15 +40,15 @@ class ModelStates:
             model_id,
             record,
             own_id=self._own_id,
-            own=self.own_copy(model_id),
+            own=self.local_copy(model_id),
             own_model=self._monitor.model(model_id),
             pods=self.pods() if record is not None and record.instance_ids else {},
         )
 
     def expected_wait_s(self, model_id: str) -> float:
         copy = self._copies.get(model_id)
-        if copy is not None and copy.loaded:
-            return 0.0 if self._monitor.serving else 1.0
+        if copy is not None and copy.is_loaded:
+            return 0.0 if self._monitor.is_serving else 1.0
         expected_s = self._loads.times.expected_s(model_id, copy.size_bytes if copy else 0)
         if copy is None or copy.state is CopyState.UNLOADING:
             since_ms = min(self._remote_since(model_id), default=0)
@@ -63,9 +63,9 @@ class ModelStates:
     def would_unload(self, model_id: str, size_bytes: int) -> tuple[str, ...]:
         """Whom this pod would unload for a model of this size if it were asked for now; models in use only if the idle ones don't suffice."""
         copy = self._copies.get(model_id)
-        if copy is not None and copy.loaded:
+        if copy is not None and copy.is_loaded:
             return ()
-        return make_room(self._copies.usage(), model_id, size_bytes, patient=False).victims
+        return plan_eviction(self._copies.usage(), model_id, size_bytes, spare_busy=False).victims
 
     def expected_load_s(self, model_id: str) -> float:
         """A whole load, from beginning to end."""
@@ -76,7 +76,7 @@ class ModelStates:
         model = self._monitor.model(model_id)
         return model is not None and model.state is CopyState.QUARANTINED
 
-    def blocked_record_s(self, model_id: str, record: ModelRecord) -> float:
+    def record_blocked_for_s(self, model_id: str, record: ModelRecord) -> float:
         return blocked_for_s(
             record,
             own_id=self._own_id,
@@ -89,21 +89,21 @@ class ModelStates:
     def blocked_for_s(self, model_id: str) -> float:
         """How long a failed model is not tried again, unless asked for by name."""
         record = self._registry.models.get(model_id)
-        return self.blocked_record_s(model_id, record) if record else 0.0
+        return self.record_blocked_for_s(model_id, record) if record else 0.0
 
-    def status_here(self, model_id: str) -> ModelStatus:
+    def local_status(self, model_id: str) -> ModelStatus:
         if self._loads.task(model_id) is not None:
             return ModelStatus.LOADING
         copy = self._copies.get(model_id)
-        return ModelStatus.LOADED if copy is not None and copy.loaded else ModelStatus.NOT_LOADED
+        return ModelStatus.LOADED if copy is not None and copy.is_loaded else ModelStatus.NOT_LOADED
 
-    def own_copy(self, model_id: str) -> OwnCopy | None:
+    def local_copy(self, model_id: str) -> LocalCopyState | None:
         copy = self._copies.get(model_id)
         if copy is None:
             return None
         # one that leaves and is already wanted again is on its way
         state = CopyState.QUEUED if copy.state is CopyState.UNLOADING and self._loads.task(model_id) else copy.state
-        return OwnCopy(state, copy.started_ms, copy.size_bytes, self._monitor.model(model_id))
+        return LocalCopyState(state, copy.started_ms, copy.size_bytes, self._monitor.model(model_id))
 
     def pods(self) -> dict[str, InstanceRecord]:
         return dict(self._registry.instances.live())

@@ -16,7 +16,7 @@ _AT_REST = StatusInfo(ModelStatus.NOT_LOADED)
 
 
 @dataclass(frozen=True, slots=True)
-class OwnCopy:
+class LocalCopyState:
     """This pod's copy: its books, and the runtime's account of it if there is one."""
 
     state: CopyState
@@ -30,7 +30,7 @@ def status_of(
     record: ModelRecord | None,
     *,
     own_id: str,
-    own: OwnCopy | None,
+    own: LocalCopyState | None,
     own_model: ModelState | None,
     pods: Mapping[str, InstanceRecord],
 ) -> StatusInfo:
@@ -124,7 +124,7 @@ def copy_state(model_id: str, state: CopyState, size_bytes: int, reported: Model
     )
 
 
-def _own_info(model_id: str, own_id: str, own: OwnCopy) -> CopyInfo:
+def _own_info(model_id: str, own_id: str, own: LocalCopyState) -> CopyInfo:
     model = copy_state(model_id, own.state, own.size_bytes, own.model)
     return CopyInfo(own_id, _status(model.state), own.started_ms, model)
 

@@ -41,7 +41,7 @@ class Placement:
         self,
         registry: Registry,
         runtime: RuntimeClient,
-        announcer: RecordUpdates,
+        record_updates: RecordUpdates,
         copies: LocalCopies,
         loads: LocalLoads,
         peers: PeerLoads,
@@ -55,7 +55,7 @@ class Placement:
     ) -> None:
         self._registry = registry
         self._runtime = runtime
-        self._announcer = announcer
+        self._record_updates = record_updates
         self._copies = copies
         self._loads = loads
         self._peers = peers
@@ -74,10 +74,10 @@ class Placement:
         last_used_ms: int = 0,
         wait: bool = False,
         retry_failed: bool = False,
-        here: bool = False,
+        local_only: bool = False,
     ) -> StatusInfo:
         """As Loader. `retry_failed`: somebody asks for it by name, so a failure that still holds it back is forgotten.
-        `here`: on this pod, whatever others have.
+        `local_only`: on this pod, whatever others have.
 
         Raises NotFound; with `wait` also Overloaded (no room while all is in use) and Unavailable (the runtime went away).
         """
@@ -87,25 +87,25 @@ class Placement:
         used_ms = last_used_ms or epoch_ms()
         self._copies.touch(model_id, used_ms)
         status = self._states.status(model_id)
-        now = self._states.status_here(model_id) if here else status.status
+        now = self._states.local_status(model_id) if local_only else status.status
         if now is ModelStatus.LOADED or (now is ModelStatus.LOADING and not wait):
             return status
         if now is not ModelStatus.LOADING:
             if retry_failed:
-                await self._forgive(model_id)
+                await self._clear_failures(model_id)
                 record = self._registry.models.get(model_id) or record
-            elif self._states.blocked_record_s(model_id, record) > 0:
+            elif self._states.record_blocked_for_s(model_id, record) > 0:
                 return status
             await self._begin(
-                model_id, record, last_used_ms=used_ms, urgent=last_used_ms == 0 or retry_failed, here=here
+                model_id, record, last_used_ms=used_ms, urgent=last_used_ms == 0 or retry_failed, local_only=local_only
             )
         return await self._outcome(model_id) if wait else self._states.status(model_id)
 
     async def unload(self, model_id: str) -> None:
-        await self._announcer.drop_everywhere(model_id)
-        await self._loads.drop(model_id)
+        await self._record_updates.clear_instances(model_id)
+        await self._loads.unload(model_id)
         if self._states.is_quarantined(model_id):
-            await self._forgive(model_id)
+            await self._clear_failures(model_id)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_UNLOAD_S):
                 while any(
@@ -113,19 +113,21 @@ class Placement:
                 ):
                     await self._changes.wait()
 
-    def load_here(self, model_id: str, *, last_used_ms: int, urgent: bool = True) -> None:
+    def load_locally(self, model_id: str, *, last_used_ms: int, urgent: bool = True) -> None:
         record = self._registry.models.get(model_id)
         if record is not None:
             self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent)
 
-    async def _forgive(self, model_id: str) -> None:
+    async def _clear_failures(self, model_id: str) -> None:
         """To a runtime, a model that is unloaded on purpose has a new chance."""
         if self._states.is_quarantined(model_id):
             with contextlib.suppress(Unavailable):
                 await self._runtime.unload(model_id)
-        await self._announcer.forgive(model_id)
+        await self._record_updates.clear_failures(model_id)
 
-    async def _begin(self, model_id: str, record: ModelRecord, *, last_used_ms: int, urgent: bool, here: bool) -> None:
+    async def _begin(
+        self, model_id: str, record: ModelRecord, *, last_used_ms: int, urgent: bool, local_only: bool
+    ) -> None:
         pods = self._states.pods()
         constraint = self._constraints.of(record.info.type)
         if not any(constraint.allows(self._labels(pod_id, pods)) for pod_id in {self._own_id, *pods}):
@@ -133,8 +135,8 @@ class Placement:
                 "There are no running instances that meet the label requirements of type "
                 f"{record.info.type}: [{', '.join(constraint.required)}]"
             )
-        is_allowed_here = constraint.allows(self._labels(self._own_id, pods))
-        if not here and len(pods) > 1:
+        is_allowed_locally = constraint.allows(self._labels(self._own_id, pods))
+        if not local_only and len(pods) > 1:
             target = await self._choose(model_id, record, pods)
             if target is not None and not target.local:
                 try:
@@ -145,14 +147,14 @@ class Placement:
                     logger.warning(
                         "model %s: %s can't load it, trying here: %s", model_id, target.instance_id, error.message
                     )
-        if not is_allowed_here:
+        if not is_allowed_locally:
             raise Unavailable("no pod that meets its label requirements can load it now", model=model_id)
         self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent)
 
     async def try_elsewhere(self, model_id: str, record: ModelRecord) -> None:
         """After a failure here, ask another pod to load the model; as in ModelMesh, up to three pods try."""
         pods = self._states.pods()
-        if record.instance_ids.keys() & pods.keys() or self._states.blocked_record_s(model_id, record) > 0:
+        if record.instance_ids.keys() & pods.keys() or self._states.record_blocked_for_s(model_id, record) > 0:
             return
         target = await self._choose(model_id, record, pods)
         if target is None or target.local:
@@ -171,7 +173,7 @@ class Placement:
                 )
 
     async def _choose(self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord]) -> Pod | None:
-        size_bytes = await self._runtime.predict_size(model_id, record.info) if self._monitor.serving else None
+        size_bytes = await self._runtime.predict_size(model_id, record.info) if self._monitor.is_serving else None
         limits = self._monitor.limits
         now_ms = epoch_ms()
         constraint = self._constraints.of(record.info.type)

@@ -1,6 +1,6 @@
 """Clearing up after pods that are gone for good: their ids leave the models' records, where nobody else would take them out.
 
-One pod does it for all (`leads`), and only after a pod has been away for long: one that restarts finds its models in the records and loads
+One pod does it for all (`is_leader`), and only after a pod has been away for long: one that restarts finds its models in the records and loads
 them again. Routing ignores such ids anyhow; this is for whoever reads or counts the records. Loads nothing.
 """
 
@@ -23,10 +23,10 @@ _EVERY_S = 60.0
 
 class Reaper:
     def __init__(
-        self, registry: Registry, *, leads: Callable[[], bool], away_s: float = AWAY_S, every_s: float = _EVERY_S
+        self, registry: Registry, *, is_leader: Callable[[], bool], away_s: float = AWAY_S, every_s: float = _EVERY_S
     ) -> None:
         self._registry = registry
-        self._leads = leads
+        self._is_leader = is_leader
         self._away_s = away_s
         self._every_s = every_s
         self._away_since_s: dict[str, float] = {}
@@ -51,7 +51,7 @@ class Reaper:
         # every pod counts, so that a new leader needn't begin anew
         self._away_since_s = {pod_id: self._away_since_s.get(pod_id, now_s) for pod_id in away}
         gone = {pod_id for pod_id, since_s in self._away_since_s.items() if now_s - since_s >= self._away_s}
-        if not gone or not self._leads():
+        if not gone or not self._is_leader():
             return
         for model_id, record in records.items():
             if named_in({model_id: record}) & gone:

@@ -32,7 +32,7 @@ class Reconciler:
     def __init__(
         self,
         registry: Registry,
-        announcer: RecordUpdates,
+        record_updates: RecordUpdates,
         copies: LocalCopies,
         loads: LocalLoads,
         placement: Placement,
@@ -41,7 +41,7 @@ class Reconciler:
         changes: Changes,
     ) -> None:
         self._registry = registry
-        self._announcer = announcer
+        self._record_updates = record_updates
         self._copies = copies
         self._loads = loads
         self._placement = placement
@@ -68,10 +68,10 @@ class Reconciler:
         """This pod is leaving: its copies are no longer to be asked for."""
         copies = list(self._copies)
         for copy in copies:
-            copy.announced = False
+            copy.is_announced = False
         try:
             for copy in copies:
-                await self._announcer.gone(copy.model_id, last_used_ms=copy.last_used_ms)
+                await self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms)
         except StoreError as error:
             # seconds for each model would outlast the grace period, and the others see that this pod is gone
             logger.warning("this pod's copies stay in the registry: %s", error.message)
@@ -84,37 +84,37 @@ class Reconciler:
             if self._own_id in record.instance_ids
         ]
         for model_id, record in sorted(mine, key=lambda item: item[1].last_used_ms, reverse=True):
-            self._placement.load_here(model_id, last_used_ms=record.last_used_ms, urgent=False)
+            self._placement.load_locally(model_id, last_used_ms=record.last_used_ms, urgent=False)
 
     def runtime_changed(self, snapshot: RuntimeSnapshot) -> None:
         """A model that the runtime itself has given up is no longer loaded here, with the runtime's reason."""
         for model in snapshot.models:
             copy = self._copies.get(model.model_id)
-            if copy is not None and copy.loaded and model.state in (CopyState.FAILED, CopyState.QUARANTINED):
-                copy.announced = False
+            if copy is not None and copy.is_loaded and model.state in (CopyState.FAILED, CopyState.QUARANTINED):
+                copy.is_announced = False
                 self._copies.remove(copy)
                 self._spawn(self._give_up(model.model_id, model.error or f"{model.state} by the runtime"))
-            elif copy is not None and copy.loaded and model.weight_bytes and not copy.measured:
-                copy.measured = True
+            elif copy is not None and copy.is_loaded and model.weight_bytes and not copy.is_measured:
+                copy.is_measured = True
                 self._spawn(self._note_weight(model.model_id, model.weight_bytes))
 
     async def _note_weight(self, model_id: str, weight_bytes: int) -> None:
         with contextlib.suppress(StoreError):
-            await self._announcer.measured(model_id, weight_bytes)
+            await self._record_updates.measured(model_id, weight_bytes)
 
     async def _give_up(self, model_id: str, error: str) -> None:
         with contextlib.suppress(StoreError):
-            await self._announcer.failed(model_id, error, at_ms=epoch_ms())
+            await self._record_updates.failed(model_id, error, at_ms=epoch_ms())
 
     def _record_changed(self, model_id: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
         if new is not None and old is not None and self._own_id in new.failed_in.keys() - old.failed_in.keys():
             self._spawn(self._placement.try_elsewhere(model_id, new))
         copy = self._copies.get(model_id)
         if copy is not None and copy.state is not CopyState.UNLOADING:
-            withdrawn = copy.announced and new is not None and self._own_id not in new.instance_ids
+            withdrawn = copy.is_announced and new is not None and self._own_id not in new.instance_ids
             if new is None or withdrawn:
-                copy.announced = False
-                self._spawn(self._loads.drop(model_id))
+                copy.is_announced = False
+                self._spawn(self._loads.unload(model_id))
         if new is None:
             self._loads.forget(model_id)
         self._changes.notify()
@@ -131,14 +131,14 @@ class Reconciler:
         """Put right what a store that was away, a process that died, or a prediction that was too low left wrong."""
         self._loads.trim()
         for copy in self._copies:
-            if copy.loaded and not copy.announced:
+            if copy.is_loaded and not copy.is_announced:
                 try:
-                    await self._announcer.loading(
+                    await self._record_updates.loading(
                         copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms
                     )
-                    copy.announced = True
+                    copy.is_announced = True
                 except NotFound:
-                    await self._loads.drop(copy.model_id)
+                    await self._loads.unload(copy.model_id)
         if self._monitor.limits is None:
             return
         now_ms = epoch_ms()
@@ -148,11 +148,11 @@ class Reconciler:
                 and self._copies.get(model_id) is None
                 and self._loads.task(model_id) is None
             ):
-                await self._announcer.gone(model_id)
+                await self._record_updates.gone(model_id)
             if now_ms - record.failed_in.get(
                 self._own_id, now_ms
             ) > _FAILURE_KEPT_MS and not self._states.is_quarantined(model_id):
-                await self._announcer.forgive_own(model_id)
+                await self._record_updates.clear_own_failure(model_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -73,7 +73,7 @@ class RecordUpdates:
 
         await self._models.table.update(model_id, change)
 
-    async def forgive(self, model_id: str) -> None:
+    async def clear_failures(self, model_id: str) -> None:
         """Forget all recorded failures: somebody asks for the model by name."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
@@ -83,7 +83,7 @@ class RecordUpdates:
 
         await self._models.table.update(model_id, change)
 
-    async def forgive_own(self, model_id: str) -> None:
+    async def clear_own_failure(self, model_id: str) -> None:
         """Forget this pod's failure: it is too old to mean anything."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
@@ -97,7 +97,7 @@ class RecordUpdates:
 
         await self._models.table.update(model_id, change)
 
-    async def drop_everywhere(self, model_id: str) -> None:
+    async def clear_instances(self, model_id: str) -> None:
         """No pod shall have it: each pod sees that it is no longer in the record, and unloads."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:

@@ -17,9 +17,11 @@ from mesh.types import RuntimeClient, RuntimeLimits, RuntimeSnapshot
 
 logger = logging.getLogger(__name__)
 
-_READY_S = 180.0  # ModelMesh gives up here; a supervised runtime may come later, so it is asked again
-_REFUSED_S = 2.0  # one that says at once that it never will be is asked again all the same: another may take its place
-_SETTLE_S = 0.3  # one that tells nothing of itself gets this long to come to itself
+_READY_TIMEOUT_S = 180.0  # ModelMesh gives up here; a supervised runtime may come later, so it is asked again
+_READY_RETRY_S = (
+    2.0  # one that says at once that it never will be is asked again all the same: another may take its place
+)
+_FOREIGN_REFRESH_S = 0.3  # one that tells nothing of itself gets this long to come to itself
 
 
 class RuntimeMonitor:
@@ -45,17 +47,17 @@ class RuntimeMonitor:
         self.limits: RuntimeLimits | None = None
         self.snapshot = RuntimeSnapshot(0)
         self._models: dict[str, ModelState] = {}
-        self._told_s = 0.0
-        self._asking = asyncio.Lock()
-        self._asked_s = 0.0
+        self._snapshot_s = 0.0
+        self._looking = asyncio.Lock()
+        self._looked_s = 0.0
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """It takes loads and requests, or will when its engine is back."""
         return self._connected and self.snapshot.engine_state != "stopped"
 
     @property
-    def serving(self) -> bool:
+    def is_serving(self) -> bool:
         """It answers requests now."""
         return self._connected and (self.snapshot.ready or not self.snapshot.engine_state)
 
@@ -65,7 +67,9 @@ class RuntimeMonitor:
         An account that is older than the load's end knows nothing of it yet.
         """
         model = self.model(copy.model_id)
-        return self.serving and (model is None or model.state is CopyState.LOADED or copy.loaded_s >= self._told_s)
+        return self.is_serving and (
+            model is None or model.state is CopyState.LOADED or copy.loaded_s >= self._snapshot_s
+        )
 
     def model(self, model_id: str) -> ModelState | None:
         return self._models.get(model_id)
@@ -79,8 +83,8 @@ class RuntimeMonitor:
             if gone and self._connected:
                 logger.warning("the runtime is gone")
                 self._connected = False
-                self._loads.pause()
-            self._take(snapshot)
+                self._loads.runtime_lost()
+            self._set_snapshot(snapshot)
             if not gone and not self._connected:
                 await self._returned(snapshot)
                 self._connected = True
@@ -89,53 +93,53 @@ class RuntimeMonitor:
             self._changed(snapshot)
             self._changes.notify()
 
-    async def newer_account(self) -> None:
+    async def refresh(self) -> None:
         """Returns when the runtime has told of itself what is newer than this call, and so than anything that it answered before."""
         if self.snapshot.foreign:
-            await self._changes.wait(_SETTLE_S)
+            await self._changes.wait(_FOREIGN_REFRESH_S)
             return
         called_s = time.monotonic()
-        async with self._asking:
+        async with self._looking:
             # who waited for another's question has its answer, if it was asked late enough
-            if self._asked_s < called_s:
+            if self._looked_s < called_s:
                 asked_s = time.monotonic()
                 snapshot = await self._runtime.look()
                 if snapshot is not None and self._connected:
-                    self._asked_s = asked_s
-                    self._take(snapshot)
+                    self._looked_s = asked_s
+                    self._set_snapshot(snapshot)
                     self._changed(snapshot)
                     self._changes.notify()
-        while self._asked_s < called_s and self._told_s < called_s:
+        while self._looked_s < called_s and self._snapshot_s < called_s:
             await self._changes.wait()
 
-    def _take(self, snapshot: RuntimeSnapshot) -> None:
+    def _set_snapshot(self, snapshot: RuntimeSnapshot) -> None:
         self.snapshot = snapshot
         self._models = {model.model_id: model for model in snapshot.models}
-        self._told_s = time.monotonic()
+        self._snapshot_s = time.monotonic()
 
     async def _await_ready(self) -> RuntimeLimits:
         while True:
             try:
-                self.limits = await self._runtime.wait_ready(_READY_S)
+                self.limits = await self._runtime.wait_ready(_READY_TIMEOUT_S)
             except MeshError as error:
                 logger.error("%s", error.message)
-                await asyncio.sleep(_REFUSED_S)
+                await asyncio.sleep(_READY_RETRY_S)
             else:
-                self._loads.begin(self.limits)
+                self._loads.runtime_ready(self.limits)
                 return self.limits
 
     async def _returned(self, snapshot: RuntimeSnapshot) -> None:
         """A broken connection or a new process? A new one holds nothing of ours, and is to be asked for readiness before it is used."""
-        ours = [copy for copy in self._copies if copy.loaded]
+        ours = [copy for copy in self._copies if copy.is_loaded]
         kept = {model.model_id for model in snapshot.models if model.state is CopyState.LOADED}
         lost = [copy for copy in ours if copy.model_id not in kept]
         logger.warning("the runtime is back; %d of %d models are to be loaded again", len(lost), len(ours))
         if len(lost) == len(ours):
             await self._await_ready()
         elif self.limits is not None:
-            self._loads.begin(self.limits)
-        self._load_again(lost)
+            self._loads.runtime_ready(self.limits)
+        self._reload(lost)
 
-    def _load_again(self, lost: list[LocalCopy]) -> None:
+    def _reload(self, lost: list[LocalCopy]) -> None:
         for copy in sorted(lost, key=lambda copy: copy.last_used_ms, reverse=True):
             self._loads.load(copy.model_id, copy.info, last_used_ms=copy.last_used_ms, urgent=False)

@@ -6,32 +6,32 @@ NEVER_MS = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """One model's share. `size_bytes`: predicted until it is loaded, then actual. `users`: requests in flight, and those that wait for it.
+class ModelUsage:
+    """One model's share. `size_bytes`: predicted until it is loaded, then actual. `num_users`: requests in flight, and those that wait for it.
 
-    `leaving`: being unloaded, its bytes are coming free. `pinned`: may not be chosen to leave (it is being loaded).
+    `is_unloading`: being unloaded, its bytes are coming free. `is_loading`: may not be chosen to leave (it is being loaded).
     """
 
     model_id: str
     size_bytes: int
     last_used_ms: int
-    users: int = 0
-    leaving: bool = False
-    pinned: bool = False
+    num_users: int = 0
+    is_unloading: bool = False
+    is_loading: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     capacity_bytes: int
-    held: tuple[Held, ...] = ()
+    models: tuple[ModelUsage, ...] = ()
 
     @property
     def used_bytes(self) -> int:
-        return sum(held.size_bytes for held in self.held)
+        return sum(model.size_bytes for model in self.models)
 
     @property
-    def leaving_bytes(self) -> int:
-        return sum(held.size_bytes for held in self.held if held.leaving)
+    def unloading_bytes(self) -> int:
+        return sum(model.size_bytes for model in self.models if model.is_unloading)
 
     @property
     def free_bytes(self) -> int:
@@ -40,4 +40,4 @@ class Usage:
     @property
     def lru_ms(self) -> int:
         """When the model that is longest unused was used; NEVER_MS if there is none."""
-        return min((held.last_used_ms for held in self.held if not held.leaving), default=NEVER_MS)
+        return min((model.last_used_ms for model in self.models if not model.is_unloading), default=NEVER_MS)

@@ -36,6 +36,6 @@ class Instances:
         """Pods that take work, by id; one that is shutting down no longer counts."""
         return [(instance_id, record) for instance_id, record in self.table.items() if not record.shutting_down]
 
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this pod does the housekeeping: the one that has been there longest does."""
         return self.table.oldest() == self.own_id

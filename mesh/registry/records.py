@@ -51,7 +51,7 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     actionable: bool = False
 
     @property
-    def used(self) -> bool:
+    def is_used(self) -> bool:
         """Whether anybody has used it since it was registered."""
         return self.last_used_ms > self.entered_ms
 
@@ -70,7 +70,7 @@ class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     actionable: bool = False
 
     @property
-    def moving(self) -> bool:
+    def is_moving(self) -> bool:
         return self.active_id != self.target_id
 
 

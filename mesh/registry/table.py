@@ -51,7 +51,7 @@ class Table(Generic[R]):
         self._kind = kind
         self._cache: dict[str, Versioned[R]] = {}
         self._absent_at: dict[str, int] = {}  # known to be absent at a revision that the watch hasn't reached yet
-        self._followed = ABSENT  # the revision that the watch has reached
+        self._watched_revision = ABSENT  # the revision that the watch has reached
         self._listeners: list[Listener[R]] = []
         self._listed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -104,10 +104,10 @@ class Table(Generic[R]):
         if entry is None:
             return Versioned(None)
         found = self._decode(entry)
-        self._absorb_early(record_id, found)
+        self._absorb_ahead_of_watch(record_id, found)
         return found
 
-    async def read_after_doubt(self, record_id: str) -> Versioned[R]:
+    async def read_after_lost_answer(self, record_id: str) -> Versioned[R]:
         """As read, after a write whose answer was lost. Raises StoreUncertain if the store doesn't answer now either."""
         try:
             return await self.read(record_id)
@@ -121,7 +121,7 @@ class Table(Generic[R]):
         as once. The record it was given, returned unchanged, means that nothing is to be written.
         """
         known = self._cache.get(record_id) or await self.read(record_id)
-        doubted = False
+        answer_lost = False
         while True:
             new = change(known.record)
             if new == known.record:
@@ -130,10 +130,10 @@ class Table(Generic[R]):
             try:
                 result = await self._store.txn([compare], [write])
             except StoreUncertain:
-                if doubted:
+                if answer_lost:
                     raise
-                doubted = True
-                known = await self.read_after_doubt(record_id)
+                answer_lost = True
+                known = await self.read_after_lost_answer(record_id)
                 continue
             if result.succeeded:
                 self.absorb_write(record_id, known, new, result.revision)
@@ -152,14 +152,14 @@ class Table(Generic[R]):
         if new is None:
             self._absorb_absence(record_id, revision)
         else:
-            self._absorb_early(record_id, Versioned(new, known.create_revision or revision, revision))
+            self._absorb_ahead_of_watch(record_id, Versioned(new, known.create_revision or revision, revision))
 
     def absorb_conflict(self, record_id: str, current: Entry | None, revision: int) -> Versioned[R]:
         if current is None:
             self._absorb_absence(record_id, revision)
             return Versioned(None)
         found = self._decode(current)
-        self._absorb_early(record_id, found)
+        self._absorb_ahead_of_watch(record_id, found)
         return found
 
     def listen(self, listener: Listener[R]) -> Callable[[], None]:
@@ -188,10 +188,10 @@ class Table(Generic[R]):
             async for event in events:
                 match event:
                     case EntryPut(entry):
-                        self._followed_to(entry.mod_revision)
+                        self._set_watched(entry.mod_revision)
                         self._absorb_put(entry)
                     case EntryDeleted(key, revision):
-                        self._followed_to(revision)
+                        self._set_watched(revision)
                         self._drop(key.removeprefix(self._prefix), revision)
                     case Relisted(listing, went_back):
                         self._relist(listing, went_back)
@@ -205,23 +205,23 @@ class Table(Generic[R]):
             self._cache = {record_id: Versioned(known.record) for record_id, known in self._cache.items()}
         for record_id in [record_id for record_id in self._cache if record_id not in listed]:
             self._drop(record_id, listing.revision)
-        self._followed_to(listing.revision)
+        self._set_watched(listing.revision)
         for entry in listing.entries:
             self._absorb_put(entry)
 
-    def _followed_to(self, revision: int) -> None:
-        self._followed = revision
+    def _set_watched(self, revision: int) -> None:
+        self._watched_revision = revision
         if self._absent_at:
             self._absent_at = {record_id: at for record_id, at in self._absent_at.items() if at > revision}
 
-    def _absorb_early(self, record_id: str, found: Versioned[R]) -> None:
+    def _absorb_ahead_of_watch(self, record_id: str, found: Versioned[R]) -> None:
         """What a call has told before the watch did. If the watch is past it, it knows better: the record may be gone again by now."""
-        if found.mod_revision > self._followed:
+        if found.mod_revision > self._watched_revision:
             self._absorb(record_id, found)
 
     def _absorb_absence(self, record_id: str, revision: int) -> None:
         """Events on their way may still tell of the record as it was before."""
-        if revision > self._followed:
+        if revision > self._watched_revision:
             self._absent_at[record_id] = revision
         self._drop(record_id, revision)
 
@@ -235,15 +235,15 @@ class Table(Generic[R]):
         old = self._cache.get(record_id)
         if new.mod_revision > max(old.mod_revision if old else ABSENT, self._absent_at.get(record_id, ABSENT)):
             self._cache[record_id] = new
-            self._tell(record_id, old.record if old else None, new.record)
+            self._notify(record_id, old.record if old else None, new.record)
 
     def _drop(self, record_id: str, revision: int) -> None:
         old = self._cache.get(record_id)
         if old is not None and old.mod_revision <= revision:
             del self._cache[record_id]
-            self._tell(record_id, old.record, None)
+            self._notify(record_id, old.record, None)
 
-    def _tell(self, record_id: str, old: R | None, new: R | None) -> None:
+    def _notify(self, record_id: str, old: R | None, new: R | None) -> None:
         if old == new:
             return
         for listener in tuple(self._listeners):

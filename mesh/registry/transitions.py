@@ -1,6 +1,6 @@
 """Vmodels on the move: sees to it that a new target is loaded, then switches; parks a move whose target can't be loaded, and tries again.
 
-Knows the vmodel table and the Loader; nothing of how or where a model is loaded. One pod does this for all (`leads`); two at once do no harm,
+Knows the vmodel table and the Loader; nothing of how or where a model is loaded. One pod does this for all (`is_leader`); two at once do no harm,
 since every step is a compare-and-set.
 """
 
@@ -27,14 +27,14 @@ class Transitions:
         loader: Loader,
         states: ModelStatuses,
         *,
-        leads: Callable[[], bool] = lambda: True,
+        is_leader: Callable[[], bool] = lambda: True,
         load_timeout_s: float = LOAD_TIMEOUT_S,
         retry_every_s: float = RETRY_EVERY_S,
     ) -> None:
         self._registry = registry
         self._loader = loader
         self._states = states
-        self._leads = leads
+        self._is_leader = is_leader
         self._load_timeout_s = load_timeout_s
         self._retry_every_s = retry_every_s
         self._moving: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -86,7 +86,7 @@ class Transitions:
 
     def _begin(self, vmodel_id: str, vmodel: VModelRecord) -> None:
         move = (vmodel_id, vmodel.target_id)
-        if vmodel.moving and move not in self._moving and self._leads():
+        if vmodel.is_moving and move not in self._moving and self._is_leader():
             task = asyncio.create_task(self._move(vmodel_id, vmodel), name=f"move {vmodel_id} to {vmodel.target_id}")
             self._moving[move] = task
             task.add_done_callback(lambda _: self._moving.pop(move))

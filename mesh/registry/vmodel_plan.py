@@ -46,48 +46,52 @@ class VModelPlan:
 
 
 def plan_set(
-    wish: VModelRequest, view: VModelView, *, target_is_loaded: bool, now_ms: int, default_owner: str
+    request: VModelRequest, view: VModelView, *, target_is_loaded: bool, now_ms: int, default_owner: str
 ) -> VModelPlan:
     """Raises InvalidRequest, NotFound, AlreadyExists, PreconditionFailed, with ModelMesh's texts."""
     vmodel = view.vmodel
-    _check(wish, view)
-    target = view.models.get(wish.target_id)
+    _check(request, view)
+    target = view.models.get(request.target_id)
     created = None
     if target is None:
-        if wish.info is None:
-            raise NotFound(f"Target model {wish.target_id} not found")
-        created = new_model(wish.info, last_used_ms=now_ms, auto_delete=wish.auto_delete)
-    elif wish.info is not None and wish.info != target.info:
-        raise AlreadyExists(f"Target model {wish.target_id} already exists with different attribute values")
+        if request.info is None:
+            raise NotFound(f"Target model {request.target_id} not found")
+        created = new_model(request.info, last_used_ms=now_ms, auto_delete=request.auto_delete)
+    elif request.info is not None and request.info != target.info:
+        raise AlreadyExists(f"Target model {request.target_id} already exists with different attribute values")
     if vmodel is None:
-        new = VModelRecord(owner=wish.owner or default_owner, active_id=wish.target_id, target_id=wish.target_id)
-        return _plan(view, new, wish.target_id, created)
-    if wish.target_id == vmodel.target_id and not (vmodel.moving and wish.force):
+        new = VModelRecord(
+            owner=request.owner or default_owner, active_id=request.target_id, target_id=request.target_id
+        )
+        return _plan(view, new, request.target_id, created)
+    if request.target_id == vmodel.target_id and not (vmodel.is_moving and request.force):
         # KServe's controller sets a vmodel again on every event of it: a set that changes nothing must write nothing.
-        return _plan(view, vmodel, wish.target_id, created)
+        return _plan(view, vmodel, request.target_id, created)
     active = view.models.get(vmodel.active_id)
     copies = len(active.instance_ids) if active else 0
-    switch = wish.force or copies == 0 or wish.target_id == vmodel.active_id or (copies == 1 and target_is_loaded)
+    switch = request.force or copies == 0 or request.target_id == vmodel.active_id or (copies == 1 and target_is_loaded)
     new = msgspec.structs.replace(
-        vmodel, active_id=wish.target_id if switch else vmodel.active_id, target_id=wish.target_id, failed=False
+        vmodel, active_id=request.target_id if switch else vmodel.active_id, target_id=request.target_id, failed=False
     )
     if active is not None:
         # the successor takes the predecessor's place in the LRU order
-        heir = created or target
-        assert heir is not None
-        last_used_ms = max(active.last_used_ms, 0 if created else heir.last_used_ms)
+        successor = created or target
+        assert successor is not None
+        last_used_ms = max(active.last_used_ms, 0 if created else successor.last_used_ms)
         entered_ms = (
-            min(active.entered_ms, heir.entered_ms) if active.used or (heir.used and not created) else last_used_ms
+            min(active.entered_ms, successor.entered_ms)
+            if active.is_used or (successor.is_used and not created)
+            else last_used_ms
         )
-        heir = msgspec.structs.replace(heir, last_used_ms=last_used_ms, entered_ms=entered_ms)
-        return _plan(view, new, wish.target_id, heir)
-    return _plan(view, new, wish.target_id, created)
+        successor = msgspec.structs.replace(successor, last_used_ms=last_used_ms, entered_ms=entered_ms)
+        return _plan(view, new, request.target_id, successor)
+    return _plan(view, new, request.target_id, created)
 
 
 def plan_finish(view: VModelView, *, target_id: str) -> VModelPlan:
     """The target is loaded: it becomes the active one, unless the vmodel has meanwhile been moved elsewhere."""
     vmodel = view.vmodel
-    if vmodel is None or vmodel.target_id != target_id or not vmodel.moving:
+    if vmodel is None or vmodel.target_id != target_id or not vmodel.is_moving:
         return VModelPlan(vmodel)
     return _plan(view, msgspec.structs.replace(vmodel, active_id=target_id, failed=False))
 
@@ -95,7 +99,7 @@ def plan_finish(view: VModelView, *, target_id: str) -> VModelPlan:
 def plan_park(view: VModelView, *, target_id: str) -> VModelPlan:
     """The target could not be loaded: the active one goes on answering."""
     vmodel = view.vmodel
-    if vmodel is None or vmodel.target_id != target_id or not vmodel.moving:
+    if vmodel is None or vmodel.target_id != target_id or not vmodel.is_moving:
         return VModelPlan(vmodel)
     return VModelPlan(msgspec.structs.replace(vmodel, failed=True))
 
@@ -107,25 +111,27 @@ def plan_delete(view: VModelView, *, owner: str) -> VModelPlan:
     return _plan(view, None)
 
 
-def _check(wish: VModelRequest, view: VModelView) -> None:
-    if not wish.vmodel_id:
+def _check(request: VModelRequest, view: VModelView) -> None:
+    if not request.vmodel_id:
         raise InvalidRequest("Must provide vModelId")
-    if not wish.target_id:
-        raise InvalidRequest(f"Must provide target modelId for vmodel {wish.vmodel_id}")
+    if not request.target_id:
+        raise InvalidRequest(f"Must provide target modelId for vmodel {request.vmodel_id}")
     vmodel = view.vmodel
     if vmodel is None:
-        if wish.update_only:
-            raise NotFound(f"vmodel {wish.vmodel_id} not found")
-        if wish.expected_target_id and wish.expected_target_id != wish.target_id:
+        if request.update_only:
+            raise NotFound(f"vmodel {request.vmodel_id} not found")
+        if request.expected_target_id and request.expected_target_id != request.target_id:
             raise PreconditionFailed(
-                f"vmodel {wish.vmodel_id} not found, expected target model {wish.expected_target_id}"
+                f"vmodel {request.vmodel_id} not found, expected target model {request.expected_target_id}"
             )
         return
-    if wish.owner and wish.owner != vmodel.owner:
-        raise AlreadyExists(f'vmodel {wish.vmodel_id} already exists with different owner "{vmodel.owner or "null"}"')
-    if wish.expected_target_id and vmodel.target_id not in (wish.expected_target_id, wish.target_id):
+    if request.owner and request.owner != vmodel.owner:
+        raise AlreadyExists(
+            f'vmodel {request.vmodel_id} already exists with different owner "{vmodel.owner or "null"}"'
+        )
+    if request.expected_target_id and vmodel.target_id not in (request.expected_target_id, request.target_id):
         raise PreconditionFailed(
-            f"Existing target model {vmodel.target_id} does not match expected {wish.expected_target_id}"
+            f"Existing target model {vmodel.target_id} does not match expected {request.expected_target_id}"
         )
 
 
@@ -133,7 +139,7 @@ def _plan(
     view: VModelView, new: VModelRecord | None, target_id: str = "", target: ModelRecord | None = None
 ) -> VModelPlan:
     """The new vmodel record and what it does to the models it refers to or no longer does. `target` replaces the viewed record."""
-    before, after = _referred(view.vmodel), _referred(new)
+    before, after = _model_ids(view.vmodel), _model_ids(new)
     viewed = dict(view.models)
     if target is not None:
         viewed[target_id] = target
@@ -151,7 +157,7 @@ def _plan(
     )
 
 
-def _referred(vmodel: VModelRecord | None) -> set[str]:
+def _model_ids(vmodel: VModelRecord | None) -> set[str]:
     return {vmodel.active_id, vmodel.target_id} - {""} if vmodel else set()
 
 

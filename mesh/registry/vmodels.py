@@ -34,17 +34,21 @@ class VModels:
     async def find(self, vmodel_id: str) -> VModelRecord | None:
         return await self.table.find(vmodel_id)
 
-    async def set(self, wish: VModelRequest, *, now_ms: int, is_loaded: Callable[[str], bool]) -> VModelRecord:
+    async def set(self, request: VModelRequest, *, now_ms: int, is_loaded: Callable[[str], bool]) -> VModelRecord:
         """Create or move. Raises as moves.plan_set, and StoreError."""
-        if wish.info is not None and wish.target_id:
-            check_registrable(wish.target_id, wish.info)
+        if request.info is not None and request.target_id:
+            check_registrable(request.target_id, request.info)
 
         def plan(view: VModelView) -> VModelPlan:
             return plan_set(
-                wish, view, target_is_loaded=is_loaded(wish.target_id), now_ms=now_ms, default_owner=self._default_owner
+                request,
+                view,
+                target_is_loaded=is_loaded(request.target_id),
+                now_ms=now_ms,
+                default_owner=self._default_owner,
             )
 
-        record = await self._transact(wish.vmodel_id, plan, involved=(wish.target_id,))
+        record = await self._transact(request.vmodel_id, plan, involved=(request.target_id,))
         assert record is not None
         return record
 
@@ -66,9 +70,9 @@ class VModels:
         """Read what the plan may touch, plan, and write it all at once, on condition that nothing read has changed; until it succeeds."""
         vmodel = await self.table.read(vmodel_id)
         models: dict[str, Versioned[ModelRecord]] = {}
-        doubted = False
+        answer_lost = False
         while True:
-            for model_id in {*involved, *_referred(vmodel.record)} - {"", *models}:
+            for model_id in {*involved, *_model_ids(vmodel.record)} - {"", *models}:
                 models[model_id] = await self._models.table.read(model_id)
             planned = plan(VModelView(vmodel.record, {model_id: known.record for model_id, known in models.items()}))
             writes, compares = self._stage(vmodel_id, vmodel, models, planned)
@@ -78,10 +82,10 @@ class VModels:
                 result = await self._store.txn(compares, writes)
             except StoreUncertain:
                 # planned again on top of what is there now: every plan that has been carried out is empty the second time
-                if doubted:
+                if answer_lost:
                     raise
-                doubted = True
-                vmodel = await self.table.read_after_doubt(vmodel_id)
+                answer_lost = True
+                vmodel = await self.table.read_after_lost_answer(vmodel_id)
                 models.clear()
                 continue
             if result.succeeded:
@@ -115,5 +119,5 @@ class VModels:
         return writes, compares
 
 
-def _referred(vmodel: VModelRecord | None) -> set[str]:
+def _model_ids(vmodel: VModelRecord | None) -> set[str]:
     return {vmodel.active_id, vmodel.target_id} if vmodel else set()

@@ -36,7 +36,7 @@ class CopyFinder:
         candidates = []
         copy = self._copies.get(model_id)
         own_id = self._local.instance_id
-        if copy is not None and copy.loaded and self._monitor.serves(copy) and own_id not in exclude:
+        if copy is not None and copy.is_loaded and self._monitor.serves(copy) and own_id not in exclude:
             candidates.append(self._local_candidate(model_id))
         record = self._registry.models.get(model_id)
         pods: dict[str, InstanceRecord] = {}

@@ -113,8 +113,8 @@ class CopyRouter:
             self._finder.mark_lost(model_id, target.instance_id)
             return
         copy = self._copies.get(model_id)
-        if copy is not None and copy.loaded and copy.started_ms == target.generation:
-            self._placement.load_here(model_id, last_used_ms=epoch_ms())
+        if copy is not None and copy.is_loaded and copy.started_ms == target.generation:
+            self._placement.load_locally(model_id, last_used_ms=epoch_ms())
 
     async def successor(self, name: str, model_id: str) -> str | None:
         """Return the model that a name has moved to since it was resolved to `model_id`, or None."""
@@ -138,20 +138,20 @@ class CopyRouter:
             limit = ConcurrencyLimit(copy.max_concurrency)
             self._concurrency[model_id] = copy.started_ms, limit
         await self._hold(model_id, deadline_s, limit.acquire(self._registry.name_of(model_id)), "free")
-        if copy.started_ms == target.generation and copy.loaded:
+        if copy.started_ms == target.generation and copy.is_loaded:
             return True
         limit.release()
         return False
 
     async def _hold(self, model_id: str, deadline_s: float | None, work: Coroutine[Any, Any, T], condition: str) -> T:
         """Await `work` within the time and the number of requests that may wait for one model. `condition`: what they wait for it to be."""
-        num_held = self._copies.held(model_id)
+        num_held = self._copies.num_waiting(model_id)
         if num_held >= self._limits.max_held:
             work.close()
             raise self._too_many_held(model_id, num_held)
         budget_s = self._limits.wait_budget_s
         by_deadline = deadline_s is not None and deadline_s < budget_s
-        self._copies.hold(model_id)
+        self._copies.begin_wait(model_id)
         self._metrics.held(model_id, +1)
         try:
             async with asyncio.timeout(deadline_s if by_deadline else budget_s):
@@ -168,7 +168,7 @@ class CopyRouter:
             ) from None
         finally:
             self._metrics.held(model_id, -1)
-            self._copies.release(model_id)
+            self._copies.end_wait(model_id)
 
     def _too_many_held(self, model_id: str, num_held: int) -> Overloaded:
         return Overloaded(
@@ -187,7 +187,7 @@ class CopyRouter:
                 raise _shutting_down()
             if self._local.instance_id in exclude:
                 # The local runtime has just failed, and its last snapshot may predate the failure.
-                await self._unless_stopping(self._monitor.newer_account())
+                await self._unless_stopping(self._monitor.refresh())
                 exclude -= {self._local.instance_id}
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
             if target is not None:
@@ -197,7 +197,7 @@ class CopyRouter:
     async def _load(self, model_id: str, local_only: bool) -> None:
         """Return when another look is worthwhile: the model is loaded, or its copies changed. Raises if it cannot be loaded."""
         copy = self._copies.get(model_id)
-        if copy is not None and copy.loaded:
+        if copy is not None and copy.is_loaded:
             # The copy cannot be used now: the runtime or its engine is restarting.
             await self._changes.wait(_RECHECK_S)
             return
@@ -207,7 +207,7 @@ class CopyRouter:
             ModelStatus.LOADING,
         )
         outcome = await self._unless_stopping(
-            self._placement.ensure_loaded(model_id, wait=True, here=local_only or is_elsewhere)
+            self._placement.ensure_loaded(model_id, wait=True, local_only=local_only or is_elsewhere)
         )
         if outcome.status is ModelStatus.LOADING_FAILED:
             raise self._load_failed(model_id, outcome.errors)

@@ -64,7 +64,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", -1),
 )
 
-ENDPOINT_PATIENCE_S = 1.0
+ENDPOINT_TIMEOUT_S = 1.0
 RETRY_PAUSE_S = 0.05
 
 
@@ -121,7 +121,7 @@ class EtcdConnection:
                     raise StoreError(
                         f"store: etcd refused {method.path}: {error.code().name}: {error.details()}"
                     ) from None
-                self._pass_over(endpoint)
+                self._switch_endpoint(endpoint)
                 never_sent = error.details() == "etcdserver: no leader"
                 if not (method.repeatable or never_sent):
                     raise StoreUncertain(
@@ -149,7 +149,7 @@ class EtcdConnection:
         with self._stream_errors(stream):
             answer = await stream.call.read()
         if answer is grpc.aio.EOF:
-            self._pass_over(stream.endpoint)
+            self._switch_endpoint(stream.endpoint)
             raise StoreError("store: etcd ended the stream")
         return cast("Answer", answer)
 
@@ -158,9 +158,9 @@ class EtcdConnection:
         with self._stream_errors(stream):
             await stream.call.write(message)
 
-    def give_up(self, stream: Stream[Answer]) -> None:
+    def abandon(self, stream: Stream[Answer]) -> None:
         """Its endpoint keeps silent."""
-        self._pass_over(stream.endpoint)
+        self._switch_endpoint(stream.endpoint)
         stream.cancel()
 
     async def reauthenticate(self) -> None:
@@ -168,7 +168,7 @@ class EtcdConnection:
         if self._location.user:
             await self._authenticate(self._token)
 
-    def _pass_over(self, endpoint: int) -> None:
+    def _switch_endpoint(self, endpoint: int) -> None:
         """It has failed: the next one is taken, unless others have already moved on from it."""
         if endpoint == self._current:
             self._current = (endpoint + 1) % len(self._channels)
@@ -177,7 +177,7 @@ class EtcdConnection:
         self, channel: grpc.aio.Channel, method: Method[Answer], request: Message, timeout_s: float
     ) -> Answer:
         unary = channel.unary_unary(method.path, request_serializer=_serialize, response_deserializer=method.parse)
-        with self._close_is_no_cancellation():
+        with self._closing_as_store_error():
             answer: Answer = await unary(request, timeout=timeout_s, metadata=self._metadata())
             return answer
 
@@ -185,16 +185,16 @@ class EtcdConnection:
     def _stream_errors(self, stream: Stream[Answer]) -> Iterator[None]:
         """gRPC tells of an ended stream in three ways, depending on who noticed first."""
         try:
-            with self._close_is_no_cancellation():
+            with self._closing_as_store_error():
                 yield
         except grpc.aio.AioRpcError as error:
-            self._pass_over(stream.endpoint)
+            self._switch_endpoint(stream.endpoint)
             raise StoreError(f"store: the stream broke: {error.code().name}: {error.details()}") from None
         except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise StoreError(f"store: the stream broke: {error}") from None
 
     @contextmanager
-    def _close_is_no_cancellation(self) -> Iterator[None]:
+    def _closing_as_store_error(self) -> Iterator[None]:
         """Closing a channel or cancelling a stream makes gRPC raise CancelledError in tasks that nobody cancelled."""
         try:
             yield
@@ -212,16 +212,16 @@ class EtcdConnection:
             if not self._channels:
                 raise StoreError("store: not open")
             channel = self._channels[self._current]
-            patience_s = deadline - loop.time()
+            timeout_s = deadline - loop.time()
             if len(self._channels) > 1:
-                patience_s = min(patience_s, ENDPOINT_PATIENCE_S)
-            if await _connected(channel, patience_s, give_up_on_failure=len(self._channels) > 1):
+                timeout_s = min(timeout_s, ENDPOINT_TIMEOUT_S)
+            if await _connected(channel, timeout_s, fail_fast=len(self._channels) > 1):
                 return channel
             if loop.time() >= deadline:
                 raise StoreError(
                     f"store: no etcd endpoint of {', '.join(self._location.endpoints)} could be reached within {budget_s} s"
                 )
-            self._pass_over(self._current)
+            self._switch_endpoint(self._current)
             failed_in_a_row += 1
             if failed_in_a_row % len(self._channels) == 0:
                 await asyncio.sleep(RETRY_PAUSE_S)
@@ -276,14 +276,14 @@ def _token_is_stale(error: grpc.aio.AioRpcError) -> bool:
     )
 
 
-async def _connected(channel: grpc.aio.Channel, patience_s: float, *, give_up_on_failure: bool) -> bool:
+async def _connected(channel: grpc.aio.Channel, timeout_s: float, *, fail_fast: bool) -> bool:
     try:
-        async with asyncio.timeout(max(patience_s, 0.0)):
+        async with asyncio.timeout(max(timeout_s, 0.0)):
             while True:
                 state = channel.get_state(try_to_connect=True)
                 if state is grpc.ChannelConnectivity.READY:
                     return True
-                failed = state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and give_up_on_failure
+                failed = state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and fail_fast
                 if failed or state is grpc.ChannelConnectivity.SHUTDOWN:
                     return False
                 await channel.wait_for_state_change(state)

@@ -25,7 +25,7 @@ RECONNECT_PAUSE_S = 0.2
 
 
 @dataclass(slots=True)
-class _Held:
+class _LeaseState:
     lease: Lease
     expires_at_s: float  # on the loop's clock, counted from before the request left: never later than etcd's own
 
@@ -33,7 +33,7 @@ class _Held:
 class LeaseKeeper:
     def __init__(self, connection: EtcdConnection) -> None:
         self._connection = connection
-        self._held: dict[int, _Held] = {}
+        self._leases: dict[int, _LeaseState] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -42,14 +42,14 @@ class LeaseKeeper:
         answer = await self._connection.call(GRANT, pb.LeaseGrantRequest(TTL=max(1, round(ttl_s))))
         # etcd may grant more than was asked for (its minimum is about two seconds)
         lease = Lease(id=answer.ID, ttl_s=float(answer.TTL))
-        self._held[lease.id] = _Held(lease, sent_at_s + lease.ttl_s)
+        self._leases[lease.id] = _LeaseState(lease, sent_at_s + lease.ttl_s)
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="etcd-lease-keeper")
         self._wake.set()
         return lease
 
     async def revoke(self, lease: Lease) -> None:
-        self._held.pop(lease.id, None)
+        self._leases.pop(lease.id, None)
         try:
             await self._connection.call(REVOKE, pb.LeaseRevokeRequest(ID=lease.id))
         except StoreError as error:
@@ -62,7 +62,7 @@ class LeaseKeeper:
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
-        self._held.clear()
+        self._leases.clear()
 
     async def _run(self) -> None:
         while True:
@@ -94,11 +94,11 @@ class LeaseKeeper:
         """Renew every lease once. etcd answers one for one, in order."""
         loop = asyncio.get_running_loop()
         sent_at_s = loop.time()
-        asked = list(self._held)
+        asked = list(self._leases)
         try:
             await self._renew(stream, asked, sent_at_s)
         except TimeoutError:
-            self._connection.give_up(stream)
+            self._connection.abandon(stream)
             raise
 
     async def _renew(self, stream: Stream[pb.LeaseKeepAliveResponse], asked: list[int], sent_at_s: float) -> None:
@@ -107,24 +107,24 @@ class LeaseKeeper:
                 await self._connection.write(stream, pb.LeaseKeepAliveRequest(ID=lease_id))
             for _ in asked:
                 answer = await self._connection.read(stream)
-                held = self._held.get(answer.ID)
-                if held is None:
+                state = self._leases.get(answer.ID)
+                if state is None:
                     continue
                 if answer.TTL > 0:
-                    held.expires_at_s = sent_at_s + answer.TTL
+                    state.expires_at_s = sent_at_s + answer.TTL
                 else:
                     self._lose(answer.ID, "etcd no longer has it")
 
     def _interval_s(self) -> float:
-        return min((held.lease.ttl_s for held in self._held.values()), default=60.0) / RENEWALS_PER_TTL
+        return min((state.lease.ttl_s for state in self._leases.values()), default=60.0) / RENEWALS_PER_TTL
 
     def _drop_expired(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        for lease_id, held in list(self._held.items()):
-            if held.expires_at_s <= now_s:
-                self._lose(lease_id, f"not renewed for {held.lease.ttl_s:.0f} s")
+        for lease_id, state in list(self._leases.items()):
+            if state.expires_at_s <= now_s:
+                self._lose(lease_id, f"not renewed for {state.lease.ttl_s:.0f} s")
 
     def _lose(self, lease_id: int, why: str) -> None:
-        held = self._held.pop(lease_id)
+        state = self._leases.pop(lease_id)
         logger.warning("lease %x lost: %s", lease_id, why)
-        held.lease.lost.set()
+        state.lease.lost.set()

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchResponse.FromString)
 
-ASK_EVERY_S = 3.0
-SILENCE_S = 8.0
+PROGRESS_INTERVAL_S = 3.0
+SILENCE_TIMEOUT_S = 8.0
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
 
@@ -77,7 +77,7 @@ class PrefixWatch:
     async def _one_stream(self, start_revision: int) -> AsyncGenerator[WatchEvent, None]:
         stream = await self._connection.stream(WATCH)
         key, end = prefix_range(self._prefix)
-        asking = asyncio.create_task(self._keep_asking(stream), name=f"watch of {self._prefix}: still there?")
+        asking = asyncio.create_task(self._request_progress(stream), name=f"watch of {self._prefix}: still there?")
         try:
             create = pb.WatchCreateRequest(key=key, range_end=end, start_revision=start_revision, progress_notify=True)
             await self._connection.write(stream, pb.WatchRequest(create_request=create))
@@ -102,15 +102,15 @@ class PrefixWatch:
             asking.cancel()
             stream.cancel()
 
-    async def _keep_asking(self, stream: Stream[pb.WatchResponse]) -> None:
+    async def _request_progress(self, stream: Stream[pb.WatchResponse]) -> None:
         """A member that hangs keeps its connections and says nothing; gRPC's own pings are too rare to notice."""
         loop = asyncio.get_running_loop()
         self._heard_at_s = loop.time()
         with suppress(StoreError):
-            while loop.time() - self._heard_at_s < SILENCE_S:
-                await asyncio.sleep(ASK_EVERY_S)
+            while loop.time() - self._heard_at_s < SILENCE_TIMEOUT_S:
+                await asyncio.sleep(PROGRESS_INTERVAL_S)
                 await self._connection.write(stream, pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
-        self._connection.give_up(stream)
+        self._connection.abandon(stream)
 
     async def _check_same_store(self, header: pb.ResponseHeader, start_revision: int) -> None:
         """A store restored from a backup would keep silent until it reached our position again."""

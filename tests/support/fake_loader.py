@@ -87,7 +87,7 @@ class FakeLoader:
 
         await self._registry.models.table.update(model_id, change)
 
-    async def forgive(self, model_id: str) -> None:
+    async def expire_failure(self, model_id: str) -> None:
         """A failure record has expired."""
         await self._place({}, model_id)
 

@@ -262,8 +262,8 @@ async def test_inference_refused_request_waits_for_a_newer_snapshot(pod: Running
     pod.runtime.switches.engine_ready = False  # and nobody is told
     generate = pod.unary("/fmaas.GenerationService/Generate")
     calls = [asyncio.ensure_future(generate(b"hi", metadata=FOR_M)) for _ in range(20)]
-    await until(lambda: pod.pod.copies.held("m") == 20)
-    assert not pod.pod.monitor.serving
+    await until(lambda: pod.pod.copies.num_waiting("m") == 20)
+    assert not pod.pod.monitor.is_serving
     pod.runtime.switches.engine_ready = True
     pod.runtime.tell()
     assert await asyncio.gather(*calls) == [b"hi"] * 20
@@ -273,7 +273,7 @@ async def test_inference_refused_request_waits_for_a_newer_snapshot(pod: Running
 async def test_inference_hundred_requests_start_one_load(pod: RunningPod) -> None:
     pod.runtime.switches.load_gate = asyncio.Event()
     calls = [asyncio.ensure_future(pod.echo("m", str(index).encode())) for index in range(100)]
-    await until(lambda: pod.pod.copies.held("m") == 100)
+    await until(lambda: pod.pod.copies.num_waiting("m") == 100)
     pod.runtime.switches.load_gate.set()
     assert await asyncio.gather(*calls) == [str(index).encode() for index in range(100)]
     assert pod.runtime.log.count(("load", "m")) == 1
@@ -285,7 +285,7 @@ async def test_inference_cancelled_waiter_does_not_stop_the_load(pod: RunningPod
     call = pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M)
     await until(lambda: "m" in pod.runtime.loading)
     call.cancel()
-    await until(lambda: pod.pod.copies.held("m") == 0)
+    await until(lambda: pod.pod.copies.num_waiting("m") == 0)
     gate.set()
     await until(lambda: "m" in pod.runtime.loaded)
 
@@ -328,7 +328,7 @@ async def test_router_refuses_more_waiters_than_allowed(tmp_path: Path) -> None:
         await pod.register("m")
         gate = pod.runtime.switches.load_gate = asyncio.Event()
         waiting = [asyncio.ensure_future(pod.echo("m")) for _ in range(2)]
-        await until(lambda: pod.pod.copies.held("m") == 2)
+        await until(lambda: pod.pod.copies.num_waiting("m") == 2)
         code, details = await code_of(pod.unary("/test.Any/Echo")(b"hi", metadata=FOR_M))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "the limit is 2" in details

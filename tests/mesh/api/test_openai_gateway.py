@@ -70,7 +70,7 @@ async def test_gateway_request_without_stream_waits(pod: RunningPod) -> None:
     gate = pod.runtime.switches.load_gate = asyncio.Event()
     waiting = asyncio.ensure_future(pod.chat("org/smol"))
     model_id = (await pod.model("org/smol"))["model_id"]
-    await until(lambda: pod.runtime.loading and pod.pod.copies.held(model_id) == 1)
+    await until(lambda: pod.runtime.loading and pod.pod.copies.num_waiting(model_id) == 1)
     assert not waiting.done()
     gate.set()
     assert (await waiting)[0] == 200
@@ -130,7 +130,7 @@ async def test_gateway_disconnect_while_waiting_does_not_stop_the_load(pod: Runn
     answer = await pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True})
     await answer.content.readany()
     answer.close()
-    await until(lambda: pod.pod.copies.held(model_id) == 0)
+    await until(lambda: pod.pod.copies.num_waiting(model_id) == 0)
     gate.set()
     await until(lambda: model_id in pod.runtime.loaded)
     assert pod.runtime.bodies == []

@@ -44,7 +44,7 @@ async def act(pod: RunningPod, dice: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_storm(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.placement.loads._PATIENCE_S", 0.05)
+    monkeypatch.setattr("mesh.placement.loads._SPARE_BUSY_S", 0.05)
     dice = random.Random(seed)
     switches = Switches(capacity_bytes=35 * MB, load_s=0.005, chunk_s=0.002)
     async with running_pod(tmp_path / "pod", switches=switches, keep_alive_s=0.05) as pod:
@@ -67,8 +67,8 @@ async def test_storm(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch)
             if not any(blow in str(error) for blow in ("503", "404", "UNAVAILABLE", "NOT_FOUND"))
         ] == []
         copies = pod.pod.copies
-        await until(lambda: not copies._in_flight and not copies._held)
-        await until(lambda: all(copy.loaded for copy in copies))
+        await until(lambda: not any(copies.in_flight(name) or copies.num_waiting(name) for name in NAMES))
+        await until(lambda: all(copy.is_loaded for copy in copies))
         assert copies.usage().used_bytes <= 35 * MB
         switches.unavailable = 0
         for name in NAMES:

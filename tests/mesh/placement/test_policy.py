@@ -4,55 +4,57 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.model_state import CopyState, ModelState, Tier
-from mesh.placement.eviction import make_room
+from mesh.placement.eviction import plan_eviction
 from mesh.placement.load_times import LoadTimes, remaining_s, retry_after_s
 from mesh.placement.model_status import blocked_for_s, may_load, status_of
 from mesh.placement.pod_selection import Pod, choose_pod
-from mesh.placement.usage import Held, Usage
+from mesh.placement.usage import ModelUsage, Usage
 from mesh.registry.records import Failure, InstanceRecord, ModelRecord
 from mesh.routing.copy_selection import AFFINITY_S, Candidate, choose, expected_wait_s
 from mesh.types import ModelStatus
 
 HELD = st.builds(
-    Held,
+    ModelUsage,
     model_id=st.uuids().map(str),
     size_bytes=st.integers(0, 100),
     last_used_ms=st.integers(0, 1000),
-    users=st.integers(0, 2),
-    leaving=st.booleans(),
-    pinned=st.booleans(),
+    num_users=st.integers(0, 2),
+    is_unloading=st.booleans(),
+    is_loading=st.booleans(),
 )
 USAGES = st.builds(
-    lambda held, slack: Usage(sum(item.size_bytes for item in held) + slack, tuple(held)),
+    lambda model, slack: Usage(sum(item.size_bytes for item in model) + slack, tuple(model)),
     st.lists(HELD, max_size=8),
     st.integers(0, 150),
 )
 
 
 @given(USAGES, st.integers(1, 300), st.booleans())
-def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_bytes: int, patient: bool) -> None:
-    room = make_room(usage, "new", need_bytes, patient=patient)
-    held = {item.model_id: item for item in usage.held}
-    victims = [held[model_id] for model_id in room.victims]
+def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_bytes: int, spare_busy: bool) -> None:
+    room = plan_eviction(usage, "new", need_bytes, spare_busy=spare_busy)
+    model = {item.model_id: item for item in usage.models}
+    victims = [model[model_id] for model_id in room.victims]
     assert bool(room.refusal) == (need_bytes > usage.capacity_bytes)
     if room.refusal:
         assert not victims
         return
-    assert not any(victim.leaving or victim.pinned for victim in victims)
+    assert not any(victim.is_unloading or victim.is_loading for victim in victims)
     assert not room.declined
     if not room.wait:
         assert usage.used_bytes + need_bytes <= usage.capacity_bytes
         return
     assert usage.used_bytes + need_bytes > usage.capacity_bytes
-    short = usage.used_bytes - usage.leaving_bytes + need_bytes - usage.capacity_bytes
+    short = usage.used_bytes - usage.unloading_bytes + need_bytes - usage.capacity_bytes
     if victims:
         freed = sum(victim.size_bytes for victim in victims)
         assert freed >= short
         # none too many
         assert all(freed - victim.size_bytes < short for victim in victims[:-1])
-    in_use = [victim for victim in victims if victim.users]
-    idle_bytes = sum(item.size_bytes for item in usage.held if not (item.users or item.leaving or item.pinned))
-    if patient or idle_bytes >= short:
+    in_use = [victim for victim in victims if victim.num_users]
+    idle_bytes = sum(
+        item.size_bytes for item in usage.models if not (item.num_users or item.is_unloading or item.is_loading)
+    )
+    if spare_busy or idle_bytes >= short:
         assert not in_use
     if idle_bytes >= short > 0:
         assert victims
@@ -60,23 +62,26 @@ def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_byt
 
 @given(USAGES, st.integers(1, 300), st.integers(0, 1000))
 def test_a_model_from_long_ago_displaces_nothing_younger(usage: Usage, need_bytes: int, last_used_ms: int) -> None:
-    room = make_room(usage, "new", need_bytes, last_used_ms=last_used_ms)
-    held = {item.model_id: item for item in usage.held}
-    assert all(held[model_id].last_used_ms < last_used_ms for model_id in room.victims)
+    room = plan_eviction(usage, "new", need_bytes, last_used_ms=last_used_ms)
+    model = {item.model_id: item for item in usage.models}
+    assert all(model[model_id].last_used_ms < last_used_ms for model_id in room.victims)
     if room.declined:
         older = sum(
             item.size_bytes
-            for item in usage.held
-            if item.last_used_ms < last_used_ms and not (item.leaving or item.pinned)
+            for item in usage.models
+            if item.last_used_ms < last_used_ms and not (item.is_unloading or item.is_loading)
         )
-        assert usage.used_bytes - usage.leaving_bytes - older + need_bytes > usage.capacity_bytes
+        assert usage.used_bytes - usage.unloading_bytes - older + need_bytes > usage.capacity_bytes
 
 
 def test_what_is_coming_free_is_waited_for_and_an_own_entry_does_not_count() -> None:
-    usage = Usage(100, (Held("a", 60, 1, leaving=True), Held("b", 30, 2), Held("new", 50, 3, pinned=True)))
-    assert make_room(usage, "new", 60).victims == ()
-    assert make_room(usage, "new", 60).wait
-    assert make_room(Usage(100, (Held("new", 100, 1),)), "new", 100) == make_room(Usage(100), "new", 100)
+    usage = Usage(
+        100,
+        (ModelUsage("a", 60, 1, is_unloading=True), ModelUsage("b", 30, 2), ModelUsage("new", 50, 3, is_loading=True)),
+    )
+    assert plan_eviction(usage, "new", 60).victims == ()
+    assert plan_eviction(usage, "new", 60).wait
+    assert plan_eviction(Usage(100, (ModelUsage("new", 100, 1),)), "new", 100) == plan_eviction(Usage(100), "new", 100)
 
 
 PODS = st.lists(

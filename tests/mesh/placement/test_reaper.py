@@ -46,7 +46,7 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
 
 
 async def test_who_is_away_for_long_is_cleared_out(registry: Registry) -> None:
-    reaper = Reaper(registry, leads=lambda: True, away_s=600.0)
+    reaper = Reaper(registry, is_leader=lambda: True, away_s=600.0)
     await reaper.sweep(0.0)
     await registry.instances.publish(InstanceRecord(start_time_ms=1))
     await registry.instances.table.until("here", lambda record: record is not None)
@@ -71,11 +71,11 @@ async def test_who_is_away_for_long_is_cleared_out(registry: Registry) -> None:
 async def test_only_the_leader_clears_up(registry: Registry) -> None:
     await registry.instances.publish(InstanceRecord(start_time_ms=1))
     await registry.instances.table.until("here", lambda record: record is not None)
-    leads = False
-    reaper = Reaper(registry, leads=lambda: leads, away_s=600.0)
+    is_leader = False
+    reaper = Reaper(registry, is_leader=lambda: is_leader, away_s=600.0)
     for now_s in (0.0, 1000.0):
         await reaper.sweep(now_s)
     assert "dead" in pods_of_m(registry)
-    leads = True
+    is_leader = True
     await reaper.sweep(1001.0)
     assert "dead" not in pods_of_m(registry)

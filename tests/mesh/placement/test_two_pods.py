@@ -33,7 +33,7 @@ async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[tuple[RunningP
 
 async def loaded_at(pod: RunningPod, other: RunningPod, model_id: str) -> None:
     """`pod` has it, and `other` knows."""
-    await pod.pod.placement.ensure_loaded(model_id, wait=True, here=True)
+    await pod.pod.placement.ensure_loaded(model_id, wait=True, local_only=True)
 
     def known() -> bool:
         return any(
@@ -94,7 +94,7 @@ async def test_a_model_being_loaded_elsewhere_is_waited_for_there_with_its_progr
     await b.pod.registry.models.find(model_id)
     gate = b.runtime.switches.load_gate = asyncio.Event()
     b.runtime.switches.progress = 0.3
-    await b.pod.placement.ensure_loaded(model_id, here=True)
+    await b.pod.placement.ensure_loaded(model_id, local_only=True)
     await until(lambda: b.runtime.loading)
     record = await a.pod.registry.models.find(model_id)
     assert record is not None
@@ -116,7 +116,7 @@ async def test_a_pod_that_lost_the_model_is_not_asked_twice(pods: tuple[RunningP
     # its books say otherwise than its record, as in the moment of an eviction
     copy = b.pod.copies.get("m")
     assert copy is not None
-    copy.announced = False
+    copy.is_announced = False
     b.pod.copies.remove(copy)
     assert await a.echo("m") == b"hi"
 

@@ -109,7 +109,7 @@ async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Stor
         seen = b.instances.get("a")
         assert seen is not None
         assert seen.copies["m"] == report
-        assert [registry.instances.leads() for registry in (a, b)] == [True, False]
+        assert [registry.instances.is_leader() for registry in (a, b)] == [True, False]
         await a.instances.publish(InstanceRecord(start_time_ms=NOW_MS, grpc_address="h:1", shutting_down=True))
         async with asyncio.timeout(10):
             await b.instances.table.until("a", lambda record: record is not None and record.shutting_down)
@@ -117,7 +117,7 @@ async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Stor
             # a dies: nobody renews its lease
             await stores[0].close()
             await b.instances.table.until("a", lambda record: record is None)
-        assert b.instances.leads()
+        assert b.instances.is_leader()
 
 
 async def test_keys_lie_where_modelmesh_has_them(stores: tuple[Store, Store]) -> None:

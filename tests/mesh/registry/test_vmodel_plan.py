@@ -71,20 +71,20 @@ class World:
 
     def step(self, action: tuple[object, ...]) -> None:
         match action:
-            case ("set", VModelRequest() as wish, bool() as loaded):
-                view = self.view(wish.vmodel_id, wish.target_id)
+            case ("set", VModelRequest() as request, bool() as loaded):
+                view = self.view(request.vmodel_id, request.target_id)
                 try:
-                    plan = plan_set(wish, view, target_is_loaded=loaded, now_ms=5, default_owner="x")
+                    plan = plan_set(request, view, target_is_loaded=loaded, now_ms=5, default_owner="x")
                 except MeshError:
                     return
                 again = plan_set(
-                    wish, self.after(view, plan, wish), target_is_loaded=loaded, now_ms=5, default_owner="x"
+                    request, self.after(view, plan, request), target_is_loaded=loaded, now_ms=5, default_owner="x"
                 )
                 assert again == VModelPlan(plan.vmodel), "asking twice changes nothing the second time"
                 assert plan.vmodel is not None
-                assert plan.vmodel.target_id == wish.target_id
+                assert plan.vmodel.target_id == request.target_id
                 assert not plan.vmodel.failed
-                self.apply(wish.vmodel_id, plan)
+                self.apply(request.vmodel_id, plan)
             case ("finish", str() as vmodel_id, str() as target_id):
                 self.apply(vmodel_id, plan_finish(self.view(vmodel_id), target_id=target_id))
             case ("park", str() as vmodel_id, str() as target_id):
@@ -95,7 +95,7 @@ class World:
                 placed = {f"pod-{number}": 1 for number in range(copies)}
                 self.models[model_id] = msgspec.structs.replace(self.models[model_id], instance_ids=placed)
 
-    def after(self, view: VModelView, plan: VModelPlan, wish: VModelRequest) -> VModelView:
+    def after(self, view: VModelView, plan: VModelPlan, request: VModelRequest) -> VModelView:
         return VModelView(plan.vmodel, {**view.models, **plan.models})
 
     def check(self) -> None:
@@ -106,7 +106,7 @@ class World:
             assert model.refs > 0 or not model.auto_delete
         for vmodel in self.vmodels.values():
             assert {vmodel.active_id, vmodel.target_id} <= self.models.keys(), "what a vmodel points at exists"
-            assert vmodel.moving or not vmodel.failed
+            assert vmodel.is_moving or not vmodel.failed
 
 
 @settings(max_examples=200, deadline=None)
@@ -120,20 +120,20 @@ def test_references_stay_true(steps: list[tuple[object, ...]]) -> None:
 
 @given(wishes, st.booleans())
 def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has_none(
-    wish: VModelRequest, auto: bool
+    request: VModelRequest, auto: bool
 ) -> None:
     """No gap: unless forced, a name with a loaded active model never points at one that isn't."""
     active = ModelRecord(type="llm", path="active", refs=1, auto_delete=auto, instance_ids={"pod": 1})
     view = VModelView(
-        VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, wish.target_id: None}
+        VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, request.target_id: None}
     )
     try:
-        plan = plan_set(wish, view, target_is_loaded=False, now_ms=5, default_owner="x")
+        plan = plan_set(request, view, target_is_loaded=False, now_ms=5, default_owner="x")
     except MeshError:
         return
     assert plan.vmodel is not None
-    assert plan.vmodel.active_id == (wish.target_id if wish.force else "active")
-    if not wish.force:
+    assert plan.vmodel.active_id == (request.target_id if request.force else "active")
+    if not request.force:
         assert "active" not in plan.models, "the active model is not touched"
 
 

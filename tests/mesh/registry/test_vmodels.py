@@ -28,7 +28,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     await store.close()
 
 
-def wish(
+def vmodel_request(
     target: str, *, vmodel: str = "v", info: bool = True, auto: bool = True, path: str = "", **more: Any
 ) -> pb.SetVModelRequest:
     model_info = pb.ModelInfo(type="llm", path=path or f"/models/{target}") if info else None
@@ -53,12 +53,12 @@ async def refused(call: object, code: grpc.StatusCode, text: str) -> None:
 
 
 async def test_a_vmodel_is_made_with_its_target(node: Node) -> None:
-    made = await node.mesh.setVModel(wish("m1"))
+    made = await node.mesh.setVModel(vmodel_request("m1"))
     assert (made.status, made.activeModelId, made.targetModelId, made.owner) == (V.DEFINED, "m1", "m1", "repertory")
     assert made.activeModelStatus.status == S.NOT_LOADED
     assert refs(node, "m1") == 1
     assert node.registry.resolve("v") == "m1"
-    assert await node.mesh.setVModel(wish("m1")) == made
+    assert await node.mesh.setVModel(vmodel_request("m1")) == made
     assert refs(node, "m1") == 1
     await refused(
         node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m1")),
@@ -68,14 +68,14 @@ async def test_a_vmodel_is_made_with_its_target(node: Node) -> None:
 
 
 async def test_a_move_waits_for_the_target_and_takes_the_old_one_away(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.held["m2"] = asyncio.Event()
-    moving = await node.mesh.setVModel(wish("m2"))
+    moving = await node.mesh.setVModel(vmodel_request("m2"))
     assert (moving.status, moving.activeModelId, moving.targetModelId) == (V.TRANSITIONING, "m1", "m2")
     assert moving.activeModelStatus.status == S.LOADED
     assert (refs(node, "m1"), refs(node, "m2")) == (1, 1)
     assert node.registry.resolve("v") == "m1"
-    waiting = node.mesh.setVModel(wish("m2", sync=True))
+    waiting = node.mesh.setVModel(vmodel_request("m2", sync=True))
     await asyncio.sleep(0.1)
     assert not waiting.done()
     node.loader.held["m2"].set()
@@ -88,89 +88,89 @@ async def test_a_move_waits_for_the_target_and_takes_the_old_one_away(node: Node
 
 
 async def test_the_target_takes_the_active_ones_place_in_the_lru_order(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     await node.registry.models.touch("m1", NOW_MS + 77)
-    await node.mesh.setVModel(wish("m2", sync=True))
+    await node.mesh.setVModel(vmodel_request("m2", sync=True))
     record = node.registry.models.get("m2")
     assert record is not None
     assert record.last_used_ms == NOW_MS + 77
 
 
 async def test_an_old_target_that_is_not_to_be_deleted_stays(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", auto=False, loadNow=True, sync=True))
-    await node.mesh.setVModel(wish("m2", sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", auto=False, loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m2", sync=True))
     assert refs(node, "m1") == 0
     await node.mesh.unregisterModel(pb.UnregisterModelRequest(modelId="m1"))
     assert refs(node, "m1") is None
 
 
 async def test_a_name_that_nobody_has_loaded_moves_at_once(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1"))
-    moved = await node.mesh.setVModel(wish("m2"))
+    await node.mesh.setVModel(vmodel_request("m1"))
+    moved = await node.mesh.setVModel(vmodel_request("m2"))
     assert (moved.status, moved.activeModelId) == (V.DEFINED, "m2")
     assert node.loader.asked == []
     assert refs(node, "m1") is None
 
 
 async def test_a_loaded_target_or_force_moves_at_once(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", auto=False, loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", auto=False, loadNow=True, sync=True))
     await node.mesh.registerModel(
         pb.RegisterModelRequest(
             modelId="m2", modelInfo=pb.ModelInfo(type="llm", path="/models/m2"), loadNow=True, sync=True
         )
     )
-    assert (await node.mesh.setVModel(wish("m2", info=False))).status == V.DEFINED
+    assert (await node.mesh.setVModel(vmodel_request("m2", info=False))).status == V.DEFINED
     node.loader.held["m3"] = asyncio.Event()
-    assert (await node.mesh.setVModel(wish("m3"))).status == V.TRANSITIONING
-    forced = await node.mesh.setVModel(wish("m3", force=True))
+    assert (await node.mesh.setVModel(vmodel_request("m3"))).status == V.TRANSITIONING
+    forced = await node.mesh.setVModel(vmodel_request("m3", force=True))
     assert (forced.status, forced.activeModelId) == (V.DEFINED, "m3")
     assert (refs(node, "m2"), refs(node, "m3")) == (0, 1)
 
 
 async def test_a_target_that_cannot_be_loaded_parks_the_move_and_is_tried_again(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.broken["m2"] = "no such file"
-    parked = await node.mesh.setVModel(wish("m2", sync=True))
+    parked = await node.mesh.setVModel(vmodel_request("m2", sync=True))
     assert (parked.status, parked.activeModelId, parked.targetModelId) == (V.TRANSITION_FAILED, "m1", "m2")
     assert list(parked.targetModelStatus.errors) == ["no such file"]
     assert node.registry.resolve("v") == "m1"
     await asyncio.sleep(0.1)
     assert [asked[0] for asked in node.loader.asked] == ["m1", "m2"]
     del node.loader.broken["m2"]
-    await node.loader.forgive("m2")
+    await node.loader.expire_failure("m2")
     async with asyncio.timeout(10):
-        await node.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and not vmodel.moving)
+        await node.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and not vmodel.is_moving)
     assert (await status(node)).status == V.DEFINED
     assert node.registry.resolve("v") == "m2"
 
 
 async def test_vmodels_set_again_leaves_a_parked_move_to_the_sweep(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.broken["m2"] = "no such file"
     for _ in range(2):
-        assert (await node.mesh.setVModel(wish("m2", sync=True))).status == V.TRANSITION_FAILED
+        assert (await node.mesh.setVModel(vmodel_request("m2", sync=True))).status == V.TRANSITION_FAILED
         assert [asked[0] for asked in node.loader.asked].count("m2") == 1
     del node.loader.broken["m2"]
     await asyncio.sleep(0.05)
     node.transitions.sweep()
     async with asyncio.timeout(10):
-        await node.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and not vmodel.moving)
+        await node.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and not vmodel.is_moving)
 
 
 async def test_a_move_back_gives_up_the_other_target(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.broken["m2"] = "no such file"
-    await node.mesh.setVModel(wish("m2", sync=True))
-    back = await node.mesh.setVModel(wish("m1"))
+    await node.mesh.setVModel(vmodel_request("m2", sync=True))
+    back = await node.mesh.setVModel(vmodel_request("m1"))
     assert (back.status, back.activeModelId, back.targetModelId) == (V.DEFINED, "m1", "m1")
     assert (refs(node, "m1"), refs(node, "m2")) == (1, None)
 
 
 async def test_a_move_elsewhere_while_one_is_under_way(node: Node) -> None:
-    await node.mesh.setVModel(wish("m1", loadNow=True, sync=True))
+    await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.held["m2"] = asyncio.Event()
-    await node.mesh.setVModel(wish("m2"))
-    done = await node.mesh.setVModel(wish("m3", sync=True))
+    await node.mesh.setVModel(vmodel_request("m2"))
+    done = await node.mesh.setVModel(vmodel_request("m3", sync=True))
     assert (done.status, done.activeModelId) == (V.DEFINED, "m3")
     node.loader.held["m2"].set()
     await asyncio.sleep(0.1)
@@ -182,49 +182,57 @@ async def test_a_move_under_way_is_taken_up_after_a_restart(tmp_path: Path) -> N
     store = EmbeddedStore(tmp_path)
     await store.open()
     async with running_node(store) as node:
-        await node.mesh.setVModel(wish("m1", loadNow=True, sync=True))
+        await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
         node.loader.held["m2"] = asyncio.Event()
-        await node.mesh.setVModel(wish("m2"))
+        await node.mesh.setVModel(vmodel_request("m2"))
     async with running_node(store) as node:
         async with asyncio.timeout(10):
-            await node.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and not vmodel.moving)
+            await node.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and not vmodel.is_moving)
         assert node.registry.resolve("v") == "m2"
     await store.close()
 
 
 async def test_refusals(node: Node) -> None:
-    await refused(node.mesh.setVModel(wish("m1", vmodel="")), grpc.StatusCode.INVALID_ARGUMENT, "Must provide vModelId")
     await refused(
-        node.mesh.setVModel(wish("")), grpc.StatusCode.INVALID_ARGUMENT, "Must provide target modelId for vmodel v"
+        node.mesh.setVModel(vmodel_request("m1", vmodel="")), grpc.StatusCode.INVALID_ARGUMENT, "Must provide vModelId"
     )
-    await refused(node.mesh.setVModel(wish("m1", info=False)), grpc.StatusCode.NOT_FOUND, "Target model m1 not found")
-    await refused(node.mesh.setVModel(wish("m1", updateOnly=True)), grpc.StatusCode.NOT_FOUND, "vmodel v not found")
+    await refused(
+        node.mesh.setVModel(vmodel_request("")),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "Must provide target modelId for vmodel v",
+    )
+    await refused(
+        node.mesh.setVModel(vmodel_request("m1", info=False)), grpc.StatusCode.NOT_FOUND, "Target model m1 not found"
+    )
+    await refused(
+        node.mesh.setVModel(vmodel_request("m1", updateOnly=True)), grpc.StatusCode.NOT_FOUND, "vmodel v not found"
+    )
     empty_type = pb.SetVModelRequest(vModelId="v", targetModelId="m1", modelInfo=pb.ModelInfo(path="p"))
     await refused(
         node.mesh.setVModel(empty_type), grpc.StatusCode.INVALID_ARGUMENT, "Must provide non-empty model type string"
     )
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await node.mesh.setVModel(wish("m1", expectedTargetModelId="m0"))
+        await node.mesh.setVModel(vmodel_request("m1", expectedTargetModelId="m0"))
     assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert node.registry.models.table.items() == []
-    await node.mesh.setVModel(wish("m1", expectedTargetModelId="m1"))
+    await node.mesh.setVModel(vmodel_request("m1", expectedTargetModelId="m1"))
     await refused(
-        node.mesh.setVModel(wish("m1", path="other")),
+        node.mesh.setVModel(vmodel_request("m1", path="other")),
         grpc.StatusCode.ALREADY_EXISTS,
         "Target model m1 already exists with different attribute values",
     )
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await node.mesh.setVModel(wish("m2", expectedTargetModelId="m0"))
+        await node.mesh.setVModel(vmodel_request("m2", expectedTargetModelId="m0"))
     assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert (await node.mesh.setVModel(wish("m2", expectedTargetModelId="m1"))).targetModelId == "m2"
-    assert (await node.mesh.setVModel(wish("m2", expectedTargetModelId="m0"))).targetModelId == "m2"
+    assert (await node.mesh.setVModel(vmodel_request("m2", expectedTargetModelId="m1"))).targetModelId == "m2"
+    assert (await node.mesh.setVModel(vmodel_request("m2", expectedTargetModelId="m0"))).targetModelId == "m2"
 
 
 async def test_owners(node: Node) -> None:
-    assert (await node.mesh.setVModel(wish("m1", owner="isvc"))).owner == "isvc"
-    assert (await node.mesh.setVModel(wish("m1"))).owner == "isvc"
+    assert (await node.mesh.setVModel(vmodel_request("m1", owner="isvc"))).owner == "isvc"
+    assert (await node.mesh.setVModel(vmodel_request("m1"))).owner == "isvc"
     await refused(
-        node.mesh.setVModel(wish("m1", owner="other")),
+        node.mesh.setVModel(vmodel_request("m1", owner="other")),
         grpc.StatusCode.ALREADY_EXISTS,
         'vmodel v already exists with different owner "isvc"',
     )
@@ -235,9 +243,9 @@ async def test_owners(node: Node) -> None:
 
 
 async def test_delete(node: Node) -> None:
-    await node.mesh.setVModel(wish("kept", vmodel="a", auto=False))
-    await node.mesh.setVModel(wish("gone", vmodel="b"))
-    await node.mesh.setVModel(wish("gone", vmodel="c", info=False))
+    await node.mesh.setVModel(vmodel_request("kept", vmodel="a", auto=False))
+    await node.mesh.setVModel(vmodel_request("gone", vmodel="b"))
+    await node.mesh.setVModel(vmodel_request("gone", vmodel="c", info=False))
     for vmodel in ("a", "b", "b", "never"):
         await node.mesh.deleteVModel(pb.DeleteVModelRequest(vModelId=vmodel))
     assert (refs(node, "kept"), refs(node, "gone")) == (0, 1)
@@ -249,7 +257,7 @@ async def test_delete(node: Node) -> None:
 async def test_many_moves_at_once_keep_the_references_true(node: Node) -> None:
     """Ten callers, four vmodels, three targets: whoever wins, the counts are right at the end."""
     calls = [
-        node.mesh.setVModel(wish(f"m{number % 3}", vmodel=f"v{number % 4}", force=number % 2 == 0))
+        node.mesh.setVModel(vmodel_request(f"m{number % 3}", vmodel=f"v{number % 4}", force=number % 2 == 0))
         for number in range(24)
     ]
     calls += [node.mesh.deleteVModel(pb.DeleteVModelRequest(vModelId=f"v{number % 4}")) for number in range(3)]  # type: ignore[misc]
@@ -285,7 +293,7 @@ async def test_a_registered_name_is_replaced_without_a_gap(node: Node) -> None:
     assert (named.name, named.model_id, named.target_id, named.record.path) == ("org/smol", first, second, "/a")
     gate.set()
     async with asyncio.timeout(10):
-        await node.registry.vmodels.table.until("org/smol", lambda vmodel: vmodel is not None and not vmodel.moving)
+        await node.registry.vmodels.table.until("org/smol", lambda vmodel: vmodel is not None and not vmodel.is_moving)
     assert node.registry.resolve("org/smol") == second
     assert node.registry.models.get(first) is None
     assert node.registry.name_of(second) == "org/smol"

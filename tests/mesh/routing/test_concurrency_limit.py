@@ -32,7 +32,7 @@ async def test_concurrency_limit_bounds_running_requests(pod: RunningPod) -> Non
     answers = await asyncio.gather(*(stream(pod, 3) for _ in range(12)))
     assert answers == [[b"0", b"1", b"2"]] * 12
     assert pod.runtime.most_running == 2
-    assert (pod.pod.copies.in_flight("m"), pod.pod.copies.held("m")) == (0, 0)
+    assert (pod.pod.copies.in_flight("m"), pod.pod.copies.num_waiting("m")) == (0, 0)
 
 
 async def test_concurrency_limit_frees_cancelled_slots_and_refuses_too_many(pod: RunningPod) -> None:
@@ -43,18 +43,18 @@ async def test_concurrency_limit_frees_cancelled_slots_and_refuses_too_many(pod:
     await until(lambda: pod.runtime.running == 2)
     calls += [slow(b"3", metadata=FOR_M) for _ in range(14)]
     reading += [asyncio.ensure_future(call.read()) for call in calls[2:]]
-    await until(lambda: pod.runtime.running == 2 and pod.pod.copies.held("m") == 14)
+    await until(lambda: pod.runtime.running == 2 and pod.pod.copies.num_waiting("m") == 14)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await slow(b"3", metadata=FOR_M).read()
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "limit of 2 at once" in (refused.value.details() or "")
     for call in (*calls[:1], *calls[10:]):
         call.cancel()
-    await until(lambda: pod.pod.copies.held("m") == 7 and pod.runtime.running == 2)
+    await until(lambda: pod.pod.copies.num_waiting("m") == 7 and pod.runtime.running == 2)
     for call in calls:
         call.cancel()
     await asyncio.gather(*reading, return_exceptions=True)
-    await until(lambda: pod.pod.copies.held("m") == 0 and pod.pod.copies.in_flight("m") == 0)
+    await until(lambda: pod.pod.copies.num_waiting("m") == 0 and pod.pod.copies.in_flight("m") == 0)
     pod.runtime.switches.chunk_s = 0
     assert await stream(pod, 1) == [b"0"]
 
@@ -70,7 +70,7 @@ async def test_concurrency_limit_wait_keeps_to_the_deadline(pod: RunningPod) -> 
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
-    await until(lambda: pod.pod.copies.held("m") == 0)
+    await until(lambda: pod.pod.copies.num_waiting("m") == 0)
 
 
 async def test_concurrency_limit_without_a_number_is_one(tmp_path: Path) -> None:

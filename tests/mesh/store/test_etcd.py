@@ -140,8 +140,8 @@ async def test_a_store_that_lost_its_data_is_noticed(own_etcd: EtcdServer) -> No
 async def test_a_watch_on_a_server_that_hangs_is_given_up_and_begun_again(
     own_etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(etcd_watch, "ASK_EVERY_S", 0.1)
-    monkeypatch.setattr(etcd_watch, "SILENCE_S", 0.5)
+    monkeypatch.setattr(etcd_watch, "PROGRESS_INTERVAL_S", 0.1)
+    monkeypatch.setattr(etcd_watch, "SILENCE_TIMEOUT_S", 0.5)
     async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         following = asyncio.ensure_future(anext(events))
