@@ -1,4 +1,4 @@
-"""The command line's way to a running mesh: its HTTP routes, one blocking call each. Knows no verb and prints nothing."""
+"""The command line's way to a running mesh: its HTTP routes, one blocking call each."""
 
 import http.client
 import json

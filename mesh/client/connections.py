@@ -1,7 +1,4 @@
-"""Connections to where requests go on: the local runtime and other pods, gRPC and HTTP, each opened once and kept.
-
-Knows addresses and limits; nothing of what is sent.
-"""
+"""Connections to where requests go on: the local runtime and other pods, gRPC and HTTP, each opened once and kept."""
 
 import asyncio
 import socket

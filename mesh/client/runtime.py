@@ -77,7 +77,7 @@ class GrpcRuntime:
             await asyncio.sleep(pause_s)
 
     async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> LoadAnswer:
-        """Whatever else than OK comes of it, the runtime is told to unload: it must hold nothing of it."""
+        """Load a model. On any failure, unload it: the runtime must not keep partial state."""
         request = pb.LoadModelRequest(modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key)
         loaded = False
         begun_s = time.monotonic()

@@ -1,7 +1,7 @@
 """Follows the local runtime's state: repertory.RuntimeState converted to the mesh's types.
 
-A runtime that has no such service ("foreign") is watched by its connection alone: it is ready while that stands and something answers.
-One that hangs without dying answers no question in time, and counts as gone. Knows nothing of loading.
+A runtime that has no such service ("foreign") is watched by its connection alone: it is ready while that stands and
+something answers. One that hangs without dying answers no question in time, and counts as gone.
 """
 
 import asyncio
@@ -80,7 +80,7 @@ class RuntimeWatch:
                     async for foreign in self._connection():
                         yield foreign
                     return
-                logger.debug("the runtime's state is not to be had: %s %s", error.code().name, error.details())
+                logger.debug("the runtime's state is not available: %s %s", error.code().name, error.details())
             yield RuntimeSnapshot(self._capacity_bytes)
             await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
             failures += 1

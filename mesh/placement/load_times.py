@@ -1,4 +1,4 @@
-"""How long loading takes, learnt from the loads that this pod has done. Knows seconds and bytes; no clock."""
+"""How long loading takes, learnt from the loads that this pod has done."""
 
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,6 @@
 """Loading and unloading on this pod's runtime: one load a model however many ask, victims out first, failures recorded with their cause.
 
-Knows the runtime's contract, room and the registry's announcements; nothing of other pods, routes or requests. A load that nobody waits for
-any more goes on; only `drop` ends it.
+A load that nobody waits for any more goes on; only `drop` ends it.
 """
 
 import asyncio

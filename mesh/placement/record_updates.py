@@ -1,6 +1,6 @@
 """What this pod writes into the models' records: that it loads one, that it failed to, that it no longer has it.
 
-ModelMesh's conventions: a pod is in at most one of `instanceIds` (since when the load began) and `failedIn`. Knows records; loads nothing.
+ModelMesh's conventions: a pod is in at most one of `instanceIds` (since when the load began) and `failedIn`.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""The local runtime's life, as placement follows it: ready, gone, back again; what it lost is loaded again.
-
-Knows the runtime's snapshots and this pod's copies; nothing of requests or other pods.
-"""
+"""The local runtime's life, as placement follows it: ready, gone, back again; what it lost is loaded again."""
 
 import asyncio
 import logging
@@ -21,7 +18,7 @@ _READY_TIMEOUT_S = 180.0  # ModelMesh gives up here; a supervised runtime may co
 _READY_RETRY_S = (
     2.0  # one that says at once that it never will be is asked again all the same: another may take its place
 )
-_FOREIGN_REFRESH_S = 0.3  # one that tells nothing of itself gets this long to come to itself
+_FOREIGN_REFRESH_S = 0.3  # time for a runtime without repertory.RuntimeState to settle
 
 
 class RuntimeMonitor:
@@ -64,7 +61,7 @@ class RuntimeMonitor:
     def serves(self, copy: LocalCopy) -> bool:
         """It answers requests for this copy now, by its own account; after an engine's death a model takes a moment to come back.
 
-        An account that is older than the load's end knows nothing of it yet.
+        A snapshot taken before the load ended does not include it.
         """
         model = self.model(copy.model_id)
         return self.is_serving and (
@@ -129,7 +126,7 @@ class RuntimeMonitor:
                 return self.limits
 
     async def _returned(self, snapshot: RuntimeSnapshot) -> None:
-        """A broken connection or a new process? A new one holds nothing of ours, and is to be asked for readiness before it is used."""
+        """Find out whether the connection broke or the process is new. A new process holds no models, and must become ready first."""
         ours = [copy for copy in self._copies if copy.is_loaded]
         kept = {model.model_id for model in snapshot.models if model.state is CopyState.LOADED}
         lost = [copy for copy in ours if copy.model_id not in kept]

@@ -1,7 +1,4 @@
-"""The pods of the mesh: ModelMesh's `instances` table, each record under its own pod's lease.
-
-Knows who is there and what each tells of itself; decides nothing by it.
-"""
+"""The pods of the mesh: ModelMesh's `instances` table, each record under its own pod's lease."""
 
 from mesh.registry.records import InstanceRecord, encode_record
 from mesh.registry.table import Table

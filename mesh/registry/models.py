@@ -1,7 +1,4 @@
-"""The registered models: ModelMesh's `registry` table and the rules of registering and unregistering.
-
-Knows records and the store's compare-and-set; loads nothing, and doesn't know who does.
-"""
+"""The registered models: ModelMesh's `registry` table and the rules of registering and unregistering."""
 
 import msgspec
 

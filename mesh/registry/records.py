@@ -1,8 +1,8 @@
 """The records of the registry: ModelMesh's JSON, property for property, so that its controller and a person with etcdctl can read them.
 
-Knows names and JSON; nothing of where records are kept. Defaults are omitted; properties that this version doesn't know are kept as they
-came, so that a newer pod's or another implementation's fields survive our rewrite. Times are epoch milliseconds. What ModelMesh has no
-word for is an extra property, marked below.
+Defaults are omitted; properties that this version doesn't know are kept as they came, so that a newer pod's or
+another implementation's fields survive our rewrite. Times are epoch milliseconds. What ModelMesh has no word for is
+an extra property, marked below.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """The registry as a whole: the three tables of one mesh, and names on top of them.
 
-Knows where the tables' keys lie and what a name stands for. Loads nothing.
+Loads nothing.
 """
 
 from collections.abc import Callable

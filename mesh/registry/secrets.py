@@ -1,7 +1,6 @@
 """What may not be registered: secrets. The registry is readable by every pod and by whoever may read the store.
 
-Pure. Knows the names under which clouds and hubs keep their credentials; a value is looked at only for names in it (an object, a URL), and never
-repeated in a message.
+Pure.
 """
 
 import re

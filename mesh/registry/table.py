@@ -1,7 +1,7 @@
 """One kind of record under one prefix of the store: watched, cached, and changed by compare-and-set.
 
-Knows the store and how to decode; nothing of what a record means. Reads come from the cache, which the watch feeds and own writes enter at
-once; a table goes on answering while the store is away. Listeners hear of every change exactly once, whoever made it.
+Reads come from the cache, which the watch feeds and own writes enter at once; a table goes on answering while the
+store is away. Listeners hear of every change exactly once, whoever made it.
 """
 
 import asyncio

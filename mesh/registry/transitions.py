@@ -1,7 +1,6 @@
 """Vmodels on the move: sees to it that a new target is loaded, then switches; parks a move whose target can't be loaded, and tries again.
 
-Knows the vmodel table and the Loader; nothing of how or where a model is loaded. One pod does this for all (`is_leader`); two at once do no harm,
-since every step is a compare-and-set.
+One pod does this for all (`is_leader`); two at once do no harm, since every step is a compare-and-set.
 """
 
 import asyncio

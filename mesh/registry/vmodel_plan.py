@@ -1,7 +1,7 @@
 """What setting, moving and deleting a vmodel does to the records: ModelMesh's decisions, as pure functions.
 
-Knows records and reference counts; no store, no clock, no loading. A model's `refs` counts the vmodels that have it as active or target;
-one that is to be deleted automatically goes with its last reference. Every plan keeps that true.
+A model's `refs` counts the vmodels that have it as active or target; one that is to be deleted automatically goes
+with its last reference. Every plan keeps that true.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """The vmodels: ModelMesh's `vmodels` table, and its transactions over vmodels and models together.
 
-Knows how to read, write and retry; what is to be written is decided in moves.py. Loads nothing.
+Knows how to read, write and retry; what is to be written is decided in vmodel_plan.py. Loads nothing.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,9 +1,10 @@
 """The store of a single node: one SQLite file in a directory, all of it also in memory.
 
-Knows files and the event loop; nothing of other pods. SQLite rather than a log of our own: its write-ahead log already has the
-checksums, the fsync on commit, the atomic transaction over several keys and the recovery after kill -9 that a log would have to be
-taught, and it is in the standard library. Reads never touch the disk; a write returns when it is on it. Leases live as long as the
-process, so what is leased never reaches the file. A file that is in order is opened without a write: a full disk keeps nobody from it.
+SQLite rather than a log of our own: its write-ahead log already has the checksums, the fsync on commit, the atomic
+transaction over several keys and the recovery after kill -9 that a log would have to be taught, and it is in the
+standard library. Reads never touch the disk; a write returns when it is on it. Leases live as long as the process, so
+what is leased never reaches the file. A file that is in order is opened without a write: a full disk keeps nobody
+from it.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """The store on etcd: the Store protocol in etcd's words.
 
-Knows etcd's messages; connection, watching and leases are its parts' work. Values are opaque; keys are UTF-8 text.
+Values are opaque; keys are UTF-8 text.
 """
 
 from collections.abc import AsyncGenerator, Sequence

@@ -1,8 +1,7 @@
 """The connection to an etcd cluster: endpoints, TLS, user and token, and when a call may be repeated.
 
-Knows channels, status codes and deadlines; nothing of keys, watches or leases. A call goes out only on a channel that is connected, so
-that a failure before that is known to have changed nothing; a write whose answer was lost is reported as StoreUncertain, never repeated
-(etcd has no request ids).
+A call goes out only on a channel that is connected, so that a failure before that is known to have changed nothing; a
+write whose answer was lost is reported as StoreUncertain, never repeated (etcd has no request ids).
 """
 
 import asyncio

@@ -1,7 +1,6 @@
 """Keeping leases alive: one stream for all of them.
 
-Knows lease ids and times-to-live; nothing of the keys under them. A lease is lost when etcd says so, or when its time has passed
-without an answer.
+A lease is lost when etcd says so, or when its time has passed without an answer.
 """
 
 import asyncio

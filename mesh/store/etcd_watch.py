@@ -1,8 +1,8 @@
 """Following a prefix of etcd for as long as the mesh lives: over broken streams, restarts, compaction and restored backups.
 
-Knows watch streams and revisions; nothing of what the values mean. The position is the last event's mod_revision + 1 and nothing else:
-while etcd catches a watch up, the revision in the headers of its answers runs ahead of the events, that of progress answers in some
-versions too, and going on from there would lose some.
+The position is the last event's mod_revision + 1 and nothing else: while etcd catches a watch up, the revision in the
+headers of its answers runs ahead of the events, that of progress answers in some versions too, and going on from
+there would lose some.
 """
 
 import asyncio

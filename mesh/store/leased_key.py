@@ -1,7 +1,4 @@
-"""A key that exists for as long as this process lives: put under a lease, and put again if the lease is lost.
-
-Knows a Store; nothing of what the value means.
-"""
+"""A key that exists for as long as this process lives: put under a lease, and put again if the lease is lost."""
 
 import asyncio
 import logging

@@ -1,6 +1,6 @@
 """Where the store is: a URL or ModelMesh's KV_STORE value, parsed.
 
-Pure but for the JSON file (and the PEM files that it names) which a KV_STORE of the form `etcd:/path.json` points at. Knows no client.
+Pure but for the JSON file (and the PEM files that it names) which a KV_STORE of the form `etcd:/path.json` points at.
 """
 
 from dataclasses import dataclass, field

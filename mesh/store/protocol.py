@@ -1,9 +1,10 @@
 """The one store that the mesh writes to, as a Protocol: etcd's model (revisions, compare-and-set, leases, watches) with values as bytes.
 
-Knows keys, revisions and events; nothing of records, gRPC or files. Both implementations pass the same contract tests.
+Both implementations pass the same contract tests.
 
-Revisions: one counter for the whole store; every transaction that writes takes the next number, and all its writes carry it.
-Failures: `StoreError` means that nothing was changed, `StoreUncertain` that the write may or may not have happened.
+Revisions: one counter for the whole store; every transaction that writes takes the next number, and all its writes
+carry it. Failures: `StoreError` means that nothing was changed, `StoreUncertain` that the write may or may not have
+happened.
 """
 
 import asyncio

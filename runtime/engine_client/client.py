@@ -1,7 +1,7 @@
 """The engine as the front sees it: loads, token streams, statistics, and a supervisor that brings a dead engine back.
 
-Knows the engine's messages and its life and death; nothing of files, text or APIs. What a death means for the models is the listener's
-business (runtime.models): this ends the streams and says who was running.
+What a death means for the models is the listener's business (runtime.models): this ends the streams and says who was
+running.
 """
 
 import asyncio

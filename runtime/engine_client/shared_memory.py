@@ -1,7 +1,4 @@
-"""The file behind the engine's host tier: shared memory that the front owns, so that an engine that dies finds its models still warm.
-
-Knows where shared memory lives and whose is stale; nothing of what lies in it.
-"""
+"""The file behind the engine's host tier: shared memory that the front owns, so that an engine that dies finds its models still warm."""
 
 import os
 import re

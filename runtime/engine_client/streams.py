@@ -1,6 +1,5 @@
-"""The front's end of the sequences: a small mailbox each, in which items wait, merged, for a consumer that may be slow; and how often it is woken.
-
-Knows rows; nothing of sockets or of what the tokens mean.
+"""The front's end of the sequences: a small mailbox each, in which items wait, merged, for a consumer that may be slow;
+and how often it is woken.
 """
 
 import asyncio

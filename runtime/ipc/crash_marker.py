@@ -1,7 +1,7 @@
 """A few bytes that outlive the engine: which model it was about to step when it died.
 
-The engine writes before each launch, and while it rests the model whose weights come in, or nobody; the front reads after a death. Knows nothing of
-who is to blame.
+The engine writes before each launch, and while it rests the model whose weights come in, or nobody; the front reads
+after a death.
 """
 
 import mmap

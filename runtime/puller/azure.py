@@ -1,4 +1,4 @@
-"""Azure Blob Storage through azure-storage-blob. Knows listing, ranges and credentials; imports the libraries only when they are used."""
+"""Azure Blob Storage through azure-storage-blob."""
 
 import os
 import re

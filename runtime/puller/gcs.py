@@ -1,4 +1,4 @@
-"""Google Cloud Storage through google-cloud-storage. Knows listing, ranges and credentials; imports the library only when it is used."""
+"""Google Cloud Storage through google-cloud-storage."""
 
 import base64
 import os

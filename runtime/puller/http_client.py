@@ -1,4 +1,4 @@
-"""Fetching over HTTP: ranges, resuming, retries, checks. Knows URLs and headers; nothing of models."""
+"""Fetching over HTTP: ranges, resuming, retries, checks."""
 
 import http.client
 import ssl

@@ -1,6 +1,6 @@
 """Models in object stores, whichever: a thin adapter lists and reads ranges (s3.py, gcs.py, azure.py), the rest is the same for all.
 
-Resumes, checks, chooses files, and tells errors without secrets. Knows no store's library and no configuration files.
+Resumes, checks, chooses files, and tells errors without secrets.
 """
 
 import contextlib

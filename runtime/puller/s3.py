@@ -1,4 +1,4 @@
-"""Amazon's S3, and what speaks like it, through boto3. Knows listing, ranges and credentials; imports the library only when it is used."""
+"""Amazon's S3, and what speaks like it, through boto3."""
 
 import base64
 import tempfile

@@ -1,7 +1,7 @@
 """The attention hook: what every layer of every model calls, whether it is Hugging Face's own code or a fused stack.
 
-Knows planes, pages and one layer's geometry (AttentionSpec); nothing of weights, families or sampling. Keys and values of a step are written
-first, then its queries read them back through the pages, so prefill, chunks, prefix hits and decode are one path.
+Keys and values of a step are written first, then its queries read them back through the pages, so prefill, chunks,
+prefix hits and decode are one path.
 """
 
 from typing import cast

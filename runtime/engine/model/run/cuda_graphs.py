@@ -1,12 +1,11 @@
 """CUDA graphs of small steps, captured lazily.
 
-Idle turns capture what steps have asked for (a bucket's second eager use asks), then what each resident model will most likely meet, the model with
-the fewest graphs first; a turn either runs a bucket once or captures it, so that a request never waits for more than that. Where no idle turn comes, a
-bucket is captured in place once it has run eagerly often enough to pay. All models' graphs share one memory pool: they run one after another on one
-stream and leave nothing behind in it but what the next step reads at once. Weights, KV and inputs keep their addresses, so a graph outlives its
-model's evictions.
-
-Knows buckets, captures and bytes; nothing of what a pass computes.
+Idle turns capture what steps have asked for (a bucket's second eager use asks), then what each resident model will
+most likely meet, the model with the fewest graphs first; a turn either runs a bucket once or captures it, so that a
+request never waits for more than that. Where no idle turn comes, a bucket is captured in place once it has run
+eagerly often enough to pay. All models' graphs share one memory pool: they run one after another on one stream and
+leave nothing behind in it but what the next step reads at once. Weights, KV and inputs keep their addresses, so a
+graph outlives its model's evictions.
 """
 
 import logging

@@ -1,7 +1,6 @@
 """A Llama-shaped decoder as we run it: nine calls a layer, the residual carried between layers, logits only where they are wanted.
 
-Built from a StackSpec and named views of the weights image. Knows tensors and the attention calls; nothing of Hugging Face's modules, of how
-weights arrived or of batches beyond a StepContext.
+Built from a StackSpec and named views of the weights image.
 """
 
 from collections.abc import Mapping, Sequence

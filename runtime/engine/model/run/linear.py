@@ -1,4 +1,4 @@
-"""Linear layers over views of the weights image: plain, 4-bit and int8 behind one call. Knows matrices; nothing of layers or models."""
+"""Linear layers over views of the weights image: plain, 4-bit and int8 behind one call."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol

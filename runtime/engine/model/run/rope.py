@@ -1,7 +1,7 @@
 """Rotary tables: cosines and sines of a step's positions, from the frequencies that Hugging Face's own module computed.
 
-Two of its schemes change their frequencies with the longest sequence seen, which a batch of unrelated rows has none of; here the
-model's context limit decides once. Knows frequencies and positions; nothing of heads.
+Two of its schemes change their frequencies with the longest sequence seen, which a batch of unrelated rows has none
+of; here the model's context limit decides once.
 """
 
 from dataclasses import dataclass

@@ -2,11 +2,12 @@
 
 The runner fills a StepContext before each pass; attention reads it; a CausalForward (fused or Hugging Face's own code) is handed it. All tensors
 lie on the engine's device and keep their addresses (CUDA graphs hold them); a step smaller than the tensors is padded: padded tokens have slot
--1, padded rows a query of length 0. Knows nothing of requests, sampling or scheduling.
+-1, padded rows a query of length 0.
 
-How KV lies: a slab of a model's KV range is layer-major, `[layer][K | V][block][token in block][KV head][head dim]`. A layer's K *plane* starts at its
-first block in slab 0 and runs to the end of the range, so block j of slab i starts `page id * page_unit` elements into the plane, whichever
-layer: page id = i * pages_per_slab + j * pages_per_block, page_unit = slab bytes / pages_per_slab in elements.
+How KV lies: a slab of a model's KV range is layer-major, `[layer][K | V][block][token in block][KV head][head dim]`.
+A layer's K *plane* starts at its first block in slab 0 and runs to the end of the range, so block j of slab i starts
+`page id * page_unit` elements into the plane, whichever layer: page id = i * pages_per_slab + j * pages_per_block,
+page_unit = slab bytes / pages_per_slab in elements.
 """
 
 from collections.abc import Sequence
