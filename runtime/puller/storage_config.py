@@ -1,20 +1,21 @@
-"""Reads ModelMesh's storage configuration, a directory with one JSON file per key that is mounted from a secret, and overlays a request's parameters.
+"""ModelMesh's storage configuration: a directory with one JSON file per key, mounted from a secret, and a registration's parameters over it.
 
-The result may hold secrets: it is used and dropped, never logged, stored or sent.
+The options that this module returns may hold secrets. They are never logged, stored or sent anywhere but to the store.
 """
 
 import json
 import urllib.parse
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
 
 _KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
-_BEARERS = ("gcs", "azure")  # Their requests carry a bearer token.
-# Destination fields. A registration may not override them, or it could send the configuration's credentials elsewhere.
-_PLACES = ("url", "endpoint_url", "token_uri", "verify_ssl", "ca_bundle")
-_OPEN = frozenset(
+_BEARER_KINDS = ("gcs", "azure")  # stores whose requests carry a token that anyone who receives it can use
+# Destination fields. A registration may not override them, or the configuration's credentials could be exfiltrated.
+_DESTINATIONS = ("url", "endpoint_url", "token_uri", "verify_ssl", "ca_bundle")
+_PUBLIC = frozenset(
     {
         "type",
         "bucket",
@@ -26,57 +27,75 @@ _OPEN = frozenset(
         "project_id",
         "anonymous",
         "certificate",
-        *_PLACES,
+        *_DESTINATIONS,
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Configuration:
+    """`label` names the configuration in messages; the options are empty if none applies."""
+
+    label: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_credentials(self) -> bool:
+        return not self.options.keys() <= _PUBLIC
 
 
 def storage_options(
     config_dir: str, storage_key: str | None, params: Mapping[str, str], uri: str = ""
 ) -> dict[str, str]:
-    """Return the named configuration overlaid with `params`. Without a key it is `default_<type>` or `default`, if present.
+    """Return the options of the named configuration with `params` over them.
 
-    A configuration of another type, or for another web site than the registered `uri`, is not used. Raises InvalidRequest for a key that is not a
-    name or does not fit the URI, LoadFailed for a key without configuration.
+    Without a key, the configuration is `default_<type>` or `default`, if there is one. `uri` is the registered one: a default of another
+    type or for another web site is not used for it, and a named one is an error. Raises InvalidRequest for an invalid or unsuitable key
+    and for parameters that redirect credentials, LoadFailed for a key without a configuration.
     """
-    options: dict[str, str] = {}
-    scheme, separator, _ = uri.partition("://")
-    given = scheme if separator else params.get("type", "")
+    scheme, has_scheme, _ = uri.partition("://")
+    given = scheme if has_scheme else params.get("type", "")
     kind = _KINDS.get(given, given)
-    if storage_key is not None:
-        if not storage_key or "/" in storage_key or storage_key.startswith("."):
-            raise InvalidRequest(f"storage_key {storage_key!r} is not a name", param="storage_key")
-        if not config_dir:
-            raise LoadFailed(f"storage key {storage_key!r} is given, and the runtime has no storage_config_dir")
-        path = Path(config_dir) / storage_key
-        if not path.is_file():
-            raise LoadFailed(f"Did not find storage config for key {storage_key}")
-        options = _read(path)
-    elif config_dir:
-        for name in (f"default_{given}", f"default_{kind}", "default"):
-            if "/" not in name and (Path(config_dir) / name).is_file():
-                options = _read(Path(config_dir) / name)
-                break
-    strange = _strange(options, kind, uri) if separator else ""
-    if strange and storage_key is not None:
-        raise InvalidRequest(f"{uri}: storage key {storage_key!r} is {strange}", param="storage_key")
-    if strange:
-        options = {}
-    moved = [name for name in _PLACES if name in params and params[name] != options.get(name)]
-    if moved and not options.keys() <= _OPEN:
-        whose = f"storage key {storage_key!r}" if storage_key is not None else "the default storage configuration"
+    configuration = _named(config_dir, storage_key) if storage_key is not None else _default(config_dir, given, kind)
+    if has_scheme and (mismatch := _mismatch(configuration.options, kind, uri)):
+        if storage_key is not None:
+            raise InvalidRequest(f"{uri}: {configuration.label} is {mismatch}", param="storage_key")
+        configuration = _Configuration(configuration.label)
+    redirected = [name for name in _DESTINATIONS if name in params and params[name] != configuration.options.get(name)]
+    if redirected and configuration.has_credentials:
         raise InvalidRequest(
-            f"storage_params can't change {moved[0]} of {whose}: its credentials would go there", param="storage_params"
+            f"storage_params can't change {redirected[0]} of {configuration.label}: its credentials would go there",
+            param="storage_params",
         )
-    merged = {**options, **params}
+    merged = {**configuration.options, **params}
     kind = kind or _KINDS.get(merged.get("type", ""), merged.get("type", ""))
-    if kind in _BEARERS and "endpoint_url" in moved:
-        merged["anonymous"] = "true"  # The machine's own identity must not go to an endpoint that a registration names.
+    if kind in _BEARER_KINDS and "endpoint_url" in redirected:
+        merged["anonymous"] = "true"  # The machine's own identity must not go to a registration's endpoint either.
     return merged
 
 
-def _strange(options: Mapping[str, str], kind: str, uri: str) -> str:
-    """Return why a configuration does not fit this URI; empty if it does."""
+def _named(config_dir: str, storage_key: str) -> _Configuration:
+    if not storage_key or "/" in storage_key or storage_key.startswith("."):
+        raise InvalidRequest(f"storage_key {storage_key!r} is not a name", param="storage_key")
+    if not config_dir:
+        raise LoadFailed(f"storage key {storage_key!r} is given, and the runtime has no storage_config_dir")
+    path = Path(config_dir) / storage_key
+    if not path.is_file():
+        raise LoadFailed(f"Did not find storage config for key {storage_key}")
+    return _Configuration(f"storage key {storage_key!r}", _read(path))
+
+
+def _default(config_dir: str, given: str, kind: str) -> _Configuration:
+    label = "the default storage configuration"
+    if config_dir:
+        for name in (f"default_{given}", f"default_{kind}", "default"):
+            if "/" not in name and (Path(config_dir) / name).is_file():
+                return _Configuration(label, _read(Path(config_dir) / name))
+    return _Configuration(label)
+
+
+def _mismatch(options: Mapping[str, str], kind: str, uri: str) -> str:
+    """Return why a configuration does not apply to this URI; empty if it does."""
     own = options.get("type", kind)
     if _KINDS.get(own, own) != kind:
         return f"of type {own}"
@@ -100,5 +119,5 @@ def _read(path: Path) -> dict[str, str]:
         values = json.loads(path.read_text())
         return {str(name): value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     except (OSError, ValueError, AttributeError):
-        # the cause may quote the content, which is secret
+        # The cause may quote the content, which is secret.
         raise LoadFailed(f"storage config {path.name!r} is not a readable JSON object") from None
