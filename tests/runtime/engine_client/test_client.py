@@ -22,6 +22,7 @@ from runtime.ipc.messages import Hello, Load, RowTokens
 from runtime.types import Checkpoint, FinishReason, GenerationRequest, SamplingParams, StopParams
 from tests.support.engines import fake_command
 from tests.support.fake_engine import FAULT, KILL, STALL
+from tests.support.waiting import until
 
 FAST = RestartPolicy(first_s=0.01, most_s=0.05, healthy_s=60.0, start_timeout_s=20.0, max_failed_starts=3)
 
@@ -41,10 +42,32 @@ class Listener:
         raise AssertionError(model_id)
 
 
+class Command:
+    """Builds the stand-in engine's command and keeps the path of the crash marker that the client has chosen."""
+
+    def __init__(self, journal: Path) -> None:
+        self._build = fake_command(journal=journal)
+        self.marker_path: Path | None = None
+
+    def __call__(self, socket_path: Path, config: EngineConfig, marker_path: Path) -> list[str]:
+        self.marker_path = marker_path
+        return self._build(socket_path, config, marker_path)
+
+
 @pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[EngineClient]:
-    client = EngineClient(EngineConfig(), command=fake_command(journal=tmp_path / "journal"), restart=FAST)
-    client.listen(Listener())
+def listener() -> Listener:
+    return Listener()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path / "journal")
+
+
+@pytest.fixture
+async def client(listener: Listener, command: Command) -> AsyncIterator[EngineClient]:
+    client = EngineClient(EngineConfig(), command=command, restart=FAST)
+    client.listen(listener)
     client.start()
     await client.wait_ready()
     yield client
@@ -96,8 +119,7 @@ async def test_engine_client_aborts_the_row_of_a_closed_stream(client: EngineCli
     await anext(stream)
     await stream.aclose()
     cancelled = asyncio.create_task(collect(client, "a", [STALL]))
-    await asyncio.sleep(0.05)
-    assert client.running("a") == 1
+    await until(lambda: client.running("a") == 1)
     cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cancelled
@@ -109,7 +131,7 @@ async def test_engine_client_aborts_the_row_of_a_closed_stream(client: EngineCli
 async def test_engine_client_unload_ends_streams_and_drain_waits(client: EngineClient) -> None:
     await client.load(load("a"))
     running = asyncio.create_task(collect(client, "a", [STALL]))
-    await asyncio.sleep(0.02)
+    await until(lambda: client.running("a"))
     assert not await client.drain("a", 0.02)
     await client.unload("a")
     with pytest.raises(Unavailable, match="unloaded"):
@@ -127,55 +149,50 @@ async def test_engine_client_separates_a_cancelled_load_from_the_next(client: En
     assert (await client.load(load("slow"))).model_id == "slow"
 
 
-async def test_engine_client_restarts_a_dead_engine(client: EngineClient) -> None:
+async def test_engine_client_restarts_a_dead_engine(client: EngineClient, listener: Listener) -> None:
     await client.load(load("a"))
     await client.load(load("b"))
     bystander = asyncio.create_task(collect(client, "b", [STALL]))
-    await asyncio.sleep(0.02)
+    await until(lambda: client.running("b"))
     with pytest.raises(Unavailable, match="SIGKILL"):
         await collect(client, "a", [KILL])
     with pytest.raises(Unavailable):
         await bystander
     await client.wait_ready()
-    listener = client._listener
-    assert isinstance(listener, Listener)
     assert [death.stepping for death in listener.deaths] == ["a"]
     assert client.restarts == 1
     await client.load(load("b"))
     assert await collect(client, "b", [5], 2) == [6, 6]
 
 
-async def test_engine_client_blames_no_model_for_an_idle_crash(client: EngineClient) -> None:
+async def test_engine_client_blames_no_model_for_an_idle_crash(client: EngineClient, listener: Listener) -> None:
     await client.load(load("a"))
     await collect(client, "a", [5], 2)
     assert client.hello is not None
     os.kill(client.hello.pid, signal.SIGKILL)
     while client.restarts == 0:
         await client.changes.wait(5.0)
-    listener = client._listener
-    assert isinstance(listener, Listener)
     assert listener.deaths[0].stepping is None
     assert listener.deaths[0].loading == ()
 
 
-async def test_engine_client_blames_a_model_of_a_background_step(client: EngineClient) -> None:
+async def test_engine_client_blames_a_model_of_a_background_step(
+    client: EngineClient, listener: Listener, command: Command
+) -> None:
     """Idle turns run models to capture their graphs: without a name the engine would die of the same one for ever."""
     await client.load(load("a"))
     assert client.hello is not None
-    client._blackbox.mark("a")
+    assert command.marker_path is not None
+    CrashMarker(command.marker_path).mark("a")
     os.kill(client.hello.pid, signal.SIGKILL)
     while client.restarts == 0:
         await client.changes.wait(5.0)
-    listener = client._listener
-    assert isinstance(listener, Listener)
     assert listener.deaths[0].stepping == "a"
 
 
-async def test_engine_client_fails_a_load_at_a_crash(client: EngineClient) -> None:
+async def test_engine_client_fails_a_load_at_a_crash(client: EngineClient, listener: Listener) -> None:
     with pytest.raises(Unavailable):
         await client.load(load("deadly"))
-    listener = client._listener
-    assert isinstance(listener, Listener)
     assert listener.deaths[0].loading == ("deadly",)
 
 
@@ -228,7 +245,7 @@ async def test_engine_client_stop_lets_streams_finish() -> None:
     await client.wait_ready()
     await client.load(load("a"))
     running = asyncio.create_task(collect(client, "a", [7], 20))
-    await asyncio.sleep(0.01)
+    await until(lambda: client.running("a"))
     await client.stop(10.0)
     assert await running == [8] * 20
 
