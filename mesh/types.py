@@ -154,15 +154,19 @@ class RuntimeClient(Protocol):
     async def wait_ready(self, timeout_s: float) -> RuntimeLimits: ...
 
     async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> LoadAnswer:
-        """Load a model. Raises LoadFailed, Overloaded or Unavailable. A cancelled load leaves nothing behind."""
+        """Load a model. A cancelled load leaves nothing behind.
+
+        Raises LoadFailed (also for a model that can never fit), Overloaded (no space now: unloading another model may help)
+        or Unavailable (the runtime is restarting).
+        """
 
     async def unload(self, model_id: str) -> None:
         """Idempotent."""
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
 
-    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
-        """Estimate a load. `sizes_only` skips the check that the engine can run the model, which may take seconds."""
+    async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer:
+        """Estimate a load, and check that the engine can run the model, which may take seconds."""
 
     async def look(self) -> RuntimeSnapshot | None:
         """Return the runtime's current state, or None if it does not answer or has no repertory.RuntimeState."""

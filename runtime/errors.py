@@ -6,6 +6,7 @@
     ├── NotSupported            a feature that this version does not have
     ├── ModelNotFound           no such model is loaded in this runtime
     ├── LoadFailed              the model could not be pulled, packed or loaded; carries the cause
+    │   ├── ModelTooLarge       it exceeds a whole memory or disk budget, so no eviction makes it fit
     │   └── Quarantined         its load or steps crashed the engine twice
     ├── Overloaded              a queue or a memory budget is full; carries a retry hint
     ├── DeadlineExceeded        the request's deadline has passed
@@ -95,6 +96,10 @@ class LoadFailed(RepertoryError):
     code = "FAILED_PRECONDITION"
     http_status = 424
     openai_type = "model_load_error"
+
+
+class ModelTooLarge(LoadFailed):
+    """The model needs `value` bytes of a budget of `limit` bytes, so it does not fit even when nothing else is loaded."""
 
 
 class Quarantined(LoadFailed):

@@ -1,6 +1,6 @@
-"""The models that this pod holds or is about to: their states, sizes and users. Bookkeeping only; calls nobody.
+"""Keeps the books of the models that this pod holds or loads: states, sizes, and running and waiting requests.
 
-All on one event loop: between two awaits nothing changes, which is what makes choosing a victim and marking it one step.
+All calls come from one event loop. Nothing changes between two awaits, so choosing a victim and marking it is one step.
 """
 
 import time
@@ -19,8 +19,16 @@ _PENDING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LO
 
 @dataclass(eq=False, slots=True)
 class LocalCopy:
-    """`is_announced`: the registry's record has it, so that its absence there later means "unload". `size_bytes` counts from the moment
-    that room is reserved: a load that only waits must not keep others from theirs. `expected_bytes`: what it was before; 0 = not known."""
+    """This pod's copy of one model.
+
+    Attributes:
+        size_bytes: the booked size. It is 0 until room is reserved, so that a load that only waits takes no room from others.
+        expected_bytes: the size of the copy that this one replaces; 0 if unknown.
+        loaded_s: when the load ended, on the monotonic clock.
+        max_concurrency: how many concurrent requests the runtime allows; 0 for no limit.
+        is_announced: the model's record lists this pod, so that its removal from the record is an order to unload.
+        is_measured: the size of the weights has been written to the model's record.
+    """
 
     model_id: str
     info: ModelInfo
@@ -30,10 +38,10 @@ class LocalCopy:
     started_ms: int = field(default_factory=epoch_ms)
     started_s: float = field(default_factory=time.monotonic)
     loaded_s: float = 0.0
-    max_concurrency: int = 0  # requests at once that its runtime asks for; 0 = as many as come
+    max_concurrency: int = 0
     last_used_ms: int = 0
     is_announced: bool = False
-    is_measured: bool = False  # the registry was told what its weights take
+    is_measured: bool = False
 
     @property
     def is_pending(self) -> bool:
@@ -45,9 +53,11 @@ class LocalCopy:
 
 
 class LocalCopies:
+    """This pod's copies by model id. Every change notifies `changes`."""
+
     def __init__(self, changes: Changes) -> None:
         self._copies: dict[str, LocalCopy] = {}
-        # by id, not in the copies: a request may outlive the copy it began on
+        # Counted by model id and not in the copies, because a request may outlive the copy it started on.
         self._in_flight: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
         self._changes = changes
@@ -71,6 +81,7 @@ class LocalCopies:
         self._changes.notify()
 
     def remove(self, copy: LocalCopy) -> None:
+        """Remove the copy, unless another one has replaced it."""
         if self._copies.get(copy.model_id) is copy:
             del self._copies[copy.model_id]
         self._changes.notify()
@@ -81,7 +92,7 @@ class LocalCopies:
                 copy.model_id,
                 copy.size_bytes,
                 copy.last_used_ms,
-                self._in_flight[copy.model_id] + self._waiting[copy.model_id],
+                self._num_users(copy.model_id),
                 is_unloading=copy.state is CopyState.UNLOADING,
                 is_loading=copy.is_pending,
             )
@@ -89,16 +100,31 @@ class LocalCopies:
         )
         return Usage(self.capacity_bytes, models)
 
+    def idle(self) -> list[LocalCopy]:
+        """Return the loaded copies without requests, least recently used first.
+
+        The copy that was loaded last is left out while no load is in progress, because a caller has just asked for it.
+        """
+        loaded = sorted(
+            (copy for copy in self._copies.values() if copy.is_loaded),
+            key=lambda copy: (copy.last_used_ms, copy.started_ms),
+        )
+        is_loading = any(copy.is_pending for copy in self._copies.values())
+        newest = None if is_loading else max(loaded, key=lambda copy: copy.started_ms, default=None)
+        return [copy for copy in loaded if not self._num_users(copy.model_id) and copy is not newest]
+
     def touch(self, model_id: str, at_ms: int) -> None:
+        """Record a use of the model. An earlier time than the last use changes nothing."""
         copy = self._copies.get(model_id)
         if copy is not None and at_ms > copy.last_used_ms:
             copy.last_used_ms = at_ms
 
     def in_flight(self, model_id: str) -> int:
+        """Return the number of requests that run on this pod's copy."""
         return self._in_flight[model_id]
 
     def num_waiting(self, model_id: str) -> int:
-        """Requests that wait for the model to be loaded."""
+        """Return the number of requests that wait for the model."""
         return self._waiting[model_id]
 
     def begin(self, model_id: str) -> None:
@@ -114,9 +140,12 @@ class LocalCopies:
     def end_wait(self, model_id: str) -> None:
         self._decrease(self._waiting, model_id)
 
+    def _num_users(self, model_id: str) -> int:
+        return self._in_flight[model_id] + self._waiting[model_id]
+
     def _decrease(self, counts: Counter[str], model_id: str) -> None:
         counts[model_id] -= 1
         if counts[model_id] <= 0:
             del counts[model_id]
-            # whoever waits for room, or for the copy to drain
+            # Loads wait for room, and unloads for their copy to drain.
             self._changes.notify()

@@ -1,29 +1,34 @@
-"""What this pod writes into the models' records: that it loads one, that it failed to, that it no longer has it.
+"""Writes this pod's part of the models' records: that it loads a model, failed to load it, or no longer has it.
 
-ModelMesh's conventions: a pod is in at most one of `instanceIds` (since when the load began) and `failedIn`.
+As in ModelMesh, a pod is in at most one of `instanceIds` (with the time at which its load began) and `failedIn`.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
 import msgspec
 
-from mesh.errors import NotFound
+from mesh.errors import MeshError, NotFound, StoreError
 from mesh.registry.models import Models
 from mesh.registry.records import Failure, ModelRecord
 from mesh.types import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 V = TypeVar("V")
 
 
 class RecordUpdates:
-    """All calls raise StoreError; a model that is no longer registered is left alone (`loading` raises NotFound)."""
+    """Every method raises StoreError. An unregistered model is ignored, except by `loading`, which raises NotFound."""
 
     def __init__(self, models: Models, own_id: str) -> None:
         self._models = models
         self._own_id = own_id
 
     async def loading(self, model_id: str, info: ModelInfo, *, started_ms: int, last_used_ms: int) -> None:
+        """Add this pod to the record. Raises NotFound if the model is not registered with this `info`."""
+
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None or record.info != info:
                 return record
@@ -40,7 +45,7 @@ class RecordUpdates:
             raise NotFound("model not found")
 
     async def measured(self, model_id: str, weight_bytes: int) -> None:
-        """What its weights take, which is worth knowing also when it isn't loaded."""
+        """Record the size of the weights, which is shown while the model is not loaded, too."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
             return record and msgspec.structs.replace(record, weight_bytes=weight_bytes)
@@ -48,6 +53,8 @@ class RecordUpdates:
         await self._models.table.update(model_id, change)
 
     async def failed(self, model_id: str, message: str, *, at_ms: int) -> None:
+        """Move this pod from the pods that have the model to those that failed to load it."""
+
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None:
                 return None
@@ -61,10 +68,14 @@ class RecordUpdates:
         await self._models.table.update(model_id, change)
 
     async def gone(self, model_id: str, *, last_used_ms: int = 0) -> None:
+        """Remove this pod from the record.
+
+        The time of the last use is written even if another pod has removed this one already: only this pod knows it.
+        """
+
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None:
                 return None
-            # also of a record that somebody else has taken this pod out of already: when it was last used only this pod knows
             return msgspec.structs.replace(
                 record,
                 instance_ids=_without(record.instance_ids, self._own_id),
@@ -74,7 +85,7 @@ class RecordUpdates:
         await self._models.table.update(model_id, change)
 
     async def clear_failures(self, model_id: str) -> None:
-        """Forget all recorded failures: somebody asks for the model by name."""
+        """Forget all pods' failures, because a caller asked for the model by name."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None or not (record.failed_in or record.failures):
@@ -84,7 +95,7 @@ class RecordUpdates:
         await self._models.table.update(model_id, change)
 
     async def clear_own_failure(self, model_id: str) -> None:
-        """Forget this pod's failure: it is too old to mean anything."""
+        """Forget this pod's failure, which is too old to matter."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None or self._own_id not in record.failed_in:
@@ -98,7 +109,7 @@ class RecordUpdates:
         await self._models.table.update(model_id, change)
 
     async def clear_instances(self, model_id: str) -> None:
-        """No pod shall have it: each pod sees that it is no longer in the record, and unloads."""
+        """Remove all pods from the record. Each pod sees its removal and unloads its copy."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None or not record.instance_ids:
@@ -106,6 +117,16 @@ class RecordUpdates:
             return msgspec.structs.replace(record, instance_ids={})
 
         await self._models.table.update(model_id, change)
+
+
+async def log_errors(update: Awaitable[None]) -> None:
+    """Await an update and log its failure: the store is unreachable, or the model is not registered. The next sweep repeats it."""
+    try:
+        await update
+    except (StoreError, NotFound) as error:
+        logger.debug("record not updated: %s", error.message)
+    except MeshError as error:
+        logger.warning("record not updated: %s", error.message)
 
 
 def _without(values: Mapping[str, V], key: str) -> dict[str, V]:

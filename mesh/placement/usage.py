@@ -1,4 +1,4 @@
-"""What one pod holds, in bytes and in the order of last use. Pure; knows no model's state beyond what counts for room."""
+"""How much of a pod's capacity its models use, and which were used least recently."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,13 @@ NEVER_MS = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class ModelUsage:
-    """One model's share. `size_bytes`: predicted until it is loaded, then actual. `num_users`: requests in flight, and those that wait for it.
+    """One model's share of the capacity.
 
-    `is_unloading`: being unloaded, its bytes are coming free. `is_loading`: may not be chosen to leave (it is being loaded).
+    Attributes:
+        size_bytes: the predicted size until the model is loaded, then the actual one.
+        num_users: the number of running requests and of requests that wait for the model.
+        is_unloading: the model is being unloaded, so its bytes will be free.
+        is_loading: the model is being loaded, so it must not be a victim.
     """
 
     model_id: str
@@ -39,5 +43,5 @@ class Usage:
 
     @property
     def lru_ms(self) -> int:
-        """When the model that is longest unused was used; NEVER_MS if there is none."""
+        """Return when the least recently used model was used; NEVER_MS if there is no model."""
         return min((model.last_used_ms for model in self.models if not model.is_unloading), default=NEVER_MS)

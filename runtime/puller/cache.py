@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import Overloaded, RepertoryError
+from runtime.errors import ModelTooLarge, Overloaded, RepertoryError
 from runtime.models.model_state import Phase
 from runtime.puller.progress import PullJob
 
@@ -137,8 +137,10 @@ class Cache:
     def make_room(self, need_bytes: int, what: str, *, keep: str = "") -> None:
         """Drop idle entries, least recently used first, until `need_bytes` more fit the budget and the disk."""
         if need_bytes > self.budget_bytes:
-            raise Overloaded(
-                f"{what} needs {need_bytes} bytes, more than the disk cache's budget of {self.budget_bytes} bytes"
+            raise ModelTooLarge(
+                f"{what} needs {need_bytes} bytes, more than the disk cache's budget of {self.budget_bytes} bytes",
+                limit=self.budget_bytes,
+                value=need_bytes,
             )
         items = [item for item in self._items() if item.lock_name != keep]
         pending = sum(item.pending_bytes for item in items)

@@ -32,6 +32,7 @@ class Switches:
     default_size_bytes: int = 10 * MB
     predicted_bytes: int = 0  # not 0: what is predicted, whatever the size
     overcommits: bool = False
+    hidden_bytes: int = 0  # memory that something else than the models uses
     load_s: float = 0.0
     load_gate: asyncio.Event | None = None
     fail: dict[str, str] = field(default_factory=dict)
@@ -205,7 +206,10 @@ class _Spi(ModelRuntimeServicer):
             if request.modelPath in switches.fail:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, switches.fail[request.modelPath])
             size = runtime.size_of(request.modelPath)
-            if runtime.used_bytes() + size > switches.capacity_bytes and not switches.overcommits:
+            if size > switches.capacity_bytes and not switches.overcommits:
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{size} bytes exceed the capacity")
+            used_bytes = runtime.used_bytes() + switches.hidden_bytes
+            if used_bytes + size > switches.capacity_bytes and not switches.overcommits:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{size} bytes do not fit")
             runtime.loaded[request.modelId] = request.modelPath
             runtime.tell()

@@ -76,8 +76,9 @@ class ModelRuntimeServicer(object):
 
         INVALID_ARGUMENT: empty id, a model key that isn't a JSON object or has a value out of range, a
         path out of bounds. Nothing was tried. FAILED_PRECONDITION: the files are missing, corrupt,
-        unsupported, or could not be fetched, or the model was quarantined; details carry the cause.
-        RESOURCE_EXHAUSTED: it can't fit (needed and available bytes are named), or the disk is full.
+        unsupported, or could not be fetched, the model was quarantined, or it exceeds a whole memory or
+        disk budget (needed and available bytes are named); details carry the cause.
+        RESOURCE_EXHAUSTED: there is no space for it now, and unloading another model may free some.
         UNAVAILABLE: the runtime is starting, stopping, or its engine is being restarted; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -21,7 +21,7 @@ from runtime.engine.scheduler.cost_model import CostModel
 from runtime.engine.scheduler.row_pool import ModelRows, RowPool
 from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.engine.scheduler.sequence import Sequence
-from runtime.errors import Overloaded
+from runtime.errors import ModelTooLarge
 from runtime.ipc.messages import EngineStats, Event, Load, RowTokens, Tokens
 from runtime.types import FinishReason
 
@@ -55,10 +55,10 @@ class ModelTable:
         return self._num_registrations + self.resident.num_changes
 
     def check_fits(self, request: Load, weight_bytes: int) -> None:
-        """Raise Overloaded if weights of `weight_bytes` exceed the whole device budget."""
+        """Raise ModelTooLarge if weights of `weight_bytes` exceed the whole device budget."""
         budget = self.slabs.total * self.backend.slab_bytes
         if weight_bytes > budget:
-            raise Overloaded(
+            raise ModelTooLarge(
                 f"its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes",
                 model=request.model_id,
                 limit=budget,
@@ -66,7 +66,7 @@ class ModelTable:
             )
 
     def register(self, request: Load, loaded: LoadResult, now: float) -> LoadedModel:
-        """Add a model that was loaded. Raises Overloaded if its weights and the smallest useful KV cache exceed the device budget."""
+        """Add a model that was loaded. Raises ModelTooLarge if its weights and the smallest useful KV cache exceed the device budget."""
         memory, facts = loaded.memory, loaded.runner.facts
         geometry = memory.kv
         block_tokens = geometry.block_tokens
@@ -74,7 +74,7 @@ class ModelTable:
         kv_slabs = min(self.slabs.total - memory.weight_slabs, geometry.max_slabs)
         if kv_slabs * geometry.blocks_per_slab < least_blocks:
             slab_bytes = self.backend.slab_bytes
-            raise Overloaded(
+            raise ModelTooLarge(
                 f"weights of {memory.weight_slabs * slab_bytes} bytes and KV of "
                 f"{blocks_for(least_blocks, geometry.blocks_per_slab) * slab_bytes} bytes for {least_blocks * block_tokens} tokens "
                 f"exceed the device budget of {self.slabs.total * slab_bytes} bytes",

@@ -118,6 +118,29 @@ async def test_a_runtime_that_refuses_for_another_reason_costs_one_eviction_at_m
         assert set(pod.runtime.loaded) >= {"b", "c", "d"}
 
 
+async def test_loads_evict_until_the_runtime_has_space(tmp_path: Path) -> None:
+    switches = Switches(capacity_bytes=100 * MB, hidden_bytes=50 * MB, size_bytes={"/large": 20 * MB})
+    async with running_pod(tmp_path / "pod", switches=switches) as pod:
+        for name in ("a", "b", "c", "d", "e"):
+            await pod.register(name, f"/{name}")
+            await pod.echo(name)
+        await pod.register("large", "/large")
+        assert await pod.echo("large") == b"hi"
+        assert set(pod.runtime.loaded) == {"c", "d", "e", "large"}
+
+
+async def test_loads_evict_nothing_for_a_model_that_can_never_fit(tmp_path: Path) -> None:
+    switches = Switches(capacity_bytes=30 * MB, predicted_bytes=10 * MB, size_bytes={"/huge": 31 * MB})
+    async with running_pod(tmp_path / "pod", switches=switches) as pod:
+        for name in ("a", "b"):
+            await pod.register(name, f"/{name}")
+            await pod.echo(name)
+        await pod.register("huge", "/huge")
+        with pytest.raises(grpc.aio.AioRpcError, match="exceed the capacity"):
+            await pod.echo("huge")
+        assert set(pod.runtime.loaded) == {"a", "b"}
+
+
 async def test_a_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", failure_expiry_s=0.1) as pod:
         await pod.register("bad")

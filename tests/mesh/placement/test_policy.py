@@ -34,8 +34,8 @@ def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_byt
     room = plan_eviction(usage, "new", need_bytes, spare_busy=spare_busy)
     model = {item.model_id: item for item in usage.models}
     victims = [model[model_id] for model_id in room.victims]
-    assert bool(room.refusal) == (need_bytes > usage.capacity_bytes)
-    if room.refusal:
+    assert room.never_fits == (need_bytes > usage.capacity_bytes)
+    if room.never_fits:
         assert not victims
         return
     assert not any(victim.is_unloading or victim.is_loading for victim in victims)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import Cancelled, Overloaded
+from runtime.errors import Cancelled, ModelTooLarge, Overloaded
 from runtime.puller.cache import Cache
 from runtime.puller.progress import PullJob
 
@@ -114,7 +114,7 @@ def test_cache_drops_the_least_recently_used_idle_entry(tmp_path: Path) -> None:
     os.utime(tmp_path / "pulled" / "a" / ".repertory.json", (0, 0))
     put(cache, "e", 300)  # a is oldest, and held
     assert "a" in keys(cache, tmp_path)
-    with pytest.raises(Overloaded, match="budget of 1000 bytes"):
+    with pytest.raises(ModelTooLarge, match="budget of 1000 bytes"):
         put(cache, "huge", 1001)
     with pytest.raises(Overloaded, match="models in use hold 300 bytes"):
         put(cache, "f", 900)

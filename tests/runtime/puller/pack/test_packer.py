@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from common.model_key import ModelSettings, Quantization
 from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
 from runtime.config.schema import RuntimeConfig
-from runtime.errors import InvalidRequest, LoadFailed, Overloaded
+from runtime.errors import InvalidRequest, LoadFailed, ModelTooLarge
 from runtime.models.model_state import Phase, Prepared, Progress
 from runtime.puller.cache import Cache
 from runtime.puller.pack.packing import pack
@@ -236,6 +236,6 @@ async def test_preparer_cleans_up_after_a_cancelled_pack(apart: CheckpointPrepar
 async def test_preparer_names_a_cache_budget_that_is_too_small(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1000))
-    with pytest.raises(Overloaded, match="budget of 1000 bytes"):
+    with pytest.raises(ModelTooLarge, match="budget of 1000 bytes"):
         await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
     preparation.close()

@@ -206,7 +206,7 @@ def test_loads_refuse_oversized_model_with_sizes() -> None:
     made.load("big")
     made.load("huge")
     made.turn(10)
-    assert [f.code for f in made.failures()] == ["RESOURCE_EXHAUSTED"] * 2
+    assert [f.code for f in made.failures()] == ["FAILED_PRECONDITION"] * 2
     for failure in made.failures():
         assert str(32 * 4096) in failure.message
     made.close()

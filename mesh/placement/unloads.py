@@ -1,0 +1,84 @@
+"""Unloads models from this pod's runtime, after their running requests have finished."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from common.changes import Changes
+from common.model_state import CopyState
+from mesh.errors import Unavailable
+from mesh.metrics import Metrics
+from mesh.placement.copies import LocalCopies, LocalCopy
+from mesh.placement.record_updates import RecordUpdates, log_errors
+from mesh.types import RuntimeClient
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_TIMEOUT_S = 120.0
+_RETRIES_S = (0.5, 1.0, 2.0, 5.0)
+_RETRY_S = 10.0
+_ATTEMPTS = 90
+
+
+class LocalUnloads:
+    """Runs at most one unload per model. `is_runtime_ready` is False while the runtime's process is away."""
+
+    def __init__(
+        self,
+        runtime: RuntimeClient,
+        record_updates: RecordUpdates,
+        copies: LocalCopies,
+        changes: Changes,
+        metrics: Metrics,
+        *,
+        is_runtime_ready: Callable[[], bool],
+    ) -> None:
+        self._runtime = runtime
+        self._record_updates = record_updates
+        self._copies = copies
+        self._changes = changes
+        self._metrics = metrics
+        self._is_runtime_ready = is_runtime_ready
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def task(self, model_id: str) -> asyncio.Task[None] | None:
+        """Return the model's unload that is in progress, or None."""
+        return self._tasks.get(model_id)
+
+    def start(self, copy: LocalCopy, *, is_eviction: bool) -> asyncio.Task[None]:
+        """Start to unload the copy, or return its unload that is in progress. The copy gets no new requests from now on."""
+        task = self._tasks.get(copy.model_id)
+        if task is None:
+            self._copies.set_state(copy, CopyState.UNLOADING)
+            if is_eviction:
+                self._metrics.evicted(copy.model_id)
+            logger.info("unloading model", extra={"model": copy.model_id, "evicted": is_eviction})
+            task = asyncio.create_task(self._unload(copy), name=f"unload {copy.model_id}")
+            self._tasks[copy.model_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(copy.model_id, None))
+        return task
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
+
+    async def _unload(self, copy: LocalCopy) -> None:
+        await log_errors(self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+                while self._copies.in_flight(copy.model_id):
+                    await self._changes.wait()
+        for attempt in range(_ATTEMPTS):
+            try:
+                await self._runtime.unload(copy.model_id)
+                break
+            except Unavailable as error:
+                if not self._is_runtime_ready():
+                    break  # the process has ended, which freed its memory
+                logger.warning("%s (attempt %d)", error.message, attempt + 1)
+                await asyncio.sleep(_RETRIES_S[attempt] if attempt < len(_RETRIES_S) else _RETRY_S)
+        self._copies.remove(copy)
