@@ -80,7 +80,7 @@ bench: $(VENV)/.dev
 	$(RUN)/python -m bench.$(B) $(ARGS)
 
 # One that fails keeps nothing from those after it.
-GPU_BENCHES ?= start engine served mix linear layer kv profile_step
+GPU_BENCHES ?= start engine swap served mix linear layer kv profile_step
 gpu: $(VENV)/.dev
 	@mkdir -p build/gpu; set -o pipefail; status=0; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest -m gpu $(T) 2>&1 | tee build/gpu/tests.txt || status=1; \
