@@ -7,6 +7,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from common.inflate import InflateError, InflateLimitError, inflate
 from mesh.errors import DeadlineExceeded, InvalidRequest, TooLarge
 
 T = TypeVar("T")
@@ -23,9 +24,10 @@ class InferenceBody(msgspec.Struct, frozen=True):
 
 
 async def read_body(request: web.Request, limit_bytes: int) -> bytes:
-    """Return the body with its Content-Encoding undone.
+    """Return the body with its Content-Encoding undone, in a thread: a small compressed body may be large.
 
-    Raises TooLarge before more than the limit has been read, DeadlineExceeded if the client stops sending, InvalidRequest if decoding fails.
+    Raises TooLarge before more than the limit has been read or decoded, DeadlineExceeded if the client stops sending, InvalidRequest if decoding
+    fails.
     """
     length = request.content_length
     if length is not None and length > limit_bytes:
@@ -39,15 +41,29 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
             async with asyncio.timeout(_IDLE_S):
                 chunk = await request.content.readany()
         except web.RequestPayloadError:
-            raise InvalidRequest("the body is not what its Content-Encoding says") from None
+            raise InvalidRequest("the body ended early") from None
         except TimeoutError:
             raise DeadlineExceeded(f"the body stopped after {size_bytes} bytes") from None
         if not chunk:
-            return b"".join(chunks)
+            return await _decoded(request, b"".join(chunks), limit_bytes)
         size_bytes += len(chunk)
         if size_bytes > limit_bytes:
             raise TooLarge(f"the body is longer than the limit of {limit_bytes} bytes", limit=limit_bytes)
         chunks.append(chunk)
+
+
+async def _decoded(request: web.Request, body: bytes, limit_bytes: int) -> bytes:
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise InvalidRequest(f"Content-Encoding {encoding!r} is not supported; send gzip, deflate or identity")
+    try:
+        return await asyncio.to_thread(inflate, body, encoding, limit_bytes)
+    except InflateLimitError:
+        raise TooLarge(f"the decoded body is longer than the limit of {limit_bytes} bytes", limit=limit_bytes) from None
+    except InflateError:
+        raise InvalidRequest("the body is not what its Content-Encoding says") from None
 
 
 def decode(body: bytes, kind: type[T]) -> T:

@@ -51,6 +51,8 @@ class HttpServer:
             handler_cancellation=True,
             shutdown_timeout=grace_s,
             access_log=None,
+            # Bodies are decoded after the key was checked, off the event loop.
+            auto_decompress=False,
             max_field_size=_HEADERS_BYTES,
             max_line_size=_HEADERS_BYTES,
         )

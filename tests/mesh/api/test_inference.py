@@ -371,6 +371,14 @@ async def test_key_guard_protects_inference_but_not_health(tmp_path: Path) -> No
         call = pod.unary("/test.Any/Echo")
         code, _ = await code_of(call(b"hi", metadata=FOR_M))
         assert code is grpc.StatusCode.UNAUTHENTICATED
+        for method in (
+            "/grpc.health.v1.Health/Checks",
+            "/grpc.health.v1.Invented/Echo",
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            "/grpc.reflection.v1alpha.Invented/Echo",
+        ):
+            code, _ = await code_of(pod.unary(method)(b"hi", metadata=FOR_M))
+            assert code is grpc.StatusCode.UNAUTHENTICATED, method
         code, _ = await code_of(call(b"hi", metadata=(*FOR_M, ("authorization", "Bearer k3"))))
         assert code is grpc.StatusCode.UNAUTHENTICATED
         code, _ = await code_of(call(b"hi", metadata=(*FOR_M, ("authorization", "Bearer k2"))))
