@@ -12,10 +12,7 @@ from runtime.types import Checkpoint, FinishReason, GenerationRequest, ModelFact
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Load a model. `max_model_len` None means the checkpoint's limit.
-
-    A model that is loaded from an equal checkpoint is answered with Loaded at once. A model that is being loaded is refused.
-    """
+    """Load a model. `max_model_len` None means the checkpoint's limit. Idempotent for an equal checkpoint."""
 
     model_id: str
     checkpoint: Checkpoint

@@ -1,8 +1,4 @@
-"""Loads and unloads models, and answers every Load and Unload once, in order.
-
-The front serialises the operations on one model id and waits for Unloaded before it loads the id again, so a second Load during
-a load is refused rather than queued.
-"""
+"""Loads and unloads: at most one load per model at a time, and one answer, in order, for every Load and Unload."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,17 +12,14 @@ from runtime.types import FinishReason
 
 @dataclass(slots=True)
 class _Pending:
-    """A running load. `num_unloads` counts the Unload messages to answer when the load has ended; the first one cancels the load.
-
-    A front that stops waiting for an unload sends another one before its next load, so the count can exceed 1.
-    """
+    """`loads` and `unloads` are answers owed when the job ends; `then` is what came after a cancellation."""
 
     request: Load
-    num_unloads: int = 0
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self.num_unloads > 0
+    loads: int = 1
+    unloads: int = 0
+    cancelled: bool = False
+    then: Load | None = None
+    then_loads: int = 0
 
 
 @dataclass(slots=True)
@@ -42,10 +35,17 @@ class Loads:
 
     def load(self, request: Load, now: float) -> None:
         model_id = request.model_id
-        if model_id in self._pending:
-            self._fail(
-                model_id, "FAILED_PRECONDITION", "it is being loaded already; wait for the answer or unload it first"
-            )
+        pending = self._pending.get(model_id)
+        if pending is not None:
+            if not pending.cancelled and pending.request == request:
+                pending.loads += 1
+                return
+            self._cancel(pending, "another load of it came")
+            if pending.then is not None and pending.then != request:
+                self._fail(model_id, pending.then_loads, "CANCELLED", "another load of it came")
+                pending.then_loads = 0
+            pending.then = request
+            pending.then_loads += 1
             return
         model = self.table.models.get(model_id)
         if model is not None:
@@ -58,10 +58,11 @@ class Loads:
     def unload(self, model_id: str, now: float) -> None:
         pending = self._pending.get(model_id)
         if pending is not None:
-            if not pending.is_cancelled:
-                self.table.executor.cancel_load(model_id)
-                self._fail(model_id, "CANCELLED", "it was unloaded while it loaded")
-            pending.num_unloads += 1
+            text = "it was unloaded while it loaded"
+            self._cancel(pending, text)
+            self._fail(model_id, pending.then_loads, "CANCELLED", text)
+            pending.then, pending.then_loads = None, 0
+            pending.unloads += 1
             return
         self._unregister(model_id, now)
         self.table.emit(Unloaded(model_id))
@@ -71,8 +72,10 @@ class Loads:
         for model_id, pending in [(m, p) for m, p in self._pending.items() if self.table.executor.load_is_done(m)]:
             del self._pending[model_id]
             self._finish(pending, now)
-            for _ in range(pending.num_unloads):
+            for _ in range(pending.unloads):
                 self.table.emit(Unloaded(model_id))
+            if pending.then is not None:
+                self._start(pending.then, pending.then_loads)
 
     def stop(self) -> None:
         """Cancel all loads and wait for them, because the engine ends."""
@@ -87,55 +90,63 @@ class Loads:
             executor.unload(model_id)
         self._pending.clear()
 
-    def _start(self, request: Load) -> None:
+    def _start(self, request: Load, answers: int = 1) -> None:
         size_bytes = request.checkpoint.weight_bytes
         try:
             self.table.check_fits(request, size_bytes)
             self.table.make_host_room(size_bytes)
             self.table.executor.start_load(StartLoad(request.model_id, request.checkpoint, request.max_model_len))
         except Exception as error:
-            self._fail(request.model_id, *_reason(error))
+            self._fail(request.model_id, answers, *_reason(error))
             return
-        self._pending[request.model_id] = _Pending(request)
+        self._pending[request.model_id] = _Pending(request, answers)
 
     def _finish(self, pending: _Pending, now: float) -> None:
         request, executor = pending.request, self.table.executor
         try:
             loaded = executor.finish_load(request.model_id)
         except Exception as error:
-            if not pending.is_cancelled:
-                self._fail(request.model_id, *_reason(error))
+            self._fail(request.model_id, pending.loads, *_reason(error))
             return
-        if pending.is_cancelled:
+        if pending.cancelled:
             executor.unload(request.model_id)
             return
         try:
             model = self.table.register(request, loaded, now)
         except Exception as error:
             executor.unload(request.model_id)
-            self._fail(request.model_id, *_reason(error))
+            self._fail(request.model_id, pending.loads, *_reason(error))
             return
         self.table.resident.load_if_free(model, now)
         executor.flush()
         failure = executor.take_failed_swap_in(request.model_id)
         if failure is not None:
             self.table.unregister(model, FinishReason.ERROR, now)
-            self._fail(request.model_id, *_reason(failure))
+            self._fail(request.model_id, pending.loads, *_reason(failure))
             return
         # The figures come before the answer, so that its reader finds the model in its tier.
         self.table.emit(self.table.stats())
-        self.table.emit(Loaded(model.facts))
+        for _ in range(pending.loads):
+            self.table.emit(Loaded(model.facts))
 
     def _unregister(self, model_id: str, now: float) -> None:
         if model_id in self.table.models:
             self.collect_all_of(model_id)
-        # Collecting may have found the model broken and unregistered it.
+        # settling may have found the model broken, and forgotten it
         model = self.table.models.get(model_id)
         if model is not None:
             self.table.unregister(model, FinishReason.ABORTED, now)
 
-    def _fail(self, model_id: str, code: str, message: str) -> None:
-        self.table.emit(LoadFailed(model_id, code, message))
+    def _cancel(self, pending: _Pending, text: str) -> None:
+        if not pending.cancelled:
+            pending.cancelled = True
+            self.table.executor.cancel_load(pending.request.model_id)
+        self._fail(pending.request.model_id, pending.loads, "CANCELLED", text)
+        pending.loads = 0
+
+    def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
+        for _ in range(answers):
+            self.table.emit(LoadFailed(model_id, code, message))
 
 
 def _reason(error: Exception) -> tuple[str, str]:
