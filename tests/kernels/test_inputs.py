@@ -132,3 +132,19 @@ def test_pack_places_the_draws_of_rows_with_drafts() -> None:
     assert shape.sample_positions.tolist() == [10, 31, 32, 33]
     at = words[op.AT_SAMPLE]
     assert words[at : at + 4].tolist() == [0, 6, 7, 8]
+
+
+@pytest.mark.parametrize("which", ["twin", "triton"])
+def test_build_inputs_writes_more_samples_than_rows(which: str, device: torch.device) -> None:
+    plan = StepPlan([4, 7], [9, 30], [3, 3], [False, False], [3, 3], [1, 2, 3, 4, 5, 6])
+    words = np.zeros(200, np.int32)
+    shape, size = pack(plan, 0, words, 0)
+    inputs = StepInputs.allocate(device, 8, MAX_ROWS)
+    table = torch.zeros((MAX_ROWS, WIDTH), dtype=torch.int32, device=device)
+    last = torch.zeros(MAX_ROWS, dtype=torch.int64, device=device)
+    build = op.build_inputs_torch if which == "twin" else gpu.build_inputs
+    upload = torch.from_numpy(words)[:size].to(device)
+    build(upload, table, last, inputs, 8, shape.num_rows, shape.num_samples, BLOCK_TOKENS, PAGE_UNIT, STRIDE)
+    assert inputs.logits_at[:6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert inputs.sample_rows[:6].tolist() == [4, 4, 4, 7, 7, 7]
+    assert inputs.slots[6:8].tolist() == [-1, -1]

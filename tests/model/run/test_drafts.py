@@ -15,9 +15,7 @@ GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, logit_bias=((4, 1.0),), seed=3)
 
 
-# On a GPU the text with drafts leaves the plain text after some tokens. No drafter is configured in production.
-ON_GPU = (pytest.mark.gpu, pytest.mark.xfail(reason="verifying drafts is wrong on a GPU", strict=False))
-DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

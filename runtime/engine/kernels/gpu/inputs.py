@@ -44,12 +44,12 @@ def _rows_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program b < num_rows writes row b and sample b. Program num_rows writes the padding of the tokens."""
+    """Program b writes row b < num_rows and sample b < num_samples. The last program writes the padding of the tokens."""
     b = tl.program_id(0)
     rows = tl.load(upload_ptr + 0)
     tokens = tl.load(upload_ptr + 1)
     samples = tl.load(upload_ptr + 2)
-    if b == num_rows:
+    if b == tl.num_programs(0) - 1:
         for begin in range(tokens, num_tokens, BLOCK):
             at = begin + tl.arange(0, BLOCK)
             mask = at < num_tokens
@@ -67,11 +67,7 @@ def _rows_kernel(
             sample_row = tl.load(upload_ptr + at_sample_row + b, mask=sampled, other=-1)
             tl.store(logits_at_ptr + b, where.to(tl.int64))
             tl.store(sample_rows_ptr + b, sample_row)
-        if b >= rows:
-            tl.store(row_slots_ptr + b, 0)
-            tl.store(starts_ptr + b, tokens)
-            tl.store(contexts_ptr + b, 0)
-        else:
+        if b < rows:
             slot = tl.load(upload_ptr + tl.load(upload_ptr + 5) + b)
             start = tl.load(upload_ptr + tl.load(upload_ptr + 6) + b)
             first_ptr = upload_ptr + tl.load(upload_ptr + 7) + b
@@ -97,6 +93,10 @@ def _rows_kernel(
                     page * page_unit + (position % BLOCK_TOKENS).to(tl.int64) * token_stride,
                     mask=mask,
                 )
+        elif b < num_rows:
+            tl.store(row_slots_ptr + b, 0)
+            tl.store(starts_ptr + b, tokens)
+            tl.store(contexts_ptr + b, 0)
 
 
 @triton.jit(do_not_specialize=["ring_stride", "num_samples"])
@@ -127,7 +127,7 @@ def build_inputs(
     _blocks_kernel[(min(64, 1 + num_tokens // _BLOCK),)](
         upload, page_table, page_table.stride(0), BLOCK=_BLOCK, num_warps=4
     )
-    _rows_kernel[(num_rows + 1,)](
+    _rows_kernel[(max(num_rows, num_samples) + 1,)](
         upload,
         page_table,
         last_token,
