@@ -17,7 +17,7 @@ from runtime.engine.device.device import Device
 from runtime.engine.interfaces import LoadRequest, LoadResult
 from runtime.engine.model.build.builder import assemble, draw, facts_of
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
-from runtime.engine.model.build.warmup import WarmupStage
+from runtime.engine.model.build.warmup import Warmups
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.runner import ModelRunner
@@ -74,12 +74,12 @@ class EngineBackend:
         self._prover = EquivalenceChecker(config.fuse)
         self._state = state if state is not None else DeviceState.create(hardware.device, config)
         # Nothing is compiled for a CPU.
-        self._stage: WarmupStage | None = None
+        self._warmups: Warmups | None = None
         if hardware.device.type == "cuda":
             from runtime.engine.kernels.gpu.launchers import serialise_launchers  # needs triton
 
             serialise_launchers()  # before warmup threads and the engine thread launch kernels
-            self._stage = WarmupStage(hardware.device, config)
+            self._warmups = Warmups(hardware.device, config)
         self._opened = False
         self.device = str(hardware.device)
         self.device_name = hardware.name
@@ -98,13 +98,13 @@ class EngineBackend:
         self._hardware.synchronize()
 
     def idle(self, mark: Callable[[str], None] = lambda name: None) -> bool:
-        if self._stage is not None and not self._opened:
+        if self._warmups is not None and not self._opened:
             self._opened = True  # not earlier, so that it does not delay the engine's Hello
-            self._stage.open()
+            self._warmups.open()
             return True
         # A capture during a warmup would compile the same kernels twice and count the warmup's memory as the graph's.
-        rehearsing = self._stage is not None and self._stage.busy
-        if not rehearsing and self._state.graphs.capture_one(mark):
+        warming_up = self._warmups is not None and self._warmups.busy
+        if not warming_up and self._state.graphs.capture_one(mark):
             return True
         mark("")  # no model causes what follows
         return self._hardware.idle()
@@ -148,8 +148,10 @@ class EngineBackend:
                 value=blueprint.layout.size_bytes,
             )
         drawn_s = time.monotonic()
-        rehearsal = (
-            self._stage.begin(blueprint, kv, kv_dtype, hardware.memory.slab_bytes) if self._stage is not None else None
+        warmup = (
+            self._warmups.begin(blueprint, kv, kv_dtype, hardware.memory.slab_bytes)
+            if self._warmups is not None
+            else None
         )
         try:
             memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, cancelled)
@@ -161,10 +163,10 @@ class EngineBackend:
                 memory.close()
                 raise
         finally:
-            if rehearsal is not None:
-                rehearsal.wait()
+            if warmup is not None:
+                warmup.wait()
         _LOG.info(
-            "model %s: drawn up in %.2f s, %d bytes of weights brought in %.2f s, kernels awaited %.2f s",
+            "model %s: planned in %.2f s, %d bytes of weights loaded in %.2f s, waited %.2f s for kernels",
             request.model_id,
             drawn_s - begun_s,
             memory.weight_bytes,

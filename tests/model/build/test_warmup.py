@@ -14,7 +14,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.model.build.builder import Blueprint, draw
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
-from runtime.engine.model.build.warmup import Warmup, WarmupStage
+from runtime.engine.model.build.warmup import Warmup, Warmups
 from runtime.engine.model.run.buckets import Bucket, standard
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import kv_geometry
@@ -38,11 +38,11 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
     """The buckets that a twin was to run: the CPU's kernels know no padding."""
     asked: list[Bucket] = []
 
-    def rehearse(runner: ModelRunner, bucket: Bucket) -> torch.Tensor:
+    def run_padded(runner: ModelRunner, bucket: Bucket) -> torch.Tensor:
         asked.append(bucket)
         return torch.zeros(0)
 
-    monkeypatch.setattr(ModelRunner, "rehearse", rehearse)
+    monkeypatch.setattr(ModelRunner, "run_padded", run_padded)
     return asked
 
 
@@ -50,7 +50,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    stage = WarmupStage(torch.device("cuda", 0), CONFIG)
+    stage = Warmups(torch.device("cuda", 0), CONFIG)
     for warmup in (stage.open(), stage.begin(blueprint, kv, blueprint.card.dtype, SLAB)):
         assert warmup is not None
         warmup.finish()
@@ -63,7 +63,7 @@ def test_warmup_runs_every_likely_size(
     name: str, tmp_path: Path, sizes: list[Bucket], caplog: pytest.LogCaptureFixture
 ) -> None:
     blueprint, kv = drawn(name, tmp_path)
-    warmup = WarmupStage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
+    warmup = Warmups(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
     assert warmup is not None
     warmup.finish()
     assert "ended early" not in caplog.text
@@ -86,7 +86,7 @@ def test_warmup_keeps_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     blueprint, kv = drawn("llama", tmp_path)
     gc.disable()
     try:
-        begun = WarmupStage(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
+        begun = Warmups(torch.device("cpu"), CONFIG).begin(blueprint, kv, blueprint.card.dtype, SLAB)
         assert begun is not None
         begun.finish()
         assert len(made) == 2
@@ -96,7 +96,7 @@ def test_warmup_keeps_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_warmup_runs_shared_kernels_once(sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
-    warmup = WarmupStage(torch.device("cpu"), CONFIG).open()
+    warmup = Warmups(torch.device("cpu"), CONFIG).open()
     warmup.finish()
     assert warmup.num_steps == 3
     assert set(sizes) == {bucket.within(8, 96) for bucket in standard()}
@@ -105,7 +105,7 @@ def test_warmup_runs_shared_kernels_once(sizes: list[Bucket], caplog: pytest.Log
 
 @pytest.mark.usefixtures("sizes")
 def test_warmup_runs_once_per_shape(tmp_path: Path) -> None:
-    stage = WarmupStage(torch.device("cpu"), CONFIG)
+    stage = Warmups(torch.device("cpu"), CONFIG)
     blueprint, kv = drawn("llama", tmp_path)
     first = stage.begin(blueprint, kv, torch.float32, SLAB)
     assert first is not None

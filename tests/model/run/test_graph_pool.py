@@ -58,7 +58,7 @@ def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(
 @pytest.mark.parametrize(
     "error", [ValueError("a pointer that the driver doesn't know"), KeyError("x"), torch.OutOfMemoryError("no room")]
 )
-@pytest.mark.parametrize("fails_at", ["rehearsal", "capture"])
+@pytest.mark.parametrize("fails_at", ["warmup", "capture"])
 @pytest.mark.parametrize("asked", ["by an idle turn", "by a step"])
 def test_whatever_a_pass_raises_that_nobody_asked_for_costs_graphs_alone(
     captures: TorchGraphs, pool: GraphPool, error: Exception, fails_at: str, asked: str

@@ -52,7 +52,7 @@ Part = Callable[[], Iterator[bool]]
 
 
 @dataclass(slots=True)
-class WarmupStage:
+class Warmups:
     """Starts warmups and records what this process has warmed up. Safe to use from several loading threads."""
 
     device: torch.device
@@ -167,7 +167,7 @@ def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> It
             _answer(runner, _GREEDY)
             state.uploads.blank()
             for bucket in _within(state):
-                runner.rehearse(bucket)
+                runner.run_padded(bucket)
             yield True
         runner.close()
 
@@ -187,7 +187,7 @@ def _model_steps(
     state.uploads.blank()
     for bucket in _within(state):
         if (bucket.max_query_len == 1) is decode and bucket.num_tokens <= _FEW_TOKENS:
-            runner.rehearse(bucket)
+            runner.run_padded(bucket)
             yield True
     runner.close()
 

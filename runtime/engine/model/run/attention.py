@@ -38,7 +38,7 @@ def hook(
     s_aux: torch.Tensor | None = None,
     **unused: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
+    """Implement transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D] → ([1, T, Hq, D], None)."""
     del attention_mask, unused
     head_dim = query.shape[3]
     layer = cast("int", module.layer_idx)
@@ -71,7 +71,7 @@ def attend(
     out: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of `q` [T, Hq, D] over each row's pages → `out` [T, Hq, D]. This step's keys and values are written already."""
+    """Compute causal attention of `q` [T, Hq, D] over each row's pages into `out` [T, Hq, D]. The step's keys and values must be written."""
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     planes = step.planes[spec.layer]
@@ -115,7 +115,10 @@ def rope_write(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Split `qkv` [T, (Hq + 2·Hkv)·D], normalise and rotate the heads, write K and V; returns q [T, Hq, D]. `cos`, `sin`: [T, rotary_dim / 2 or more]."""
+    """Split `qkv` [T, (Hq + 2·Hkv)·D], normalise and rotate the heads, and write K and V. Returns q [T, Hq, D].
+
+    `cos` and `sin` are [T, rotary_dim / 2 or more].
+    """
     planes = step.planes[spec.layer]
     if not qkv.is_cuda:
         return rope_write_on_host(qkv, cos, sin, step.slots, planes, spec, rope, q_norm, k_norm)

@@ -1,22 +1,22 @@
-"""Which padded size a small step is rounded up to, so that few CUDA graphs serve all of them. Pure: numbers in, numbers out."""
+"""Chooses the padded sizes to which small steps are rounded up, so that a few CUDA graphs cover all of them."""
 
 from bisect import bisect_left
 from typing import NamedTuple
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-# A few hundred tokens take as long as the weights take to read, so padding is free there; beyond, a step is at most a third larger than it
-# needs to be. From 1,024 tokens of an 8B model the device takes as long as Python needs to launch the step.
+# Up to a few hundred tokens, reading the weights dominates and padding is free. Above that, padding adds at most a third to a step. From
+# 1,024 tokens of an 8B model on, the device takes as long as Python needs to launch the step, so a graph saves nothing.
 MIXED_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024)
-MIXED_ROWS = (16, 512)  # rows cost their logits alone: under a twentieth of such a step
-# Attention of a decode step divides a row's keys among programs by the longest context that may come.
+MIXED_ROWS = (16, 512)  # A padded row costs only its logits: under a twentieth of such a step.
+# A decode step's attention divides a row's keys among programs by the largest context of the bucket.
 CONTEXT_TOKENS = (1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
 
-_ANY_ROWS_TOKENS = 64  # up to here a token's logits cost nothing that shows
+_ANY_ROWS_TOKENS = 64  # Up to here the cost of a token's logits is not measurable.
 _LIKELY_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Bucket(NamedTuple):
-    """A padded step: its graph runs any step that is no larger in any number."""
+    """The sizes of a padded step. Its graph runs every step that exceeds none of them."""
 
     num_tokens: int
     num_rows: int
@@ -24,7 +24,7 @@ class Bucket(NamedTuple):
     max_context_len: int
 
     def within(self, max_rows: int, max_tokens: int) -> "Bucket":
-        """No larger than any step can be."""
+        """Return the bucket limited to the largest possible step."""
         rows, tokens = min(self.num_rows, max_rows), min(self.num_tokens, max_tokens)
         return Bucket(tokens, rows, min(self.max_query_len, tokens), self.max_context_len)
 
@@ -32,13 +32,13 @@ class Bucket(NamedTuple):
 def bucket_of(
     num_tokens: int, num_rows: int, num_samples: int, max_query_len: int, max_context_len: int
 ) -> Bucket | None:
-    """The bucket of a step, None if it is too large for a graph to pay."""
+    """Return the bucket of a step, or None if the step is too large to gain from a graph."""
     context = _at_least(CONTEXT_TOKENS, max_context_len)
     if context is None:
         return None
     if max_query_len == 1:
         rows = _at_least(DECODE_ROWS, num_rows)
-        # a decode graph takes every token's logits; a prompt's chunk of one token that isn't the last is rare
+        # A decode graph computes the logits of every token. A one-token chunk that is not a prompt's last is rare and runs eagerly.
         return None if rows is None or num_samples < num_rows else _decode(rows, context)
     tokens = _at_least(MIXED_TOKENS, num_tokens)
     rows = _at_least(MIXED_ROWS, max(num_rows, num_samples)) if num_tokens > _ANY_ROWS_TOKENS else MIXED_ROWS[-1]
@@ -46,13 +46,13 @@ def bucket_of(
 
 
 def standard() -> tuple[Bucket, ...]:
-    """What a model will most likely meet, the likeliest first: captured unasked. Contexts beyond the first bound are captured when they come."""
+    """Return the buckets to capture in advance, most likely first. Buckets of longer contexts are captured when steps request them."""
     context = CONTEXT_TOKENS[0]
     likely = [_decode(rows, context) for rows in _LIKELY_ROWS]
     others = [_decode(rows, context) for rows in DECODE_ROWS if rows not in _LIKELY_ROWS]
     many = [_mixed(tokens, MIXED_ROWS[-1]) for tokens in MIXED_TOKENS]
     few = [_mixed(tokens, MIXED_ROWS[0]) for tokens in MIXED_TOKENS if tokens > _ANY_ROWS_TOKENS]
-    # a lone request first, then a crowd that comes one by one
+    # First a single request, then many that arrive one after another.
     return (likely[0], *many[:3], *few[:2], *likely[1:], *many[3:], *few[2:], *others)
 
 
@@ -61,7 +61,7 @@ def _decode(rows: int, context: int) -> Bucket:
 
 
 def _mixed(tokens: int, rows: int) -> Bucket:
-    # the kernel for rows of many queries finds each row's length itself
+    # The kernel for rows with several queries reads each row's length from the inputs.
     return Bucket(tokens, min(rows, tokens), tokens, CONTEXT_TOKENS[-1])
 
 

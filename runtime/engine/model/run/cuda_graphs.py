@@ -1,11 +1,11 @@
-"""CUDA graphs of small steps, captured lazily.
+"""Captures CUDA graphs of small steps, lazily.
 
-Idle turns capture what steps have asked for (a bucket's second eager use asks), then what each resident model will
-most likely meet, the model with the fewest graphs first; a turn either runs a bucket once or captures it, so that a
-request never waits for more than that. Where no idle turn comes, a bucket is captured in place once it has run
-eagerly often enough to pay. All models' graphs share one memory pool: they run one after another on one stream and
-leave nothing behind in it but what the next step reads at once. Weights, KV and inputs keep their addresses, so a
-graph outlives its model's evictions.
+Idle turns of the engine loop capture the buckets that steps have requested; the second eager use of a bucket requests it. Further idle turns
+capture each resident model's likely buckets, starting with the model that has the fewest graphs. One turn either runs a bucket once or captures
+it, so a request waits for at most one of these. If the engine is never idle, a bucket is captured during a step after EAGER_USES eager uses.
+
+The graphs of all models share one memory pool. They run one after another on one stream, and the next step reads a graph's results before
+another replay overwrites them. Weights, KV and inputs keep their addresses, so a graph stays valid when its model is evicted and returns.
 """
 
 import logging
@@ -21,16 +21,20 @@ from runtime.engine.model.run.buckets import Bucket
 
 _LOG = logging.getLogger(__name__)
 
-EAGER_USES = 4  # then a graph is captured at once: it costs two or three eager steps
+EAGER_USES = 4  # A capture takes as long as two or three eager steps.
 POOL_LIMIT_BYTES = 2 << 30
-_LARGEST_GRAPH_BYTES = 512 << 20  # what more is gone was taken by another thread meanwhile
-UNASKED_SHARE = 0.5  # of the limit, for graphs that nobody has asked for yet
+_LARGEST_GRAPH_BYTES = 512 << 20  # Memory beyond this was allocated by other threads during the capture.
+LIKELY_SHARE = 0.5  # share of the limit that graphs of likely buckets may use
 
 
 @dataclass(frozen=True, slots=True)
 class StepGraph:
-    """A captured pass. `logits` [num_rows, V] are where it leaves them; the next replay of any graph may overwrite them. `driver_bytes` end with it:
-    what the driver keeps of a graph, beside the pool's memory that all graphs share."""
+    """A captured forward pass.
+
+    Attributes:
+        logits: [num_rows, V], the pass's output. The next replay of any graph may overwrite it.
+        driver_bytes: driver memory that is freed with the graph, in addition to the pool that all graphs share.
+    """
 
     graph: "torch.cuda.CUDAGraph"
     logits: torch.Tensor
@@ -38,7 +42,7 @@ class StepGraph:
 
 
 class GraphPool:
-    """The memory and the queue of captures that all models share."""
+    """The memory and the queue of captures that all models of an engine share."""
 
     def __init__(self, device: torch.device, *, enabled: bool, limit_bytes: int = POOL_LIMIT_BYTES) -> None:
         self.enabled = enabled
@@ -47,7 +51,7 @@ class GraphPool:
         self._limit_bytes = limit_bytes
         self._wanted: deque[tuple[ModelGraphs, Bucket]] = deque()
         self._members: list[ModelGraphs] = []
-        self._joining = threading.Lock()  # models come from loading threads
+        self._joining = threading.Lock()  # loading threads add models
         self._handle = torch.cuda.graph_pool_handle() if enabled else None
         self._stream = torch.cuda.Stream(device) if enabled else None
         self._anchor: torch.cuda.CUDAGraph | None = None
@@ -58,7 +62,7 @@ class GraphPool:
         return self.used_bytes >= self._limit_bytes
 
     def stop(self) -> None:
-        """Capture no more: there is no memory for it."""
+        """Stop capturing, after the device ran out of memory."""
         self._limit_bytes = 0
 
     def join(self, graphs: "ModelGraphs") -> None:
@@ -66,7 +70,7 @@ class GraphPool:
             self._members.append(graphs)
 
     def give_back(self, graph: StepGraph) -> None:
-        """A graph has ended."""
+        """Account for a graph that was released."""
         self.used_bytes -= graph.driver_bytes
 
     def want(self, graphs: "ModelGraphs", bucket: Bucket) -> None:
@@ -78,16 +82,16 @@ class GraphPool:
             self._members = [member for member in self._members if member is not graphs]
 
     def capture_one(self, mark: Callable[[str], None] = lambda name: None) -> bool:
-        """One idle turn's work: run or capture the bucket that has been asked for longest, else a likely one. False if there is nothing to do.
+        """Run or capture the bucket that was requested first, or else a likely one. Returns False if there is nothing to do.
 
-        `mark` is told the model before anything of it runs. Raises what the device raises when it is lost.
+        `mark` is called with the model's name before a pass of it runs. Raises the device's error if the device is lost.
         """
         while self._wanted:
             graphs, bucket = self._wanted[0]
             if graphs.advance(bucket, mark):
                 return True
             self._wanted.popleft()
-        if self.used_bytes < UNASKED_SHARE * self._limit_bytes:
+        if self.used_bytes < LIKELY_SHARE * self._limit_bytes:
             for graphs in sorted(self._members, key=lambda member: member.num_graphs):
                 bucket_ahead = graphs.ahead()
                 if bucket_ahead is not None and graphs.advance(bucket_ahead, mark):
@@ -95,21 +99,21 @@ class GraphPool:
         return False
 
     def settle(self) -> None:
-        """Wait for what was launched. Raises if the device is lost."""
+        """Wait for all launched work. Raises the device's error if the device is lost."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).synchronize()
 
     def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
-        """Capture `run`, which returns logits, without running it. Other threads may use the device meanwhile."""
+        """Capture `run`, which returns logits, without executing it. Other threads may use the device during the capture."""
         if self._anchor is None:
-            # torch gives a pool up with its last graph, and its handle can't be used again: this one stays
+            # Torch destroys a pool with its last graph, and the handle cannot be used again. This graph keeps the pool.
             self._anchor, _ = self._capture(lambda: torch.zeros(1, device=self._device))
         before, _ = torch.cuda.mem_get_info()
         pooled_before = torch.cuda.memory_reserved(self._device)
         graph, logits = self._capture(run)
-        after, _ = torch.cuda.mem_get_info()  # with what the driver keeps of a graph
+        after, _ = torch.cuda.mem_get_info()  # includes the driver's own memory for the graph
         grown = min(max(0, before - after), _LARGEST_GRAPH_BYTES)
-        # the pool keeps its memory when graphs end, and uses it for the next ones
+        # The pool keeps its memory when a graph is released, and uses it for later graphs.
         pooled = min(max(0, torch.cuda.memory_reserved(self._device) - pooled_before), grown)
         self.used_bytes += grown
         return StepGraph(graph, alias(logits), grown - pooled)
@@ -124,34 +128,43 @@ class GraphPool:
                 try:
                     made = run()
                 except BaseException:
-                    with suppress(RuntimeError):  # what was captured so far is void; why is what counts
+                    with suppress(RuntimeError):  # The first error is the one to report.
                         graph.capture_end()
                     raise
                 graph.capture_end()
         except BaseException:
-            self._begin_anew(graph)
+            self._replace_pool(graph)
             raise
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph, made
 
-    def _begin_anew(self, failed: "torch.cuda.CUDAGraph") -> None:
-        """After a capture whose end failed. Torch believes then that the pool is still recorded to: it would take no other capture, and meanwhile
-        free no memory. Graphs that lie in the pool keep it alive."""
+    def _replace_pool(self, failed: "torch.cuda.CUDAGraph") -> None:
+        """Continue with a new pool after `capture_end` failed.
+
+        Torch then treats the old pool as still recording: it starts no other capture and frees no memory. Graphs in the old pool keep it alive.
+        """
         assert self._handle is not None
         index = self._device.index or 0
         try:
             torch._C._cuda_endAllocateToPool(index, self._handle)
         except RuntimeError:
-            return  # it isn't: only the pass failed
+            return  # The pool is not recording, because the pass failed and not the end of the capture.
         torch._C._cuda_releasePool(index, self._handle)
-        self._failed.append(failed)  # torch's allocator of pinned memory goes on asking it
+        self._failed.append(failed)  # Torch's pinned-memory allocator still queries this graph.
         self._handle = torch.cuda.graph_pool_handle()
         self._anchor = None
 
 
 class ModelGraphs:
-    """One model's graphs; `name` is for the log. `blank()` makes the device's upload a step of no rows, `run(bucket)` is a pass padded to the
-    bucket's sizes, `ready()` says whether the weights are in, and `likely` are the buckets to capture unasked, in this order."""
+    """One model's graphs.
+
+    Args:
+        name: the model's id, for the log.
+        blank: makes the device's upload a step without rows.
+        run: runs a forward pass padded to the bucket's sizes and returns its logits.
+        ready: whether the weights are in device memory.
+        likely: buckets to capture before any step requests them, in this order.
+    """
 
     def __init__(
         self,
@@ -171,7 +184,7 @@ class ModelGraphs:
         self._likely = deque(likely)
         self._graphs: dict[Bucket, StepGraph] = {}
         self._uses: dict[Bucket, int] = {}
-        self._rehearsed: Bucket | None = None
+        self._warmed_up: Bucket | None = None
         if pool.enabled:
             pool.join(self)
 
@@ -180,13 +193,13 @@ class ModelGraphs:
         return len(self._graphs)
 
     def ahead(self) -> Bucket | None:
-        """The likeliest bucket without a graph."""
+        """The first likely bucket without a graph, or None."""
         while self._likely and self._likely[0] in self._graphs:
             self._likely.popleft()
         return self._likely[0] if self._likely else None
 
     def find(self, bucket: Bucket) -> StepGraph | None:
-        """The graph to replay for a step, if there is one and the weights are in; counts the use. May blank the upload."""
+        """Count a use of `bucket`. Returns the graph to replay, or None if there is none or the weights are absent. May overwrite the upload."""
         if self._refused or not self._pool.enabled or not self._ready():
             return None
         graph = self._graphs.get(bucket)
@@ -200,39 +213,41 @@ class ModelGraphs:
         return self._graphs.get(bucket)
 
     def advance(self, bucket: Bucket, mark: Callable[[str], None]) -> bool:
-        """Run the bucket to its end, or capture it if that was done last. False if there was nothing to do."""
+        """Run the bucket once or, if that was done last, capture it. Returns False if there was nothing to do."""
         if not self._possible(bucket):
             return False
         mark(self._name)
-        done = self._attempt(self._record if self._rehearsed == bucket else self._rehearse, bucket)
-        self._pool.settle()  # a fault that shows later would be put down to another model
+        done = self._attempt(self._record if self._warmed_up == bucket else self._warm_up, bucket)
+        self._pool.settle()  # A later fault would be attributed to another model.
         return done
 
     def capture(self, bucket: Bucket) -> bool:
-        """Capture the bucket's graph now. False if there is one, the weights are away, the pool is full, or the model's code can't be captured
-        (it asks the device for a number); such a model runs eagerly from then on."""
-        return self._possible(bucket) and self._attempt(self._rehearse, bucket) and self._attempt(self._record, bucket)
+        """Capture the bucket's graph now. Returns False if it exists, the weights are absent, the pool is full or the capture fails.
+
+        Code that reads a value from the device cannot be captured. Such a model runs eagerly from then on.
+        """
+        return self._possible(bucket) and self._attempt(self._warm_up, bucket) and self._attempt(self._record, bucket)
 
     def _possible(self, bucket: Bucket) -> bool:
         if bucket in self._graphs or self._refused or self._pool.full:
             return False
         if not self._ready():
-            self._uses[bucket] = 0  # asked for again when the model is back
+            self._uses[bucket] = 0  # Steps request it again when the weights return.
             return False
         return True
 
-    def _rehearse(self, bucket: Bucket) -> None:
-        """Compile kernels and wake libraries, which a capture may not."""
+    def _warm_up(self, bucket: Bucket) -> None:
+        """Run the bucket once, to compile kernels and initialise libraries. Neither is possible during a capture."""
         self._blank()
         self._run(bucket)
-        self._rehearsed = bucket
+        self._warmed_up = bucket
 
     def _record(self, bucket: Bucket) -> None:
-        self._rehearsed = None
+        self._warmed_up = None
         self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
 
     def _attempt(self, work: Callable[[Bucket], None], bucket: Bucket) -> bool:
-        """Nobody asked for these passes, so nobody may suffer from them: whatever they raise costs graphs and nothing else."""
+        """Run `work`. No request depends on these passes, so an error disables graphs and fails nothing else."""
         try:
             work(bucket)
         except torch.OutOfMemoryError:
@@ -248,7 +263,7 @@ class ModelGraphs:
         _LOG.warning("model %s runs without CUDA graphs: %s", self._name, error)
 
     def close(self) -> None:
-        """Give the graphs up, after the device is done with them."""
+        """Release the graphs after the device has finished with them."""
         self._pool.forget(self)
         if self._graphs:
             torch.cuda.current_stream().synchronize()
@@ -256,12 +271,12 @@ class ModelGraphs:
             self._pool.give_back(graph)
         self._graphs.clear()
         self._refused = True
-        # they are the runner's own: with them it would live until a full collection, which an engine does without for long
+        # These are bound methods of the runner. The cycle would keep the runner alive until a full garbage collection.
         del self._run, self._blank, self._ready
 
 
 class _Alias:
-    """Foreign device memory in the form that torch.as_tensor takes."""
+    """Presents a tensor's memory to `torch.as_tensor` without owning it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__cuda_array_interface__ = {
@@ -273,7 +288,7 @@ class _Alias:
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory without owning it, where that is possible: a graph's results stay in the pool, free for the next graph's use."""
+    """Return a view of the memory that does not own it, if `tensor` is contiguous, so that the pool may reuse the memory for other graphs."""
     if not tensor.is_contiguous():
         return tensor
     flat = torch.as_tensor(_Alias(tensor), device=tensor.device)

@@ -1,6 +1,6 @@
-"""A Llama-shaped decoder as we run it: nine calls a layer, the residual carried between layers, logits only where they are wanted.
+"""Runs a Llama-shaped decoder with nine kernel calls per layer, from a StackSpec and named views of the weights image.
 
-Built from a StackSpec and named views of the weights image.
+The residual is passed from layer to layer, so that each norm also adds it. Only the requested tokens' logits are computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from runtime.engine.model.run.step import StepContext
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's spec and weights. `group` is the weights group that has to be in before it runs."""
+    """One layer's spec and weights. `group` is the group of weights that must be loaded before the layer runs."""
 
     spec: LayerSpec
     group: int
@@ -42,7 +42,7 @@ class FusedStack:
     """Implements CausalForward.
 
     Args:
-        views: every tensor of the image by its name, joined ones included.
+        views: every tensor of the image by name, including the joined ones.
         tables: rotary tables by layer type.
         layer_groups: as in WeightLayout.
     """
@@ -62,7 +62,7 @@ class FusedStack:
         self._embed = views[f"{spec.embed}.weight"]
         self._norm = views[f"{spec.norm}.weight"]
         self._dtype = self._norm.dtype
-        # rounded as the embedding module rounds it
+        # Rounded to the dtype, as in the embedding module.
         self._embed_scale = float(torch.tensor(spec.embed_scale).to(self._dtype))
         linears = dict(views)
         self._lm_head = make_linear(spec.lm_head, linears, quantization)
@@ -120,7 +120,7 @@ class FusedStack:
             )
             mixed = attend(step, layer.spec.attention, q).flatten(1)
             if index == len(self._layers) - 1 and not step.each_samples:
-                # nothing after the last attention looks across tokens
+                # After the last attention, tokens are independent, so only the requested ones continue.
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
             branch = self._scaled(layer.out(mixed, step.scratch), layer.after_attention_norm)
             hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
@@ -141,7 +141,7 @@ class FusedStack:
         return logits
 
     def _scaled(self, branch: Tensor, norm: Tensor | None) -> Tensor:
-        """A branch's output as it is added to the residual."""
+        """Apply the norm and the scale that a branch's output needs before it is added to the residual."""
         if norm is not None:
             branch = rms_norm(branch, norm, self._spec.norm_eps, self._spec.norm_plus_one)
         if self._spec.residual_scale != 1.0:

@@ -1,7 +1,4 @@
-"""The shape of a model's KV cache: heads of every attention layer, and where planes lie in slabs.
-
-Knows attention modules by what they carry and the slab arithmetic of step.py; nothing of weights or page owners.
-"""
+"""Derives the shape of a model's KV cache from its attention modules, and the position of its planes in slabs (see step.py)."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +15,7 @@ from runtime.errors import LoadFailed
 
 @dataclass(frozen=True, slots=True)
 class AttentionGeometry:
-    """All layers alike: `num_kv_heads` heads of `head_dim`."""
+    """The KV shape that all layers share: `num_kv_heads` heads of `head_dim`."""
 
     num_layers: int
     num_kv_heads: int
@@ -26,12 +23,12 @@ class AttentionGeometry:
 
     @property
     def token_stride(self) -> int:
-        """Elements of one token's K (or V) in one layer."""
+        """The number of elements of one token's K (or V) in one layer."""
         return self.num_kv_heads * self.head_dim
 
 
 def attention_geometry(model: Any) -> AttentionGeometry:
-    """Read off the attention modules. Raises LoadFailed if layers differ, or K and V do."""
+    """Read the shape from the attention modules. Raises LoadFailed if it differs between layers, or between K and V."""
     found: dict[int, tuple[int, int]] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
@@ -64,7 +61,7 @@ def _heads(module: nn.Module, config: Any, name: str) -> tuple[int, int]:
 def kv_geometry(
     model_id: str, shape: AttentionGeometry, block_tokens: int, item_bytes: int, slab_bytes: int, max_slabs: int
 ) -> KvGeometry:
-    """How the model's blocks lie in slabs. Raises LoadFailed if not even one block of all layers fits into a slab."""
+    """Compute how the model's blocks are placed in slabs. Raises LoadFailed if one block of all layers exceeds a slab."""
     block_bytes = block_tokens * shape.token_stride * item_bytes
     all_layers_bytes = 2 * shape.num_layers * block_bytes
     blocks_per_slab = slab_bytes // all_layers_bytes
@@ -76,7 +73,7 @@ def kv_geometry(
             value=all_layers_bytes,
         )
     page_bytes = math.gcd(slab_bytes, block_bytes)
-    # page ids are int32
+    # Page ids are int32.
     max_slabs = min(max_slabs, (2**31 - 1) // (slab_bytes // page_bytes))
     return KvGeometry(
         block_tokens=block_tokens,
@@ -89,7 +86,7 @@ def kv_geometry(
 
 
 def kv_planes(memory: Tensor, kv: KvGeometry, shape: AttentionGeometry, dtype: torch.dtype) -> Sequence[KvPlanes]:
-    """Each layer's planes over a KV range (uint8): layer-major in a slab, K before V."""
+    """Return each layer's planes over a KV range (uint8), layer-major in a slab, K before V."""
     elements = memory.view(dtype)
     plane = kv.blocks_per_slab * kv.block_tokens * shape.token_stride
     unit = kv.block_tokens * shape.token_stride // kv.pages_per_block

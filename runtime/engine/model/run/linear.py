@@ -1,4 +1,4 @@
-"""Linear layers over views of the weights image: plain, 4-bit and int8 behind one call."""
+"""Provides linear layers over views of the weights image: unquantised, 4-bit and int8."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -17,14 +17,14 @@ from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8
 
 
 class Linear(Protocol):
-    """x [..., K] → x · weightᵀ (+ bias) [..., N]. With `scratch` a kernel need not allocate (GPU)."""
+    """Maps x [..., K] to x · weightᵀ (+ bias) [..., N]. With `scratch`, GPU kernels allocate no workspace."""
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
-    """`weight` [N, K] in the activations' type."""
+    """An unquantised layer: `weight` [N, K] in the dtype of the activations."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -37,7 +37,7 @@ class PlainLinear:
 
 @dataclass(frozen=True, slots=True)
 class Linear4:
-    """`weight` uint8 [N, P/2], `absmax` float32 [N, P/64] in the kernels' layout (kernels.layout)."""
+    """A 4-bit layer: `weight` uint8 [N, P/2], `absmax` float32 [N, P/64] in the kernels' layout (kernels.layout)."""
 
     weight: Tensor
     absmax: Tensor
@@ -50,7 +50,7 @@ class Linear4:
 
 @dataclass(frozen=True, slots=True)
 class Linear8:
-    """`weight` int8 [N, K], `scale` float32 [N]: bitsandbytes' rowwise int8."""
+    """An int8 layer as bitsandbytes quantises rows: `weight` int8 [N, K], `scale` float32 [N]."""
 
     weight: Tensor
     scale: Tensor
@@ -61,7 +61,7 @@ class Linear8:
 
 
 def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | None) -> Tensor:
-    """act(gate) × up of a layer that gives gate, then up: in one launch where its kernel can."""
+    """Return act(gate) × up for a layer whose output is gate followed by up, in one launch if the kernel supports it."""
     if isinstance(linear, PlainLinear) and serves(x, linear.weight):
         return linear_16bit(x, linear.weight, linear.bias, activation, scratch=scratch)
     if isinstance(linear, Linear4):
@@ -70,7 +70,7 @@ def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | 
 
 
 class LinearModule(nn.Module):
-    """A Linear in the place of an nn.Linear inside Hugging Face's own code."""
+    """Replaces an nn.Linear in Hugging Face's model code by a Linear."""
 
     def __init__(self, linear: Linear, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class LinearModule(nn.Module):
 
 
 def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization) -> Linear:
-    """The linear layer `name` over its views; which kind follows from the tensors that are there and where they are."""
+    """Return the linear layer `name` over its views. Its kind follows from which tensors exist and their device."""
     weight, bias = views[f"{name}.weight"], views.get(f"{name}.bias")
     on_host = weight.device.type == "cpu"
     if (absmax := views.get(f"{name}.absmax")) is not None:

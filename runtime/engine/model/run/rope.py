@@ -1,7 +1,7 @@
-"""Rotary tables: cosines and sines of a step's positions, from the frequencies that Hugging Face's own module computed.
+"""Computes the cosines and sines of a step's positions from the frequencies of Hugging Face's rotary modules.
 
-Two of its schemes change their frequencies with the longest sequence seen, which a batch of unrelated rows has none
-of; here the model's context limit decides once.
+Two of Hugging Face's schemes change their frequencies with the longest sequence of the batch. Rows of one step are unrelated, so the frequencies
+are fixed once by the model's context limit.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """`inv_freq` [R/2] float32 on the engine's device."""
+    """The rotary frequencies of a layer type. `inv_freq` is [R/2] float32 on the engine's device; `scaling` multiplies cos and sin."""
 
     inv_freq: Tensor
     scaling: float
@@ -24,7 +24,7 @@ class RotaryTable:
         return 2 * self.inv_freq.shape[0]
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, R/2] of `positions` [T], in `dtype`."""
+        """Return cos and sin [T, R/2] of `positions` [T], in `dtype`."""
         angles = positions[:, None] * self.inv_freq
         cos, sin = angles.cos(), angles.sin()
         if self.scaling != 1.0:
@@ -33,8 +33,11 @@ class RotaryTable:
 
 
 def fix_frequencies(module: nn.Module, max_model_len: int) -> None:
-    """Choose the frequencies of every rotary module below `module` for good, by the context limit: LongRoPE's long ones only for a limit beyond
-    its original length, dynamic NTK's unscaled ones (its limit is the original length)."""
+    """Fix the frequencies of every rotary module below `module` by the context limit, in tokens.
+
+    LongRoPE uses its long frequencies if the limit exceeds the original length. Dynamic NTK uses the unscaled ones, because its limit is the
+    original length.
+    """
     rotary: Any
     for rotary in module.modules():
         if not hasattr(rotary, "rope_type") or not hasattr(rotary, "config"):
@@ -50,7 +53,7 @@ def fix_frequencies(module: nn.Module, max_model_len: int) -> None:
 
 
 def rotary_tables(rotary: nn.Module, device: torch.device) -> dict[str, RotaryTable]:
-    """The tables of a rotary module whose frequencies are fixed, by layer type ("" where all layers share one)."""
+    """Return the tables of a rotary module with fixed frequencies, keyed by layer type ("" if all layers share one table)."""
     tables = {}
     for name, inv_freq in rotary.named_buffers(recurse=False):
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):

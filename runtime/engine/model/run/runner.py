@@ -65,7 +65,7 @@ class ModelRunner:
         self._undrawn: _ForwardPass | None = None
         likely = tuple(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
         self._graphs = ModelGraphs(
-            facts.model_id, state.graphs, state.uploads.blank, self.rehearse, weights_ready, likely
+            facts.model_id, state.graphs, state.uploads.blank, self.run_padded, weights_ready, likely
         )
 
     def open_row(self, setup: RowSetup) -> None:
@@ -205,8 +205,8 @@ class ModelRunner:
         return logits, step.hidden
 
     @torch.inference_mode()
-    def rehearse(self, bucket: Bucket) -> torch.Tensor:
-        """Run a pass in the bucket's sizes over the device's upload. Returns its logits."""
+    def run_padded(self, bucket: Bucket) -> torch.Tensor:
+        """Run a forward pass in the bucket's sizes over the current upload, without results for the host. Returns its logits."""
         logits, _ = self._pass(
             bucket.num_tokens,
             bucket.num_rows,

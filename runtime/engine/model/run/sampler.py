@@ -1,7 +1,7 @@
 """Draws the tokens of a step's rows that need more than the largest logit.
 
-Rows of one step fall in three groups: plain greedy (drawn with the forward pass), drawn straight from the logits, and drawn from an edited copy of
-their logits. Masked rows are in the third group.
+A step's rows fall into three groups: plain greedy rows, which the forward pass draws, rows drawn directly from the logits, and rows drawn from an
+edited copy of their logits. Masked rows are in the third group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,10 @@ class Sampler:
     def draw(
         self, logits: torch.Tensor, shape: StepShape, drawn: torch.Tensor, masks: Mapping[int, TokenMasks]
     ) -> None:
-        """Overwrite `drawn` [S] int64 for the rows that are not plain. `logits` [S or more, V] are the step's samples', `masks` the masked rows' by slot."""
+        """Overwrite `drawn` [S] int64 for the rows that are not plain.
+
+        `logits` [S or more, V] belong to the step's samples. `masks` holds the masked rows' masks by row slot.
+        """
         kinds = self._kinds[shape.sample_rows]
         special = np.flatnonzero(kinds).tolist()
         rows, positions = shape.sample_rows.tolist(), shape.sample_positions.tolist()

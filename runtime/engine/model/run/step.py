@@ -1,13 +1,12 @@
-"""The seam between a model's forward pass and everything around it: what one step means to the layers.
+"""Defines the interface between a model's forward pass and the runner: the inputs of one step as the layers see them.
 
-The runner fills a StepContext before each pass; attention reads it; a CausalForward (fused or Hugging Face's own code) is handed it. All tensors
-lie on the engine's device and keep their addresses (CUDA graphs hold them); a step smaller than the tensors is padded: padded tokens have slot
--1, padded rows a query of length 0.
+The runner fills a StepContext before each forward pass, and attention reads it. All tensors are on the engine's device and keep their addresses,
+because CUDA graphs hold these. A step that is smaller than the tensors is padded: padded tokens have slot -1, and padded rows have no tokens.
 
-How KV lies: a slab of a model's KV range is layer-major, `[layer][K | V][block][token in block][KV head][head dim]`.
-A layer's K *plane* starts at its first block in slab 0 and runs to the end of the range, so block j of slab i starts
-`page id * page_unit` elements into the plane, whichever layer: page id = i * pages_per_slab + j * pages_per_block,
-page_unit = slab bytes / pages_per_slab in elements.
+KV layout: a slab of a model's KV range is layer-major, `[layer][K | V][block][token in block][KV head][head dim]`.
+A layer's K *plane* starts at its first block in slab 0 and extends to the end of the range. In every layer, block j of slab i starts
+`page id * page_unit` elements into the plane, where page id = i * pages_per_slab + j * pages_per_block and
+page_unit = slab bytes / pages_per_slab, in elements.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from runtime.engine.model.cpu.attention_plan import AttentionPlan
 
 @dataclass(frozen=True, slots=True)
 class KvPlanes:
-    """One layer's K and V planes: 1-D tensors of the KV dtype over the model's KV range (unmapped parts must not be touched)."""
+    """One layer's K and V planes: 1-D tensors of the KV dtype over the model's KV range (unmapped parts must not be accessed)."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -31,22 +30,22 @@ class KvPlanes:
 
 @dataclass(slots=True)
 class StepContext:
-    """One step, T tokens of B rows, packed without padding between rows.
+    """One step: T tokens of B rows, without padding between rows.
 
     Attributes:
-        planes: one entry a layer that has KV.
+        planes: one entry per layer that has KV.
         page_table: [max_rows, W] int32; row slot → page ids.
         row_slots: [B] int32.
         query_starts: [B + 1] int32; row b's tokens are query_starts[b] … query_starts[b + 1].
         context_lens: [B] int32; tokens in the row after this step.
         slots: [T] int64; element offset of each token's K (V) in the plane, -1 = padding.
         block_tokens: tokens in a block.
-        max_query_len, max_context_len: host-side upper bounds; they choose kernels, never results.
-        scratch: what attention kernels may scribble on (GPU).
-        each_samples: logits are wanted at every token, in order.
+        max_query_len, max_context_len: upper bounds known to the host. They select kernels and never change results.
+        scratch: workspace of the attention and linear kernels (GPU).
+        each_samples: logits are computed for every token, in order.
         keeps_hidden: the forward pass must set `hidden`.
         hidden: [S, hidden size], the last hidden states (after the final norm) that the logits are computed from.
-        host: what attention's CPU path worked out for this step; it fills it at the first layer and reads it at the others.
+        host: the CPU attention's plan for this step. The first layer creates it and the others read it.
     """
 
     planes: Sequence[KvPlanes]
@@ -67,20 +66,20 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What is fixed about one layer's attention."""
+    """The constants of one layer's attention."""
 
     layer: int  # index into StepContext.planes
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    sliding_window: int = 0  # tokens seen, the query's own included; 0 = all
+    sliding_window: int = 0  # visible tokens, including the query's own; 0 = all
     softcap: float = 0.0  # 0 = none
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """How a fused attention turns qkv into q and writes K and V."""
+    """How fused attention rotates and normalises qkv before it writes K and V."""
 
     rotary_dim: int
     interleaved: bool = False  # pairs (0,1),(2,3)… instead of halves
@@ -91,7 +90,7 @@ class RopeSpec:
 class CausalForward(Protocol):
     """A causal language model's forward pass over packed tokens.
 
-    input_ids, positions: [T] int64. logits_at: [S] int64, token indices whose logits are wanted. Returns logits [S, vocab] in the model's dtype
+    input_ids, positions: [T] int64. logits_at: [S] int64, indices of the tokens whose logits are computed. Returns logits [S, vocab] in the model's dtype
     (softcap and scale of the logits applied).
     """
 
@@ -102,7 +101,7 @@ class CausalForward(Protocol):
 
 @dataclass(slots=True)
 class BuiltModel:
-    """A model ready to run once its weights are in: what the weights side hands the running side."""
+    """A model that is ready to run once its weights are loaded. Building returns it, and the runner uses it."""
 
     forward: CausalForward
     planes: Sequence[KvPlanes]
@@ -114,4 +113,6 @@ class BuiltModel:
     kv_dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     path: str  # "fused: …" or "unfused: …"
-    token_stride: int  # elements from one token's K (V) to the next one's in a block: KV heads × head dim, the same in every layer
+    token_stride: (
+        int  # elements between the K (V) of two tokens of a block: KV heads × head dim, the same in every layer
+    )
