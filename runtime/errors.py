@@ -2,7 +2,7 @@
 
     RepertoryError
     ├── InvalidRequest          a parameter of the request is invalid
-    │   └── ContextExceeded     the prompt fills the model's context
+    │   └── ContextExceeded     prompt and requested output exceed the model's context
     ├── NotSupported            a feature that this version does not have
     ├── ModelNotFound           no such model is loaded in this runtime
     ├── LoadFailed              the model could not be pulled, packed or loaded; carries the cause
@@ -71,7 +71,7 @@ class InvalidRequest(RepertoryError):
 
 
 class ContextExceeded(InvalidRequest):
-    """The prompt leaves no room for output: `value` tokens, in a context of `limit` tokens."""
+    """The prompt, with the output that was asked for, has `value` tokens (or characters); the context holds `limit`."""
 
 
 class NotSupported(RepertoryError):

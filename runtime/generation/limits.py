@@ -31,15 +31,15 @@ def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> No
 
 
 def check_chars(model: ServedModel, texts: Sequence[str], *, param: str = "prompt") -> None:
-    """Raise InvalidRequest for texts that cannot fit the context however they are tokenized.
+    """Raise ContextExceeded for texts that cannot fit the context however they are tokenized; its `limit` and `value` are characters.
 
     Tokenizing millions of characters would take seconds.
     """
     per_token, limit = model.text.most_chars_per_token, model.facts.max_model_len
     longest = max(map(len, texts), default=0)
     if per_token is not None and longest > per_token * limit:
-        raise InvalidRequest(
-            f"the prompt has {longest} characters; its context is {limit} tokens of at most {per_token} characters each",
+        raise ContextExceeded(
+            f"the prompt is too long: {_longest(limit)} of at most {per_token} characters each, and the prompt has {longest} characters; shorten it",
             model=model.name,
             param=param,
             limit=per_token * limit,
@@ -57,7 +57,7 @@ def check_prompt(model: ServedModel, prompt: Sequence[int], *, param: str = "pro
         raise InvalidRequest("the prompt is empty (0 tokens); it needs at least 1", model=model.name, param=param)
     if len(prompt) >= limit:
         raise ContextExceeded(
-            f"the prompt has {len(prompt)} tokens; its context is {limit} tokens, so that a prompt can have at most {limit - 1}",
+            f"the prompt is too long: {_longest(limit)}, and the prompt has {len(prompt)} tokens; shorten it to at most {limit - 1}",
             model=model.name,
             param=param,
             limit=limit,
@@ -88,7 +88,7 @@ def output_limit(
     """Return how many tokens may follow a prompt, after checking the prompt.
 
     `default` replaces a limit that was not requested, and is cut to what the context leaves; None = all that it leaves.
-    Raises InvalidRequest naming `param` for a requested limit below `least` or above what the context leaves.
+    Raises InvalidRequest naming `param` for a requested limit below `least`, ContextExceeded for one above what the context leaves.
     """
     check_prompt(model, prompt, param=prompt_param)
     context = model.facts.max_model_len
@@ -100,14 +100,21 @@ def output_limit(
             f"{param} must be >= {least}, got {requested}", model=model.name, param=param, limit=least, value=requested
         )
     if requested > room:
-        raise InvalidRequest(
-            f"{len(prompt)} prompt tokens and {param}={requested} make {len(prompt) + requested}; its context is {context} tokens",
+        raise ContextExceeded(
+            f"the prompt is too long for {param}={requested}: {_longest(context)}, and {len(prompt)} prompt tokens"
+            f" and {param} make {len(prompt) + requested};"
+            f" set {param} to at most {room} or shorten the prompt",
             model=model.name,
             param=param,
             limit=context,
             value=len(prompt) + requested,
         )
     return requested
+
+
+def _longest(num_tokens: int) -> str:
+    """Return OpenAI's phrase. Client libraries recognise the error by it and by Anthropic's "prompt is too long"."""
+    return f"this model's maximum context length is {num_tokens} tokens"
 
 
 def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:

@@ -110,7 +110,7 @@ def test_a_model_larger_than_the_disk_cache_is_refused_with_the_sizes(guarded: G
 @pytest.mark.parametrize(
     ("fields", "status", "words"),
     [
-        ({"prompt": "x" * 600}, 400, "the prompt has 600 tokens; its context is 512"),
+        ({"prompt": "x" * 600}, 400, "maximum context length is 512 tokens, and the prompt has 600"),
         ({"prompt": "x" * 510, "max_tokens": 10}, 400, "520"),
         ({"prompt": ""}, 400, "empty"),
         ({"prompt": [99999]}, 400, "vocabulary"),

@@ -1,7 +1,12 @@
 """Errors in OpenAI's JSON shape: as a body, or as the last event of a stream that has begun."""
 
 from runtime.api.openai.responses import ErrorAnswer, ErrorBody, encode
-from runtime.errors import ModelNotFound, RepertoryError
+from runtime.errors import ContextExceeded, ModelNotFound, RepertoryError
+
+_CODES: dict[type[RepertoryError], str] = {
+    ModelNotFound: "model_not_found",
+    ContextExceeded: "context_length_exceeded",
+}
 
 
 def error_body(error: RepertoryError) -> bytes:
@@ -9,7 +14,7 @@ def error_body(error: RepertoryError) -> bytes:
 
 
 def error_code(error: RepertoryError) -> str:
-    return "model_not_found" if isinstance(error, ModelNotFound) else error.code.lower()
+    return _CODES.get(type(error), error.code.lower())
 
 
 def error_event(error: RepertoryError) -> bytes:

@@ -236,7 +236,7 @@ async def test_render_chat_of_many_turns_runs_in_a_thread(
     turn = {"role": "user", "content": ""}
     assert (await post(http, server, "/v1/chat/completions", chat(messages=[turn])))[0] == 200
     status, answer, _ = await post(http, server, "/v1/chat/completions", chat(messages=[turn] * 1000))
-    assert (status, "its context is 200" in answer["error"]["message"]) == (400, True)
+    assert (status, "maximum context length is 200" in answer["error"]["message"]) == (400, True)
     assert threads == [True, False]
 
 
