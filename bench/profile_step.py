@@ -30,7 +30,7 @@ from runtime.types import GenerationRequest, SamplingParams, StopParams
 
 FAMILIES = (
     ("linear", ("linear16", "linear4", "linear8", "gemm", "gemv", "cublas", "cutlass", "nvjet", "splitk", "quantize")),
-    ("attention", ("attention_decode", "_decode_kernel", "_mixed_kernel")),
+    ("attention", ("attention_decode", "decode_kernel", "mixed_kernel")),
     ("rope and KV", ("_rope_kernel", "_write_kernel")),
     ("norm", ("_norm_kernel",)),
     ("activation", ("_act_mul",)),

@@ -10,6 +10,7 @@ from runtime.engine.kernels import linear4, linear8
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import linear4 as gpu4
 from runtime.engine.kernels.gpu import linear8 as gpu8
+from runtime.engine.kernels.gpu.linear4_triton import lookup_tables
 from runtime.engine.kernels.scratch import Scratch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -120,7 +121,7 @@ def test_lookup_tables_hold_every_code() -> None:
     """Low and high bytes, put together again, are the 16 values in the kernel's type."""
     for kind in ("nf4", "fp4"):
         for dtype in (torch.bfloat16, torch.float16):
-            tables = b"".join(word.to_bytes(4, "little") for word in gpu4.lookup_tables(kind, dtype))
+            tables = b"".join(word.to_bytes(4, "little") for word in lookup_tables(kind, dtype))
             halves = torch.tensor(
                 [low | high << 8 for low, high in zip(tables[:16], tables[16:], strict=True)], dtype=torch.int32
             )
