@@ -11,6 +11,7 @@ from runtime.engine.memory.residency import Holder, choose_to_drain, choose_vict
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.operations import Evict, Operation, SwapIn
 from runtime.engine.scheduler.admission import blocks_for
+from runtime.engine.scheduler.limits import KvRoom
 from runtime.engine.scheduler.sequence import Sequence
 
 _LONGEST_DRAIN_S = 10.0  # then the rows of a draining model are preempted
@@ -126,14 +127,16 @@ class ResidencyManager:
 
     # KV -------------------------------------------------------------------------------------------------------------------------------------
 
-    def kv_blocks(self, model: LoadedModel) -> int:
-        """Return the blocks that the model could have, its own included, without a preemption and within what others are promised."""
-        return _kv_blocks(
-            model, self._pool.free + sum(_spare_slabs(m) for m in self._models.values() if m is not model)
-        )
+    def kv_room(self, model: LoadedModel) -> KvRoom:
+        """Return the blocks that the model could have, its own included."""
+        others = [m for m in self._models.values() if m is not model]
+        free = self._pool.free
+        planned = free + sum(_spare_slabs(m) for m in others)
+        now = free + sum(_spare_slabs(m, with_expected=False) for m in others)
+        return KvRoom(_kv_blocks(model, planned), _kv_blocks(model, now))
 
     def kv_blocks_of_all(self) -> dict[str, int]:
-        """Return `kv_blocks` of every model in one pass."""
+        """Return the planned `kv_room` of every model in one pass."""
         spare = {model_id: _spare_slabs(model) for model_id, model in self._models.items()}
         slabs = self._pool.free + sum(spare.values())
         return {model_id: _kv_blocks(model, slabs - spare[model_id]) for model_id, model in self._models.items()}
@@ -150,6 +153,12 @@ class ResidencyManager:
         self._evict_for(model, blocks, [m.holder() for m in others if m.resident], now)
         while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
             pass
+        # A model's only row would be preempted for a block that a later request of another model has.
+        if model.scheduler.running == 1 and model.scheduler.lacks_block():
+            foremost = model.scheduler.foremost()
+            while not cache.obtainable() and any(m.scheduler.preempt_newest(now, foremost) for m in others):
+                while self._drop_oldest_prefix(others):
+                    pass
 
     def yield_to(self, model: LoadedModel, sequence: Sequence, now: float) -> None:
         """Reclaim room for `sequence`, the first of a model that cannot run anything, from every request that came after it, regardless of shares.
@@ -235,10 +244,14 @@ class ResidencyManager:
         return True
 
 
-def _spare_slabs(model: LoadedModel) -> int:
-    """Return the slabs that other models could take from this one; negative if it is promised more than it holds."""
+def _spare_slabs(model: LoadedModel, *, with_expected: bool = True) -> int:
+    """Return the slabs that other models could take from this one; negative if it is promised more than it holds.
+
+    `with_expected` False: what its running sequences may need later does not count, only a promise to a waiting one.
+    """
     blocks = model.cache.blocks
-    promised = blocks_for(model.scheduler.promised_blocks, blocks.geometry.blocks_per_slab)
+    counts = with_expected or not model.scheduler.running
+    promised = blocks_for(model.scheduler.promised_blocks, blocks.geometry.blocks_per_slab) if counts else 0
     slabs = blocks.idle_slabs - max(0, promised - (blocks.slabs - blocks.idle_slabs))
     return slabs + (model.memory.weight_slabs if model.resident and model.holder().evictable else 0)
 

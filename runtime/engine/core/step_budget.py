@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.model_table import ModelTable
-from runtime.engine.scheduler.scheduler import Limits
+from runtime.engine.scheduler.limits import KvRoom, Limits
 
 _LEAST_CHUNK = 64  # prefill tokens that every step may have, however short the quantum
 _ALONE_ON_CPU_US = (
@@ -27,8 +27,8 @@ class StepBudget:
         if wanted > model.cache.blocks.obtainable():
             resident.make_room(model, wanted, now)
         if model.draining or not len(scheduler.waiting):
-            return Limits(budget, 0, 0)
-        return Limits(budget, resident.kv_blocks(model), self._rows_to_admit(model, num_active))
+            return Limits(budget, KvRoom(0, 0), 0)
+        return Limits(budget, resident.kv_room(model), self._rows_to_admit(model, num_active))
 
     def handle_starvation(self, model: LoadedModel, now: float) -> None:
         """Reclaim room from later requests after an empty plan."""

@@ -7,6 +7,7 @@ import numpy as np
 
 _HISTORY = 128
 _ENOUGH = 16
+_FIRST_GUESS = 256  # tokens, until enough lengths are known; requests without max_tokens allow the whole context
 _QUANTILE = 0.9
 
 
@@ -47,9 +48,8 @@ class LengthEstimate:
     def expected(self, limit: int, generated: int) -> int:
         """Return how many tokens a sequence will still draw, of at most `limit`, after it has drawn `generated`."""
         left = limit - generated
-        if len(self._lengths) < _ENOUGH:
-            return left
         if self._typical is None:
-            self._typical = sorted(self._lengths)[int(_QUANTILE * (len(self._lengths) - 1))]
+            quantile = sorted(self._lengths)[int(_QUANTILE * (len(self._lengths) - 1))] if self._lengths else 0
+            self._typical = quantile if len(self._lengths) >= _ENOUGH else max(quantile, _FIRST_GUESS)
         # A sequence beyond the typical length is expected to go on for a quarter of its present length.
         return min(left, max(self._typical - generated, 16, generated // 4))

@@ -4,11 +4,17 @@ from collections.abc import Set as AbstractSet
 
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.scheduler.admission import LengthEstimate, blocks_for, peak_blocks
+from runtime.engine.scheduler.limits import KvRoom
 from runtime.engine.scheduler.sequence import Sequence
+
+# An estimate alone holds a sequence back for this long. It also bounds the preemptions that too many admissions cost: one a second and model.
+_PATIENCE_S = 1.0
 
 
 class Reservations:
     """Counts blocks that running sequences will need. The count is an estimate; the block pool alone knows what is free.
+
+    An estimate postpones a sequence for which there is memory now by a second at most, and never the first one of an idle model.
 
     Attributes:
         promised_blocks: blocks on which the last admission relied.
@@ -20,19 +26,26 @@ class Reservations:
         self._block_tokens = cache.blocks.geometry.block_tokens
         self._lengths = LengthEstimate()
         self._reserved = 0
+        self._changed_s = 0.0  # when a reservation was last added or removed
 
-    def fits(self, sequence: Sequence, hits: int, kv_blocks: int, running: AbstractSet[Sequence]) -> bool:
-        """Whether `kv_blocks` suffice for `running` and `sequence`, whose first `hits` blocks are cached. Sets the blocks to reserve for it."""
+    def is_overdue(self, sequence: Sequence, now: float) -> bool:
+        """Whether the sequence has waited long enough to begin with what is free now, whatever the running ones may need later."""
+        return now - max(sequence.arrived_s, self._changed_s) >= _PATIENCE_S
+
+    def fits(
+        self, sequence: Sequence, hits: int, room: KvRoom, running: AbstractSet[Sequence], *, overdue: bool = False
+    ) -> bool:
+        """Whether `room` suffices for `running` and `sequence`, whose first `hits` blocks are cached. Sets the blocks to reserve for it."""
         block_tokens = self._block_tokens
         remaining = self._lengths.expected(sequence.max_output_tokens, sequence.num_output_tokens)
         sequence.reserved_blocks = blocks_for(len(sequence.tokens) + remaining, block_tokens)
         if not running:
             # A lone sequence begins with the room for its next token. Later it takes blocks from other models, or it is preempted.
-            if blocks_for(sequence.tokens_to_begin, block_tokens) > kv_blocks:
+            if blocks_for(sequence.tokens_to_begin, block_tokens) > room.now:
                 return False
-            self.promised_blocks = min(sequence.reserved_blocks, kv_blocks)
+            self.promised_blocks = min(sequence.reserved_blocks, room.planned)
             return True
-        if self._reserved + sequence.reserved_blocks <= kv_blocks:
+        if self._reserved + sequence.reserved_blocks <= room.planned:
             self.promised_blocks = self._reserved + sequence.reserved_blocks
             return True
         held = [len(s.tokens) - s.num_shared_blocks * block_tokens for s in running]
@@ -42,17 +55,25 @@ class Reservations:
         held.append(len(sequence.tokens) - hits * block_tokens)
         left.append(remaining)
         peak = base + peak_blocks(held, left, block_tokens)
-        if peak > kv_blocks:
-            return False
-        self.promised_blocks = peak
-        return True
+        if peak <= room.planned:
+            self.promised_blocks = peak
+            return True
+        return overdue and self._fits_now(sequence, hits, room.now, len(running))
 
-    def add(self, sequence: Sequence) -> None:
+    def _fits_now(self, sequence: Sequence, hits: int, blocks: int, running: int) -> bool:
+        """Whether the sequence can begin, and every running one can take its next block, without a preemption."""
+        new = blocks_for(sequence.tokens_to_begin, self._block_tokens) - hits
+        revived = self._cache.idle_among(sequence.block_hashes[:hits])
+        return self._cache.blocks.used_blocks + running + revived + new <= blocks
+
+    def add(self, sequence: Sequence, now: float) -> None:
         """Reserve what `fits` counted for the sequence."""
+        self._changed_s = now
         self._reserved += sequence.reserved_blocks
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence, now: float) -> None:
         """End the sequence's reservation."""
+        self._changed_s = now
         self._reserved -= sequence.reserved_blocks
         self.promised_blocks = min(self.promised_blocks, self._reserved)
 

@@ -7,12 +7,12 @@ token is known.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from runtime.engine.interfaces import Drafter, RowSetup, StepOutput, StepPlan
 from runtime.engine.kvcache.prefix import PrefixCache, chain
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.decode_batch import DecodeBatch
+from runtime.engine.scheduler.limits import KvRoom, Limits
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
 from runtime.engine.scheduler.reservations import Reservations
 from runtime.engine.scheduler.row_pool import ModelRows
@@ -25,15 +25,6 @@ from runtime.types import FinishReason
 
 # Prompt tokens with log-probabilities per step. Each leaves a row of logits: a quarter of a megabyte with a vocabulary of 128k.
 SCORED_TOKENS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds one plan. `kv_blocks`: blocks that the model could have, including those that it holds."""
-
-    token_budget: int
-    kv_blocks: int
-    admit_rows: int
 
 
 class Scheduler:
@@ -59,7 +50,7 @@ class Scheduler:
         self._settled = 0
         self._running: set[Sequence] = set()
         self._score_budget = SCORED_TOKENS
-        self._refused_at: tuple[int, int, int] | None = None
+        self._refused_at: tuple[int, KvRoom, int, bool] | None = None
         self._opened: list[RowSetup] = []
         self._new_blocks: list[tuple[int, int, int]] = []
 
@@ -104,6 +95,10 @@ class Scheduler:
         wanted = len(self._without_room()) + len(self._prefill)
         return wanted + blocks_for(min(pending, token_budget), self._block_tokens)
 
+    def lacks_block(self) -> bool:
+        """Whether a row past its prompt needs another block for its next token."""
+        return bool(self._without_room())
+
     def starved(self) -> Sequence | None:
         """Return the first sequence that lacks room, after an empty plan with nothing in flight."""
         if self._flying:
@@ -133,7 +128,7 @@ class Scheduler:
             budget > 0 and admitted < limits.admit_rows and self._rows.free and self.totals.preemptions == preemptions
         ):
             head = self.waiting.head()
-            if head is None or not self._admit(head, limits.kv_blocks, now):
+            if head is None or not self._admit(head, limits.room, now):
                 break
             admitted += 1
             budget -= self._plan_chunk(head, budget, plan, chunks)
@@ -250,14 +245,15 @@ class Scheduler:
 
     # Admission ------------------------------------------------------------------------------------------------------------------------------
 
-    def _admit(self, sequence: Sequence, kv_blocks: int, now: float) -> bool:
+    def _admit(self, sequence: Sequence, room: KvRoom, now: float) -> bool:
         if sequence.blocked_until_step > self._settled:
             return False
-        key = (sequence.request_id, kv_blocks, len(self._running))
+        overdue = self._reservations.is_overdue(sequence, now)
+        key = (sequence.request_id, room, len(self._running), overdue)
         if key == self._refused_at:
             return False
         hits = self._prefix_hits(sequence)
-        if not self._reservations.fits(sequence, hits, kv_blocks, self._running):
+        if not self._reservations.fits(sequence, hits, room, self._running, overdue=overdue):
             self._refused_at = key
             return False
         self.waiting.discard(sequence)
@@ -275,7 +271,7 @@ class Scheduler:
             sequence.queued_s = now - sequence.arrived_s
         sequence.row = self._rows.take()
         sequence.state = State.RUNNING
-        self._reservations.add(sequence)
+        self._reservations.add(sequence, now)
         self._running.add(sequence)
         self._prefill.append(sequence)
         self._new_blocks.extend((sequence.row, i, block_id) for i, block_id in enumerate(sequence.block_ids))
@@ -384,7 +380,7 @@ class Scheduler:
         if self._new_blocks:
             self._new_blocks = [block for block in self._new_blocks if block[0] != sequence.row]
         self._running.remove(sequence)
-        self._reservations.remove(sequence)
+        self._reservations.remove(sequence, now)
         self._rows.release(sequence.row)
         self._cache.release(sequence.block_ids, now)
         sequence.block_ids = []

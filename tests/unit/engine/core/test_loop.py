@@ -144,6 +144,38 @@ def test_residency_serves_requests_of_absent_model_together() -> None:
     made.close()
 
 
+def test_loop_runs_second_model_beside_long_answer_while_memory_is_free() -> None:
+    made = stage("ab", total_slabs=12, weight_slabs=4, max_model_len=512)  # 512 tokens of KV in 4 slabs
+    long = made.add("a", [3] * 4, 500)
+    made.turn(4)
+    started_s = made.now
+    for i in range(3):
+        short = made.add("b", [5 + i] * 4, 4)
+        while short.last is None:
+            made.turn()
+    assert made.now - started_s < 0.3
+    assert long.last is None
+    made.until_quiet()
+    made.check_all()
+    made.close()
+
+
+def test_loop_does_not_preempt_only_row_for_later_request_of_other_model() -> None:
+    made = stage("ab", total_slabs=12, weight_slabs=4, max_model_len=512)
+    long = made.add("a", [3] * 4, 500)
+    made.turn(4)
+    late = [made.add("b", [5 + i] * 4, 300) for i in range(3)]
+    made.until_quiet()
+    made.check_all()
+    assert long.finish is FinishReason.LENGTH
+    assert all(answer.finish is FinishReason.LENGTH for answer in late)
+    first, second = made.stats().models
+    assert first.model_id == "a"
+    assert first.preemptions_total == 0
+    assert second.preemptions_total > 0
+    made.close()
+
+
 def test_residency_drains_busy_model_for_long_wait() -> None:
     made = stage("ab", total_slabs=14, weight_slabs=8, turn_s=0.02)
     waiting: list[Answer] = []

@@ -24,9 +24,13 @@ def test_staggered_ends_cost_less_than_their_sum() -> None:
     assert peak_blocks(held, left, 10) < sum(blocks_for(h + r, 10) for h, r in zip(held, left, strict=True))
 
 
-def test_expected_length_is_the_limit_until_enough_is_known_then_what_is_usual() -> None:
+def test_expected_length_is_a_guess_until_enough_is_known_then_what_is_usual() -> None:
     lengths = LengthEstimate()
-    assert lengths.expected(4096, 0) == 4096
+    assert lengths.expected(4096, 0) == 256
+    assert lengths.expected(40, 0) == 40
+    lengths.record(900)
+    assert lengths.expected(4096, 0) == 900
+    lengths = LengthEstimate()
     for _ in range(20):
         lengths.record(50)
     assert lengths.expected(4096, 0) == 50

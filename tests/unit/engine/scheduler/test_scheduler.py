@@ -8,9 +8,10 @@ from runtime.engine.interfaces import KvGeometry, StepOutput
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
+from runtime.engine.scheduler.limits import KvRoom, Limits
 from runtime.engine.scheduler.outputs import Step
 from runtime.engine.scheduler.row_pool import ModelRows, RowPool
-from runtime.engine.scheduler.scheduler import SCORED_TOKENS, Limits, Scheduler
+from runtime.engine.scheduler.scheduler import SCORED_TOKENS, Scheduler
 from runtime.engine.scheduler.sequence import Sequence, State, from_add
 from runtime.ipc.messages import Add, RowTokens
 from runtime.types import FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
@@ -53,7 +54,7 @@ class Bench:
 
     def plan(self, budget: int = 64, *, admit: int = 99, kv_blocks: int | None = None) -> Step | None:
         blocks = self.pool.free * 4 + self.cache.blocks.slabs * 4 if kv_blocks is None else kv_blocks
-        return self.scheduler.plan(Limits(budget, blocks, admit), self.now)
+        return self.scheduler.plan(Limits(budget, KvRoom(blocks, blocks), admit), self.now)
 
     def must_plan(self, budget: int = 64) -> Step:
         step = self.plan(budget)
@@ -247,6 +248,41 @@ def test_admission_counts_what_is_to_come() -> None:
     step = bench.must_plan()
     assert len(step.plan.rows) == 1  # two would need 24 blocks in the end
     assert bench.scheduler.totals.preemptions == 0
+
+
+def test_admission_by_estimate_holds_a_sequence_back_for_a_second_at_most() -> None:
+    bench = Bench(slabs=5)
+    for token in (5, 6, 7):
+        bench.add([token] * 8, 40)
+    bench.settle(bench.must_plan())
+    assert bench.scheduler.running == 1
+    bench.now = 1.0
+    bench.settle(bench.must_plan())
+    assert bench.scheduler.running == 2
+    bench.now = 1.9
+    bench.settle(bench.must_plan())
+    assert bench.scheduler.running == 2  # each admission by age is at least a second after the one before
+    bench.now = 2.0
+    bench.settle(bench.must_plan())
+    assert bench.scheduler.running == 3
+
+
+def test_admission_by_age_needs_memory_now() -> None:
+    bench = Bench(slabs=5)
+    bench.add([5] * 70, 8)
+    bench.settle(bench.must_plan(budget=100))
+    bench.add([6] * 8, 40)
+    bench.now = 5.0
+    bench.settle(bench.must_plan())
+    assert bench.scheduler.running == 1  # 18 of 20 blocks are used, and the second needs 3
+    assert bench.scheduler.totals.preemptions == 0
+
+
+def test_admission_runs_first_sequences_without_max_tokens_together() -> None:
+    bench = Bench(slabs=400, max_model_len=1600)
+    for i in range(6):
+        bench.add([i + 2] * 8, 1592)
+    assert len(bench.must_plan().plan.rows) == 6
 
 
 def test_without_room_the_newest_makes_way_and_all_still_end() -> None:

@@ -1,0 +1,25 @@
+"""The bounds of one plan, which the engine's core sets from what all models hold."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KvRoom:
+    """KV blocks that a model could have, including those that it holds, without preempting a row of another model.
+
+    Attributes:
+        planned: leaves to the other models what their running sequences are expected to need later.
+        now: leaves to them only what they hold, and what is kept for a sequence that waits for it.
+    """
+
+    planned: int
+    now: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds one plan."""
+
+    token_budget: int
+    room: KvRoom
+    admit_rows: int
