@@ -1,6 +1,6 @@
-"""One pod's mesh, wired: store, registry, placement, routing, both ports. Constructs and connects; the parts decide.
+"""Builds one pod's mesh from its parts (store, registry, placement, routing, both ports), starts and stops it.
 
-`run_pod` is the process: it serves until SIGTERM, then lets what runs come to its end.
+`run_pod` is the process: it serves until SIGTERM, then lets running requests end.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_pod(config: MeshConfig) -> int:
-    """Blocks until SIGTERM or SIGINT. 0 after an orderly end; with one line on stderr 2 for a configuration that can't be, 1 if it can't start."""
+    """Serve until SIGTERM or SIGINT and return the exit status: 0, or with one line on stderr 2 (invalid configuration) or 1 (cannot start)."""
     logs.set_up(as_json=config.log_json, level=config.log_level)
     try:
         status: int = uvloop.run(_serve(config))
@@ -82,7 +82,7 @@ async def _serve(config: MeshConfig) -> int:
         loop.add_signal_handler(number, asked_to_stop.set)
     try:
         await pod.start()
-        # what is here now stays; a full collection that walked it would hold every stream up
+        # Objects that exist now live as long as the process. Collecting them would delay every stream.
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
@@ -93,11 +93,11 @@ async def _serve(config: MeshConfig) -> int:
 
 
 class Pod:
-    """`start`, then `stop`, on one event loop. Raises MeshError for a configuration that can't be."""
+    """One pod. Call `start`, then `stop`, on one event loop. Raises MeshError for an invalid configuration."""
 
     def __init__(self, config: MeshConfig) -> None:
         if not config.store:
-            raise InvalidRequest("store: say where registrations are kept: a directory, or etcd://HOST:PORT")
+            raise InvalidRequest("store is missing: set it to a directory or to etcd://HOST:PORT")
         for what in ("grpc_listen", "http_listen", "runtime_grpc", "runtime_http"):
             if address := getattr(config, what):
                 parse_address(address, what)
@@ -246,7 +246,7 @@ class Pod:
         return self._copies
 
     def is_ready(self) -> bool:
-        """It takes requests, and will load what they need."""
+        """Return whether this pod accepts requests and can load models for them."""
         return (
             self._static_registered
             and self._heartbeat is not None
@@ -255,7 +255,7 @@ class Pod:
         )
 
     async def start(self) -> None:
-        """Raises StoreError, or OSError if a port is taken."""
+        """Start serving. Raises StoreError, or OSError if a port is in use."""
         await self._store.open()
         await self.registry.start()
         for kind, address, server in (
@@ -289,7 +289,7 @@ class Pod:
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
 
     async def stop(self) -> None:
-        """Not ready, no new requests, running answers to their end within the grace period, own records withdrawn."""
+        """Refuse new requests, let running ones end within the grace period, and withdraw this pod's records."""
         if self._stopping.is_set():
             return
         self._stopping.set()
@@ -322,11 +322,11 @@ class Pod:
             await self._heartbeat.flush()
 
     def _warn_of_duplicate_id(self, grpc_address: str) -> None:
-        """Two pods with one id overwrite each other's records. It may also be this pod's own, from before it moved here."""
+        """Log a warning if a pod with the same id has another address. The record may be this pod's own from before a restart."""
         other = self.registry.instances.get(self.instance_id)
         if other is not None and other.grpc_address != grpc_address:
             logger.warning(
-                "instance_id %s is also that of a pod at %s: if that one still runs, give each its own",
+                "instance_id %s is also that of a pod at %s; if that pod still runs, configure different ids",
                 self.instance_id,
                 other.grpc_address or "an unknown address",
             )

@@ -1,4 +1,4 @@
-"""How a pod is named, and at which address other pods reach it."""
+"""Determines a pod's id, and the address at which other pods reach it."""
 
 import hashlib
 import secrets
@@ -9,7 +9,7 @@ _ANY_HOST = ("", "0.0.0.0", "[::]", "::", "*")
 
 
 def default_instance_id(grpc_listen: str) -> str:
-    """The same after a restart, different for two pods of one host, and for two hosts whose names begin or end alike."""
+    """Return an id that is stable over restarts, and different for pods of one host and for hosts with similar names."""
     host = socket.gethostname().replace(",", "-")
     if len(host) > _HOST_CHARACTERS:
         host = f"{host[: _HOST_CHARACTERS - 9]}-{hashlib.sha1(host.encode(), usedforsecurity=False).hexdigest()[:8]}"
@@ -27,7 +27,7 @@ def advertised_address(listen: str, port: int, host: str) -> str:
 
 
 def _own_ip() -> str:
-    """The address that this host would send from; no packet is sent."""
+    """Return the address that this host would send from. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("10.255.255.255", 1))

@@ -1,4 +1,4 @@
-"""The command line's way to a running mesh: its HTTP routes, one blocking call each."""
+"""Provides the command line's client of a running mesh: one blocking call per HTTP route."""
 
 import http.client
 import json
@@ -25,9 +25,9 @@ class Copy(ModelState, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A registered name, as `/admin/v1/models` tells it. `moving_to`: the source that the name goes over to once it is loaded.
+    """A registered name in the answer of `/admin/v1/models`. `moving_to`: the source that the name moves to when it is loaded.
 
-    `alias_of`: the name that was registered, if this is another for it; `aliases`: all other names of the same model.
+    `alias_of`: the registered name, if this one is an alias. `aliases`: all other names of the same model.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Models(msgspec.Struct, frozen=True):
 
 
 class Fit(msgspec.Struct, frozen=True):
-    """Would it fit, as `/admin/v1/fit` tells it. Sizes in bytes."""
+    """The answer of `/admin/v1/fit`. Sizes are in bytes."""
 
     fits: bool
     reason: str = ""
@@ -111,7 +111,7 @@ class AdminClient:
         self.call("DELETE", f"/admin/v1/aliases/{quote(alias, safe='')}")
 
     def call(self, method: str, path: str, body: dict[str, object] | None = None) -> bytes:
-        """One request, its whole answer. Raises MeshError with the server's own message."""
+        """Send a request and return the whole answer. Raises MeshError with the server's message."""
         response, connection = self._send(method, path, body)
         try:
             return response.read()
@@ -121,7 +121,7 @@ class AdminClient:
             connection.close()
 
     def events(self, path: str, body: dict[str, object]) -> Iterator[tuple[str, str]]:
-        """A stream of server-sent events: ("data", text) and ("comment", text), until [DONE]. Raises Unavailable if it ends before."""
+        """Yield server-sent events as ("data", text) and ("comment", text) until [DONE]. Raises Unavailable if the stream ends before."""
         response, connection = self._send("POST", path, body)
         try:
             for raw in response:
@@ -137,7 +137,7 @@ class AdminClient:
             raise self._broke_off(error) from None
         finally:
             connection.close()
-        # http.client takes the end of the connection for the end of the answer
+        # http.client reports a broken connection as the end of the answer.
         raise self._broke_off(None)
 
     def _send(
@@ -158,7 +158,7 @@ class AdminClient:
         except http.client.HTTPException as error:
             connection.close()
             raise Unavailable(
-                f"what answers at {self.server} speaks no HTTP ({type(error).__name__}); is it the gRPC port?"
+                f"the server at {self.server} does not speak HTTP ({type(error).__name__}); use the HTTP port, not the gRPC port"
             ) from None
         if response.status >= 400:
             try:

@@ -1,4 +1,4 @@
-"""Connections to where requests go on: the local runtime and other pods, gRPC and HTTP, each opened once and kept."""
+"""Keeps the gRPC and HTTP connections to the local runtime and to other pods. Each is opened once."""
 
 import asyncio
 import socket
@@ -6,10 +6,10 @@ import socket
 import aiohttp
 import grpc.aio
 
-HOP_HEADER = "repertory-hop"  # from another pod, which is named: such a request goes no further
+HOP_HEADER = "repertory-hop"  # the id of the pod that forwarded the request, which is not forwarded again
 
 _CONNECT_S = 5.0
-_PING_S = 20.0  # a machine that is gone says no goodbye; without asking, a request that it had would wait for ever
+_PING_S = 20.0  # a crashed host sends no FIN, so only pings end the requests that it had
 _PONG_S = 10.0
 _READ_BUFFER_BYTES = 256 * 1024
 
@@ -21,26 +21,26 @@ class Connections:
         self._options: tuple[tuple[str, int], ...] = (
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_receive_message_length", max_message_bytes),
-            # a runtime or a pod that comes back is to be seen at once: the default waits up to two minutes
+            # Reconnect soon to a restarted runtime or pod; gRPC's default waits up to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
         )
-        # gRPC waits for a ping's answer for ping_timeout (a minute unless told); keepalive_timeout alone ends nothing
+        # gRPC waits for a ping's answer for ping_timeout (default one minute); keepalive_timeout alone has no effect.
         self._pings = (
             ("grpc.keepalive_time_ms", round(ping_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(pong_s * 1000)),
             ("grpc.http2.ping_timeout_ms", round(pong_s * 1000)),
-            # a caller that only listens sends nothing: after its second ping gRPC would wait a minute for each of the next
+            # By default gRPC sends at most two pings without data, which a caller that only receives never sends.
             ("grpc.http2.max_pings_without_data", 0),
         )
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
     def grpc(self, address: str, *, of_pod: bool = False) -> grpc.aio.Channel:
-        """Another pod is asked whether it is still there; a runtime, which may be anybody's, might hang up on who asks."""
+        """Return the channel to an address. Only pods are pinged: a foreign runtime might close a connection that pings it."""
         channel = self._channels.get(address)
         if channel is None:
             options = (*self._options, *self._pings) if of_pod else self._options
@@ -48,7 +48,7 @@ class Connections:
         return channel
 
     def http(self, address: str) -> tuple[aiohttp.ClientSession, str]:
-        """A session, and the URL's beginning for it. Answers come as they are: no decompression, no redirects followed, no time limit."""
+        """Return a session and the base of its URLs. Responses are unchanged: no decompression, no redirects, no time limit."""
         session = self._sessions.get(address)
         if session is None:
             session = self._sessions[address] = _session(address)
@@ -79,11 +79,11 @@ def _session(address: str) -> aiohttp.ClientSession:
 
 
 def watched_socket(info: aiohttp.AddrInfoType) -> socket.socket:
-    """One whose kernel asks whether the other side is still there."""
+    """Return a socket with TCP keepalive."""
     family, kind, protocol, _, _ = info
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", round(_PING_S)), ("TCP_KEEPINTVL", round(_PONG_S / 2)), ("TCP_KEEPCNT", 2)):
-        if hasattr(socket, option):  # Linux's names
+        if hasattr(socket, option):  # the options exist on Linux
             made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return made

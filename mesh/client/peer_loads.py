@@ -1,4 +1,4 @@
-"""Asking another pod to load a model, over its HTTP port. Implements mesh.placement.placement.PeerLoads."""
+"""Has another pod load a model, over its HTTP port. Implements mesh.placement.placement.PeerLoads."""
 
 import asyncio
 

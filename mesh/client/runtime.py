@@ -1,7 +1,6 @@
-"""The local runtime over gRPC: mmesh.ModelRuntime's calls, with its status codes turned into the mesh's errors.
+"""Calls the local runtime over gRPC (mmesh.ModelRuntime) and turns its status codes into the mesh's errors.
 
-Knows the contract of `proto/mmesh/model_runtime.proto` and nothing of placement. Only the mesh in charge of the runtime may use it: readiness
-purges. What the runtime tells of itself while it runs is runtime_state's.
+Only one mesh may use a runtime, because runtimeStatus purges its models.
 """
 
 import asyncio
@@ -32,18 +31,18 @@ from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
 
 logger = logging.getLogger(__name__)
 
-_POLLS_S = (0.05, 0.1, 0.2, 0.5, 1.0)  # then every two seconds, as ModelMesh
+_POLLS_S = (0.05, 0.1, 0.2, 0.5, 1.0)  # then every _POLL_S, as in ModelMesh
 _POLL_S = 2.0
-_ATTEMPT_S = 10.0  # an answer to one poll; the runtime may be purging
+_ATTEMPT_S = 10.0  # for one poll, during which the runtime may purge its models
 _PREDICT_S = 0.5
 _SIZE_S = 30.0
-_UNLOAD_S = 180.0  # the model's requests may come to their end first; after it the caller asks again
-_FIT_S = 120.0  # the files may have to be looked at where they come from
+_UNLOAD_S = 180.0  # the model's requests may end first; the caller repeats the call after that time
+_FIT_S = 120.0  # the checkpoint may have to be inspected at its source
 _MIN_LOADING_TIMEOUT_MS = 100
 
 
 class GrpcRuntime:
-    """RuntimeClient of mesh.types. The channel stays the caller's."""
+    """Implements mesh.types.RuntimeClient. The caller closes the channel."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = ModelRuntimeStub(channel)
@@ -53,7 +52,7 @@ class GrpcRuntime:
         self._limits: RuntimeLimits | None = None
 
     async def wait_ready(self, timeout_s: float) -> RuntimeLimits:
-        """Poll until READY. Raises Unavailable: not within the time, or it says that it never will be; InvalidRequest: impossible limits."""
+        """Poll until READY. Raises Unavailable after the time or on status FAILING, InvalidRequest for impossible limits."""
         give_up_s = time.monotonic() + timeout_s
         last = "it did not answer"
         pauses = iter(_POLLS_S)
@@ -69,7 +68,7 @@ class GrpcRuntime:
                     self._limits = _limits(answer)
                     return self._limits
                 if answer.status != pb.RuntimeStatusResponse.STARTING:
-                    raise Unavailable("the runtime says that it will not become ready (status FAILING)")
+                    raise Unavailable("the runtime reports that it cannot become ready (status FAILING)")
                 last = "it is still starting"
             pause_s = next(pauses, _POLL_S)
             if time.monotonic() + pause_s > give_up_s:
@@ -100,17 +99,17 @@ class GrpcRuntime:
                 ).sizeInBytes
         return LoadAnswer(size_bytes, self._max_concurrency(model_id, answer.maxConcurrency))
 
-    def _max_concurrency(self, model_id: str, told: int) -> int:
+    def _max_concurrency(self, model_id: str, reported: int) -> int:
         if self._limits is None or not self._limits.limit_model_concurrency:
             return 0
-        if told < 1:
+        if reported < 1:
             logger.warning(
-                "model %s: the runtime limits concurrency and gives no limit; one request at a time", model_id
+                "model %s: the runtime limits concurrency but reports no limit; the limit is one request", model_id
             )
-        return max(told, 1)
+        return max(reported, 1)
 
     async def unload(self, model_id: str) -> None:
-        """Raises Unavailable: the memory isn't free, try again."""
+        """Unload a model. Raises Unavailable if its memory is not free; the caller tries again."""
         try:
             await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id), timeout=_UNLOAD_S)
         except grpc.aio.AioRpcError as error:
@@ -120,7 +119,7 @@ class GrpcRuntime:
                 ) from None
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None:
-        """None: the runtime can't tell. One that has no such call isn't asked again."""
+        """Return the predicted size in bytes, None if unknown. A runtime without the method is not called again."""
         if not self._predicts:
             return None
         request = pb.PredictModelSizeRequest(
@@ -148,7 +147,7 @@ class GrpcRuntime:
             }
             message = error.details() or error.code().name
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                message = f"{info.path}: this runtime can't say whether a model fits"
+                message = f"{info.path}: this runtime cannot predict whether a model fits"
             raise kinds.get(error.code(), MeshError)(message) from None
 
     async def look(self) -> RuntimeSnapshot | None:
@@ -161,7 +160,7 @@ class GrpcRuntime:
         return RuntimeWatch(self._channel, self._limits.capacity_bytes if self._limits else 0)
 
     async def _undo(self, model_id: str) -> None:
-        """Even when the load was cancelled; what can't be undone now is undone by the runtime's own rule (a failed load leaves nothing)."""
+        """Unload after a failed load, even if the load was cancelled. An error is ignored: the runtime itself drops failed loads."""
         undo = asyncio.ensure_future(self.unload(model_id))
         try:
             with contextlib.suppress(Unavailable):

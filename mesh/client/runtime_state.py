@@ -1,7 +1,7 @@
-"""Follows the local runtime's state: repertory.RuntimeState converted to the mesh's types.
+"""Watches the local runtime's state: repertory.RuntimeState converted to the mesh's types.
 
-A runtime that has no such service ("foreign") is watched by its connection alone: it is ready while that stands and
-something answers. One that hangs without dying answers no question in time, and counts as gone.
+A runtime without that service ("foreign") is ready while its connection stands and it answers health checks. A runtime
+that hangs does not answer in time and counts as gone.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 _Watch = grpc.aio.UnaryStreamCall[pb.WatchRequest, pb.RuntimeSnapshot]
 
 _PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
-ANSWER_S = 10.0  # a runtime that hasn't answered by then hangs
-_SILENCE_S = 5.0  # after it, it is asked whether it is still there
+ANSWER_S = 10.0  # a runtime without an answer by then hangs
+_SILENCE_S = 5.0  # a new call is made after this long without a message
 
 _STATES = {number: CopyState[name] for name, number in pb.ModelState.State.items()}
 _TIERS = {number: Tier[name] for name, number in pb.ModelState.Tier.items()}
-# the message has the schema's names; states and tiers are enums of its own
+# The message has the schema's names, except for its own enums of states and tiers.
 _SAME = tuple(name for name in ModelState.__struct_fields__ if name not in ("state", "tier"))
 
 
 class RuntimeWatch:
-    """Follows one runtime for ever. `capacity_bytes` is reported while the runtime itself doesn't say."""
+    """Watches one runtime. `capacity_bytes` is reported while the runtime itself reports none."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class RuntimeWatch:
         self._answer_s = answer_s
 
     async def look(self) -> RuntimeSnapshot | None:
-        """What it tells of itself when asked now; None: it doesn't answer, or has no such service."""
+        """Return the current snapshot; None if the runtime does not answer or has no such service."""
         call = self._stub.watch(pb.WatchRequest())
         try:
             message = await self._read(call, self._answer_s)
@@ -61,7 +61,7 @@ class RuntimeWatch:
         return snapshot(message) if message is not None else None
 
     async def snapshots(self) -> AsyncGenerator[RuntimeSnapshot, None]:
-        """Each snapshot as it comes. A broken connection gives one that isn't ready and holds nothing, then what follows the reconnect."""
+        """Yield each snapshot. A broken connection yields an empty one that is not ready, then those after the reconnect."""
         failures = 0
         while True:
             call = self._stub.watch(pb.WatchRequest())
@@ -73,8 +73,8 @@ class RuntimeWatch:
             except TimeoutError:
                 call.cancel()
                 if heard:
-                    continue  # perhaps there was nothing to tell: one that lives answers a new call at once
-                logger.warning("the runtime hasn't answered for %g s", self._answer_s)
+                    continue  # Perhaps nothing changed: a live runtime answers a new call at once.
+                logger.warning("the runtime has not answered for %g s", self._answer_s)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     async for foreign in self._connection():
@@ -86,7 +86,7 @@ class RuntimeWatch:
             failures += 1
 
     async def _read(self, call: _Watch, timeout_s: float) -> pb.RuntimeSnapshot | None:
-        """None: the stream has ended. Raises TimeoutError, and the call is then of no more use."""
+        """Return the next message; None at the end of the stream. After a TimeoutError the call must not be used again."""
         async with asyncio.timeout(timeout_s):
             message = await call.read()
         return message if isinstance(message, pb.RuntimeSnapshot) else None
@@ -97,7 +97,7 @@ class RuntimeWatch:
             changed = asyncio.ensure_future(self._channel.wait_for_state_change(state))
             try:
                 while not changed.done():
-                    # an idle connection says nothing of the runtime behind it
+                    # An idle connection proves nothing about the runtime.
                     if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE):
                         ready = state is grpc.ChannelConnectivity.READY and await self._answers()
                         yield RuntimeSnapshot(self._capacity_bytes, ready=ready, foreign=True)
@@ -107,7 +107,7 @@ class RuntimeWatch:
             state = self._channel.get_state(try_to_connect=True)
 
     async def _answers(self) -> bool:
-        """Whatever it answers, it is there."""
+        """Return whether the runtime answers a health check, with any status."""
         try:
             await HealthStub(self._channel).Check(HealthCheckRequest(), timeout=self._answer_s)
         except grpc.aio.AioRpcError as error:

@@ -1,6 +1,7 @@
-"""This pod's own record: what it tells the others of its room, its copies and its load.
+"""Publishes this pod's record: its capacity, its copies and its load.
 
-A change of state is told at once; loads, which change all the time, every few seconds and only while there is another pod to hear of them.
+Changes of state are published at once. The load, which changes with every request, is published every few seconds, and only in a mesh of
+several pods.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ _MIN_INTERVAL_S = 0.1
 
 
 class Heartbeat:
-    """`identity`: a record with what doesn't change (start, addresses, labels). `snapshot` and `num_loading` tell of now."""
+    """`identity`: a record with the constant fields (start time, addresses, labels). The callables return current values."""
 
     def __init__(
         self,
@@ -68,13 +69,13 @@ class Heartbeat:
             await self._changes.wait(_LOAD_INTERVAL_S, since=seen)
 
     async def flush(self) -> None:
-        """Publish now if the record differs from the published one: what a synchronous call answers is then true at every pod."""
+        """Publish now if the record differs from the published one, so that the answer of a synchronous call is true at every pod."""
         record = self.record()
         if self._published is None or _without_load(record) != _without_load(self._published):
             await self._publish(record)
 
     async def shut_down(self) -> None:
-        """Others stop placing and sending here."""
+        """Publish that this pod is shutting down: other pods stop placing models and sending requests here."""
         self._shutting_down = True
         await self._publish(self.record())
 
@@ -111,7 +112,7 @@ class Heartbeat:
             await self._instances.publish(record)
             self._published = record
         except StoreError as error:
-            logger.warning("this pod's record could not be told: %s", error.message)
+            logger.warning("this pod's record could not be published: %s", error.message)
 
 
 def identity(*, grpc_address: str, http_address: str, labels: tuple[str, ...], location: str) -> InstanceRecord:
@@ -125,7 +126,7 @@ def identity(*, grpc_address: str, http_address: str, labels: tuple[str, ...], l
 
 
 def _without_load(record: InstanceRecord) -> InstanceRecord:
-    """Without what changes with every request."""
+    """Return the record without the figures that change with every request."""
     copies = {model_id: report.settled() for model_id, report in record.copies.items()}
     return msgspec.structs.replace(
         record,

@@ -1,4 +1,4 @@
-"""How long loading takes, learnt from the loads that this pod has done."""
+"""Estimates the duration of a load from the loads that this pod has done. Pure."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ class _Mean:
 
 @dataclass(frozen=True, slots=True)
 class LoadTimes:
-    """Immutable: each measurement gives a new one."""
+    """Mean durations by model. Immutable: each measurement returns a new object."""
 
     by_model: tuple[tuple[str, _Mean], ...] = ()
 
@@ -29,7 +29,7 @@ class LoadTimes:
         return replace(self, by_model=tuple(item for item in self.by_model if item[0] != model_id))
 
     def expected_s(self, model_id: str, size_bytes: int = 0) -> float:
-        """This model's own mean; else by its size and the others' speed; else their mean; else a guess."""
+        """Return the model's own mean, else an estimate from its size and the other loads, else their mean, else a default."""
         known = dict(self.by_model)
         own = known.get(model_id)
         if own is not None:
@@ -44,7 +44,7 @@ class LoadTimes:
 
 
 def remaining_s(expected_s: float, elapsed_s: float, progress: float) -> float:
-    """Of a load that has run for `elapsed_s` and says it is at `progress` (0: doesn't say). Overdue ones are given half as long again."""
+    """Estimate the rest of a load that has run for `elapsed_s`. `progress` is 0 if unknown. An overdue load gets half its time again."""
     if progress > 0.05:
         return max(_FLOOR_S, elapsed_s * (1 - progress) / progress)
     if elapsed_s < expected_s:
@@ -53,5 +53,5 @@ def remaining_s(expected_s: float, elapsed_s: float, progress: float) -> float:
 
 
 def retry_after_s(expected_wait_s: float) -> float:
-    """A hint that clients honour: whole seconds, 1 to 120."""
+    """Return a Retry-After hint: whole seconds from 1 to 120."""
     return float(min(120, max(1, round(expected_wait_s))))

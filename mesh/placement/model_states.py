@@ -1,4 +1,4 @@
-"""Answers what state a model is in: on this pod, over all pods, and how long a request for it would wait."""
+"""Computes the state of a model: on this pod, over all pods, and how long a request for it would wait."""
 
 import time
 
@@ -61,18 +61,18 @@ class ModelStates:
         return remaining_s(expected_s, time.monotonic() - copy.started_s, progress)
 
     def would_unload(self, model_id: str, size_bytes: int) -> tuple[str, ...]:
-        """Whom this pod would unload for a model of this size if it were asked for now; models in use only if the idle ones don't suffice."""
+        """Return the models that this pod would unload for an urgent load of this size. Models in use are last."""
         copy = self._copies.get(model_id)
         if copy is not None and copy.is_loaded:
             return ()
         return plan_eviction(self._copies.usage(), model_id, size_bytes, spare_busy=False).victims
 
     def expected_load_s(self, model_id: str) -> float:
-        """A whole load, from beginning to end."""
+        """Return the expected seconds of a whole load."""
         return self._loads.times.expected_s(model_id)
 
     def is_quarantined(self, model_id: str) -> bool:
-        """It took the engine down, and would again: it is loaded no more until somebody asks for it by name."""
+        """Return whether the runtime has quarantined the model. Only an explicit load request loads it again."""
         model = self._monitor.model(model_id)
         return model is not None and model.state is CopyState.QUARANTINED
 
@@ -87,7 +87,7 @@ class ModelStates:
         )
 
     def blocked_for_s(self, model_id: str) -> float:
-        """How long a failed model is not tried again, unless asked for by name."""
+        """Return the seconds until a failed model may be loaded again without an explicit load request."""
         record = self._registry.models.get(model_id)
         return self.record_blocked_for_s(model_id, record) if record else 0.0
 
@@ -101,7 +101,7 @@ class ModelStates:
         copy = self._copies.get(model_id)
         if copy is None:
             return None
-        # one that leaves and is already wanted again is on its way
+        # A copy that is unloaded while its next load waits counts as queued.
         state = CopyState.QUEUED if copy.state is CopyState.UNLOADING and self._loads.task(model_id) else copy.state
         return LocalCopyState(state, copy.started_ms, copy.size_bytes, self._monitor.model(model_id))
 

@@ -1,4 +1,4 @@
-"""A model's state over all pods, put together from its record, this pod's own copy and what the other pods tell. Pure."""
+"""Computes a model's state over all pods from its record, this pod's own copy and the other pods' records. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from common.model_state import CopyState, ModelState, Tier
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.types import CopyInfo, ModelStatus, StatusInfo
 
-MAX_FAILURES = 3  # ModelMesh: so many pods have tried
-FAILURES_FOR_MS = 450_000  # ... within 7.5 minutes
+MAX_FAILURES = 3  # as in ModelMesh: no further pod tries after this many failures
+FAILURES_FOR_MS = 450_000  # within 7.5 minutes
 _SKEW_MS = 5_000
-_AT_REST = StatusInfo(ModelStatus.NOT_LOADED)
+_UNLOADED = StatusInfo(ModelStatus.NOT_LOADED)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalCopyState:
-    """This pod's copy: its books, and the runtime's account of it if there is one."""
+    """This pod's copy: placement's view of it, and the runtime's report if there is one."""
 
     state: CopyState
     started_ms: int
@@ -34,11 +34,11 @@ def status_of(
     own_model: ModelState | None,
     pods: Mapping[str, InstanceRecord],
 ) -> StatusInfo:
-    """`own_model`: what the runtime says of the model even if this pod holds no copy (it may remember why it failed)."""
+    """`own_model`: the runtime's report on the model, which may exist without a copy and say why the model failed."""
     if record is None:
         return StatusInfo(ModelStatus.NOT_FOUND)
     if own is None and not record.instance_ids and not record.failed_in:
-        return _AT_REST  # as most are, of thousands
+        return _UNLOADED  # the common case, of thousands
     copies = [_own_info(model_id, own_id, own)] if own is not None else []
     copies += [_peer_info(model_id, pod, since_ms, pods[pod]) for pod, since_ms in _others(record, own_id, pods)]
     failures = sorted(((at_ms, pod) for pod, at_ms in record.failed_in.items()), reverse=True)
@@ -131,11 +131,11 @@ def _own_info(model_id: str, own_id: str, own: LocalCopyState) -> CopyInfo:
 
 def _peer_info(model_id: str, pod: str, since_ms: int, instance: InstanceRecord) -> CopyInfo:
     if not instance.grpc_address and not instance.copies:
-        # not one of ours: its record says neither how to reach it nor whether the load has ended
+        # A Java pod: its record contains neither addresses nor the states of copies.
         return CopyInfo(pod, ModelStatus.UNKNOWN, since_ms)
     report = instance.copies.get(model_id)
     if report is None:
-        # the load is announced before the pod's own record tells of it
+        # A load is announced in the model's record before the pod's own record shows it.
         return CopyInfo(pod, ModelStatus.LOADING, since_ms, ModelState(state=CopyState.QUEUED, tier=Tier.UNKNOWN))
     return CopyInfo(pod, _status(report.state), since_ms, report)
 

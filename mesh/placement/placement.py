@@ -31,7 +31,7 @@ _UNLOAD_S = 60.0
 
 class PeerLoads(Protocol):
     async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int) -> None:
-        """Have another pod load a model; returns when it has begun. Raises MeshError if the pod can't be asked or refuses."""
+        """Have another pod load a model, and return when the load has begun. Raises MeshError if the pod is unreachable or refuses."""
 
 
 class Placement:
@@ -76,10 +76,10 @@ class Placement:
         retry_failed: bool = False,
         local_only: bool = False,
     ) -> StatusInfo:
-        """As Loader. `retry_failed`: somebody asks for it by name, so a failure that still holds it back is forgotten.
-        `local_only`: on this pod, whatever others have.
+        """Implement Loader. `retry_failed`: an explicit load request, which clears earlier failures. `local_only`: load on this pod even if another
+        one has a copy.
 
-        Raises NotFound; with `wait` also Overloaded (no room while all is in use) and Unavailable (the runtime went away).
+        Raises NotFound; with `wait` also Overloaded (all models are in use, so there is no room) and Unavailable (the runtime is gone).
         """
         record = await self._registry.models.find(model_id)
         if record is None:
@@ -119,7 +119,7 @@ class Placement:
             self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent)
 
     async def _clear_failures(self, model_id: str) -> None:
-        """To a runtime, a model that is unloaded on purpose has a new chance."""
+        """Clear the recorded failures. An explicit unload ends the runtime's quarantine of the model."""
         if self._states.is_quarantined(model_id):
             with contextlib.suppress(Unavailable):
                 await self._runtime.unload(model_id)
@@ -145,7 +145,10 @@ class Placement:
                     return
                 except MeshError as error:
                     logger.warning(
-                        "model %s: %s can't load it, trying here: %s", model_id, target.instance_id, error.message
+                        "model %s: pod %s cannot load it, loading it here: %s",
+                        model_id,
+                        target.instance_id,
+                        error.message,
                     )
         if not is_allowed_locally:
             raise Unavailable("no pod that meets its label requirements can load it now", model=model_id)
@@ -165,7 +168,7 @@ class Placement:
             logger.warning("model %s: pod %s cannot load it either: %s", model_id, target.instance_id, error.message)
 
     async def _announced(self, model_id: str) -> None:
-        """Wait a moment until the peer's load is in the record, so that the status says LOADING from here on."""
+        """Wait until the peer's load is in the record, so that the status is LOADING when this returns."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANNOUNCE_S):
                 await self._registry.models.table.until(
@@ -206,7 +209,7 @@ class Placement:
         while True:
             task = self._loads.task(model_id)
             if task is not None:
-                # not shield: a load that is dropped would take those who wait for it along
+                # asyncio.shield would cancel the waiters of a load that is cancelled.
                 await asyncio.wait([task])
                 if not task.cancelled() and (error := task.exception()) is not None:
                     raise error

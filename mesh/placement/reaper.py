@@ -1,7 +1,7 @@
-"""Clearing up after pods that are gone for good: their ids leave the models' records, where nobody else would take them out.
+"""Removes the ids of pods that have been gone for long from the models' records.
 
-One pod does it for all (`is_leader`), and only after a pod has been away for long: one that restarts finds its models in the records and loads
-them again. Routing ignores such ids anyhow; this is for whoever reads or counts the records. Loads nothing.
+The leader does this for the mesh. A pod that restarts before finds its models in the records and loads them again. Routing ignores the ids
+of absent pods; the removal keeps the records correct for other readers.
 """
 
 import asyncio
@@ -37,18 +37,18 @@ class Reaper:
             try:
                 await self.sweep(time.monotonic())
             except StoreError as error:
-                logger.warning("records of pods that are gone stay for now: %s", error.message)
+                logger.warning("the records of absent pods are kept until the next sweep: %s", error.message)
 
     async def sweep(self, now_s: float) -> None:
         """Raises StoreError."""
         records = dict(self._registry.models.table.items())
         there = {pod_id for pod_id, _ in self._registry.instances.table.items()}
         if self._registry.instances.own_id not in there:
-            # a store that doesn't even tell of this pod tells nothing of the others
+            # If this pod's own record is missing, the absence of others proves nothing.
             self._away_since_s.clear()
             return
         away = named_in(records) - there
-        # every pod counts, so that a new leader needn't begin anew
+        # Every pod keeps the times, so that a new leader has them.
         self._away_since_s = {pod_id: self._away_since_s.get(pod_id, now_s) for pod_id in away}
         gone = {pod_id for pod_id, since_s in self._away_since_s.items() if now_s - since_s >= self._away_s}
         if not gone or not self._is_leader():
@@ -60,11 +60,11 @@ class Reaper:
                 )
         for pod_id in gone:
             del self._away_since_s[pod_id]
-        logger.info("cleared out of the records: %s", ", ".join(sorted(gone)))
+        logger.info("removed absent pods from the records: %s", ", ".join(sorted(gone)))
 
 
 def named_in(records: Mapping[str, ModelRecord]) -> set[str]:
-    """All pods that the records name."""
+    """Return all pods that the records name."""
     return {
         pod_id for record in records.values() for pod_id in (*record.instance_ids, *record.failed_in, *record.failures)
     }

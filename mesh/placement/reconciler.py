@@ -1,4 +1,4 @@
-"""Keeps what this pod holds equal to what the registry says, through restarts of the runtime and outages of the store."""
+"""Keeps this pod's copies equal to the registry, through restarts of the runtime and outages of the store."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ class Reconciler:
         self._registry.models.table.listen(self._record_changed)
         self._registry.instances.table.listen(lambda *_: self._changes.notify())
         self._spawn(self._monitor.run())
-        self._spawn(self._sweep_for_ever())
+        self._spawn(self._sweep_periodically())
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -65,7 +65,7 @@ class Reconciler:
         await self._loads.close()
 
     async def withdraw(self) -> None:
-        """This pod is leaving: its copies are no longer to be asked for."""
+        """Remove this pod's copies from the registry, before it shuts down."""
         copies = list(self._copies)
         for copy in copies:
             copy.is_announced = False
@@ -73,11 +73,11 @@ class Reconciler:
             for copy in copies:
                 await self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms)
         except StoreError as error:
-            # seconds for each model would outlast the grace period, and the others see that this pod is gone
+            # One timeout per model would exceed the grace period. Other pods see that this pod is gone.
             logger.warning("this pod's copies stay in the registry: %s", error.message)
 
     def first_ready(self) -> None:
-        """The runtime is empty: what the registry says is here, from before this process, is loaded again."""
+        """Load the models that the registry lists for this pod from before its restart. The runtime is empty."""
         mine = [
             (model_id, record)
             for model_id, record in self._registry.models.table.items()
@@ -87,7 +87,7 @@ class Reconciler:
             self._placement.load_locally(model_id, last_used_ms=record.last_used_ms, urgent=False)
 
     def runtime_changed(self, snapshot: RuntimeSnapshot) -> None:
-        """A model that the runtime itself has given up is no longer loaded here, with the runtime's reason."""
+        """Record the failure of models that the runtime reports as failed or quarantined, with its reason."""
         for model in snapshot.models:
             copy = self._copies.get(model.model_id)
             if copy is not None and copy.is_loaded and model.state in (CopyState.FAILED, CopyState.QUARANTINED):
@@ -119,16 +119,16 @@ class Reconciler:
             self._loads.forget(model_id)
         self._changes.notify()
 
-    async def _sweep_for_ever(self) -> None:
+    async def _sweep_periodically(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
             try:
                 await self.sweep()
             except StoreError as error:
-                logger.warning("the registry is away: %s", error.message)
+                logger.warning("the registry is unreachable: %s", error.message)
 
     async def sweep(self) -> None:
-        """Put right what a store that was away, a process that died, or a prediction that was too low left wrong."""
+        """Correct the records and the copies after an outage of the store, a crash, or a size prediction that was too low."""
         self._loads.trim()
         for copy in self._copies:
             if copy.is_loaded and not copy.is_announced:

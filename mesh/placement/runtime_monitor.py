@@ -1,4 +1,4 @@
-"""The local runtime's life, as placement follows it: ready, gone, back again; what it lost is loaded again."""
+"""Follows the local runtime: ready, gone, or restarted, after which its models are loaded again."""
 
 import asyncio
 import logging
@@ -14,10 +14,8 @@ from mesh.types import RuntimeClient, RuntimeLimits, RuntimeSnapshot
 
 logger = logging.getLogger(__name__)
 
-_READY_TIMEOUT_S = 180.0  # ModelMesh gives up here; a supervised runtime may come later, so it is asked again
-_READY_RETRY_S = (
-    2.0  # one that says at once that it never will be is asked again all the same: another may take its place
-)
+_READY_TIMEOUT_S = 180.0  # as in ModelMesh, but a supervised runtime may start later, so the wait is repeated
+_READY_RETRY_S = 2.0  # pause after a runtime that reports a permanent failure: another one may replace it
 _FOREIGN_REFRESH_S = 0.3  # time for a runtime without repertory.RuntimeState to settle
 
 
@@ -50,16 +48,16 @@ class RuntimeMonitor:
 
     @property
     def is_ready(self) -> bool:
-        """It takes loads and requests, or will when its engine is back."""
+        """Return whether the runtime accepts loads and requests, or will when its engine has restarted."""
         return self._connected and self.snapshot.engine_state != "stopped"
 
     @property
     def is_serving(self) -> bool:
-        """It answers requests now."""
+        """Return whether the runtime answers requests now."""
         return self._connected and (self.snapshot.ready or not self.snapshot.engine_state)
 
     def serves(self, copy: LocalCopy) -> bool:
-        """It answers requests for this copy now, by its own account; after an engine's death a model takes a moment to come back.
+        """Return whether the runtime reports that this copy answers requests. After a restart of the engine, models return one by one.
 
         A snapshot taken before the load ended does not include it.
         """
@@ -78,7 +76,7 @@ class RuntimeMonitor:
         async for snapshot in self._runtime.watch():
             gone = not snapshot.ready and not snapshot.engine_state
             if gone and self._connected:
-                logger.warning("the runtime is gone")
+                logger.warning("the runtime does not answer")
                 self._connected = False
                 self._loads.runtime_lost()
             self._set_snapshot(snapshot)
@@ -91,13 +89,13 @@ class RuntimeMonitor:
             self._changes.notify()
 
     async def refresh(self) -> None:
-        """Returns when the runtime has told of itself what is newer than this call, and so than anything that it answered before."""
+        """Return when a snapshot of the runtime is known that is newer than this call."""
         if self.snapshot.foreign:
             await self._changes.wait(_FOREIGN_REFRESH_S)
             return
         called_s = time.monotonic()
         async with self._looking:
-            # who waited for another's question has its answer, if it was asked late enough
+            # A concurrent refresh may have read a snapshot that is new enough.
             if self._looked_s < called_s:
                 asked_s = time.monotonic()
                 snapshot = await self._runtime.look()
@@ -126,11 +124,11 @@ class RuntimeMonitor:
                 return self.limits
 
     async def _returned(self, snapshot: RuntimeSnapshot) -> None:
-        """Find out whether the connection broke or the process is new. A new process holds no models, and must become ready first."""
+        """Load what the runtime has lost. If it has lost everything, it is a new process, which must become ready first."""
         ours = [copy for copy in self._copies if copy.is_loaded]
         kept = {model.model_id for model in snapshot.models if model.state is CopyState.LOADED}
         lost = [copy for copy in ours if copy.model_id not in kept]
-        logger.warning("the runtime is back; %d of %d models are to be loaded again", len(lost), len(ours))
+        logger.warning("the runtime answers again; loading %d of %d models again", len(lost), len(ours))
         if len(lost) == len(ours):
             await self._await_ready()
         elif self.limits is not None:

@@ -1,4 +1,4 @@
-"""Which pods may load a model of a type, by the pods' labels: ModelMesh's MM_TYPE_CONSTRAINTS.
+"""Decides which pods may load a model of a type, by the pods' labels: ModelMesh's MM_TYPE_CONSTRAINTS.
 
     {"rt:gpu": {"required": ["gpu"], "preferred": ["zone-a|zone-b"]}, "_default": {}}
 
@@ -28,7 +28,7 @@ class Constraint(msgspec.Struct, frozen=True):
 
 
 class TypeConstraints:
-    """Reads `text`: JSON, `@FILE`, or empty for none. A file is read again when it has changed. Raises ConfigError for text that is not valid."""
+    """Constraints by type. `text`: JSON, `@FILE`, or empty. A changed file is read again. Raises ConfigError for invalid text."""
 
     def __init__(self, text: str) -> None:
         self._file = Path(text[1:]) if text.startswith("@") else None
@@ -52,7 +52,7 @@ class TypeConstraints:
             content = file.read_bytes()
         except OSError as error:
             if self._by_type:
-                return  # a file that is being replaced: what it held stays in force
+                return  # The file is being replaced, so its last content stays valid.
             raise ConfigError(f"type_constraints file {file}: {error.strerror}") from None
         self._by_type, self._mtime_ns = _parse(content, f"type_constraints file {file}"), mtime_ns
 

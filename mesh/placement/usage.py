@@ -1,4 +1,4 @@
-"""How much of a pod's capacity its models use, and which were used least recently."""
+"""Describes how much of a pod's capacity its models use, and when each was used last. Pure."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The pods of the mesh: ModelMesh's `instances` table, each record under its own pod's lease."""
+"""Provides the pods of the mesh: ModelMesh's `instances` table, in which each record is under its own pod's lease."""
 
 from mesh.registry.records import InstanceRecord, encode_record
 from mesh.registry.table import Table
@@ -8,7 +8,7 @@ from mesh.store.protocol import Store
 
 class Instances:
     def __init__(self, store: Store, prefix: str, *, own_id: str, ttl_s: float, latch_prefix: str) -> None:
-        """`latch_prefix`: where ModelMesh's pods register for its leader election; Java pods count ours there."""
+        """`latch_prefix`: the prefix of ModelMesh's leader election. Java pods expect an entry of each pod there."""
         self.table = Table(store, prefix, InstanceRecord)
         self.own_id = own_id
         self._own = LeasedKey(store, prefix + own_id, ttl_s=ttl_s)
@@ -16,7 +16,7 @@ class Instances:
         self._is_latched = False
 
     async def publish(self, record: InstanceRecord) -> None:
-        """Tell the others. Raises StoreError; it is then told as soon as the store is back, and again after a lost lease."""
+        """Write this pod's record. Raises StoreError; the record is then written when the store is back. It is written again after a lost lease."""
         await self._own.set(encode_record(record))
         if not self._is_latched:
             await self._latch.set(b"")
@@ -30,9 +30,9 @@ class Instances:
         return self.table.get(instance_id)
 
     def live(self) -> list[tuple[str, InstanceRecord]]:
-        """Pods that take work, by id; one that is shutting down no longer counts."""
+        """Return the pods that accept work, with their ids. Pods that are shutting down are left out."""
         return [(instance_id, record) for instance_id, record in self.table.items() if not record.shutting_down]
 
     def is_leader(self) -> bool:
-        """Whether this pod does the housekeeping: the one that has been there longest does."""
+        """Return whether this pod does the housekeeping, which is the task of the pod whose record is the oldest."""
         return self.table.oldest() == self.own_id

@@ -1,4 +1,4 @@
-"""The registered models: ModelMesh's `registry` table and the rules of registering and unregistering."""
+"""Provides the registered models: ModelMesh's `registry` table and the rules of registering and unregistering."""
 
 import msgspec
 
@@ -16,7 +16,7 @@ LAST_USED_IF_NOT_MS = 6 * HOUR_MS
 
 
 class Models:
-    """`table` is open to whoever keeps placement in the records."""
+    """`table` is public because placement writes its part of the records through it."""
 
     def __init__(self, store: Store, prefix: str) -> None:
         self.table = Table(store, prefix, ModelRecord)
@@ -28,7 +28,7 @@ class Models:
         return await self.table.find(model_id)
 
     async def register(self, model_id: str, info: ModelInfo, *, last_used_ms: int, touch: bool = True) -> ModelRecord:
-        """Idempotent. Raises AlreadyExists on other attributes, InvalidRequest on what can't be registered at all."""
+        """Register a model; idempotent. Raises AlreadyExists if it is registered with other attributes, InvalidRequest if it cannot be registered."""
         check_registrable(model_id, info)
 
         def change(old: ModelRecord | None) -> ModelRecord:
@@ -36,7 +36,7 @@ class Models:
                 return new_model(info, last_used_ms=last_used_ms)
             if old.info != info:
                 raise AlreadyExists("Model already exists with different attribute values")
-            # a little newer is not worth a write that every pod hears of
+            # Every pod receives each write, so a small difference is not written.
             if touch and last_used_ms > old.last_used_ms + HOUR_MS:
                 return msgspec.structs.replace(old, last_used_ms=last_used_ms)
             return old
@@ -46,18 +46,18 @@ class Models:
         return record
 
     async def unregister(self, model_id: str) -> None:
-        """Idempotent. Raises PreconditionFailed while a vmodel points at it."""
+        """Remove a registration; idempotent. Raises PreconditionFailed while a vmodel points at the model."""
 
         def change(old: ModelRecord | None) -> None:
             if old is not None and old.refs > 0:
                 raise PreconditionFailed(f"Model {model_id} has referents")
 
-        # what the cache doesn't have yet must go as well, so ask the store first
+        # Read the store first: the cache may not have the record yet.
         await self.table.read(model_id)
         await self.table.update(model_id, change)
 
     async def touch(self, model_id: str, last_used_ms: int) -> None:
-        """Move a model up in the LRU order; never down, and an unknown one not at all."""
+        """Record a later time of last use. An earlier time and an unknown model change nothing."""
 
         def change(old: ModelRecord | None) -> ModelRecord | None:
             if old is None or old.last_used_ms >= last_used_ms:
@@ -68,7 +68,7 @@ class Models:
 
 
 def new_model(info: ModelInfo, *, last_used_ms: int, auto_delete: bool = False) -> ModelRecord:
-    """`last_used_ms`: where it enters the order of last use; nobody has used it yet."""
+    """Return the record of a model that was not used yet. `last_used_ms` is its place in the order of last use."""
     return ModelRecord(
         type=info.type,
         key=info.key,
@@ -88,7 +88,7 @@ def check_registrable(model_id: str, info: ModelInfo) -> None:
 
 
 def entry_time_ms(asked_ms: int, now_ms: int, *, load_now: bool) -> int:
-    """Where a model enters the LRU order: a model that nobody has used yet must not displace one in use."""
+    """Return the time of last use with which a model is registered: an unused model must not displace one in use."""
     if asked_ms <= 0:
         return now_ms - (LAST_USED_IF_LOADED_NOW_MS if load_now else LAST_USED_IF_NOT_MS)
     return min(asked_ms, now_ms)

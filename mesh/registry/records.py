@@ -1,8 +1,8 @@
-"""The records of the registry: ModelMesh's JSON, property for property, so that its controller and a person with etcdctl can read them.
+"""Defines the registry's records: ModelMesh's JSON, property for property, readable by its controller and with etcdctl.
 
-Defaults are omitted; properties that this version doesn't know are kept as they came, so that a newer pod's or
-another implementation's fields survive our rewrite. Times are epoch milliseconds. What ModelMesh has no word for is
-an extra property, marked below.
+Defaults are omitted. Unknown properties are kept unchanged, so that the fields of newer pods and of other
+implementations survive a rewrite. Times are epoch milliseconds. Properties that ModelMesh does not have are marked
+below.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ CAPACITY_UNIT_BYTES = 8192
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """`unknown`: properties of the JSON object that have no field here, each with its JSON text."""
+    """`unknown`: the properties of the JSON object that have no field here, each with its JSON text."""
 
     unknown: tuple[tuple[str, bytes], ...] = ()
 
@@ -31,28 +31,30 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     """A registered model. Attributes are immutable; placement, references and last use change.
 
-    An instance is in at most one of `instance_ids` (loading or loaded; since when the load began) and `failed_in`.
+    A pod is in at most one of `instance_ids` (loading or loaded, with the time at which the load began) and `failed_in`.
     """
 
-    type: str = "NLCLASSIFIER"  # ModelMesh's default, which it doesn't write
+    type: str = "NLCLASSIFIER"  # ModelMesh's default, which it does not write
     key: str = field(default="", name="encKey")
     path: str = field(default="", name="mPath")
     instance_ids: Mapping[str, int] = field(default_factory=dict, name="instanceIds")
     failed_in: Mapping[str, int] = field(default_factory=dict, name="failedIn")
     failures: Mapping[str, Failure] = field(default_factory=dict, name="fails")
-    refs: int = 0  # vmodels that have it as active or target
+    refs: int = 0  # number of vmodels whose active or target model this is
     auto_delete: bool = field(default=False, name="autoDel")
     last_used_ms: int = field(default=0, name="lu")
     entered_ms: int = field(
         default=0, name="enteredMs"
-    )  # ours: where it entered the order of last use; `lu` is that until it is used
-    weight_bytes: int = field(default=0, name="weightBytes")  # ours: as its last load found them; 0 = never loaded
+    )  # not in ModelMesh: `lu` at registration, which it equals until the first use
+    weight_bytes: int = field(
+        default=0, name="weightBytes"
+    )  # not in ModelMesh: measured by the last load; 0 = never loaded
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
 
     @property
     def is_used(self) -> bool:
-        """Whether anybody has used it since it was registered."""
+        """Return whether the model was used since its registration."""
         return self.last_used_ms > self.entered_ms
 
     @property
@@ -61,7 +63,7 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
-    """A stable name. It is moving while active and target differ; `failed`: the target could not be loaded, the move is parked."""
+    """A stable name. It is moving while active and target differ. `failed`: the target could not be loaded, so the move is parked."""
 
     owner: str = field(default="", name="o")
     active_id: str = field(default="", name="amid")
@@ -75,14 +77,14 @@ class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
-    """A pod. Its key is leased: when the pod is gone, so is the record."""
+    """A pod. Its key is leased, so the record disappears with the pod."""
 
     start_time_ms: int = field(default=0, name="startTime")
     version: int = field(default=0, name="vers")
     location: str = field(default="", name="loc")
     zone: str = ""
     labels: tuple[str, ...] = ()
-    lru_time_ms: int = field(default=0, name="lruTime")  # LRU_EMPTY_MS while it holds no model
+    lru_time_ms: int = field(default=0, name="lruTime")  # LRU_EMPTY_MS while the pod holds no model
     count: int = 0  # models
     capacity_units: int = field(default=0, name="cap")  # of CAPACITY_UNIT_BYTES
     used_units: int = field(default=0, name="used")
@@ -91,7 +93,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     requests_per_min: int = field(default=0, name="rpm")
     shutting_down: bool = field(default=False, name="shutdown")
     actionable: bool = False
-    # ours from here on
+    # ModelMesh does not have the fields from here on.
     grpc_address: str = field(default="", name="grpcAddress")
     http_address: str = field(default="", name="httpAddress")
     device_budget_bytes: int = field(default=0, name="deviceBudgetBytes")
@@ -110,7 +112,7 @@ R = TypeVar("R", bound=Record)
 OWN_FIELD = "unknown"
 
 
-# Numbers and flags that ModelMesh's Java objects always write; its readers take a missing one for the default as well.
+# Numbers and flags that ModelMesh's Java objects always write. Its readers accept their absence.
 _ALWAYS_WRITTEN: Mapping[type[Record], Mapping[str, bytes]] = {
     InstanceRecord: {
         **dict.fromkeys(("startTime", "vers", "lruTime", "count", "cap", "used", "lThreads", "lInProg", "rpm"), b"0"),
@@ -130,7 +132,7 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(kind: type[R], data: bytes) -> R:
-    """Raises msgspec.MsgspecError if it isn't a JSON object or a known property has another type. A null is as good as absent."""
+    """Decode a record. A null property counts as absent. Raises msgspec.MsgspecError for other JSON than an object, or a property of another type."""
     properties = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     names = {*kind.__struct_encode_fields__} - {OWN_FIELD}
     known = {name: raw for name, raw in properties.items() if name in names and bytes(raw).strip() != b"null"}

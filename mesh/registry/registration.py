@@ -1,7 +1,7 @@
-"""Names that people register, the settings of a registration, and the model ids behind them.
+"""Makes the model ids behind registered names, and checks names and settings.
 
-A name is a vmodel that points at `NAME__<hash of source and settings>`, as ModelMesh's controller does it: the same name with other
-files or settings is another model id, loaded beside the old one and switched to when it is ready.
+A name is a vmodel that points at `NAME__<hash of source and settings>`, as in ModelMesh's controller. The same name with other files or
+settings is another model id, which is loaded beside the old one. The name moves to it when it is loaded.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _CONCRETE = re.compile(rf"__[0-9a-f]{{{HASH_DIGITS}}}$")
 
 
 def model_info(name: str, uri: str, settings: Mapping[str, Any], *, model_type: str = DEFAULT_TYPE) -> ModelInfo:
-    """Return the path and the model key of a registration. Equal settings give an equal key, in whatever order they come.
+    """Return the path and the model key of a registration. The key does not depend on the order of the settings.
 
     Raises InvalidRequest for settings with which no load could succeed.
     """
@@ -105,6 +105,6 @@ def check_name(name: str) -> None:
         raise InvalidRequest(f"name {name!r} may not contain {bad!r}")
     if name.startswith("*"):
         raise InvalidRequest(f"name {name!r} may not begin with '*'")
-    # clients and proxies shorten such paths on their way
+    # Clients and proxies shorten such paths.
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise InvalidRequest(f"name {name!r} may not begin or end with '/', nor have a part that is empty, '.' or '..'")

@@ -1,7 +1,4 @@
-"""The registry as a whole: the three tables of one mesh, and names on top of them.
-
-Loads nothing.
-"""
+"""Provides the registry of one mesh: its three tables, and registered names on top of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ NAMES_IN_A_MESSAGE = 10
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """What a name stands for now. `target_id` differs from `model_id` while it moves; `move_failed`: the target could not be loaded."""
+    """The model behind a name now. `target_id` differs from `model_id` while the name moves. `move_failed`: the target could not be loaded."""
 
     name: str
     model_id: str
@@ -32,7 +29,7 @@ class NamedModel:
 
 
 class Registry:
-    """Names and what stands behind them, as all pods see it. The store is opened and closed by whoever made it."""
+    """Names and the models behind them, as all pods see them. The caller opens and closes the store."""
 
     def __init__(
         self,
@@ -56,7 +53,7 @@ class Registry:
         self.vmodels.table.listen(self._changed)
 
     async def start(self, timeout_s: float = 20.0) -> None:
-        """Returns when all tables are filled. Raises StoreError."""
+        """Fill all tables. Raises StoreError."""
         try:
             for table in (self.models.table, self.vmodels.table, self.instances.table):
                 await table.start(timeout_s)
@@ -65,25 +62,25 @@ class Registry:
             raise
 
     async def close(self) -> None:
-        """Withdraws this pod's record, then stops following."""
+        """Withdraw this pod's record and stop watching."""
         await self.instances.withdraw()
         for table in (self.models.table, self.vmodels.table, self.instances.table):
             await table.close()
 
     def resolve(self, name: str) -> str:
-        """The concrete model id behind a name, a vmodel before a model. Raises NotFound."""
+        """Return the concrete model id behind a name; a vmodel wins over a model. Raises NotFound."""
         vmodel = self.vmodels.get(name)
         if vmodel is not None and (vmodel.active_id in self.models.table or vmodel.target_id not in self.models.table):
             return vmodel.active_id
         if vmodel is not None:
-            # the active one was deleted under a cache that lags: its successor is what the name means
+            # The cache lags: the active model is deleted already, and the target has replaced it.
             return vmodel.target_id
         if name in self.models.table:
             return name
         raise self._unknown(name)
 
     async def resolve_known(self, name: str, *, virtual: bool) -> str:
-        """As resolve, or resolve_vmodel; a name that the cache doesn't have may just have been registered elsewhere."""
+        """Like resolve or resolve_vmodel. Reads the store for a name that the cache does not have: another pod may have just registered it."""
         try:
             return self.resolve_vmodel(name) if virtual else self.resolve(name)
         except NotFound:
@@ -92,7 +89,7 @@ class Registry:
             return await self.resolve_fresh(name)
 
     async def resolve_fresh(self, name: str) -> str:
-        """As resolve, asking the store: another pod may just have registered or moved it."""
+        """Like resolve, but reads the store: another pod may have just registered or moved the name."""
         vmodel = (await self.vmodels.table.read(name)).record
         if vmodel is not None:
             await self.models.find(vmodel.active_id)
@@ -102,7 +99,7 @@ class Registry:
         raise self._unknown(name)
 
     async def successor(self, name: str, gone_id: str) -> str | None:
-        """What a name stands for now that the model it was resolved to is gone; None if nothing took its place. Raises StoreError."""
+        """Return the model that replaced `gone_id`, to which the name was resolved; None if there is no other model. Raises StoreError."""
         try:
             model_id = self.resolve(name)
             if model_id == gone_id:
@@ -112,23 +109,23 @@ class Registry:
         return model_id if model_id != gone_id else None
 
     def resolve_vmodel(self, vmodel_id: str) -> str:
-        """As resolve, of a vmodel alone. Raises NotFound with ModelMesh's text."""
+        """Like resolve, for vmodels only. Raises NotFound with ModelMesh's text."""
         if self.vmodels.get(vmodel_id) is None:
             raise NotFound("vmodel not found")
         return self.resolve(vmodel_id)
 
     def names(self) -> list[str]:
-        """What people may ask for: vmodels, and models that aren't merely what a vmodel made."""
+        """Return the names that clients may use: vmodels, and models that were not registered through a vmodel only."""
         return [named.name for named in self.named()]
 
     def named(self) -> tuple[NamedModel, ...]:
-        """Sorted by name. Made anew only after a change: thousands of names are listed with every event that a front end is told."""
+        """Return all names, sorted. The list is cached until a change, because each event of `/models/sse` needs it."""
         if self._named is None:
             self._named = self._list_named()
         return self._named
 
     def find_named(self, name: str) -> NamedModel | None:
-        """One of `named`, without the others."""
+        """Return one entry of `named` without building the list."""
         vmodel = self.vmodels.get(name)
         if vmodel is None:
             record = self.models.get(name)
@@ -165,17 +162,17 @@ class Registry:
         return tuple(sorted(found, key=lambda named: named.name))
 
     def name_of(self, model_id: str) -> str:
-        """The name under which people know a concrete model; its own id if nothing points at it."""
+        """Return the name that a concrete model was registered under; its own id if there is none."""
         owners = [
             name for name, vmodel in self.vmodels.table.items() if model_id in (vmodel.active_id, vmodel.target_id)
         ]
         return next((name for name in owners if belongs_to(model_id, name)), model_id)
 
     async def register_name(self, name: str, info: ModelInfo, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
-        """Make `name` stand for these files and settings; returns the target's concrete id.
+        """Register files and settings under `name`, and return the concrete id.
 
-        The same again changes nothing. Something else: the name moves to it, and goes on answering with what it had until that is loaded.
-        Raises AlreadyExists if the name is a model id of its own, InvalidRequest, StoreError.
+        Equal files and settings change nothing. For other ones the name moves to a new model; the old model answers until the new one is loaded.
+        Raises AlreadyExists if the name is itself a model id, InvalidRequest, StoreError.
         """
         check_name(name)
         plain = await self.models.find(name)
@@ -191,7 +188,7 @@ class Registry:
         return target_id
 
     async def set_alias(self, alias: str, target: str, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
-        """Point another name at what `target` stands for now; returns that concrete id. Raises NotFound, AlreadyExists, InvalidRequest."""
+        """Point another name at the model behind `target`, and return its concrete id. Raises NotFound, AlreadyExists, InvalidRequest."""
         check_name(alias)
         if await self.models.find(alias) is not None:
             raise AlreadyExists(f"{alias} is a registered model; an alias must have a name of its own")
@@ -203,7 +200,7 @@ class Registry:
         return model_id
 
     async def remove_alias(self, alias: str) -> None:
-        """Forget another name; what it points at stays. Raises NotFound, also for a name that was registered itself; StoreError."""
+        """Remove an alias; its model stays. Raises NotFound, also for a name that is registered itself; StoreError."""
         own = await self.vmodels.find(alias)
         if own is None or belongs_to(own.target_id, alias):
             what = (
@@ -213,7 +210,7 @@ class Registry:
         await self.vmodels.delete(alias)
 
     async def remove_name(self, name: str) -> None:
-        """Forget a name, and its files' registration unless another name needs it. Raises NotFound, PreconditionFailed, StoreError."""
+        """Remove a name, and its model unless another name points at it. Raises NotFound, PreconditionFailed, StoreError."""
         if await self.vmodels.find(name) is not None:
             await self.vmodels.delete(name)
         elif await self.models.find(name) is not None:

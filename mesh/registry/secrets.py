@@ -1,7 +1,4 @@
-"""What may not be registered: secrets. The registry is readable by every pod and by whoever may read the store.
-
-Pure.
-"""
+"""Refuses registrations that contain secrets, because every pod and every reader of the store can read the registry. Pure."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +18,7 @@ _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def refuse_secrets(name: str, info: ModelInfo) -> None:
-    """Raises InvalidRequest naming the first parameter of the model key or the path that looks like a secret."""
+    """Raise InvalidRequest, which names the first parameter of the model key or the path that looks like a secret."""
     try:
         entries = list(_entries_in_key(info.key))
     except RecursionError:
@@ -29,19 +26,19 @@ def refuse_secrets(name: str, info: ModelInfo) -> None:
     for field, value in entries:
         if looks_secret(field) or (field.startswith("storage_params.") and _secret_in_uri(value)):
             raise InvalidRequest(
-                f"model {name}: the model key's {field!r} looks like a secret, and the registry is no place for one; "
+                f"model {name}: the model key's {field!r} looks like a secret, and the registry is readable by every pod; "
                 "put it into a storage configuration file of the runtime and name that with storage_key"
             )
     found = _secret_in_uri(info.path)
     if found:
         raise InvalidRequest(
-            f"model {name}: the path carries a secret ({found}), and the registry is no place for one; "
+            f"model {name}: the path contains a secret ({found}), and the registry is readable by every pod; "
             "put it into a storage configuration file of the runtime and name that with storage_key"
         )
 
 
 def looks_secret(name: str) -> bool:
-    """By its last part: `secretAccessKey`, `hf_token`, `headers.Authorization` are; `access_key_id`, `token_uri`, `max_tokens` are not."""
+    """Judge a name by its last part: True for `secretAccessKey`, `hf_token`, `headers.Authorization`; False for `access_key_id`, `max_tokens`."""
     last = re.split(r"[./]", name)[-1]
     plain = _WORD_START.sub("_", last).replace("-", "_").lower()
     return bool(_SECRET.search(plain)) and not _NOT_SECRET.match(plain)
@@ -51,13 +48,13 @@ def _entries_in_key(key: str) -> Iterator[tuple[str, str]]:
     try:
         content = msgspec.json.decode(key) if key else None
     except msgspec.MsgspecError:
-        # not ModelMesh's JSON: opaque to the mesh, and to be refused by the runtime
+        # A key that is not JSON is opaque to the mesh. The runtime checks it.
         return
     yield from _entries(content, "")
 
 
 def _entries(value: object, prefix: str) -> Iterator[tuple[str, str]]:
-    """Names with where they stand, and texts; also of an object that is written as a text, as ModelMesh's parameters must be."""
+    """Yield each text with its dotted path, also from objects that are encoded as a text, as ModelMesh's parameters are."""
     if isinstance(value, dict):
         for name, inner in value.items():
             path = f"{prefix}{name}"

@@ -1,7 +1,7 @@
-"""One kind of record under one prefix of the store: watched, cached, and changed by compare-and-set.
+"""Provides one kind of record under one prefix of the store: watched, cached, and changed by compare-and-set.
 
-Reads come from the cache, which the watch feeds and own writes enter at once; a table goes on answering while the
-store is away. Listeners hear of every change exactly once, whoever made it.
+Reads come from the cache, which the watch fills and own writes enter at once, so reads work while the store is
+unreachable. Listeners are called once for each change, of this pod or another one.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ from mesh.store.protocol import (
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[str, R | None, R | None], None]
-"""Called with id, old record, new record; None: absent."""
+"""Called with the id, the old record and the new record. None stands for an absent record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Versioned(Generic[R]):
-    """A record as it was read, or None if there was none; a change is conditional on it."""
+    """A record at the revision at which it was read, None if it was absent. Changes are conditional on that revision."""
 
     record: R | None
     create_revision: int = ABSENT
@@ -50,14 +50,14 @@ class Table(Generic[R]):
         self._prefix = prefix
         self._kind = kind
         self._cache: dict[str, Versioned[R]] = {}
-        self._absent_at: dict[str, int] = {}  # known to be absent at a revision that the watch hasn't reached yet
+        self._absent_at: dict[str, int] = {}  # deleted at a revision that the watch has not reached yet
         self._watched_revision = ABSENT  # the revision that the watch has reached
         self._listeners: list[Listener[R]] = []
         self._listed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, timeout_s: float = 20.0) -> None:
-        """Returns when the first listing is in. Raises StoreError if that takes longer."""
+        """Start watching and return after the first listing. Raises StoreError after `timeout_s`."""
         self._task = asyncio.create_task(self._follow(), name=f"watch {self._prefix}")
         try:
             async with asyncio.timeout(timeout_s):
@@ -78,11 +78,11 @@ class Table(Generic[R]):
         return known.record if known else None
 
     def items(self) -> list[tuple[str, R]]:
-        """As of now, sorted by id."""
+        """Return the cached records with their ids, sorted by id."""
         return sorted((record_id, known.record) for record_id, known in self._cache.items() if known.record is not None)
 
     def oldest(self) -> str | None:
-        """The id that was created first of those that exist; what pods agree on without asking each other."""
+        """Return the id of the record that was created first. All pods come to the same result."""
         return min(self._cache, key=lambda record_id: self._cache[record_id].create_revision, default=None)
 
     def __len__(self) -> int:
@@ -95,11 +95,11 @@ class Table(Generic[R]):
         return iter(sorted(self._cache))
 
     async def find(self, record_id: str) -> R | None:
-        """From the cache; what isn't in it is looked up in the store (it may just have been written by another pod)."""
+        """Return a record from the cache, else from the store: another pod may have just written it. Raises StoreError."""
         return self.get(record_id) or (await self.read(record_id)).record
 
     async def read(self, record_id: str) -> Versioned[R]:
-        """From the store itself. Raises StoreError, also for a record that can't be decoded."""
+        """Read a record from the store. Raises StoreError, also for a record that cannot be decoded."""
         entry = await self._store.get(self._prefix + record_id)
         if entry is None:
             return Versioned(None)
@@ -108,17 +108,17 @@ class Table(Generic[R]):
         return found
 
     async def read_after_lost_answer(self, record_id: str) -> Versioned[R]:
-        """As read, after a write whose answer was lost. Raises StoreUncertain if the store doesn't answer now either."""
+        """Like read, after a write whose answer was lost. Raises StoreUncertain if the store does not answer."""
         try:
             return await self.read(record_id)
         except StoreError as error:
             raise StoreUncertain(error.message) from None
 
     async def update(self, record_id: str, change: Callable[[R | None], R | None]) -> R | None:
-        """Change one record, or create or delete it, on top of whatever others write meanwhile; returns what is then there.
+        """Change, create or delete one record, and return the new one. Concurrent changes by other pods are kept.
 
-        `change` may be called several times, also on top of its own result if the store's answer was lost: applied twice it must be as good
-        as once. The record it was given, returned unchanged, means that nothing is to be written.
+        `change` may be called several times, and on its own result if the store's answer was lost, so it must be idempotent. Returning the
+        given record unchanged writes nothing.
         """
         known = self._cache.get(record_id) or await self.read(record_id)
         answer_lost = False
@@ -141,7 +141,7 @@ class Table(Generic[R]):
             known = self.absorb_conflict(record_id, result.current[0], result.revision)
 
     def stage(self, record_id: str, known: Versioned[R], new: R | None) -> tuple[Write, Compare]:
-        """The write and its condition, for a transaction over several tables; afterwards call `absorb_write` or `absorb_conflict`."""
+        """Return the write and its condition for a transaction over several tables. Call `absorb_write` or `absorb_conflict` afterwards."""
         key = self._prefix + record_id
         return Delete(key) if new is None else Put(key, encode_record(new)), self.expect(record_id, known)
 
@@ -163,12 +163,12 @@ class Table(Generic[R]):
         return found
 
     def listen(self, listener: Listener[R]) -> Callable[[], None]:
-        """Returns what ends it."""
+        """Add a listener, and return the function that removes it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
     async def until(self, record_id: str, holds: Callable[[R | None], bool]) -> R | None:
-        """Wait until the record, as this table knows it, is as wanted."""
+        """Wait until `holds` is true for the cached record, and return that record."""
         if holds(self.get(record_id)):
             return self.get(record_id)
         done: asyncio.Future[R | None] = asyncio.get_running_loop().create_future()
@@ -200,7 +200,7 @@ class Table(Generic[R]):
     def _relist(self, listing: Listing, went_back: bool) -> None:
         listed = {entry.key.removeprefix(self._prefix) for entry in listing.entries}
         if went_back:
-            # revisions can't be compared with what was known: forget it all, but tell listeners only of real differences
+            # Revisions cannot be compared with the known ones, so drop those. Listeners are called for real differences only.
             self._absent_at.clear()
             self._cache = {record_id: Versioned(known.record) for record_id, known in self._cache.items()}
         for record_id in [record_id for record_id in self._cache if record_id not in listed]:
@@ -215,12 +215,12 @@ class Table(Generic[R]):
             self._absent_at = {record_id: at for record_id, at in self._absent_at.items() if at > revision}
 
     def _absorb_ahead_of_watch(self, record_id: str, found: Versioned[R]) -> None:
-        """What a call has told before the watch did. If the watch is past it, it knows better: the record may be gone again by now."""
+        """Cache the result of a call that is newer than the watch. If the watch is past that revision, its own state is newer."""
         if found.mod_revision > self._watched_revision:
             self._absorb(record_id, found)
 
     def _absorb_absence(self, record_id: str, revision: int) -> None:
-        """Events on their way may still tell of the record as it was before."""
+        """Drop a record that a call found absent. Events that are still to come may contain its earlier versions."""
         if revision > self._watched_revision:
             self._absent_at[record_id] = revision
         self._drop(record_id, revision)
@@ -229,7 +229,7 @@ class Table(Generic[R]):
         try:
             self._absorb(entry.key.removeprefix(self._prefix), self._decode(entry))
         except StoreError as error:
-            logger.warning("%s; it is ignored", error)
+            logger.warning("%s; the record is ignored", error)
 
     def _absorb(self, record_id: str, new: Versioned[R]) -> None:
         old = self._cache.get(record_id)

@@ -1,6 +1,6 @@
-"""Vmodels on the move: sees to it that a new target is loaded, then switches; parks a move whose target can't be loaded, and tries again.
+"""Moves vmodels: loads the new target, then switches to it. A move whose target cannot be loaded is parked and tried again.
 
-One pod does this for all (`is_leader`); two at once do no harm, since every step is a compare-and-set.
+The leader does this for the mesh. Two leaders do no harm, because every step is a compare-and-set.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Transitions:
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="vmodel-transitions")
 
     async def close(self) -> None:
-        """Moves that are under way are left as they are; the next leader goes on with them."""
+        """Stop. Moves in progress are left to the next leader."""
         for stop in self._stops:
             stop()
         tasks = [*self._moving.values(), *([self._sweeper] if self._sweeper else [])]
@@ -59,7 +59,7 @@ class Transitions:
                 await task
 
     def sweep(self) -> None:
-        """Try every move again, the parked ones included."""
+        """Try every move again, including the parked ones."""
         for vmodel_id, vmodel in self._registry.vmodels.table.items():
             self._begin(vmodel_id, vmodel)
 
@@ -73,12 +73,12 @@ class Transitions:
             self._begin(vmodel_id, vmodel)
 
     def _model_changed(self, model_id: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
-        """A parked move is worth another attempt when its target's failure has expired, or it was loaded all the same."""
+        """Retry parked moves when a failure of their target has expired or their target was loaded."""
         if old is None or new is None:
             return
-        forgiven = len(new.failed_in) < len(old.failed_in)
+        has_expired = len(new.failed_in) < len(old.failed_in)
         placed = bool(new.instance_ids.keys() - old.instance_ids.keys())
-        if forgiven or placed:
+        if has_expired or placed:
             for vmodel_id, vmodel in self._registry.vmodels.table.items():
                 if vmodel.target_id == model_id and vmodel.failed:
                     self._begin(vmodel_id, vmodel)
@@ -98,17 +98,17 @@ class Transitions:
                 logger.info("vmodel %s moved from %s to %s", vmodel_id, vmodel.active_id, target_id)
             else:
                 parked = await self._registry.vmodels.park(vmodel_id, target_id=target_id)
-                # one that has been moved elsewhere meanwhile is another move's business
+                # A vmodel that was moved elsewhere in the meantime belongs to another move.
                 if parked is not None and parked.target_id == target_id:
                     logger.warning(
                         "vmodel %s stays at %s: %s could not be loaded", vmodel_id, vmodel.active_id, target_id
                     )
         except MeshError as error:
-            # most likely the store: the next sweep tries again
-            logger.warning("vmodel %s: the move to %s is put off: %s", vmodel_id, target_id, error)
+            # Most likely the store is unreachable. The next sweep tries again.
+            logger.warning("vmodel %s: the move to %s is postponed: %s", vmodel_id, target_id, error)
 
     async def _target_is_ready(self, vmodel: VModelRecord) -> bool:
-        """A name that nobody had loaded needs no load to be moved."""
+        """Load the target if the active model is loaded. Return whether the vmodel may switch."""
         active = await self._registry.models.find(vmodel.active_id)
         if active is None or not active.instance_ids:
             return True
@@ -121,6 +121,6 @@ class Transitions:
                     if status.status is not ModelStatus.LOADING_FAILED or self._states.blocked_for_s(vmodel.target_id):
                         break  # otherwise another pod may still be able to load it
         except (MeshError, TimeoutError) as error:
-            logger.info("%s can't be loaded: %s", vmodel.target_id, error or "it took too long")
+            logger.info("model %s cannot be loaded: %s", vmodel.target_id, error or "it took too long")
             return False
         return status.status is ModelStatus.LOADED

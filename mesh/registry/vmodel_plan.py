@@ -1,7 +1,7 @@
-"""What setting, moving and deleting a vmodel does to the records: ModelMesh's decisions, as pure functions.
+"""Plans how setting, moving and deleting a vmodel changes the records, as ModelMesh does. Pure.
 
-A model's `refs` counts the vmodels that have it as active or target; one that is to be deleted automatically goes
-with its last reference. Every plan keeps that true.
+A model's `refs` counts the vmodels whose active or target model it is. A model with `auto_delete` is deleted with its
+last reference. Every plan keeps this invariant.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from mesh.types import ModelInfo
 
 @dataclass(frozen=True, slots=True)
 class VModelRequest:
-    """setVModel's request. `info` None: the target must exist. `expected_target_id` and `owner` empty: whatever they are."""
+    """setVModel's request. `info` None: the target must exist. Empty `expected_target_id` and `owner` are not checked."""
 
     vmodel_id: str
     target_id: str
@@ -31,7 +31,7 @@ class VModelRequest:
 
 @dataclass(frozen=True, slots=True)
 class VModelView:
-    """The records that a plan is made from; `models` holds those of active, target and new target, None for one that doesn't exist."""
+    """The records that a plan depends on. `models` holds the active, target and new target model, None for an absent one."""
 
     vmodel: VModelRecord | None
     models: Mapping[str, ModelRecord | None]
@@ -39,7 +39,7 @@ class VModelView:
 
 @dataclass(frozen=True, slots=True)
 class VModelPlan:
-    """The records as they shall be (None: deleted); `models` holds only those that change. Equal to the view: nothing to do."""
+    """The records to write, None for a deleted one. `models` holds only those that change."""
 
     vmodel: VModelRecord | None
     models: Mapping[str, ModelRecord | None] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class VModelPlan:
 def plan_set(
     request: VModelRequest, view: VModelView, *, target_is_loaded: bool, now_ms: int, default_owner: str
 ) -> VModelPlan:
-    """Raises InvalidRequest, NotFound, AlreadyExists, PreconditionFailed, with ModelMesh's texts."""
+    """Plan a setVModel. Raises InvalidRequest, NotFound, AlreadyExists, PreconditionFailed, with ModelMesh's texts."""
     vmodel = view.vmodel
     _check(request, view)
     target = view.models.get(request.target_id)
@@ -65,7 +65,7 @@ def plan_set(
         )
         return _plan(view, new, request.target_id, created)
     if request.target_id == vmodel.target_id and not (vmodel.is_moving and request.force):
-        # KServe's controller sets a vmodel again on every event of it: a set that changes nothing must write nothing.
+        # KServe's controller sets a vmodel again on each of its events, so a set that changes nothing must write nothing.
         return _plan(view, vmodel, request.target_id, created)
     active = view.models.get(vmodel.active_id)
     copies = len(active.instance_ids) if active else 0
@@ -74,7 +74,7 @@ def plan_set(
         vmodel, active_id=request.target_id if switch else vmodel.active_id, target_id=request.target_id, failed=False
     )
     if active is not None:
-        # the successor takes the predecessor's place in the LRU order
+        # The successor takes the predecessor's place in the LRU order.
         successor = created or target
         assert successor is not None
         last_used_ms = max(active.last_used_ms, 0 if created else successor.last_used_ms)
@@ -89,7 +89,7 @@ def plan_set(
 
 
 def plan_finish(view: VModelView, *, target_id: str) -> VModelPlan:
-    """The target is loaded: it becomes the active one, unless the vmodel has meanwhile been moved elsewhere."""
+    """Plan the switch to a loaded target. Changes nothing if the vmodel has been moved elsewhere."""
     vmodel = view.vmodel
     if vmodel is None or vmodel.target_id != target_id or not vmodel.is_moving:
         return VModelPlan(vmodel)
@@ -97,7 +97,7 @@ def plan_finish(view: VModelView, *, target_id: str) -> VModelPlan:
 
 
 def plan_park(view: VModelView, *, target_id: str) -> VModelPlan:
-    """The target could not be loaded: the active one goes on answering."""
+    """Plan the parking of a move whose target could not be loaded. The active model stays."""
     vmodel = view.vmodel
     if vmodel is None or vmodel.target_id != target_id or not vmodel.is_moving:
         return VModelPlan(vmodel)
@@ -105,7 +105,7 @@ def plan_park(view: VModelView, *, target_id: str) -> VModelPlan:
 
 
 def plan_delete(view: VModelView, *, owner: str) -> VModelPlan:
-    """An absent vmodel, or another owner's: nothing."""
+    """Plan a deletion. Changes nothing for an absent vmodel or another owner's."""
     if view.vmodel is None or (owner and owner != view.vmodel.owner):
         return VModelPlan(view.vmodel)
     return _plan(view, None)
@@ -138,12 +138,12 @@ def _check(request: VModelRequest, view: VModelView) -> None:
 def _plan(
     view: VModelView, new: VModelRecord | None, target_id: str = "", target: ModelRecord | None = None
 ) -> VModelPlan:
-    """The new vmodel record and what it does to the models it refers to or no longer does. `target` replaces the viewed record."""
+    """Return the plan with the reference counts of all models adjusted. `target` replaces the viewed record of `target_id`."""
     before, after = _model_ids(view.vmodel), _model_ids(new)
     viewed = dict(view.models)
     if target is not None:
         viewed[target_id] = target
-    # a record that was missing where it was referred to, and is now made again, has its reference back
+    # A referenced model whose record was missing and is created now gets its reference again.
     planned = {
         model_id: _with_refs(viewed.get(model_id), +1)
         for model_id in after

@@ -1,6 +1,6 @@
-"""The vmodels: ModelMesh's `vmodels` table, and its transactions over vmodels and models together.
+"""Provides the vmodels: ModelMesh's `vmodels` table, and the transactions over vmodels and models.
 
-Knows how to read, write and retry; what is to be written is decided in vmodel_plan.py. Loads nothing.
+vmodel_plan.py decides what is written; this module reads, writes and retries.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,7 +35,7 @@ class VModels:
         return await self.table.find(vmodel_id)
 
     async def set(self, request: VModelRequest, *, now_ms: int, is_loaded: Callable[[str], bool]) -> VModelRecord:
-        """Create or move. Raises as moves.plan_set, and StoreError."""
+        """Create or move a vmodel. Raises like plan_set, and StoreError."""
         if request.info is not None and request.target_id:
             check_registrable(request.target_id, request.info)
 
@@ -53,21 +53,21 @@ class VModels:
         return record
 
     async def finish(self, vmodel_id: str, *, target_id: str) -> VModelRecord | None:
-        """The move to this target is done."""
+        """Make the target the active model."""
         return await self._transact(vmodel_id, lambda view: plan_finish(view, target_id=target_id))
 
     async def park(self, vmodel_id: str, *, target_id: str) -> VModelRecord | None:
-        """The move to this target failed for now."""
+        """Mark the move to this target as failed."""
         return await self._transact(vmodel_id, lambda view: plan_park(view, target_id=target_id))
 
     async def delete(self, vmodel_id: str, *, owner: str = "") -> None:
-        """Idempotent."""
+        """Delete a vmodel; idempotent."""
         await self._transact(vmodel_id, lambda view: plan_delete(view, owner=owner))
 
     async def _transact(
         self, vmodel_id: str, plan: Callable[[VModelView], VModelPlan], involved: Iterable[str] = ()
     ) -> VModelRecord | None:
-        """Read what the plan may touch, plan, and write it all at once, on condition that nothing read has changed; until it succeeds."""
+        """Read the involved records, plan, and write in one transaction that fails if a record has changed. Repeat until it succeeds."""
         vmodel = await self.table.read(vmodel_id)
         models: dict[str, Versioned[ModelRecord]] = {}
         answer_lost = False
@@ -81,7 +81,7 @@ class VModels:
             try:
                 result = await self._store.txn(compares, writes)
             except StoreUncertain:
-                # planned again on top of what is there now: every plan that has been carried out is empty the second time
+                # Plan again from the current records. A plan that was carried out is empty the second time.
                 if answer_lost:
                     raise
                 answer_lost = True

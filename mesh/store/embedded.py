@@ -1,10 +1,8 @@
-"""The store of a single node: one SQLite file in a directory, all of it also in memory.
+"""Provides the store of a single node: one SQLite file in a directory, with all entries in memory as well.
 
-SQLite rather than a log of our own: its write-ahead log already has the checksums, the fsync on commit, the atomic
-transaction over several keys and the recovery after kill -9 that a log would have to be taught, and it is in the
-standard library. Reads never touch the disk; a write returns when it is on it. Leases live as long as the process, so
-what is leased never reaches the file. A file that is in order is opened without a write: a full disk keeps nobody
-from it.
+SQLite's write-ahead log brings checksums, fsync on commit, atomic transactions over several keys and recovery after
+kill -9. Reads never touch the disk; a write returns after its fsync. Leases end with the process, so leased entries are
+not written to the file. A sound file is opened without a write, so it can be opened on a full disk.
 """
 
 import asyncio
@@ -50,7 +48,7 @@ Result = TypeVar("Result")
 
 
 class EmbeddedStore:
-    """Implements mesh.store.protocol.Store. One process at a time: a second one is refused at open."""
+    """Implements mesh.store.protocol.Store. `open` refuses a second process."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / FILE_NAME
@@ -108,7 +106,7 @@ class EmbeddedStore:
 
     async def revoke(self, lease: Lease) -> None:
         if self._leases.pop(lease.id, None) is not None:
-            # which keys are its own is read when the write's turn has come
+            # The lease's keys are determined when the write is executed.
             await self._write(
                 lambda: ([], [Delete(entry.key) for entry in self._entries.values() if entry.lease_id == lease.id])
             )
@@ -132,7 +130,7 @@ class EmbeddedStore:
             self._watches.discard(queue)
 
     async def _write(self, plan: Callable[[], tuple[Sequence[Compare], Sequence[Write]]]) -> tuple[TxnResult, int]:
-        """A caller that is cancelled must not leave memory behind the file: the write goes on without it."""
+        """Execute a write to its end, even if the caller is cancelled: memory and file must not differ."""
         return await asyncio.shield(asyncio.ensure_future(self._write_in_turn(plan)))
 
     async def _write_in_turn(
@@ -170,7 +168,7 @@ class EmbeddedStore:
         return events
 
     def _is_durable(self, event: EntryPut | EntryDeleted) -> bool:
-        """Whether the file has to change for it."""
+        """Return whether the event changes the file."""
         old = self._entries.get(_key_of(event))
         return (old is not None and not old.lease_id) or (isinstance(event, EntryPut) and not event.entry.lease_id)
 
@@ -195,7 +193,7 @@ class EmbeddedStore:
 
     def _open_database(self) -> tuple[dict[str, Entry], int]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # in autocommit mode the transactions are those that this code begins
+        # In autocommit mode, the sqlite3 module starts no transactions of its own.
         database = sqlite3.connect(self._path, isolation_level=None, timeout=0.0)
         try:
             database.execute("PRAGMA locking_mode=EXCLUSIVE")

@@ -1,7 +1,4 @@
-"""The store on etcd: the Store protocol in etcd's words.
-
-Values are opaque; keys are UTF-8 text.
-"""
+"""Provides the store on etcd. Values are opaque bytes; keys are UTF-8 text."""
 
 from collections.abc import AsyncGenerator, Sequence
 

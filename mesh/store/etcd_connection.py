@@ -1,7 +1,7 @@
-"""The connection to an etcd cluster: endpoints, TLS, user and token, and when a call may be repeated.
+"""Connects to an etcd cluster: endpoints, TLS, authentication, and the repetition of calls.
 
-A call goes out only on a channel that is connected, so that a failure before that is known to have changed nothing; a
-write whose answer was lost is reported as StoreUncertain, never repeated (etcd has no request ids).
+A call is sent only on a connected channel, so that a failure before that is known to have changed nothing. A write
+whose answer was lost raises StoreUncertain and is not repeated, because etcd has no request ids.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[Answer]):
-    """`repeatable`: doing it twice is as good as once, so a lost answer is no reason to give up."""
+    """`repeatable`: the method is idempotent, so a call whose answer was lost is repeated."""
 
     path: str
     parse: Callable[[bytes], Answer]
@@ -48,18 +48,18 @@ class Stream(Generic[Answer]):
 AUTHENTICATE = Method("/etcdserverpb.Auth/Authenticate", pb.AuthenticateResponse.FromString, repeatable=True)
 
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
-    # gRPC's own back-off goes up to two minutes: far too slow for a store that was just restarted
+    # gRPC's default back-off of up to two minutes is too slow for a store that restarts.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # a peer that vanished without a FIN is noticed; etcd refuses pings more often than every 5 s
+    # Notice a peer that vanished without a FIN. etcd refuses pings more often than every 5 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # what gRPC waits for by; it is a minute otherwise
+    ("grpc.http2.ping_timeout_ms", 5_000),  # gRPC's own timeout of a ping's answer, a minute by default
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
-    # a registry of 100,000 models is one listing
+    # A registry of 100,000 models is one listing.
     ("grpc.max_receive_message_length", -1),
 )
 
@@ -68,7 +68,7 @@ RETRY_PAUSE_S = 0.05
 
 
 class EtcdConnection:
-    """One channel an endpoint; one of them is in use at a time, the next is taken when it fails."""
+    """Keeps one channel per endpoint. One of them is in use; after a failure the next one is."""
 
     def __init__(self, location: EtcdLocation, *, connect_timeout_s: float, call_timeout_s: float) -> None:
         self._location = location
@@ -90,14 +90,14 @@ class EtcdConnection:
 
     async def close(self) -> None:
         self.closed = True
-        # not every version of gRPC ends the streams of a channel that is closed
+        # Not every version of gRPC ends the streams of a closed channel.
         for stream in tuple(self._streams):
             stream.cancel()
         for channel in self._channels:
             await channel.close(None)
 
     async def call(self, method: Method[Answer], request: Message) -> Answer:
-        """Raises StoreError (nothing happened, or only reads were asked) or StoreUncertain."""
+        """Call a unary method. Raises StoreError if nothing was changed, StoreUncertain if a write may have been applied."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._call_timeout_s
         refreshed = False
@@ -133,18 +133,18 @@ class EtcdConnection:
             await asyncio.sleep(RETRY_PAUSE_S)
 
     async def stream(self, method: Method[Answer]) -> Stream[Answer]:
-        """A two-way stream on a connected channel, to be used through `read` and `write`."""
+        """Open a bidirectional stream on a connected channel, for use with `read` and `write`."""
         deadline = asyncio.get_running_loop().time() + self._call_timeout_s
         channel = await self._ready(deadline, self._call_timeout_s)
         opener = channel.stream_stream(method.path, request_serializer=_serialize, response_deserializer=method.parse)
-        # a member cut off from its leader must say so instead of keeping silent for ever
+        # With this header, a member without a leader ends the stream instead of sending nothing.
         call: grpc.aio.StreamStreamCall[Any, Answer] = opener(metadata=(*self._metadata(), ("hasleader", "true")))
         self._streams.add(call)
         call.add_done_callback(self._streams.discard)
         return Stream(call, self._current)
 
     async def read(self, stream: Stream[Answer]) -> Answer:
-        """The next message. Raises StoreError if there is none."""
+        """Return the next message. Raises StoreError at the end of the stream."""
         with self._stream_errors(stream):
             answer = await stream.call.read()
         if answer is grpc.aio.EOF:
@@ -158,17 +158,17 @@ class EtcdConnection:
             await stream.call.write(message)
 
     def abandon(self, stream: Stream[Answer]) -> None:
-        """Its endpoint keeps silent."""
+        """Cancel a stream whose endpoint does not answer, and use another endpoint."""
         self._switch_endpoint(stream.endpoint)
         stream.cancel()
 
     async def reauthenticate(self) -> None:
-        """Get a new token if there is a user at all."""
+        """Get a new token if a user is configured."""
         if self._location.user:
             await self._authenticate(self._token)
 
     def _switch_endpoint(self, endpoint: int) -> None:
-        """It has failed: the next one is taken, unless others have already moved on from it."""
+        """Use the next endpoint instead of this failed one, unless another call has done so already."""
         if endpoint == self._current:
             self._current = (endpoint + 1) % len(self._channels)
 
@@ -182,7 +182,7 @@ class EtcdConnection:
 
     @contextmanager
     def _stream_errors(self, stream: Stream[Answer]) -> Iterator[None]:
-        """gRPC tells of an ended stream in three ways, depending on who noticed first."""
+        """Turn the three errors with which gRPC reports an ended stream into StoreError."""
         try:
             with self._closing_as_store_error():
                 yield
@@ -194,13 +194,13 @@ class EtcdConnection:
 
     @contextmanager
     def _closing_as_store_error(self) -> Iterator[None]:
-        """Closing a channel or cancelling a stream makes gRPC raise CancelledError in tasks that nobody cancelled."""
+        """Turn the CancelledError of a closed channel or cancelled stream into StoreError, unless the task itself was cancelled."""
         try:
             yield
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and not task.cancelling():
-                raise StoreError("store: closed" if self.closed else "store: the stream was given up") from None
+                raise StoreError("store: closed" if self.closed else "store: the stream was cancelled") from None
             raise
 
     async def _ready(self, deadline: float, budget_s: float) -> grpc.aio.Channel:
@@ -226,7 +226,7 @@ class EtcdConnection:
                 await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _authenticate(self, stale: str) -> None:
-        """One login however many calls found the token stale."""
+        """Replace the stale token, once for all calls that found it stale."""
         async with self._authenticating:
             if self._token != stale:
                 return

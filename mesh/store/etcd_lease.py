@@ -1,6 +1,6 @@
-"""Keeping leases alive: one stream for all of them.
+"""Keeps leases alive on one stream.
 
-A lease is lost when etcd says so, or when its time has passed without an answer.
+A lease is lost when etcd reports its end, or when its time has passed without an answer.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ RECONNECT_PAUSE_S = 0.2
 @dataclass(slots=True)
 class _LeaseState:
     lease: Lease
-    expires_at_s: float  # on the loop's clock, counted from before the request left: never later than etcd's own
+    expires_at_s: float  # on the loop's clock, from before the request was sent: never later than etcd's expiry
 
 
 class LeaseKeeper:
@@ -39,7 +39,7 @@ class LeaseKeeper:
     async def grant(self, ttl_s: float) -> Lease:
         sent_at_s = asyncio.get_running_loop().time()
         answer = await self._connection.call(GRANT, pb.LeaseGrantRequest(TTL=max(1, round(ttl_s))))
-        # etcd may grant more than was asked for (its minimum is about two seconds)
+        # etcd may grant more than the requested time (its minimum is about two seconds).
         lease = Lease(id=answer.ID, ttl_s=float(answer.TTL))
         self._leases[lease.id] = _LeaseState(lease, sent_at_s + lease.ttl_s)
         if self._task is None:
@@ -70,19 +70,19 @@ class LeaseKeeper:
             except (StoreError, TimeoutError) as error:
                 logger.debug("lease stream broken: %s", error)
             except Exception:
-                # a keeper that ends would cost the pod its place in the mesh
-                logger.exception("lease stream broken in an unknown way")
+                # Without the keeper this pod would lose its place in the mesh.
+                logger.exception("unexpected error of the lease stream")
             self._drop_expired()
             await asyncio.sleep(RECONNECT_PAUSE_S)
 
     async def _keep_alive(self) -> None:
-        """One stream, until it breaks."""
+        """Renew all leases on one stream until it breaks."""
         stream = await self._connection.stream(KEEP_ALIVE)
         try:
             while True:
                 self._wake.clear()
                 await self._round(stream)
-                # not wait_for: before Python 3.12 that may swallow a cancellation
+                # asyncio.wait_for may swallow a cancellation before Python 3.12.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._interval_s()):
                         await self._wake.wait()
@@ -90,7 +90,7 @@ class LeaseKeeper:
             stream.cancel()
 
     async def _round(self, stream: Stream[pb.LeaseKeepAliveResponse]) -> None:
-        """Renew every lease once. etcd answers one for one, in order."""
+        """Renew every lease once. etcd answers each request in order."""
         loop = asyncio.get_running_loop()
         sent_at_s = loop.time()
         asked = list(self._leases)

@@ -1,8 +1,8 @@
-"""Following a prefix of etcd for as long as the mesh lives: over broken streams, restarts, compaction and restored backups.
+"""Watches a prefix of etcd through broken streams, restarts, compaction and restored backups.
 
-The position is the last event's mod_revision + 1 and nothing else: while etcd catches a watch up, the revision in the
-headers of its answers runs ahead of the events, that of progress answers in some versions too, and going on from
-there would lose some.
+The position is always the mod_revision of the last event + 1. While etcd catches a watch up, the revision in the headers
+of its answers is ahead of the events, and in some versions that of progress answers too. Resuming from there would
+lose events.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ ListPrefix = Callable[[str], Awaitable[Listing]]
 
 
 class _HistoryLost(Exception):
-    """Events after the position can't be had. `went_back`: the store is older than what was seen of it."""
+    """The events after the position are not available. `went_back`: the revisions of the store are lower than those seen before."""
 
     def __init__(self, *, went_back: bool) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _HistoryLost(Exception):
 
 
 class PrefixWatch:
-    """One watch. `next_revision` None: begin with a listing."""
+    """Watches one prefix. `next_revision` None begins with a listing."""
 
     def __init__(
         self, connection: EtcdConnection, list_prefix: ListPrefix, prefix: str, next_revision: int | None
@@ -51,6 +51,7 @@ class PrefixWatch:
         self._heard_at_s = 0.0
 
     async def events(self) -> AsyncGenerator[WatchEvent, None]:
+        """Yield events until the connection is closed."""
         while True:
             try:
                 if self._next is None:
@@ -77,7 +78,7 @@ class PrefixWatch:
     async def _one_stream(self, start_revision: int) -> AsyncGenerator[WatchEvent, None]:
         stream = await self._connection.stream(WATCH)
         key, end = prefix_range(self._prefix)
-        asking = asyncio.create_task(self._request_progress(stream), name=f"watch of {self._prefix}: still there?")
+        asking = asyncio.create_task(self._request_progress(stream), name=f"watch of {self._prefix}: progress")
         try:
             create = pb.WatchCreateRequest(key=key, range_end=end, start_revision=start_revision, progress_notify=True)
             await self._connection.write(stream, pb.WatchRequest(create_request=create))
@@ -87,7 +88,7 @@ class PrefixWatch:
                 if answer.compact_revision:
                     raise _HistoryLost(went_back=False)
                 if answer.canceled:
-                    # an expired token looks like a missing permission to some versions
+                    # Some versions report an expired token as a missing permission.
                     await self._connection.reauthenticate()
                     raise StoreError(f"store: etcd refused to watch {self._prefix}: {answer.cancel_reason}")
                 if answer.created:
@@ -103,7 +104,7 @@ class PrefixWatch:
             stream.cancel()
 
     async def _request_progress(self, stream: Stream[pb.WatchResponse]) -> None:
-        """A member that hangs keeps its connections and says nothing; gRPC's own pings are too rare to notice."""
+        """Request progress regularly and abandon a silent stream. A member that hangs keeps its connections, and gRPC pings too rarely."""
         loop = asyncio.get_running_loop()
         self._heard_at_s = loop.time()
         with suppress(StoreError):
@@ -113,11 +114,11 @@ class PrefixWatch:
         self._connection.abandon(stream)
 
     async def _check_same_store(self, header: pb.ResponseHeader, start_revision: int) -> None:
-        """A store restored from a backup would keep silent until it reached our position again."""
+        """Raise _HistoryLost if the store was replaced or restored: it would send nothing until it reached this position again."""
         known, self._cluster_id = self._cluster_id, header.cluster_id
         if known not in (None, header.cluster_id):
             raise _HistoryLost(went_back=True)
-        # a member that lags behind its leader also shows an old revision: only a linearizable read decides
+        # A member that lags behind its leader shows an old revision, too. Only a linearizable read decides.
         if (
             header.revision < start_revision - 1
             and (await self._list_prefix(self._prefix)).revision < start_revision - 1
@@ -126,7 +127,7 @@ class PrefixWatch:
 
 
 def prefix_range(prefix: str) -> tuple[bytes, bytes]:
-    """etcd's [key, range_end) for all keys that begin with `prefix`; no UTF-8 byte is 0xff, so the last one can always be raised."""
+    """Return etcd's [key, range_end) for all keys with this prefix. UTF-8 has no byte 0xff, so the last byte can be incremented."""
     key = encode_key(prefix)
     return (key, key[:-1] + bytes([key[-1] + 1])) if key else (b"\0", b"\0")
 

@@ -1,4 +1,4 @@
-"""From a location to a store: the one place that knows both implementations."""
+"""Creates the store for a location."""
 
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
@@ -7,7 +7,7 @@ from mesh.store.protocol import Store
 
 
 def store_at(location: StoreLocation) -> Store:
-    """Not yet opened."""
+    """Return the store, which is not open yet."""
     if isinstance(location, EmbeddedLocation):
         return EmbeddedStore(location.directory)
     return EtcdStore(location)

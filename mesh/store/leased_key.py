@@ -1,4 +1,4 @@
-"""A key that exists for as long as this process lives: put under a lease, and put again if the lease is lost."""
+"""Provides a key that exists as long as this process: it is put under a lease, and again if the lease is lost."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ RETRY_PAUSE_S = 1.0
 
 
 class LeasedKey:
-    """`set` publishes; `remove` withdraws at once. After a lost lease the last value is published again by itself."""
+    """One leased key. After a lost lease, the last value is put again without a call of `set`."""
 
     def __init__(self, store: Store, key: str, *, ttl_s: float) -> None:
         self._store = store
@@ -26,14 +26,14 @@ class LeasedKey:
         self._guard: asyncio.Task[None] | None = None
 
     async def set(self, value: bytes) -> int:
-        """Returns the revision. Raises StoreError; the value is then published as soon as the store is back."""
+        """Put the value and return its revision. Raises StoreError; the value is then put when the store is back."""
         self._value = value
         if self._guard is None:
             self._guard = asyncio.create_task(self._keep(), name=f"leased {self._key}")
         return await self._publish()
 
     async def remove(self) -> None:
-        """If the store can't be reached, the key vanishes when its time to live is over."""
+        """Delete the key. If the store is unreachable, the key disappears when its lease expires."""
         if self._guard is not None:
             self._guard.cancel()
             with suppress(asyncio.CancelledError):
@@ -63,6 +63,6 @@ class LeasedKey:
                 continue
             try:
                 await self._publish()
-                logger.info("%s published again", self._key)
+                logger.info("key %s was put again", self._key)
             except StoreError as error:
-                logger.debug("%s can't be published: %s", self._key, error)
+                logger.debug("key %s cannot be put: %s", self._key, error)

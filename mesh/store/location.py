@@ -1,7 +1,4 @@
-"""Where the store is: a URL or ModelMesh's KV_STORE value, parsed.
-
-Pure but for the JSON file (and the PEM files that it names) which a KV_STORE of the form `etcd:/path.json` points at.
-"""
+"""Parses the location of the store: a URL or ModelMesh's KV_STORE value, which may name a JSON file."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +26,7 @@ class EtcdLocation:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedLocation:
-    """One node: a directory of this machine. No root prefix: nobody shares it."""
+    """A directory of this machine. It is not shared, so its root prefix is empty."""
 
     directory: Path
     root_prefix: str = ""
@@ -55,11 +52,11 @@ class _KvStoreFile(msgspec.Struct, frozen=True):
 
 
 def parse_store(text: str) -> StoreLocation:
-    """One of
+    """Parse one of
     `etcd://[USER:PASSWORD@]HOST:PORT[,HOST2:PORT]/PREFIX[?ca=FILE&cert=FILE&key=FILE&authority=NAME]`, `etcds://…` (TLS),
     `etcd:HOST:PORT,…` and `etcd:/FILE.json` (ModelMesh's KV_STORE), `embedded:DIRECTORY` or a plain directory.
 
-    Raises InvalidRequest, naming the part that is wrong; never the password.
+    Raises InvalidRequest, which names the invalid part and never the password.
     """
     if text.startswith(("etcd://", "etcds://")):
         return _from_url(text)
@@ -112,7 +109,7 @@ def _from_file(path: Path) -> EtcdLocation:
     def pem(inline: str, file: str, name: str) -> bytes | None:
         if inline:
             return inline.encode()
-        # relative names are relative to the JSON file: both come from one mounted secret
+        # File names are relative to the JSON file, because both come from one mounted secret.
         return _read(path.parent / file, name) if file else None
 
     endpoints, https = _endpoints(config.endpoints)
@@ -131,7 +128,7 @@ def _from_file(path: Path) -> EtcdLocation:
 
 
 def _endpoints(text: str) -> tuple[tuple[str, ...], bool]:
-    """HOST:PORT of a comma list whose members may carry http:// or https://, and whether one said https."""
+    """Return the HOST:PORT of each member of a comma list, and whether one of them begins with https://."""
     found: list[str] = []
     https = False
     for item in filter(None, (part.strip() for part in text.split(","))):

@@ -1,10 +1,9 @@
-"""The one store that the mesh writes to, as a Protocol: etcd's model (revisions, compare-and-set, leases, watches) with values as bytes.
+"""Defines the store of the mesh as a Protocol: etcd's model (revisions, compare-and-set, leases, watches) with values as bytes.
 
 Both implementations pass the same contract tests.
 
-Revisions: one counter for the whole store; every transaction that writes takes the next number, and all its writes
-carry it. Failures: `StoreError` means that nothing was changed, `StoreUncertain` that the write may or may not have
-happened.
+The store has one revision counter. Each transaction that writes takes the next number for all its writes. `StoreError`
+means that nothing was changed, `StoreUncertain` that a write may have been applied.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 ABSENT = 0
-"""The modification revision of a key that does not exist; comparing with it means "only if absent"."""
+"""The modification revision of an absent key. A comparison with it means "only if absent"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All entries under a prefix, sorted by key, as they were at `revision`."""
+    """All entries under a prefix at `revision`, sorted by key."""
 
     entries: tuple[Entry, ...]
     revision: int
@@ -35,7 +34,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Holds if each revision given equals the key's; an absent key's revisions are 0."""
+    """Holds if each given revision equals that of the key. The revisions of an absent key are 0."""
 
     key: str
     mod_revision: int | None = None
@@ -51,7 +50,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Deleting an absent key is no error and writes nothing."""
+    """Deletes a key. Without the key, nothing is written."""
 
     key: str
 
@@ -61,7 +60,7 @@ Write = Put | Delete
 
 @dataclass(frozen=True, slots=True)
 class TxnResult:
-    """`revision`: the store's after the transaction. `current`: on failure, the compared keys in order as they are (None: absent)."""
+    """`revision`: of the store after the transaction. `current`: after a failure, the compared entries in order, None if absent."""
 
     succeeded: bool
     revision: int
@@ -81,10 +80,10 @@ class EntryDeleted:
 
 @dataclass(frozen=True, slots=True)
 class Relisted:
-    """Everything under the prefix is now exactly this; what isn't in it is gone.
+    """The complete content under the prefix. Keys that are not in it do not exist.
 
-    Comes first if a watch was begun without a revision, and whenever events were lost for good (compaction, a store restored from
-    a backup). `went_back`: the store's revisions are lower than those seen before, so what was known counts for nothing.
+    It is the first event of a watch without a revision, and it replaces events that are not available (after a compaction, or a restore
+    from a backup). `went_back`: the revisions of the store are lower than those seen before, so earlier revisions are void.
     """
 
     listing: Listing
@@ -96,7 +95,7 @@ WatchEvent = EntryPut | EntryDeleted | Relisted
 
 @dataclass(eq=False)
 class Lease:
-    """A time-to-live that the store keeps renewing by itself until it is revoked, the store is closed or `lost` is set."""
+    """A time to live that the store renews until the lease is revoked, the store is closed, or `lost` is set."""
 
     id: int
     ttl_s: float
@@ -108,29 +107,30 @@ class Store(Protocol):
         """Connect, or read what is on disk. Raises StoreError if that does not work within the store's connect timeout."""
 
     async def close(self) -> None:
-        """Leases stop being renewed, watches end. Idempotent."""
+        """End all watches and stop renewing leases; idempotent."""
 
     async def get(self, key: str) -> Entry | None: ...
 
     async def get_prefix(self, prefix: str) -> Listing: ...
 
     async def put(self, key: str, value: bytes, *, lease: Lease | None = None) -> int:
-        """Returns the revision; once it returned, the value is durable."""
+        """Put a value and return its revision. The value is durable when this returns."""
 
     async def delete(self, key: str) -> bool:
-        """Returns whether the key existed."""
+        """Delete a key, and return whether it existed."""
 
     async def txn(self, compares: Sequence[Compare], writes: Sequence[Write]) -> TxnResult:
-        """All writes if every compare holds, else none. No key may be written twice."""
+        """Apply all writes if every compare holds, else none. No key may be written twice."""
 
     async def grant(self, ttl_s: float) -> Lease:
-        """A new lease, renewed until revoked. Keys put under it vanish when it ends."""
+        """Return a new lease, which is renewed until it is revoked. Its keys disappear when it ends."""
 
     async def revoke(self, lease: Lease) -> None:
-        """End it and delete its keys, now. An unknown or ended lease: nothing happens."""
+        """End a lease and delete its keys. Does nothing for an unknown or ended lease."""
 
     def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
-        """Events from `from_revision` on, in order, each once; without it a `Relisted` first, then what follows it.
+        """Yield the events from `from_revision` on, in order and each once; without it, first a `Relisted`, then the events that follow it.
 
-        Survives reconnects and restarts of the store; ends only when closed. Events of one revision are never torn apart by a reconnect.
+        The watch survives reconnects and restarts of the store, and ends when the store is closed. A reconnect never splits the events of one
+        revision.
         """

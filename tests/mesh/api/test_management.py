@@ -253,7 +253,7 @@ def test_does_not_look_secret(name: str) -> None:
     ["https://user:pw@host/m", "https://host/m?sig=abc", "https://host/m?X-Amz-Signature=abc", "s3://h/m?token=x"],
 )
 def test_secrets_in_a_path_are_refused(path: str) -> None:
-    with pytest.raises(InvalidRequest, match="the path carries a secret"):
+    with pytest.raises(InvalidRequest, match="the path contains a secret"):
         refuse_secrets("m", ModelInfo("llm", path))
 
 

@@ -178,7 +178,7 @@ STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (b"\x00\x00\x12\x04gRPC\r\n\r\n", "speaks no HTTP"),
+        (b"\x00\x00\x12\x04gRPC\r\n\r\n", "does not speak HTTP"),
         (STREAM + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(EVENT), EVENT), "broke off"),
         (STREAM + b"\r\n" + EVENT, "broke off"),
     ],
