@@ -24,13 +24,14 @@ from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
 from mesh.api.grpc_server import GrpcServer
 from mesh.api.health import HealthRoutes
+from mesh.api.http_gateway import HttpGateway
 from mesh.api.http_server import HttpServer
 from mesh.api.inference import InferenceGateway
 from mesh.api.management import ManagementService
 from mesh.api.model_view import ModelViews
 from mesh.api.models_routes import ModelsRoutes
 from mesh.api.oip_server import OipServer
-from mesh.api.openai_gateway import OpenAiGateway
+from mesh.api.openai_routes import OpenAiRoutes
 from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.runtime import GrpcRuntime
@@ -218,22 +219,23 @@ class Pod:
             max_message_bytes=config.grpc_max_message_bytes,
         )
         views = ModelViews(self.registry, self.states, self._last_used_ms)
+        gateway = HttpGateway(
+            self.registry,
+            self.states,
+            self._router,
+            self._connections,
+            self._metrics,
+            own_id=self.instance_id,
+            max_body_bytes=config.http_max_body_bytes,
+            keep_alive_s=config.keep_alive_s,
+        )
         self.http = HttpServer(
             config.http_listen,
-            OpenAiGateway(
-                self.registry,
-                self.states,
-                self._router,
-                self._connections,
-                self._metrics,
-                own_id=self.instance_id,
-                max_body_bytes=config.http_max_body_bytes,
-                keep_alive_s=config.keep_alive_s,
-            ),
             (
                 HealthRoutes(self._connections, config.runtime_http, self.is_ready, self._figures),
                 ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
                 AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
+                OpenAiRoutes(gateway),
             ),
             self._metrics,
             keys=config.api_keys,

@@ -8,7 +8,6 @@ from aiohttp.typedefs import Handler, Middleware
 
 from mesh.api.grpc_server import key_is_known
 from mesh.api.http_errors import errors_as_json, response_of
-from mesh.api.openai_gateway import OpenAiGateway
 from mesh.api.request_log import request_log
 from mesh.errors import NotSupported, Unauthenticated
 from mesh.metrics import Metrics
@@ -29,7 +28,6 @@ class HttpServer:
     def __init__(
         self,
         address: str,
-        gateway: OpenAiGateway,
         routes: Sequence[Routes],
         metrics: Metrics,
         *,
@@ -41,8 +39,6 @@ class HttpServer:
         app = web.Application(middlewares=middlewares)
         for part in routes:
             part.add_to(app.router)
-        for path in ("/v1/{path:.+}", "/tokenize", "/detokenize"):
-            app.router.add_post(path, gateway.post)
         for path in _UNSUPPORTED_PATHS:
             app.router.add_post(path, _refuse_path)
         # A client that disconnects must free its sequence.

@@ -14,7 +14,6 @@ from mesh.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
-INFERENCE_PATH = "/v1/{path}"
 _DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics")
 
 
@@ -22,8 +21,10 @@ _DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics")
 class Record:
     request_id: str
     started_s: float = field(default_factory=time.monotonic)
+    route: str = "unknown"  # the route's path with its variables' names
     model_id: str = ""
     code: str = ""
+    is_inference: bool = False  # forwarded to a copy of a model, and counted in the metrics
     answered: bool = False  # the client has its whole answer, so its disconnecting is not a cancellation
 
     @property
@@ -45,6 +46,8 @@ def request_log(metrics: Metrics) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
         record = Record(given if _REQUEST_ID.match(given) else uuid.uuid4().hex)
+        if (resource := request.match_info.route.resource) is not None:
+            record.route = resource.canonical
         request[_KEY] = record
         try:
             response = await handler(request)
@@ -64,17 +67,15 @@ def request_log(metrics: Metrics) -> Middleware:
 
 def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
     seconds = record.elapsed_s
-    resource = request.match_info.route.resource
-    path = resource.canonical if resource is not None else "unknown"
-    if path == INFERENCE_PATH:
-        metrics.request(record.model_id, "http", record.code, path, seconds)
+    if record.is_inference:
+        metrics.request(record.model_id, "http", record.code, record.route, seconds)
     logger.log(
-        logging.DEBUG if path in _DEBUG_PATHS else logging.INFO,
+        logging.DEBUG if record.route in _DEBUG_PATHS else logging.INFO,
         "request",
         extra={
             "request_id": record.request_id,
             "carrier": "http",
-            "method": f"{request.method} {path}",
+            "method": f"{request.method} {record.route}",
             "model": record.model_id,
             "code": record.code,
             "seconds": round(seconds, 4),

@@ -1,4 +1,4 @@
-"""OpenAI gateway of a pod over a fake runtime: held requests, limits and keys. Model routes are in test_models_routes."""
+"""The HTTP gateway of a pod over a fake runtime: held requests, limits and keys. Model routes are in test_models_routes."""
 
 import asyncio
 import io

@@ -1,13 +1,13 @@
-"""Forwards OpenAI's HTTP API by model name: any POST below /v1 goes to a copy of the model that its body names.
+"""Forwards HTTP requests by model name, for every protocol: a request goes to a copy of its model, which is loaded first if need be.
 
-A streaming request whose model is not loaded gets SSE comments until it is; any other request just waits.
+A request for an event stream whose model is not loaded gets SSE comments until it is; any other request waits.
 """
 
 from aiohttp import web
 
 from common.model_state import CopyState
 from mesh.api.addressing import MODEL_HEADER
-from mesh.api.http_body import InferenceBody, decode, prefix_hash, read_body
+from mesh.api.http_body import prefix_hash, read_body
 from mesh.api.http_errors import body_of, event_of
 from mesh.api.http_forwarder import HttpForwarder, HttpRequest
 from mesh.api.http_relay import end_stream, relay
@@ -24,7 +24,7 @@ from mesh.types import ModelStatuses
 _FIRST_COMMENT_S = 0.2  # an error that is known at once still gets its own status
 
 
-class OpenAiGateway:
+class HttpGateway:
     """`keep_alive_s`: the silence after which a streaming client gets a comment."""
 
     def __init__(
@@ -48,14 +48,23 @@ class OpenAiGateway:
         self._max_body_bytes = max_body_bytes
         self._keep_alive_s = keep_alive_s
 
-    async def post(self, request: web.Request) -> web.StreamResponse:
+    async def read(self, request: web.Request) -> bytes:
+        """Return the request's body. Raises as `read_body`."""
+        return await read_body(request, self._max_body_bytes)
+
+    async def forward(
+        self, request: web.Request, body: bytes, name: str | None, *, wants_events: bool = False
+    ) -> web.StreamResponse:
+        """Answer with the response of a copy of the model `name`, or of the model that a peer's header names.
+
+        `wants_events`: the client expects an event stream. Raises InvalidRequest without a name, NotFound, and as CopyRouter.route.
+        """
         record = Record.of(request)
-        body = await read_body(request, self._max_body_bytes)
-        asked = decode(body, InferenceBody)
+        record.is_inference = True
         from_peer = HOP_HEADER in request.headers
-        record.model_id = request.headers.get(MODEL_HEADER, "") if from_peer else await self._resolve(asked.model)
+        record.model_id = request.headers.get(MODEL_HEADER, "") if from_peer else await self._resolve(name)
         routing = RoutingRequest(
-            "" if from_peer else asked.model or "",
+            "" if from_peer else name or "",
             record.model_id,
             prefix_hash=prefix_hash(body),
             local_only=from_peer,
@@ -65,7 +74,7 @@ class OpenAiGateway:
             self._router.attempts(routing) as attempts,
             HttpForwarder(self._connections, self._own_id, forwarded) as forwarder,
         ):
-            keep_alive = self._keep_alive(request, record, attempts) if asked.stream else None
+            keep_alive = self._keep_alive(request, record, attempts) if wants_events else None
             try:
                 return await self._answer(request, record, attempts, forwarder, keep_alive)
             except MeshError as error:
