@@ -37,7 +37,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return _json_escaped(json.dumps(line, default=str, ensure_ascii=False))
 
 
 class TextFormatter(logging.Formatter):
@@ -50,7 +50,17 @@ class TextFormatter(logging.Formatter):
         extra = "".join(f" {key}={value}" for key, value in _extra(record).items() if value not in ("", None))
         head = f"{_time(record)} {record.levelname.lower():7} {record.name}: "
         text = head + _escaped(f"{record.getMessage()}{extra}")
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        return f"{text}\n{_quoted(self.formatException(record.exc_info))}" if record.exc_info else text
+
+
+def _quoted(text: str) -> str:
+    """Mark each line of a traceback: an exception's text may hold lines that look like log lines."""
+    return "\n".join(f"  | {_escaped(line)}" for line in text.splitlines())
+
+
+def _json_escaped(text: str) -> str:
+    """Escape what JSON leaves as it is and terminals or line readers act on, such as U+009B and U+2028."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _escaped(text: str) -> str:

@@ -12,6 +12,7 @@ from mesh.errors import InvalidRequest, NotSupported
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
+REQUEST_ID_HEADER = "x-request-id"
 PREFIX_HEADER = "repertory-prefix-hash"
 MODEL_HEADER = "mm-model-id"
 VMODEL_HEADER = "mm-vmodel-id"
@@ -147,11 +148,12 @@ def header(metadata: Metadata, key: str) -> str:
 
 
 def onward(metadata: Metadata, model_id: str, *, hop_from: str = "") -> list[tuple[str, str | bytes]]:
-    """Return the metadata for a target: the caller's own headers and the concrete model id.
+    """Return the metadata for a target: the caller's own headers but for the request id, and the concrete model id.
 
     `hop_from`: this pod's id if the target is another pod. The bearer key goes to pods only, never to a runtime.
     """
-    passed = [(key, value) for key, value in _passed(metadata) if hop_from or key != "authorization"]
+    dropped = (REQUEST_ID_HEADER,) if hop_from else (REQUEST_ID_HEADER, "authorization")
+    passed = [(key, value) for key, value in _passed(metadata) if key not in dropped]
     passed.append((f"{MODEL_HEADER}-bin", model_id.encode()))
     if model_id.isascii() and model_id.isprintable():
         passed.append((MODEL_HEADER, model_id))

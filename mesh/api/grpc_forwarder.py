@@ -12,7 +12,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from mesh.api.addressing import Metadata, backward, header, onward
+from mesh.api.addressing import REQUEST_ID_HEADER, Metadata, backward, onward
 from mesh.api.protobuf_field import inject
 from mesh.api.replay_buffer import ReplayBuffer
 from mesh.client.connections import Connections
@@ -21,8 +21,6 @@ from mesh.metrics import Metrics
 from mesh.routing.attempts import Attempt
 from mesh.routing.retry_policy import Failure
 from mesh.types import RuntimeLimits
-
-REQUEST_ID_HEADER = "x-request-id"
 
 _SENDER_S = 0.05  # the sender learns of a failed write this long after the reader at most
 
@@ -110,8 +108,7 @@ class GrpcForwarder:
         """Open the call, and a task that sends the caller's messages unless the only one is known already."""
         target = attempt.target
         metadata = onward(request.metadata, attempt.model_id, hop_from="" if target.local else self._own_id)
-        if not header(metadata, REQUEST_ID_HEADER):
-            metadata.append((REQUEST_ID_HEADER, request.request_id))
+        metadata.append((REQUEST_ID_HEADER, request.request_id))
         channel = self._connections.grpc(target.grpc_address, of_pod=not target.local)
         rewrite = self._rewrite(request.method, attempt)
         if inbound.only is not None:

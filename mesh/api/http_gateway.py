@@ -14,7 +14,7 @@ from mesh.api.http_relay import end_stream, relay
 from mesh.api.request_log import Record
 from mesh.api.sse_keepalive import SseKeepAlive
 from mesh.client.connections import HOP_HEADER, Connections
-from mesh.errors import InvalidRequest, MeshError, NotFound
+from mesh.errors import InvalidRequest, MeshError
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import Attempts, RoutingRequest
@@ -103,10 +103,7 @@ class HttpGateway:
     async def _resolve(self, name: str | None) -> str:
         if not name:
             raise InvalidRequest("model is missing: it names the model to use")
-        try:
-            return self._registry.resolve(name)
-        except NotFound:
-            return await self._registry.resolve_fresh(name)
+        return await self._registry.resolve_known(name, virtual=False)
 
     def _keep_alive(self, request: web.Request, record: Record, attempts: Attempts) -> SseKeepAlive:
         return SseKeepAlive(

@@ -6,10 +6,11 @@ from typing import Protocol
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from common.http_path import is_ambiguous
 from mesh.api.grpc_server import key_is_known
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.request_log import request_log
-from mesh.errors import NotSupported, Unauthenticated
+from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
 from mesh.metrics import Metrics
 
 _OPEN_TO_ALL = ("/health", "/healthz", "/readyz")
@@ -36,6 +37,7 @@ class HttpServer:
     ) -> None:
         self._address = address
         middlewares: list[Middleware] = [request_log(metrics), errors_as_json, *([key_guard(keys)] if keys else [])]
+        middlewares.append(refuse_ambiguous_paths)
         app = web.Application(middlewares=middlewares)
         for part in routes:
             part.add_to(app.router)
@@ -71,6 +73,16 @@ class HttpServer:
     async def stop(self) -> None:
         """Refuse new connections; running responses may end within the grace period."""
         await self._runner.cleanup()
+
+
+@web.middleware
+async def refuse_ambiguous_paths(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer 400 for a path that the runtime could read as another one."""
+    if is_ambiguous(request.raw_path):
+        raise InvalidRequest(
+            "the path has a '.' or '..' segment, a backslash or a control character; send the plain path"
+        )
+    return await handler(request)
 
 
 async def _refuse_path(request: web.Request) -> web.StreamResponse:

@@ -5,15 +5,13 @@ from __future__ import annotations  # grpc's handler types take parameters only 
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import grpc.aio
 
-from mesh.api.addressing import PREFIX_HEADER, REQUIRED_HEADER, Address, Addressing, header
+from mesh.api.addressing import PREFIX_HEADER, REQUEST_ID_HEADER, REQUIRED_HEADER, Address, Addressing, header
 from mesh.api.grpc_forwarder import (
-    REQUEST_ID_HEADER,
     ForwardingContext,
     GrpcForwarder,
     GrpcOutcome,
@@ -22,6 +20,7 @@ from mesh.api.grpc_forwarder import (
 from mesh.api.known_methods import single_message_methods
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
+from mesh.api.request_log import request_id_of
 from mesh.client.connections import HOP_HEADER, Connections
 from mesh.errors import MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
@@ -75,7 +74,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
     async def _serve(self, method: str, message: bytes | None, context: ServerContext) -> None:
         """`message`: the only one of a method that takes one message; None if the caller may send any number."""
         metadata = tuple(context.invocation_metadata() or ())
-        request_id = header(metadata, REQUEST_ID_HEADER) or uuid.uuid4().hex
+        request_id = request_id_of(header(metadata, REQUEST_ID_HEADER))
         request = GrpcRequest(method, metadata, time.monotonic(), request_id)
         inbound = ReplayBuffer(context, 2 * self._max_message_bytes, only=message)
         try:

@@ -10,6 +10,7 @@ from common.clock import epoch_ms
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, Unavailable
 from mesh.registry.models import entry_time_ms
 from mesh.registry.records import VModelRecord
+from mesh.registry.registration import check_id
 from mesh.registry.registry import Registry
 from mesh.registry.vmodel_plan import VModelRequest
 from mesh.types import Loader, ModelInfo, ModelStatus, ModelStatuses, StatusInfo
@@ -18,6 +19,7 @@ from wire.mmesh import model_mesh_pb2_grpc as rpc
 
 MOVE_WAIT_S = 240.0
 GET_STATE_ID = "***GETSTATE***"
+_NO_ID = "must provide non-empty modelId"
 
 Answer = TypeVar("Answer")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -82,7 +84,9 @@ class ManagementService(rpc.ModelMeshServicer):
         return _status(self._states.status(request.modelId))
 
     async def _unregister(self, request: pb.UnregisterModelRequest) -> pb.UnregisterModelResponse:
-        _require_id(request.modelId)
+        # The naming rule does not apply: an id that a ModelMesh pod has registered must be removable.
+        if not request.modelId:
+            raise InvalidRequest(_NO_ID)
         if self._read_only:
             raise MeshError("model-mesh read-only mode")
         await self._registry.models.unregister(request.modelId)
@@ -99,12 +103,16 @@ class ManagementService(rpc.ModelMeshServicer):
         if await self._registry.models.find(request.modelId) is None:
             raise NotFound("model not found")
         now_ms = self._now_ms()
-        last_used_ms = min(request.lastUsedTime, now_ms) or now_ms
+        last_used_ms = min(max(request.lastUsedTime, 0), now_ms) or now_ms
         return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
 
     async def _set_vmodel(self, request: pb.SetVModelRequest) -> pb.VModelStatusInfo:
         if self._read_only:
             raise Unavailable("model-mesh is in read-only mode")
+        if request.vModelId:
+            check_id(request.vModelId, "vmodel id")
+        if request.targetModelId:
+            check_id(request.targetModelId)
         vmodel_request = VModelRequest(
             vmodel_id=request.vModelId,
             target_id=request.targetModelId,
@@ -135,6 +143,8 @@ class ManagementService(rpc.ModelMeshServicer):
         return pb.DeleteVModelResponse()
 
     async def _get_vmodel_status(self, request: pb.GetVModelStatusRequest) -> pb.VModelStatusInfo:
+        if request.vModelId:
+            check_id(request.vModelId, "vmodel id")
         vmodel = await self._registry.vmodels.find(request.vModelId) if request.vModelId else None
         if vmodel is None or (request.owner and request.owner != vmodel.owner):
             return pb.VModelStatusInfo()
@@ -245,7 +255,8 @@ async def _abort(error: MeshError, context: Context) -> NoReturn:
 
 def _require_id(model_id: str) -> None:
     if not model_id:
-        raise InvalidRequest("must provide non-empty modelId")
+        raise InvalidRequest(_NO_ID)
+    check_id(model_id)
 
 
 def _status(info: StatusInfo) -> pb.ModelStatusInfo:

@@ -13,7 +13,7 @@ from mesh.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics")
 
 
@@ -39,13 +39,18 @@ class Record:
 _KEY = web.RequestKey("record", Record)
 
 
+def request_id_of(given: str) -> str:
+    """Return the client's request id, or a new one if it has none that can be logged and forwarded."""
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
 def request_log(metrics: Metrics) -> Middleware:
     """Return a middleware that gives each request an id (a valid one of the client is kept), sends it back, and logs the request's end."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
-        record = Record(given if _REQUEST_ID.match(given) else uuid.uuid4().hex)
+        record = Record(request_id_of(given))
         if (resource := request.match_info.route.resource) is not None:
             record.route = resource.canonical
         request[_KEY] = record

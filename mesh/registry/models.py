@@ -4,7 +4,7 @@ import msgspec
 
 from mesh.errors import AlreadyExists, InvalidRequest, PreconditionFailed
 from mesh.registry.records import ModelRecord
-from mesh.registry.registration import name_in
+from mesh.registry.registration import check_id, name_in
 from mesh.registry.secrets import refuse_secrets
 from mesh.registry.table import Table
 from mesh.store.protocol import Store
@@ -82,6 +82,7 @@ def new_model(info: ModelInfo, *, last_used_ms: int, auto_delete: bool = False) 
 def check_registrable(model_id: str, info: ModelInfo) -> None:
     if not model_id:
         raise InvalidRequest("must provide non-empty modelId")
+    check_id(model_id)
     if not info.type:
         raise InvalidRequest("Must provide non-empty model type string")
     refuse_secrets(name_in(model_id), info)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from common.model_id import InvalidModelId, check_model_id, shown_id
 from common.model_key import InvalidModelKey, parse_model_key, read_model_key
 from mesh.errors import InvalidRequest
 from mesh.types import ModelInfo
@@ -91,16 +92,23 @@ def name_in(model_id: str) -> str:
     return _CONCRETE.sub("", model_id) or model_id
 
 
+def check_id(model_id: str, what: str = "model id") -> None:
+    """Raise InvalidRequest for an id of a model or vmodel that breaks the naming rule."""
+    try:
+        check_model_id(model_id, what)
+    except InvalidModelId as error:
+        raise InvalidRequest(str(error)) from None
+
+
 def check_name(name: str) -> None:
-    """Raise InvalidRequest for a name that headers or URLs would change. Slashes are allowed (`org/model`)."""
-    if not name:
-        raise InvalidRequest("must provide a non-empty name")
+    """Raise InvalidRequest for a name that headers or URLs would change. Slashes are allowed (`org/model`).
+
+    A name of `register` and `alias` is stricter than an id: people type it into URLs and command lines.
+    """
+    check_id(name, "name")
     if len(name) > MAX_NAME_LENGTH:
-        raise InvalidRequest(f"name {name[:40]!r}… is {len(name)} characters long; the limit is {MAX_NAME_LENGTH}")
-    bad = next(
-        (character for character in name if not character.isprintable() or character.isspace() or character in "?#,"),
-        None,
-    )
+        raise InvalidRequest(f"name {shown_id(name)} is {len(name)} characters long; the limit is {MAX_NAME_LENGTH}")
+    bad = next((character for character in name if character.isspace() or character in "?#,"), None)
     if bad is not None:
         raise InvalidRequest(f"name {name!r} may not contain {bad!r}")
     if name.startswith("*"):

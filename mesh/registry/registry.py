@@ -7,7 +7,7 @@ from mesh.errors import AlreadyExists, NotFound
 from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
 from mesh.registry.records import ModelRecord
-from mesh.registry.registration import belongs_to, check_name, concrete_id
+from mesh.registry.registration import belongs_to, check_id, check_name, concrete_id
 from mesh.registry.vmodel_plan import VModelRequest
 from mesh.registry.vmodels import VModels
 from mesh.store.protocol import Store
@@ -80,7 +80,11 @@ class Registry:
         raise self._unknown(name)
 
     async def resolve_known(self, name: str, *, virtual: bool) -> str:
-        """Like resolve or resolve_vmodel. Reads the store for a name that the cache does not have: another pod may have just registered it."""
+        """Resolve a name, or a vmodel alone if `virtual`. Asks the store for a name that may just have been registered elsewhere.
+
+        Raises InvalidRequest for a name that breaks the naming rule, NotFound.
+        """
+        check_id(name)
         try:
             return self.resolve_vmodel(name) if virtual else self.resolve(name)
         except NotFound:
@@ -89,7 +93,8 @@ class Registry:
             return await self.resolve_fresh(name)
 
     async def resolve_fresh(self, name: str) -> str:
-        """Like resolve, but reads the store: another pod may have just registered or moved the name."""
+        """Resolve a name in the store itself: another pod may just have registered or moved it. Raises InvalidRequest, NotFound."""
+        check_id(name)
         vmodel = (await self.vmodels.table.read(name)).record
         if vmodel is not None:
             await self.models.find(vmodel.active_id)

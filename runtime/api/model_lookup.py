@@ -1,5 +1,6 @@
 """Finds the loaded model that a request names: by the mesh's header first, then by the request's own field."""
 
+from common.model_id import InvalidModelId, check_model_id
 from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.interfaces import ModelDirectory, ServedModel
 
@@ -14,6 +15,11 @@ def find_model(
     `lone_takes_all`: without a header, the only loaded model serves any name, like a TGIS with a single model.
     Raises InvalidRequest if neither is given, ModelNotFound listing the loaded models.
     """
+    if header or asked:
+        try:
+            check_model_id(header or asked, "model")
+        except InvalidModelId as error:
+            raise InvalidRequest(str(error), param="model") from None
     if header:
         return directory.get(header)
     loaded = directory.list()

@@ -5,6 +5,7 @@ The comments in proto/mmesh/model_runtime.proto specify the methods.
 
 import grpc.aio
 
+from common.model_id import InvalidModelId, check_model_id
 from common.version import package_version
 from runtime.api.grpc_errors import statuses
 from runtime.config.schema import RuntimeConfig
@@ -135,5 +136,7 @@ def add_spi(server: grpc.aio.Server, api: ModelRuntimeApi) -> str:
 
 
 def _check_id(model_id: str) -> None:
-    if not model_id:
-        raise InvalidRequest("modelId is empty", param="modelId")
+    try:
+        check_model_id(model_id, "modelId")
+    except InvalidModelId as error:
+        raise InvalidRequest(str(error), param="modelId") from None

@@ -44,3 +44,20 @@ def test_json_formatter_is_one_line_with_all_fields() -> None:
     assert (found["message"], found["model"], found["level"]) == ("a\nb left", "ñ", "warning")
     assert found["time"] == "2027-01-15T08:00:00.250Z"
     assert "no room" in found["exception"]
+
+
+def test_json_formatter_escapes_what_terminals_and_line_readers_act_on() -> None:
+    line = JsonFormatter().format(record("a\x9b31m\u2028b\x7f"))
+    assert line.isprintable()
+    assert json.loads(line)["message"] == "a\x9b31m\u2028b\x7f left"
+
+
+def test_text_formatter_marks_the_lines_of_a_traceback() -> None:
+    made = record("m")
+    try:
+        raise OSError("lost\n2027-01-15T08:00:00.250Z error a.b: forged\x1b[2J")
+    except OSError:
+        made.exc_info = sys.exc_info()
+    first, *rest = TextFormatter().format(made).split("\n")
+    assert first.endswith("m left")
+    assert all(line.startswith("  | ") and line.isprintable() for line in rest)

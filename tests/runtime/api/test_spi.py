@@ -147,8 +147,8 @@ async def test_load_model_size_and_unload(runtime: Runtime, stub: ModelRuntimeSt
 
 async def test_load_model_refusal_names_the_field(stub: ModelRuntimeStub) -> None:
     invalid = grpc.StatusCode.INVALID_ARGUMENT
-    assert await refused(stub.loadModel(request(""))) == (invalid, "modelId is empty")
-    assert await refused(stub.unloadModel(spi.UnloadModelRequest())) == (invalid, "modelId is empty")
+    assert await refused(stub.loadModel(request(""))) == (invalid, "modelId is empty: name the model")
+    assert await refused(stub.unloadModel(spi.UnloadModelRequest())) == (invalid, "modelId is empty: name the model")
     code, details = await refused(stub.loadModel(spi.LoadModelRequest(modelId="a", modelPath="/m", modelKey="[1]")))
     assert code is invalid
     assert "JSON object" in details
