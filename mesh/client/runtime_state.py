@@ -1,7 +1,7 @@
 """Watches the local runtime's state: repertory.RuntimeState converted to the mesh's types.
 
-A runtime without that service ("foreign") is ready while its connection stands and it answers health checks. A runtime
-that hangs does not answer in time and counts as gone.
+A runtime whose reflection does not list that service ("foreign") is watched by its connection and its health check alone, because
+a catch-all handler may answer any method with anything. A runtime that answers nothing in time counts as gone.
 """
 
 import asyncio
@@ -12,6 +12,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from common.model_state import CopyState, ModelState, Tier
 from mesh.types import FitAnswer, RuntimeSnapshot
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _Watch = grpc.aio.UnaryStreamCall[pb.WatchRequest, pb.RuntimeSnapshot]
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["RuntimeState"].full_name
+_REFUSALS = 2  # the first may come from a connection that is breaking
 _PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 ANSWER_S = 10.0  # a runtime without an answer by then hangs
 _SILENCE_S = 5.0  # a new call is made after this long without a message
@@ -62,13 +66,17 @@ class RuntimeWatch:
 
     async def snapshots(self) -> AsyncGenerator[RuntimeSnapshot, None]:
         """Yield each snapshot. A broken connection yields an empty one that is not ready, then those after the reconnect."""
-        failures = 0
+        failures, is_known = 0, False
         while True:
+            if not is_known and await self._is_foreign():
+                async for foreign in self._connection():
+                    yield foreign
+                return
             call = self._stub.watch(pb.WatchRequest())
             heard = False
             try:
                 while (message := await self._read(call, self._silence_s if heard else self._answer_s)) is not None:
-                    failures, heard = 0, True
+                    failures, heard, is_known = 0, True, True
                     yield snapshot(message)
             except TimeoutError:
                 call.cancel()
@@ -76,10 +84,7 @@ class RuntimeWatch:
                     continue  # Perhaps nothing changed: a live runtime answers a new call at once.
                 logger.warning("the runtime has not answered for %g s", self._answer_s)
             except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    async for foreign in self._connection():
-                        yield foreign
-                    return
+                is_known = is_known and error.code() is not grpc.StatusCode.UNIMPLEMENTED
                 logger.debug("the runtime's state is not available: %s %s", error.code().name, error.details())
             yield RuntimeSnapshot(self._capacity_bytes)
             await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
@@ -90,6 +95,31 @@ class RuntimeWatch:
         async with asyncio.timeout(timeout_s):
             message = await call.read()
         return message if isinstance(message, pb.RuntimeSnapshot) else None
+
+    async def _is_foreign(self) -> bool:
+        """Ask the runtime for its services. False if it offers repertory.RuntimeState, or if it cannot be reached."""
+        for _ in range(_REFUSALS):
+            try:
+                async with asyncio.timeout(self._answer_s):
+                    return _SERVICE not in await self._services()
+            except TimeoutError:
+                return False
+            except grpc.aio.AioRpcError:
+                if self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+                    return False
+        return True
+
+    async def _services(self) -> set[str]:
+        """Return what its reflection lists; nothing if a catch-all handler answers instead. Raises AioRpcError."""
+        asked = iter((ServerReflectionRequest(list_services=""),))
+        call = ServerReflectionStub(self._channel).ServerReflectionInfo(asked)
+        try:
+            answer = await call.read()
+        finally:
+            call.cancel()
+        if not isinstance(answer, ServerReflectionResponse):
+            return set()
+        return {service.name for service in answer.list_services_response.service}
 
     async def _connection(self) -> AsyncIterator[RuntimeSnapshot]:
         state = self._channel.get_state(try_to_connect=True)

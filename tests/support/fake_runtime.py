@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from aiohttp import web
+from grpc_reflection.v1alpha import reflection
 
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
@@ -21,6 +22,7 @@ from wire.repertory import runtime_pb2 as state_pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
 
 MB = 1_000_000
+STATE_SERVICE = state_pb.DESCRIPTOR.services_by_name["RuntimeState"].full_name
 
 
 @dataclass
@@ -79,6 +81,7 @@ class FakeRuntime:
         add_ModelRuntimeServicer_to_server(_Spi(self), self._server)
         if not self.foreign:
             add_RuntimeStateServicer_to_server(_State(self), self._server)
+            reflection.enable_server_reflection((STATE_SERVICE, reflection.SERVICE_NAME), self._server)
         self._server.add_generic_rpc_handlers((_AnyMethod(self),))
         self._server.add_insecure_port(self.grpc_address)
         await self._server.start()

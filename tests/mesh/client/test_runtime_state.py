@@ -1,13 +1,16 @@
-"""Following a runtime that falls silent: asked again, counted as gone when it answers nothing, and back when it does."""
+"""Following a runtime: one that falls silent, one that returns, and one that answers methods which it does not have."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
+import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthServicer, add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
 
 from mesh.client.runtime_state import RuntimeWatch
 from wire.repertory import runtime_pb2 as pb
@@ -36,6 +39,8 @@ async def serve(tmp_path: Path, moody: Moody, *, foreign: bool) -> tuple[grpc.ai
     server = grpc.aio.server()
     if not foreign:
         add_RuntimeStateServicer_to_server(moody, server)
+        service = pb.DESCRIPTOR.services_by_name["RuntimeState"].full_name
+        reflection.enable_server_reflection((service, reflection.SERVICE_NAME), server)
     add_HealthServicer_to_server(moody, server)
     address = f"unix:{tmp_path}/runtime.sock"
     server.add_insecure_port(address)
@@ -74,4 +79,63 @@ async def test_runtime_state_foreign_runtime_without_answers_is_gone(tmp_path: P
     while not (await anext(snapshots)).ready:
         pass
     await snapshots.aclose()
+    await server.stop(0)
+
+
+class CatchAll(grpc.GenericRpcHandler):
+    """Answers every method, as a runtime does whose framework forwards unknown methods to one handler."""
+
+    def __init__(self, answer: Callable[[Any], Any]) -> None:
+        self._answer = answer
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        async def serve(_: AsyncIterator[bytes], context: Any) -> None:
+            await self._answer(context)
+
+        return grpc.stream_stream_rpc_method_handler(serve)
+
+
+async def echo(context: Any) -> None:
+    while (message := await context.read()) is not grpc.aio.EOF:
+        await context.write(message)
+
+
+async def end_without_an_answer(context: Any) -> None:
+    await context.read()
+
+
+async def answer_garbage(context: Any) -> None:
+    await context.write(b"\xff\xff\xff")
+
+
+def refuse_with(code: grpc.StatusCode) -> Callable[[Any], Any]:
+    async def refuse(context: Any) -> None:
+        await context.abort(code, "as always")
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        echo,
+        end_without_an_answer,
+        answer_garbage,
+        *(refuse_with(code) for code in grpc.StatusCode if code is not grpc.StatusCode.OK),
+    ],
+)
+async def test_runtime_state_catch_all_runtime_is_foreign(answer: Callable[[Any], Any], tmp_path: Path) -> None:
+    server = grpc.aio.server()
+    add_HealthServicer_to_server(Moody(), server)
+    server.add_generic_rpc_handlers((CatchAll(answer),))
+    server.add_insecure_port(f"unix:{tmp_path}/runtime.sock")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/runtime.sock") as channel:
+        snapshots = RuntimeWatch(channel, 7).snapshots()
+        async with asyncio.timeout(5):
+            while not (told := await anext(snapshots)).ready:
+                pass
+        assert told.foreign
+        assert told.capacity_bytes == 7
+        await snapshots.aclose()
     await server.stop(0)
