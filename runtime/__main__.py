@@ -29,7 +29,10 @@ from common.addresses import check_free, parse_address
 from common.errors import ConfigError
 from runtime.api.grpc_services import add_inference_services
 from runtime.api.http_app import build_http_app, http_runner
+from runtime.api.mesh_only import MeshOnly
+from runtime.api.spi import SERVICE_NAME as SPI_NAME
 from runtime.api.spi import ModelRuntimeApi, add_spi
+from runtime.api.state import SERVICE_NAME as STATE_NAME
 from runtime.api.state import RuntimeStateApi, add_state
 from runtime.config.loader import configure
 from runtime.config.schema import RuntimeConfig
@@ -72,6 +75,7 @@ class Runtime:
         self._metrics = RuntimeMetrics()
         generator = Generator(self._engine, self._metrics)
         self._server = grpc.aio.server(
+            interceptors=(MeshOnly(SPI_NAME, STATE_NAME),),
             options=(
                 ("grpc.so_reuseport", 0),  # else a second runtime would share the port in silence
                 ("grpc.max_receive_message_length", config.grpc_max_message_bytes),
@@ -83,7 +87,7 @@ class Runtime:
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.ping_timeout_ms", 20_000),
-            )
+            ),
         )
         self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)
         self._health = health.HealthServicer()

@@ -23,6 +23,7 @@ _NEVER_FORWARDED = (
     "mmesh.ModelRuntime/",
     "com.ibm.watson.modelmesh.ModelRuntime/",
     "com.ibm.watson.tas.proto.",
+    "com.ibm.watson.tas.internal.proto.",
     "mmesh.ModelMesh/",
     "repertory.",
     "grpc.health.",

@@ -415,3 +415,20 @@ async def test_grpc_server_allows_keepalive_pings_of_waiting_clients(pod: Runnin
         await asyncio.sleep(10.0)
         pod.runtime.switches.load_gate.set()
         assert await call == b"hi"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "repertory.RuntimeState/fit",
+        "repertory.RuntimeState/watch",
+        "mmesh.ModelRuntime/unloadModel",
+        "com.ibm.watson.tas.internal.proto.ModelServer/unloadModel",
+    ],
+)
+async def test_inference_does_not_forward_the_runtimes_own_methods(pod: RunningPod, method: str) -> None:
+    await pod.echo("m")
+    log = list(pod.runtime.log)
+    assert (await code_of(pod.unary(f"/{method}")(b"", metadata=FOR_M)))[0] is grpc.StatusCode.UNIMPLEMENTED
+    assert pod.runtime.log == log
+    assert not pod.runtime.fits

@@ -11,7 +11,10 @@ import grpc.aio
 import pytest
 
 from common.model_key import ModelSettings, Quantization
+from runtime.api.mesh_only import MeshOnly
+from runtime.api.spi import SERVICE_NAME as SPI_NAME
 from runtime.api.spi import ModelRuntimeApi, add_spi
+from runtime.api.state import SERVICE_NAME as STATE_NAME
 from runtime.api.state import RuntimeStateApi, TokenRate, add_state
 from runtime.config.schema import EngineConfig, RuntimeConfig
 from runtime.engine_client.client import EngineClient
@@ -67,7 +70,7 @@ class Runtime:
         )
         self.preparer = ScriptedPreparer(0.05)
         self.models = Models(config, self.engine, self.preparer, no_text)
-        self.server = grpc.aio.server()
+        self.server = grpc.aio.server(interceptors=(MeshOnly(SPI_NAME, STATE_NAME),))
         self.fitter = ScriptedFitter()
         parts = (config, self.engine, self.models, self.fitter, 1 << 30)
         add_spi(self.server, ModelRuntimeApi(*parts))
@@ -260,3 +263,19 @@ def test_token_rate_restarts_with_the_counter() -> None:
         last = rate.update(float(second), 10 + (second - 1) * 40)
     assert last == 40.0
     assert rate.update(10.0, 0) == 0.0
+
+
+@pytest.mark.parametrize("header", [("mm-model-id", "a"), ("mm-model-id-bin", b"a")])
+async def test_mesh_only_methods_refuse_forwarded_calls(runtime: Runtime, header: tuple[str, str | bytes]) -> None:
+    """ModelMesh forwards any method that a caller names, with the model's id: a caller could have files looked at and URLs fetched."""
+    async with grpc.aio.insecure_channel(runtime.address) as channel:
+        spi_stub, state_stub = ModelRuntimeStub(channel), RuntimeStateStub(channel)
+        await ready(spi_stub)
+        fit = state.FitRequest(model_path="/models/a")
+        assert (await refused(state_stub.fit(fit, metadata=(header,))))[0] is grpc.StatusCode.UNIMPLEMENTED
+        watch = state_stub.watch(state.WatchRequest(), metadata=(header,))
+        assert (await refused(watch.read()))[0] is grpc.StatusCode.UNIMPLEMENTED
+        load = spi_stub.loadModel(request("a"), metadata=(header,))
+        assert (await refused(load))[0] is grpc.StatusCode.UNIMPLEMENTED
+        assert not runtime.models.views()
+        assert (await state_stub.fit(fit, metadata=(("other", "a"),))).fits
