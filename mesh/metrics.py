@@ -5,29 +5,14 @@ The series of a model are dropped once it is no longer registered.
 
 from collections import Counter as Multiset
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from mesh.modelmesh_metrics import ModelMeshMetrics, PodFigures
 from mesh.registry.registration import name_in
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_MILLISECONDS = (0.5, 1, 2, 5, 10, 20, 50, 75, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 60000, 120000, 300000)
-
-
-@dataclass(frozen=True, slots=True)
-class PodFigures:
-    """The pod's state at a scrape. Only the pod that `is_leader` exports the mesh-wide figures, so that a sum over pods is right."""
-
-    capacity_bytes: int
-    used_bytes: int
-    num_models: int
-    lru_ms: int
-    now_ms: int
-    models_managed: int
-    models_loaded: int
-    models_failed: int
-    is_leader: bool
+_MISS_MS = 10.0  # ModelMesh counts a request as a cache miss if it waited longer
 
 
 class Metrics:
@@ -82,47 +67,37 @@ class Metrics:
             label,
             registry=self._registry,
         )
-        self._mm_load_ms = Histogram(
-            "modelmesh_loadmodel_milliseconds",
-            "Duration of model loads in milliseconds (ModelMesh's name)",
-            buckets=_MILLISECONDS,
-            registry=self._registry,
-        )
-        self._mm_request_ms = Histogram(
-            "modelmesh_api_request_milliseconds",
-            "Duration of requests in milliseconds (ModelMesh's name)",
-            ("method", "code"),
-            buckets=_MILLISECONDS,
-            registry=self._registry,
-        )
-        self._mm_failures = Gauge(
-            "modelmesh_loadmodel_failure", "Number of failed model loads (ModelMesh's name)", registry=self._registry
-        )
-        self._pod = {
-            name: Gauge(f"modelmesh_{name}", text, registry=self._registry)
-            for name, text in (
-                ("instance_capacity_bytes", "Capacity for loaded models in bytes"),
-                ("instance_used_bytes", "Size of the loaded models in bytes"),
-                ("instance_used_bps", "Used capacity in basis points"),
-                ("instance_models_total", "Number of models loaded on this pod"),
-                ("instance_lru_seconds", "Unix time in seconds at which the least recently used model was last used"),
-                ("instance_lru_age_seconds", "Seconds since the least recently used model was last used"),
-            )
-        }
-        self._whole = CollectorRegistry()
-        self._mesh = {
-            name: Gauge(f"modelmesh_{name}", text, registry=self._whole)
-            for name, text in (
-                ("models_managed_total", "Number of registered models"),
-                ("models_loaded_total", "Number of models with a loaded copy"),
-                ("models_with_failure_total", "Number of models with a failed load"),
-            )
-        }
+        self._modelmesh = ModelMeshMetrics()
 
-    def request(self, model_id: str, carrier: str, code: str, method: str, seconds: float) -> None:
+    def request(
+        self,
+        model_id: str,
+        carrier: str,
+        code: str,
+        method: str,
+        seconds: float,
+        *,
+        request_bytes: int = 0,
+        response_bytes: int = 0,
+    ) -> None:
         """Count a finished request. `carrier` is grpc or http; `model_id` is empty if the request names no model."""
         self._counter(self._requests, model_id, carrier, code)
-        self._mm_request_ms.labels(method, code).observe(seconds * 1000)
+        self._modelmesh.api_request.observe(seconds * 1000, method, code)
+        self._modelmesh.request_size.observe(request_bytes, method, code)
+        self._modelmesh.response_size.observe(response_bytes, method, code)
+
+    def invoked(self, method: str, code: str, seconds: float) -> None:
+        """Count one call of the local runtime, of which a request may need several."""
+        self._modelmesh.invoke_model.observe(seconds * 1000, method, code)
+
+    def waited_for_load(self, seconds: float) -> None:
+        """Count a request that has waited for its model to be loaded."""
+        if seconds * 1000 > _MISS_MS:
+            self._modelmesh.cache_miss.observe(seconds * 1000)
+
+    def waited_for_slot(self, seconds: float) -> None:
+        """Count a request that has waited for one of its copy's concurrent requests."""
+        self._modelmesh.request_queue_delay.observe(seconds * 1000)
 
     def first_byte(self, model_id: str, seconds: float) -> None:
         self._observe(self._first_byte, model_id, seconds)
@@ -133,40 +108,42 @@ class Metrics:
     def in_flight(self, model_id: str, change: int) -> None:
         self._level(self._in_flight, model_id, change)
 
-    def loaded(self, model_id: str, seconds: float) -> None:
+    def load_started(self, waited_s: float) -> None:
+        """Count a load that has waited for other loads and begins now."""
+        self._modelmesh.load_queue_delay.observe(waited_s * 1000)
+
+    def loaded(self, model_id: str, seconds: float, size_bytes: int, sizing_s: float) -> None:
+        """Count a load. `sizing_s`: how long the runtime took to answer the size; 0 if the load's answer contained it."""
         self._counter(self._loads, model_id, "loaded")
         self._observe(self._load_seconds, model_id, seconds)
-        self._mm_load_ms.observe(seconds * 1000)
+        self._modelmesh.load.observe(seconds * 1000)
+        self._modelmesh.loaded_model_size.observe(size_bytes)
+        if sizing_s:
+            self._modelmesh.model_sizing.observe(sizing_s * 1000)
 
     def load_failed(self, model_id: str) -> None:
         self._counter(self._loads, model_id, "failed")
-        self._mm_failures.inc()
+        self._modelmesh.load_failure.inc()
 
-    def evicted(self, model_id: str) -> None:
+    def evicted(self, model_id: str, age_ms: int) -> None:
+        """Count an eviction. `age_ms`: the time since the model was last used."""
         self._counter(self._evictions, model_id)
+        self._modelmesh.age_at_eviction.observe(age_ms)
+
+    def unloaded(self, seconds: float) -> None:
+        self._modelmesh.unload.observe(seconds * 1000)
+
+    def unload_attempt_failed(self) -> None:
+        self._modelmesh.unload_attempt_failure.inc()
+
+    def unload_failed(self) -> None:
+        self._modelmesh.unload_failure.inc()
 
     def text(self, figures: PodFigures, is_registered: Callable[[str], bool]) -> bytes:
         """Return all series in Prometheus' text format, after dropping those of models that are no longer registered."""
         for name in [name for name in self._known if name and not self._busy[name] and not is_registered(name)]:
             self._drop(name)
-        used = figures.used_bytes / figures.capacity_bytes if figures.capacity_bytes else 0.0
-        values = {
-            "instance_capacity_bytes": figures.capacity_bytes,
-            "instance_used_bytes": figures.used_bytes,
-            "instance_used_bps": round(used * 10_000),
-            "instance_models_total": figures.num_models,
-            "instance_lru_seconds": figures.lru_ms / 1000 if figures.num_models else 0,
-            "instance_lru_age_seconds": (figures.now_ms - figures.lru_ms) / 1000 if figures.num_models else 0,
-        }
-        for name, value in values.items():
-            self._pod[name].set(value)
-        text = generate_latest(self._registry)
-        if not figures.is_leader:
-            return text
-        self._mesh["models_managed_total"].set(figures.models_managed)
-        self._mesh["models_loaded_total"].set(figures.models_loaded)
-        self._mesh["models_with_failure_total"].set(figures.models_failed)
-        return text + generate_latest(self._whole)
+        return generate_latest(self._registry) + self._modelmesh.text(figures)
 
     def _counter(self, family: Counter, model_id: str, *labels: str) -> None:
         family.labels(*self._series(family, model_id, labels)).inc()

@@ -37,7 +37,8 @@ from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
-from mesh.metrics import Metrics, PodFigures
+from mesh.metrics import Metrics
+from mesh.modelmesh_metrics import PodFigures
 from mesh.placement.copies import LocalCopies
 from mesh.placement.heartbeat import Heartbeat, identity
 from mesh.placement.loads import LocalLoads

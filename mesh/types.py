@@ -125,10 +125,15 @@ class RuntimeLimits:
 
 @dataclass(frozen=True, slots=True)
 class LoadAnswer:
-    """`size_bytes` is 0 if the runtime does not know it. `max_concurrency` limits concurrent requests to the copy; 0 means no limit."""
+    """What a runtime says of a model that it has loaded.
+
+    `size_bytes` is 0 if the runtime does not know it. `max_concurrency` limits concurrent requests to the copy; 0 means no limit.
+    `sizing_s`: how long a separate question for the size took; 0 if there was none.
+    """
 
     size_bytes: int
     max_concurrency: int = 0
+    sizing_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
@@ -40,7 +40,10 @@ class ForwardingContext(Protocol):
 
 @dataclass(slots=True)
 class GrpcRequest:
-    """One call of a client. `model_id` and `code` are filled in as they become known."""
+    """One call of a client. `model_id` and the fields after it are filled in as they become known.
+
+    `invocations`: status code and duration in seconds of each call of the local runtime.
+    """
 
     method: str
     metadata: Metadata
@@ -48,6 +51,8 @@ class GrpcRequest:
     request_id: str
     model_id: str = ""
     code: str = "OK"
+    response_bytes: int = 0
+    invocations: list[tuple[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class GrpcForwarder:
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, context: ForwardingContext
     ) -> GrpcOutcome:
         """Forward the request and relay the response. Sets the attempt's `is_committed` and `failure`."""
+        started_s = time.monotonic()
         call, sending = self._start(request, attempt, inbound, context.time_remaining())
         try:
             with _status_not_exception():
@@ -83,8 +89,11 @@ class GrpcForwarder:
                         inbound.commit()
                         self._metrics.first_byte(attempt.model_id, time.monotonic() - request.started_s)
                         await _send_headers(call, context)
+                    request.response_bytes += len(message)
                     await context.write(message)
             code = await call.code()
+            if attempt.target.local:
+                request.invocations.append((code.name, time.monotonic() - started_s))
             if sending is not None and (error := _error_of(sending)) is not None:
                 raise error
             if code is grpc.StatusCode.OK and not attempt.is_committed:

@@ -1,5 +1,6 @@
 """Carries one HTTP request to a target and holds the response: its status, its headers and the bytes that have arrived."""
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -58,6 +59,8 @@ class HttpForwarder:
         self._response: aiohttp.ClientResponse | None = None
         self._first_chunk = b""
         self._error = ""
+        # When the last attempt began, if it went to this pod's runtime.
+        self.local_since_s: float | None = None
 
     def __enter__(self) -> "HttpForwarder":
         return self
@@ -73,6 +76,7 @@ class HttpForwarder:
         target = attempt.target
         if not target.http_address:
             raise NotSupported("its runtime has no HTTP API; call it by gRPC", model=attempt.model_id)
+        self.local_since_s = time.monotonic() if target.local else None
         session, base = self._connections.http(target.http_address)
         try:
             self._response = await session.request(

@@ -3,6 +3,8 @@
 A request for an event stream whose model is not loaded gets SSE comments until it is; any other request waits.
 """
 
+import time
+
 from aiohttp import web
 
 from common.model_state import CopyState
@@ -61,6 +63,7 @@ class HttpGateway:
         """
         record = Record.of(request)
         record.is_inference = True
+        record.request_bytes = len(body)
         from_peer = HOP_HEADER in request.headers
         record.model_id = request.headers.get(MODEL_HEADER, "") if from_peer else await self._resolve(name)
         routing = RoutingRequest(
@@ -98,7 +101,11 @@ class HttpGateway:
             record.model_id = attempts.model_id
         self._metrics.first_byte(record.model_id, record.elapsed_s)
         begun = keep_alive.response if keep_alive else None
-        return await relay(request, record, forwarder, begun, self._registry.name_of(record.model_id))
+        try:
+            return await relay(request, record, forwarder, begun, self._registry.name_of(record.model_id))
+        finally:
+            if forwarder.local_since_s is not None:
+                self._metrics.invoked(record.route, record.code, time.monotonic() - forwarder.local_since_s)
 
     async def _resolve(self, name: str | None) -> str:
         if not name:

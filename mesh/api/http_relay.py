@@ -31,6 +31,7 @@ async def relay(
         answer = b"".join([chunk async for chunk in forwarder.chunks()])
         return await end_stream(begun, event_of(answer, request.path))
     if begun is None and (body := forwarder.whole_body) is not None:
+        record.response_bytes = len(body)
         return _with_head(web.Response(body=body), record, forwarder)  # leaves in one write
     response = begun
     if response is None:
@@ -67,6 +68,7 @@ async def _relay_chunks(record: Record, forwarder: HttpForwarder, response: web.
     tail = b""
     async for chunk in forwarder.chunks():
         await response.write(chunk)
+        record.response_bytes += len(chunk)
         tail = (tail + chunk[-len(_DONE) :])[-len(_DONE) :]
         # OpenAI's own client disconnects as soon as it has read this, which is not a cancellation.
         record.answered = tail == _DONE

@@ -92,7 +92,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             raise
         finally:
             inbound.close()
-            self._record(request)
+            self._record(request, inbound.received_bytes)
 
     async def _answer(self, request: GrpcRequest, inbound: ReplayBuffer, context: ServerContext) -> GrpcOutcome:
         self._check_allowed(request.method)
@@ -129,7 +129,13 @@ class InferenceGateway(grpc.GenericRpcHandler):
         parts = [MergedPart(context) for _ in addresses]
 
         async def call(address: Address, part: MergedPart) -> GrpcOutcome | NotFound:
-            one = GrpcRequest(request.method, request.metadata, request.started_s, request.request_id)
+            one = GrpcRequest(
+                request.method,
+                request.metadata,
+                request.started_s,
+                request.request_id,
+                invocations=request.invocations,
+            )
             replay = ReplayBuffer(context, 2 * self._max_message_bytes, only=message)
             try:
                 return await self._answer_one(one, address, replay, part)
@@ -146,7 +152,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
         failed = next((outcome for outcome in found if outcome.code is not grpc.StatusCode.OK), None)
         if failed is not None:
             return failed
-        await context.write(b"".join(part.body for part in parts))
+        merged = b"".join(part.body for part in parts)
+        request.response_bytes = len(merged)
+        await context.write(merged)
         return found[0]
 
     def _check_allowed(self, method: str) -> None:
@@ -155,13 +163,22 @@ class InferenceGateway(grpc.GenericRpcHandler):
         if limits is not None and not limits.allow_any_method and method not in limits.allowed_methods:
             raise NotSupported(f"Method not found or not permitted: {method}")
 
-    def _record(self, request: GrpcRequest) -> None:
+    def _record(self, request: GrpcRequest, request_bytes: int) -> None:
         seconds = time.monotonic() - request.started_s
         # Only known methods become labels, to bound their number.
         is_known = request.code == "OK" or request.method in self._single_message
+        label = request.method.rpartition("/")[2] if is_known else "other"
         self._metrics.request(
-            request.model_id, "grpc", request.code, request.method.rpartition("/")[2] if is_known else "other", seconds
+            request.model_id,
+            "grpc",
+            request.code,
+            label,
+            seconds,
+            request_bytes=request_bytes,
+            response_bytes=request.response_bytes,
         )
+        for code, invoke_s in request.invocations:
+            self._metrics.invoked(label, code, invoke_s)
         logger.info(
             "request",
             extra={

@@ -15,6 +15,7 @@ class ReplayBuffer:
         self._context = context
         self._left_bytes = max_kept_bytes
         self.only = only
+        self.received_bytes = len(only) if only is not None else 0
         self._kept: list[bytes] = [] if only is None else [only]
         self._dropped = 0
         self._ended = only is not None
@@ -55,6 +56,7 @@ class ReplayBuffer:
                 self._ended = True
                 return
             self._kept.append(message)
+            self.received_bytes += len(message)
             self._left_bytes -= len(message)
             if self._left_bytes < 0:
                 self._keep = False

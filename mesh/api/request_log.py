@@ -25,6 +25,8 @@ class Record:
     model_id: str = ""
     code: str = ""
     is_inference: bool = False  # forwarded to a copy of a model, and counted in the metrics
+    request_bytes: int = 0
+    response_bytes: int = 0
     answered: bool = False  # the client has its whole answer, so its disconnecting is not a cancellation
 
     @property
@@ -73,7 +75,15 @@ def request_log(metrics: Metrics) -> Middleware:
 def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
     seconds = record.elapsed_s
     if record.is_inference:
-        metrics.request(record.model_id, "http", record.code, record.route, seconds)
+        metrics.request(
+            record.model_id,
+            "http",
+            record.code,
+            record.route,
+            seconds,
+            request_bytes=record.request_bytes,
+            response_bytes=record.response_bytes,
+        )
     logger.log(
         logging.DEBUG if record.route in _DEBUG_PATHS else logging.INFO,
         "request",

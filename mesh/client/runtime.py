@@ -91,13 +91,15 @@ class GrpcRuntime:
         finally:
             if not loaded:
                 await self._undo(model_id)
-        size_bytes = answer.sizeInBytes
+        size_bytes, sizing_s = answer.sizeInBytes, 0.0
         if not size_bytes:
+            begun_s = time.monotonic()
             with contextlib.suppress(grpc.aio.AioRpcError):
                 size_bytes = (
                     await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)
                 ).sizeInBytes
-        return LoadAnswer(size_bytes, self._max_concurrency(model_id, answer.maxConcurrency))
+            sizing_s = time.monotonic() - begun_s
+        return LoadAnswer(size_bytes, self._max_concurrency(model_id, answer.maxConcurrency), sizing_s)
 
     def _max_concurrency(self, model_id: str, reported: int) -> int:
         if self._limits is None or not self._limits.limit_model_concurrency:

@@ -157,11 +157,13 @@ class LocalLoads:
             await asyncio.wait([unloading])
         self._copies.add(copy)
         is_kept = False
+        queued_s = time.monotonic()
         try:
             await self._announce(copy)
             await self._ready.wait()
             assert self._slots is not None
             async with self._slots:
+                self._metrics.load_started(time.monotonic() - queued_s)
                 await self._admit(copy, urgent)
                 await self._load_admitted(copy)
             is_kept = True
@@ -197,7 +199,7 @@ class LocalLoads:
         copy.size_bytes, copy.max_concurrency = answer.size_bytes or copy.size_bytes, answer.max_concurrency
         self._sizes_bytes[copy.model_id] = copy.size_bytes
         self.times = self.times.measured(copy.model_id, copy.size_bytes, elapsed_s)
-        self._metrics.loaded(copy.model_id, elapsed_s)
+        self._metrics.loaded(copy.model_id, elapsed_s, copy.size_bytes, answer.sizing_s)
         logger.info(
             "model loaded", extra={"model": copy.model_id, "seconds": round(elapsed_s, 3), "bytes": copy.size_bytes}
         )

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 
 from common.changes import Changes
+from common.clock import epoch_ms
 from common.model_state import CopyState
 from mesh.errors import Unavailable
 from mesh.metrics import Metrics
@@ -52,7 +54,7 @@ class LocalUnloads:
         if task is None:
             self._copies.set_state(copy, CopyState.UNLOADING)
             if is_eviction:
-                self._metrics.evicted(copy.model_id)
+                self._metrics.evicted(copy.model_id, max(0, epoch_ms() - copy.last_used_ms))
             logger.info("unloading model", extra={"model": copy.model_id, "evicted": is_eviction})
             task = asyncio.create_task(self._unload(copy), name=f"unload {copy.model_id}")
             self._tasks[copy.model_id] = task
@@ -72,13 +74,18 @@ class LocalUnloads:
             async with asyncio.timeout(_DRAIN_TIMEOUT_S):
                 while self._copies.in_flight(copy.model_id):
                     await self._changes.wait()
+        started_s = time.monotonic()
         for attempt in range(_ATTEMPTS):
             try:
                 await self._runtime.unload(copy.model_id)
+                self._metrics.unloaded(time.monotonic() - started_s)
                 break
             except Unavailable as error:
                 if not self._is_runtime_ready():
                     break  # the process has ended, which freed its memory
+                self._metrics.unload_attempt_failed()
                 logger.warning("%s (attempt %d)", error.message, attempt + 1)
                 await asyncio.sleep(_RETRIES_S[attempt] if attempt < len(_RETRIES_S) else _RETRY_S)
+        else:
+            self._metrics.unload_failed()
         self._copies.remove(copy)

@@ -1,6 +1,7 @@
 """Routes a request to a copy of its model, and holds it while no copy is loaded."""
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -91,7 +92,9 @@ class CopyRouter:
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
             if target is None:
                 work = self._wait_for_copy(model_id, prefix_hash, exclude, local_only)
+                started_s = time.monotonic()
                 target = await self._hold(model_id, deadline_s, work, "loaded")
+                self._metrics.waited_for_load(time.monotonic() - started_s)
             if not target.local or await self._acquire(model_id, target, deadline_s):
                 self._begin(model_id, target)
                 return target
@@ -137,7 +140,9 @@ class CopyRouter:
         if limit is None or generation != copy.started_ms:
             limit = ConcurrencyLimit(copy.max_concurrency)
             self._concurrency[model_id] = copy.started_ms, limit
+        started_s = time.monotonic()
         await self._hold(model_id, deadline_s, limit.acquire(self._registry.name_of(model_id)), "free")
+        self._metrics.waited_for_slot(time.monotonic() - started_s)
         if copy.started_ms == target.generation and copy.is_loaded:
             return True
         limit.release()
