@@ -39,6 +39,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         int, _about("time budget of a step, in microseconds, while several models have work", gt=0)
     ] = 20_000
     max_waiting: Annotated[int, _about("largest number of waiting sequences per model", gt=0)] = 4096
+    max_adapters: Annotated[
+        int, _about("largest number of LoRA adapters of one base on the device at once, and in one step", gt=0, le=1024)
+    ] = 64
+    max_adapter_rank: Annotated[int, _about("largest rank of a LoRA adapter", gt=0, le=512)] = 256
     kv_dtype: Annotated[str, _about("KV cache data type: auto (the model's) or fp8", pattern=r"^(auto|fp8)$")] = "auto"
     graphs: Annotated[bool, _about("capture CUDA graphs")] = True
     fuse: Annotated[bool, _about("use fused layers where the architecture allows it")] = True

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +34,30 @@ def read_header(path: Path) -> Header:
         what = "truncated" if actual_bytes < header.file_bytes else "corrupt"
         raise LoadFailed(f"{path.name} is {what}: {actual_bytes} bytes, its header describes {header.file_bytes}")
     return header
+
+
+@dataclass(frozen=True, slots=True)
+class DataStart:
+    """Where the tensors of a file begin: type, shape and offset in the file, by name."""
+
+    path: Path
+    places: Mapping[str, tuple[str, tuple[int, ...], int]]
+
+
+def read_data_start(path: Path) -> DataStart:
+    """Return the places of the tensors of a file that `read_header` accepts. Raises like it."""
+    read_header(path)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return DataStart(
+        path,
+        {
+            name: (entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        },
+    )
 
 
 def header_length(name: str, prefix: bytes, file_bytes: int) -> int:
