@@ -5,7 +5,7 @@ from bench.checkpoints import Shape
 COPY_BYTES_PER_S = 4.2e12  # device-to-device copy, bytes read + written
 BF16_FLOP_PER_S = 790e12  # 8192³ product of random bf16 matrices
 HOST_TO_DEVICE_BYTES_PER_S = 55.5e9
-BODY_BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64}
+BODY_BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64}
 
 
 def decode_step_s(shape: Shape, format_: str, rows: int, context: float) -> float:

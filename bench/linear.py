@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from runtime.engine.kernels.linear4 import linear_4bit
 from runtime.engine.kernels.linear8 import linear_int8
+from runtime.engine.kernels.linear_fp8 import linear_fp8
 from runtime.engine.kernels.scratch import Scratch
 
 BYTES_PER_S = 4.2e12
@@ -97,10 +98,16 @@ def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch,
         scale = torch.rand(num_outputs, device="cuda")
         return lambda: linear_int8(x, weight, scale, out=out, scratch=scratch)
 
+    def fp8() -> Callable[[], object]:
+        weight = torch.randn(num_outputs, in_features, device="cuda").to(torch.float8_e4m3fn)
+        scale = torch.rand(num_outputs, device="cuda")
+        return lambda: linear_fp8(x, weight, scale, out=out, scratch=scratch)
+
     add("bf16", 2 * size, bf16)
     add("NF4", size // 2 + size // 16, lambda: four_bits("nf4"))
     add("FP4", size // 2 + size // 16, lambda: four_bits("fp4"))
     add("int8", size, int8)
+    add("fp8", size, fp8)
     peer = _bitsandbytes(x, num_outputs, in_features)
     if peer is not None:
         add("bitsandbytes", size // 2 + size // 16, peer)
@@ -125,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", default="28672x4096,6144x4096,4096x4096,4096x14336", help="outputs x inputs")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,1024")
-    parser.add_argument("--formats", default="bf16,NF4,FP4,int8,bitsandbytes")
+    parser.add_argument("--formats", default="bf16,NF4,FP4,int8,fp8,bitsandbytes")
     options = parser.parse_args()
     scratch = Scratch.allocate("cuda", staging_bytes=256 << 20)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds (share of the floor)")

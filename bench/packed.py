@@ -20,7 +20,7 @@ _PLAIN = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def checkpoint_of(folder: Path, format_: str, cache: Path) -> Checkpoint:
-    """`format_`: bf16 | fp32 | int8 | nf4 | fp4. Packs into `cache` once, by the packer's own process (on the GPU if there is one)."""
+    """`format_`: bf16 | fp32 | int8 | fp8 | nf4 | fp4. Packs into `cache` once, by the packer's own process (on the GPU if there is one)."""
     files = tuple(str(path) for path in sorted(folder.glob("*.safetensors")))
     num_bytes = sum(Path(path).stat().st_size for path in files)
     if format_ in _PLAIN:
@@ -71,6 +71,13 @@ def random_packed(shape: Shape, format_: str, folder: Path) -> Checkpoint:
                     .to(torch.int8)
                 )
                 tensors[f"{name}.scale"] = torch.full((rows,), spread / 32)
+            elif quantization is Quantization.FP8:
+                codes = (
+                    (torch.randn(rows, columns, generator=generator, device=device) * 112)
+                    .clamp(-448, 448)
+                    .to(torch.float8_e4m3fn)
+                )
+                tensors[f"{name}.scale"] = torch.full((rows,), spread / 112)
             else:
                 width = padded_width(columns)
                 codes = torch.randint(0, 256, (rows, width // 2), generator=generator, device=device, dtype=torch.uint8)

@@ -42,7 +42,7 @@ class Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8B")
-    parser.add_argument("--format", choices=("bf16", "fp32", "int8", "nf4", "fp4"), default="bf16")
+    parser.add_argument("--format", choices=("bf16", "fp32", "int8", "fp8", "nf4", "fp4"), default="bf16")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--input", type=int, default=16)
     parser.add_argument("--output", type=int, default=512)
@@ -121,7 +121,9 @@ def _alone(args: argparse.Namespace, shape: Shape, folder: Path) -> Figures:
 def _served(args: argparse.Namespace, shape: Shape, folder: Path) -> Figures:
     flags = ["--device", args.device, *(["--memory", args.memory] if args.memory else [])]
     settings = (
-        {"quantize": args.format} if args.format in ("int8", "nf4", "fp4") else {"dtype": stack.DTYPES[args.format]}
+        {"quantize": args.format}
+        if args.format in ("int8", "fp8", "nf4", "fp4")
+        else {"dtype": stack.DTYPES[args.format]}
     )
     runs: list[Figures] = []
     with stack.serve(*flags, log=args.log) as server:

@@ -26,12 +26,16 @@ class InvalidModelKey(ValueError):
 
 
 class Quantization(StrEnum):
-    """Formats of bitsandbytes; `NONE` keeps the checkpoint's own numbers."""
+    """Formats of the weights. `NONE` keeps the checkpoint's own numbers.
+
+    INT8, NF4 and FP4 are bitsandbytes' formats. FP8 is e4m3 with one float32 scale per row.
+    """
 
     NONE = "none"
     INT8 = "int8"
     NF4 = "nf4"
     FP4 = "fp4"
+    FP8 = "fp8"
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -53,7 +57,9 @@ class DefaultSampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a model is served. The description of each field is its help text."""
 
-    quantize: Annotated[Quantization, Meta(description="bitsandbytes format of the weights")] = Quantization.NONE
+    quantize: Annotated[
+        Quantization, Meta(description="format of the weights: bitsandbytes' int8, nf4 or fp4, or fp8 by row")
+    ] = Quantization.NONE
     double_quant: Annotated[bool, Meta(description="quantise the scales of nf4 and fp4 too")] = False
     dtype: Annotated[
         Dtype, Meta(description="of the arithmetic; auto = the checkpoint's on a GPU, float32 on a CPU")

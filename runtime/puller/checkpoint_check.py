@@ -25,8 +25,12 @@ _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"
 class CheckpointKind(StrEnum):
     SAFETENSORS = "safetensors"
     BITSANDBYTES = "bitsandbytes"
+    FP8 = "fp8"
     GGUF = "gguf"
     PICKLE = "pickle"
+
+
+_KINDS = {Quantization.NONE: CheckpointKind.SAFETENSORS, Quantization.FP8: CheckpointKind.FP8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,9 @@ def inspect(path: Path, policy: Policy) -> CheckpointSummary:
         raise LoadFailed(f"{path} has no config.json")
     config = read_json(path / "config.json")
     _refuse_remote_code(path, config, policy)
-    quantization, double_quant = stored_quantization(config)
+    quantization, double_quant = stored_quantization(_with_modelopt(path, config))
     files = _safetensors(path)
-    kind = CheckpointKind.SAFETENSORS if quantization is Quantization.NONE else CheckpointKind.BITSANDBYTES
+    kind = _KINDS.get(quantization, CheckpointKind.BITSANDBYTES)
     if not files:
         files = sorted(file for file in path.iterdir() if file.suffix in _PICKLES and file.name != "training_args.bin")
         if not files:
@@ -173,9 +177,42 @@ def stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, boo
                     f"the checkpoint is quantised with bitsandbytes' {kind!r}, which is not supported; nf4 and fp4 are"
                 )
             return Quantization(kind), bool(stored.get("bnb_4bit_use_double_quant"))
+    if _is_fp8(method, stored):
+        return Quantization.FP8, False
     raise LoadFailed(
-        f"the checkpoint is quantised with {method}, which is not supported; use bitsandbytes (int8, nf4, fp4), GGUF, or an unquantised one"
+        f"the checkpoint is quantised with {method}, which is not supported; use fp8 (e4m3), bitsandbytes (int8, nf4, fp4), GGUF, "
+        "or an unquantised one"
     )
+
+
+def _is_fp8(method: str, stored: Mapping[str, object]) -> bool:
+    """Whether the weights are e4m3 with scales per tensor, row or block: the formats of Qwen and DeepSeek, fbgemm, ModelOpt and compressed-tensors."""
+    if method in ("fp8", "fbgemm_fp8"):
+        return str(stored.get("fmt", "e4m3")) == "e4m3"
+    if method.startswith("modelopt"):
+        return str(stored.get("quant_algo")) == "FP8"
+    groups = stored.get("config_groups")
+    if method != "compressed-tensors" or not isinstance(groups, dict) or not groups:
+        return False
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+    return len(weights) == len(groups) and all(
+        isinstance(one, dict)
+        and (one.get("type"), one.get("num_bits")) == ("float", 8)
+        and one.get("strategy") in ("tensor", "channel", "block")
+        for one in weights
+    )
+
+
+def _with_modelopt(path: Path, config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return `config` with the quantisation that ModelOpt keeps in a file of its own."""
+    file = path / "hf_quant_config.json"
+    if "quantization_config" in config or not file.is_file():
+        return config
+    stored = read_json(file).get("quantization")
+    return {
+        **config,
+        "quantization_config": {"quant_method": "modelopt", **stored} if isinstance(stored, dict) else stored,
+    }
 
 
 def _refuse_remote_code(path: Path, config: Mapping[str, object], policy: Policy) -> None:

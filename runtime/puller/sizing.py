@@ -121,7 +121,7 @@ def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int) 
     if quantize is Quantization.NONE or not is_layer_matrix(tensor):
         return tensor.numel * dtype_bytes
     rows, columns = tensor.shape
-    if quantize is Quantization.INT8:
+    if quantize in (Quantization.INT8, Quantization.FP8):
         return rows * columns + rows * 4
     if columns % _BLOCK:
         return tensor.numel * dtype_bytes

@@ -47,7 +47,10 @@ _CODES = {
     torch.int32: "I32",
     torch.int64: "I64",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
+
+_CODE_TYPES = {Quantization.INT8: "I8", Quantization.FP8: "F8_E4M3"}
 
 
 @torch.inference_mode()
@@ -84,7 +87,7 @@ def _pack_weights(
         tensors = InMemory(whole)
         serialised: set[str] = set()
     else:
-        from_files = FromFiles(skeleton, specs, request.weight_files, tied_names(skeleton))
+        from_files = FromFiles(skeleton, specs, request.weight_files, tied_names(skeleton), _fp8_block(request))
         tensors, serialised = from_files, from_files.serialised
     chosen = _chosen(request, skeleton, specs, serialised)
     entries = [entry for spec in specs for entry in _entries(spec, request.quantization, spec.name in chosen)]
@@ -122,6 +125,17 @@ def _pack_weights(
     return writer.total_bytes
 
 
+def _fp8_block(request: PackRequest) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale, from an fp8 checkpoint's quantization_config."""
+    if request.kind != "fp8":
+        return None
+    stored = json.loads((Path(request.model_dir) / "config.json").read_text()).get("quantization_config") or {}
+    size = stored.get("weight_block_size")
+    for group in (stored.get("config_groups") or {}).values():
+        size = size or group["weights"].get("block_structure")
+    return (int(size[0]), int(size[1])) if size else None
+
+
 class _Budget:
     """Limits the bytes of tensors in memory at the same time. A single tensor may exceed the limit."""
 
@@ -147,7 +161,7 @@ def _chosen(request: PackRequest, skeleton: Any, specs: list[TensorSpec], serial
     """Return the names of the weights that the packed file holds quantised."""
     if request.quantization is Quantization.NONE:
         return set()
-    if request.kind == "bitsandbytes":
+    if request.kind in ("bitsandbytes", "fp8"):
         names = serialised
     else:
         names = {f"{module}.weight" for module in quantizable(skeleton)}
@@ -169,7 +183,7 @@ def _entries(spec: TensorSpec, quantization: Quantization, chosen: bool) -> list
         count = 1
         for size in scales:
             count *= size
-        code = "I8" if quantization is Quantization.INT8 else "U8"
+        code = _CODE_TYPES.get(quantization, "U8")
         return [
             Entry(spec.name, code, codes, codes[0] * codes[1]),
             Entry(f"{module}.{scale_name}", "F32", scales, 4 * count),

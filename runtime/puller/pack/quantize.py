@@ -1,4 +1,4 @@
-"""Quantises one matrix as bitsandbytes does, into the packed layout, and converts bitsandbytes' serialised matrices to it without quantising again.
+"""Quantises one matrix to the packed layout, as bitsandbytes does or to fp8 by row, and converts serialised matrices to that layout.
 
 The layouts are those of runtime.types.Checkpoint and, for 4-bit codes and scales, runtime.checkpoint.layout_4bit.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.model_key import Quantization
+from runtime.checkpoint.fp8 import by_rows, quantize_rows
 from runtime.checkpoint.layout_4bit import kernel_layout_4bit, padded_width
 from runtime.errors import LoadFailed
 
@@ -20,7 +21,7 @@ BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """`scale_name` is absmax (4 bit) or scale (int8)."""
+    """A quantised matrix. `scale_name` is absmax (4 bit) or scale (int8, fp8)."""
 
     weight: Tensor
     scale_name: str
@@ -32,7 +33,7 @@ def packed_shapes(
 ) -> tuple[tuple[int, ...], str, tuple[int, ...]] | None:
     """Shape of the codes, name and shape of the scales; None where a matrix stays as it is (4-bit blocks must not cross rows)."""
     rows, columns = shape
-    if quantization is Quantization.INT8:
+    if quantization in (Quantization.INT8, Quantization.FP8):
         return (rows, columns), "scale", (rows,)
     if columns % BLOCK:
         return None
@@ -41,15 +42,22 @@ def packed_shapes(
 
 
 def quantize(weight: Tensor, quantization: Quantization, *, double_quant: bool) -> Matrix:
-    """`weight` [N, K] in the model's dtype, on the device that shall do it. What bitsandbytes' linear layers would hold."""
+    """Quantise `weight` [N, K], given in the model's dtype, on its device. INT8, NF4 and FP4 equal what bitsandbytes' layers would hold."""
     rows, columns = weight.shape
     if quantization is Quantization.INT8:
         codes, absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous(), threshold=0.0)
         return Matrix(codes.view(rows, columns), "scale", absmax.float().view(rows) / 127.0)
+    if quantization is Quantization.FP8:
+        return _fp8(weight.float())
     codes, state = bnb.quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type=quantization.value
     )
     return _matrix(codes, _absmax(state), rows, columns)
+
+
+def _fp8(weight: Tensor) -> Matrix:
+    codes, scale = quantize_rows(weight)
+    return Matrix(codes, "scale", scale.view(-1))
 
 
 def _matrix(codes: Tensor, absmax: Tensor, rows: int, columns: int) -> Matrix:
@@ -94,6 +102,12 @@ def unpack_4bit(stored: Stored4Bit, name: str) -> Matrix | Tensor:
 
 def unpack_int8(codes: Tensor, absmax: Tensor) -> Matrix:
     return Matrix(codes, "scale", absmax.float().reshape(-1) / 127.0)
+
+
+def unpack_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int] | None, name: str) -> Matrix:
+    """Convert a serialised fp8 matrix, whose scales are per tensor, row or block. Raises LoadFailed if they do not fit."""
+    weight, rows = by_rows(codes, scale, block, name)
+    return Matrix(weight, "scale", rows)
 
 
 def _state_fields(state: Tensor) -> "dict[str, list[int]]":

@@ -14,12 +14,15 @@ from runtime.checkpoint.name_mapping import Conversion, Resolution, resolve
 from runtime.checkpoint.safetensors_index import StoredTensor, read_index
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
-from runtime.puller.pack.quantize import Matrix, Stored4Bit, stored_shape, unpack_4bit, unpack_int8
+from runtime.puller.pack.quantize import Matrix, Stored4Bit, stored_shape, unpack_4bit, unpack_fp8, unpack_int8
 from runtime.puller.pack.writer import PADDING
 
 _PART = re.compile(
     r"^(?P<weight>.+\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
 )
+# Of fp8 checkpoints: scales of the weight, and scales of activations and KV, which are computed anew for every token.
+_FP8_PART = re.compile(r"^(?P<module>.+)\.(?P<part>weight_scale|weight_scale_inv|input_scale|input_scale_ub)$")
+_FP8_UNUSED = re.compile(r"^.+\.(?P<part>[kv]_scale)$")
 _INT8_PART = re.compile(r"^(?P<module>.+)\.(SCB|weight_format)$")
 
 
@@ -42,12 +45,21 @@ class InMemory:
 
 
 class FromFiles:
-    """safetensors files, read tensor by tensor from several threads. Conversions run one at a time, so that few results are held."""
+    """safetensors files, read tensor by tensor from several threads. Conversions run one at a time, so that few results are held.
+
+    `fp8_block`: rows and columns that share a scale in an fp8 checkpoint with scales per block.
+    """
 
     def __init__(
-        self, model: Any, specs: Sequence[TensorSpec], files: Sequence[str], aliases: Mapping[str, str]
+        self,
+        model: Any,
+        specs: Sequence[TensorSpec],
+        files: Sequence[str],
+        aliases: Mapping[str, str],
+        fp8_block: tuple[int, int] | None = None,
     ) -> None:
         self._model = model
+        self._fp8_block = fp8_block
         self._files = _Files()
         index = read_index(files)
         self._parts: dict[str, dict[str, StoredTensor]] = {}
@@ -59,6 +71,10 @@ class FromFiles:
                 self._parts.setdefault(match["weight"], {})[match["part"]] = stored
             elif (match := _INT8_PART.match(name)) is not None:
                 self._parts.setdefault(f"{match['module']}.weight", {})[name.rpartition(".")[2]] = stored
+            elif (match := _FP8_PART.match(name)) is not None:
+                self._parts.setdefault(f"{match['module']}.weight", {})[match["part"]] = stored
+            elif _FP8_UNUSED.match(name) is not None:
+                continue
             else:
                 plain[name] = stored
         for name, parts in self._parts.items():
@@ -91,6 +107,11 @@ class FromFiles:
         parts = {key: self._files.read(part) for key, part in self._parts.get(stored.name, {}).items()}
         if "SCB" in parts:
             return unpack_int8(tensor, parts["SCB"])
+        if stored.dtype is torch.float8_e4m3fn:
+            scale = parts.get("weight_scale", parts.get("weight_scale_inv"))
+            if scale is None:
+                raise LoadFailed(f"tensor {stored.name} is fp8 and has no weight_scale")
+            return unpack_fp8(tensor, scale, self._fp8_block, stored.name)
         if parts:
             return unpack_4bit(Stored4Bit(tensor, parts), stored.name)
         return tensor

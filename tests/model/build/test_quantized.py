@@ -49,7 +49,7 @@ def pack(model: PreTrainedModel, file: Path, quantization: Quantization, *, kern
     for name in quantized_linears(model):
         made = quantize(tensors[f"{name}.weight"], quantization, double_quant=False)
         codes, scale = made.weight, made.scale
-        if not kernel_layout and quantization is not Quantization.INT8:
+        if not kernel_layout and quantization in (Quantization.NF4, Quantization.FP4):
             rows, columns = tensors[f"{name}.weight"].shape
             codes, scale = bitsandbytes_layout_4bit(codes, scale, columns)
             codes, scale = codes.view(rows, columns // 2), scale.view(rows, columns // 64)
@@ -111,6 +111,24 @@ def test_a_packed_model_computes_what_bitsandbytes_does(
         assert resident.blueprint.layout.size_bytes < 0.45 * sum(
             4 * parameter.numel() for parameter in model_of(kind).parameters()
         )
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_a_packed_fp8_model_computes_with_the_dequantised_weights(tmp_path: Path, kind: str) -> None:
+    model = model_of(kind)
+    checkpoint = save(model, tmp_path)
+    pack(model, tmp_path / "packed", Quantization.FP8, kernel_layout=False)
+    resident = bring_up(packed(checkpoint, tmp_path / "packed", Quantization.FP8))
+    asked = prompts(VOCAB, [21, 6])
+    unquantized = hf_logits(model, asked)
+    with torch.no_grad():
+        for name in quantized_linears(model):
+            weight = model.get_submodule(name).weight
+            made = quantize(weight, Quantization.FP8, double_quant=False)
+            weight.copy_(made.weight.float() * made.scale[:, None])
+    found = resident.logits(asked)
+    assert_same(found, hf_logits(model, asked), tolerance=1e-4)
+    assert float((found[0] - unquantized[0]).abs().max()) > 1e-3
 
 
 def test_what_a_packed_file_lacks_is_named(tmp_path: Path) -> None:

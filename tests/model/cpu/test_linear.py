@@ -4,7 +4,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from runtime.engine.model.cpu.linear import CpuLinear4, CpuLinear8
+from runtime.checkpoint.fp8 import quantize_rows
+from runtime.engine.model.cpu.linear import CpuLinear4, CpuLinear8, CpuLinearFp8
 
 # of float64's result; bf16's own rounding is 2^-9 of each number
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -53,3 +54,16 @@ def test_int8(columns: int, dtype: torch.dtype, biased: bool) -> None:
             assert linear(x).shape == (0, 37)
         else:
             assert error(linear(x), x, weight.double() * scale.to(dtype).double()[:, None], bias) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("part_elements")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("biased", [False, True])
+def test_fp8(dtype: torch.dtype, biased: bool) -> None:
+    torch.manual_seed(0)
+    codes, scale = quantize_rows(torch.randn(37, 96))
+    bias = torch.randn(37).to(dtype) if biased else None
+    linear = CpuLinearFp8(codes, scale.view(-1), bias)
+    for shape in [(1, 96), (50, 96), (2, 3, 96)]:
+        x = torch.randn(shape).to(dtype)
+        assert error(linear(x), x, codes.double() * scale.to(dtype).double(), bias) < TOLERANCE[dtype]

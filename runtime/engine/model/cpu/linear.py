@@ -88,6 +88,21 @@ class CpuLinear8:
         return y if self.bias is None else y + self.bias
 
 
+@dataclass(frozen=True, slots=True)
+class CpuLinearFp8:
+    """A linear layer with `weight` float8_e4m3fn [N, K] and `scale` float32 [N]."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        y = _multiply_unpacked(
+            x, self.weight.shape, lambda first, last, dtype: self.weight[first:last].to(dtype), None
+        ) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
 def _multiply_unpacked(
     x: Tensor, shape: torch.Size, unpack: Callable[[int, int, torch.dtype], Tensor], bias: Tensor | None
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Provides linear layers over views of the weights image: unquantised, 4-bit and int8."""
+"""Provides linear layers over views of the weights image: unquantised, 4-bit, int8 and fp8."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -12,8 +12,9 @@ from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.linear4 import linear_4bit, warm
 from runtime.engine.kernels.linear8 import linear_int8
 from runtime.engine.kernels.linear16 import linear_16bit, serves
+from runtime.engine.kernels.linear_fp8 import linear_fp8
 from runtime.engine.kernels.scratch import Scratch
-from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8
+from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8, CpuLinearFp8
 
 
 class Linear(Protocol):
@@ -60,12 +61,26 @@ class Linear8:
         return linear_int8(x, self.weight, self.scale, self.bias, scratch=scratch)
 
 
+@dataclass(frozen=True, slots=True)
+class LinearFp8:
+    """An fp8 layer: `weight` float8_e4m3fn [N, K], `scale` float32 [N] of its rows."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        return linear_fp8(x, self.weight, self.scale, self.bias, scratch=scratch)
+
+
 def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | None) -> Tensor:
     """Return act(gate) × up for a layer whose output is gate followed by up, in one launch if the kernel supports it."""
     if isinstance(linear, PlainLinear) and serves(x, linear.weight):
         return linear_16bit(x, linear.weight, linear.bias, activation, scratch=scratch)
     if isinstance(linear, Linear4):
         return linear_4bit(x, linear.weight, linear.absmax, linear.codebook, linear.bias, activation, scratch=scratch)
+    if isinstance(linear, LinearFp8):
+        return linear_fp8(x, linear.weight, linear.scale, linear.bias, activation, scratch=scratch)
     return act_mul(linear(x, scratch), activation)
 
 
@@ -90,6 +105,9 @@ def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization)
         codebook: Literal["nf4", "fp4"] = "fp4" if quantization is Quantization.FP4 else "nf4"
         warm(weight.device)
         return CpuLinear4(weight, absmax, codebook, bias) if on_host else Linear4(weight, absmax, codebook, bias)
-    if (scale := views.get(f"{name}.scale")) is not None and weight.dtype is torch.int8:
+    scale = views.get(f"{name}.scale")
+    if scale is not None and weight.dtype is torch.int8:
         return CpuLinear8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)
+    if scale is not None and weight.dtype is torch.float8_e4m3fn:
+        return CpuLinearFp8(weight, scale, bias) if on_host else LinearFp8(weight, scale, bias)
     return CpuLinear(weight, bias) if on_host else PlainLinear(weight, bias)

@@ -205,6 +205,97 @@ def serialise(model: torch.nn.Module, plain: Path, stored: Path, quantize: Quant
         (stored / name).write_bytes((plain / name).read_bytes())
 
 
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block", "modelopt"])
+async def test_pack_reads_serialised_fp8(preparation: CheckpointPreparer, tmp_path: Path, kind: str) -> None:
+    model = tiny_llama(tmp_path / "plain")
+    exact = serialise_fp8(model, tmp_path / "plain", tmp_path / "stored", kind)
+    prepared = await prepare(preparation, tmp_path / "stored")
+    assert prepared.checkpoint.quantization is Quantization.FP8
+    tensors = packed(prepared)
+    for name, weight in exact.items():
+        codes, scale = tensors[name], tensors[f"{name.removesuffix('.weight')}.scale"]
+        assert codes.dtype is torch.float8_e4m3fn
+        found = codes.float() * scale[:, None]
+        if kind == "block":  # quantised again, by row
+            assert float((found - weight).norm() / weight.norm()) < 0.04
+        else:
+            assert torch.equal(found, weight), name
+    assert tensors["lm_head.weight"].dtype is torch.float32
+
+
+def serialise_fp8(model: torch.nn.Module, plain: Path, stored: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Write `model` in one of the fp8 formats. Returns the dequantised matrices."""
+    stored.mkdir()
+    tensors, exact = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, weight in model.state_dict().items():
+        if "_proj" not in name:
+            tensors[name] = weight.clone()
+            continue
+        rows, columns = weight.shape
+        if kind == "channel":
+            scale = weight.abs().amax(1, keepdim=True) / 448
+        elif kind == "block":
+            scale = torch.rand(-(-rows // 48), -(-columns // 32)) * 1e-3 + 1e-3
+        else:
+            scale = weight.abs().max() / 448
+        spread = scale
+        if kind == "block":
+            spread = scale.repeat_interleave(48, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+        codes = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        module = name.removesuffix(".weight")
+        tensors[name] = codes
+        tensors[f"{module}.weight_scale_inv" if kind == "block" else f"{module}.weight_scale"] = scale
+        tensors[f"{module}.input_scale"] = torch.tensor(1.0)
+        exact[name] = codes.float() * spread
+    tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
+    save_file(tensors, stored / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    if kind == "block":
+        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [48, 32]}
+    elif kind == "modelopt":
+        (stored / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    else:
+        weights = {"num_bits": 8, "type": "float", "strategy": kind}
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head"],
+        }
+    (stored / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (stored / name).write_bytes((plain / name).read_bytes())
+    return exact
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "fp8", "fmt": "e5m2"},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}},
+    ],
+)
+async def test_preparer_refuses_other_quantised_formats(
+    preparation: CheckpointPreparer, tmp_path: Path, stored: dict[str, object]
+) -> None:
+    tiny_llama(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    with pytest.raises(LoadFailed, match=f"quantised with {stored['quant_method']}, which is not supported"):
+        await prepare(preparation, tmp_path / "m")
+
+
+async def test_pack_fp8_scales_rows_to_the_largest_code(preparation: CheckpointPreparer, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "m")
+    tensors = packed(await prepare(preparation, tmp_path / "m", quantize=Quantization.FP8))
+    weight = model.model.layers[1].mlp.down_proj.weight.detach()
+    codes = tensors["model.layers.1.mlp.down_proj.weight"].float()
+    scale = tensors["model.layers.1.mlp.down_proj.scale"]
+    torch.testing.assert_close(scale, weight.abs().amax(1) / 448)
+    assert bool(((codes * scale[:, None] - weight).abs() <= 2**-4 * weight.abs() + 2**-9 * scale[:, None]).all())
+
+
 async def test_preparer_cleans_up_after_a_failed_pack(apart: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
