@@ -30,6 +30,7 @@ from mesh.api.inference import InferenceGateway
 from mesh.api.management import ManagementService
 from mesh.api.model_view import ModelViews
 from mesh.api.models_routes import ModelsRoutes
+from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
 from mesh.api.openai_routes import OpenAiRoutes
 from mesh.client.connections import Connections
@@ -237,6 +238,14 @@ class Pod:
                 ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
                 AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
                 OpenAiRoutes(gateway),
+                OipRoutes(
+                    gateway,
+                    self.registry,
+                    self.states,
+                    self.placement,
+                    is_ready=self.is_ready,
+                    version=package_version(),
+                ),
             ),
             self._metrics,
             keys=config.api_keys,

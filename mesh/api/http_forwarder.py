@@ -35,7 +35,8 @@ _HOP_BY_HOP = frozenset(
 )
 _KEY_HEADERS = ("authorization", "x-api-key")
 _NOT_FOUND = 404
-_NOT_FOUND_CODE = b"model_not_found"  # OpenAI's code in the error's JSON
+_NOT_HERE_HEADER = "x-repertory-not-here"  # our runtime's mark of a model that it has not loaded, in every protocol
+_NOT_FOUND_CODE = b"model_not_found"  # other runtimes' mark: OpenAI's code in the error's JSON
 _UNAVAILABLE = (502, 503)
 
 
@@ -120,7 +121,9 @@ class HttpForwarder:
         if self._response is None or self._response.status in _UNAVAILABLE:
             return Failure.UNAVAILABLE
         # Any other 404 is an unknown path, which loading the model does not change.
-        if self._response.status == _NOT_FOUND and _NOT_FOUND_CODE in self._first_chunk:
+        if self._response.status == _NOT_FOUND and (
+            _NOT_HERE_HEADER in self._response.headers or _NOT_FOUND_CODE in self._first_chunk
+        ):
             return Failure.MODEL_LOST
         return None
 

@@ -9,8 +9,8 @@ from aiohttp import web
 
 from common.model_state import CopyState
 from mesh.api.addressing import MODEL_HEADER
+from mesh.api.error_shapes import shape_for
 from mesh.api.http_body import prefix_hash, read_body
-from mesh.api.http_errors import body_of, event_of
 from mesh.api.http_forwarder import HttpForwarder, HttpRequest
 from mesh.api.http_relay import end_stream, relay
 from mesh.api.request_log import Record
@@ -84,7 +84,8 @@ class HttpGateway:
                 if keep_alive is None or keep_alive.response is None:
                     raise
                 record.code = error.code
-                return await end_stream(keep_alive.response, event_of(body_of(error, request.path), request.path))
+                shape = shape_for(request.path)
+                return await end_stream(keep_alive.response, shape.event(shape.body(error)))
 
     async def _answer(
         self,

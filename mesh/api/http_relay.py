@@ -7,7 +7,7 @@ from typing import TypeVar
 import aiohttp
 from aiohttp import web
 
-from mesh.api.http_errors import body_of, event_of
+from mesh.api.error_shapes import shape_for
 from mesh.api.http_forwarder import HttpForwarder, end_to_end
 from mesh.api.request_log import Record
 from mesh.errors import Unavailable
@@ -29,7 +29,7 @@ async def relay(
     if begun is not None and status != _OK:
         # The client was sent status 200 before, so the error becomes the stream's last event.
         answer = b"".join([chunk async for chunk in forwarder.chunks()])
-        return await end_stream(begun, event_of(answer, request.path))
+        return await end_stream(begun, shape_for(request.path).event(answer))
     if begun is None and (body := forwarder.whole_body) is not None:
         record.response_bytes = len(body)
         return _with_head(web.Response(body=body), record, forwarder)  # leaves in one write
@@ -83,8 +83,9 @@ async def _broken_off(
         "a response broke off", extra={"request_id": record.request_id, "model": record.model_id, "error": str(error)}
     )
     if response.content_type == "text/event-stream":
-        body = body_of(Unavailable("the answer broke off", model=model_name), request.path)
-        return await end_stream(response, event_of(body, request.path))
+        shape = shape_for(request.path)
+        body = shape.body(Unavailable("the answer broke off", model=model_name))
+        return await end_stream(response, shape.event(body))
     if request.transport is not None:
         request.transport.abort()
     return response

@@ -13,7 +13,7 @@ from mesh.api.request_log import request_log
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
 from mesh.metrics import Metrics
 
-_OPEN_TO_ALL = ("/health", "/healthz", "/readyz")
+_OPEN_TO_ALL = ("/health", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _HEADERS_BYTES = 16 * 1024
 # Routes of text-generation-inference and text-embeddings-inference.
 _UNSUPPORTED_PATHS = ("/", "/generate", "/generate_stream", "/invocations", "/embed", "/rerank")

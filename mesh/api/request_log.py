@@ -14,7 +14,7 @@ from mesh.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics")
+_DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
 @dataclass(slots=True)

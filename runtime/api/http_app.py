@@ -11,6 +11,7 @@ from aiohttp import web
 from runtime.api.anthropic.messages import Messages
 from runtime.api.health import Health
 from runtime.api.http_errors import errors_as_json
+from runtime.api.oip.rest import RestInference
 from runtime.api.openai.chat import ChatCompletions
 from runtime.api.openai.completions import Completions
 from runtime.api.openai.models import Models
@@ -78,6 +79,8 @@ def build_http_app(
             web.get("/metrics", health.metrics),
         ]
     )
+    for route in RestInference(directory, generator).routes():
+        app.router.add_route(route.method, route.path, route.handler)
     app.add_routes([web.post(path, _refuse_path) for path in _UNSUPPORTED_PATHS])
     return app
 

@@ -8,19 +8,34 @@ from aiohttp.typedefs import Handler
 
 from runtime.api.openai.errors import error_body
 from runtime.api.openai.responses import ErrorAnswer, ErrorBody, encode
-from runtime.errors import InvalidRequest, NotSupported, RepertoryError
+from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError
 
 _LOG = logging.getLogger(__name__)
 
 
+NOT_HERE_HEADER = "x-repertory-not-here"  # the model is not loaded here, so a mesh tries another copy
+
+
 def error_response(error: RepertoryError) -> web.Response:
-    response = web.Response(status=error.http_status, body=error_body(error), content_type="application/json")
+    return web.Response(
+        status=error.http_status,
+        body=error_body(error),
+        headers=error_headers(error),
+        content_type="application/json",
+    )
+
+
+def error_headers(error: RepertoryError) -> dict[str, str]:
+    """Return the headers that an error has in every protocol: when to retry, and whether the model is not loaded here."""
+    headers: dict[str, str] = {}
     if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-        response.headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
     if isinstance(error, NotSupported):
-        response.headers["x-should-retry"] = "false"  # the official clients retry every 5xx twice
-    return response
+        headers["x-should-retry"] = "false"  # the official clients retry every 5xx twice
+    if isinstance(error, ModelNotFound):
+        headers[NOT_HERE_HEADER] = "1"
+    return headers
 
 
 def internal(error: Exception) -> RepertoryError:

@@ -44,6 +44,7 @@ class Switches:
     full_disk: bool = False
     quarantined: set[str] = field(default_factory=set)
     progress: float = 0.0
+    text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
     end_s: float = 0.0  # between a stream's last event and its end
     max_message_bytes: int = 16 * 1024 * 1024
@@ -68,6 +69,7 @@ class FakeRuntime:
         self.metadata: list[tuple[tuple[str, str | bytes], ...]] = []
         self.deadlines: list[float | None] = []
         self.bodies: list[dict[str, Any]] = []
+        self.raw_bodies: list[bytes] = []
         self.fits: list[state_pb.FitRequest] = []
         self.headers: list[dict[str, str]] = []
         self.changed = asyncio.Event()
@@ -86,8 +88,8 @@ class FakeRuntime:
         self._server.add_insecure_port(self.grpc_address)
         await self._server.start()
         app = web.Application()
-        app.router.add_post("/v1/{path:.+}", self._post)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.UnixSite(self._runner, self.http_address.removeprefix("unix:")).start()
@@ -131,13 +133,18 @@ class FakeRuntime:
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(text="# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 3\n")
 
-    async def _post(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        self.raw_bodies.append(raw)
+        body = json.loads(raw[: int(request.headers.get("Inference-Header-Content-Length", len(raw)))] or b"{}")
         model_id = request.headers.get("mm-model-id", "")
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         if self.refuses():
             return web.json_response({"error": {"message": "restarting", "type": "unavailable_error"}}, status=503)
+        if model_id not in self.loaded and self.switches.text_errors:
+            headers = {"x-repertory-not-here": "1"}
+            return web.json_response({"error": f"{model_id} is not loaded here"}, status=404, headers=headers)
         if model_id not in self.loaded:
             return web.json_response(
                 {"error": {"message": f"{model_id} is not loaded here", "code": "model_not_found"}}, status=404

@@ -1,25 +1,20 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API, without state."""
 
-from collections.abc import Awaitable, Callable
-
 from aiohttp import web
 
 from runtime.api.anthropic.as_chat import as_chat
 from runtime.api.anthropic.events import MessageEvents
-from runtime.api.anthropic.responses import TokenCount, error_response, message
+from runtime.api.anthropic.responses import TokenCount, error_body, message
 from runtime.api.anthropic.types import MessagesBody, PromptBody
-from runtime.api.http_errors import internal
 from runtime.api.openai.chat_prepare import prepare_chat, render_prompt
 from runtime.api.openai.context import json_response, model_of, read_body
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.tools import plan_tools
-from runtime.errors import RepertoryError
+from runtime.api.protocol_errors import ErrorShape
 from runtime.generation.generator import Generator
 from runtime.interfaces import ModelDirectory
 
-
-class _TooLarge(RepertoryError):
-    http_status = 413
+_ERRORS = ErrorShape(error_body)
 
 
 class Messages:
@@ -28,12 +23,8 @@ class Messages:
     def __init__(self, directory: ModelDirectory, generator: Generator) -> None:
         self._directory = directory
         self._generator = generator
-
-    async def post(self, request: web.Request) -> web.StreamResponse:
-        return await _with_errors(request, self._post)
-
-    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
-        return await _with_errors(request, self._count_tokens)
+        self.post = _ERRORS.around(self._post)
+        self.count_tokens = _ERRORS.around(self._count_tokens)
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         parsed = await read_body(request, MessagesBody)
@@ -56,17 +47,3 @@ class Messages:
         chat = as_chat(parsed.body)
         _, prompt = await render_prompt(model, chat, plan_tools(model, chat.tools, chat.tool_choice))
         return json_response(TokenCount(len(prompt)), parsed.warning)
-
-
-async def _with_errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Answer errors before the first event in Anthropic's shape."""
-    try:
-        return await handler(request)
-    except web.HTTPRequestEntityTooLarge:
-        return error_response(_TooLarge(f"the body is larger than the limit of {request.client_max_size} bytes"))
-    except (web.HTTPException, web.RequestPayloadError, ConnectionError):
-        raise
-    except Exception as error:
-        return error_response(internal(error))

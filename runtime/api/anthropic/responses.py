@@ -1,14 +1,12 @@
 """Response bodies of the Messages API: a whole message, its usage and stop reason, and errors."""
 
-import math
 import uuid
 from typing import Any
 
 import msgspec
-from aiohttp import web
 
 from runtime.api.openai.responses import encode, finish_word
-from runtime.errors import ModelNotFound, NotSupported, RepertoryError
+from runtime.errors import ModelNotFound, RepertoryError
 from runtime.generation.parts import Completed, Finish
 from runtime.interfaces import ServedModel
 from runtime.types import FinishReason
@@ -110,12 +108,3 @@ def error_body(error: RepertoryError) -> bytes:
     if isinstance(error, ModelNotFound):
         fields["code"] = "model_not_found"
     return encode({"type": "error", "error": fields})
-
-
-def error_response(error: RepertoryError) -> web.Response:
-    response = web.Response(status=error.http_status, body=error_body(error), content_type="application/json")
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    if isinstance(error, NotSupported):
-        response.headers["x-should-retry"] = "false"  # the official clients retry every 5xx twice
-    return response

@@ -1,4 +1,4 @@
-"""The planner of ModelInfer: parameters with OpenAI's names and tokenized prompts to generation requests. Pure."""
+"""The planner of the Open Inference Protocol: parameters with OpenAI's names and tokenized prompts to generation requests. Pure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,15 +30,18 @@ def plan_inference(
     return generation_requests(model, body, prompts, limits, LogprobParams(), new_seed)
 
 
-def parameters_of(given: Mapping[str, pb.InferParameter]) -> Shared:
-    """Return the parameters as a body; `stop` is one string or a JSON list of them. Raises InvalidRequest naming the parameter."""
-    values: dict[str, Any] = {}
-    for name, parameter in given.items():
-        kind = parameter.WhichOneof("parameter_choice")
-        if name not in PARAMETERS:
-            raise InvalidRequest(f"parameter {name} does not exist; use one of {', '.join(PARAMETERS)}", param=name)
-        if kind is not None:
-            values[name] = getattr(parameter, kind)
+def message_parameters(given: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
+    """Return the values of a gRPC message's parameters. A parameter without a value is None."""
+    kinds = {name: parameter.WhichOneof("parameter_choice") for name, parameter in given.items()}
+    return {name: getattr(given[name], kind) if kind is not None else None for name, kind in kinds.items()}
+
+
+def parameters_of(given: Mapping[str, Any]) -> Shared:
+    """Return the parameters as a body; `stop` is a list of strings, one string, or a JSON list. Raises InvalidRequest naming the parameter."""
+    unknown = next((name for name in given if name not in PARAMETERS), None)
+    if unknown is not None:
+        raise InvalidRequest(f"parameter {unknown} does not exist; use one of {', '.join(PARAMETERS)}", param=unknown)
+    values = dict(given)
     stop = values.get("stop")
     try:
         if isinstance(stop, str) and stop.startswith("["):

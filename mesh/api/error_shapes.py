@@ -1,0 +1,67 @@
+"""The JSON shape and the status of an error in each protocol, chosen by the request's path."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from mesh.errors import MeshError, NotFound, Overloaded, TooLarge
+
+_CODES: dict[type[MeshError], str] = {NotFound: "model_not_found", TooLarge: "body_too_large", Overloaded: "overloaded"}
+
+
+class Problem(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class OpenAiError(msgspec.Struct, frozen=True):
+    """OpenAI's shape; `type` is the mark that Anthropic's clients look for, and unset elsewhere."""
+
+    error: Problem
+    type: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class TextError(msgspec.Struct, frozen=True):
+    """The shape of the Open Inference Protocol."""
+
+    error: str
+
+
+def _http_status(error: MeshError) -> int:
+    return error.http_status
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorShape:
+    """How one protocol writes an error: `body` returns the JSON, `status` the HTTP status, `event_name` names the error event of a stream."""
+
+    body: Callable[[MeshError], bytes]
+    status: Callable[[MeshError], int] = _http_status
+    event_name: str = ""
+
+    def event(self, body: bytes) -> bytes:
+        """Return an error's JSON as the last server-sent event of a stream; the clients raise on it."""
+        name = b"event: " + self.event_name.encode() + b"\n" if self.event_name else b""
+        return name + b"data: " + b" ".join(body.split(b"\n")) + b"\n\n"
+
+
+def _problem(error: MeshError) -> Problem:
+    return Problem(error.message, error.openai_type, None, _CODES.get(type(error), error.code.lower()))
+
+
+_OPENAI = ErrorShape(lambda error: msgspec.json.encode(OpenAiError(_problem(error))))
+_ANTHROPIC = ErrorShape(lambda error: msgspec.json.encode(OpenAiError(_problem(error), "error")), event_name="error")
+_OIP = ErrorShape(lambda error: msgspec.json.encode(TextError(error.message)))
+
+
+def shape_for(path: str) -> ErrorShape:
+    """Return the shape of errors for requests to `path`."""
+    match path.split("/", 3)[1:3]:
+        case ["v1", "messages"]:
+            return _ANTHROPIC
+        case ["v2", *_]:
+            return _OIP
+    return _OPENAI
