@@ -35,6 +35,7 @@ from mesh.api.oip_server import OipServer
 from mesh.api.openai_routes import OpenAiRoutes
 from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
+from mesh.client.peer_probes import HttpPeerProbes, Readiness
 from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
@@ -54,6 +55,7 @@ from mesh.pod_identity import advertised_address, default_instance_id
 from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
 from mesh.registry.static_models import parse_static_models, register_static_models
+from mesh.registry.store_contact import StoreContact
 from mesh.registry.transitions import Transitions
 from mesh.routing.router import CopyRouter, Limits
 from mesh.store.factory import store_at
@@ -109,9 +111,9 @@ class Pod:
         if "," in self.instance_id:
             raise InvalidRequest(f"instance_id {self.instance_id!r} may not contain a comma")
         location = parse_store(config.store)
-        self._store = store_at(location)
+        self.store = store_at(location)
         self.registry = Registry(
-            self._store,
+            self.store,
             root_prefix=location.root_prefix,
             kv_prefix=config.kv_prefix,
             service_name=config.service_name,
@@ -132,6 +134,10 @@ class Pod:
         self._connections = Connections(max_message_bytes=config.grpc_max_message_bytes)
         self._changes = Changes()
         self._copies = LocalCopies(self._changes)
+        probes = HttpPeerProbes(self._connections)
+        self.contact = StoreContact(
+            self.store, self.registry.instances, probes, self._changes, ttl_s=config.session_ttl_s
+        )
         runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
         record_updates = RecordUpdates(self.registry.models, self.instance_id)
         self._loads = LocalLoads(
@@ -197,6 +203,7 @@ class Pod:
             self._metrics,
             Target(self.instance_id, True, config.runtime_grpc, config.runtime_http),
             Limits(config.wait_budget_s, config.max_held),
+            is_cut_off=lambda: self.contact.is_cut_off,
         )
         addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
@@ -234,7 +241,7 @@ class Pod:
         self.http = HttpServer(
             config.http_listen,
             (
-                HealthRoutes(self._connections, config.runtime_http, self.is_ready, self._figures),
+                HealthRoutes(self._connections, config.runtime_http, self._readiness, self._figures),
                 ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
                 AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
                 OpenAiRoutes(gateway),
@@ -263,12 +270,13 @@ class Pod:
             self._static_registered
             and self._heartbeat is not None
             and self.monitor.is_ready
+            and self.contact.is_ready
             and not self._stopping.is_set()
         )
 
     async def start(self) -> None:
         """Start serving. Raises StoreError, or OSError if a port is in use."""
-        await self._store.open()
+        await self.store.open()
         await self.registry.start()
         for kind, address, server in (
             ("gRPC", self._config.grpc_listen, self.grpc),
@@ -296,7 +304,13 @@ class Pod:
         self._transitions.start()
         self._tasks = [
             asyncio.create_task(work)
-            for work in (self._register_static(), self._heartbeat.run(), self._publish_readiness(), self._reaper.run())
+            for work in (
+                self._register_static(),
+                self._heartbeat.run(),
+                self._publish_readiness(),
+                self._reaper.run(),
+                self.contact.run(),
+            )
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
 
@@ -318,7 +332,7 @@ class Pod:
         await self.reconciler.close()
         await self.registry.close()
         await self._connections.close()
-        await self._store.close()
+        await self.store.close()
 
     async def _register_static(self) -> None:
         await register_static_models(
@@ -351,6 +365,11 @@ class Pod:
                 published = not published
                 await self.grpc.set_ready(published)
             await self._changes.wait(1.0, since=seen)
+
+    def _readiness(self) -> Readiness:
+        return Readiness(
+            "ready" if self.is_ready() else "not ready", round(self.store.silence_s(), 3), self.registry.num_lost
+        )
 
     def _check_info(self, info: ModelInfo) -> None:
         """Check a registration before it is stored. A foreign runtime has model keys of its own, which only it can check."""

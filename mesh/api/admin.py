@@ -95,6 +95,7 @@ class AdminRoutes:
         router.add_put("/admin/v1/aliases/{name:.+}", self.set_alias)
         router.add_delete("/admin/v1/aliases/{name:.+}", self.remove_alias)
         router.add_get("/admin/v1/pods", self.pods)
+        router.add_post("/admin/v1/registry/accept-loss", self.accept_loss)
 
     async def models(self, _: web.Request) -> web.Response:
         return _json(Models(self._views.all()))
@@ -156,6 +157,12 @@ class AdminRoutes:
     async def remove_alias(self, request: web.Request) -> web.Response:
         await self._registry.remove_alias(request.match_info["name"])
         return web.Response(status=204)
+
+    async def accept_loss(self, _: web.Request) -> web.Response:
+        """Drop the records that disappeared from the store at once, on this pod. Until then it keeps serving them and refuses changes."""
+        num_lost = self._registry.num_lost
+        self._registry.accept_loss()
+        return web.json_response({"dropped": num_lost})
 
     async def pods(self, _: web.Request) -> web.Response:
         """List all pods. This pod's own figures are current; the registry's record of it is not rewritten with every request."""

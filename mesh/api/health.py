@@ -5,9 +5,11 @@ import logging
 from collections.abc import Callable
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from mesh.client.connections import Connections
+from mesh.client.peer_probes import Readiness
 
 logger = logging.getLogger(__name__)
 
@@ -18,11 +20,15 @@ class HealthRoutes:
     """`figures` returns this pod's own metrics. Those of the runtime at `runtime_http` are appended; empty if it has no HTTP port."""
 
     def __init__(
-        self, connections: Connections, runtime_http: str, is_ready: Callable[[], bool], figures: Callable[[], bytes]
+        self,
+        connections: Connections,
+        runtime_http: str,
+        readiness: Callable[[], Readiness],
+        figures: Callable[[], bytes],
     ) -> None:
         self._connections = connections
         self._runtime_http = runtime_http
-        self._is_ready = is_ready
+        self._readiness = readiness
         self._figures = figures
 
     def add_to(self, router: web.UrlDispatcher) -> None:
@@ -35,9 +41,10 @@ class HealthRoutes:
         return web.json_response({"status": "ok"})
 
     async def ready(self, _: web.Request) -> web.Response:
-        if self._is_ready():
-            return web.json_response({"status": "ready"})
-        return web.json_response({"status": "not ready"}, status=503)
+        """Answer 200 if the pod is ready, else 503. The body also says how long the store has not answered."""
+        readiness = self._readiness()
+        status = 200 if readiness.status == "ready" else 503
+        return web.json_response(body=msgspec.json.encode(readiness), status=status)
 
     async def metrics(self, request: web.Request) -> web.Response:
         text = self._figures()

@@ -208,7 +208,7 @@ class ManagementService(rpc.ModelMeshServicer):
         instances = self._registry.instances
         peers = [copy.instance_id for copy in status.copies if copy.instance_id != instances.own_id]
         for instance_id in peers:
-            await instances.table.read(instance_id)
+            await instances.table.refresh(instance_id)
         return bool(peers)
 
     async def _vmodel_status(self, vmodel: VModelRecord) -> pb.VModelStatusInfo:

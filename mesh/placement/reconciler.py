@@ -112,7 +112,7 @@ class Reconciler:
         copy = self._copies.get(model_id)
         if copy is not None and copy.state is not CopyState.UNLOADING:
             withdrawn = copy.is_announced and new is not None and self._own_id not in new.instance_ids
-            if new is None or withdrawn:
+            if new is None or withdrawn or new.info != copy.info:
                 copy.is_announced = False
                 self._spawn(self._loads.unload(model_id))
         if new is None:

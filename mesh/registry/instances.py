@@ -9,7 +9,8 @@ from mesh.store.protocol import Store
 class Instances:
     def __init__(self, store: Store, prefix: str, *, own_id: str, ttl_s: float, latch_prefix: str) -> None:
         """`latch_prefix`: the prefix of ModelMesh's leader election. Java pods expect an entry of each pod there."""
-        self.table = Table(store, prefix, InstanceRecord)
+        # After a loss, each pod publishes its record again within its lease's time to live.
+        self.table = Table(store, prefix, InstanceRecord, keep_lost_s=ttl_s)
         self.own_id = own_id
         self._own = LeasedKey(store, prefix + own_id, ttl_s=ttl_s)
         self._latch = LeasedKey(store, f"{latch_prefix}_{own_id}", ttl_s=ttl_s)
@@ -25,6 +26,11 @@ class Instances:
     async def withdraw(self) -> None:
         await self._own.remove()
         await self._latch.remove()
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether this pod's record exists under a lease that has not ended."""
+        return self._own.is_held
 
     def get(self, instance_id: str) -> InstanceRecord | None:
         return self.table.get(instance_id)

@@ -1,5 +1,7 @@
 """Provides the registered models: ModelMesh's `registry` table and the rules of registering and unregistering."""
 
+import math
+
 import msgspec
 
 from mesh.errors import AlreadyExists, InvalidRequest, PreconditionFailed
@@ -19,7 +21,7 @@ class Models:
     """`table` is public because placement writes its part of the records through it."""
 
     def __init__(self, store: Store, prefix: str) -> None:
-        self.table = Table(store, prefix, ModelRecord)
+        self.table = Table(store, prefix, ModelRecord, keep_lost_s=math.inf)
 
     def get(self, model_id: str) -> ModelRecord | None:
         return self.table.get(model_id)

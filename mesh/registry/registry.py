@@ -67,6 +67,16 @@ class Registry:
         for table in (self.models.table, self.vmodels.table, self.instances.table):
             await table.close()
 
+    @property
+    def num_lost(self) -> int:
+        """The number of records that disappeared from the store in a mass and are kept until they return or `accept_loss` is called."""
+        return self.models.table.num_lost + self.vmodels.table.num_lost
+
+    def accept_loss(self) -> None:
+        """Drop the records that disappeared, as an operator has confirmed that they were deleted on purpose."""
+        for table in (self.models.table, self.vmodels.table):
+            table.accept_loss()
+
     def resolve(self, name: str) -> str:
         """Return the concrete model id behind a name; a vmodel wins over a model. Raises NotFound."""
         vmodel = self.vmodels.get(name)
@@ -93,9 +103,9 @@ class Registry:
             return await self.resolve_fresh(name)
 
     async def resolve_fresh(self, name: str) -> str:
-        """Resolve a name in the store itself: another pod may just have registered or moved it. Raises InvalidRequest, NotFound."""
+        """Resolve a name in the store, if it answers: another pod may have just registered or moved it. Raises InvalidRequest, NotFound."""
         check_id(name)
-        vmodel = (await self.vmodels.table.read(name)).record
+        vmodel = await self.vmodels.table.refresh(name)
         if vmodel is not None:
             await self.models.find(vmodel.active_id)
             return self.resolve(name)

@@ -6,6 +6,7 @@ unreachable. Listeners are called once for each change, of this pod or another o
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Generic
 import msgspec
 
 from mesh.errors import StoreError, StoreUncertain
+from mesh.registry.mass_loss import is_mass_loss
 from mesh.registry.records import R, decode_record, encode_record
 from mesh.store.protocol import (
     ABSENT,
@@ -45,8 +47,11 @@ class Versioned(Generic[R]):
 
 
 class Table(Generic[R]):
-    def __init__(self, store: Store, prefix: str, kind: type[R]) -> None:
+    def __init__(self, store: Store, prefix: str, kind: type[R], *, keep_lost_s: float = 0.0) -> None:
+        """`keep_lost_s`: how long records that disappeared in a mass are kept; infinite until they return or `accept_loss` is called."""
         self._store = store
+        self._keep_lost_s = keep_lost_s
+        self._lost: set[str] = set()  # kept, although they disappeared from the store
         self._prefix = prefix
         self._kind = kind
         self._cache: dict[str, Versioned[R]] = {}
@@ -73,6 +78,25 @@ class Table(Generic[R]):
                 await self._task
             self._task = None
 
+    @property
+    def num_lost(self) -> int:
+        """The number of cached records that disappeared from the store in a mass."""
+        return len(self._lost)
+
+    def accept_loss(self) -> None:
+        """Drop the records that disappeared from the store, as an operator has confirmed that they were deleted on purpose."""
+        lost, self._lost = self._lost, set()
+        for record_id in sorted(lost):
+            self._drop(record_id, self._watched_revision)
+
+    def check_changeable(self) -> None:
+        """Raise StoreError if changes are refused because records disappeared in a mass."""
+        if self._lost:
+            raise StoreError(
+                f"store: {len(self._lost)} of {len(self._cache)} records of {self._prefix} disappeared at once, so this pod keeps serving"
+                " them and refuses changes; restore the store, or confirm the loss with POST /admin/v1/registry/accept-loss"
+            )
+
     def get(self, record_id: str) -> R | None:
         known = self._cache.get(record_id)
         return known.record if known else None
@@ -95,8 +119,17 @@ class Table(Generic[R]):
         return iter(sorted(self._cache))
 
     async def find(self, record_id: str) -> R | None:
-        """Return a record from the cache, else from the store: another pod may have just written it. Raises StoreError."""
-        return self.get(record_id) or (await self.read(record_id)).record
+        """Return a record from the cache, else from the store: another pod may have just written it."""
+        return self.get(record_id) or await self.refresh(record_id)
+
+    async def refresh(self, record_id: str) -> R | None:
+        """Return a record as the store has it, or from the cache while the store does not answer."""
+        if self._store.is_answering and record_id not in self._lost:
+            try:
+                return (await self.read(record_id)).record
+            except StoreError as error:
+                logger.debug("record %s comes from the cache: %s", record_id, error)
+        return self.get(record_id)
 
     async def read(self, record_id: str) -> Versioned[R]:
         """Read a record from the store. Raises StoreError, also for a record that cannot be decoded."""
@@ -120,6 +153,7 @@ class Table(Generic[R]):
         `change` may be called several times, and on its own result if the store's answer was lost, so it must be idempotent. Returning the
         given record unchanged writes nothing.
         """
+        self.check_changeable()
         known = self._cache.get(record_id) or await self.read(record_id)
         answer_lost = False
         while True:
@@ -203,11 +237,29 @@ class Table(Generic[R]):
             # Revisions cannot be compared with the known ones, so drop those. Listeners are called for real differences only.
             self._absent_at.clear()
             self._cache = {record_id: Versioned(known.record) for record_id, known in self._cache.items()}
-        for record_id in [record_id for record_id in self._cache if record_id not in listed]:
-            self._drop(record_id, listing.revision)
+        self._lost &= self._cache.keys()
+        missing = self._cache.keys() - listed
+        if self._keep_lost_s and (self._lost or is_mass_loss(len(self._cache), len(missing), went_back=went_back)):
+            self._keep_lost(missing - self._lost)
+        else:
+            for record_id in missing:
+                self._drop(record_id, listing.revision)
         self._set_watched(listing.revision)
         for entry in listing.entries:
             self._absorb_put(entry)
+
+    def _keep_lost(self, missing: set[str]) -> None:
+        if not missing:
+            return
+        self._lost |= missing
+        logger.error(
+            "%d of %d records of %s disappeared from the store at once; they are kept",
+            len(missing),
+            len(self._cache),
+            self._prefix,
+        )
+        if math.isfinite(self._keep_lost_s):
+            asyncio.get_running_loop().call_later(self._keep_lost_s, self.accept_loss)
 
     def _set_watched(self, revision: int) -> None:
         self._watched_revision = revision
@@ -232,6 +284,10 @@ class Table(Generic[R]):
             logger.warning("%s; the record is ignored", error)
 
     def _absorb(self, record_id: str, new: Versioned[R]) -> None:
+        if record_id in self._lost:
+            self._lost.discard(record_id)
+            if not self._lost:
+                logger.warning("all records of %s are in the store again", self._prefix)
         old = self._cache.get(record_id)
         if new.mod_revision > max(old.mod_revision if old else ABSENT, self._absent_at.get(record_id, ABSENT)):
             self._cache[record_id] = new
@@ -241,6 +297,7 @@ class Table(Generic[R]):
         old = self._cache.get(record_id)
         if old is not None and old.mod_revision <= revision:
             del self._cache[record_id]
+            self._lost.discard(record_id)
             self._notify(record_id, old.record, None)
 
     def _notify(self, record_id: str, old: R | None, new: R | None) -> None:

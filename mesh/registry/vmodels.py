@@ -3,6 +3,7 @@
 vmodel_plan.py decides what is written; this module reads, writes and retries.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 from mesh.errors import StoreUncertain
@@ -23,7 +24,7 @@ from mesh.store.protocol import Compare, Store, Write
 
 class VModels:
     def __init__(self, store: Store, prefix: str, models: Models, *, default_owner: str) -> None:
-        self.table = Table(store, prefix, VModelRecord)
+        self.table = Table(store, prefix, VModelRecord, keep_lost_s=math.inf)
         self._store = store
         self._models = models
         self._default_owner = default_owner
@@ -68,6 +69,8 @@ class VModels:
         self, vmodel_id: str, plan: Callable[[VModelView], VModelPlan], involved: Iterable[str] = ()
     ) -> VModelRecord | None:
         """Read the involved records, plan, and write in one transaction that fails if a record has changed. Repeat until it succeeds."""
+        self.table.check_changeable()
+        self._models.table.check_changeable()
         vmodel = await self.table.read(vmodel_id)
         models: dict[str, Versioned[ModelRecord]] = {}
         answer_lost = False

@@ -36,9 +36,11 @@ class CopyFinder:
         candidates = []
         copy = self._copies.get(model_id)
         own_id = self._local.instance_id
-        if copy is not None and copy.is_loaded and self._monitor.serves(copy) and own_id not in exclude:
-            candidates.append(self._local_candidate(model_id))
         record = self._registry.models.get(model_id)
+        # A copy of an earlier registration of the same id has other files.
+        is_current = copy is not None and (record is None or record.info == copy.info)
+        if copy is not None and is_current and copy.is_loaded and self._monitor.serves(copy) and own_id not in exclude:
+            candidates.append(self._local_candidate(model_id))
         pods: dict[str, InstanceRecord] = {}
         if not local_only and record is not None and record.instance_ids.keys() - {own_id}:
             pods = dict(self._registry.instances.live())

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class Limits:
 
 
 class CopyRouter:
-    """`local`: the target that stands for this pod's own runtime."""
+    """`local`: the target that stands for this pod's own runtime. `is_cut_off`: whether only this pod has lost the store."""
 
     def __init__(
         self,
@@ -49,6 +49,8 @@ class CopyRouter:
         metrics: Metrics,
         local: Target,
         limits: Limits,
+        *,
+        is_cut_off: Callable[[], bool],
     ) -> None:
         self._registry = registry
         self._placement = placement
@@ -59,6 +61,7 @@ class CopyRouter:
         self._metrics = metrics
         self._local = local
         self._limits = limits
+        self._is_cut_off = is_cut_off
         self._finder = CopyFinder(registry, states, monitor, copies, local)
         # Of local copies with a limit, by model: the load that the limit belongs to, and the limit.
         self._concurrency: dict[str, tuple[int, ConcurrencyLimit]] = {}
@@ -86,6 +89,12 @@ class CopyRouter:
         `deadline_s`: seconds left. `local_only`: another pod forwarded the request, so only this pod's copy will do.
         Raises NotFound, LoadFailed, Unavailable (waited too long; carries retry_after_s), Overloaded, DeadlineExceeded.
         """
+        if self._is_cut_off():
+            raise Unavailable(
+                "this pod has lost the registry's store, so its knowledge of the model may be out of date; call another pod",
+                model=self._registry.name_of(model_id),
+                retry_after_s=1,
+            )
         if local_only and self._copies.get(model_id) is None:
             raise NotFound(f"model {model_id} is not on this pod")
         while True:

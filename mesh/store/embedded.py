@@ -79,6 +79,13 @@ class EmbeddedStore:
                 await self._in_thread(self._close_database)
         self._thread.shutdown(wait=True)
 
+    @property
+    def is_answering(self) -> bool:
+        return not self._closed
+
+    def silence_s(self) -> float:
+        return 0.0
+
     async def get(self, key: str) -> Entry | None:
         self._check_open()
         return self._entries.get(key)

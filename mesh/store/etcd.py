@@ -1,6 +1,7 @@
 """Provides the store on etcd. Values are opaque bytes; keys are UTF-8 text."""
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from mesh.store.etcd_connection import EtcdConnection, Method
 from mesh.store.etcd_lease import LeaseKeeper
@@ -21,6 +22,7 @@ class EtcdStore:
     def __init__(self, location: EtcdLocation, *, connect_timeout_s: float = 20.0, call_timeout_s: float = 3.5) -> None:
         self._connection = EtcdConnection(location, connect_timeout_s=connect_timeout_s, call_timeout_s=call_timeout_s)
         self._leases = LeaseKeeper(self._connection)
+        self._watches: set[PrefixWatch] = set()
 
     async def open(self) -> None:
         await self._connection.open()
@@ -28,6 +30,13 @@ class EtcdStore:
     async def close(self) -> None:
         await self._leases.close()
         await self._connection.close()
+
+    @property
+    def is_answering(self) -> bool:
+        return self._connection.is_answering
+
+    def silence_s(self) -> float:
+        return max((watch.silence_s() for watch in self._watches), default=0.0)
 
     async def get(self, key: str) -> Entry | None:
         answer = await self._connection.call(RANGE, pb.RangeRequest(key=encode_key(key)))
@@ -64,8 +73,15 @@ class EtcdStore:
     async def revoke(self, lease: Lease) -> None:
         await self._leases.revoke(lease)
 
-    def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
-        return PrefixWatch(self._connection, self.get_prefix, prefix, from_revision).events()
+    async def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
+        watch = PrefixWatch(self._connection, self.get_prefix, prefix, from_revision)
+        self._watches.add(watch)
+        try:
+            async with aclosing(watch.events()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._watches.discard(watch)
 
 
 def _conditions(compare: Compare) -> list[pb.Compare]:

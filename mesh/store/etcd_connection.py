@@ -80,6 +80,7 @@ class EtcdConnection:
         self._token = ""
         self._authenticating = asyncio.Lock()
         self.closed = False
+        self.is_answering = True
 
     async def open(self) -> None:
         """Raises StoreError if no endpoint answers within the connect timeout or the user is refused."""
@@ -105,7 +106,9 @@ class EtcdConnection:
             channel = await self._ready(deadline, self._call_timeout_s)
             endpoint, token = self._current, self._token
             try:
-                return await self._send(channel, method, request, deadline - loop.time())
+                answer = await self._send(channel, method, request, deadline - loop.time())
+                self.is_answering = True
+                return answer
             except grpc.aio.AioRpcError as error:
                 if _token_is_stale(error) and self._location.user and not refreshed:
                     refreshed = True
@@ -150,6 +153,7 @@ class EtcdConnection:
         if answer is grpc.aio.EOF:
             self._switch_endpoint(stream.endpoint)
             raise StoreError("store: etcd ended the stream")
+        self.is_answering = True
         return cast("Answer", answer)
 
     async def write(self, stream: Stream[Answer], message: Message) -> None:
@@ -169,6 +173,7 @@ class EtcdConnection:
 
     def _switch_endpoint(self, endpoint: int) -> None:
         """Use the next endpoint instead of this failed one, unless another call has done so already."""
+        self.is_answering = False
         if endpoint == self._current:
             self._current = (endpoint + 1) % len(self._channels)
 

@@ -7,7 +7,8 @@ lose events.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 
 from mesh.errors import StoreError
@@ -23,6 +24,7 @@ PROGRESS_INTERVAL_S = 3.0
 SILENCE_TIMEOUT_S = 8.0
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
+_MASS_DELETION = 10  # deletions in one revision, which no operation of the mesh makes: the prefix is listed again
 
 ListPrefix = Callable[[str], Awaitable[Listing]]
 
@@ -48,7 +50,11 @@ class PrefixWatch:
         self._went_back = False
         self._cluster_id: int | None = None
         self._pause_s = FIRST_PAUSE_S
-        self._heard_at_s = 0.0
+        self._heard_at_s = asyncio.get_running_loop().time()
+
+    def silence_s(self) -> float:
+        """Return the seconds since etcd last answered this watch."""
+        return asyncio.get_running_loop().time() - self._heard_at_s
 
     async def events(self) -> AsyncGenerator[WatchEvent, None]:
         """Yield events until the connection is closed."""
@@ -56,6 +62,7 @@ class PrefixWatch:
             try:
                 if self._next is None:
                     listing = await self._list_prefix(self._prefix)
+                    self._heard_at_s = asyncio.get_running_loop().time()
                     self._next = listing.revision + 1
                     went_back, self._went_back = self._went_back, False
                     yield Relisted(listing, went_back)
@@ -95,6 +102,8 @@ class PrefixWatch:
                     await self._check_same_store(answer.header, start_revision)
                     self._pause_s = FIRST_PAUSE_S
                     continue
+                if _is_mass_deletion(answer.events):
+                    raise _HistoryLost(went_back=False)
                 for event in answer.events:
                     yield _event(event)
                 if answer.events:
@@ -106,9 +115,9 @@ class PrefixWatch:
     async def _request_progress(self, stream: Stream[pb.WatchResponse]) -> None:
         """Request progress regularly and abandon a silent stream. A member that hangs keeps its connections, and gRPC pings too rarely."""
         loop = asyncio.get_running_loop()
-        self._heard_at_s = loop.time()
+        begun_s = loop.time()
         with suppress(StoreError):
-            while loop.time() - self._heard_at_s < SILENCE_TIMEOUT_S:
+            while loop.time() - max(begun_s, self._heard_at_s) < SILENCE_TIMEOUT_S:
                 await asyncio.sleep(PROGRESS_INTERVAL_S)
                 await self._connection.write(stream, pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
         self._connection.abandon(stream)
@@ -138,6 +147,11 @@ def encode_key(key: str) -> bytes:
 
 def entry_of(kv: pb.KeyValue) -> Entry:
     return Entry(kv.key.decode("utf-8", "surrogateescape"), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+
+
+def _is_mass_deletion(events: Sequence[pb.Event]) -> bool:
+    deleted = Counter(event.kv.mod_revision for event in events if event.type == pb.Event.DELETE)
+    return max(deleted.values(), default=0) >= _MASS_DELETION
 
 
 def _event(event: pb.Event) -> WatchEvent:

@@ -22,8 +22,14 @@ class LeasedKey:
         self._lease: Lease | None = None
         self._value: bytes | None = None
         self._published = False
+        self._held: Lease | None = None  # the lease under which the key was put
         self._writing = asyncio.Lock()
         self._guard: asyncio.Task[None] | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the key exists as far as this process knows: it was put, and its lease has not ended."""
+        return self._held is not None and not self._held.lost.is_set()
 
     async def set(self, value: bytes) -> int:
         """Put the value and return its revision. Raises StoreError; the value is then put when the store is back."""
@@ -40,7 +46,7 @@ class LeasedKey:
                 await self._guard
             self._guard = None
         self._value = None
-        lease, self._lease = self._lease, None
+        lease, self._lease, self._held = self._lease, None, None
         if lease is not None:
             with suppress(StoreError):
                 await self._store.revoke(lease)
@@ -52,7 +58,7 @@ class LeasedKey:
             if self._lease is None or self._lease.lost.is_set():
                 self._lease = await self._store.grant(self._ttl_s)
             revision = await self._store.put(self._key, self._value, lease=self._lease)
-            self._published = True
+            self._published, self._held = True, self._lease
             return revision
 
     async def _keep(self) -> None:

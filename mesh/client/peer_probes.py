@@ -1,0 +1,51 @@
+"""Asks other pods over their HTTP ports whether they answer, and when the store last answered them."""
+
+import asyncio
+import errno
+
+import aiohttp
+import msgspec
+
+from mesh.client.connections import Connections
+from mesh.registry.records import InstanceRecord
+from mesh.registry.store_contact import PeerGone
+
+_ANSWER_S = 1.0
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """The body of `/readyz`. `store_silence_s`: seconds since the store last answered. `lost_records`: see Registry.num_lost."""
+
+    status: str
+    store_silence_s: float = 0.0
+    lost_records: int = 0
+
+
+class HttpPeerProbes:
+    """Implements mesh.registry.store_contact.PeerContacts and mesh.routing.peer_health.PeerProbe."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def store_silence_s(self, pod: InstanceRecord) -> float | None:
+        readiness = await self._ask(pod.http_address)
+        return None if readiness is None else readiness.store_silence_s
+
+    async def answers(self, http_address: str) -> bool:
+        """Return whether the pod answers within a second, with any status."""
+        try:
+            return await self._ask(http_address) is not None
+        except PeerGone:
+            return False
+
+    async def _ask(self, http_address: str) -> Readiness | None:
+        session, base = self._connections.http(http_address)
+        try:
+            async with asyncio.timeout(_ANSWER_S), session.get(f"{base}/readyz") as answer:
+                return msgspec.json.decode(await answer.read(), type=Readiness)
+        except aiohttp.ClientConnectorError as error:
+            if error.os_error.errno == errno.ECONNREFUSED:
+                raise PeerGone from None
+            return None
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError):
+            return None
