@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 from bench.checkpoints import SHAPES, write
 from bench.packed import checkpoint_of
 from common.model_key import ModelSettings
-from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import Checkpoint, ModelSource
 from tests.support.engine_process import Prompts, engine
 from tests.support.smollm2 import gguf_path
+from tests.support.sources import OPEN
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/api.md", "docs/configuration.md", "CONTRIBUTING.md")
 WAYS: dict[str, dict[str, Any]] = {
@@ -117,7 +117,7 @@ def _agreeing(text: list[int], other: list[int]) -> int:
 
 
 async def _smollm2(folder: Path) -> Checkpoint:
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(folder / "cache", 4 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(folder / "cache", 4 << 30))
     settings = ModelSettings(max_model_len=2048, dtype="bfloat16")
     return (await preparation.prepare(ModelSource(str(gguf_path())), settings, "cpu", lambda progress: None)).checkpoint
 

@@ -45,6 +45,7 @@ from runtime.generation.generator import Generator
 from runtime.models.manager import Models
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.puller.cache import Cache
+from runtime.puller.destinations import Destinations
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.text.text_model import load_text
 
@@ -66,6 +67,7 @@ class Runtime:
         self._config = config
         self._addresses = [parse_address(text) for text in config.listen]
         self._http_address = parse_address(config.http_listen)
+        Destinations.parse(config.source_hosts)  # an invalid entry must fail at the start, not at the first load
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
         self._engine = EngineClient(
             config.engine, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s)

@@ -41,11 +41,12 @@ def main() -> int:
         "--home", type=Path, help="keep registrations and packed models here instead of a temporary folder"
     )
     args = parser.parse_args()
+    roots = str(gguf_path().parent)
     with tempfile.TemporaryDirectory(prefix="repertory-demo-") as scratch:
         home = args.home or Path(scratch)
         log = Path(scratch) / "serve.log"
-        say(f"repertory serve --memory {args.budget}")
-        with stack.serve("--memory", args.budget, home=home, log=log) as served:
+        say(f"repertory serve --memory {args.budget} --model-roots {roots}")
+        with stack.serve("--memory", args.budget, home=home, log=log, model_roots=roots) as served:
             console.print(f"mesh, runtime and engine were ready after {served.ready_s:.1f} s")
             try:
                 play(served)
@@ -59,7 +60,8 @@ def main() -> int:
     say("Done. To serve your own models")
     console.print("  .venv/bin/repertory serve                      # leave it running", highlight=False)
     console.print(
-        "  .venv/bin/repertory register NAME URI --load   # hf://ORG/MODEL, s3://, https://, or a path", highlight=False
+        "  .venv/bin/repertory register NAME URI --load   # hf://ORG/MODEL, s3://, https://, or a path below --model-roots",
+        highlight=False,
     )
     console.print("  .venv/bin/repertory run NAME", highlight=False)
     return 0

@@ -140,7 +140,10 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         "register a model under a name; registering the name again with another source replaces the model without downtime",
     )
     sub.add_argument("name")
-    sub.add_argument("uri", help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path")
+    sub.add_argument(
+        "uri",
+        help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path below the server's --model-roots",
+    )
     settings_flags.add_flags(sub)
     sub.add_argument("--type", help="ModelMesh model type (default llm)")
     sub.add_argument("--load", action="store_true", help="load the model now and wait")

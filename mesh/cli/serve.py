@@ -56,6 +56,8 @@ _FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
     "device": (("runtime", "engine", "device"),),
     "oversubscribe": (("runtime", "engine", "oversubscribe"),),
     "cache_dir": (("runtime", "cache_dir"),),
+    "model_roots": (("runtime", "model_roots"),),
+    "source_hosts": (("runtime", "source_hosts"),),
     "cache_size": (("runtime", "cache_budget_bytes"),),
     "grace": (("mesh", "grace_s"), ("runtime", "grace_s")),
     "log_level": (("mesh", "log_level"), ("runtime", "log_level")),
@@ -94,6 +96,8 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "http_listen": f"unix:{run_dir}/runtime-http.sock",
         "cache_dir": str(Path(args.cache_dir).expanduser() if args.cache_dir else home / "cache"),
         "cache_budget_bytes": args.cache_size,
+        "model_roots": _listed(args.model_roots) or [str(home / "models")],
+        "source_hosts": _listed(args.source_hosts),
         "engine": {
             "device": args.device,
             "oversubscribe": args.oversubscribe,
@@ -109,10 +113,14 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "runtime_grpc": runtime["listen"][0],
         "runtime_http": runtime["http_listen"],
         "wait_budget_s": args.wait_budget,
-        "api_keys": tuple(key.strip() for key in args.api_keys.split(",") if key.strip()),
+        "api_keys": tuple(_listed(args.api_keys)),
         **both,
     }
     return {"mesh": mesh, "runtime": runtime}
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:

@@ -82,6 +82,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
     )
     flag(
+        "model-roots",
+        "",
+        str,
+        "directories that models may be registered from by path, comma separated; empty = the directory models in the home directory",
+        metavar="A,B,…",
+    )
+    flag(
+        "source-hosts",
+        "",
+        str,
+        "hosts outside the public internet that models may be fetched from: names, addresses, networks or *; comma separated",
+        metavar="A,B,…",
+    )
+    flag(
         "api-keys",
         "",
         str,

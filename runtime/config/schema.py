@@ -73,7 +73,13 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_roots: Annotated[
         tuple[str, ...],
         _about(
-            "directories that may contain models given by path, file:// or symbolic link; empty = every readable directory"
+            "directories that may contain models given by path, file:// or symbolic link; empty = local paths are refused"
+        ),
+    ] = ()
+    source_hosts: Annotated[
+        tuple[str, ...],
+        _about(
+            "hosts outside the public internet that models may be fetched from: names, addresses, networks such as 10.0.0.0/8, or * for any"
         ),
     ] = ()
     storage_config_dir: Annotated[

@@ -118,7 +118,9 @@ def parse_json(name: str, data: bytes) -> dict[str, object]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise LoadFailed(f"{name} can't be read: {error}") from error
+        # The error's own text may quote the file, which need not be a checkpoint's.
+        where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise LoadFailed(f"{name} is not valid JSON{where} ({type(error).__name__})") from None
     if not isinstance(value, dict):
         raise LoadFailed(f"{name} is not a JSON object")
     return value
@@ -130,7 +132,7 @@ def _inspect_file(path: Path) -> CheckpointSummary:
     with path.open("rb") as file:
         magic = file.read(8)
     if magic[:4] != b"GGUF":
-        raise LoadFailed(f"{path} is not a GGUF file: it begins with {magic[:4]!r}")
+        raise LoadFailed(f"{path} is not a GGUF file: it does not begin with GGUF")
     return CheckpointSummary(
         CheckpointKind.GGUF, path.parent, [path], {}, [], Quantization.NONE, False, True, _identity([path])
     )

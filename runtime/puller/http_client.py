@@ -1,4 +1,4 @@
-"""Fetching over HTTP: ranges, resuming, retries, checks."""
+"""Fetches files over HTTP: ranges, resuming, retries, checks of addresses and contents."""
 
 import http.client
 import ssl
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from runtime.errors import LoadFailed
+from runtime.puller.checked_connections import checked_handlers
+from runtime.puller.destinations import Destinations
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, RemoteFile, Unreachable
 from runtime.puller.transfer import Interrupted, commit, size_of, transfer
@@ -49,10 +51,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True, slots=True)
 class HttpClient:
-    """`headers` go with every request to the URL's own host, and to no other. `context` None = the system's certificates."""
+    """`headers` go with every request to the URL's own host, and to no other. `context` None = the system's certificates.
+
+    `destinations`: where the URL and each redirect may lead.
+    """
 
     headers: Mapping[str, str] = field(default_factory=dict)
     context: ssl.SSLContext | None = None
+    destinations: Destinations = field(default_factory=Destinations)
 
     def open(
         self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None
@@ -60,10 +66,10 @@ class HttpClient:
         """Raises HTTPError, URLError, OSError, ValueError."""
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise LoadFailed(f"{_shown(url)} is not HTTP")
-        handlers: list[urllib.request.BaseHandler] = [_Redirects(frozenset(name.lower() for name in self.headers))]
-        if self.context is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=self.context))
-        opener = urllib.request.build_opener(*handlers)
+        opener = urllib.request.build_opener(
+            _Redirects(frozenset(name.lower() for name in self.headers)),
+            *checked_handlers(self.destinations, self.context or ssl.create_default_context()),
+        )
         merged = {"User-Agent": "repertory", "Accept-Encoding": "identity", **self.headers, **(headers or {})}
         response = opener.open(urllib.request.Request(url, headers=merged, method=method), timeout=_TIMEOUT_S)
         assert isinstance(response, http.client.HTTPResponse)

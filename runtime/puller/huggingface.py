@@ -1,9 +1,11 @@
 """Lists models of the Hugging Face hub, or of a mirror (HF_ENDPOINT), with the hub's library. Files are fetched by HttpClient, which can be cancelled."""
 
 import os
+import urllib.parse
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
+from runtime.puller.destinations import Destinations
 from runtime.puller.http_client import AGAIN, HttpClient
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, refuse_split, wanted
@@ -12,7 +14,14 @@ from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, che
 class HubSource:
     """`hf://owner/name[:revision | @revision][/file.gguf]`. `token` None = HF_TOKEN or what the hub's own tools have stored."""
 
-    def __init__(self, reference: str, token: str | None, *, allow_pickle: bool) -> None:
+    def __init__(
+        self,
+        reference: str,
+        token: str | None,
+        *,
+        allow_pickle: bool,
+        destinations: Destinations,
+    ) -> None:
         parts = reference.strip("/").split("/")
         if len(parts) not in (2, 3) or not all(parts):
             raise InvalidRequest(
@@ -26,6 +35,7 @@ class HubSource:
         self._file = parts[2] if len(parts) == 3 else None
         self._token = token
         self._allow_pickle = allow_pickle
+        self._destinations = destinations
         self._client = HttpClient()
 
     def listing(self, job: PullJob) -> Listing:
@@ -61,7 +71,11 @@ class HubSource:
         ) as error:  # The library's HTTP client has exceptions of its own, which change with its major versions.
             raise Unreachable(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
         token = self._token or get_token()
-        self._client = HttpClient(headers={"Authorization": f"Bearer {token}"} if token else {})
+        # The operator chose the endpoint, which may be a mirror in the private network.
+        self._client = HttpClient(
+            {"Authorization": f"Bearer {token}"} if token else {},
+            destinations=self._destinations.trusting(urllib.parse.urlsplit(endpoint).hostname or ""),
+        )
         files = [
             RemoteFile(
                 checked_name(sibling.rfilename, origin),

@@ -13,6 +13,7 @@ from pathlib import Path
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed, RepertoryError
 from runtime.puller.azure import AzureContainer
+from runtime.puller.destinations import Destinations
 from runtime.puller.gcs import GcsBucket
 from runtime.puller.http_client import HttpClient
 from runtime.puller.http_source import WebSource
@@ -38,11 +39,13 @@ def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
         )
     if not separator and (source.storage_key is not None or "type" in source.storage_params):
         return _from_storage(source, config)
-    options = (
-        storage_options(config.storage_config_dir, source.storage_key, source.storage_params, source.uri)
-        if separator
-        else {}
-    )
+    destinations = Destinations.parse(config.source_hosts)
+    options: Mapping[str, str] = {}
+    if separator:
+        storage = storage_options(
+            config.storage_config_dir, source.storage_key, source.storage_params, source.uri, destinations=destinations
+        )
+        options, destinations = storage.values, destinations.trusting(*storage.trusted_hosts)
     match scheme if separator else "":
         case "":
             return local_path(source.uri, config.model_roots)
@@ -57,9 +60,9 @@ def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
             volume, _, path = rest.partition("/")
             return volume_path(volume, path, config.pvc_dir)
         case "hf":
-            return HubSource(rest, options.get("token"), allow_pickle=config.allow_pickle)
+            return HubSource(rest, options.get("token"), allow_pickle=config.allow_pickle, destinations=destinations)
         case "http" | "https":
-            return _web(source.uri, "", options)
+            return _web(source.uri, "", options, destinations)
         case "az":
             account, _, path = rest.partition("/")
             container, _, prefix = path.partition("/")
@@ -70,7 +73,11 @@ def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
 
 
 def _from_storage(source: ModelSource, config: RuntimeConfig) -> Path | Source:
-    options = storage_options(config.storage_config_dir, source.storage_key, source.storage_params)
+    destinations = Destinations.parse(config.source_hosts)
+    storage = storage_options(
+        config.storage_config_dir, source.storage_key, source.storage_params, destinations=destinations
+    )
+    options = storage.values
     kind = options.get("type")
     path = source.uri
     match kind:
@@ -78,7 +85,7 @@ def _from_storage(source: ModelSource, config: RuntimeConfig) -> Path | Source:
             return volume_path(options.get("name", ""), path, config.pvc_dir)
         case "http" | "https":
             _need("storage of type http", url=options.get("url", ""))
-            return _web(options["url"], path, options)
+            return _web(options["url"], path, options, destinations.trusting(*storage.trusted_hosts))
         case "s3":
             return _bucket("storage of type s3", S3Bucket, options.get("bucket", ""), path, options, config)
         case "gcs" | "gs":
@@ -120,7 +127,7 @@ def _bucket(
         ) from None
 
 
-def _web(url: str, path: str, options: Mapping[str, str]) -> WebSource:
+def _web(url: str, path: str, options: Mapping[str, str], destinations: Destinations) -> WebSource:
     """`path` goes between the URL's own path and its query. A user and password before the host become a header."""
     parts = _split(url)
     host = parts.netloc.rpartition("@")[2]
@@ -137,7 +144,7 @@ def _web(url: str, path: str, options: Mapping[str, str]) -> WebSource:
     quoted = urllib.parse.quote(joined, safe="/%~!$&'()*+,;=:@")
     return WebSource(
         urllib.parse.urlunsplit((parts.scheme, host, quoted, parts.query, "")),
-        HttpClient(headers, _certificates(options)),
+        HttpClient(headers, _certificates(options), destinations),
     )
 
 

@@ -66,9 +66,9 @@ def header_length(name: str, prefix: bytes, file_bytes: int) -> int:
         raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, less than a header's length")
     (length,) = struct.unpack("<Q", prefix)
     if length > _MAX_HEADER_BYTES or length == 0:
-        raise LoadFailed(f"{name} is not a safetensors file: it claims a header of {length} bytes")
+        raise LoadFailed(f"{name} is not a safetensors file: the length of its header is out of range")
     if 8 + length > file_bytes:
-        raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, its header alone needs {8 + length}")
+        raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, its header alone needs more")
     return int(length)
 
 
@@ -96,8 +96,8 @@ def parse_header(name: str, data: bytes) -> Header:
             raise LoadFailed(f"{name} is corrupt: its metadata has values that are no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadFailed(
-            f"{name} is not a safetensors file: its header can't be read ({type(error).__name__}: {error})"
-        ) from error
+            f"{name} is not a safetensors file: its header can't be read ({type(error).__name__})"
+        ) from None
     places.sort()
     if any(before > start for (_, before), (start, _) in pairwise(places)):
         raise LoadFailed(f"{name} is corrupt: some of its tensors lie over each other")

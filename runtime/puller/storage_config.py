@@ -5,16 +5,19 @@ The options that this module returns may hold secrets. They are never logged, st
 
 import json
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
+from runtime.puller.destinations import Destinations
 
 _KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
 _BEARER_KINDS = ("gcs", "azure")  # stores whose requests carry a token that anyone who receives it can use
 # Destination fields. A registration may not override them, or the configuration's credentials could be exfiltrated.
 _DESTINATIONS = ("url", "endpoint_url", "token_uri", "verify_ssl", "ca_bundle")
+_URLS = ("url", "endpoint_url", "token_uri")
+_AZURE_SUFFIX = "core.windows.net"
 _PUBLIC = frozenset(
     {
         "type",
@@ -44,14 +47,27 @@ class _Configuration:
         return not self.options.keys() <= _PUBLIC
 
 
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """`trusted_hosts`: the hosts that the operator's configuration names as destinations."""
+
+    values: Mapping[str, str]
+    trusted_hosts: frozenset[str]
+
+
 def storage_options(
-    config_dir: str, storage_key: str | None, params: Mapping[str, str], uri: str = ""
-) -> dict[str, str]:
+    config_dir: str,
+    storage_key: str | None,
+    params: Mapping[str, str],
+    uri: str = "",
+    *,
+    destinations: Destinations,
+) -> StorageOptions:
     """Return the options of the named configuration with `params` over them.
 
     Without a key, the configuration is `default_<type>` or `default`, if there is one. `uri` is the registered one: a default of another
     type or for another web site is not used for it, and a named one is an error. Raises InvalidRequest for an invalid or unsuitable key
-    and for parameters that redirect credentials, LoadFailed for a key without a configuration.
+    and for parameters that redirect credentials or lead to a host outside `destinations`, LoadFailed for a key without a configuration.
     """
     scheme, has_scheme, _ = uri.partition("://")
     given = scheme if has_scheme else params.get("type", "")
@@ -67,11 +83,49 @@ def storage_options(
             f"storage_params can't change {redirected[0]} of {configuration.label}: its credentials would go there",
             param="storage_params",
         )
+    _check_destinations(params, redirected, destinations)
     merged = {**configuration.options, **params}
     kind = kind or _KINDS.get(merged.get("type", ""), merged.get("type", ""))
     if kind in _BEARER_KINDS and "endpoint_url" in redirected:
         merged["anonymous"] = "true"  # The machine's own identity must not go to a registration's endpoint either.
-    return merged
+    trusted = frozenset(_host(configuration.options[name]) for name in _URLS if name in configuration.options)
+    return StorageOptions(merged, trusted)
+
+
+def _check_destinations(params: Mapping[str, str], redirected: Sequence[str], destinations: Destinations) -> None:
+    """Raise InvalidRequest if a registration's own parameters name a host or a file of this machine that the operator has not allowed.
+
+    `url` is left to the HTTP client, which checks the address that it connects to. The stores' libraries open their own connections.
+    """
+    if "ca_bundle" in redirected:
+        raise InvalidRequest(
+            "ca_bundle names a file of the runtime's machine: put it into a storage configuration file, or give the PEM text as certificate",
+            param="storage_params",
+        )
+    for name in ("endpoint_url", "token_uri"):
+        if name in redirected:
+            destinations.require_listed(_host(params[name]), name)
+    for host in _hosts_of_connection_string(params.get("connection_string", "")):
+        destinations.require_listed(host, "connection_string")
+
+
+def _hosts_of_connection_string(text: str) -> Iterator[str]:
+    """Yield the hosts that an Azure connection string leads to other than Azure's own."""
+    for part in text.split(";"):
+        name, _, value = part.partition("=")
+        if name.strip().lower().endswith("endpoint"):
+            yield _host(value)
+        elif name.strip().lower() == "endpointsuffix" and value.strip() != _AZURE_SUFFIX:
+            yield value.strip()
+        elif name.strip().lower() == "usedevelopmentstorage":
+            yield "localhost"
+
+
+def _host(url: str) -> str:
+    try:
+        return urllib.parse.urlsplit(url if "//" in url else f"//{url}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _named(config_dir: str, storage_key: str) -> _Configuration:

@@ -63,7 +63,10 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     config.write_text(
         yaml.safe_dump(
             _GUARDS
-            | {"runtime": _GUARDS["runtime"] | {"model_roots": [str(models)], "storage_config_dir": str(secrets)}}
+            | {
+                "runtime": _GUARDS["runtime"]
+                | {"model_roots": [str(models)], "source_hosts": ["127.0.0.1"], "storage_config_dir": str(secrets)}
+            }
         )
     )
     web = WebServer(models)
@@ -80,7 +83,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         str(config),
     )
     environment = {"REPERTORY_API_KEYS": f"another,{API_KEY}", "HF_TOKEN": HUB_TOKEN}
-    with stack.serve(*flags, home=home, environment=environment, log=log) as running:
+    with stack.serve(*flags, home=home, environment=environment, log=log, model_roots="") as running:
         edge = Edge(running.url, API_KEY)
         assert edge.register("ada", models / "ada").status == 200
         yield Guarded(edge, running.grpc, running.pid, base, home, log, web)

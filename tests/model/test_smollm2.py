@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from common.model_key import ModelSettings, Quantization
-from runtime.config.schema import RuntimeConfig
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import Checkpoint, ModelSource
 from tests.support.engine_process import Engine, engine
 from tests.support.smollm2 import gguf_path
+from tests.support.sources import OPEN
 
 PROMPTS = (
     "What is the capital of France? Answer in one short sentence.",
@@ -47,7 +47,7 @@ def checkpoints(folder: Path) -> dict[Quantization, Checkpoint]:
     """Packed once, as `repertory register` would have it; the quantised ones from the unquantised."""
 
     async def prepare() -> dict[Quantization, Checkpoint]:
-        preparation = CheckpointPreparer(RuntimeConfig(), Cache(folder / "cache", 4 << 30))
+        preparation = CheckpointPreparer(OPEN, Cache(folder / "cache", 4 << 30))
         found = {}
         for quantization in Quantization:
             settings = ModelSettings(quantize=quantization, max_model_len=1024)

@@ -35,6 +35,8 @@ def command(tmp_path: Path, *more: str) -> list[str]:
         f"unix:{tmp_path}/http.sock",
         "--cache-dir",
         str(tmp_path / "cache"),
+        "--model-roots",
+        str(tmp_path),
         "--device",
         "cpu",
         "--device-budget",

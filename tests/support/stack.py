@@ -47,9 +47,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serve(
-    *flags: str, home: Path | None = None, environment: dict[str, str] | None = None, log: Path | None = None
+    *flags: str,
+    home: Path | None = None,
+    environment: dict[str, str] | None = None,
+    log: Path | None = None,
+    model_roots: str = "/",
 ) -> Iterator[Stack]:
-    """Run `repertory serve`, ready within 120 s. `log` receives the output; None discards it."""
+    """Run `repertory serve`, ready within 120 s. `log` receives the output; None discards it.
+
+    Models may be registered from below `model_roots`; empty leaves that to `flags`.
+    """
     with contextlib.ExitStack() as stack:
         base = home or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repertory-")))
         http, grpc = free_port(), free_port()
@@ -64,6 +71,7 @@ def serve(
             f"127.0.0.1:{http}",
             "--grpc-listen",
             f"127.0.0.1:{grpc}",
+            *(("--model-roots", model_roots) if model_roots else ()),
             *flags,
         ]
         sink = stack.enter_context(log.open("wb")) if log is not None else subprocess.DEVNULL

@@ -14,6 +14,7 @@ from runtime.puller.resolve import locate
 from runtime.puller.source import Source
 from runtime.types import ModelSource
 from tests.support.object_stores import ObjectStores
+from tests.support.sources import OPEN
 from tests.support.tls import make_identity
 
 IDENTITY = (
@@ -47,7 +48,10 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectSt
 
 def source_of(stores: ObjectStores, folder: Path, **options: str) -> Source:
     (folder / "default_azure").write_text(json.dumps({"endpoint_url": f"{stores.url}/account"}))
-    place = locate(ModelSource("az://account/models/m", None, options), RuntimeConfig(storage_config_dir=str(folder)))
+    place = locate(
+        ModelSource("az://account/models/m", None, options),
+        RuntimeConfig(source_hosts=("*",), storage_config_dir=str(folder)),
+    )
     assert not isinstance(place, Path)
     return place
 
@@ -74,7 +78,7 @@ def test_azure_keeps_the_machines_identity_from_registered_endpoints(
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"{stores.url}/identity")
     monkeypatch.setenv("IDENTITY_HEADER", "of-this-machine")
     (tmp_path / "mine").write_text(json.dumps({"type": "azure", "account_name": "account", "container": "models"}))
-    config = RuntimeConfig(storage_config_dir=str(tmp_path))
+    config = RuntimeConfig(source_hosts=("*",), storage_config_dir=str(tmp_path))
     elsewhere = {"endpoint_url": f"{stores.url}/account", "managed_identity": "true", "anonymous": "false"}
     for source in (ModelSource("az://account/models/m", None, elsewhere), ModelSource("m", "mine", elsewhere)):
         place = locate(source, config)
@@ -87,7 +91,7 @@ def test_azure_keeps_the_machines_identity_from_registered_endpoints(
 @pytest.mark.parametrize("account", ["elsewhere.example?", "elsewhere.example#", "u@elsewhere.example", "a.b"])
 def test_azure_refuses_an_account_name_that_is_a_host(account: str) -> None:
     with pytest.raises(InvalidRequest, match="letters, digits and hyphens"):
-        locate(ModelSource(f"az://{account}/models/m", None, {"sas_token": "s"}), RuntimeConfig())
+        locate(ModelSource(f"az://{account}/models/m", None, {"sas_token": "s"}), OPEN)
 
 
 def test_azure_reads_a_public_container_anonymously(stores: ObjectStores, tmp_path: Path) -> None:

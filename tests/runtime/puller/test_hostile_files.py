@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.checkpoint_check import Policy, inspect
 from runtime.puller.resolve import locate
 from runtime.puller.safetensors_header import parse_header
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import OPEN
 
 WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -45,7 +45,7 @@ def test_inspect_refuses_deeply_nested_json(tmp_path: Path) -> None:
         parse_header("m.safetensors", deep)
     tiny_llama(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_bytes(deep)
-    with pytest.raises(LoadFailed, match=r"config\.json can't be read"):
+    with pytest.raises(LoadFailed, match=r"config\.json is not valid JSON"):
         inspect(tmp_path / "m", Policy())
 
 
@@ -77,6 +77,6 @@ def test_inspect_names_an_unknown_quantisation(tmp_path: Path, stored: object, n
 
 def test_inspect_names_unusable_paths(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for path in (str(tmp_path / "loop" / "m"), f"/{'a' * 5000}", "~nobody-of-this-name/m"):
+    for path in (str(tmp_path / "loop" / "m"), f"/{'a' * 5000}", f"/{'b/' * 3000}"):
         with pytest.raises(LoadFailed, match=r"can't be used|no such file"):
-            locate(ModelSource(path), RuntimeConfig())
+            locate(ModelSource(path), OPEN)

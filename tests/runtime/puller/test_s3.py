@@ -14,7 +14,6 @@ from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
 from common.model_key import ModelSettings
-from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
@@ -23,6 +22,7 @@ from runtime.puller.source import RemoteFile
 from runtime.types import ModelSource
 from tests.support.http_server import HttpServer
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import OPEN
 from tests.support.tls import make_identity
 
 
@@ -50,7 +50,7 @@ async def test_s3_loads_from_a_bucket(endpoint: str, tmp_path: Path) -> None:
         client.upload_file(str(file), "models", f"org/tiny/{file.name}")
     for number in range(1100):  # more than a page of a neighbour's
         s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object("models", f"org/tiny/notes/{number:04}", b"x")
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource("s3://models/org/tiny", None, keys)
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     assert all(same(Path(name), tmp_path / "m" / Path(name).name) for name in prepared.checkpoint.weight_files)
@@ -82,7 +82,7 @@ async def test_s3_ignores_the_tag_of_an_encrypted_object(endpoint: str, tmp_path
     s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets["models"].keys[
         "m/config.json"
     ]._etag = "0123456789abcdef0123456789abcdef"
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource("s3://models/m", None, keys)
     if encryption == "AES256":
         with pytest.raises(LoadFailed, match=r"config\.json is corrupt: its md5"):

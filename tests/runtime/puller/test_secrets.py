@@ -14,6 +14,7 @@ from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import ANYWHERE, OPEN
 from tests.support.web import WebServer
 
 
@@ -54,7 +55,7 @@ def test_errors_of_unusable_locations_hold_no_secrets(
 ) -> None:
     monkeypatch.setattr("runtime.puller.http_client._SMALL_TRIES", 1)
     with pytest.raises((InvalidRequest, LoadFailed)) as caught:
-        source_of(uri, RuntimeConfig(), **params).listing(job())
+        source_of(uri, OPEN, **params).listing(job())
     error: BaseException | None = caught.value
     while error is not None:  # a log shows what it was raised from too
         assert "HIDDEN" not in str(error)
@@ -64,20 +65,20 @@ def test_errors_of_unusable_locations_hold_no_secrets(
 def test_headers_are_sent_without_a_trailing_newline(web: WebServer) -> None:
     tiny_llama(web.root / "m")
     web.secret = "Bearer K"
-    source = source_of(f"{web.url}/m", RuntimeConfig(), headers=json.dumps({"Authorization": "Bearer K\n"}))
+    source = source_of(f"{web.url}/m", OPEN, headers=json.dumps({"Authorization": "Bearer K\n"}))
     assert "config.json" in {file.name for file in source.listing(job()).files}
 
 
 def test_url_credentials_become_a_header(web: WebServer) -> None:
     tiny_llama(web.root / "m")
     web.secret = f"Basic {base64.b64encode(b'me:p@ss').decode()}"
-    listing = source_of(f"{web.url.replace('//', '//me:p%40ss@')}/m", RuntimeConfig()).listing(job())
+    listing = source_of(f"{web.url.replace('//', '//me:p%40ss@')}/m", OPEN).listing(job())
     assert all("@" not in file.location for file in listing.files)
 
 
 def test_storage_url_query_stays_behind_the_path(web: WebServer) -> None:
     tiny_llama(web.root / "base" / "m")
-    listing = source_of("m", RuntimeConfig(), type="http", url=f"{web.url}/base?sig=s").listing(job())
+    listing = source_of("m", OPEN, type="http", url=f"{web.url}/base?sig=s").listing(job())
     assert all(
         file.location.startswith(f"{web.url}/base/m/") and file.location.endswith("?sig=s") for file in listing.files
     )
@@ -89,7 +90,7 @@ def test_http_client_drops_headers_on_redirects(web: WebServer, tmp_path: Path) 
     try:
         (other.root / "f").write_bytes(b"data")
         web.routes["/f"] = lambda: (302, {"Location": f"{other.url}/f"}, b"")
-        HttpClient({"X-Api-Key": "T"}).fetch(
+        HttpClient({"X-Api-Key": "T"}, destinations=ANYWHERE).fetch(
             RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None
         )
         assert (tmp_path / "f").read_bytes() == b"data"
@@ -103,11 +104,11 @@ def test_http_client_drops_headers_on_redirects(web: WebServer, tmp_path: Path) 
 def test_http_client_refuses_file_urls(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"data")
     with pytest.raises(LoadFailed, match="is not HTTP"):
-        HttpClient().read(f"file://{tmp_path}/f", 0, 4, PullJob(lambda progress: None))
+        HttpClient(destinations=ANYWHERE).read(f"file://{tmp_path}/f", 0, 4, PullJob(lambda progress: None))
 
 
 def test_storage_credentials_stay_with_their_endpoint(tmp_path: Path, web: WebServer) -> None:
-    config = RuntimeConfig(storage_config_dir=str(tmp_path))
+    config = RuntimeConfig(source_hosts=("*",), storage_config_dir=str(tmp_path))
     (tmp_path / "default").write_text(
         json.dumps({"type": "http", "url": "https://models.example", "headers": {"Authorization": "Bearer K"}})
     )

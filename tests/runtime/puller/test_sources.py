@@ -26,6 +26,7 @@ from runtime.puller.source import RemoteFile, Source, wanted
 from runtime.puller.storage_config import storage_options
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import ANYWHERE, OPEN
 from tests.support.web import WebServer
 
 
@@ -34,7 +35,7 @@ def job() -> PullJob:
 
 
 def source_of(uri: str, config: RuntimeConfig | None = None, **source: Any) -> Source:
-    place = locate(ModelSource(uri, **source), config or RuntimeConfig())
+    place = locate(ModelSource(uri, **source), config or OPEN)
     assert not isinstance(place, Path)
     return place
 
@@ -42,7 +43,7 @@ def source_of(uri: str, config: RuntimeConfig | None = None, **source: Any) -> S
 async def test_web_source_pulls_once_and_resumes(web: WebServer, tmp_path: Path) -> None:
     tiny_llama(web.root / "org" / "tiny", shard="100KB")
     web.cuts, web.cut_after, web.refusals = 2, 50_000, 1
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     seen: list[Progress] = []
     source = ModelSource(f"{web.url}/org/tiny")
     prepared = await preparation.prepare(source, ModelSettings(), "cpu", seen.append)
@@ -66,7 +67,7 @@ async def test_web_source_pulls_once_and_resumes(web: WebServer, tmp_path: Path)
 
 async def test_preparer_pulls_a_changed_file_again(web: WebServer, tmp_path: Path) -> None:
     tiny_llama(web.root / "m")
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
     tiny_llama(web.root / "m", seed=1)
     second = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
@@ -78,7 +79,7 @@ async def test_preparer_keeps_pulled_models_of_an_unreachable_source(tmp_path: P
     (tmp_path / "www").mkdir()
     web = WebServer(tmp_path / "www")
     tiny_llama(web.root / "m")
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
     first.release()
     web.close()
@@ -91,7 +92,7 @@ async def test_preparer_keeps_pulled_models_of_an_unreachable_source(tmp_path: P
 
 def test_fetch_resumes_only_the_same_file(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(range(256)) * 100)
-    client = HttpClient()
+    client = HttpClient(destinations=ANYWHERE)
     file = client.look("f", f"{web.url}/f", job())
     assert file is not None
     target = tmp_path / "f"
@@ -109,26 +110,28 @@ def test_fetch_never_resumes_unidentified_content(web: WebServer, tmp_path: Path
     file = RemoteFile("f", f"{web.url}/f", 3000)  # as of a server without ETag and date
     (tmp_path / "f.part").write_bytes(b"old" * 500)
     (tmp_path / "f.tag").write_text("3000 ")
-    HttpClient().fetch(file, tmp_path / "f", job(), lambda count: None)
+    HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", job(), lambda count: None)
     assert (tmp_path / "f").read_bytes() == b"new" * 1000
 
 
 def test_fetch_starts_over_without_ranges(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"x" * 10_000)
     web.ranges, web.cuts, web.cut_after = False, 1, 4000
-    file = HttpClient().look("f", f"{web.url}/f", job())
+    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
     assert file is not None
     arrived: list[int] = []
-    HttpClient().fetch(file, tmp_path / "f", job(), arrived.append)
+    HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", job(), arrived.append)
     assert (tmp_path / "f").stat().st_size == sum(arrived) == 10_000
 
 
 def test_fetch_deletes_a_file_with_a_wrong_checksum(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(b"data")
-    file = HttpClient().look("f", f"{web.url}/f", job())
+    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
     assert file is not None
     with pytest.raises(LoadFailed, match="f is corrupt: its sha256"):
-        HttpClient().fetch(replace(file, sha256="0" * 64), tmp_path / "f", job(), lambda count: None)
+        HttpClient(destinations=ANYWHERE).fetch(
+            replace(file, sha256="0" * 64), tmp_path / "f", job(), lambda count: None
+        )
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("f") and path.suffix != ".tag"]
 
 
@@ -136,9 +139,9 @@ def test_fetch_survives_many_interruptions(web: WebServer, tmp_path: Path, monke
     monkeypatch.setattr("runtime.puller.progress.PullJob.wait", lambda job, seconds: job.check())
     (web.root / "f").write_bytes(bytes(200_000))
     web.cuts, web.cut_after = 15, 10_000
-    file = HttpClient().look("f", f"{web.url}/f", job())
+    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
     assert file is not None
-    HttpClient().fetch(file, tmp_path / "f", job(), lambda count: None)
+    HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", job(), lambda count: None)
     assert (tmp_path / "f").stat().st_size == 200_000
     assert web.cuts == 0
 
@@ -147,14 +150,18 @@ def test_fetch_stops_at_the_listed_size(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(20 << 20))
     arrived: list[int] = []
     with pytest.raises(LoadFailed, match="the source lists 4"):
-        HttpClient().fetch(RemoteFile("f", f"{web.url}/f", 4, '"tag"'), tmp_path / "f", job(), arrived.append)
+        HttpClient(destinations=ANYWHERE).fetch(
+            RemoteFile("f", f"{web.url}/f", 4, '"tag"'), tmp_path / "f", job(), arrived.append
+        )
     assert sum(arrived) < 4 << 20
     assert not (tmp_path / "f.part").exists()
 
 
 def test_fetch_ignores_an_invalid_content_length(web: WebServer, tmp_path: Path) -> None:
     web.routes["/f"] = lambda: (200, {"Content-Length": "much"}, b"data")
-    HttpClient().fetch(RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None)
+    HttpClient(destinations=ANYWHERE).fetch(
+        RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None
+    )
     assert (tmp_path / "f").read_bytes() == b"data"
 
 
@@ -163,7 +170,9 @@ def test_web_source_errors_hold_no_secrets(web: WebServer) -> None:
         source_of(f"{web.url}/nothing?sig=SECRET").listing(job())
     web.secret = "Bearer right"
     with pytest.raises(LoadFailed, match="401") as caught:
-        WebSource(f"{web.url}/m?sig=SECRET", HttpClient({"Authorization": "Bearer WRONG"})).listing(job())
+        WebSource(
+            f"{web.url}/m?sig=SECRET", HttpClient({"Authorization": "Bearer WRONG"}, destinations=ANYWHERE)
+        ).listing(job())
     assert "SECRET" not in str(caught.value)
     assert "WRONG" not in str(caught.value)
     with pytest.raises(LoadFailed, match="can't be reached"):
@@ -177,7 +186,7 @@ def test_fetch_drops_the_token_on_a_redirect(web: WebServer, tmp_path: Path) -> 
         (other.root / "f").write_bytes(b"data")
         web.routes["/f"] = lambda: (302, {"Location": f"{other.url}/f"}, b"")
         web.secret = "Bearer T"
-        HttpClient({"Authorization": "Bearer T"}).fetch(
+        HttpClient({"Authorization": "Bearer T"}, destinations=ANYWHERE).fetch(
             RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None
         )
         assert (tmp_path / "f").read_bytes() == b"data"
@@ -189,11 +198,11 @@ def test_fetch_drops_the_token_on_a_redirect(web: WebServer, tmp_path: Path) -> 
 
 def test_fetch_can_be_cancelled(web: WebServer, tmp_path: Path) -> None:
     (web.root / "f").write_bytes(bytes(10 << 20))
-    file = HttpClient().look("f", f"{web.url}/f", job())
+    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
     assert file is not None
     work = job()
     with pytest.raises(Cancelled):
-        HttpClient().fetch(file, tmp_path / "f", work, lambda count: work.cancel())
+        HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", work, lambda count: work.cancel())
     assert not (tmp_path / "f").exists()
 
 
@@ -228,17 +237,17 @@ def test_hub_source_lists_and_fetches(web: WebServer, tmp_path: Path, monkeypatc
     )
     web.routes[f"/org/m/resolve/{sha}/model.safetensors"] = lambda: (200, {}, data)
     web.secret = "Bearer hub-token"
-    source = HubSource("org/m:v1", "hub-token", allow_pickle=False)
+    source = HubSource("org/m:v1", "hub-token", allow_pickle=False, destinations=ANYWHERE)
     listing = source.listing(job())
     assert listing.origin == f"hf://org/m@{sha}"
     assert [file.name for file in listing.files] == ["model.safetensors", "config.json"]
     source.fetch(listing.files[0], tmp_path / "w", job(), lambda count: None)
     assert (tmp_path / "w").read_bytes() == data
     with pytest.raises(LoadFailed, match=r"no such repository|can't be used|can't be reached"):
-        HubSource("org/absent", "hub-token", allow_pickle=False).listing(job())
+        HubSource("org/absent", "hub-token", allow_pickle=False, destinations=ANYWHERE).listing(job())
     for bad in ("onlyname", "a/b/c/d", "a/", "a/b:"):
         with pytest.raises(InvalidRequest):
-            HubSource(bad, None, allow_pickle=False)
+            HubSource(bad, None, allow_pickle=False, destinations=ANYWHERE)
 
 
 class DictBucket:
@@ -315,12 +324,14 @@ def test_storage_options_overlay_the_configuration(tmp_path: Path, web: WebServe
     (tmp_path / "mine").write_text(
         json.dumps({"type": "http", "url": f"{web.url}/base/", "headers": {"Authorization": "Bearer K"}})
     )
-    config = RuntimeConfig(storage_config_dir=str(tmp_path), pvc_dir=str(tmp_path / "pvc"))
+    config = RuntimeConfig(source_hosts=("*",), storage_config_dir=str(tmp_path), pvc_dir=str(tmp_path / "pvc"))
     tiny_llama(web.root / "base" / "m")
     web.secret = "Bearer K"
     listing = source_of("m", config, storage_key="mine").listing(job())
     assert {file.name for file in listing.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    assert storage_options(str(tmp_path), "mine", {"bucket": "b"})["bucket"] == "b"
+    options = storage_options(str(tmp_path), "mine", {"bucket": "b"}, destinations=ANYWHERE)
+    assert options.values["bucket"] == "b"
+    assert options.trusted_hosts == {"127.0.0.1"}
     with pytest.raises(LoadFailed, match="Did not find storage config for key other"):
         locate(ModelSource("m", "other"), config)
     with pytest.raises(InvalidRequest, match="not a name"):
@@ -366,7 +377,7 @@ def test_locate_names_the_extra_of_a_missing_library(uri: str, extra: str, monke
     for module in ("boto3", "google.cloud", "azure.storage.blob"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(LoadFailed, match=rf"repertory\[{extra}\]"):
-        locate(ModelSource(uri), RuntimeConfig())
+        locate(ModelSource(uri), OPEN)
 
 
 def test_http_client_stops_trying_again_once_it_is_cancelled(web: WebServer) -> None:
@@ -378,9 +389,9 @@ def test_http_client_stops_trying_again_once_it_is_cancelled(web: WebServer) -> 
 
     web.routes["/f"] = busy
     with pytest.raises(Cancelled):
-        HttpClient().look("f", f"{web.url}/f", work)
+        HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", work)
     with pytest.raises(Cancelled):
-        HttpClient().read(f"{web.url}/f", 0, 4, work)
+        HttpClient(destinations=ANYWHERE).read(f"{web.url}/f", 0, 4, work)
     assert len(web.log) == 1
 
 
@@ -395,7 +406,7 @@ def test_listing_refuses_one_part_of_a_split_gguf_file(web: WebServer) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 async def test_preparer_identity_changes_with_the_files(tmp_path: Path, name: str) -> None:
     tiny_llama(tmp_path / "m")
-    preparer = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparer = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource(str(tmp_path / "m"))
     prepared = await preparer.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     assert await preparer.identity(source) == prepared.identity
@@ -407,7 +418,7 @@ async def test_preparer_identity_changes_with_the_files(tmp_path: Path, name: st
 
 async def test_preparer_identity_changes_with_the_etag(web: WebServer, tmp_path: Path) -> None:
     tiny_llama(web.root / "m")
-    preparer = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparer = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     source = ModelSource(f"{web.url}/m")
     prepared = await preparer.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     assert await preparer.identity(source) == prepared.identity

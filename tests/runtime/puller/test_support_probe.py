@@ -8,13 +8,13 @@ import pytest
 from transformers import LlamaConfig, MambaConfig, T5Config
 
 from common.model_key import ModelSettings
-from runtime.config.schema import RuntimeConfig
 from runtime.engine import support_check
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import OPEN
 
 TINY = {
     "hidden_size": 32,
@@ -54,7 +54,7 @@ def test_refusal_names_the_reason(tmp_path: Path) -> None:
 
 
 async def test_support_probe_runs_one_process_per_configuration(tmp_path: Path) -> None:
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     settings = ModelSettings()
     mamba = tmp_path / "mamba"
     tiny_llama(mamba)

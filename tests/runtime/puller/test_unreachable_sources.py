@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from common.model_key import ModelSettings
-from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.huggingface import HubSource
@@ -16,6 +15,7 @@ from runtime.puller.progress import PullJob
 from runtime.puller.source import Unreachable
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import ANYWHERE, OPEN
 from tests.support.web import WebServer
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -23,7 +23,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def preparation(tmp_path: Path) -> Iterator[CheckpointPreparer]:
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     yield preparation
     preparation.close()
 
@@ -89,6 +89,8 @@ def test_hub_source_refusal_is_not_unreachable(
     hub(web, monkeypatch)
     web.routes["/api/models/org/m/revision/main"] = lambda: (status, {"X-Error-Code": code} if code else {}, b"{}")
     with pytest.raises(LoadFailed, match=words) as caught:
-        HubSource("org/m", "hf_HIDDEN", allow_pickle=False).listing(PullJob(lambda progress: None))
+        HubSource("org/m", "hf_HIDDEN", allow_pickle=False, destinations=ANYWHERE).listing(
+            PullJob(lambda progress: None)
+        )
     assert not isinstance(caught.value, Unreachable)
     assert "HIDDEN" not in str(caught.value)

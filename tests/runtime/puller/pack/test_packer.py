@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from common.model_key import ModelSettings, Quantization
 from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
-from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed, ModelTooLarge
 from runtime.models.model_state import Phase, Prepared, Progress
 from runtime.puller.cache import Cache
@@ -23,12 +22,13 @@ from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.progress import PullJob
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import OPEN
 
 
 @pytest.fixture
 def preparation(tmp_path: Path) -> Iterator[CheckpointPreparer]:
     """With the packer in this process, which has torch already."""
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30), pack_here)
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30), pack_here)
     yield preparation
     preparation.close()
 
@@ -36,7 +36,7 @@ def preparation(tmp_path: Path) -> Iterator[CheckpointPreparer]:
 @pytest.fixture
 def apart(tmp_path: Path) -> Iterator[CheckpointPreparer]:
     """With the packer in a process of its own, as it is meant."""
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     yield preparation
     preparation.close()
 
@@ -326,7 +326,7 @@ async def test_preparer_cleans_up_after_a_cancelled_pack(apart: CheckpointPrepar
 
 async def test_preparer_names_a_cache_budget_that_is_too_small(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
-    preparation = CheckpointPreparer(RuntimeConfig(), Cache(tmp_path / "cache", 1000))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1000))
     with pytest.raises(ModelTooLarge, match="budget of 1000 bytes"):
         await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
     preparation.close()
