@@ -72,6 +72,18 @@ class LogprobParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     prompt: int | None = None
 
 
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the output must match. `text` is a grammar of llguidance in its JSON form.
+
+    It applies from the first token, or behind the reasoning if `reasoning_close` is not empty.
+    """
+
+    text: str
+    reasoning_close: str = ""  # the text that ends the reasoning
+    reasoning_open_id: int | None = None  # the token with which the output may open the reasoning
+    starts_in_reasoning: bool = False  # the prompt has opened it
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Everything that one sequence asks for. The API's planner makes it, and the engine receives it unchanged in `Add`.
 
@@ -84,7 +96,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     logprobs: LogprobParams = LogprobParams()
     priority: int = 0  # higher first
     pooling: bool = False  # answer with the last hidden state of the prompt; `stop.max_tokens` is 0 then
-    grammar: str | None = None  # what the output must match, in the mask sources' language
+    grammar: Grammar | None = None
 
     index: int = 0  # position among the sequences of one API call; each Delta repeats it
     stop_strings: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ import msgspec
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.core.model_table import MIN_KV_TOKENS
+from runtime.engine.grammar.mask_sources import GrammarMaskSources
 from runtime.engine.import_stubs import light_imports
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.engine_channel import Channel
@@ -64,7 +65,8 @@ def main(arguments: list[str]) -> int:
             )
         )
         mark = blackbox.mark if blackbox is not None else lambda _: None
-        loop = EngineLoop(config, backend, channel.inbox, channel.emit, mark, time.monotonic)
+        masks = GrammarMaskSources()
+        loop = EngineLoop(config, backend, channel.inbox, channel.emit, mark, time.monotonic, mask_sources=masks)
         # Imported objects live as long as the process, so full collections must not scan them and delay a step.
         gc.collect()
         gc.freeze()

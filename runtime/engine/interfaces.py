@@ -4,7 +4,7 @@ A *row* is a running sequence's slot in the engine's row tables (0 … max_rows 
 one KV block of a model in units that the model's memory defines; kvcache.blocks hands page ids out. A plan holds everything that a follower rank needs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.ipc.messages import TokenLogprobs
-from runtime.types import Checkpoint, GenerationRequest, LogprobParams, ModelFacts, SamplingParams
+from runtime.types import Checkpoint, Grammar, LogprobParams, ModelFacts, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +104,38 @@ class MaskSource(Protocol):
         """
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Advance by tokens that were drawn. An error in here is raised by the next `fill_mask`."""
+        """Advance by tokens that the sequence has got. An error in here is raised by the next `fill_mask`."""
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that must come next, as far as the grammar has only one continuation. They are accepted like drawn ones."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the accepted tokens are a whole text of the grammar and nothing may follow."""
+
+
+class MaskSourceJob(Protocol):
+    """A mask source that is being made in the background."""
+
+    def ready(self) -> bool:
+        """Whether `result` would return at once."""
+
+    def result(self) -> MaskSource:
+        """Wait for the mask source. Raises RepertoryError if the grammar cannot be enforced for this model."""
 
 
 class MaskSources(Protocol):
     """Makes the mask sources of requests that have a grammar."""
 
-    def open(self, checkpoint: Checkpoint, request: GenerationRequest) -> MaskSource:
-        """Return a mask source for one sequence. Raises RepertoryError if the grammar cannot be enforced for this model."""
+    def open(self, checkpoint: Checkpoint, facts: ModelFacts, grammar: Grammar) -> MaskSourceJob:
+        """Begin to make a mask source for one sequence. Returns at once."""
+
+    def retain(self, model_dirs: Collection[str]) -> None:
+        """Release what is kept for models in other folders than these."""
+
+    @property
+    def host_bytes(self) -> int:
+        """The memory that is kept for models."""
 
 
 class Drafter(Protocol):

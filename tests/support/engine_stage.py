@@ -23,7 +23,15 @@ from runtime.ipc.messages import (
     Unload,
     Unloaded,
 )
-from runtime.types import Checkpoint, FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
+from runtime.types import (
+    Checkpoint,
+    FinishReason,
+    GenerationRequest,
+    Grammar,
+    LogprobParams,
+    SamplingParams,
+    StopParams,
+)
 from tests.support.fake_backend import FakeBackend, FakeRunner, FakeSpec, draw
 from tests.support.masks import FakeMaskSources, allowed_tokens
 
@@ -63,12 +71,14 @@ def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
             return ids[prompt_len:], FinishReason.CONTEXT
         suppressed = tuple(sorted(ends)) if drawn < stop.min_tokens else ()
         grammar = add.request.grammar
-        allowed = None if grammar is None else allowed_tokens(grammar, ids[prompt_len:], spec.vocab)
+        allowed = None if grammar is None else allowed_tokens(grammar.text, ids[prompt_len:], spec.vocab)
         token = draw(add.model_id, ids, spec.vocab, suppressed, allowed)
         ids.append(token)
         if token in ends and drawn >= stop.min_tokens:
             own = token in stop.stop_token_ids
             return ids[prompt_len:], FinishReason.STOP_TOKEN if own else FinishReason.EOS
+        if grammar is not None and grammar.text.startswith("half/") and drawn >= int(grammar.text[5:]):
+            return ids[prompt_len:], FinishReason.EOS
 
 
 class Stage:
@@ -82,6 +92,7 @@ class Stage:
         record: Callable[[Operation], None] | None = None,
         mask_sources: bool = True,
         drafter: Drafter | None = None,
+        grammar_polls: int = 0,
         **config: object,
     ) -> None:
         self.backend = backend
@@ -99,7 +110,9 @@ class Stage:
                 **config,
             }
         )
-        self.mask_sources = FakeMaskSources(lambda name: backend.specs[name].vocab, self._check_forward_launched)
+        self.mask_sources = FakeMaskSources(
+            lambda name: backend.specs[name].vocab, self._check_forward_launched, grammar_polls
+        )
         self.loop = EngineLoop(
             settings,
             backend,
@@ -170,7 +183,7 @@ class Stage:
                 stop=StopParams(max_tokens, **stop),  # type: ignore[arg-type]
                 logprobs=logprobs or LogprobParams(),
                 priority=priority,
-                grammar=grammar,
+                grammar=None if grammar is None else Grammar(grammar),
                 pooling=pooling,
             ),
         )

@@ -1,17 +1,17 @@
 """Mask sources for tests: grammars whose allowed tokens are a pure function of the output so far.
 
 "half" allows a pseudo-random half of the vocabulary that depends on every output token. "half/N" allows only token 0 after N tokens. "raises/N" and
-"empty/N" are like "half", and break after N tokens.
+"empty/N" are like "half", and break after N tokens. "often" allows a single token after every other output.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
 
 import numpy as np
 
 from runtime.engine.interfaces import TokenMasks, mask_words
-from runtime.errors import InvalidRequest
-from runtime.types import Checkpoint, GenerationRequest
+from runtime.errors import InvalidRequest, RepertoryError
+from runtime.types import Checkpoint, Grammar, ModelFacts
 
 
 def allowed_tokens(grammar: str, output: Sequence[int], vocab_size: int) -> list[int]:
@@ -21,6 +21,8 @@ def allowed_tokens(grammar: str, output: Sequence[int], vocab_size: int) -> list
         return [0]
     digest = blake2b(repr((grammar, tuple(output))).encode(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    if kind == "often" and digest[-1] % 2:
+        return [int(rng.integers(vocab_size))]
     chosen = np.flatnonzero(rng.random(vocab_size) < 0.5).tolist()
     return chosen or [int(rng.integers(vocab_size))]
 
@@ -62,22 +64,63 @@ class GrammarMasks:
         for token in tokens:
             kind = self.grammar.partition("/")[0]
             allowed = allowed_tokens(self.grammar, self.accepted, self._vocab_size)
-            assert kind != "half" or token in allowed, f"token {token} after {self.accepted} is not allowed"
+            assert kind not in ("half", "often") or token in allowed, (
+                f"token {token} after {self.accepted} is not allowed"
+            )
             self.accepted.append(token)
+
+    def forced(self) -> list[int]:
+        forced: list[int] = []
+        while self.grammar == "often":
+            allowed = allowed_tokens(self.grammar, [*self.accepted, *forced], self._vocab_size)
+            if len(allowed) > 1:
+                break
+            forced += allowed
+        return forced
+
+    @property
+    def finished(self) -> bool:
+        kind, _, count = self.grammar.partition("/")
+        return kind == "half" and bool(count) and len(self.accepted) > int(count)
+
+
+class FakeJob:
+    """Implements MaskSourceJob: ready after `polls` looks."""
+
+    def __init__(self, source: GrammarMasks | RepertoryError, polls: int) -> None:
+        self._source = source
+        self._polls = polls
+
+    def ready(self) -> bool:
+        self._polls -= 1
+        return self._polls < 0
+
+    def result(self) -> GrammarMasks:
+        if isinstance(self._source, RepertoryError):
+            raise self._source
+        return self._source
 
 
 class FakeMaskSources:
-    """Implements MaskSources. Refuses the grammar "refused"."""
+    """Implements MaskSources. Refuses the grammar "refused". `polls`: looks at a job before it is ready."""
 
-    def __init__(self, vocab_size: Callable[[str], int], on_fill: Callable[[], None] = lambda: None) -> None:
+    host_bytes = 0
+
+    def __init__(
+        self, vocab_size: Callable[[str], int], on_fill: Callable[[], None] = lambda: None, polls: int = 0
+    ) -> None:
         self._vocab_size = vocab_size
         self._on_fill = on_fill
+        self._polls = polls
         self.opened: list[GrammarMasks] = []
+        self.retained: frozenset[str] = frozenset()
 
-    def open(self, checkpoint: Checkpoint, request: GenerationRequest) -> GrammarMasks:
-        assert request.grammar is not None
-        if request.grammar == "refused":
-            raise InvalidRequest("the grammar has no rule named root")
-        source = GrammarMasks(request.grammar, self._vocab_size(checkpoint.model_dir), self._on_fill)
+    def open(self, checkpoint: Checkpoint, facts: ModelFacts, grammar: Grammar) -> FakeJob:
+        if grammar.text == "refused":
+            return FakeJob(InvalidRequest("the grammar has no rule named root"), self._polls)
+        source = GrammarMasks(grammar.text, self._vocab_size(checkpoint.model_dir), self._on_fill)
         self.opened.append(source)
-        return source
+        return FakeJob(source, self._polls)
+
+    def retain(self, model_dirs: Collection[str]) -> None:
+        self.retained = frozenset(model_dirs)

@@ -55,6 +55,7 @@ def run_life(
         quantum_us=rng.choice((200, 2000)),
         record=record,
         drafter=drafter,
+        grammar_polls=grammars.choice((0, 0, 3)),
     )
     names = list(backend.specs)
     stems = [[rng.randrange(40) for _ in range(rng.randint(4, 40))] for _ in range(4)]
@@ -80,7 +81,7 @@ def run_life(
                     sampling=rng.choice((GREEDY, GREEDY, PENALTY)),
                     logprobs=logprobs,
                     priority=rng.choice((0, 0, 0, 1)),
-                    grammar=grammars.choice((None, None, None, "half", "half/6")) if varied else None,
+                    grammar=grammars.choice((None, None, None, "half", "half/6", "often")) if varied else None,
                     pooling=varied and max_tokens == 0 and grammars.random() < 0.5,
                     min_tokens=rng.choice((0, 0, 4)),
                     ignore_eos=rng.random() < 0.3,

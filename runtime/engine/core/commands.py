@@ -1,16 +1,28 @@
 """Applies the commands of the front: requests, aborts and shutdown. Loads and unloads are in loads.py."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
-from runtime.engine.interfaces import MaskSource, MaskSources
+from runtime.engine.interfaces import MaskSource, MaskSourceJob, MaskSources
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.sequence import from_add
 from runtime.errors import NotSupported, RepertoryError
 from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, Shutdown, Unload
 from runtime.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """A request whose mask source is being made. It keeps its place in the order of arrival."""
+
+    add: Add
+    model: LoadedModel
+    arrival: int
+    arrived_s: float
+    job: MaskSourceJob
 
 
 @dataclass(slots=True)
@@ -23,6 +35,12 @@ class Commands:
     mask_sources: MaskSources | None = None
     stop_by_s: float | None = None
     _arrivals: int = 0
+    _opening: dict[int, _Opening] = field(default_factory=dict)  # by request
+
+    @property
+    def num_opening(self) -> int:
+        """Requests whose mask source is being made."""
+        return len(self._opening)
 
     def apply(self, command: Command, now: float) -> None:
         match command:
@@ -39,6 +57,30 @@ class Commands:
             case Shutdown(grace_s=grace_s):
                 self.stop_by_s = now + grace_s
 
+    def poll(self, now: float) -> None:
+        """Queue the requests whose mask source is made, and end those whose model is gone."""
+        if not self._opening:
+            return
+        for request_id, opening in list(self._opening.items()):
+            add = opening.add
+            if self.table.models.get(add.model_id) is not opening.model:
+                del self._opening[request_id]
+                self.table.emit_rows(add.model_id, [RowTokens(request_id, (), FinishReason.ABORTED)])
+            elif opening.job.ready():
+                del self._opening[request_id]
+                try:
+                    source = opening.job.result()
+                except RepertoryError as error:
+                    self.table.refuse(request_id, add.model_id, error.code, error.detail)
+                else:
+                    self._queue(add, opening.model, opening.arrival, opening.arrived_s, source, now)
+
+    def close(self) -> None:
+        """Refuse the requests whose mask source is still being made, because the engine ends."""
+        for opening in self._opening.values():
+            self.table.refuse(opening.add.request_id, opening.add.model_id, "UNAVAILABLE", "the engine has shut down")
+        self._opening.clear()
+
     def _add(self, add: Add, now: float) -> None:
         model = self.table.models.get(add.model_id)
         if self.stop_by_s is not None:
@@ -48,18 +90,30 @@ class Commands:
             self.table.refuse(add.request_id, add.model_id, "NOT_FOUND", "it is not loaded here")
             return
         waiting = len(model.scheduler.waiting)
+        if self._opening:
+            waiting += Counter(opening.add.model_id for opening in self._opening.values())[add.model_id]
         if waiting >= model.max_waiting:
             text = f"{waiting} requests wait already, the limit is {model.max_waiting}"
             self.table.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text)
             return
-        most = model.facts.max_model_len
-        try:
-            mask_source = self._mask_source(add, model)
-        except RepertoryError as error:
-            self.table.refuse(add.request_id, add.model_id, error.code, error.detail)
-            return
-        sequence = from_add(add, self._arrivals, now, most, mask_source)
+        arrival = self._arrivals
         self._arrivals += 1
+        grammar = add.request.grammar
+        if grammar is None:
+            self._queue(add, model, arrival, now, None, now)
+        elif self.mask_sources is None:
+            text = "this engine cannot constrain the output to a grammar; send the request without one"
+            self.table.refuse(add.request_id, add.model_id, NotSupported.code, text)
+        else:
+            model.touch(now)
+            job = self.mask_sources.open(model.request.checkpoint, model.facts, grammar)
+            self._opening[add.request_id] = _Opening(add, model, arrival, now, job)
+
+    def _queue(
+        self, add: Add, model: LoadedModel, arrival: int, arrived_s: float, source: MaskSource | None, now: float
+    ) -> None:
+        most = model.facts.max_model_len
+        sequence = from_add(add, arrival, arrived_s, most, source)
         if not 0 < sequence.prompt_len <= most:
             text = f"a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
             self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
@@ -72,14 +126,10 @@ class Commands:
             return
         model.scheduler.add(sequence)
 
-    def _mask_source(self, add: Add, model: LoadedModel) -> MaskSource | None:
-        if add.request.grammar is None:
-            return None
-        if self.mask_sources is None:
-            raise NotSupported("this engine cannot constrain the output to a grammar; send the request without one")
-        return self.mask_sources.open(model.request.checkpoint, add.request)
-
     def _abort(self, request_ids: frozenset[int], now: float) -> None:
+        for request_id in request_ids & self._opening.keys():
+            model_id = self._opening.pop(request_id).add.model_id
+            self.table.emit_rows(model_id, [RowTokens(request_id, (), FinishReason.ABORTED)])
         for model in self.table.models.values():
             found = [s for s in map(model.scheduler.find, request_ids) if s is not None]
             if found:

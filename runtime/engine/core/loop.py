@@ -26,6 +26,7 @@ from runtime.types import FinishReason
 
 _STATS_EVERY_S = 1.0
 _POLL_S = 0.005  # between looks at loads and swap-ins while the engine is idle
+_GRAMMAR_POLL_S = 0.001  # a grammar is made in milliseconds
 _FAULTS = 2  # failed steps in a row after which a model is unloaded
 
 
@@ -66,7 +67,7 @@ class EngineLoop:
         drafter: Drafter | None = None,
     ) -> None:
         self._executor = OperationExecutor(backend, mark, record)
-        self.table = ModelTable(config, backend, self._executor, emit, drafter)
+        self.table = ModelTable(config, backend, self._executor, emit, drafter, mask_sources)
         self._config = config
         self._backend = backend
         self._inbox = inbox
@@ -99,6 +100,7 @@ class EngineLoop:
         worked = self._take_commands(now)
         if len(self._loads):
             self._loads.poll(now)
+        self._commands.poll(now)
         self._update_residency(now)
         while self._flights and self._flights[0].launched.ready():
             self._collect()
@@ -250,7 +252,9 @@ class EngineLoop:
     # Waiting and the end ---------------------------------------------------------------------------------------------------------------------------
 
     def _anything_left(self) -> bool:
-        return bool(self._flights) or any(m.scheduler.sequences() for m in self.table.models.values())
+        return bool(self._flights or self._commands.num_opening) or any(
+            m.scheduler.sequences() for m in self.table.models.values()
+        )
 
     def _wait(self) -> None:
         if self._executor.run_idle_work():
@@ -259,7 +263,10 @@ class EngineLoop:
         swapping = next((m.model_id for m in models if m.swapping), "")
         self._executor.mark_running(swapping)  # a crash from now on has no other cause
         soon = bool(len(self._loads) or swapping) or any(len(m.scheduler.waiting) for m in models)
-        timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
+        if self._commands.num_opening:
+            timeout_s = _GRAMMAR_POLL_S
+        else:
+            timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
         try:
             command = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
@@ -271,6 +278,7 @@ class EngineLoop:
         while self._flights:
             self._collect()
         self._loads.stop()
+        self._commands.close()
         for model in list(self.table.models.values()):
             self.table.unregister(
                 model,

@@ -11,7 +11,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.core.executor import KvOperations, OperationExecutor
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
-from runtime.engine.interfaces import Backend, Drafter, LoadResult
+from runtime.engine.interfaces import Backend, Drafter, LoadResult, MaskSources
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
@@ -37,8 +37,10 @@ class ModelTable:
         executor: OperationExecutor,
         emit: Callable[[Event], None],
         drafter: Drafter | None = None,
+        mask_sources: MaskSources | None = None,
     ) -> None:
         self._drafter = drafter
+        self._mask_sources = mask_sources
         self.config = config
         self.backend = backend
         self.executor = executor
@@ -112,6 +114,8 @@ class ModelTable:
         self.executor.unload(model.model_id)
         del self.models[model.model_id]
         self._num_registrations += 1
+        if self._mask_sources is not None:
+            self._mask_sources.retain({other.request.checkpoint.model_dir for other in self.models.values()})
 
     def end(
         self,
@@ -146,11 +150,16 @@ class ModelTable:
         if not self.backend.host_total_bytes:
             return
         for model in sorted(self.models.values(), key=lambda m: (m.scheduler.running > 0, m.last_used_s)):
-            if self.backend.host_free_bytes() >= size_bytes:
+            if self.backend.host_free_bytes() >= size_bytes + self._grammar_bytes:
                 return
             if model.memory.host_bytes() and not model.swapping:
                 self.executor.enqueue(DropHost(model.model_id))
                 self.executor.flush()  # the next look at the free bytes must include these
+
+    @property
+    def _grammar_bytes(self) -> int:
+        """Host memory of the tokenizers that grammars need."""
+        return 0 if self._mask_sources is None else self._mask_sources.host_bytes
 
     def stats(self) -> EngineStats:
         slab_bytes = self.backend.slab_bytes
@@ -160,7 +169,7 @@ class ModelTable:
             device_budget_bytes=self.slabs.total * slab_bytes,
             device_used_bytes=(self.slabs.total - self.slabs.free) * slab_bytes,
             host_budget_bytes=self.backend.host_total_bytes,
-            host_used_bytes=self.backend.host_total_bytes - self.backend.host_free_bytes(),
+            host_used_bytes=self.backend.host_total_bytes - self.backend.host_free_bytes() + self._grammar_bytes,
             stranded_bytes=sum(model.stranded_bytes() for model in models),
             models=tuple(model.stats(slab_bytes, kv_blocks[model.model_id]) for model in models),
         )

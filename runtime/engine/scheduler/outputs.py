@@ -1,6 +1,6 @@
 """Turns a step's output into each sequence's tokens, and decides which sequences end and why."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from runtime.engine.interfaces import RowSetup, StepOutput, StepPlan
@@ -96,6 +96,8 @@ def outcome(sequence: Sequence, token: int, rules: StopRules) -> tuple[FinishRea
     reason = rules.ends_on(sequence, token)
     if reason is not None:
         return reason, token
+    if sequence.mask_source is not None and sequence.mask_source.finished:
+        return FinishReason.EOS, token if token in rules.eos else None
     return (at_limit(sequence), None) if sequence.num_output_tokens >= sequence.max_output_tokens else (None, None)
 
 
@@ -185,13 +187,23 @@ def verified(drafts: list[int], drawn: list[int]) -> list[int]:
 def _take(
     sequence: Sequence, drawn: list[int], rules: StopRules
 ) -> tuple[tuple[int, ...], FinishReason | None, int | None]:
-    """Append tokens up to the one that ends the sequence. Returns them, the reason and the id that ended it."""
-    for count, token in enumerate(drawn, 1):
+    """Append the drawn tokens, and those that the grammar forces behind them, up to the one that ends the sequence.
+
+    Returns them, the reason and the id that ended it.
+    """
+    taken: list[int] = []
+    for token in _with_forced(sequence, drawn):
         sequence.append(token)
+        taken.append(token)
         reason, stop_token = outcome(sequence, token, rules)
         if reason is not None:
-            return tuple(drawn[:count]), reason, stop_token
-    return tuple(drawn), None, None
+            return tuple(taken), reason, stop_token
+    return tuple(taken), None, None
+
+
+def _with_forced(sequence: Sequence, drawn: list[int]) -> Iterator[int]:
+    yield from drawn
+    yield from sequence.forced_tokens()  # once the drawn ones have been appended
 
 
 def _first(

@@ -366,8 +366,10 @@ class Scheduler:
         self.totals.preemptions += 1
 
     def _leave_row(self, sequence: Sequence, now: float) -> None:
-        # The last known token may not have been computed.
-        computed = sequence.num_computed_tokens if sequence in self._prefill else len(sequence.tokens) - 1
+        # The last known token may not have been computed, nor tokens that a grammar forced.
+        computed = len(sequence.tokens) - 1
+        if sequence.decode_index < 0:
+            computed = min(computed, sequence.num_computed_tokens)
         self._publish(sequence, computed)
         if sequence.decode_index >= 0:
             self._decode.remove(sequence)

@@ -7,7 +7,7 @@ import pytest
 
 from runtime.engine.core.executor import OperationExecutor
 from runtime.engine.operations import OpenRow, Operation, RunDraws, RunForward, RunStep
-from runtime.types import FinishReason
+from runtime.types import FinishReason, LogprobParams
 from tests.support.engine_stage import Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
 from tests.support.random_life import run_life
@@ -57,14 +57,16 @@ def test_masks_hold_when_the_model_is_evicted_and_returns() -> None:
     made.close()
 
 
-def test_a_finished_grammar_ends_at_its_end_token_even_below_min_tokens() -> None:
+def test_a_finished_grammar_ends_its_sequence_below_min_tokens_and_without_eos() -> None:
     made = stage("a", vocab=40, eos=(0,))
     answer = made.add("a", [5], 30, grammar="half/2", min_tokens=2)
     early = made.add("a", [5], 30, grammar="half/1", min_tokens=6)
+    ignoring = made.add("a", [5], 30, grammar="half/3", ignore_eos=True)
     made.until_quiet()
     made.check_all()
     assert answer.finish is FinishReason.EOS
-    assert early.tokens[1:] == [0] * 6, "the grammar allows nothing but the end token, which ends only after min_tokens"
+    assert (early.tokens[1:], early.finish) == ([0], FinishReason.EOS)
+    assert (ignoring.tokens[3:], ignoring.finish) == ([0], FinishReason.EOS)
     made.close()
 
 
@@ -136,3 +138,62 @@ def test_recorded_masks_replay_without_a_mask_source() -> None:
     assert sum(isinstance(operation, RunDraws) for operation in operations) > 20
     assert second.results == first.results
     assert second.snapshot() == first.snapshot()
+
+
+def test_forced_tokens_are_taken_without_a_step_each() -> None:
+    operations: list[Operation] = []
+    made = Stage(FakeBackend({"a": FakeSpec()}), record=operations.append)
+    made.load("a")
+    made.until_quiet()
+    answers = [made.add("a", [seed], 40, grammar="often", ignore_eos=True) for seed in range(5, 9)]
+    scored = made.add("a", [3], 40, grammar="often", ignore_eos=True, logprobs=LogprobParams(0))
+    made.until_quiet()
+    made.check_all()
+    assert [len(answer.tokens) for answer in (*answers, scored)] == [40] * 5
+    rows = Counter(row for o in operations if isinstance(o, RunForward) for row in o.plan.masked)
+    steps = sorted(rows.values())
+    assert steps[-1] == 40, "log-probabilities need a draw for each token"
+    assert sum(steps[:-1]) < 3 * 40, "about half of the tokens are forced"
+    made.close()
+
+
+def test_a_request_whose_grammar_is_being_made_can_be_aborted_and_delays_no_other() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec()}), grammar_polls=40)
+    made.load("a")
+    made.turn(20)
+    slow, gone = made.add("a", [5], 6, grammar="half"), made.add("a", [5], 6, grammar="half")
+    plain = made.add("a", [6], 6)
+    made.turn(20)
+    assert (plain.last is not None, slow.tokens) == (True, [])
+    made.abort(gone.add.request_id)
+    made.until_quiet()
+    made.check_all()
+    assert gone.finish is FinishReason.ABORTED
+    assert slow.finish in (FinishReason.LENGTH, FinishReason.EOS)
+    made.close()
+
+
+def test_an_unload_ends_the_requests_whose_grammar_is_being_made() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec()}), grammar_polls=40)
+    made.load("a")
+    made.turn(20)
+    answer = made.add("a", [5], 6, grammar="half")
+    made.turn()
+    made.unload("a")
+    made.until_quiet()
+    assert answer.finish is FinishReason.ABORTED
+    assert made.mask_sources.retained == frozenset()
+    made.close()
+
+
+def test_waiting_grammars_count_as_waiting_requests() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec()}), grammar_polls=40)
+    made.load("a", max_waiting=2)
+    made.turn(20)
+    answers = [made.add("a", [5], 6, grammar="half") for _ in range(3)]
+    made.turn(2)
+    refused = answers[2].last
+    assert refused is not None
+    assert refused.error_code == "RESOURCE_EXHAUSTED"
+    made.until_quiet()
+    made.close()

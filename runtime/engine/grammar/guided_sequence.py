@@ -1,0 +1,82 @@
+"""Masks of one sequence that follows a grammar, with a gate that leaves the model's reasoning free."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from runtime.engine.grammar.tokenizer import GrammarTokenizer
+from runtime.engine.interfaces import TokenMasks
+from runtime.types import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+_ALL_ALLOWED = -1
+
+
+class GrammarError(Exception):
+    """The grammar cannot go on: it exceeds a limit on the work for one token."""
+
+
+class GuidedSequence:
+    """Implements MaskSource.
+
+    The matcher begins after the reasoning. If the prompt has not opened the reasoning, the first token may be the one that opens it.
+    """
+
+    def __init__(self, matcher: "LLMatcher", tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
+        self._matcher = matcher
+        self._tokenizer = tokenizer
+        self._close = grammar.reasoning_close.encode()
+        self._open_id = grammar.reasoning_open_id
+        self._reasoning = bool(grammar.reasoning_close) and grammar.starts_in_reasoning
+        self._tail = b""
+        self._is_first = True
+
+    @property
+    def finished(self) -> bool:
+        return not self._reasoning and self._matcher.is_stopped()
+
+    def fill_mask(self, words: TokenMasks) -> None:
+        if self._reasoning:
+            words[:] = _ALL_ALLOWED
+            return
+        self._tokenizer.fill(self._matcher, words)
+        self._check()
+        if self._is_first and self._open_id is not None:
+            word, bit = divmod(self._open_id, 32)
+            words[word] |= -(1 << 31) if bit == 31 else 1 << bit
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if self._is_first and token == self._open_id:
+                self._reasoning = True
+            elif self._reasoning:
+                self._follow_reasoning(token)
+            else:
+                self._matcher.consume_token(token)
+            self._is_first = False
+
+    def forced(self) -> list[int]:
+        if self._reasoning or (self._is_first and self._open_id is not None) or self._matcher.is_error():
+            return []
+        return self._matcher.compute_ff_tokens()
+
+    def _follow_reasoning(self, token: int) -> None:
+        """Look for the text that ends the reasoning. The rest of its token belongs to the grammar's text, except white space."""
+        data = self._tail + self._tokenizer.library.decode_bytes([token])
+        _, found, rest = data.partition(self._close)
+        if not found:
+            self._tail = data[-len(self._close) :]
+            return
+        self._reasoning = False
+        if rest := rest.lstrip():
+            self._matcher.consume_tokens(self._tokenizer.library.tokenize_bytes(rest))
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(first_line(self._matcher.get_error()))
+
+
+def first_line(error: str) -> str:
+    """The part of the library's message that is for people: its other lines are the parser's state."""
+    return error.partition("\n")[0]
