@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from common.changes import Changes
@@ -27,9 +28,10 @@ from runtime.errors import (
 )
 from runtime.interfaces import ServedModel
 from runtime.ipc.messages import Hello, Load
+from runtime.models.entry import Entry
 from runtime.models.model_key import fingerprint
-from runtime.models.model_state import ModelView, Phase, Prepared, Preparer, Progress
-from runtime.models.operations import Operation, OperationKind, settled
+from runtime.models.model_state import ModelView, Phase, Preparer, Progress
+from runtime.models.operations import Operation, OperationKind, OperationQueue
 from runtime.models.quarantine import Quarantine, quarantine_text
 from runtime.models.source_check import is_current
 from runtime.text.text_model import TextModel
@@ -42,25 +44,6 @@ TextLoader = Callable[[Path, ModelSettings], TextModel]
 _MAX_FAILURES_SHOWN = 64
 
 
-@dataclass(eq=False, slots=True)
-class _Entry:
-    model_id: str
-    source: ModelSource
-    settings: ModelSettings
-    mark: bytes
-    phase: Phase = Phase.PULLING
-    progress: Progress | None = None
-    prepared: Prepared | None = None
-    served: ServedModel | None = None
-    load_seconds: float = 0.0
-    last_used_s: float = field(default_factory=time.monotonic)
-    error: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.settings.display_name or self.model_id
-
-
 class Models:
     """Implements runtime.interfaces.ModelDirectory and the engine's EngineListener. Event loop only."""
 
@@ -69,13 +52,13 @@ class Models:
         self._engine = engine
         self._preparer = preparer
         self._load_text = load_text
-        self._entries: dict[str, _Entry] = {}
-        self._tails: dict[str, Operation] = {}
+        self._entries: dict[str, Entry] = {}
         self._quarantine = Quarantine()
         self._slots = asyncio.Semaphore(config.max_loading_concurrency)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency, thread_name_prefix="text")
         self._closing = False
         self.changes = Changes()
+        self._operations = OperationQueue(self.changes.notify)
         engine.listen(self)
 
     # Queries of the APIs
@@ -104,19 +87,7 @@ class Models:
 
     def views(self) -> Sequence[ModelView]:
         """Return all models that are loaded, loading, or failed recently."""
-        return [
-            ModelView(
-                entry.model_id,
-                entry.phase,
-                entry.settings,
-                entry.progress,
-                entry.served.facts if entry.served else None,
-                entry.load_seconds,
-                entry.last_used_s,
-                entry.error,
-            )
-            for entry in self._entries.values()
-        ]
+        return [entry.view() for entry in self._entries.values()]
 
     # Calls of the mesh
 
@@ -126,32 +97,32 @@ class Models:
         Raises InvalidRequest, LoadFailed, Quarantined, Overloaded, Unavailable, DeadlineExceeded, Cancelled (unloaded meanwhile).
         """
         mark = fingerprint(source, settings)
-        tail = self._tails.get(model_id)
+        tail = self._operations.last(model_id)
         while tail is not None and tail.kind is OperationKind.RETURN and tail.mark == mark:
             await self._join(model_id, tail)
-            tail = self._tails.get(model_id)
+            tail = self._operations.last(model_id)
         if self._closing:
-            raise Unavailable("the runtime is shutting down")
+            raise _shutting_down()
         self._refuse_quarantined(model_id, mark)
         if tail is None:
             entry = self._entries.get(model_id)
             if entry is not None and entry.mark == mark and await self._is_current(entry):
                 assert entry.served is not None
                 return entry.served
-            tail = self._tails.get(model_id)
+            tail = self._operations.last(model_id)
         if tail is None or tail.kind is OperationKind.UNLOAD or tail.mark != mark:
-            tail = self._enqueue(
+            tail = self._operations.add(
                 model_id, OperationKind.LOAD, mark, lambda: self._load(model_id, source, settings, mark)
             )
         await self._join(model_id, tail)
         entry = self._entries.get(model_id)
         if entry is None or entry.served is None:
-            raise Cancelled(f"model {model_id!r} was unloaded while it was loading")
+            raise self._load_lost(model_id)
         return entry.served
 
     async def unload(self, model_id: str) -> None:
         """Unload a model. Unknown ids are ignored. A running load is cancelled first. Continues if the caller is cancelled."""
-        tail = self._tails.get(model_id)
+        tail = self._operations.last(model_id)
         entry = self._entries.get(model_id)
         if tail is None and entry is None:
             return
@@ -160,26 +131,23 @@ class Models:
                 entry.phase = Phase.UNLOADING  # from now on new requests get NOT_FOUND
             if tail is not None:
                 tail.cancel()
-            tail = self._enqueue(model_id, OperationKind.UNLOAD, b"", lambda: self._unload(model_id))
+            tail = self._operations.add(model_id, OperationKind.UNLOAD, b"", lambda: self._unload(model_id))
         await asyncio.shield(tail.task)
 
     async def purge(self) -> None:
         """Unload everything."""
-        await asyncio.gather(*(self.unload(model_id) for model_id in {*self._entries, *self._tails}))
+        await asyncio.gather(*(self.unload(model_id) for model_id in {*self._entries, *self._operations}))
 
     async def stop_loads(self) -> None:
         """Cancel running loads and refuse new ones. Loaded models keep answering."""
         self._closing = True
-        tickets = [*self._tails.values()]
-        for ticket in tickets:
-            ticket.cancel()
-        await asyncio.gather(*(ticket.task for ticket in tickets), return_exceptions=True)
+        await self._operations.cancel_all()
 
     async def close(self) -> None:
         """Release all models. The owner of the engine stops it."""
         await self.stop_loads()
         for entry in self._entries.values():
-            self._release(entry)
+            entry.release()
         self._threads.shutdown(wait=False)
 
     # Events of the engine
@@ -187,7 +155,7 @@ class Models:
     def engine_ready(self, hello: Hello) -> None:
         for entry in self._entries.values():
             if entry.phase is Phase.RETURNING:
-                self._enqueue(entry.model_id, OperationKind.RETURN, entry.mark, lambda entry=entry: self._return(entry))  # type: ignore[misc]
+                self._operations.add(entry.model_id, OperationKind.RETURN, entry.mark, partial(self._return, entry))
 
     def engine_died(self, death: EngineDeath) -> None:
         names = {*death.loading, *([death.stepping] if death.stepping is not None else [])}
@@ -203,45 +171,16 @@ class Models:
         entry = self._entries.get(model_id)
         if entry is not None and entry.phase is Phase.LOADED:
             log.error("the engine gave up %s: %s", model_id, error.message)
-            self._release(entry)
+            entry.release()
             self._fail(entry, error)
             self.changes.notify()
 
-    # Order
+    async def _join(self, model_id: str, operation: Operation) -> None:
+        if not await self._operations.join(operation):
+            raise self._load_lost(model_id)
 
-    def _enqueue(
-        self, model_id: str, kind: OperationKind, mark: bytes, work: Callable[[], Coroutine[object, object, None]]
-    ) -> Operation:
-        before = self._tails.get(model_id)
-
-        async def run() -> None:
-            try:
-                if before is not None:
-                    await settled(before.task)
-                await work()
-            finally:
-                if self._tails.get(model_id) is ticket:
-                    del self._tails[model_id]
-                self.changes.notify()
-
-        ticket = Operation(kind, mark, asyncio.create_task(run(), name=f"{kind.name.lower()} {model_id}"))
-        # Callers have the result. A task without callers (a reload after a crash) has logged it.
-        ticket.task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self._tails[model_id] = ticket
-        return ticket
-
-    async def _join(self, model_id: str, ticket: Operation) -> None:
-        ticket.waiters += 1
-        try:
-            await asyncio.shield(ticket.task)
-        except asyncio.CancelledError:
-            if ticket.task.cancelled():
-                raise Cancelled(f"model {model_id!r} was unloaded while it was loading") from None
-            if ticket.waiters == 1 and ticket.kind is OperationKind.LOAD:
-                ticket.cancel()
-            raise
-        finally:
-            ticket.waiters -= 1
+    def _load_lost(self, model_id: str) -> RepertoryError:
+        return _shutting_down() if self._closing else Cancelled("it was unloaded while it was loading", model=model_id)
 
     # Work
 
@@ -251,7 +190,7 @@ class Models:
             if old.mark == mark and await self._is_current(old):
                 return
             await self._unload(model_id)
-        entry = self._entries[model_id] = _Entry(model_id, source, settings, mark)
+        entry = self._entries[model_id] = Entry(model_id, source, settings, mark)
         started_s = time.monotonic()
         limit = asyncio.timeout(self._config.load_timeout_s)
         try:
@@ -280,13 +219,13 @@ class Models:
         entry.progress = None
         log.info("loaded %s in %.1f s", model_id, entry.load_seconds)
 
-    async def _is_current(self, entry: _Entry) -> bool:
+    async def _is_current(self, entry: Entry) -> bool:
         """Return whether the model is loaded, with the files that its source has now."""
         if entry.phase is not Phase.LOADED or not await is_current(self._preparer, entry.source, entry.prepared):
             return False
         return entry.phase is Phase.LOADED
 
-    async def _bring(self, entry: _Entry) -> None:
+    async def _bring(self, entry: Entry) -> None:
         hello = await self._engine.wait_ready()
         loop = asyncio.get_running_loop()
         entry.prepared = await self._preparer.prepare(
@@ -299,7 +238,7 @@ class Models:
         facts = await self._admit(entry)
         entry.served = ServedModel(entry.model_id, entry.name, entry.settings, facts, text, loaded_at_s=time.time())
 
-    async def _admit(self, entry: _Entry) -> ModelFacts:
+    async def _admit(self, entry: Entry) -> ModelFacts:
         assert entry.prepared is not None
         settings = entry.settings
         request = Load(
@@ -316,7 +255,7 @@ class Models:
                     raise
                 self._refuse_quarantined(entry.model_id, entry.mark)
 
-    async def _return(self, entry: _Entry) -> None:
+    async def _return(self, entry: Entry) -> None:
         if entry.phase is not Phase.RETURNING:
             return
         try:
@@ -328,7 +267,7 @@ class Models:
                 return
             log.warning("%s did not come back: %s", entry.model_id, error.message)
             self._fail(entry, error)
-            self._release(entry)
+            entry.release()
             return
         assert entry.served is not None
         entry.served = replace(entry.served, facts=facts)
@@ -348,16 +287,16 @@ class Models:
             self.changes.notify()
             await self._engine.drain(model_id, self._config.grace_s)
             await self._engine.unload(model_id)
-        self._release(entry)
+        entry.release()
         if self._entries.get(model_id) is entry:
             del self._entries[model_id]
         log.info("unloaded %s", model_id)
 
-    async def _undo(self, entry: _Entry) -> None:
+    async def _undo(self, entry: Entry) -> None:
         if entry.prepared is not None:
             with contextlib.suppress(RepertoryError):
                 await self._engine.unload(entry.model_id)
-            self._release(entry)
+            entry.release()
 
     # Bookkeeping
 
@@ -365,14 +304,14 @@ class Models:
         if self._quarantine.holds(model_id, mark):
             raise Quarantined(quarantine_text(model_id))
 
-    def _isolate(self, entry: _Entry) -> None:
+    def _isolate(self, entry: Entry) -> None:
         entry.phase = Phase.QUARANTINED
         entry.error = quarantine_text(entry.name)
         entry.served = None
-        self._release(entry)
+        entry.release()
         log.error("%s", entry.error)
 
-    def _fail(self, entry: _Entry, error: RepertoryError) -> None:
+    def _fail(self, entry: Entry, error: RepertoryError) -> None:
         entry.phase = Phase.QUARANTINED if isinstance(error, Quarantined) else Phase.FAILED
         entry.error = error.message
         entry.served = None
@@ -381,20 +320,19 @@ class Models:
         for model_id in failed[: max(0, len(failed) - _MAX_FAILURES_SHOWN)]:
             del self._entries[model_id]
 
-    def _note(self, entry: _Entry, progress: Progress) -> None:
+    def _note(self, entry: Entry, progress: Progress) -> None:
         if entry.phase in (Phase.PULLING, Phase.PACKING, Phase.LOADING):
             entry.phase = progress.phase
             entry.progress = progress
             self.changes.notify()
 
-    def _release(self, entry: _Entry) -> None:
-        if entry.prepared is not None:
-            entry.prepared.release()
-            entry.prepared = None
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("the runtime is shutting down", retry_after_s=1.0)
 
 
 def _post(
-    loop: asyncio.AbstractEventLoop, call: Callable[[_Entry, Progress], None], entry: _Entry, progress: Progress
+    loop: asyncio.AbstractEventLoop, call: Callable[[Entry, Progress], None], entry: Entry, progress: Progress
 ) -> None:
     with contextlib.suppress(RuntimeError):  # The loop has closed, so there are no watchers.
         loop.call_soon_threadsafe(call, entry, progress)
