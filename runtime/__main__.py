@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 from common import logs
 from common.addresses import check_free, parse_address
 from common.errors import ConfigError
+from common.exit_status import CANNOT_START, USAGE
 from runtime.api.grpc_services import add_inference_services
 from runtime.api.http_app import build_http_app, http_runner
 from runtime.api.mesh_only import MeshOnly
@@ -109,7 +110,7 @@ class Runtime:
         self._runner = http_runner(app, grace_s=config.grace_s)
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Until `stop` is set (0) or the engine is given up (1). Raises Unavailable if an address is taken."""
+        """Run until `stop` is set (0), the engine is given up (1) or can never start (CANNOT_START). Raises Unavailable if an address is taken."""
         try:
             await self._listen()
         except BaseException:
@@ -125,10 +126,16 @@ class Runtime:
         log.info("listening on %s and %s", ", ".join(str(address) for address in self._addresses), self._http_address)
         try:
             await stop.wait()
+            status = self._status()
         finally:
             watching.cancel()
             await self._end()
-        return 1 if self._engine.failure and self._engine.restarts == 0 and self._engine.hello is None else 0
+        return status
+
+    def _status(self) -> int:
+        if self._engine.state is not EngineState.STOPPED:
+            return 0
+        return CANNOT_START if self._engine.hello is None else 1
 
     async def _listen(self) -> None:
         for address in (*self._addresses, self._http_address):
@@ -213,10 +220,10 @@ def main(arguments: list[str]) -> int:
         return int(uvloop.run(_serve(config)))
     except RepertoryError as error:
         print(f"repertory runtime: {error.message}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidRequest) else 1
+        return USAGE if isinstance(error, InvalidRequest) else 1
     except ConfigError as error:
         print(f"repertory runtime: {error}", file=sys.stderr)
-        return 2
+        return USAGE
     except (OSError, ValueError) as error:
         print(f"repertory runtime: {error}", file=sys.stderr)
     except KeyboardInterrupt:

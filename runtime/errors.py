@@ -12,6 +12,7 @@
     ├── DeadlineExceeded        the request's deadline has passed
     ├── Cancelled               the client cancelled or disconnected
     ├── Unavailable             shutting down, or the engine is being restarted
+    │   └── EngineUnfit         this machine cannot run the engine with its configuration
     └── EngineFault             a step of the engine failed; the request is lost
 
 An error carries its facts as fields. `message` puts the model's name in front of the detail, so no caller edits a text.
@@ -138,6 +139,10 @@ class Unavailable(RepertoryError):
     openai_type = "unavailable_error"
 
 
+class EngineUnfit(Unavailable):
+    """This machine cannot run the engine with its configuration. Starting it again would not help."""
+
+
 class EngineFault(RepertoryError):
     """An engine step failed; the rows of that step are lost and the engine continues."""
 
@@ -160,6 +165,8 @@ _BY_CODE: dict[str, type[RepertoryError]] = {
 }
 
 
-def from_code(code: str, detail: str, *, model: str | None = None) -> RepertoryError:
+def from_code(
+    code: str, detail: str, *, model: str | None = None, retry_after_s: float | None = None
+) -> RepertoryError:
     """Restore the error that the engine or the packer sent as a status name and a text."""
-    return _BY_CODE.get(code, EngineFault)(detail, model=model)
+    return _BY_CODE.get(code, EngineFault)(detail, model=model, retry_after_s=retry_after_s)

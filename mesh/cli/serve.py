@@ -24,6 +24,8 @@ from common import logs
 from common.addresses import check_free, parse_address
 from common.config import load, read_mapping
 from common.errors import ConfigError
+from common.exit_status import CANNOT_START
+from mesh.cli import leftovers
 from mesh.cli.render import size
 from mesh.cli.supervisor import SupervisedProcess, reachable, status_of
 from mesh.client.admin import DEFAULT_SERVER
@@ -33,6 +35,7 @@ from mesh.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 _READY = 200
+_RECORDS = {"runtime": "runtime.pid", "mesh": "mesh.pid"}  # files of leftovers, in the run directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +154,14 @@ def serve(args: argparse.Namespace) -> int:
     try:
         settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(settings.run_dir):
+            ended = [name for name, file in _RECORDS.items() if leftovers.end_recorded(settings.run_dir / file)]
             for kind, field in (("gRPC", "grpc_listen"), ("HTTP", "http_listen")):
                 check_free(parse_address(str(settings.mesh[field]), field), kind)
             logs.set_up(as_json=bool(settings.mesh["log_json"]), level=str(settings.mesh["log_level"]))
-            return asyncio.run(_Supervisor(settings).run())
+            for name in ended:
+                logger.warning("ended the %s process that a killed `repertory serve` had left running", name)
+            status = asyncio.run(_Supervisor(settings).run())
+            return 1 if status == CANNOT_START else status
     except OSError as error:
         raise Unavailable(str(error)) from None
 
@@ -182,11 +189,13 @@ class _Supervisor:
             "runtime",
             [sys.executable, "-m", "runtime", "--config", str(_write(run_dir / "runtime.json", settings.runtime))],
             str(settings.runtime["http_listen"]),
+            run_dir / _RECORDS["runtime"],
         )
         self._mesh = SupervisedProcess(
             "mesh",
             [sys.executable, "-m", "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", settings.mesh))],
             str(settings.mesh["http_listen"]),
+            run_dir / _RECORDS["mesh"],
         )
 
     async def run(self) -> int:

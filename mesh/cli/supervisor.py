@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
-import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+from common.exit_status import CANNOT_START, USAGE
+from common.parent import die_with_parent
+from mesh.cli import leftovers
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-_USAGE_STATUS = 2  # exit status for an invalid configuration
 _STABLE_AFTER_S = 30.0  # a process that ran this long resets the count of failures
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)
 _PROBE_INTERVAL_S = 10.0  # also the timeout of a probe
@@ -23,7 +24,8 @@ class SupervisedProcess:
     """Starts a process, restarts it when it exits or hangs, and stops it with SIGTERM.
 
     `http` is the address (`unix:PATH` or `HOST:PORT`) of its HTTP server, which is probed every `probe_interval_s`. Once the server has answered,
-    `max_failed_probes` failed probes in a row mean that the process hangs. Without an address, hangs are not detected.
+    `max_failed_probes` failed probes in a row mean that the process hangs. Without an address, hangs are not detected. `record` names the file in
+    which `leftovers` finds the process later.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class SupervisedProcess:
         name: str,
         command: Sequence[str],
         http: str = "",
+        record: Path | None = None,
         *,
         probe_interval_s: float = _PROBE_INTERVAL_S,
         max_failed_probes: int = _MAX_FAILED_PROBES,
@@ -38,6 +41,7 @@ class SupervisedProcess:
         self.name = name
         self._command = command
         self._http = http
+        self._record = record
         self._probe_interval_s = probe_interval_s
         self._max_failed_probes = max_failed_probes
         self._process: asyncio.subprocess.Process | None = None
@@ -52,8 +56,10 @@ class SupervisedProcess:
         while True:
             started_s = time.monotonic()
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, env=_environment(), preexec_fn=_die_with_parent, start_new_session=True
+                *self._command, env=_environment(), preexec_fn=die_with_parent, start_new_session=True
             )
+            if self._record is not None:
+                leftovers.record(self._record, self._process.pid)
             if stopping.is_set():
                 # `stop` was called while the process was being created.
                 self._process.terminate()
@@ -64,8 +70,8 @@ class SupervisedProcess:
                 return 0
             ran_s = time.monotonic() - started_s
             self._num_failures = 1 if ran_s > _STABLE_AFTER_S else self._num_failures + 1
-            if status == _USAGE_STATUS:
-                return status  # an invalid configuration stays invalid
+            if status in (USAGE, CANNOT_START):
+                return status  # neither the configuration nor the machine changes by a restart
             has_run = has_run or status != 1 or ran_s > _STABLE_AFTER_S
             if not has_run and self._num_failures >= 2:
                 return status
@@ -144,9 +150,3 @@ def reachable(address: str) -> str:
 def _environment() -> dict[str, str]:
     """Return the environment without REPERTORY_… variables, which `serve` has read and which would override a process's file."""
     return {name: value for name, value in os.environ.items() if not name.startswith("REPERTORY_")}
-
-
-def _die_with_parent() -> None:
-    # A supervisor that is killed outright must not leave a runtime holding the GPU.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -199,13 +199,16 @@ def _load_error(
 ) -> MeshError:
     """Return the mesh's error for a failed loadModel.
 
-    `connected`: the channel to the runtime still stands, so that UNAVAILABLE is the runtime's answer and not a broken connection. `is_late`: the time limit has passed, so that DEADLINE_EXCEEDED is ours.
+    `connected`: the channel to the runtime still stands, so that UNAVAILABLE is the runtime's answer and not a broken connection. An answer with a
+    retry hint says that the load was lost, as by a shutdown, which is not the model's failure. `is_late`: the time limit has passed, so that
+    DEADLINE_EXCEEDED is ours.
     """
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and is_late:
         details = f"loading took longer than {timeout_s:g} s"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(details or code.name, model=model_id)
-    if code is grpc.StatusCode.UNAVAILABLE and not connected:
+    is_lost = not connected or any(key == "retry-after-ms" for key, _ in error.trailing_metadata() or ())
+    if code is grpc.StatusCode.UNAVAILABLE and is_lost:
         return Unavailable(details or code.name, model=model_id)
     return LoadFailed(f"{code.name}: {details}", model=model_id)

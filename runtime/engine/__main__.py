@@ -1,6 +1,7 @@
 """`python -m runtime.engine --socket PATH --config JSON [--blackbox PATH]`: one engine, connected to its front.
 
-Exits 0 after a Shutdown or when the front disconnects, 1 with a traceback on standard error when the device is lost.
+Exits 0 after a Shutdown or when the front disconnects, 1 with a traceback on standard error when the device is lost, and CANNOT_START after a
+StartFailed message.
 """
 
 import argparse
@@ -15,6 +16,9 @@ import traceback
 
 import msgspec
 
+from common.errors import ConfigError
+from common.exit_status import CANNOT_START
+from common.parent import die_with_parent
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.core.model_table import MIN_KV_TOKENS
@@ -22,7 +26,7 @@ from runtime.engine.grammar.mask_sources import GrammarMaskSources
 from runtime.engine.import_stubs import light_imports
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.engine_channel import Channel
-from runtime.ipc.messages import Hello
+from runtime.ipc.messages import Hello, StartFailed
 
 
 def main(arguments: list[str]) -> int:
@@ -32,7 +36,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--blackbox", help="file that keeps the name of the model that runs")
     options = parser.parse_args(arguments)
     config = msgspec.json.decode(options.config, type=EngineConfig)
-    # The front decides when the engine ends; if the front dies, its connection closes.
+    # The front decides when the engine ends. If the front dies, a step may take minutes until the closed connection is noticed.
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     blackbox = CrashMarker(options.blackbox) if options.blackbox else None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -49,9 +54,9 @@ def main(arguments: list[str]) -> int:
 
         import_for_loads(config)
 
-    backend = make_backend(config)
     channel = Channel(connection)
     try:
+        backend = make_backend(config)
         slab_bytes = backend.slab_bytes
         channel.emit(
             Hello(
@@ -72,6 +77,9 @@ def main(arguments: list[str]) -> int:
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
         loop.run()
+    except ConfigError as error:
+        channel.emit(StartFailed(error.message))
+        return CANNOT_START
     except Exception:
         traceback.print_exc()
         return 1

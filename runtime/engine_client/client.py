@@ -24,7 +24,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine_client.process import EngineProcess, engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.engine_client.streams import DeliveryPacer, RowStream
-from runtime.errors import RepertoryError, Unavailable, from_code
+from runtime.errors import EngineUnfit, RepertoryError, Unavailable, from_code
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
     Abort,
@@ -38,6 +38,7 @@ from runtime.ipc.messages import (
     LoadFailed,
     RowTokens,
     Shutdown,
+    StartFailed,
     Tokens,
     Unload,
     Unloaded,
@@ -230,6 +231,9 @@ class EngineClient:
             case Hello():
                 if self._hello is not None and not self._hello.done():
                     self._hello.set_result(event)
+            case StartFailed(message=message):
+                if self._hello is not None and not self._hello.done():
+                    self._hello.set_exception(EngineUnfit(message))
 
     def _send(self, command: Command) -> None:
         if self.state is not EngineState.READY or self._life is None or not self._life.send(command):
@@ -267,12 +271,15 @@ class EngineClient:
             except Unavailable as error:
                 failed_starts += 1
                 self.failure = error.message
-                log.error(
-                    "the engine did not start (%d of %d): %s", failed_starts, policy.max_failed_starts, error.message
-                )
-                if failed_starts >= policy.max_failed_starts:
+                # Later an engine may fail to start because the memory of the one before is not free yet.
+                has_run = self.hello is not None
+                most = policy.max_failed_starts if has_run else policy.max_first_starts
+                if isinstance(error, EngineUnfit) and not has_run:
+                    most = 1
+                if failed_starts >= most:
                     self._set_state(EngineState.STOPPED)
                     return
+                log.error("the engine did not start (%d of %d): %s", failed_starts, most, error.message)
             else:
                 failed_starts = 0
                 assert self.hello is not None
@@ -306,6 +313,8 @@ class EngineClient:
         if not self._hello.done():
             await life.kill()
             raise Unavailable(f"the engine ended before it was ready: {life.exit_text}")
+        if self._hello.exception() is not None:
+            await life.kill()
         self.hello = self._hello.result()
         self.failure = ""
         self._set_state(EngineState.READY)
@@ -381,4 +390,5 @@ def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result
 def _end_error(model_id: str, row: RowTokens) -> RepertoryError:
     if row.finish is FinishReason.ABORTED:
         return Unavailable("it was unloaded while the request ran", model=model_id)
-    return from_code(row.error_code or "INTERNAL", row.error or "the engine gave up the request", model=model_id)
+    text = row.error or "the engine gave up the request"
+    return from_code(row.error_code or "INTERNAL", text, model=model_id, retry_after_s=row.retry_after_s)

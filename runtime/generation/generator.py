@@ -81,7 +81,9 @@ class Generator:
         try:
             async for row in timed:
                 if row.error_code is not None or row.finish is FinishReason.ERROR:
-                    raise from_code(row.error_code or "INTERNAL", row.error or "the engine failed")
+                    raise from_code(
+                        row.error_code or "INTERNAL", row.error or "the engine failed", retry_after_s=row.retry_after_s
+                    )
                 before = sequence.num_generated
                 deltas = sequence.push(row)
                 observer.tokens(sequence.num_generated - before, time.monotonic(), row)

@@ -61,6 +61,12 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     min_kv_tokens: int  # a model is loaded only if this much KV fits beside its weights
 
 
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """Instead of Hello: this machine cannot run the engine with its configuration. `message` says why and what to change."""
+
+    message: str
+
+
 class Loaded(msgspec.Struct, frozen=True, tag=True):
     facts: ModelFacts
 
@@ -101,6 +107,7 @@ class RowTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None = None  # the cause, without the model's name
     queue_s: float | None = None  # from arrival to the first step; once, with the first token
     vector: bytes | None = None  # float32 values, for a request with pooling; with the finish reason
+    retry_after_s: float | None = None  # with finish ERROR: when a retry may succeed; None if unknown
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -121,4 +128,4 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     models: tuple[ModelFigures, ...]
 
 
-Event = Hello | Loaded | LoadFailed | Unloaded | Tokens | EngineStats
+Event = Hello | StartFailed | Loaded | LoadFailed | Unloaded | Tokens | EngineStats

@@ -1,5 +1,6 @@
 """One machine, from the outside: `repertory serve` as processes, called by the official OpenAI client and by a TGIS client."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import openai
 import psutil
 import pytest
 
+from mesh.errors import MeshError
 from tests.e2e.conftest import greedy
 from tests.support import stack, tgis_client
 from wire.fmaas import generation_pb2 as fmaas
@@ -105,6 +107,59 @@ def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -
         assert [model.id for model in client_of(served).models.list()] == ["ada", *many]
         assert stream_text(served, "ada", PROMPT, 8) == before
         assert stream_text(served, many[-1], PROMPT, 8)
+
+
+def test_serve_takes_over_after_kill_9_of_the_one_before(tmp_path: Path, models: dict[str, Path]) -> None:
+    """A stream runs and a load is under way. The restart gets the same addresses at once, and blames no model."""
+    home, log = tmp_path / "home", tmp_path / "log"
+    flags = ("--device", "cpu", "--memory", "64MiB")
+    with stack.serve(*flags, home=home, log=log) as served:
+        served.admin.register({"name": "ada", "uri": str(models["ada"])})
+        expected = stream_text(served, "ada", PROMPT, 8)
+        stream = client_of(served).completions.create(
+            model="ada", prompt=PROMPT, max_tokens=450, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        served.admin.register({"name": "bob", "uri": str(models["bob"]), "quantize": "int8"})
+        served.admin.load("bob")
+        left = psutil.Process(served.pid).children(recursive=True)
+        os.kill(served.pid, signal.SIGKILL)
+        addresses = ("--http-listen", served.url.removeprefix("http://"), "--grpc-listen", served.grpc)
+        again = subprocess.Popen(
+            [sys.executable, "-m", "mesh", "serve", "--home", str(home), *addresses, *flags], stderr=log.open("ab")
+        )
+        try:
+            psutil.wait_procs(left, timeout=20)
+            assert not [process for process in left if process.is_running()]
+            until_s = time.monotonic() + 60
+            while (state := _state(served, "bob")) != "loaded":
+                assert state not in ("failed", "quarantined"), served.admin.model("bob").error
+                assert again.poll() is None
+                assert time.monotonic() < until_s
+                time.sleep(0.1)
+            assert stream_text(served, "ada", PROMPT, 8) == expected
+        finally:
+            again.send_signal(signal.SIGTERM)
+            again.wait(60)
+
+
+def _state(served: stack.Stack, name: str) -> str:
+    with contextlib.suppress(MeshError):  # not up yet
+        return served.admin.model(name).state
+    return ""
+
+
+def test_serve_exits_with_one_sentence_for_a_budget_that_no_machine_has(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "mesh", "serve", "--home", str(tmp_path), "--device", "cpu", "--memory", "100TiB"]
+        + [f"--{kind}-listen=127.0.0.1:{stack.free_port()}" for kind in ("http", "grpc")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("exceeds this machine's memory") == 1
+    assert "Traceback" not in ended.stderr
 
 
 def test_sigterm_lets_streams_finish_and_every_line_of_a_json_log_is_json(

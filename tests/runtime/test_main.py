@@ -16,9 +16,11 @@ import aiohttp
 import grpc
 import grpc.aio
 import psutil
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from common.exit_status import CANNOT_START
 from tests.support.llama_checkpoints import tiny_llama
 from wire.mmesh import model_runtime_pb2 as spi
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
@@ -170,6 +172,25 @@ async def services(channel: grpc.aio.Channel) -> set[str]:
     async for answer in call:
         return {service.name for service in answer.list_services_response.service}
     raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--device-budget", "512"), "the device budget of 512 bytes is less than one slab of 262144 bytes"),
+        (("--device-budget", "100TiB"), f"the device budget of {100 << 40} bytes exceeds this machine's memory"),
+        pytest.param(
+            ("--device", "cuda"),
+            "device cuda needs an NVIDIA GPU and its driver",
+            marks=pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_main_says_once_why_the_engine_cannot_start(tmp_path: Path, flags: tuple[str, str], sentence: str) -> None:
+    ended = subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == CANNOT_START
+    assert ended.stderr.count(sentence) == 1
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_taken_address_is_one_clear_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from runtime.engine_client.client import CommandBuilder
 
 
 def fake_command(
-    *, journal: Path | None = None, stillborn: bool = False, load_s: float = 0.3, step_s: float = 0.002
+    *, journal: Path | None = None, stillborn: bool = False, unfit: str = "", load_s: float = 0.3, step_s: float = 0.002
 ) -> CommandBuilder:
     """A builder of argument vectors for `EngineClient(command=…)`."""
 
@@ -34,6 +34,8 @@ def fake_command(
             command += ["--journal", str(journal)]
         if stillborn:
             command.append("--stillborn")
+        if unfit:
+            command += ["--unfit", unfit]
         return command
 
     return build

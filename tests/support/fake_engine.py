@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.exit_status import CANNOT_START
 from common.model_state import ModelFigures, Tier
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
@@ -29,6 +30,7 @@ from runtime.ipc.messages import (
     LoadFailed,
     RowTokens,
     Shutdown,
+    StartFailed,
     Tokens,
     Unload,
     Unloaded,
@@ -199,12 +201,17 @@ async def main() -> None:
     parser.add_argument("--load-s", type=float, default=0.3)
     parser.add_argument("--step-s", type=float, default=0.002)
     parser.add_argument("--stillborn", action="store_true")
+    parser.add_argument("--unfit", default="")
     options = parser.parse_args()
     if options.stillborn:
         raise SystemExit(3)
     reader, writer = await asyncio.open_unix_connection(options.socket)
     engine = FakeEngine(writer, CrashMarker(options.blackbox), options.journal, options.load_s, options.step_s)
     engine.note("start")
+    if options.unfit:
+        engine.send(StartFailed(options.unfit))
+        await writer.drain()
+        os._exit(CANNOT_START)
     engine.send(Hello(os.getpid(), "cpu", "fake device", 100_000, 0, SLAB_BYTES, 256))
     engine.stats()
     decoder = msgspec.msgpack.Decoder(Command)

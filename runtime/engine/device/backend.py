@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from transformers import logging as transformers_logging
 
+from common.errors import ConfigError
 from runtime.config.schema import EngineConfig
 from runtime.engine.device.cpu import CpuDevice
 from runtime.engine.device.device import Device
@@ -30,17 +31,28 @@ _LOG = logging.getLogger(__name__)
 def make_backend(config: EngineConfig) -> "EngineBackend":
     """Return the backend that `config.device` names ("auto": a GPU if there is one). Call it from the engine thread, on whose stream everything runs.
 
-    Raises ValueError for an unknown device or a budget that the machine does not have.
+    Raises ConfigError for a device or a budget that the machine does not have.
     """
     _quiet_libraries()
     device = _device_of(config)
     if device.type == "cuda":
+        _check_gpu(config.device, device.index or 0)
         from runtime.engine.device.cuda import CudaDevice
 
         return EngineBackend(config, CudaDevice(torch.device("cuda", device.index or 0), config))
     if device.type == "cpu":
         return EngineBackend(config, CpuDevice(config))
-    raise ValueError(f"device {config.device} is neither auto, cpu nor cuda[:N]")
+    raise ConfigError(f"device {config.device} is neither auto, cpu nor cuda[:N]")
+
+
+def _check_gpu(name: str, index: int) -> None:
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {name} needs an NVIDIA GPU and its driver, and none is usable here: install the driver, or use device cpu"
+        )
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"device {name} does not exist: this machine has {count} GPUs, cuda:0 to cuda:{count - 1}")
 
 
 def import_for_loads(config: EngineConfig) -> None:

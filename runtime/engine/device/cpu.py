@@ -5,8 +5,10 @@ import platform
 import threading
 from functools import cached_property
 
+import psutil
 import torch
 
+from common.errors import ConfigError
 from common.units import MIB
 from runtime.checkpoint.packed import Layout4Bit
 from runtime.config.schema import EngineConfig
@@ -33,8 +35,7 @@ class CpuDevice:
             torch.set_num_threads(config.num_threads)
         slab_bytes = config.slab_bytes or _SLAB_BYTES
         budget = config.device_budget_bytes or free_bytes() // 2
-        if budget < slab_bytes:
-            raise ValueError(f"device_budget_bytes {budget} is less than one slab of {slab_bytes} bytes")
+        check_budget(budget, slab_bytes, psutil.virtual_memory().total)
         self.device = torch.device("cpu")
         self.name = platform.processor() or platform.machine()
         self.memory: DeviceMemory = CpuMemory(slab_bytes, budget // slab_bytes)
@@ -66,3 +67,15 @@ class CpuDevice:
 
     def close(self) -> None:
         self.memory.close()
+
+
+def check_budget(budget: int, slab_bytes: int, memory_bytes: int) -> None:
+    """Raise ConfigError for a budget that holds no slab, or that exceeds the machine's memory."""
+    if budget < slab_bytes:
+        raise ConfigError(
+            f"the device budget of {budget} bytes is less than one slab of {slab_bytes} bytes: give at least that, and room for a model"
+        )
+    if budget > memory_bytes:
+        raise ConfigError(
+            f"the device budget of {budget} bytes exceeds this machine's memory of {memory_bytes} bytes: give less, or no budget"
+        )

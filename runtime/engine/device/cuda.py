@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from common.errors import ConfigError
 from common.units import MIB
 from runtime.checkpoint.packed import Layout4Bit
 from runtime.config.schema import EngineConfig
@@ -40,8 +41,9 @@ class CudaDevice:
         free_bytes, _ = torch.cuda.mem_get_info(device)
         budget = config.device_budget_bytes or max(0, free_bytes - config.device_reserve_bytes)
         if not slab_bytes <= budget <= free_bytes:
-            raise ValueError(
-                f"device budget {budget} bytes is not between one slab of {slab_bytes} and the {free_bytes} bytes that are free"
+            raise ConfigError(
+                f"the device budget of {budget} bytes is not between one slab of {slab_bytes} bytes and the {free_bytes} bytes that are free on "
+                f"{device}: give a budget in between, or end what else uses the GPU"
             )
         self.device = device
         self.name = torch.cuda.get_device_name(device)

@@ -8,12 +8,14 @@ from typing import TextIO
 
 import msgspec
 
+from common.parent import die_with_parent
 from runtime.engine.import_stubs import light_imports
 from runtime.errors import RepertoryError
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackRequest
 
 
 def main() -> int:
+    die_with_parent()
     # stdout carries events only, so the output of libraries goes to stderr.
     events: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -3,12 +3,15 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from mesh.cli import serve
+from common.exit_status import CANNOT_START, USAGE
+from mesh.cli import leftovers, serve
 from mesh.cli.supervisor import SupervisedProcess, answers
 from tests.support.etcd import free_port
 from tests.support.waiting import until
@@ -91,10 +94,53 @@ async def test_answers_is_false_for_a_silent_socket(tmp_path: Path) -> None:
     await server.wait_closed()
 
 
-async def test_supervised_process_is_not_restarted_after_a_usage_error(tmp_path: Path) -> None:
-    script = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(2)"
-    assert await SupervisedProcess("test", [sys.executable, "-c", script, str(tmp_path)]).run(asyncio.Event()) == 2
+@pytest.mark.parametrize("status", [USAGE, CANNOT_START])
+async def test_supervised_process_is_not_restarted_if_that_cannot_help(tmp_path: Path, status: int) -> None:
+    script = f"import os, sys; open(sys.argv[1] + f'/{{os.getpid()}}', 'w').close(); sys.exit({status})"
+    assert await SupervisedProcess("test", [sys.executable, "-c", script, str(tmp_path)]).run(asyncio.Event()) == status
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# Starts a supervised process that ignores SIGTERM, and prints its id.
+SUPERVISOR = """
+import asyncio, sys
+from pathlib import Path
+from mesh.cli.supervisor import SupervisedProcess
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+process = SupervisedProcess("test", [sys.executable, "-c", child], record=Path(sys.argv[1]))
+asyncio.run(process.run(asyncio.Event()))
+"""
+
+
+def test_supervised_process_ends_with_a_killed_supervisor(tmp_path: Path) -> None:
+    record = tmp_path / "test.pid"
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(record)], stdout=subprocess.PIPE)
+    assert supervisor.stdout is not None
+    try:
+        assert supervisor.stdout.readline() == b"up\n"
+        child = psutil.Process(int(record.read_text().split()[0]))
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+        supervisor.stdout.close()
+    child.wait(10)
+    assert not child.is_running()
+
+
+def test_leftovers_ends_the_recorded_process_only(tmp_path: Path) -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    left, other = subprocess.Popen(sleeper), subprocess.Popen(sleeper)
+    try:
+        leftovers.record(tmp_path / "mesh.pid", left.pid)
+        (tmp_path / "runtime.pid").write_text(f"{other.pid} 1.0")  # an id that was given again
+        ended = [leftovers.end_recorded(tmp_path / name) for name in ("mesh.pid", "runtime.pid", "none.pid")]
+        assert ended == [True, False, False]
+        assert not psutil.pid_exists(left.pid)
+        assert other.poll() is None
+    finally:
+        for process in (left, other):
+            process.kill()
+            process.wait()
 
 
 async def test_supervised_process_is_restarted_only_if_it_has_run(

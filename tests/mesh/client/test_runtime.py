@@ -31,6 +31,7 @@ class Script(ModelRuntimeServicer):
     def __init__(self) -> None:
         self.statuses: list[pb.RuntimeStatusResponse] = []
         self.load: str | int = 7
+        self.load_trailers: tuple[tuple[str, str], ...] = ()
         self.predict = 5
         self.predictions = 0
         self.unload = ""
@@ -45,7 +46,7 @@ class Script(ModelRuntimeServicer):
         if self.load == "hang":
             await asyncio.sleep(3600)
         if isinstance(self.load, str):
-            await context.abort(grpc.StatusCode[self.load], "the cause")
+            await context.abort(grpc.StatusCode[self.load], "the cause", self.load_trailers)
         return pb.LoadModelResponse(sizeInBytes=int(self.load))
 
     async def unloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
@@ -137,6 +138,15 @@ async def test_runtime_failed_load_is_cleaned_up(
     with pytest.raises(error, match="the cause"):
         await runtime.load("m", INFO, 5)
     assert script.unloaded == ["m"]
+
+
+async def test_runtime_load_that_is_lost_in_a_shutdown_is_no_failure_of_the_model(
+    scripted: tuple[Script, GrpcRuntime],
+) -> None:
+    script, runtime = scripted
+    script.load, script.load_trailers = "UNAVAILABLE", (("retry-after-ms", "1000"),)
+    with pytest.raises(Unavailable, match="the cause"):
+        await runtime.load("m", INFO, 5)
 
 
 async def test_runtime_load_that_is_late_or_cancelled_is_cleaned_up(scripted: tuple[Script, GrpcRuntime]) -> None:

@@ -239,6 +239,17 @@ async def test_engine_client_gives_up_an_engine_that_never_starts() -> None:
     await client.stop(0.0)
 
 
+async def test_engine_client_starts_an_unfit_engine_once(tmp_path: Path) -> None:
+    command = fake_command(unfit="no such device: use another", journal=tmp_path / "journal")
+    client = EngineClient(EngineConfig(), command=command, restart=FAST)
+    client.start()
+    with pytest.raises(Unavailable, match="no such device"):
+        await client.wait_ready()
+    assert client.state is EngineState.STOPPED
+    assert [entry["what"] for entry in journal(tmp_path)] == ["start"]
+    await client.stop(0.0)
+
+
 async def test_engine_client_stop_lets_streams_finish() -> None:
     client = EngineClient(EngineConfig(), command=fake_command(), restart=FAST)
     client.start()

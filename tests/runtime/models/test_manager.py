@@ -164,6 +164,15 @@ async def test_manager_unload_cancels_a_load(house: House) -> None:
     assert house.preparer.held == 1
 
 
+async def test_manager_shutdown_does_not_blame_the_model_that_is_loading(house: House) -> None:
+    loading = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
+    await house.until(lambda: house.phase("slow") is Phase.LOADING)
+    await house.models.stop_loads()
+    with pytest.raises(Unavailable, match="the runtime is shutting down") as caught:
+        await loading
+    assert caught.value.retry_after_s is not None
+
+
 async def test_manager_undoes_a_load_at_its_timeout(tmp_path: Path) -> None:
     house = House(tmp_path, RuntimeConfig(load_timeout_s=0.3), ScriptedPreparer())
     house.engine.start()
