@@ -8,7 +8,7 @@ PROGRAM = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.engine.kernels.gpu import argmax, inputs, linear16, sample
+from runtime.engine.kernels.gpu import adapters, argmax, inputs, linear16, sample
 
 def check(kernel, constants, num_warps, **pointers):
     types = {name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
@@ -28,6 +28,11 @@ for kind, split, early in ((0, True, True), (1, False, False)):
     constants = {"KIND": kind, "HAS_BIAS": False, "SPLIT": split, "EVEN_N": True, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EARLY": early,
                  "PDL": True, "PRECISION": "tf32"}
     check(linear16._linear16_kernel, constants, 4, partials_ptr="*fp32", **halves)
+tables = {"places_ptr": "*i64", "hidden_ptr": "*fp32", "memory_ptr": "*bf16", "y_ptr": "*bf16", **halves}
+for block_t, block_n, slices in ((16, 64, 3), (16, 128, 1), (64, 128, 2)):
+    constants = {"HIDDEN_STRIDE": 256, "BLOCK_T": block_t, "BLOCK_R": 16, "PDL": True, "PRECISION": "tf32"}
+    check(adapters._shrink_kernel, {**constants, "EVEN_K": slices > 1, "BLOCK_K": 128}, 4, **tables)
+    check(adapters._expand_kernel, {**constants, "SLICES": slices, "BLOCK_N": block_n}, 4, **tables)
 print("compiled")
 """
 

@@ -2,13 +2,16 @@
 
 Layout of the upload, in int32 words:
 
-    header[16]: num_rows, num_tokens, num_samples, num_blocks, ring line, then where each section begins, in the order below
+    header[16]: num_rows, num_tokens, num_samples, num_blocks, ring line, then where each section begins, in the order below;
+                num_chunks stands before the place of the chunks
     per row:    slot · start (position of its first token in this step) · index of its first token in the batch (one
                 more entry: num_tokens) · where its ids begin in `tokens`, or -1 if its one id is the row's last drawn
                 token
     per sample: token whose logits are used · row slot
     blocks:     (row slot, index in its page table, page id) each
     tokens:     input ids
+    chunks:     (adapter's slot, first place in the order, number of tokens) each, if rows have adapters
+    order:      tokens that have an adapter, those of one adapter end to end
 
 Unused rows are padded with zero queries and unused tokens with slot -1, so that one CUDA graph serves every smaller
 step.
@@ -34,7 +37,10 @@ HEADER_WORDS = 16
     AT_SAMPLE_ROW,
     AT_BLOCKS,
     AT_TOKENS,
-) = range(13)
+    NUM_CHUNKS,
+    AT_CHUNKS,
+    AT_ORDER,
+) = range(16)
 
 
 def build_inputs(
