@@ -138,7 +138,7 @@ def ask_openai(served: stack.Stack, name: str) -> None:
 
 
 def show(served: stack.Stack) -> None:
-    console.print(render.model_table(served.admin.models(), time.time()))
+    render.print_columns(console, render.model_columns(served.admin.models(), time.time()))
 
 
 def say(text: str) -> None:

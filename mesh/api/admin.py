@@ -12,7 +12,7 @@ from common.clock import epoch_ms
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
 from mesh.api.request_log import Record
-from mesh.client.admin import Fit, Models
+from mesh.client.admin import Fit, Models, Pod, Pods
 from mesh.errors import InvalidRequest, NotFound
 from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
@@ -44,29 +44,6 @@ class _Fit(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Alias(msgspec.Struct, frozen=True):
     target: str
-
-
-class Pod(msgspec.Struct, frozen=True):
-    """One pod as `repertory pods` shows it; a figure is 0 if the pod has not reported it."""
-
-    instance_id: str
-    grpc_address: str
-    http_address: str
-    capacity_bytes: int
-    used_bytes: int
-    device_budget_bytes: int
-    device_used_bytes: int
-    num_models: int
-    loading: int
-    running: int
-    waiting: int
-    shutting_down: bool
-    start_time_ms: int
-    labels: list[str]
-
-
-class Pods(msgspec.Struct, frozen=True):
-    pods: list[Pod]
 
 
 class AdminRoutes:

@@ -3,11 +3,13 @@
 import argparse
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
 from mesh.cli import chat, render, settings_flags
+from mesh.cli.chat_settings import ChatSettings, number
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import InvalidRequest, LoadFailed
 
@@ -45,13 +47,35 @@ def fit(client: AdminClient, args: argparse.Namespace) -> int:
 
 
 def ps(client: AdminClient, args: argparse.Namespace) -> int:
-    models = client.models()
+    """List the models that a pod holds or loads, or failed to load; with --all every registered name."""
+    everything = client.models()
+    models = [model for model in everything if args.all or _is_active(model)]
+    models = [model for model in models if _matches(model, args)]
     if args.json:
         _print_json(models)
-    elif not models:
+        return 0
+    if models:
+        console = render.console()
+        render.print_columns(console, render.model_columns(models, time.time()))
+    elif not everything:
         print("no models are registered; add one with `repertory register NAME URI`")
+    elif args.all or args.names or args.state or args.pod:
+        print("no model matches")
     else:
-        render.console().print(render.model_table(models, time.time()))
+        print("no model is loaded")
+    hidden = sum(not _is_active(model) for model in everything)
+    if hidden and not args.all:
+        names = "name is" if hidden == 1 else "names are"
+        print(f"{hidden} more registered {names} not loaded; `repertory list` shows all", file=sys.stderr)
+    return 0
+
+
+def pods(client: AdminClient, args: argparse.Namespace) -> int:
+    found = client.pods()
+    if args.json:
+        _print_json(found)
+    else:
+        render.print_columns(render.console(), render.pod_columns(found, time.time()))
     return 0
 
 
@@ -63,14 +87,22 @@ def run(client: AdminClient, args: argparse.Namespace) -> int:
             raise InvalidRequest(
                 f"run {args.name}: the prompt is empty; pass it as an argument or through a pipe, or run the command in a terminal"
             )
-    options = chat.Options(max_tokens=args.max_tokens, temperature=args.temperature, system=args.system, seed=args.seed)
+    settings = ChatSettings(args.system or "", _parameters(args), args.verbose)
     if args.json:
         if not prompt:
             raise InvalidRequest(f"run {args.name}: --json needs a prompt")
-        return chat.answer_as_json(client, args.name, prompt, options)
+        return chat.answer_as_json(client, args.name, prompt, settings)
     if prompt:
-        return chat.answer(client, args.name, prompt, options)
-    return chat.converse(client, args.name, options)
+        return chat.answer(client, args.name, prompt, settings)
+    return chat.converse(client, args.name, settings)
+
+
+def _parameters(args: argparse.Namespace) -> dict[str, float]:
+    """Return the sampling parameters on the command line. Raises InvalidRequest."""
+    pairs = settings_flags.pairs(args.sampling or [])
+    given = {name: number(name, text) for name, text in pairs.items()}
+    named = {name: getattr(args, name) for name in ("max_tokens", "temperature", "seed")}
+    return given | {name: value for name, value in named.items() if value is not None}
 
 
 def load(client: AdminClient, args: argparse.Namespace) -> int:
@@ -114,6 +146,20 @@ def alias(client: AdminClient, args: argparse.Namespace) -> int:
     else:
         print(f"{args.alias} → {args.target}")
     return 0
+
+
+def _is_active(model: Model) -> bool:
+    """Return whether a pod holds, loads or failed to load the model, or its name is moving to another one."""
+    return bool(model.copies or model.moving_to)
+
+
+def _matches(model: Model, args: argparse.Namespace) -> bool:
+    names = (model.name, *model.aliases)
+    if args.names and not any(fnmatchcase(name, pattern) for name in names for pattern in args.names):
+        return False
+    if args.state and (model.state or "unloaded") not in args.state:
+        return False
+    return not args.pod or any(copy.instance_id == args.pod for copy in model.copies)
 
 
 def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:

@@ -12,24 +12,29 @@ from common.config import add_flags, load
 from common.errors import ConfigError
 from common.version import package_version
 from mesh.cli import commands, serve, serve_flags, settings_flags
+from mesh.cli.chat_settings import PARAMETERS
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
+
+_SERVERS = ("serve", "serve-mesh", "serve-runtime")
+_CLIENTS = ("register", "fit", "ps", "list", "ls", "pods", "run", "load", "stop", "unload", "show", "rm", "alias")
+_VERBS = frozenset(_SERVERS + _CLIENTS)
 
 Verb = Callable[[AdminClient, argparse.Namespace], int]
 
 _INTRO = """\
 Many language models by name on one GPU.
 
-  repertory serve                                    start everything on this machine
-  repertory register smol hf://HuggingFaceTB/SmolLM2-135M-Instruct --quantize nf4
-  repertory run smol "What is a repertory company?"
+  repertory serve                          start everything on this machine
+  repertory register smol hf://HuggingFaceTB/SmolLM2-135M-Instruct
+  repertory run smol "What is the capital of France?"
   repertory ps
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _verb_first(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["serve-runtime"]:
         # The runtime is a separate program that parses its own flags.
         os.execv(sys.executable, [sys.executable, "-m", "runtime", *arguments[1:]])
@@ -70,6 +75,15 @@ def _run(args: argparse.Namespace) -> int:
         return run_pod(load(MeshConfig, flags=vars(args), env=os.environ, file=args.config))
     verb: Verb = args.do
     return verb(AdminClient(args.server, args.api_key), args)
+
+
+def _verb_first(arguments: Sequence[str]) -> list[str]:
+    """Move the options that come before the verb behind it: `repertory --json ps` is `repertory ps --json`."""
+    position = next((place for place, word in enumerate(arguments) if word in _VERBS), 0)
+    leading = arguments[:position]
+    if not leading or not leading[0].startswith("-") or {"-h", "--help", "--version"} & set(leading):
+        return list(arguments)
+    return [arguments[position], *leading, *arguments[position + 1 :]]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -154,7 +168,15 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     sub.add_argument("name", metavar="NAME|URI")
     settings_flags.add_flags(sub)
-    verb("ps", commands.ps, "list the registered models and their states", aliases=["ls", "list"])
+    _add_listing(
+        verb(
+            "ps", commands.ps, "list the models that are loaded, are being loaded or failed to load; --all: every name"
+        )
+    )
+    listing = verb("list", commands.ps, "list all registered models and their states", aliases=["ls"])
+    _add_listing(listing)
+    listing.set_defaults(all=True)
+    verb("pods", commands.pods, "list the pods of the mesh with their memory and load")
     sub = verb("run", commands.run, "send a prompt to a model; without a prompt, start a conversation")
     sub.add_argument("name")
     sub.add_argument(
@@ -170,7 +192,11 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         "--temperature", type=float, metavar="X", help="sampling temperature; 0 = greedy (default: the registration's)"
     )
     sub.add_argument("--seed", type=int, metavar="N", help="seed of the sampling, for a reproducible answer")
+    sub.add_argument(
+        "--sampling", action="append", metavar="NAME=NUMBER", help=f"sampling parameter ({', '.join(PARAMETERS)})"
+    )
     sub.add_argument("--system", metavar="TEXT", help="system prompt")
+    sub.add_argument("--verbose", action="store_true", help="show tokens and tokens per second after an answer")
     sub = verb("load", commands.load, "load a model now and wait")
     sub.add_argument("name")
     sub = verb("stop", commands.stop, "unload a model; its registration stays", aliases=["unload"])
@@ -191,5 +217,13 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     sub.add_argument("--delete", action="store_true", help="remove the alias and keep the model")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _add_listing(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("names", nargs="*", metavar="NAME", help="only these names; * and ? match any characters")
+    sub.add_argument("-a", "--all", action="store_true", help="also names that are registered and not loaded")
+    sub.add_argument(
+        "--state",
+        action="append",
+        metavar="STATE",
+        help="only this state, such as loaded, failed or unloaded; may be repeated",
+    )
+    sub.add_argument("--pod", metavar="ID", help="only models with a copy on this pod")

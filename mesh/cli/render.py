@@ -10,7 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from mesh.client.admin import Fit, Model
+from mesh.cli.columns import Column, lines
+from mesh.client.admin import Fit, Model, Pod
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _COLOURS = {"loaded": "green", "failed": "red", "quarantined": "red", "not loaded": "dim"}
@@ -56,36 +57,66 @@ def state_of(model: Model) -> str:
     return state or "not loaded"
 
 
-def model_table(models: Sequence[Model], now_s: float) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("NAME", "STATE", "TIER", "WEIGHTS", "IN DEVICE", "QUANT", "COPIES", "LAST USED", "RUN", "WAIT"):
-        table.add_column(
-            heading,
-            no_wrap=heading != "NAME",
-            justify="right" if heading in ("WEIGHTS", "IN DEVICE", "COPIES", "RUN", "WAIT") else "left",
-        )
-    for model in models:
-        state = state_of(model)
-        loaded = [copy for copy in model.copies if copy.state in ("loaded", "") and copy.status == "LOADED"]
-        table.add_row(
-            f"{model.name} → {model.alias_of}" if model.alias_of else model.name,
-            Text(state, style=_COLOURS.get(state, "yellow" if model.progress else "")),
-            model.tier,
-            size(model.weight_bytes),
-            size(model.device_bytes),
-            model.quantization,
-            str(len(loaded)) if loaded else "",
-            ago(model.last_used_ms, now_s),
-            str(model.running or ""),
-            str(model.waiting or ""),
-        )
-    return table
+def print_columns(console: Console, columns: Sequence[Column]) -> None:
+    """Print a table whose lines the console neither folds nor cuts."""
+    for line in lines(columns, console.width):
+        console.print(line, soft_wrap=True)
+
+
+def model_columns(models: Sequence[Model], now_s: float) -> list[Column]:
+    """Return the columns of `ps` and `list`. The pods are shown if the models have copies on more than one."""
+    loaded = [[copy for copy in model.copies if copy.status == "LOADED"] for model in models]
+    pods = {copy.instance_id for model in models for copy in model.copies}
+    return [
+        Column("NAME", [model.name for model in models]),
+        Column("STATE", [_state_cell(model) for model in models], rank=1),
+        Column("TIER", [model.tier for model in models], rank=3),
+        Column("WEIGHTS", [size(model.weight_bytes) for model in models], rank=4, right=True),
+        Column("IN DEVICE", [size(model.device_bytes) for model in models], rank=4, right=True),
+        Column("QUANT", [model.quantization for model in models], rank=7),
+        Column("RUN", [str(model.running or "") for model in models], rank=6, right=True),
+        Column("WAIT", [str(model.waiting or "") for model in models], rank=6, right=True),
+        Column("LAST USED", [ago(model.last_used_ms, now_s) for model in models], rank=2),
+        Column("ALIAS OF", [model.alias_of for model in models], rank=5),
+        Column(
+            "COPIES", [str(len(copies) or "") for copies in loaded] if len(pods) > 1 else [""] * len(models), 8, True
+        ),
+        Column("PODS", [_pods_of(model) if len(pods) > 1 else "" for model in models], rank=9),
+    ]
+
+
+def pod_columns(pods: Sequence[Pod], now_s: float) -> list[Column]:
+    return [
+        Column("POD", [pod.instance_id for pod in pods]),
+        Column("STATE", ["stopping" if pod.shutting_down else "ready" for pod in pods], rank=1),
+        Column("MODELS", [str(pod.num_models) for pod in pods], rank=2, right=True),
+        Column("IN DEVICE", [size(pod.device_used_bytes) or "0 B" for pod in pods], rank=3, right=True),
+        Column("BUDGET", [size(pod.device_budget_bytes) for pod in pods], rank=3, right=True),
+        Column("LOADED", [f"{size(pod.used_bytes) or '0 B'} of {size(pod.capacity_bytes)}" for pod in pods], rank=6),
+        Column("LOADING", [str(pod.loading or "") for pod in pods], rank=5, right=True),
+        Column("RUN", [str(pod.running or "") for pod in pods], rank=5, right=True),
+        Column("WAIT", [str(pod.waiting or "") for pod in pods], rank=5, right=True),
+        Column("HTTP", [pod.http_address for pod in pods], rank=4),
+        Column("GRPC", [pod.grpc_address for pod in pods], rank=8),
+        Column("STARTED", [ago(pod.start_time_ms, now_s) for pod in pods], rank=7),
+        Column("LABELS", [",".join(pod.labels) for pod in pods], rank=9),
+    ]
+
+
+def _state_cell(model: Model) -> Text:
+    state = state_of(model)
+    return Text(state, style=_COLOURS.get(state, "yellow" if model.progress else ""))
+
+
+def _pods_of(model: Model) -> str:
+    return ",".join(sorted(copy.instance_id for copy in model.copies if copy.status in ("LOADED", "LOADING")))
 
 
 def show_model(console: Console, model: Model) -> None:
+    """Print the details of a model. Values that are wider than the terminal are folded, so that nothing is cut."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     rows = [
         ("name", model.name),
         ("model id", model.model_id),
@@ -102,15 +133,29 @@ def show_model(console: Console, model: Model) -> None:
         ("last used", ago(model.last_used_ms, time.time())),
         ("error", model.error),
     ]
-    rows += [(f"setting {key}", str(value)) for key, value in sorted(model.settings.items())]
+    for copy in model.copies[:1]:
+        rows += [
+            ("context", f"{copy.max_model_len:,} tokens" if copy.max_model_len else ""),
+            ("architecture", copy.architecture),
+            ("arithmetic", copy.dtype),
+            ("forward pass", copy.path),
+        ]
+    rows += [(key, _shown(value)) for key, value in sorted(model.settings.items())]
     rows += [
-        (f"copy on {copy.instance_id}", f"{copy.state or copy.status} {copy.tier} {copy.error}".strip())
+        (f"on {copy.instance_id}", f"{copy.state or copy.status} {copy.tier} {copy.error}".strip())
         for copy in model.copies
     ]
     for key, value in rows:
         if value:
-            table.add_row(key, value)
+            table.add_row(key, Text(value))
     console.print(table)
+
+
+def _shown(value: object) -> str:
+    """Return a setting's value; a mapping as `key=value` pairs."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={part}" for key, part in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def show_fit(console: Console, name: str, fit: Fit) -> None:
@@ -118,7 +163,7 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
     kv = f"{size(fit.min_kv_bytes)} at least ({size(fit.kv_bytes_per_token)} per token, context {fit.max_model_len:,})"
     sure = "" if fit.exact else "  (estimated from the configuration)"
     console.print(
-        f"[bold]{name}[/bold]  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}"
+        f"[bold]{name}[/bold]\n  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}"
     )
     console.print(f"  weights    {size(fit.weight_bytes)}{sure}")
     console.print(f"  KV cache   {kv}")

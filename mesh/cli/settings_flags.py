@@ -33,7 +33,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         if field.fields:
             value = _numbers(field.name, value)
         elif _is_mapping(field):
-            value = _pairs(value)
+            value = pairs(value)
         elif field.name in _MAYBE_FILE and value.startswith("@"):
             value = _read(field.name, value[1:])
         settings[field.name] = value
@@ -71,19 +71,20 @@ def _read(name: str, path: str) -> str:
         raise InvalidRequest(f"{name} {path}: {error.strerror}") from None
 
 
-def _pairs(values: list[str]) -> dict[str, str]:
-    pairs = {}
+def pairs(values: list[str]) -> dict[str, str]:
+    """Return the values of `KEY=VALUE` words. Raises InvalidRequest for a word without `=`."""
+    found = {}
     for value in values:
         key, separator, text = value.partition("=")
         if not separator:
             raise InvalidRequest(f"{value!r}: expected KEY=VALUE")
-        pairs[key] = text
-    return pairs
+        found[key] = text
+    return found
 
 
 def _numbers(name: str, values: list[str]) -> dict[str, Any]:
     numbers = {}
-    for key, text in _pairs(values).items():
+    for key, text in pairs(values).items():
         try:
             numbers[key] = json.loads(text)
         except ValueError:

@@ -4,13 +4,15 @@ import http.client
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
 
 from common.model_state import ModelState
 from mesh.errors import InvalidRequest, MeshError, Unavailable
+
+T = TypeVar("T")
 
 DEFAULT_SERVER = "http://127.0.0.1:8080"
 
@@ -57,6 +59,29 @@ class Models(msgspec.Struct, frozen=True):
     models: list[Model] = []
 
 
+class Pod(msgspec.Struct, frozen=True):
+    """One pod as `repertory pods` shows it; a figure is 0 if the pod has not reported it."""
+
+    instance_id: str
+    grpc_address: str
+    http_address: str
+    capacity_bytes: int
+    used_bytes: int
+    device_budget_bytes: int
+    device_used_bytes: int
+    num_models: int
+    loading: int
+    running: int
+    waiting: int
+    shutting_down: bool
+    start_time_ms: int
+    labels: list[str]
+
+
+class Pods(msgspec.Struct, frozen=True):
+    pods: list[Pod]
+
+
 class Fit(msgspec.Struct, frozen=True):
     """The answer of `/admin/v1/fit`. Sizes are in bytes."""
 
@@ -84,19 +109,22 @@ class AdminClient:
     timeout_s: float = 600.0
 
     def models(self) -> list[Model]:
-        return msgspec.json.decode(self.call("GET", "/admin/v1/models"), type=Models).models
+        return self._decode(self.call("GET", "/admin/v1/models"), Models).models
+
+    def pods(self) -> list[Pod]:
+        return self._decode(self.call("GET", "/admin/v1/pods"), Pods).pods
 
     def model(self, name: str) -> Model:
-        return msgspec.json.decode(self.call("GET", f"/admin/v1/models/{quote(name, safe='')}"), type=Model)
+        return self._decode(self.call("GET", f"/admin/v1/models/{quote(name, safe='')}"), Model)
 
     def register(self, request: dict[str, object]) -> Model:
-        return msgspec.json.decode(self.call("POST", "/admin/v1/models", request), type=Model)
+        return self._decode(self.call("POST", "/admin/v1/models", request), Model)
 
     def remove(self, name: str) -> None:
         self.call("DELETE", f"/admin/v1/models/{quote(name, safe='')}")
 
     def fit(self, request: dict[str, object]) -> Fit:
-        return msgspec.json.decode(self.call("POST", "/admin/v1/fit", request), type=Fit)
+        return self._decode(self.call("POST", "/admin/v1/fit", request), Fit)
 
     def load(self, name: str) -> None:
         self.call("POST", "/models/load", {"model": name})
@@ -109,6 +137,12 @@ class AdminClient:
 
     def remove_alias(self, alias: str) -> None:
         self.call("DELETE", f"/admin/v1/aliases/{quote(alias, safe='')}")
+
+    def _decode(self, answer: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except msgspec.MsgspecError:
+            raise Unavailable(f"what answers at {self.server} is not Repertory: its answer cannot be read") from None
 
     def call(self, method: str, path: str, body: dict[str, object] | None = None) -> bytes:
         """Send a request and return the whole answer. Raises MeshError with the server's message."""

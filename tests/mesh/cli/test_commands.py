@@ -51,14 +51,15 @@ class Say:
 async def test_an_alias_is_told_from_a_model_and_is_forgotten_alone(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "ada", "/ada"))[0] == 0
     assert await say("alias", "prod", "ada") == (0, "prod → ada\n", "")
-    assert "prod → ada " in (await say("ps"))[1]
+    rows = [line.split() for line in (await say("list"))[1].splitlines()]
+    assert next(row for row in rows if row[0] == "prod")[-1] == "ada"
     assert ["alias", "of", "ada"] in [line.split() for line in (await say("show", "prod"))[1].splitlines()]
-    listed = {model["name"]: model for model in json.loads((await say("ps", "--json"))[1])}
+    listed = {model["name"]: model for model in json.loads((await say("list", "--json"))[1])}
     assert (listed["prod"]["alias_of"], listed["ada"]["alias_of"]) == ("ada", "")
     status, _, error = await say("alias", "ada", "--delete")
     assert (status, error) == (1, "repertory: alias 'ada' not found: it is a registered model\n")
     assert (await say("alias", "prod", "--delete"))[0] == 0
-    assert [model["name"] for model in json.loads((await say("ps", "--json"))[1])] == ["ada"]
+    assert [model["name"] for model in json.loads((await say("list", "--json"))[1])] == ["ada"]
     assert "there is no such name" in (await say("alias", "prod", "--delete"))[2]
 
 
@@ -74,7 +75,7 @@ async def test_the_last_name_of_a_model_is_no_alias(pod: RunningPod, say: Say) -
     await pod.management.setVModel(target)
     await pod.register("plain")
     await pod.management.setVModel(mm.SetVModelRequest(vModelId="other", targetModelId="plain"))
-    listed = {model["name"]: model["alias_of"] for model in json.loads((await say("ps", "--json"))[1])}
+    listed = {model["name"]: model["alias_of"] for model in json.loads((await say("list", "--json"))[1])}
     assert listed == {"isvc": "", "other": "plain", "plain": "", "prod": ""}
 
 
@@ -82,7 +83,7 @@ async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, sa
     status, _, error = await say("register", "q", "Qwen/Qwen3-0.6B")
     assert status == 2
     assert "hf://Qwen/Qwen3-0.6B" in error
-    assert (await say("ps"))[1].startswith("no models are registered")
+    assert (await say("list"))[1].startswith("no models are registered")
     # a path of the server's own machine may well lead nowhere here
     assert (await say("register", "q", "/on/the/server"))[0] == 0
     # nor is a path in a bucket one
@@ -141,9 +142,46 @@ async def test_usage_is_the_verbs_own(say: Say) -> None:
     status, _, error = await say("ps", "--colour")
     assert status == 2
     assert error.startswith("usage: repertory ps ")
-    status, _, error = await say("--colour", "serve-runtime")
+
+
+async def test_options_may_come_before_the_verb(pod: RunningPod, say: Say) -> None:
+    assert (await say("register", "ada", "/ada"))[0] == 0
+    server = os.environ["REPERTORY_SERVER"]
+    status, out, _ = await say("--json", "--server", server, "list", "ad*")
+    assert (status, [model["name"] for model in json.loads(out)]) == (0, ["ada"])
+    status, _, error = await say("--colour", "ps")
     assert status == 2
-    assert error.startswith("usage: repertory serve-runtime\n")
+    assert error.startswith("usage: repertory ps ")
+
+
+async def test_ps_lists_what_is_loaded_and_list_everything(pod: RunningPod, say: Say) -> None:
+    assert (await say("register", "ada", "/ada", "--load"))[0] == 0
+    assert (await say("register", "bob", "/bob"))[0] == 0
+    status, out, hint = await say("ps")
+    assert status == 0
+    assert ("ada" in out, "bob" in out) == (True, False)
+    assert hint == "1 more registered name is not loaded; `repertory list` shows all\n"
+    assert "bob" in (await say("list"))[1]
+    assert "bob" in (await say("ps", "--all"))[1]
+    named = json.loads((await say("list", "--state", "unloaded", "--json"))[1])
+    assert [model["name"] for model in named] == ["bob"]
+    on_pod = json.loads((await say("list", "--pod", pod.pod.instance_id, "--json"))[1])
+    assert [model["name"] for model in on_pod] == ["ada"]
+
+
+async def test_pods_lists_the_pod_with_its_addresses(pod: RunningPod, say: Say) -> None:
+    status, out, _ = await say("pods", "--json")
+    assert status == 0
+    assert [found["instance_id"] for found in json.loads(out)] == [pod.pod.instance_id]
+    assert pod.pod.instance_id in (await say("pods"))[1]
+
+
+async def test_an_unknown_name_is_answered_with_the_nearest_names(pod: RunningPod, say: Say) -> None:
+    for name in ("alpha", "smollm-chat", "zeta"):
+        assert (await say("register", name, f"/{name}"))[0] == 0
+    status, _, error = await say("run", "SmolLM-chta", "hello")
+    assert status == 1
+    assert "served here: smollm-chat, alpha, zeta" in error
 
 
 @pytest.mark.parametrize("server", ["http://127.0.0.1:abc", "http://[::1", "ftp://x", "http://"])
@@ -175,6 +213,15 @@ EVENT = b'data: {"choices":[{"delta":{"content":"half an ans"}}]}\n\n'
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
+MODEL = b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"name":"m"}'
+
+
+async def test_an_answer_of_another_server_is_an_error(say: Say) -> None:
+    with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<br>") as server:
+        status, _, error = await say("ps", "--server", server)
+    assert (status, error) == (1, f"repertory: what answers at {server} is not Repertory: its answer cannot be read\n")
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -184,7 +231,7 @@ STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
     ],
 )
 async def test_a_stream_that_breaks_off_is_an_error(answer: bytes, words: str, say: Say) -> None:
-    with answering(answer) as server:
+    with answering(MODEL, answer) as server:
         status, told, error = await say("run", "m", "hello", "--server", server)
     assert status == 1
     assert words in error
@@ -203,7 +250,7 @@ async def test_nothing_is_folded_on_a_pipe(pod: RunningPod, say: Say) -> None:
     path = "/a" + "/folder" * 60
     assert (await say("register", "n" * 150, path))[0] == 0
     assert path in (await say("show", "n" * 150))[1]
-    assert f"{'n' * 150}  not loaded" in (await say("ps"))[1]
+    assert f"{'n' * 150}  not loaded" in (await say("list"))[1]
     assert path in (await say("fit", path))[1]
 
 
@@ -224,7 +271,7 @@ async def test_an_output_that_cant_take_it(pod: RunningPod) -> None:
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
     async def ps(stdout: int, **environment: str) -> tuple[int | None, str, str]:
-        command = [sys.executable, "-m", "mesh", "ps"]
+        command = [sys.executable, "-m", "mesh", "list"]
         listing = await asyncio.create_subprocess_exec(
             *command,
             stdout=stdout,

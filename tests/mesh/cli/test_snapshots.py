@@ -1,0 +1,89 @@
+"""What each verb shows in terminals of 80 and 120 columns. UPDATE_SNAPSHOTS=1 writes the files anew after a wanted change."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.units import GIB, MIB
+from mesh.client.admin import Fit
+from tests.support.admin_server import AdminServer, sample_models, sample_pods
+from tests.support.terminal import Screen, run_in_terminal
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+LONG = "meta-llama/Llama-3.1-8B-Instruct-for-customer-support"
+VERBS = {
+    "ps": ["ps"],
+    "ps-all": ["ps", "--all"],
+    "ps-filtered": ["ps", "smol*", "--state", "packing", "--pod", "gpu-b"],
+    "ps-nothing": ["ps", "nobody"],
+    "list": ["list"],
+    "pods": ["pods"],
+    "show": ["show", LONG],
+    "show-failed": ["show", "broken"],
+    "fit": ["fit", LONG],
+    "register": ["register", "new", "/models/new", "--load"],
+    "run": ["run", "prod", "What is the capital of France?"],
+    "run-unknown": ["run", "smoll"],
+    "load": ["load", "idle"],
+    "stop": ["stop", "prod"],
+    "alias": ["alias", "stable", "prod"],
+    "alias-delete": ["alias", "stable", "--delete"],
+    "rm": ["rm", "idle"],
+}
+
+
+@pytest.fixture
+def server() -> Iterator[AdminServer]:
+    made = AdminServer(sample_models(), sample_pods())
+    made.fit = Fit(
+        True,
+        weight_bytes=5 * GIB,
+        kv_bytes_per_token=128 * 1024,
+        min_kv_bytes=16 * GIB,
+        workspace_bytes=300 * MIB,
+        capacity_bytes=120 * GIB,
+        evicts=["smol", "idle"],
+        max_model_len=131072,
+        quantization="nf4",
+        architecture="LlamaForCausalLM",
+        num_parameters=8_030_000_000,
+        exact=True,
+    )
+    yield made
+    made.close()
+
+
+def shown(server: AdminServer, columns: int, *arguments: str) -> Screen:
+    command = [sys.executable, "-m", "mesh", *arguments]
+    return run_in_terminal(command, columns=columns, environment={"REPERTORY_SERVER": server.url})
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", VERBS)
+def test_verb_shows_its_snapshot(name: str, columns: int, server: AdminServer) -> None:
+    screen = shown(server, columns, *VERBS[name])
+    assert "Traceback" not in screen.raw
+    file = SNAPSHOTS / str(columns) / f"{name}.txt"
+    text = f"{screen.text}[exit status {screen.status}]\n".replace(server.url, "http://SERVER")
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("verb", ["ps", "list", "pods", "show", "fit"])
+def test_verb_stays_within_the_terminal(verb: str, server: AdminServer) -> None:
+    """Lines longer than 80 columns would be wrapped by the terminal in the middle of a word."""
+    arguments = [verb, LONG] if verb in ("show", "fit") else [verb]
+    screen = shown(server, 80, *arguments)
+    assert max(map(len, screen.text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", ["", *sorted({words[0] for words in VERBS.values()}), "serve", "serve-mesh"])
+def test_help_stays_within_the_terminal(verb: str, server: AdminServer) -> None:
+    screen = shown(server, 80, *([verb] if verb else []), "--help")
+    assert screen.status == 0
+    assert [line for line in screen.text.splitlines() if len(line) > 80] == []
