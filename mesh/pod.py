@@ -33,6 +33,7 @@ from mesh.api.models_routes import ModelsRoutes
 from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
 from mesh.api.openai_routes import OpenAiRoutes
+from mesh.api.tgi_routes import TgiRoutes
 from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.peer_probes import HttpPeerProbes, Readiness
@@ -245,6 +246,7 @@ class Pod:
                 ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
                 AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
                 OpenAiRoutes(gateway),
+                TgiRoutes(gateway, self.registry),
                 OipRoutes(
                     gateway,
                     self.registry,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mesh.errors import MeshError, NotFound, Overloaded, TooLarge
+from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, Overloaded, TooLarge
 
 _CODES: dict[type[MeshError], str] = {NotFound: "model_not_found", TooLarge: "body_too_large", Overloaded: "overloaded"}
 
@@ -28,6 +28,13 @@ class TextError(msgspec.Struct, frozen=True):
     """The shape of the Open Inference Protocol."""
 
     error: str
+
+
+class TgiError(msgspec.Struct, frozen=True):
+    """The shape of text-generation-inference, whose clients choose an exception by `error_type`."""
+
+    error: str
+    error_type: str
 
 
 def _http_status(error: MeshError) -> int:
@@ -57,6 +64,24 @@ _ANTHROPIC = ErrorShape(lambda error: msgspec.json.encode(OpenAiError(_problem(e
 _OIP = ErrorShape(lambda error: msgspec.json.encode(TextError(error.message)))
 
 
+def _tgi_body(error: MeshError) -> bytes:
+    match error:
+        case InvalidRequest():
+            return msgspec.json.encode(TgiError(f"Input validation error: {error.message}", "validation"))
+        case Overloaded():
+            return msgspec.json.encode(TgiError(error.message, "overloaded"))
+        case LoadFailed():
+            return msgspec.json.encode(TgiError(f"Request failed during generation: {error.message}", "generation"))
+    return msgspec.json.encode(TgiError(error.message, error.code.lower()))
+
+
+def _tgi_status(error: MeshError) -> int:
+    return 422 if isinstance(error, InvalidRequest) else error.http_status
+
+
+_TGI = ErrorShape(_tgi_body, _tgi_status)
+
+
 def shape_for(path: str) -> ErrorShape:
     """Return the shape of errors for requests to `path`."""
     match path.split("/", 3)[1:3]:
@@ -64,4 +89,8 @@ def shape_for(path: str) -> ErrorShape:
             return _ANTHROPIC
         case ["v2", *_]:
             return _OIP
+        case ["" | "generate" | "generate_stream" | "info"]:
+            return _TGI
+        case ["tgi", _] if "/v1/" not in path:
+            return _TGI
     return _OPENAI

@@ -15,8 +15,8 @@ from mesh.metrics import Metrics
 
 _OPEN_TO_ALL = ("/health", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _HEADERS_BYTES = 16 * 1024
-# Routes of text-generation-inference and text-embeddings-inference.
-_UNSUPPORTED_PATHS = ("/", "/generate", "/generate_stream", "/invocations", "/embed", "/rerank")
+# Routes of SageMaker and of text-embeddings-inference.
+_UNSUPPORTED_PATHS = ("/invocations", "/embed", "/rerank")
 
 
 class Routes(Protocol):

@@ -17,6 +17,7 @@ from runtime.api.openai.completions import Completions
 from runtime.api.openai.models import Models
 from runtime.api.openai.tokenize import Tokenizing
 from runtime.api.openai_responses.route import Responses
+from runtime.api.tgi.routes import TextGeneration
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import NotSupported
 from runtime.generation.generator import Generator
@@ -34,9 +35,6 @@ _UNSUPPORTED_PATHS = (
     "/v1/moderations",
     "/v1/audio/{path:.+}",
     "/v1/images/{path:.+}",
-    "/generate",
-    "/generate_stream",
-    "/",
 )
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
@@ -79,7 +77,10 @@ def build_http_app(
             web.get("/metrics", health.metrics),
         ]
     )
-    for route in RestInference(directory, generator).routes():
+    for route in (
+        *RestInference(directory, generator).routes(),
+        *TextGeneration(directory, generator, device=config.engine.device).routes(),
+    ):
         app.router.add_route(route.method, route.path, route.handler)
     app.add_routes([web.post(path, _refuse_path) for path in _UNSUPPORTED_PATHS])
     return app

@@ -38,7 +38,8 @@ async def read_body(request: web.Request, kind: type[_Body]) -> Parsed[_Body]:
 
 
 def model_of(request: web.Request, directory: ModelDirectory, asked: str) -> ServedModel:
-    return find_model(directory, request.headers.get(MODEL_ID_HEADER), asked)
+    """Return the model of the mesh's header, of the path where it has a name, or the one that the body asks for."""
+    return find_model(directory, request.headers.get(MODEL_ID_HEADER), request.match_info.get("name") or asked)
 
 
 def json_response(answer: msgspec.Struct, warning: str | None = None) -> web.Response:

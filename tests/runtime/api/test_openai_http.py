@@ -394,7 +394,7 @@ async def test_completions_refuses_bad_prompts(http: aiohttp.ClientSession, serv
 
 async def test_http_app_refuses_unknown_routes(http: aiohttp.ClientSession, server: Server) -> None:
     assert (await post(http, server, "/v1/nothing", {}))[0] == 404
-    for path in ("/v1/embeddings", "/generate", "/generate_stream", "/"):
+    for path in ("/v1/embeddings", "/v1/rerank"):
         status, answer, _ = await post(http, server, path, {})
         assert status == 501
         assert "not supported" in answer["error"]["message"]
