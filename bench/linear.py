@@ -18,8 +18,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from runtime.engine.kernels.linear4 import linear_4bit
-from runtime.engine.kernels.linear8 import linear_int8
-from runtime.engine.kernels.linear_fp8 import linear_fp8
+from runtime.engine.kernels.linear8 import linear_fp8, linear_int8
 from runtime.engine.kernels.scratch import Scratch
 
 BYTES_PER_S = 4.2e12

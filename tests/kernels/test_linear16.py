@@ -65,20 +65,7 @@ def test_kernel_equals_twin(
         num_rows, expected.shape[1], in_features, gate is not None
     )
     gpu.launch(
-        x,
-        weight,
-        None,
-        bias_or_none,
-        gate,
-        out,
-        scratch,
-        block_m,
-        block_n,
-        block_k,
-        splits,
-        early,
-        num_warps,
-        num_stages,
+        x, weight, bias_or_none, gate, out, scratch, block_m, block_n, block_k, splits, early, num_warps, num_stages
     )
     error = float((out.double() - expected.double()).norm() / expected.double().norm())
     assert error < (2e-2 if dtype is torch.bfloat16 else 2e-3)

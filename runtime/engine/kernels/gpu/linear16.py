@@ -1,6 +1,5 @@
-"""The linear of few rows in Triton, over weights of 16 bits or of e4m3 with one scale per row. It computes W · xᵀ, so
-that the weights are the long operand of the matrix unit. Up to 16 rows of 16-bit weights, `linear16_cuda.py` is tried
-first.
+"""The 16-bit linear of few rows in Triton. It computes W · xᵀ, so that the weights are the long operand of the matrix
+unit. Up to 16 rows, `linear16_cuda.py` is tried first.
 """
 
 import triton
@@ -24,47 +23,6 @@ def _activated(g, KIND: tl.constexpr):
         return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
 
 
-_WIDEN_BF16 = tl.constexpr("""
-{
-.reg .b32 a, t, c;
-mov.b32 c, 0x7b807b80;
-prmt.b32 a, $2, 0, 0x1404;
-shr.u32 t, a, 4;
-and.b32 t, t, 0x07f007f0;
-lop3.b32 a, a, 0x80008000, t, 0xEA;
-mul.rn.bf16x2 $0, a, c;
-prmt.b32 a, $2, 0, 0x3424;
-shr.u32 t, a, 4;
-and.b32 t, t, 0x07f007f0;
-lop3.b32 a, a, 0x80008000, t, 0xEA;
-mul.rn.bf16x2 $1, a, c;
-}
-""")
-_WIDEN_FP16 = tl.constexpr("""
-{
-.reg .b16 low, high;
-mov.b32 {low, high}, $2;
-cvt.rn.f16x2.e4m3x2 $0, low;
-cvt.rn.f16x2.e4m3x2 $1, high;
-}
-""")
-
-
-@triton.jit
-def _widened(w, WORK: tl.constexpr, E4M3: tl.constexpr):
-    """Return loaded weights in WORK. The bytes of an e4m3 number are shifted into place; a factor corrects the exponent."""
-    if not E4M3:
-        return w.to(WORK)
-    elif tl.float32 == WORK:
-        code = w.to(tl.int32)
-        bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
-        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    elif tl.bfloat16 == WORK:
-        return tl.inline_asm_elementwise(_WIDEN_BF16, "=r,=r,r", [w], tl.bfloat16, is_pure=True, pack=4)
-    else:
-        return tl.inline_asm_elementwise(_WIDEN_FP16, "=r,=r,r", [w], tl.float16, is_pure=True, pack=4)
-
-
 @triton.jit
 def _summed(acc, base, cells, num_splits, CELLS: tl.constexpr):
     """Return the sum of all parts, in their order. Only the last program of a tile to finish calls this."""
@@ -79,7 +37,6 @@ def _summed(acc, base, cells, num_splits, CELLS: tl.constexpr):
 def _linear16_kernel(
     x_ptr,
     weight_ptr,
-    scale_ptr,
     bias_ptr,
     out_ptr,
     partials_ptr,
@@ -90,7 +47,6 @@ def _linear16_kernel(
     x_stride,
     steps_each,
     KIND: tl.constexpr,
-    E4M3: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -103,7 +59,7 @@ def _linear16_kernel(
 ):
     pdl.begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    WORK: tl.constexpr = DTYPE if PRECISION == "tf32" else tl.float32
+    WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else DTYPE
     split = tl.program_id(1)
     rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows_n < N
@@ -128,9 +84,9 @@ def _linear16_kernel(
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if EARLY:
         x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0).to(WORK)
-        acc = dot_add(_widened(w_early, WORK, E4M3), x, acc, PRECISION)
+        acc = dot_add(w_early.to(WORK), x, acc, PRECISION)
         if KIND > 0:
-            up = dot_add(_widened(u_early, WORK, E4M3), x, up, PRECISION)
+            up = dot_add(u_early.to(WORK), x, up, PRECISION)
             u_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
@@ -140,8 +96,8 @@ def _linear16_kernel(
             x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0).to(WORK)
             w = tl.load(w_ptrs, eviction_policy="evict_first")
             u = tl.load(u_ptrs, eviction_policy="evict_first")
-            acc = dot_add(_widened(w, WORK, E4M3), x, acc, PRECISION)
-            up = dot_add(_widened(u, WORK, E4M3), x, up, PRECISION)
+            acc = dot_add(w.to(WORK), x, acc, PRECISION)
+            up = dot_add(u.to(WORK), x, up, PRECISION)
             w_ptrs += BLOCK_K
             u_ptrs += BLOCK_K
             x_ptrs += BLOCK_K
@@ -149,7 +105,7 @@ def _linear16_kernel(
         for _ in range(num_steps):
             x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0).to(WORK)
             w = tl.load(w_ptrs, eviction_policy="evict_first")
-            acc = dot_add(_widened(w, WORK, E4M3), x, acc, PRECISION)
+            acc = dot_add(w.to(WORK), x, acc, PRECISION)
             w_ptrs += BLOCK_K
             x_ptrs += BLOCK_K
     if SPLIT:
@@ -169,10 +125,6 @@ def _linear16_kernel(
         if KIND > 0:
             up = _summed(up, base + BLOCK_N * BLOCK_M, cells, num_splits, CELLS)
         tl.store(counters_ptr + tile, 0)
-    if E4M3:
-        acc *= tl.load(scale_ptr + rows_n, mask=mask_n, other=0.0)[:, None]
-        if KIND > 0:
-            up *= tl.load(scale_ptr + N + rows_n, mask=mask_n, other=0.0)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         if KIND > 0:
@@ -193,16 +145,7 @@ def linear_16bit(
     if rows.shape[0] == 0 or linear16_cuda.linear_16bit(rows, weight, bias, gate, out, scratch):
         return
     num_outputs = weight.shape[0] // (1 if gate is None else 2)
-    launch(
-        rows,
-        weight,
-        None,
-        bias,
-        gate,
-        out,
-        scratch,
-        *tiling(rows.shape[0], num_outputs, rows.shape[1], gate is not None),
-    )
+    launch(rows, weight, bias, gate, out, scratch, *tiling(rows.shape[0], num_outputs, rows.shape[1], gate is not None))
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tuple[int, int, int, int, bool, int, int]:
@@ -225,7 +168,6 @@ def tiling(num_rows: int, num_outputs: int, in_features: int, gated: bool) -> tu
 def launch(
     rows: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
     bias: Tensor | None,
     gate: Activation | None,
     out: Tensor,
@@ -238,7 +180,7 @@ def launch(
     num_warps: int,
     num_stages: int,
 ) -> None:
-    """Launch with a given tiling. `weight` holds e4m3 codes as uint8 if there is a `scale` [N] float32."""
+    """Launch with a given tiling."""
     num_rows, in_features = rows.shape
     num_outputs = weight.shape[0] // (1 if gate is None else 2)
     tiles_n, tiles_m = triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m)
@@ -258,7 +200,6 @@ def launch(
     _linear16_kernel[(tiles_n, splits, tiles_m)](
         rows,
         weight,
-        scale if scale is not None else weight,
         bias if bias is not None else weight,
         out,
         partials,
@@ -269,7 +210,6 @@ def launch(
         rows.stride(0),
         steps_each,
         KIND=GATE_CODES[gate],
-        E4M3=scale is not None,
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         EVEN_N=num_outputs % block_n == 0,

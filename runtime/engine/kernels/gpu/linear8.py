@@ -1,18 +1,26 @@
-"""The int8 linear in Triton: one launch quantises the rows of x, another multiplies W · xᵀ in integers."""
+"""The linears over int8 and e4m3 weights in Triton: one launch quantises the rows of x, another multiplies W · xᵀ in 8 bits.
+
+From MAX_ROWS rows on, torch's product of e4m3 matrices is faster (docs/benchmarks/linear.md).
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.checkpoint.fp8 import LARGEST
 from runtime.engine.kernels.gpu import pdl
 from runtime.engine.kernels.scratch import Scratch
 
+MAX_ROWS = 128  # of e4m3 products in Triton
+_MULTIPLE = 16  # of the sizes that torch's product of e4m3 matrices takes
 _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _quantize_kernel(
+    x_ptr, q_ptr, scale_ptr, x_stride, K, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     pdl.begin(PDL)
     pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -20,11 +28,12 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr, 
     mask = cols < K
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(x), axis=0)
-    factor = tl.where(absmax > 0, 127.0 / tl.where(absmax > 0, absmax, 1.0), 0.0)
-    # Adding and subtracting 1.5 · 2^23 rounds to the nearest integer, halves to even.
-    q = (x * factor + 12582912.0) - 12582912.0
-    tl.store(q_ptr + row * K + cols, q.to(tl.int8), mask=mask)
-    tl.store(scale_ptr + row, absmax / 127.0)
+    q = x * tl.where(absmax > 0, LARGEST / tl.where(absmax > 0, absmax, 1.0), 0.0)
+    if q_ptr.dtype.element_ty == tl.int8:
+        # Adding and subtracting 1.5 · 2^23 rounds to the nearest integer, halves to even.
+        q = (q + 12582912.0) - 12582912.0
+    tl.store(q_ptr + row * K + cols, q.to(q_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + row, absmax / LARGEST)
 
 
 @triton.jit(do_not_specialize=["M", "steps_each"])
@@ -46,6 +55,7 @@ def _linear8_kernel(
     SPLIT: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,16 +73,20 @@ def _linear8_kernel(
     w_ptrs = weight_ptr + safe_n.to(tl.int64)[:, None] * K + cols[None, :]
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + cols[:, None]
     num_steps = tl.minimum(steps_each, tl.cdiv(K, BLOCK_K) - split * steps_each)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     for step in range(num_steps):
         if EVEN_K:
             w = tl.load(w_ptrs)
-            x = tl.load(x_ptrs, mask=mask_m[None, :], other=0)
+            x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
         else:
             in_k = cols + step * BLOCK_K < K
-            w = tl.load(w_ptrs, mask=in_k[None, :], other=0)
-            x = tl.load(x_ptrs, mask=in_k[:, None] & mask_m[None, :], other=0)
-        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+            w = tl.load(w_ptrs, mask=in_k[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=in_k[:, None] & mask_m[None, :], other=0.0)
+        if WIDEN:
+            acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(w, x, acc, out_dtype=SUM)
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
     if SPLIT:
@@ -108,6 +122,27 @@ def linear_int8(
     if rows.shape[0] == 0:
         return
     launch(rows, weight, scale, bias, out, scratch, *tiling(rows.shape[0], weight.shape[0], rows.shape[1]))
+
+
+def linear_fp8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None
+) -> None:
+    """See runtime.engine.kernels.linear8.linear_fp8."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return
+    num_outputs, in_features = weight.shape
+    aligned = num_outputs % _MULTIPLE == 0 and in_features % _MULTIPLE == 0
+    if rows.shape[0] <= MAX_ROWS or rows.dtype is not torch.bfloat16 or not aligned:
+        launch(rows, weight, scale, bias, out, scratch, *tiling(min(rows.shape[0], 256), num_outputs, in_features))
+        return
+    codes, row_scale = quantize_rows(rows, scratch, weight.dtype)
+    products = out.view(-1, num_outputs)
+    torch._scaled_mm(
+        codes, weight.t(), row_scale[:, None], scale[None], out_dtype=rows.dtype, use_fast_accum=True, out=products
+    )
+    if bias is not None:
+        products += bias
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, int]:
@@ -157,7 +192,7 @@ def launch(
             partials, counters = scratch.partials, scratch.counters
         else:
             steps_each, splits = num_steps, 1
-    x, x_scale = quantize_rows(rows, scratch)
+    x, x_scale = quantize_rows(rows, scratch, weight.dtype)
     _linear8_kernel[(tiles_n, splits, tiles_m)](
         x,
         x_scale,
@@ -176,6 +211,7 @@ def launch(
         SPLIT=splits > 1,
         EVEN_N=num_outputs % block_n == 0,
         EVEN_K=in_features % block_k == 0,
+        WIDEN=not rows.is_cuda and weight.dtype is not torch.int8,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -186,8 +222,8 @@ def launch(
     )
 
 
-def quantize_rows(rows: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor]:
-    """Return the int8 codes [M, K] and float32 scales [M] of `rows`, in scratch memory if it is large enough."""
+def quantize_rows(rows: Tensor, scratch: Scratch | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the codes [M, K], int8 or e4m3, and float32 scales [M] of `rows`, in scratch memory if it is large enough."""
     num_rows, in_features = rows.shape
     scale_bytes = 4 * num_rows
     # The codes come first, because matrix loads need 16-byte alignment.
@@ -196,7 +232,7 @@ def quantize_rows(rows: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor
         memory = scratch.staging
     else:
         memory = torch.empty(padded + scale_bytes, dtype=torch.uint8, device=rows.device)
-    x = memory[: rows.numel()].view(torch.int8).view(num_rows, in_features)
+    x = memory[: rows.numel()].view(dtype).view(num_rows, in_features)
     x_scale = memory[padded : padded + scale_bytes].view(torch.float32)
     block = triton.next_power_of_2(in_features)
     _quantize_kernel[(num_rows,)](
@@ -205,6 +241,7 @@ def quantize_rows(rows: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor
         x_scale,
         rows.stride(0),
         in_features,
+        LARGEST=127.0 if dtype is torch.int8 else LARGEST,
         BLOCK=block,
         PDL=pdl.overlaps(rows),
         num_warps=4 if block <= 4096 else 8,

@@ -10,9 +10,8 @@ from torch.nn import functional
 from common.model_key import Quantization
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.linear4 import linear_4bit, warm
-from runtime.engine.kernels.linear8 import linear_int8
+from runtime.engine.kernels.linear8 import linear_fp8, linear_int8
 from runtime.engine.kernels.linear16 import linear_16bit, serves
-from runtime.engine.kernels.linear_fp8 import linear_fp8
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8, CpuLinearFp8
 
@@ -79,8 +78,6 @@ def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | 
         return linear_16bit(x, linear.weight, linear.bias, activation, scratch=scratch)
     if isinstance(linear, Linear4):
         return linear_4bit(x, linear.weight, linear.absmax, linear.codebook, linear.bias, activation, scratch=scratch)
-    if isinstance(linear, LinearFp8):
-        return linear_fp8(x, linear.weight, linear.scale, linear.bias, activation, scratch=scratch)
     return act_mul(linear(x, scratch), activation)
 
 
