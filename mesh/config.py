@@ -42,6 +42,14 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         _about("accepted bearer keys; without keys, requests need no authentication (health checks never do)"),
     ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        _about("further host names of this server in requests of browsers and, on loopback, of any program; * = any"),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        _about("origins such as https://chat.example whose web pages may call this server; * = any"),
+    ] = ()
     grpc_max_message_bytes: Annotated[int, _about("largest gRPC message", gt=0)] = 16 * MIB
     http_max_body_bytes: Annotated[int, _about("largest HTTP request body", gt=0)] = 8 * MIB
     session_ttl_s: Annotated[

@@ -3,6 +3,7 @@
     MeshError
     ├── InvalidRequest        INVALID_ARGUMENT     400
     ├── Unauthenticated       UNAUTHENTICATED      401
+    ├── PermissionDenied      PERMISSION_DENIED    403   a key without the right, or a foreign web page
     ├── NotFound              NOT_FOUND            404   unknown model or vmodel
     ├── AlreadyExists         ALREADY_EXISTS       409   other attributes or owner
     ├── PreconditionFailed    FAILED_PRECONDITION  412
@@ -68,6 +69,12 @@ class Unauthenticated(MeshError):
     code = "UNAUTHENTICATED"
     http_status = 401
     openai_type = "invalid_request_error"
+
+
+class PermissionDenied(MeshError):
+    code = "PERMISSION_DENIED"
+    http_status = 403
+    openai_type = "permission_error"
 
 
 class NotFound(MeshError):

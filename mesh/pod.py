@@ -34,6 +34,7 @@ from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
 from mesh.api.openai_routes import OpenAiRoutes
 from mesh.api.tgi_routes import TgiRoutes
+from mesh.api.web_guard import policy_for
 from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.peer_probes import HttpPeerProbes, Readiness
@@ -258,6 +259,9 @@ class Pod:
             ),
             self._metrics,
             keys=config.api_keys,
+            web_policy=policy_for(
+                config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins
+            ),
             grace_s=config.grace_s,
         )
 

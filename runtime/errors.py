@@ -3,6 +3,7 @@
     RepertoryError
     ├── InvalidRequest          a parameter of the request is invalid
     │   └── ContextExceeded     prompt and requested output exceed the model's context
+    ├── PermissionDenied        a web page of another site
     ├── NotSupported            a feature that this version does not have
     ├── ModelNotFound           no such model is loaded in this runtime
     ├── LoadFailed              the model could not be pulled, packed or loaded; carries the cause
@@ -73,6 +74,14 @@ class InvalidRequest(RepertoryError):
 
 class ContextExceeded(InvalidRequest):
     """The prompt, with the output that was asked for, has `value` tokens (or characters); the context holds `limit`."""
+
+
+class PermissionDenied(RepertoryError):
+    """The caller may not use this server."""
+
+    code = "PERMISSION_DENIED"
+    http_status = 403
+    openai_type = "permission_error"
 
 
 class NotSupported(RepertoryError):

@@ -31,6 +31,7 @@ _HOP_BY_HOP = frozenset(
         "host",
         "content-length",
         "expect",
+        "origin",  # checked here; the runtime would check it against its own name
     }
 )
 _KEY_HEADERS = ("authorization", "x-api-key")

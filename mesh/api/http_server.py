@@ -7,9 +7,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from common.http_path import is_ambiguous
+from common.web_policy import WebPolicy
 from mesh.api.grpc_server import key_is_known
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.request_log import request_log
+from mesh.api.web_guard import WebGuard
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
 from mesh.metrics import Metrics
 
@@ -24,7 +26,7 @@ class Routes(Protocol):
 
 
 class HttpServer:
-    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one."""
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `web_policy`: which browser pages may call; None on a unix socket."""
 
     def __init__(
         self,
@@ -33,12 +35,15 @@ class HttpServer:
         metrics: Metrics,
         *,
         keys: tuple[str, ...],
+        web_policy: WebPolicy | None,
         grace_s: float,
     ) -> None:
         self._address = address
-        middlewares: list[Middleware] = [request_log(metrics), errors_as_json, *([key_guard(keys)] if keys else [])]
-        middlewares.append(refuse_ambiguous_paths)
+        web_guard = WebGuard(web_policy, is_keyless=not keys)
+        middlewares: list[Middleware] = [request_log(metrics), errors_as_json, web_guard.middleware]
+        middlewares += [*([key_guard(keys)] if keys else []), refuse_ambiguous_paths]
         app = web.Application(middlewares=middlewares)
+        web_guard.add_to(app)
         for part in routes:
             part.add_to(app.router)
         for path in _UNSUPPORTED_PATHS:

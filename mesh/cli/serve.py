@@ -54,6 +54,8 @@ _FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
     "store": (("mesh", "store"),),
     "wait_budget": (("mesh", "wait_budget_s"),),
     "api_keys": (("mesh", "api_keys"),),
+    "allowed_hosts": (("mesh", "allowed_hosts"),),
+    "cors_origins": (("mesh", "cors_origins"),),
     "memory": (("runtime", "engine", "device_budget_bytes"),),
     "host_memory": (("runtime", "engine", "host_budget_bytes"),),
     "device": (("runtime", "engine", "device"),),
@@ -117,6 +119,8 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "runtime_http": runtime["http_listen"],
         "wait_budget_s": args.wait_budget,
         "api_keys": tuple(_listed(args.api_keys)),
+        "allowed_hosts": tuple(_listed(args.allowed_hosts)),
+        "cors_origins": tuple(_listed(args.cors_origins)),
         **both,
     }
     return {"mesh": mesh, "runtime": runtime}

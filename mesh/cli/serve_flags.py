@@ -103,6 +103,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,…",
     )
     flag(
+        "allowed-hosts",
+        "",
+        str,
+        "further host names of this server in requests of browsers and, on loopback, of any program; comma separated, * = any",
+        metavar="A,B,…",
+    )
+    flag(
+        "cors-origins",
+        "",
+        str,
+        "origins such as https://chat.example whose web pages may call this server; comma separated, * = any",
+        metavar="A,B,…",
+    )
+    flag(
         "wait-budget",
         "120",
         _seconds,

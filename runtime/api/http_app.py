@@ -18,6 +18,7 @@ from runtime.api.openai.models import Models
 from runtime.api.openai.tokenize import Tokenizing
 from runtime.api.openai_responses.route import Responses
 from runtime.api.tgi.routes import TextGeneration
+from runtime.api.web_guard import add_web_guard
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import NotSupported
 from runtime.generation.generator import Generator
@@ -60,6 +61,7 @@ def build_http_app(
     tokenizing = Tokenizing(directory)
     health = Health(directory, metrics)
     app = web.Application(middlewares=[_log_requests, errors_as_json], client_max_size=config.http_max_body_bytes)
+    add_web_guard(app, config)
     app.on_response_prepare.append(_echo_request_id)
     app.add_routes(
         [

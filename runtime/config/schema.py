@@ -103,6 +103,14 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 4096
     default_include_stop_seqs: Annotated[bool, _about("TGIS: include stop sequences in the text by default")] = True
     output_special_tokens: Annotated[bool, _about("TGIS: include special tokens in the text")] = False
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        _about("further host names of this server in requests of browsers and, on loopback, of any program; * = any"),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        _about("origins such as https://chat.example whose web pages may call this server; * = any"),
+    ] = ()
     grpc_max_message_bytes: Annotated[int, _about("largest gRPC message", gt=0)] = 16 * MIB
     http_max_body_bytes: Annotated[int, _about("largest HTTP request body", gt=0)] = 8 * MIB
     grace_s: Annotated[

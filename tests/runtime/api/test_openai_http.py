@@ -459,3 +459,22 @@ async def test_health_and_metrics(http: aiohttp.ClientSession, server: Server) -
     server.metrics.forget("m1")
     async with http.get(server.url + "/metrics") as response:
         assert 'model_name="m1"' not in await response.text()
+
+
+async def test_web_guard_refuses_foreign_pages(model: ServedModel) -> None:
+    """A page in a browser on the machine of a runtime that listens on loopback must not be able to use it."""
+    config = RuntimeConfig(http_listen="127.0.0.1:0", cors_origins=("https://chat.example",))
+    async with (
+        serve(ScriptedEngine(lambda asked: []), model, config=config) as found,
+        aiohttp.ClientSession(found.url) as session,
+    ):
+        for headers, status in (
+            ({"Host": "evil.example"}, 403),
+            ({"Origin": "http://evil.example"}, 403),
+            ({"Origin": "https://chat.example"}, 404),
+            ({}, 404),
+        ):
+            async with session.post("/v1/completions", json={"model": "no", "prompt": "x"}, headers=headers) as answer:
+                assert answer.status == status, headers
+                is_configured = headers.get("Origin") == "https://chat.example"
+                assert ("Access-Control-Allow-Origin" in answer.headers) == is_configured
