@@ -80,7 +80,10 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
         str, _about("models to register at the start (ModelMesh's MM_AUTO_REGISTER_MODELS): JSON text, or @FILE")
     ] = ""
     read_only: Annotated[bool, _about("refuse changes of registrations (ModelMesh's KV_READ_ONLY)")] = False
-    grace_s: Annotated[float, _about("time that running requests have to finish after SIGTERM", ge=0)] = 30.0
+    grace_s: Annotated[
+        float,
+        _about("time that running requests have to finish after SIGTERM, or before their model is unloaded", ge=0),
+    ] = 30.0
     log_json: Annotated[bool, _about("write logs as JSON lines")] = False
     log_level: Annotated[
         str,

@@ -149,6 +149,7 @@ class Pod:
             self._changes,
             self._metrics,
             load_timeout_s=config.load_timeout_s,
+            grace_s=config.grace_s,
             publish=self._publish_record,
         )
         peers = HttpPeerLoads(self._connections, self.instance_id, next(iter(config.api_keys), ""))

@@ -25,8 +25,11 @@ _FAILED = ("failed", "quarantined")
 
 
 class _ModelRequest(msgspec.Struct, frozen=True):
+    """`now`: of an unload, end running requests instead of waiting for them."""
+
     model: str = ""
     last_used_ms: int = 0
+    now: bool = False
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -107,11 +110,14 @@ class ModelsRoutes:
         return _json({"success": True})
 
     async def unload(self, request: web.Request) -> web.Response:
-        """Unload all copies, then respond. The model stays registered."""
+        """Unload all copies, then respond. The model stays registered. If another pod asks, unload this pod's copy."""
         asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
+        if HOP_HEADER in request.headers:
+            await self._placement.unload_locally(asked.model, now=asked.now)
+            return _json({"success": True})
         record = Record.of(request)
         record.model_id = await self._resolve(asked)
-        await self._placement.unload(record.model_id)
+        await self._placement.unload(record.model_id, now=asked.now)
         return _json({"success": True})
 
     async def events(self, request: web.Request) -> web.StreamResponse:

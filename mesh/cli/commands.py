@@ -111,7 +111,13 @@ def load(client: AdminClient, args: argparse.Namespace) -> int:
 
 
 def stop(client: AdminClient, args: argparse.Namespace) -> int:
-    client.unload(args.name)
+    if not args.now:
+        _say_what_runs(client.model(args.name))
+    try:
+        client.unload(args.name, now=args.now)
+    except KeyboardInterrupt:
+        print(f"{args.name}: unloading continues on the server", file=sys.stderr)
+        raise
     _print_model(client.model(args.name), args.json, f"{args.name} is unloaded; its registration stays")
     return 0
 
@@ -160,6 +166,17 @@ def _matches(model: Model, args: argparse.Namespace) -> bool:
     if args.state and (model.state or "unloaded") not in args.state:
         return False
     return not args.pod or any(copy.instance_id == args.pod for copy in model.copies)
+
+
+def _say_what_runs(model: Model) -> None:
+    count = model.running + model.waiting
+    if count:
+        requests = "request" if count == 1 else "requests"
+        print(
+            f"{model.name}: waiting for {count} running {requests} to finish, at most for the server's grace period (--grace); "
+            f"`repertory stop --now {model.name}` ends them at once",
+            file=sys.stderr,
+        )
 
 
 def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:

@@ -201,6 +201,7 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     sub.add_argument("name")
     sub = verb("stop", commands.stop, "unload a model; its registration stays", aliases=["unload"])
     sub.add_argument("name")
+    sub.add_argument("--now", action="store_true", help="end running requests instead of waiting for them")
     sub = verb("show", commands.show, "show the details of one model")
     sub.add_argument("name")
     sub = verb("rm", commands.remove, "remove a model's registration")

@@ -124,7 +124,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
     )
     flag(
-        "grace", "30", _seconds, "time in seconds that running requests have to finish after SIGTERM", metavar="SECONDS"
+        "grace",
+        "30",
+        _seconds,
+        "time in seconds that running requests have to finish after SIGTERM, or before their model is unloaded",
+        metavar="SECONDS",
     )
     flag(
         "log-level",

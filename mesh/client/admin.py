@@ -129,8 +129,9 @@ class AdminClient:
     def load(self, name: str) -> None:
         self.call("POST", "/models/load", {"model": name})
 
-    def unload(self, name: str) -> None:
-        self.call("POST", "/models/unload", {"model": name})
+    def unload(self, name: str, *, now: bool = False) -> None:
+        """Unload a model after its running requests, or at once. Returns when it is unloaded."""
+        self.call("POST", "/models/unload", {"model": name, "now": now})
 
     def set_alias(self, alias: str, target: str) -> None:
         self.call("PUT", f"/admin/v1/aliases/{quote(alias, safe='')}", {"target": target})

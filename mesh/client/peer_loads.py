@@ -1,4 +1,4 @@
-"""Has another pod load a model, over its HTTP port. Implements mesh.placement.placement.PeerLoads."""
+"""Has another pod load or unload a model, over its HTTP port. Implements mesh.placement.placement.PeerLoads."""
 
 import asyncio
 
@@ -22,12 +22,18 @@ class HttpPeerLoads:
             self._headers["Authorization"] = f"Bearer {key}"
 
     async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int) -> None:
+        await self._post(pod, "/models/load", {"model": model_id, "last_used_ms": last_used_ms})
+
+    async def unload_now(self, pod: InstanceRecord, model_id: str) -> None:
+        await self._post(pod, "/models/unload", {"model": model_id, "now": True})
+
+    async def _post(self, pod: InstanceRecord, path: str, content: dict[str, object]) -> None:
         session, base = self._connections.http(pod.http_address)
-        body = msgspec.json.encode({"model": model_id, "last_used_ms": last_used_ms})
+        body = msgspec.json.encode(content)
         try:
             async with (
                 asyncio.timeout(_ANSWER_S),
-                session.post(f"{base}/models/load", data=body, headers=self._headers) as answer,
+                session.post(f"{base}{path}", data=body, headers=self._headers) as answer,
             ):
                 if answer.status != 200:
                     raise MeshError(f"{pod.http_address} answered {answer.status}: {(await answer.text())[:200]}")

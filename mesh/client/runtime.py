@@ -36,9 +36,10 @@ _POLL_S = 2.0
 _ATTEMPT_S = 10.0  # for one poll, during which the runtime may purge its models
 _PREDICT_S = 0.5
 _SIZE_S = 30.0
-_UNLOAD_S = 180.0  # the model's requests may end first; the caller repeats the call after that time
+_UNLOAD_S = 180.0  # Another runtime may wait for the model's requests. The caller repeats the call after this time.
 _FIT_S = 120.0  # the checkpoint may have to be inspected at its source
 _MIN_LOADING_TIMEOUT_MS = 100
+_AT_ONCE = (("x-repertory-grace-s", "0"),)  # the mesh has waited for the model's requests; other runtimes ignore it
 
 
 class GrpcRuntime:
@@ -113,7 +114,7 @@ class GrpcRuntime:
     async def unload(self, model_id: str) -> None:
         """Unload a model. Raises Unavailable if its memory is not free; the caller tries again."""
         try:
-            await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id), timeout=_UNLOAD_S)
+            await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id), timeout=_UNLOAD_S, metadata=_AT_ONCE)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise Unavailable(

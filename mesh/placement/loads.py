@@ -44,9 +44,10 @@ class LocalLoads:
         metrics: Metrics,
         *,
         load_timeout_s: float,
+        grace_s: float,
         publish: Callable[[], Awaitable[None]],
     ) -> None:
-        """`load_timeout_s`: 0 takes the runtime's own timeout. `publish` writes this pod's record, in which other pods see a load end."""
+        """`load_timeout_s`: 0 takes the runtime's own timeout. `grace_s`: what running requests have to finish before an unload. `publish` writes this pod's record, in which other pods see a load end."""
         self._publish = publish
         self._runtime = runtime
         self._record_updates = record_updates
@@ -58,7 +59,7 @@ class LocalLoads:
         self._slots: asyncio.Semaphore | None = None
         self._ready = asyncio.Event()
         self._unloads = LocalUnloads(
-            runtime, record_updates, copies, changes, metrics, is_runtime_ready=self._ready.is_set
+            runtime, record_updates, copies, changes, metrics, grace_s=grace_s, is_runtime_ready=self._ready.is_set
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}
         # Measured sizes by model id: a model that is loaded again needs no prediction.
@@ -115,15 +116,18 @@ class LocalLoads:
         self.times = self.times.without(model_id)
         self._sizes_bytes.pop(model_id, None)
 
-    async def unload(self, model_id: str) -> None:
-        """Cancel the model's load and unload its copy. Return when the copy is gone. Does nothing for a model without a copy."""
+    async def unload(self, model_id: str, *, now: bool = False) -> None:
+        """Cancel the model's load and unload its copy. Return when the copy is gone. Does nothing for a model without a copy.
+
+        `now`: end its running requests instead of waiting for them.
+        """
         task = self._tasks.get(model_id)
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
         copy = self._copies.get(model_id)
         if copy is not None:
-            await asyncio.shield(self._unloads.start(copy, is_eviction=False))
+            await asyncio.shield(self._unloads.start(copy, is_eviction=False, now=now))
 
     def trim(self) -> None:
         """Evict idle models until the loaded ones fit the capacity, as after a prediction that was too low.

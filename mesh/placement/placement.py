@@ -33,6 +33,9 @@ class PeerLoads(Protocol):
     async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int) -> None:
         """Have another pod load a model, and return when the load has begun. Raises MeshError if the pod is unreachable or refuses."""
 
+    async def unload_now(self, pod: InstanceRecord, model_id: str) -> None:
+        """Have another pod end a model's requests and unload it. Raises MeshError if the pod is unreachable or refuses."""
+
 
 class Placement:
     """Implements mesh.types.Loader: chooses the pod that loads a model, and has it loaded there."""
@@ -101,9 +104,17 @@ class Placement:
             )
         return await self._outcome(model_id) if wait else self._states.status(model_id)
 
-    async def unload(self, model_id: str) -> None:
+    async def unload(self, model_id: str, *, now: bool = False) -> None:
+        """Implement Loader. `now`: end running requests instead of waiting for them within the grace period."""
+        record = self._registry.models.get(model_id)
+        holders = set(record.instance_ids) - {self._own_id} if record is not None else set()
         await self._record_updates.clear_instances(model_id)
-        await self._loads.unload(model_id)
+        if now:
+            for pod_id, pod in self._registry.instances.live():
+                if pod_id in holders:
+                    with contextlib.suppress(MeshError):  # The pod unloads within its grace period: the record says so.
+                        await self._peers.unload_now(pod, model_id)
+        await self.unload_locally(model_id, now=now)
         if self._states.is_quarantined(model_id):
             await self._clear_failures(model_id)
         with contextlib.suppress(TimeoutError):
@@ -112,6 +123,10 @@ class Placement:
                     model_id in pod.copies for pod_id, pod in self._registry.instances.live() if pod_id != self._own_id
                 ):
                     await self._changes.wait()
+
+    async def unload_locally(self, model_id: str, *, now: bool) -> None:
+        """Unload this pod's copy."""
+        await self._loads.unload(model_id, now=now)
 
     def load_locally(self, model_id: str, *, last_used_ms: int, urgent: bool = True) -> None:
         record = self._registry.models.get(model_id)

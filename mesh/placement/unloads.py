@@ -17,14 +17,16 @@ from mesh.types import RuntimeClient
 
 logger = logging.getLogger(__name__)
 
-_DRAIN_TIMEOUT_S = 120.0
 _RETRIES_S = (0.5, 1.0, 2.0, 5.0)
 _RETRY_S = 10.0
 _ATTEMPTS = 90
 
 
 class LocalUnloads:
-    """Runs at most one unload per model. `is_runtime_ready` is False while the runtime's process is away."""
+    """Runs at most one unload per model. Running requests have `grace_s` to finish, which is the only wait: the runtime then unloads at once.
+
+    `is_runtime_ready` is False while the runtime's process is away.
+    """
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class LocalUnloads:
         changes: Changes,
         metrics: Metrics,
         *,
+        grace_s: float,
         is_runtime_ready: Callable[[], bool],
     ) -> None:
         self._runtime = runtime
@@ -41,25 +44,41 @@ class LocalUnloads:
         self._copies = copies
         self._changes = changes
         self._metrics = metrics
+        self._grace_s = grace_s
         self._is_runtime_ready = is_runtime_ready
+        self._hurried: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def task(self, model_id: str) -> asyncio.Task[None] | None:
         """Return the model's unload that is in progress, or None."""
         return self._tasks.get(model_id)
 
-    def start(self, copy: LocalCopy, *, is_eviction: bool) -> asyncio.Task[None]:
-        """Start to unload the copy, or return its unload that is in progress. The copy gets no new requests from now on."""
+    def start(self, copy: LocalCopy, *, is_eviction: bool, now: bool = False) -> asyncio.Task[None]:
+        """Start to unload the copy, or return its unload that is in progress. The copy gets no new requests from now on.
+
+        `now`: end the running requests instead of waiting for them, also of an unload in progress.
+        """
+        if now:
+            self._hurried.add(copy.model_id)
+            self._changes.notify()
         task = self._tasks.get(copy.model_id)
         if task is None:
             self._copies.set_state(copy, CopyState.UNLOADING)
             if is_eviction:
                 self._metrics.evicted(copy.model_id, max(0, epoch_ms() - copy.last_used_ms))
-            logger.info("unloading model", extra={"model": copy.model_id, "evicted": is_eviction})
+            running = self._copies.in_flight(copy.model_id)
+            logger.info(
+                "unloading model, after its running requests or the grace period",
+                extra={"model": copy.model_id, "evicted": is_eviction, "running": running, "grace_s": self._grace_s},
+            )
             task = asyncio.create_task(self._unload(copy), name=f"unload {copy.model_id}")
             self._tasks[copy.model_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(copy.model_id, None))
+            task.add_done_callback(lambda _: self._ended(copy.model_id))
         return task
+
+    def _ended(self, model_id: str) -> None:
+        self._tasks.pop(model_id, None)
+        self._hurried.discard(model_id)
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -71,8 +90,8 @@ class LocalUnloads:
     async def _unload(self, copy: LocalCopy) -> None:
         await log_errors(self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_TIMEOUT_S):
-                while self._copies.in_flight(copy.model_id):
+            async with asyncio.timeout(self._grace_s):
+                while self._copies.in_flight(copy.model_id) and copy.model_id not in self._hurried:
                     await self._changes.wait()
         started_s = time.monotonic()
         for attempt in range(_ATTEMPTS):

@@ -20,6 +20,7 @@ from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 
 SERVICE_NAME = "mmesh.ModelRuntime"
+GRACE_HEADER = "x-repertory-grace-s"  # "0": the caller has waited for the model's requests
 _PREDICT_S = 0.25
 # Methods whose request has the model's name in field 1, for a mesh that injects ids there instead of in a header.
 _ID_IN_FIELD_1 = (
@@ -73,7 +74,8 @@ class ModelRuntimeApi(ModelRuntimeServicer):
     ) -> pb.UnloadModelResponse:
         async with statuses(context):
             _check_id(request.modelId)
-            await self._models.unload(request.modelId)
+            at_once = (GRACE_HEADER, "0") in (context.invocation_metadata() or ())
+            await self._models.unload(request.modelId, grace_s=0.0 if at_once else self._config.grace_s)
             return pb.UnloadModelResponse()
 
     async def predictModelSize(

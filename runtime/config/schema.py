@@ -114,7 +114,8 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     grpc_max_message_bytes: Annotated[int, _about("largest gRPC message", gt=0)] = 16 * MIB
     http_max_body_bytes: Annotated[int, _about("largest HTTP request body", gt=0)] = 8 * MIB
     grace_s: Annotated[
-        float, _about("time that running requests have to finish after SIGTERM or when their model is unloaded", ge=0)
+        float,
+        _about("time that running requests have to finish after SIGTERM, or before their model is unloaded", ge=0),
     ] = 30.0
     log_json: Annotated[bool, _about("write logs as JSON lines")] = False
     log_level: Annotated[

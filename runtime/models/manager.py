@@ -120,8 +120,11 @@ class Models:
             raise self._load_lost(model_id)
         return entry.served
 
-    async def unload(self, model_id: str) -> None:
-        """Unload a model. Unknown ids are ignored. A running load is cancelled first. Continues if the caller is cancelled."""
+    async def unload(self, model_id: str, *, grace_s: float) -> None:
+        """Unload a model. Its requests have `grace_s` to finish. Unknown ids are ignored. A running load is cancelled first.
+
+        Continues if the caller is cancelled.
+        """
         tail = self._operations.last(model_id)
         entry = self._entries.get(model_id)
         if tail is None and entry is None:
@@ -131,12 +134,14 @@ class Models:
                 entry.phase = Phase.UNLOADING  # from now on new requests get NOT_FOUND
             if tail is not None:
                 tail.cancel()
-            tail = self._operations.add(model_id, OperationKind.UNLOAD, b"", lambda: self._unload(model_id))
+            tail = self._operations.add(model_id, OperationKind.UNLOAD, b"", lambda: self._unload(model_id, grace_s))
         await asyncio.shield(tail.task)
 
     async def purge(self) -> None:
         """Unload everything."""
-        await asyncio.gather(*(self.unload(model_id) for model_id in {*self._entries, *self._operations}))
+        await asyncio.gather(
+            *(self.unload(model_id, grace_s=self._config.grace_s) for model_id in {*self._entries, *self._operations})
+        )
 
     async def stop_loads(self) -> None:
         """Cancel running loads and refuse new ones. Loaded models keep answering."""
@@ -189,7 +194,7 @@ class Models:
         if old is not None:
             if old.mark == mark and await self._is_current(old):
                 return
-            await self._unload(model_id)
+            await self._unload(model_id, self._config.grace_s)
         entry = self._entries[model_id] = Entry(model_id, source, settings, mark)
         started_s = time.monotonic()
         limit = asyncio.timeout(self._config.load_timeout_s)
@@ -274,7 +279,7 @@ class Models:
         entry.phase = Phase.LOADED
         log.info("%s is back", entry.model_id)
 
-    async def _unload(self, model_id: str) -> None:
+    async def _unload(self, model_id: str, grace_s: float) -> None:
         entry = self._entries.get(model_id)
         if entry is None:
             return
@@ -285,7 +290,7 @@ class Models:
         elif entry.phase is not Phase.FAILED:
             entry.phase = Phase.UNLOADING
             self.changes.notify()
-            await self._engine.drain(model_id, self._config.grace_s)
+            await self._engine.drain(model_id, grace_s)
             await self._engine.unload(model_id)
         entry.release()
         if self._entries.get(model_id) is entry:

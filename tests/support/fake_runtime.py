@@ -44,6 +44,7 @@ class Switches:
     full_disk: bool = False
     quarantined: set[str] = field(default_factory=set)
     progress: float = 0.0
+    sequences: int = 0  # that every loaded model reports as running
     text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
     end_s: float = 0.0  # between a stream's last event and its end
@@ -230,6 +231,7 @@ class _Spi(ModelRuntimeServicer):
     async def unloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         runtime = self._runtime
         runtime.log.append(("unload", request.modelId))
+        runtime.metadata.append(tuple(context.invocation_metadata()))
         if request.modelId in runtime.switches.quarantined:
             runtime.switches.quarantined.discard(request.modelId)
             runtime.tell()
@@ -277,6 +279,7 @@ class _State(RuntimeStateServicer):
                 state=state_pb.ModelState.LOADED,
                 tier=state_pb.ModelState.DEVICE,
                 weight_bytes=runtime.size_of(path),
+                running=runtime.switches.sequences,
             )
             for model_id, path in runtime.loaded.items()
         ]

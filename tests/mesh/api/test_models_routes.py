@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from common.model_state import CopyState
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until, until_async
@@ -75,6 +76,40 @@ async def test_models_routes_serve_chat_front_ends(tmp_path: Path) -> None:
         pod.runtime.switches.fail.clear()
         assert await post("/models/load", "org/smol") == 200
         await until(lambda: pod.runtime.loaded)
+
+
+async def test_models_routes_unload_waits_for_requests_within_one_grace(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", grace_s=0.5) as pod:
+        await pod.name("m", "/files")
+        pod.runtime.switches.chunk_s = 600.0
+        stream = asyncio.create_task(pod.chat("m", stream=True))
+        await until(lambda: pod.runtime.calls)
+        async with asyncio.timeout(10), pod.http.post("/models/unload", json={"model": "m"}) as answer:
+            assert answer.status == 200
+        assert pod.runtime.loaded == {}
+        assert ("x-repertory-grace-s", "0") in pod.runtime.metadata[-1]  # the runtime does not wait a second time
+        stream.cancel()
+
+
+async def test_models_routes_unload_now_ends_a_wait_for_requests(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", grace_s=600.0) as pod:
+        await pod.name("m", "/files")
+        pod.runtime.switches.chunk_s = 600.0
+        stream = asyncio.create_task(pod.chat("m", stream=True))
+        await until(lambda: pod.runtime.calls)
+        patient = asyncio.create_task(pod.http.post("/models/unload", json={"model": "m"}))
+        await until(lambda: _is_unloading(pod))
+        assert pod.runtime.loaded
+        async with pod.http.post("/models/unload", json={"model": "m", "now": True}) as answer:
+            assert answer.status == 200
+        assert pod.runtime.loaded == {}
+        assert (await patient).status == 200
+        stream.cancel()
+        await asyncio.wait([stream])
+
+
+def _is_unloading(pod: RunningPod) -> bool:
+    return any(copy.state is CopyState.UNLOADING for copy in pod.pod.copies)
 
 
 async def test_models_routes_stream_each_change(pod: RunningPod) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from mesh.cli.main import main
 from tests.support.pods import RunningPod, running_pod
+from tests.support.waiting import until_async
 from wire.mmesh import model_mesh_pb2 as mm
 
 
@@ -61,6 +62,23 @@ async def test_an_alias_is_told_from_a_model_and_is_forgotten_alone(pod: Running
     assert (await say("alias", "prod", "--delete"))[0] == 0
     assert [model["name"] for model in json.loads((await say("list", "--json"))[1])] == ["ada"]
     assert "there is no such name" in (await say("alias", "prod", "--delete"))[2]
+
+
+async def test_stop_says_what_it_waits_for(pod: RunningPod, say: Say) -> None:
+    assert (await say("register", "ada", "/ada", "--load"))[0] == 0
+    pod.runtime.switches.sequences = 2
+    pod.runtime.tell()
+    await until_async(lambda: _running(pod, "ada"))
+    status, said, error = await say("stop", "ada")
+    assert (status, said) == (0, "ada is unloaded; its registration stays\n")
+    assert "waiting for 2 running requests to finish" in error
+    assert "`repertory stop --now ada` ends them at once" in error
+    assert (await say("load", "ada"))[0] == 0
+    assert await say("stop", "--now", "ada") == (0, "ada is unloaded; its registration stays\n", "")
+
+
+async def _running(pod: RunningPod, name: str) -> bool:
+    return bool((await pod.model(name))["running"])
 
 
 async def test_the_last_name_of_a_model_is_no_alias(pod: RunningPod, say: Say) -> None:

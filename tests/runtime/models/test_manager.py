@@ -93,9 +93,9 @@ async def test_manager_loads_again_when_the_files_have_changed(house: House) -> 
 
 
 async def test_manager_unload_releases_and_ignores_unknown_ids(house: House) -> None:
-    await house.models.unload("nobody")
+    await house.models.unload("nobody", grace_s=0.2)
     await house.models.load("a", SOURCE, PLAIN)
-    await house.models.unload("a")
+    await house.models.unload("a", grace_s=0.2)
     assert house.preparer.held == 0
     assert not house.models.views()
     with pytest.raises(ModelNotFound):
@@ -107,7 +107,7 @@ async def test_manager_unload_drains_within_the_grace(house: House) -> None:
     short = asyncio.create_task(house.generate("a", 5))
     endless = asyncio.create_task(house.generate("a", STALL))
     await asyncio.sleep(0.01)
-    unloading = asyncio.create_task(house.models.unload("a"))
+    unloading = asyncio.create_task(house.models.unload("a", grace_s=0.2))
     await asyncio.sleep(0)
     with pytest.raises(ModelNotFound):
         house.models.get("a")
@@ -117,6 +117,15 @@ async def test_manager_unload_drains_within_the_grace(house: House) -> None:
     await unloading
 
 
+async def test_manager_unload_without_grace_ends_running_requests(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    endless = asyncio.create_task(house.generate("a", STALL))
+    await house.until(lambda: house.engine.running("a") == 1)
+    await house.models.unload("a", grace_s=0.0)
+    with pytest.raises(Unavailable, match="unloaded"):
+        await endless
+
+
 async def test_manager_cleans_up_after_a_failed_load(house: House) -> None:
     with pytest.raises(LoadFailed, match="no such files"):
         await house.models.load("a", ModelSource("missing:x"), PLAIN)
@@ -124,8 +133,8 @@ async def test_manager_cleans_up_after_a_failed_load(house: House) -> None:
     with pytest.raises(Overloaded, match="10 bytes of 5"):
         await house.models.load("fail", SOURCE, PLAIN)
     assert house.preparer.held == 0
-    await house.models.unload("fail")
-    await house.models.unload("a")
+    await house.models.unload("fail", grace_s=0.2)
+    await house.models.unload("a", grace_s=0.2)
     assert not house.models.views()
     await house.models.load("a", SOURCE, PLAIN)
 
@@ -154,7 +163,7 @@ async def test_manager_load_survives_one_of_two_waiters(house: House) -> None:
 async def test_manager_unload_cancels_a_load(house: House) -> None:
     first = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
     await house.until(lambda: house.phase("slow") is Phase.LOADING)
-    unloading = asyncio.create_task(house.models.unload("slow"))
+    unloading = asyncio.create_task(house.models.unload("slow", grace_s=0.2))
     await asyncio.sleep(0)
     again = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
     with pytest.raises(Cancelled):
@@ -200,7 +209,9 @@ async def test_manager_runs_operations_in_order(house: House) -> None:
         last = ""
         for _ in range(draw.randint(3, 9)):
             last = draw.choice(["load", "unload"])
-            work = house.models.load("slow", SOURCE, PLAIN) if last == "load" else house.models.unload("slow")
+            work = (
+                house.models.load("slow", SOURCE, PLAIN) if last == "load" else house.models.unload("slow", grace_s=0.2)
+            )
             tasks.append(asyncio.create_task(work))
             await asyncio.sleep(draw.choice([0.0, 0.0, 0.01]))
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -235,7 +246,7 @@ async def test_manager_quarantines_a_model_after_two_crashes(house: House) -> No
     await house.until(lambda: house.phase("b") is Phase.LOADED)
     assert await house.generate("b", 5) == [6, 6]
     # taken away on purpose and registered again: one more chance
-    await house.models.unload("a")
+    await house.models.unload("a", grace_s=0.2)
     await house.models.load("a", SOURCE, PLAIN)
     with pytest.raises(Unavailable):
         await house.generate("a", KILL)
@@ -247,7 +258,7 @@ async def test_manager_retries_a_load_that_crashed_the_engine(house: House) -> N
         await house.models.load("deadly", SOURCE, PLAIN)
     assert house.journal("load") == ["deadly", "deadly"]
     # the mesh's clean-up after a failed load is no pardon
-    await house.models.unload("deadly")
+    await house.models.unload("deadly", grace_s=0.2)
     with pytest.raises(Quarantined):
         await house.models.load("deadly", SOURCE, PLAIN)
     assert house.preparer.held == 0
@@ -258,7 +269,7 @@ async def test_manager_unloads_while_the_engine_restarts(house: House) -> None:
     await house.models.load("b", SOURCE, PLAIN)
     with pytest.raises(Unavailable):
         await house.generate("b", KILL)
-    await house.models.unload("slow")
+    await house.models.unload("slow", grace_s=0.2)
     await house.until(lambda: house.phase("b") is Phase.LOADED)
     assert house.phase("slow") is None
     with pytest.raises(ModelNotFound):
