@@ -32,6 +32,7 @@ from mesh.api.model_view import ModelViews
 from mesh.api.models_routes import ModelsRoutes
 from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
+from mesh.api.ollama_routes import OllamaRoutes
 from mesh.api.openai_routes import OpenAiRoutes
 from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
@@ -249,6 +250,7 @@ class Pod:
                 AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
                 OpenAiRoutes(gateway),
                 TgiRoutes(gateway, self.registry),
+                OllamaRoutes(gateway, self.registry, self.placement, views),
                 OipRoutes(
                     gateway,
                     self.registry,

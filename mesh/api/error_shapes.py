@@ -25,7 +25,7 @@ class OpenAiError(msgspec.Struct, frozen=True):
 
 
 class TextError(msgspec.Struct, frozen=True):
-    """The shape of the Open Inference Protocol."""
+    """The shape of the Open Inference Protocol and of Ollama."""
 
     error: str
 
@@ -61,7 +61,7 @@ def _problem(error: MeshError) -> Problem:
 
 _OPENAI = ErrorShape(lambda error: msgspec.json.encode(OpenAiError(_problem(error))))
 _ANTHROPIC = ErrorShape(lambda error: msgspec.json.encode(OpenAiError(_problem(error), "error")), event_name="error")
-_OIP = ErrorShape(lambda error: msgspec.json.encode(TextError(error.message)))
+_TEXT = ErrorShape(lambda error: msgspec.json.encode(TextError(error.message)))
 
 
 def _tgi_body(error: MeshError) -> bytes:
@@ -87,8 +87,8 @@ def shape_for(path: str) -> ErrorShape:
     match path.split("/", 3)[1:3]:
         case ["v1", "messages"]:
             return _ANTHROPIC
-        case ["v2", *_]:
-            return _OIP
+        case ["v2" | "api", *_]:
+            return _TEXT
         case ["" | "generate" | "generate_stream" | "info"]:
             return _TGI
         case ["tgi", _] if "/v1/" not in path:

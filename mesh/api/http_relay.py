@@ -82,10 +82,12 @@ async def _broken_off(
     logger.warning(
         "a response broke off", extra={"request_id": record.request_id, "model": record.model_id, "error": str(error)}
     )
+    shape = shape_for(request.path)
+    body = shape.body(Unavailable("the answer broke off", model=model_name))
     if response.content_type == "text/event-stream":
-        shape = shape_for(request.path)
-        body = shape.body(Unavailable("the answer broke off", model=model_name))
         return await end_stream(response, shape.event(body))
+    if response.content_type == "application/x-ndjson":
+        return await end_stream(response, body + b"\n")
     if request.transport is not None:
         request.transport.abort()
     return response

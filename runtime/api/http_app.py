@@ -12,6 +12,7 @@ from runtime.api.anthropic.messages import Messages
 from runtime.api.health import Health
 from runtime.api.http_errors import errors_as_json
 from runtime.api.oip.rest import RestInference
+from runtime.api.ollama.routes import Ollama
 from runtime.api.openai.chat import ChatCompletions
 from runtime.api.openai.completions import Completions
 from runtime.api.openai.models import Models
@@ -81,6 +82,7 @@ def build_http_app(
     )
     for route in (
         *RestInference(directory, generator).routes(),
+        *Ollama(directory, generator).routes(),
         *TextGeneration(directory, generator, device=config.engine.device).routes(),
     ):
         app.router.add_route(route.method, route.path, route.handler)

@@ -45,6 +45,7 @@ class Switches:
     quarantined: set[str] = field(default_factory=set)
     progress: float = 0.0
     sequences: int = 0  # that every loaded model reports as running
+    content_type: str = "text/event-stream"  # of HTTP streams
     text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
     end_s: float = 0.0  # between a stream's last event and its end
@@ -157,7 +158,7 @@ class FakeRuntime:
             return web.json_response(
                 {"answer": model_id, "path": request.path, "id": request.headers.get("X-Request-Id", "")}
             )
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        response = web.StreamResponse(headers={"Content-Type": self.switches.content_type})
         await response.prepare(request)
         try:
             for index in range(int(body.get("chunks", 3))):

@@ -53,12 +53,12 @@ def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if isinstance(body, Shared):
-        _refuse_unsupported(body)
+        refuse_unsupported(body)
     known = kind.__struct_encode_fields__
     return Parsed(body, tuple(name for name, value in names.items() if name not in known and bytes(value) != b"null"))
 
 
-def _refuse_unsupported(body: Shared) -> None:
+def refuse_unsupported(body: Shared) -> None:
     """Raise NotSupported for the first field that asks for a missing feature. Null, false and empty values ask for nothing."""
     for name in _REFUSED_SHARED:
         _refuse(name, getattr(body, name))

@@ -1,8 +1,9 @@
-"""Sends one streamed response as server-sent events: headers with the first event, one write per delta, errors as events, keep-alives."""
+"""Sends one streamed response: headers with the first event, one write per delta, errors as events, keep-alives."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from aiohttp import web
@@ -14,13 +15,24 @@ from runtime.generation.parts import Delta
 
 KEEP_ALIVE_S = 15.0
 _LARGE_BYTES = 16384
-_KEEP_ALIVE = b": keep-alive\n\n"
 _LOG = logging.getLogger(__name__)
-_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """The format of a stream. `keep_alive` is what may be sent between events and means nothing; empty if there is no such thing."""
+
+    content_type: str
+    keep_alive: bytes = b""
+
+
+SERVER_SENT_EVENTS = Framing("text/event-stream; charset=utf-8", b": keep-alive\n\n")
+JSON_LINES = Framing("application/x-ndjson")
 
 
 class StreamEncoder(Protocol):
-    """Turns the deltas of one response into server-sent events."""
+    """Turns the deltas of one response into events."""
 
     @property
     def num_events(self) -> int:
@@ -37,10 +49,14 @@ class StreamEncoder(Protocol):
 
 
 async def send_events(
-    request: web.Request, deltas: AsyncIterator[Delta], chunks: StreamEncoder, warning: str | None
+    request: web.Request,
+    deltas: AsyncIterator[Delta],
+    chunks: StreamEncoder,
+    warning: str | None,
+    framing: Framing = SERVER_SENT_EVENTS,
 ) -> web.StreamResponse:
     """Send the whole response. An error before the first event is raised, so that it gets an HTTP status of its own."""
-    response = web.StreamResponse(headers=_HEADERS)
+    response = web.StreamResponse(headers={"Content-Type": framing.content_type, **_HEADERS})
     if warning is not None:
         response.headers["Warning"] = warning
     first: asyncio.Task[Delta] = asyncio.ensure_future(_next(deltas))
@@ -50,7 +66,7 @@ async def send_events(
         if done:
             first.result()
         await response.prepare(request)
-        silence = asyncio.create_task(_keep_alive(response, chunks))
+        silence = asyncio.create_task(_keep_alive(response, chunks, framing.keep_alive))
         try:
             data = chunks.delta(await first)
             if data:
@@ -85,13 +101,13 @@ async def _next(deltas: AsyncIterator[Delta]) -> Delta:
     return await anext(deltas)
 
 
-async def _keep_alive(response: web.StreamResponse, chunks: StreamEncoder) -> None:
+async def _keep_alive(response: web.StreamResponse, chunks: StreamEncoder, comment: bytes) -> None:
     """Send comments while nothing else is sent, since proxies close idle streams."""
     seen = -1
-    while True:
+    while comment:
         if chunks.num_events == seen:
             try:
-                await response.write(_KEEP_ALIVE)
+                await response.write(comment)
             except ConnectionError:
                 return
         seen = chunks.num_events
