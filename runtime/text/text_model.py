@@ -1,6 +1,6 @@
 """One model's tokenizer, detokenizers, chat templates and default sampling parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,6 +61,11 @@ class TextModel:
         return {
             token_id: text for token_id, text in ids if token_id is not None and self._tokenizer.is_special(token_id)
         }
+
+    def marker_ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return those of `texts` that are tokens of their own, special or not, which grammars must name by id."""
+        ids = {text: self._tokenizer.marker_id(text) for text in texts}
+        return {text: token_id for text, token_id in ids.items() if token_id is not None}
 
     def is_special(self, token_id: int) -> bool:
         return self._tokenizer.is_special(token_id)

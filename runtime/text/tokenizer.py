@@ -56,9 +56,13 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, shown: frozenset[str] = frozenset()) -> None:
         """`shown`: the special tokens that texts show."""
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder().items()
+        added = list(tokenizer.get_added_tokens_decoder().items())
         special = frozenset(i for i, token in added if token.special and token.content not in shown)
         self._special_ids = special
+        # llguidance takes these for no text, whether or not they are special: no ordinary text has them.
+        self._marker_ids = {
+            token.content: i for i, token in added if token.special or token.content[:1] + token.content[-1:] == "<>"
+        }
         self._decoding: Decoding | None = decoding_of(tokenizer)
         rule = self._decoding or Decoding(str.encode)
         self._shown = TokenBytes(tokenizer, rule, special)
@@ -106,6 +110,10 @@ class TextTokenizer:
         if self._decoding is None:
             return str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
         return self._all[token_id]
+
+    def marker_id(self, text: str) -> int | None:
+        """Return the id of a text that is a token of its own, such as `<think>`, or None."""
+        return self._marker_ids.get(text)
 
     def token_id(self, text: str) -> int | None:
         return self._tokenizer.token_to_id(text)

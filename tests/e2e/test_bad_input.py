@@ -158,8 +158,7 @@ def test_a_token_without_an_embedding_is_refused(guarded: Guarded) -> None:
 def test_what_is_not_here_yet_says_so(guarded: Guarded) -> None:
     chat = {"model": "ada", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
     for field, value in {
-        "response_format": {"type": "json_object"},
-        "structured_outputs": {"json": {}},
+        "response_format": {"type": "structural_tag"},
         "adapter_id": "x",
     }.items():
         answer = guarded.edge.ask("POST", "/v1/chat/completions", {**chat, field: value})

@@ -29,6 +29,19 @@ def as_chat(body: PromptBody) -> ChatBody:
         temperature=request.temperature if request else None,
         top_p=request.top_p if request else None,
         top_k=request.top_k if request else None,
+        response_format=_response_format(body),
+    )
+
+
+def _response_format(body: PromptBody) -> dict[str, Any] | None:
+    """Return the schema of `output_config.format` or of the older `output_format`, which the protocol always enforces."""
+    match (body.output_config or {}).get("format") if body.output_format is None else body.output_format:
+        case None:
+            return None
+        case {"type": "json_schema", "schema": dict(schema)}:
+            return {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
+    raise InvalidRequest(
+        "output_config.format must have the type json_schema and a schema", param="output_config.format"
     )
 
 

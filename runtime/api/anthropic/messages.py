@@ -31,7 +31,7 @@ class Messages:
         body = parsed.body
         model = model_of(request, self._directory, body.model)
         # Clients ask for the output limit of the model that they were made for.
-        chat = await prepare_chat(model, as_chat(body), cut_to_context=True)
+        chat = await prepare_chat(model, as_chat(body), cut_to_context=True, format_param="output_config.format")
         shown_name = body.model or model.name
         warning = parsed.warning_with(chat.notes)
         if body.stream:

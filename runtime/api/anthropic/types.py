@@ -26,7 +26,9 @@ class PromptBody(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: Any = None
     cache_control: Any = None
     context_management: Any = None
-    output_config: Any = None
+    # `format` has a JSON schema; the rest is accepted without effect
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
 
 
 class MessagesBody(PromptBody, frozen=True, kw_only=True):

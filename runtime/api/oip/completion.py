@@ -1,7 +1,9 @@
 """Tokenizes and plans the prompts of a request of the Open Inference Protocol, and generates whole texts."""
 
+from runtime.api.grammars import guide_answer
 from runtime.api.oip.plan import plan_inference
 from runtime.api.openai.responses import finish_word
+from runtime.api.openai.structured import wanted_of
 from runtime.api.openai.types import Shared
 from runtime.api.tokenization import encode_texts
 from runtime.generation.generator import Generator
@@ -15,7 +17,8 @@ async def plan_texts(model: ServedModel, texts: list[str], body: Shared) -> list
     check_count(model, len(texts))
     check_chars(model, texts)
     prompts = await encode_texts(model, texts, add_special_tokens=body.add_special_tokens is not False)
-    return plan_inference(model, body, prompts)
+    requests = plan_inference(model, body, prompts)
+    return (await guide_answer(model, wanted_of(body))).apply(requests)
 
 
 async def complete_texts(generator: Generator, model: ServedModel, texts: list[str], body: Shared) -> list[str]:

@@ -18,6 +18,7 @@ DEFAULT_MAX_TOKENS = 16
 PARAMETERS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
     "min_tokens", "stop", "seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "add_special_tokens", "priority",
+    "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema", "grammar",
 )  # fmt: skip
 
 

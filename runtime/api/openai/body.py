@@ -14,8 +14,7 @@ _PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$")
 _UNSAFE = re.compile(r"[^\w.\-]", re.ASCII)
 
 _REFUSED_SHARED = (
-    "structured_outputs", "structural_tag", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "logits_processors",
-    "use_beam_search", "lora_request", "adapter_id", "prompt_logprobs",
+    "structural_tag", "logits_processors", "use_beam_search", "lora_request", "adapter_id", "prompt_logprobs",
 )  # fmt: skip
 _REFUSED_CHAT = ("audio", "prediction", "web_search_options")
 
@@ -62,10 +61,6 @@ def refuse_unsupported(body: Shared) -> None:
     """Raise NotSupported for the first field that asks for a missing feature. Null, false and empty values ask for nothing."""
     for name in _REFUSED_SHARED:
         _refuse(name, getattr(body, name))
-    if body.response_format and not (
-        isinstance(body.response_format, dict) and body.response_format.get("type") == "text"
-    ):
-        raise NotSupported("response_format other than text is not supported yet", param="response_format")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise NotSupported(
             f"best_of={body.best_of} is not supported: only best_of equal to n ({body.n or 1})", param="best_of"

@@ -1,11 +1,13 @@
 """Prepares a chat for generation, for every protocol whose requests can be written as an OpenAI chat."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
+from runtime.api.grammars import guide_answer
 from runtime.api.openai.chat_plan import chat_options, parser_of, plan_chat
 from runtime.api.openai.context import render_chat
+from runtime.api.openai.structured import wanted_of
 from runtime.api.openai.tools import ToolPlan, plan_tools
 from runtime.api.openai.types import ChatBody
 from runtime.api.tokenization import encode_text
@@ -28,19 +30,28 @@ class PreparedChat:
         return len(self.requests[0].prompt)
 
 
-async def prepare_chat(model: ServedModel, body: ChatBody, *, cut_to_context: bool = False) -> PreparedChat:
+async def prepare_chat(
+    model: ServedModel, body: ChatBody, *, cut_to_context: bool = False, format_param: str | None = None
+) -> PreparedChat:
     """Render, tokenize and plan. `cut_to_context`: `max_tokens` above what fits the context is reduced instead of refused.
+
+    `format_param`: the protocol's own name of `response_format`.
 
     Raises InvalidRequest or NotSupported naming the field.
     """
     tools = plan_tools(model, body.tools, body.tool_choice, body.parallel_tool_calls)
+    wanted = wanted_of(body)
+    if wanted is not None and format_param is not None:
+        wanted = replace(wanted, param=format_param, path=f"{format_param}.schema")
     text, prompt = await render_prompt(model, body, tools)
     if cut_to_context and body.max_tokens is not None:
         room = model.facts.max_model_len - len(prompt)
         body = msgspec.structs.replace(body, max_tokens=min(body.max_tokens, max(1, room)))
     show_reasoning = body.include_reasoning is not False
     make_parser = parser_of(model, tools, text, whole_calls=not body.stream, show_reasoning=show_reasoning)
-    return PreparedChat(plan_chat(model, body, prompt), make_parser, tools.notes)
+    requests = plan_chat(model, body, prompt)
+    guide = await guide_answer(model, wanted, text)
+    return PreparedChat(guide.apply(requests), make_parser, (*tools.notes, *guide.notes))
 
 
 async def render_prompt(model: ServedModel, body: ChatBody, tools: ToolPlan) -> tuple[str, list[int]]:

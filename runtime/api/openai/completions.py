@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import msgspec
 from aiohttp import web
 
+from runtime.api.grammars import guide_answer
 from runtime.api.openai.chunks import EventChunks, Head, StreamUsage
 from runtime.api.openai.completion_chunks import CompletionDeltas, completion_choice
 from runtime.api.openai.completions_plan import Prompt, plan_completions, separate_prompts
@@ -12,6 +13,7 @@ from runtime.api.openai.context import json_response, model_of, new_id, now, rea
 from runtime.api.openai.params import truncated
 from runtime.api.openai.responses import Answer, usage
 from runtime.api.openai.stream import send_events
+from runtime.api.openai.structured import wanted_of
 from runtime.api.openai.types import CompletionBody
 from runtime.api.tokenization import encode_last, encode_texts
 from runtime.generation.generator import Generator
@@ -34,7 +36,9 @@ class Completions:
         body = parsed.body
         model = model_of(request, self._directory, body.model)
         prompts = await _prompts(model, body)
-        requests = plan_completions(model, body, prompts)
+        guide = await guide_answer(model, wanted_of(body))
+        requests = guide.apply(plan_completions(model, body, prompts))
+        warning = parsed.warning_with(guide.notes)
         shown_name = body.model or model.name
         if body.stream:
             head = Head(new_id("cmpl"), "text_completion", now(), shown_name)
@@ -42,9 +46,9 @@ class Completions:
             chunks = EventChunks(model, head, counts, CompletionDeltas(model, body, prompts))
             deltas = self._generator.stream(model, requests)
             return await send_events(
-                request, _without_output(deltas) if body.max_tokens == 0 else deltas, chunks, parsed.warning
+                request, _without_output(deltas) if body.max_tokens == 0 else deltas, chunks, warning
             )
-        return json_response(await self._answer(model, shown_name, body, prompts, requests), parsed.warning)
+        return json_response(await self._answer(model, shown_name, body, prompts, requests), warning)
 
     async def _answer(
         self,

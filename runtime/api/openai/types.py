@@ -47,15 +47,20 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     request_id: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    # refused
-    best_of: int | None = None
+    # what the answer must match; see structured.py
     response_format: Any = None
     structured_outputs: Any = None
-    structural_tag: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: Any = None  # without effect: there is one
+    json_schema: Any = None
+    grammar: Any = None
+    # refused
+    best_of: int | None = None
+    structural_tag: Any = None
     logits_processors: Any = None
     use_beam_search: bool | None = None
     lora_request: Any = None

@@ -29,6 +29,7 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         top_p=body.top_p,
         stream=body.stream,
         reasoning_effort=(body.reasoning or {}).get("effort"),
+        response_format=_response_format((body.text or {}).get("format")),
     )
 
 
@@ -48,9 +49,18 @@ def _refuse_unsupported(body: ResponsesBody) -> None:
         raise NotSupported(
             f"truncation {body.truncation!r} is not supported: leave items out of input", param="truncation"
         )
-    form = (body.text or {}).get("format")
-    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        raise NotSupported("text.format other than text is not supported yet", param="text.format")
+
+
+def _response_format(given: Any) -> Any:
+    """Return `text.format` in the form of a chat's `response_format`."""
+    match given:
+        case None | {"type": "text" | "json_object"}:
+            return given
+        case {"type": "json_schema", "schema": dict(), **rest}:
+            return {"type": "json_schema", "json_schema": {"schema": given["schema"], **rest}}
+    raise InvalidRequest(
+        "text.format must have the type text, json_object, or json_schema with a schema", param="text.format"
+    )
 
 
 def _turns(items: list[dict[str, Any]]) -> list[ChatTurn]:

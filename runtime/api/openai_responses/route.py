@@ -24,7 +24,7 @@ class Responses:
         parsed = await read_body(request, ResponsesBody)
         body = parsed.body
         model = model_of(request, self._directory, body.model)
-        chat = await prepare_chat(model, as_chat(body), cut_to_context=True)
+        chat = await prepare_chat(model, as_chat(body), cut_to_context=True, format_param="text.format")
         warning = parsed.warning_with((*chat.notes, *ignored_tools(body)))
         response = begun(body, body.model or model.name)
         if body.stream:

@@ -16,7 +16,8 @@ from runtime.config.schema import RuntimeConfig
 from runtime.errors import ContextExceeded, InvalidRequest, NotSupported
 from runtime.generation.limits import check_prompt, draw_seed, engine_seed, within_float32
 from runtime.interfaces import ServedModel
-from runtime.types import GenerationRequest, LogprobParams, SamplingParams, StopParams
+from runtime.text.constraint import JSON_OBJECT, Choice, Constraint, GrammarText, JsonSchema, Regex, Wanted, schema_of
+from runtime.types import GenerationRequest, Grammar, LogprobParams, SamplingParams, StopParams
 from wire.fmaas import generation_pb2 as pb
 
 MAX_STOPS = 6
@@ -53,7 +54,7 @@ def refuse_adapters(
 
 
 def check(params: pb.Parameters, server_limit: int) -> None:
-    """Raise InvalidRequest with TGIS's texts, then NotSupported for guided decoding."""
+    """Raise InvalidRequest with TGIS's texts, then NotSupported for what is missing."""
     decoding, stopping, sampling, response = params.decoding, params.stopping, params.sampling, params.response
     if params.method not in (pb.GREEDY, pb.SAMPLE):
         raise InvalidRequest(f"decoding method {params.method} does not exist")
@@ -78,14 +79,22 @@ def check(params: pb.Parameters, server_limit: int) -> None:
         raise InvalidRequest("typical_p must be <= 1.0")
     if sampling.HasField("temperature") and not sampling.temperature >= 0:
         raise InvalidRequest(f"temperature must be >= 0.0, got {sampling.temperature:g}")
-    _refuse_guided(decoding)
+    if decoding.HasField("length_penalty"):
+        raise NotSupported("decoding.length_penalty is not supported yet")
 
 
 def plan(
-    model: ServedModel, config: RuntimeConfig, params: pb.Parameters, prompts: list[Prompt], deadline_s: float | None
+    model: ServedModel,
+    config: RuntimeConfig,
+    params: pb.Parameters,
+    prompts: list[Prompt],
+    deadline_s: float | None,
+    grammar: Grammar | None = None,
 ) -> list[Planned]:
     """Check each input's length and return its request. Each input gets a seed of its own if none is given."""
-    return [_plan_one(model, config, params, prompt, index, deadline_s) for index, prompt in enumerate(prompts)]
+    return [
+        _plan_one(model, config, params, prompt, index, deadline_s, grammar) for index, prompt in enumerate(prompts)
+    ]
 
 
 def deadline_of(params: pb.Parameters) -> float | None:
@@ -101,6 +110,7 @@ def _plan_one(
     prompt: Prompt,
     index: int,
     deadline_s: float | None,
+    grammar: Grammar | None,
 ) -> Planned:
     stopping = params.stopping
     context, num_prompt = model.facts.max_model_len, len(prompt.token_ids)
@@ -133,6 +143,7 @@ def _plan_one(
         logprobs=LogprobParams(
             generated=details if response.generated_tokens else None, prompt=details if response.input_tokens else None
         ),
+        grammar=grammar,
         index=index,
         stop_strings=tuple(stopping.stop_sequences),
         include_stop=include,
@@ -165,11 +176,23 @@ def _wants_details(response: pb.ResponseOptions) -> bool:
     return bool(response.token_logprobs or response.token_ranks or response.top_n_tokens)
 
 
-def _refuse_guided(decoding: pb.DecodingParameters) -> None:
-    guided = decoding.WhichOneof("guided")
-    if guided == "choice" and len(decoding.choice.choices) < 2:
-        raise InvalidRequest("Must provide at least two choices")
-    if guided is not None and not (guided == "format" and decoding.format == pb.DecodingParameters.TEXT):
-        raise NotSupported(f"decoding.{guided} is not supported yet")
-    if decoding.HasField("length_penalty"):
-        raise NotSupported("decoding.length_penalty is not supported yet")
+def wanted_of(params: pb.Parameters) -> Wanted | None:
+    """Return what `decoding.guided` wants, or None. Raises InvalidRequest with TGIS's text for too few choices."""
+    decoding = params.decoding
+    constraint: Constraint
+    match decoding.WhichOneof("guided"):
+        case "format" if decoding.format == pb.DecodingParameters.JSON:
+            constraint = JSON_OBJECT
+        case "json_schema":
+            constraint = JsonSchema(schema_of(decoding.json_schema, "decoding.json_schema"))
+        case "regex":
+            constraint = Regex(decoding.regex)
+        case "choice":
+            if len(decoding.choice.choices) < 2:
+                raise InvalidRequest("Must provide at least two choices")
+            constraint = Choice(tuple(decoding.choice.choices))
+        case "grammar":
+            constraint = GrammarText(decoding.grammar)
+        case _:
+            return None
+    return Wanted(constraint, f"decoding.{decoding.WhichOneof('guided')}")

@@ -4,9 +4,10 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc.aio
 
+from runtime.api.grammars import guide_answer
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
 from runtime.api.model_lookup import find_model
-from runtime.api.tgis.params import Prompt, check, deadline_of, plan, refuse_adapters
+from runtime.api.tgis.params import Prompt, check, deadline_of, plan, refuse_adapters, wanted_of
 from runtime.api.tgis.responses import Answers
 from runtime.api.tokenization import encode_last, encode_texts
 from runtime.config.schema import RuntimeConfig
@@ -38,7 +39,8 @@ class GenerationService(rpc.GenerationServiceServicer):
             check(request.params, self._config.max_new_tokens)
             check_count(model, len(request.requests))
             prompts = await _prompts(model, [each.text for each in request.requests], request.params)
-            planned = plan(model, self._config, request.params, prompts, deadline_s)
+            guide = await guide_answer(model, wanted_of(request.params))
+            planned = plan(model, self._config, request.params, prompts, deadline_s, guide.grammar)
             if planned:
                 answers = Answers(model.text, request.params.response)
                 results = await self._generator.complete(model, [each.request for each in planned])
@@ -59,7 +61,8 @@ class GenerationService(rpc.GenerationServiceServicer):
             if not request.HasField("request"):
                 raise InvalidRequest("missing request")
             [prompt] = await _prompts(model, [request.request.text], request.params)
-            [planned] = plan(model, self._config, request.params, [prompt], deadline_s)
+            guide = await guide_answer(model, wanted_of(request.params))
+            [planned] = plan(model, self._config, request.params, [prompt], deadline_s, guide.grammar)
             answers = Answers(model.text, request.params.response)
             yield answers.first(planned, prompt.text)
             inputs_due = request.params.response.input_tokens

@@ -252,8 +252,7 @@ async def test_parse_names_unknown_fields_in_a_header(http: aiohttp.ClientSessio
     "fields",
     [
         {"functions": [{"name": "f"}]},
-        {"response_format": {"type": "json_object"}},
-        {"guided_regex": "a+"},
+        {"response_format": {"type": "structural_tag"}},
         {"tool_choice": "required"},
         {"best_of": 2},
         {"lora_request": {"name": "x"}},

@@ -118,7 +118,7 @@ async def test_responses_stream_that_fails_says_so(client: openai.AsyncOpenAI, s
         ({"store": True}, 501, "store"),
         ({"conversation": "c"}, 501, "conversation"),
         ({"background": True}, 501, "background"),
-        ({"text": {"format": {"type": "json_object"}}}, 501, "text.format"),
+        ({"text": {"format": {"type": "grammar"}}}, 400, "text.format"),
         ({"truncation": "auto"}, 501, "truncation"),
         ({"tool_choice": "required"}, 501, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, 400, "tool_choice"),

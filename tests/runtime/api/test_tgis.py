@@ -333,8 +333,6 @@ async def test_plan_refuses_bad_prompt_lengths(services: Services) -> None:
 @pytest.mark.parametrize(
     ("params", "word"),
     [
-        ({"decoding": pb.DecodingParameters(regex="a+")}, "regex"),
-        ({"decoding": pb.DecodingParameters(format=pb.DecodingParameters.JSON)}, "format"),
         (
             {"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=1.5))},
             "length_penalty",
@@ -346,6 +344,23 @@ async def test_check_refuses_unsupported_features(services: Services, params: di
         await services.tgis.Generate(batch("a", **params))
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
     assert word in (caught.value.details() or "")
+
+
+async def test_generate_constrains_and_refuses_wrong_grammars(services: Services) -> None:
+    regex = pb.DecodingParameters(regex="a+")
+    await services.tgis.Generate(batch("a", decoding=regex))
+    single = pb.SingleGenerationRequest(request=pb.GenerationRequest(text="a"), params=pb.Parameters(decoding=regex))
+    await services.tgis.GenerateStream(single).read()
+    first, second = (asked.request.grammar for asked in services.engine.asked)
+    assert first is not None
+    assert (first, "a+" in first.text) == (second, True)
+    for wrong in (pb.DecodingParameters(regex="("), pb.DecodingParameters(json_schema="{")):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"decoding\.(regex|json_schema)") as caught:
+            await services.tgis.Generate(batch("a", decoding=wrong))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    one = pb.DecodingParameters(choice=pb.DecodingParameters.StringChoices(choices=["a"]))
+    with pytest.raises(grpc.aio.AioRpcError, match="Must provide at least two choices"):
+        await services.tgis.Generate(batch("a", decoding=one))
 
 
 async def test_generate_refuses_adapters_and_accepts_plain_text_format(services: Services) -> None:

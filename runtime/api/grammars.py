@@ -1,0 +1,66 @@
+"""Makes the grammar of an answer for the handlers, off the event loop."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from runtime.errors import RepertoryError
+from runtime.interfaces import ServedModel
+from runtime.text.constraint import Wanted
+from runtime.text.grammar import answer_grammar
+from runtime.types import GenerationRequest, Grammar
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """The grammar of an answer, None = any text, and notes for the `Warning` header."""
+
+    grammar: Grammar | None = None
+    notes: tuple[str, ...] = ()
+
+    def apply(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
+        """Return the requests with the grammar."""
+        if self.grammar is None:
+            return requests
+        return [msgspec.structs.replace(request, grammar=self.grammar) for request in requests]
+
+
+async def guide_answer(model: ServedModel, wanted: Wanted | None, prompt: str = "") -> Guide:
+    """Return the guide for an answer to the chat's rendered `prompt`; without one the grammar begins with the first token.
+
+    Raises InvalidRequest naming the keyword and the path of what cannot be enforced.
+    """
+    if wanted is None:
+        return Guide()
+    gate = reasoning_gate(model, prompt)
+    text, notes = await off_loop(model, lambda: answer_grammar(wanted, after_reasoning=bool(gate.reasoning_close)))
+    return Guide(msgspec.structs.replace(gate, text=text), notes)
+
+
+async def off_loop(model: ServedModel, work: Callable[[], _T]) -> _T:
+    """Run `work` in a thread. Its errors carry the model's name."""
+    try:
+        return await asyncio.to_thread(work)
+    except RepertoryError as error:
+        error.model = model.name
+        raise
+
+
+def reasoning_gate(model: ServedModel, prompt: str) -> Grammar:
+    """Return a grammar without text that says where it begins: behind the reasoning if `prompt` has opened it, or if the output may open it."""
+    output_format = model.text.output_format
+    reasoning = output_format.reasoning if output_format is not None else None
+    tail = prompt.rstrip()
+    if not tail or reasoning is None or tail.endswith(reasoning[1].rstrip()):
+        return Grammar("")
+    if tail.endswith(reasoning[0].rstrip()):
+        return Grammar("", reasoning_close=reasoning[1], starts_in_reasoning=True)
+    open_id = model.text.marker_ids([reasoning[0]]).get(reasoning[0])
+    if open_id is None or open_id >= model.facts.vocab_size:
+        return Grammar("")
+    return Grammar("", reasoning_close=reasoning[1], reasoning_open_id=open_id)
