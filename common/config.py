@@ -5,6 +5,7 @@ file. Names that end in `_bytes` take sizes such as `512MiB`, and names that end
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ from common.units import format_size, parse_size
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_CLIENT_VARIABLES = frozenset({"REPERTORY_SERVER", "REPERTORY_API_KEY"})
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_|$)")
+
 _Fields = dict[str, msgspec.inspect.Field]
 
 
@@ -27,6 +31,25 @@ def env_name(field: str) -> str:
 
 def is_true(text: str) -> bool:
     return text.strip().lower() in ("1", "true", "yes", "on")
+
+
+def unknown_variables(env: Mapping[str, str], kind: type[msgspec.Struct]) -> list[str]:
+    """Return the REPERTORY_ variables that set no field of `kind`.
+
+    The command line's own variables are left out, and those that Kubernetes sets for a service named `repertory`.
+    """
+    known = {env_name(name) for name in _names(kind)} | _CLIENT_VARIABLES
+    return sorted(
+        name for name in env if name.startswith(env_name("")) and name not in known and not _SERVICE_LINK.search(name)
+    )
+
+
+def _names(kind: type[msgspec.Struct]) -> Iterator[str]:
+    for name, field in _fields(kind).items():
+        if section := _section(field):
+            yield from _names(section)
+        else:
+            yield name
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[msgspec.Struct]) -> None:

@@ -6,6 +6,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from common import logs
 from common.addresses import check_free, parse_address
 from common.changes import Changes
 from common.clock import epoch_ms
+from common.config import unknown_variables
 from common.errors import ConfigError
 from common.version import package_version
 from mesh.api.addressing import Addressing
@@ -71,6 +73,8 @@ logger = logging.getLogger(__name__)
 def run_pod(config: MeshConfig) -> int:
     """Serve until SIGTERM or SIGINT and return the exit status: 0, or with one line on stderr 2 (invalid configuration) or 1 (cannot start)."""
     logs.set_up(as_json=config.log_json, level=config.log_level)
+    for name in unknown_variables(os.environ, MeshConfig):
+        logger.warning("the environment variable %s has no effect: docs/configuration.md lists the settings", name)
     try:
         status: int = uvloop.run(_serve(config))
         return status

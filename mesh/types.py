@@ -99,6 +99,7 @@ class RuntimeSnapshot:
     foreign: bool = False
     device_budget_bytes: int = 0
     device_used_bytes: int = 0
+    device_reserve_bytes: int = 0
     host_budget_bytes: int = 0
     host_used_bytes: int = 0
     engine_state: str = ""

@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha import reflection
 
 from common import logs
 from common.addresses import check_free, parse_address
+from common.config import unknown_variables
 from common.errors import ConfigError
 from common.exit_status import CANNOT_START, USAGE
 from runtime.api.grpc_services import add_inference_services
@@ -217,6 +218,8 @@ def main(arguments: list[str]) -> int:
     try:
         config = configure(arguments, os.environ)
         logs.set_up(as_json=config.log_json, level=config.log_level)
+        for name in unknown_variables(os.environ, RuntimeConfig):
+            log.warning("the environment variable %s has no effect: docs/configuration.md lists the settings", name)
         return int(uvloop.run(_serve(config)))
     except RepertoryError as error:
         print(f"repertory runtime: {error.message}", file=sys.stderr)

@@ -25,9 +25,11 @@ A flag overrides an environment variable, which overrides the YAML file, which o
 
 | program | flags | environment | file |
 | --- | --- | --- | --- |
-| `repertory serve` | first table | `REPERTORY_<FLAG>` | `--config FILE` with sections `mesh:` and `runtime:`, each with any field of its table |
+| `repertory serve` | first table | `REPERTORY_<FLAG>`, and `REPERTORY_<FIELD>` of any field below | `--config FILE` with sections `mesh:` and `runtime:`, each with any field of its table |
 | `repertory serve-mesh` | `--<field>` (without `-bytes`, `-s`) | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the mesh |
 | `repertory serve-runtime` | the same, engine's fields included | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the runtime, the engine's under `engine:` |
+
+A `REPERTORY_…` variable that sets nothing is named in a warning at the start. `serve` itself sets `listen`, `runtime_grpc` and `runtime_http`.
 
 Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own variables belong to the runtime's environment, other stores' keys into files of
 `storage_config_dir` (ModelMesh's `storage-config` secret, one JSON object per file), named by `--storage-key` at registration.

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.exit_status import CANNOT_START, USAGE
@@ -25,7 +25,7 @@ class SupervisedProcess:
 
     `http` is the address (`unix:PATH` or `HOST:PORT`) of its HTTP server, which is probed every `probe_interval_s`. Once the server has answered,
     `max_failed_probes` failed probes in a row mean that the process hangs. Without an address, hangs are not detected. `record` names the file in
-    which `leftovers` finds the process later.
+    which `leftovers` finds the process later. `environment` is added to this process's environment without its REPERTORY_ variables.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class SupervisedProcess:
         http: str = "",
         record: Path | None = None,
         *,
+        environment: Mapping[str, str] | None = None,
         probe_interval_s: float = _PROBE_INTERVAL_S,
         max_failed_probes: int = _MAX_FAILED_PROBES,
     ) -> None:
@@ -42,6 +43,7 @@ class SupervisedProcess:
         self._command = command
         self._http = http
         self._record = record
+        self._environment = {**_plain_environment(), **(environment or {})}
         self._probe_interval_s = probe_interval_s
         self._max_failed_probes = max_failed_probes
         self._process: asyncio.subprocess.Process | None = None
@@ -56,7 +58,7 @@ class SupervisedProcess:
         while True:
             started_s = time.monotonic()
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, env=_environment(), preexec_fn=die_with_parent, start_new_session=True
+                *self._command, env=self._environment, preexec_fn=die_with_parent, start_new_session=True
             )
             if self._record is not None:
                 leftovers.record(self._record, self._process.pid)
@@ -147,6 +149,6 @@ def reachable(address: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]"}.get(host, host) + colon + port
 
 
-def _environment() -> dict[str, str]:
+def _plain_environment() -> dict[str, str]:
     """Return the environment without REPERTORY_… variables, which `serve` has read and which would override a process's file."""
     return {name: value for name, value in os.environ.items() if not name.startswith("REPERTORY_")}

@@ -213,3 +213,9 @@ def _load_error(
     if code is grpc.StatusCode.UNAVAILABLE and is_lost:
         return Unavailable(details or code.name, model=model_id)
     return LoadFailed(f"{code.name}: {details}", model=model_id)
+
+
+async def look(address: str) -> RuntimeSnapshot | None:
+    """Return the state of the runtime at a gRPC address, or None if it does not answer or has no repertory.RuntimeState."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        return await RuntimeWatch(channel, 0).look()

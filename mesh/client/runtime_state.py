@@ -156,6 +156,7 @@ def snapshot(message: pb.RuntimeSnapshot) -> RuntimeSnapshot:
         engine_state=pb.EngineState.Name(message.engine_state).removeprefix("ENGINE_").lower(),
         engine_restarts=message.engine_restarts,
         device_name=message.device_name,
+        device_reserve_bytes=message.device_reserve_bytes,
         models=tuple(_model(model) for model in message.models),
     )
 

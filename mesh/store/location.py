@@ -1,5 +1,6 @@
 """Parses the location of the store: a URL or ModelMesh's KV_STORE value, which may name a JSON file."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -7,6 +8,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from mesh.errors import InvalidRequest
+
+_HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+([,/].*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ def parse_store(text: str) -> StoreLocation:
         raise InvalidRequest(
             f"store: {text.split('://')[0]!r} is neither etcd://HOST:PORT/PREFIX, etcd:/FILE.json nor a directory"
         )
+    if text == path and _HOST_PORT.fullmatch(text) and not Path(text).exists():
+        raise InvalidRequest(f"store: {text} is neither a directory nor a URL; write etcd://{text} for etcd")
     return EmbeddedLocation(Path(path).expanduser())
 
 

@@ -164,6 +164,8 @@ class RuntimeStateApi(RuntimeStateServicer):
         if hello is not None:
             snapshot.device_budget_bytes = hello.device_budget_bytes
             snapshot.host_budget_bytes = hello.host_budget_bytes
+            if hello.device != "cpu":
+                snapshot.device_reserve_bytes = self._config.engine.device_reserve_bytes
             snapshot.capacity_bytes = capacity_of(
                 self._config.engine.oversubscribe, hello, self._cache_budget_bytes
             ).capacity_bytes

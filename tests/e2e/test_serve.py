@@ -112,7 +112,7 @@ def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -
 def test_serve_takes_over_after_kill_9_of_the_one_before(tmp_path: Path, models: dict[str, Path]) -> None:
     """A stream runs and a load is under way. The restart gets the same addresses at once, and blames no model."""
     home, log = tmp_path / "home", tmp_path / "log"
-    flags = ("--device", "cpu", "--memory", "64MiB")
+    flags = ("--device", "cpu", "--memory", "64MiB", "--model-roots", "/")
     with stack.serve(*flags, home=home, log=log) as served:
         served.admin.register({"name": "ada", "uri": str(models["ada"])})
         expected = stream_text(served, "ada", PROMPT, 8)

@@ -22,7 +22,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RuntimeSnapshot(_message.Message):
-    __slots__ = ("device_budget_bytes", "device_used_bytes", "host_budget_bytes", "host_used_bytes", "capacity_bytes", "stranded_bytes", "engine_state", "engine_restarts", "device_name", "models")
+    __slots__ = ("device_budget_bytes", "device_used_bytes", "host_budget_bytes", "host_used_bytes", "capacity_bytes", "stranded_bytes", "engine_state", "engine_restarts", "device_name", "models", "device_reserve_bytes")
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class RuntimeSnapshot(_message.Message):
     ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_RESERVE_BYTES_FIELD_NUMBER: _ClassVar[int]
     device_budget_bytes: int
     device_used_bytes: int
     host_budget_bytes: int
@@ -43,7 +44,8 @@ class RuntimeSnapshot(_message.Message):
     engine_restarts: int
     device_name: str
     models: _containers.RepeatedCompositeFieldContainer[ModelState]
-    def __init__(self, device_budget_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., stranded_bytes: _Optional[int] = ..., engine_state: _Optional[_Union[EngineState, str]] = ..., engine_restarts: _Optional[int] = ..., device_name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ...) -> None: ...
+    device_reserve_bytes: int
+    def __init__(self, device_budget_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., stranded_bytes: _Optional[int] = ..., engine_state: _Optional[_Union[EngineState, str]] = ..., engine_restarts: _Optional[int] = ..., device_name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., device_reserve_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelState(_message.Message):
     __slots__ = ("model_id", "state", "tier", "progress", "progress_bytes", "total_bytes", "progress_text", "weight_bytes", "device_bytes", "kv_bytes", "kv_used_tokens", "kv_cached_tokens", "running", "waiting", "swap_in_s", "load_s", "quantization", "dtype", "architecture", "path", "max_model_len", "tokens_per_s", "error", "kv_usage", "prompt_tokens_total", "generated_tokens_total", "prefix_hit_tokens_total", "preemptions_total", "steps_total", "step_seconds_total", "evictions_total", "swap_ins_total")

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import re
 import socket
 import subprocess
 import sys
@@ -9,20 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load
+from common.config import load, unknown_variables
 from common.errors import ConfigError
 from common.units import GIB
-from mesh.cli import serve, serve_flags
+from mesh.cli import serve_flags
 from mesh.cli.main import main
+from mesh.cli.serve_settings import SHARED_FIELDS, Settings, settings_of
 from mesh.config import MeshConfig
+from mesh.errors import InvalidRequest
 from runtime.config.loader import configure
 from runtime.config.schema import RuntimeConfig
 
 
-def settings(*arguments: str) -> serve.Settings:
+def settings(*arguments: str, env: dict[str, str] | None = None) -> Settings:
     parser = argparse.ArgumentParser()
     serve_flags.add_flags(parser)
-    return serve.settings_of(parser.parse_args(arguments))
+    return settings_of(parser.parse_args(arguments), env or {})
 
 
 @pytest.mark.parametrize(
@@ -213,3 +216,71 @@ def test_settings_of_a_flag_at_its_default_value_still_overrides_the_file(tmp_pa
     found = settings("--config", str(file), "--device", "auto", "--grace", "30")
     assert found.runtime["engine"]["device"] == "auto"
     assert found.mesh["grace_s"] == found.runtime["grace_s"] == 30
+
+
+def test_settings_of_the_environment_reach_the_process_that_has_them(tmp_path: Path) -> None:
+    """Also settings without a flag of `serve`: a dropped `REPERTORY_MODEL_ROOTS` would be a hole in security."""
+    env = {
+        "REPERTORY_KEEP_ALIVE_S": "7",
+        "REPERTORY_ALLOW_PICKLE": "true",
+        "REPERTORY_MAX_ROWS": "9",
+        "REPERTORY_LOAD_TIMEOUT_S": "11",
+        "REPERTORY_LISTEN": "unix:/elsewhere",
+        "REPERTORY_GRACE_S": "3",
+        "OTHER": "x",
+    }
+    found = settings("--home", str(tmp_path), env=env)
+    assert found.mesh["keep_alive_s"] == 7
+    assert found.mesh["load_timeout_s"] == 11
+    assert found.mesh["grace_s"] == 3
+    assert found.runtime_environment == {
+        name: env[name]
+        for name in (
+            "REPERTORY_ALLOW_PICKLE",
+            "REPERTORY_MAX_ROWS",
+            "REPERTORY_LOAD_TIMEOUT_S",
+            "REPERTORY_GRACE_S",
+        )
+    }
+    with_flag = settings("--home", str(tmp_path), "--grace", "5", env=env)
+    assert with_flag.mesh["grace_s"] == 5
+    assert "REPERTORY_GRACE_S" not in with_flag.runtime_environment
+
+
+def test_settings_of_a_bad_variable_name_it() -> None:
+    with pytest.raises(ConfigError, match="keep_alive_s"):
+        settings(env={"REPERTORY_KEEP_ALIVE_S": "0"})
+    with pytest.raises(ConfigError, match="environment variable REPERTORY_HTTP_MAX_BODY_BYTES"):
+        settings(env={"REPERTORY_HTTP_MAX_BODY_BYTES": "much"})
+
+
+def test_shared_fields_are_those_that_both_processes_have() -> None:
+    for_the_mesh_alone = {"http_listen", "grpc_listen", "allowed_hosts", "cors_origins"}
+    both = set(MeshConfig.__struct_fields__) & set(RuntimeConfig.__struct_fields__)
+    assert both - for_the_mesh_alone == SHARED_FIELDS
+
+
+def test_unknown_variables_are_those_that_set_nothing() -> None:
+    env = dict.fromkeys(
+        (
+            "REPERTORY_MODEL_ROOT",
+            "REPERTORY_MODEL_ROOTS",
+            "REPERTORY_MAX_ROWS",
+            "REPERTORY_SERVER",
+            "REPERTORY_SERVICE_HOST",
+            "REPERTORY_PORT_8080_TCP_ADDR",
+            "REPERTORY_PORT",
+            "HOME",
+        ),
+        "",
+    )
+    assert unknown_variables(env, RuntimeConfig) == ["REPERTORY_MODEL_ROOT"]
+
+
+@pytest.mark.parametrize(
+    "store", ["etcd-0.example:2379", "10.0.0.1:2379,10.0.0.2:2379", "[::1]:2379", "host:2379/prefix"]
+)
+def test_a_store_without_a_scheme_is_refused_with_a_hint(store: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=f"write etcd://{re.escape(store)}"):
+        settings("--home", str(tmp_path), "--store", store)
+    assert settings("--home", str(tmp_path), "--store", str(tmp_path / "a:1")).mesh["store"] == str(tmp_path / "a:1")

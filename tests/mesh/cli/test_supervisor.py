@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from common.exit_status import CANNOT_START, USAGE
-from mesh.cli import leftovers, serve
+from mesh.cli import leftovers
+from mesh.cli.serve import Supervisor
 from mesh.cli.supervisor import SupervisedProcess, answers
 from tests.support.etcd import free_port
 from tests.support.waiting import until
@@ -164,20 +165,14 @@ async def test_supervised_process_is_restarted_only_if_it_has_run(
     assert await running == 0
 
 
-async def test_supervisor_kills_processes_on_a_second_signal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_supervisor_kills_processes_on_a_second_signal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first signal starts the grace period, and the second ends it."""
     stubborn = f"import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(tmp_path)!r}, 'NAME').touch(); time.sleep(600)"
-    monkeypatch.setattr(
-        serve,
-        "SupervisedProcess",
-        lambda name, *_: SupervisedProcess(name, [sys.executable, "-c", stubborn.replace("NAME", name)]),
+    runtime, mesh = (
+        SupervisedProcess(name, [sys.executable, "-c", stubborn.replace("NAME", name)]) for name in ("runtime", "mesh")
     )
     caplog.set_level("INFO")
-    (tmp_path / "run").mkdir()
-    mesh = {"http_listen": f"unix:{tmp_path}/nobody", "grpc_listen": "", "grace_s": 600.0, "log_json": False}
-    supervisor = serve._Supervisor(serve.Settings(tmp_path / "run", mesh, {"http_listen": "", "engine": {}}))
+    supervisor = Supervisor(runtime, mesh, grace_s=600.0, announce=asyncio.Event().wait)
     running = asyncio.create_task(supervisor.run())
     await until(lambda: (tmp_path / "mesh").exists() and (tmp_path / "runtime").exists())
     os.kill(os.getpid(), signal.SIGTERM)
@@ -188,19 +183,13 @@ async def test_supervisor_kills_processes_on_a_second_signal(
         assert await running == 0
 
 
-@pytest.mark.parametrize(
-    ("budget", "said"), [(64 << 20, ", 64 MiB for models"), ("64MiB", ", 64MiB for models"), (0, " s\n")]
-)
-async def test_supervisor_announces_readiness(
-    budget: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+async def test_supervised_process_gets_only_the_variables_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file may give the budget as text, which only the runtime parses."""
-
-    async def ready(*_: object) -> int:
-        return 200
-
-    monkeypatch.setattr(serve, "status_of", ready)
-    mesh = {"http_listen": "127.0.0.1:8080", "grpc_listen": "", "grace_s": 1.0, "log_json": False}
-    runtime = {"http_listen": "", "engine": {"device_budget_bytes": budget}}
-    await serve._Supervisor(serve.Settings(tmp_path, mesh, runtime))._announce()
-    assert said in capsys.readouterr().out
+    monkeypatch.setenv("REPERTORY_STORE", "read by serve")
+    script = (
+        "import os, sys; open(sys.argv[1], 'w').write(' '.join(n for n in os.environ if n[:4] == 'REPE')); sys.exit(2)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "names")]
+    await SupervisedProcess("test", command, environment={"REPERTORY_MAX_ROWS": "3"}).run(asyncio.Event())
+    assert (tmp_path / "names").read_text() == "REPERTORY_MAX_ROWS"
