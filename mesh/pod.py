@@ -22,6 +22,7 @@ from common.clock import epoch_ms
 from common.config import unknown_variables
 from common.errors import ConfigError
 from common.version import package_version
+from mesh.access.peer_keys import PeerKeys
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
 from mesh.api.grpc_server import GrpcServer
@@ -128,6 +129,11 @@ class Pod:
             session_ttl_s=config.session_ttl_s,
             default_owner=config.owner,
         )
+        self.peers = PeerKeys(
+            self.store,
+            f"{location.root_prefix}/{config.kv_prefix}/{config.service_name}/peerKey",
+            self.instance_id,
+        )
         self._static_models = parse_static_models(config.static_models)
         self._static_registered = False
         self._stopping = asyncio.Event()
@@ -157,7 +163,7 @@ class Pod:
             grace_s=config.grace_s,
             publish=self._publish_record,
         )
-        peers = HttpPeerLoads(self._connections, self.instance_id, next(iter(config.api_keys), ""))
+        peers = HttpPeerLoads(self._connections, self.peers)
         self.monitor = RuntimeMonitor(
             runtime,
             self._copies,
@@ -225,7 +231,7 @@ class Pod:
                 self._connections,
                 addressing,
                 self._metrics,
-                own_id=self.instance_id,
+                peers=self.peers,
                 limits=lambda: self.monitor.limits,
                 max_message_bytes=config.grpc_max_message_bytes,
             ),
@@ -233,6 +239,7 @@ class Pod:
                 self.registry, self.states, addressing, is_ready=self.is_ready, version=package_version()
             ),
             keys=config.api_keys,
+            peers=self.peers,
             max_message_bytes=config.grpc_max_message_bytes,
         )
         views = ModelViews(self.registry, self.states, self._last_used_ms)
@@ -242,7 +249,7 @@ class Pod:
             self._router,
             self._connections,
             self._metrics,
-            own_id=self.instance_id,
+            peers=self.peers,
             max_body_bytes=config.http_max_body_bytes,
             keep_alive_s=config.keep_alive_s,
         )
@@ -266,6 +273,7 @@ class Pod:
             ),
             self._metrics,
             keys=config.api_keys,
+            peers=self.peers,
             web_policy=policy_for(
                 config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins
             ),
@@ -291,6 +299,7 @@ class Pod:
         """Start serving. Raises StoreError, or OSError if a port is in use."""
         await self.store.open()
         await self.registry.start()
+        await self.peers.start()
         for kind, address, server in (
             ("gRPC", self._config.grpc_listen, self.grpc),
             ("HTTP", self._config.http_listen, self.http),
@@ -323,6 +332,7 @@ class Pod:
                 self._publish_readiness(),
                 self._reaper.run(),
                 self.contact.run(),
+                self.peers.run(),
             )
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})

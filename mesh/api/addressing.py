@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from mesh.access.peer_keys import PEER_HEADERS
 from mesh.api.protobuf_field import extract
-from mesh.client.connections import HOP_HEADER
 from mesh.errors import InvalidRequest, NotSupported
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -29,7 +29,7 @@ _NEVER_FORWARDED = (
     "grpc.health.",
     "grpc.reflection.",
 )
-_RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", HOP_HEADER, PREFIX_HEADER})
+_RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", *PEER_HEADERS, PREFIX_HEADER})
 # A status' details belong to the application although their key begins with grpc-.
 _APPLICATION = "grpc-status-details-bin"
 
@@ -148,18 +148,19 @@ def header(metadata: Metadata, key: str) -> str:
     return next((_text(value) for at, value in metadata if at == key), "")
 
 
-def onward(metadata: Metadata, model_id: str, *, hop_from: str = "") -> list[tuple[str, str | bytes]]:
+def onward(
+    metadata: Metadata, model_id: str, *, peer_headers: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, str | bytes]]:
     """Return the metadata for a target: the caller's own headers but for the request id, and the concrete model id.
 
-    `hop_from`: this pod's id if the target is another pod. The bearer key goes to pods only, never to a runtime.
+    `peer_headers`: of a target that is another pod. The bearer key goes to pods only, never to a runtime.
     """
-    dropped = (REQUEST_ID_HEADER,) if hop_from else (REQUEST_ID_HEADER, "authorization")
+    dropped = (REQUEST_ID_HEADER,) if peer_headers else (REQUEST_ID_HEADER, "authorization")
     passed = [(key, value) for key, value in _passed(metadata) if key not in dropped]
     passed.append((f"{MODEL_HEADER}-bin", model_id.encode()))
     if model_id.isascii() and model_id.isprintable():
         passed.append((MODEL_HEADER, model_id))
-    if hop_from:
-        passed.append((HOP_HEADER, hop_from))
+    passed.extend(peer_headers)
     return passed
 
 

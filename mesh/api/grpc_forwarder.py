@@ -12,6 +12,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from mesh.access.peer_keys import PeerKeys
 from mesh.api.addressing import REQUEST_ID_HEADER, Metadata, backward, onward
 from mesh.api.protobuf_field import inject
 from mesh.api.replay_buffer import ReplayBuffer
@@ -68,11 +69,11 @@ class GrpcForwarder:
     """`limits`: the local runtime's limits, once they are known."""
 
     def __init__(
-        self, connections: Connections, metrics: Metrics, own_id: str, limits: Callable[[], RuntimeLimits | None]
+        self, connections: Connections, metrics: Metrics, peers: PeerKeys, limits: Callable[[], RuntimeLimits | None]
     ) -> None:
         self._connections = connections
         self._metrics = metrics
-        self._own_id = own_id
+        self._peers = peers
         self._limits = limits
 
     async def forward(
@@ -116,7 +117,9 @@ class GrpcForwarder:
     ) -> tuple[ForwardedCall, asyncio.Task[bool] | None]:
         """Open the call, and a task that sends the caller's messages unless the only one is known already."""
         target = attempt.target
-        metadata = onward(request.metadata, attempt.model_id, hop_from="" if target.local else self._own_id)
+        metadata = onward(
+            request.metadata, attempt.model_id, peer_headers=() if target.local else self._peers.headers()
+        )
         metadata.append((REQUEST_ID_HEADER, request.request_id))
         channel = self._connections.grpc(target.grpc_address, of_pod=not target.local)
         rewrite = self._rewrite(request.method, attempt)

@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from mesh.access.caller import PEER, set_caller
+from mesh.access.peer_keys import PEER_KEY_HEADER, PeerKeys
 from mesh.api.inference import InferenceGateway, refuse
 from mesh.api.legacy_management import LegacyManagement
 from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
@@ -36,14 +38,17 @@ _OPEN_METHODS = frozenset(
     }
 )
 
+_CREDENTIALS = frozenset({"authorization", PEER_KEY_HEADER})
+
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 
 class KeyGuard(grpc.aio.ServerInterceptor):
-    """Requires one of the bearer keys, each of which allows everything; health and reflection need no key."""
+    """Recognises peers, and requires one of the bearer keys of other callers if there are keys; health and reflection need none."""
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
+    def __init__(self, keys: tuple[str, ...], peers: PeerKeys) -> None:
         self._keys = keys
+        self._peers = peers
         self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
             refuse(Unauthenticated("a valid API key is needed: send `authorization: Bearer KEY`"))
         )
@@ -53,10 +58,12 @@ class KeyGuard(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         if handler_call_details.method in _OPEN_METHODS:
             return await continuation(handler_call_details)
-        given = next(
-            (value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"), ""
-        )
-        return await continuation(handler_call_details) if key_is_known(str(given), self._keys) else self._refusal
+        sent = {key: str(value) for key, value in handler_call_details.invocation_metadata or () if key in _CREDENTIALS}
+        if self._peers.recognises(sent.get(PEER_KEY_HEADER, "")):
+            set_caller(PEER)
+        elif self._keys and not key_is_known(sent.get("authorization", ""), self._keys):
+            return self._refusal
+        return await continuation(handler_call_details)
 
 
 def key_is_known(authorization: str, keys: tuple[str, ...]) -> bool:
@@ -77,12 +84,13 @@ class GrpcServer:
         *,
         own_oip: OipServer,
         keys: tuple[str, ...],
+        peers: PeerKeys,
         max_message_bytes: int,
     ) -> None:
         self._address = address
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=(KeyGuard(keys),) if keys else (),
+            interceptors=(KeyGuard(keys, peers),),
             options=(
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

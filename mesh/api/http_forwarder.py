@@ -8,8 +8,9 @@ from types import TracebackType
 import aiohttp
 from yarl import URL
 
+from mesh.access.peer_keys import PEER_HEADERS, PeerKeys
 from mesh.api.addressing import MODEL_HEADER
-from mesh.client.connections import HOP_HEADER, Connections
+from mesh.client.connections import Connections
 from mesh.errors import NotSupported, Unavailable
 from mesh.routing.attempts import Attempt
 from mesh.routing.retry_policy import Failure
@@ -54,9 +55,9 @@ class HttpRequest:
 class HttpForwarder:
     """A context manager that closes the response of the last `forward`. One that was not read to its end loses its connection, which frees the row."""
 
-    def __init__(self, connections: Connections, own_id: str, request: HttpRequest) -> None:
+    def __init__(self, connections: Connections, peers: PeerKeys, request: HttpRequest) -> None:
         self._connections = connections
-        self._own_id = own_id
+        self._peers = peers
         self._request = request
         self._response: aiohttp.ClientResponse | None = None
         self._first_chunk = b""
@@ -137,7 +138,7 @@ class HttpForwarder:
         ]
         headers.append((MODEL_HEADER, model_id))
         if not target.local:
-            headers.append((HOP_HEADER, self._own_id))
+            headers += self._peers.headers()
         return headers
 
     def _close(self) -> None:
@@ -154,6 +155,6 @@ def end_to_end(headers: Headers) -> Headers:
         for key, value in headers
         if (low := key.lower()) not in _HOP_BY_HOP
         and low not in named
-        and low != HOP_HEADER
+        and low not in PEER_HEADERS
         and not low.startswith("mm-")
     ]

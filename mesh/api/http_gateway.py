@@ -8,6 +8,8 @@ import time
 from aiohttp import web
 
 from common.model_state import CopyState
+from mesh.access.caller import current_caller
+from mesh.access.peer_keys import PeerKeys
 from mesh.api.addressing import MODEL_HEADER
 from mesh.api.error_shapes import shape_for
 from mesh.api.http_body import prefix_hash, read_body
@@ -15,7 +17,7 @@ from mesh.api.http_forwarder import HttpForwarder, HttpRequest
 from mesh.api.http_relay import end_stream, relay
 from mesh.api.request_log import Record
 from mesh.api.sse_keepalive import SseKeepAlive
-from mesh.client.connections import HOP_HEADER, Connections
+from mesh.client.connections import Connections
 from mesh.errors import InvalidRequest, MeshError
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
@@ -37,7 +39,7 @@ class HttpGateway:
         connections: Connections,
         metrics: Metrics,
         *,
-        own_id: str,
+        peers: PeerKeys,
         max_body_bytes: int,
         keep_alive_s: float,
     ) -> None:
@@ -46,7 +48,7 @@ class HttpGateway:
         self._router = router
         self._connections = connections
         self._metrics = metrics
-        self._own_id = own_id
+        self._peers = peers
         self._max_body_bytes = max_body_bytes
         self._keep_alive_s = keep_alive_s
 
@@ -64,7 +66,7 @@ class HttpGateway:
         record = Record.of(request)
         record.is_inference = True
         record.request_bytes = len(body)
-        from_peer = HOP_HEADER in request.headers
+        from_peer = current_caller().is_peer
         record.model_id = request.headers.get(MODEL_HEADER, "") if from_peer else await self._resolve(name)
         routing = RoutingRequest(
             "" if from_peer else name or "",
@@ -75,7 +77,7 @@ class HttpGateway:
         forwarded = HttpRequest(request.method, request.raw_path, _headers(request, record.request_id), body)
         with (
             self._router.attempts(routing) as attempts,
-            HttpForwarder(self._connections, self._own_id, forwarded) as forwarder,
+            HttpForwarder(self._connections, self._peers, forwarded) as forwarder,
         ):
             keep_alive = self._keep_alive(request, record, attempts) if wants_events else None
             try:

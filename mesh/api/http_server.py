@@ -8,6 +8,8 @@ from aiohttp.typedefs import Handler, Middleware
 
 from common.http_path import is_ambiguous
 from common.web_policy import WebPolicy
+from mesh.access.caller import PEER, set_caller
+from mesh.access.peer_keys import PEER_KEY_HEADER, PeerKeys
 from mesh.api.grpc_server import key_is_known
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.request_log import request_log
@@ -35,13 +37,14 @@ class HttpServer:
         metrics: Metrics,
         *,
         keys: tuple[str, ...],
+        peers: PeerKeys,
         web_policy: WebPolicy | None,
         grace_s: float,
     ) -> None:
         self._address = address
         web_guard = WebGuard(web_policy, is_keyless=not keys)
         middlewares: list[Middleware] = [request_log(metrics), errors_as_json, web_guard.middleware]
-        middlewares += [*([key_guard(keys)] if keys else []), refuse_ambiguous_paths]
+        middlewares += [key_guard(keys, peers), refuse_ambiguous_paths]
         app = web.Application(middlewares=middlewares)
         web_guard.add_to(app)
         for part in routes:
@@ -94,8 +97,8 @@ async def _refuse_path(request: web.Request) -> web.StreamResponse:
     raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
-def key_guard(keys: tuple[str, ...]) -> Middleware:
-    """Return a middleware that requires one of the keys, except for health probes.
+def key_guard(keys: tuple[str, ...], peers: PeerKeys) -> Middleware:
+    """Return a middleware that recognises peers and requires one of the keys, if there are keys, except for health probes.
 
     Clients send it as a bearer key, or in `x-api-key` as Anthropic's do.
     """
@@ -103,7 +106,10 @@ def key_guard(keys: tuple[str, ...]) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         sent = (request.headers.get("Authorization", ""), f"Bearer {request.headers.get('x-api-key', '')}")
-        if request.path in _OPEN_TO_ALL or any(key_is_known(value, keys) for value in sent):
+        if peers.recognises(request.headers.get(PEER_KEY_HEADER, "")):
+            set_caller(PEER)
+            return await handler(request)
+        if not keys or request.path in _OPEN_TO_ALL or any(key_is_known(value, keys) for value in sent):
             return await handler(request)
         response = response_of(
             Unauthenticated("a valid API key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`"),

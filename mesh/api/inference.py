@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 import grpc.aio
 
+from mesh.access.caller import current_caller
+from mesh.access.peer_keys import PeerKeys
 from mesh.api.addressing import PREFIX_HEADER, REQUEST_ID_HEADER, REQUIRED_HEADER, Address, Addressing, header
 from mesh.api.grpc_forwarder import (
     ForwardingContext,
@@ -21,7 +23,7 @@ from mesh.api.known_methods import single_message_methods
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
 from mesh.api.request_log import request_id_of
-from mesh.client.connections import HOP_HEADER, Connections
+from mesh.client.connections import Connections
 from mesh.errors import MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
 from mesh.registry.registry import Registry
@@ -43,7 +45,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         addressing: Addressing,
         metrics: Metrics,
         *,
-        own_id: str,
+        peers: PeerKeys,
         limits: Callable[[], RuntimeLimits | None],
         max_message_bytes: int,
     ) -> None:
@@ -52,7 +54,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self._addressing = addressing
         self._metrics = metrics
         self._limits = limits
-        self._forwarder = GrpcForwarder(connections, metrics, own_id, limits)
+        self._forwarder = GrpcForwarder(connections, metrics, peers, limits)
         self._max_message_bytes = max_message_bytes
         self._single_message = single_message_methods()
 
@@ -110,7 +112,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             address.name,
             request.model_id,
             prefix_hash=header(request.metadata, PREFIX_HEADER),
-            local_only=bool(header(request.metadata, HOP_HEADER)),
+            local_only=current_caller().is_peer,
             time_left_s=context.time_remaining,
         )
         with self._router.attempts(routing) as attempts:

@@ -8,12 +8,13 @@ import msgspec
 from aiohttp import web
 
 from common.changes import Changes
+from common.clock import epoch_ms
+from mesh.access.caller import current_caller
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
 from mesh.api.request_log import Record
 from mesh.api.sse_keepalive import HEADERS
 from mesh.client.admin import Model
-from mesh.client.connections import HOP_HEADER
 from mesh.errors import InvalidRequest
 from mesh.placement.placement import Placement
 from mesh.registry.registry import Registry
@@ -101,8 +102,9 @@ class ModelsRoutes:
     async def load(self, request: web.Request) -> web.Response:
         """Start a load and respond at once; the status shows its progress. A load that another pod asks for takes place on this pod."""
         asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
-        if HOP_HEADER in request.headers:
-            await self._placement.ensure_loaded(asked.model, last_used_ms=asked.last_used_ms, local_only=True)
+        if current_caller().is_peer:
+            last_used_ms = min(max(asked.last_used_ms, 0), epoch_ms())
+            await self._placement.ensure_loaded(asked.model, last_used_ms=last_used_ms, local_only=True)
         else:
             record = Record.of(request)
             record.model_id = await self._resolve(asked)
@@ -112,7 +114,7 @@ class ModelsRoutes:
     async def unload(self, request: web.Request) -> web.Response:
         """Unload all copies, then respond. The model stays registered. If another pod asks, unload this pod's copy."""
         asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
-        if HOP_HEADER in request.headers:
+        if current_caller().is_peer:
             await self._placement.unload_locally(asked.model, now=asked.now)
             return _json({"success": True})
         record = Record.of(request)

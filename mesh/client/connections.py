@@ -6,8 +6,6 @@ import socket
 import aiohttp
 import grpc.aio
 
-HOP_HEADER = "repertory-hop"  # the id of the pod that forwarded the request, which is not forwarded again
-
 _CONNECT_S = 5.0
 _PING_S = 20.0  # a crashed host sends no FIN, so only pings end the requests that it had
 _PONG_S = 10.0

@@ -5,7 +5,8 @@ import asyncio
 import aiohttp
 import msgspec
 
-from mesh.client.connections import HOP_HEADER, Connections
+from mesh.access.peer_keys import PeerKeys
+from mesh.client.connections import Connections
 from mesh.errors import MeshError, Unavailable
 from mesh.registry.records import InstanceRecord
 
@@ -13,13 +14,9 @@ _ANSWER_S = 10.0
 
 
 class HttpPeerLoads:
-    """`key`: a bearer key that the pods share, or empty."""
-
-    def __init__(self, connections: Connections, own_id: str, key: str) -> None:
+    def __init__(self, connections: Connections, peers: PeerKeys) -> None:
         self._connections = connections
-        self._headers = {HOP_HEADER: own_id, "Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+        self._peers = peers
 
     async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int) -> None:
         await self._post(pod, "/models/load", {"model": model_id, "last_used_ms": last_used_ms})
@@ -30,10 +27,11 @@ class HttpPeerLoads:
     async def _post(self, pod: InstanceRecord, path: str, content: dict[str, object]) -> None:
         session, base = self._connections.http(pod.http_address)
         body = msgspec.json.encode(content)
+        headers = {**dict(self._peers.headers()), "Content-Type": "application/json"}
         try:
             async with (
                 asyncio.timeout(_ANSWER_S),
-                session.post(f"{base}{path}", data=body, headers=self._headers) as answer,
+                session.post(f"{base}{path}", data=body, headers=headers) as answer,
             ):
                 if answer.status != 200:
                     raise MeshError(f"{pod.http_address} answered {answer.status}: {(await answer.text())[:200]}")
