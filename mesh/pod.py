@@ -63,6 +63,8 @@ from mesh.registry.registry import Registry
 from mesh.registry.static_models import parse_static_models, register_static_models
 from mesh.registry.store_contact import StoreContact
 from mesh.registry.transitions import Transitions
+from mesh.routing.in_flight import InFlight
+from mesh.routing.peer_health import PeerHealth
 from mesh.routing.router import CopyRouter, Limits
 from mesh.store.factory import store_at
 from mesh.store.location import parse_store
@@ -151,6 +153,10 @@ class Pod:
         self.contact = StoreContact(
             self.store, self.registry.instances, probes, self._changes, ttl_s=config.session_ttl_s
         )
+        self._in_flight = InFlight()
+        self.peer_health = PeerHealth(
+            probes, self._in_flight, self._changes, address_of=self._http_address_of, gone_after_s=config.session_ttl_s
+        )
         runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
         record_updates = RecordUpdates(self.registry.models, self.instance_id)
         self._loads = LocalLoads(
@@ -171,6 +177,7 @@ class Pod:
             self._changes,
             first_ready=lambda: self.reconciler.first_ready(),
             changed=lambda snapshot: self.reconciler.runtime_changed(snapshot),
+            lost=self._runtime_lost,
         )
         self.states = ModelStates(
             self.registry,
@@ -178,6 +185,7 @@ class Pod:
             self._loads,
             self.monitor,
             failure_expiry_s=config.failure_expiry_s,
+            is_usable=self.peer_health.is_usable,
         )
         self.placement = Placement(
             self.registry,
@@ -217,6 +225,8 @@ class Pod:
             self._metrics,
             Target(self.instance_id, True, config.runtime_grpc, config.runtime_http),
             Limits(config.wait_budget_s, config.max_held),
+            self._in_flight,
+            self.peer_health,
             is_cut_off=lambda: self.contact.is_cut_off,
         )
         addressing = Addressing.parse(config.dataplane_config)
@@ -321,6 +331,7 @@ class Pod:
             snapshot=lambda: self.monitor.snapshot,
             num_loading=lambda: self._loads.num_loading,
             loading_threads=lambda: limits.max_loading_concurrency if (limits := self.monitor.limits) else 0,
+            can_serve=lambda: self.monitor.is_serving,
         )
         self.reconciler.start()
         self._transitions.start()
@@ -333,6 +344,7 @@ class Pod:
                 self._reaper.run(),
                 self.contact.run(),
                 self.peers.run(),
+                self.peer_health.run(),
             )
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
@@ -388,6 +400,17 @@ class Pod:
                 published = not published
                 await self.grpc.set_ready(published)
             await self._changes.wait(1.0, since=seen)
+
+    def _http_address_of(self, instance_id: str) -> str | None:
+        """Return the address to probe a pod at; None without a record, empty while the pod shuts down and answers what it has begun."""
+        record = self.registry.instances.get(instance_id)
+        if record is None:
+            return None
+        return "" if record.shutting_down else record.http_address
+
+    def _runtime_lost(self) -> None:
+        """Have requests answered elsewhere that wait for this pod's runtime, which does not answer."""
+        self._in_flight.lose(self.instance_id, committed=False)
 
     def _readiness(self) -> Readiness:
         return Readiness(

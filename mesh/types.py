@@ -88,6 +88,7 @@ class Target:
     grpc_address: str
     http_address: str  # "unix:PATH" or "HOST:PORT"
     generation: int = 0  # which load of a local copy this is: a late "not found" about an earlier one means nothing
+    is_loaded: bool = True  # False: the copy is loading, and its pod holds the request until it is loaded
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,22 +83,22 @@ class GrpcForwarder:
         started_s = time.monotonic()
         call, sending = self._start(request, attempt, inbound, context.time_remaining())
         try:
-            with _status_not_exception():
-                while isinstance(message := await call.read(), bytes):  # else grpc.aio.EOF
-                    if not attempt.is_committed:
-                        attempt.is_committed = True
-                        inbound.commit()
-                        self._metrics.first_byte(attempt.model_id, time.monotonic() - request.started_s)
-                        await _send_headers(call, context)
-                    request.response_bytes += len(message)
-                    await context.write(message)
+            try:
+                async with attempt.until_lost():
+                    await self._relay(request, attempt, call, inbound, context)
+            except TimeoutError:
+                call.cancel()
+                attempt.failure = Failure.UNAVAILABLE
+                attempt.is_committed = attempt.is_committed or not inbound.replayable
+                details = f"{attempt.target.instance_id} does not answer any more"
+                return GrpcOutcome(grpc.StatusCode.UNAVAILABLE, details, ())
             code = await call.code()
             if attempt.target.local:
                 request.invocations.append((code.name, time.monotonic() - started_s))
             if sending is not None and (error := _error_of(sending)) is not None:
                 raise error
             if code is grpc.StatusCode.OK and not attempt.is_committed:
-                attempt.is_committed = True
+                attempt.begin_response()
                 await _send_headers(call, context)
             details = await call.details() or ""
             attempt.failure = await _failure(code, details, sending)
@@ -111,6 +111,25 @@ class GrpcForwarder:
             if sending is not None:
                 sending.cancel()
             call.cancel()
+
+    async def _relay(
+        self,
+        request: GrpcRequest,
+        attempt: Attempt,
+        call: ForwardedCall,
+        inbound: ReplayBuffer,
+        context: ForwardingContext,
+    ) -> None:
+        """Relay messages until the call has ended."""
+        with _status_not_exception():
+            while isinstance(message := await call.read(), bytes):  # else grpc.aio.EOF
+                if not attempt.is_committed:
+                    attempt.begin_response()
+                    inbound.commit()
+                    self._metrics.first_byte(attempt.model_id, time.monotonic() - request.started_s)
+                    await _send_headers(call, context)
+                request.response_bytes += len(message)
+                await context.write(message)
 
     def _start(
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, timeout_s: float | None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -62,6 +63,7 @@ class HttpForwarder:
         self._response: aiohttp.ClientResponse | None = None
         self._first_chunk = b""
         self._error = ""
+        self._attempt: Attempt | None = None
         # When the last attempt began, if it went to this pod's runtime.
         self.local_since_s: float | None = None
 
@@ -80,20 +82,27 @@ class HttpForwarder:
         if not target.http_address:
             raise NotSupported("its runtime has no HTTP API; call it by gRPC", model=attempt.model_id)
         self.local_since_s = time.monotonic() if target.local else None
+        self._attempt = attempt
         session, base = self._connections.http(target.http_address)
         try:
-            self._response = await session.request(
-                self._request.method,
-                URL(base + self._request.path, encoded=True),
-                data=self._request.body,
-                headers=self._headers(attempt.model_id, target),
-                allow_redirects=False,
-            )
-            self._first_chunk = await self._response.content.readany()
+            async with attempt.until_lost():
+                self._response = await session.request(
+                    self._request.method,
+                    URL(base + self._request.path, encoded=True),
+                    data=self._request.body,
+                    headers=self._headers(attempt.model_id, target),
+                    allow_redirects=False,
+                )
+                self._first_chunk = await self._response.content.readany()
+        except TimeoutError:
+            self._close()
+            self._error = f"{target.instance_id} does not answer any more"
         except (aiohttp.ClientError, OSError) as error:
             self._close()
             self._error = f"{type(error).__name__}: {error}"
         attempt.failure = self._failure()
+        if attempt.failure is None:
+            attempt.begin_response()
 
     def raise_if_unanswered(self) -> None:
         """Raise Unavailable if the target did not answer or closed the connection first."""
@@ -111,6 +120,11 @@ class HttpForwarder:
         """The body if all of it has arrived with the headers."""
         length = self.response.headers.get("Content-Length")
         return self._first_chunk if length == str(len(self._first_chunk)) else None
+
+    def until_lost(self) -> AbstractAsyncContextManager[None]:
+        """Return a context that raises TimeoutError in its body when the target of the response is lost."""
+        assert self._attempt is not None
+        return self._attempt.until_lost()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it arrives. Raises aiohttp's errors if it breaks off."""

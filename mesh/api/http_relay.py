@@ -40,8 +40,9 @@ async def relay(
             response.headers["Content-Length"] = length
         await response.prepare(request)
     try:
-        await _relay_chunks(record, forwarder, response)
-    except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        async with forwarder.until_lost():
+            await _relay_chunks(record, forwarder, response)
+    except (TimeoutError, aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
         return await _broken_off(request, record, response, error, model_name)
     await response.write_eof()
     return response

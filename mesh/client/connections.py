@@ -6,7 +6,7 @@ import socket
 import aiohttp
 import grpc.aio
 
-_CONNECT_S = 5.0
+_CONNECT_S = 2.0
 _PING_S = 20.0  # a crashed host sends no FIN, so only pings end the requests that it had
 _PONG_S = 10.0
 _READ_BUFFER_BYTES = 256 * 1024

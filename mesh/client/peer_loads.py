@@ -10,7 +10,7 @@ from mesh.client.connections import Connections
 from mesh.errors import MeshError, Unavailable
 from mesh.registry.records import InstanceRecord
 
-_ANSWER_S = 10.0
+_ANSWER_S = 3.0
 
 
 class HttpPeerLoads:

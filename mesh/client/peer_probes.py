@@ -9,8 +9,9 @@ import msgspec
 from mesh.client.connections import Connections
 from mesh.registry.records import InstanceRecord
 from mesh.registry.store_contact import PeerGone
+from mesh.routing.peer_health import ProbeResult
 
-_ANSWER_S = 1.0
+_ANSWER_S = 0.75
 
 
 class Readiness(msgspec.Struct, frozen=True):
@@ -31,12 +32,11 @@ class HttpPeerProbes:
         readiness = await self._ask(pod.http_address)
         return None if readiness is None else readiness.store_silence_s
 
-    async def answers(self, http_address: str) -> bool:
-        """Return whether the pod answers within a second, with any status."""
+    async def probe(self, http_address: str) -> ProbeResult:
         try:
-            return await self._ask(http_address) is not None
+            return ProbeResult.SILENT if await self._ask(http_address) is None else ProbeResult.ANSWERED
         except PeerGone:
-            return False
+            return ProbeResult.REFUSED
 
     async def _ask(self, http_address: str) -> Readiness | None:
         session, base = self._connections.http(http_address)

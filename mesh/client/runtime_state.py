@@ -27,8 +27,8 @@ _Watch = grpc.aio.UnaryStreamCall[pb.WatchRequest, pb.RuntimeSnapshot]
 _SERVICE = pb.DESCRIPTOR.services_by_name["RuntimeState"].full_name
 _REFUSALS = 2  # the first may come from a connection that is breaking
 _PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
-ANSWER_S = 10.0  # a runtime without an answer by then hangs
-_SILENCE_S = 5.0  # a new call is made after this long without a message
+ANSWER_S = 2.5  # a runtime without an answer by then hangs
+_SILENCE_S = 2.5  # a new call is made after this long without a message; the contract says that one comes every 2 s
 
 _STATES = {number: CopyState[name] for name, number in pb.ModelState.State.items()}
 _TIERS = {number: Tier[name] for name, number in pb.ModelState.Tier.items()}

@@ -40,6 +40,7 @@ class Heartbeat:
         snapshot: Callable[[], RuntimeSnapshot],
         num_loading: Callable[[], int],
         loading_threads: Callable[[], int],
+        can_serve: Callable[[], bool],
     ) -> None:
         self._instances = instances
         self._identity = identity
@@ -48,6 +49,7 @@ class Heartbeat:
         self._snapshot = snapshot
         self._num_loading = num_loading
         self._loading_threads = loading_threads
+        self._can_serve = can_serve
         self._shutting_down = False
         self._published: InstanceRecord | None = None
 
@@ -96,6 +98,7 @@ class Heartbeat:
             loading_threads=self._loading_threads(),
             loads_in_progress=self._num_loading(),
             shutting_down=self._shutting_down,
+            cannot_serve=not self._can_serve(),
             device_budget_bytes=snapshot.device_budget_bytes,
             device_used_bytes=snapshot.device_used_bytes,
             host_budget_bytes=snapshot.host_budget_bytes,

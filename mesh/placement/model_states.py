@@ -1,6 +1,7 @@
 """Computes the state of a model: on this pod, over all pods, and how long a request for it would wait."""
 
 import time
+from collections.abc import Callable, Set
 
 from common.clock import epoch_ms
 from common.model_state import CopyState
@@ -26,23 +27,28 @@ class ModelStates:
         monitor: RuntimeMonitor,
         *,
         failure_expiry_s: float,
+        is_usable: Callable[[str], bool],
     ) -> None:
+        """`is_usable` returns False for a pod that does not answer this one."""
         self._registry = registry
         self._copies = copies
         self._loads = loads
         self._monitor = monitor
         self._failure_expiry_s = failure_expiry_s
+        self._is_usable = is_usable
         self._own_id = registry.instances.own_id
 
-    def status(self, model_id: str) -> StatusInfo:
+    def status(self, model_id: str, *, besides: Set[str] = frozenset()) -> StatusInfo:
+        """Return the model's state over all pods but `besides`."""
         record = self._registry.models.get(model_id)
+        pods = self.pods() if record is not None and record.instance_ids else {}
         return status_of(
             model_id,
             record,
             own_id=self._own_id,
-            own=self.local_copy(model_id),
+            own=None if self._own_id in besides else self.local_copy(model_id),
             own_model=self._monitor.model(model_id),
-            pods=self.pods() if record is not None and record.instance_ids else {},
+            pods={pod_id: pod for pod_id, pod in pods.items() if pod_id not in besides},
         )
 
     def expected_wait_s(self, model_id: str) -> float:
@@ -106,7 +112,8 @@ class ModelStates:
         return LocalCopyState(state, copy.started_ms, copy.size_bytes, self._monitor.model(model_id))
 
     def pods(self) -> dict[str, InstanceRecord]:
-        return dict(self._registry.instances.live())
+        """Return the pods that accept work and answer this pod."""
+        return {pod_id: pod for pod_id, pod in self._registry.instances.live() if self._is_usable(pod_id)}
 
     def _remote_since(self, model_id: str) -> list[int]:
         record = self._registry.models.get(model_id)

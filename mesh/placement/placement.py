@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Protocol
 
 from common.changes import Changes
@@ -78,9 +78,10 @@ class Placement:
         wait: bool = False,
         retry_failed: bool = False,
         local_only: bool = False,
+        avoid: frozenset[str] = frozenset(),
     ) -> StatusInfo:
         """Implement Loader. `retry_failed`: an explicit load request, which clears earlier failures. `local_only`: load on this pod even if another
-        one has a copy.
+        one has a copy. `avoid`: pods whose copies do not count, and that are asked to load only if no other pod can.
 
         Raises NotFound; with `wait` also Overloaded (all models are in use, so there is no room) and Unavailable (the runtime is gone).
         """
@@ -89,7 +90,7 @@ class Placement:
             raise NotFound(f"model {model_id} not found")
         used_ms = last_used_ms or epoch_ms()
         self._copies.touch(model_id, used_ms)
-        status = self._states.status(model_id)
+        status = self._states.status(model_id, besides=avoid)
         now = self._states.local_status(model_id) if local_only else status.status
         if now is ModelStatus.LOADED or (now is ModelStatus.LOADING and not wait):
             return status
@@ -100,9 +101,14 @@ class Placement:
             elif self._states.record_blocked_for_s(model_id, record) > 0:
                 return status
             await self._begin(
-                model_id, record, last_used_ms=used_ms, urgent=last_used_ms == 0 or retry_failed, local_only=local_only
+                model_id,
+                record,
+                last_used_ms=used_ms,
+                urgent=last_used_ms == 0 or retry_failed,
+                local_only=local_only,
+                avoid=avoid,
             )
-        return await self._outcome(model_id) if wait else self._states.status(model_id)
+        return await self._outcome(model_id, avoid) if wait else self._states.status(model_id)
 
     async def unload(self, model_id: str, *, now: bool = False) -> None:
         """Implement Loader. `now`: end running requests instead of waiting for them within the grace period."""
@@ -128,6 +134,18 @@ class Placement:
         """Unload this pod's copy."""
         await self._loads.unload(model_id, now=now)
 
+    def has_other_pod(self, model_id: str, avoid: Set[str]) -> bool:
+        """Return whether a pod that is not in `avoid` may load the model."""
+        record = self._registry.models.get(model_id)
+        if record is None:
+            return False
+        constraint, pods = self._constraints.of(record.info.type), self._states.pods()
+        return any(
+            constraint.allows(self._labels(pod_id, pods)) and (pod.http_address or pod_id == self._own_id)
+            for pod_id, pod in pods.items()
+            if pod_id not in avoid
+        )
+
     def load_locally(self, model_id: str, *, last_used_ms: int, urgent: bool = True) -> None:
         record = self._registry.models.get(model_id)
         if record is not None:
@@ -141,7 +159,14 @@ class Placement:
         await self._record_updates.clear_failures(model_id)
 
     async def _begin(
-        self, model_id: str, record: ModelRecord, *, last_used_ms: int, urgent: bool, local_only: bool
+        self,
+        model_id: str,
+        record: ModelRecord,
+        *,
+        last_used_ms: int,
+        urgent: bool,
+        local_only: bool,
+        avoid: frozenset[str],
     ) -> None:
         pods = self._states.pods()
         constraint = self._constraints.of(record.info.type)
@@ -151,12 +176,13 @@ class Placement:
                 f"{record.info.type}: [{', '.join(constraint.required)}]"
             )
         is_allowed_locally = constraint.allows(self._labels(self._own_id, pods))
-        if not local_only and len(pods) > 1:
-            target = await self._choose(model_id, record, pods)
+        if not local_only and pods.keys() - {self._own_id}:
+            preferred = {pod_id: pod for pod_id, pod in pods.items() if pod_id not in avoid}
+            target = await self._choose(model_id, record, preferred or pods)
             if target is not None and not target.local:
                 try:
                     await self._peers.load(pods[target.instance_id], model_id, last_used_ms=last_used_ms)
-                    await self._announced(model_id)
+                    await self._announced(model_id, avoid)
                     return
                 except MeshError as error:
                     logger.warning(
@@ -182,12 +208,13 @@ class Placement:
         except MeshError as error:
             logger.warning("model %s: pod %s cannot load it either: %s", model_id, target.instance_id, error.message)
 
-    async def _announced(self, model_id: str) -> None:
+    async def _announced(self, model_id: str, avoid: Set[str]) -> None:
         """Wait until the peer's load is in the record, so that the status is LOADING when this returns."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANNOUNCE_S):
                 await self._registry.models.table.until(
-                    model_id, lambda record: record is None or bool(record.instance_ids or record.failed_in)
+                    model_id,
+                    lambda record: record is None or bool(record.instance_ids.keys() - avoid or record.failed_in),
                 )
 
     async def _choose(self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord]) -> Pod | None:
@@ -219,7 +246,7 @@ class Placement:
             self._loads.num_loading,
         )
 
-    async def _outcome(self, model_id: str) -> StatusInfo:
+    async def _outcome(self, model_id: str, avoid: frozenset[str]) -> StatusInfo:
         started_s = time.monotonic()
         while True:
             task = self._loads.task(model_id)
@@ -229,7 +256,7 @@ class Placement:
                 if not task.cancelled() and (error := task.exception()) is not None:
                     raise error
                 return self._states.status(model_id)
-            status = self._states.status(model_id)
+            status = self._states.status(model_id, besides=avoid)
             starting = status.status is ModelStatus.NOT_LOADED and time.monotonic() - started_s < _REMOTE_START_S
             if status.status is not ModelStatus.LOADING and not starting:
                 return status

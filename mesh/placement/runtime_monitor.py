@@ -20,7 +20,7 @@ _FOREIGN_REFRESH_S = 0.3  # time for a runtime without repertory.RuntimeState to
 
 
 class RuntimeMonitor:
-    """`first_ready` is called once, when the runtime is ready for the first time."""
+    """`first_ready` is called once, when the runtime is ready for the first time; `lost` whenever it does not answer any more."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class RuntimeMonitor:
         *,
         first_ready: Callable[[], None],
         changed: Callable[[RuntimeSnapshot], None],
+        lost: Callable[[], None],
     ) -> None:
         self._runtime = runtime
         self._copies = copies
@@ -38,6 +39,7 @@ class RuntimeMonitor:
         self._changes = changes
         self._first_ready = first_ready
         self._changed = changed
+        self._lost = lost
         self._connected = False
         self.limits: RuntimeLimits | None = None
         self.snapshot = RuntimeSnapshot(0)
@@ -79,6 +81,7 @@ class RuntimeMonitor:
                 logger.warning("the runtime does not answer")
                 self._connected = False
                 self._loads.runtime_lost()
+                self._lost()
             self._set_snapshot(snapshot)
             if not gone and not self._connected:
                 await self._returned(snapshot)

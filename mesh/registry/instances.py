@@ -36,8 +36,12 @@ class Instances:
         return self.table.get(instance_id)
 
     def live(self) -> list[tuple[str, InstanceRecord]]:
-        """Return the pods that accept work, with their ids. Pods that are shutting down are left out."""
-        return [(instance_id, record) for instance_id, record in self.table.items() if not record.shutting_down]
+        """Return the pods that accept work, with their ids: not those that are shutting down or whose runtime does not answer."""
+        return [
+            (instance_id, record)
+            for instance_id, record in self.table.items()
+            if not (record.shutting_down or record.cannot_serve)
+        ]
 
     def is_leader(self) -> bool:
         """Return whether this pod does the housekeeping, which is the task of the pod whose record is the oldest."""

@@ -96,6 +96,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     # ModelMesh does not have the fields from here on.
     grpc_address: str = field(default="", name="grpcAddress")
     http_address: str = field(default="", name="httpAddress")
+    cannot_serve: bool = field(default=False, name="cannotServe")  # the runtime does not answer, or its engine restarts
     device_budget_bytes: int = field(default=0, name="deviceBudgetBytes")
     device_used_bytes: int = field(default=0, name="deviceUsedBytes")
     host_budget_bytes: int = field(default=0, name="hostBudgetBytes")

@@ -7,8 +7,12 @@
 The loop ends after the first attempt whose failure is None or may not be retried. The last target counts as in use until the `with` block ends.
 """
 
-from collections.abc import Callable
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import TracebackType
 from typing import Protocol
 
@@ -32,14 +36,68 @@ class RoutingRequest:
     time_left_s: Callable[[], float | None] = lambda: None
 
 
-@dataclass(slots=True)
+class Outcome(StrEnum):
+    """What an attempt says about its copy."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    ABANDONED = "abandoned"  # the caller left, or its deadline passed, before the first byte
+    UNKNOWN = "unknown"  # the failure does not concern the copy's health
+
+
+@dataclass(slots=True, eq=False)
 class Attempt:
-    """One target. The carrier sets `failure`; `is_committed` once a part of the response has reached the caller or the request cannot be repeated."""
+    """One target. The carrier sets `failure`, and calls `begin_response` with the first part of the response.
+
+    `is_committed`: a part of the response has reached the caller, or the request cannot be repeated.
+    """
 
     model_id: str
     target: Target
     failure: Failure | None = field(default=None, init=False)
     is_committed: bool = field(default=False, init=False)
+    is_lost: bool = field(default=False, init=False)
+    started_s: float = field(default_factory=time.monotonic, init=False)
+    first_byte_s: float | None = field(default=None, init=False)
+    has_ended: bool = field(default=False, init=False)
+    _scope: asyncio.Timeout | None = field(default=None, init=False)
+
+    def begin_response(self) -> None:
+        """Note that the first part of the response has arrived, which goes to the caller."""
+        self.is_committed = True
+        if self.first_byte_s is None:
+            self.first_byte_s = time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def until_lost(self) -> AsyncIterator[None]:
+        """Raise TimeoutError in the body when the target is lost."""
+        async with asyncio.timeout(0 if self.is_lost else None) as scope:
+            self._scope = scope
+            try:
+                yield
+            finally:
+                self._scope = None
+
+    def lose(self) -> None:
+        """End the carrier's wait, because the target does not answer any more."""
+        self.is_lost = True
+        if self._scope is not None and self._scope.when() is None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.failure is Failure.UNAVAILABLE or self.is_lost:
+            return Outcome.FAILED
+        if self.failure is not None:
+            return Outcome.UNKNOWN
+        if self.first_byte_s is not None:
+            return Outcome.ANSWERED
+        return Outcome.UNKNOWN if self.has_ended else Outcome.ABANDONED
+
+    @property
+    def waited_s(self) -> float:
+        """The seconds until the first byte, or until now."""
+        return (self.first_byte_s if self.first_byte_s is not None else time.monotonic()) - self.started_s
 
 
 class Routes(Protocol):
@@ -49,7 +107,9 @@ class Routes(Protocol):
         self, model_id: str, *, deadline_s: float | None, prefix_hash: str, exclude: frozenset[str], local_only: bool
     ) -> Target: ...
 
-    def end(self, model_id: str, target: Target) -> None: ...
+    def begin(self, attempt: Attempt) -> None: ...
+
+    def end(self, attempt: Attempt) -> None: ...
 
     def mark_lost(self, model_id: str, target: Target) -> None: ...
 
@@ -86,10 +146,12 @@ class Attempts:
         target = await self._route()
         self.is_waiting = False
         self._attempt = Attempt(self.model_id, target)
+        self._routes.begin(self._attempt)
         return self._attempt
 
     def _give_up(self, attempt: Attempt) -> None:
         """Prepare for the next attempt. Raises StopAsyncIteration if this one was the last; its target then stays in use."""
+        attempt.has_ended = True
         if attempt.failure is None or attempt.is_committed:
             raise StopAsyncIteration
         budget = self._budget.after(attempt.failure, attempt.target.instance_id)
@@ -120,5 +182,5 @@ class Attempts:
 
     def _release(self) -> None:
         if self._attempt is not None:
-            self._routes.end(self._attempt.model_id, self._attempt.target)
+            self._routes.end(self._attempt)
             self._attempt = None

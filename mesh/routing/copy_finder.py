@@ -2,6 +2,8 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 from common.clock import epoch_ms
 from common.model_state import CopyState, Tier
@@ -10,6 +12,7 @@ from mesh.placement.model_states import ModelStates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
+from mesh.routing.copy_health import CopyHealth
 from mesh.routing.copy_selection import Candidate, choose
 from mesh.types import Target
 
@@ -18,16 +21,25 @@ _MIN_LOADING_S = 0.1
 
 
 class CopyFinder:
-    """`local`: the target that stands for this pod's own runtime."""
+    """`local`: the target that stands for this pod's own runtime. `all_ejected` is called when only ejected copies exist, with their pods."""
 
     def __init__(
-        self, registry: Registry, states: ModelStates, monitor: RuntimeMonitor, copies: LocalCopies, local: Target
+        self,
+        registry: Registry,
+        states: ModelStates,
+        monitor: RuntimeMonitor,
+        copies: LocalCopies,
+        health: CopyHealth,
+        local: Target,
+        all_ejected: Callable[[str, frozenset[str]], None],
     ) -> None:
         self._registry = registry
         self._states = states
         self._monitor = monitor
         self._copies = copies
+        self._health = health
         self._local = local
+        self._all_ejected = all_ejected
         self._peer_requests: Counter[tuple[str, str]] = Counter()
         self._lost_until_s: dict[tuple[str, str], float] = {}
 
@@ -43,16 +55,19 @@ class CopyFinder:
             candidates.append(self._local_candidate(model_id))
         pods: dict[str, InstanceRecord] = {}
         if not local_only and record is not None and record.instance_ids.keys() - {own_id}:
-            pods = dict(self._registry.instances.live())
+            pods = self._states.pods()
             candidates += self._peer_candidates(model_id, record, pods, exclude)
-        chosen = choose(candidates, prefix_hash)
+        chosen = choose(candidates if len(candidates) < 2 else self._judged(model_id, candidates), prefix_hash)
         if chosen is None:
             return None
+        if self._health.of(model_id, chosen.instance_id).is_ejected(time.monotonic()) and not local_only:
+            self._all_ejected(model_id, frozenset(candidate.instance_id for candidate in candidates))
+        self._health.chosen(model_id, chosen.instance_id)
         if chosen.local:
             assert copy is not None
             return self._local_target(copy)
         pod = pods[chosen.instance_id]
-        return Target(chosen.instance_id, False, pod.grpc_address, pod.http_address)
+        return Target(chosen.instance_id, False, pod.grpc_address, pod.http_address, is_loaded=not chosen.loading_s)
 
     def begin_at_peer(self, model_id: str, instance_id: str) -> None:
         self._peer_requests[model_id, instance_id] += 1
@@ -65,6 +80,16 @@ class CopyFinder:
     def mark_lost(self, model_id: str, instance_id: str) -> None:
         """Skip a peer for this model for a few seconds, because it answered that it does not have it."""
         self._lost_until_s[model_id, instance_id] = time.monotonic() + _LOST_S
+
+    def _judged(self, model_id: str, candidates: list[Candidate]) -> list[Candidate]:
+        """Return the candidates with what this pod's own requests showed of them."""
+        now_s = time.monotonic()
+        best_s = self._health.best_s(model_id, (candidate.instance_id for candidate in candidates))
+        records = [self._health.of(model_id, candidate.instance_id) for candidate in candidates]
+        return [
+            replace(candidate, excess_s=record.excess_s(best_s, now_s), is_ejected=record.is_ejected(now_s))
+            for candidate, record in zip(candidates, records, strict=True)
+        ]
 
     def _local_target(self, copy: LocalCopy) -> Target:
         return Target(

@@ -21,7 +21,8 @@ class Candidate:
     """One copy.
 
     `in_flight`: this pod's own unfinished requests to the copy. `running` and `waiting`: what the copy last reported, which is older.
-    `loading_s`: the seconds until it is loaded; 0 if it is loaded.
+    `loading_s`: the seconds until it is loaded; 0 if it is loaded. `excess_s`: how much slower than the best copy it answered. `is_ejected`: its
+    last requests failed, so it is chosen only if all copies are ejected.
     """
 
     instance_id: str
@@ -33,6 +34,8 @@ class Candidate:
     waiting: int = 0
     in_flight: int = 0
     kv_usage: float = 0.0
+    excess_s: float = 0.0
+    is_ejected: bool = False
 
 
 def expected_wait_s(candidate: Candidate) -> float:
@@ -41,7 +44,15 @@ def expected_wait_s(candidate: Candidate) -> float:
     running = max(candidate.running, candidate.in_flight - candidate.waiting)
     kv_s = max(0.0, candidate.kv_usage - _KV_FULL) / (1 - _KV_FULL) * _KV_PRESSURE_S
     hop_s = 0.0 if candidate.local else _HOP_S
-    return candidate.loading_s + swap_s + running * _RUNNING_S + candidate.waiting * _WAITING_S + kv_s + hop_s
+    return (
+        candidate.loading_s
+        + swap_s
+        + candidate.excess_s
+        + running * _RUNNING_S
+        + candidate.waiting * _WAITING_S
+        + kv_s
+        + hop_s
+    )
 
 
 def choose(candidates: Sequence[Candidate], prefix_hash: str = "") -> Candidate | None:
@@ -54,9 +65,15 @@ def choose(candidates: Sequence[Candidate], prefix_hash: str = "") -> Candidate 
         else ""
     )
 
-    def cost(candidate: Candidate) -> tuple[float, int, bool, str]:
+    def cost(candidate: Candidate) -> tuple[bool, float, int, bool, str]:
         bonus_s = AFFINITY_S if candidate.instance_id == affine_id else 0.0
-        return expected_wait_s(candidate) - bonus_s, candidate.in_flight, not candidate.local, candidate.instance_id
+        return (
+            candidate.is_ejected,
+            expected_wait_s(candidate) - bonus_s,
+            candidate.in_flight,
+            not candidate.local,
+            candidate.instance_id,
+        )
 
     return min(candidates, key=cost)
 

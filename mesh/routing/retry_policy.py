@@ -21,19 +21,24 @@ class RetryBudget:
 
     local_only: bool = False
     reloads: int = 1
-    failovers: int = 1
+    failovers: int = 3
     status_retries: int = 3
     moves: int = 1
     exclude: frozenset[str] = frozenset()
 
     def after(self, failure: Failure, instance_id: str) -> "RetryBudget | None":
-        """The budget after an attempt at `instance_id` failed; None if the failure goes to the caller."""
+        """The budget after an attempt at `instance_id` failed; None if the failure goes to the caller, as the second one of a copy does."""
         if failure is Failure.MODEL_LOST and self.reloads:
             return replace(self, reloads=self.reloads - 1)
         if failure is Failure.STATUS_LOST and self.status_retries:
             return replace(self, status_retries=self.status_retries - 1)
-        if failure is Failure.UNAVAILABLE and self.failovers and not self.local_only:
-            return replace(self, failovers=self.failovers - 1, exclude=frozenset({instance_id}))
+        if (
+            failure is Failure.UNAVAILABLE
+            and self.failovers
+            and not self.local_only
+            and instance_id not in self.exclude
+        ):
+            return replace(self, failovers=self.failovers - 1, exclude=self.exclude | {instance_id})
         return None
 
     def after_move(self) -> "RetryBudget | None":

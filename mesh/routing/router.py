@@ -1,6 +1,8 @@
 """Routes a request to a copy of its model, and holds it while no copy is loaded."""
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from typing import Any, TypeVar
 
 from common.changes import Changes
 from common.clock import epoch_ms
-from mesh.errors import DeadlineExceeded, LoadFailed, NotFound, Overloaded, Unavailable
+from mesh.errors import DeadlineExceeded, LoadFailed, MeshError, NotFound, Overloaded, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies
 from mesh.placement.load_times import retry_after_s
@@ -17,14 +19,20 @@ from mesh.placement.placement import Placement
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.registration import name_in
 from mesh.registry.registry import Registry
-from mesh.routing.attempts import Attempts, RoutingRequest
+from mesh.routing.attempts import Attempt, Attempts, Outcome, RoutingRequest
 from mesh.routing.concurrency_limit import ConcurrencyLimit
 from mesh.routing.copy_finder import CopyFinder
+from mesh.routing.copy_health import CopyHealth
+from mesh.routing.in_flight import InFlight
+from mesh.routing.peer_health import PeerHealth
 from mesh.types import ModelStatus, Target
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _RECHECK_S = 1.0
+_REFRESH_S = 2.0  # a runtime that answers does so sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,8 @@ class CopyRouter:
         metrics: Metrics,
         local: Target,
         limits: Limits,
+        in_flight: InFlight,
+        peer_health: PeerHealth,
         *,
         is_cut_off: Callable[[], bool],
     ) -> None:
@@ -61,8 +71,14 @@ class CopyRouter:
         self._metrics = metrics
         self._local = local
         self._limits = limits
+        self._in_flight = in_flight
+        self._peer_health = peer_health
+        self._copy_health = CopyHealth()
         self._is_cut_off = is_cut_off
-        self._finder = CopyFinder(registry, states, monitor, copies, local)
+        self._finder = CopyFinder(
+            registry, states, monitor, copies, self._copy_health, local, all_ejected=self._load_beside
+        )
+        self._loads_beside: dict[str, asyncio.Task[None]] = {}
         # Of local copies with a limit, by model: the load that the limit belongs to, and the limit.
         self._concurrency: dict[str, tuple[int, ConcurrencyLimit]] = {}
         self._stopping = asyncio.Event()
@@ -99,17 +115,31 @@ class CopyRouter:
             raise NotFound(f"model {model_id} is not on this pod")
         while True:
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
+            if target is None and local_only and not self._monitor.is_serving:
+                # The pod that forwarded the request can have another pod answer it; this one would hold it.
+                raise Unavailable(
+                    "this pod's runtime does not answer", model=self._registry.name_of(model_id), retry_after_s=1
+                )
             if target is None:
                 work = self._wait_for_copy(model_id, prefix_hash, exclude, local_only)
                 started_s = time.monotonic()
                 target = await self._hold(model_id, deadline_s, work, "loaded")
                 self._metrics.waited_for_load(time.monotonic() - started_s)
             if not target.local or await self._acquire(model_id, target, deadline_s):
-                self._begin(model_id, target)
+                self._count(model_id, target)
                 return target
 
-    def end(self, model_id: str, target: Target) -> None:
-        """The request that `route` returned this target for has ended."""
+    def begin(self, attempt: Attempt) -> None:
+        """An attempt at the target that `route` returned begins."""
+        self._in_flight.add(attempt)
+
+    def end(self, attempt: Attempt) -> None:
+        """The attempt has ended, or the request that it answered."""
+        model_id, target = attempt.model_id, attempt.target
+        self._in_flight.remove(attempt)
+        self._copy_health.record(attempt)
+        if not target.local and attempt.outcome is Outcome.FAILED:
+            self._peer_health.suspect(target.instance_id)
         self._metrics.in_flight(model_id, -1)
         if not target.local:
             self._finder.end_at_peer(model_id, target.instance_id)
@@ -132,7 +162,7 @@ class CopyRouter:
         """Return the model that a name has moved to since it was resolved to `model_id`, or None."""
         return await self._registry.successor(name, model_id)
 
-    def _begin(self, model_id: str, target: Target) -> None:
+    def _count(self, model_id: str, target: Target) -> None:
         self._metrics.in_flight(model_id, +1)
         if target.local:
             self._copies.begin(model_id)
@@ -199,34 +229,59 @@ class CopyRouter:
         while True:
             if self._stopping.is_set():
                 raise _shutting_down()
-            if self._local.instance_id in exclude:
+            if self._local.instance_id in exclude and self._monitor.is_serving:
                 # The local runtime has just failed, and its last snapshot may predate the failure.
-                await self._unless_stopping(self._monitor.refresh())
-                exclude -= {self._local.instance_id}
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_REFRESH_S):
+                        await self._unless_stopping(self._monitor.refresh())
+            exclude -= {self._local.instance_id}
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
             if target is not None:
                 return target
-            await self._load(model_id, local_only)
+            await self._load(model_id, local_only, exclude)
+            exclude = frozenset()  # whatever failed before may be tried again, as the last resort
 
-    async def _load(self, model_id: str, local_only: bool) -> None:
+    async def _load(self, model_id: str, local_only: bool, exclude: frozenset[str]) -> None:
         """Return when another look is worthwhile: the model is loaded, or its copies changed. Raises if it cannot be loaded."""
         copy = self._copies.get(model_id)
+        avoid = exclude
         if copy is not None and copy.is_loaded:
-            # The copy cannot be used now: the runtime or its engine is restarting.
-            await self._changes.wait(_RECHECK_S)
-            return
-        # A copy elsewhere that was not chosen is unreachable or does not exist any more.
-        is_elsewhere = copy is None and self._states.status(model_id).status in (
+            # The copy cannot be used now: the runtime or its engine does not answer.
+            avoid |= {self._local.instance_id}
+            if local_only or not self._placement.has_other_pod(model_id, avoid):
+                await self._changes.wait(_RECHECK_S)
+                return
+        # A copy elsewhere that was not chosen does not exist any more.
+        is_elsewhere = copy is None and self._states.status(model_id, besides=avoid).status in (
             ModelStatus.LOADED,
             ModelStatus.LOADING,
         )
         outcome = await self._unless_stopping(
-            self._placement.ensure_loaded(model_id, wait=True, local_only=local_only or is_elsewhere)
+            self._placement.ensure_loaded(
+                model_id, wait=True, local_only=local_only or is_elsewhere, avoid=frozenset() if is_elsewhere else avoid
+            )
         )
         if outcome.status is ModelStatus.LOADING_FAILED:
             raise self._load_failed(model_id, outcome.errors)
         if outcome.status is ModelStatus.NOT_FOUND:
             raise NotFound(f"model {name_in(model_id)} was unregistered")
+
+    def _load_beside(self, model_id: str, ejected: frozenset[str]) -> None:
+        """Load the model on another pod, because all its copies fail; one such load at a time."""
+        if model_id in self._loads_beside or not self._placement.has_other_pod(model_id, ejected):
+            return
+        task = asyncio.create_task(
+            self._ensure_beside(model_id, ejected), name=f"load {model_id} beside {len(ejected)}"
+        )
+        self._loads_beside[model_id] = task
+        task.add_done_callback(lambda _: self._loads_beside.pop(model_id, None))
+
+    async def _ensure_beside(self, model_id: str, ejected: frozenset[str]) -> None:
+        logger.warning("model %s is loaded on another pod, because its copies on %s fail", model_id, ", ".join(ejected))
+        try:
+            await self._placement.ensure_loaded(model_id, wait=True, avoid=ejected)
+        except MeshError as error:
+            logger.warning("model %s could not be loaded on another pod: %s", model_id, error.message)
 
     def _load_failed(self, model_id: str, errors: tuple[str, ...]) -> LoadFailed:
         blocked_s = self._states.blocked_for_s(model_id)

@@ -48,6 +48,9 @@ class Switches:
     content_type: str = "text/event-stream"  # of HTTP streams
     text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
+    mute: bool = False  # inference calls hang, and the state is told all the same
+    frozen: bool = False  # as after SIGSTOP: nothing answers, not even the state
+    answer_s: float = 0.0  # before each inference answer
     end_s: float = 0.0  # between a stream's last event and its end
     max_message_bytes: int = 16 * 1024 * 1024
     max_concurrency: int = 0  # not 0: the mesh is to keep to it
@@ -126,6 +129,25 @@ class FakeRuntime:
         self.refusals += 1
         return True
 
+    def freeze(self) -> None:
+        """Answer nothing from now on, as after SIGSTOP."""
+        self.switches.frozen = True
+
+    def thaw(self) -> None:
+        self.switches.frozen = False
+        self.tell()
+
+    async def while_frozen(self) -> None:
+        while self.switches.frozen:
+            await self.changed.wait()
+
+    async def before_answer(self) -> None:
+        """Wait as long as the switches delay inference."""
+        await self.while_frozen()
+        while self.switches.mute:
+            await self.changed.wait()
+        await asyncio.sleep(self.switches.answer_s)
+
     def used_bytes(self) -> int:
         return sum(self.size_of(path) for path in self.loaded.values())
 
@@ -154,6 +176,7 @@ class FakeRuntime:
         if request.path == "/v1/nothing":
             return web.json_response({"error": {"message": "no such path", "code": None}}, status=404)
         self.calls[model_id] += 1
+        await self.before_answer()
         if not body.get("stream"):
             return web.json_response(
                 {"answer": model_id, "path": request.path, "id": request.headers.get("X-Request-Id", "")}
@@ -202,6 +225,7 @@ class _Spi(ModelRuntimeServicer):
     async def loadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
         runtime, switches = self._runtime, self._runtime.switches
         runtime.log.append(("load", request.modelId))
+        await runtime.while_frozen()
         if request.modelId in switches.quarantined:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{request.modelId} is quarantined")
         if request.modelId not in runtime.loaded:
@@ -256,6 +280,7 @@ class _State(RuntimeStateServicer):
     async def watch(self, request: state_pb.WatchRequest, context: Any) -> AsyncIterator[state_pb.RuntimeSnapshot]:
         runtime = self._runtime
         while True:
+            await runtime.while_frozen()
             changed = runtime.changed
             yield self._snapshot()
             await changed.wait()
@@ -339,6 +364,7 @@ class _AnyMethod(grpc.GenericRpcHandler):
         runtime.running += 1
         runtime.most_running = max(runtime.most_running, runtime.running)
         try:
+            await runtime.before_answer()
             await self._answer(method.rpartition("/")[2], context)
         except asyncio.CancelledError:
             runtime.cancelled.append(model_id)

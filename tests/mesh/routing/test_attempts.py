@@ -24,6 +24,8 @@ class ScriptedRoutes:
     in_flight: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     routed: list[tuple[str, str]] = field(default_factory=list)
+    begun: list[Attempt] = field(default_factory=list)
+    ended: list[Attempt] = field(default_factory=list)
 
     async def route(
         self, model_id: str, *, deadline_s: float | None, prefix_hash: str, exclude: frozenset[str], local_only: bool
@@ -38,8 +40,12 @@ class ScriptedRoutes:
         self.routed.append((model_id, allowed[0]))
         return Target(allowed[0], False, "", "")
 
-    def end(self, model_id: str, target: Target) -> None:
-        self.in_flight[target.instance_id] -= 1
+    def begin(self, attempt: Attempt) -> None:
+        self.begun.append(attempt)
+
+    def end(self, attempt: Attempt) -> None:
+        self.in_flight[attempt.target.instance_id] -= 1
+        self.ended.append(attempt)
 
     def mark_lost(self, model_id: str, target: Target) -> None:
         self.lost.append(target.instance_id)
@@ -86,11 +92,12 @@ def test_attempts_keep_to_the_policy(script: list[Ending], local_only: bool, cop
     except ConnectionError:
         assert any(ending.raises for ending in script)
     assert routes.in_flight.total() == 0
+    assert routes.begun == routes.ended
     assert 1 <= len(routes.routed) <= RetryBudget(local_only=local_only).max_attempts
     for attempt, following in pairwise(made):
         assert attempt.failure is not None, "an answer is never asked for again"
         assert not attempt.is_committed, "nothing is repeated after the first byte"
-        if attempt.failure is Failure.UNAVAILABLE and len(copies) > 1:
+        if attempt.failure is Failure.UNAVAILABLE and len(copies) > 1 and attempt is made[0]:
             assert following.target.instance_id != attempt.target.instance_id
 
 

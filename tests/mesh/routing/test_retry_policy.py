@@ -31,13 +31,15 @@ def test_retry_budget_bounds_the_attempts(budget: RetryBudget, ended: list[tuple
     attempts = run(budget, ended)
     assert len(attempts) <= budget.max_attempts
     assert [each.max_attempts for each in attempts] == [budget.max_attempts - spent for spent in range(len(attempts))]
+    unavailable = [instance_id for failure, instance_id in ended[: len(attempts) - 1] if failure is Failure.UNAVAILABLE]
+    assert len(unavailable) == len(set(unavailable)), "no copy gets a request after it was unavailable twice"
 
 
 @given(failures)
 def test_retry_budget_excludes_only_after_unavailable(ended: list[tuple[Failure, str]]) -> None:
     attempts = run(RetryBudget(), ended)
     for (failure, instance_id), before, after in zip(ended, attempts, attempts[1:], strict=False):
-        expected = frozenset({instance_id}) if failure is Failure.UNAVAILABLE else before.exclude
+        expected = before.exclude | {instance_id} if failure is Failure.UNAVAILABLE else before.exclude
         assert after.exclude == expected
 
 

@@ -1,0 +1,114 @@
+"""Runs pods of a mesh as processes, which tests and benchmarks can stop, freeze and kill."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.support.etcd import free_port
+
+
+@dataclass(eq=False)
+class MeshProcess:
+    """One pod's mesh. `directory` receives its configuration and its log."""
+
+    directory: Path
+    instance_id: str
+    grpc_address: str
+    http_address: str
+    settings: dict[str, Any]
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.http_address}"
+
+    def start(self) -> None:
+        config = {
+            "grpc_listen": self.grpc_address,
+            "http_listen": self.http_address,
+            "instance_id": self.instance_id,
+            "grace_s": 1.0,
+            **self.settings,
+        }
+        file = self.directory / f"{self.instance_id}.json"
+        file.write_text(json.dumps(config))
+        with (self.directory / f"{self.instance_id}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mesh", "serve-mesh", "--config", str(file)],
+                stdout=log,
+                stderr=log,
+                env={**os.environ},
+            )
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        give_up_s = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if time.monotonic() > give_up_s:
+                raise RuntimeError(f"{self.instance_id} is not ready: {self.log()[-3000:]}")
+            time.sleep(0.05)
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def log(self) -> str:
+        return (self.directory / f"{self.instance_id}.log").read_text()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers, from the return of this call on."""
+        freeze(self._running)
+
+    def thaw(self) -> None:
+        self._running.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    @property
+    def _running(self) -> "subprocess.Popen[bytes]":
+        assert self.process is not None
+        return self.process
+
+
+def freeze(process: "subprocess.Popen[bytes]") -> None:
+    process.send_signal(signal.SIGSTOP)
+    seen = psutil.Process(process.pid)
+    while seen.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def mesh_process(
+    directory: Path, instance_id: str, *, store: str, runtime_grpc: str, runtime_http: str = "", **settings: Any
+) -> Iterator[MeshProcess]:
+    """Start a pod and end it with the context. The caller waits until it is ready."""
+    pod = MeshProcess(
+        directory,
+        instance_id,
+        f"127.0.0.1:{free_port()}",
+        f"127.0.0.1:{free_port()}",
+        {"store": store, "runtime_grpc": runtime_grpc, "runtime_http": runtime_http, **settings},
+    )
+    pod.start()
+    try:
+        yield pod
+    finally:
+        pod.kill()
