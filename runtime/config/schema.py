@@ -32,6 +32,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_arena_path: Annotated[
         str, _about("shared memory file of the host arena, which outlives an engine crash; empty = private memory")
     ] = ""
+    tensor_parallel: Annotated[
+        int,
+        _about(
+            "number of devices that share every model, from `device` on; on a CPU the number of processes", gt=0, le=64
+        ),
+    ] = 1
     block_tokens: Annotated[int, _about("tokens per KV block", gt=0)] = 16
     max_rows: Annotated[int, _about("largest number of running sequences over all models", gt=0)] = 512
     max_batch_tokens: Annotated[int, _about("token budget of a step", gt=0)] = 8192

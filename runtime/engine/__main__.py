@@ -24,6 +24,8 @@ from runtime.engine.core.loop import EngineLoop
 from runtime.engine.core.model_table import MIN_KV_TOKENS
 from runtime.engine.grammar.mask_sources import GrammarMaskSources
 from runtime.engine.import_stubs import light_imports
+from runtime.engine.parallel.shard import Shard
+from runtime.engine.ranks.followers import Followers, end_engine
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.engine_channel import Channel
 from runtime.ipc.messages import Hello, StartFailed
@@ -46,6 +48,11 @@ def main(arguments: list[str]) -> int:
     # Loads and compilers run beside the engine thread, which must get the interpreter back soon.
     sys.setswitchinterval(0.001)
     # These imports come late, because torch takes seconds and the front waits for the connection.
+    followers: Followers | None = None
+    if config.tensor_parallel > 1:
+        # A captured graph would hold collectives that other ranks do not capture in the same turn.
+        config = msgspec.structs.replace(config, graphs=False)
+        followers = Followers(config, end_engine(lambda: _started(followers)))
     with light_imports():
         if config.device != "cpu":
             # The driver takes a second to start; it does so beside the imports.
@@ -56,7 +63,10 @@ def main(arguments: list[str]) -> int:
 
     channel = Channel(connection)
     try:
-        backend = make_backend(config)
+        shard = Shard(0, config.tensor_parallel)
+        backend = make_backend(config, shard, "" if followers is None else followers.rendezvous)
+        if followers is not None:
+            backend.limit_slabs(followers.wait_ready())
         slab_bytes = backend.slab_bytes
         channel.emit(
             Hello(
@@ -71,7 +81,17 @@ def main(arguments: list[str]) -> int:
         )
         mark = blackbox.mark if blackbox is not None else lambda _: None
         masks = GrammarMaskSources()
-        loop = EngineLoop(config, backend, channel.inbox, channel.emit, mark, time.monotonic, mask_sources=masks)
+        loop = EngineLoop(
+            config,
+            backend,
+            channel.inbox,
+            channel.emit,
+            mark,
+            time.monotonic,
+            record=None if followers is None else followers.send,
+            mask_sources=masks,
+            settle_load=_no_error if followers is None else followers.settle_load,
+        )
         # Imported objects live as long as the process, so full collections must not scan them and delay a step.
         gc.collect()
         gc.freeze()
@@ -85,7 +105,18 @@ def main(arguments: list[str]) -> int:
         return 1
     finally:
         channel.close()
+        if followers is not None:
+            followers.close()
     return 0
+
+
+def _started(followers: Followers | None) -> Followers:
+    assert followers is not None
+    return followers
+
+
+def _no_error(model_id: str) -> None:
+    """Stand for the agreement of one rank with itself."""
 
 
 def _wake_device(name: str) -> None:

@@ -35,6 +35,7 @@ from runtime.engine.operations import (
     Unload,
     UnmapKv,
 )
+from runtime.errors import RepertoryError
 
 
 class OperationExecutor:
@@ -43,6 +44,7 @@ class OperationExecutor:
     Args:
         mark: notes the model whose device work starts now, for the process that looks into a crash; "" for no model.
         record: is called with each operation before it is applied.
+        settle_load: waits until the other ranks of a tensor-parallel engine have finished a load, and returns the first error among them.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class OperationExecutor:
         backend: Backend,
         mark: Callable[[str], None] = lambda model_id: None,
         record: Callable[[Operation], None] | None = None,
+        settle_load: Callable[[str], RepertoryError | None] = lambda model_id: None,
     ) -> None:
         self._backend = backend
         self._mark = mark
         self._record = record
+        self._settle_load = settle_load
         self._queue: list[Operation] = []
         self._jobs: dict[str, LoadJob] = {}
         self._models: dict[str, LoadResult] = {}
@@ -121,9 +125,21 @@ class OperationExecutor:
         self.flush()
 
     def finish_load(self, model_id: str) -> LoadResult:
-        """Wait for a load and return its model, which must be unloaded later. Raises the load's RepertoryError."""
+        """Wait for a load and return its model, which must be unloaded later. Raises the load's RepertoryError.
+
+        The model is on all ranks or on none.
+        """
         self.flush()
-        self.apply(FinishLoad(model_id))
+        error: BaseException | None = None
+        try:
+            self.apply(FinishLoad(model_id))
+        except Exception as raised:
+            error = raised
+        remote = self._settle_load(model_id)
+        error = error or remote
+        if error is not None:
+            self.unload(model_id)
+            raise error
         return self._models[model_id]
 
     def unload(self, model_id: str) -> None:
@@ -186,9 +202,10 @@ class OperationExecutor:
             case FinishLoad(model_id):
                 self._models[model_id] = self._jobs.pop(model_id).result()
             case Unload(model_id):
-                model = self._models.pop(model_id)
-                model.runner.close()
-                model.memory.close()
+                model = self._models.pop(model_id, None)
+                if model is not None:  # else its load failed on this rank
+                    model.runner.close()
+                    model.memory.close()
         return None
 
 

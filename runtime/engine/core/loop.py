@@ -21,6 +21,7 @@ from runtime.engine.operations import Operation
 from runtime.engine.scheduler.masks import StepMasks, fill_masks
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.outputs import Step
+from runtime.errors import RepertoryError
 from runtime.ipc.messages import Command, Event, LoadFailed
 from runtime.types import FinishReason
 
@@ -52,6 +53,7 @@ class EngineLoop:
         record: is called with every device operation before it is applied.
         mask_sources: makes the mask sources of requests with a grammar; None = such requests are refused.
         drafter: guesses tokens for all models; None = no speculation.
+        settle_load: see OperationExecutor.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class EngineLoop:
         record: Callable[[Operation], None] | None = None,
         mask_sources: MaskSources | None = None,
         drafter: Drafter | None = None,
+        settle_load: Callable[[str], RepertoryError | None] = lambda model_id: None,
     ) -> None:
-        self._executor = OperationExecutor(backend, mark, record)
+        self._executor = OperationExecutor(backend, mark, record, settle_load)
         self.table = ModelTable(config, backend, self._executor, emit, drafter, mask_sources)
         self._config = config
         self._backend = backend

@@ -22,27 +22,38 @@ from runtime.engine.model.build.warmup import Warmups
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.runner import ModelRunner
+from runtime.engine.parallel.rank_group import RankGroup
+from runtime.engine.parallel.shard import WHOLE, Shard
 from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Checkpoint
 
 _LOG = logging.getLogger(__name__)
 
 
-def make_backend(config: EngineConfig) -> "EngineBackend":
+def make_backend(config: EngineConfig, shard: Shard = WHOLE, rendezvous: str = "") -> "EngineBackend":
     """Return the backend that `config.device` names ("auto": a GPU if there is one). Call it from the engine thread, on whose stream everything runs.
 
-    Raises ConfigError for a device or a budget that the machine does not have.
+    A rank of a tensor-parallel group uses the device that many places after it, and meets the others at the file `rendezvous`. Raises ConfigError for
+    a device or a budget that the machine does not have.
     """
     _quiet_libraries()
     device = _device_of(config)
     if device.type == "cuda":
         _check_gpu(config.device, device.index or 0)
+        if shard.size > 1:
+            _check_gpu(f"{config.device} for {shard.size} ranks", (device.index or 0) + shard.size - 1)
         from runtime.engine.device.cuda import CudaDevice
 
-        return EngineBackend(config, CudaDevice(torch.device("cuda", device.index or 0), config))
+        own = torch.device("cuda", (device.index or 0) + shard.rank)
+        torch.cuda.set_device(own)
+        return EngineBackend(config, CudaDevice(own, config), group=_join(shard, own, rendezvous))
     if device.type == "cpu":
-        return EngineBackend(config, CpuDevice(config))
+        return EngineBackend(config, CpuDevice(config), group=_join(shard, device, rendezvous))
     raise ConfigError(f"device {config.device} is neither auto, cpu nor cuda[:N]")
+
+
+def _join(shard: Shard, device: torch.device, rendezvous: str) -> RankGroup | None:
+    return RankGroup(shard, device, rendezvous) if shard.size > 1 else None
 
 
 def _check_gpu(name: str, index: int) -> None:
@@ -78,9 +89,21 @@ def _device_of(config: EngineConfig) -> torch.device:
 
 
 class EngineBackend:
-    """Implements interfaces.Backend. `state`: what all models share on the device; None = made for `hardware`."""
+    """Implements interfaces.Backend.
 
-    def __init__(self, config: EngineConfig, hardware: Device, state: DeviceState | None = None) -> None:
+    Args:
+        state: what all models share on the device; None = made for `hardware`.
+        group: the tensor-parallel group of which this device is one rank.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        hardware: Device,
+        state: DeviceState | None = None,
+        group: RankGroup | None = None,
+    ) -> None:
+        self._group = group
         self._config = config
         self._hardware = hardware
         self._prover = EquivalenceChecker(config.fuse)
@@ -99,6 +122,10 @@ class EngineBackend:
         self.total_slabs = hardware.memory.total_slabs
         self.host_total_bytes = hardware.host_total_bytes
         self.max_rows = config.max_rows
+
+    def limit_slabs(self, total_slabs: int) -> None:
+        """Use no more slabs than another rank has. Call it before any model is loaded."""
+        self.total_slabs = min(self.total_slabs, total_slabs)
 
     def host_free_bytes(self) -> int:
         return self._hardware.host_free_bytes()
@@ -138,6 +165,7 @@ class EngineBackend:
             min_group_bytes=hardware.min_group_bytes,
             layout_4bit=hardware.layout_4bit,
             host_order=hardware.host_order,
+            shard=WHOLE if self._group is None else self._group.shard,
         )
         if cancelled.is_set():
             raise Cancelled("loading was cancelled", model=request.model_id)
@@ -169,7 +197,8 @@ class EngineBackend:
             memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, cancelled)
             taken_s = time.monotonic()
             try:
-                built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory)
+                all_reduce = None if self._group is None else self._group.all_reduce
+                built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, all_reduce)
                 runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)
             except BaseException:
                 memory.close()

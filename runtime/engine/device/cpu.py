@@ -31,10 +31,11 @@ class CpuDevice:
     """Implements Device."""
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
+        if config.num_threads or config.tensor_parallel > 1:
+            own_share = max(1, (os.cpu_count() or 1) // config.tensor_parallel)
+            torch.set_num_threads(config.num_threads or own_share)
         slab_bytes = config.slab_bytes or _SLAB_BYTES
-        budget = config.device_budget_bytes or free_bytes() // 2
+        budget = config.device_budget_bytes or free_bytes() // (2 * config.tensor_parallel)
         check_budget(budget, slab_bytes, psutil.virtual_memory().total)
         self.device = torch.device("cpu")
         self.name = platform.processor() or platform.machine()

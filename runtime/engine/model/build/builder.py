@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.model_key import Quantization
 from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names, untie
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
-from runtime.checkpoint.name_mapping import resolve
+from runtime.checkpoint.name_mapping import Resolution, resolve
 from runtime.checkpoint.packed import Layout4Bit, PackedTensors
 from runtime.checkpoint.safetensors_index import StoredTensor, read_index, read_metadata
 from runtime.checkpoint.weight_layout import Join, Placed, TensorSpec, WeightLayout, lay_out
@@ -23,15 +23,18 @@ from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.build.bind import bind
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker, Verdict
 from runtime.engine.model.build.fuse import NoMatchError, match_stack
+from runtime.engine.model.build.sharding import TensorCuts, cut_tensors
 from runtime.engine.model.build.weight_loader import WeightFiller
 from runtime.engine.model.cpu.onednn_layout import OneDnnLayout, OneDnnMatrix
 from runtime.engine.model.run.attention import IMPLEMENTATION
 from runtime.engine.model.run.fused_spec import StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import AttentionGeometry, attention_geometry, kv_planes
+from runtime.engine.model.run.linear import AllReduce
 from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
 from runtime.engine.model.run.step import BuiltModel, CausalForward
 from runtime.engine.model.run.unfused import UnfusedForward
+from runtime.engine.parallel.shard import WHOLE, Shard, shard_config
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint, ModelFacts
 
@@ -71,15 +74,16 @@ def draw(
     min_group_bytes: int,
     layout_4bit: Layout4Bit = "bitsandbytes",
     host_order: OneDnnLayout | None = None,
+    shard: Shard = WHOLE,
 ) -> Blueprint:
     """Read configuration and headers, and decide how the model runs and where its tensors go.
 
     `layout_4bit` is the layout in which the device reads 4-bit codes: "bitsandbytes" on a CPU, "kernel" on a GPU.
-    `host_order` is the layout of matrices on a CPU. Raises LoadFailed with the model and the cause.
+    `host_order` is the layout of matrices on a CPU. `shard` is this rank of a tensor-parallel group. Raises LoadFailed with the model and the cause.
     """
     card = read_card(model_id, checkpoint, max_model_len)
     try:
-        return _draw(card, checkpoint, prover, num_threads, min_group_bytes, layout_4bit, host_order)
+        return _draw(card, checkpoint, prover, num_threads, min_group_bytes, layout_4bit, host_order, shard)
     except LoadFailed as error:
         error.model = model_id
         raise
@@ -96,6 +100,7 @@ def _draw(
     min_group_bytes: int,
     layout_4bit: Layout4Bit,
     host_order: OneDnnLayout | None,
+    shard: Shard,
 ) -> Blueprint:
     files = (checkpoint.packed_file,) if checkpoint.packed_file is not None else checkpoint.weight_files
     if not files:
@@ -106,11 +111,7 @@ def _draw(
     verdict = prover.verdict(card.model_class, card.config)
     if verdict.refused:
         raise LoadFailed(f"{card.architecture} is not supported: {verdict.reason}")
-    skeleton = build_skeleton(card.model_class, card.config, IMPLEMENTATION)
-    fix_frequencies(skeleton, card.max_model_len)
-    for alias, owner in tied_names(skeleton).items():
-        if alias in index and owner in index and _differ(index[alias], index[owner]):
-            untie(skeleton, alias)
+    skeleton = source = _skeleton(card, card.config, index)
     aliases = tied_names(skeleton)
     specs = stored_specs(skeleton, card.dtype, card.num_layers)
     num_parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
@@ -120,6 +121,10 @@ def _draw(
     else:
         resolution = resolve(skeleton, specs, index, aliases)
 
+    if shard.size > 1:
+        quantised = {name.rpartition(".")[0] for name in index if name.endswith((".absmax", ".scale"))}
+        skeleton = _skeleton(card, shard_config(card.config, shard), index)
+        specs, resolution = _cut(source, skeleton, specs, resolution, quantised, verdict, shard)
     spec, joins, reason = _choose(skeleton, specs, verdict)
     layout = lay_out(specs, joins, card.num_layers, min_group_bytes)
     ordered = _in_order(host_order, layout, _products(skeleton, spec)) if host_order is not None else {}
@@ -130,11 +135,11 @@ def _draw(
         path=f"fused: {card.num_layers} layers" if spec else f"unfused: {reason}",
         shape=attention_geometry(skeleton),
         layout=layout,
-        filler=WeightFiller(layout, resolution, skeleton, num_threads, ordered),
+        filler=WeightFiller(layout, resolution, source, num_threads, ordered),
         ordered=ordered,
         quantization=checkpoint.quantization,
         num_parameters=num_parameters,
-        identity=_identity(layout, files),
+        identity=_identity(layout, files, shard),
     )
 
 
@@ -145,10 +150,11 @@ def assemble(
     kv: KvGeometry,
     kv_dtype: torch.dtype,
     arrival: WeightReadiness,
+    all_reduce: AllReduce | None = None,
 ) -> BuiltModel:
     """Return a runnable model over `weights` and `kv_memory`, without reading either.
 
-    Both are uint8 on the engine's device, at addresses that do not change.
+    Both are uint8 on the engine's device, at addresses that do not change. `all_reduce` sums over the ranks of a tensor-parallel group.
     """
     card = blueprint.card
     device = weights.device
@@ -163,7 +169,7 @@ def assemble(
         views |= {alias: views[owner] for alias, owner in aliases.items()}
         tables = rotary_tables(blueprint.skeleton.get_submodule(blueprint.spec.rotary), device)
         forward = FusedStack(
-            blueprint.spec, views, tables, blueprint.quantization, arrival, blueprint.layout.layer_groups
+            blueprint.spec, views, tables, blueprint.quantization, arrival, blueprint.layout.layer_groups, all_reduce
         )
     else:
         bind(blueprint.skeleton, views, blueprint.quantization)
@@ -208,6 +214,38 @@ def image_views(image: Tensor, placed: Sequence[Placed]) -> dict[str, Tensor]:
         tensor.name: image[tensor.offset : tensor.offset + tensor.size_bytes].view(tensor.dtype).view(tensor.shape)
         for tensor in placed
     }
+
+
+def _skeleton(card: ModelConfig, config: Any, index: Mapping[str, StoredTensor]) -> nn.Module:
+    """Build the model without its weights. Tied tensors that the files hold with different values are untied."""
+    skeleton = build_skeleton(card.model_class, config, IMPLEMENTATION)
+    fix_frequencies(skeleton, card.max_model_len)
+    for alias, owner in tied_names(skeleton).items():
+        if alias in index and owner in index and _differ(index[alias], index[owner]):
+            untie(skeleton, alias)
+    return skeleton
+
+
+def _cut(
+    full: Any,
+    local: Any,
+    specs: Sequence[TensorSpec],
+    resolution: Resolution,
+    quantised: set[str],
+    verdict: Verdict,
+    shard: Shard,
+) -> tuple[list[TensorSpec], Resolution]:
+    """Cut the tensors of `full` for the rank whose skeleton is `local`. Raises LoadFailed for a model that has no fused form."""
+    if not verdict.fused:
+        raise LoadFailed(
+            f"it cannot be divided among {shard.size} devices, because its own code runs: {verdict.reason}"
+        )
+    try:
+        whole, part = match_stack(full, verdict.interleaved), match_stack(local, verdict.interleaved)
+    except NoMatchError as error:
+        raise LoadFailed(f"it cannot be divided among {shard.size} devices: {error}") from error
+    inner = (int(full.config.intermediate_size), int(local.config.intermediate_size))
+    return cut_tensors(specs, resolution, TensorCuts(whole, part, inner, shard), quantised)
 
 
 def _choose(skeleton: Any, specs: Sequence[TensorSpec], verdict: Verdict) -> tuple[StackSpec | None, list[Join], str]:
@@ -256,9 +294,9 @@ def _differ(a: StoredTensor, b: StoredTensor) -> bool:
     return False
 
 
-def _identity(layout: WeightLayout, files: Sequence[str]) -> str:
-    """Hash the layout of the image together with the paths, sizes and modification times of its files."""
-    digest = hashlib.blake2b(layout.digest().encode(), digest_size=16)
+def _identity(layout: WeightLayout, files: Sequence[str], shard: Shard) -> str:
+    """Hash the layout of the image together with its rank and the paths, sizes and modification times of its files."""
+    digest = hashlib.blake2b(f"{layout.digest()} {shard.rank}/{shard.size}".encode(), digest_size=16)
     for file in files:
         status = Path(file).stat()
         digest.update(f"\n{file} {status.st_size} {status.st_mtime_ns}".encode())

@@ -15,7 +15,7 @@ from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.run.attention import attend, rope_write
 from runtime.engine.model.run.fused_spec import LayerSpec, StackSpec
-from runtime.engine.model.run.linear import Linear, gated, make_linear
+from runtime.engine.model.run.linear import AllReduce, Linear, gated, make_linear, summed
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
 
@@ -45,6 +45,7 @@ class FusedStack:
         views: every tensor of the image by name, including the joined ones.
         tables: rotary tables by layer type.
         layer_groups: as in WeightLayout.
+        all_reduce: sums over the ranks of a tensor-parallel group; None = one rank.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FusedStack:
         quantization: Quantization,
         arrival: WeightReadiness,
         layer_groups: Sequence[int],
+        all_reduce: AllReduce | None = None,
     ) -> None:
         self._spec = spec
         self._tables = dict(tables)
@@ -76,9 +78,9 @@ class FusedStack:
                 spec=layer,
                 group=layer_groups[index + 1],
                 qkv=make_linear(layer.qkv.name, linears, quantization),
-                out=make_linear(layer.out.name, linears, quantization),
+                out=summed(make_linear(layer.out.name, linears, quantization), all_reduce),
                 gate_up=make_linear(layer.gate_up.name, linears, quantization),
-                down=make_linear(layer.down.name, linears, quantization),
+                down=summed(make_linear(layer.down.name, linears, quantization), all_reduce),
                 input_norm=views[f"{layer.input_norm}.weight"],
                 mlp_norm=views[f"{layer.mlp_norm}.weight"],
                 after_attention_norm=weight(layer.after_attention_norm),

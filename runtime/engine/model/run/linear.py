@@ -1,5 +1,6 @@
 """Provides linear layers over views of the weights image: unquantised, 4-bit, int8 and fp8."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -79,6 +80,26 @@ def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | 
     if isinstance(linear, Linear4):
         return linear_4bit(x, linear.weight, linear.absmax, linear.codebook, linear.bias, activation, scratch=scratch)
     return act_mul(linear(x, scratch), activation)
+
+
+AllReduce = Callable[[Tensor], Tensor]
+"""Replaces a tensor by its sum over the ranks of a tensor-parallel group, and returns it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SummedLinear:
+    """A layer whose inputs are divided among ranks: the sum of their outputs is the layer's."""
+
+    linear: Linear
+    all_reduce: AllReduce
+
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        return self.all_reduce(self.linear(x, scratch))
+
+
+def summed(linear: Linear, all_reduce: AllReduce | None) -> Linear:
+    """Return `linear` with its output summed over all ranks, or itself if there is one rank."""
+    return linear if all_reduce is None else SummedLinear(linear, all_reduce)
 
 
 class LinearModule(nn.Module):

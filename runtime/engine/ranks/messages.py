@@ -1,0 +1,31 @@
+"""What a follower reports to rank 0. In the other direction go device operations (engine.operations)."""
+
+import msgspec
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The rank has its device. `total_slabs`: the slabs of its budget."""
+
+    total_slabs: int
+
+
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """Sent every second."""
+
+
+class LoadFinished(msgspec.Struct, frozen=True, tag="load_finished"):
+    """The answer to FinishLoad. `code`: "" for a model that is there, else a gRPC status name with the error's text."""
+
+    model_id: str
+    code: str = ""
+    text: str = ""
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="rank_failed"):
+    """The rank cannot go on. `text` says why. `cannot_start`: it did not begin, and starting again would not help."""
+
+    text: str
+    cannot_start: bool = False
+
+
+Report = Ready | Alive | LoadFinished | RankFailed

@@ -1,0 +1,97 @@
+"""Several ranks on a CPU give transformers' greedy text: by family, over quantised weights, under preemption, and after eviction and return."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.model_key import Quantization
+from runtime.puller.pack.packing import pack
+from runtime.puller.pack.request import PACKED_NAME, PackRequest
+from runtime.types import Checkpoint
+from tests.support.engine_process import Engine, engine
+from tests.support.families import family
+from tests.support.llama_checkpoints import tiny_llama
+from tests.support.oracle import prompts, reference
+
+CONFIG = {"device": "cpu", "max_rows": 16, "max_batch_tokens": 64, "slab_bytes": 1 << 20, "num_threads": 1}
+
+
+def config(ranks: int, budget_slabs: int = 64, **more: object) -> dict[str, object]:
+    return {**CONFIG, "tensor_parallel": ranks, "device_budget_bytes": budget_slabs << 20, **more}
+
+
+def saved(name: str, folder: Path, seed: int = 0) -> tuple[Checkpoint, list[list[int]], list[list[int]]]:
+    """A checkpoint, prompts, and transformers' greedy texts of 24 tokens."""
+    model = family(name, seed)
+    model.save_pretrained(folder)
+    asked = prompts(3 + seed, 4)
+    files = tuple(map(str, folder.glob("*.safetensors")))
+    return Checkpoint(str(folder), files, dtype="float32"), asked, [reference(model, one, 24) for one in asked]
+
+
+def texts(running: Engine, model_id: str, asked: list[list[int]]) -> list[list[int]]:
+    return running.texts([(model_id, np.array(one, np.int32)) for one in asked], 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("llama", 2),
+        ("qwen3", 2),
+        ("gemma3", 2),
+        ("granite", 2),
+        pytest.param("qwen3", 4, id="one KV head on four ranks"),
+    ],
+)
+def test_text_of_several_ranks_equals_transformers(name: str, ranks: int, tmp_path: Path) -> None:
+    checkpoint, asked, expected = saved(name, tmp_path)
+    with engine(config(ranks)) as running:
+        loaded, _ = running.load("m", checkpoint)
+        assert texts(running, "m", asked) == expected
+        # Long prompts are computed in chunks, and their second use hits the prefix cache.
+        assert texts(running, "m", asked) == expected
+    assert loaded.facts.path.startswith("fused")
+
+
+@pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.NF4, Quantization.FP8])
+def test_quantised_weights_on_two_ranks_give_the_text_of_one(quantization: Quantization, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "m", hidden=256)
+    files = tuple(map(str, (tmp_path / "m").glob("*.safetensors")))
+    (tmp_path / "out").mkdir()
+    request = PackRequest("safetensors", str(tmp_path / "m"), files, str(tmp_path / "out"), "test", quantization)
+    pack(request, lambda event: None)
+    checkpoint = Checkpoint(str(tmp_path / "out"), (), str(tmp_path / "out" / PACKED_NAME), quantization, "float32")
+    found = []
+    for ranks in (1, 2):
+        with engine(config(ranks)) as running:
+            running.load("m", checkpoint)
+            found.append(texts(running, "m", prompts(5, 3)))
+    assert found[0] == found[1]
+
+
+def test_sharded_models_are_evicted_and_return(tmp_path: Path) -> None:
+    first, asked, expected = saved("llama", tmp_path / "a")
+    second, asked_of_second, expected_of_second = saved("llama", tmp_path / "b", seed=1)
+    with engine(config(2, budget_slabs=3, oversubscribe="disk", slab_bytes=1 << 18)) as running:
+        running.load("a", first)
+        running.load("b", second)
+        for _ in range(2):
+            assert texts(running, "a", asked) == expected
+            assert texts(running, "b", asked_of_second) == expected_of_second
+
+
+def test_load_fails_on_all_ranks_and_leaves_the_engine_running(tmp_path: Path) -> None:
+    good, asked, expected = saved("llama", tmp_path / "good")
+    undivided, _, _ = saved("gpt2", tmp_path / "gpt2")
+    with engine(config(2)) as running:
+        with pytest.raises(RuntimeError, match="GPT2Config has no intermediate_size, so it cannot be divided"):
+            running.load("gpt2", undivided)
+        running.load("good", good)
+        assert texts(running, "good", asked) == expected
+
+
+def test_heads_that_do_not_divide_are_named(tmp_path: Path) -> None:
+    checkpoint, _, _ = saved("llama", tmp_path)
+    with engine(config(3)) as running, pytest.raises(RuntimeError, match="4 attention heads, which 3 devices"):
+        running.load("m", checkpoint)
