@@ -18,7 +18,7 @@ MODEL_HEADER = "mm-model-id"
 VMODEL_HEADER = "mm-vmodel-id"
 REQUIRED_HEADER = "mm-required"  # with several ids: "all" fails the request if a model does not exist
 
-# Services between a mesh and its runtime, and those of the mesh's own server: callers must not reach a runtime's.
+# Services between a mesh and its runtime, and gRPC's own, which each server has: callers must not reach a runtime's.
 _NEVER_FORWARDED = (
     "mmesh.ModelRuntime/",
     "com.ibm.watson.modelmesh.ModelRuntime/",
@@ -26,8 +26,7 @@ _NEVER_FORWARDED = (
     "com.ibm.watson.tas.internal.proto.",
     "mmesh.ModelMesh/",
     "repertory.",
-    "grpc.health.",
-    "grpc.reflection.",
+    "grpc.",
 )
 _RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", *PEER_HEADERS, PREFIX_HEADER})
 # A status' details belong to the application although their key begins with grpc-.

@@ -9,11 +9,11 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from mesh.access.caller import PEER, set_caller
 from mesh.access.peer_keys import PEER_KEY_HEADER, PeerKeys
+from mesh.api.grpc_health import Health
+from mesh.api.grpc_reflection import REFLECTION_METHODS, reflection_handlers
 from mesh.api.inference import InferenceGateway, refuse
 from mesh.api.legacy_management import LegacyManagement
 from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
@@ -28,13 +28,14 @@ _SERVICES = (
     OIP_NAME,
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
+_HEALTH = "grpc.health.v1.Health"
 # Methods that need no key, by their full names: a prefix would also open what the pass-through forwards.
 _OPEN_METHODS = frozenset(
     {
-        "/grpc.health.v1.Health/Check",
-        "/grpc.health.v1.Health/List",
-        "/grpc.health.v1.Health/Watch",
-        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        f"/{_HEALTH}/Check",
+        f"/{_HEALTH}/List",
+        f"/{_HEALTH}/Watch",
+        *REFLECTION_METHODS,
     }
 )
 
@@ -88,7 +89,7 @@ class GrpcServer:
         max_message_bytes: int,
     ) -> None:
         self._address = address
-        self._health = HealthServicer()
+        self._health = Health()
         self._server = grpc.aio.server(
             interceptors=(KeyGuard(keys, peers),),
             options=(
@@ -108,10 +109,8 @@ class GrpcServer:
         )
         add_ModelMeshServicer_to_server(management, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server
-        )
-        self._server.add_generic_rpc_handlers((own_oip.handler(), LegacyManagement(management), gateway))
+        own = (*reflection_handlers((*_SERVICES, _HEALTH)), own_oip.handler(), LegacyManagement(management))
+        self._server.add_generic_rpc_handlers((*own, gateway))
         self.port = 0
 
     async def start(self) -> None:

@@ -96,15 +96,17 @@ class ManagementService(rpc.ModelMeshServicer):
         _require_id(request.modelId)
         if request.modelId == GET_STATE_ID:
             return self._state()
-        return await self._status_of(request.modelId)
+        model_id = await self._concrete(request.modelId)
+        return await self._status_of(request.modelId if model_id is None else model_id)
 
     async def _ensure_loaded(self, request: pb.EnsureLoadedRequest) -> pb.ModelStatusInfo:
         _require_id(request.modelId)
-        if await self._registry.models.find(request.modelId) is None:
+        model_id = await self._concrete(request.modelId)
+        if model_id is None:
             raise NotFound("model not found")
         now_ms = self._now_ms()
         last_used_ms = min(max(request.lastUsedTime, 0), now_ms) or now_ms
-        return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
+        return _status(await self._load(model_id, last_used_ms, wait=request.sync))
 
     async def _set_vmodel(self, request: pb.SetVModelRequest) -> pb.VModelStatusInfo:
         if self._read_only:
@@ -149,6 +151,16 @@ class ManagementService(rpc.ModelMeshServicer):
         if vmodel is None or (request.owner and request.owner != vmodel.owner):
             return pb.VModelStatusInfo()
         return await self._vmodel_status(vmodel)
+
+    async def _concrete(self, name: str) -> str | None:
+        """Return the id itself if it is a model's, or that of the model that a vmodel of this name stands for; None if there is neither.
+
+        ModelMesh takes model ids only. A name that `register` has made is a vmodel, and people ask by it.
+        """
+        if await self._registry.models.find(name) is not None:
+            return name
+        vmodel = await self._registry.vmodels.find(name)
+        return vmodel.active_id if vmodel is not None else None
 
     async def _load(self, model_id: str, last_used_ms: int, *, wait: bool) -> StatusInfo:
         """Load the model and return its status. A load that fails is an answer, not an error."""

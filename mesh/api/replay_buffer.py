@@ -33,6 +33,7 @@ class ReplayBuffer:
                 return None
             if self._reading is None:
                 self._reading = asyncio.create_task(self._read())
+                self._reading.add_done_callback(_retrieve)
             # A cancelled reader must not lose the message.
             await asyncio.shield(self._reading)
         message = self._kept[index - self._dropped]
@@ -62,3 +63,9 @@ class ReplayBuffer:
                 self._keep = False
         finally:
             self._reading = None
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Retrieve the exception of a read. If the call has ended meanwhile nobody waits for it, and asyncio would log a traceback."""
+    if not task.cancelled():
+        task.exception()

@@ -334,7 +334,7 @@ class _State(RuntimeStateServicer):
 
 
 class _AnyMethod(grpc.GenericRpcHandler):
-    """/test.Any/Echo: each message comes back; Slow: never ends; Big: N bytes; Count, or any GenerateStream: N messages; Fail: the status named
+    """/test.Any/Echo: each message comes back; First: only the first one does, and the call ends; Slow: never ends; Big: N bytes; Count, or any GenerateStream: N messages; Fail: the status named
     in the message; else as Echo."""
 
     def __init__(self, runtime: FakeRuntime) -> None:
@@ -379,6 +379,9 @@ class _AnyMethod(grpc.GenericRpcHandler):
                 await context.abort(
                     grpc.StatusCode[message.decode()], "as asked", (("why", "because"), ("why-bin", b"\x00\xff"))
                 )
+            if verb == "First":
+                await context.write(message)
+                return
             if verb == "Slow":
                 await context.write(b"first")
                 await asyncio.sleep(3600)

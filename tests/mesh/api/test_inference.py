@@ -374,7 +374,7 @@ async def test_key_guard_protects_inference_but_not_health(tmp_path: Path) -> No
         for method in (
             "/grpc.health.v1.Health/Checks",
             "/grpc.health.v1.Invented/Echo",
-            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            "/grpc.reflection.v1.ServerReflection/Invented",
             "/grpc.reflection.v1alpha.Invented/Echo",
         ):
             code, _ = await code_of(pod.unary(method)(b"hi", metadata=FOR_M))

@@ -308,3 +308,21 @@ async def test_management_checks_keys_of_the_own_runtime_only(
             assert "model key: sampling.top_p is 0" in (answer.details() or "")
         else:
             assert not isinstance(answer, BaseException)
+
+
+async def test_management_takes_the_name_that_one_calls(tmp_path: Path) -> None:
+    """A name that `register` has made is a vmodel over a concrete id, and an alias another one."""
+    async with running_pod(tmp_path / "pod") as pod:
+        model_id = (await pod.name("smol", "/files"))["model_id"]
+        async with pod.http.put("/admin/v1/aliases/also", json={"target": "smol"}) as answer:
+            assert answer.status == 204
+        for name in ("smol", "also", model_id):
+            assert (await pod.management.getModelStatus(pb.GetStatusRequest(modelId=name))).status == S.NOT_LOADED
+        assert (await pod.load("also")).status == S.LOADED
+        for name in ("smol", "also", model_id):
+            assert (await pod.management.getModelStatus(pb.GetStatusRequest(modelId=name))).status == S.LOADED
+        assert list(pod.runtime.loaded) == [model_id]
+        assert (await pod.management.getModelStatus(pb.GetStatusRequest(modelId="nobody"))).status == S.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await pod.load("nobody")
+        assert status_of(error) == (grpc.StatusCode.NOT_FOUND, "model not found")

@@ -1,0 +1,27 @@
+"""Serves gRPC health checks, with the List method that the library's servicer lacks."""
+
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health_pb2 as pb
+from grpc_health.v1._async import HealthServicer
+
+
+class Health:
+    """The servicer. `set` changes the status of a service."""
+
+    def __init__(self) -> None:
+        self._checks = HealthServicer()
+        self._listed: dict[str, int] = {}
+        self.Check = self._checks.Check
+        self.Watch = self._checks.Watch
+
+    async def set(self, service: str, status: int) -> None:
+        self._listed[service] = status
+        await self._checks.set(service, status)
+
+    async def List(
+        self, request: pb.HealthListRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.HealthListResponse:
+        statuses = {name: pb.HealthCheckResponse(status=status) for name, status in self._listed.items()}
+        return pb.HealthListResponse(statuses=statuses)
