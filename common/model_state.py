@@ -46,6 +46,7 @@ class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     kv_usage: float = 0.0  # 0 to 1: KV of running sequences over the KV that the model could have without a preemption
     running: int = 0  # sequences
     waiting: int = 0
+    busy_s: float = 0.0  # expected time until the running sequences have ended; 0 if none runs
     swap_in_s: float = 0.0  # expected time to bring the weights to the device; 0 if they are there
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0

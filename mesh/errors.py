@@ -96,11 +96,27 @@ class PreconditionFailed(MeshError):
 
 
 class LoadFailed(MeshError):
-    """`detail` begins with the runtime's status code, as in ModelMesh: "INTERNAL: broken model"."""
+    """`detail` begins with the runtime's status code, as in ModelMesh: "INTERNAL: broken model".
+
+    `lasting`: time alone does not help, as with a missing file or a model that exceeds the capacity.
+    """
 
     code = "INTERNAL"
     http_status = 424
     openai_type = "model_load_error"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        model: str = "",
+        limit: float | None = None,
+        value: float | None = None,
+        retry_after_s: float | None = None,
+        lasting: bool = False,
+    ) -> None:
+        super().__init__(detail, model=model, limit=limit, value=value, retry_after_s=retry_after_s)
+        self.lasting = lasting
 
     @property
     def message(self) -> str:

@@ -168,6 +168,7 @@ class Pod:
             load_timeout_s=config.load_timeout_s,
             grace_s=config.grace_s,
             publish=self._publish_record,
+            busy_s=lambda model_id: self.monitor.busy_s(model_id),
         )
         peers = HttpPeerLoads(self._connections, self.peers)
         self.monitor = RuntimeMonitor(

@@ -120,7 +120,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "wait-budget",
         "120",
         _seconds,
-        "longest time in seconds that a request waits for its model to be loaded",
+        "longest time in seconds that a request waits for its model to be loaded, or for memory that other models use",
         metavar="SECONDS",
     )
     flag(

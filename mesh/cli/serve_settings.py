@@ -42,7 +42,7 @@ _FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
     "http_listen": (("mesh", "http_listen"),),
     "grpc_listen": (("mesh", "grpc_listen"),),
     "store": (("mesh", "store"),),
-    "wait_budget": (("mesh", "wait_budget_s"),),
+    "wait_budget": (("mesh", "wait_budget_s"), ("runtime", "engine", "wait_budget_s")),
     "api_keys": (("mesh", "api_keys"),),
     "allowed_hosts": (("mesh", "allowed_hosts"),),
     "cors_origins": (("mesh", "cors_origins"),),
@@ -116,6 +116,7 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
             "oversubscribe": args.oversubscribe,
             "device_budget_bytes": args.memory,
             "host_budget_bytes": args.host_memory,
+            "wait_budget_s": max(args.wait_budget, 1.0),
         },
         **both,
     }

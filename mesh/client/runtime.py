@@ -39,6 +39,7 @@ _SIZE_S = 30.0
 _UNLOAD_S = 180.0  # Another runtime may wait for the model's requests. The caller repeats the call after this time.
 _FIT_S = 120.0  # the checkpoint may have to be inspected at its source
 _MIN_LOADING_TIMEOUT_MS = 100
+_LASTING = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
 _AT_ONCE = (("x-repertory-grace-s", "0"),)  # the mesh has waited for the model's requests; other runtimes ignore it
 
 
@@ -212,7 +213,7 @@ def _load_error(
     is_lost = not connected or any(key == "retry-after-ms" for key, _ in error.trailing_metadata() or ())
     if code is grpc.StatusCode.UNAVAILABLE and is_lost:
         return Unavailable(details or code.name, model=model_id)
-    return LoadFailed(f"{code.name}: {details}", model=model_id)
+    return LoadFailed(f"{code.name}: {details}", model=model_id, lasting=code in _LASTING)
 
 
 async def look(address: str) -> RuntimeSnapshot | None:

@@ -15,7 +15,7 @@ from mesh.errors import LoadFailed, Overloaded, StoreError, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.eviction import plan_eviction
-from mesh.placement.load_times import LoadTimes
+from mesh.placement.load_times import LoadTimes, retry_after_s
 from mesh.placement.record_updates import RecordUpdates, log_errors
 from mesh.placement.unloads import LocalUnloads
 from mesh.types import LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
@@ -46,9 +46,14 @@ class LocalLoads:
         load_timeout_s: float,
         grace_s: float,
         publish: Callable[[], Awaitable[None]],
+        busy_s: Callable[[str], float],
     ) -> None:
-        """`load_timeout_s`: 0 takes the runtime's own timeout. `grace_s`: what running requests have to finish before an unload. `publish` writes this pod's record, in which other pods see a load end."""
+        """`load_timeout_s`: 0 takes the runtime's own timeout. `grace_s`: what running requests have to finish before an unload. `publish` writes this pod's record, in which other pods see a load end.
+
+        `busy_s` returns when the running requests of a model are expected to end; 0 if that is unknown.
+        """
         self._publish = publish
+        self._busy_s = busy_s
         self._runtime = runtime
         self._record_updates = record_updates
         self._copies = copies
@@ -176,7 +181,7 @@ class LocalLoads:
             # Callers are answered after this, so every pod that reads the record says LOADED by then.
             await self._publish()
         except LoadFailed as error:
-            await self._record_failure(copy, error.detail)
+            await self._record_failure(copy, error)
         except _DeclinedError:
             pass
         finally:
@@ -278,7 +283,13 @@ class LocalLoads:
             model=copy.model_id,
             limit=capacity_bytes,
             value=size_bytes,
+            lasting=True,
         )
+
+    def room_wait_s(self) -> float | None:
+        """Return when the first model in use is expected to be idle, so that it can be unloaded; None if that is unknown."""
+        estimates = (self._busy_s(model.model_id) for model in self._copies.usage().models if model.num_users)
+        return min((seconds for seconds in estimates if seconds), default=None)
 
     def _no_room(self, copy: LocalCopy, size_bytes: int) -> Overloaded:
         return Overloaded(
@@ -286,12 +297,14 @@ class LocalLoads:
             model=copy.model_id,
             limit=self._copies.capacity_bytes,
             value=size_bytes,
-            retry_after_s=30,
+            retry_after_s=None if (wait_s := self.room_wait_s()) is None else retry_after_s(wait_s),
         )
 
-    async def _record_failure(self, copy: LocalCopy, message: str) -> None:
+    async def _record_failure(self, copy: LocalCopy, error: LoadFailed) -> None:
         self._metrics.load_failed(copy.model_id)
-        logger.warning("model failed to load", extra={"model": copy.model_id, "error": message})
+        logger.warning("model failed to load", extra={"model": copy.model_id, "error": error.detail})
         # This pod leaves the record by itself, which is no order to unload.
         copy.is_announced = False
-        await log_errors(self._record_updates.failed(copy.model_id, message, at_ms=epoch_ms()))
+        await log_errors(
+            self._record_updates.failed(copy.model_id, error.detail, at_ms=epoch_ms(), lasting=error.lasting)
+        )

@@ -63,6 +63,8 @@ class ModelStates:
             limits = self._monitor.limits
             return expected_s * (1 + self._loads.num_loading / (limits.max_loading_concurrency if limits else 1))
         model = self._monitor.model(model_id)
+        if copy.state is CopyState.QUEUED and (room_s := self._loads.room_wait_s()) is not None:
+            return room_s + expected_s  # Models in use must be idle first.
         progress = model.progress if model is not None and model.state is CopyState.LOADING else 0.0
         return remaining_s(expected_s, time.monotonic() - copy.started_s, progress)
 

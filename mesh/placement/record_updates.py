@@ -52,7 +52,7 @@ class RecordUpdates:
 
         await self._models.table.update(model_id, change)
 
-    async def failed(self, model_id: str, message: str, *, at_ms: int) -> None:
+    async def failed(self, model_id: str, message: str, *, at_ms: int, lasting: bool = False) -> None:
         """Move this pod from the pods that have the model to those that failed to load it."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
@@ -62,7 +62,7 @@ class RecordUpdates:
                 record,
                 instance_ids=_without(record.instance_ids, self._own_id),
                 failed_in={**record.failed_in, self._own_id: at_ms},
-                failures={**record.failures, self._own_id: Failure(message)},
+                failures={**record.failures, self._own_id: Failure(message, lasting)},
             )
 
         await self._models.table.update(model_id, change)

@@ -71,6 +71,11 @@ class RuntimeMonitor:
     def model(self, model_id: str) -> ModelState | None:
         return self._models.get(model_id)
 
+    def busy_s(self, model_id: str) -> float:
+        """Return the runtime's estimate of when the model's running requests end; 0 if it reports none."""
+        model = self._models.get(model_id)
+        return model.busy_s if model is not None else 0.0
+
     async def run(self) -> None:
         await self._await_ready()
         self._connected = True

@@ -17,13 +17,16 @@ from mesh.types import RuntimeClient
 
 logger = logging.getLogger(__name__)
 
+_EVICTION_GRACE_S = 120.0  # at least; no one asked for this unload, so it ends no answer that others can wait for
 _RETRIES_S = (0.5, 1.0, 2.0, 5.0)
 _RETRY_S = 10.0
 _ATTEMPTS = 90
 
 
 class LocalUnloads:
-    """Runs at most one unload per model. Running requests have `grace_s` to finish, which is the only wait: the runtime then unloads at once.
+    """Runs at most one unload per model. Running requests have `grace_s` to finish, and more if the model is evicted for another one.
+
+    The runtime then unloads at once, without a wait of its own.
 
     `is_runtime_ready` is False while the runtime's process is away.
     """
@@ -67,11 +70,12 @@ class LocalUnloads:
             if is_eviction:
                 self._metrics.evicted(copy.model_id, max(0, epoch_ms() - copy.last_used_ms))
             running = self._copies.in_flight(copy.model_id)
+            grace_s = max(self._grace_s, _EVICTION_GRACE_S) if is_eviction else self._grace_s
             logger.info(
                 "unloading model, after its running requests or the grace period",
-                extra={"model": copy.model_id, "evicted": is_eviction, "running": running, "grace_s": self._grace_s},
+                extra={"model": copy.model_id, "evicted": is_eviction, "running": running, "grace_s": grace_s},
             )
-            task = asyncio.create_task(self._unload(copy), name=f"unload {copy.model_id}")
+            task = asyncio.create_task(self._unload(copy, grace_s), name=f"unload {copy.model_id}")
             self._tasks[copy.model_id] = task
             task.add_done_callback(lambda _: self._ended(copy.model_id))
         return task
@@ -87,10 +91,10 @@ class LocalUnloads:
         if tasks:
             await asyncio.wait(tasks, timeout=5)
 
-    async def _unload(self, copy: LocalCopy) -> None:
+    async def _unload(self, copy: LocalCopy, grace_s: float) -> None:
         await log_errors(self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._grace_s):
+            async with asyncio.timeout(grace_s):
                 while self._copies.in_flight(copy.model_id) and copy.model_id not in self._hurried:
                     await self._changes.wait()
         started_s = time.monotonic()

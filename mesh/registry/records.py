@@ -25,7 +25,10 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a pod failed to load a model. `lasting`: time alone does not help."""
+
     message: str = field(default="", name="msg")
+    lasting: bool = False
 
 
 class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):

@@ -285,10 +285,13 @@ class CopyRouter:
 
     def _load_failed(self, model_id: str, errors: tuple[str, ...]) -> LoadFailed:
         blocked_s = self._states.blocked_for_s(model_id)
+        record = self._registry.models.get(model_id)
+        lasting = record is not None and any(failure.lasting for failure in record.failures.values())
         return LoadFailed(
             errors[0] if errors else "the cause is not known",
             model=self._registry.name_of(model_id),
-            retry_after_s=retry_after_s(blocked_s) if blocked_s else None,
+            retry_after_s=retry_after_s(blocked_s) if blocked_s and not lasting else None,
+            lasting=lasting,
         )
 
     async def _unless_stopping(self, work: Coroutine[Any, Any, T]) -> T:

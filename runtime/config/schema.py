@@ -49,6 +49,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         int, _about("largest number of LoRA adapters of one base on the device at once, and in one step", gt=0, le=1024)
     ] = 64
     max_adapter_rank: Annotated[int, _about("largest rank of a LoRA adapter", gt=0, le=512)] = 256
+    wait_budget_s: Annotated[
+        float,
+        _about("longest time that a model's requests wait while it runs none, because others hold the device", gt=0),
+    ] = 120.0
     kv_dtype: Annotated[str, _about("KV cache data type: auto (the model's) or fp8", pattern=r"^(auto|fp8)$")] = "auto"
     graphs: Annotated[bool, _about("capture CUDA graphs")] = True
     fuse: Annotated[bool, _about("use fused layers where the architecture allows it")] = True

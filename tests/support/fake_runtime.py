@@ -38,6 +38,7 @@ class Switches:
     load_s: float = 0.0
     load_gate: asyncio.Event | None = None
     fail: dict[str, str] = field(default_factory=dict)
+    crash: set[str] = field(default_factory=set)  # paths whose load ends as INTERNAL
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
     engine_ready: bool = True  # if not, they all do; told in the next snapshot, like everything else
@@ -46,6 +47,7 @@ class Switches:
     progress: float = 0.0
     sequences: int = 0  # that every loaded model reports as running
     content_type: str = "text/event-stream"  # of HTTP streams
+    busy_s: float = 0.0  # what every loaded model reports
     text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
     mute: bool = False  # inference calls hang, and the state is told all the same
@@ -239,6 +241,8 @@ class _Spi(ModelRuntimeServicer):
                 runtime.loading.discard(request.modelId)
             if switches.full_disk:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the disk is full")
+            if request.modelPath in switches.crash:
+                await context.abort(grpc.StatusCode.INTERNAL, "a step crashed")
             if request.modelPath in switches.fail:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, switches.fail[request.modelPath])
             size = runtime.size_of(request.modelPath)
@@ -306,6 +310,7 @@ class _State(RuntimeStateServicer):
                 tier=state_pb.ModelState.DEVICE,
                 weight_bytes=runtime.size_of(path),
                 running=runtime.switches.sequences,
+                busy_s=runtime.switches.busy_s,
             )
             for model_id, path in runtime.loaded.items()
         ]

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from runtime.engine.core.end_times import first_end_s
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
@@ -94,7 +95,8 @@ class Commands:
             waiting += Counter(opening.add.model_id for opening in self._opening.values())[add.model_id]
         if waiting >= model.max_waiting:
             text = f"{waiting} requests wait already, the limit is {model.max_waiting}"
-            self.table.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text)
+            hint_s = first_end_s(self.table.models.values(), model)
+            self.table.refuse(add.request_id, add.model_id, "RESOURCE_EXHAUSTED", text, hint_s)
             return
         arrival = self._arrivals
         self._arrivals += 1

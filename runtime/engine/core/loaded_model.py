@@ -150,8 +150,8 @@ class LoadedModel:
             self.draining,
         )
 
-    def stats(self, slab_bytes: int, kv_blocks: int) -> ModelFigures:
-        """`kv_blocks`: blocks of KV that the model could have now without a preemption."""
+    def stats(self, slab_bytes: int, kv_blocks: int, busy_s: float) -> ModelFigures:
+        """`kv_blocks`: blocks of KV that the model could have now without a preemption. `busy_s`: see ModelFigures."""
         blocks, totals = self.cache.blocks, self.scheduler.totals
         kv_bytes = blocks.slabs * slab_bytes
         return ModelFigures(
@@ -165,6 +165,7 @@ class LoadedModel:
             kv_usage=min(1.0, blocks.used_blocks / max(1, kv_blocks)),
             running=self.scheduler.running,
             waiting=len(self.scheduler.waiting),
+            busy_s=busy_s,
             swap_in_s=0.0 if self.resident else self.return_cost_s,
             prompt_tokens_total=totals.prompt_tokens,
             generated_tokens_total=totals.generated_tokens,

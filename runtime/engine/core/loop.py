@@ -16,6 +16,7 @@ from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.core.step_budget import StepBudget
+from runtime.engine.core.waits import WaitLimit
 from runtime.engine.interfaces import Backend, Drafter, Launched, MaskSources
 from runtime.engine.operations import Operation
 from runtime.engine.scheduler.masks import StepMasks, fill_masks
@@ -76,6 +77,7 @@ class EngineLoop:
         self._inbox = inbox
         self._clock = clock
         self._step_budget = StepBudget(self.table)
+        self._wait_limit = WaitLimit(self.table, config.wait_budget_s)
         self._round_robin = RoundRobin(config.quantum_us)
         self._loads = Loads(self.table, self._collect_all_of)
         self._commands = Commands(self.table, self._loads, self._round_robin, mask_sources)
@@ -112,6 +114,7 @@ class EngineLoop:
         if self._flights and (len(self._flights) > 1 or not launched):
             self._collect()
             worked = True
+        self._wait_limit.apply(now)
         self._executor.flush()
         if self._config.debug_checks:
             self.table.check()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from runtime.config.schema import EngineConfig
+from runtime.engine.core.end_times import busy_s
 from runtime.engine.core.executor import KvOperations, OperationExecutor
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
@@ -125,12 +126,15 @@ class ModelTable:
         now: float,
         code: str | None = None,
         error: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         """End sequences for a reason outside of their text, and emit it."""
         rows = []
         for sequence in sequences:
             model.scheduler.end(sequence, now)
-            rows.append(RowTokens(sequence.request_id, (), reason, error_code=code, error=error))
+            rows.append(
+                RowTokens(sequence.request_id, (), reason, error_code=code, error=error, retry_after_s=retry_after_s)
+            )
         self.emit_rows(model.model_id, rows)
 
     def fail_rows(self, model: LoadedModel, sequences: Iterable[Sequence], error: str) -> None:
@@ -138,8 +142,9 @@ class ModelTable:
         rows = [RowTokens(s.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error=error) for s in sequences]
         self.emit_rows(model.model_id, rows)
 
-    def refuse(self, request_id: int, model_id: str, code: str, error: str) -> None:
-        self.emit_rows(model_id, [RowTokens(request_id, (), FinishReason.ERROR, error_code=code, error=error)])
+    def refuse(self, request_id: int, model_id: str, code: str, error: str, retry_after_s: float | None = None) -> None:
+        row = RowTokens(request_id, (), FinishReason.ERROR, error_code=code, error=error, retry_after_s=retry_after_s)
+        self.emit_rows(model_id, [row])
 
     def emit_rows(self, model_id: str, rows: list[RowTokens]) -> None:
         if rows:
@@ -164,14 +169,14 @@ class ModelTable:
     def stats(self) -> EngineStats:
         slab_bytes = self.backend.slab_bytes
         models = self.models.values()
-        kv_blocks = self.resident.kv_blocks_of_all()
+        kv_blocks, busy = self.resident.kv_blocks_of_all(), busy_s(models)
         return EngineStats(
             device_budget_bytes=self.slabs.total * slab_bytes,
             device_used_bytes=(self.slabs.total - self.slabs.free) * slab_bytes,
             host_budget_bytes=self.backend.host_total_bytes,
             host_used_bytes=self.backend.host_total_bytes - self.backend.host_free_bytes() + self._grammar_bytes,
             stranded_bytes=sum(model.stranded_bytes() for model in models),
-            models=tuple(model.stats(slab_bytes, kv_blocks[model.model_id]) for model in models),
+            models=tuple(model.stats(slab_bytes, kv_blocks[model.model_id], busy[model.model_id]) for model in models),
         )
 
     def check(self) -> None:

@@ -37,7 +37,7 @@ class Reservations:
     ) -> bool:
         """Whether `room` suffices for `running` and `sequence`, whose first `hits` blocks are cached. Sets the blocks to reserve for it."""
         block_tokens = self._block_tokens
-        remaining = self._lengths.expected(sequence.max_output_tokens, sequence.num_output_tokens)
+        remaining = self.expected_left(sequence)
         sequence.reserved_blocks = blocks_for(len(sequence.tokens) + remaining, block_tokens)
         if not running:
             # A lone sequence begins with the room for its next token. Later it takes blocks from other models, or it is preempted.
@@ -49,7 +49,7 @@ class Reservations:
             self.promised_blocks = self._reserved + sequence.reserved_blocks
             return True
         held = [len(s.tokens) - s.num_shared_blocks * block_tokens for s in running]
-        left = [self._lengths.expected(s.max_output_tokens, s.num_output_tokens) for s in running]
+        left = [self.expected_left(s) for s in running]
         own = sum(len(s.block_ids) - s.num_shared_blocks for s in running)
         base = max(self._cache.blocks.used_blocks - own, 0) + self._cache.idle_among(sequence.block_hashes[:hits])
         held.append(len(sequence.tokens) - hits * block_tokens)
@@ -76,6 +76,15 @@ class Reservations:
         self._changed_s = now
         self._reserved -= sequence.reserved_blocks
         self.promised_blocks = min(self.promised_blocks, self._reserved)
+
+    def expected_left(self, sequence: Sequence) -> int:
+        """Return how many tokens the sequence is expected to draw yet."""
+        return self._lengths.expected(sequence.max_output_tokens, sequence.num_output_tokens)
+
+    def steps_left(self, running: AbstractSet[Sequence]) -> tuple[int, int]:
+        """Return the expected steps until the first and until the last of these sequences ends; (0, 0) if there is none."""
+        left = [self.expected_left(sequence) for sequence in running]
+        return (min(left), max(left)) if left else (0, 0)
 
     def record_length(self, sequence: Sequence) -> None:
         """Learn from a sequence that has ended."""

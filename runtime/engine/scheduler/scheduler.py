@@ -41,9 +41,8 @@ class Scheduler:
         self._rules = StopRules(eos)
         self._decode = DecodeBatch(rows.total)
         self._prefill: list[Sequence] = []
-        self._lockstep: dict[
-            Sequence, None
-        ] = {}  # past their prompts; each step needs the result of the sequence's last one
+        # Past their prompts; each step needs the result of the sequence's last one.
+        self._lockstep: dict[Sequence, None] = {}
         self._live: dict[int, Sequence] = {}
         self._flying: list[Step] = []
         self._planned = 0
@@ -98,6 +97,10 @@ class Scheduler:
     def lacks_block(self) -> bool:
         """Whether a row past its prompt needs another block for its next token."""
         return bool(self._without_room())
+
+    def steps_left(self) -> tuple[int, int]:
+        """Return the expected steps until the first and until the last running sequence ends; (0, 0) if none runs."""
+        return self._reservations.steps_left(self._running)
 
     def starved(self) -> Sequence | None:
         """Return the first sequence that lacks room, after an empty plan with nothing in flight."""
@@ -262,10 +265,9 @@ class Scheduler:
         sequence.num_published_blocks = hits
         sequence.num_computed_tokens = hits * self._block_tokens
         if not sequence.first_token_sent:
-            self.totals.prefix_hit_tokens += (
-                min(sequence.num_computed_tokens, sequence.prompt_len) - sequence.num_cached_tokens
-            )
-            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_len)
+            cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_len)
+            self.totals.prefix_hit_tokens += cached_tokens - sequence.num_cached_tokens
+            sequence.num_cached_tokens = cached_tokens
             sequence.prompt_logprobs = [] if sequence.wants_prompt_logprobs else None
         if sequence.queued_s is None:
             sequence.queued_s = now - sequence.arrived_s

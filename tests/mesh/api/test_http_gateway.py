@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until, until_async
 
@@ -89,6 +90,33 @@ async def test_gateway_wait_budget_ends_in_503_or_an_error_event(tmp_path: Path)
         assert "wait budget" in events(text)[-1]["error"]["message"]
         assert "[DONE]" not in text
         gate.set()
+
+
+async def test_gateway_retry_hint_comes_from_the_answer_that_holds_the_memory(tmp_path: Path) -> None:
+    switches = Switches(capacity_bytes=15 * MB, chunk_s=600.0, sequences=1, busy_s=95.0)
+    async with running_pod(tmp_path / "pod", switches=switches, wait_budget_s=0.4) as pod:
+        for name in ("held", "wanted"):
+            await pod.name(name, f"/{name}")
+        answer = asyncio.create_task(pod.chat("held", stream=True))
+        await until(lambda: pod.runtime.calls)
+        await until(lambda: pod.pod.monitor.busy_s(next(iter(pod.runtime.loaded))) == 95.0)
+        status, _, headers = await pod.chat("wanted")
+        assert status == 503
+        assert 95 <= int(headers["Retry-After"]) <= 110
+        answer.cancel()
+
+
+@pytest.mark.parametrize(("cause", "hinted"), [("missing", False), ("crashed", True)])
+async def test_gateway_sends_no_retry_hint_where_time_does_not_help(tmp_path: Path, cause: str, hinted: bool) -> None:
+    async with running_pod(tmp_path / "pod", failure_expiry_s=60.0) as pod:
+        await pod.name("smol", "/files")
+        if cause == "missing":
+            pod.runtime.switches.fail["/files"] = "no such files"
+        else:
+            pod.runtime.switches.crash.add("/files")
+        for _ in range(2):  # from the load, and from its record
+            status, _, headers = await pod.chat("smol")
+            assert (status, "Retry-After" in headers) == (424, hinted)
 
 
 async def test_gateway_load_failure_has_its_own_status(pod: RunningPod) -> None:

@@ -160,6 +160,42 @@ def test_loop_runs_second_model_beside_long_answer_while_memory_is_free() -> Non
     made.close()
 
 
+def test_loop_bounds_wait_for_memory_that_another_model_holds() -> None:
+    """All KV is in use by an earlier request. Neither it nor a request that waits for less than the limit is ended."""
+    made = stage("ab", total_slabs=12, weight_slabs=4, max_model_len=4096, config={"wait_budget_s": 3.0})
+    holder = made.add("a", [3] * 500, 11)
+    while not holder.tokens:
+        made.turn()
+    made.turn_s = 0.5
+    refused = made.add("b", [5] * 4, 4)
+    made.turn(6)
+    made.add("b", [6] * 4, 4)
+    while refused.last is None:
+        made.turn()
+    code, text = error_of(refused)
+    assert code == "RESOURCE_EXHAUSTED"
+    assert "it waited 3 s, the limit, while running requests of a held the device memory" in text
+    assert refused.last.retry_after_s is not None
+    assert holder.last is None
+    made.until_quiet()
+    made.check_all()
+    assert [answer.finish for answer in made.answers.values()].count(FinishReason.ERROR) == 1
+    made.close()
+
+
+def test_stats_estimate_when_running_sequences_end() -> None:
+    made = stage("a", max_model_len=1000)
+    assert made.stats().models[0].busy_s == 0.0
+    for _ in range(8):  # learn what a step costs: 100 + 2 µs a token
+        made.add("a", [10], 3)
+        made.until_quiet()
+    made.add("a", [10], 200)
+    made.add("a", [10], 50)
+    made.turn(3)
+    assert made.stats().models[0].busy_s == pytest.approx(200 * 104e-6, rel=0.1)
+    made.close()
+
+
 def test_loop_does_not_preempt_only_row_for_later_request_of_other_model() -> None:
     made = stage("ab", total_slabs=12, weight_slabs=4, max_model_len=512)
     long = made.add("a", [3] * 4, 500)
@@ -390,6 +426,8 @@ def test_refusals_name_the_limit_and_the_value() -> None:
     refused = [error_of(a) for a in answers if a.finish is FinishReason.ERROR]
     assert [code for code, _ in refused] == ["RESOURCE_EXHAUSTED"] * 2
     assert "limit is 3" in refused[0][1]
+    hints = [answer.last.retry_after_s for answer in answers if answer.last is not None]
+    assert all(hint is None or hint > 0 for hint in hints)
     made.until_quiet()
     made.close()
 
