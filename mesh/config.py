@@ -79,6 +79,9 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     static_models: Annotated[
         str, _about("models to register at the start (ModelMesh's MM_AUTO_REGISTER_MODELS): JSON text, or @FILE")
     ] = ""
+    models_file: Annotated[
+        str, _about("YAML file of models and aliases to register at the start; it is read again after SIGHUP")
+    ] = ""
     read_only: Annotated[bool, _about("refuse changes of registrations (ModelMesh's KV_READ_ONLY)")] = False
     grace_s: Annotated[
         float,

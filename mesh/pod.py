@@ -58,6 +58,7 @@ from mesh.placement.record_updates import RecordUpdates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.placement.type_constraints import TypeConstraints
 from mesh.pod_identity import advertised_address, default_instance_id
+from mesh.registry.models_file import DeclaredModels, read_models_file
 from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
 from mesh.registry.static_models import parse_static_models, register_static_models
@@ -95,6 +96,15 @@ async def _serve(config: MeshConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_stop.set)
+    reloads: set[asyncio.Task[None]] = set()
+
+    def read_models_again() -> None:
+        reload = asyncio.create_task(pod.apply_models_file())
+        reloads.add(reload)
+        reload.add_done_callback(reloads.discard)
+
+    if config.models_file:
+        loop.add_signal_handler(signal.SIGHUP, read_models_again)
     try:
         await pod.start()
         # Objects that exist now live as long as the process. Collecting them would delay every stream.
@@ -137,6 +147,8 @@ class Pod:
             self.instance_id,
         )
         self._static_models = parse_static_models(config.static_models)
+        if config.models_file:
+            read_models_file(config.models_file)  # raises ConfigError before anything is started
         self._static_registered = False
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -201,6 +213,9 @@ class Pod:
             failure_expiry_s=config.failure_expiry_s,
             constraints=TypeConstraints(config.type_constraints),
             own_labels=config.labels,
+        )
+        self._declared_models = DeclaredModels(
+            config.models_file, self.registry, self.placement, is_loaded=self._is_loaded
         )
         self.reconciler = Reconciler(
             self.registry,
@@ -296,6 +311,11 @@ class Pod:
         """This pod's copies and their counts of running and waiting requests, to be read only."""
         return self._copies
 
+    async def apply_models_file(self) -> None:
+        """Register what the models file declares now. Does nothing without such a file."""
+        if self._config.models_file:
+            await self._declared_models.apply()
+
     def is_ready(self) -> bool:
         """Return whether this pod accepts requests and can load models for them."""
         return (
@@ -375,9 +395,13 @@ class Pod:
             self._static_models,
             self.registry,
             self.placement,
-            is_loaded=lambda model_id: self.states.status(model_id).status is ModelStatus.LOADED,
+            is_loaded=self._is_loaded,
         )
+        await self.apply_models_file()
         self._static_registered = True
+
+    def _is_loaded(self, model_id: str) -> bool:
+        return self.states.status(model_id).status is ModelStatus.LOADED
 
     async def _publish_record(self) -> None:
         if self._heartbeat is not None:

@@ -172,8 +172,8 @@ class RuntimeClient(Protocol):
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
 
-    async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer:
-        """Estimate a load, and check that the engine can run the model, which may take seconds."""
+    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
+        """Estimate a load. Unless `sizes_only`, check that the engine can run the model, which may take seconds."""
 
     async def look(self) -> RuntimeSnapshot | None:
         """Return the runtime's current state, or None if it does not answer or has no repertory.RuntimeState."""

@@ -3,6 +3,8 @@
 The JSON shapes are those of mesh.client.admin.
 """
 
+import asyncio
+import logging
 from typing import Any
 
 import msgspec
@@ -13,7 +15,7 @@ from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
 from mesh.api.request_log import Record
 from mesh.client.admin import Fit, Models, Pod, Pods
-from mesh.errors import InvalidRequest, NotFound
+from mesh.errors import InvalidRequest, MeshError, NotFound
 from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
 from mesh.placement.runtime_monitor import RuntimeMonitor
@@ -22,7 +24,10 @@ from mesh.registry.registration import DEFAULT_TYPE, concrete_id, model_info, wi
 from mesh.registry.registry import Registry
 from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
 
+logger = logging.getLogger(__name__)
+
 _BODY_BYTES = 1024 * 1024
+_CHECK_S = 3.0  # a registration waits so long for the source's answer
 
 
 class _Register(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +45,7 @@ class _Fit(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     uri: str = ""
     type: str | None = None
+    sizes_only: bool = False
 
 
 class _Alias(msgspec.Struct, frozen=True):
@@ -86,6 +92,7 @@ class AdminRoutes:
         if not asked.uri:
             raise InvalidRequest(f"model {asked.name}: uri is missing: it says where the files are")
         info = model_info(asked.name, asked.uri, _settings(body, _Register), model_type=asked.type)
+        await self._check_loadable(info)
         model_id = await self._registry.register_name(asked.name, info, now_ms=epoch_ms(), is_loaded=self._is_loaded)
         Record.of(request).model_id = model_id
         if asked.load:
@@ -114,7 +121,7 @@ class AdminRoutes:
         else:
             info = model_info(asked.uri, asked.uri, settings, model_type=asked.type or DEFAULT_TYPE)
             model_id = concrete_id("fit", info)
-        answer = await self._runtime.fit(model_id, info)
+        answer = await self._runtime.fit(model_id, info, sizes_only=asked.sizes_only)
         unloaded: tuple[str, ...] = ()
         if answer.fits:
             # The runtime's answer lists the models that it would evict from device memory; they stay loaded. These would be unloaded.
@@ -182,6 +189,21 @@ class AdminRoutes:
         if record is None:
             raise NotFound(f"model {name!r} not found")
         return model_id, record.info
+
+    async def _check_loadable(self, info: ModelInfo) -> None:
+        """Raise InvalidRequest for settings that the runtime refuses, as far as it can tell within a few seconds.
+
+        Missing files and a full memory are no reason: they may change until the model is loaded.
+        """
+        if not self._monitor.snapshot.ready or self._monitor.snapshot.foreign:
+            return
+        try:
+            async with asyncio.timeout(_CHECK_S):
+                await self._runtime.fit("", info, sizes_only=True)
+        except InvalidRequest:
+            raise
+        except (MeshError, TimeoutError) as error:
+            logger.debug("model %s is registered unchecked: %s", info.path, error)
 
     def _is_loaded(self, model_id: str) -> bool:
         return self._states.status(model_id).status is ModelStatus.LOADED

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh.cli import chat, render, settings_flags
+from mesh.cli import chat, registering, render, settings_flags
 from mesh.cli.chat_settings import ChatSettings, number
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import InvalidRequest, LoadFailed
@@ -18,6 +18,10 @@ _LOAD_START_TIMEOUT_S = 10.0  # a requested load that is not in progress after t
 
 
 def register(client: AdminClient, args: argparse.Namespace) -> int:
+    if args.file:
+        return registering.register_file(client, args)
+    if not args.name or not args.uri:
+        raise InvalidRequest("register: give a name and a URI, or --file FILE")
     settings = settings_flags.given(args)
     in_storage = ("storage_key" in settings or "storage_params" in settings) and not args.uri.startswith(".")
     request: dict[str, object] = {
@@ -26,10 +30,12 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         **({"type": args.type} if args.type else {}),
         **settings,
     }
-    model = client.register(request)
+    model, change = registering.register_one(client, request)
     if args.load:
         model = _wait_loaded(client, args.name, quiet=args.json)
-    _print_model(model, args.json, f"{model.name} is {'loaded' if args.load else 'registered'}")
+    if not args.json:
+        registering.print_size(client, model)
+    _print_model(model, args.json, f"{model.name} is {'loaded' if args.load else change}")
     return 0
 
 

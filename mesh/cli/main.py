@@ -153,10 +153,14 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         commands.register,
         "register a model under a name; registering the name again with another source replaces the model without downtime",
     )
-    sub.add_argument("name")
+    sub.add_argument("name", nargs="?")
     sub.add_argument(
         "uri",
+        nargs="?",
         help="hf://ORG/MODEL[:REV], s3://, gs://, az://, https://, pvc://, or a path below the server's --model-roots",
+    )
+    sub.add_argument(
+        "-f", "--file", metavar="FILE", help="register the models and aliases of a YAML file (see docs/registering.md)"
     )
     settings_flags.add_flags(sub)
     sub.add_argument("--type", help="ModelMesh model type (default llm)")

@@ -66,7 +66,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
 class Supervisor:
     """Runs the two processes until a signal, and ends them: at most `grace_s` after the first signal, at once after a second one.
 
-    `announce` runs beside them and reports when they are ready.
+    `announce` runs beside them and reports when they are ready. With `forwards_sighup`, the mesh gets SIGHUP, after which it reads its models file again.
     """
 
     def __init__(
@@ -76,11 +76,13 @@ class Supervisor:
         *,
         grace_s: float,
         announce: Callable[[], Coroutine[Any, Any, object]],
+        forwards_sighup: bool = False,
     ) -> None:
         self._runtime = runtime
         self._mesh = mesh
         self._grace_s = grace_s
         self._announce = announce
+        self._forwards_sighup = forwards_sighup
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
@@ -88,6 +90,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._handle_signal)
+        if self._forwards_sighup:
+            loop.add_signal_handler(signal.SIGHUP, self._mesh.send_signal, signal.SIGHUP)
         processes = [asyncio.create_task(process.run(self._stopping)) for process in (self._runtime, self._mesh)]
         announce = asyncio.create_task(self._announce())
         stop = asyncio.create_task(self._stopping.wait())
@@ -129,7 +133,13 @@ def _supervisor(settings: Settings) -> Supervisor:
         run_dir / _RECORDS["mesh"],
     )
     grace_s = float(settings.mesh["grace_s"])
-    return Supervisor(runtime, mesh, grace_s=grace_s, announce=lambda: _announce(settings))
+    return Supervisor(
+        runtime,
+        mesh,
+        grace_s=grace_s,
+        announce=lambda: _announce(settings),
+        forwards_sighup=bool(settings.mesh["models_file"]),
+    )
 
 
 async def _announce(settings: Settings) -> None:

@@ -52,6 +52,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
     )
     flag(
+        "models",
+        "",
+        _file,
+        "YAML file of models and aliases to register at the start; it is read again after SIGHUP",
+        metavar="FILE",
+    )
+    flag(
         "memory",
         "",
         _size,
@@ -186,6 +193,11 @@ def _address(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _file(text: str) -> str:
+    """Return an absolute path, because the processes may run elsewhere."""
+    return str(Path(text).expanduser().absolute()) if text else ""
 
 
 def _size(text: str) -> int:

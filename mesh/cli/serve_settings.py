@@ -13,6 +13,7 @@ from common.addresses import parse_address
 from common.config import env_name, load, read_mapping
 from common.errors import ConfigError
 from mesh.config import MeshConfig
+from mesh.registry.models_file import read_models_file
 from mesh.store.location import parse_store
 
 # Fields that connect the two processes; `serve` sets them itself.
@@ -42,6 +43,7 @@ _FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
     "http_listen": (("mesh", "http_listen"),),
     "grpc_listen": (("mesh", "grpc_listen"),),
     "store": (("mesh", "store"),),
+    "models": (("mesh", "models_file"),),
     "wait_budget": (("mesh", "wait_budget_s"), ("runtime", "engine", "wait_budget_s")),
     "api_keys": (("mesh", "api_keys"),),
     "allowed_hosts": (("mesh", "allowed_hosts"),),
@@ -64,7 +66,7 @@ def settings_of(args: argparse.Namespace, env: Mapping[str, str] = os.environ) -
     """Merge flags and their environment variables (`args.given` names those that were set), other environment variables, the file, and the
     defaults, in this order.
 
-    Raises ConfigError for a bad file or variable, InvalidRequest for a store that cannot be one.
+    Raises ConfigError for a bad file, models file or variable, InvalidRequest for a store that cannot be one.
     """
     run_dir = Path(args.home).expanduser() / "run"
     tree = _from_flags(args, run_dir)
@@ -83,6 +85,8 @@ def settings_of(args: argparse.Namespace, env: Mapping[str, str] = os.environ) -
     for name in ("grpc_listen", "http_listen"):
         parse_address(str(mesh[name]), name)
     parse_store(str(mesh["store"]))
+    if file := mesh["models_file"]:
+        read_models_file(str(file))
     return Settings(run_dir, mesh, tree["runtime"], _runtime_environment(env, {path[-1] for path in given}))
 
 
@@ -124,6 +128,7 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "grpc_listen": args.grpc_listen,
         "http_listen": args.http_listen,
         "store": args.store or f"embedded:{home / 'registry'}",
+        "models_file": args.models,
         "runtime_grpc": runtime["listen"][0],
         "runtime_http": runtime["http_listen"],
         "wait_budget_s": args.wait_budget,

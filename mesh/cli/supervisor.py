@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,9 +99,13 @@ class SupervisedProcess:
 
     def kill(self) -> None:
         """Kill the process at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, if it runs."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                self._process.send_signal(number)
 
     async def _kill_if_hung(self, process: asyncio.subprocess.Process) -> None:
         """Kill the process once it no longer answers probes, so that it is restarted."""

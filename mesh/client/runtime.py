@@ -135,10 +135,12 @@ class GrpcRuntime:
             self._predicts = error.code() is not grpc.StatusCode.UNIMPLEMENTED
             return None
 
-    async def fit(self, model_id: str, info: ModelInfo) -> FitAnswer:
+    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
         """Raises NotSupported for a foreign runtime, InvalidRequest, LoadFailed (files missing or unsupported), Unavailable, DeadlineExceeded."""
         try:
-            request = state_pb.FitRequest(model_id=model_id, model_path=info.path, model_key=info.key)
+            request = state_pb.FitRequest(
+                model_id=model_id, model_path=info.path, model_key=info.key, sizes_only=sizes_only
+            )
             return fit_answer(await self._state.fit(request, timeout=_FIT_S))
         except grpc.aio.AioRpcError as error:
             kinds: dict[grpc.StatusCode, type[MeshError]] = {

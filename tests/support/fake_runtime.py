@@ -39,6 +39,7 @@ class Switches:
     load_gate: asyncio.Event | None = None
     fail: dict[str, str] = field(default_factory=dict)
     crash: set[str] = field(default_factory=set)  # paths whose load ends as INTERNAL
+    invalid: dict[str, str] = field(default_factory=dict)  # by path: why `fit` refuses it as an invalid argument
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
     engine_ready: bool = True  # if not, they all do; told in the next snapshot, like everything else
@@ -291,6 +292,8 @@ class _State(RuntimeStateServicer):
 
     async def fit(self, request: state_pb.FitRequest, context: Any) -> state_pb.FitResponse:
         self._runtime.fits.append(request)
+        if request.model_path in self._runtime.switches.invalid:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, self._runtime.switches.invalid[request.model_path])
         size = self._runtime.size_of(request.model_path)
         fits = size <= self._runtime.switches.capacity_bytes
         return state_pb.FitResponse(

@@ -112,6 +112,44 @@ async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, sa
     assert json.loads((await say("show", "r", "--json"))[1])["uri"] == str(Path("tests").absolute())
 
 
+async def test_register_says_whether_a_name_is_new_or_replaced(pod: RunningPod, say: Say) -> None:
+    assert (await say("register", "q", "/q"))[1] == "q is registered (new)\n"
+    assert (await say("register", "q", "/q"))[1] == "q is registered already, with the same files and settings\n"
+    assert (await say("register", "q", "/r"))[1] == "q is replaced (it was /q)\n"
+    assert (await say("load", "q"))[0] == 0
+    pod.runtime.switches.load_s = 30.0
+    assert (await say("register", "q", "/s"))[1] == "q is replaced: /r answers until /s is loaded\n"
+
+
+async def test_register_shows_what_the_weights_take(pod: RunningPod, say: Say) -> None:
+    assert "q: 9.5 MiB of weights; budget 95 MiB" in (await say("register", "q", "/q"))[2]
+    pod.runtime.switches.size_bytes["/big"] = 200_000_000
+    assert "warning: big cannot be loaded here: too large" in (await say("register", "big", "/big"))[2]
+
+
+async def test_register_refuses_at_once_what_the_runtime_can_never_load(pod: RunningPod, say: Say) -> None:
+    pod.runtime.switches.invalid["/q"] = "path '/q' is outside the model roots"
+    status, _, error = await say("register", "q", "/q")
+    assert (status, error) == (1, "repertory: path '/q' is outside the model roots\n")
+    assert json.loads((await say("list", "--json"))[1]) == []
+
+
+async def test_register_a_file_registers_all_of_it_or_nothing(pod: RunningPod, say: Say, tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text("models: {ada: {uri: /ada, load: true}, bob: /bob}\naliases: {prod: ada}\n")
+    status, out, _ = await say("register", "-f", str(file))
+    assert (status, out) == (0, "ada is registered (new); its load has begun\nbob is registered (new)\nprod → ada\n")
+    file.write_text("models: {cyd: /cyd, ada: {uri: /ada, quantize: nf5}}\n")
+    status, _, error = await say("register", "-f", str(file))
+    assert status == 2
+    assert "quantize is 'nf5'" in error
+    assert [model["name"] for model in json.loads((await say("list", "--json"))[1])] == ["ada", "bob", "prod"]
+
+
+async def test_register_needs_a_name_and_a_uri_or_a_file(say: Say) -> None:
+    assert (await say("register", "q"))[::2] == (2, "repertory: register: give a name and a URI, or --file FILE\n")
+
+
 async def test_a_secret_is_refused_by_the_name_that_was_given(pod: RunningPod, say: Say) -> None:
     for arguments in (("https://user:word@example.com/m",), ("/q", "--storage-param", "hf_token=word")):
         status, _, error = await say("register", "q", *arguments)

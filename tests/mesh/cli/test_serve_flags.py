@@ -284,3 +284,15 @@ def test_a_store_without_a_scheme_is_refused_with_a_hint(store: str, tmp_path: P
     with pytest.raises(InvalidRequest, match=f"write etcd://{re.escape(store)}"):
         settings("--home", str(tmp_path), "--store", store)
     assert settings("--home", str(tmp_path), "--store", str(tmp_path / "a:1")).mesh["store"] == str(tmp_path / "a:1")
+
+
+def test_serve_refuses_an_invalid_models_file_before_anything_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text("models: {a: {uri: /a, quantize: nf5}}")
+    assert main(["serve", "--home", str(tmp_path / "home"), "--models", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert str(file) in said
+    assert "quantize is 'nf5'" in said
+    assert not (tmp_path / "home").exists()

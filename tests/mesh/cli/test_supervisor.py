@@ -189,3 +189,21 @@ async def test_supervised_process_gets_only_the_variables_of_its_own(
     command = [sys.executable, "-c", script, str(tmp_path / "names")]
     await SupervisedProcess("test", command, environment={"REPERTORY_MAX_ROWS": "3"}).run(asyncio.Event())
     assert (tmp_path / "names").read_text() == "REPERTORY_MAX_ROWS"
+
+
+async def test_supervisor_passes_sighup_to_the_mesh(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]);"
+        "signal.signal(signal.SIGHUP, lambda *_: (folder / 'again').touch());"
+        "(folder / 'up').touch(); [time.sleep(0.05) for _ in iter(int, 1)]"
+    )
+    mesh = SupervisedProcess("mesh", [sys.executable, "-c", script, str(tmp_path)])
+    runtime = SupervisedProcess("runtime", [sys.executable, "-c", "import time; time.sleep(600)"])
+    supervisor = Supervisor(runtime, mesh, grace_s=1.0, announce=asyncio.Event().wait, forwards_sighup=True)
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: (tmp_path / "up").exists())
+    os.kill(os.getpid(), signal.SIGHUP)
+    await until(lambda: (tmp_path / "again").exists())
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(60):
+        assert await running == 0

@@ -1,0 +1,71 @@
+"""Implements `repertory register`: one model or a whole file, with what changed and what the model takes."""
+
+import argparse
+import sys
+
+from mesh.cli.render import size
+from mesh.client.admin import AdminClient, Model
+from mesh.errors import MeshError
+from mesh.registry.models_file import read_models_file
+
+_NOT_FOUND = 404
+
+
+def register_one(client: AdminClient, request: dict[str, object]) -> tuple[Model, str]:
+    """Register a model. Return it and what changed, such as `registered (new)`."""
+    before = _find(client, str(request["name"]))
+    after = client.register(request)
+    if before is None:
+        return after, "registered (new)"
+    if after.moving_to:
+        return after, f"replaced: {before.uri} answers until {after.moving_to} is loaded"
+    if after.model_id != before.model_id:
+        return after, f"replaced (it was {before.uri})"
+    return after, "registered already, with the same files and settings"
+
+
+def register_file(client: AdminClient, args: argparse.Namespace) -> int:
+    """Register everything that a models file declares. The whole file is checked first.
+
+    Raises ConfigError for the file, and the error of the first registration that fails.
+    """
+    declared = read_models_file(args.file)
+    for model in declared.models:
+        request = {"name": model.name, "uri": model.uri, "type": model.type, **model.settings}
+        _, change = register_one(client, request)
+        if model.load or args.load:
+            client.load(model.name)
+            change += "; its load has begun"
+        if not args.json:
+            print(f"{model.name} is {change}", flush=True)
+    for alias, target in declared.aliases.items():
+        client.set_alias(alias, target)
+        if not args.json:
+            print(f"{alias} → {target}", flush=True)
+    return 0
+
+
+def print_size(client: AdminClient, model: Model) -> None:
+    """Print to stderr what the weights take, and a warning if the model does not fit. Prints nothing if that is not known."""
+    try:
+        fit = client.fit({"name": model.name, "sizes_only": True})
+    except MeshError:
+        return
+    if not fit.fits:
+        print(f"warning: {model.name} cannot be loaded here: {fit.reason}", file=sys.stderr)
+    elif fit.weight_bytes:
+        kv = f", {size(fit.kv_bytes_per_token)} of KV per token" if fit.kv_bytes_per_token else ""
+        quantization = f" as {fit.quantization}" if fit.quantization else ""
+        print(
+            f"{model.name}: {size(fit.weight_bytes)} of weights{quantization}{kv}; budget {size(fit.capacity_bytes)}",
+            file=sys.stderr,
+        )
+
+
+def _find(client: AdminClient, name: str) -> Model | None:
+    try:
+        return client.model(name)
+    except MeshError as error:
+        if error.http_status != _NOT_FOUND:
+            raise
+        return None
