@@ -9,8 +9,10 @@ import msgspec
 
 from runtime.errors import RepertoryError
 from runtime.interfaces import ServedModel
+from runtime.text.chat_grammar import ChatGrammar, chat_grammar, marker_texts
 from runtime.text.constraint import Wanted
 from runtime.text.grammar import answer_grammar
+from runtime.text.output_format import OutputFormat
 from runtime.types import GenerationRequest, Grammar
 
 _T = TypeVar("_T")
@@ -30,15 +32,26 @@ class Guide:
         return [msgspec.structs.replace(request, grammar=self.grammar) for request in requests]
 
 
-async def guide_answer(model: ServedModel, wanted: Wanted | None, prompt: str = "") -> Guide:
-    """Return the guide for an answer to the chat's rendered `prompt`; without one the grammar begins with the first token.
+async def guide_answer(model: ServedModel, wanted: Wanted | None) -> Guide:
+    """Return the guide for what follows a plain prompt.
 
     Raises InvalidRequest naming the keyword and the path of what cannot be enforced.
     """
     if wanted is None:
         return Guide()
+    text, notes = await off_loop(model, lambda: answer_grammar(wanted))
+    return Guide(Grammar(text), notes)
+
+
+async def guide_chat(model: ServedModel, chat: ChatGrammar, output_format: OutputFormat | None, prompt: str) -> Guide:
+    """Return the guide for an answer to the chat's rendered `prompt`, whose calls are written in `output_format`. Raises like `guide_answer`."""
+    if chat.is_free:
+        return Guide()
     gate = reasoning_gate(model, prompt)
-    text, notes = await off_loop(model, lambda: answer_grammar(wanted, after_reasoning=bool(gate.reasoning_close)))
+    found = model.text.marker_ids(marker_texts(output_format))
+    ids = {text: token_id for text, token_id in found.items() if token_id < model.facts.vocab_size}
+    after_reasoning = bool(gate.reasoning_close)
+    text, notes = await off_loop(model, lambda: chat_grammar(chat, output_format, ids, after_reasoning=after_reasoning))
     return Guide(msgspec.structs.replace(gate, text=text), notes)
 
 

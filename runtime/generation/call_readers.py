@@ -20,6 +20,7 @@ from runtime.generation.json_text import (
 )
 from runtime.generation.text_source import TextSource, Wait, before_newline
 from runtime.text.output_format import CallSyntax, JsonCalls, NamedCalls, PythonCalls, QuotedCalls, TaggedCalls
+from runtime.text.tagged_values import is_raw_text
 
 Tools = Mapping[str, Mapping[str, Any]]  # the parameters' JSON schema, by the function's name
 _HEADER_CHARS = 512
@@ -149,10 +150,9 @@ def _read_tagged(source: TextSource, sink: CallSink, syntax: TaggedCalls, tools:
 
 
 def _read_tagged_value(source: TextSource, sink: CallSink, syntax: TaggedCalls, schema: object) -> Wait[None]:
-    """Read a value without its first and last line end. One whose schema has another type than string is JSON, if it can be read so."""
+    """Read a value without its first and last line end. One that is not raw text is JSON, if it can be read so."""
     yield from source.skip("\n")
-    kinds = schema.get("type", "string") if isinstance(schema, dict) and "anyOf" not in schema else "string"
-    if kinds != "string":
+    if not is_raw_text(schema):
         raw = yield from source.up_to((syntax.value_close,))
         if raw is None:
             raise MalformedCall

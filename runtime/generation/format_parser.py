@@ -66,12 +66,15 @@ class FormatParser:
         triggers = output.triggers if self._options.tools is not None else ()
         if self._options.tools is not None and output.calls is not None and not triggers:
             yield from self._read_leading_call()
-        literals = (*triggers, *output.ignored)
+        again = output.reasoning[0] if output.reasoning is not None and output.reasons_again else None
+        literals = (*triggers, *output.ignored, *(() if again is None else (again,)))
         while not self._source.ended or self._source.text:
             space, literal = yield from self._source.stream(literals, self._answer)
             if literal in triggers:
                 yield from self._read_calls(space + literal, known_only=False)
                 yield from self._source.skip_space()
+            elif again is not None and literal == again:
+                yield from self._read_reasoning()
             elif space and not literal and not self._sink.num_calls:
                 self._answer(space)
 

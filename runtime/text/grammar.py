@@ -25,17 +25,14 @@ def compose(start: str, parts: Mapping[str, Part]) -> str:
     return msgspec.json.encode({"grammars": whole}).decode()
 
 
-def answer_grammar(wanted: Wanted, *, after_reasoning: bool) -> tuple[str, tuple[str, ...]]:
-    """Return the grammar of an answer, and notes for the `Warning` header on what it does not enforce.
+def answer_grammar(wanted: Wanted) -> tuple[str, tuple[str, ...]]:
+    """Return the grammar of a whole answer, and notes for the `Warning` header on what it does not enforce.
 
     It takes a millisecond as a rule and a quarter of a second for thousands of alternatives: call it off the event loop.
     Raises InvalidRequest naming the keyword and its path, or NotSupported if llguidance is not installed.
     """
     notes = check_part(wanted)
-    part = part_of(wanted.constraint)
-    if not after_reasoning:
-        return compose("start: @answer", {"answer": part}), notes
-    return compose(f"start: LEADING_SPACE? @answer\n{LEADING_SPACE}", {"answer": part}), notes
+    return compose("start: @answer", {"answer": part_of(wanted.constraint)}), notes
 
 
 def check_part(wanted: Wanted) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -75,11 +75,13 @@ class OutputFormat:
     reasoning: tuple[str, str] | None = None
     ignored: tuple[str, ...] = ()  # removed from the answer
     call_ids: CallIds = CallIds.ANY
+    reasons_again: bool = False  # reasoning may also follow parts of the answer and calls
+    tokens: tuple[str, ...] = ()  # special tokens inside of markers
 
     @property
     def markers(self) -> frozenset[str]:
         """The texts that the parser must see, even if they are special tokens."""
-        found = {*self.triggers, *(self.reasoning or ()), *self.ignored}
+        found = {*self.triggers, *(self.reasoning or ()), *self.ignored, *self.tokens}
         match self.calls:
             case JsonCalls(ends):
                 found |= {*ends}
@@ -132,7 +134,9 @@ MISTRAL = OutputFormat(
     ("[TOOL_CALLS]",),
     ("[THINK]", "[/THINK]"),
     call_ids=CallIds.NINE,
+    tokens=("[CALL_ID]",),
 )
+MISTRAL_LIST = replace(MISTRAL, name="mistral_list")
 DEEPSEEK = OutputFormat(
     "deepseek",
     NamedCalls(re.compile(r"\s*(?P<name>[^<\s]+)\s*"), "<｜tool▁sep｜>", ("<｜tool▁call▁end｜>",)),
@@ -146,6 +150,7 @@ DEEPSEEK_R1 = OutputFormat(
     ("<｜tool▁call▁begin｜>",),
     _THINK,
     ignored=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    tokens=("<｜tool▁sep｜>",),
 )
 GRANITE = OutputFormat("granite", JsonCalls(), ("<|tool_call|>", "<tool_call>"))
 PHI = OutputFormat("phi", JsonCalls(("<|/tool_call|>",)), ("<|tool_call|>", "functools"))
@@ -162,8 +167,37 @@ KIMI = OutputFormat(
     call_ids=CallIds.NUMBERED,
 )
 GEMMA = OutputFormat(
-    "gemma", QuotedCalls('<|"|>', "<tool_call|>"), ("<|tool_call>call:",), ("<|channel>thought\n", "<channel|>")
+    "gemma",
+    QuotedCalls('<|"|>', "<tool_call|>"),
+    ("<|tool_call>call:",),
+    ("<|channel>thought\n", "<channel|>"),
+    tokens=("<|tool_call>", "<|channel>"),
 )
+HARMONY = OutputFormat(
+    "harmony",
+    NamedCalls(
+        re.compile(r"(?P<name>[\w.-]+)\s*(?:<\|channel\|>commentary)?\s*(?:<\|constrain\|>)?\s*(?:json|code)?\s*"),
+        "<|message|>",
+        ("<|call|>",),
+    ),
+    (" to=functions.",),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+    # The names of the channels stand between the markers.
+    ignored=(
+        "<|start|>assistant",
+        "<|channel|>commentary",
+        "<|channel|>final",
+        "<|constrain|>json",
+        "<|message|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+    ),
+    reasons_again=True,
+    tokens=("<|start|>", "<|channel|>", "<|constrain|>"),
+)
+GENERIC = OutputFormat("generic", JsonCalls())
+"""A list of calls in JSON, or one call: what a grammar makes a model of an unknown family write."""
 THINKING = OutputFormat("thinking", reasoning=_THINK)
 ALL_FORMATS = (
     HERMES,
@@ -172,12 +206,14 @@ ALL_FORMATS = (
     LLAMA_JSON,
     LLAMA_PYTHON,
     MISTRAL,
+    MISTRAL_LIST,
     DEEPSEEK,
     DEEPSEEK_R1,
     GRANITE,
     PHI,
     KIMI,
     GEMMA,
+    HARMONY,
     THINKING,
 )
 
@@ -188,7 +224,8 @@ _SIGNS: tuple[tuple[tuple[str, ...], OutputFormat], ...] = (
     (("<|tool_calls_section_begin|>",), KIMI),
     (("<｜tool▁call▁begin｜>", "```json"), DEEPSEEK_R1),
     (("<｜tool▁call▁begin｜>",), DEEPSEEK),
-    (("[TOOL_CALLS]",), MISTRAL),
+    (("[TOOL_CALLS]", "[ARGS]"), MISTRAL),
+    (("[TOOL_CALLS]",), MISTRAL_LIST),
     (("<|tool_call>call:",), GEMMA),
     (("<|start_of_role|>", "tool_call"), GRANITE),
     (("<|tool_call|>",), PHI),
@@ -196,6 +233,7 @@ _SIGNS: tuple[tuple[tuple[str, ...], OutputFormat], ...] = (
     (("<tool_call>",), HERMES),
     (("<|header_start|>", "tools"), LLAMA_PYTHON),
     (("<|start_header_id|>", "parameters"), LLAMA_JSON),
+    (("<|channel|>", "<|message|>"), HARMONY),
     (("<think>",), THINKING),
 )
 

@@ -2,16 +2,14 @@
 
 from aiohttp import web
 
-from runtime.api.openai.chat_prepare import prepare_chat
+from runtime.api.openai.chat_prepare import PreparedChat, prepare_chat
 from runtime.api.openai.chunks import CHAT_DELTAS, EventChunks, Head, StreamUsage
 from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, run_large
 from runtime.api.openai.responses import Answer, chat_choice, usage
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.types import ChatBody
 from runtime.generation.generator import Generator
-from runtime.generation.parser import MakeParser
 from runtime.interfaces import ModelDirectory, ServedModel
-from runtime.types import GenerationRequest
 
 
 class ChatCompletions:
@@ -32,17 +30,20 @@ class ChatCompletions:
         if body.stream:
             head = Head(new_id("chatcmpl"), "chat.completion.chunk", now(), shown_name)
             counts = StreamUsage(chat.num_prompt, len(requests), len(requests), body.stream_options)
-            chunks = EventChunks(model, head, counts, CHAT_DELTAS)
+            chunks = EventChunks(model, head, counts, CHAT_DELTAS, names_function=chat.names_function)
             return await send_events(request, self._generator.stream(model, requests, make_parser), chunks, warning)
-        return json_response(await self._answer(model, shown_name, requests, make_parser), warning)
+        return json_response(await self._answer(model, shown_name, chat), warning)
 
-    async def _answer(
-        self, model: ServedModel, shown_name: str, requests: list[GenerationRequest], make_parser: MakeParser
-    ) -> Answer:
-        results = await self._generator.complete(model, requests, make_parser)
+    async def _answer(self, model: ServedModel, shown_name: str, chat: PreparedChat) -> Answer:
+        requests = chat.requests
+        results = await self._generator.complete(model, requests, chat.make_parser)
         details = requests[0].with_details
         choices = await run_large(
-            lambda: [chat_choice(model, result, with_logprobs=details) for result in results], results
+            lambda: [
+                chat_choice(model, result, with_logprobs=details, names_function=chat.names_function)
+                for result in results
+            ],
+            results,
         )
         counted = usage(
             len(requests[0].prompt),

@@ -40,7 +40,7 @@ def parser_of(
     model: ServedModel, tools: ToolPlan, prompt: str, *, whole_calls: bool, show_reasoning: bool = True
 ) -> MakeParser:
     """Return the maker of parsers for responses to the rendered `prompt`, which may have opened the reasoning."""
-    output_format = model.text.output_format
+    output_format = tools.output_format or model.text.output_format
     if output_format is None or (output_format.reasoning is None and tools.schemas is None):
         return plain_text
     opens = output_format.reasoning is not None and prompt.rstrip().endswith(output_format.reasoning[0].rstrip())

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from runtime.api.grammars import guide_answer
+from runtime.api.grammars import guide_chat
 from runtime.api.openai.chat_plan import chat_options, parser_of, plan_chat
 from runtime.api.openai.context import render_chat
 from runtime.api.openai.structured import wanted_of
@@ -14,16 +14,18 @@ from runtime.api.tokenization import encode_text
 from runtime.generation.limits import check_chars
 from runtime.generation.parser import MakeParser
 from runtime.interfaces import ServedModel
+from runtime.text.chat_grammar import ChatGrammar
 from runtime.types import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedChat:
-    """`notes` are for the `Warning` header."""
+    """`notes` are for the `Warning` header. `names_function`: the request names the function that must be called."""
 
     requests: list[GenerationRequest]
     make_parser: MakeParser
     notes: tuple[str, ...]
+    names_function: bool = False
 
     @property
     def num_prompt(self) -> int:
@@ -50,8 +52,9 @@ async def prepare_chat(
     show_reasoning = body.include_reasoning is not False
     make_parser = parser_of(model, tools, text, whole_calls=not body.stream, show_reasoning=show_reasoning)
     requests = plan_chat(model, body, prompt)
-    guide = await guide_answer(model, wanted, text)
-    return PreparedChat(guide.apply(requests), make_parser, (*tools.notes, *guide.notes))
+    chat = ChatGrammar(tools.calls, tools.functions, tools.parallel, wanted)
+    guide = await guide_chat(model, chat, tools.output_format or model.text.output_format, text)
+    return PreparedChat(guide.apply(requests), make_parser, guide.notes, tools.names_one)
 
 
 async def render_prompt(model: ServedModel, body: ChatBody, tools: ToolPlan) -> tuple[str, list[int]]:

@@ -89,8 +89,18 @@ class Head(msgspec.Struct, frozen=True):
 class EventChunks:
     """Makes the events of one stream."""
 
-    def __init__(self, model: ServedModel, head: Head, counts: StreamUsage, shape: DeltaShape) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        head: Head,
+        counts: StreamUsage,
+        shape: DeltaShape,
+        *,
+        names_function: bool = False,
+    ) -> None:
+        """`names_function`: the request names the function that must be called, so that the finish reason is "stop"."""
         self.num_events = 0
+        self._names_function = names_function
         self._model = model
         self._counts = counts
         self._shape = shape
@@ -149,7 +159,7 @@ class EventChunks:
     def _ending(self, index: int, finish: Finish | None) -> bytes:
         if finish is None:
             return b',"finish_reason":null}]'
-        word = finish_word(self._model, finish.reason, called=self._called[index])
+        word = finish_word(self._model, finish.reason, called=self._called[index] and not self._names_function)
         reason = stop_reason(finish.reason, finish.stop)
         return b',"finish_reason":' + encode(word) + b',"stop_reason":' + encode(reason) + b"}]"
 

@@ -162,8 +162,10 @@ class ChatChoice(msgspec.Struct, frozen=True):
     stop_reason: str | int | None
 
 
-def chat_choice(model: ServedModel, result: Completed, *, with_logprobs: bool) -> ChatChoice:
-    """Return a sequence as a choice. Raises Unavailable if the runtime ended it."""
+def chat_choice(
+    model: ServedModel, result: Completed, *, with_logprobs: bool, names_function: bool = False
+) -> ChatChoice:
+    """Return a sequence as a choice. `names_function`: the request names the function; its end is "stop", as OpenAI has it. Raises Unavailable if the runtime ended it."""
     calls = [
         ToolCallOut(tool_call_id(call), FunctionCall(call.name or "", call.arguments)) for call in result.tool_calls
     ]
@@ -177,7 +179,7 @@ def chat_choice(model: ServedModel, result: Completed, *, with_logprobs: bool) -
             reasoning_content=reasoning,
             tool_calls=calls or msgspec.UNSET,
         ),
-        finish_reason=finish_word(model, result.finish, called=bool(calls)),
+        finish_reason=finish_word(model, result.finish, called=bool(calls) and not names_function),
         logprobs=chat_logprobs(model.text, result.tokens, result.logprobs) if with_logprobs else None,
         stop_reason=stop_reason(result.finish, result.stop),
     )

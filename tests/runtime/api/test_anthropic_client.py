@@ -140,7 +140,7 @@ def test_as_chat_switches_thinking(thinking: str | None, expected: bool | None) 
         ({"messages": []}, 400, "invalid_request_error", "empty"),
         ({"model": "nobody"}, 404, "not_found_error", "nobody"),
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
-        ({"tool_choice": {"type": "any"}}, 501, "invalid_request_error", "required"),
+        ({"tool_choice": {"type": "any"}, "tools": []}, 400, "invalid_request_error", "required"),
         ({"tool_choice": {"type": "some"}}, 400, "invalid_request_error", "tool_choice"),
         ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, 501, "invalid_request_error", "web_search"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 501, "invalid_request_error", "image"),

@@ -253,7 +253,6 @@ async def test_parse_names_unknown_fields_in_a_header(http: aiohttp.ClientSessio
     [
         {"functions": [{"name": "f"}]},
         {"response_format": {"type": "structural_tag"}},
-        {"tool_choice": "required"},
         {"best_of": 2},
         {"lora_request": {"name": "x"}},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},

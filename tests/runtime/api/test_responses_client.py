@@ -120,7 +120,7 @@ async def test_responses_stream_that_fails_says_so(client: openai.AsyncOpenAI, s
         ({"background": True}, 501, "background"),
         ({"text": {"format": {"type": "grammar"}}}, 400, "text.format"),
         ({"truncation": "auto"}, 501, "truncation"),
-        ({"tool_choice": "required"}, 501, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, 400, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, 400, "tool_choice"),
         ({"max_output_tokens": 0}, 400, "max_output_tokens"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, 501, "input[0]"),

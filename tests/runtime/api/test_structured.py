@@ -155,7 +155,7 @@ def test_tgis_decoding_becomes_a_constraint(
 ) -> None:
     wanted = tgis_wanted(pb.Parameters(decoding=decoding))
     assert wanted is not None
-    grammar = Grammar(answer_grammar(wanted, after_reasoning=False)[0])
+    grammar = Grammar(answer_grammar(wanted)[0])
     assert (reader.accepts(grammar, good), reader.accepts(grammar, bad)) == (True, False)
 
 
@@ -243,7 +243,7 @@ async def test_null_and_text_ask_for_no_grammar(server: Server) -> None:
 def test_values_may_come_as_text(reader: GrammarReader, fields: dict[str, Any], text: str) -> None:
     wanted = wanted_of(Shared(**fields))
     assert wanted is not None
-    assert reader.accepts(Grammar(answer_grammar(wanted, after_reasoning=False)[0]), text)
+    assert reader.accepts(Grammar(answer_grammar(wanted)[0]), text)
 
 
 class City(pydantic.BaseModel):

@@ -11,6 +11,7 @@ import pytest
 
 from runtime.interfaces import ServedModel
 from tests.support import tokenizers as tiny
+from tests.support.grammars import GrammarReader
 from tests.support.openai_server import Server, serve
 from tests.support.scripted_engine import ScriptedEngine, served
 
@@ -46,6 +47,11 @@ CALLS = (
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     path: Path = tmp_path_factory.mktemp("m")
     return served(tiny.byte_level(path, chat_template=HERMES), "m1", max_model_len=2000)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> GrammarReader:
+    return GrammarReader(tiny.byte_level(tmp_path_factory.mktemp("reader")))
 
 
 @pytest.fixture
@@ -170,17 +176,116 @@ async def test_chat_reasoning_that_the_template_opened(
     assert ((message.model_extra or {}).get("reasoning_content"), message.content) == expected
 
 
-async def test_chat_says_that_strict_is_not_enforced(server: Server) -> None:
-    body = {"model": "m1", "messages": HELLO, "tools": [WEATHER]}
+def other(tool: dict[str, Any], name: str, **function: Any) -> dict[str, Any]:
+    return {**tool, "function": {**tool["function"], "name": name, **function}}
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+TIME = other(WEATHER, "time", parameters={"type": "object", "properties": {}, "additionalProperties": False})
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TIME_CALL = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+
+
+def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "accepted", "rejected"),
+    [
+        ({"tool_choice": "required"}, [CALL, TIME_CALL, f"{CALL}\n{TIME_CALL}"], ["", "Hello.", f"I look. {CALL}"]),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, [CALL], [f"{CALL}\n{TIME_CALL}"]),
+        ({"tool_choice": NAMED}, [CALL], [TIME_CALL, f"{CALL}\n{CALL}", "Hello."]),
+        ({"tool_choice": allowed("required", TIME)}, [TIME_CALL], [CALL, "Hello."]),
+        ({}, ["Hello.", CALL, f"I look. {CALL}"], [CALL.replace("city", "town"), f"I look. {CALL[:-20]}x"]),
+        ({"tool_choice": allowed("auto", WEATHER)}, ["Hello.", CALL], [TIME_CALL]),
+        ({"response_format": {"type": "json_object"}}, ["{}", CALL, TIME_CALL], ["Hello."]),
+    ],
+)
+async def test_the_grammar_of_calls_follows_the_choice(
+    server: Server, reader: GrammarReader, fields: dict[str, Any], accepted: list[str], rejected: list[str]
+) -> None:
+    body = {
+        "model": "m1",
+        "messages": HELLO,
+        "tools": [other(WEATHER, "weather", strict=True), other(TIME, "time", strict=True)],
+        **fields,
+    }
     async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/chat/completions", json=body) as response:
-        assert response.headers["Warning"].startswith('299 repertory "strict is not enforced')
+        assert (response.status, "Warning" in response.headers) == (200, False), await response.text()
+    grammar = server.engine.asked[-1].request.grammar
+    assert grammar is not None
+    assert [reader.accepts(grammar, text) for text in accepted] == [True] * len(accepted)
+    assert [reader.accepts(grammar, text) for text in rejected] == [False] * len(rejected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tool_choice": "auto"}, {"tool_choice": "none"}])
+async def test_calls_that_the_model_chooses_are_free_unless_a_function_is_strict(
+    server: Server, fields: dict[str, Any]
+) -> None:
+    body = {"model": "m1", "messages": HELLO, "tools": [other(WEATHER, "weather", strict=False)], **fields}
+    async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/chat/completions", json=body) as response:
+        assert response.status == 200
+    assert server.engine.asked[-1].request.grammar is None
+
+
+@pytest.mark.parametrize(("choice", "reason"), [("required", "tool_calls"), (NAMED, "stop")])
+async def test_the_finish_reason_of_a_named_function_is_stop(
+    client: openai.AsyncOpenAI, server: Server, choice: Any, reason: str
+) -> None:
+    say(server, CALL)
+    answer = await client.chat.completions.create(model="m1", messages=HELLO, tools=[WEATHER], tool_choice=choice)
+    assert (answer.choices[0].finish_reason, len(answer.choices[0].message.tool_calls or ())) == (reason, 1)
+    stream = await client.chat.completions.create(
+        model="m1", messages=HELLO, tools=[WEATHER], tool_choice=choice, stream=True
+    )
+    reasons = [chunk.choices[0].finish_reason async for chunk in stream if chunk.choices]
+    assert [found for found in reasons if found] == [reason]
+
+
+async def test_a_strict_function_that_cannot_be_enforced_is_refused(server: Server) -> None:
+    odd = other(WEATHER, "f", strict=True, parameters={"properties": {"a": {"type": "array", "uniqueItems": True}}})
+    body = {"model": "m1", "messages": HELLO, "tools": [WEATHER, odd]}
+    async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/chat/completions", json=body) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (400, "tools")
+        assert 'tools[1].function.parameters.properties.a: the keyword "uniqueItems"' in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        (
+            "required",
+            '[{"name": "weather", "parameters": {"city": "Paris"}}, {"name": "weather", "parameters": {"city": "Bonn"}}]',
+        ),
+        (NAMED, '[{"name": "weather", "parameters": {"city": "Paris"}}]'),
+    ],
+)
+async def test_a_family_without_a_format_gets_required_calls_as_json(tmp_path: Path, choice: Any, text: str) -> None:
+    plain = served(tiny.byte_level(tmp_path / "m"), "m2", max_model_len=500)
+    async with (
+        serve(ScriptedEngine(lambda asked: []), plain) as found,
+        openai.AsyncOpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        say(found, text)
+        answer = await client.chat.completions.create(model="m2", messages=HELLO, tools=[WEATHER], tool_choice=choice)
+        calls: Any = answer.choices[0].message.tool_calls
+        expected = [(call["name"], call["parameters"]) for call in json.loads(text)]
+        assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == expected
+        grammar = found.engine.asked[-1].request.grammar
+    assert grammar is not None
+    reader = GrammarReader(tmp_path / "m")
+    assert reader.accepts(grammar, text)
+    assert not reader.accepts(grammar, "Hello.")
 
 
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
-        ({"tool_choice": "required"}, 501, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, 501, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, 400, "tool_choice"),
+        ({"tool_choice": allowed("required", other(WEATHER, "f"))}, 400, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice"),
         ({"tool_choice": "some"}, 400, "tool_choice"),
         ({"tools": [{"type": "web_search"}]}, 501, "tools[0]"),

@@ -109,4 +109,19 @@ OUTPUTS = {
         "<|tool_call>call:now{}<tool_call|>",
         reasoning="c",
     ),
+    "harmony": Written(
+        formats.HARMONY,
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant<|channel|>analysis<|message|> Now.<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>JSON<|call|>"
+        "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>".replace("JSON", _JSON),
+        answer="I look.",
+        reasoning="Hm.Now.",
+    ),
+    "harmony_final": Written(
+        formats.HARMONY,
+        '<|channel|>final <|constrain|>json<|message|>{"a": 1}<|return|>',
+        (),
+        answer='{"a": 1}',
+    ),
 }

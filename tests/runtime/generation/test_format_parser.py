@@ -147,7 +147,9 @@ def test_markers_are_no_beginnings_of_each_other() -> None:
     [
         ("<tool_call>\\n{\"name\": <function-name>, \"arguments\": <args-json-object>}", formats.HERMES),
         ("<tool_call>\\n<function=example_function_name>\\n<parameter=a>", formats.QWEN_XML),
-        ("{{ '[TOOL_CALLS] [' }}", formats.MISTRAL),
+        ("{{ '[TOOL_CALLS] [' }}", formats.MISTRAL_LIST),
+        ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", formats.MISTRAL),
+        ("{{ '<|start|>assistant<|channel|>final<|message|>' }}", formats.HARMONY),
         ("<|im_start|>{{ content.split('</think>')[-1] }} <think>", formats.THINKING),
         ("<|im_start|>", None),
     ],

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
+from runtime.text.chat_grammar import ChatGrammar, chat_grammar
 from runtime.text.constraint import (
     JSON_OBJECT,
     Choice,
@@ -34,7 +35,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> GrammarReader:
 
 
 def grammar(constraint: Constraint) -> Grammar:
-    return Grammar(answer_grammar(Wanted(constraint, "field"), after_reasoning=False)[0])
+    return Grammar(answer_grammar(Wanted(constraint, "field"))[0])
 
 
 def member(**schema: Any) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def test_what_cannot_be_enforced_is_refused_with_its_path(text: str, schema: dic
 @pytest.mark.parametrize("name", ["uniqueItems", "not", "propertyNames", "if", "Unknown format", "oneOf"])
 def test_a_lenient_schema_is_followed_with_a_note(reader: GrammarReader, name: str) -> None:
     schema = next(schema for text, schema, _ in REFUSED if text == name)
-    text, [note] = answer_grammar(Wanted(JsonSchema(schema, lenient=True), "field"), after_reasoning=False)
+    text, [note] = answer_grammar(Wanted(JsonSchema(schema, lenient=True), "field"))
     assert note.startswith("field is not enforced in full: ")
     assert not set(note) & set('"\\\r\n')
     assert reader.random_text(Grammar(text), random.Random(1), most=2000) is not None
@@ -130,7 +131,9 @@ def test_each_kind_of_constraint_is_enforced(
 
 
 def test_an_answer_behind_reasoning_may_begin_with_line_ends(reader: GrammarReader) -> None:
-    made = Grammar(answer_grammar(Wanted(Choice(("yes",)), "field"), after_reasoning=True)[0])
+    made = Grammar(
+        chat_grammar(ChatGrammar(wanted=Wanted(Choice(("yes",)), "field")), None, {}, after_reasoning=True)[0]
+    )
     assert reader.accepts(made, "\n\nyes")
     assert reader.accepts(made, "yes")
     assert not reader.accepts(made, "\n\n\n\n\nyes")
