@@ -5,6 +5,7 @@ from dataclasses import replace
 import msgspec
 from aiohttp import web
 
+from runtime.api.grammars import guide_answer
 from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
 from runtime.api.ollama.as_chat import as_chat, notes_of, prompt_as_chat
 from runtime.api.ollama.lines import AnswerLines, MakeLine, chat_line, generate_line, loaded_line
@@ -24,6 +25,7 @@ from runtime.api.openai.chat_prepare import PreparedChat, prepare_chat
 from runtime.api.openai.context import json_response, read_body
 from runtime.api.openai.responses import encode
 from runtime.api.openai.stream import JSON_LINES, send_events
+from runtime.api.openai.structured import wanted_of
 from runtime.api.openai.types import ChatBody
 from runtime.api.protocol_errors import ErrorShape
 from runtime.api.route import Route
@@ -70,7 +72,7 @@ class Ollama:
         model = self._model(request, body.model)
         if not body.messages:
             return json_response(loaded_line(_shown_name(model, body), chat_line), parsed.warning)
-        prepared = await prepare_chat(model, as_chat(body), cut_to_context=True)
+        prepared = await prepare_chat(model, as_chat(body), cut_to_context=True, format_param="format")
         warning = parsed.warning_with((*prepared.notes, *notes_of(body)))
         return await self._answer(request, model, body, prepared, chat_line, warning)
 
@@ -84,7 +86,7 @@ class Ollama:
         if body.raw or not model.text.has_chat_template:
             prepared = await _prepare_raw(model, chat, body.prompt)
         else:
-            prepared = await prepare_chat(model, chat, cut_to_context=True)
+            prepared = await prepare_chat(model, chat, cut_to_context=True, format_param="format")
         warning = parsed.warning_with((*prepared.notes, *notes_of(body)))
         return await self._answer(request, model, body, prepared, generate_line, warning)
 
@@ -135,7 +137,8 @@ async def _prepare_raw(model: ServedModel, chat: ChatBody, prompt: str) -> Prepa
     if chat.max_tokens is not None:
         room = model.facts.max_model_len - len(tokens)
         chat = msgspec.structs.replace(chat, max_tokens=min(chat.max_tokens, max(1, room)))
-    return PreparedChat(plan_chat(model, chat, tokens), plain_text, ())
+    guide = await guide_answer(model, wanted_of(chat))
+    return PreparedChat(guide.apply(plan_chat(model, chat, tokens)), plain_text, guide.notes)
 
 
 def _shown_name(model: ServedModel, body: Request) -> str:

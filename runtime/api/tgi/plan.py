@@ -1,15 +1,18 @@
 """The planner of text-generation-inference's HTTP API: a request and its tokenized prompt to a generation request. Pure."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 
 from runtime.api.openai.params import Range, generation_requests
+from runtime.api.openai.structured import wanted_of
 from runtime.api.openai.types import Shared
 from runtime.api.tgi.types import GenerateBody, Parameters
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.generation.limits import draw_seed, output_limit
 from runtime.interfaces import ServedModel
+from runtime.text.constraint import Wanted
 from runtime.types import GenerationRequest, LogprobParams
 
 MAX_TOP_TOKENS = 20
@@ -32,10 +35,21 @@ def check_parameters(model: ServedModel, parameters: Parameters, *, stream: bool
     for name, asked in (
         ("best_of", (parameters.best_of or 1) != 1),
         ("watermark", parameters.watermark),
-        ("grammar", bool(parameters.grammar)),
     ):
         if asked:
             raise NotSupported(f"{name} is not supported", model=model.name, param=name)
+
+
+def wanted_grammar(parameters: Parameters) -> Wanted | None:
+    """Return what the text must match, or None. Raises InvalidRequest."""
+    if not parameters.grammar:
+        return None
+    match parameters.grammar:
+        case {"type": "json" | "json_object" | "json_schema" | "regex", "value": _}:
+            wanted = wanted_of(Shared(response_format=parameters.grammar))
+        case _:
+            raise InvalidRequest("grammar must have a value, and the type json, json_schema or regex", param="grammar")
+    return replace(wanted, param="grammar", path="grammar.value") if wanted is not None else None
 
 
 def plan_generate(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from aiohttp import web
 
 from common.version import package_version
+from runtime.api.grammars import guide_answer
 from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
 from runtime.api.openai.chat import ChatCompletions
 from runtime.api.openai.completions import Completions
@@ -16,7 +17,7 @@ from runtime.api.openai.stream import send_events
 from runtime.api.openai.types import ChatBody, CompletionBody
 from runtime.api.route import Route
 from runtime.api.tgi.errors import ERRORS
-from runtime.api.tgi.plan import check_parameters, plan_generate
+from runtime.api.tgi.plan import check_parameters, plan_generate, wanted_grammar
 from runtime.api.tgi.responses import TokenEvents, answer
 from runtime.api.tgi.types import Answer, GenerateBody, Info, Parameters, TokenizeBody, TokenSpan
 from runtime.api.tokenization import encode_last, encode_text
@@ -89,7 +90,8 @@ class TextGeneration:
         model = self._model(request, body.asked_model)
         parameters = body.parameters or Parameters(do_sample=True)
         check_parameters(model, parameters, stream=False)
-        planned = plan_generate(model, body, await self._prompt(model, body), stream=False)
+        guide = await guide_answer(model, wanted_grammar(parameters))
+        [planned] = guide.apply([plan_generate(model, body, await self._prompt(model, body), stream=False)])
         [result] = await self._generator.complete(model, [planned])
         whole = answer(model, parameters, planned, result, _prefix(body, full_text))
         response = web.Response(body=encode([whole] if in_list else whole), content_type="application/json")
@@ -111,7 +113,8 @@ class TextGeneration:
         model = self._model(request, body.asked_model)
         parameters = body.parameters or Parameters(do_sample=True)
         check_parameters(model, parameters, stream=True)
-        planned = plan_generate(model, body, await self._prompt(model, body), stream=True)
+        guide = await guide_answer(model, wanted_grammar(parameters))
+        [planned] = guide.apply([plan_generate(model, body, await self._prompt(model, body), stream=True)])
         events = TokenEvents(model, parameters, planned, _prefix(body, full_text))
         return await send_events(request, self._generator.stream(model, [planned]), events, warning)
 

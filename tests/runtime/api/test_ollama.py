@@ -16,9 +16,16 @@ from runtime.interfaces import ServedModel
 from runtime.types import FinishReason
 from tests.runtime.api.test_tools import CALLS, HERMES, WEATHER, prompt_of, say
 from tests.support import tokenizers as tiny
+from tests.support.grammars import GrammarReader
 from tests.support.openai_server import Server, serve
 from tests.support.scripted_engine import ScriptedEngine, served
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 HELLO = [{"role": "user", "content": "hello"}]
 TEXT = "The dog sleeps."
 
@@ -27,6 +34,11 @@ TEXT = "The dog sleeps."
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     path = tmp_path_factory.mktemp("m")
     return served(tiny.byte_level(path, chat_template=HERMES), "m1", max_model_len=2000)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> GrammarReader:
+    return GrammarReader(tiny.byte_level(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture
@@ -151,6 +163,22 @@ async def test_answers_carry_log_probabilities(client: ollama.AsyncClient, serve
     assert {(entry.logprob, len(entry.top_logprobs or ())) for entry in found} == {(-1.5, 2)}
 
 
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("form", "good", "bad"), [("json", '{"b": 1}', "[]"), (SCHEMA, '{"a": 1}', "{}")])
+async def test_format_becomes_a_grammar(
+    client: ollama.AsyncClient, server: Server, reader: GrammarReader, raw: bool, form: Any, good: str, bad: str
+) -> None:
+    await client.generate(model="m1", prompt="hello", format=form, raw=raw)
+    if not raw:
+        await client.chat(model="m1", messages=HELLO, format=form)
+    for asked in server.engine.asked:
+        assert asked.request.grammar is not None
+        assert (reader.accepts(asked.request.grammar, good), reader.accepts(asked.request.grammar, bad)) == (
+            True,
+            False,
+        )
+
+
 async def test_an_empty_request_only_loads(client: ollama.AsyncClient, server: Server) -> None:
     assert (await client.chat(model="m1", messages=[])).done_reason == "load"
     answer = await client.generate(model="m1", prompt="")
@@ -181,6 +209,7 @@ def test_parameter_size_is_rounded(count: int, text: str) -> None:
         ({"options": {"mirostat": 2}}, 501, "mirostat"),
         ({"options": {"tfs_z": 0.5}}, 501, "tfs_z"),
         ({"format": 7}, 400, "format"),
+        ({"format": {"type": 7}}, 400, "format.schema"),
         ({"messages": [{"role": "user", "content": "a", "images": ["aGk="]}]}, 501, "messages[0].images"),
         ({"messages": [{"role": "user", "content": "the dog " * 5000}]}, 400, "maximum context length is 2000"),
         ({"messages": 7}, 400, "messages"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -15,6 +16,7 @@ from runtime.errors import LoadFailed, Overloaded
 from runtime.interfaces import ServedModel
 from runtime.types import FinishReason
 from tests.support import tokenizers as tiny
+from tests.support.grammars import GrammarReader
 from tests.support.openai_server import Server, serve
 from tests.support.scripted_engine import ScriptedEngine, served
 
@@ -149,6 +151,25 @@ async def test_root_answers_with_a_list_or_a_stream(http: aiohttp.ClientSession,
 
 
 @pytest.mark.parametrize(
+    ("grammar", "good", "bad"),
+    [
+        ({"type": "json", "value": {"type": "object", "required": ["a"]}}, '{"a": 1}', "{}"),
+        ({"type": "regex", "value": "a+"}, "aa", "b"),
+    ],
+)
+async def test_grammar_constrains_the_text(
+    http: aiohttp.ClientSession, server: Server, tmp_path: Path, grammar: Any, good: str, bad: str
+) -> None:
+    reader = GrammarReader(tiny.byte_level(tmp_path))
+    for path in ("/generate", "/generate_stream"):
+        async with http.post(server.url + path, json={"inputs": "A", "parameters": {"grammar": grammar}}) as answer:
+            assert answer.status == 200
+        wanted = server.engine.asked[-1].request.grammar
+        assert wanted is not None
+        assert (reader.accepts(wanted, good), reader.accepts(wanted, bad)) == (True, False)
+
+
+@pytest.mark.parametrize(
     ("parameters", "sampled"),
     [
         (Parameters(), False),
@@ -183,6 +204,7 @@ async def test_generate_truncates_from_the_left(http: aiohttp.ClientSession, ser
         ({"inputs": "A", "parameters": {"seed": "x"}}, 422, "validation", "parameters.seed"),
         ({"parameters": {}}, 422, "validation", "inputs"),
         ({"inputs": "A", "model": "nobody"}, 404, "not_found", "loaded: org/m1"),
+        ({"inputs": "A", "parameters": {"grammar": {"type": "x"}}}, 422, "validation", "json_schema or regex"),
         ({"inputs": "A", "parameters": {"best_of": 2}}, 501, "unimplemented", "best_of is not supported"),
         ({"inputs": "A", "parameters": {"watermark": True}}, 501, "unimplemented", "watermark"),
     ],
