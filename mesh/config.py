@@ -40,8 +40,14 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_held: Annotated[int, _about("largest number of requests that wait for one model to be loaded", ge=0)] = 1024
     api_keys: Annotated[
         tuple[str, ...],
-        _about("accepted bearer keys; without keys, requests need no authentication (health checks never do)"),
+        _about("accepted bearer keys, each of which allows everything; without keys, requests need none"),
     ] = ()
+    api_keys_file: Annotated[
+        str,
+        _about(
+            "YAML file of hashed keys with their names, scopes, models and limits; it is read again when it changes"
+        ),
+    ] = ""
     allowed_hosts: Annotated[
         tuple[str, ...],
         _about("further host names of this server in requests of browsers and, on loopback, of any program; * = any"),

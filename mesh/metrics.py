@@ -29,6 +29,12 @@ class Metrics:
             ("model_name", "carrier", "code"),
             registry=self._registry,
         )
+        self._key_requests = Counter(
+            "repertory_mesh_key_requests",
+            "Requests by the name of the caller's API key, protocol (grpc or http) and final status code",
+            ("key", "carrier", "code"),
+            registry=self._registry,
+        )
         self._first_byte = Histogram(
             "repertory_mesh_time_to_first_byte_seconds",
             "Seconds from the arrival of a request to the first byte or message of its response, including loading",
@@ -77,11 +83,14 @@ class Metrics:
         method: str,
         seconds: float,
         *,
+        key: str = "",
         request_bytes: int = 0,
         response_bytes: int = 0,
     ) -> None:
-        """Count a finished request. `carrier` is grpc or http; `model_id` is empty if the request names no model."""
+        """Count a finished request. `carrier` is grpc or http; `model_id` and `key` are empty if the request has none."""
         self._counter(self._requests, model_id, carrier, code)
+        if key:
+            self._key_requests.labels(key, carrier, code).inc()
         self._modelmesh.api_request.observe(seconds * 1000, method, code)
         self._modelmesh.request_size.observe(request_bytes, method, code)
         self._modelmesh.response_size.observe(response_bytes, method, code)

@@ -22,6 +22,8 @@ from common.clock import epoch_ms
 from common.config import unknown_variables
 from common.errors import ConfigError
 from common.version import package_version
+from mesh.access.guard import Guard
+from mesh.access.key_table import KeyTable
 from mesh.access.peer_keys import PeerKeys
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
@@ -146,6 +148,7 @@ class Pod:
             f"{location.root_prefix}/{config.kv_prefix}/{config.service_name}/peerKey",
             self.instance_id,
         )
+        self._keys = KeyTable(config.api_keys, config.api_keys_file)
         self._static_models = parse_static_models(config.static_models)
         if config.models_file:
             read_models_file(config.models_file)  # raises ConfigError before anything is started
@@ -245,6 +248,7 @@ class Pod:
             self.peer_health,
             is_cut_off=lambda: self.contact.is_cut_off,
         )
+        guard = Guard(self._keys, self.peers)
         addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
             config.grpc_listen,
@@ -264,8 +268,7 @@ class Pod:
             own_oip=OipServer(
                 self.registry, self.states, addressing, is_ready=self.is_ready, version=package_version()
             ),
-            keys=config.api_keys,
-            peers=self.peers,
+            guard=guard,
             max_message_bytes=config.grpc_max_message_bytes,
         )
         views = ModelViews(self.registry, self.states, self._last_used_ms)
@@ -298,8 +301,7 @@ class Pod:
                 ),
             ),
             self._metrics,
-            keys=config.api_keys,
-            peers=self.peers,
+            guard=guard,
             web_policy=policy_for(
                 config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins
             ),
@@ -366,6 +368,7 @@ class Pod:
                 self.contact.run(),
                 self.peers.run(),
                 self.peer_health.run(),
+                self._keys.run(),
             )
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})

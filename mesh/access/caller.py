@@ -2,14 +2,33 @@
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from mesh.errors import PermissionDenied
+
+EVERY_MODEL = ("*",)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`name`: of the key, empty without keys. `is_peer`: another pod of the mesh, which has already authorised the request."""
+    """`name`: of the key, empty without keys. `models`: patterns of the names that the key may use, in which `*` stands for any text.
+
+    `is_peer`: another pod of the mesh, which has already authorised the request.
+    """
 
     name: str = ""
+    models: tuple[str, ...] = EVERY_MODEL
     is_peer: bool = False
+
+    def may_use(self, model: str) -> bool:
+        return self.models == EVERY_MODEL or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def check_model(self, model: str) -> None:
+        """Raise PermissionDenied unless the caller may use a model, by the name that the request has for it."""
+        if not self.may_use(model):
+            raise PermissionDenied(
+                f"key {self.name} may not use it; its models are {', '.join(self.models)}", model=model
+            )
 
 
 ANYBODY = Caller()

@@ -18,7 +18,6 @@ _ALPHA = "grpc.reflection.v1alpha"
 _STABLE = "grpc.reflection.v1"
 _SERVICE = "ServerReflection"
 REFLECTION_SERVICES = (f"{_STABLE}.{_SERVICE}", f"{_ALPHA}.{_SERVICE}")
-REFLECTION_METHODS = tuple(f"/{service}/ServerReflectionInfo" for service in REFLECTION_SERVICES)
 
 
 def reflection_handlers(services: Iterable[str]) -> tuple[grpc.GenericRpcHandler, ...]:

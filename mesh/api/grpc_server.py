@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker
 
-import hmac
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,15 +10,16 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.access.caller import PEER, set_caller
-from mesh.access.peer_keys import PEER_KEY_HEADER, PeerKeys
+from mesh.access.guard import Guard, bearer_secret
+from mesh.access.peer_keys import PEER_KEY_HEADER
+from mesh.access.scopes import grpc_scopes
 from mesh.api.grpc_health import Health
-from mesh.api.grpc_reflection import REFLECTION_METHODS, reflection_handlers
+from mesh.api.grpc_reflection import reflection_handlers
 from mesh.api.inference import InferenceGateway, refuse
 from mesh.api.legacy_management import LegacyManagement
 from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
 from mesh.api.oip_server import OipServer
-from mesh.errors import Unauthenticated
+from mesh.errors import MeshError
 from wire.fmaas import generation_pb2
 from wire.mmesh import model_mesh_pb2
 from wire.mmesh.model_mesh_pb2_grpc import ModelMeshServicer, add_ModelMeshServicer_to_server
@@ -29,49 +30,34 @@ _SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
 _HEALTH = "grpc.health.v1.Health"
-# Methods that need no key, by their full names: a prefix would also open what the pass-through forwards.
-_OPEN_METHODS = frozenset(
-    {
-        f"/{_HEALTH}/Check",
-        f"/{_HEALTH}/List",
-        f"/{_HEALTH}/Watch",
-        *REFLECTION_METHODS,
-    }
-)
-
 _CREDENTIALS = frozenset({"authorization", PEER_KEY_HEADER})
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 
-class KeyGuard(grpc.aio.ServerInterceptor):
-    """Recognises peers, and requires one of the bearer keys of other callers if there are keys; health and reflection need none."""
+class GuardInterceptor(grpc.aio.ServerInterceptor):
+    """Admits or refuses each call before any of its messages is read."""
 
-    def __init__(self, keys: tuple[str, ...], peers: PeerKeys) -> None:
-        self._keys = keys
-        self._peers = peers
-        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
-            refuse(Unauthenticated("a valid API key is needed: send `authorization: Bearer KEY`"))
-        )
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if handler_call_details.method in _OPEN_METHODS:
-            return await continuation(handler_call_details)
-        sent = {key: str(value) for key, value in handler_call_details.invocation_metadata or () if key in _CREDENTIALS}
-        if self._peers.recognises(sent.get(PEER_KEY_HEADER, "")):
-            set_caller(PEER)
-        elif self._keys and not key_is_known(sent.get("authorization", ""), self._keys):
-            return self._refusal
+        method = str(handler_call_details.method)
+        sent: dict[str, str] = {}
+        for key, value in handler_call_details.invocation_metadata or ():
+            if key in _CREDENTIALS:
+                sent.setdefault(key, str(value))
+        secret = bearer_secret(sent.get("authorization", ""))
+        try:
+            end = self._guard.admit((secret,), sent.get(PEER_KEY_HEADER, ""), grpc_scopes(method))
+        except MeshError as error:
+            return grpc.stream_stream_rpc_method_handler(refuse(error))
+        # Interceptors and the handler of a call run in one task, which ends with the call.
+        if end is not None and (call := asyncio.current_task()) is not None:
+            call.add_done_callback(lambda _: end())
         return await continuation(handler_call_details)
-
-
-def key_is_known(authorization: str, keys: tuple[str, ...]) -> bool:
-    """Whether the value of an authorization header holds one of the keys. Compares in constant time."""
-    scheme, _, given = authorization.partition(" ")
-    matches = [hmac.compare_digest(given.strip().encode(errors="surrogateescape"), key.encode()) for key in keys]
-    return scheme.lower() == "bearer" and any(matches)
 
 
 class GrpcServer:
@@ -84,14 +70,13 @@ class GrpcServer:
         gateway: InferenceGateway,
         *,
         own_oip: OipServer,
-        keys: tuple[str, ...],
-        peers: PeerKeys,
+        guard: Guard,
         max_message_bytes: int,
     ) -> None:
         self._address = address
         self._health = Health()
         self._server = grpc.aio.server(
-            interceptors=(KeyGuard(keys, peers),),
+            interceptors=(GuardInterceptor(guard),),
             options=(
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

@@ -8,16 +8,15 @@ from aiohttp.typedefs import Handler, Middleware
 
 from common.http_path import is_ambiguous
 from common.web_policy import WebPolicy
-from mesh.access.caller import PEER, set_caller
-from mesh.access.peer_keys import PEER_KEY_HEADER, PeerKeys
-from mesh.api.grpc_server import key_is_known
+from mesh.access.guard import Guard, bearer_secret
+from mesh.access.peer_keys import PEER_KEY_HEADER
+from mesh.access.scopes import http_scopes
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.request_log import request_log
 from mesh.api.web_guard import WebGuard
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
 from mesh.metrics import Metrics
 
-_OPEN_TO_ALL = ("/health", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _HEADERS_BYTES = 16 * 1024
 # Routes of SageMaker and of text-embeddings-inference.
 _UNSUPPORTED_PATHS = ("/invocations", "/embed", "/rerank")
@@ -36,16 +35,15 @@ class HttpServer:
         routes: Sequence[Routes],
         metrics: Metrics,
         *,
-        keys: tuple[str, ...],
-        peers: PeerKeys,
+        guard: Guard,
         web_policy: WebPolicy | None,
         grace_s: float,
     ) -> None:
         self._address = address
-        web_guard = WebGuard(web_policy, is_keyless=not keys)
+        web_guard = WebGuard(web_policy, is_keyless=not guard.requires_keys)
         middlewares: list[Middleware] = [request_log(metrics), errors_as_json, web_guard.middleware]
-        middlewares += [key_guard(keys, peers), refuse_ambiguous_paths]
-        app = web.Application(middlewares=middlewares)
+        middlewares += [guarded(guard), refuse_ambiguous_paths]
+        app = self._app = web.Application(middlewares=middlewares)
         web_guard.add_to(app)
         for part in routes:
             part.add_to(app.router)
@@ -64,6 +62,14 @@ class HttpServer:
         )
         self._sites: list[web.BaseSite] = []
         self.port = 0
+
+    def routes(self) -> list[tuple[str, str]]:
+        """Return the method and the pattern of every route."""
+        return [
+            (route.method, route.resource.canonical)
+            for route in self._app.router.routes()
+            if route.resource is not None
+        ]
 
     async def start(self) -> None:
         """Raises OSError if the address is taken."""
@@ -97,25 +103,30 @@ async def _refuse_path(request: web.Request) -> web.StreamResponse:
     raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
-def key_guard(keys: tuple[str, ...], peers: PeerKeys) -> Middleware:
-    """Return a middleware that recognises peers and requires one of the keys, if there are keys, except for health probes.
+def guarded(guard: Guard) -> Middleware:
+    """Return a middleware that admits or refuses each request before any of its body is read.
 
-    Clients send it as a bearer key, or in `x-api-key` as Anthropic's do.
+    Clients send their key as a bearer key, or in `x-api-key` as Anthropic's do.
     """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        sent = (request.headers.get("Authorization", ""), f"Bearer {request.headers.get('x-api-key', '')}")
-        if peers.recognises(request.headers.get(PEER_KEY_HEADER, "")):
-            set_caller(PEER)
+        resource = request.match_info.route.resource
+        secrets = (bearer_secret(request.headers.get("Authorization", "")), request.headers.get("x-api-key", ""))
+        try:
+            end = guard.admit(
+                secrets,
+                request.headers.get(PEER_KEY_HEADER, ""),
+                http_scopes(resource.canonical if resource is not None else None),
+            )
+        except Unauthenticated as error:
+            response = response_of(error, request.path)
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        try:
             return await handler(request)
-        if not keys or request.path in _OPEN_TO_ALL or any(key_is_known(value, keys) for value in sent):
-            return await handler(request)
-        response = response_of(
-            Unauthenticated("a valid API key is needed: send `Authorization: Bearer KEY` or `x-api-key: KEY`"),
-            request.path,
-        )
-        response.headers["WWW-Authenticate"] = "Bearer"
-        return response
+        finally:
+            if end is not None:
+                end()
 
     return middleware

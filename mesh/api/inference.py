@@ -87,8 +87,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             context.set_trailing_metadata(outcome.trailers)
         except MeshError as error:
             request.code = error.code
-            trailers = (("retry-after", str(round(error.retry_after_s))),) if error.retry_after_s is not None else ()
-            await context.abort(grpc.StatusCode[error.code], error.message, trailers)
+            await context.abort(grpc.StatusCode[error.code], error.message, _retry_trailers(error))
         except asyncio.CancelledError:
             request.code = "CANCELLED"
             raise
@@ -176,6 +175,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             request.code,
             label,
             seconds,
+            key=current_caller().name,
             request_bytes=request_bytes,
             response_bytes=request.response_bytes,
         )
@@ -188,6 +188,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 "carrier": "grpc",
                 "method": request.method,
                 "model": request.model_id,
+                "key": current_caller().name,
                 "code": request.code,
                 "seconds": round(seconds, 4),
             },
@@ -198,6 +199,10 @@ def refuse(error: MeshError) -> Callable[[AsyncIterator[bytes], ServerContext], 
     """Return a handler that answers every request with this error."""
 
     async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
-        await context.abort(grpc.StatusCode[error.code], error.message)
+        await context.abort(grpc.StatusCode[error.code], error.message, _retry_trailers(error))
 
     return serve
+
+
+def _retry_trailers(error: MeshError) -> tuple[tuple[str, str], ...]:
+    return () if error.retry_after_s is None else (("retry-after", str(max(1, round(error.retry_after_s)))),)

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from common.clock import epoch_ms
+from mesh.access.caller import current_caller
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, Unavailable
 from mesh.registry.models import entry_time_ms
 from mesh.registry.records import VModelRecord
@@ -74,6 +75,7 @@ class ManagementService(rpc.ModelMeshServicer):
     async def _register(self, request: pb.RegisterModelRequest) -> pb.ModelStatusInfo:
         if self._read_only:
             raise MeshError(f"Failed to add model {request.modelId}: this mesh is read-only")
+        _check_given(request.modelId)
         last_used_ms = entry_time_ms(request.lastUsedTime, self._now_ms(), load_now=request.loadNow)
         # A load writes the time of last use itself, in the same update.
         await self._registry.models.register(
@@ -87,6 +89,7 @@ class ManagementService(rpc.ModelMeshServicer):
         # The naming rule does not apply: an id that a ModelMesh pod has registered must be removable.
         if not request.modelId:
             raise InvalidRequest(_NO_ID)
+        current_caller().check_model(request.modelId)
         if self._read_only:
             raise MeshError("model-mesh read-only mode")
         await self._registry.models.unregister(request.modelId)
@@ -111,10 +114,8 @@ class ManagementService(rpc.ModelMeshServicer):
     async def _set_vmodel(self, request: pb.SetVModelRequest) -> pb.VModelStatusInfo:
         if self._read_only:
             raise Unavailable("model-mesh is in read-only mode")
-        if request.vModelId:
-            check_id(request.vModelId, "vmodel id")
-        if request.targetModelId:
-            check_id(request.targetModelId)
+        _check_given(request.vModelId, "vmodel id")
+        _check_given(request.targetModelId)
         vmodel_request = VModelRequest(
             vmodel_id=request.vModelId,
             target_id=request.targetModelId,
@@ -140,13 +141,13 @@ class ManagementService(rpc.ModelMeshServicer):
         return await self._vmodel_status(vmodel)
 
     async def _delete_vmodel(self, request: pb.DeleteVModelRequest) -> pb.DeleteVModelResponse:
+        current_caller().check_model(request.vModelId)
         if request.vModelId and not self._read_only:
             await self._registry.vmodels.delete(request.vModelId, owner=request.owner)
         return pb.DeleteVModelResponse()
 
     async def _get_vmodel_status(self, request: pb.GetVModelStatusRequest) -> pb.VModelStatusInfo:
-        if request.vModelId:
-            check_id(request.vModelId, "vmodel id")
+        _check_given(request.vModelId, "vmodel id")
         vmodel = await self._registry.vmodels.find(request.vModelId) if request.vModelId else None
         if vmodel is None or (request.owner and request.owner != vmodel.owner):
             return pb.VModelStatusInfo()
@@ -268,7 +269,14 @@ async def _abort(error: MeshError, context: Context) -> NoReturn:
 def _require_id(model_id: str) -> None:
     if not model_id:
         raise InvalidRequest(_NO_ID)
-    check_id(model_id)
+    _check_given(model_id)
+
+
+def _check_given(model_id: str, what: str = "model id") -> None:
+    """Check an id, unless it is left out, by the naming rule and the models of the caller's key. Raises InvalidRequest, PermissionDenied."""
+    if model_id:
+        check_id(model_id, what)
+        current_caller().check_model(model_id)
 
 
 def _status(info: StatusInfo) -> pb.ModelStatusInfo:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from common.model_state import CopyState, Tier
+from mesh.access.caller import current_caller
 from mesh.client.admin import Copy, Model
 from mesh.registry.records import ModelRecord
 from mesh.registry.registration import belongs_to, settings_of
@@ -38,12 +39,17 @@ class ModelViews:
         self._settings: dict[str, dict[str, Any]] = {}  # by model key
 
     def all(self) -> list[Model]:
-        return [self._view(named) for named in self._registry.named()]
+        """Describe all models that the caller may use."""
+        return [self._view(named) for named in self._named()]
 
     def states(self) -> list[tuple[str, Model | None]]:
         """Like `all()`, keyed by name. None for models that are unloaded and healthy (the common case)."""
-        named = self._registry.named()
+        named = self._named()
         return [(each.name, None if self._is_unloaded(each) else self._view(each)) for each in named]
+
+    def _named(self) -> list[NamedModel]:
+        caller = current_caller()
+        return [named for named in self._registry.named() if caller.may_use(named.name)]
 
     async def one(self, name: str) -> Model:
         """Describe a model by name or concrete id. Raises NotFound."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 from aiohttp import web
 
+from mesh.access.caller import current_caller
 from mesh.api.http_gateway import HttpGateway
 from mesh.errors import LoadFailed, NotSupported
 from mesh.placement.placement import Placement
@@ -91,6 +92,8 @@ class OipRoutes:
     async def _index(self, _: web.Request) -> web.Response:
         entries: list[IndexEntry] = []
         for named in self._registry.named():
+            if not current_caller().may_use(named.name):
+                continue
             status = self._states.status(named.model_id)
             state = _STATES.get(status.status, "UNAVAILABLE")
             entries.append(IndexEntry(named.name, "1", state, status.errors[0] if status.errors else ""))

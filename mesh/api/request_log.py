@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from mesh.access.caller import current_caller
 from mesh.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
             record.code,
             record.route,
             seconds,
+            key=current_caller().name,
             request_bytes=record.request_bytes,
             response_bytes=record.response_bytes,
         )
@@ -92,6 +94,7 @@ def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
             "carrier": "http",
             "method": f"{request.method} {record.route}",
             "model": record.model_id,
+            "key": current_caller().name,
             "code": record.code,
             "seconds": round(seconds, 4),
         },

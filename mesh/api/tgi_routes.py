@@ -6,6 +6,7 @@ In this order: the path below /tgi/NAME, the header mm-model-id, `model` or `par
 import msgspec
 from aiohttp import web
 
+from mesh.access.caller import current_caller
 from mesh.api.addressing import MODEL_HEADER
 from mesh.api.http_body import decode
 from mesh.api.http_gateway import HttpGateway
@@ -72,7 +73,7 @@ class TgiRoutes:
         return request.match_info.get("name") or request.headers.get(MODEL_HEADER) or asked or self._only_name()
 
     def _only_name(self) -> str:
-        named = self._registry.named()
+        named = [each for each in self._registry.named() if current_caller().may_use(each.name)]
         if len({each.model_id for each in named}) == 1:
             return named[0].name
         names = [each.name for each in named]

@@ -20,6 +20,7 @@ class ServerFacts:
     grpc: str
     num_keys: int
     snapshot: RuntimeSnapshot
+    keys_file: str = ""
 
     def banner(self) -> str:
         """Return the lines that a person reads: the device, the addresses, the keys and the next command."""
@@ -30,7 +31,7 @@ class ServerFacts:
             ("gRPC", self.grpc),
             (
                 "keys",
-                f"{self.num_keys} accepted" if self.num_keys else "none: every caller may use and change all models",
+                self._keys() or "none: every caller may use and change all models",
             ),
             ("next", f"repertory register NAME URI --load{server}"),
         ]
@@ -53,16 +54,20 @@ class ServerFacts:
     def warning(self) -> str:
         """Return a warning if other machines can reach the server and callers need no key, else an empty text."""
         reached = [address for address in (self.http, self.grpc) if is_open_to_network(address)]
-        if self.num_keys or not reached:
+        if self._keys() or not reached:
             return ""
         return (
             f"{' and '.join(reached)} can be reached from the network, and no API key is set: anyone there can use, register and "
-            "remove models. Set --api-keys, or listen on 127.0.0.1"
+            "remove models. Set --api-keys or --api-keys-file, or listen on 127.0.0.1"
         )
 
     @property
     def _url(self) -> str:
         return self.http if self.http.startswith("unix:") else f"http://{reachable(self.http)}"
+
+    def _keys(self) -> str:
+        found = [f"{self.num_keys} accepted"] if self.num_keys else []
+        return ", and ".join([*found, *([f"those of {self.keys_file}"] if self.keys_file else [])])
 
     def _device(self) -> str:
         found = self.snapshot

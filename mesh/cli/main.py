@@ -11,14 +11,29 @@ from pathlib import Path
 from common.config import add_flags, load
 from common.errors import ConfigError
 from common.version import package_version
-from mesh.cli import commands, serve, serve_flags, settings_flags
+from mesh.cli import commands, new_key, serve, serve_flags, settings_flags
 from mesh.cli.chat_settings import PARAMETERS
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
 
 _SERVERS = ("serve", "serve-mesh", "serve-runtime")
-_CLIENTS = ("register", "fit", "ps", "list", "ls", "pods", "run", "load", "stop", "unload", "show", "rm", "alias")
+_CLIENTS = (
+    "register",
+    "fit",
+    "ps",
+    "list",
+    "ls",
+    "pods",
+    "run",
+    "load",
+    "stop",
+    "unload",
+    "show",
+    "rm",
+    "alias",
+    "new-key",
+)
 _VERBS = frozenset(_SERVERS + _CLIENTS)
 
 Verb = Callable[[AdminClient, argparse.Namespace], int]
@@ -220,6 +235,8 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         "target", nargs="?", help="registered name; the alias points at the model that this name currently stands for"
     )
     sub.add_argument("--delete", action="store_true", help="remove the alias and keep the model")
+    sub = verb("new-key", new_key.new_key, "make an API key, and print the entry for the server's --api-keys-file")
+    new_key.add_flags(sub)
 
 
 def _add_listing(sub: argparse.ArgumentParser) -> None:

@@ -157,6 +157,7 @@ async def _announce(settings: Settings) -> None:
         http=address,
         grpc=str(settings.mesh["grpc_listen"]),
         num_keys=len(settings.mesh["api_keys"]),
+        keys_file=str(settings.mesh["api_keys_file"]),
         snapshot=snapshot or RuntimeSnapshot(0),
     )
     if settings.mesh["log_json"]:

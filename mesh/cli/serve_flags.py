@@ -110,6 +110,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,…",
     )
     flag(
+        "api-keys-file",
+        "",
+        str,
+        "YAML file of hashed keys with their names, scopes, models and limits; `repertory new-key` makes entries",
+        metavar="FILE",
+    )
+    flag(
         "allowed-hosts",
         "",
         str,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from mesh.access.caller import current_caller
 from mesh.errors import AlreadyExists, NotFound
 from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
@@ -31,7 +32,10 @@ class NamedModel:
 
 
 class Registry:
-    """Names and the models behind them, as all pods see them. The caller opens and closes the store."""
+    """Names and the models behind them, as all pods see them. The caller opens and closes the store.
+
+    Names that a request gives are checked against the models of its key: what resolves, registers or removes a name raises PermissionDenied.
+    """
 
     def __init__(
         self,
@@ -94,9 +98,10 @@ class Registry:
     async def resolve_known(self, name: str, *, virtual: bool) -> str:
         """Resolve a name, or a vmodel alone if `virtual`. Asks the store for a name that may just have been registered elsewhere.
 
-        Raises InvalidRequest for a name that breaks the naming rule, NotFound.
+        Raises InvalidRequest for a name that breaks the naming rule, PermissionDenied, NotFound.
         """
         check_id(name)
+        current_caller().check_model(name)
         try:
             return self.resolve_vmodel(name) if virtual else self.resolve(name)
         except NotFound:
@@ -105,8 +110,12 @@ class Registry:
             return await self.resolve_fresh(name)
 
     async def resolve_fresh(self, name: str) -> str:
-        """Resolve a name in the store, if it answers: another pod may have just registered or moved it. Raises InvalidRequest, NotFound."""
+        """Resolve a name in the store, if it answers: another pod may have just registered or moved it.
+
+        Raises InvalidRequest, PermissionDenied, NotFound.
+        """
         check_id(name)
+        current_caller().check_model(name)
         vmodel = await self.vmodels.table.refresh(name)
         if vmodel is not None:
             await self.models.find(vmodel.active_id)
@@ -192,6 +201,7 @@ class Registry:
         Raises AlreadyExists if the name is itself a model id, InvalidRequest, StoreError.
         """
         check_name(name)
+        current_caller().check_model(name)
         plain = await self.models.find(name)
         if plain is not None and plain.info == info:
             return name
@@ -207,6 +217,7 @@ class Registry:
     async def set_alias(self, alias: str, target: str, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
         """Point another name at the model behind `target`, and return its concrete id. Raises NotFound, AlreadyExists, InvalidRequest."""
         check_name(alias)
+        current_caller().check_model(alias)
         if await self.models.find(alias) is not None:
             raise AlreadyExists(f"{alias} is a registered model; an alias must have a name of its own")
         own = self.vmodels.get(alias)
@@ -218,6 +229,7 @@ class Registry:
 
     async def remove_alias(self, alias: str) -> None:
         """Remove an alias; its model stays. Raises NotFound, also for a name that is registered itself; StoreError."""
+        current_caller().check_model(alias)
         own = await self.vmodels.find(alias)
         if own is None or belongs_to(own.target_id, alias):
             what = (
@@ -228,6 +240,7 @@ class Registry:
 
     async def remove_name(self, name: str) -> None:
         """Remove a name, and its model unless another name points at it. Raises NotFound, PreconditionFailed, StoreError."""
+        current_caller().check_model(name)
         if await self.vmodels.find(name) is not None:
             await self.vmodels.delete(name)
         elif await self.models.find(name) is not None:
@@ -236,7 +249,7 @@ class Registry:
             raise self._unknown(name)
 
     def _unknown(self, name: str) -> NotFound:
-        names = nearest_first(name, self.names())
+        names = nearest_first(name, [other for other in self.names() if current_caller().may_use(other)])
         shown = ", ".join(names[:NAMES_IN_A_MESSAGE]) + (
             f" and {len(names) - NAMES_IN_A_MESSAGE} more" if len(names) > NAMES_IN_A_MESSAGE else ""
         )
