@@ -21,12 +21,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     dests: dict[str, str] = {env_name("log_json"): "log_json"}
 
-    def flag(name: str, default: str, parse: Callable[[str], object], text: str, **options: Any) -> None:
+    def flag(
+        name: str,
+        default: str,
+        parse: Callable[[str], object],
+        text: str,
+        *,
+        alias: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
         env = env_name(name.replace("-", "_"))
         shown = f" (default {default})" if default else ""
         help_text = f"{text} [{env}]{shown}".replace("%", "%%")
         default = os.environ.get(env, default)
-        parser.add_argument(f"--{name}", action=_Store, default=default, type=parse, help=help_text, **options)
+        parser.add_argument(f"--{name}", *alias, action=_Store, default=default, type=parse, help=help_text, **options)
         dests[env] = name.replace("-", "_")
 
     flag(
@@ -73,6 +81,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
     )
     flag("device", "auto", _device, "device: auto, cpu, cuda or cuda:N", metavar="DEVICE")
+    flag(
+        "tensor-parallel",
+        "1",
+        _positive,
+        "number of devices that share every model, from the device on",
+        alias=("--num-shard", "--tensor-parallel-size"),
+        metavar="N",
+    )
     flag(
         "oversubscribe",
         "auto",
@@ -213,6 +229,12 @@ def _size(text: str) -> int:
         return parse_size(text) if text else 0
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -52,6 +52,7 @@ _FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
     "memory": (("runtime", "engine", "device_budget_bytes"),),
     "host_memory": (("runtime", "engine", "host_budget_bytes"),),
     "device": (("runtime", "engine", "device"),),
+    "tensor_parallel": (("runtime", "engine", "tensor_parallel"),),
     "oversubscribe": (("runtime", "engine", "oversubscribe"),),
     "cache_dir": (("runtime", "cache_dir"),),
     "model_roots": (("runtime", "model_roots"),),
@@ -118,6 +119,7 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "source_hosts": _listed(args.source_hosts),
         "engine": {
             "device": args.device,
+            "tensor_parallel": args.tensor_parallel,
             "oversubscribe": args.oversubscribe,
             "device_budget_bytes": args.memory,
             "host_budget_bytes": args.host_memory,

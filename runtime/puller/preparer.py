@@ -271,7 +271,8 @@ class CheckpointPreparer:
         except KeyError as error:
             reason = "" if local_only else self._judge.refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
-        needs = needs_of(geometry, tensors, msgspec.structs.replace(settings, quantize=quantization), device)
+        quantised = msgspec.structs.replace(settings, quantize=quantization)
+        needs = needs_of(geometry, tensors, quantised, device, self._config.engine.tensor_parallel)
         look = ModelMetadata(
             geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file
         )

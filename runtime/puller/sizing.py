@@ -78,18 +78,31 @@ class ResidentBytes:
     last_used_s: float
 
 
-def needs_of(geometry: Geometry, tensors: Sequence[TensorShape], settings: ModelSettings, device: str) -> Needs:
-    """Return the needs of a model. If `tensors` is empty, because the index is unknown, parameters are counted from the geometry."""
+def needs_of(
+    geometry: Geometry,
+    tensors: Sequence[TensorShape],
+    settings: ModelSettings,
+    device: str,
+    num_devices: int = 1,
+) -> Needs:
+    """Return the needs of a model on each of the `num_devices` that share it. If `tensors` is empty, because the index is unknown, parameters are counted from the geometry."""
     dtype = compute_dtype(settings.dtype, geometry.dtype, device)
     size = DTYPE_BYTES[dtype]
     max_model_len = min(settings.max_model_len or geometry.max_model_len, geometry.max_model_len)
     if tensors:
-        weight_bytes = sum(tensor_bytes(tensor, settings.quantize, size) for tensor in tensors)
+        weight_bytes = sum(
+            tensor_bytes(tensor, settings.quantize, size) // (num_devices if is_layer_matrix(tensor) else 1)
+            for tensor in tensors
+        )
         num_parameters = sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
     else:
         num_parameters = estimate_parameters(geometry)
-        weight_bytes = num_parameters * size
-    kv_bytes_per_token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * size
+        whole = (
+            2 * geometry.vocab_size * geometry.hidden_size
+        )  # each device has the embeddings and the output projection
+        weight_bytes = ((num_parameters - whole) // num_devices + whole) * size
+    num_kv_heads = max(1, geometry.num_kv_heads // num_devices)
+    kv_bytes_per_token = 2 * geometry.num_layers * num_kv_heads * geometry.head_dim * size
     # the widest activation of a full step, twice, and its logits' row
     workspace_bytes = (
         8192 * size * max(geometry.intermediate_size * 2, geometry.hidden_size * 4) + geometry.vocab_size * 4

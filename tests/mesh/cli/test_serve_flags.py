@@ -38,6 +38,7 @@ def settings(*arguments: str, env: dict[str, str] | None = None) -> Settings:
         ("--cache-size", "12XB"),
         ("--device", "gpu"),
         ("--oversubscribe", "tape"),
+        ("--tensor-parallel", "0"),
         ("--log-level", "loud"),
         ("--http-listen", "99999"),
         ("--http-listen", "127.0.0.1:99999"),
@@ -57,6 +58,11 @@ def test_a_bad_flag_is_refused_by_name(
         assert value in said
         # and the same from the environment
         monkeypatch.setenv("REPERTORY_" + flag.removeprefix("--").replace("-", "_").upper(), value)
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel", "--num-shard", "--tensor-parallel-size"])
+def test_tensor_parallel_has_the_names_of_other_launchers(flag: str) -> None:
+    assert settings(flag, "2").runtime["engine"]["tensor_parallel"] == 2
 
 
 def test_help_shows_no_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.model_key import Quantization
+from common.model_key import ModelSettings, Quantization
+from runtime.puller.checkpoint_check import Policy, inspect
 from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PACKED_NAME, PackRequest
+from runtime.puller.sizing import geometry_of, needs_of
 from runtime.types import Checkpoint
 from tests.support.engine_process import Engine, engine
 from tests.support.families import family
@@ -68,6 +70,18 @@ def test_quantised_weights_on_two_ranks_give_the_text_of_one(quantization: Quant
             running.load("m", checkpoint)
             found.append(texts(running, "m", prompts(5, 3)))
     assert found[0] == found[1]
+
+
+def test_sizes_are_predicted_per_rank(tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
+    found = inspect(tmp_path, Policy())
+    needs = needs_of(geometry_of(found.config), found.tensors, ModelSettings(), "cpu", num_devices=2)
+    checkpoint = Checkpoint(str(tmp_path), tuple(map(str, found.weight_files)), dtype="float32")
+    with engine(config(2)) as running:
+        facts = running.load("m", checkpoint)[0].facts
+    assert facts.kv_bytes_per_token == needs.kv_bytes_per_token
+    padding = 256 * (len(found.tensors) + 1)  # each tensor is aligned to 256 bytes
+    assert needs.weight_bytes <= facts.weight_bytes <= needs.weight_bytes + padding
 
 
 def test_sharded_models_are_evicted_and_return(tmp_path: Path) -> None:
