@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from runtime.errors import LoadFailed
+from runtime.errors import InvalidRequest, LoadFailed
 from runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from runtime.text.panics import panics_as
 from runtime.text.token_bytes import START_KEEP, Decoding, TokenBytes, byte_level_alphabet, decoding_of
 from runtime.text.tokenizer_files import TokenizerConfig, TokenSpec
 
@@ -19,6 +20,7 @@ from runtime.text.tokenizer_files import TokenizerConfig, TokenSpec
 _RARE_BYTES = frozenset(
     letter for letter, byte in byte_level_alphabet().items() if byte < 0x20 or byte > 0xEF or byte in (0x7F, 0xC0, 0xC1)
 )
+_ENCODING = "its tokenizer cannot encode this text"
 _MOST_NORMALIZED_AWAY = 4  # a letter with three marks becomes one
 
 
@@ -77,12 +79,14 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # Unlike the single call, the batch call releases the GIL, and the fast one leaves out offsets.
-        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        with panics_as(InvalidRequest, _ENCODING):
+            [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
 
     def encode_with_offsets(self, text: str) -> Encoding:
         """Encode with special tokens."""
-        [found] = self._tokenizer.encode_batch([text])
+        with panics_as(InvalidRequest, _ENCODING):
+            [found] = self._tokenizer.encode_batch([text])
         return Encoding(
             tuple(found.ids), tuple(found.tokens), tuple(found.offsets), tuple(map(bool, found.special_tokens_mask))
         )
@@ -130,7 +134,10 @@ def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
             f"{model_dir} has no tokenizer.json; a checkpoint with only a slow tokenizer has to be packed first"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        with panics_as(LoadFailed, f"{path} can't be read"):
+            tokenizer = Tokenizer.from_file(str(path))
+    except LoadFailed:
+        raise
     except Exception as error:  # the library raises bare Exception for a file it can't read
         raise LoadFailed(f"{path} can't be read: {error}") from error
     tokenizer.no_truncation()

@@ -3,12 +3,17 @@
 The files are tokenizer_config.json, generation_config.json, chat_template.jinja and additional_chat_templates/.
 """
 
+import logging
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from common.model_key import DefaultSampling
 from runtime.errors import LoadFailed
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T", int, float)
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -71,7 +76,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True):
-    """The sampling defaults of generation_config.json. The engine reads its EOS ids."""
+    """The sampling defaults of generation_config.json, unchecked. The engine reads its EOS ids."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -81,14 +86,24 @@ class GenerationConfig(msgspec.Struct, frozen=True):
     max_new_tokens: int | None = None
 
     def sampling(self) -> DefaultSampling:
+        """Return the defaults that are in their ranges, and log the others: no request could be drawn with them."""
         return DefaultSampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            max_tokens=self.max_new_tokens,
+            temperature=_in_range("temperature", self.temperature),
+            top_k=_in_range("top_k", self.top_k),
+            top_p=_in_range("top_p", self.top_p),
+            min_p=_in_range("min_p", self.min_p),
+            repetition_penalty=_in_range("repetition_penalty", self.repetition_penalty),
+            max_tokens=_in_range("max_tokens", self.max_new_tokens),
         )
+
+
+def _in_range(name: str, value: _T | None) -> _T | None:
+    try:
+        msgspec.convert({name: value}, DefaultSampling)
+    except msgspec.ValidationError as error:
+        _LOG.warning("generation_config.json: %s=%s is ignored: %s", name, value, error)
+        return None
+    return value
 
 
 def read_tokenizer_config(model_dir: Path) -> TokenizerConfig:
