@@ -14,6 +14,8 @@ from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
 
 _MAX_NAMES_SHOWN = 5
+# Constants that older versions of transformers stored with the weights.
+_OLD_CONSTANTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.masked_bias)$")
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class _ModuleNames:
         """Return whether a checkpoint may carry this tensor: what the class lists, and computed buffers that older files stored."""
         return (
             name in self._computed
-            or "rotary_emb.inv_freq" in key
+            or _OLD_CONSTANTS.search(key) is not None
             or any(re.search(pattern, key) for pattern in self._unneeded)
         )
 

@@ -26,7 +26,15 @@ from runtime.puller.packer import run_packer
 from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
 from runtime.puller.safetensors_header import read_header
-from runtime.puller.sizing import DTYPE_BYTES, checkpoint_dtype, compute_dtype, geometry_of, needs_of, tensor_bytes
+from runtime.puller.sizing import (
+    DTYPE_BYTES,
+    checkpoint_dtype,
+    compute_dtype,
+    geometry_of,
+    needs_of,
+    tensor_bytes,
+    with_codes_as_bytes,
+)
 from runtime.puller.source import Listing, Source, Unreachable
 from runtime.puller.support_probe import SupportProbe
 from runtime.types import Checkpoint, ModelSource
@@ -310,7 +318,7 @@ def _packed_bytes(found: CheckpointSummary, quantization: Quantization, dtype: s
         return sum(file.stat().st_size for file in found.weight_files) * (
             _GGUF_GROWTH if found.kind is CheckpointKind.GGUF else 1
         )
-    return sum(tensor_bytes(tensor, quantization, DTYPE_BYTES[dtype]) for tensor in found.tensors)
+    return sum(tensor_bytes(tensor, quantization, DTYPE_BYTES[dtype]) for tensor in with_codes_as_bytes(found.tensors))
 
 
 def _give_back(future: "asyncio.Future[T]") -> None:

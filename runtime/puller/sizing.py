@@ -90,6 +90,7 @@ def needs_of(
     size = DTYPE_BYTES[dtype]
     max_model_len = min(settings.max_model_len or geometry.max_model_len, geometry.max_model_len)
     if tensors:
+        tensors = with_codes_as_bytes(tensors)
         weight_bytes = sum(
             tensor_bytes(tensor, settings.quantize, size) // (num_devices if is_layer_matrix(tensor) else 1)
             for tensor in tensors
@@ -139,6 +140,17 @@ def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int) 
     if columns % _BLOCK:
         return tensor.numel * dtype_bytes
     return rows * columns // 2 + rows * columns // _BLOCK * 4
+
+
+def with_codes_as_bytes(tensors: Sequence[TensorShape]) -> list[TensorShape]:
+    """Return the tensors with the codes of stored 4-bit matrices as bytes: a file may hold them as numbers of any type (bnb_4bit_quant_storage)."""
+    stored = {name for tensor in tensors for name, part, _ in (tensor.name.partition(".quant_state."),) if part}
+    return [
+        TensorShape(tensor.name, "U8", (tensor.numel * DTYPE_BYTES.get(tensor.dtype, 1), 1))
+        if tensor.name in stored
+        else tensor
+        for tensor in tensors
+    ]
 
 
 def is_layer_matrix(tensor: TensorShape) -> bool:

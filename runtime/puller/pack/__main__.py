@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import threading
+import traceback
 from typing import TextIO
 
 import msgspec
@@ -49,6 +50,9 @@ def main() -> int:
         )
     except MemoryError:
         say(PackFailed("RESOURCE_EXHAUSTED", "packing failed: not enough memory"))
+    except Exception as error:
+        traceback.print_exc()
+        say(PackFailed("INTERNAL", f"packing failed: {type(error).__name__}: {error}"))
     return 1
 
 

@@ -74,7 +74,10 @@ def _absmax(state: "bnb.QuantState") -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Stored4Bit:
-    """One serialised 4-bit matrix: `parts` by what follows the weight's name (absmax, quant_map, quant_state…, nested_…)."""
+    """One serialised 4-bit matrix: `parts` by what follows the weight's name (absmax, quant_map, quant_state…, nested_…).
+
+    `weight` holds the codes' bytes as any type (bnb_4bit_quant_storage), which FSDP needs to be that of the other weights.
+    """
 
     weight: Tensor
     parts: Mapping[str, Tensor]
@@ -94,10 +97,11 @@ def unpack_4bit(stored: Stored4Bit, name: str) -> Matrix | Tensor:
     if state.blocksize != BLOCK:
         raise LoadFailed(f"tensor {name} is quantised in blocks of {state.blocksize}; only {BLOCK} is supported")
     rows, columns = (int(size) for size in state.shape)
+    codes = stored.weight.contiguous().view(torch.uint8)
     if columns % BLOCK:
-        plain: Tensor = bnb.dequantize_4bit(stored.weight, state)
+        plain: Tensor = bnb.dequantize_4bit(codes.reshape(-1, 1), state)
         return plain
-    return _matrix(stored.weight, _absmax(state), rows, columns)
+    return _matrix(codes, _absmax(state), rows, columns)
 
 
 def unpack_int8(codes: Tensor, absmax: Tensor) -> Matrix:

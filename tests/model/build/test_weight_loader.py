@@ -102,6 +102,21 @@ def test_tied_by_the_configuration_but_not_in_fact(tmp_path: Path) -> None:
     assert not torch.allclose(found[0], before[0])
 
 
+def test_constants_that_old_files_store_are_ignored(tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    checkpoint = save(model, tmp_path)
+    constants = {
+        f"transformer.h.{layer}.attn.{name}": torch.tensor(value)
+        for layer in range(3)
+        for name, value in (("masked_bias", -1e4), ("bias", [[[[1.0]]]]))
+    }
+    rewrite(checkpoint, read(checkpoint) | constants)
+    asked = prompts(VOCAB, [9])
+    assert_same(bring_up(checkpoint).logits(asked), hf_logits(model, asked))
+    rewrite(checkpoint, read(checkpoint) | {"transformer.h.0.attn.masked_weight": torch.zeros(1)})
+    assert "has unexpected transformer.h.0.attn.masked_weight" in refused(checkpoint)
+
+
 def test_what_is_missing_or_unexpected_is_named(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     tensors = read(checkpoint)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from common.model_key import ModelSettings, Quantization
 from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
-from runtime.errors import InvalidRequest, LoadFailed, ModelTooLarge
+from runtime.errors import InvalidRequest, LoadFailed, ModelTooLarge, RepertoryError
 from runtime.models.model_state import Phase, Prepared, Progress
 from runtime.puller.cache import Cache
 from runtime.puller.pack.packing import pack
@@ -151,14 +151,16 @@ async def test_preparer_packs_once(preparation: CheckpointPreparer, tmp_path: Pa
     assert len(list((tmp_path / "cache" / "packed").iterdir())) == 2
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double", "nf4-bfloat16", "fp4-double-float32"])
 async def test_pack_keeps_serialised_quantised_weights(
     preparation: CheckpointPreparer, tmp_path: Path, kind: str
 ) -> None:
     model = tiny_llama(tmp_path / "plain")
-    quantize, double = Quantization(kind.removesuffix("-double")), kind.endswith("double")
+    quantize, double = Quantization(kind.partition("-")[0]), "-double" in kind
+    storage = next((dtype for dtype in (torch.bfloat16, torch.float32) if str(dtype)[6:] in kind), torch.uint8)
     ours = packed(await prepare(preparation, tmp_path / "plain", quantize=quantize, double_quant=double))
-    serialise(model, tmp_path / "plain", tmp_path / "stored", quantize, double)
+    serialise(model, tmp_path / "plain", tmp_path / "stored", quantize, double, storage)
+    look = await preparation.look(ModelSource(str(tmp_path / "stored")), ModelSettings(), "cpu")
     prepared = await prepare(preparation, tmp_path / "stored")
     assert prepared.checkpoint.quantization is quantize
     theirs = packed(prepared)
@@ -166,13 +168,32 @@ async def test_pack_keeps_serialised_quantised_weights(
     for name in ours:
         assert torch.equal(theirs[name], ours[name]), name
     assert "quantization_config" not in json.loads((Path(prepared.checkpoint.model_dir) / "config.json").read_text())
-    other = Quantization.FP4
+    assert look.needs.weight_bytes < sum(tensor.numel() * 4 for tensor in model.state_dict().values())
+    other = Quantization.INT8 if quantize is Quantization.FP4 else Quantization.FP4
     with pytest.raises(InvalidRequest, match="is stored in"):
         await prepare(preparation, tmp_path / "stored", quantize=other)
 
 
-def serialise(model: torch.nn.Module, plain: Path, stored: Path, quantize: Quantization, double: bool) -> None:
-    """What transformers writes for a model that bitsandbytes quantised."""
+async def test_packer_says_what_went_wrong_in_it(apart: CheckpointPreparer, tmp_path: Path) -> None:
+    """Whatever the exception is: without an answer the process would be taken for killed."""
+    serialise(tiny_llama(tmp_path / "plain"), tmp_path / "plain", tmp_path / "stored", Quantization.NF4, False)
+    path = tmp_path / "stored" / "model.safetensors"
+    tensors = load_file(path)
+    damaged = next(name for name in tensors if "quant_state." in name)
+    save_file(tensors | {damaged: torch.zeros(4, dtype=torch.uint8)}, path, {"format": "pt"})
+    with pytest.raises(RepertoryError, match="packing failed: JSONDecodeError"):
+        await prepare(apart, tmp_path / "stored")
+
+
+def serialise(
+    model: torch.nn.Module,
+    plain: Path,
+    stored: Path,
+    quantize: Quantization,
+    double: bool,
+    storage: torch.dtype = torch.uint8,
+) -> None:
+    """What transformers writes for a model that bitsandbytes quantised. `storage`: the type that the codes' bytes are written as."""
     stored.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in model.state_dict().items():
@@ -190,7 +211,7 @@ def serialise(model: torch.nn.Module, plain: Path, stored: Path, quantize: Quant
             codes, state = bnb.quantize_4bit(
                 weight, blocksize=64, compress_statistics=double, quant_type=quantize.value
             )
-            tensors[name] = codes
+            tensors[name] = codes.reshape(-1).view(storage).reshape(-1, 1)
             tensors |= {f"{name}.{key}": part.clone() for key, part in state.as_dict(packed=True).items()}
     save_file(tensors, stored / "model.safetensors", {"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
