@@ -97,6 +97,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     priority: int = 0  # higher first
     pooling: bool = False  # answer with the last hidden state of the prompt; `stop.max_tokens` is 0 then
     grammar: Grammar | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never drawn; none is empty
 
     index: int = 0  # position among the sequences of one API call; each Delta repeats it
     stop_strings: tuple[str, ...] = ()

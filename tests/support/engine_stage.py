@@ -72,6 +72,10 @@ def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
         suppressed = tuple(sorted(ends)) if drawn < stop.min_tokens else ()
         grammar = add.request.grammar
         allowed = None if grammar is None else allowed_tokens(grammar.text, ids[prompt_len:], spec.vocab)
+        if add.request.bad_words:
+            output = tuple(ids[prompt_len:])
+            banned = {word[-1] for word in add.request.bad_words if output[len(output) - len(word) + 1 :] == word[:-1]}
+            allowed = [token for token in (range(spec.vocab) if allowed is None else allowed) if token not in banned]
         token = draw(add.model_id, ids, spec.vocab, suppressed, allowed)
         ids.append(token)
         if token in ends and drawn >= stop.min_tokens:
@@ -171,6 +175,7 @@ class Stage:
         priority: int = 0,
         grammar: str | None = None,
         pooling: bool = False,
+        bad_words: tuple[tuple[int, ...], ...] = (),
         **stop: object,
     ) -> Answer:
         self._ids += 1
@@ -185,6 +190,7 @@ class Stage:
                 priority=priority,
                 grammar=None if grammar is None else Grammar(grammar),
                 pooling=pooling,
+                bad_words=bad_words,
             ),
         )
         answer = self.answers[self._ids] = Answer(add)

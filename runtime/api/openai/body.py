@@ -1,12 +1,13 @@
 """Parses a JSON body into a typed request: names the field of an error, lists unknown fields, refuses unsupported features."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from runtime.api.openai.types import ChatBody, CompletionBody, Shared
+from runtime.api.openai.types import ChatBody, ChatTurn, CompletionBody, Shared
 from runtime.errors import InvalidRequest, NotSupported
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -14,9 +15,9 @@ _PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$")
 _UNSAFE = re.compile(r"[^\w.\-]", re.ASCII)
 
 _REFUSED_SHARED = (
-    "structural_tag", "logits_processors", "use_beam_search", "lora_request", "adapter_id", "prompt_logprobs",
+    "store", "structural_tag", "logits_processors", "use_beam_search", "lora_request", "adapter_id", "prompt_logprobs",
 )  # fmt: skip
-_REFUSED_CHAT = ("audio", "prediction", "web_search_options")
+_REFUSED_CHAT = ("audio", "prediction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,20 @@ def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if isinstance(body, Shared):
         refuse_unsupported(body)
-    known = kind.__struct_encode_fields__
-    return Parsed(body, tuple(name for name, value in names.items() if name not in known and bytes(value) != b"null"))
+    unknown = _unknown(names, kind.__struct_encode_fields__)
+    if isinstance(body, ChatBody):
+        for index, turn in enumerate(msgspec.json.decode(names["messages"], type=list[dict[str, msgspec.Raw]])):
+            unknown += [f"messages.{index}.{name}" for name in _unknown(turn, ChatTurn.__struct_encode_fields__)]
+    return Parsed(body, tuple(unknown))
+
+
+def _unknown(fields: Mapping[str, msgspec.Raw], known: Sequence[str]) -> list[str]:
+    """Return the names that `known` lacks, of fields that are not null."""
+    return [name for name, value in fields.items() if name not in known and bytes(value) != b"null"]
 
 
 def refuse_unsupported(body: Shared) -> None:
-    """Raise NotSupported for the first field that asks for a missing feature. Null, false and empty values ask for nothing."""
+    """Raise NotSupported for the first field that asks for a missing feature. Null and false ask for nothing, and so does empty, with one exception."""
     for name in _REFUSED_SHARED:
         _refuse(name, getattr(body, name))
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -70,6 +79,8 @@ def refuse_unsupported(body: Shared) -> None:
     if isinstance(body, ChatBody):
         for name in _REFUSED_CHAT:
             _refuse(name, getattr(body, name))
+        if body.web_search_options is not None:  # an empty object switches the search on
+            raise NotSupported("web_search_options is not supported", param="web_search_options")
         if body.functions:
             raise NotSupported("functions is not supported: send the functions as tools", param="functions")
         if body.function_call not in (None, "none", "auto"):

@@ -22,6 +22,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 256
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 1024
+MAX_BAD_WORDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def generation_requests(
             allowed.check(model.name, param, value)
     count = body.n or 1
     sampling = _sampling(model, body)
-    stop_strings = _stop_strings(model, body)
+    stop_strings, bad_words = _stop_strings(model, body), _bad_words(model, body)
     requests: list[GenerationRequest] = []
     for prompt, limit in zip(prompts, max_tokens, strict=True):
         stop, shared = _stop(model, body, limit), tuple(prompt)
@@ -148,6 +149,7 @@ def generation_requests(
                     logprobs=logprobs,
                     index=len(requests),
                     priority=body.priority or 0,
+                    bad_words=bad_words,
                     stop_strings=stop_strings,
                     include_stop=bool(body.include_stop_str_in_output),
                     show_stop_token=bool(body.include_stop_str_in_output),
@@ -203,6 +205,32 @@ def _allowed_token_ids(model: ServedModel, body: Shared) -> tuple[int, ...]:
         wanted = "a token id that does not end the sequence (min_tokens is set)" if allowed else "at least 1 token id"
         raise InvalidRequest(f"allowed_token_ids needs {wanted}", model=model.name, param="allowed_token_ids")
     return tuple(allowed)
+
+
+def _bad_words(model: ServedModel, body: Shared) -> tuple[tuple[int, ...], ...]:
+    """Return the token sequences of each word, as it is written at the start of a text and after a space."""
+    words = body.bad_words or []
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequest(
+            f"bad_words takes at most {MAX_BAD_WORDS} words, got {len(words)}", model=model.name, param="bad_words"
+        )
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        text = word.lstrip()
+        if not 0 < len(text) <= MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"a bad word has 1 to {MAX_STOP_CHARS} characters besides spaces, got one of {len(text)}",
+                model=model.name,
+                param="bad_words",
+            )
+        for written in (text, f" {text}"):
+            found[tuple(model.text.encode(written, add_special_tokens=False))] = None
+    banned = tuple(token_ids for token_ids in found if token_ids)
+    for token_ids in banned:
+        check_token_ids(model, token_ids, param="bad_words")
+    if body.allowed_token_ids and {(token,) for token in body.allowed_token_ids} <= set(banned):
+        raise InvalidRequest("bad_words exclude every token of allowed_token_ids", model=model.name, param="bad_words")
+    return banned
 
 
 def _first(*values: float | None) -> float:

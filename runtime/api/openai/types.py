@@ -33,6 +33,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -42,7 +43,6 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     # accepted without effect: they describe the client, not the response
     user: Any = None
     metadata: Any = None
-    store: Any = None
     service_tier: Any = None
     request_id: Any = None
     safety_identifier: Any = None
@@ -59,6 +59,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: Any = None
     grammar: Any = None
     # refused
+    store: bool | None = None
     best_of: int | None = None
     structural_tag: Any = None
     logits_processors: Any = None

@@ -8,6 +8,7 @@ from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.interfaces import MaskSource, MaskSourceJob, MaskSources
+from runtime.engine.scheduler.bad_words import BadWords
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.sequence import from_add
 from runtime.errors import NotSupported, RepertoryError
@@ -114,6 +115,8 @@ class Commands:
     def _queue(
         self, add: Add, model: LoadedModel, arrival: int, arrived_s: float, source: MaskSource | None, now: float
     ) -> None:
+        if add.request.bad_words:
+            source = BadWords(add.request.bad_words, source)
         most = model.facts.max_model_len
         sequence = from_add(add, arrival, arrived_s, most, source)
         if not 0 < sequence.prompt_len <= most:

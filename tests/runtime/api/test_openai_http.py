@@ -248,6 +248,43 @@ async def test_parse_names_unknown_fields_in_a_header(http: aiohttp.ClientSessio
     assert headers["Warning"] == '299 repertory "unknown fields were ignored: top_a, x??y"'
 
 
+async def test_parse_names_unknown_fields_of_messages(http: aiohttp.ClientSession, server: Server) -> None:
+    turns = [{"role": "user", "content": "a", "cache_control": {"type": "ephemeral"}, "refusal": None}]
+    status, _, headers = await post(http, server, "/v1/chat/completions", chat(messages=turns))
+    assert status == 200
+    assert headers["Warning"] == '299 repertory "unknown fields were ignored: messages.0.cache_control"'
+
+
+async def test_bad_words_are_banned_in_both_spellings(http: aiohttp.ClientSession, server: Server) -> None:
+    assert (await post(http, server, "/v1/chat/completions", chat(bad_words=["dog", " fox"])))[0] == 200
+    wanted = {tuple(server.script(text)) for text in ("dog", " dog", "fox", " fox")}
+    assert set(server.engine.asked[0].request.bad_words) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bad_words": [""]}, "1 to 256 characters"),
+        ({"bad_words": ["  "]}, "1 to 256 characters"),
+        ({"bad_words": ["a"] * 257}, "at most 256 words"),
+        ({"bad_words": ["a", 1]}, "Expected `str`"),
+    ],
+)
+async def test_bad_words_refuses_lists_beyond_its_limits(
+    http: aiohttp.ClientSession, server: Server, fields: dict[str, Any], words: str
+) -> None:
+    status, answer, _ = await post(http, server, "/v1/chat/completions", chat(**fields))
+    assert (status, answer["error"]["param"].split("[")[0]) == (400, "bad_words")
+    assert words in answer["error"]["message"]
+
+
+async def test_bad_words_must_leave_an_allowed_token(http: aiohttp.ClientSession, server: Server) -> None:
+    [letter] = server.script("a")
+    body = chat(bad_words=["a"], allowed_token_ids=[letter])
+    status, answer, _ = await post(http, server, "/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "bad_words")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -255,6 +292,8 @@ async def test_parse_names_unknown_fields_in_a_header(http: aiohttp.ClientSessio
         {"response_format": {"type": "structural_tag"}},
         {"best_of": 2},
         {"lora_request": {"name": "x"}},
+        {"store": True},
+        {"web_search_options": {}},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
         {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
     ],

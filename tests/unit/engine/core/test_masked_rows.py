@@ -45,6 +45,21 @@ def test_masks_hold_under_preemption_with_the_other_parameters() -> None:
     made.close()
 
 
+def test_bad_words_are_not_drawn_beside_other_rows_and_after_a_preemption() -> None:
+    made = stage("a", total_slabs=8, max_model_len=600, config={"mask_sources": False})
+    free = made.add("a", [5, 6], 60, ignore_eos=True)
+    made.until_quiet()
+    banned = ((free.tokens[3],), tuple(free.tokens[8:10]), (free.tokens[20], 7))
+    answers = [made.add("a", [5, 6], 250, ignore_eos=True, bad_words=banned) for _ in range(3)]
+    made.add("a", [5, 6], 250, ignore_eos=True)
+    made.until_quiet()
+    made.check_all()
+    assert answers[0].tokens[:3] == free.tokens[:3]
+    assert free.tokens[3] not in answers[0].tokens
+    assert sum(model.preemptions_total for model in made.stats().models) > 0
+    made.close()
+
+
 def test_masks_hold_when_the_model_is_evicted_and_returns() -> None:
     made = stage("ab", weight_slabs=16, total_slabs=24)
     for _ in range(3):
