@@ -148,7 +148,7 @@ class ManagementService(rpc.ModelMeshServicer):
 
     async def _get_vmodel_status(self, request: pb.GetVModelStatusRequest) -> pb.VModelStatusInfo:
         _check_given(request.vModelId, "vmodel id")
-        vmodel = await self._registry.vmodels.find(request.vModelId) if request.vModelId else None
+        vmodel = await self._registry.vmodels.table.refresh(request.vModelId) if request.vModelId else None
         if vmodel is None or (request.owner and request.owner != vmodel.owner):
             return pb.VModelStatusInfo()
         return await self._vmodel_status(vmodel)
@@ -190,7 +190,8 @@ class ManagementService(rpc.ModelMeshServicer):
         return vmodel
 
     async def _status_of(self, model_id: str) -> pb.ModelStatusInfo:
-        if await self._registry.models.find(model_id) is None:
+        """Return the status as of now: what another pod has answered to a synchronous call must be true here, too."""
+        if await self._registry.models.table.fresh(model_id) is None:
             return pb.ModelStatusInfo(status=pb.ModelStatusInfo.NOT_FOUND)
         status = self._states.status(model_id)
         if status.status is ModelStatus.LOADING and await self._refresh_peers(status):

@@ -57,8 +57,6 @@ def status_of(
         status = ModelStatus.LOADING
     elif failed:
         status = ModelStatus.LOADING_FAILED
-    elif ModelStatus.UNKNOWN in states:
-        status = ModelStatus.UNKNOWN
     else:
         status = ModelStatus.NOT_LOADED
     everything = tuple(sorted((*copies, *failed), key=lambda copy: copy.time_ms, reverse=True))
@@ -131,8 +129,8 @@ def _own_info(model_id: str, own_id: str, own: LocalCopyState) -> CopyInfo:
 
 def _peer_info(model_id: str, pod: str, since_ms: int, instance: InstanceRecord) -> CopyInfo:
     if not instance.grpc_address and not instance.copies:
-        # A Java pod: its record contains neither addresses nor the states of copies.
-        return CopyInfo(pod, ModelStatus.UNKNOWN, since_ms)
+        # A Java pod: its record contains neither addresses nor the states of copies. A load that fails leaves the model's record.
+        return CopyInfo(pod, ModelStatus.LOADED, since_ms)
     report = instance.copies.get(model_id)
     if report is None:
         # A load is announced in the model's record before the pod's own record shows it.
