@@ -11,6 +11,9 @@ from typing import Any
 
 _RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
+# The names of log4j that Python's logging does not have.
+_OTHER_LEVELS = {"TRACE": "DEBUG", "ALL": "DEBUG", "OFF": "CRITICAL"}
+
 
 def set_up(*, as_json: bool, level: str) -> None:
     """Configure logging for the process. Raises ValueError for an unknown level."""
@@ -22,6 +25,15 @@ def set_up(*, as_json: bool, level: str) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # httpx logs URLs, which may carry signatures.
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def set_level(level: str) -> None:
+    """Set the lowest level that is logged, also by log4j's names. An unknown name is logged and means `info`."""
+    name = _OTHER_LEVELS.get(level.upper(), level.upper())
+    if name not in logging.getLevelNamesMapping():
+        logging.getLogger(__name__).warning("unknown log level %s; using info", level)
+        name = "INFO"
+    logging.getLogger().setLevel(name)
 
 
 class JsonFormatter(logging.Formatter):

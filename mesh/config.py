@@ -28,6 +28,9 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     runtime_grpc: Annotated[str, _about("gRPC address of the runtime behind this mesh")] = (
         "unix:/tmp/repertory/runtime.sock"
     )
+    runtime_inference_grpc: Annotated[
+        str, _about("gRPC address of the runtime's inference methods; empty = runtime_grpc")
+    ] = ""
     runtime_http: Annotated[str, _about("HTTP address of the runtime; empty = the runtime has none")] = (
         "unix:/tmp/repertory/runtime-http.sock"
     )
@@ -75,6 +78,8 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     owner: Annotated[str, _about("owner written into vmodels that name none; empty = none, as ModelMesh")] = ""
+    location: Annotated[str, _about("location in this pod's instance record; empty = advertise_host or host name")] = ""
+    zone: Annotated[str, _about("zone in this pod's instance record")] = ""
     labels: Annotated[tuple[str, ...], _about("labels in this pod's instance record")] = ()
     type_constraints: Annotated[
         str,
@@ -89,11 +94,21 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
         str, _about("YAML file of models and aliases to register at the start; it is read again after SIGHUP")
     ] = ""
     read_only: Annotated[bool, _about("refuse changes of registrations (ModelMesh's KV_READ_ONLY)")] = False
+    probe_listen: Annotated[str, _about("address of ModelMesh's probes /ready and /live; empty = none")] = ""
+    prestop_listen: Annotated[
+        str,
+        _about("address of ModelMesh's preStop hook /prestop, which answers when this pod has drained; empty = none"),
+    ] = ""
+    metrics_listen: Annotated[
+        str, _about("second address of /metrics, which needs no key; empty = only the HTTP address")
+    ] = ""
+    metrics_tls: Annotated[bool, _about("serve metrics_listen by HTTPS with a self-signed certificate")] = False
     grace_s: Annotated[
         float,
         _about("time that running requests have to finish after SIGTERM, or before their model is unloaded", ge=0),
     ] = 30.0
     log_json: Annotated[bool, _about("write logs as JSON lines")] = False
+    log_requests: Annotated[bool, _about("log a line for each request")] = True
     log_level: Annotated[
         str,
         _about(

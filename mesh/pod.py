@@ -1,26 +1,12 @@
-"""Builds one pod's mesh from its parts (store, registry, placement, routing, both ports), starts and stops it.
-
-`run_pod` is the process: it serves until SIGTERM, then lets running requests end.
-"""
+"""Builds one pod's mesh from its parts (store, registry, placement, routing, ports), starts and stops it."""
 
 import asyncio
-import gc
 import logging
-import os
-import signal
-import socket
-import sys
 from collections.abc import Coroutine
 from typing import Any
 
-import uvloop
-
-from common import logs
 from common.addresses import check_free, parse_address
 from common.changes import Changes
-from common.clock import epoch_ms
-from common.config import unknown_variables
-from common.errors import ConfigError
 from common.version import package_version
 from mesh.access.guard import Guard
 from mesh.access.key_table import KeyTable
@@ -46,11 +32,11 @@ from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.peer_probes import HttpPeerProbes, Readiness
 from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
-from mesh.errors import InvalidRequest, MeshError
+from mesh.dynamic_settings import dynamic_settings
+from mesh.errors import InvalidRequest
 from mesh.metrics import Metrics
-from mesh.modelmesh_metrics import PodFigures
 from mesh.placement.copies import LocalCopies
-from mesh.placement.heartbeat import Heartbeat, identity
+from mesh.placement.heartbeat import Heartbeat
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
@@ -59,7 +45,8 @@ from mesh.placement.reconciler import Reconciler
 from mesh.placement.record_updates import RecordUpdates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.placement.type_constraints import TypeConstraints
-from mesh.pod_identity import advertised_address, default_instance_id
+from mesh.pod_figures import figures_of
+from mesh.pod_identity import check_addresses, default_instance_id, own_record
 from mesh.registry.models_file import DeclaredModels, read_models_file
 from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
@@ -69,54 +56,12 @@ from mesh.registry.transitions import Transitions
 from mesh.routing.in_flight import InFlight
 from mesh.routing.peer_health import PeerHealth
 from mesh.routing.router import CopyRouter, Limits
+from mesh.side_ports import side_ports
 from mesh.store.factory import store_at
 from mesh.store.location import parse_store
 from mesh.types import ModelInfo, ModelStatus, Target
 
 logger = logging.getLogger(__name__)
-
-
-def run_pod(config: MeshConfig) -> int:
-    """Serve until SIGTERM or SIGINT and return the exit status: 0, or with one line on stderr 2 (invalid configuration) or 1 (cannot start)."""
-    logs.set_up(as_json=config.log_json, level=config.log_level)
-    for name in unknown_variables(os.environ, MeshConfig):
-        logger.warning("the environment variable %s has no effect: docs/configuration.md lists the settings", name)
-    try:
-        status: int = uvloop.run(_serve(config))
-        return status
-    except (InvalidRequest, ConfigError) as error:
-        print(f"repertory: {error}", file=sys.stderr)
-        return 2
-    except (MeshError, OSError) as error:
-        print(f"repertory: {error}", file=sys.stderr)
-        return 1
-
-
-async def _serve(config: MeshConfig) -> int:
-    pod = Pod(config)
-    asked_to_stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked_to_stop.set)
-    reloads: set[asyncio.Task[None]] = set()
-
-    def read_models_again() -> None:
-        reload = asyncio.create_task(pod.apply_models_file())
-        reloads.add(reload)
-        reload.add_done_callback(reloads.discard)
-
-    if config.models_file:
-        loop.add_signal_handler(signal.SIGHUP, read_models_again)
-    try:
-        await pod.start()
-        # Objects that exist now live as long as the process. Collecting them would delay every stream.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 50, 50)
-        await asked_to_stop.wait()
-    finally:
-        await pod.stop()
-    return 0
 
 
 class Pod:
@@ -125,9 +70,7 @@ class Pod:
     def __init__(self, config: MeshConfig) -> None:
         if not config.store:
             raise InvalidRequest("store is missing: set it to a directory or to etcd://HOST:PORT")
-        for what in ("grpc_listen", "http_listen", "runtime_grpc", "runtime_http"):
-            if address := getattr(config, what):
-                parse_address(address, what)
+        check_addresses(config)
         self._config = config
         self.instance_id = config.instance_id or default_instance_id(config.grpc_listen)
         if "," in self.instance_id:
@@ -154,6 +97,7 @@ class Pod:
             read_models_file(config.models_file)  # raises ConfigError before anything is started
         self._static_registered = False
         self._stopping = asyncio.Event()
+        self._drained = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._heartbeat: Heartbeat | None = None
         self._build()
@@ -242,7 +186,7 @@ class Pod:
             self._copies,
             self._changes,
             self._metrics,
-            Target(self.instance_id, True, config.runtime_grpc, config.runtime_http),
+            Target(self.instance_id, True, config.runtime_inference_grpc or config.runtime_grpc, config.runtime_http),
             Limits(config.wait_budget_s, config.max_held),
             self._in_flight,
             self.peer_health,
@@ -282,10 +226,20 @@ class Pod:
             max_body_bytes=config.http_max_body_bytes,
             keep_alive_s=config.keep_alive_s,
         )
+        health = HealthRoutes(self._connections, config.runtime_http, self._readiness, self._figures)
+        self.side_ports = side_ports(
+            config,
+            self.registry.instances,
+            instance_id=self.instance_id,
+            is_ready=self.is_ready,
+            drained=self._drained,
+            metrics=health.metrics,
+        )
+        self._dynamic_config = dynamic_settings(self.store, self.registry.config_prefix, config)
         self.http = HttpServer(
             config.http_listen,
             (
-                HealthRoutes(self._connections, config.runtime_http, self._readiness, self._figures),
+                health,
                 ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
                 AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
                 OpenAiRoutes(gateway),
@@ -330,7 +284,10 @@ class Pod:
 
     async def start(self) -> None:
         """Start serving. Raises StoreError, or OSError if a port is in use."""
+        for port in self.side_ports:
+            await port.start()
         await self.store.open()
+        await self._dynamic_config.check_enabled()
         await self.registry.start()
         await self.peers.start()
         for kind, address, server in (
@@ -339,12 +296,7 @@ class Pod:
         ):
             await asyncio.to_thread(check_free, parse_address(address), kind)
             await _listening(kind, address, server.start())
-        own = identity(
-            grpc_address=advertised_address(self._config.grpc_listen, self.grpc.port, self._config.advertise_host),
-            http_address=advertised_address(self._config.http_listen, self.http.port, self._config.advertise_host),
-            labels=self._config.labels,
-            location=self._config.advertise_host or socket.gethostname(),
-        )
+        own = own_record(self._config, self.grpc.port, self.http.port)
         self._warn_of_duplicate_id(own.grpc_address)
         self._heartbeat = Heartbeat(
             self.registry.instances,
@@ -369,6 +321,7 @@ class Pod:
                 self.peers.run(),
                 self.peer_health.run(),
                 self._keys.run(),
+                self._dynamic_config.run(),
             )
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
@@ -392,6 +345,9 @@ class Pod:
         await self.registry.close()
         await self._connections.close()
         await self.store.close()
+        self._drained.set()
+        for port in self.side_ports:
+            await port.stop()
 
     async def _register_static(self) -> None:
         await register_static_models(
@@ -456,20 +412,7 @@ class Pod:
         return copy.last_used_ms if copy is not None else 0
 
     def _figures(self) -> bytes:
-        usage = self._copies.usage()
-        records = [record for _, record in self.registry.models.table.items()]
-        figures = PodFigures(
-            capacity_bytes=usage.capacity_bytes,
-            used_bytes=usage.used_bytes,
-            num_models=len(usage.models),
-            lru_ms=usage.lru_ms,
-            now_ms=epoch_ms(),
-            models_managed=len(records),
-            models_loaded=sum(1 for record in records if record.instance_ids),
-            models_failed=sum(1 for record in records if record.failed_in),
-            is_leader=self.registry.instances.is_leader(),
-        )
-        return self._metrics.text(figures, self._is_registered)
+        return self._metrics.text(figures_of(self._copies, self.registry), self._is_registered)
 
     def _is_registered(self, name: str) -> bool:
         return name in self.registry.models.table or name in self.registry.vmodels.table

@@ -4,7 +4,17 @@ import hashlib
 import secrets
 import socket
 
+from common.addresses import parse_address
+from common.clock import epoch_ms
+from common.version import package_version
+from mesh.config import MeshConfig
+from mesh.registry.records import InstanceRecord
+
 _HOST_CHARACTERS = 32
+_ADDRESSES = (
+    *("grpc_listen", "http_listen", "runtime_grpc", "runtime_inference_grpc", "runtime_http"),
+    *("probe_listen", "prestop_listen", "metrics_listen"),
+)
 _ANY_HOST = ("", "0.0.0.0", "[::]", "::", "*")
 
 
@@ -17,6 +27,39 @@ def default_instance_id(grpc_listen: str) -> str:
     if grpc_listen.startswith("unix:") or port == "0":
         return f"{host}-{secrets.token_hex(3)}"
     return f"{host}-{port}"
+
+
+def check_addresses(config: MeshConfig) -> None:
+    """Raise ConfigError for an address that is neither HOST:PORT nor unix:PATH."""
+    for name in _ADDRESSES:
+        if address := getattr(config, name):
+            parse_address(address, name)
+
+
+def own_record(config: MeshConfig, grpc_port: int, http_port: int) -> InstanceRecord:
+    """Return the part of this pod's record that does not change while it runs. The ports are those that the servers listen on."""
+    return InstanceRecord(
+        start_time_ms=epoch_ms(),
+        version=version_number(package_version()),
+        location=config.location or config.advertise_host or socket.gethostname(),
+        zone=config.zone,
+        labels=tuple(sorted(config.labels)),
+        grpc_address=advertised_address(config.grpc_listen, grpc_port, config.advertise_host),
+        http_address=advertised_address(config.http_listen, http_port, config.advertise_host),
+    )
+
+
+def version_number(version: str) -> int:
+    """Return `vers` of a pod's record, which grows from release to release. 0 for a version that is not numbers and dots.
+
+    It is smaller than any of ModelMesh's, which are build dates, so that Java pods place models on Java pods first: they cannot
+    forward to ours.
+    """
+    numbers = version.split(".")[:3]
+    if not all(number.isdecimal() for number in numbers):
+        return 0
+    major, minor, patch = (*map(int, numbers), 0, 0)[:3]
+    return (major * 1000 + minor) * 1000 + patch
 
 
 def advertised_address(listen: str, port: int, host: str) -> str:

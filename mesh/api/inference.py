@@ -3,7 +3,6 @@
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -22,7 +21,7 @@ from mesh.api.grpc_forwarder import (
 from mesh.api.known_methods import single_message_methods
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
-from mesh.api.request_log import request_id_of
+from mesh.api.request_log import request_id_of, requests_logger
 from mesh.client.connections import Connections
 from mesh.errors import MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
@@ -30,8 +29,6 @@ from mesh.registry.registry import Registry
 from mesh.routing.attempts import RoutingRequest
 from mesh.routing.router import CopyRouter
 from mesh.types import RuntimeLimits
-
-logger = logging.getLogger(__name__)
 
 
 class InferenceGateway(grpc.GenericRpcHandler):
@@ -181,7 +178,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         )
         for code, invoke_s in request.invocations:
             self._metrics.invoked(label, code, invoke_s)
-        logger.info(
+        requests_logger.info(
             "request",
             extra={
                 "request_id": request.request_id,

@@ -191,7 +191,7 @@ class ManagementService(rpc.ModelMeshServicer):
 
     async def _status_of(self, model_id: str) -> pb.ModelStatusInfo:
         """Return the status as of now: what another pod has answered to a synchronous call must be true here, too."""
-        if await self._registry.models.table.fresh(model_id) is None:
+        if await self._registry.models.table.refresh(model_id) is None:
             return pb.ModelStatusInfo(status=pb.ModelStatusInfo.NOT_FOUND)
         status = self._states.status(model_id)
         if status.status is ModelStatus.LOADING and await self._refresh_peers(status):

@@ -12,7 +12,8 @@ from aiohttp.typedefs import Handler, Middleware
 from mesh.access.caller import current_caller
 from mesh.metrics import Metrics
 
-logger = logging.getLogger(__name__)
+requests_logger = logging.getLogger("mesh.requests")
+"""The logger of one line per request, of gRPC and of HTTP."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
@@ -40,6 +41,11 @@ class Record:
 
 
 _KEY = web.RequestKey("record", Record)
+
+
+def log_requests(enabled: bool) -> None:
+    """Switch the lines of requests that ended on or off for the process."""
+    requests_logger.setLevel(logging.NOTSET if enabled else logging.WARNING)
 
 
 def request_id_of(given: str) -> str:
@@ -86,7 +92,7 @@ def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
             request_bytes=record.request_bytes,
             response_bytes=record.response_bytes,
         )
-    logger.log(
+    requests_logger.log(
         logging.DEBUG if record.route in _DEBUG_PATHS else logging.INFO,
         "request",
         extra={

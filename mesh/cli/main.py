@@ -16,6 +16,7 @@ from mesh.cli.chat_settings import PARAMETERS
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
+from mesh.modelmesh_environment import translate
 
 _SERVERS = ("serve", "serve-mesh", "serve-runtime")
 _CLIENTS = (
@@ -85,9 +86,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.verb == "serve":
         return serve.serve(args)
     if args.verb == "serve-mesh":
-        from mesh.pod import run_pod  # the client verbs start faster without the server's imports
+        from mesh.pod_process import run_pod  # the client verbs start faster without the server's imports
 
-        return run_pod(load(MeshConfig, flags=vars(args), env=os.environ, file=args.config))
+        modelmesh = translate(os.environ)
+        environment = {**modelmesh.variables, **os.environ}
+        config = load(MeshConfig, flags=vars(args), env=environment, file=args.config)
+        return run_pod(config, warnings=modelmesh.warnings)
     verb: Verb = args.do
     return verb(AdminClient(args.server, args.api_key), args)
 

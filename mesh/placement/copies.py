@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState
+from mesh.placement.request_rate import RequestRate
 from mesh.placement.usage import ModelUsage, Usage
 from mesh.types import ModelInfo
 
@@ -60,6 +61,7 @@ class LocalCopies:
         # Counted by model id and not in the copies, because a request may outlive the copy it started on.
         self._in_flight: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
+        self._requests = RequestRate(time.monotonic())
         self._changes = changes
         self.capacity_bytes = 0
 
@@ -128,6 +130,7 @@ class LocalCopies:
         return self._waiting[model_id]
 
     def begin(self, model_id: str) -> None:
+        self._requests.add(time.monotonic())
         self._in_flight[model_id] += 1
         self.touch(model_id, epoch_ms())
 
@@ -139,6 +142,9 @@ class LocalCopies:
 
     def end_wait(self, model_id: str) -> None:
         self._decrease(self._waiting, model_id)
+
+    def requests_per_min(self) -> int:
+        return self._requests.per_minute(time.monotonic())
 
     def _num_users(self, model_id: str) -> int:
         return self._in_flight[model_id] + self._waiting[model_id]

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import msgspec
 
 from common.changes import Changes
-from common.clock import epoch_ms
 from mesh.errors import StoreError
 from mesh.placement.copies import LocalCopies
 from mesh.placement.model_status import copy_state
@@ -97,6 +96,7 @@ class Heartbeat:
             used_units=(usage.used_bytes - usage.unloading_bytes) // CAPACITY_UNIT_BYTES,
             loading_threads=self._loading_threads(),
             loads_in_progress=self._num_loading(),
+            requests_per_min=self._copies.requests_per_min(),
             shutting_down=self._shutting_down,
             cannot_serve=not self._can_serve(),
             device_budget_bytes=snapshot.device_budget_bytes,
@@ -118,16 +118,6 @@ class Heartbeat:
             logger.warning("this pod's record could not be published: %s", error.message)
 
 
-def identity(*, grpc_address: str, http_address: str, labels: tuple[str, ...], location: str) -> InstanceRecord:
-    return InstanceRecord(
-        start_time_ms=epoch_ms(),
-        location=location,
-        labels=tuple(sorted(labels)),
-        grpc_address=grpc_address,
-        http_address=http_address,
-    )
-
-
 def _without_load(record: InstanceRecord) -> InstanceRecord:
     """Return the record without the figures that change with every request."""
     copies = {model_id: report.settled() for model_id, report in record.copies.items()}
@@ -135,6 +125,7 @@ def _without_load(record: InstanceRecord) -> InstanceRecord:
         record,
         lru_time_ms=0,
         used_units=0,
+        requests_per_min=0,
         device_used_bytes=0,
         host_used_bytes=0,
         kv_usage=0.0,

@@ -54,6 +54,7 @@ class Registry:
         self.instances = Instances(
             store, f"{root}/instances/", own_id=instance_id, ttl_s=session_ttl_s, latch_prefix=f"{root}/leaderLatch/"
         )
+        self.config_prefix = f"{root}/config/"
         self._named: tuple[NamedModel, ...] | None = None
         self.models.table.listen(self._changed)
         self.vmodels.table.listen(self._changed)

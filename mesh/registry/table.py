@@ -33,8 +33,6 @@ from mesh.store.protocol import (
 
 logger = logging.getLogger(__name__)
 
-_FRESH_S = 1.0
-
 Listener = Callable[[str, R | None, R | None], None]
 """Called with the id, the old record and the new record. None stands for an absent record."""
 
@@ -141,21 +139,6 @@ class Table(Generic[R]):
         found = self._decode(entry)
         self._absorb_ahead_of_watch(record_id, found)
         return found
-
-    async def fresh(self, record_id: str) -> R | None:
-        """Return the record from the store, or from the cache if the store does not answer within a second.
-
-        Raises StoreError if it does not answer and the cache has no such record.
-        """
-        try:
-            async with asyncio.timeout(_FRESH_S):
-                return (await self.read(record_id)).record
-        except (StoreError, TimeoutError) as error:
-            if (known := self.get(record_id)) is None:
-                raise StoreError(
-                    f"store: {self._prefix}{record_id} could not be read: {error or 'no answer'}"
-                ) from None
-            return known
 
     async def read_after_lost_answer(self, record_id: str) -> Versioned[R]:
         """Like read, after a write whose answer was lost. Raises StoreUncertain if the store does not answer."""

@@ -18,7 +18,7 @@ from mesh.registry.vmodels import VModels
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
-from mesh.store.protocol import Compare, Entry, TxnResult, Write
+from mesh.store.protocol import Compare, TxnResult, Write
 from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 
@@ -323,31 +323,11 @@ async def test_listeners_hear_an_unbroken_story_that_ends_with_the_truth(
     await store.close()
 
 
-class Silent(EmbeddedStore):
-    """Answers no reads."""
-
-    async def get(self, key: str) -> Entry | None:
-        raise StoreError("store: no answer")
-
-
-async def test_fresh_sees_what_the_watch_has_not_reported(store: EmbeddedStore) -> None:
+async def test_refresh_sees_what_the_watch_has_not_reported(store: EmbeddedStore) -> None:
     lagging, other = (Table(store, PREFIX, ModelRecord) for _ in range(2))
     await lagging.update("m", one_more_ref)
     await other.update("m", one_more_ref)
     assert lagging.get("m") == ModelRecord(type="llm", refs=1), "its watch was never started"
-    assert await lagging.fresh("m") == ModelRecord(type="llm", refs=2)
+    assert await lagging.refresh("m") == ModelRecord(type="llm", refs=2)
     await other.update("m", lambda _: None)
-    assert await lagging.fresh("m") is None
-
-
-async def test_fresh_falls_back_to_the_cache(tmp_path: Path) -> None:
-    store = Silent(tmp_path)
-    await store.open()
-    await store.put(f"{PREFIX}m", b'{"type": "llm"}')
-    table = Table(store, PREFIX, ModelRecord)
-    await table.start()
-    assert await table.fresh("m") == ModelRecord(type="llm")
-    with pytest.raises(StoreError, match="other"):
-        await table.fresh("other")
-    await table.close()
-    await store.close()
+    assert await lagging.refresh("m") is None
