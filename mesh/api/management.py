@@ -137,7 +137,8 @@ class ManagementService(rpc.ModelMeshServicer):
                 vmodel = await self._moved(request.vModelId, vmodel.target_id)
         elif request.loadNow or had_copies:
             last_used_ms = active.last_used_ms if active and had_copies else entry_ms
-            await self._load(vmodel.active_id, last_used_ms, wait=request.sync)
+            loaded = await self._load(vmodel.active_id, last_used_ms, wait=request.sync)
+            return await self._vmodel_status(vmodel, active=_status(loaded))
         return await self._vmodel_status(vmodel)
 
     async def _delete_vmodel(self, request: pb.DeleteVModelRequest) -> pb.DeleteVModelResponse:
@@ -225,7 +226,10 @@ class ManagementService(rpc.ModelMeshServicer):
             await instances.table.refresh(instance_id)
         return bool(peers)
 
-    async def _vmodel_status(self, vmodel: VModelRecord) -> pb.VModelStatusInfo:
+    async def _vmodel_status(
+        self, vmodel: VModelRecord, active: pb.ModelStatusInfo | None = None
+    ) -> pb.VModelStatusInfo:
+        """`active`: the active model's status, if the caller has it."""
         if not vmodel.is_moving:
             state = pb.VModelStatusInfo.DEFINED
         else:
@@ -234,7 +238,7 @@ class ManagementService(rpc.ModelMeshServicer):
             status=state,
             activeModelId=vmodel.active_id,
             targetModelId=vmodel.target_id,
-            activeModelStatus=await self._status_of(vmodel.active_id),
+            activeModelStatus=active or await self._status_of(vmodel.active_id),
             owner=vmodel.owner,
         )
         if vmodel.is_moving:
