@@ -128,6 +128,8 @@ class Pod:
             grace_s=config.grace_s,
             publish=self._publish_record,
             busy_s=lambda model_id: self.monitor.busy_s(model_id),
+            others=lambda: self.states.others(),
+            reported=lambda: self.monitor.snapshot.models,
         )
         peers = HttpPeerLoads(self._connections, self.peers)
         self.monitor = RuntimeMonitor(
@@ -157,9 +159,9 @@ class Pod:
             self.states,
             self.monitor,
             self._changes,
-            failure_expiry_s=config.failure_expiry_s,
             constraints=TypeConstraints(config.type_constraints),
             own_labels=config.labels,
+            unreachable=self.peer_health.suspect,
         )
         self._declared_models = DeclaredModels(
             config.models_file, self.registry, self.placement, is_loaded=self._is_loaded
@@ -307,6 +309,7 @@ class Pod:
             num_loading=lambda: self._loads.num_loading,
             loading_threads=lambda: limits.max_loading_concurrency if (limits := self.monitor.limits) else 0,
             can_serve=lambda: self.monitor.is_serving,
+            load_failures=lambda: self._loads.num_failed_in_a_row,
         )
         self.reconciler.start()
         self._transitions.start()

@@ -30,6 +30,8 @@ class _ModelRequest(msgspec.Struct, frozen=True):
 
     model: str = ""
     last_used_ms: int = 0
+    use: float = 0.0
+    is_extra: bool = False
     now: bool = False
 
 
@@ -104,7 +106,9 @@ class ModelsRoutes:
         asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
         if current_caller().is_peer:
             last_used_ms = min(max(asked.last_used_ms, 0), epoch_ms())
-            await self._placement.ensure_loaded(asked.model, last_used_ms=last_used_ms, local_only=True)
+            await self._placement.load_for_peer(
+                asked.model, last_used_ms=last_used_ms, use=asked.use, is_extra=asked.is_extra
+            )
         else:
             record = Record.of(request)
             record.model_id = await self._resolve(asked)
