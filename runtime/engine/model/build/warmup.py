@@ -38,7 +38,8 @@ _LOG = logging.getLogger(__name__)
 
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
-_FEW_TOKENS = 32  # Larger sizes use library products, which need no compilation. Idle turns run them.
+_FEW_TOKENS = 32  # Idle turns run larger sizes.
+_PROMPT_SIZES = (16, 32, 64, 128, 256)  # tokens of the steps of prompts that run before a model is ready
 _SLACK_BYTES = 2 << 20  # after the weights, as in a real model's range
 _LONGEST_WAIT_S = 60.0
 _VOCAB = 131_072
@@ -183,10 +184,16 @@ def _model_steps(
     runner = ModelRunner(twin(), facts, config, state)
     if not decode:
         _answer(runner, _GREEDY)
-        yield True
+        yield False
     state.uploads.blank()
-    for bucket in _within(state):
-        if (bucket.max_query_len == 1) is decode and bucket.num_tokens <= _FEW_TOKENS:
+    buckets = [bucket for bucket in _within(state) if (bucket.max_query_len == 1) is decode]
+    # Products tile their rows by powers of two up to this size, so a prompt of any length finds its kernels compiled.
+    first = [] if decode else [bucket for bucket in buckets if bucket.num_tokens in _PROMPT_SIZES]
+    for number, bucket in enumerate(first, 1):
+        runner.run_padded(bucket)
+        yield number == len(first)
+    for bucket in buckets:
+        if bucket.num_tokens <= _FEW_TOKENS and bucket not in first:
             runner.run_padded(bucket)
             yield True
     runner.close()
