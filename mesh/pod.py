@@ -25,6 +25,7 @@ from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
 from mesh.api.ollama_routes import OllamaRoutes
 from mesh.api.openai_routes import OpenAiRoutes
+from mesh.api.registrar import Registrar
 from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
 from mesh.client.connections import Connections
@@ -217,6 +218,7 @@ class Pod:
             guard=guard,
             max_message_bytes=config.grpc_max_message_bytes,
         )
+        registrar = Registrar(self.registry, self.placement, self.states, self.monitor, runtime)
         views = ModelViews(self.registry, self.states, self._last_used_ms)
         gateway = HttpGateway(
             self.registry,
@@ -242,9 +244,9 @@ class Pod:
             config.http_listen,
             (
                 health,
-                ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
-                AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
-                OpenAiRoutes(gateway),
+                ModelsRoutes(self.registry, self.placement, registrar, views, self._changes, self._stopping),
+                AdminRoutes(self.registry, registrar, self.states, self.monitor, runtime, views),
+                OpenAiRoutes(gateway, is_foreign=lambda: self.monitor.snapshot.foreign),
                 TgiRoutes(gateway, self.registry),
                 OllamaRoutes(gateway, self.registry, self.placement, views),
                 OipRoutes(
