@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
+import numpy as np
 import torch
 
 from common.model_key import Quantization
 from runtime.checkpoint.meta_model import tied_names
 from runtime.checkpoint.weight_layout import Placed
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan
+from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan, mask_words
 from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.builder import Blueprint, facts_of
 from runtime.engine.model.run.buckets import Bucket, standard
@@ -164,6 +165,8 @@ def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> It
         runner = ModelRunner(_nothing_but_logits(dtype, device), _FACTS, config, state)
         _answer(runner, _SAMPLED[sorts])
         yield True
+        _answer(runner, _SAMPLED[sorts], masked=True)
+        yield True
         if not sorts:
             _answer(runner, _GREEDY)
             state.uploads.blank()
@@ -223,12 +226,17 @@ def _nothing_but_logits(dtype: torch.dtype, device: torch.device) -> BuiltModel:
     )
 
 
-def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
+def _answer(runner: ModelRunner, sampling: SamplingParams, *, masked: bool = False) -> None:
     """Run a prompt, the first token of its answer and the one after it."""
-    runner.open_row(RowSetup(0, sampling, LogprobParams(), [0] * _PROMPT_TOKENS, _PROMPT_TOKENS))
-    prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [1], [0] * _PROMPT_TOKENS, [(0, 0, 0)])
-    for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [1], [])):
-        runner.launch(plan).collect()
+    runner.open_row(RowSetup(0, sampling, LogprobParams(), [0] * _PROMPT_TOKENS, _PROMPT_TOKENS, masked=masked))
+    waiting = [0] if masked else []
+    prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [1], [0] * _PROMPT_TOKENS, [(0, 0, 0)], masked=waiting)
+    for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [1], [], masked=waiting)):
+        if masked:
+            runner.launch_forward(plan)
+            runner.launch_draws(np.full((1, mask_words(_VOCAB)), -1, np.int32)).collect()
+        else:
+            runner.launch(plan).collect()
     runner.close_row(0)
 
 
