@@ -34,6 +34,18 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     runtime_http: Annotated[str, _about("HTTP address of the runtime; empty = the runtime has none")] = (
         "unix:/tmp/repertory/runtime-http.sock"
     )
+    tls_cert: Annotated[str, _about("file of the certificate chain of both ports for callers; empty = plain text")] = ""
+    tls_key: Annotated[str, _about("file of the key of tls_cert")] = ""
+    peer_grpc_listen: Annotated[
+        str, _about("gRPC address for other pods over mutual TLS; empty = they use grpc_listen in plain text")
+    ] = ""
+    peer_http_listen: Annotated[
+        str, _about("HTTP address for other pods over mutual TLS; empty = they use http_listen in plain text")
+    ] = ""
+    peer_tls_cert: Annotated[str, _about("file of this pod's certificate towards other pods")] = ""
+    peer_tls_key: Annotated[str, _about("file of the key of peer_tls_cert")] = ""
+    peer_tls_ca: Annotated[str, _about("file of the authority that signs the pods' certificates and nothing else")] = ""
+    peer_tls_name: Annotated[str, _about("DNS name that every pod's certificate carries")] = "repertory"
     wait_budget_s: Annotated[float, _about("longest time that a request waits for its model to be loaded", ge=0)] = (
         120.0
     )

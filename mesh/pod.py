@@ -8,9 +8,7 @@ from typing import Any
 from common.addresses import check_free, parse_address
 from common.changes import Changes
 from common.version import package_version
-from mesh.access.guard import Guard
-from mesh.access.key_table import KeyTable
-from mesh.access.peer_keys import PeerKeys
+from mesh.access.access import Access
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
 from mesh.api.grpc_server import GrpcServer
@@ -25,7 +23,6 @@ from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
 from mesh.api.ollama_routes import OllamaRoutes
 from mesh.api.openai_routes import OpenAiRoutes
-from mesh.api.registrar import Registrar
 from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
 from mesh.client.connections import Connections
@@ -47,7 +44,7 @@ from mesh.placement.record_updates import RecordUpdates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.placement.type_constraints import TypeConstraints
 from mesh.pod_figures import figures_of
-from mesh.pod_identity import check_addresses, default_instance_id, own_record
+from mesh.pod_identity import Ports, check_addresses, default_instance_id, own_record
 from mesh.registry.models_file import DeclaredModels, read_models_file
 from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
@@ -59,7 +56,7 @@ from mesh.routing.peer_health import PeerHealth
 from mesh.routing.router import CopyRouter, Limits
 from mesh.side_ports import side_ports
 from mesh.store.factory import store_at
-from mesh.store.location import parse_store
+from mesh.store.location import EtcdLocation, parse_store
 from mesh.types import ModelInfo, ModelStatus, Target
 
 logger = logging.getLogger(__name__)
@@ -77,7 +74,7 @@ class Pod:
         if "," in self.instance_id:
             raise InvalidRequest(f"instance_id {self.instance_id!r} may not contain a comma")
         location = parse_store(config.store)
-        self.store = store_at(location)
+        self.store = store_at(location, lambda: parse_store(config.store))
         self.registry = Registry(
             self.store,
             root_prefix=location.root_prefix,
@@ -87,12 +84,13 @@ class Pod:
             session_ttl_s=config.session_ttl_s,
             default_owner=config.owner,
         )
-        self.peers = PeerKeys(
+        self.access = Access(
+            config,
             self.store,
-            f"{location.root_prefix}/{config.kv_prefix}/{config.service_name}/peerKey",
+            f"{location.root_prefix}/{config.kv_prefix}/{config.service_name}",
             self.instance_id,
+            has_peers=isinstance(location, EtcdLocation),
         )
-        self._keys = KeyTable(config.api_keys, config.api_keys_file)
         self._static_models = parse_static_models(config.static_models)
         if config.models_file:
             read_models_file(config.models_file)  # raises ConfigError before anything is started
@@ -106,7 +104,12 @@ class Pod:
     def _build(self) -> None:
         config = self._config
         self._metrics = Metrics()
-        self._connections = Connections(max_message_bytes=config.grpc_max_message_bytes)
+        self._connections = Connections(
+            max_message_bytes=config.grpc_max_message_bytes,
+            tls=self.access.peer_tls,
+            peer_name=config.peer_tls_name,
+            secure_address=self.registry.instances.secure_address,
+        )
         self._changes = Changes()
         self._copies = LocalCopies(self._changes)
         probes = HttpPeerProbes(self._connections)
@@ -129,10 +132,8 @@ class Pod:
             grace_s=config.grace_s,
             publish=self._publish_record,
             busy_s=lambda model_id: self.monitor.busy_s(model_id),
-            others=lambda: self.states.others(),
-            reported=lambda: self.monitor.snapshot.models,
         )
-        peers = HttpPeerLoads(self._connections, self.peers)
+        peers = HttpPeerLoads(self._connections, self.access.peers)
         self.monitor = RuntimeMonitor(
             runtime,
             self._copies,
@@ -160,9 +161,9 @@ class Pod:
             self.states,
             self.monitor,
             self._changes,
+            failure_expiry_s=config.failure_expiry_s,
             constraints=TypeConstraints(config.type_constraints),
             own_labels=config.labels,
-            unreachable=self.peer_health.suspect,
         )
         self._declared_models = DeclaredModels(
             config.models_file, self.registry, self.placement, is_loaded=self._is_loaded
@@ -195,7 +196,6 @@ class Pod:
             self.peer_health,
             is_cut_off=lambda: self.contact.is_cut_off,
         )
-        guard = Guard(self._keys, self.peers)
         addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
             config.grpc_listen,
@@ -208,17 +208,19 @@ class Pod:
                 self._connections,
                 addressing,
                 self._metrics,
-                peers=self.peers,
+                peers=self.access.peers,
                 limits=lambda: self.monitor.limits,
                 max_message_bytes=config.grpc_max_message_bytes,
             ),
             own_oip=OipServer(
                 self.registry, self.states, addressing, is_ready=self.is_ready, version=package_version()
             ),
-            guard=guard,
+            guard=self.access.guard,
+            tls=self.access.tls,
+            peer_address=config.peer_grpc_listen,
+            peer_tls=self.access.peer_tls,
             max_message_bytes=config.grpc_max_message_bytes,
         )
-        registrar = Registrar(self.registry, self.placement, self.states, self.monitor, runtime)
         views = ModelViews(self.registry, self.states, self._last_used_ms)
         gateway = HttpGateway(
             self.registry,
@@ -226,7 +228,7 @@ class Pod:
             self._router,
             self._connections,
             self._metrics,
-            peers=self.peers,
+            peers=self.access.peers,
             max_body_bytes=config.http_max_body_bytes,
             keep_alive_s=config.keep_alive_s,
         )
@@ -244,9 +246,9 @@ class Pod:
             config.http_listen,
             (
                 health,
-                ModelsRoutes(self.registry, self.placement, registrar, views, self._changes, self._stopping),
-                AdminRoutes(self.registry, registrar, self.states, self.monitor, runtime, views),
-                OpenAiRoutes(gateway, is_foreign=lambda: self.monitor.snapshot.foreign),
+                ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
+                AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
+                OpenAiRoutes(gateway),
                 TgiRoutes(gateway, self.registry),
                 OllamaRoutes(gateway, self.registry, self.placement, views),
                 OipRoutes(
@@ -259,7 +261,10 @@ class Pod:
                 ),
             ),
             self._metrics,
-            guard=guard,
+            guard=self.access.guard,
+            tls=self.access.tls,
+            peer_address=config.peer_http_listen,
+            peer_tls=self.access.peer_tls,
             web_policy=policy_for(
                 config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins
             ),
@@ -293,14 +298,14 @@ class Pod:
         await self.store.open()
         await self._dynamic_config.check_enabled()
         await self.registry.start()
-        await self.peers.start()
+        await self.access.start()
         for kind, address, server in (
             ("gRPC", self._config.grpc_listen, self.grpc),
             ("HTTP", self._config.http_listen, self.http),
         ):
             await asyncio.to_thread(check_free, parse_address(address), kind)
             await _listening(kind, address, server.start())
-        own = own_record(self._config, self.grpc.port, self.http.port)
+        own = own_record(self._config, Ports(self.grpc.port, self.http.port, self.grpc.peer_port, self.http.peer_port))
         self._warn_of_duplicate_id(own.grpc_address)
         self._heartbeat = Heartbeat(
             self.registry.instances,
@@ -311,7 +316,6 @@ class Pod:
             num_loading=lambda: self._loads.num_loading,
             loading_threads=lambda: limits.max_loading_concurrency if (limits := self.monitor.limits) else 0,
             can_serve=lambda: self.monitor.is_serving,
-            load_failures=lambda: self._loads.num_failed_in_a_row,
         )
         self.reconciler.start()
         self._transitions.start()
@@ -323,9 +327,8 @@ class Pod:
                 self._publish_readiness(),
                 self._reaper.run(),
                 self.contact.run(),
-                self.peers.run(),
+                self.access.run(),
                 self.peer_health.run(),
-                self._keys.run(),
                 self._dynamic_config.run(),
             )
         ]

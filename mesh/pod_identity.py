@@ -3,6 +3,7 @@
 import hashlib
 import secrets
 import socket
+from dataclasses import dataclass
 
 from common.addresses import parse_address
 from common.clock import epoch_ms
@@ -13,6 +14,7 @@ from mesh.registry.records import InstanceRecord
 _HOST_CHARACTERS = 32
 _ADDRESSES = (
     *("grpc_listen", "http_listen", "runtime_grpc", "runtime_inference_grpc", "runtime_http"),
+    *("peer_grpc_listen", "peer_http_listen"),
     *("probe_listen", "prestop_listen", "metrics_listen"),
 )
 _ANY_HOST = ("", "0.0.0.0", "[::]", "::", "*")
@@ -36,16 +38,29 @@ def check_addresses(config: MeshConfig) -> None:
             parse_address(address, name)
 
 
-def own_record(config: MeshConfig, grpc_port: int, http_port: int) -> InstanceRecord:
-    """Return the part of this pod's record that does not change while it runs. The ports are those that the servers listen on."""
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The ports that the servers listen on; 0 for a unix socket or no listener."""
+
+    grpc: int
+    http: int
+    peer_grpc: int = 0
+    peer_http: int = 0
+
+
+def own_record(config: MeshConfig, ports: Ports) -> InstanceRecord:
+    """Return the part of this pod's record that does not change while it runs."""
+    host = config.advertise_host
     return InstanceRecord(
         start_time_ms=epoch_ms(),
         version=version_number(package_version()),
         location=config.location or config.advertise_host or socket.gethostname(),
         zone=config.zone,
         labels=tuple(sorted(config.labels)),
-        grpc_address=advertised_address(config.grpc_listen, grpc_port, config.advertise_host),
-        http_address=advertised_address(config.http_listen, http_port, config.advertise_host),
+        grpc_address=advertised_address(config.grpc_listen, ports.grpc, host),
+        http_address=advertised_address(config.http_listen, ports.http, host),
+        peer_grpc_address=advertised_address(config.peer_grpc_listen, ports.peer_grpc, host),
+        peer_http_address=advertised_address(config.peer_http_listen, ports.peer_http, host),
     )
 
 
@@ -63,7 +78,8 @@ def version_number(version: str) -> int:
 
 
 def advertised_address(listen: str, port: int, host: str) -> str:
-    if listen.startswith("unix:"):
+    """Return the address at which other pods reach a listener; empty if there is none."""
+    if not listen or listen.startswith("unix:"):
         return listen
     own = listen.rpartition(":")[0]
     return f"{host or (_own_ip() if own in _ANY_HOST else own)}:{port}"

@@ -10,11 +10,14 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mesh.access.caller import PEER, set_caller
 from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import grpc_scopes
+from mesh.access.tls import TlsIdentity
 from mesh.api.grpc_health import Health
 from mesh.api.grpc_reflection import reflection_handlers
+from mesh.api.grpc_tls import server_credentials
 from mesh.api.inference import InferenceGateway, refuse
 from mesh.api.legacy_management import LegacyManagement
 from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
@@ -60,8 +63,18 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
+class PeerInterceptor(grpc.aio.ServerInterceptor):
+    """Marks the callers of a listener that only pods with a certificate reach."""
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        set_caller(PEER)
+        return await continuation(handler_call_details)
+
+
 class GrpcServer:
-    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one."""
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `peer_address` serves other pods if there is a `peer_tls`."""
 
     def __init__(
         self,
@@ -71,42 +84,48 @@ class GrpcServer:
         *,
         own_oip: OipServer,
         guard: Guard,
+        tls: TlsIdentity | None,
+        peer_address: str,
+        peer_tls: TlsIdentity | None,
         max_message_bytes: int,
     ) -> None:
         self._address = address
+        self._tls = tls
+        self._peer_address = peer_address
+        self._peer_tls = peer_tls
         self._health = Health()
-        self._server = grpc.aio.server(
-            interceptors=(GuardInterceptor(guard),),
-            options=(
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-                # Two servers that share one port would split its requests without an error.
-                ("grpc.so_reuseport", 0),
-                # A held request is silent for minutes. By default gRPC closes connections on which a client pings
-                # more than twice in five minutes without data.
-                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                # A crashed host sends no FIN, and its sequence would run to the end.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.ping_timeout_ms", 20_000),
-            ),
+        options = (
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            # Two servers that share one port would split its requests without an error.
+            ("grpc.so_reuseport", 0),
+            # A held request is silent for minutes. By default gRPC closes connections on which a client pings
+            # more than twice in five minutes without data.
+            ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # A crashed host sends no FIN, and its sequence would run to the end.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.ping_timeout_ms", 20_000),
         )
+        self._server = grpc.aio.server(interceptors=(GuardInterceptor(guard),), options=options)
+        # Peers only forward inference.
+        self._peer_server = grpc.aio.server(interceptors=(PeerInterceptor(),), options=options)
+        self._peer_server.add_generic_rpc_handlers((gateway,))
         add_ModelMeshServicer_to_server(management, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         own = (*reflection_handlers((*_SERVICES, _HEALTH)), own_oip.handler(), LegacyManagement(management))
         self._server.add_generic_rpc_handlers((*own, gateway))
         self.port = 0
+        self.peer_port = 0
 
     async def start(self) -> None:
-        """Raises OSError if the address is taken."""
-        try:
-            self.port = self._server.add_insecure_port(self._address)
-        except RuntimeError as error:
-            raise OSError(str(error)) from None
-        if not self.port:
-            raise OSError(f"cannot listen on {self._address}")
+        """Raises OSError if an address is taken."""
+        self.port = _listen(self._server, self._address, self._tls)
         await self._server.start()
+        if self._peer_tls is not None:
+            self.peer_port = _listen(self._peer_server, self._peer_address, self._peer_tls)
+            await self._peer_server.start()
         await self.set_ready(False)
 
     async def set_ready(self, ready: bool) -> None:
@@ -117,4 +136,19 @@ class GrpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests; running ones may end within the grace period."""
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), self._peer_server.stop(grace_s))
+
+
+def _listen(server: grpc.aio.Server, address: str, tls: TlsIdentity | None) -> int:
+    """Add a port to a server and return its number. Raises OSError."""
+    try:
+        port = (
+            server.add_insecure_port(address)
+            if tls is None
+            else server.add_secure_port(address, server_credentials(tls))
+        )
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+    if not port:
+        raise OSError(f"cannot listen on {address}")
+    return port

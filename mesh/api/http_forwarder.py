@@ -83,7 +83,7 @@ class HttpForwarder:
             raise NotSupported("its runtime has no HTTP API; call it by gRPC", model=attempt.model_id)
         self.local_since_s = time.monotonic() if target.local else None
         self._attempt = attempt
-        session, base = self._connections.http(target.http_address)
+        session, base = self._connections.http(target.http_address, of_pod=not target.local)
         try:
             async with attempt.until_lost():
                 self._response = await session.request(

@@ -8,12 +8,14 @@ from aiohttp.typedefs import Handler, Middleware
 
 from common.http_path import is_ambiguous
 from common.web_policy import WebPolicy
+from mesh.access.caller import PEER, set_caller
 from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import http_scopes
+from mesh.access.tls import TlsIdentity
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.request_log import request_log
-from mesh.api.web_guard import WebGuard
+from mesh.api.web_guard import WebGuard, has_certificate
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
 from mesh.metrics import Metrics
 
@@ -27,7 +29,10 @@ class Routes(Protocol):
 
 
 class HttpServer:
-    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `web_policy`: which browser pages may call; None on a unix socket."""
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `web_policy`: which browser pages may call; None on a unix socket.
+
+    `peer_address` serves other pods if there is a `peer_tls`.
+    """
 
     def __init__(
         self,
@@ -37,9 +42,15 @@ class HttpServer:
         *,
         guard: Guard,
         web_policy: WebPolicy | None,
+        tls: TlsIdentity | None,
+        peer_address: str,
+        peer_tls: TlsIdentity | None,
         grace_s: float,
     ) -> None:
         self._address = address
+        self._tls = tls
+        self._peer_address = peer_address
+        self._peer_tls = peer_tls
         web_guard = WebGuard(web_policy, is_keyless=not guard.requires_keys)
         middlewares: list[Middleware] = [request_log(metrics), errors_as_json, web_guard.middleware]
         middlewares += [guarded(guard), refuse_ambiguous_paths]
@@ -60,8 +71,8 @@ class HttpServer:
             max_field_size=_HEADERS_BYTES,
             max_line_size=_HEADERS_BYTES,
         )
-        self._sites: list[web.BaseSite] = []
         self.port = 0
+        self.peer_port = 0
 
     def routes(self) -> list[tuple[str, str]]:
         """Return the method and the pattern of every route."""
@@ -72,17 +83,23 @@ class HttpServer:
         ]
 
     async def start(self) -> None:
-        """Raises OSError if the address is taken."""
+        """Raises OSError if an address is taken."""
         await self._runner.setup()
-        if self._address.startswith("unix:"):
-            site: web.BaseSite = web.UnixSite(self._runner, self._address.removeprefix("unix:"))
-        else:
-            host, _, port = self._address.rpartition(":")
-            site = web.TCPSite(self._runner, host.strip("[]") or None, int(port), backlog=1024, reuse_port=False)
-        await site.start()
-        self._sites.append(site)
-        addresses = self._runner.addresses
-        self.port = addresses[0][1] if addresses and isinstance(addresses[0], tuple) else 0
+        self.port = await self._listen(self._address, self._tls)
+        if self._peer_tls is not None:
+            self.peer_port = await self._listen(self._peer_address, self._peer_tls)
+
+    async def _listen(self, address: str, tls: TlsIdentity | None) -> int:
+        """Listen at an address and return the port, 0 for a unix socket."""
+        context = tls.server_context() if tls is not None else None
+        if address.startswith("unix:"):
+            await web.UnixSite(self._runner, address.removeprefix("unix:"), ssl_context=context).start()
+            return 0
+        host, _, port = address.rpartition(":")
+        await web.TCPSite(
+            self._runner, host.strip("[]") or None, int(port), backlog=1024, reuse_port=False, ssl_context=context
+        ).start()
+        return int(self._runner.addresses[-1][1])
 
     async def stop(self) -> None:
         """Refuse new connections; running responses may end within the grace period."""
@@ -111,6 +128,9 @@ def guarded(guard: Guard) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if has_certificate(request):
+            set_caller(PEER)
+            return await handler(request)
         resource = request.match_info.route.resource
         secrets = (bearer_secret(request.headers.get("Authorization", "")), request.headers.get("x-api-key", ""))
         try:

@@ -25,7 +25,7 @@ class WebGuard:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer preflight requests, and 403 for pages that may not call. Raises PermissionDenied."""
         policy = self._policy
-        if policy is None:
+        if policy is None or has_certificate(request):
             return await handler(request)
         if preflight := policy.preflight_headers(request.method, request.headers):
             return web.Response(status=204, headers=preflight)
@@ -37,6 +37,11 @@ class WebGuard:
         assert self._policy is not None
         for name, value in self._policy.response_headers(request.headers.get("Origin")).items():
             response.headers.setdefault(name, value)
+
+
+def has_certificate(request: web.Request) -> bool:
+    """Return whether the client has authenticated by certificate, which only the listener for peers asks for."""
+    return request.transport is not None and bool(request.transport.get_extra_info("peercert"))
 
 
 def policy_for(listen: str, names: tuple[str, ...], origins: tuple[str, ...]) -> WebPolicy | None:

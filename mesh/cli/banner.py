@@ -21,6 +21,7 @@ class ServerFacts:
     num_keys: int
     snapshot: RuntimeSnapshot
     keys_file: str = ""
+    tls: bool = False
 
     def banner(self) -> str:
         """Return the lines that a person reads: the device, the addresses, the keys and the next command."""
@@ -63,7 +64,8 @@ class ServerFacts:
 
     @property
     def _url(self) -> str:
-        return self.http if self.http.startswith("unix:") else f"http://{reachable(self.http)}"
+        scheme = "https" if self.tls else "http"
+        return self.http if self.http.startswith("unix:") else f"{scheme}://{reachable(self.http)}"
 
     def _keys(self) -> str:
         found = [f"{self.num_keys} accepted"] if self.num_keys else []

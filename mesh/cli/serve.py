@@ -131,6 +131,7 @@ def _supervisor(settings: Settings) -> Supervisor:
         [*python, "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", settings.mesh))],
         str(settings.mesh["http_listen"]),
         run_dir / _RECORDS["mesh"],
+        tls=bool(settings.mesh["tls_cert"]),
     )
     grace_s = float(settings.mesh["grace_s"])
     return Supervisor(
@@ -148,7 +149,8 @@ async def _announce(settings: Settings) -> None:
 
     address = str(settings.mesh["http_listen"])
     started_s = time.monotonic()
-    while await status_of(address, "/readyz", 2.0) != _READY:  # noqa: ASYNC110 - another process sets no event
+    tls = bool(settings.mesh["tls_cert"])
+    while await status_of(address, "/readyz", 2.0, tls=tls) != _READY:  # noqa: ASYNC110 - another process sets no event
         await asyncio.sleep(0.2)
     seconds = time.monotonic() - started_s
     snapshot = await look(str(settings.mesh["runtime_grpc"]))
@@ -158,6 +160,7 @@ async def _announce(settings: Settings) -> None:
         grpc=str(settings.mesh["grpc_listen"]),
         num_keys=len(settings.mesh["api_keys"]),
         keys_file=str(settings.mesh["api_keys_file"]),
+        tls=tls,
         snapshot=snapshot or RuntimeSnapshot(0),
     )
     if settings.mesh["log_json"]:

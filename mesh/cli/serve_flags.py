@@ -132,6 +132,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "YAML file of hashed keys with their names, scopes, models and limits; `repertory new-key` makes entries",
         metavar="FILE",
     )
+    flag("tls-cert", "", str, "file of the certificate chain of both ports; empty = plain text", metavar="FILE")
+    flag("tls-key", "", str, "file of the key of --tls-cert", metavar="FILE")
     flag(
         "allowed-hosts",
         "",

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class SupervisedProcess:
 
     `http` is the address (`unix:PATH` or `HOST:PORT`) of its HTTP server, which is probed every `probe_interval_s`. Once the server has answered,
     `max_failed_probes` failed probes in a row mean that the process hangs. Without an address, hangs are not detected. `record` names the file in
-    which `leftovers` finds the process later. `environment` is added to this process's environment without its REPERTORY_ variables.
+    which `leftovers` finds the process later. `tls`: the HTTP server expects TLS. `environment` is added to this process's environment without its REPERTORY_ variables.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class SupervisedProcess:
         http: str = "",
         record: Path | None = None,
         *,
+        tls: bool = False,
         environment: Mapping[str, str] | None = None,
         probe_interval_s: float = _PROBE_INTERVAL_S,
         max_failed_probes: int = _MAX_FAILED_PROBES,
@@ -43,6 +45,7 @@ class SupervisedProcess:
         self.name = name
         self._command = command
         self._http = http
+        self._tls = tls
         self._record = record
         self._environment = {**_plain_environment(), **(environment or {})}
         self._probe_interval_s = probe_interval_s
@@ -112,7 +115,7 @@ class SupervisedProcess:
         missed: int | None = None  # None until the first answer: starting may take any time
         while self._http and (missed or 0) < self._max_failed_probes:
             await asyncio.sleep(self._probe_interval_s)
-            if await answers(self._http, self._probe_interval_s):
+            if await answers(self._http, self._probe_interval_s, tls=self._tls):
                 missed = 0
             elif missed is not None:
                 missed += 1
@@ -124,20 +127,29 @@ class SupervisedProcess:
                 process.kill()
 
 
-async def answers(address: str, timeout_s: float) -> bool:
+async def answers(address: str, timeout_s: float, *, tls: bool = False) -> bool:
     """Return whether a server answers HTTP at an address, with whatever status."""
-    return await status_of(address, "/health", timeout_s) is not None
+    return await status_of(address, "/health", timeout_s, tls=tls) is not None
 
 
-async def status_of(address: str, path: str, timeout_s: float) -> int | None:
-    """Return the HTTP status of a GET of `path`, or None without a valid answer within `timeout_s`."""
+async def status_of(address: str, path: str, timeout_s: float, *, tls: bool = False) -> int | None:
+    """Return the HTTP status of a GET of `path`, or None without a valid answer within `timeout_s`.
+
+    `tls`: the server expects TLS. Its certificate is not checked: it is for callers, who use another name than this process.
+    """
+    context = _unchecked() if tls else None
+    name = "" if tls else None
     try:
         async with asyncio.timeout(timeout_s):
             if address.startswith("unix:"):
-                reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+                reader, writer = await asyncio.open_unix_connection(
+                    address.removeprefix("unix:"), ssl=context, server_hostname=name
+                )
             else:
                 host, _, port = reachable(address).rpartition(":")
-                reader, writer = await asyncio.open_connection(host.strip("[]"), port)
+                reader, writer = await asyncio.open_connection(
+                    host.strip("[]"), port, ssl=context, server_hostname=name
+                )
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: supervisor\r\nConnection: close\r\n\r\n".encode())
                 protocol, _, rest = (await reader.readline()).partition(b" ")
@@ -146,6 +158,13 @@ async def status_of(address: str, path: str, timeout_s: float) -> int | None:
                 writer.close()
     except (OSError, TimeoutError):
         return None
+
+
+def _unchecked() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def reachable(address: str) -> str:

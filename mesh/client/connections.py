@@ -2,20 +2,43 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 
 import aiohttp
-import grpc.aio
+from grpc import ssl_channel_credentials
+from grpc.aio import Channel, insecure_channel, secure_channel
+
+from common.addresses import parse_address
+from mesh.access.tls import TlsIdentity
+from mesh.client.tls_connector import tls_connector
 
 _CONNECT_S = 2.0
 _PING_S = 20.0  # a crashed host sends no FIN, so only pings end the requests that it had
 _PONG_S = 10.0
+_OLD_CHANNEL_S = 600.0
 _READ_BUFFER_BYTES = 256 * 1024
 
 
 class Connections:
-    """Addresses are `HOST:PORT` or `unix:PATH`."""
+    """Addresses are `HOST:PORT` or `unix:PATH`.
 
-    def __init__(self, *, max_message_bytes: int, ping_s: float = _PING_S, pong_s: float = _PONG_S) -> None:
+    With `tls`, other pods are reached at their `secure_address`, if they have one, and must present a certificate for `peer_name`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_message_bytes: int,
+        tls: TlsIdentity | None = None,
+        peer_name: str = "",
+        secure_address: Callable[[str], str] = lambda _: "",
+        ping_s: float = _PING_S,
+        pong_s: float = _PONG_S,
+    ) -> None:
+        self._tls = tls
+        self._peer_name = peer_name
+        self._secure_address = secure_address
+        self._closing: set[asyncio.Task[None]] = set()
         self._options: tuple[tuple[str, int], ...] = (
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_receive_message_length", max_message_bytes),
@@ -34,30 +57,60 @@ class Connections:
             # By default gRPC sends at most two pings without data, which a caller that only receives never sends.
             ("grpc.http2.max_pings_without_data", 0),
         )
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, Channel] = {}
+        self._secure_channels: dict[str, tuple[int, Channel]] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
-    def grpc(self, address: str, *, of_pod: bool = False) -> grpc.aio.Channel:
+    def grpc(self, address: str, *, of_pod: bool = False) -> Channel:
         """Return the channel to an address. Only pods are pinged: a foreign runtime might close a connection that pings it."""
+        if of_pod and (secure := self._secure(address)):
+            return self._secure_grpc(secure)
         channel = self._channels.get(address)
         if channel is None:
             options = (*self._options, *self._pings) if of_pod else self._options
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=options)
+            channel = self._channels[address] = insecure_channel(address, options=options)
         return channel
 
-    def http(self, address: str) -> tuple[aiohttp.ClientSession, str]:
+    def _secure(self, address: str) -> str:
+        return self._secure_address(address) if self._tls is not None else ""
+
+    def _secure_grpc(self, address: str) -> Channel:
+        """Return a channel that uses the newest certificate. One with an older certificate is closed once its calls have ended."""
+        assert self._tls is not None
+        generation, channel = self._secure_channels.get(address, (-1, None))
+        if channel is not None and generation == self._tls.generation:
+            return channel
+        if channel is not None:
+            closing = asyncio.ensure_future(channel.close(_OLD_CHANNEL_S))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        material = self._tls.material
+        credentials = ssl_channel_credentials(material.authority, material.key, material.certificate)
+        options = (*self._options, *self._pings, ("grpc.ssl_target_name_override", self._peer_name))
+        channel = secure_channel(address, credentials, options=options)
+        self._secure_channels[address] = self._tls.generation, channel
+        return channel
+
+    def http(self, address: str, *, of_pod: bool = False) -> tuple[aiohttp.ClientSession, str]:
         """Return a session and the base of its URLs. Responses are unchanged: no decompression, no redirects, no time limit."""
+        if of_pod and self._tls is not None and (secure := self._secure(address)):
+            session = self._sessions.get(f"tls:{secure}")
+            if session is None:
+                connector = tls_connector(secure, self._tls.client_context(), watched_socket)
+                session = self._sessions[f"tls:{secure}"] = _session_over(connector)
+            return session, f"https://{self._peer_name}:{parse_address(secure).port}"
         session = self._sessions.get(address)
         if session is None:
             session = self._sessions[address] = _session(address)
         return session, "http://runtime" if address.startswith("unix:") else f"http://{address}"
 
     async def close(self) -> None:
-        channels, self._channels = self._channels, {}
-        sessions, self._sessions = self._sessions, {}
-        await asyncio.gather(
-            *(channel.close() for channel in channels.values()), *(session.close() for session in sessions.values())
-        )
+        channels = [*self._channels.values(), *(channel for _, channel in self._secure_channels.values())]
+        sessions = [*self._sessions.values()]
+        self._channels, self._secure_channels, self._sessions = {}, {}, {}
+        for closing in self._closing:
+            closing.cancel()
+        await asyncio.gather(*(channel.close() for channel in channels), *(session.close() for session in sessions))
 
 
 def _session(address: str) -> aiohttp.ClientSession:
@@ -66,6 +119,10 @@ def _session(address: str) -> aiohttp.ClientSession:
         connector = aiohttp.UnixConnector(path=address.removeprefix("unix:"), limit=0)
     else:
         connector = aiohttp.TCPConnector(limit=0, socket_factory=watched_socket)
+    return _session_over(connector)
+
+
+def _session_over(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),

@@ -39,7 +39,7 @@ class HttpPeerProbes:
             return ProbeResult.REFUSED
 
     async def _ask(self, http_address: str) -> Readiness | None:
-        session, base = self._connections.http(http_address)
+        session, base = self._connections.http(http_address, of_pod=True)
         try:
             async with asyncio.timeout(_ANSWER_S), session.get(f"{base}/readyz") as answer:
                 return msgspec.json.decode(await answer.read(), type=Readiness)

@@ -43,6 +43,15 @@ class Instances:
             if not (record.shutting_down or record.cannot_serve)
         ]
 
+    def secure_address(self, address: str) -> str:
+        """Return the address of a pod's listener for peers, by its address for callers; empty if the pod has none."""
+        for _, pod in self.table.items():  # noqa: PERF102 - a table is no dict
+            if address == pod.grpc_address:
+                return pod.peer_grpc_address
+            if address == pod.http_address:
+                return pod.peer_http_address
+        return ""
+
     def is_leader(self) -> bool:
         """Return whether this pod does the housekeeping, which is the task of the pod whose record is the oldest."""
         return self.table.oldest() == self.own_id

@@ -1,6 +1,6 @@
 """Provides the store on etcd. Values are opaque bytes; keys are UTF-8 text."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from mesh.store.etcd_connection import EtcdConnection, Method
@@ -19,8 +19,17 @@ TXN = Method("/etcdserverpb.KV/Txn", pb.TxnResponse.FromString)
 class EtcdStore:
     """Implements mesh.store.protocol.Store. Belongs to the event loop in which it was opened."""
 
-    def __init__(self, location: EtcdLocation, *, connect_timeout_s: float = 20.0, call_timeout_s: float = 3.5) -> None:
-        self._connection = EtcdConnection(location, connect_timeout_s=connect_timeout_s, call_timeout_s=call_timeout_s)
+    def __init__(
+        self,
+        location: EtcdLocation,
+        *,
+        connect_timeout_s: float = 20.0,
+        call_timeout_s: float = 3.5,
+        reread: Callable[[], EtcdLocation] | None = None,
+    ) -> None:
+        self._connection = EtcdConnection(
+            location, connect_timeout_s=connect_timeout_s, call_timeout_s=call_timeout_s, reread=reread
+        )
         self._leases = LeaseKeeper(self._connection)
         self._watches: set[PrefixWatch] = set()
 

@@ -13,7 +13,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import grpc
 
-from mesh.errors import StoreError, StoreUncertain
+from common.watched_files import WatchedFiles
+from mesh.errors import InvalidRequest, StoreError, StoreUncertain
 from mesh.store.location import EtcdLocation
 from wire import etcd_pb2 as pb
 
@@ -65,13 +66,29 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
 
 ENDPOINT_TIMEOUT_S = 1.0
 RETRY_PAUSE_S = 0.05
+FILES_POLL_S = 1.0
+OLD_CHANNEL_S = 5.0  # for calls in flight
 
 
 class EtcdConnection:
-    """Keeps one channel per endpoint. One of them is in use; after a failure the next one is."""
+    """Keeps one channel per endpoint. One of them is in use; after a failure the next one is.
 
-    def __init__(self, location: EtcdLocation, *, connect_timeout_s: float, call_timeout_s: float) -> None:
+    `reread` returns the location anew; it is called when certificates or other files of the location have changed.
+    """
+
+    def __init__(
+        self,
+        location: EtcdLocation,
+        *,
+        connect_timeout_s: float,
+        call_timeout_s: float,
+        reread: Callable[[], EtcdLocation] | None = None,
+    ) -> None:
         self._location = location
+        self._reread = reread
+        self._watched = WatchedFiles(location.files)
+        self._following: asyncio.Task[None] | None = None
+        self._retired: set[asyncio.Task[None]] = set()
         self._connect_timeout_s = connect_timeout_s
         self._call_timeout_s = call_timeout_s
         self._channels: list[grpc.aio.Channel] = []
@@ -84,13 +101,18 @@ class EtcdConnection:
 
     async def open(self) -> None:
         """Raises StoreError if no endpoint answers within the connect timeout or the user is refused."""
-        self._channels = [self._channel(endpoint) for endpoint in self._location.endpoints]
+        self._channels = [self._channel(endpoint, self._location) for endpoint in self._location.endpoints]
         await self._ready(asyncio.get_running_loop().time() + self._connect_timeout_s, self._connect_timeout_s)
         if self._location.user:
             await self._authenticate("")
+        if self._location.files and self._reread is not None:
+            self._following = asyncio.create_task(self._follow_files(self._reread), name="etcd: files")
 
     async def close(self) -> None:
         self.closed = True
+        for task in (self._following, *self._retired):
+            if task is not None:
+                task.cancel()
         # Not every version of gRPC ends the streams of a closed channel.
         for stream in tuple(self._streams):
             stream.cancel()
@@ -248,11 +270,34 @@ class EtcdConnection:
                     return
                 raise StoreError(f"store: etcd refused user {self._location.user!r}: {error.details()}") from None
 
+    async def _follow_files(self, reread: Callable[[], EtcdLocation]) -> None:
+        """Use new channels after the files have changed. Streams move to them when the old ones are closed."""
+        is_stale = False
+        while True:
+            await asyncio.sleep(FILES_POLL_S)
+            if not (await asyncio.to_thread(self._watched.changed) or is_stale):
+                continue
+            try:
+                location = await asyncio.to_thread(reread)
+                channels = [self._channel(endpoint, location) for endpoint in location.endpoints]
+            except (InvalidRequest, ValueError) as error:
+                # One of several files may have been replaced before the others.
+                if not is_stale:
+                    logger.warning("the connection to etcd keeps its certificates: %s", error)
+                is_stale = True
+                continue
+            is_stale = False
+            old, self._channels, self._location, self._current = self._channels, channels, location, 0
+            for channel in old:
+                closing = asyncio.ensure_future(channel.close(OLD_CHANNEL_S))
+                self._retired.add(closing)
+                closing.add_done_callback(self._retired.discard)
+            logger.info("read the files of the etcd connection again")
+
     def _metadata(self) -> Sequence[tuple[str, str]]:
         return (("token", self._token),) if self._token else ()
 
-    def _channel(self, endpoint: str) -> grpc.aio.Channel:
-        where = self._location
+    def _channel(self, endpoint: str, where: EtcdLocation) -> grpc.aio.Channel:
         options = list(CHANNEL_OPTIONS)
         if where.override_authority:
             options.append(

@@ -25,6 +25,7 @@ class EtcdLocation:
     client_cert_pem: bytes | None = field(default=None, repr=False)
     client_key_pem: bytes | None = field(default=None, repr=False)
     override_authority: str = ""
+    files: tuple[str, ...] = field(default=(), compare=False)  # from which the location was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def _from_url(text: str) -> EtcdLocation:
         raise InvalidRequest(
             f"store: unknown parameter {unknown[0]!r} in the etcd URL (known: ca, cert, key, authority)"
         )
-    file = {name: _read(Path(values[-1]), name) for name, values in query.items() if name != "authority"}
+    paths = {name: Path(values[-1]) for name, values in query.items() if name != "authority"}
+    file = {name: _read(path, name) for name, path in paths.items()}
     endpoints, https = _endpoints(hosts)
     return EtcdLocation(
         endpoints,
@@ -102,6 +104,7 @@ def _from_url(text: str) -> EtcdLocation:
         client_cert_pem=file.get("cert"),
         client_key_pem=file.get("key"),
         override_authority=query.get("authority", [""])[-1],
+        files=tuple(map(str, paths.values())),
     )
 
 
@@ -117,6 +120,7 @@ def _from_file(path: Path) -> EtcdLocation:
         # File names are relative to the JSON file, because both come from one mounted secret.
         return _read(path.parent / file, name) if file else None
 
+    named = (config.certificate_file, config.client_certificate_file, config.client_key_file)
     endpoints, https = _endpoints(config.endpoints)
     ca = pem(config.certificate, config.certificate_file, "certificate_file")
     return EtcdLocation(
@@ -129,6 +133,7 @@ def _from_file(path: Path) -> EtcdLocation:
         client_cert_pem=pem(config.client_certificate, config.client_certificate_file, "client_certificate_file"),
         client_key_pem=pem(config.client_key, config.client_key_file, "client_key_file"),
         override_authority=config.override_authority,
+        files=(str(path), *(str(path.parent / name) for name in named if name)),
     )
 
 

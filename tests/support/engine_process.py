@@ -198,13 +198,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(
-    config: dict[str, Any], log: Path | None = None, environment: dict[str, str] | None = None
-) -> Iterator[Engine]:
-    """Start `python -m runtime.engine` with these EngineConfig fields, wait for its Hello, and end it with the block.
-
-    `environment` replaces this process's variables.
-    """
+def engine(config: dict[str, Any], log: Path | None = None) -> Iterator[Engine]:
+    """Start `python -m runtime.engine` with these EngineConfig fields, wait for its Hello, and end it with the block."""
     with tempfile.TemporaryDirectory(prefix="repertory-engine-") as folder, contextlib.ExitStack() as stack:
         path = f"{folder}/engine.sock"
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -217,7 +212,7 @@ def engine(
             [sys.executable, "-m", "runtime.engine", "--socket", path, "--config", json.dumps(config)],
             stdout=sink,
             stderr=sink,
-            env=environment or os.environ.copy(),
+            env=os.environ.copy(),
         )
         stack.callback(_end, process)
         connection, _ = listener.accept()

@@ -1,5 +1,6 @@
 """A pod of the mesh in this process, over a fake runtime, with clients for its two ports."""
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import grpc
 import grpc.aio
 import msgspec
 
@@ -65,6 +67,7 @@ class RunningPod:
             return answer.status, await answer.json(), answer.headers
 
 
+# `trusted`: the authority that the clients trust, for a pod that serves TLS.
 @asynccontextmanager
 async def running_pod(
     directory: Path,
@@ -73,6 +76,7 @@ async def running_pod(
     switches: Switches | None = None,
     foreign: bool = False,
     wait: bool = True,
+    trusted: Path | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningPod]:
     directory.mkdir(parents=True, exist_ok=True)
@@ -87,10 +91,15 @@ async def running_pod(
     )
     pod = Pod(msgspec.structs.replace(config, instance_id=settings.get("instance_id") or directory.name))
     await pod.start()
-    channel = grpc.aio.insecure_channel(
-        f"127.0.0.1:{pod.grpc.port}", options=(("grpc.max_receive_message_length", 64 * 1024 * 1024),)
-    )
-    http = aiohttp.ClientSession(f"http://127.0.0.1:{pod.http.port}")
+    options = (("grpc.max_receive_message_length", 64 * 1024 * 1024), ("grpc.use_local_subchannel_pool", 1))
+    if trusted is None:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{pod.grpc.port}", options=options)
+        http = aiohttp.ClientSession(f"http://127.0.0.1:{pod.http.port}")
+    else:
+        credentials = grpc.ssl_channel_credentials(trusted.read_bytes())
+        channel = grpc.aio.secure_channel(f"127.0.0.1:{pod.grpc.port}", credentials, options=options)
+        connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=trusted))
+        http = aiohttp.ClientSession(f"https://127.0.0.1:{pod.http.port}", connector=connector)
     try:
         if wait:
             await until(pod.is_ready)

@@ -84,10 +84,9 @@ def _turns(items: list[dict[str, Any]]) -> list[ChatTurn]:
                     _extend(turns, ChatTurn("assistant", reasoning_content=thoughts))
             case {"type": "message" | "function_call" | "function_call_output"}:
                 raise InvalidRequest(f"{where} lacks a field or has one of another type", param=where)
-            case {"type": str(kind)}:
-                raise NotSupported(f"{where} of type {kind!r} is not supported, only text and functions", param=where)
             case _:
-                raise InvalidRequest(f"{where} has neither a role with content nor a type", param=where)
+                kind = item.get("type")
+                raise NotSupported(f"{where} of type {kind!r} is not supported, only text and functions", param=where)
     return turns
 
 
@@ -120,7 +119,7 @@ def _text(where: str, content: Any) -> str:
                 texts.append(text)
             case {"type": "refusal", "refusal": str(text)}:
                 texts.append(text)
-            case {"type": "input_image" | "input_file" | "input_audio" as kind}:
+            case {"type": str(kind)}:
                 raise NotSupported(
                     f"{where}.content[{index}] of type {kind!r} is not supported, only text", param=where
                 )

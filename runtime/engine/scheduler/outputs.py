@@ -1,6 +1,6 @@
 """Turns a step's output into each sequence's tokens, and decides which sequences end and why."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from runtime.engine.interfaces import RowSetup, StepOutput, StepPlan
@@ -52,9 +52,7 @@ class Step:
 
     def masked_sequences(self) -> list[Sequence]:
         """The sequences of `plan.masked`, in its order."""
-        rows = self.decode.sequences
-        chunks = [c.sequence for c in self.prefill if c.draws and c.sequence.mask_source is not None]
-        return [rows[index] for index in self.decode.masked] + chunks
+        return [c.sequence for c in self.prefill if c.draws and c.sequence.mask_source is not None]
 
 
 class StopRules:
@@ -109,17 +107,10 @@ def at_limit(sequence: Sequence) -> FinishReason:
     )
 
 
-End = Callable[[Sequence, FinishReason], None]
-TakeForced = Callable[[Sequence], Iterable[int]]
-
-
 def settle_decode(
-    step: Step, result: StepOutput, rules: StopRules, end: End, take_forced: TakeForced
+    step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
 ) -> list[RowTokens]:
-    """Return the tokens of all decode rows whose sequence has not ended.
-
-    `take_forced` returns the tokens that follow those of a masked row without a draw.
-    """
+    """Return the tokens of all decode rows whose sequence has not ended."""
     batch = step.decode
     tokens = result.tokens
     for history, token in zip(batch.histories, tokens, strict=False):
@@ -130,7 +121,7 @@ def settle_decode(
     if result.logprobs is not None or step.stale:
         special = range(count)
     else:
-        special = {*batch.finals, *batch.masked}
+        special = set(batch.finals)
         if not rules.watched.keys().isdisjoint(tokens):
             special.update(i for i, token in enumerate(tokens[:count]) if token in rules.watched)
     for i in special:
@@ -138,25 +129,19 @@ def settle_decode(
         if sequence.state is State.ENDED:
             rows[i] = None
             continue
-        taken: tuple[int, ...] = (tokens[i],)
-        if sequence.mask_source is not None:
-            sequence.mask_source.accept(taken)
         reason, stop_token = outcome(sequence, tokens[i], rules)
-        if reason is None and sequence.mask_source is not None:
-            forced, reason, stop_token = _append(sequence, take_forced(sequence), rules)
-            taken += forced
         logprob = result.logprobs[i] if result.logprobs is not None else None
-        if reason is not None or logprob is not None or len(taken) > 1:
-            rows[i] = RowTokens(batch.ids[i], taken, reason, stop_token, None if logprob is None else (logprob,))
+        if reason is not None or logprob is not None:
+            rows[i] = RowTokens(batch.ids[i], (tokens[i],), reason, stop_token, None if logprob is None else (logprob,))
         if reason is not None:
             end(sequence, reason)
     return [row for row in rows if row is not None]
 
 
 def settle_prefill(
-    step: Step, result: StepOutput, rules: StopRules, end: End, take_forced: TakeForced
+    step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
 ) -> list[RowTokens]:
-    """Return the tokens, vectors and prompt log-probabilities of all rows that are not decode rows. `take_forced`: see `settle_decode`."""
+    """Return the tokens, vectors and prompt log-probabilities of all rows that are not decode rows."""
     rows: list[RowTokens] = []
     drawn_at = len(step.decode.ids)
     for chunk in step.prefill:
@@ -173,11 +158,8 @@ def settle_prefill(
             sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
         if chunk.draws:
             drawn = verified(chunk.drafts, result.tokens[at : at + chunk.draws])
-            tokens, reason, stop_token = _append(sequence, drawn, rules)
+            tokens, reason, stop_token = _take(sequence, drawn, rules)
             entries = None if result.logprobs is None else result.logprobs[at : at + len(tokens)]
-            if reason is None and sequence.mask_source is not None:
-                forced, reason, stop_token = _append(sequence, take_forced(sequence), rules)
-                tokens += forced
             rows.append(_first(sequence, tokens, reason, stop_token, entries))
             if chunk.drafts and sequence.state is State.RUNNING:
                 sequence.num_computed_tokens = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
@@ -202,18 +184,26 @@ def verified(drafts: list[int], drawn: list[int]) -> list[int]:
     return drawn[:count]
 
 
-def _append(
-    sequence: Sequence, tokens: Iterable[int], rules: StopRules
+def _take(
+    sequence: Sequence, drawn: list[int], rules: StopRules
 ) -> tuple[tuple[int, ...], FinishReason | None, int | None]:
-    """Append tokens up to the one that ends the sequence. Returns them, the reason and the id that ended it."""
+    """Append the drawn tokens, and those that the grammar forces behind them, up to the one that ends the sequence.
+
+    Returns them, the reason and the id that ended it.
+    """
     taken: list[int] = []
-    for token in tokens:
+    for token in _with_forced(sequence, drawn):
         sequence.append(token)
         taken.append(token)
         reason, stop_token = outcome(sequence, token, rules)
         if reason is not None:
             return tuple(taken), reason, stop_token
     return tuple(taken), None, None
+
+
+def _with_forced(sequence: Sequence, drawn: list[int]) -> Iterator[int]:
+    yield from drawn
+    yield from sequence.forced_tokens()  # once the drawn ones have been appended
 
 
 def _first(

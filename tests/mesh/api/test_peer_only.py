@@ -50,7 +50,7 @@ async def test_last_used_of_a_caller_is_ignored(pod: RunningPod) -> None:
 
 async def test_last_used_of_a_peer_is_clipped_to_now(pod: RunningPod) -> None:
     body = {"model": "m", "last_used_ms": LATE_MS}
-    async with pod.http.post("/models/load", json=body, headers=dict(pod.pod.peers.headers())) as answer:
+    async with pod.http.post("/models/load", json=body, headers=dict(pod.pod.access.peers.headers())) as answer:
         assert answer.status == 200
     await until(lambda: "m" in pod.runtime.loaded)
     copy = pod.pod.copies.get("m")
@@ -126,7 +126,7 @@ async def test_changed_peer_key_is_followed(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         path = "/mm/repertory/peerKey"
         await pod.pod.store.put(path, b"changed")
-        await until(lambda: pod.pod.peers.headers()[1][1] == "changed")
+        await until(lambda: pod.pod.access.peers.headers()[1][1] == "changed")
         await pod.pod.store.delete(path)
 
         async def is_restored() -> bool:

@@ -14,10 +14,12 @@ from mesh.store import etcd_watch
 from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_connection import Method
 from mesh.store.etcd_lease import KEEP_ALIVE
+from mesh.store.factory import store_at
 from mesh.store.leased_key import LeasedKey
-from mesh.store.location import EtcdLocation
+from mesh.store.location import EtcdLocation, parse_store
 from mesh.store.protocol import Compare, Delete, EntryDeleted, EntryPut, Put, Relisted, WatchEvent
 from tests.support.etcd import EtcdServer, free_port
+from tests.support.waiting import until_async
 from wire import etcd_pb2 as pb
 
 roots = (f"/etcd{number}/" for number in itertools.count())
@@ -31,8 +33,10 @@ def root() -> str:
 
 
 @asynccontextmanager
-async def opened(*endpoints: str, **options: float) -> AsyncIterator[EtcdStore]:
-    store = EtcdStore(EtcdLocation(endpoints), **options)
+async def opened(
+    *endpoints: str, connect_timeout_s: float = 20.0, call_timeout_s: float = 3.5
+) -> AsyncIterator[EtcdStore]:
+    store = EtcdStore(EtcdLocation(endpoints), connect_timeout_s=connect_timeout_s, call_timeout_s=call_timeout_s)
     await store.open()
     try:
         yield store
@@ -396,5 +400,38 @@ async def test_tls(tmp_path: Path) -> None:
             with pytest.raises(StoreError):
                 await open_and_read(other)
             await other.close()
+    finally:
+        server.kill()
+
+
+@pytest.mark.skipif(
+    tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80),
+    reason="its TLS doesn't know the curve of etcd's own certificate",
+)
+async def test_etcd_store_follows_a_replaced_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """etcd gets another certificate, and the file with its authority is replaced: no restart of the pod."""
+    monkeypatch.setattr("mesh.store.etcd_connection.FILES_POLL_S", 0.05)
+    server = EtcdServer(tmp_path, tls=True)
+    server.start()
+    try:
+        authority = tmp_path / "ca.pem"
+        authority.write_bytes(server.certificate)
+        text = f"etcds://{server.endpoint}?ca={authority}"
+        store = store_at(parse_store(text), lambda: parse_store(text))
+        await store.open()
+        await store.put("/a", b"1")
+        server.wipe()
+        server.start()
+        authority.write_bytes(server.certificate)
+
+        async def is_back() -> bool:
+            try:
+                await store.put("/a", b"2")
+            except StoreError:
+                return False
+            return True
+
+        await until_async(is_back, 20)
+        await store.close()
     finally:
         server.kill()
