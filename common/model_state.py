@@ -73,6 +73,7 @@ class ModelState(ModelFigures, frozen=True, kw_only=True, omit_defaults=True):
     architecture: str = ""
     path: str = ""  # fused or unfused forward pass, with the reason
     max_model_len: int = 0  # tokens
+    wanted_model_len: int = 0  # tokens: max_model_len before it was cut to what the device budget holds
     error: str = ""  # why the model failed or is quarantined
 
     def settled(self) -> "ModelState":
@@ -91,5 +92,6 @@ _SETTLED = (
     "architecture",
     "path",
     "max_model_len",
+    "wanted_model_len",
     "error",
 )

@@ -149,6 +149,7 @@ class FitAnswer:
     capacity_bytes: int
     evicts: tuple[str, ...] = ()
     max_model_len: int = 0
+    wanted_model_len: int = 0
     quantization: str = ""
     architecture: str = ""
     num_parameters: int = 0

@@ -157,3 +157,4 @@ class ModelFacts(msgspec.Struct, frozen=True):
     vocab_size: int
     num_parameters: int
     eos_token_ids: tuple[int, ...] = ()
+    wanted_model_len: int = 0  # max_model_len before it was cut to what the device budget holds

@@ -219,6 +219,7 @@ class AdminRoutes:
             capacity_bytes=answer.capacity_bytes,
             evicts=[self._registry.name_of(model_id) for model_id in dict.fromkeys((*unloaded, *answer.evicts))],
             max_model_len=answer.max_model_len,
+            wanted_model_len=answer.wanted_model_len,
             quantization=answer.quantization,
             architecture=answer.architecture,
             num_parameters=answer.num_parameters,

@@ -61,6 +61,7 @@ class Entry(msgspec.Struct, frozen=True):
     object: str = "model"
     created: int = 0
     owned_by: str = "repertory"
+    max_model_len: int | msgspec.UnsetType = msgspec.UNSET  # of a loaded model, as vLLM has it
 
 
 class Listing(msgspec.Struct, frozen=True):
@@ -93,11 +94,11 @@ class ModelsRoutes:
         router.add_post("/models/unload", self.unload)
 
     async def list(self, _: web.Request) -> web.Response:
-        return _json(Listing([Entry(name, _status(model)) for name, model in self._views.states()]))
+        return _json(Listing([_entry(name, model) for name, model in self._views.states()]))
 
     async def show(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        return _json(Entry(name, _status(await self._views.one(name))))
+        return _json(_entry(name, await self._views.one(name)))
 
     async def load(self, request: web.Request) -> web.Response:
         """Start a load and respond at once; the status shows its progress. A load that another pod asks for takes place on this pod."""
@@ -151,6 +152,11 @@ class ModelsRoutes:
         if not asked.model:
             raise InvalidRequest("model is missing: it names the model")
         return await self._registry.resolve_fresh(asked.model)
+
+
+def _entry(name: str, model: Model | None) -> Entry:
+    longest = max((copy.max_model_len for copy in model.copies), default=0) if model is not None else 0
+    return Entry(name, _status(model), max_model_len=longest or msgspec.UNSET)
 
 
 def _status(model: Model | None) -> Status:

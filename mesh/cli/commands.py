@@ -35,7 +35,7 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         model = _wait_loaded(client, args.name, quiet=args.json)
     if not args.json:
         registering.print_size(client, model)
-    _print_model(model, args.json, f"{model.name} is {'loaded' if args.load else change}")
+    _print_model(model, args.json, f"{model.name} is {f'loaded{_cut_of(model)}' if args.load else change}")
     return 0
 
 
@@ -112,7 +112,8 @@ def _parameters(args: argparse.Namespace) -> dict[str, float]:
 
 
 def load(client: AdminClient, args: argparse.Namespace) -> int:
-    _print_model(_wait_loaded(client, args.name, quiet=args.json), args.json, f"{args.name} is loaded")
+    model = _wait_loaded(client, args.name, quiet=args.json)
+    _print_model(model, args.json, f"{args.name} is loaded{_cut_of(model)}")
     return 0
 
 
@@ -214,6 +215,12 @@ def _watch_load(client: AdminClient, name: str, *, quiet: bool) -> Model:
                 )
             bar.update(model.state or "queued", model.progress, model.progress_text)
             time.sleep(0.2)
+
+
+def _cut_of(model: Model) -> str:
+    """Return the note on a context that was cut to what memory holds; empty if it was not."""
+    cut = next((copy for copy in model.copies if copy.wanted_model_len > copy.max_model_len > 0), None)
+    return "" if cut is None else f", with a context of {render.context_of(cut.max_model_len, cut.wanted_model_len)}"
 
 
 def _print_model(model: Model, as_json: bool, sentence: str) -> None:

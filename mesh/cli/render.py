@@ -112,6 +112,14 @@ def _pods_of(model: Model) -> str:
     return ",".join(sorted(copy.instance_id for copy in model.copies if copy.status in ("LOADED", "LOADING")))
 
 
+def context_of(max_model_len: int, wanted_model_len: int, unit: str = " tokens") -> str:
+    """Return a context's length, with the one that was asked for if memory holds less; empty if it is unknown."""
+    if not max_model_len:
+        return ""
+    cut = f", cut from {wanted_model_len:,} to fit the device memory" if wanted_model_len > max_model_len else ""
+    return f"{max_model_len:,}{unit}{cut}"
+
+
 def show_model(console: Console, model: Model) -> None:
     """Print the details of a model. Values that are wider than the terminal are folded, so that nothing is cut."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -135,7 +143,7 @@ def show_model(console: Console, model: Model) -> None:
     ]
     for copy in model.copies[:1]:
         rows += [
-            ("context", f"{copy.max_model_len:,} tokens" if copy.max_model_len else ""),
+            ("context", context_of(copy.max_model_len, copy.wanted_model_len)),
             ("architecture", copy.architecture),
             ("arithmetic", copy.dtype),
             ("forward pass", copy.path),
@@ -160,7 +168,8 @@ def _shown(value: object) -> str:
 
 def show_fit(console: Console, name: str, fit: Fit) -> None:
     """Print what a model needs, what the pod has, and whether the model fits."""
-    kv = f"{size(fit.min_kv_bytes)} at least ({size(fit.kv_bytes_per_token)} per token, context {fit.max_model_len:,})"
+    context = context_of(fit.max_model_len, fit.wanted_model_len, unit="") or "0"
+    kv = f"{size(fit.min_kv_bytes) or '0'} at least ({size(fit.kv_bytes_per_token)} per token, context {context})"
     sure = "" if fit.exact else "  (estimated from the configuration)"
     console.print(
         f"[bold]{name}[/bold]\n  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}"

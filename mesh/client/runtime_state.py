@@ -181,6 +181,7 @@ def fit_answer(answer: pb.FitResponse) -> FitAnswer:
         capacity_bytes=answer.capacity_bytes,
         evicts=tuple(answer.evicts),
         max_model_len=answer.max_model_len,
+        wanted_model_len=answer.wanted_model_len,
         quantization=answer.quantization,
         architecture=answer.architecture,
         num_parameters=answer.num_parameters,

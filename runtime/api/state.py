@@ -13,15 +13,16 @@ import msgspec
 
 from common.model_state import CopyState, ModelFigures, ModelState, Tier
 from runtime.api.grpc_errors import statuses
+from runtime.checkpoint.device_fit import DeviceBudget, DeviceFit, fit_device, layout_of
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineState
-from runtime.ipc.messages import EngineStats
+from runtime.ipc.messages import EngineStats, Hello
 from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
 from runtime.models.model_state import ModelView, Phase, Progress
 from runtime.puller.inspection import ModelInspector
-from runtime.puller.sizing import ResidentBytes, victims
+from runtime.puller.sizing import DTYPE_BYTES, Needs, ResidentBytes, victims
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
 
@@ -108,18 +109,15 @@ class RuntimeStateApi(RuntimeStateServicer):
         budget = hello.device_budget_bytes
         stats = self._engine.stats
         used = stats.device_used_bytes if stats is not None else 0
-        needed = needs.weight_bytes + min(needs.min_kv_bytes, max(budget - needs.weight_bytes, 0))
-        evicts, _ = victims(needed, budget - used, self._residents(stats, leave_out=request.model_id))
-        least = needs.weight_bytes + needs.min_kv_bytes
+        fit = self._fit(needs, hello)
+        kv_bytes = needs.kv_bytes_per_token * fit.max_model_len
+        evicts, _ = victims(
+            needs.weight_bytes + kv_bytes, budget - used, self._residents(stats, leave_out=request.model_id)
+        )
         capacity = capacity_of(self._config.engine.oversubscribe, hello, self._cache_budget_bytes)
         charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
-        reason = ""
-        if least > budget:
-            reason = (
-                f"weights {needs.weight_bytes} bytes and KV for one request of {needs.max_model_len} tokens {needs.min_kv_bytes} bytes "
-                f"exceed the device budget of {budget} bytes"
-            )
-        elif charge > capacity.capacity_bytes:
+        reason = fit.refusal
+        if not reason and charge > capacity.capacity_bytes:
             reason = f"it counts {charge} bytes, more than the capacity of {capacity.capacity_bytes} bytes"
         runs = any(view.model_id == request.model_id and view.phase is Phase.LOADED for view in self._models.views())
         if not reason and not runs and not request.sizes_only:
@@ -128,18 +126,29 @@ class RuntimeStateApi(RuntimeStateServicer):
         return pb.FitResponse(
             weight_bytes=needs.weight_bytes,
             kv_bytes_per_token=needs.kv_bytes_per_token,
-            min_kv_bytes=needs.min_kv_bytes,
+            min_kv_bytes=kv_bytes,
             workspace_bytes=needs.workspace_bytes,
             capacity_bytes=budget,
             fits=not reason,
             reason=reason,
             evicts=evicts,
-            max_model_len=needs.max_model_len,
+            max_model_len=fit.max_model_len,
+            wanted_model_len=needs.max_model_len,
             quantization=look.quantization.value,
             architecture=look.geometry.architecture,
             num_parameters=needs.num_parameters,
             exact=look.exact,
         )
+
+    def _fit(self, needs: Needs, hello: Hello) -> DeviceFit:
+        """Decide as the engine does when the model is loaded."""
+        engine = self._config.engine
+        kv_bytes = needs.kv_bytes_per_token
+        if engine.kv_dtype == "fp8":
+            kv_bytes //= DTYPE_BYTES[needs.dtype]
+        budget = DeviceBudget(hello.device_budget_bytes // hello.slab_bytes, hello.slab_bytes)
+        layout = layout_of(needs.weight_bytes, kv_bytes, engine.block_tokens, hello.slab_bytes)
+        return fit_device(budget, layout, needs.max_model_len)
 
     def _residents(self, stats: EngineStats | None, leave_out: str) -> list[ResidentBytes]:
         last_used = {view.model_id: view.last_used_s for view in self._models.views()}
@@ -211,6 +220,7 @@ def state_of(view: ModelView, figures: ModelFigures | None, tokens_per_s: float)
             architecture=facts.architecture,
             path=facts.path,
             max_model_len=facts.max_model_len,
+            wanted_model_len=facts.wanted_model_len,
         )
     return msgspec.structs.replace(state, **msgspec.structs.asdict(figures)) if figures is not None else state
 

@@ -19,9 +19,9 @@ import msgspec
 from common.errors import ConfigError
 from common.exit_status import CANNOT_START
 from common.parent import die_with_parent
+from runtime.checkpoint.device_fit import MIN_KV_TOKENS
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
-from runtime.engine.core.model_table import MIN_KV_TOKENS
 from runtime.engine.grammar.mask_sources import GrammarMaskSources
 from runtime.engine.import_stubs import light_imports
 from runtime.engine.parallel.shard import Shard

@@ -1,12 +1,11 @@
 """Whether the engine can run a checkpoint, from its configuration alone: `python -m runtime.engine.support_check PATH [MAX_MODEL_LEN]`.
 
 It is a process of its own because the check needs torch and the model's code: like a load, it builds a tiny model. PATH is a directory with
-config.json, or a .gguf file. It prints one JSON line: the reason against it, or an empty string. It reads no weights.
+config.json. It prints one JSON line: the reason against it, or an empty string. It reads no weights.
 """
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from runtime.engine.import_stubs import light_imports
@@ -16,22 +15,8 @@ from runtime.types import Checkpoint
 _NAME = "it"  # stands for the model in messages, whose beginning is cut off
 
 
-def refusal(path: Path, max_model_len: int | None) -> str:
+def refusal(folder: Path, max_model_len: int | None) -> str:
     """Return why the engine cannot run the checkpoint; empty if it can."""
-    if path.suffix != ".gguf":
-        return _refusal(path, max_model_len)
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    except Exception as error:  # a reader of foreign files may raise anything
-        return f"{path.name} can't be read: {error}"
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        return _refusal(Path(folder), max_model_len)
-
-
-def _refusal(folder: Path, max_model_len: int | None) -> str:
     from runtime.checkpoint.model_config import read_card
     from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 
@@ -44,7 +29,7 @@ def _refusal(folder: Path, max_model_len: int | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    with light_imports(keep=("accelerate",)):
+    with light_imports():
         reason = refusal(Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None)
     print(json.dumps(reason))
     return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.changes import Changes
 from common.model_key import ModelSettings
+from runtime.checkpoint.device_fit import cut_text
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
 from runtime.errors import (
@@ -241,6 +242,8 @@ class Models:
             self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings
         )
         facts = await self._admit(entry)
+        if note := cut_text(facts.max_model_len, facts.wanted_model_len):
+            log.warning("model %s: %s", entry.name, note)
         entry.served = ServedModel(entry.model_id, entry.name, entry.settings, facts, text, loaded_at_s=time.time())
 
     async def _admit(self, entry: Entry) -> ModelFacts:

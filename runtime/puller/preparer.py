@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,14 @@ from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.models.model_state import Phase, Prepared, Report
 from runtime.puller.cache import Cache, Held
-from runtime.puller.checkpoint_check import CheckpointKind, CheckpointSummary, Policy, inspect, stored_quantization
+from runtime.puller.checkpoint_check import (
+    CheckpointKind,
+    CheckpointSummary,
+    Policy,
+    inspect,
+    read_json,
+    stored_quantization,
+)
 from runtime.puller.download import pull
 from runtime.puller.inspection import ModelMetadata
 from runtime.puller.metadata import look_local, look_remote
@@ -51,12 +59,16 @@ class CheckpointPreparer:
     """Implements runtime.models.model_state.Preparer and runtime.puller.inspection.Fitter over one disk cache."""
 
     def __init__(
-        self, config: RuntimeConfig, cache: Cache, packer: Callable[[PackRequest, PullJob], None] = run_packer
+        self,
+        config: RuntimeConfig,
+        cache: Cache,
+        packer: Callable[[PackRequest, PullJob], None] = run_packer,
+        probe: SupportProbe | None = None,
     ) -> None:
         self._packer = packer
         self._config = config
         self._cache = cache
-        self._judge = SupportProbe()
+        self._judge = probe or SupportProbe()
         self._looks: LRUCache[tuple[str, bytes, str], ModelMetadata] = LRUCache(_LOOKS)
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
@@ -82,7 +94,7 @@ class CheckpointPreparer:
         """See runtime.puller.inspection.Fitter."""
         job = PullJob(lambda progress: None)
         return await self._in_thread(
-            lambda: self._judge.refusal(look.config, look.gguf_file, settings.max_model_len, job), job
+            lambda: self._refusal(look.config, look.gguf_file, settings.max_model_len, job), job
         )
 
     def close(self) -> None:
@@ -98,6 +110,27 @@ class CheckpointPreparer:
             future.add_done_callback(_give_back)
             await asyncio.wait((future,))
             raise
+
+    def _refusal(
+        self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: PullJob
+    ) -> str:
+        """See `refusal`. A GGUF file is checked by the packer, as before a load, and has its configuration from there."""
+        if gguf_file is None:
+            return self._judge.refusal(config, max_model_len, job)
+        with tempfile.TemporaryDirectory(prefix="repertory-fit-") as folder:
+            request = PackRequest(
+                kind=CheckpointKind.GGUF.value,
+                model_dir=str(gguf_file.parent),
+                weight_files=(str(gguf_file),),
+                out_dir=folder,
+                source="",
+                pack_weights=False,
+            )
+            try:
+                self._packer(request, job)
+            except LoadFailed as error:
+                return error.detail
+            return self._judge.refusal(read_json(Path(folder) / "config.json"), max_model_len, job)
 
     def _prepare(self, source: ModelSource, settings: ModelSettings, device: str, job: PullJob) -> Prepared:
         job.say(Phase.PULLING, 0, 0, "looking")
@@ -277,7 +310,7 @@ class CheckpointPreparer:
         try:
             geometry = geometry_of(config)
         except KeyError as error:
-            reason = "" if local_only else self._judge.refusal(config, gguf_file, settings.max_model_len, job)
+            reason = "" if local_only else self._refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         quantised = msgspec.structs.replace(settings, quantize=quantization)
         needs = needs_of(geometry, tensors, quantised, device, self._config.engine.tensor_parallel)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cachetools import LRUCache
@@ -24,30 +24,30 @@ _REMEMBERED = 256
 # The engine ignores them, and the configuration of a packed directory lacks them.
 _LEFT_OUT = ("quantization_config", "_name_or_path", "auto_map")
 
+Ask = Callable[[Path, int | None, PullJob], str | None]
+"""Returns the reason against a folder's config.json, empty for none, or None if the check failed."""
+
 
 class SupportProbe:
     """Safe to use from several threads. Runs one check at a time, so that only one such process takes memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, ask: Ask | None = None) -> None:
+        """`ask` runs one check; None = a process of the engine's support check."""
+        self._ask = ask or _ask
         self._answers: LRUCache[bytes, str] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
-    def refusal(
-        self, config: Mapping[str, object], gguf_file: Path | None, max_model_len: int | None, job: PullJob
-    ) -> str:
-        """Return why the engine cannot run it; empty if it can or if the check fails. A `gguf_file` contains its configuration."""
+    def refusal(self, config: Mapping[str, object], max_model_len: int | None, job: PullJob) -> str:
+        """Return why the engine cannot run it; empty if it can or if the check fails."""
         kept = {name: value for name, value in config.items() if name not in _LEFT_OUT}
-        status = gguf_file.stat() if gguf_file is not None else None
-        subject = (str(gguf_file), status.st_size, status.st_mtime_ns) if status is not None else kept
-        key = hashlib.blake2b(json.dumps([subject, max_model_len], sort_keys=True, default=str).encode()).digest()
+        key = hashlib.blake2b(json.dumps([kept, max_model_len], sort_keys=True, default=str).encode()).digest()
         with self._lock:
             known = self._answers.get(key)
             if known is not None:
                 return known
             with tempfile.TemporaryDirectory(prefix="repertory-judge-") as folder:
-                if gguf_file is None:
-                    (Path(folder) / "config.json").write_text(json.dumps(kept, default=str), encoding="utf-8")
-                reason = _ask(gguf_file or Path(folder), max_model_len, job)
+                (Path(folder) / "config.json").write_text(json.dumps(kept, default=str), encoding="utf-8")
+                reason = self._ask(Path(folder), max_model_len, job)
             if reason is None:
                 return ""
             self._answers[key] = reason

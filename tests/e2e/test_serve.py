@@ -19,6 +19,7 @@ import pytest
 from mesh.errors import MeshError
 from tests.e2e.conftest import greedy
 from tests.support import stack, tgis_client
+from tests.support.checkpoints import tiny_llama
 from wire.fmaas import generation_pb2 as fmaas
 
 PROMPT = "The company keeps many plays ready"
@@ -147,6 +148,27 @@ def _state(served: stack.Stack, name: str) -> str:
     with contextlib.suppress(MeshError):  # not up yet
         return served.admin.model(name).state
     return ""
+
+
+def test_a_context_that_memory_cannot_hold_is_cut_as_fit_predicts_and_said(served: stack.Stack, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "long", max_position=1_000_000)
+    served.admin.register({"name": "long", "uri": str(folder)})
+    fit = served.admin.fit({"name": "long"})
+    assert (fit.fits, fit.wanted_model_len) == (True, 1_000_000)
+    stack.load_and_wait(served, "long", str(folder))
+    [copy] = served.admin.model("long").copies
+    assert copy.wanted_model_len == 1_000_000
+    assert copy.max_model_len == pytest.approx(fit.max_model_len, rel=0.05)  # a slab more or less of weights
+    listed = {model.id: model for model in client_of(served).models.list().data}
+    assert listed["long"].model_extra is not None
+    assert listed["long"].model_extra["max_model_len"] == copy.max_model_len
+    shown = subprocess.run(
+        [sys.executable, "-m", "mesh", "show", "long", "--server", served.url],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"{copy.max_model_len:,} tokens, cut from 1,000,000" in " ".join(shown.stdout.split())
 
 
 def test_serve_exits_with_one_sentence_for_a_budget_that_no_machine_has(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from runtime.checkpoint.device_fit import DeviceBudget, ModelLayout, fit_device
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.end_times import busy_s
 from runtime.engine.core.executor import KvOperations, OperationExecutor
@@ -17,7 +18,6 @@ from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.operations import CloseRow, DropHost
-from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.cost_model import CostModel
 from runtime.engine.scheduler.row_pool import ModelRows, RowPool
 from runtime.engine.scheduler.scheduler import Scheduler
@@ -26,7 +26,6 @@ from runtime.errors import ModelTooLarge
 from runtime.ipc.messages import EngineStats, Event, Load, RowTokens, Tokens
 from runtime.types import FinishReason
 
-MIN_KV_TOKENS = 256  # a model that cannot hold this many beside its weights is not loaded
 _CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
 
 
@@ -72,22 +71,12 @@ class ModelTable:
         """Add a model that was loaded. Raises ModelTooLarge if its weights and the smallest useful KV cache exceed the device budget."""
         memory, facts = loaded.memory, loaded.runner.facts
         geometry = memory.kv
-        block_tokens = geometry.block_tokens
-        least_blocks = blocks_for(min(MIN_KV_TOKENS, facts.max_model_len), block_tokens)
-        kv_slabs = min(self.slabs.total - memory.weight_slabs, geometry.max_slabs)
-        if kv_slabs * geometry.blocks_per_slab < least_blocks:
-            slab_bytes = self.backend.slab_bytes
-            raise ModelTooLarge(
-                f"weights of {memory.weight_slabs * slab_bytes} bytes and KV of "
-                f"{blocks_for(least_blocks, geometry.blocks_per_slab) * slab_bytes} bytes for {least_blocks * block_tokens} tokens "
-                f"exceed the device budget of {self.slabs.total * slab_bytes} bytes",
-                model=request.model_id,
-                limit=self.slabs.total * slab_bytes,
-            )
-        # a context that could never be held must not be promised
-        facts = msgspec.structs.replace(
-            facts, max_model_len=min(facts.max_model_len, kv_slabs * geometry.blocks_per_slab * block_tokens)
-        )
+        budget = DeviceBudget(self.slabs.total, self.backend.slab_bytes)
+        layout = ModelLayout(memory.weight_slabs, geometry.blocks_per_slab, geometry.block_tokens, geometry.max_slabs)
+        fit = fit_device(budget, layout, facts.max_model_len)
+        if fit.refusal:
+            raise ModelTooLarge(fit.refusal, model=request.model_id, limit=budget.size_bytes)
+        facts = msgspec.structs.replace(facts, max_model_len=fit.max_model_len, wanted_model_len=facts.max_model_len)
         model_id, enqueue = request.model_id, self.executor.enqueue
         cache = PrefixCache(BlockPool(geometry, self.slabs, f"{model_id}/kv", KvOperations(model_id, enqueue)))
         rows = ModelRows(self.rows, lambda row: enqueue(CloseRow(model_id, row)))

@@ -51,33 +51,21 @@ def read_gguf_config(reader: Any, index: GgufIndex, path: Path) -> Any:
 
 
 def read_gguf_weights(reader: Any, model: nn.Module, architecture: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return all tensors by the module's names. Raises LoadFailed for one that the module lacks, and for two that should be equal."""
+    """Return all tensors by the module's names, which `check_gguf_names` has checked. Raises LoadFailed for two that should be equal."""
     from gguf import dequantize
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-    config: Any = model.config
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    processor = _processor(model, architecture)
     mapping = _names(model, architecture, processor)
     parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
-    unexpected = []
     for stored in reader.tensors:
         if stored.name == _ROPE_DIVISORS:
             continue
         weights = dequantize(stored.data, stored.tensor_type)
-        if stored.name not in mapping and stored.name.removesuffix(".weight") not in mapping:
-            unexpected.append(stored.name)
-            continue
         made = processor.process(
             weights=weights, name=stored.name, tensor_key_mapping=mapping, parsed_parameters=parsed
         )
         if made.name is not None:
             parsed["tensors"][mapping[made.name]] = torch.from_numpy(np.copy(made.weights)).to(dtype)
-    if unexpected:
-        more = f" and {len(unexpected) - _SHOWN_NAMES} more" if len(unexpected) > _SHOWN_NAMES else ""
-        raise LoadFailed(
-            f"the GGUF file has unexpected tensors, which {type(model).__name__} does not compute with: "
-            f"{', '.join(unexpected[:_SHOWN_NAMES])}{more}"
-        )
     tensors = parsed["tensors"]
     for alias, owner in tied_names(model).items():
         if alias in tensors and owner in tensors and not torch.equal(tensors[alias], tensors[owner]):
@@ -85,6 +73,26 @@ def read_gguf_weights(reader: Any, model: nn.Module, architecture: str, dtype: t
         if alias in tensors:
             tensors.setdefault(owner, tensors[alias])
     return tensors
+
+
+def check_gguf_names(reader: Any, model: nn.Module, architecture: str) -> None:
+    """Raise LoadFailed for tensors of the file that the module lacks. Reads no weights."""
+    mapping = _names(model, architecture, _processor(model, architecture))
+    names = [stored.name for stored in reader.tensors if stored.name != _ROPE_DIVISORS]
+    unexpected = [name for name in names if name not in mapping and name.removesuffix(".weight") not in mapping]
+    if unexpected:
+        more = f" and {len(unexpected) - _SHOWN_NAMES} more" if len(unexpected) > _SHOWN_NAMES else ""
+        raise LoadFailed(
+            f"the GGUF file has unexpected tensors, which {type(model).__name__} does not compute with: "
+            f"{', '.join(unexpected[:_SHOWN_NAMES])}{more}"
+        )
+
+
+def _processor(model: nn.Module, architecture: str) -> Any:
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    config: Any = model.config
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
 
 
 def _names(model: nn.Module, architecture: str, processor: Any) -> dict[str, str]:

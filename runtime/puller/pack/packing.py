@@ -26,7 +26,7 @@ from runtime.errors import LoadFailed
 from runtime.puller.gguf_index import read_index as read_gguf_index
 from runtime.puller.pack.aux_files import convert_tokenizer, copy_beside, write_config
 from runtime.puller.pack.gguf_tokenizer import convert_gguf_tokenizer, end_of_turn_ids
-from runtime.puller.pack.gguf_weights import read_gguf_config, read_gguf_weights
+from runtime.puller.pack.gguf_weights import check_gguf_names, read_gguf_config, read_gguf_weights
 from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
 from runtime.puller.pack.request import PACKED_NAME, PackEvent, PackProgress, PackRequest
 from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable
@@ -223,7 +223,7 @@ def _two(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tensor]:
-    """Write the file's configuration and tokenizer to `out_dir` and return its weights."""
+    """Write the file's configuration and tokenizer to `out_dir` and return its weights, none if they are not to be packed."""
     from gguf import GGUFReader
 
     path = Path(request.weight_files[0])
@@ -239,8 +239,11 @@ def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tenso
         convert_gguf_tokenizer(reader, index, path, out_dir)
         card = read_card("", Checkpoint(model_dir=str(out_dir), dtype=request.dtype), None)
         check_sizes(card, len(index.tensors))
-        say(PackProgress(0, 0, f"dequantising {path.name}"))
         model = build_skeleton(card.model_class, card.config, "eager")
+        check_gguf_names(reader, model, index.architecture)
+        if not request.pack_weights:
+            return {}
+        say(PackProgress(0, 0, f"dequantising {path.name}"))
         return read_gguf_weights(reader, model, index.architecture, card.dtype)
     except (LoadFailed, MemoryError):
         raise
