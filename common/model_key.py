@@ -76,6 +76,18 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     max_concurrency: Annotated[_Positive | None, Meta(description="limit of running and waiting requests per copy")] = (
         None
     )
+    min_copies: Annotated[
+        int, Meta(ge=0, description="copies that the mesh keeps loaded while enough pods can hold them")
+    ] = 0
+    max_copies: Annotated[
+        _Positive | None, Meta(description="largest number of copies that the mesh loads; not given = one per pod")
+    ] = None
+    pinned: Annotated[bool, Meta(description="never evict a copy for another model")] = False
+    priority: Annotated[int, Meta(ge=-100, le=100, description="models of a lower priority are evicted first")] = 0
+    idle_timeout_s: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="seconds without a request after which all copies are unloaded; not given = never"),
+    ] = None
     version: Annotated[
         str | None, Meta(description="any text; change it to reload files that changed under the same URI")
     ] = None

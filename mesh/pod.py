@@ -23,6 +23,7 @@ from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
 from mesh.api.ollama_routes import OllamaRoutes
 from mesh.api.openai_routes import OpenAiRoutes
+from mesh.api.registrar import Registrar
 from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
 from mesh.client.connections import Connections
@@ -132,6 +133,8 @@ class Pod:
             grace_s=config.grace_s,
             publish=self._publish_record,
             busy_s=lambda model_id: self.monitor.busy_s(model_id),
+            others=lambda: self.states.others(),
+            reported=lambda: self.monitor.snapshot.models,
         )
         peers = HttpPeerLoads(self._connections, self.access.peers)
         self.monitor = RuntimeMonitor(
@@ -161,9 +164,9 @@ class Pod:
             self.states,
             self.monitor,
             self._changes,
-            failure_expiry_s=config.failure_expiry_s,
             constraints=TypeConstraints(config.type_constraints),
             own_labels=config.labels,
+            unreachable=self.peer_health.suspect,
         )
         self._declared_models = DeclaredModels(
             config.models_file, self.registry, self.placement, is_loaded=self._is_loaded
@@ -221,6 +224,7 @@ class Pod:
             peer_tls=self.access.peer_tls,
             max_message_bytes=config.grpc_max_message_bytes,
         )
+        registrar = Registrar(self.registry, self.placement, self.states, self.monitor, runtime)
         views = ModelViews(self.registry, self.states, self._last_used_ms)
         gateway = HttpGateway(
             self.registry,
@@ -246,9 +250,9 @@ class Pod:
             config.http_listen,
             (
                 health,
-                ModelsRoutes(self.registry, self.placement, views, self._changes, self._stopping),
-                AdminRoutes(self.registry, self.placement, self.states, self.monitor, runtime, views),
-                OpenAiRoutes(gateway),
+                ModelsRoutes(self.registry, self.placement, registrar, views, self._changes, self._stopping),
+                AdminRoutes(self.registry, registrar, self.states, self.monitor, runtime, views),
+                OpenAiRoutes(gateway, is_foreign=lambda: self.monitor.snapshot.foreign),
                 TgiRoutes(gateway, self.registry),
                 OllamaRoutes(gateway, self.registry, self.placement, views),
                 OipRoutes(
@@ -316,6 +320,7 @@ class Pod:
             num_loading=lambda: self._loads.num_loading,
             loading_threads=lambda: limits.max_loading_concurrency if (limits := self.monitor.limits) else 0,
             can_serve=lambda: self.monitor.is_serving,
+            load_failures=lambda: self._loads.num_failed_in_a_row,
         )
         self.reconciler.start()
         self._transitions.start()

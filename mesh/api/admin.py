@@ -3,8 +3,6 @@
 The JSON shapes are those of mesh.client.admin.
 """
 
-import asyncio
-import logging
 from typing import Any
 
 import msgspec
@@ -13,21 +11,18 @@ from aiohttp import web
 from common.clock import epoch_ms
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
+from mesh.api.registrar import Registrar
 from mesh.api.request_log import Record
 from mesh.client.admin import Fit, Models, Pod, Pods
-from mesh.errors import InvalidRequest, MeshError, NotFound
+from mesh.errors import InvalidRequest, NotFound
 from mesh.placement.model_states import ModelStates
-from mesh.placement.placement import Placement
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import CAPACITY_UNIT_BYTES
 from mesh.registry.registration import DEFAULT_TYPE, concrete_id, model_info, with_settings
 from mesh.registry.registry import Registry
-from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
-
-logger = logging.getLogger(__name__)
+from mesh.types import FitAnswer, ModelInfo, RuntimeClient
 
 _BODY_BYTES = 1024 * 1024
-_CHECK_S = 3.0  # a registration waits so long for the source's answer
 
 
 class _Register(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,14 +51,14 @@ class AdminRoutes:
     def __init__(
         self,
         registry: Registry,
-        placement: Placement,
+        registrar: Registrar,
         states: ModelStates,
         monitor: RuntimeMonitor,
         runtime: RuntimeClient,
         views: ModelViews,
     ) -> None:
         self._registry = registry
-        self._placement = placement
+        self._registrar = registrar
         self._states = states
         self._monitor = monitor
         self._runtime = runtime
@@ -92,20 +87,12 @@ class AdminRoutes:
         if not asked.uri:
             raise InvalidRequest(f"model {asked.name}: uri is missing: it says where the files are")
         info = model_info(asked.name, asked.uri, _settings(body, _Register), model_type=asked.type)
-        await self._check_loadable(info)
-        model_id = await self._registry.register_name(asked.name, info, now_ms=epoch_ms(), is_loaded=self._is_loaded)
-        Record.of(request).model_id = model_id
-        if asked.load:
-            await self._placement.ensure_loaded(model_id, retry_failed=True)
+        Record.of(request).model_id = await self._registrar.register(asked.name, info, load=asked.load)
         return _json(await self._views.one(asked.name))
 
     async def remove(self, request: web.Request) -> web.Response:
         """Unregister a name. Responds after the copies are unloaded too."""
-        name = request.match_info["name"]
-        model_id = Record.of(request).model_id = await self._registry.resolve_fresh(name)
-        await self._registry.remove_name(name)
-        if self._registry.models.get(model_id) is None:
-            await self._placement.unload(model_id)
+        Record.of(request).model_id = await self._registrar.remove(request.match_info["name"])
         return web.Response(status=204)
 
     async def fit(self, request: web.Request) -> web.Response:
@@ -135,7 +122,7 @@ class AdminRoutes:
         if not asked.target:
             raise InvalidRequest("target is missing: the name of the model that the alias points at")
         alias = request.match_info["name"]
-        await self._registry.set_alias(alias, asked.target, now_ms=epoch_ms(), is_loaded=self._is_loaded)
+        await self._registry.set_alias(alias, asked.target, now_ms=epoch_ms(), is_loaded=self._registrar.is_loaded)
         return web.Response(status=204)
 
     async def remove_alias(self, request: web.Request) -> web.Response:
@@ -189,24 +176,6 @@ class AdminRoutes:
         if record is None:
             raise NotFound(f"model {name!r} not found")
         return model_id, record.info
-
-    async def _check_loadable(self, info: ModelInfo) -> None:
-        """Raise InvalidRequest for settings that the runtime refuses, as far as it can tell within a few seconds.
-
-        Missing files and a full memory are no reason: they may change until the model is loaded.
-        """
-        if not self._monitor.snapshot.ready or self._monitor.snapshot.foreign:
-            return
-        try:
-            async with asyncio.timeout(_CHECK_S):
-                await self._runtime.fit("", info, sizes_only=True)
-        except InvalidRequest:
-            raise
-        except (MeshError, TimeoutError) as error:
-            logger.debug("model %s is registered unchecked: %s", info.path, error)
-
-    def _is_loaded(self, model_id: str) -> bool:
-        return self._states.status(model_id).status is ModelStatus.LOADED
 
     def _fit_view(self, answer: FitAnswer, unloaded: tuple[str, ...]) -> Fit:
         return Fit(

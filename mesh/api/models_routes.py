@@ -12,11 +12,13 @@ from common.clock import epoch_ms
 from mesh.access.caller import current_caller
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
+from mesh.api.registrar import Registrar
 from mesh.api.request_log import Record
 from mesh.api.sse_keepalive import HEADERS
 from mesh.client.admin import Model
 from mesh.errors import InvalidRequest
 from mesh.placement.placement import Placement
+from mesh.registry.registration import DEFAULT_TYPE, model_info
 from mesh.registry.registry import Registry
 
 _BODY_BYTES = 64 * 1024
@@ -30,6 +32,8 @@ class _ModelRequest(msgspec.Struct, frozen=True):
 
     model: str = ""
     last_used_ms: int = 0
+    use: float = 0.0
+    is_extra: bool = False
     now: bool = False
 
 
@@ -77,10 +81,17 @@ class Event(msgspec.Struct, frozen=True):
 
 class ModelsRoutes:
     def __init__(
-        self, registry: Registry, placement: Placement, views: ModelViews, changes: Changes, stopping: asyncio.Event
+        self,
+        registry: Registry,
+        placement: Placement,
+        registrar: Registrar,
+        views: ModelViews,
+        changes: Changes,
+        stopping: asyncio.Event,
     ) -> None:
         self._registry = registry
         self._placement = placement
+        self._registrar = registrar
         self._views = views
         self._changes = changes
         self._stopping = stopping
@@ -88,6 +99,8 @@ class ModelsRoutes:
     def add_to(self, router: web.UrlDispatcher) -> None:
         router.add_get("/v1/models", self.list)
         router.add_get("/models", self.list)
+        router.add_post("/models", self.add)
+        router.add_delete("/models", self.remove)
         router.add_get("/models/sse", self.events)
         router.add_get("/v1/models/{name:.+}", self.show)
         router.add_post("/models/load", self.load)
@@ -100,12 +113,32 @@ class ModelsRoutes:
         name = request.match_info["name"]
         return _json(_entry(name, await self._views.one(name)))
 
+    async def add(self, request: web.Request) -> web.Response:
+        """Register a repository of the Hugging Face hub, or a URI, under its own name and begin to load it, as a front end's "download" asks."""
+        asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
+        if not asked.model:
+            raise InvalidRequest("model is missing: a repository of the Hugging Face hub, such as org/name, or a URI")
+        uri = asked.model if "://" in asked.model else f"hf://{asked.model}"
+        info = model_info(asked.model, uri, {}, model_type=DEFAULT_TYPE)
+        Record.of(request).model_id = await self._registrar.register(asked.model, info, load=True)
+        return _json({"success": True})
+
+    async def remove(self, request: web.Request) -> web.Response:
+        """Remove the name in `?model=`, after its copies are unloaded. Files stay in the cache until their room is needed."""
+        name = request.query.get("model", "")
+        if not name:
+            raise InvalidRequest("model is missing: name it as DELETE /models?model=NAME")
+        Record.of(request).model_id = await self._registrar.remove(name)
+        return _json({"success": True})
+
     async def load(self, request: web.Request) -> web.Response:
         """Start a load and respond at once; the status shows its progress. A load that another pod asks for takes place on this pod."""
         asked = decode(await read_body(request, _BODY_BYTES), _ModelRequest)
         if current_caller().is_peer:
             last_used_ms = min(max(asked.last_used_ms, 0), epoch_ms())
-            await self._placement.ensure_loaded(asked.model, last_used_ms=last_used_ms, local_only=True)
+            await self._placement.load_for_peer(
+                asked.model, last_used_ms=last_used_ms, use=asked.use, is_extra=asked.is_extra
+            )
         else:
             record = Record.of(request)
             record.model_id = await self._resolve(asked)

@@ -1,6 +1,7 @@
 """Has another pod load or unload a model, over its HTTP port. Implements mesh.placement.placement.PeerLoads."""
 
 import asyncio
+from collections.abc import Mapping
 
 import aiohttp
 import msgspec
@@ -18,13 +19,14 @@ class HttpPeerLoads:
         self._connections = connections
         self._peers = peers
 
-    async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int) -> None:
-        await self._post(pod, "/models/load", {"model": model_id, "last_used_ms": last_used_ms})
+    async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, is_extra: bool) -> None:
+        content = {"model": model_id, "last_used_ms": last_used_ms, "use": use, "is_extra": is_extra}
+        await self._post(pod, "/models/load", content)
 
     async def unload_now(self, pod: InstanceRecord, model_id: str) -> None:
         await self._post(pod, "/models/unload", {"model": model_id, "now": True})
 
-    async def _post(self, pod: InstanceRecord, path: str, content: dict[str, object]) -> None:
+    async def _post(self, pod: InstanceRecord, path: str, content: Mapping[str, object]) -> None:
         session, base = self._connections.http(pod.http_address, of_pod=True)
         body = msgspec.json.encode(content)
         headers = {**dict(self._peers.headers()), "Content-Type": "application/json"}

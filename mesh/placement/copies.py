@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState
+from mesh.placement.copy_policy import DEFAULT_POLICY, CopyPolicy, policy_of
+from mesh.placement.eviction import eviction_order
 from mesh.placement.request_rate import RequestRate
 from mesh.placement.usage import ModelUsage, Usage
+from mesh.placement.uses import Uses
 from mesh.types import ModelInfo
 
 _PENDING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
@@ -29,6 +32,7 @@ class LocalCopy:
         max_concurrency: how many concurrent requests the runtime allows; 0 for no limit.
         is_announced: the model's record lists this pod, so that its removal from the record is an order to unload.
         is_measured: the size of the weights has been written to the model's record.
+        policy: how many copies the model shall have, and whether this one may be evicted.
     """
 
     model_id: str
@@ -43,6 +47,10 @@ class LocalCopy:
     last_used_ms: int = 0
     is_announced: bool = False
     is_measured: bool = False
+    policy: CopyPolicy = DEFAULT_POLICY
+
+    def __post_init__(self) -> None:
+        self.policy = policy_of(self.info)
 
     @property
     def is_pending(self) -> bool:
@@ -64,6 +72,7 @@ class LocalCopies:
         self._requests = RequestRate(time.monotonic())
         self._changes = changes
         self.capacity_bytes = 0
+        self.uses = Uses()
 
     def __iter__(self) -> Iterator[LocalCopy]:
         return iter(tuple(self._copies.values()))
@@ -97,19 +106,23 @@ class LocalCopies:
                 self._num_users(copy.model_id),
                 is_unloading=copy.state is CopyState.UNLOADING,
                 is_loading=copy.is_pending,
+                use=self.uses.of(copy.model_id),
+                priority=copy.policy.priority,
+                is_pinned=copy.policy.pinned,
             )
             for copy in self._copies.values()
         )
         return Usage(self.capacity_bytes, models)
 
     def idle(self) -> list[LocalCopy]:
-        """Return the loaded copies without requests, least recently used first.
+        """Return the loaded copies without requests that may be evicted, in the order of eviction.
 
         The copy that was loaded last is left out while no load is in progress, because a caller has just asked for it.
         """
+        order = {model.model_id: eviction_order(model) for model in self.usage().models}
         loaded = sorted(
-            (copy for copy in self._copies.values() if copy.is_loaded),
-            key=lambda copy: (copy.last_used_ms, copy.started_ms),
+            (copy for copy in self._copies.values() if copy.is_loaded and not copy.policy.pinned),
+            key=lambda copy: (order[copy.model_id], copy.started_ms),
         )
         is_loading = any(copy.is_pending for copy in self._copies.values())
         newest = None if is_loading else max(loaded, key=lambda copy: copy.started_ms, default=None)
@@ -132,6 +145,7 @@ class LocalCopies:
     def begin(self, model_id: str) -> None:
         self._requests.add(time.monotonic())
         self._in_flight[model_id] += 1
+        self.uses.add(model_id)
         self.touch(model_id, epoch_ms())
 
     def end(self, model_id: str) -> None:

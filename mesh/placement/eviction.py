@@ -1,4 +1,4 @@
-"""Chooses the models to unload so that another one fits: least recently used first, idle ones before those in use. Pure."""
+"""Chooses the models to unload so that another one fits: idle ones before those in use, of lower priority first, least used first. Pure."""
 
 from dataclasses import dataclass
 
@@ -39,18 +39,27 @@ def plan_eviction(
     short_bytes -= sum(model.size_bytes for model in others if model.is_unloading)
     if short_bytes <= 0:
         return Eviction(wait=True)
-    candidates = [model for model in others if not (model.is_unloading or model.is_loading) and model.size_bytes > 0]
+    candidates = [
+        model
+        for model in others
+        if not (model.is_unloading or model.is_loading or model.is_pinned) and model.size_bytes > 0
+    ]
     if last_used_ms is not None:
         candidates = [model for model in candidates if model.last_used_ms < last_used_ms]
         if sum(model.size_bytes for model in candidates) < short_bytes:
             return Eviction(declined=True)
-    candidates.sort(key=lambda model: (model.num_users > 0, model.last_used_ms, model.model_id))
+    candidates.sort(key=eviction_order)
     idle = _first_few([model for model in candidates if model.num_users == 0], short_bytes)
     if idle is not None:
         return Eviction(victims=idle, wait=True)
     if spare_busy:
         return Eviction(wait=True)
     return Eviction(victims=_first_few(candidates, short_bytes) or (), wait=True)
+
+
+def eviction_order(model: ModelUsage) -> tuple[bool, int, float, int, str]:
+    """Return the sort key of victims: the first one is evicted first."""
+    return (model.num_users > 0, model.priority, model.use, model.last_used_ms, model.model_id)
 
 
 def _first_few(candidates: list[ModelUsage], short_bytes: int) -> tuple[str, ...] | None:

@@ -40,6 +40,7 @@ class Heartbeat:
         num_loading: Callable[[], int],
         loading_threads: Callable[[], int],
         can_serve: Callable[[], bool],
+        load_failures: Callable[[], int],
     ) -> None:
         self._instances = instances
         self._identity = identity
@@ -49,6 +50,7 @@ class Heartbeat:
         self._num_loading = num_loading
         self._loading_threads = loading_threads
         self._can_serve = can_serve
+        self._load_failures = load_failures
         self._shutting_down = False
         self._published: InstanceRecord | None = None
 
@@ -99,6 +101,8 @@ class Heartbeat:
             requests_per_min=self._copies.requests_per_min(),
             shutting_down=self._shutting_down,
             cannot_serve=not self._can_serve(),
+            load_failures=self._load_failures(),
+            victim_use=round(usage.victim_use, 2),
             device_budget_bytes=snapshot.device_budget_bytes,
             device_used_bytes=snapshot.device_used_bytes,
             host_budget_bytes=snapshot.host_budget_bytes,
@@ -126,6 +130,7 @@ def _without_load(record: InstanceRecord) -> InstanceRecord:
         lru_time_ms=0,
         used_units=0,
         requests_per_min=0,
+        victim_use=0.0,
         device_used_bytes=0,
         host_used_bytes=0,
         kv_usage=0.0,

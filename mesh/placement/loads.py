@@ -4,19 +4,20 @@ A load continues when its last waiter is cancelled; only `unload` and `close` ca
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence, Set
 
 from common.changes import Changes
 from common.clock import epoch_ms
-from common.model_state import CopyState
+from common.model_state import CopyState, ModelState
 from mesh.errors import LoadFailed, Overloaded, StoreError, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.eviction import plan_eviction
 from mesh.placement.load_times import LoadTimes, retry_after_s
-from mesh.placement.record_updates import RecordUpdates, log_errors
+from mesh.placement.record_updates import LoadedElsewhere, RecordUpdates, log_errors
 from mesh.placement.unloads import LocalUnloads
 from mesh.types import LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
@@ -26,6 +27,7 @@ _ROOM_TIMEOUT_S = 180.0  # as in ModelMesh: a load without room by then ends, an
 _SPARE_BUSY_S = 5.0  # how long a load waits for idle victims before it evicts models in use, which drain first
 _RUNTIME_RETRY_S = 60.0  # how long a runtime that answers UNAVAILABLE may take to return
 _RETRY_PAUSE_S = 0.2
+_RECHECK_ROOM_S = 1.0
 
 
 class _DeclinedError(Exception):
@@ -47,13 +49,18 @@ class LocalLoads:
         grace_s: float,
         publish: Callable[[], Awaitable[None]],
         busy_s: Callable[[str], float],
+        others: Callable[[], Set[str]],
+        reported: Callable[[], Sequence[ModelState]],
     ) -> None:
         """`load_timeout_s`: 0 takes the runtime's own timeout. `grace_s`: what running requests have to finish before an unload. `publish` writes this pod's record, in which other pods see a load end.
 
-        `busy_s` returns when the running requests of a model are expected to end; 0 if that is unknown.
+        `busy_s` returns when the running requests of a model are expected to end; 0 if that is unknown. `others` returns the other pods that
+        serve, `reported` the models that the runtime reports.
         """
         self._publish = publish
         self._busy_s = busy_s
+        self._others = others
+        self._reported = reported
         self._runtime = runtime
         self._record_updates = record_updates
         self._copies = copies
@@ -70,6 +77,7 @@ class LocalLoads:
         # Measured sizes by model id: a model that is loaded again needs no prediction.
         self._sizes_bytes: dict[str, int] = {}
         self.times = LoadTimes()
+        self.num_failed_in_a_row = 0  # of any models: this pod may be the cause
 
     def runtime_ready(self, limits: RuntimeLimits) -> None:
         """Start the loads that wait: the runtime is ready and holds no models."""
@@ -89,10 +97,13 @@ class LocalLoads:
     def num_loading(self) -> int:
         return len(self._tasks)
 
-    def load(self, model_id: str, info: ModelInfo, *, last_used_ms: int, urgent: bool = True) -> asyncio.Task[None]:
+    def load(
+        self, model_id: str, info: ModelInfo, *, last_used_ms: int, urgent: bool = True, is_extra: bool = False
+    ) -> asyncio.Task[None]:
         """Return the model's load that is in progress, or start one. Wait for it with `asyncio.wait`, because `unload` cancels it.
 
-        `urgent` False: the load displaces only models that were last used before `last_used_ms`.
+        `urgent` False: the load displaces only models that were last used before `last_used_ms`. `is_extra`: load although another pod has the
+        model. Otherwise the task ends without a copy if one does.
         A failure that is the model's own ends the task normally and is recorded. The task raises Overloaded if no room
         could be made, and Unavailable if the runtime did not return.
         """
@@ -105,7 +116,7 @@ class LocalLoads:
         if previous is not None and previous.state is not CopyState.UNLOADING:
             copy.expected_bytes = previous.size_bytes or previous.expected_bytes
             copy.is_announced = previous.is_announced
-        task = asyncio.create_task(self._load(copy, urgent), name=f"load {model_id}")
+        task = asyncio.create_task(self._load(copy, urgent, is_extra), name=f"load {model_id}")
         self._tasks[model_id] = task
         task.add_done_callback(lambda done: self._ended(model_id, done))
         if previous is None or previous.state is not CopyState.UNLOADING:
@@ -159,7 +170,7 @@ class LocalLoads:
             logger.info("load of %s ended: %s", model_id, task.exception())
         self._changes.notify()
 
-    async def _load(self, copy: LocalCopy, urgent: bool) -> None:
+    async def _load(self, copy: LocalCopy, urgent: bool, is_extra: bool) -> None:
         model_id = copy.model_id
         unloading = self._unloads.task(model_id)
         if unloading is not None:
@@ -168,7 +179,7 @@ class LocalLoads:
         is_kept = False
         queued_s = time.monotonic()
         try:
-            await self._announce(copy)
+            await self._announce(copy, is_extra)
             await self._ready.wait()
             assert self._slots is not None
             async with self._slots:
@@ -176,24 +187,32 @@ class LocalLoads:
                 await self._admit(copy, urgent)
                 await self._load_admitted(copy)
             is_kept = True
+            self.num_failed_in_a_row = 0
             copy.loaded_s = time.monotonic()
             self._copies.set_state(copy, CopyState.LOADED)
             # Callers are answered after this, so every pod that reads the record says LOADED by then.
             await self._publish()
+            await log_errors(self._record_updates.loaded(model_id))
         except LoadFailed as error:
             await self._record_failure(copy, error)
         except _DeclinedError:
             pass
+        except LoadedElsewhere as error:
+            logger.info("model %s is not loaded here: %s", model_id, error.detail)
         finally:
             if not is_kept:
                 self._copies.remove(copy)
                 await log_errors(self._record_updates.gone(model_id))
         self.trim()
 
-    async def _announce(self, copy: LocalCopy) -> None:
+    async def _announce(self, copy: LocalCopy, is_extra: bool) -> None:
         try:
             await self._record_updates.loading(
-                copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms
+                copy.model_id,
+                copy.info,
+                started_ms=copy.started_ms,
+                last_used_ms=copy.last_used_ms,
+                alone_among=frozenset() if is_extra else self._others(),
             )
             copy.is_announced = True
         except StoreError as error:
@@ -214,12 +233,14 @@ class LocalLoads:
         )
 
     async def _load_on_runtime(self, copy: LocalCopy) -> LoadAnswer:
-        """Load, and wait for a runtime that restarts. Evict idle models while the runtime has no space, although the books say it has.
+        """Load, and wait for a runtime that restarts. Make room while the runtime has no space, although the books say it has.
 
+        Models that the runtime holds and this pod does not know are unloaded first, then idle ones are evicted. If all are in use, wait for one.
         Raises LoadFailed if the runtime has no space after as many bytes were evicted as the model is booked with: then it
         lacks something that evictions do not free.
         """
         give_up_s = time.monotonic() + _RUNTIME_RETRY_S
+        give_up_room_s = time.monotonic() + _ROOM_TIMEOUT_S
         evicted_bytes = 0
         while True:
             await self._ready.wait()
@@ -231,12 +252,33 @@ class LocalLoads:
                 logger.info("%s; trying again", error.message)
                 await asyncio.sleep(_RETRY_PAUSE_S)
             except Overloaded as error:
+                if await self._unload_unknown():
+                    continue
                 victim = next(iter(self._copies.idle()), None)
+                if victim is None and self._has_busy_copy(copy) and time.monotonic() < give_up_room_s:
+                    await self._changes.wait(_RECHECK_ROOM_S)
+                    continue
                 if victim is None or evicted_bytes >= max(1, copy.size_bytes):
                     raise LoadFailed(f"{error.code}: {error.detail}", model=copy.model_id) from None
                 logger.warning("%s; unloading %s for it", error.message, victim.model_id)
                 evicted_bytes += victim.size_bytes
                 await asyncio.wait([self._unloads.start(victim, is_eviction=True)])
+
+    async def _unload_unknown(self) -> bool:
+        """Unload the models that the runtime holds without a copy, as after a load that timed out. Return whether there were any."""
+        unknown = [
+            model.model_id
+            for model in self._reported()
+            if model.state is CopyState.LOADED and self._copies.get(model.model_id) is None
+        ]
+        for model_id in unknown:
+            logger.warning("unloading %s, which the runtime holds and this pod did not load", model_id)
+            with contextlib.suppress(Unavailable):
+                await self._runtime.unload(model_id)
+        return bool(unknown)
+
+    def _has_busy_copy(self, loading: LocalCopy) -> bool:
+        return any(copy is not loading and not copy.is_pending and copy.size_bytes for copy in self._copies)
 
     async def _admit(self, copy: LocalCopy, urgent: bool) -> None:
         """Wait until the model's expected size fits, evicting others, and book that size.
@@ -302,6 +344,7 @@ class LocalLoads:
 
     async def _record_failure(self, copy: LocalCopy, error: LoadFailed) -> None:
         self._metrics.load_failed(copy.model_id)
+        self.num_failed_in_a_row += 1
         logger.warning("model failed to load", extra={"model": copy.model_id, "error": error.detail})
         # This pod leaves the record by itself, which is no order to unload.
         copy.is_announced = False

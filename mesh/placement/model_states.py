@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Set
 
-from common.clock import epoch_ms
 from common.model_state import CopyState
 from mesh.placement.copies import LocalCopies
 from mesh.placement.eviction import plan_eviction
+from mesh.placement.failures import SeenTimes, blocked_for_s, num_failures, wait_s
 from mesh.placement.load_times import remaining_s
 from mesh.placement.loads import LocalLoads
-from mesh.placement.model_status import LocalCopyState, blocked_for_s, status_of
+from mesh.placement.model_status import LocalCopyState, status_of
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.registry.registry import Registry
@@ -37,6 +37,9 @@ class ModelStates:
         self._failure_expiry_s = failure_expiry_s
         self._is_usable = is_usable
         self._own_id = registry.instances.own_id
+        self._failures = SeenTimes()
+        self._starts = SeenTimes()
+        registry.models.table.listen(self._record_changed)
 
     def status(self, model_id: str, *, besides: Set[str] = frozenset()) -> StatusInfo:
         """Return the model's state over all pods but `besides`."""
@@ -57,9 +60,9 @@ class ModelStates:
             return 0.0 if self._monitor.is_serving else 1.0
         expected_s = self._loads.times.expected_s(model_id, copy.size_bytes if copy else 0)
         if copy is None or copy.state is CopyState.UNLOADING:
-            since_ms = min(self._remote_since(model_id), default=0)
-            if since_ms:
-                return remaining_s(expected_s, max(0.0, (epoch_ms() - since_ms) / 1000), 0.0)
+            since_s = max(self._remote_for_s(model_id), default=None)
+            if since_s is not None:
+                return remaining_s(expected_s, since_s, 0.0)
             limits = self._monitor.limits
             return expected_s * (1 + self._loads.num_loading / (limits.max_loading_concurrency if limits else 1))
         model = self._monitor.model(model_id)
@@ -85,14 +88,22 @@ class ModelStates:
         return model is not None and model.state is CopyState.QUARANTINED
 
     def record_blocked_for_s(self, model_id: str, record: ModelRecord) -> float:
-        return blocked_for_s(
-            record,
-            own_id=self._own_id,
-            pods=self.pods(),
-            now_ms=epoch_ms(),
-            expiry_s=self._failure_expiry_s,
-            quarantined=self.is_quarantined(model_id),
-        )
+        """Return the seconds until some pod may try to load the model."""
+        if not record.failed_in:
+            return 0.0
+        candidates = {self._own_id, *self.pods()} - ({self._own_id} if self.is_quarantined(model_id) else set())
+        ages_s = self._failures.ages_s(model_id, record.failed_in)
+        return blocked_for_s(num_failures(record), ages_s, candidates, self._failure_expiry_s)
+
+    def may_load(self, model_id: str, record: ModelRecord, instance_id: str) -> bool:
+        """Return whether a pod may try to load the model: it has not failed, or its backoff is over."""
+        ages_s = self._failures.ages_s(model_id, record.failed_in)
+        return not wait_s(num_failures(record), ages_s, instance_id, self._failure_expiry_s)
+
+    def loading_for_s(self, model_id: str, instance_id: str) -> float:
+        """Return how long this pod has known that another one has the model or loads it."""
+        record = self._registry.models.get(model_id)
+        return self._starts.ages_s(model_id, record.instance_ids).get(instance_id, 0.0) if record is not None else 0.0
 
     def blocked_for_s(self, model_id: str) -> float:
         """Return the seconds until a failed model may be loaded again without an explicit load request."""
@@ -117,11 +128,22 @@ class ModelStates:
         """Return the pods that accept work and answer this pod."""
         return {pod_id: pod for pod_id, pod in self._registry.instances.live() if self._is_usable(pod_id)}
 
-    def _remote_since(self, model_id: str) -> list[int]:
+    def others(self) -> Set[str]:
+        """Return the ids of the other pods that requests can be forwarded to."""
+        return {pod_id for pod_id, pod in self.pods().items() if pod_id != self._own_id and pod.grpc_address}
+
+    def _remote_for_s(self, model_id: str) -> list[float]:
         record = self._registry.models.get(model_id)
+        if record is None:
+            return []
         pods = self.pods()
-        return (
-            [since_ms for pod, since_ms in record.instance_ids.items() if pod in pods and pod != self._own_id]
-            if record
-            else []
-        )
+        ages_s = self._starts.ages_s(model_id, record.instance_ids)
+        return [age_s for pod_id, age_s in ages_s.items() if pod_id in pods and pod_id != self._own_id]
+
+    def _record_changed(self, model_id: str, _: ModelRecord | None, new: ModelRecord | None) -> None:
+        if new is None:
+            self._failures.forget(model_id)
+            self._starts.forget(model_id)
+        else:
+            self._failures.ages_s(model_id, new.failed_in)
+            self._starts.ages_s(model_id, new.instance_ids)

@@ -9,9 +9,6 @@ from common.model_state import CopyState, ModelState, Tier
 from mesh.registry.records import InstanceRecord, ModelRecord
 from mesh.types import CopyInfo, ModelStatus, StatusInfo
 
-MAX_FAILURES = 3  # as in ModelMesh: no further pod tries after this many failures
-FAILURES_FOR_MS = 450_000  # within 7.5 minutes
-_SKEW_MS = 5_000
 _UNLOADED = StatusInfo(ModelStatus.NOT_LOADED)
 
 
@@ -61,40 +58,6 @@ def status_of(
         status = ModelStatus.NOT_LOADED
     everything = tuple(sorted((*copies, *failed), key=lambda copy: copy.time_ms, reverse=True))
     return StatusInfo(status, errors, everything)
-
-
-def blocked_for_s(
-    record: ModelRecord,
-    *,
-    own_id: str,
-    pods: Mapping[str, InstanceRecord],
-    now_ms: int,
-    expiry_s: float,
-    quarantined: bool = False,
-) -> float:
-    """How long no pod should try to load this model again; 0 = it may be tried (somewhere: see `may_load`).
-
-    `quarantined`: this pod's runtime won't have it until somebody asks for it by name.
-    """
-    recent = sorted(at_ms for at_ms in record.failed_in.values() if _age_ms(at_ms, now_ms) < FAILURES_FOR_MS)
-    if len(recent) >= MAX_FAILURES:
-        return (recent[-MAX_FAILURES] + FAILURES_FOR_MS - now_ms) / 1000
-    candidates = {own_id, *pods} - ({own_id} if quarantined else set())
-    waits_s = [
-        max(0.0, expiry_s - _age_ms(record.failed_in[pod], now_ms) / 1000) if pod in record.failed_in else 0.0
-        for pod in candidates
-    ]
-    return min(waits_s, default=expiry_s)
-
-
-def may_load(record: ModelRecord, instance_id: str, *, now_ms: int, expiry_s: float) -> bool:
-    at_ms = record.failed_in.get(instance_id)
-    return at_ms is None or _age_ms(at_ms, now_ms) >= expiry_s * 1000
-
-
-def _age_ms(at_ms: int, now_ms: int) -> float:
-    """What lies further ahead than clocks differ was written before a clock was set back: nobody is to wait until it is reached again."""
-    return now_ms - at_ms if at_ms - now_ms <= _SKEW_MS else float("inf")
 
 
 def _others(record: ModelRecord, own_id: str, pods: Mapping[str, InstanceRecord]) -> list[tuple[str, int]]:

@@ -4,17 +4,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.changes import Changes
 from common.clock import epoch_ms
 from mesh.errors import LoadFailed, MeshError, NotFound, Unavailable
 from mesh.placement.copies import LocalCopies
+from mesh.placement.failures import MAX_FAILURES
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_states import ModelStates
-from mesh.placement.model_status import may_load
-from mesh.placement.pod_selection import Pod, choose_pod
+from mesh.placement.plan import PodView, plan
 from mesh.placement.record_updates import RecordUpdates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.placement.type_constraints import TypeConstraints
@@ -29,8 +30,22 @@ _REMOTE_START_S = 5.0  # a pod that was asked to load has announced it by then
 _UNLOAD_S = 60.0
 
 
+class NoPod(Unavailable):
+    """No pod may load the model now. That changes when a pod joins or becomes able to serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """One load. `urgent` False: it displaces only models that were last used before `last_used_ms`. `avoid`: see `ensure_loaded`."""
+
+    last_used_ms: int
+    urgent: bool
+    local_only: bool
+    avoid: frozenset[str]
+
+
 class PeerLoads(Protocol):
-    async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int) -> None:
+    async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, is_extra: bool) -> None:
         """Have another pod load a model, and return when the load has begun. Raises MeshError if the pod is unreachable or refuses."""
 
     async def unload_now(self, pod: InstanceRecord, model_id: str) -> None:
@@ -52,10 +67,11 @@ class Placement:
         monitor: RuntimeMonitor,
         changes: Changes,
         *,
-        failure_expiry_s: float,
         constraints: TypeConstraints,
         own_labels: tuple[str, ...],
+        unreachable: Callable[[str], None],
     ) -> None:
+        """`unreachable` is called with a pod that did not accept a load."""
         self._registry = registry
         self._runtime = runtime
         self._record_updates = record_updates
@@ -65,9 +81,9 @@ class Placement:
         self._states = states
         self._monitor = monitor
         self._changes = changes
-        self._failure_expiry_s = failure_expiry_s
         self._constraints = constraints
         self._own_labels = own_labels
+        self._unreachable = unreachable
         self._own_id = registry.instances.own_id
 
     async def ensure_loaded(
@@ -97,18 +113,37 @@ class Placement:
         if now is not ModelStatus.LOADING:
             if retry_failed:
                 await self._clear_failures(model_id)
-                record = self._registry.models.get(model_id) or record
             elif self._states.record_blocked_for_s(model_id, record) > 0:
                 return status
-            await self._begin(
-                model_id,
-                record,
-                last_used_ms=used_ms,
-                urgent=last_used_ms == 0 or retry_failed,
-                local_only=local_only,
-                avoid=avoid,
-            )
-        return await self._outcome(model_id, avoid) if wait else self._states.status(model_id)
+        order = _Order(used_ms, last_used_ms == 0 or retry_failed, local_only, avoid)
+        if wait:
+            return await self._load_and_wait(model_id, order, is_loading=now is ModelStatus.LOADING)
+        await self._begin(model_id, order)
+        return self._states.status(model_id)
+
+    async def load_for_peer(self, model_id: str, *, last_used_ms: int, use: float, is_extra: bool) -> None:
+        """Begin a load that another pod has planned. `use`: how much the model is used, as that pod has counted. Raises NotFound."""
+        record = await self._registry.models.find(model_id)
+        if record is None:
+            raise NotFound(f"model {model_id} not found")
+        self._copies.uses.seed(model_id, use)
+        self._copies.touch(model_id, last_used_ms)
+        if self._states.local_status(model_id) is ModelStatus.NOT_LOADED:
+            self._loads.load(model_id, record.info, last_used_ms=last_used_ms, is_extra=is_extra)
+
+    async def _load_and_wait(self, model_id: str, order: "_Order", *, is_loading: bool) -> StatusInfo:
+        """Load, and after a failure try further pods, as in ModelMesh up to three."""
+        for _ in range(MAX_FAILURES):
+            if not is_loading:
+                await self._begin(model_id, order)
+            is_loading = False
+            status = await self._outcome(model_id, order.avoid)
+            record = self._registry.models.get(model_id)
+            if status.status is not ModelStatus.LOADING_FAILED or order.local_only or record is None:
+                break
+            if self._states.record_blocked_for_s(model_id, record) > 0:
+                break
+        return status
 
     async def unload(self, model_id: str, *, now: bool = False) -> None:
         """Implement Loader. `now`: end running requests instead of waiting for them within the grace period."""
@@ -158,16 +193,11 @@ class Placement:
                 await self._runtime.unload(model_id)
         await self._record_updates.clear_failures(model_id)
 
-    async def _begin(
-        self,
-        model_id: str,
-        record: ModelRecord,
-        *,
-        last_used_ms: int,
-        urgent: bool,
-        local_only: bool,
-        avoid: frozenset[str],
-    ) -> None:
+    async def _begin(self, model_id: str, order: "_Order") -> None:
+        """Begin a load on the best pod that accepts it. Raises LoadFailed and Unavailable if no pod may load the model."""
+        record = self._registry.models.get(model_id)
+        if record is None:
+            raise NotFound(f"model {model_id} not found")
         pods = self._states.pods()
         constraint = self._constraints.of(record.info.type)
         if not any(constraint.allows(self._labels(pod_id, pods)) for pod_id in {self._own_id, *pods}):
@@ -175,75 +205,114 @@ class Placement:
                 "There are no running instances that meet the label requirements of type "
                 f"{record.info.type}: [{', '.join(constraint.required)}]"
             )
-        is_allowed_locally = constraint.allows(self._labels(self._own_id, pods))
-        if not local_only and pods.keys() - {self._own_id}:
-            preferred = {pod_id: pod for pod_id, pod in pods.items() if pod_id not in avoid}
-            target = await self._choose(model_id, record, preferred or pods)
-            if target is not None and not target.local:
-                try:
-                    await self._peers.load(pods[target.instance_id], model_id, last_used_ms=last_used_ms)
-                    await self._announced(model_id, avoid)
+        is_extra = bool(order.avoid) or order.local_only
+        if not order.local_only and pods.keys() - {self._own_id}:
+            for pod_id in await self._plan(model_id, record, pods, order.avoid):
+                if pod_id == self._own_id or await self._begin_at(pod_id, pods[pod_id], model_id, order, is_extra):
+                    if pod_id == self._own_id:
+                        break
                     return
-                except MeshError as error:
-                    logger.warning(
-                        "model %s: pod %s cannot load it, loading it here: %s",
-                        model_id,
-                        target.instance_id,
-                        error.message,
-                    )
-        if not is_allowed_locally:
-            raise Unavailable("no pod that meets its label requirements can load it now", model=model_id)
-        self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent)
+        if self._own_id in order.avoid and self._copies.get(model_id) is not None:
+            raise NoPod("no other pod can load it now", model=model_id)
+        if (
+            not order.local_only
+            and pods.keys() - {self._own_id}
+            and not self._states.may_load(model_id, record, self._own_id)
+        ):
+            return
+        if not constraint.allows(self._labels(self._own_id, pods)):
+            raise NoPod("no pod that meets its label requirements can load it now", model=model_id)
+        self._loads.load(model_id, record.info, last_used_ms=order.last_used_ms, urgent=order.urgent, is_extra=is_extra)
+
+    async def _begin_at(self, pod_id: str, pod: InstanceRecord, model_id: str, order: "_Order", is_extra: bool) -> bool:
+        """Have a peer begin the load. Return whether it did."""
+        record = self._registry.models.get(model_id)
+        failed_ms = record.failed_in.get(pod_id) if record is not None else None
+        use = self._copies.uses.of(model_id) * (1 + len(self._states.others()))
+        try:
+            await self._peers.load(pod, model_id, last_used_ms=order.last_used_ms, use=use, is_extra=is_extra)
+        except MeshError as error:
+            self._unreachable(pod_id)
+            logger.warning("model %s: pod %s cannot load it, trying the next: %s", model_id, pod_id, error.message)
+            return False
+        await self._announced(model_id, pod_id, failed_ms, order.avoid)
+        return True
 
     async def try_elsewhere(self, model_id: str, record: ModelRecord) -> None:
-        """After a failure here, ask another pod to load the model; as in ModelMesh, up to three pods try."""
+        """After a failure here, have another pod load the model; as in ModelMesh, up to three pods try."""
         pods = self._states.pods()
         if record.instance_ids.keys() & pods.keys() or self._states.record_blocked_for_s(model_id, record) > 0:
             return
-        target = await self._choose(model_id, record, pods)
-        if target is None or target.local:
-            return
-        try:
-            await self._peers.load(pods[target.instance_id], model_id, last_used_ms=record.last_used_ms)
-        except MeshError as error:
-            logger.warning("model %s: pod %s cannot load it either: %s", model_id, target.instance_id, error.message)
+        order = _Order(record.last_used_ms, False, False, frozenset({self._own_id}))
+        for pod_id in await self._plan(model_id, record, pods, order.avoid):
+            if pod_id != self._own_id and await self._begin_at(pod_id, pods[pod_id], model_id, order, False):
+                return
 
-    async def _announced(self, model_id: str, avoid: Set[str]) -> None:
-        """Wait until the peer's load is in the record, so that the status is LOADING when this returns."""
+    async def _announced(self, model_id: str, pod_id: str, failed_ms: int | None, avoid: Set[str]) -> None:
+        """Wait until the peer's load is in the record or has failed, so that the status says so when this returns."""
+        others = self._states.others() - avoid
+
+        def is_known(record: ModelRecord | None) -> bool:
+            return (
+                record is None
+                or bool(record.instance_ids.keys() & {pod_id, *others})
+                or record.failed_in.get(pod_id) != failed_ms
+            )
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANNOUNCE_S):
-                await self._registry.models.table.until(
-                    model_id,
-                    lambda record: record is None or bool(record.instance_ids.keys() - avoid or record.failed_in),
-                )
+                await self._registry.models.table.until(model_id, is_known)
 
-    async def _choose(self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord]) -> Pod | None:
-        size_bytes = await self._runtime.predict_size(model_id, record.info) if self._monitor.is_serving else None
+    async def _plan(
+        self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord], avoid: Set[str]
+    ) -> tuple[str, ...]:
+        """Return the pods to load the model on, the best one first; those in `avoid` only if there are no others."""
+        size_bytes = record.weight_bytes
+        if not size_bytes and self._monitor.is_serving:
+            size_bytes = await self._runtime.predict_size(model_id, record.info) or 0
         limits = self._monitor.limits
-        now_ms = epoch_ms()
         constraint = self._constraints.of(record.info.type)
-        allowed = {pod_id for pod_id in pods if constraint.allows(self._labels(pod_id, pods))}
-        most = max((constraint.num_preferred(self._labels(pod_id, pods)) for pod_id in allowed), default=0)
-        candidates = [
-            self._own_pod() if pod_id == self._own_id else _pod(pod_id, pod)
+        zones = {pods[pod_id].zone for pod_id in record.instance_ids if pod_id in pods} - {""}
+        views = [
+            self._view(pod_id, pod, record, constraint.num_preferred(self._labels(pod_id, pods)), zones)
             for pod_id, pod in pods.items()
-            if pod_id in allowed
-            and constraint.num_preferred(self._labels(pod_id, pods)) == most
-            and may_load(record, pod_id, now_ms=now_ms, expiry_s=self._failure_expiry_s)
+            if constraint.allows(self._labels(pod_id, pods))
+            and self._states.may_load(model_id, record, pod_id)
             and (not self._states.is_quarantined(model_id) if pod_id == self._own_id else pod.http_address)
         ]
-        return choose_pod(candidates, size_bytes or (limits.default_model_size_bytes if limits else 0))
+        return plan(
+            [view for view in views if view.instance_id not in avoid] or views,
+            model_id,
+            size_bytes or (limits.default_model_size_bytes if limits else 0),
+            load_s=self._states.expected_load_s(model_id),
+        )
 
-    def _own_pod(self) -> Pod:
+    def _view(
+        self, pod_id: str, pod: InstanceRecord, record: ModelRecord, num_preferred: int, zones: Set[str]
+    ) -> PodView:
+        capacity_bytes, used_bytes = pod.capacity_units * CAPACITY_UNIT_BYTES, pod.used_units * CAPACITY_UNIT_BYTES
+        view = PodView(
+            pod_id,
+            pod_id == self._own_id,
+            capacity_bytes,
+            max(0, capacity_bytes - used_bytes),
+            victim_use=pod.victim_use,
+            num_loading=pod.loads_in_progress,
+            loading_threads=pod.loading_threads,
+            load_failures=pod.load_failures,
+            num_preferred=num_preferred,
+            has_files=pod_id in record.files_in,
+            has_copy_in_zone=pod.zone in zones,
+        )
+        if not view.local:
+            return view
         usage = self._copies.usage()
-        return Pod(
-            self._own_id,
-            True,
-            usage.capacity_bytes,
-            usage.free_bytes,
-            usage.lru_ms,
-            len(self._copies),
-            self._loads.num_loading,
+        return replace(
+            view,
+            capacity_bytes=usage.capacity_bytes,
+            free_bytes=usage.free_bytes,
+            victim_use=usage.victim_use,
+            num_loading=self._loads.num_loading,
         )
 
     async def _outcome(self, model_id: str, avoid: frozenset[str]) -> StatusInfo:
@@ -255,7 +324,11 @@ class Placement:
                 await asyncio.wait([task])
                 if not task.cancelled() and (error := task.exception()) is not None:
                     raise error
-                return self._states.status(model_id)
+                status = self._states.status(model_id, besides=avoid)
+                if status.status is not ModelStatus.LOADING:
+                    return status
+                started_s = time.monotonic()
+                continue
             status = self._states.status(model_id, besides=avoid)
             starting = status.status is ModelStatus.NOT_LOADED and time.monotonic() - started_s < _REMOTE_START_S
             if status.status is not ModelStatus.LOADING and not starting:
@@ -266,16 +339,3 @@ class Placement:
         if pod_id == self._own_id:
             return self._own_labels
         return pods[pod_id].labels if pod_id in pods else ()
-
-
-def _pod(pod_id: str, pod: InstanceRecord) -> Pod:
-    capacity_bytes, used_bytes = pod.capacity_units * CAPACITY_UNIT_BYTES, pod.used_units * CAPACITY_UNIT_BYTES
-    return Pod(
-        pod_id,
-        False,
-        capacity_bytes,
-        max(0, capacity_bytes - used_bytes),
-        pod.lru_time_ms,
-        pod.count,
-        pod.loads_in_progress,
-    )

@@ -117,6 +117,7 @@ class Reconciler:
                 self._spawn(self._loads.unload(model_id))
         if new is None:
             self._loads.forget(model_id)
+            self._copies.uses.forget(model_id)
         self._changes.notify()
 
     async def _sweep_periodically(self) -> None:

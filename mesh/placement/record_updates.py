@@ -4,7 +4,7 @@ As in ModelMesh, a pod is in at most one of `instanceIds` (with the time at whic
 """
 
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Set
 from typing import TypeVar
 
 import msgspec
@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 
 V = TypeVar("V")
 
+_MAX_FILES_IN = 4
+
+
+class LoadedElsewhere(MeshError):
+    """Another pod has the model or loads it."""
+
 
 class RecordUpdates:
     """Every method raises StoreError. An unregistered model is ignored, except by `loading`, which raises NotFound."""
@@ -26,15 +32,31 @@ class RecordUpdates:
         self._models = models
         self._own_id = own_id
 
-    async def loading(self, model_id: str, info: ModelInfo, *, started_ms: int, last_used_ms: int) -> None:
-        """Add this pod to the record. Raises NotFound if the model is not registered with this `info`."""
+    async def loading(
+        self,
+        model_id: str,
+        info: ModelInfo,
+        *,
+        started_ms: int,
+        last_used_ms: int,
+        alone_among: Set[str] = frozenset(),
+    ) -> None:
+        """Add this pod to the record. Raises NotFound if the model is not registered with this `info`.
+
+        Raises LoadedElsewhere and changes nothing if a pod of `alone_among` has the model or loads it: of several pods that start a load at the
+        same time, one goes on.
+        """
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None or record.info != info:
                 return record
+            if elsewhere := record.instance_ids.keys() & alone_among:
+                raise LoadedElsewhere(f"pod {min(elsewhere)} has it or loads it", model=model_id)
+            others = tuple(pod_id for pod_id in record.files_in if pod_id != self._own_id)
             return msgspec.structs.replace(
                 record,
                 instance_ids={**record.instance_ids, self._own_id: started_ms},
+                files_in=(self._own_id, *others)[:_MAX_FILES_IN],
                 failed_in=_without(record.failed_in, self._own_id),
                 failures=_without(record.failures, self._own_id),
                 last_used_ms=max(record.last_used_ms, last_used_ms),
@@ -43,6 +65,14 @@ class RecordUpdates:
         record = await self._models.table.update(model_id, change)
         if record is None or record.info != info:
             raise NotFound("model not found")
+
+    async def loaded(self, model_id: str) -> None:
+        """End the count of failures in a row, because a load succeeded."""
+
+        def change(record: ModelRecord | None) -> ModelRecord | None:
+            return record and msgspec.structs.replace(record, num_failures=0)
+
+        await self._models.table.update(model_id, change)
 
     async def measured(self, model_id: str, weight_bytes: int) -> None:
         """Record the size of the weights, which is shown while the model is not loaded, too."""
@@ -63,6 +93,7 @@ class RecordUpdates:
                 instance_ids=_without(record.instance_ids, self._own_id),
                 failed_in={**record.failed_in, self._own_id: at_ms},
                 failures={**record.failures, self._own_id: Failure(message, lasting)},
+                num_failures=record.num_failures + 1,
             )
 
         await self._models.table.update(model_id, change)
@@ -88,9 +119,9 @@ class RecordUpdates:
         """Forget all pods' failures, because a caller asked for the model by name."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
-            if record is None or not (record.failed_in or record.failures):
+            if record is None or not (record.failed_in or record.failures or record.num_failures):
                 return record
-            return msgspec.structs.replace(record, failed_in={}, failures={})
+            return msgspec.structs.replace(record, failed_in={}, failures={}, num_failures=0)
 
         await self._models.table.update(model_id, change)
 
@@ -100,10 +131,12 @@ class RecordUpdates:
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None or self._own_id not in record.failed_in:
                 return record
+            failed_in = _without(record.failed_in, self._own_id)
             return msgspec.structs.replace(
                 record,
-                failed_in=_without(record.failed_in, self._own_id),
+                failed_in=failed_in,
                 failures=_without(record.failures, self._own_id),
+                num_failures=record.num_failures if failed_in else 0,
             )
 
         await self._models.table.update(model_id, change)

@@ -14,6 +14,9 @@ class ModelUsage:
         num_users: the number of running requests and of requests that wait for the model.
         is_unloading: the model is being unloaded, so its bytes will be free.
         is_loading: the model is being loaded, so it must not be a victim.
+        use: decayed number of uses; models that are used less are evicted first.
+        priority: models with a lower one are evicted first.
+        is_pinned: the model must not be a victim.
     """
 
     model_id: str
@@ -22,6 +25,9 @@ class ModelUsage:
     num_users: int = 0
     is_unloading: bool = False
     is_loading: bool = False
+    use: float = 0.0
+    priority: int = 0
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,11 @@ class Usage:
     @property
     def free_bytes(self) -> int:
         return max(0, self.capacity_bytes - self.used_bytes)
+
+    @property
+    def victim_use(self) -> float:
+        """Return the use of the model that is used least; 0 if there is none."""
+        return min((model.use for model in self.models if not (model.is_unloading or model.is_pinned)), default=0.0)
 
     @property
     def lru_ms(self) -> int:

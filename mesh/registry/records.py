@@ -52,6 +52,8 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     weight_bytes: int = field(
         default=0, name="weightBytes"
     )  # not in ModelMesh: measured by the last load; 0 = never loaded
+    num_failures: int = field(default=0, name="numFailures")  # not in ModelMesh: failed loads in a row, on any pods
+    files_in: tuple[str, ...] = field(default=(), name="filesIn")  # not in ModelMesh: the last pods that loaded it
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
 
@@ -99,6 +101,8 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     # ModelMesh does not have the fields from here on.
     grpc_address: str = field(default="", name="grpcAddress")
     http_address: str = field(default="", name="httpAddress")
+    load_failures: int = field(default=0, name="loadFailures")  # failed loads in a row, of any models
+    victim_use: float = field(default=0.0, name="victimUse")  # decayed uses of the least used model
     peer_grpc_address: str = field(default="", name="peerGrpcAddress")  # over mutual TLS
     peer_http_address: str = field(default="", name="peerHttpAddress")
     cannot_serve: bool = field(default=False, name="cannotServe")  # the runtime does not answer, or its engine restarts

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from common.clock import epoch_ms
 from common.model_state import CopyState, Tier
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.model_states import ModelStates
@@ -117,8 +116,8 @@ class CopyFinder:
     ) -> list[Candidate]:
         now_s = time.monotonic()
         return [
-            self._peer_candidate(model_id, pod_id, since_ms, pods[pod_id])
-            for pod_id, since_ms in record.instance_ids.items()
+            self._peer_candidate(model_id, pod_id, pods[pod_id])
+            for pod_id in record.instance_ids
             if pod_id in pods
             and pod_id != self._local.instance_id
             and pod_id not in exclude
@@ -126,13 +125,13 @@ class CopyFinder:
             and _takes_requests(pods[pod_id], model_id)
         ]
 
-    def _peer_candidate(self, model_id: str, pod_id: str, since_ms: int, pod: InstanceRecord) -> Candidate:
+    def _peer_candidate(self, model_id: str, pod_id: str, pod: InstanceRecord) -> Candidate:
         """Describe a peer's copy. One that is still loading counts too: its pod holds the request until it is loaded."""
         in_flight = self._peer_requests[model_id, pod_id]
         report = pod.copies.get(model_id)
         loading_s = 0.0
         if report is None or report.state is not CopyState.LOADED:
-            elapsed_s = max(0.0, (epoch_ms() - since_ms) / 1000)  # the peer's clock may be ahead
+            elapsed_s = self._states.loading_for_s(model_id, pod_id)
             loading_s = max(_MIN_LOADING_S, self._states.expected_load_s(model_id) - elapsed_s)
         if report is None:
             return Candidate(pod_id, False, loading_s=loading_s, in_flight=in_flight, kv_usage=pod.kv_usage)

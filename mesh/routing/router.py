@@ -15,7 +15,7 @@ from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies
 from mesh.placement.load_times import retry_after_s
 from mesh.placement.model_states import ModelStates
-from mesh.placement.placement import Placement
+from mesh.placement.placement import NoPod, Placement
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.registration import name_in
 from mesh.registry.registry import Registry
@@ -167,6 +167,7 @@ class CopyRouter:
         if target.local:
             self._copies.begin(model_id)
         else:
+            self._copies.uses.add(model_id)
             self._finder.begin_at_peer(model_id, target.instance_id)
 
     async def _acquire(self, model_id: str, target: Target, deadline_s: float | None) -> bool:
@@ -256,11 +257,18 @@ class CopyRouter:
             ModelStatus.LOADED,
             ModelStatus.LOADING,
         )
-        outcome = await self._unless_stopping(
-            self._placement.ensure_loaded(
-                model_id, wait=True, local_only=local_only or is_elsewhere, avoid=frozenset() if is_elsewhere else avoid
+        try:
+            outcome = await self._unless_stopping(
+                self._placement.ensure_loaded(
+                    model_id,
+                    wait=True,
+                    local_only=local_only or is_elsewhere,
+                    avoid=frozenset() if is_elsewhere else avoid,
+                )
             )
-        )
+        except NoPod:
+            await self._changes.wait(_RECHECK_S)
+            return
         if outcome.status is ModelStatus.LOADING_FAILED:
             raise self._load_failed(model_id, outcome.errors)
         if outcome.status is ModelStatus.NOT_FOUND:

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 TextLoader = Callable[[Path, ModelSettings], TextModel]
 
 _MAX_FAILURES_SHOWN = 64
+_UNNOTICED_S = 0.2  # an engine whose socket has closed is noticed as dead by then
 
 
 class Models:
@@ -258,10 +259,12 @@ class Models:
             try:
                 return await self._engine.load(request)
             except Unavailable:
-                # The engine crashed during the load: try again unless this model is blamed for the crash.
-                if self._engine.restarts == lives or self._engine.state is EngineState.STOPPED:
+                # The engine crashed: try again until the load's timeout, unless this model is blamed for the crash.
+                if self._engine.state is EngineState.STOPPED:
                     raise
                 self._refuse_quarantined(entry.model_id, entry.mark)
+                if self._engine.restarts == lives:
+                    await self._engine.changes.wait(_UNNOTICED_S)
 
     async def _return(self, entry: Entry) -> None:
         if entry.phase is not Phase.RETURNING:

@@ -143,6 +143,7 @@ async def test_a_runtime_lives_loses_its_engine_and_ends_in_order(tmp_path: Path
         await begun.wait()
         engine = next(child for child in psutil.Process(process.pid).children() if "runtime.engine" in child.cmdline())
         os.kill(engine.pid, signal.SIGKILL)
+        loading = stub.loadModel(spi.LoadModelRequest(modelId="later", modelPath=str(tmp_path / "tiny"), modelKey="{}"))
         events = await dying
         assert "error" in events[-1] or "error" in events[-2]
         until_s = time.monotonic() + 90
@@ -150,6 +151,8 @@ async def test_a_runtime_lives_loses_its_engine_and_ends_in_order(tmp_path: Path
             assert answer[0] == 503
             await asyncio.sleep(0.2)
         assert answer[1]["choices"][0]["text"] == before["choices"][0]["text"]
+        # a load that began without an engine has waited for the next one
+        assert (await loading).sizeInBytes > 0
 
         # SIGTERM under a stream: it finishes, and the process leaves with 0
         begun = asyncio.Event()

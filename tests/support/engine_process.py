@@ -198,8 +198,13 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(config: dict[str, Any], log: Path | None = None) -> Iterator[Engine]:
-    """Start `python -m runtime.engine` with these EngineConfig fields, wait for its Hello, and end it with the block."""
+def engine(
+    config: dict[str, Any], log: Path | None = None, environment: dict[str, str] | None = None
+) -> Iterator[Engine]:
+    """Start `python -m runtime.engine` with these EngineConfig fields, wait for its Hello, and end it with the block.
+
+    `environment` replaces this process's variables.
+    """
     with tempfile.TemporaryDirectory(prefix="repertory-engine-") as folder, contextlib.ExitStack() as stack:
         path = f"{folder}/engine.sock"
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -212,7 +217,7 @@ def engine(config: dict[str, Any], log: Path | None = None) -> Iterator[Engine]:
             [sys.executable, "-m", "runtime.engine", "--socket", path, "--config", json.dumps(config)],
             stdout=sink,
             stderr=sink,
-            env=os.environ.copy(),
+            env=environment or os.environ.copy(),
         )
         stack.callback(_end, process)
         connection, _ = listener.accept()

@@ -7,6 +7,12 @@ from runtime.api.anthropic.types import Blocks, MessagesBody, PromptBody, Turn
 from runtime.api.openai.types import ChatBody, ChatTurn, HistoryCall, HistoryFunction
 from runtime.errors import InvalidRequest, NotSupported
 
+_UNSUPPORTED = (
+    "image", "document", "search_result", "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
+    "bash_code_execution_tool_result", "text_editor_code_execution_tool_result", "mcp_tool_use", "mcp_tool_result", "container_upload",
+    "tool_search_tool_result", "tool_reference",
+)  # fmt: skip
+
 
 def as_chat(body: PromptBody) -> ChatBody:
     """Return the chat. Raises InvalidRequest or NotSupported naming the field."""
@@ -98,6 +104,8 @@ def _refusal(where: str, block: dict[str, Any]) -> InvalidRequest | NotSupported
     kind = block.get("type")
     if kind in ("text", "thinking", "tool_use", "tool_result"):
         return InvalidRequest(f"{where} of type {kind!r} lacks a field or has one of another type", param=where)
+    if kind not in _UNSUPPORTED:
+        return InvalidRequest(f"{where}.type {kind!r} does not exist", param=where)
     return NotSupported(f"{where}: content of type {kind!r} is not supported, only text and tools", param=where)
 
 

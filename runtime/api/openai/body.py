@@ -28,14 +28,18 @@ class Parsed(Generic[_T]):
     unknown: tuple[str, ...]
 
     @property
+    def unknown_names(self) -> str:
+        """The first of them, without characters that a header or a log may not have."""
+        return ", ".join(_UNSAFE.sub("?", name)[:64] for name in self.unknown[:16])
+
+    @property
     def warning(self) -> str | None:
         """The `Warning` header's value, in RFC 9111's form, if fields were ignored."""
         return self.warning_with(())
 
     def warning_with(self, notes: tuple[str, ...]) -> str | None:
         """Return the header's value with `notes`, which hold no quotes and no text of the request."""
-        names = ", ".join(_UNSAFE.sub("?", name)[:64] for name in self.unknown[:16])
-        texts = ([f"unknown fields were ignored: {names}"] if names else []) + list(notes)
+        texts = ([f"unknown fields were ignored: {self.unknown_names}"] if self.unknown else []) + list(notes)
         return ", ".join(f'299 repertory "{text}"' for text in texts) or None
 
 
@@ -43,7 +47,7 @@ def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
     """Decode a body. Raises InvalidRequest, or NotSupported for a feature that this version does not have, naming the field."""
     try:
         names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        body = msgspec.json.decode(raw, type=kind)
+        body = _decode(raw, kind)
     except msgspec.ValidationError as error:
         found = _PATH.match(str(error))
         if found is None or not found["path"]:
@@ -66,8 +70,30 @@ def _unknown(fields: Mapping[str, msgspec.Raw], known: Sequence[str]) -> list[st
     return [name for name, value in fields.items() if name not in known and bytes(value) != b"null"]
 
 
+def _decode(raw: bytes, kind: type[_T]) -> _T:
+    """Decode strictly, except that a whole number may be written as 1.0 or 1e3 where an integer is expected, as in JSON schema."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError:
+        return msgspec.convert(_with_integers(msgspec.json.decode(raw)), kind)
+
+
+def _with_integers(value: Any) -> Any:
+    """Return the value with integers in place of whole floats."""
+    if isinstance(value, dict):
+        return {key: _with_integers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def refuse_unsupported(body: Shared) -> None:
-    """Raise NotSupported for the first field that asks for a missing feature. Null and false ask for nothing, and so does empty, with one exception."""
+    """Raise NotSupported for the first field that asks for a missing feature. Null and false ask for nothing, and so does empty, with one exception.
+
+    Raises InvalidRequest for fields that exclude each other.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
     for name in _REFUSED_SHARED:
         _refuse(name, getattr(body, name))
     if body.best_of is not None and body.best_of != (body.n or 1):

@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 async def read_body(request: web.Request, kind: type[_Body]) -> Parsed[_Body]:
     parsed = parse(await request.read(), kind)
     if parsed.unknown:
-        _LOG.info("unknown fields were ignored: %s", ", ".join(parsed.unknown[:16]))
+        _LOG.info("unknown fields were ignored: %s", parsed.unknown_names)
     return parsed
 
 

@@ -12,16 +12,25 @@ from runtime.errors import InvalidRequest, NotSupported
 from runtime.text.chat import ChatMessage
 from runtime.text.output_format import CallIds
 
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_OTHER_PARTS = (
+    "image_url", "input_image", "image", "input_audio", "audio", "audio_url", "video", "video_url", "file", "input_file",
+)  # fmt: skip
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
 _NUMBERED = re.compile(r"functions\..+:\d+")
 
 
 def chat_messages(turns: Sequence[ChatTurn], call_ids: CallIds) -> list[ChatMessage]:
-    """Return one message per turn. The text parts of a turn are joined, one line each. Raises NotSupported for other parts."""
+    """Return one message per turn. The text parts of a turn are joined, one line each.
+
+    Raises InvalidRequest for an unknown role, a message without content or a malformed part, NotSupported for parts other than text.
+    """
     calls: dict[str, tuple[str, str]] = {}  # the template's id and the function's name, by the request's id
     messages: list[ChatMessage] = []
     num_calls = 0
     for index, turn in enumerate(turns):
+        _check_turn(index, turn)
         extra: dict[str, Any] = {}
         if turn.name is not None:
             extra["name"] = turn.name
@@ -41,6 +50,20 @@ def chat_messages(turns: Sequence[ChatTurn], call_ids: CallIds) -> list[ChatMess
         has_none = turn.content is None and bool(turn.tool_calls)
         messages.append(ChatMessage(turn.role, None if has_none else _content(index, turn), extra))
     return messages
+
+
+def _check_turn(index: int, turn: ChatTurn) -> None:
+    where = f"messages[{index}]"
+    if turn.role not in _ROLES:
+        raise InvalidRequest(
+            f"{where}.role must be one of {', '.join(_ROLES)}, got {turn.role!r}", param=f"{where}.role"
+        )
+    says_more = bool(turn.tool_calls or turn.reasoning_content or turn.reasoning)
+    if turn.content is None and not (turn.role == "assistant" and says_more):
+        raise InvalidRequest(
+            f"{where}.content must be a string or a list of parts; only an assistant's message with tool calls may have none",
+            param=f"{where}.content",
+        )
 
 
 def _template_call(call: HistoryCall, call_id: str) -> dict[str, Any]:
@@ -68,8 +91,10 @@ def _content(index: int, turn: ChatTurn) -> str:
     for position, part in enumerate(turn.content or ()):
         where = f"messages[{index}].content[{position}]"
         kind = part.get("type", "text")
-        if kind not in ("text", "input_text", "output_text", "refusal"):
+        if kind in _OTHER_PARTS:
             raise NotSupported(f"{where}: content of type {kind!r} is not supported, only text", param=where)
+        if kind not in _TEXT_PARTS:
+            raise InvalidRequest(f"{where}.type must be one of {', '.join(_TEXT_PARTS)}, got {kind!r}", param=where)
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise InvalidRequest(f"{where}: text is missing or not a string", param=where)

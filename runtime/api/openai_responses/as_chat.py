@@ -84,9 +84,10 @@ def _turns(items: list[dict[str, Any]]) -> list[ChatTurn]:
                     _extend(turns, ChatTurn("assistant", reasoning_content=thoughts))
             case {"type": "message" | "function_call" | "function_call_output"}:
                 raise InvalidRequest(f"{where} lacks a field or has one of another type", param=where)
-            case _:
-                kind = item.get("type")
+            case {"type": str(kind)}:
                 raise NotSupported(f"{where} of type {kind!r} is not supported, only text and functions", param=where)
+            case _:
+                raise InvalidRequest(f"{where} has neither a role with content nor a type", param=where)
     return turns
 
 
@@ -119,7 +120,7 @@ def _text(where: str, content: Any) -> str:
                 texts.append(text)
             case {"type": "refusal", "refusal": str(text)}:
                 texts.append(text)
-            case {"type": str(kind)}:
+            case {"type": "input_image" | "input_file" | "input_audio" as kind}:
                 raise NotSupported(
                     f"{where}.content[{index}] of type {kind!r} is not supported, only text", param=where
                 )

@@ -17,7 +17,7 @@ from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.core.step_budget import StepBudget
 from runtime.engine.core.waits import WaitLimit
-from runtime.engine.interfaces import Backend, Drafter, Launched, MaskSources
+from runtime.engine.interfaces import Backend, Drafter, Launched, MaskSources, StepOutput
 from runtime.engine.operations import Operation
 from runtime.engine.scheduler.masks import StepMasks, fill_masks
 from runtime.engine.scheduler.model_round_robin import RoundRobin
@@ -194,9 +194,11 @@ class EngineLoop:
         self._round_robin.charge(model.model_id, predicted_us)
         self._executor.flush()  # an error in here is not the step's
         masks: StepMasks | None = None
+        failed: list[tuple[Flight, Exception]] = []
         try:
             if step.plan.masked:
                 self._executor.launch_forward(model.model_id, step.opened, step.plan)
+                failed = self._settle_before_draws(model)
                 masks = fill_masks(step.masked_sequences(), model.facts.vocab_size)  # while the device computes
                 launched = self._executor.launch_draws(model.model_id, masks.words)
             else:
@@ -208,19 +210,38 @@ class EngineLoop:
         if masks is not None:
             for sequence, text in masks.failures:
                 self.table.end(model, [sequence], FinishReason.ERROR, now, "INTERNAL", text)
+        for flight, cause in failed:
+            self._fault(flight.model, flight.step, cause)
         return True
+
+    def _settle_before_draws(self, model: LoadedModel) -> list[tuple[Flight, Exception]]:
+        """Settle the model's launched steps, on whose tokens the masks depend. Returns the steps that failed, to be handled after the draws."""
+        failed: list[tuple[Flight, Exception]] = []
+        while any(flight.model is model for flight in self._flights):
+            flight = self._flights.popleft()
+            try:
+                result = flight.launched.collect()
+            except Exception as error:
+                failed.append((flight, error))
+            else:
+                self._settle(flight, result)
+        return failed
 
     # Collecting --------------------------------------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
         """Wait for the oldest launched step and emit its tokens."""
         flight = self._flights.popleft()
-        model, step = flight.model, flight.step
         try:
             result = flight.launched.collect()
         except Exception as error:
-            self._fault(model, step, error)
+            self._fault(flight.model, flight.step, error)
             return
+        self._settle(flight, result)
+
+    def _settle(self, flight: Flight, result: StepOutput) -> None:
+        """Apply the result of a step and emit its tokens."""
+        model, step = flight.model, flight.step
         if not step.void:
             model.clear_faults()
         model.cost.observe(flight.tokens, step.kv_tokens, result.device_us)

@@ -17,6 +17,7 @@ class DecodeRows:
     ids: list[int]
     histories: list[list[int]]  # the sequences' token lists, shared
     finals: list[int]  # indices of the rows that draw their last token
+    masked: list[int]  # indices of the rows whose draw waits for a mask
 
 
 class DecodeBatch:
@@ -30,6 +31,8 @@ class DecodeBatch:
         self._starts: npt.NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)
         self._left: npt.NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)
         self._room: npt.NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)
+        self._is_masked: npt.NDArray[np.bool_] = np.zeros(capacity, dtype=np.bool_)
+        self._num_masked = 0
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -43,6 +46,8 @@ class DecodeBatch:
         self._ids.append(sequence.request_id)
         self._histories.append(sequence.tokens)
         self._starts[index], self._left[index], self._room[index] = start, left, room
+        self._is_masked[index] = sequence.mask_source is not None
+        self._num_masked += sequence.mask_source is not None
 
     def remove(self, sequence: Sequence) -> None:
         index, last = sequence.decode_index, len(self.sequences) - 1
@@ -51,8 +56,9 @@ class DecodeBatch:
         for column in columns:
             column[index] = column[last]
             column.pop()
-        for array in (self._starts, self._left, self._room):
+        for array in (self._starts, self._left, self._room, self._is_masked):
             array[index] = array[last]
+        self._num_masked -= sequence.mask_source is not None
         moved.decode_index = index
         sequence.decode_index = -1
 
@@ -75,13 +81,20 @@ class DecodeBatch:
         starts: list[int] = self._starts[: len(self.sequences)].tolist()
         return starts
 
+    def masked(self) -> list[int]:
+        """Return the indices of the rows whose draw waits for a mask."""
+        if not self._num_masked:
+            return []
+        indices: list[int] = np.flatnonzero(self._is_masked[: len(self.sequences)]).tolist()
+        return indices
+
     def advance(self) -> DecodeRows:
         """Count a step over all rows. Rows that draw their last token leave the batch."""
         n = len(self.sequences)
         self._starts[:n] += 1
         self._left[:n] -= 1
         finals: list[int] = np.flatnonzero(self._left[:n] == 0).tolist()
-        rows = DecodeRows(self.sequences.copy(), self._ids.copy(), self._histories.copy(), finals)
+        rows = DecodeRows(self.sequences.copy(), self._ids.copy(), self._histories.copy(), finals, self.masked())
         for index in reversed(finals):
             self.remove(rows.sequences[index])
         return rows

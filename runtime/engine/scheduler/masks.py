@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.engine.interfaces import TokenMasks, mask_words
-from runtime.engine.scheduler.sequence import Sequence
+from runtime.engine.scheduler.sequence import Sequence, State
 
 _ALL_ALLOWED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class StepMasks:
-    """`words` has one line per masked row of the plan. `failures`: sequences that must end, with the reason; all tokens are allowed in their lines."""
+    """`words` has one line per masked row of the plan. `failures`: sequences that must end, with the reason.
+
+    In the lines of these and of sequences that have left their row, all tokens are allowed.
+    """
 
     words: TokenMasks
     failures: list[tuple[Sequence, str]]
@@ -26,6 +29,9 @@ def fill_masks(sequences: Iterable[Sequence], vocab_size: int) -> StepMasks:
     failures: list[tuple[Sequence, str]] = []
     for line, sequence in zip(words, masked, strict=True):
         assert sequence.mask_source is not None
+        if sequence.state is not State.RUNNING:
+            line[:] = _ALL_ALLOWED  # its draw is dropped
+            continue
         try:
             sequence.mask_source.fill_mask(line)
             text = "" if line.any() else f"its grammar allows no token after {sequence.num_output_tokens} output tokens"

@@ -1,6 +1,6 @@
 """Turns a step's output into each sequence's tokens, and decides which sequences end and why."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from runtime.engine.interfaces import RowSetup, StepOutput, StepPlan
@@ -52,7 +52,9 @@ class Step:
 
     def masked_sequences(self) -> list[Sequence]:
         """The sequences of `plan.masked`, in its order."""
-        return [c.sequence for c in self.prefill if c.draws and c.sequence.mask_source is not None]
+        rows = self.decode.sequences
+        chunks = [c.sequence for c in self.prefill if c.draws and c.sequence.mask_source is not None]
+        return [rows[index] for index in self.decode.masked] + chunks
 
 
 class StopRules:
@@ -107,10 +109,17 @@ def at_limit(sequence: Sequence) -> FinishReason:
     )
 
 
+End = Callable[[Sequence, FinishReason], None]
+TakeForced = Callable[[Sequence], Iterable[int]]
+
+
 def settle_decode(
-    step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
+    step: Step, result: StepOutput, rules: StopRules, end: End, take_forced: TakeForced
 ) -> list[RowTokens]:
-    """Return the tokens of all decode rows whose sequence has not ended."""
+    """Return the tokens of all decode rows whose sequence has not ended.
+
+    `take_forced` returns the tokens that follow those of a masked row without a draw.
+    """
     batch = step.decode
     tokens = result.tokens
     for history, token in zip(batch.histories, tokens, strict=False):
@@ -121,7 +130,7 @@ def settle_decode(
     if result.logprobs is not None or step.stale:
         special = range(count)
     else:
-        special = set(batch.finals)
+        special = {*batch.finals, *batch.masked}
         if not rules.watched.keys().isdisjoint(tokens):
             special.update(i for i, token in enumerate(tokens[:count]) if token in rules.watched)
     for i in special:
@@ -129,19 +138,25 @@ def settle_decode(
         if sequence.state is State.ENDED:
             rows[i] = None
             continue
+        taken: tuple[int, ...] = (tokens[i],)
+        if sequence.mask_source is not None:
+            sequence.mask_source.accept(taken)
         reason, stop_token = outcome(sequence, tokens[i], rules)
+        if reason is None and sequence.mask_source is not None:
+            forced, reason, stop_token = _append(sequence, take_forced(sequence), rules)
+            taken += forced
         logprob = result.logprobs[i] if result.logprobs is not None else None
-        if reason is not None or logprob is not None:
-            rows[i] = RowTokens(batch.ids[i], (tokens[i],), reason, stop_token, None if logprob is None else (logprob,))
+        if reason is not None or logprob is not None or len(taken) > 1:
+            rows[i] = RowTokens(batch.ids[i], taken, reason, stop_token, None if logprob is None else (logprob,))
         if reason is not None:
             end(sequence, reason)
     return [row for row in rows if row is not None]
 
 
 def settle_prefill(
-    step: Step, result: StepOutput, rules: StopRules, end: Callable[[Sequence, FinishReason], None]
+    step: Step, result: StepOutput, rules: StopRules, end: End, take_forced: TakeForced
 ) -> list[RowTokens]:
-    """Return the tokens, vectors and prompt log-probabilities of all rows that are not decode rows."""
+    """Return the tokens, vectors and prompt log-probabilities of all rows that are not decode rows. `take_forced`: see `settle_decode`."""
     rows: list[RowTokens] = []
     drawn_at = len(step.decode.ids)
     for chunk in step.prefill:
@@ -158,8 +173,11 @@ def settle_prefill(
             sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
         if chunk.draws:
             drawn = verified(chunk.drafts, result.tokens[at : at + chunk.draws])
-            tokens, reason, stop_token = _take(sequence, drawn, rules)
+            tokens, reason, stop_token = _append(sequence, drawn, rules)
             entries = None if result.logprobs is None else result.logprobs[at : at + len(tokens)]
+            if reason is None and sequence.mask_source is not None:
+                forced, reason, stop_token = _append(sequence, take_forced(sequence), rules)
+                tokens += forced
             rows.append(_first(sequence, tokens, reason, stop_token, entries))
             if chunk.drafts and sequence.state is State.RUNNING:
                 sequence.num_computed_tokens = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
@@ -184,26 +202,18 @@ def verified(drafts: list[int], drawn: list[int]) -> list[int]:
     return drawn[:count]
 
 
-def _take(
-    sequence: Sequence, drawn: list[int], rules: StopRules
+def _append(
+    sequence: Sequence, tokens: Iterable[int], rules: StopRules
 ) -> tuple[tuple[int, ...], FinishReason | None, int | None]:
-    """Append the drawn tokens, and those that the grammar forces behind them, up to the one that ends the sequence.
-
-    Returns them, the reason and the id that ended it.
-    """
+    """Append tokens up to the one that ends the sequence. Returns them, the reason and the id that ended it."""
     taken: list[int] = []
-    for token in _with_forced(sequence, drawn):
+    for token in tokens:
         sequence.append(token)
         taken.append(token)
         reason, stop_token = outcome(sequence, token, rules)
         if reason is not None:
             return tuple(taken), reason, stop_token
     return tuple(taken), None, None
-
-
-def _with_forced(sequence: Sequence, drawn: list[int]) -> Iterator[int]:
-    yield from drawn
-    yield from sequence.forced_tokens()  # once the drawn ones have been appended
 
 
 def _first(

@@ -2,8 +2,8 @@
 
 There are no phases. A sequence has tokens that are computed and tokens that are not; decode rows come first, and chunks of other rows fill the rest
 of the token budget. A step is planned before the output of the previous one is known, so a row may be planned once more than needed; that token is
-dropped. The end by a token limit is known beforehand and never overrun. Rows in lockstep (with a mask or drafts) are planned only after their last
-token is known.
+dropped. The end by a token limit is known beforehand and never overrun. A masked row is planned ahead, too, since only its draw waits for the mask. Rows
+in lockstep (with drafts or forced tokens) are planned only after their last token is known.
 """
 
 from collections.abc import Iterable
@@ -25,6 +25,7 @@ from runtime.types import FinishReason
 
 # Prompt tokens with log-probabilities per step. Each leaves a row of logits: a quarter of a megabyte with a vocabulary of 128k.
 SCORED_TOKENS = 1024
+_LEAST_FORCED = 4  # a row that leaves the decode batch for its forced tokens takes three steps for them
 
 
 class Scheduler:
@@ -43,6 +44,7 @@ class Scheduler:
         self._prefill: list[Sequence] = []
         # Past their prompts; each step needs the result of the sequence's last one.
         self._lockstep: dict[Sequence, None] = {}
+        self._parked: dict[Sequence, None] = {}  # in no plan until their last draw is settled: forced tokens follow it
         self._live: dict[int, Sequence] = {}
         self._flying: list[Step] = []
         self._planned = 0
@@ -116,6 +118,7 @@ class Scheduler:
         self._give_decode_blocks(now)
         count = len(self._decode)
         plan = StepPlan(self._decode.rows.copy(), self._decode.starts(), [1] * count, [True] * count, [1] * count, [])
+        plan.masked.extend(plan.rows[index] for index in self._decode.masked())
         kv_tokens = self._decode.kv_tokens()
         budget = limits.token_budget - count
         self._score_budget = SCORED_TOKENS
@@ -226,14 +229,14 @@ class Scheduler:
             if not chunk.last:
                 continue
             left = sequence.max_output_tokens - sequence.num_output_tokens - 1
-            if sequence in self._lockstep:
-                if left <= 0:
-                    del self._lockstep[sequence]
-                continue
-            self._prefill.remove(sequence)
-            if left > 0 and (sequence.mask_source is not None or self._speculation.covers(sequence)):
-                self._lockstep[sequence] = None
-            elif left > 0:
+            drafts = self._speculation.covers(sequence)
+            if sequence not in self._lockstep:
+                self._prefill.remove(sequence)
+                if drafts and left > 0:
+                    self._lockstep[sequence] = None
+            elif not drafts or left <= 0:
+                del self._lockstep[sequence]
+            if not drafts and left > 0:
                 self._decode.add(sequence, len(sequence.tokens), left, len(sequence.block_ids) * self._block_tokens)
 
     def _publish(self, sequence: Sequence, computed: int) -> None:
@@ -303,13 +306,37 @@ class Scheduler:
         def end(sequence: Sequence, reason: FinishReason) -> None:
             self.end(sequence, now)
 
-        rows = settle_decode(step, result, self._rules, end)
-        self.totals.generated_tokens += len(rows)
+        rows = settle_decode(step, result, self._rules, end, self._take_forced)
+        self.totals.generated_tokens += sum(len(row.tokens) for row in rows) if step.decode.masked else len(rows)
         if step.prefill:
-            others = settle_prefill(step, result, self._rules, end)
+            others = settle_prefill(step, result, self._rules, end, self._take_forced)
             self.totals.generated_tokens += sum(len(row.tokens) for row in others)
             rows += others
         return rows
+
+    def _take_forced(self, sequence: Sequence) -> Iterable[int]:
+        """Return the tokens that follow without a draw, and let one chunk compute them all.
+
+        A row whose next draw is in flight gets them with that draw: it is parked until then, which is worth it for several tokens only.
+        None are taken where each token's log-probability is wanted, which only a draw has.
+        """
+        source = sequence.mask_source
+        if source is None or sequence.request.logprobs.generated is not None:
+            return ()
+        if sequence.state is State.WAITING:
+            return source.forced()
+        if sequence in self._parked:
+            del self._parked[sequence]
+        elif sequence.decode_index < 0 or len(source.forced()) < _LEAST_FORCED:
+            return ()
+        else:
+            self._decode.remove(sequence)
+            if self._flying:
+                self._parked[sequence] = None
+                return ()
+        sequence.num_computed_tokens = len(sequence.tokens) - 1
+        self._lockstep[sequence] = None
+        return source.forced()
 
     def fail(self, step: Step, now: float) -> list[Sequence]:
         """End the sequences of a step that failed, and return them.
@@ -379,6 +406,7 @@ class Scheduler:
             self._prefill.remove(sequence)
         elif sequence in self._lockstep:
             del self._lockstep[sequence]
+        self._parked.pop(sequence, None)
         if self._opened:
             self._opened = [setup for setup in self._opened if setup.row != sequence.row]
         if self._new_blocks:

@@ -1,6 +1,5 @@
 """A request inside the engine: its tokens, its parameters and its state. The scheduler alone changes it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -58,12 +57,6 @@ class Sequence:
         self.tokens.append(token)
         if self.mask_source is not None:
             self.mask_source.accept((token,))
-
-    def forced_tokens(self) -> Iterable[int]:
-        """Return the tokens that must come next. None are forced where each token's log-probability is wanted, which only a draw has."""
-        if self.mask_source is None or self.request.logprobs.generated is not None:
-            return ()
-        return self.mask_source.forced()
 
     @property
     def num_output_tokens(self) -> int:

@@ -176,12 +176,38 @@ async def test_gateway_hides_a_lost_model_and_one_unavailable_response(pod: Runn
     assert (pod.runtime.refusals, pod.runtime.switches.unavailable) == (3, 0)
 
 
-async def test_gateway_unknown_path_reloads_nothing(pod: RunningPod) -> None:
-    assert (await pod.chat("org/smol"))[0] == 200
-    log = list(pod.runtime.log)
-    async with pod.http.post("/v1/nothing", json={"model": "org/smol"}) as answer:
-        assert (answer.status, (await answer.json())["error"]["message"]) == (404, "no such path")
-    assert pod.runtime.log == log
+async def test_gateway_unknown_path_loads_nothing(pod: RunningPod) -> None:
+    for body in ({"model": "org/smol"}, {}):
+        async with pod.http.post("/v1/nothing", json=body) as answer:
+            assert (answer.status, (await answer.json())["error"]["message"]) == (404, "POST /v1/nothing: Not Found")
+    assert pod.runtime.bodies == []
+    assert pod.runtime.loaded == {}
+
+
+async def test_gateway_unknown_path_of_a_foreign_runtime_reloads_nothing(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", foreign=True) as pod:
+        await pod.name("smol", "/files")
+        assert (await pod.chat("smol"))[0] == 200
+        log = list(pod.runtime.log)
+        async with pod.http.post("/v1/nothing", json={"model": "smol"}) as answer:
+            assert (answer.status, (await answer.json())["error"]["message"]) == (404, "no such path")
+        assert pod.runtime.log == log
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [
+        ("GET", "/v1/nothing", 404, None),
+        ("GET", "/v1/chat/completions", 405, "POST"),
+        ("PUT", "/v1/audio/speech", 405, "POST"),
+        ("DELETE", "/v1/models/org/smol", 405, "GET,HEAD"),
+    ],
+)
+async def test_http_server_knows_the_methods_of_its_paths(
+    pod: RunningPod, method: str, path: str, status: int, allowed: str | None
+) -> None:
+    async with pod.http.request(method, path) as answer:
+        assert (answer.status, answer.headers.get("Allow")) == (status, allowed)
 
 
 async def test_gateway_runtime_without_http(tmp_path: Path) -> None:

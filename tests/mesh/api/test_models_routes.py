@@ -229,3 +229,34 @@ async def test_admin_refuses_settings_out_of_range(pod: RunningPod, field: str, 
         assert field in (await answer.json())["error"]["message"]
     async with pod.http.get("/admin/v1/models/x") as answer:
         assert answer.status == 404
+
+
+async def test_models_are_added_and_removed_as_open_webui_does(pod: RunningPod) -> None:
+    gate = pod.runtime.switches.load_gate = asyncio.Event()
+    async with pod.http.post("/models", json={"model": "org/new"}) as answer:
+        assert (answer.status, await answer.json()) == (200, {"success": True})
+    model = await pod.model("org/new")
+    assert (model["uri"], model["status"]) == ("hf://org/new", "LOADING")
+    gate.set()
+    await until(lambda: model["model_id"] in pod.runtime.loaded)
+    async with pod.http.delete("/models", params={"model": "org/new"}) as answer:
+        assert (answer.status, await answer.json()) == (200, {"success": True})
+    assert model["model_id"] not in pod.runtime.loaded
+    async with pod.http.get("/admin/v1/models/org/new") as answer:
+        assert answer.status == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/models", {}, 400),
+        ("POST", "/models", {"model": "a b"}, 400),
+        ("DELETE", "/models", None, 400),
+        ("DELETE", "/models?model=nobody", None, 404),
+    ],
+)
+async def test_models_are_not_added_or_removed_without_a_name(
+    pod: RunningPod, method: str, path: str, body: Any, status: int
+) -> None:
+    async with pod.http.request(method, path, json=body) as answer:
+        assert (answer.status, bool((await answer.json())["error"]["message"])) == (status, True)

@@ -4,10 +4,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.model_state import CopyState, ModelState, Tier
-from mesh.placement.eviction import plan_eviction
+from mesh.placement.eviction import eviction_order, plan_eviction
 from mesh.placement.load_times import LoadTimes, remaining_s, retry_after_s
-from mesh.placement.model_status import blocked_for_s, may_load, status_of
-from mesh.placement.pod_selection import Pod, choose_pod
+from mesh.placement.model_status import status_of
 from mesh.placement.usage import ModelUsage, Usage
 from mesh.registry.records import Failure, InstanceRecord, ModelRecord
 from mesh.routing.copy_selection import AFFINITY_S, Candidate, choose, expected_wait_s
@@ -21,6 +20,9 @@ HELD = st.builds(
     num_users=st.integers(0, 2),
     is_unloading=st.booleans(),
     is_loading=st.booleans(),
+    use=st.floats(0, 10),
+    priority=st.integers(-1, 1),
+    is_pinned=st.booleans(),
 )
 USAGES = st.builds(
     lambda model, slack: Usage(sum(item.size_bytes for item in model) + slack, tuple(model)),
@@ -30,7 +32,7 @@ USAGES = st.builds(
 
 
 @given(USAGES, st.integers(1, 300), st.booleans())
-def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_bytes: int, spare_busy: bool) -> None:
+def test_room_is_made_by_idle_models_least_used_first(usage: Usage, need_bytes: int, spare_busy: bool) -> None:
     room = plan_eviction(usage, "new", need_bytes, spare_busy=spare_busy)
     model = {item.model_id: item for item in usage.models}
     victims = [model[model_id] for model_id in room.victims]
@@ -51,13 +53,24 @@ def test_room_is_made_by_idle_models_longest_unused_first(usage: Usage, need_byt
         # none too many
         assert all(freed - victim.size_bytes < short for victim in victims[:-1])
     in_use = [victim for victim in victims if victim.num_users]
-    idle_bytes = sum(
-        item.size_bytes for item in usage.models if not (item.num_users or item.is_unloading or item.is_loading)
-    )
+    idle = [
+        item
+        for item in usage.models
+        if not (item.num_users or item.is_unloading or item.is_loading or item.is_pinned or not item.size_bytes)
+    ]
+    idle_bytes = sum(item.size_bytes for item in idle)
+    assert not any(victim.is_pinned for victim in victims)
     if spare_busy or idle_bytes >= short:
         assert not in_use
     if idle_bytes >= short > 0:
         assert victims
+        # whatever is spared although it comes before the last victim was not needed
+        last = max(eviction_order(victim) for victim in victims)
+        for item in idle:
+            if item not in victims and eviction_order(item) < last:
+                assert freed - short < sum(
+                    victim.size_bytes for victim in victims if eviction_order(victim) > eviction_order(item)
+                )
 
 
 @given(USAGES, st.integers(1, 300), st.integers(0, 1000))
@@ -69,7 +82,7 @@ def test_a_model_from_long_ago_displaces_nothing_younger(usage: Usage, need_byte
         older = sum(
             item.size_bytes
             for item in usage.models
-            if item.last_used_ms < last_used_ms and not (item.is_unloading or item.is_loading)
+            if item.last_used_ms < last_used_ms and not (item.is_unloading or item.is_loading or item.is_pinned)
         )
         assert usage.used_bytes - usage.unloading_bytes - older + need_bytes > usage.capacity_bytes
 
@@ -82,34 +95,6 @@ def test_what_is_coming_free_is_waited_for_and_an_own_entry_does_not_count() -> 
     assert plan_eviction(usage, "new", 60).victims == ()
     assert plan_eviction(usage, "new", 60).wait
     assert plan_eviction(Usage(100, (ModelUsage("new", 100, 1),)), "new", 100) == plan_eviction(Usage(100), "new", 100)
-
-
-PODS = st.lists(
-    st.builds(
-        Pod,
-        instance_id=st.uuids().map(str),
-        local=st.just(False),
-        capacity_bytes=st.integers(0, 100),
-        free_bytes=st.integers(0, 100),
-        lru_ms=st.integers(0, 100),
-        num_loading=st.integers(0, 3),
-    ),
-    max_size=6,
-)
-
-
-@given(PODS, st.integers(0, 100))
-def test_a_pod_with_room_is_preferred_and_none_is_too_small(pods: list[Pod], size_bytes: int) -> None:
-    pod = choose_pod(pods, size_bytes)
-    able = [item for item in pods if item.capacity_bytes >= size_bytes]
-    assert (pod is None) == (not able)
-    if pod is not None:
-        assert pod.capacity_bytes >= size_bytes
-        if any(item.free_bytes >= size_bytes for item in able):
-            assert pod.free_bytes >= size_bytes
-        else:
-            assert pod.lru_ms == min(item.lru_ms for item in able)
-    assert choose_pod(list(reversed(pods)), size_bytes) == pod
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 100), st.floats(0.01, 100)), max_size=10))
@@ -216,32 +201,3 @@ def test_status_over_pods() -> None:
     failed = ModelRecord(failed_in={"p": 1, "q": 2}, failures={"p": Failure("old"), "q": Failure("new")})
     info = status_of("m", failed, own_id="me", own=None, own_model=None, pods=PEERS)
     assert (info.status, info.errors) == (ModelStatus.LOADING_FAILED, ("new", "old"))
-
-
-def test_failures_hold_a_model_back_until_a_pod_may_try() -> None:
-    def blocked(now_ms: int, **failed_in: int) -> float:
-        return blocked_for_s(
-            ModelRecord(failed_in=failed_in), own_id="me", pods={"p": InstanceRecord()}, now_ms=now_ms, expiry_s=60
-        )
-
-    assert blocked(1000) == 0
-    assert blocked(1000, me=0) == 0  # the other pod hasn't tried
-    assert blocked(1000, me=0, p=500) == 59
-    assert blocked(60_000, me=0, p=500) == 0
-    # three pods failed within ModelMesh's 7.5 minutes: nobody tries
-    assert blocked(100_000, x=0, y=0, z=0) == 350
-
-
-def test_a_failure_of_a_time_to_come_holds_nobody_back() -> None:
-    """A clock that was set back by an hour, or another pod's that is ahead, must not block a model for that hour."""
-    hour_ms = 3_600_000
-    record = ModelRecord(failed_in={"me": hour_ms, "p": hour_ms, "q": hour_ms})
-    assert (
-        blocked_for_s(
-            record, own_id="me", pods={"p": InstanceRecord(), "q": InstanceRecord()}, now_ms=1000, expiry_s=60
-        )
-        == 0
-    )
-    assert may_load(record, "me", now_ms=1000, expiry_s=60)
-    # clocks of two pods are never quite the same
-    assert not may_load(record, "me", now_ms=hour_ms - 1000, expiry_s=60)

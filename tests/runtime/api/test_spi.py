@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from runtime.errors import LoadFailed
 from runtime.ipc.messages import Hello
 from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
+from runtime.models.model_state import Phase
 from runtime.puller.inspection import ModelMetadata
 from runtime.puller.sizing import Geometry, needs_of
 from runtime.types import ModelSource
@@ -64,10 +67,9 @@ class ScriptedFitter:
 
 
 class Runtime:
-    def __init__(self, tmp_path: Path, config: RuntimeConfig) -> None:
-        self.engine = EngineClient(
-            config.engine, command=fake_command(), restart=RestartPolicy(first_s=0.01, start_timeout_s=20.0)
-        )
+    def __init__(self, tmp_path: Path, config: RuntimeConfig, restart: RestartPolicy | None = None) -> None:
+        restart = restart or RestartPolicy(first_s=0.01, start_timeout_s=20.0)
+        self.engine = EngineClient(config.engine, command=fake_command(), restart=restart)
         self.preparer = ScriptedPreparer(0.05)
         self.models = Models(config, self.engine, self.preparer, no_text)
         self.server = grpc.aio.server(interceptors=(MeshOnly(SPI_NAME, STATE_NAME),))
@@ -279,3 +281,39 @@ async def test_mesh_only_methods_refuse_forwarded_calls(runtime: Runtime, header
         assert (await refused(load))[0] is grpc.StatusCode.UNIMPLEMENTED
         assert not runtime.models.views()
         assert (await state_stub.fit(fit, metadata=(("other", "a"),))).fits
+
+
+async def test_load_model_waits_while_the_engine_restarts(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+    """ModelMesh remembers a failed load for 15 minutes, so a dead engine must cost time and no failure."""
+    await ready(stub)
+    await stub.loadModel(request("before"))
+    assert runtime.engine.hello is not None
+    os.kill(runtime.engine.hello.pid, signal.SIGKILL)
+    loads: list[asyncio.Future[spi.LoadModelResponse]] = []
+    while runtime.engine.restarts == 0:
+        loads.append(asyncio.ensure_future(stub.loadModel(request(f"m{len(loads)}"))))
+        await asyncio.sleep(0.005)
+    loads.append(asyncio.ensure_future(stub.loadModel(request("before"))))
+    for answer in await asyncio.gather(*loads):
+        assert answer.sizeInBytes > 0
+    await until(runtime, lambda: {view.phase for view in runtime.models.views()} == {Phase.LOADED})
+
+
+async def test_load_model_of_a_dead_engine_ends_at_its_timeout(tmp_path: Path) -> None:
+    config = RuntimeConfig(load_timeout_s=0.5, engine=EngineConfig(slab_bytes=SLAB))
+    runtime = Runtime(tmp_path, config, restart=RestartPolicy(first_s=60.0, start_timeout_s=20.0))
+    await runtime.server.start()
+    runtime.engine.start()
+    async with grpc.aio.insecure_channel(runtime.address) as channel:
+        stub = ModelRuntimeStub(channel)
+        await ready(stub)
+        assert runtime.engine.hello is not None
+        os.kill(runtime.engine.hello.pid, signal.SIGKILL)
+        code, text = await refused(stub.loadModel(request("a")))
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "took longer than 0.5 s" in text
+        starting = await stub.runtimeStatus(spi.RuntimeStatusRequest())
+        assert starting.status == spi.RuntimeStatusResponse.STARTING, "the socket stays open meanwhile"
+    await runtime.server.stop(0)
+    await runtime.models.close()
+    await runtime.engine.stop(0.0)

@@ -13,10 +13,11 @@ from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.errors import Cancelled, DeadlineExceeded, LoadFailed, ModelNotFound, Overloaded, Quarantined, Unavailable
+from runtime.ipc.messages import Load
 from runtime.models.manager import Models
 from runtime.models.model_state import Phase
 from runtime.models.quarantine import Quarantine
-from runtime.types import GenerationRequest, ModelSource, SamplingParams, StopParams
+from runtime.types import GenerationRequest, ModelFacts, ModelSource, SamplingParams, StopParams
 from tests.support.engines import fake_command
 from tests.support.fake_engine import KILL, STALL
 from tests.support.preparers import ScriptedPreparer, no_text
@@ -262,6 +263,29 @@ async def test_manager_retries_a_load_that_crashed_the_engine(house: House) -> N
     with pytest.raises(Quarantined):
         await house.models.load("deadly", SOURCE, PLAIN)
     assert house.preparer.held == 0
+
+
+class UnnoticedDeath(EngineClient):
+    """Refuses the first load as a client does whose engine has just closed the socket and is not yet known to be dead."""
+
+    refusals = 1
+
+    async def load(self, request: Load) -> ModelFacts:
+        if self.refusals:
+            self.refusals -= 1
+            raise Unavailable("the engine is ready; try again")
+        return await super().load(request)
+
+
+async def test_manager_load_survives_a_death_that_is_not_noticed_yet(tmp_path: Path) -> None:
+    config = RuntimeConfig(load_timeout_s=5.0, grace_s=0.2)
+    engine = UnnoticedDeath(config.engine, command=fake_command(), restart=FAST)
+    models = Models(config, engine, ScriptedPreparer(), no_text)
+    engine.start()
+    assert (await models.load("a", SOURCE, PLAIN)).model_id == "a"
+    assert engine.refusals == 0
+    await models.close()
+    await engine.stop(0.0)
 
 
 async def test_manager_unloads_while_the_engine_restarts(house: House) -> None:

@@ -149,7 +149,7 @@ def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int,
     """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from docs/benchmarks/linear.md."""
     block_m = min(256, max(16, triton.next_power_of_2(num_rows)))
     if block_m <= 32:
-        block_n, block_k, num_warps, num_stages = 64, 256, 4, 4
+        block_n, block_k, num_warps, num_stages = 64, 256, 4, 6 if num_outputs < 16384 else 4
     elif block_m == 64 or (num_outputs < 16384 and num_rows <= 256):
         block_m, block_n, block_k, num_warps, num_stages = min(block_m, 128), 64, 256, 4, 3
     elif block_m == 128 or triton.cdiv(num_outputs, 128) * triton.cdiv(num_rows, 256) < _PROCESSORS:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
+import numpy as np
 import torch
 
 from common.model_key import Quantization
 from runtime.checkpoint.meta_model import tied_names
 from runtime.checkpoint.weight_layout import Placed
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan
+from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan, mask_words
 from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.builder import Blueprint, facts_of
 from runtime.engine.model.run.buckets import Bucket, standard
@@ -38,7 +39,8 @@ _LOG = logging.getLogger(__name__)
 
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
-_FEW_TOKENS = 32  # Larger sizes use library products, which need no compilation. Idle turns run them.
+_FEW_TOKENS = 32  # Idle turns run larger sizes.
+_PROMPT_SIZES = (16, 32, 64, 128, 256)  # tokens of the steps of prompts that run before a model is ready
 _SLACK_BYTES = 2 << 20  # after the weights, as in a real model's range
 _LONGEST_WAIT_S = 60.0
 _VOCAB = 131_072
@@ -163,6 +165,8 @@ def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> It
         runner = ModelRunner(_nothing_but_logits(dtype, device), _FACTS, config, state)
         _answer(runner, _SAMPLED[sorts])
         yield True
+        _answer(runner, _SAMPLED[sorts], masked=True)
+        yield True
         if not sorts:
             _answer(runner, _GREEDY)
             state.uploads.blank()
@@ -183,10 +187,16 @@ def _model_steps(
     runner = ModelRunner(twin(), facts, config, state)
     if not decode:
         _answer(runner, _GREEDY)
-        yield True
+        yield False
     state.uploads.blank()
-    for bucket in _within(state):
-        if (bucket.max_query_len == 1) is decode and bucket.num_tokens <= _FEW_TOKENS:
+    buckets = [bucket for bucket in _within(state) if (bucket.max_query_len == 1) is decode]
+    # Products tile their rows by powers of two up to this size, so a prompt of any length finds its kernels compiled.
+    first = [] if decode else [bucket for bucket in buckets if bucket.num_tokens in _PROMPT_SIZES]
+    for number, bucket in enumerate(first, 1):
+        runner.run_padded(bucket)
+        yield number == len(first)
+    for bucket in buckets:
+        if bucket.num_tokens <= _FEW_TOKENS and bucket not in first:
             runner.run_padded(bucket)
             yield True
     runner.close()
@@ -216,12 +226,17 @@ def _nothing_but_logits(dtype: torch.dtype, device: torch.device) -> BuiltModel:
     )
 
 
-def _answer(runner: ModelRunner, sampling: SamplingParams) -> None:
+def _answer(runner: ModelRunner, sampling: SamplingParams, *, masked: bool = False) -> None:
     """Run a prompt, the first token of its answer and the one after it."""
-    runner.open_row(RowSetup(0, sampling, LogprobParams(), [0] * _PROMPT_TOKENS, _PROMPT_TOKENS))
-    prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [1], [0] * _PROMPT_TOKENS, [(0, 0, 0)])
-    for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [1], [])):
-        runner.launch(plan).collect()
+    runner.open_row(RowSetup(0, sampling, LogprobParams(), [0] * _PROMPT_TOKENS, _PROMPT_TOKENS, masked=masked))
+    waiting = [0] if masked else []
+    prompt = StepPlan([0], [0], [_PROMPT_TOKENS], [False], [1], [0] * _PROMPT_TOKENS, [(0, 0, 0)], masked=waiting)
+    for plan in (prompt, StepPlan([0], [_PROMPT_TOKENS], [1], [True], [1], [], masked=waiting)):
+        if masked:
+            runner.launch_forward(plan)
+            runner.launch_draws(np.full((1, mask_words(_VOCAB)), -1, np.int32)).collect()
+        else:
+            runner.launch(plan).collect()
     runner.close_row(0)
 
 

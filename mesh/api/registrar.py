@@ -1,0 +1,66 @@
+"""Registers and removes models by name for the HTTP routes, after checking with the runtime that their settings are possible."""
+
+import asyncio
+import logging
+
+from common.clock import epoch_ms
+from mesh.errors import InvalidRequest, MeshError
+from mesh.placement.model_states import ModelStates
+from mesh.placement.placement import Placement
+from mesh.placement.runtime_monitor import RuntimeMonitor
+from mesh.registry.registry import Registry
+from mesh.types import ModelInfo, ModelStatus, RuntimeClient
+
+logger = logging.getLogger(__name__)
+
+_CHECK_S = 3.0  # a registration waits so long for the source's answer
+
+
+class Registrar:
+    def __init__(
+        self,
+        registry: Registry,
+        placement: Placement,
+        states: ModelStates,
+        monitor: RuntimeMonitor,
+        runtime: RuntimeClient,
+    ) -> None:
+        self._registry = registry
+        self._placement = placement
+        self._states = states
+        self._monitor = monitor
+        self._runtime = runtime
+
+    async def register(self, name: str, info: ModelInfo, *, load: bool) -> str:
+        """Register a name, begin to load it if asked to, and return the concrete id. Raises InvalidRequest, AlreadyExists."""
+        await self._check_loadable(info)
+        model_id = await self._registry.register_name(name, info, now_ms=epoch_ms(), is_loaded=self.is_loaded)
+        if load:
+            await self._placement.ensure_loaded(model_id, retry_failed=True)
+        return model_id
+
+    async def remove(self, name: str) -> str:
+        """Remove a name and return its concrete id, after the copies are unloaded too. Raises NotFound, PreconditionFailed."""
+        model_id = await self._registry.resolve_fresh(name)
+        await self._registry.remove_name(name)
+        if self._registry.models.get(model_id) is None:
+            await self._placement.unload(model_id)
+        return model_id
+
+    def is_loaded(self, model_id: str) -> bool:
+        return self._states.status(model_id).status is ModelStatus.LOADED
+
+    async def _check_loadable(self, info: ModelInfo) -> None:
+        """Raise InvalidRequest for settings that the runtime refuses, as far as it can tell within a few seconds.
+
+        Missing files and a full memory are no reason: they may change until the model is loaded.
+        """
+        if not self._monitor.snapshot.ready or self._monitor.snapshot.foreign:
+            return
+        try:
+            async with asyncio.timeout(_CHECK_S):
+                await self._runtime.fit("", info, sizes_only=True)
+        except InvalidRequest:
+            raise
+        except (MeshError, TimeoutError) as error:
+            logger.debug("model %s is registered unchecked: %s", info.path, error)
