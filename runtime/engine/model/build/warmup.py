@@ -40,7 +40,7 @@ _LOG = logging.getLogger(__name__)
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
 _FEW_TOKENS = 32  # Idle turns run larger sizes.
-_PROMPT_SIZES = (16, 32, 64, 128, 256)  # tokens of the steps of prompts that run before a model is ready
+_PROMPT_SIZES = (16, 32, 64, 128, 256)  # tokens of the steps that stand for prompts of all lengths
 _SLACK_BYTES = 2 << 20  # after the weights, as in a real model's range
 _LONGEST_WAIT_S = 60.0
 _VOCAB = 131_072
@@ -190,13 +190,14 @@ def _model_steps(
         yield False
     state.uploads.blank()
     buckets = [bucket for bucket in _within(state) if (bucket.max_query_len == 1) is decode]
-    # Products tile their rows by powers of two up to this size, so a prompt of any length finds its kernels compiled.
-    first = [] if decode else [bucket for bucket in buckets if bucket.num_tokens in _PROMPT_SIZES]
-    for number, bucket in enumerate(first, 1):
+    # Products tile their rows by powers of two up to the largest of these sizes, so a prompt of any length finds its kernels compiled. A load waits
+    # for that size alone, because each further one compiles for seconds.
+    prompts = [] if decode else [bucket for bucket in reversed(buckets) if bucket.num_tokens in _PROMPT_SIZES]
+    for bucket in prompts:
         runner.run_padded(bucket)
-        yield number == len(first)
+        yield True
     for bucket in buckets:
-        if bucket.num_tokens <= _FEW_TOKENS and bucket not in first:
+        if bucket.num_tokens <= _FEW_TOKENS and bucket not in prompts:
             runner.run_padded(bucket)
             yield True
     runner.close()
