@@ -23,7 +23,9 @@ from mesh.api.oip_routes import OipRoutes
 from mesh.api.oip_server import OipServer
 from mesh.api.ollama_routes import OllamaRoutes
 from mesh.api.openai_routes import OpenAiRoutes
+from mesh.api.openapi_route import OpenApiRoute
 from mesh.api.registrar import Registrar
+from mesh.api.root_page import RootPage
 from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
 from mesh.client.connections import Connections
@@ -252,6 +254,8 @@ class Pod:
                 health,
                 ModelsRoutes(self.registry, self.placement, registrar, views, self._changes, self._stopping),
                 AdminRoutes(self.registry, registrar, self.states, self.monitor, runtime, views),
+                RootPage(views, package_version(), lambda: self.access.guard.requires_keys),
+                OpenApiRoute(self._connections, config.runtime_http),
                 OpenAiRoutes(gateway, is_foreign=lambda: self.monitor.snapshot.foreign),
                 TgiRoutes(gateway, self.registry),
                 OllamaRoutes(gateway, self.registry, self.placement, views),

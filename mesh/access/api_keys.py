@@ -46,7 +46,7 @@ class ApiKey:
     caller: Caller = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "caller", Caller(self.name, self.models))
+        object.__setattr__(self, "caller", Caller(self.name, self.models, may_manage=Scope.MANAGEMENT in self.scopes))
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,11 +13,12 @@ EVERY_MODEL = ("*",)
 class Caller:
     """`name`: of the key, empty without keys. `models`: patterns of the names that the key may use, in which `*` stands for any text.
 
-    `is_peer`: another pod of the mesh, which has already authorised the request.
+    `may_manage`: whether the key has the right to management. `is_peer`: another pod of the mesh, which has already authorised the request.
     """
 
     name: str = ""
     models: tuple[str, ...] = EVERY_MODEL
+    may_manage: bool = True
     is_peer: bool = False
 
     def may_use(self, model: str) -> bool:

@@ -36,8 +36,10 @@ _LISTING_ROUTES = frozenset(
         "/api/ps",
         "/api/show",
         "/api/version",
+        "/openapi.json",
     }
 )
+_READING = ("GET", "HEAD")
 _MANAGEMENT_ROUTES = ("/admin/", "/models/load", "/models/unload", "/v2/repository/models/")
 
 # By their full names: a prefix would also open what the pass-through forwards.
@@ -53,12 +55,14 @@ _OPEN_METHODS = frozenset(
 _MANAGEMENT_SERVICES = ("/mmesh.ModelMesh/", "/com.ibm.watson.tas.proto.TasRuntime/")
 
 
-def http_scopes(route: str | None) -> Scopes:
-    """Return the rights for a route's pattern such as `/v1/models/{name}`; None for a path without a route."""
+def http_scopes(method: str, route: str | None) -> Scopes:
+    """Return the rights for a method and a route's pattern such as `/v1/models/{name}`; None for a path without a route."""
     if route is None:
         return ANY
-    if route in _OPEN_ROUTES:
+    if route in _OPEN_ROUTES or (route == "/" and method in _READING):
         return OPEN
+    if route == "/models" and method not in _READING:
+        return MANAGEMENT
     if route == "/metrics":
         return METRICS
     if route in _LISTING_ROUTES:

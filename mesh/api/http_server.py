@@ -137,7 +137,7 @@ def guarded(guard: Guard) -> Middleware:
             end = guard.admit(
                 secrets,
                 request.headers.get(PEER_KEY_HEADER, ""),
-                http_scopes(resource.canonical if resource is not None else None),
+                http_scopes(request.method, resource.canonical if resource is not None else None),
             )
         except Unauthenticated as error:
             response = response_of(error, request.path)

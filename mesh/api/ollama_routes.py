@@ -7,11 +7,12 @@ import msgspec
 from aiohttp import web
 
 from common.version import package_version
+from mesh.access.caller import current_caller
 from mesh.api.http_body import decode
 from mesh.api.http_gateway import HttpGateway
 from mesh.api.model_view import ModelViews
 from mesh.api.ollama_models import is_loaded, running, shown, tag
-from mesh.errors import InvalidRequest, NotFound, NotSupported
+from mesh.errors import InvalidRequest, NotFound, NotSupported, PermissionDenied
 from mesh.placement.placement import Placement
 from mesh.registry.registry import Registry
 
@@ -87,6 +88,10 @@ class OllamaRoutes:
         name = await self._name(asked.model)
         if not asked.only_unloads:
             return await self._gateway.forward(request, body, name)
+        if not (caller := current_caller()).may_manage:
+            raise PermissionDenied(
+                f"key {caller.name} may not unload models: it lacks the scope management", model=name
+            )
         await self._placement.unload(await self._registry.resolve_fresh(name))
         return _json({"model": asked.model, **empty, "done": True, "done_reason": "unload"})
 

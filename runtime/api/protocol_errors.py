@@ -1,12 +1,13 @@
 """Answers the errors of one protocol's routes in that protocol's shape. Routes without a shape of their own use OpenAI's (`http_errors`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from aiohttp import web
 
 from runtime.api.http_errors import error_headers, internal
-from runtime.api.route import Handler
+from runtime.api.route import Handler, Route
 from runtime.errors import InvalidRequest, RepertoryError
 
 
@@ -21,8 +22,9 @@ def _http_status(error: RepertoryError) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ErrorShape:
-    """`body` returns an error's JSON, `status` its HTTP status."""
+    """`body` returns an error's JSON, of the type `answer`, and `status` its HTTP status."""
 
+    answer: Any
     body: Callable[[RepertoryError], bytes]
     status: Callable[[RepertoryError], int] = _http_status
 
@@ -33,6 +35,10 @@ class ErrorShape:
             headers=error_headers(error),
             content_type="application/json",
         )
+
+    def shape(self, route: Route) -> Route:
+        """Return the route with its errors in this shape."""
+        return replace(route, handler=self.around(route.handler), error=self.answer)
 
     def around(self, handler: Handler) -> Handler:
         """Return the handler with its errors before the first event of a stream answered in this shape."""

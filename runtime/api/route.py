@@ -11,7 +11,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`path` is aiohttp's template. `body` and `answer` are the types of the JSON bodies; None = there is no JSON body.
+    """`path` is aiohttp's template. `body`, `answer` and `error` are the types of the JSON bodies; None = there is no JSON body.
 
     `stream` is the content type of the answer to a request that asks for a stream; empty = it cannot.
     """
@@ -23,3 +23,4 @@ class Route:
     body: Any = None
     answer: Any = None
     stream: str = ""
+    error: Any = None

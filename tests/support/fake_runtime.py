@@ -78,6 +78,7 @@ class FakeRuntime:
         self.deadlines: list[float | None] = []
         self.bodies: list[dict[str, Any]] = []
         self.raw_bodies: list[bytes] = []
+        self.openapi: dict[str, Any] | None = None
         self.fits: list[state_pb.FitRequest] = []
         self.headers: list[dict[str, str]] = []
         self.changed = asyncio.Event()
@@ -97,6 +98,7 @@ class FakeRuntime:
         await self._server.start()
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/openapi.json", self._openapi)
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -159,6 +161,9 @@ class FakeRuntime:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(text="# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 3\n")
+
+    async def _openapi(self, _: web.Request) -> web.Response:
+        return web.json_response(self.openapi, status=200 if self.openapi is not None else 404)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()

@@ -4,7 +4,7 @@ from aiohttp import web
 
 from runtime.api.anthropic.as_chat import as_chat
 from runtime.api.anthropic.events import MessageEvents
-from runtime.api.anthropic.responses import TokenCount, error_body, message
+from runtime.api.anthropic.responses import ErrorAnswer, TokenCount, error_body, message
 from runtime.api.anthropic.types import MessagesBody, PromptBody
 from runtime.api.openai.chat_prepare import prepare_chat, render_prompt
 from runtime.api.openai.context import json_response, model_of, read_body
@@ -14,7 +14,7 @@ from runtime.api.protocol_errors import ErrorShape
 from runtime.generation.generator import Generator
 from runtime.interfaces import ModelDirectory
 
-_ERRORS = ErrorShape(error_body)
+_ERRORS = ErrorShape(ErrorAnswer, error_body)
 
 
 class Messages:

@@ -102,9 +102,17 @@ def new_call_id() -> str:
     return f"toolu_{uuid.uuid4().hex}"
 
 
+class Problem(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+    code: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    error: Problem
+
+
 def error_body(error: RepertoryError) -> bytes:
     """Return the error. A model that is not loaded has a code too, by which the mesh finds another copy."""
-    fields = {"type": _ERROR_TYPES.get(error.http_status, "api_error"), "message": error.message}
-    if isinstance(error, ModelNotFound):
-        fields["code"] = "model_not_found"
-    return encode({"type": "error", "error": fields})
+    code = "model_not_found" if isinstance(error, ModelNotFound) else msgspec.UNSET
+    return encode(ErrorAnswer(Problem(_ERROR_TYPES.get(error.http_status, "api_error"), error.message, code)))

@@ -1,6 +1,5 @@
 """The Open Inference Protocol's REST API below /v2, with Triton's binary tensors and the generate extension."""
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -52,7 +51,7 @@ def _error_body(error: RepertoryError) -> bytes:
     return encode(ErrorAnswer(error.message))
 
 
-_ERRORS = ErrorShape(_error_body)
+_ERRORS = ErrorShape(ErrorAnswer, _error_body)
 
 
 class RestInference:
@@ -85,7 +84,7 @@ class RestInference:
             Route("GET", path, self._model_metadata, "Describe a model", answer=ModelMetadata)
             for path in (_MODEL + "/versions/{version}", _MODEL)
         ]
-        return [replace(route, handler=_ERRORS.around(route.handler)) for route in found]
+        return [_ERRORS.shape(route) for route in found]
 
     async def _server_metadata(self, request: web.Request) -> web.Response:
         return json_response(ServerMetadata("repertory", package_version(), [BINARY_EXTENSION, "generate"]))

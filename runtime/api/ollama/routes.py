@@ -1,7 +1,5 @@
 """Ollama's POST /api/chat, /api/generate and /api/show. The mesh answers the routes that list models itself."""
 
-from dataclasses import replace
-
 import msgspec
 from aiohttp import web
 
@@ -45,7 +43,7 @@ def _error_body(error: RepertoryError) -> bytes:
     return encode(ErrorAnswer(error.message))
 
 
-_ERRORS = ErrorShape(_error_body)
+_ERRORS = ErrorShape(ErrorAnswer, _error_body)
 
 
 class Ollama:
@@ -64,7 +62,7 @@ class Ollama:
             Route("POST", "/api/embed", self._refuse, "Refused: there are no embeddings"),
             Route("POST", "/api/embeddings", self._refuse, "Refused: there are no embeddings"),
         ]
-        return [replace(route, handler=_ERRORS.around(route.handler)) for route in own]
+        return [_ERRORS.shape(route) for route in own]
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         parsed = await read_body(request, ChatRequest)

@@ -29,4 +29,4 @@ def _status(error: RepertoryError) -> int:
     return error.http_status
 
 
-ERRORS = ErrorShape(error_body, _status)
+ERRORS = ErrorShape(ErrorAnswer, error_body, _status)

@@ -1,7 +1,6 @@
 """text-generation-inference's HTTP API: at the root, where one model is served or named in the request, and below /tgi/NAME."""
 
 import time
-from dataclasses import replace
 
 from aiohttp import web
 
@@ -65,7 +64,7 @@ class TextGeneration:
             Route(
                 "POST", f"{_NAMED}/v1/completions", completions.post, "Complete prompts", CompletionBody, stream=_STREAM
             ),
-            *(replace(route, handler=ERRORS.around(route.handler)) for route in own),
+            *(ERRORS.shape(route) for route in own),
         ]
 
     async def _compatible(self, request: web.Request) -> web.StreamResponse:
