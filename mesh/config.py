@@ -73,6 +73,9 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
     grpc_max_message_bytes: Annotated[int, _about("largest gRPC message", gt=0)] = 16 * MIB
     http_max_body_bytes: Annotated[int, _about("largest HTTP request body", gt=0)] = 8 * MIB
+    request_memory_bytes: Annotated[
+        int, _about("memory of all requests that the pod holds; more are refused with RESOURCE_EXHAUSTED", gt=0)
+    ] = 512 * MIB
     session_ttl_s: Annotated[
         float, _about("lifetime of the pod's session in the store; other pods drop this pod when it expires", gt=0)
     ] = 25.0

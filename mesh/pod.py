@@ -25,6 +25,7 @@ from mesh.api.ollama_routes import OllamaRoutes
 from mesh.api.openai_routes import OpenAiRoutes
 from mesh.api.openapi_route import OpenApiRoute
 from mesh.api.registrar import Registrar
+from mesh.api.request_memory import RequestMemory
 from mesh.api.root_page import RootPage
 from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
@@ -201,6 +202,7 @@ class Pod:
             self.peer_health,
             is_cut_off=lambda: self.contact.is_cut_off,
         )
+        memory = RequestMemory(config.request_memory_bytes)
         addressing = Addressing.parse(config.dataplane_config)
         self.grpc = GrpcServer(
             config.grpc_listen,
@@ -216,6 +218,7 @@ class Pod:
                 peers=self.access.peers,
                 limits=lambda: self.monitor.limits,
                 max_message_bytes=config.grpc_max_message_bytes,
+                memory=memory,
             ),
             own_oip=OipServer(
                 self.registry, self.states, addressing, is_ready=self.is_ready, version=package_version()
@@ -236,6 +239,7 @@ class Pod:
             self._metrics,
             peers=self.access.peers,
             max_body_bytes=config.http_max_body_bytes,
+            memory=memory,
             keep_alive_s=config.keep_alive_s,
         )
         health = HealthRoutes(self._connections, config.runtime_http, self._readiness, self._figures)

@@ -13,11 +13,14 @@ import uvloop
 from common import logs
 from common.config import unknown_variables
 from common.errors import ConfigError
+from common.open_files import raise_open_files_limit
 from mesh.config import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
 from mesh.pod import Pod
 
 logger = logging.getLogger(__name__)
+
+_FEW_FILES = 4096
 
 
 def run_pod(config: MeshConfig, *, warnings: Sequence[str] = ()) -> int:
@@ -30,6 +33,9 @@ def run_pod(config: MeshConfig, *, warnings: Sequence[str] = ()) -> int:
         logger.warning("the environment variable %s has no effect: docs/configuration.md lists the settings", name)
     for warning in warnings:
         logger.warning("%s", warning)
+    limit = raise_open_files_limit()
+    level = logging.WARNING if limit < _FEW_FILES else logging.INFO
+    logger.log(level, "the limit of open files is %d; a request that is forwarded takes two", limit)
     try:
         status: int = uvloop.run(_serve(config))
         return status

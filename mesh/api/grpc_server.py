@@ -32,6 +32,7 @@ _SERVICES = (
     OIP_NAME,
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
+_MAX_PENDING = 1_000_000
 _HEALTH = "grpc.health.v1.Health"
 _CREDENTIALS = frozenset({"authorization", PEER_KEY_HEADER})
 
@@ -97,6 +98,9 @@ class GrpcServer:
         options = (
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
+            # gRPC would cancel calls of a burst by itself. Requests beyond the pod's own limits get RESOURCE_EXHAUSTED.
+            ("grpc.server.max_pending_requests", _MAX_PENDING),
+            ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
             # Two servers that share one port would split its requests without an error.
             ("grpc.so_reuseport", 0),
             # A held request is silent for minutes. By default gRPC closes connections on which a client pings

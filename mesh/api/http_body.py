@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from common.inflate import InflateError, InflateLimitError, inflate
+from mesh.api.request_memory import HeldMemory
 from mesh.errors import DeadlineExceeded, InvalidRequest, TooLarge
 
 T = TypeVar("T")
@@ -23,10 +24,10 @@ class InferenceBody(msgspec.Struct, frozen=True):
     stream: bool | None = None
 
 
-async def read_body(request: web.Request, limit_bytes: int) -> bytes:
+async def read_body(request: web.Request, limit_bytes: int, memory: HeldMemory | None = None) -> bytes:
     """Return the body with its Content-Encoding undone, in a thread: a small compressed body may be large.
 
-    Raises TooLarge before more than the limit has been read or decoded, DeadlineExceeded if the client stops sending, InvalidRequest if decoding
+    The body is accounted for in `memory`, before it is read if its length is known. Raises Overloaded, TooLarge before more than the limit has been read or decoded, DeadlineExceeded if the client stops sending, InvalidRequest if decoding
     fails.
     """
     length = request.content_length
@@ -34,6 +35,8 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
         raise TooLarge(
             f"the body is {length} bytes long; the limit is {limit_bytes} bytes", limit=limit_bytes, value=length
         )
+    if memory is not None:
+        memory.add(length or 0)
     chunks: list[bytes] = []
     size_bytes = 0
     while True:
@@ -45,8 +48,13 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
         except TimeoutError:
             raise DeadlineExceeded(f"the body stopped after {size_bytes} bytes") from None
         if not chunk:
-            return await _decoded(request, b"".join(chunks), limit_bytes)
+            body = await _decoded(request, b"".join(chunks), limit_bytes)
+            if memory is not None:
+                memory.add(len(body) - max(size_bytes, length or 0))
+            return body
         size_bytes += len(chunk)
+        if memory is not None and length is None:
+            memory.add(len(chunk))
         if size_bytes > limit_bytes:
             raise TooLarge(f"the body is longer than the limit of {limit_bytes} bytes", limit=limit_bytes)
         chunks.append(chunk)

@@ -16,6 +16,7 @@ from mesh.api.http_body import prefix_hash, read_body
 from mesh.api.http_forwarder import HttpForwarder, HttpRequest
 from mesh.api.http_relay import end_stream, relay
 from mesh.api.request_log import Record
+from mesh.api.request_memory import RequestMemory
 from mesh.api.sse_keepalive import SseKeepAlive
 from mesh.client.connections import Connections
 from mesh.errors import InvalidRequest, MeshError
@@ -41,6 +42,7 @@ class HttpGateway:
         *,
         peers: PeerKeys,
         max_body_bytes: int,
+        memory: RequestMemory,
         keep_alive_s: float,
     ) -> None:
         self._registry = registry
@@ -50,11 +52,14 @@ class HttpGateway:
         self._metrics = metrics
         self._peers = peers
         self._max_body_bytes = max_body_bytes
+        self._memory = memory
         self._keep_alive_s = keep_alive_s
 
     async def read(self, request: web.Request) -> bytes:
-        """Return the request's body. Raises as `read_body`."""
-        return await read_body(request, self._max_body_bytes)
+        """Return the request's body, which counts in the request memory until the request has ended. Raises as `read_body`."""
+        record = Record.of(request)
+        record.memory = self._memory.hold()
+        return await read_body(request, self._max_body_bytes, record.memory)
 
     async def forward(
         self, request: web.Request, body: bytes, name: str | None, *, wants_events: bool = False

@@ -22,6 +22,7 @@ from mesh.api.known_methods import single_message_methods
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
 from mesh.api.request_log import request_id_of, requests_logger
+from mesh.api.request_memory import RequestMemory
 from mesh.client.connections import Connections
 from mesh.errors import MeshError, NotFound, NotSupported
 from mesh.metrics import Metrics
@@ -45,6 +46,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         peers: PeerKeys,
         limits: Callable[[], RuntimeLimits | None],
         max_message_bytes: int,
+        memory: RequestMemory,
     ) -> None:
         self._registry = registry
         self._router = router
@@ -53,6 +55,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self._limits = limits
         self._forwarder = GrpcForwarder(connections, metrics, peers, limits)
         self._max_message_bytes = max_message_bytes
+        self._memory = memory
         self._single_message = single_message_methods()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
@@ -75,8 +78,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
         metadata = tuple(context.invocation_metadata() or ())
         request_id = request_id_of(header(metadata, REQUEST_ID_HEADER))
         request = GrpcRequest(method, metadata, time.monotonic(), request_id)
-        inbound = ReplayBuffer(context, 2 * self._max_message_bytes, only=message)
+        inbound = ReplayBuffer(context, self._memory.hold(), 2 * self._max_message_bytes, only=message)
         try:
+            inbound.admit()
             outcome = await self._answer(request, inbound, context)
             request.code = outcome.code.name
             if outcome.code is not grpc.StatusCode.OK:
@@ -134,11 +138,14 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 request.request_id,
                 invocations=request.invocations,
             )
-            replay = ReplayBuffer(context, 2 * self._max_message_bytes, only=message)
+            replay = ReplayBuffer(context, self._memory.hold(), 2 * self._max_message_bytes, only=message)
             try:
+                replay.admit()
                 return await self._answer_one(one, address, replay, part)
             except NotFound as error:
                 return error
+            finally:
+                replay.close()
 
         outcomes = await asyncio.gather(*(call(*pair) for pair in zip(addresses, parts, strict=True)))
         missing = [outcome for outcome in outcomes if isinstance(outcome, NotFound)]

@@ -5,14 +5,19 @@ from typing import Any
 
 import grpc.aio
 
+from mesh.api.request_memory import HeldMemory
+
 ServerContext = grpc.aio.ServicerContext[Any, Any]
 
 
 class ReplayBuffer:
-    """`max_kept_bytes`: a request with more bytes is not kept and cannot be replayed. `only`: the message of a method that takes exactly one."""
+    """`memory` accounts for the kept messages. `max_kept_bytes`: a request with more bytes is not kept and cannot be replayed. `only`: the message of a method that takes exactly one."""
 
-    def __init__(self, context: ServerContext, max_kept_bytes: int, *, only: bytes | None = None) -> None:
+    def __init__(
+        self, context: ServerContext, memory: HeldMemory, max_kept_bytes: int, *, only: bytes | None = None
+    ) -> None:
         self._context = context
+        self._memory = memory
         self._left_bytes = max_kept_bytes
         self.only = only
         self.received_bytes = len(only) if only is not None else 0
@@ -21,6 +26,10 @@ class ReplayBuffer:
         self._ended = only is not None
         self._keep = True
         self._reading: asyncio.Task[None] | None = None
+
+    def admit(self) -> None:
+        """Account for the only message. Raises Overloaded if the pod holds too many bytes of requests."""
+        self._memory.add(len(self.only) if self.only is not None else 0)
 
     @property
     def replayable(self) -> bool:
@@ -38,7 +47,9 @@ class ReplayBuffer:
             await asyncio.shield(self._reading)
         message = self._kept[index - self._dropped]
         if not self._keep:
-            del self._kept[: index - self._dropped + 1]
+            num_dropped = index - self._dropped + 1
+            self._memory.remove(sum(len(dropped) for dropped in self._kept[:num_dropped]))
+            del self._kept[:num_dropped]
             self._dropped = index + 1
         return message
 
@@ -47,6 +58,7 @@ class ReplayBuffer:
         self._keep = False
 
     def close(self) -> None:
+        self._memory.close()
         if self._reading is not None:
             self._reading.cancel()
 
@@ -56,6 +68,7 @@ class ReplayBuffer:
             if message is grpc.aio.EOF:
                 self._ended = True
                 return
+            self._memory.add(len(message))
             self._kept.append(message)
             self.received_bytes += len(message)
             self._left_bytes -= len(message)

@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from mesh.access.caller import current_caller
+from mesh.api.request_memory import HeldMemory
 from mesh.metrics import Metrics
 
 requests_logger = logging.getLogger("mesh.requests")
@@ -29,6 +30,7 @@ class Record:
     is_inference: bool = False  # forwarded to a copy of a model, and counted in the metrics
     request_bytes: int = 0
     response_bytes: int = 0
+    memory: HeldMemory | None = None  # of the body, until the request has ended
     answered: bool = False  # the client has its whole answer, so its disconnecting is not a cancellation
 
     @property
@@ -74,6 +76,8 @@ def request_log(metrics: Metrics) -> Middleware:
                 record.code = "CANCELLED" if not isinstance(error, Exception) else "DISCONNECTED"
             raise
         finally:
+            if record.memory is not None:
+                record.memory.close()
             _log_end(request, record, metrics)
 
     return middleware

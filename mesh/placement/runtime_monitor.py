@@ -50,8 +50,8 @@ class RuntimeMonitor:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether the runtime accepts loads and requests, or will when its engine has restarted."""
-        return self._connected and self.snapshot.engine_state != "stopped"
+        """Return whether the runtime accepts loads and requests, or will when its engine has restarted, and its first state is known."""
+        return self._connected and self._snapshot_s > 0 and self.snapshot.engine_state != "stopped"
 
     @property
     def is_serving(self) -> bool:
