@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-from cachetools import LRUCache
 
 from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
@@ -27,8 +26,9 @@ from runtime.puller.checkpoint_check import (
     stored_quantization,
 )
 from runtime.puller.download import pull
+from runtime.puller.index_cache import IndexCache
 from runtime.puller.inspection import ModelMetadata
-from runtime.puller.metadata import look_local, look_remote
+from runtime.puller.metadata import look_remote
 from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
 from runtime.puller.packer import run_packer
 from runtime.puller.progress import PullJob
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_LOOKS = 256  # that are remembered
 _GGUF_GROWTH = 4  # dequantised bytes for one byte of file, at most about
 
 
@@ -64,12 +63,14 @@ class CheckpointPreparer:
         cache: Cache,
         packer: Callable[[PackRequest, PullJob], None] = run_packer,
         probe: SupportProbe | None = None,
+        *,
+        indexes: IndexCache | None = None,
     ) -> None:
         self._packer = packer
         self._config = config
         self._cache = cache
         self._judge = probe or SupportProbe()
-        self._looks: LRUCache[tuple[str, bytes, str], ModelMetadata] = LRUCache(_LOOKS)
+        self._indexes = indexes or IndexCache()
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
 
@@ -292,15 +293,11 @@ class CheckpointPreparer:
         self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: PullJob
     ) -> ModelMetadata:
         place = locate(source, self._config)
-        gguf_file, remembered = None, None
+        gguf_file = None
         if isinstance(place, Path):
             found = inspect(place, self._policy)
-            # a GGUF's index takes long to read, and who predicts a size waits for half a second
-            remembered = (found.identity, msgspec.json.encode(settings), device)
-            if (known := self._looks.get(remembered)) is not None:
-                return known
             gguf_file = found.weight_files[0] if found.kind is CheckpointKind.GGUF else None
-            config, tensors = look_local(found)
+            config, tensors = self._indexes.get(found)
             quantization = _quantization(found.quantization, settings, found.model_dir.name)
         elif local_only:
             raise LoadFailed(f"{source.uri} is not on this machine")
@@ -314,12 +311,9 @@ class CheckpointPreparer:
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         quantised = msgspec.structs.replace(settings, quantize=quantization)
         needs = needs_of(geometry, tensors, quantised, device, self._config.engine.tensor_parallel)
-        look = ModelMetadata(
+        return ModelMetadata(
             geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file
         )
-        if remembered is not None:
-            self._looks[remembered] = look
-        return look
 
 
 def _quantization(stored: Quantization, settings: ModelSettings, name: str) -> Quantization:
