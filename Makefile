@@ -2,6 +2,7 @@
 #
 #   make demo     several real models by name under a budget too small for all of them
 #   make test     the tests; T=tests/mesh picks some, ARGS='-k name -x' goes to pytest
+#   make modelmesh   ModelMesh's recorded answers, played against 1, 2 and 3 pods over a real etcd; also part of make test
 #   make check    ruff, mypy, import-linter, and wire/ equal to what proto/ generates
 #   make proto    regenerate wire/ from proto/
 #   make bench    a benchmark of bench/README.md: B=cpu, overhead, engine, …; ARGS='--repeats 1'
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check lint types imports stubs proto bench gpu clean
+.PHONY: help setup demo test modelmesh check lint types imports stubs proto bench gpu clean
 
 JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -46,7 +47,7 @@ PROTO_ENV := .env-proto
 PROTO_STAMP := $(PROTO_ENV)/grpcio-tools-$(GRPCIO_TOOLS)
 
 help:
-	@sed -n '3,10p' Makefile | sed 's/^# *//'
+	@sed -n '3,11p' Makefile | sed 's/^# *//'
 
 setup: $(VENV)/.dev
 
@@ -57,6 +58,9 @@ demo: $(VENV)/.demo
 # All tests run in two processes with branch coverage; a selection runs in one, without.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(if $(T)$(ARGS),$(T) $(ARGS),-n $(JOBS) --dist loadfile --cov --cov-report=term)
+
+modelmesh: $(VENV)/.dev
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest tests/mesh/modelmesh $(ARGS)
 
 check: lint types imports stubs
 
