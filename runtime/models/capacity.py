@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from runtime.ipc.messages import Hello
 from runtime.types import ModelFacts
 
+_MODELMESH_UNIT_BYTES = 8192
+
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -17,8 +19,11 @@ class Capacity:
 
     @property
     def default_size_bytes(self) -> int:
-        """Return the assumed size of a model of unknown size: a tenth, because ModelMesh checks at startup that ten of them fit."""
-        return max(self.capacity_bytes // 10, 8192)
+        """Return the assumed size of a model of unknown size: a tenth, because ModelMesh checks at startup that ten of them fit.
+
+        It is a multiple of ModelMesh's unit. ModelMesh rounds up, and ten sizes rounded up may exceed the capacity.
+        """
+        return max(self.capacity_bytes // 10 // _MODELMESH_UNIT_BYTES, 1) * _MODELMESH_UNIT_BYTES
 
     def charge(self, weight_bytes: int, kv_bytes_per_token: int, max_model_len: int) -> int:
         """Return the size of a model: its weights and, if loaded models must be resident, the least KV, both in whole slabs."""

@@ -12,78 +12,25 @@ import grpc
 import grpc.aio
 import pytest
 
-from common.model_key import ModelSettings, Quantization
-from runtime.api.mesh_only import MeshOnly
-from runtime.api.spi import SERVICE_NAME as SPI_NAME
-from runtime.api.spi import ModelRuntimeApi, add_spi
-from runtime.api.state import SERVICE_NAME as STATE_NAME
-from runtime.api.state import RuntimeStateApi, TokenRate, add_state
+from runtime.api.state import TokenRate
 from runtime.config.schema import EngineConfig, RuntimeConfig
-from runtime.engine_client.client import EngineClient
 from runtime.engine_client.restart_policy import RestartPolicy
-from runtime.errors import LoadFailed
 from runtime.ipc.messages import Hello
 from runtime.models.capacity import capacity_of
-from runtime.models.manager import Models
 from runtime.models.model_state import Phase
-from runtime.puller.inspection import ModelMetadata
-from runtime.puller.sizing import Geometry, needs_of
-from runtime.types import ModelSource
-from tests.support.engines import fake_command
 from tests.support.fake_engine import WEIGHT_BYTES
-from tests.support.preparers import ScriptedPreparer, no_text
+from tests.support.spi_runtime import SLAB, SpiRuntime
 from wire.mmesh import model_runtime_pb2 as spi
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
 from wire.repertory import runtime_pb2 as state
 from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
 
-SLAB = 4096
-GEOMETRY = Geometry("FakeForCausalLM", 2, 1, 8, 16, 32, 100, 64, "float32")
-
-
-class ScriptedFitter:
-    def __init__(self) -> None:
-        self.may_end = asyncio.Event()
-        self.ended: list[str] = []
-
-    async def look(
-        self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
-    ) -> ModelMetadata:
-        if source.uri.startswith("slow:"):
-            await self.may_end.wait()
-            self.ended.append(source.uri)
-        if source.uri.startswith("missing:"):
-            raise LoadFailed(f"{source.uri}: no such files")
-        return ModelMetadata(
-            GEOMETRY,
-            needs_of(GEOMETRY, (), settings, device),
-            Quantization.NONE,
-            exact=False,
-            config={"uri": source.uri},
-        )
-
-    async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
-        return "FakeForCausalLM is not supported" if look.config["uri"] == "/models/odd" else ""
-
-
-class Runtime:
-    def __init__(self, tmp_path: Path, config: RuntimeConfig, restart: RestartPolicy | None = None) -> None:
-        restart = restart or RestartPolicy(first_s=0.01, start_timeout_s=20.0)
-        self.engine = EngineClient(config.engine, command=fake_command(), restart=restart)
-        self.preparer = ScriptedPreparer(0.05)
-        self.models = Models(config, self.engine, self.preparer, no_text)
-        self.server = grpc.aio.server(interceptors=(MeshOnly(SPI_NAME, STATE_NAME),))
-        self.fitter = ScriptedFitter()
-        parts = (config, self.engine, self.models, self.fitter, 1 << 30)
-        add_spi(self.server, ModelRuntimeApi(*parts))
-        add_state(self.server, RuntimeStateApi(*parts))
-        self.address = f"unix:{tmp_path / 'spi.sock'}"
-        self.server.add_insecure_port(self.address)
-
 
 @pytest.fixture
-async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
-    runtime = Runtime(tmp_path, RuntimeConfig(grace_s=0.2, load_timeout_s=10.0, engine=EngineConfig(slab_bytes=SLAB)))
+async def runtime(tmp_path: Path) -> AsyncIterator[SpiRuntime]:
+    runtime = SpiRuntime(
+        tmp_path, RuntimeConfig(grace_s=0.2, load_timeout_s=10.0, engine=EngineConfig(slab_bytes=SLAB))
+    )
     await runtime.server.start()
     runtime.engine.start()
     yield runtime
@@ -93,7 +40,7 @@ async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
 
 
 @pytest.fixture
-async def stub(runtime: Runtime) -> AsyncIterator[ModelRuntimeStub]:
+async def stub(runtime: SpiRuntime) -> AsyncIterator[ModelRuntimeStub]:
     async with grpc.aio.insecure_channel(runtime.address) as channel:
         yield ModelRuntimeStub(channel)
 
@@ -108,7 +55,7 @@ async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details() or ""
 
 
-async def until(runtime: Runtime, done: Callable[[], bool]) -> None:
+async def until(runtime: SpiRuntime, done: Callable[[], bool]) -> None:
     while not done():
         await runtime.models.changes.wait(0.05)
 
@@ -121,7 +68,7 @@ async def ready(stub: ModelRuntimeStub) -> spi.RuntimeStatusResponse:
         await asyncio.sleep(0.05)
 
 
-async def test_runtime_status_purges_and_returns_the_limits(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_runtime_status_purges_and_returns_the_limits(runtime: SpiRuntime, stub: ModelRuntimeStub) -> None:
     await stub.loadModel(request("old"))
     status = await ready(stub)
     assert status.status == spi.RuntimeStatusResponse.READY
@@ -136,7 +83,7 @@ async def test_runtime_status_purges_and_returns_the_limits(runtime: Runtime, st
     assert list(status.methodInfos["fmaas.GenerationService/Generate"].idInjectionPath) == [1]
 
 
-async def test_load_model_size_and_unload(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_load_model_size_and_unload(runtime: SpiRuntime, stub: ModelRuntimeStub) -> None:
     loaded = await stub.loadModel(request("a", max_concurrency=3))
     # one slab of weights and one of KV
     assert loaded.sizeInBytes == 2 * SLAB > WEIGHT_BYTES
@@ -166,7 +113,7 @@ async def test_load_model_refusal_names_the_field(stub: ModelRuntimeStub) -> Non
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_load_model_cancelled_leaves_nothing(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_load_model_cancelled_leaves_nothing(runtime: SpiRuntime, stub: ModelRuntimeStub) -> None:
     call = stub.loadModel(request("slow"))
     await until(runtime, lambda: bool(runtime.models.views()))
     call.cancel()
@@ -178,7 +125,7 @@ async def test_load_model_cancelled_leaves_nothing(runtime: Runtime, stub: Model
 
 
 async def test_predict_model_size_is_quick_and_never_zero(
-    runtime: Runtime, stub: ModelRuntimeStub, tmp_path: Path
+    runtime: SpiRuntime, stub: ModelRuntimeStub, tmp_path: Path
 ) -> None:
     default_bytes = (await ready(stub)).defaultModelSizeInBytes
     slow = spi.PredictModelSizeRequest(modelId="a", modelPath="slow:x")
@@ -199,7 +146,7 @@ async def test_predict_model_size_is_quick_and_never_zero(
         assert (await stub.predictModelSize(unreadable)).sizeInBytes == default_bytes
 
 
-async def test_watch_shows_a_load_and_an_unload(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_watch_shows_a_load_and_an_unload(runtime: SpiRuntime, stub: ModelRuntimeStub) -> None:
     await ready(stub)
     runtime.preparer.delay_s = 0.5
     async with grpc.aio.insecure_channel(runtime.address) as channel:
@@ -226,7 +173,7 @@ async def test_watch_shows_a_load_and_an_unload(runtime: Runtime, stub: ModelRun
     assert seen[-1] == (state.ModelState.LOADED, state.ModelState.DEVICE)
 
 
-async def test_fit_returns_the_sizes_and_the_victims(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_fit_returns_the_sizes_and_the_victims(runtime: SpiRuntime, stub: ModelRuntimeStub) -> None:
     await ready(stub)
     await stub.loadModel(request("old"))
     async with grpc.aio.insecure_channel(runtime.address) as channel:
@@ -268,7 +215,7 @@ def test_token_rate_restarts_with_the_counter() -> None:
 
 
 @pytest.mark.parametrize("header", [("mm-model-id", "a"), ("mm-model-id-bin", b"a")])
-async def test_mesh_only_methods_refuse_forwarded_calls(runtime: Runtime, header: tuple[str, str | bytes]) -> None:
+async def test_mesh_only_methods_refuse_forwarded_calls(runtime: SpiRuntime, header: tuple[str, str | bytes]) -> None:
     """ModelMesh forwards any method that a caller names, with the model's id: a caller could have files looked at and URLs fetched."""
     async with grpc.aio.insecure_channel(runtime.address) as channel:
         spi_stub, state_stub = ModelRuntimeStub(channel), RuntimeStateStub(channel)
@@ -283,7 +230,7 @@ async def test_mesh_only_methods_refuse_forwarded_calls(runtime: Runtime, header
         assert (await state_stub.fit(fit, metadata=(("other", "a"),))).fits
 
 
-async def test_load_model_waits_while_the_engine_restarts(runtime: Runtime, stub: ModelRuntimeStub) -> None:
+async def test_load_model_waits_while_the_engine_restarts(runtime: SpiRuntime, stub: ModelRuntimeStub) -> None:
     """ModelMesh remembers a failed load for 15 minutes, so a dead engine must cost time and no failure."""
     await ready(stub)
     await stub.loadModel(request("before"))
@@ -301,7 +248,7 @@ async def test_load_model_waits_while_the_engine_restarts(runtime: Runtime, stub
 
 async def test_load_model_of_a_dead_engine_ends_at_its_timeout(tmp_path: Path) -> None:
     config = RuntimeConfig(load_timeout_s=0.5, engine=EngineConfig(slab_bytes=SLAB))
-    runtime = Runtime(tmp_path, config, restart=RestartPolicy(first_s=60.0, start_timeout_s=20.0))
+    runtime = SpiRuntime(tmp_path, config, restart=RestartPolicy(first_s=60.0, start_timeout_s=20.0))
     await runtime.server.start()
     runtime.engine.start()
     async with grpc.aio.insecure_channel(runtime.address) as channel:
