@@ -6,62 +6,23 @@ from collections.abc import Coroutine
 from typing import Any
 
 from common.addresses import check_free, parse_address
-from common.changes import Changes
-from common.version import package_version
 from mesh.access.access import Access
-from mesh.api.addressing import Addressing
-from mesh.api.admin import AdminRoutes
-from mesh.api.grpc_server import GrpcServer
-from mesh.api.health import HealthRoutes
-from mesh.api.http_gateway import HttpGateway
-from mesh.api.http_server import HttpServer
-from mesh.api.inference import InferenceGateway
-from mesh.api.management import ManagementService
-from mesh.api.model_view import ModelViews
-from mesh.api.models_routes import ModelsRoutes
-from mesh.api.oip_routes import OipRoutes
-from mesh.api.oip_server import OipServer
-from mesh.api.ollama_routes import OllamaRoutes
-from mesh.api.openai_routes import OpenAiRoutes
-from mesh.api.openapi_route import OpenApiRoute
-from mesh.api.registrar import Registrar
-from mesh.api.request_memory import RequestMemory
-from mesh.api.root_page import RootPage
-from mesh.api.tgi_routes import TgiRoutes
-from mesh.api.web_guard import policy_for
-from mesh.client.connections import Connections
-from mesh.client.peer_loads import HttpPeerLoads
-from mesh.client.peer_probes import HttpPeerProbes, Readiness
-from mesh.client.runtime import GrpcRuntime
 from mesh.config import MeshConfig
 from mesh.dynamic_settings import dynamic_settings
 from mesh.errors import InvalidRequest
-from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies
 from mesh.placement.heartbeat import Heartbeat
-from mesh.placement.loads import LocalLoads
-from mesh.placement.model_states import ModelStates
-from mesh.placement.placement import Placement
 from mesh.placement.reaper import Reaper
-from mesh.placement.reconciler import Reconciler
-from mesh.placement.record_updates import RecordUpdates
-from mesh.placement.runtime_monitor import RuntimeMonitor
-from mesh.placement.type_constraints import TypeConstraints
-from mesh.pod_figures import figures_of
 from mesh.pod_identity import Ports, check_addresses, default_instance_id, own_record
+from mesh.pod_placement import build_placement, pod_base
+from mesh.pod_servers import PodState, build_servers
 from mesh.registry.models_file import DeclaredModels, read_models_file
-from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
 from mesh.registry.static_models import parse_static_models, register_static_models
-from mesh.registry.store_contact import StoreContact
 from mesh.registry.transitions import Transitions
-from mesh.routing.in_flight import InFlight
-from mesh.routing.peer_health import PeerHealth
-from mesh.routing.router import CopyRouter, Limits
-from mesh.side_ports import side_ports
 from mesh.store.factory import store_at
 from mesh.store.location import EtcdLocation, parse_store
-from mesh.types import ModelInfo, ModelStatus, Target
+from mesh.types import ModelStatus
 
 logger = logging.getLogger(__name__)
 
@@ -107,181 +68,22 @@ class Pod:
 
     def _build(self) -> None:
         config = self._config
-        self._metrics = Metrics()
-        self._connections = Connections(
-            max_message_bytes=config.grpc_max_message_bytes,
-            tls=self.access.peer_tls,
-            peer_name=config.peer_tls_name,
-            secure_address=self.registry.instances.secure_address,
-        )
-        self._changes = Changes()
-        self._copies = LocalCopies(self._changes)
-        probes = HttpPeerProbes(self._connections)
-        self.contact = StoreContact(
-            self.store, self.registry.instances, probes, self._changes, ttl_s=config.session_ttl_s
-        )
-        self._in_flight = InFlight()
-        self.peer_health = PeerHealth(
-            probes, self._in_flight, self._changes, address_of=self._http_address_of, gone_after_s=config.session_ttl_s
-        )
-        runtime = GrpcRuntime(self._connections.grpc(config.runtime_grpc))
-        record_updates = RecordUpdates(self.registry.models, self.instance_id)
-        self._loads = LocalLoads(
-            runtime,
-            record_updates,
-            self._copies,
-            self._changes,
-            self._metrics,
-            load_timeout_s=config.load_timeout_s,
-            grace_s=config.grace_s,
-            publish=self._publish_record,
-            busy_s=lambda model_id: self.monitor.busy_s(model_id),
-            others=lambda: self.states.others(),
-            reported=lambda: self.monitor.snapshot.models,
-        )
-        peers = HttpPeerLoads(self._connections, self.access.peers)
-        self.monitor = RuntimeMonitor(
-            runtime,
-            self._copies,
-            self._loads,
-            self._changes,
-            first_ready=lambda: self.reconciler.first_ready(),
-            changed=lambda snapshot: self.reconciler.runtime_changed(snapshot),
-            lost=self._runtime_lost,
-        )
-        self.states = ModelStates(
-            self.registry,
-            self._copies,
-            self._loads,
-            self.monitor,
-            failure_expiry_s=config.failure_expiry_s,
-            is_usable=self.peer_health.is_usable,
-        )
-        self.placement = Placement(
-            self.registry,
-            runtime,
-            record_updates,
-            self._copies,
-            self._loads,
-            peers,
-            self.states,
-            self.monitor,
-            self._changes,
-            constraints=TypeConstraints(config.type_constraints),
-            own_labels=config.labels,
-            unreachable=self.peer_health.suspect,
-        )
+        base = pod_base(config, self.instance_id, self.store, self.registry, self.access)
+        parts = build_placement(base, self._publish_record)
+        self._connections, self._changes = base.connections, base.changes
+        self._copies, self._loads = parts.copies, parts.loads
+        self.contact, self.peer_health, self.monitor = parts.contact, parts.peer_health, parts.monitor
+        self.states, self.placement, self.reconciler = parts.states, parts.placement, parts.reconciler
+        is_leader = self.registry.instances.is_leader
         self._declared_models = DeclaredModels(
             config.models_file, self.registry, self.placement, is_loaded=self._is_loaded
         )
-        self.reconciler = Reconciler(
-            self.registry,
-            record_updates,
-            self._copies,
-            self._loads,
-            self.placement,
-            self.states,
-            self.monitor,
-            self._changes,
-        )
-        self._transitions = Transitions(
-            self.registry, self.placement, self.states, is_leader=self.registry.instances.is_leader
-        )
-        self._reaper = Reaper(self.registry, is_leader=self.registry.instances.is_leader)
-        self._router = CopyRouter(
-            self.registry,
-            self.placement,
-            self.states,
-            self.monitor,
-            self._copies,
-            self._changes,
-            self._metrics,
-            Target(self.instance_id, True, config.runtime_inference_grpc or config.runtime_grpc, config.runtime_http),
-            Limits(config.wait_budget_s, config.max_held),
-            self._in_flight,
-            self.peer_health,
-            is_cut_off=lambda: self.contact.is_cut_off,
-        )
-        memory = RequestMemory(config.request_memory_bytes)
-        addressing = Addressing.parse(config.dataplane_config)
-        self.grpc = GrpcServer(
-            config.grpc_listen,
-            ManagementService(
-                self.registry, self.placement, self.states, check_info=self._check_info, read_only=config.read_only
-            ),
-            InferenceGateway(
-                self.registry,
-                self._router,
-                self._connections,
-                addressing,
-                self._metrics,
-                peers=self.access.peers,
-                limits=lambda: self.monitor.limits,
-                max_message_bytes=config.grpc_max_message_bytes,
-                memory=memory,
-            ),
-            own_oip=OipServer(
-                self.registry, self.states, addressing, is_ready=self.is_ready, version=package_version()
-            ),
-            guard=self.access.guard,
-            tls=self.access.tls,
-            peer_address=config.peer_grpc_listen,
-            peer_tls=self.access.peer_tls,
-            max_message_bytes=config.grpc_max_message_bytes,
-        )
-        registrar = Registrar(self.registry, self.placement, self.states, self.monitor, runtime)
-        views = ModelViews(self.registry, self.states, self._last_used_ms)
-        gateway = HttpGateway(
-            self.registry,
-            self.states,
-            self._router,
-            self._connections,
-            self._metrics,
-            peers=self.access.peers,
-            max_body_bytes=config.http_max_body_bytes,
-            memory=memory,
-            keep_alive_s=config.keep_alive_s,
-        )
-        health = HealthRoutes(self._connections, config.runtime_http, self._readiness, self._figures)
-        self.side_ports = side_ports(
-            config,
-            self.registry.instances,
-            instance_id=self.instance_id,
-            is_ready=self.is_ready,
-            drained=self._drained,
-            metrics=health.metrics,
-        )
+        self._transitions = Transitions(self.registry, self.placement, self.states, is_leader=is_leader)
+        self._reaper = Reaper(self.registry, is_leader=is_leader)
         self._dynamic_config = dynamic_settings(self.store, self.registry.config_prefix, config)
-        self.http = HttpServer(
-            config.http_listen,
-            (
-                health,
-                ModelsRoutes(self.registry, self.placement, registrar, views, self._changes, self._stopping),
-                AdminRoutes(self.registry, registrar, self.states, self.monitor, runtime, views),
-                RootPage(views, package_version(), lambda: self.access.guard.requires_keys),
-                OpenApiRoute(self._connections, config.runtime_http),
-                OpenAiRoutes(gateway, is_foreign=lambda: self.monitor.snapshot.foreign),
-                TgiRoutes(gateway, self.registry),
-                OllamaRoutes(gateway, self.registry, self.placement, views),
-                OipRoutes(
-                    gateway,
-                    self.registry,
-                    self.states,
-                    self.placement,
-                    is_ready=self.is_ready,
-                    version=package_version(),
-                ),
-            ),
-            self._metrics,
-            guard=self.access.guard,
-            tls=self.access.tls,
-            peer_address=config.peer_http_listen,
-            peer_tls=self.access.peer_tls,
-            web_policy=policy_for(
-                config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins
-            ),
-            grace_s=config.grace_s,
-        )
+        servers = build_servers(base, parts, PodState(self.is_ready, self._stopping, self._drained))
+        self._router, self.grpc, self.http = servers.router, servers.grpc, servers.http
+        self.side_ports = servers.side_ports
 
     @property
     def copies(self) -> LocalCopies:
@@ -405,38 +207,6 @@ class Pod:
                 published = not published
                 await self.grpc.set_ready(published)
             await self._changes.wait(1.0, since=seen)
-
-    def _http_address_of(self, instance_id: str) -> str | None:
-        """Return the address to probe a pod at; None without a record, empty while the pod shuts down and answers what it has begun."""
-        record = self.registry.instances.get(instance_id)
-        if record is None:
-            return None
-        return "" if record.shutting_down else record.http_address
-
-    def _runtime_lost(self) -> None:
-        """Have requests answered elsewhere that wait for this pod's runtime, which does not answer."""
-        self._in_flight.lose(self.instance_id, committed=False)
-
-    def _readiness(self) -> Readiness:
-        return Readiness(
-            "ready" if self.is_ready() else "not ready", round(self.store.silence_s(), 3), self.registry.num_lost
-        )
-
-    def _check_info(self, info: ModelInfo) -> None:
-        """Check a registration before it is stored. A foreign runtime has model keys of its own, which only it can check."""
-        runtime = self.monitor.snapshot
-        if runtime.ready and not runtime.foreign:
-            check_key(info)
-
-    def _last_used_ms(self, model_id: str) -> int:
-        copy = self._copies.get(model_id)
-        return copy.last_used_ms if copy is not None else 0
-
-    def _figures(self) -> bytes:
-        return self._metrics.text(figures_of(self._copies, self.registry), self._is_registered)
-
-    def _is_registered(self, name: str) -> bool:
-        return name in self.registry.models.table or name in self.registry.vmodels.table
 
 
 async def _listening(kind: str, address: str, starting: Coroutine[Any, Any, None]) -> None:

@@ -1,0 +1,138 @@
+"""Builds the parts of a pod that hold and place models: copies, loads, the runtime's monitor, placement and their reconciler."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from common.changes import Changes
+from mesh.access.access import Access
+from mesh.client.connections import Connections
+from mesh.client.peer_loads import HttpPeerLoads
+from mesh.client.peer_probes import HttpPeerProbes
+from mesh.client.runtime import GrpcRuntime
+from mesh.config import MeshConfig
+from mesh.metrics import Metrics
+from mesh.placement.copies import LocalCopies
+from mesh.placement.loads import LocalLoads
+from mesh.placement.model_states import ModelStates
+from mesh.placement.placement import Placement
+from mesh.placement.reconciler import Reconciler
+from mesh.placement.record_updates import RecordUpdates
+from mesh.placement.runtime_monitor import RuntimeMonitor
+from mesh.placement.type_constraints import TypeConstraints
+from mesh.registry.registry import Registry
+from mesh.registry.store_contact import StoreContact
+from mesh.routing.in_flight import InFlight
+from mesh.routing.peer_health import PeerHealth
+from mesh.store.protocol import Store
+
+
+@dataclass(frozen=True, slots=True)
+class PodBase:
+    """What all parts of a pod are built from."""
+
+    config: MeshConfig
+    instance_id: str
+    store: Store
+    registry: Registry
+    access: Access
+    metrics: Metrics
+    connections: Connections
+    changes: Changes
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementParts:
+    """The parts that hold and place models, and the contact with the store, the runtime and the peers that they depend on."""
+
+    runtime: GrpcRuntime
+    contact: StoreContact
+    in_flight: InFlight
+    peer_health: PeerHealth
+    copies: LocalCopies
+    loads: LocalLoads
+    monitor: RuntimeMonitor
+    states: ModelStates
+    placement: Placement
+    reconciler: Reconciler
+
+
+def pod_base(config: MeshConfig, instance_id: str, store: Store, registry: Registry, access: Access) -> PodBase:
+    connections = Connections(
+        max_message_bytes=config.grpc_max_message_bytes,
+        tls=access.peer_tls,
+        peer_name=config.peer_tls_name,
+        secure_address=registry.instances.secure_address,
+    )
+    return PodBase(config, instance_id, store, registry, access, Metrics(), connections, Changes())
+
+
+def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]) -> PlacementParts:
+    """Build the parts, not started. `publish_record` writes this pod's record to the registry."""
+    config, registry, changes = base.config, base.registry, base.changes
+    copies = LocalCopies(changes)
+    probes = HttpPeerProbes(base.connections)
+    contact = StoreContact(base.store, registry.instances, probes, changes, ttl_s=config.session_ttl_s)
+    in_flight = InFlight()
+
+    def http_address_of(instance_id: str) -> str | None:
+        """Return the address to probe a pod at; None without a record, empty while the pod shuts down and answers what it has begun."""
+        record = registry.instances.get(instance_id)
+        if record is None:
+            return None
+        return "" if record.shutting_down else record.http_address
+
+    def runtime_lost() -> None:
+        """Have requests answered elsewhere that wait for this pod's runtime, which does not answer."""
+        in_flight.lose(base.instance_id, committed=False)
+
+    peer_health = PeerHealth(probes, in_flight, changes, address_of=http_address_of, gone_after_s=config.session_ttl_s)
+    runtime = GrpcRuntime(base.connections.grpc(config.runtime_grpc))
+    record_updates = RecordUpdates(registry.models, base.instance_id)
+    loads = LocalLoads(
+        runtime,
+        record_updates,
+        copies,
+        changes,
+        base.metrics,
+        load_timeout_s=config.load_timeout_s,
+        grace_s=config.grace_s,
+        publish=publish_record,
+        busy_s=lambda model_id: monitor.busy_s(model_id),
+        others=lambda: states.others(),
+        reported=lambda: monitor.snapshot.models,
+    )
+    monitor = RuntimeMonitor(
+        runtime,
+        copies,
+        loads,
+        changes,
+        first_ready=lambda: reconciler.first_ready(),
+        changed=lambda snapshot: reconciler.runtime_changed(snapshot),
+        lost=runtime_lost,
+    )
+    states = ModelStates(
+        registry,
+        copies,
+        loads,
+        monitor,
+        failure_expiry_s=config.failure_expiry_s,
+        is_usable=peer_health.is_usable,
+    )
+    placement = Placement(
+        registry,
+        runtime,
+        record_updates,
+        copies,
+        loads,
+        HttpPeerLoads(base.connections, base.access.peers),
+        states,
+        monitor,
+        changes,
+        constraints=TypeConstraints(config.type_constraints),
+        own_labels=config.labels,
+        unreachable=peer_health.suspect,
+    )
+    reconciler = Reconciler(registry, record_updates, copies, loads, placement, states, monitor, changes)
+    return PlacementParts(
+        runtime, contact, in_flight, peer_health, copies, loads, monitor, states, placement, reconciler
+    )
