@@ -50,6 +50,7 @@ class GrpcRequest:
     metadata: Metadata
     started_s: float
     request_id: str
+    name: str = ""  # the model's name as the client wrote it
     model_id: str = ""
     code: str = "OK"
     response_bytes: int = 0

@@ -3,8 +3,9 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
+from urllib.parse import quote
 
 import aiohttp
 from yarl import URL
@@ -36,6 +37,12 @@ _HOP_BY_HOP = frozenset(
         "origin",  # checked here; the runtime would check it against its own name
     }
 )
+# For the line that our runtime logs about a request, and its mark in the response that it does.
+_NAME_HEADER = "x-repertory-name"
+_WAITED_HEADER = "x-repertory-waited"
+_LOGGED_HEADER = "x-repertory-logged"
+_CALLER_HEADER = "x-repertory-caller"
+_LOG_HEADERS = (_NAME_HEADER, _WAITED_HEADER, _CALLER_HEADER)
 _KEY_HEADERS = ("authorization", "x-api-key")
 _NOT_FOUND = 404
 _NOT_HERE_HEADER = "x-repertory-not-here"  # our runtime's mark of a model that it has not loaded, in every protocol
@@ -45,12 +52,19 @@ _UNAVAILABLE = (502, 503)
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """A client's request as it is forwarded: the path with its query, the end-to-end headers and the decoded body."""
+    """A client's request as it is forwarded: the path with its query, the end-to-end headers and the decoded body.
+
+    The runtime logs what follows: `name` is the model's name as the client wrote it, `caller` the name of the client's key, and `started_s`
+    the monotonic time of the request's arrival.
+    """
 
     method: str
     path: str
     headers: Headers
     body: bytes
+    name: str = ""
+    caller: str = ""
+    started_s: float = field(default_factory=time.monotonic)
 
 
 class HttpForwarder:
@@ -116,6 +130,11 @@ class HttpForwarder:
         return self._response
 
     @property
+    def is_logged(self) -> bool:
+        """Whether this pod's runtime logs the request, so that the mesh need not."""
+        return self.local_since_s is not None and _LOGGED_HEADER in self.response.headers
+
+    @property
     def whole_body(self) -> bytes | None:
         """The body if all of it has arrived with the headers."""
         length = self.response.headers.get("Content-Length")
@@ -148,10 +167,14 @@ class HttpForwarder:
         headers = [
             (key, value)
             for key, value in end_to_end(self._request.headers)
-            if not target.local or key.lower() not in _KEY_HEADERS
+            if (not target.local or key.lower() not in _KEY_HEADERS) and key.lower() not in _LOG_HEADERS
         ]
         headers.append((MODEL_HEADER, model_id))
-        if not target.local:
+        if target.local:
+            headers.append((_NAME_HEADER, quote(self._request.name)))
+            headers.append((_CALLER_HEADER, quote(self._request.caller)))
+            headers.append((_WAITED_HEADER, f"{time.monotonic() - self._request.started_s:.3f}"))
+        else:
             headers += self._peers.headers()
         return headers
 
@@ -170,5 +193,6 @@ def end_to_end(headers: Headers) -> Headers:
         if (low := key.lower()) not in _HOP_BY_HOP
         and low not in named
         and low not in PEER_HEADERS
+        and low != _LOGGED_HEADER
         and not low.startswith("mm-")
     ]

@@ -71,6 +71,7 @@ class HttpGateway:
         record = Record.of(request)
         record.is_inference = True
         record.request_bytes = len(body)
+        record.name = name or ""
         from_peer = current_caller().is_peer
         record.model_id = request.headers.get(MODEL_HEADER, "") if from_peer else await self._resolve(name)
         routing = RoutingRequest(
@@ -79,7 +80,10 @@ class HttpGateway:
             prefix_hash=prefix_hash(body),
             local_only=from_peer,
         )
-        forwarded = HttpRequest(request.method, request.raw_path, _headers(request, record.request_id), body)
+        headers = _headers(request, record.request_id)
+        forwarded = HttpRequest(
+            request.method, request.raw_path, headers, body, name or "", current_caller().name, record.started_s
+        )
         with (
             self._router.attempts(routing) as attempts,
             HttpForwarder(self._connections, self._peers, forwarded) as forwarder,
@@ -107,7 +111,9 @@ class HttpGateway:
             await (keep_alive.keep_alive_during(first_byte) if keep_alive else first_byte)
         finally:
             record.model_id = attempts.model_id
-        self._metrics.first_byte(record.model_id, record.elapsed_s)
+        record.first_s = record.elapsed_s
+        record.is_logged = forwarder.is_logged
+        self._metrics.first_byte(record.model_id, record.first_s)
         begun = keep_alive.response if keep_alive else None
         try:
             return await relay(request, record, forwarder, begun, self._registry.name_of(record.model_id))

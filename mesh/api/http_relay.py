@@ -80,6 +80,7 @@ async def _broken_off(
 ) -> web.StreamResponse:
     """End a response whose source broke off so that the client notices: with an error event, or by closing the connection."""
     record.code = "UNAVAILABLE"
+    record.is_logged = False  # the runtime may have died before it logged anything
     logger.warning(
         "a response broke off", extra={"request_id": record.request_id, "model": record.model_id, "error": str(error)}
     )

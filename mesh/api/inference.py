@@ -107,6 +107,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
     async def _answer_one(
         self, request: GrpcRequest, address: Address, inbound: ReplayBuffer, context: ForwardingContext
     ) -> GrpcOutcome:
+        request.name = address.name
         request.model_id = await self._registry.resolve_known(address.name, virtual=address.virtual)
         routing = RoutingRequest(
             address.name,
@@ -188,13 +189,14 @@ class InferenceGateway(grpc.GenericRpcHandler):
         requests_logger.info(
             "request",
             extra={
-                "request_id": request.request_id,
-                "carrier": "grpc",
-                "method": request.method,
+                "code": request.code,
+                "method": "gRPC",
+                "path": f"/{request.method}",
+                "asked": request.name,
                 "model": request.model_id,
                 "key": current_caller().name,
-                "code": request.code,
-                "seconds": round(seconds, 4),
+                "total_s": round(seconds, 3),
+                "request_id": request.request_id,
             },
         )
 

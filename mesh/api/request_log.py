@@ -1,4 +1,7 @@
-"""Logs and counts each HTTP request: its id, its model and its status, never its content."""
+"""Logs and counts each HTTP request: its id, its model and its outcome, never its content.
+
+Requests that this pod's runtime logs with their tokens, and polls, are logged at debug.
+"""
 
 import logging
 import re
@@ -17,7 +20,6 @@ requests_logger = logging.getLogger("mesh.requests")
 """The logger of one line per request, of gRPC and of HTTP."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_DEBUG_PATHS = ("/health", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
 @dataclass(slots=True)
@@ -25,8 +27,11 @@ class Record:
     request_id: str
     started_s: float = field(default_factory=time.monotonic)
     route: str = "unknown"  # the route's path with its variables' names
+    name: str = ""  # the model's name as the client wrote it
     model_id: str = ""
     code: str = ""
+    first_s: float = 0.0  # until the first byte of the response
+    is_logged: bool = False  # by this pod's runtime
     is_inference: bool = False  # forwarded to a copy of a model, and counted in the metrics
     request_bytes: int = 0
     response_bytes: int = 0
@@ -96,16 +101,19 @@ def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
             request_bytes=record.request_bytes,
             response_bytes=record.response_bytes,
         )
+    is_poll = request.method in ("GET", "HEAD") and not record.code.startswith("5")
     requests_logger.log(
-        logging.DEBUG if record.route in _DEBUG_PATHS else logging.INFO,
+        logging.DEBUG if is_poll or record.is_logged else logging.INFO,
         "request",
         extra={
-            "request_id": record.request_id,
-            "carrier": "http",
-            "method": f"{request.method} {record.route}",
+            "code": record.code,
+            "method": request.method,
+            "path": request.path,
+            "asked": record.name,
             "model": record.model_id,
             "key": current_caller().name,
-            "code": record.code,
-            "seconds": round(seconds, 4),
+            "first_s": round(record.first_s, 3) or None,
+            "total_s": round(seconds, 3),
+            "request_id": record.request_id,
         },
     )

@@ -228,9 +228,8 @@ class LocalLoads:
         self._sizes_bytes[copy.model_id] = copy.size_bytes
         self.times = self.times.measured(copy.model_id, copy.size_bytes, elapsed_s)
         self._metrics.loaded(copy.model_id, elapsed_s, copy.size_bytes, answer.sizing_s)
-        logger.info(
-            "model loaded", extra={"model": copy.model_id, "seconds": round(elapsed_s, 3), "bytes": copy.size_bytes}
-        )
+        # The runtime's own line says that the model is loaded.
+        logger.debug("model %s is booked with %d bytes", copy.model_id, copy.size_bytes)
 
     async def _load_on_runtime(self, copy: LocalCopy) -> LoadAnswer:
         """Load, and wait for a runtime that restarts. Make room while the runtime has no space, although the books say it has.
@@ -262,7 +261,7 @@ class LocalLoads:
                     raise LoadFailed(f"{error.code}: {error.detail}", model=copy.model_id) from None
                 logger.warning("%s; unloading %s for it", error.message, victim.model_id)
                 evicted_bytes += victim.size_bytes
-                await asyncio.wait([self._unloads.start(victim, is_eviction=True)])
+                await asyncio.wait([self._unloads.start(victim, is_eviction=True, make_room_for=copy.model_id)])
 
     async def _unload_unknown(self) -> bool:
         """Unload the models that the runtime holds without a copy, as after a load that timed out. Return whether there were any."""
@@ -309,7 +308,7 @@ class LocalLoads:
             for victim_id in eviction.victims:
                 victim = self._copies.get(victim_id)
                 if victim is not None and victim.is_loaded:
-                    self._unloads.start(victim, is_eviction=True)
+                    self._unloads.start(victim, is_eviction=True, make_room_for=copy.model_id)
             next_s = spare_busy_until_s if now_s < spare_busy_until_s else give_up_s
             await self._changes.wait(max(0.05, next_s - now_s))
             now_s = time.monotonic()

@@ -56,9 +56,12 @@ class LocalUnloads:
         """Return the model's unload that is in progress, or None."""
         return self._tasks.get(model_id)
 
-    def start(self, copy: LocalCopy, *, is_eviction: bool, now: bool = False) -> asyncio.Task[None]:
+    def start(
+        self, copy: LocalCopy, *, is_eviction: bool, make_room_for: str = "", now: bool = False
+    ) -> asyncio.Task[None]:
         """Start to unload the copy, or return its unload that is in progress. The copy gets no new requests from now on.
 
+        `make_room_for`: the model that needs the memory of an evicted copy; empty if the loaded models exceed the capacity.
         `now`: end the running requests instead of waiting for them, also of an unload in progress.
         """
         if now:
@@ -67,13 +70,22 @@ class LocalUnloads:
         task = self._tasks.get(copy.model_id)
         if task is None:
             self._copies.set_state(copy, CopyState.UNLOADING)
+            idle_ms = max(0, epoch_ms() - copy.last_used_ms)
             if is_eviction:
-                self._metrics.evicted(copy.model_id, max(0, epoch_ms() - copy.last_used_ms))
+                self._metrics.evicted(copy.model_id, idle_ms)
             running = self._copies.in_flight(copy.model_id)
             grace_s = max(self._grace_s, _EVICTION_GRACE_S) if is_eviction else self._grace_s
+            cause = f"evicting it for {make_room_for or 'the capacity'}" if is_eviction else "unloading it"
             logger.info(
-                "unloading model, after its running requests or the grace period",
-                extra={"model": copy.model_id, "evicted": is_eviction, "running": running, "grace_s": grace_s},
+                "model %s: %s, after its running requests or the grace period",
+                copy.model_id,
+                cause,
+                extra={
+                    "bytes": copy.size_bytes,
+                    "idle_s": round(idle_ms / 1000, 1) if copy.last_used_ms else None,
+                    "running": running,
+                    "grace_s": grace_s,
+                },
             )
             task = asyncio.create_task(self._unload(copy, grace_s), name=f"unload {copy.model_id}")
             self._tasks[copy.model_id] = task

@@ -1,11 +1,5 @@
 """Builds the runtime's HTTP application: routes, request ids, error responses and limits."""
 
-import logging
-import re
-import time
-import uuid
-from collections.abc import Awaitable, Callable
-
 from aiohttp import web
 
 from runtime.api.anthropic.messages import Messages
@@ -18,6 +12,7 @@ from runtime.api.openai.completions import Completions
 from runtime.api.openai.models import Models
 from runtime.api.openai.tokenize import Tokenizing
 from runtime.api.openai_responses.route import Responses
+from runtime.api.request_log import add_headers, request_log
 from runtime.api.tgi.routes import TextGeneration
 from runtime.api.web_guard import add_web_guard
 from runtime.config.schema import RuntimeConfig
@@ -26,9 +21,6 @@ from runtime.generation.generator import Generator
 from runtime.interfaces import ModelDirectory, TokenEngine
 from runtime.observability.metrics import RuntimeMetrics
 
-REQUEST_ID_HEADER = "X-Request-Id"
-_REQUEST_ID = web.RequestKey("request_id", str)
-_LOG = logging.getLogger(__name__)
 # Routes of other servers that clients try.
 _UNSUPPORTED_PATHS = (
     "/v1/embeddings",
@@ -38,7 +30,6 @@ _UNSUPPORTED_PATHS = (
     "/v1/audio/{path:.+}",
     "/v1/images/{path:.+}",
 )
-_SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 def build_http_app(
@@ -61,9 +52,9 @@ def build_http_app(
     models = Models(directory)
     tokenizing = Tokenizing(directory)
     health = Health(directory, metrics)
-    app = web.Application(middlewares=[_log_requests, errors_as_json], client_max_size=config.http_max_body_bytes)
+    app = web.Application(middlewares=[request_log, errors_as_json], client_max_size=config.http_max_body_bytes)
     add_web_guard(app, config)
-    app.on_response_prepare.append(_echo_request_id)
+    app.on_response_prepare.append(add_headers)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat.post),
@@ -97,34 +88,3 @@ def http_runner(app: web.Application, *, grace_s: float = 60.0) -> web.AppRunner
 
 async def _refuse_path(request: web.Request) -> web.Response:
     raise NotSupported(f"POST {request.path} is not supported yet; use /v1/chat/completions or /v1/completions")
-
-
-@web.middleware
-async def _log_requests(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Log one line per request when it has ended, without its text."""
-    given = request.headers.get(REQUEST_ID_HEADER, "")
-    request[_REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-    start_s = time.monotonic()
-    status = 499  # the client disconnected
-    try:
-        response = await handler(request)
-        status = response.status
-        return response
-    finally:
-        level = logging.DEBUG if request.method in ("GET", "HEAD") else logging.INFO
-        _LOG.log(
-            level,
-            "%s %s %d in %.3f s, request %s",
-            request.method,
-            request.path,
-            status,
-            time.monotonic() - start_s,
-            request[_REQUEST_ID],
-        )
-
-
-async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    if _REQUEST_ID in request:  # absent if the request could not be parsed
-        response.headers[REQUEST_ID_HEADER] = request[_REQUEST_ID]

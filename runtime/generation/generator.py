@@ -15,6 +15,7 @@ from runtime.generation.sequence import RunningSequence
 from runtime.interfaces import ServedModel, TokenEngine
 from runtime.ipc.messages import RowTokens
 from runtime.observability.metrics import RuntimeMetrics
+from runtime.observability.request_record import RequestRecord
 from runtime.types import FinishReason, GenerationRequest
 
 # An idle engine always has time to answer with a first token: without one, a sequence outlives its time limit by this much.
@@ -76,6 +77,9 @@ class Generator:
             model.text.special_tokens(request.stop_strings) if skips else {},
         )
         observer = self._metrics.of(model.name).start(len(request.prompt))
+        record = RequestRecord.current()
+        record.model = model.name
+        record.prompt_tokens += len(request.prompt)
         rows = self._engine.generate(model.model_id, request)
         timed = rows if request.deadline_s is None else _until(rows, request.deadline_s)
         try:
@@ -86,7 +90,9 @@ class Generator:
                     )
                 before = sequence.num_generated
                 deltas = sequence.push(row)
-                observer.tokens(sequence.num_generated - before, time.monotonic(), row)
+                num_new = sequence.num_generated - before
+                observer.tokens(num_new, time.monotonic(), row)
+                record.take(num_new, row.queue_s)
                 for delta in deltas:
                     yield delta
                 if sequence.finish is not None:

@@ -81,6 +81,7 @@ class FakeRuntime:
         self.openapi: dict[str, Any] | None = None
         self.fits: list[state_pb.FitRequest] = []
         self.headers: list[dict[str, str]] = []
+        self.response_headers: dict[str, str] = {}
         self.changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._runner: web.AppRunner | None = None
@@ -97,6 +98,7 @@ class FakeRuntime:
         self._server.add_insecure_port(self.grpc_address)
         await self._server.start()
         app = web.Application()
+        app.on_response_prepare.append(self._add_headers)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/openapi.json", self._openapi)
         app.router.add_route("*", "/{path:.*}", self._answer)
@@ -164,6 +166,9 @@ class FakeRuntime:
 
     async def _openapi(self, _: web.Request) -> web.Response:
         return web.json_response(self.openapi, status=200 if self.openapi is not None else 404)
+
+    async def _add_headers(self, _: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(self.response_headers)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()

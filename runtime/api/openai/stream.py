@@ -1,7 +1,6 @@
 """Sends one streamed response: headers with the first event, one write per delta, errors as events, keep-alives."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,10 +11,11 @@ from runtime.api.http_errors import internal
 from runtime.errors import RepertoryError
 from runtime.generation.merge import close
 from runtime.generation.parts import Delta
+from runtime.observability.request_record import RequestRecord
 
 KEEP_ALIVE_S = 15.0
 _LARGE_BYTES = 16384
-_LOG = logging.getLogger(__name__)
+_CANCELLED = "CANCELLED"  # the client closed the connection
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -61,6 +61,7 @@ async def send_events(
         response.headers["Warning"] = warning
     first: asyncio.Task[Delta] = asyncio.ensure_future(_next(deltas))
     silence: asyncio.Task[None] | None = None
+    record = RequestRecord.current()
     try:
         done, _ = await asyncio.wait({first}, timeout=KEEP_ALIVE_S)
         if done:
@@ -81,13 +82,15 @@ async def send_events(
                     )  # encoding a prompt's log-probabilities took milliseconds: let other requests run
             await response.write(chunks.end())
         except ConnectionError:
-            _LOG.info("the client closed a stream")
+            record.code = _CANCELLED
         except Exception as error:
-            await response.write(chunks.error(internal(error)))
+            known = internal(error)
+            record.code = known.code
+            await response.write(chunks.error(known))
         silence.cancel()  # nothing may be written after the end
         await response.write_eof()
     except ConnectionError:
-        _LOG.info("the client closed a stream")
+        record.code = _CANCELLED
     finally:
         if silence is not None:
             silence.cancel()
