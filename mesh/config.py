@@ -36,6 +36,10 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     )
     tls_cert: Annotated[str, _about("file of the certificate chain of both ports for callers; empty = plain text")] = ""
     tls_key: Annotated[str, _about("file of the key of tls_cert")] = ""
+    tls_client_ca: Annotated[
+        str,
+        _about("files of the authorities that sign callers' certificates, comma separated; empty = callers need none"),
+    ] = ""
     peer_grpc_listen: Annotated[
         str, _about("gRPC address for other pods over mutual TLS; empty = they use grpc_listen in plain text")
     ] = ""

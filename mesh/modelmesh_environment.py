@@ -14,6 +14,8 @@ Convert = Callable[[str], str]
 _INSTANCE_ID_CHARACTERS = 12
 _SHUTDOWN_RESERVE_S, _MIN_SHUTDOWN_S = 5.0, 2.0
 _METRICS_PORT = "2112"
+_CLIENT_AUTH, _TRUST_CERTIFICATES = "MM_TLS_CLIENT_AUTH", "MM_TLS_TRUST_CERT_PATH"
+_PASSPHRASES = ("MM_TLS_PRIVATE_KEY_PASSPHRASE", "MM_SVC_GRPC_PRIVATE_KEY_PASSPHRASE")
 
 
 def _same(value: str) -> str:
@@ -73,6 +75,12 @@ TAKEN: Mapping[str, Mapping[str, Convert]] = {
     "failure_expiry_s": {"MM_LOAD_FAILURE_EXPIRY_TIME_MS": _seconds},
     "runtime_grpc": {"INTERNAL_GRPC_SOCKET_PATH": _unix, "INTERNAL_GRPC_PORT": _locally},
     "runtime_inference_grpc": {"INTERNAL_SERVING_GRPC_SOCKET_PATH": _unix, "INTERNAL_SERVING_GRPC_PORT": _locally},
+    "tls_cert": {"MM_TLS_KEY_CERT_PATH": _same, "MM_SVC_GRPC_CA_CERT_PATH": _same, "TAS_SVC_GRPC_CA_CERT_PATH": _same},
+    "tls_key": {
+        "MM_TLS_PRIVATE_KEY_PATH": _same,
+        "MM_SVC_GRPC_PRIVATE_KEY_PATH": _same,
+        "TAS_SVC_GRPC_PRIVATE_KEY_PATH": _same,
+    },
     "grace_s": {"SHUTDOWN_TIMEOUT_MS": _grace_s},
     "probe_listen": {"MM_PROBE_PORT": _on_all_hosts},
     "prestop_listen": {"MM_PRESTOP_WAIT_PORT": _on_all_hosts},
@@ -111,6 +119,8 @@ IGNORED: Mapping[str, str] = {
     "MM_LOG_REQUEST_HEADERS": "headers are not logged",
     "CUSTOM_JVM_ARGS": "there is no Java process",
 }
+# Variables that `translate` reads together with others.
+_READ_TOGETHER = frozenset({"MM_METRICS", _CLIENT_AUTH, _TRUST_CERTIFICATES})
 _OTHER_PREFIXES = ("MM_", "TAS_")
 
 
@@ -133,9 +143,9 @@ def translate(environment: Mapping[str, str]) -> Translated:
         if found:
             fields[field] = _converted(found[0], given[found[0]], variables[found[0]])
     warnings = []
-    if "MM_METRICS" in given:
-        metrics, warning = _metrics(given["MM_METRICS"])
-        fields |= metrics
+    for read in (_metrics, _client_auth):
+        found_fields, warning = read(given)
+        fields |= found_fields
         warnings += [warning] if warning else []
     warnings += [f"{name} is ignored: {reason}" for name in sorted(given) if (reason := _reason(name))]
     return Translated({env_name(field): value for field, value in fields.items()}, tuple(warnings))
@@ -152,9 +162,9 @@ def _number(text: str) -> float:
     return float(int(text))
 
 
-def _metrics(text: str) -> tuple[dict[str, str], str]:
-    """Read `KIND:KEY=VALUE;…`. Return the fields that it sets, and a warning about what is ignored."""
-    kind, _, rest = text.partition(":")
+def _metrics(given: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Read MM_METRICS, `KIND:KEY=VALUE;…`. Return the fields that it sets, and a warning about what is ignored."""
+    kind, _, rest = given.get("MM_METRICS", "disabled").partition(":")
     if kind == "disabled":
         return {}, ""
     if kind != "prometheus":
@@ -168,9 +178,25 @@ def _metrics(text: str) -> tuple[dict[str, str], str]:
     return fields, f"MM_METRICS: {', '.join(unknown)} has no effect" if unknown else ""
 
 
+def _client_auth(given: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Return the field that requires callers' certificates, and a warning about what is ignored. Raises ConfigError."""
+    if passphrase := next((name for name in _PASSPHRASES if name in given), ""):
+        raise ConfigError(f"environment variable {passphrase}: encrypted keys are not supported; decrypt the key file")
+    kind = given.get(_CLIENT_AUTH, "NONE").upper()
+    if kind not in ("NONE", "OPTIONAL", "REQUIRE"):
+        raise ConfigError(f"environment variable {_CLIENT_AUTH}: {kind} is neither NONE, OPTIONAL nor REQUIRE")
+    if kind == "OPTIONAL":
+        return {}, f"{_CLIENT_AUTH} OPTIONAL means NONE here: callers' certificates are either required or not read"
+    if kind == "NONE":
+        return {}, ""
+    if _TRUST_CERTIFICATES not in given:
+        raise ConfigError(f"environment variable {_CLIENT_AUTH} is REQUIRE; set {_TRUST_CERTIFICATES}, too")
+    return {"tls_client_ca": given[_TRUST_CERTIFICATES]}, ""
+
+
 def _reason(name: str) -> str:
     """Return why a variable has no effect; empty for one that has, and for one that is not ModelMesh's."""
     if name in IGNORED:
         return IGNORED[name]
-    is_taken = name == "MM_METRICS" or any(name in variables for variables in TAKEN.values())
+    is_taken = name in _READ_TOGETHER or any(name in variables for variables in TAKEN.values())
     return "" if is_taken or not name.startswith(_OTHER_PREFIXES) else "it has no counterpart here"

@@ -21,7 +21,7 @@ class Access:
         self.peers = PeerKeys(store, f"{root}/peerKey", own_id)
         self.keys = KeyTable(config.api_keys, config.api_keys_file)
         self.guard = Guard(self.keys, self.peers)
-        self.tls = _identity(config, "tls_cert", "tls_key")
+        self.tls = _identity(config, "tls_cert", "tls_key", *(("tls_client_ca",) if config.tls_client_ca else ()))
         self.peer_tls = _identity(
             config, "peer_tls_cert", "peer_tls_key", "peer_tls_ca", "peer_grpc_listen", "peer_http_listen"
         )

@@ -26,15 +26,17 @@ class TlsMaterial:
 class TlsIdentity:
     """The files of one identity: certificate chain, key and, for mutual TLS, authority. Raises ConfigError if they cannot be used.
 
+    `authority`: one file, or several separated by commas.
+
     New connections use the newest files, and running ones are not touched. `generation` counts the changes.
     """
 
     def __init__(self, certificate: str, key: str, authority: str = "", *, poll_s: float = _POLL_S) -> None:
         self._certificate = certificate
         self._key = key
-        self._authority = authority
+        self._authorities = tuple(path for path in authority.split(",") if path)
         self._poll_s = poll_s
-        self._watched = WatchedFiles([path for path in (certificate, key, authority) if path])
+        self._watched = WatchedFiles([certificate, key, *self._authorities])
         self._contexts: list[ssl.SSLContext] = []
         self._is_stale = False
         self.generation = 0
@@ -43,7 +45,7 @@ class TlsIdentity:
     def server_context(self) -> ssl.SSLContext:
         """Return a context for a server, which requires a certificate of the client if there is an authority."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        if self._authority:
+        if self._authorities:
             context.verify_mode = ssl.CERT_REQUIRED
         return self._followed(context)
 
@@ -85,15 +87,15 @@ class TlsIdentity:
             return TlsMaterial(
                 Path(self._certificate).read_bytes(),
                 Path(self._key).read_bytes(),
-                Path(self._authority).read_bytes() if self._authority else b"",
+                b"\n".join(Path(path).read_bytes() for path in self._authorities),
             )
         except ssl.SSLError as error:
-            files = ", ".join(path for path in (self._certificate, self._key, self._authority) if path)
+            files = ", ".join((self._certificate, self._key, *self._authorities))
             raise ConfigError(f"TLS files {files}: they cannot be used together ({error.reason or 'no PEM'})") from None
         except OSError as error:
             raise ConfigError(f"TLS file {error.filename or self._certificate}: {error.strerror}") from None
 
     def _load(self, context: ssl.SSLContext) -> None:
         context.load_cert_chain(self._certificate, self._key)
-        if self._authority:
-            context.load_verify_locations(self._authority)
+        for authority in self._authorities:
+            context.load_verify_locations(authority)

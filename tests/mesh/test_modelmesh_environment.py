@@ -119,6 +119,32 @@ def test_translate_refuses_two_sources_of_one_setting(names: tuple[str, str]) ->
         translate(dict.fromkeys(names, "1"))
 
 
+TLS = {"MM_TLS_KEY_CERT_PATH": "/tls/tls.crt", "MM_TLS_PRIVATE_KEY_PATH": "/tls/tls.key"}
+
+
+def test_translate_tls_as_the_controller_sets_it() -> None:
+    config = config_of({**TLS, "MM_TLS_CLIENT_AUTH": "REQUIRE", "MM_TLS_TRUST_CERT_PATH": "/tls/tls.crt,/tls/ca.crt"})
+    assert (config.tls_cert, config.tls_key) == ("/tls/tls.crt", "/tls/tls.key")
+    assert config.tls_client_ca == "/tls/tls.crt,/tls/ca.crt"
+    without = translate({**TLS, "MM_TLS_CLIENT_AUTH": "OPTIONAL", "MM_TLS_TRUST_CERT_PATH": "/tls/ca.crt"})
+    assert "REPERTORY_TLS_CLIENT_CA" not in without.variables
+    assert "OPTIONAL means NONE" in without.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "error"),
+    [
+        ({"MM_TLS_PRIVATE_KEY_PASSPHRASE": "secret"}, "encrypted keys"),
+        ({"MM_TLS_CLIENT_AUTH": "REQUIRE"}, "MM_TLS_TRUST_CERT_PATH"),
+        ({"MM_TLS_CLIENT_AUTH": "perhaps"}, "PERHAPS"),
+    ],
+)
+def test_translate_refuses_tls_that_cannot_be(environment: dict[str, str], error: str) -> None:
+    with pytest.raises(ConfigError, match=error) as caught:
+        translate({**TLS, **environment})
+    assert "secret" not in str(caught.value)
+
+
 def test_translate_refuses_what_is_not_a_number() -> None:
     with pytest.raises(ConfigError, match="SHUTDOWN_TIMEOUT_MS: 'soon'"):
         translate({"SHUTDOWN_TIMEOUT_MS": "soon"})
@@ -142,4 +168,8 @@ def test_translate_warns_of_what_has_no_effect(name: str, value: str, warning: s
 def test_translate_every_variable_is_documented() -> None:
     page = PAGE.read_text()
     names = {"MM_METRICS", *IGNORED, *(name for variables in TAKEN.values() for name in variables)}
-    assert not [name for name in names if f"`{name}`" not in page and not name.startswith("MM_AUTO_REGISTER")]
+    assert not [
+        name
+        for name in names
+        if f"`{name}`" not in page and not name.startswith(("MM_AUTO_REGISTER", "MM_SVC_GRPC_", "TAS_"))
+    ]

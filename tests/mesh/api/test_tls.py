@@ -20,6 +20,8 @@ from tests.support.etcd import EtcdServer
 from tests.support.pods import RunningPod, running_pod
 from tests.support.tls import Authority
 from tests.support.waiting import until
+from wire.mmesh import model_mesh_pb2 as pb
+from wire.mmesh.model_mesh_pb2_grpc import ModelMeshStub
 
 FOR_M = (("mm-model-id", "m"),)
 
@@ -85,6 +87,26 @@ async def test_callers_use_tls_and_a_new_certificate_without_a_restart(tmp_path:
             assert await echo(b"hi", metadata=FOR_M, timeout=5) == b"hi"
         assert not slow.done(), "streams go on over the connection that they have"
         slow.cancel()
+
+
+async def test_callers_need_a_certificate_of_one_of_the_authorities(tmp_path: Path) -> None:
+    authority, others = Authority("server"), Authority("callers")
+    certificate, key = authority.issue(tmp_path / "tls")
+    trusted = authority.write(tmp_path / "ca.pem")
+    client_ca = f"{trusted},{others.write(tmp_path / 'callers.pem')}"
+    tls = {"tls_cert": certificate, "tls_key": key, "tls_client_ca": client_ca}
+    async with running_pod(tmp_path / "pod", trusted=trusted, **tls) as pod:  # type: ignore[arg-type]
+        for signer in (authority, others):
+            held, held_key = (Path(path).read_bytes() for path in signer.issue(tmp_path / str(id(signer))))
+            credentials = grpc.ssl_channel_credentials(trusted.read_bytes(), held_key, held)
+            async with grpc.aio.secure_channel(f"127.0.0.1:{pod.pod.grpc.port}", credentials) as channel:
+                status = await ModelMeshStub(channel).getModelStatus(pb.GetStatusRequest(modelId="m"), timeout=5)
+                assert status.status == pb.ModelStatusInfo.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pod.management.getModelStatus(pb.GetStatusRequest(modelId="m"), timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(aiohttp.ClientError):
+            await pod.http.get("/health")
 
 
 async def test_pods_forward_and_load_over_mutual_tls(pods: tuple[RunningPod, RunningPod]) -> None:
