@@ -6,20 +6,18 @@ from dataclasses import dataclass, field
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.operations import StartLoad
 from runtime.errors import RepertoryError
-from runtime.ipc.messages import Load, Loaded, LoadFailed, Unloaded
+from runtime.ipc.messages import Load, Loaded, LoadFailed, Unload, Unloaded
 from runtime.types import FinishReason
 
 
 @dataclass(slots=True)
 class _Pending:
-    """`loads` and `unloads` are answers owed when the job ends; `then` is what came after a cancellation."""
+    """A job in progress. `answers`: Loads that its end answers. `later`: commands that cancelled it, or came after that; its end applies them."""
 
     request: Load
-    loads: int = 1
-    unloads: int = 0
+    answers: int = 1
     cancelled: bool = False
-    then: Load | None = None
-    then_loads: int = 0
+    later: list[Load | Unload] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -38,14 +36,10 @@ class Loads:
         pending = self._pending.get(model_id)
         if pending is not None:
             if not pending.cancelled and pending.request == request:
-                pending.loads += 1
+                pending.answers += 1
                 return
             self._cancel(pending, "another load of it came")
-            if pending.then is not None and pending.then != request:
-                self._fail(model_id, pending.then_loads, "CANCELLED", "another load of it came")
-                pending.then_loads = 0
-            pending.then = request
-            pending.then_loads += 1
+            pending.later.append(request)
             return
         model = self.table.models.get(model_id)
         if model is not None:
@@ -58,11 +52,8 @@ class Loads:
     def unload(self, model_id: str, now: float) -> None:
         pending = self._pending.get(model_id)
         if pending is not None:
-            text = "it was unloaded while it loaded"
-            self._cancel(pending, text)
-            self._fail(model_id, pending.then_loads, "CANCELLED", text)
-            pending.then, pending.then_loads = None, 0
-            pending.unloads += 1
+            self._cancel(pending, "it was unloaded while it loaded")
+            pending.later.append(Unload(model_id))
             return
         self._unregister(model_id, now)
         self.table.emit(Unloaded(model_id))
@@ -72,10 +63,11 @@ class Loads:
         for model_id, pending in [(m, p) for m, p in self._pending.items() if self.table.executor.load_is_done(m)]:
             del self._pending[model_id]
             self._finish(pending, now)
-            for _ in range(pending.unloads):
-                self.table.emit(Unloaded(model_id))
-            if pending.then is not None:
-                self._start(pending.then, pending.then_loads)
+            for command in pending.later:
+                if isinstance(command, Load):
+                    self.load(command, now)
+                else:
+                    self.unload(model_id, now)
 
     def stop(self) -> None:
         """Cancel all loads and wait for them, because the engine ends."""
@@ -90,23 +82,23 @@ class Loads:
             executor.unload(model_id)
         self._pending.clear()
 
-    def _start(self, request: Load, answers: int = 1) -> None:
+    def _start(self, request: Load) -> None:
         size_bytes = request.checkpoint.weight_bytes
         try:
             self.table.check_fits(request, size_bytes)
             self.table.make_host_room(size_bytes)
             self.table.executor.start_load(StartLoad(request.model_id, request.checkpoint, request.max_model_len))
         except Exception as error:
-            self._fail(request.model_id, answers, *_reason(error))
+            self._fail(request.model_id, 1, *_reason(error))
             return
-        self._pending[request.model_id] = _Pending(request, answers)
+        self._pending[request.model_id] = _Pending(request)
 
     def _finish(self, pending: _Pending, now: float) -> None:
         request, executor = pending.request, self.table.executor
         try:
             loaded = executor.finish_load(request.model_id)
         except Exception as error:
-            self._fail(request.model_id, pending.loads, *_reason(error))
+            self._fail(request.model_id, pending.answers, *_reason(error))
             return
         if pending.cancelled:
             executor.unload(request.model_id)
@@ -115,18 +107,18 @@ class Loads:
             model = self.table.register(request, loaded, now)
         except Exception as error:
             executor.unload(request.model_id)
-            self._fail(request.model_id, pending.loads, *_reason(error))
+            self._fail(request.model_id, pending.answers, *_reason(error))
             return
         self.table.resident.load_if_free(model, now)
         executor.flush()
         failure = executor.take_failed_swap_in(request.model_id)
         if failure is not None:
             self.table.unregister(model, FinishReason.ERROR, now)
-            self._fail(request.model_id, pending.loads, *_reason(failure))
+            self._fail(request.model_id, pending.answers, *_reason(failure))
             return
         # The figures come before the answer, so that its reader finds the model in its tier.
         self.table.emit(self.table.stats())
-        for _ in range(pending.loads):
+        for _ in range(pending.answers):
             self.table.emit(Loaded(model.facts))
 
     def _unregister(self, model_id: str, now: float) -> None:
@@ -141,8 +133,8 @@ class Loads:
         if not pending.cancelled:
             pending.cancelled = True
             self.table.executor.cancel_load(pending.request.model_id)
-        self._fail(pending.request.model_id, pending.loads, "CANCELLED", text)
-        pending.loads = 0
+        self._fail(pending.request.model_id, pending.answers, "CANCELLED", text)
+        pending.answers = 0
 
     def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
         for _ in range(answers):

@@ -6,7 +6,7 @@ import pytest
 
 from common.model_state import Tier
 from runtime.engine.interfaces import KvGeometry
-from runtime.ipc.messages import EngineStats, Loaded, Tokens
+from runtime.ipc.messages import EngineStats, Loaded, LoadFailed, Tokens, Unloaded
 from runtime.types import FinishReason, LogprobParams, SamplingParams
 from tests.support.engine_stage import Answer, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
@@ -327,6 +327,24 @@ def test_loads_unload_cancels_load_in_progress() -> None:
     made.turn(20)
     assert made.unloaded() == ["a"]
     assert made.loaded() == ["a"]
+    assert sum(not memory.closed for memory in made.backend.memories) == 1
+    made.close()
+
+
+def test_loads_superseded_while_loading_are_answered_in_order() -> None:
+    made = Stage(FakeBackend({"a": FakeSpec(load_polls=4)}))
+    made.load("a")
+    made.turn()
+    for max_model_len in (50, 60):
+        made.load("a", max_model_len=max_model_len)
+    made.unload("a")
+    made.load("a", max_model_len=70)
+    made.load("a", max_model_len=70)
+    made.until_quiet()
+    answers = [event for event in made.events if isinstance(event, Loaded | LoadFailed | Unloaded)]
+    assert [type(answer) for answer in answers] == [LoadFailed, LoadFailed, LoadFailed, Unloaded, Loaded, Loaded]
+    assert {failure.code for failure in made.failures()} == {"CANCELLED"}
+    assert made.loop.table.models["a"].facts.max_model_len == 70
     assert sum(not memory.closed for memory in made.backend.memories) == 1
     made.close()
 
