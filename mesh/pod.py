@@ -11,6 +11,7 @@ from mesh.config import MeshConfig
 from mesh.dynamic_settings import dynamic_settings
 from mesh.errors import InvalidRequest
 from mesh.placement.copies import LocalCopies
+from mesh.placement.copy_scaler import CopyScaler
 from mesh.placement.heartbeat import Heartbeat
 from mesh.placement.reaper import Reaper
 from mesh.pod_identity import Ports, check_addresses, default_instance_id, own_record
@@ -80,6 +81,9 @@ class Pod:
         )
         self._transitions = Transitions(self.registry, self.placement, self.states, is_leader=is_leader)
         self._reaper = Reaper(self.registry, is_leader=is_leader)
+        self.scaler = CopyScaler(
+            self.registry, self.placement, self._copies, self._loads, self.states, self.monitor, is_leader=is_leader
+        )
         self._dynamic_config = dynamic_settings(self.store, self.registry.config_prefix, config)
         servers = build_servers(base, parts, PodState(self.is_ready, self._stopping, self._drained))
         self._router, self.grpc, self.http = servers.router, servers.grpc, servers.http
@@ -144,6 +148,7 @@ class Pod:
                 self.contact.run(),
                 self.access.run(),
                 self.peer_health.run(),
+                self.scaler.run(),
                 self._dynamic_config.run(),
             )
         ]
@@ -160,6 +165,7 @@ class Pod:
         if self._heartbeat is not None:
             await self.grpc.set_ready(False)
             await self._heartbeat.shut_down()
+            await self.scaler.hand_over()
             await self.reconciler.withdraw()
         await asyncio.gather(self.grpc.stop(self._config.grace_s), self.http.stop())
         if self._heartbeat is not None:

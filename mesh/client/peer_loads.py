@@ -19,8 +19,16 @@ class HttpPeerLoads:
         self._connections = connections
         self._peers = peers
 
-    async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, is_extra: bool) -> None:
-        content = {"model": model_id, "last_used_ms": last_used_ms, "use": use, "is_extra": is_extra}
+    async def load(
+        self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, urgent: bool, is_extra: bool
+    ) -> None:
+        content = {
+            "model": model_id,
+            "last_used_ms": last_used_ms,
+            "use": use,
+            "urgent": urgent,
+            "is_extra": is_extra,
+        }
         await self._post(pod, "/models/load", content)
 
     async def unload_now(self, pod: InstanceRecord, model_id: str) -> None:

@@ -34,6 +34,23 @@ class _DeclinedError(Exception):
     """The model was not loaded, because everything that it would displace was used more recently."""
 
 
+class _Demand:
+    """Whether a load still needs room: it waits for it, and some request waits for the model or none ever did (an explicit load)."""
+
+    def __init__(self, num_waiting: Callable[[], int]) -> None:
+        self._num_waiting = num_waiting
+        self._had_waiters = False
+        self._closed = False
+
+    def is_present(self) -> bool:
+        waiting = self._num_waiting() > 0
+        self._had_waiters = self._had_waiters or waiting
+        return not self._closed and (waiting or not self._had_waiters)
+
+    def close(self) -> None:
+        self._closed = True
+
+
 class LocalLoads:
     """Loads models and evicts others for them. The first load waits for `runtime_ready`."""
 
@@ -285,6 +302,12 @@ class LocalLoads:
         Raises LoadFailed if it exceeds the capacity, Overloaded if there is no room in time.
         """
         size_bytes = await self._expected_size_bytes(copy)
+        demand = _Demand(lambda: self._copies.num_waiting(copy.model_id))
+        with contextlib.closing(demand):
+            await self._make_room(copy, size_bytes, urgent, demand)
+        copy.size_bytes = size_bytes
+
+    async def _make_room(self, copy: LocalCopy, size_bytes: int, urgent: bool, demand: "_Demand") -> None:
         now_s = time.monotonic()
         give_up_s, spare_busy_until_s = now_s + _ROOM_TIMEOUT_S, now_s + _SPARE_BUSY_S
         while True:
@@ -293,7 +316,7 @@ class LocalLoads:
                 copy.model_id,
                 size_bytes,
                 last_used_ms=None if urgent or self._copies.num_waiting(copy.model_id) else copy.last_used_ms,
-                spare_busy=now_s < spare_busy_until_s,
+                spare_busy=now_s < spare_busy_until_s or not demand.is_present(),
             )
             if eviction.never_fits:
                 raise self._too_large(copy, size_bytes)
@@ -301,14 +324,15 @@ class LocalLoads:
                 logger.info("model %s is not loaded: all that it would displace was used more recently", copy.model_id)
                 raise _DeclinedError
             if not eviction.wait:
-                copy.size_bytes = size_bytes
                 return
             if now_s > give_up_s:
                 raise self._no_room(copy, size_bytes)
             for victim_id in eviction.victims:
                 victim = self._copies.get(victim_id)
                 if victim is not None and victim.is_loaded:
-                    self._unloads.start(victim, is_eviction=True, make_room_for=copy.model_id)
+                    self._unloads.start(
+                        victim, is_eviction=True, make_room_for=copy.model_id, is_needed=demand.is_present
+                    )
             next_s = spare_busy_until_s if now_s < spare_busy_until_s else give_up_s
             await self._changes.wait(max(0.05, next_s - now_s))
             now_s = time.monotonic()

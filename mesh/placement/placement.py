@@ -45,7 +45,9 @@ class _Order:
 
 
 class PeerLoads(Protocol):
-    async def load(self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, is_extra: bool) -> None:
+    async def load(
+        self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, urgent: bool, is_extra: bool
+    ) -> None:
         """Have another pod load a model, and return when the load has begun. Raises MeshError if the pod is unreachable or refuses."""
 
     async def unload_now(self, pod: InstanceRecord, model_id: str) -> None:
@@ -121,7 +123,9 @@ class Placement:
         await self._begin(model_id, order)
         return self._states.status(model_id)
 
-    async def load_for_peer(self, model_id: str, *, last_used_ms: int, use: float, is_extra: bool) -> None:
+    async def load_for_peer(
+        self, model_id: str, *, last_used_ms: int, use: float, urgent: bool, is_extra: bool
+    ) -> None:
         """Begin a load that another pod has planned. `use`: how much the model is used, as that pod has counted. Raises NotFound."""
         record = await self._registry.models.find(model_id)
         if record is None:
@@ -129,7 +133,7 @@ class Placement:
         self._copies.uses.seed(model_id, use)
         self._copies.touch(model_id, last_used_ms)
         if self._states.local_status(model_id) is ModelStatus.NOT_LOADED:
-            self._loads.load(model_id, record.info, last_used_ms=last_used_ms, is_extra=is_extra)
+            self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent, is_extra=is_extra)
 
     async def _load_and_wait(self, model_id: str, order: "_Order", *, is_loading: bool) -> StatusInfo:
         """Load, and after a failure try further pods, as in ModelMesh up to three."""
@@ -168,6 +172,11 @@ class Placement:
     async def unload_locally(self, model_id: str, *, now: bool) -> None:
         """Unload this pod's copy."""
         await self._loads.unload(model_id, now=now)
+
+    def pods_for(self, model_type: str) -> set[str]:
+        """Return the pods whose labels allow a model of this type."""
+        constraint, pods = self._constraints.of(model_type), self._states.pods()
+        return {pod_id for pod_id in pods if constraint.allows(self._labels(pod_id, pods))}
 
     def has_other_pod(self, model_id: str, avoid: Set[str]) -> bool:
         """Return whether a pod that is not in `avoid` may load the model."""
@@ -230,7 +239,9 @@ class Placement:
         failed_ms = record.failed_in.get(pod_id) if record is not None else None
         use = self._copies.uses.of(model_id) * (1 + len(self._states.others()))
         try:
-            await self._peers.load(pod, model_id, last_used_ms=order.last_used_ms, use=use, is_extra=is_extra)
+            await self._peers.load(
+                pod, model_id, last_used_ms=order.last_used_ms, use=use, urgent=order.urgent, is_extra=is_extra
+            )
         except MeshError as error:
             self._unreachable(pod_id)
             logger.warning("model %s: pod %s cannot load it, trying the next: %s", model_id, pod_id, error.message)

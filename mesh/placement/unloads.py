@@ -17,7 +17,7 @@ from mesh.types import RuntimeClient
 
 logger = logging.getLogger(__name__)
 
-_EVICTION_GRACE_S = 120.0  # at least; no one asked for this unload, so it ends no answer that others can wait for
+_RECHECK_S = 1.0
 _RETRIES_S = (0.5, 1.0, 2.0, 5.0)
 _RETRY_S = 10.0
 _ATTEMPTS = 90
@@ -57,12 +57,19 @@ class LocalUnloads:
         return self._tasks.get(model_id)
 
     def start(
-        self, copy: LocalCopy, *, is_eviction: bool, make_room_for: str = "", now: bool = False
+        self,
+        copy: LocalCopy,
+        *,
+        is_eviction: bool,
+        make_room_for: str = "",
+        now: bool = False,
+        is_needed: Callable[[], bool] | None = None,
     ) -> asyncio.Task[None]:
         """Start to unload the copy, or return its unload that is in progress. The copy gets no new requests from now on.
 
         `make_room_for`: the model that needs the memory of an evicted copy; empty if the loaded models exceed the capacity.
-        `now`: end the running requests instead of waiting for them, also of an unload in progress.
+        `now`: end the running requests instead of waiting for them, also of an unload in progress. `is_needed`: running requests are never cut, and
+        the unload is called off when this returns False while they run.
         """
         if now:
             self._hurried.add(copy.model_id)
@@ -74,7 +81,7 @@ class LocalUnloads:
             if is_eviction:
                 self._metrics.evicted(copy.model_id, idle_ms)
             running = self._copies.in_flight(copy.model_id)
-            grace_s = max(self._grace_s, _EVICTION_GRACE_S) if is_eviction else self._grace_s
+            grace_s = self._grace_s if is_needed is None else None
             cause = f"evicting it for {make_room_for or 'the capacity'}" if is_eviction else "unloading it"
             logger.info(
                 "model %s: %s, after its running requests or the grace period",
@@ -87,7 +94,7 @@ class LocalUnloads:
                     "grace_s": grace_s,
                 },
             )
-            task = asyncio.create_task(self._unload(copy, grace_s), name=f"unload {copy.model_id}")
+            task = asyncio.create_task(self._unload(copy, is_needed), name=f"unload {copy.model_id}")
             self._tasks[copy.model_id] = task
             task.add_done_callback(lambda _: self._ended(copy.model_id))
         return task
@@ -96,6 +103,19 @@ class LocalUnloads:
         self._tasks.pop(model_id, None)
         self._hurried.discard(model_id)
 
+    async def _call_off(self, copy: LocalCopy) -> None:
+        """Keep the copy: what it was to make room for is not needed any more."""
+        logger.info(
+            "model stays loaded: the model that it was to make room for is not needed any more",
+            extra={"model": copy.model_id},
+        )
+        self._copies.set_state(copy, CopyState.LOADED)
+        await log_errors(
+            self._record_updates.loading(
+                copy.model_id, copy.info, started_ms=copy.started_ms, last_used_ms=copy.last_used_ms
+            )
+        )
+
     async def close(self) -> None:
         tasks = list(self._tasks.values())
         for task in tasks:
@@ -103,12 +123,15 @@ class LocalUnloads:
         if tasks:
             await asyncio.wait(tasks, timeout=5)
 
-    async def _unload(self, copy: LocalCopy, grace_s: float) -> None:
+    async def _unload(self, copy: LocalCopy, is_needed: Callable[[], bool] | None) -> None:
         await log_errors(self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(self._grace_s if is_needed is None else None):
                 while self._copies.in_flight(copy.model_id) and copy.model_id not in self._hurried:
-                    await self._changes.wait()
+                    if is_needed is not None and not is_needed():
+                        await self._call_off(copy)
+                        return
+                    await self._changes.wait(_RECHECK_S)
         started_s = time.monotonic()
         for attempt in range(_ATTEMPTS):
             try:

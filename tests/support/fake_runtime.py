@@ -51,6 +51,7 @@ class Switches:
     busy_s: float = 0.0  # what every loaded model reports
     text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
+    queued: int = 0  # requests that each model reports as waiting
     mute: bool = False  # inference calls hang, and the state is told all the same
     frozen: bool = False  # as after SIGSTOP: nothing answers, not even the state
     answer_s: float = 0.0  # before each inference answer
@@ -323,6 +324,7 @@ class _State(RuntimeStateServicer):
                 tier=state_pb.ModelState.DEVICE,
                 weight_bytes=runtime.size_of(path),
                 running=runtime.switches.sequences,
+                waiting=runtime.switches.queued,
                 busy_s=runtime.switches.busy_s,
             )
             for model_id, path in runtime.loaded.items()

@@ -1,0 +1,48 @@
+"""Decides whether a model needs another copy, or a pod its own no longer. Pure."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mesh.placement.copy_policy import CopyPolicy
+
+QUEUED_S = 3.0  # requests queue for so long before a copy is added
+IDLE_S = 60.0  # a copy beside others is idle for so long before it is dropped
+
+
+class Change(StrEnum):
+    NONE = "none"
+    ADD = "add"  # load a copy on another pod
+    DROP = "drop"  # unload this pod's copy
+
+
+@dataclass(frozen=True, slots=True)
+class CopyLoad:
+    """A loaded copy as its pod sees it.
+
+    Attributes:
+        num_copies: pods that have the model or load it, this one included.
+        num_pods: pods that may hold a copy.
+        is_first: this pod decides about additions, and keeps its copy longest.
+        queued_s: how long requests have queued at this copy without a pause.
+        idle_s: how long the copy has had no request.
+    """
+
+    num_copies: int
+    num_pods: int
+    is_first: bool
+    queued_s: float
+    idle_s: float
+
+
+def plan_copies(load: CopyLoad, policy: CopyPolicy) -> Change:
+    most = min(policy.max_copies or load.num_pods, load.num_pods)
+    least = min(policy.min_copies, load.num_pods)
+    if policy.idle_timeout_s and load.idle_s >= policy.idle_timeout_s and not least:
+        return Change.DROP
+    if load.is_first:
+        wants_more = load.num_copies < least or (load.queued_s >= QUEUED_S and load.num_copies < most)
+        return Change.ADD if wants_more else Change.NONE
+    if load.num_copies > max(1, most):
+        return Change.DROP
+    is_surplus = load.num_copies > max(1, least) and load.idle_s >= IDLE_S
+    return Change.DROP if is_surplus else Change.NONE

@@ -1,0 +1,186 @@
+"""Copies that are added for queues and minimums, dropped when idle, handed over, and never cut for another model."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.placement.copy_policy import CopyPolicy
+from mesh.placement.copy_scaling import IDLE_S, QUEUED_S, Change, CopyLoad, plan_copies
+from tests.support.etcd import EtcdServer
+from tests.support.fake_runtime import MB, Switches
+from tests.support.pods import RunningPod, running_pod
+from tests.support.waiting import until
+
+policies = st.builds(
+    CopyPolicy,
+    min_copies=st.integers(0, 4),
+    max_copies=st.integers(0, 4),
+    idle_timeout_s=st.sampled_from([0.0, 10.0, 100.0]),
+)
+loads = st.builds(
+    CopyLoad,
+    num_copies=st.integers(1, 5),
+    num_pods=st.integers(1, 5),
+    is_first=st.booleans(),
+    queued_s=st.floats(0, 20),
+    idle_s=st.floats(0, 200),
+)
+
+
+@given(loads, policies)
+def test_copies_keep_to_the_policy(load: CopyLoad, policy: CopyPolicy) -> None:
+    change = plan_copies(load, policy)
+    if change is Change.ADD:
+        assert load.is_first, "one pod adds"
+        assert load.num_copies < load.num_pods
+        assert load.queued_s >= QUEUED_S or load.num_copies < policy.min_copies
+        assert not policy.max_copies or load.num_copies < max(policy.max_copies, policy.min_copies)
+    if change is Change.DROP:
+        has_timed_out = policy.idle_timeout_s and load.idle_s >= policy.idle_timeout_s
+        exceeds = load.num_copies > min(policy.max_copies or load.num_pods, load.num_pods)
+        assert has_timed_out or exceeds or load.idle_s >= IDLE_S
+        if not has_timed_out:
+            assert not load.is_first, "the last copy is only dropped by its timeout"
+            assert load.num_copies > 1
+    if load.num_copies <= min(policy.min_copies, load.num_pods):
+        assert change is not Change.DROP or load.num_copies > (policy.max_copies or load.num_pods)
+
+
+@pytest.fixture
+async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[list[RunningPod]]:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    async with AsyncExitStack() as stack:
+        made = [await stack.enter_async_context(running_pod(tmp_path / name, store=store)) for name in "abc"]
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 3 for pod in made))
+        yield made
+
+
+def holders(pods: list[RunningPod], model_id: str) -> int:
+    return sum(model_id in pod.runtime.loaded for pod in pods)
+
+
+async def test_copies_are_added_for_a_queue_and_dropped_when_idle(
+    pods: list[RunningPod], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.placement.copy_scaling.QUEUED_S", 0.5)
+    monkeypatch.setattr("mesh.placement.copy_scaling.IDLE_S", 2.0)
+    model_id = (await pods[0].name("m", "/files", max_copies=2))["model_id"]
+    assert (await pods[0].chat("m"))[0] == 200
+    for pod in pods:
+        pod.runtime.switches.queued = 3
+        pod.runtime.tell()
+    await until(lambda: holders(pods, model_id) == 2)
+    await asyncio.sleep(2.5)
+    assert holders(pods, model_id) == 2, "the registration allows two"
+    for pod in pods:
+        pod.runtime.switches.queued = 0
+        pod.runtime.tell()
+    await until(lambda: holders(pods, model_id) == 1)
+
+
+async def test_min_copies_are_loaded_and_idle_models_unloaded(pods: list[RunningPod]) -> None:
+    kept = (await pods[0].name("kept", "/files", min_copies=2))["model_id"]
+    idle = (await pods[0].name("idle", "/other", idle_timeout_s=1.5))["model_id"]
+    assert (await pods[0].chat("idle"))[0] == 200
+    assert holders(pods, idle) == 1
+    await until(lambda: holders(pods, kept) == 2)
+    await until(lambda: holders(pods, idle) == 0)
+    assert holders(pods, kept) == 2
+
+
+async def test_a_model_asked_for_at_all_pods_at_once_is_loaded_once(pods: list[RunningPod]) -> None:
+    await pods[0].register("m")
+    for pod in pods:
+        await pod.pod.registry.models.find("m")
+        pod.runtime.switches.load_s = 0.3
+    answers = await asyncio.gather(*(pod.echo("m") for pod in pods for _ in range(3)))
+    assert answers == [b"hi"] * 9
+    assert sum(pod.runtime.log.count(("load", "m")) for pod in pods) == 1
+
+
+async def test_a_failed_load_is_tried_elsewhere_within_the_request(pods: list[RunningPod]) -> None:
+    await pods[0].register("m", "/m")
+    pods[0].runtime.switches.fail = {"/m": "the disk of this pod is broken"}
+    pods[1].runtime.switches.fail = {"/m": "the disk of this pod is broken"}
+    assert await asyncio.wait_for(pods[0].echo("m"), 20) == b"hi"
+    assert "m" in pods[2].runtime.loaded
+
+
+async def test_a_model_that_cannot_be_loaded_is_tried_three_times(pods: list[RunningPod]) -> None:
+    await pods[0].register("m", "/m")
+    for pod in pods:
+        pod.runtime.switches.fail = {"/m": "broken model"}
+        await pod.pod.registry.models.find("m")
+    for _ in range(5):
+        for pod in pods:
+            with pytest.raises(grpc.aio.AioRpcError, match="broken model"):
+                await pod.echo("m")
+    assert sum(pod.runtime.log.count(("load", "m")) for pod in pods) == 3
+
+
+async def test_a_pod_whose_loads_fail_gets_new_models_last(pods: list[RunningPod]) -> None:
+    bad = pods[0].runtime
+    bad.switches.fail = {f"/{number}": "no space left on device" for number in range(10)}
+    for number in range(10):
+        await pods[0].register(f"m{number}", f"/{number}")
+        assert await asyncio.wait_for(pods[0].echo(f"m{number}"), 20) == b"hi"
+        await asyncio.sleep(0.3)  # records are published at most every 0.1 s
+    assert sum(verb == "load" for verb, _ in bad.log) <= 3
+
+
+async def test_a_pod_that_leaves_hands_its_models_over(tmp_path: Path, etcd: EtcdServer) -> None:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    async with running_pod(tmp_path / "b", store=store) as b:
+        async with running_pod(tmp_path / "a", store=store) as a:
+            await until(lambda: len(a.pod.registry.instances.live()) == 2)
+            await a.register("m")
+            await a.pod.placement.ensure_loaded("m", wait=True, local_only=True)
+        await until(lambda: "m" in b.runtime.loaded, 5)
+
+
+async def test_a_running_answer_is_not_cut_and_its_drain_is_called_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.placement.loads._SPARE_BUSY_S", 0.2)
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB), grace_s=0.5) as pod:
+        for name in ("a", "b"):
+            await pod.register(name)
+        stream = pod.method("Slow")(metadata=(("mm-model-id", "a"),))
+        await stream.write(b"x")
+        assert await stream.read() == b"first"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pod.echo("b", timeout=1.5)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        # nobody waits for b any more: a stays and takes requests again
+        assert await asyncio.wait_for(pod.echo("a"), 5) == b"hi"
+        assert not stream.done()
+        record = pod.pod.registry.models.get("a")
+        assert record is not None
+        await until(lambda: "pod" in (pod.pod.registry.models.get("a") or record).instance_ids)
+        stream.cancel()
+        # and now there is room
+        assert await asyncio.wait_for(pod.echo("b"), 10) == b"hi"
+
+
+async def test_a_pinned_model_stays_and_lower_priorities_go_first(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=35 * MB)) as pod:
+        ids = {}
+        for name, settings in (("pinned", {"pinned": True}), ("high", {"priority": 5}), ("low", {"priority": -5})):
+            ids[name] = (await pod.name(name, "/files", **settings))["model_id"]
+            assert (await pod.chat(name))[0] == 200
+        for _ in range(3):
+            assert (await pod.chat("low"))[0] == 200
+        for number in range(2):
+            await pod.name(f"new{number}", f"/new{number}")
+            assert (await pod.chat(f"new{number}"))[0] == 200
+        assert ids["pinned"] in pod.runtime.loaded
+        assert ids["high"] in pod.runtime.loaded
+        assert ids["low"] not in pod.runtime.loaded
