@@ -139,6 +139,7 @@ class EngineBackend:
     def idle(self, mark: Callable[[str], None] = lambda name: None) -> bool:
         if self._warmups is not None and not self._opened:
             self._opened = True  # not earlier, so that it does not delay the engine's Hello
+            torch.cuda.current_blas_handle()  # Each thread has one of its own. Making it takes longer than a first step.
             self._warmups.open()
             return True
         # A capture during a warmup would compile the same kernels twice and count the warmup's memory as the graph's.
