@@ -14,7 +14,7 @@ from runtime.config.loader import configure
 from runtime.config.schema import EngineConfig, RuntimeConfig
 
 
-def _command(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:
+def _command(socket_path: Path, config: EngineConfig, crash_marker_path: Path) -> list[str]:
     pace, vocab = os.environ.get("BENCH_STEP_S", "0.01"), os.environ.get("BENCH_VOCAB", "1024")
     return [sys.executable, "-m", "bench.fast_engine", "--socket", str(socket_path), "--step-s", pace, "--vocab", vocab]
 

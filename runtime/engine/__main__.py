@@ -1,4 +1,4 @@
-"""`python -m runtime.engine --socket PATH --config JSON [--blackbox PATH]`: one engine, connected to its front.
+"""`python -m runtime.engine --socket PATH --config JSON [--crash-marker PATH]`: one engine, connected to its front.
 
 Exits 0 after a Shutdown or when the front disconnects, 1 with a traceback on standard error when the device is lost, and CANNOT_START after a
 StartFailed message.
@@ -35,13 +35,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m runtime.engine", description=__doc__)
     parser.add_argument("--socket", required=True, help="unix socket on which the front listens")
     parser.add_argument("--config", default="{}", help="EngineConfig as JSON")
-    parser.add_argument("--blackbox", help="file that keeps the name of the model that runs")
+    parser.add_argument("--crash-marker", help="file that keeps the name of the model that runs")
     options = parser.parse_args(arguments)
     config = msgspec.json.decode(options.config, type=EngineConfig)
     # The front decides when the engine ends. If the front dies, a step may take minutes until the closed connection is noticed.
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    blackbox = CrashMarker(options.blackbox) if options.blackbox else None
+    crash_marker = CrashMarker(options.crash_marker) if options.crash_marker else None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(options.socket)
 
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
                 MIN_KV_TOKENS,
             )
         )
-        mark = blackbox.mark if blackbox is not None else lambda _: None
+        mark = crash_marker.mark if crash_marker is not None else lambda _: None
         masks = GrammarMaskSources()
         loop = EngineLoop(
             config,

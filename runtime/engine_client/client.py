@@ -1,7 +1,6 @@
-"""The engine as the front sees it: loads, token streams, statistics, and a supervisor that brings a dead engine back.
+"""Connects the front process to the engine: loads, token streams and statistics, and a supervisor that restarts the engine after a crash.
 
-What a death means for the models is the listener's business (runtime.models): this ends the streams and says who was
-running.
+A crash ends all streams. The listener (runtime.models) decides what it means for the models.
 """
 
 import asyncio
@@ -61,7 +60,7 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineDeath:
-    """What went on when the engine died. `stepping` was about to run or running; `loading` were on their way in."""
+    """The state at a crash. `stepping`: the model that was running or about to run. `loading`: the models whose loads had not ended."""
 
     exit_text: str
     stepping: str | None
@@ -74,11 +73,11 @@ class EngineListener(Protocol):
     def engine_died(self, death: EngineDeath) -> None: ...
 
     def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
-        """A loaded model failed on its own and is out of the engine."""
+        """A loaded model has failed by itself and is no longer in the engine."""
 
 
 class EngineClient:
-    """Supervises one engine process and speaks with it. `start`, then use, then `stop`; event loop only."""
+    """Supervises one engine process and exchanges messages with it. Call `start` first and `stop` last, all on one event loop."""
 
     def __init__(
         self, config: EngineConfig, *, command: CommandBuilder = engine_command, restart: RestartPolicy | None = None
@@ -87,9 +86,9 @@ class EngineClient:
         self._command = command
         self._restart = restart or RestartPolicy()
         self._run_dir = Path(tempfile.mkdtemp(prefix="repertory-engine-"))
-        self._blackbox = CrashMarker(self._run_dir / "blackbox")
+        self._crash_marker = CrashMarker(self._run_dir / "crash-marker")
         self._listener: EngineListener | None = None
-        self._life: EngineProcess | None = None
+        self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._hello: asyncio.Future[Hello] | None = None
         self._streams: dict[int, RowStream] = {}
@@ -110,11 +109,11 @@ class EngineClient:
         self._listener = listener
 
     def start(self) -> None:
-        """Begin supervising; `wait_ready` tells when loads can begin."""
+        """Start the engine and its supervision. `wait_ready` returns when loads are possible."""
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     async def wait_ready(self) -> Hello:
-        """Wait for a living engine. Raises Unavailable when there will be none."""
+        """Wait until an engine is ready. Raises Unavailable once restarting has been given up."""
         while self.state is not EngineState.READY:
             if self.state is EngineState.STOPPED:
                 raise Unavailable(self.failure or "the engine is stopped")
@@ -123,41 +122,41 @@ class EngineClient:
         return self.hello
 
     async def stop(self, grace_s: float) -> None:
-        """Let running sequences end within `grace_s`, then end the engine. Idempotent."""
+        """Let running sequences end within `grace_s`, then stop the engine. Idempotent."""
         self._stopping = True
-        life = self._life
-        if life is not None and self.state is EngineState.READY and life.send(Shutdown(grace_s)):
+        process = self._process
+        if process is not None and self.state is EngineState.READY and process.send(Shutdown(grace_s)):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s + 5.0):
-                    await life.ended.wait()
+                    await process.ended.wait()
         self._set_state(EngineState.STOPPED)
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        if self._life is not None:
-            await self._life.kill()
+        if self._process is not None:
+            await self._process.kill()
         self._fail_all(Unavailable("the runtime is shutting down"))
-        self._blackbox.close()
+        self._crash_marker.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
     # Models
 
     async def load(self, request: Load) -> ModelFacts:
-        """Admit a model and wait until it is; who gives up waiting sends `unload`. Raises what the engine says, or Unavailable."""
+        """Admit a model and return when it is admitted. A caller that stops waiting must call `unload`. Raises the engine's error, or Unavailable."""
         return await self._ask(request, self._loads)
 
     async def unload(self, model_id: str) -> None:
-        """Forget a model and wait until its memory is free; a dead engine has forgotten all."""
+        """Unload a model and return when its memory is free, at once if no engine runs."""
         with contextlib.suppress(Unavailable):
             await self._ask(Unload(model_id), self._unloads)
 
     def running(self, model_id: str) -> int:
-        """Open sequences of a model, queued ones included."""
+        """Return the number of the model's open sequences, queued ones included."""
         return self._open[model_id]
 
     async def drain(self, model_id: str, timeout_s: float) -> bool:
-        """Wait until no sequence of the model is open; False if time was up first."""
+        """Wait until no sequence of the model is open. Return False after `timeout_s`."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while self._open[model_id]:
@@ -189,9 +188,9 @@ class EngineClient:
                     return
         finally:
             if self._close_stream(request_id):
-                life = self._life
-                if life is not None:
-                    life.send(Abort((request_id,)))
+                process = self._process
+                if process is not None:
+                    process.send(Abort((request_id,)))
 
     def _close_stream(self, request_id: int) -> bool:
         stream = self._streams.pop(request_id, None)
@@ -236,11 +235,11 @@ class EngineClient:
                     self._hello.set_exception(EngineUnfit(message))
 
     def _send(self, command: Command) -> None:
-        if self.state is not EngineState.READY or self._life is None or not self._life.send(command):
+        if self.state is not EngineState.READY or self._process is None or not self._process.send(command):
             raise self._absent()
 
     def check(self) -> None:
-        """Raises Unavailable unless an engine is up."""
+        """Raise Unavailable unless an engine is ready."""
         if self.state is not EngineState.READY:
             raise self._absent()
 
@@ -257,7 +256,7 @@ class EngineClient:
         queues.setdefault(command.model_id, deque()).append(answer)
         return await answer
 
-    # Life and death
+    # Supervision
 
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
@@ -267,7 +266,7 @@ class EngineClient:
         for number in itertools.count():
             started_s = loop.time()
             try:
-                life = await self._launch(number)
+                process = await self._launch(number)
             except Unavailable as error:
                 failed_starts += 1
                 self.failure = error.message
@@ -283,13 +282,13 @@ class EngineClient:
             else:
                 failed_starts = 0
                 assert self.hello is not None
-                life.watch(policy.silence_on(self.hello.device), self._has_work)
-                await life.lost.wait()
+                process.watch(policy.silence_on(self.hello.device), self._has_work)
+                await process.lost.wait()
                 if not self._stopping:
-                    # told at once: whoever is refused now must not read that it is ready
+                    # Set before the exit is known: a caller that is refused now must not see the state READY.
                     self._set_state(EngineState.RESTARTING)
-                await life.ended.wait()
-                self._died(life.exit_text)
+                await process.ended.wait()
+                self._died(process.exit_text)
             if self._stopping:
                 return
             wait_s = policy.first_s if loop.time() - started_s > policy.healthy_s else min(wait_s * 2, policy.most_s)
@@ -298,12 +297,12 @@ class EngineClient:
     async def _launch(self, number: int) -> EngineProcess:
         self._hello = asyncio.get_running_loop().create_future()
         socket_path = self._run_dir / f"engine-{number}.sock"
-        command = self._command(socket_path, self._config, self._run_dir / "blackbox")
-        life = await EngineProcess.launch(
+        command = self._command(socket_path, self._config, self._run_dir / "crash-marker")
+        process = await EngineProcess.launch(
             command, socket_path, self._on_event, connect_timeout_s=self._restart.start_timeout_s
         )
-        self._life = life
-        ended = asyncio.create_task(life.ended.wait())
+        self._process = process
+        ended = asyncio.create_task(process.ended.wait())
         try:
             await asyncio.wait(
                 (self._hello, ended), timeout=self._restart.start_timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -311,30 +310,30 @@ class EngineClient:
         finally:
             ended.cancel()
         if not self._hello.done():
-            await life.kill()
-            raise Unavailable(f"the engine ended before it was ready: {life.exit_text}")
+            await process.kill()
+            raise Unavailable(f"the engine ended before it was ready: {process.exit_text}")
         if self._hello.exception() is not None:
-            await life.kill()
+            await process.kill()
         self.hello = self._hello.result()
         self.failure = ""
         self._set_state(EngineState.READY)
-        log.info("the engine is ready: pid %d, %s", life.pid, self.hello.device_name)
+        log.info("the engine is ready: pid %d, %s", process.pid, self.hello.device_name)
         if self._listener is not None:
             self._listener.engine_ready(self.hello)
-        return life
+        return process
 
     def _died(self, exit_text: str) -> None:
         if self._stopping:
             self._fail_all(Unavailable("the runtime is shutting down"))
             return
-        marked = self._blackbox.read()  # with requests or without: graphs are captured unasked
+        marked = self._crash_marker.read()  # Set without requests as well, since graphs are captured at loads.
         death = EngineDeath(
             exit_text=exit_text,
             stepping=marked,
             loading=tuple(model_id for model_id, queue in self._loads.items() if queue),
         )
-        self._blackbox.mark("")
-        self._life = None
+        self._crash_marker.mark("")
+        self._process = None
         self.restarts += 1
         self.stats = None
         self.failure = f"the engine {exit_text}"
@@ -346,7 +345,7 @@ class EngineClient:
             death.loading,
             len(self._streams),
         )
-        # the listener first: who waits for a stream's end must find the models in their new state
+        # The listener comes first: the consumers of the streams must find the models in their new state.
         if self._listener is not None:
             self._listener.engine_died(death)
         self._fail_all(Unavailable(f"the engine {exit_text}; it is being restarted", retry_after_s=5.0))
@@ -371,7 +370,7 @@ class EngineClient:
 
 
 def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result: T | RepertoryError) -> bool:
-    # answers come in the order of the questions; one whose asker has left is still taken out here
+    """Resolve the oldest command of the model in `queues`; the engine answers in order. Return False if there is none."""
     queue = queues.get(model_id)
     if not queue:
         return False

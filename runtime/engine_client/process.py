@@ -1,7 +1,6 @@
-"""One engine process: spawns it, exchanges messages with it, and reports how it ended.
+"""Runs one engine process: starts it, exchanges messages with it, and reports how it ended.
 
-The front listens on a unix socket and the engine connects to it. An engine reports its figures every second, so one that is silent hangs and is
-killed.
+The front process listens on a unix socket and the engine connects to it. An engine sends its figures every second, so a silent engine hangs.
 """
 
 import asyncio
@@ -24,8 +23,8 @@ _EXIT_WAIT_S = 10.0
 _LISTEN_S = 1.0
 
 
-def engine_command(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:
-    """The argument vector of a real engine."""
+def engine_command(socket_path: Path, config: EngineConfig, crash_marker_path: Path) -> list[str]:
+    """Return the argument vector of a real engine."""
     return [
         sys.executable,
         "-X",
@@ -36,8 +35,8 @@ def engine_command(socket_path: Path, config: EngineConfig, blackbox_path: Path)
         str(socket_path),
         "--config",
         msgspec.json.encode(config).decode(),
-        "--blackbox",
-        str(blackbox_path),
+        "--crash-marker",
+        str(crash_marker_path),
     ]
 
 
@@ -54,10 +53,12 @@ class FrameProtocol(asyncio.Protocol):
         self._reader = FrameReader(decoder)
         self._encoder = msgspec.msgpack.Encoder()
         self._transport: asyncio.Transport | None = None
-        self.heard = False  # anything since this was last set to False
+        self.heard = False  # set by any received byte, reset by the reader of this flag
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self._transport = cast(
+            "asyncio.Transport", transport
+        )  # uvloop's transport does not derive from asyncio.Transport
         self._on_connected()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -85,7 +86,10 @@ class FrameProtocol(asyncio.Protocol):
 
 
 class EngineProcess:
-    """A running engine. Make it with `launch`; `ended` is set when the process is gone, and `exit_text` says how it went."""
+    """A running engine, made by `launch`. `ended` is set when the process has exited, and `exit_text` then says how.
+
+    `lost` is set when the connection has closed. The process may still be writing a crash report then.
+    """
 
     def __init__(
         self, process: asyncio.subprocess.Process, protocol: FrameProtocol, server: asyncio.Server, lost: asyncio.Event
@@ -95,7 +99,7 @@ class EngineProcess:
         self._server = server
         self.pid = process.pid
         self.ended = asyncio.Event()
-        self.lost = lost  # it speaks no more; it may still be writing a crash report
+        self.lost = lost
         self.exit_text = ""
         self._waiter = asyncio.create_task(self._wait())
         self._reaper: asyncio.Task[None] | None = None
@@ -106,7 +110,7 @@ class EngineProcess:
     async def launch(
         cls, command: Sequence[str], socket_path: Path, on_event: Callable[[Event], None], *, connect_timeout_s: float
     ) -> "EngineProcess":
-        """Spawn and wait until it has connected. Raises Unavailable if it exits or stays silent first."""
+        """Start a process and wait until it has connected. Raises Unavailable if it exits first or takes too long."""
         loop = asyncio.get_running_loop()
         connected = asyncio.Event()
         lost = asyncio.Event()
@@ -114,24 +118,24 @@ class EngineProcess:
         server = await loop.create_unix_server(lambda: protocol, str(socket_path), backlog=1)
         process: asyncio.subprocess.Process | None = None
         try:
-            # a session of its own: Ctrl-C in a terminal must reach the front alone, which lets streams finish
+            # In a session of its own, Ctrl-C in a terminal reaches only the front process, which lets streams finish.
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
             )
-            life = cls(process, protocol, server, lost)
-            waits = [asyncio.create_task(connected.wait()), asyncio.create_task(life.ended.wait())]
+            engine = cls(process, protocol, server, lost)
+            waits = [asyncio.create_task(connected.wait()), asyncio.create_task(engine.ended.wait())]
             try:
                 await asyncio.wait(waits, timeout=connect_timeout_s, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for wait in waits:
                     wait.cancel()
             if not connected.is_set():
-                await life.kill()
+                await engine.kill()
                 raise Unavailable(
-                    f"the engine did not come up: {life.exit_text or f'silent for {connect_timeout_s:g} s'}"
+                    f"the engine did not start: {engine.exit_text or f'it did not connect within {connect_timeout_s:g} s'}"
                 )
-            life._reaper = asyncio.create_task(life._reap())
-            return life
+            engine._reaper = asyncio.create_task(engine._reap())
+            return engine
         except BaseException:
             server.close()
             if process is not None and process.returncode is None:
@@ -142,34 +146,34 @@ class EngineProcess:
         return self._protocol.send(command)
 
     def watch(self, limit_s: float, has_work: Callable[[], bool]) -> None:
-        """End it when it has work and has been silent for `limit_s`; not positive: never."""
+        """Kill the engine once it has work and has sent nothing for `limit_s`; never if that is not positive."""
         if limit_s > 0:
             self._watcher = asyncio.create_task(self._watch(limit_s, has_work))
 
     async def _watch(self, limit_s: float, has_work: Callable[[], bool]) -> None:
-        # counted in looks, not by the clock: after a pause of this process what the engine said meanwhile is still unread
+        # Silence is counted in checks and not by the clock: after a pause of this process, what the engine sent is still unread.
         look_s = min(_LISTEN_S, limit_s / 10)
         silent_s = 0.0
         while silent_s < limit_s:
             self._protocol.heard = False
             await asyncio.sleep(look_s)
             silent_s = 0.0 if self._protocol.heard or not has_work() else silent_s + look_s
-        self._hung_text = f"hung (no word for {limit_s:g} s) and was killed"
+        self._hung_text = f"sent nothing for {limit_s:g} s and was killed"
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGABRT)  # its fault handler writes down where it hangs
+            self._process.send_signal(signal.SIGABRT)  # The fault handler prints where the process hangs.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_EXIT_WAIT_S):
                 await self.ended.wait()
         await self.kill()
 
     async def kill(self) -> None:
-        """End it now and wait until it is gone."""
+        """Kill the process group and wait until the process has exited."""
         if self._process.returncode is None:
             _kill_group(self._process.pid)
         await self.ended.wait()
 
     async def _reap(self) -> None:
-        # a process that closed its socket is no engine any more
+        # An engine that has closed its socket must exit.
         await self.lost.wait()
         try:
             async with asyncio.timeout(_EXIT_WAIT_S):

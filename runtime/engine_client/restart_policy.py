@@ -1,14 +1,16 @@
-"""When an engine process is given up, killed or started again. Pure; the supervising is engine_client's."""
+"""Decides when an engine process is restarted, when it counts as hung, and when restarting is given up. Pure."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """Back-off doubles from `first_s` to `most_s` and starts anew after `healthy_s` of life; `max_failed_starts` in a row is giving up,
-    or `max_first_starts` for an engine that was never ready.
+    """Settings of the supervisor, in seconds and counts.
 
-    `silence_s`: an engine that has work and tells nothing for so long hangs, and is killed; 0 = chosen by the device, negative = never.
+    Attributes:
+        first_s, most_s: the pause before a restart. It doubles with each crash, and is `first_s` again after an engine has run for `healthy_s`.
+        max_failed_starts: the failed starts in a row after which restarting is given up; `max_first_starts` if no engine was ever ready.
+        silence_s: an engine that has work and sends nothing for this long is killed. 0 stands for the device's default, a negative value for never.
     """
 
     first_s: float = 0.2
@@ -20,5 +22,8 @@ class RestartPolicy:
     silence_s: float = 0.0
 
     def silence_on(self, device: str) -> float:
-        """Not positive: for ever. One step of a large model may take an hour on a CPU; on a GPU only a kernel's compilation takes minutes."""
+        """Return the limit on a device; not positive for no limit.
+
+        One step of a large model may take an hour on a CPU. On a GPU only the compilation of a kernel takes minutes.
+        """
         return self.silence_s or (-1.0 if device == "cpu" else 300.0)

@@ -1,4 +1,4 @@
-"""The file behind the engine's host tier: shared memory that the front owns, so that an engine that dies finds its models still warm."""
+"""Creates the shared memory of the engine's host tier. The front process owns it, so that the weights survive an engine crash."""
 
 import os
 import re
@@ -10,7 +10,7 @@ _NAME = re.compile(r"^repertory-(\d+)-[0-9a-f]{8}$")
 
 
 class SharedMemoryFile:
-    """An empty file that the engine sizes. `remove` when the front ends."""
+    """An empty file, which the engine sizes. Creating one removes the files of front processes that no longer run."""
 
     def __init__(self, shared_memory: Path = Path("/dev/shm")) -> None:
         for left in shared_memory.iterdir() if shared_memory.is_dir() else ():
@@ -27,5 +27,5 @@ class SharedMemoryFile:
 
 
 def wants_arena(device: str) -> bool:
-    """Whether the engine will find a GPU, as far as can be told without asking the driver."""
+    """Return whether the engine will probably use a GPU, decided without loading the driver."""
     return device.startswith("cuda") or (device == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))

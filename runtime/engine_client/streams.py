@@ -1,6 +1,4 @@
-"""The front's end of the sequences: a small mailbox each, in which items wait, merged, for a consumer that may be slow;
-and how often it is woken.
-"""
+"""Buffers each sequence's rows in the front process until its consumer takes them, and limits how often a consumer is woken."""
 
 import asyncio
 import math
@@ -13,7 +11,7 @@ from runtime.ipc.messages import RowTokens, TokenLogprobs
 
 
 def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:
-    """Items of one sequence, in order, as one item."""
+    """Merge consecutive rows of one sequence into one row."""
     if len(rows) == 1:
         return rows[0]
     last = rows[-1]
@@ -34,7 +32,10 @@ def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:
 
 
 class RowStream:
-    """One sequence's mailbox. One producer and one consumer, both in the event loop. `event_s` and `woken_s` are Pace's."""
+    """The rows of one sequence, with one producer and one consumer on the event loop.
+
+    `event_s`: the time that sending one event of this sequence takes. DeliveryPacer uses it and `woken_s`.
+    """
 
     __slots__ = ("_error", "_items", "_loop", "_waiter", "event_s", "model_id", "woken_s")
 
@@ -42,7 +43,7 @@ class RowStream:
         self.model_id = model_id
         self.event_s = event_s
         self.woken_s = -math.inf
-        self._loop = asyncio.get_running_loop()  # asked for once: each time it costs a system call before Python 3.12
+        self._loop = asyncio.get_running_loop()  # Looking the loop up is a system call before Python 3.12.
         self._items: list[RowTokens] = []
         self._error: RepertoryError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -52,23 +53,23 @@ class RowStream:
         self._wake()
 
     def hold(self, row: RowTokens) -> None:
-        """As `put`, but the consumer isn't woken for it: a later `put` or `wake` does that."""
+        """Like `put`, without waking the consumer: a later `put` or `wake` does so."""
         self._items.append(row)
 
     def wake(self) -> bool:
-        """Have the consumer take what is held; False if nothing is."""
+        """Wake the consumer for the rows that are held. Return False if there are none."""
         if not self._items:
             return False
         self._wake()
         return True
 
     def fail(self, error: RepertoryError) -> None:
-        """End the stream with `error`, after what has come already."""
+        """End the stream with `error`, after the rows that have arrived."""
         self._error = error
         self._wake()
 
     async def take(self) -> RowTokens:
-        """All that has come since the last call, as one item; waits for the first. Raises the error given to `fail`."""
+        """Wait for a row, and return all rows since the last call merged into one. Raises the error given to `fail`."""
         while not self._items:
             if self._error is not None:
                 raise self._error
@@ -86,10 +87,10 @@ class RowStream:
 
 
 class DeliveryPacer:
-    """Wakes each consumer no more often than one event for every open sequence takes to send.
+    """Wakes each consumer at most once in the time that sending one event of every open sequence takes.
 
-    Below that rate every step's token goes out by itself. Above it the processes on the way can't follow: unpaced, they would fall behind by
-    whole buffers, and new requests would wait behind them. A sequence's first row and its end are never held.
+    Below that rate each step's token is sent by itself. Above it the processes that send events fall behind, and new requests would
+    wait behind full buffers. The first row of a sequence and its end are never held.
     """
 
     MAX_SPACING_S = 0.05
@@ -112,7 +113,7 @@ class DeliveryPacer:
             return
         stream.hold(row)
         if not self._held:
-            # the next row most often comes before this; it mustn't be waited for while other models have their turn
+            # Usually the next row arrives before this. Without the timer a row would be held while other models have their turn.
             asyncio.get_running_loop().call_later(spacing_s, self._wake_held)
         self._held.append(stream)
 

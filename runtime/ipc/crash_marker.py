@@ -1,7 +1,6 @@
-"""A few bytes that outlive the engine: which model it was about to step when it died.
+"""Records in a file which model the engine is about to run, so that the front process can read it after a crash.
 
-The engine writes before each launch, and while it rests the model whose weights come in, or nobody; the front reads
-after a death.
+The engine writes the model's id before each launch and before it copies weights to the device, and clears it when it is idle.
 """
 
 import mmap
@@ -13,7 +12,7 @@ _LENGTH = struct.Struct("<H")
 
 
 class CrashMarker:
-    """A mapped file with one model id in it. `mark` costs about a microsecond, nothing when the model is the same as before."""
+    """A memory-mapped file with one model id. `mark` takes about a microsecond, and nothing if the model has not changed."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -24,19 +23,19 @@ class CrashMarker:
         self._marked: str | None = None
 
     def mark(self, model_id: str) -> None:
-        """Note that `model_id` is about to run; "" for none."""
+        """Record that `model_id` is about to run; an empty id stands for no model."""
         if model_id == self._marked:
             return
         data = model_id.encode()[: _SIZE_BYTES - _LENGTH.size]
-        # length last: a death in between reads as "nobody", never as a torn name
+        # The length is written last, so that a crash in between reads as no model and never as half an id.
         _LENGTH.pack_into(self._map, 0, 0)
         self._map[_LENGTH.size : _LENGTH.size + len(data)] = data
         _LENGTH.pack_into(self._map, 0, len(data))
         self._marked = model_id
 
     def read(self) -> str | None:
-        """The model marked last, by whichever process; None = nobody yet."""
-        self._marked = None  # what this process marked last may not be what is there
+        """Return the id that was recorded last, by either process; None if there is none."""
+        self._marked = None  # The other process may have written since.
         (length,) = _LENGTH.unpack_from(self._map, 0)
         return self._map[_LENGTH.size : _LENGTH.size + length].decode(errors="replace") or None
 

@@ -255,7 +255,7 @@ class Models:
         )
         while True:
             await self._engine.wait_ready()
-            lives = self._engine.restarts
+            restarts = self._engine.restarts
             try:
                 return await self._engine.load(request)
             except Unavailable:
@@ -263,7 +263,7 @@ class Models:
                 if self._engine.state is EngineState.STOPPED:
                     raise
                 self._refuse_quarantined(entry.model_id, entry.mark)
-                if self._engine.restarts == lives:
+                if self._engine.restarts == restarts:
                     await self._engine.changes.wait(_UNNOTICED_S)
 
     async def _return(self, entry: Entry) -> None:

@@ -14,7 +14,7 @@ def fake_command(
 ) -> CommandBuilder:
     """A builder of argument vectors for `EngineClient(command=…)`."""
 
-    def build(socket_path: Path, config: EngineConfig, blackbox_path: Path) -> list[str]:
+    def build(socket_path: Path, config: EngineConfig, crash_marker_path: Path) -> list[str]:
         command = [
             sys.executable,
             "-m",
@@ -23,8 +23,8 @@ def fake_command(
             str(socket_path),
             "--config",
             msgspec.json.encode(config).decode(),
-            "--blackbox",
-            str(blackbox_path),
+            "--crash-marker",
+            str(crash_marker_path),
             "--load-s",
             str(load_s),
             "--step-s",

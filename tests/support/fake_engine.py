@@ -46,10 +46,15 @@ SLAB_BYTES = 4096
 
 class FakeEngine:
     def __init__(
-        self, writer: asyncio.StreamWriter, blackbox: CrashMarker, journal: Path | None, load_s: float, step_s: float
+        self,
+        writer: asyncio.StreamWriter,
+        crash_marker: CrashMarker,
+        journal: Path | None,
+        load_s: float,
+        step_s: float,
     ) -> None:
         self.writer = writer
-        self.blackbox = blackbox
+        self.crash_marker = crash_marker
         self.journal = journal
         self.load_s = load_s
         self.step_s = step_s
@@ -130,7 +135,7 @@ class FakeEngine:
 
     async def run(self, add: Add) -> None:
         prompt, max_tokens = add.request.prompt, add.request.stop.max_tokens
-        self.blackbox.mark(add.model_id)
+        self.crash_marker.mark(add.model_id)
         await asyncio.sleep(self.step_s)
         if prompt[0] == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -156,7 +161,7 @@ class FakeEngine:
         self.rows.pop(add.request_id, None)
         self.row_models.pop(add.request_id, None)
         if not self.rows:
-            self.blackbox.mark("")
+            self.crash_marker.mark("")
         self.send(Tokens(add.model_id, (row,)))
 
     def end(self, request_id: int, finish: FinishReason) -> None:
@@ -196,7 +201,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", required=True)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--blackbox", required=True)
+    parser.add_argument("--crash-marker", required=True)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--load-s", type=float, default=0.3)
     parser.add_argument("--step-s", type=float, default=0.002)
@@ -206,7 +211,7 @@ async def main() -> None:
     if options.stillborn:
         raise SystemExit(3)
     reader, writer = await asyncio.open_unix_connection(options.socket)
-    engine = FakeEngine(writer, CrashMarker(options.blackbox), options.journal, options.load_s, options.step_s)
+    engine = FakeEngine(writer, CrashMarker(options.crash_marker), options.journal, options.load_s, options.step_s)
     engine.note("start")
     if options.unfit:
         engine.send(StartFailed(options.unfit))

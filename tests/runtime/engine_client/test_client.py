@@ -211,7 +211,7 @@ async def test_engine_client_kills_a_hanging_engine() -> None:
         # as long as it says anything it is alive
         await collect(client, "a", [5], 10)
     assert client.restarts == 0
-    with pytest.raises(Unavailable, match=r"hung \(no word for 0.5 s\)"):
+    with pytest.raises(Unavailable, match=r"sent nothing for 0.5 s"):
         await hung
     await client.wait_ready()
     assert [death.stepping for death in listener.deaths] == ["a"]
@@ -262,7 +262,7 @@ async def test_engine_client_stop_lets_streams_finish() -> None:
 
 
 def test_crash_marker_survives_its_writer(tmp_path: Path) -> None:
-    path = tmp_path / "blackbox"
+    path = tmp_path / "crash-marker"
     reader = CrashMarker(path)
     assert reader.read() is None
     writer = CrashMarker(path)

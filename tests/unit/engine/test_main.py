@@ -24,7 +24,7 @@ class Front:
     """The front's end of one engine process."""
 
     def __init__(self, folder: Path) -> None:
-        path, self.blackbox_path = folder / "engine.sock", folder / "blackbox"
+        path, self.crash_marker_path = folder / "engine.sock", folder / "crash-marker"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         listener.listen(1)
@@ -38,7 +38,7 @@ class Front:
             "--config",
             msgspec.json.encode(CONFIG).decode(),
         ]
-        self.process = subprocess.Popen([*command, "--blackbox", str(self.blackbox_path)])
+        self.process = subprocess.Popen([*command, "--crash-marker", str(self.crash_marker_path)])
         self.connection, _ = listener.accept()
         self.connection.settimeout(WAIT_S)
         listener.close()
@@ -86,7 +86,7 @@ def test_main_serves_until_shutdown(tmp_path: Path) -> None:
         assert len([token for row in rows for token in row.tokens]) == 12
         assert rows[-1].finish is FinishReason.LENGTH
         assert front.process.wait(WAIT_S) == 0
-        assert CrashMarker(front.blackbox_path).read() is None
+        assert CrashMarker(front.crash_marker_path).read() is None
     finally:
         front.process.kill()
         front.process.wait()

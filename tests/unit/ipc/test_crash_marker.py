@@ -7,9 +7,9 @@ from runtime.ipc.crash_marker import CrashMarker
 
 def test_each_death_is_read_and_wiped(tmp_path: Path) -> None:
     """Or a start that fails before anything ran would be put down to the model of the death before it, and quarantine that."""
-    front = CrashMarker(tmp_path / "blackbox")
+    front = CrashMarker(tmp_path / "crash-marker")
     for model_id in ("a", "b", "b"):
-        engine = CrashMarker(tmp_path / "blackbox")
+        engine = CrashMarker(tmp_path / "crash-marker")
         engine.mark(model_id)
         engine.close()
         assert front.read() == model_id
