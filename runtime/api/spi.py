@@ -114,7 +114,8 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         return pb.RuntimeStatusResponse(
             status=pb.RuntimeStatusResponse.READY,
             capacityInBytes=capacity.capacity_bytes,
-            maxLoadingConcurrency=self._config.max_loading_concurrency,
+            # A mesh counts a load from its pull on. Fewer would let slow sources keep local models waiting.
+            maxLoadingConcurrency=self._config.max_loading_concurrency + self._config.max_pulling_concurrency,
             modelLoadingTimeoutMs=max(100, int(self._config.load_timeout_s * 1000)),
             defaultModelSizeInBytes=capacity.default_size_bytes,
             runtimeVersion=package_version(),

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from common.units import GIB, MIB
+from common.units import GIB, KIB, MIB
 
 
 def _about(text: str, **limits: Any) -> msgspec.Meta:
@@ -98,7 +98,11 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     pvc_dir: Annotated[str, _about("directory in which pvc:// volumes are mounted")] = "/pvc_mounts"
     allow_pickle: Annotated[bool, _about("read .bin and .pt checkpoints (weights only)")] = False
     allow_remote_code: Annotated[bool, _about("accept checkpoints that contain code; the code is never run")] = False
-    max_loading_concurrency: Annotated[int, _about("largest number of concurrent loads", gt=0)] = 2
+    max_loading_concurrency: Annotated[int, _about("largest number of concurrent loads, not counting pulls", gt=0)] = 2
+    max_pulling_concurrency: Annotated[int, _about("largest number of models that are pulled concurrently", gt=0)] = 8
+    pull_min_rate_bytes: Annotated[
+        int, _about("bytes per second below which a pull fails, averaged over a minute; 0 = no limit", ge=0)
+    ] = 16 * KIB
     engine_silence_s: Annotated[
         float,
         _about(

@@ -201,7 +201,7 @@ class Models:
         started_s = time.monotonic()
         limit = asyncio.timeout(self._config.load_timeout_s)
         try:
-            async with limit, self._slots:
+            async with limit:
                 await self._bring(entry)
         except BaseException as error:
             await self._undo(entry)
@@ -238,11 +238,12 @@ class Models:
         entry.prepared = await self._preparer.prepare(
             entry.source, entry.settings, hello.device, lambda progress: _post(loop, self._note, entry, progress)
         )
-        self._note(entry, Progress(Phase.LOADING, text="admitting"))
-        text = await loop.run_in_executor(
-            self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings
-        )
-        facts = await self._admit(entry)
+        async with self._slots:
+            self._note(entry, Progress(Phase.LOADING, text="admitting"))
+            text = await loop.run_in_executor(
+                self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings
+            )
+            facts = await self._admit(entry)
         if note := cut_text(facts.max_model_len, facts.wanted_model_len):
             log.warning("model %s: %s", entry.name, note)
         entry.served = ServedModel(entry.model_id, entry.name, entry.settings, facts, text, loaded_at_s=time.time())

@@ -23,6 +23,7 @@ from runtime.puller.progress import PullJob
 
 _MANIFEST = ".repertory.json"
 _POLL_S = 0.1
+_GROWTH_BYTES = 64 * 1024 * 1024
 log = logging.getLogger(__name__)
 _STALE_S = 7 * 24 * 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -134,8 +135,36 @@ class Cache:
             )
             job.wait(_POLL_S)
 
-    def make_room(self, need_bytes: int, what: str, *, keep: str = "") -> None:
-        """Drop idle entries, least recently used first, until `need_bytes` more fit the budget and the disk."""
+    def grow(self, area: str, key: str, total_bytes: int, what: str) -> int:
+        """Reserve more room for a fill in progress, whose source did not state its size, and return the bytes that are reserved now.
+
+        Raises ModelTooLarge, Overloaded.
+        """
+        name = f"{area}-{key}"
+        wanted = max(total_bytes, min(total_bytes + _GROWTH_BYTES, self.budget_bytes))
+        lock = self._open(name)
+        try:
+            self._reserve(name, wanted, what, lock)
+        finally:
+            os.close(lock)
+        return wanted
+
+    def _reserve(self, name: str, need_bytes: int, what: str, lock: int) -> None:
+        """Make room for a fill of `need_bytes`, some of which may be there, and note it for processes that look while its lock is held."""
+        room = self._open("room")  # Two concurrent fills must not both get the remaining bytes.
+        try:
+            fcntl.flock(room, fcntl.LOCK_EX)
+            self.make_room(need_bytes, what, keep=name, present_bytes=_size_of(self._root / "work" / name))
+            os.truncate(lock, 0)
+            os.pwrite(lock, str(need_bytes).encode(), 0)
+        finally:
+            os.close(room)
+
+    def make_room(self, need_bytes: int, what: str, *, keep: str = "", present_bytes: int = 0) -> None:
+        """Drop idle entries, least recently used first, until `need_bytes` fit the budget, and those that are not present yet fit the disk.
+
+        `keep` names the fill that needs them, which has `present_bytes` already.
+        """
         if need_bytes > self.budget_bytes:
             raise ModelTooLarge(
                 f"{what} needs {need_bytes} bytes, more than the disk cache's budget of {self.budget_bytes} bytes",
@@ -146,13 +175,15 @@ class Cache:
         pending = sum(item.pending_bytes for item in items)
         used = sum(item.size_bytes for item in items) + pending
         for item in sorted(items, key=lambda one: one.used_s):
-            if used + need_bytes <= self.budget_bytes and shutil.disk_usage(self._root).free - pending >= need_bytes:
+            if used + need_bytes <= self.budget_bytes and (
+                shutil.disk_usage(self._root).free - pending >= need_bytes - present_bytes
+            ):
                 return
             if self._drop(item):
                 used -= item.size_bytes
         free = shutil.disk_usage(self._root).free - pending
-        if free < need_bytes:
-            raise _disk_full(what, need_bytes, free, self._root)
+        if free < need_bytes - present_bytes:
+            raise _disk_full(what, need_bytes - present_bytes, free, self._root)
         if used + need_bytes > self.budget_bytes:
             raise Overloaded(
                 f"{what} needs {need_bytes} bytes; models in use hold {used} bytes of the disk cache's budget of {self.budget_bytes} bytes"
@@ -162,14 +193,7 @@ class Cache:
         self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str, lock: int
     ) -> None:
         work = self._root / "work" / f"{area}-{key}"
-        room = self._open("room")  # Two concurrent fills must not both get the remaining bytes.
-        try:
-            fcntl.flock(room, fcntl.LOCK_EX)
-            self.make_room(max(need_bytes - _size_of(work), 0), what, keep=f"{area}-{key}")
-            os.truncate(lock, 0)
-            os.pwrite(lock, str(need_bytes).encode(), 0)  # for processes that look while this lock is held
-        finally:
-            os.close(room)
+        self._reserve(f"{area}-{key}", need_bytes, what, lock)
         try:
             work.mkdir(exist_ok=True)
             fill(work)
@@ -186,6 +210,8 @@ class Cache:
                 free = shutil.disk_usage(self._root).free
                 shutil.rmtree(work, ignore_errors=True)
                 raise _disk_full(what, need_bytes, free, self._root) from error
+            if isinstance(error, ModelTooLarge):
+                shutil.rmtree(work, ignore_errors=True)
             raise
 
     def _items(self) -> list[_Item]:

@@ -61,14 +61,14 @@ class HttpClient:
     destinations: Destinations = field(default_factory=Destinations)
 
     def open(
-        self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None
+        self, url: str, job: PullJob, *, method: str = "GET", headers: Mapping[str, str] | None = None
     ) -> http.client.HTTPResponse:
         """Raises HTTPError, URLError, OSError, ValueError."""
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise LoadFailed(f"{_shown(url)} is not HTTP")
         opener = urllib.request.build_opener(
             _Redirects(frozenset(name.lower() for name in self.headers)),
-            *checked_handlers(self.destinations, self.context or ssl.create_default_context()),
+            *checked_handlers(self.destinations, self.context or ssl.create_default_context(), job),
         )
         merged = {"User-Agent": "repertory", "Accept-Encoding": "identity", **self.headers, **(headers or {})}
         response = opener.open(urllib.request.Request(url, headers=merged, method=method), timeout=_TIMEOUT_S)
@@ -93,6 +93,7 @@ class HttpClient:
             kind = Unreachable if error.code in AGAIN else LoadFailed
             raise kind(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
         except _BROKEN as error:
+            job.check()
             raise Unreachable(f"{_shown(url)} can't be reached: {_words(error)}") from None
 
     def read(self, url: str, start: int, count: int, job: PullJob) -> bytes:
@@ -103,6 +104,7 @@ class HttpClient:
                     raise LoadFailed(f"{_shown(url)}: the server gives no parts of files")
                 return response.read(count)
         except _BROKEN as error:
+            job.check()
             raise LoadFailed(f"{_shown(url)} can't be read: {_words(error)}") from None
 
     def _open_patiently(
@@ -113,7 +115,7 @@ class HttpClient:
         while True:
             job.check()
             try:
-                return self.open(url, method=method, headers=headers)
+                return self.open(url, job, method=method, headers=headers)
             except urllib.error.HTTPError as error:
                 attempt += 1
                 if error.code not in AGAIN or attempt == _SMALL_TRIES:
@@ -135,7 +137,7 @@ class HttpClient:
         if start and file.digest.startswith('"'):
             headers["If-Range"] = file.digest
         try:
-            response = self.open(file.location, headers=headers)
+            response = self.open(file.location, job, headers=headers)
         except urllib.error.HTTPError as error:
             if error.code in AGAIN:
                 raise Interrupted(f"{_shown(file.location)}: the server answers {error.code}") from error

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,7 +51,20 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ABANDON_S = 5.0
 _GGUF_GROWTH = 4  # dequantised bytes for one byte of file, at most about
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulled:
+    """Files in the cache: the lock on them, the checkpoint's path, and the identity that the source gives them."""
+
+    held: Held
+    path: Path
+    identity: str
+
+    def release(self) -> None:
+        self.held.release()
 
 
 class CheckpointPreparer:
@@ -73,43 +86,74 @@ class CheckpointPreparer:
         self._indexes = indexes or IndexCache()
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
         self._threads = ThreadPoolExecutor(config.max_loading_concurrency + 4, thread_name_prefix="files")
+        # Sources may be slow, so what waits for them has threads and a limit of its own.
+        self._network = ThreadPoolExecutor(config.max_pulling_concurrency + 4, thread_name_prefix="network")
+        self._pulls = asyncio.Semaphore(config.max_pulling_concurrency)
+        self._packs = asyncio.Semaphore(config.max_loading_concurrency)
 
     async def prepare(self, source: ModelSource, settings: ModelSettings, device: str, report: Report) -> Prepared:
         """See runtime.models.model_state.Preparer."""
         job = PullJob(report)
-        return await self._in_thread(lambda: self._prepare(source, settings, device, job), job)
+        job.say(Phase.PULLING, 0, 0, "looking")
+        place = await self._in_thread(self._threads, lambda: locate(source, self._config), job)
+        pulled: _Pulled | None = None
+        if not isinstance(place, Path):
+            async with self._pulls:
+                found = await self._in_thread(
+                    self._network, lambda: self._pulled(place, source, settings, device, job), job
+                )
+            if isinstance(found, Prepared):
+                return found
+            pulled = found
+        try:
+            async with self._packs:
+                return await self._in_thread(
+                    self._threads, lambda: self._unpacked(place, pulled, settings, device, job), job
+                )
+        except BaseException:
+            if pulled is not None:
+                pulled.release()
+            raise
 
     async def identity(self, source: ModelSource) -> str:
         """See runtime.models.model_state.Preparer."""
         job = PullJob(lambda progress: None)
-        return await self._in_thread(lambda: self._identity(source, job), job)
+        return await self._in_thread(self._pool_of(source), lambda: self._identity(source, job), job)
 
     async def look(
         self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
     ) -> ModelMetadata:
         """See runtime.puller.inspection.Fitter."""
         job = PullJob(lambda progress: None)
-        return await self._in_thread(lambda: self._look(source, settings, device, local_only, job), job)
+        return await self._in_thread(
+            self._pool_of(source), lambda: self._look(source, settings, device, local_only, job), job
+        )
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         """See runtime.puller.inspection.Fitter."""
         job = PullJob(lambda progress: None)
         return await self._in_thread(
-            lambda: self._refusal(look.config, look.gguf_file, settings.max_model_len, job), job
+            self._threads, lambda: self._refusal(look.config, look.gguf_file, settings.max_model_len, job), job
         )
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._network.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, work: Callable[[], T], job: PullJob) -> T:
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+    def _pool_of(self, source: ModelSource) -> ThreadPoolExecutor:
+        is_local = source.uri.startswith(("/", "file://", "pvc://")) and not source.storage_params
+        return self._threads if is_local and source.storage_key is None else self._network
+
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T], job: PullJob) -> T:
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            # the thread stops at its next check; what it may have brought all the same is given back
+            # The thread stops at its next check; what it may have brought all the same is given back. A library that waits for
+            # its store does not check, and must not keep the model from being unloaded.
             job.cancel()
             future.add_done_callback(_give_back)
-            await asyncio.wait((future,))
+            await asyncio.wait((future,), timeout=_ABANDON_S)
             raise
 
     def _refusal(
@@ -133,24 +177,29 @@ class CheckpointPreparer:
                 return error.detail
             return self._judge.refusal(read_json(Path(folder) / "config.json"), max_model_len, job)
 
-    def _prepare(self, source: ModelSource, settings: ModelSettings, device: str, job: PullJob) -> Prepared:
-        job.say(Phase.PULLING, 0, 0, "looking")
-        place = locate(source, self._config)
-        if isinstance(place, Path):
-            # Read before the files are, so that a change in between shows as a difference later.
-            identity = inspect(place, self._policy).identity
-            return replace(self._from_files(place, None, "", settings, device, job), identity=identity)
+    def _pulled(
+        self, place: Source, source: ModelSource, settings: ModelSettings, device: str, job: PullJob
+    ) -> "Prepared | _Pulled":
+        """Return the packed model if there is one of the files that the source has now, else its files."""
         listing = self._listing(place, source, job)
         packed = self._find_packed(_pack_key(listing.key, settings, device))
         if packed is not None:
             return replace(packed, identity=listing.key)
-        pulled = self._pull(place, listing, job)
-        try:
-            path = pulled.path / listing.files[0].name if listing.files[0].name.endswith(".gguf") else pulled.path
-            return replace(self._from_files(path, pulled, listing.key, settings, device, job), identity=listing.key)
-        except BaseException:
-            pulled.release()
-            raise
+        held = self._pull(place, listing, job)
+        first = listing.files[0].name
+        return _Pulled(held, held.path / first if first.endswith(".gguf") else held.path, listing.key)
+
+    def _unpacked(
+        self, place: Path | Source, pulled: "_Pulled | None", settings: ModelSettings, device: str, job: PullJob
+    ) -> Prepared:
+        """Return the model of pulled or local files, which are packed if need be."""
+        if pulled is not None:
+            found = self._from_files(pulled.path, pulled.held, pulled.identity, settings, device, job)
+            return replace(found, identity=pulled.identity)
+        assert isinstance(place, Path)
+        # Read before the files are, so that a change in between shows as a difference later.
+        identity = inspect(place, self._policy).identity
+        return replace(self._from_files(place, None, "", settings, device, job), identity=identity)
 
     def _identity(self, source: ModelSource, job: PullJob) -> str:
         place = locate(source, self._config)
@@ -176,10 +225,14 @@ class CheckpointPreparer:
         return listing
 
     def _pull(self, source: Source, listing: Listing, job: PullJob) -> Held:
-        total_bytes = listing.total_bytes
-        return self._cache.obtain(
-            "pulled", listing.key, total_bytes, lambda work: pull(source, listing, work, job), job, listing.origin
-        )
+        def reserve(total_bytes: int) -> int:
+            return self._cache.grow("pulled", listing.key, total_bytes, listing.origin)
+
+        def fill(work: Path) -> None:
+            rate = self._config.pull_min_rate_bytes
+            pull(source, listing, work, job, reserve=reserve, min_bytes_per_s=rate)
+
+        return self._cache.obtain("pulled", listing.key, listing.total_bytes, fill, job, listing.origin)
 
     def _from_files(
         self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: PullJob
@@ -351,5 +404,5 @@ def _packed_bytes(found: CheckpointSummary, quantization: Quantization, dtype: s
 def _give_back(future: "asyncio.Future[T]") -> None:
     if not future.cancelled() and future.exception() is None:
         result = future.result()
-        if isinstance(result, Prepared):
+        if isinstance(result, Prepared | _Pulled):
             result.release()

@@ -1,7 +1,10 @@
 """The progress and the cancellation of one pull or pack. Safe to use from any thread."""
 
+import contextlib
+import socket
 import threading
 import time
+import weakref
 
 from runtime.errors import Cancelled
 from runtime.models.model_state import Phase, Progress, Report
@@ -15,11 +18,24 @@ class PullJob:
     def __init__(self, report: Report) -> None:
         self._report = report
         self._cancelled = threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._last_s = 0.0
         self._last_text = ""
 
     def cancel(self) -> None:
+        """Make the work end: at its next check, or at once where it waits for a connection that it has opened."""
         self._cancelled.set()
+        with self._lock:
+            for connection in self._sockets:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def opened(self, connection: socket.socket) -> None:
+        """Have a connection shut down when the work is cancelled. Raises Cancelled if it is already."""
+        with self._lock:
+            self._sockets.add(connection)
+        self.check()
 
     def check(self) -> None:
         """Raise Cancelled once `cancel` was called."""

@@ -75,7 +75,7 @@ async def test_runtime_status_purges_and_returns_the_limits(runtime: SpiRuntime,
     assert not runtime.models.views()
     assert runtime.preparer.held == 0
     assert status.capacityInBytes == 100_000
-    assert status.maxLoadingConcurrency == 2
+    assert status.maxLoadingConcurrency == 10
     assert status.modelLoadingTimeoutMs == 10_000
     assert status.capacityInBytes >= 10 * min(status.defaultModelSizeInBytes, 10_000)
     assert status.allowAnyMethod

@@ -93,6 +93,18 @@ async def test_manager_loads_again_when_the_files_have_changed(house: House) -> 
     assert house.preparer.started == 2
 
 
+async def test_manager_loads_while_other_sources_hang(house: House) -> None:
+    hanging = [
+        asyncio.create_task(house.models.load(name, ModelSource(f"endless:{name}"), PLAIN)) for name in ("x", "y", "z")
+    ]
+    await house.until(lambda: house.preparer.started == 3)
+    async with asyncio.timeout(2):
+        await house.models.load("a", SOURCE, PLAIN)
+        for name in ("x", "y", "z"):
+            await house.models.unload(name, grace_s=0.2)
+    assert all(isinstance(error, Cancelled) for error in await asyncio.gather(*hanging, return_exceptions=True))
+
+
 async def test_manager_unload_releases_and_ignores_unknown_ids(house: House) -> None:
     await house.models.unload("nobody", grace_s=0.2)
     await house.models.load("a", SOURCE, PLAIN)

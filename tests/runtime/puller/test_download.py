@@ -46,7 +46,7 @@ class Scripted:
 def test_pull_fetches_files_concurrently_and_sums_their_progress(tmp_path: Path) -> None:
     seen: list[Progress] = []
     source = Scripted()
-    pull(source, source.listing(PullJob(seen.append)), tmp_path, PullJob(seen.append))
+    pull(source, source.listing(PullJob(seen.append)), tmp_path, PullJob(seen.append), reserve=int)
     assert len(list(tmp_path.iterdir())) == len(FILES)
     counts = [progress.done_bytes for progress in seen]
     assert counts == sorted(counts)
@@ -58,7 +58,13 @@ def test_pull_fetches_files_concurrently_and_sums_their_progress(tmp_path: Path)
 def test_pull_stops_all_files_when_one_fails(tmp_path: Path) -> None:
     source = Scripted("f3")
     with pytest.raises(LoadFailed, match="f3 is corrupt"):
-        pull(source, source.listing(PullJob(lambda progress: None)), tmp_path, PullJob(lambda progress: None))
+        pull(
+            source,
+            source.listing(PullJob(lambda progress: None)),
+            tmp_path,
+            PullJob(lambda progress: None),
+            reserve=int,
+        )
 
 
 def test_pull_can_be_cancelled(tmp_path: Path) -> None:
@@ -66,4 +72,4 @@ def test_pull_can_be_cancelled(tmp_path: Path) -> None:
     source = Scripted("nothing of that name")
     threading.Timer(0.2, job.cancel).start()
     with pytest.raises(Cancelled, match="the load was cancelled"):
-        pull(source, source.listing(job), tmp_path, job)
+        pull(source, source.listing(job), tmp_path, job, reserve=int)
