@@ -4,13 +4,14 @@ from aiohttp import web
 
 from runtime.api.anthropic.as_chat import as_chat
 from runtime.api.anthropic.events import MessageEvents
-from runtime.api.anthropic.responses import ErrorAnswer, TokenCount, error_body, message
+from runtime.api.anthropic.responses import ErrorAnswer, Message, TokenCount, error_body, message
 from runtime.api.anthropic.types import MessagesBody, PromptBody
 from runtime.api.openai.chat_prepare import prepare_chat, render_prompt
 from runtime.api.openai.context import json_response, model_of, read_body
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.tools import plan_tools
 from runtime.api.protocol_errors import ErrorShape
+from runtime.api.route import Route
 from runtime.generation.generator import Generator
 from runtime.interfaces import ModelDirectory
 
@@ -23,8 +24,14 @@ class Messages:
     def __init__(self, directory: ModelDirectory, generator: Generator) -> None:
         self._directory = directory
         self._generator = generator
-        self.post = _ERRORS.around(self._post)
-        self.count_tokens = _ERRORS.around(self._count_tokens)
+
+    def routes(self) -> list[Route]:
+        count = "/v1/messages/count_tokens"
+        own = [
+            Route("POST", "/v1/messages", self._post, "Answer messages", MessagesBody, Message, "text/event-stream"),
+            Route("POST", count, self._count_tokens, "Count a prompt's tokens", PromptBody, TokenCount),
+        ]
+        return [_ERRORS.shape(route) for route in own]
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         parsed = await read_body(request, MessagesBody)

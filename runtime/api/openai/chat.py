@@ -5,7 +5,7 @@ from aiohttp import web
 from runtime.api.openai.chat_prepare import PreparedChat, prepare_chat
 from runtime.api.openai.chunks import CHAT_DELTAS, EventChunks, Head, StreamUsage
 from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, run_large
-from runtime.api.openai.responses import Answer, chat_choice, usage
+from runtime.api.openai.responses import Answer, ChatChoice, chat_choice, usage
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.types import ChatBody
 from runtime.generation.generator import Generator
@@ -34,7 +34,7 @@ class ChatCompletions:
             return await send_events(request, self._generator.stream(model, requests, make_parser), chunks, warning)
         return json_response(await self._answer(model, shown_name, chat), warning)
 
-    async def _answer(self, model: ServedModel, shown_name: str, chat: PreparedChat) -> Answer:
+    async def _answer(self, model: ServedModel, shown_name: str, chat: PreparedChat) -> Answer[ChatChoice]:
         requests = chat.requests
         results = await self._generator.complete(model, requests, chat.make_parser)
         details = requests[0].with_details

@@ -11,7 +11,7 @@ from runtime.api.openai.completion_chunks import CompletionDeltas, completion_ch
 from runtime.api.openai.completions_plan import Prompt, plan_completions, separate_prompts
 from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, run_large
 from runtime.api.openai.params import truncated
-from runtime.api.openai.responses import Answer, usage
+from runtime.api.openai.responses import Answer, CompletionChoice, usage
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.structured import wanted_of
 from runtime.api.openai.types import CompletionBody
@@ -57,7 +57,7 @@ class Completions:
         body: CompletionBody,
         prompts: list[Prompt],
         requests: list[GenerationRequest],
-    ) -> Answer:
+    ) -> Answer[CompletionChoice]:
         results = await self._generator.complete(model, requests)
         if body.max_tokens == 0:
             results = [_empty(result) for result in results]

@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -13,6 +13,7 @@ from runtime.ipc.messages import TokenLogprobs
 from runtime.text.text_model import TextModel
 from runtime.types import FinishReason
 
+_Choice = TypeVar("_Choice")
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 _FINISH = {
@@ -198,14 +199,14 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     stop_reason: str | int | None
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """The response body of both APIs."""
+class Answer(msgspec.Struct, Generic[_Choice], frozen=True):
+    """The response body of both APIs, each with choices of its own."""
 
     id: str
     object: str
     created: int
     model: str
-    choices: Sequence[ChatChoice | CompletionChoice]
+    choices: Sequence[_Choice]
     usage: Usage
 
 

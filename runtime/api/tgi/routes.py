@@ -11,7 +11,8 @@ from runtime.api.openai.chat import ChatCompletions
 from runtime.api.openai.completions import Completions
 from runtime.api.openai.context import read_body
 from runtime.api.openai.params import MAX_STOPS
-from runtime.api.openai.responses import encode
+from runtime.api.openai.responses import Answer as OpenAiAnswer
+from runtime.api.openai.responses import ChatChoice, CompletionChoice, encode
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.types import ChatBody, CompletionBody
 from runtime.api.route import Route
@@ -60,9 +61,23 @@ class TextGeneration:
             3, Route("POST", f"{_NAMED}/tokenize", self._tokenize, "Tokenize a text", TokenizeBody, list[TokenSpan])
         )
         return [
-            Route("POST", f"{_NAMED}/v1/chat/completions", chat.post, "Answer a chat", ChatBody, stream=_STREAM),
             Route(
-                "POST", f"{_NAMED}/v1/completions", completions.post, "Complete prompts", CompletionBody, stream=_STREAM
+                "POST",
+                f"{_NAMED}/v1/chat/completions",
+                chat.post,
+                "Answer a chat",
+                ChatBody,
+                OpenAiAnswer[ChatChoice],
+                _STREAM,
+            ),
+            Route(
+                "POST",
+                f"{_NAMED}/v1/completions",
+                completions.post,
+                "Complete prompts",
+                CompletionBody,
+                OpenAiAnswer[CompletionChoice],
+                _STREAM,
             ),
             *(ERRORS.shape(route) for route in own),
         ]
