@@ -19,6 +19,8 @@
 The fields carry what happened; `message` is the sentence for people, made from them. Code decides by type and field, never by text.
 """
 
+from common import error_codes
+
 
 class MeshError(Exception):
     """Base of all errors that a caller may see.
@@ -31,9 +33,7 @@ class MeshError(Exception):
         retry_after_s: when a repeat may succeed; None if unknown.
     """
 
-    code = "INTERNAL"
-    http_status = 500
-    openai_type = "server_error"
+    code, http_status, openai_type = error_codes.INTERNAL
 
     def __init__(
         self,
@@ -60,39 +60,27 @@ class MeshError(Exception):
 
 
 class InvalidRequest(MeshError):
-    code = "INVALID_ARGUMENT"
-    http_status = 400
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.INVALID
 
 
 class Unauthenticated(MeshError):
-    code = "UNAUTHENTICATED"
-    http_status = 401
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.UNAUTHENTICATED
 
 
 class PermissionDenied(MeshError):
-    code = "PERMISSION_DENIED"
-    http_status = 403
-    openai_type = "permission_error"
+    code, http_status, openai_type = error_codes.PERMISSION_DENIED
 
 
 class NotFound(MeshError):
-    code = "NOT_FOUND"
-    http_status = 404
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.NOT_FOUND
 
 
 class AlreadyExists(MeshError):
-    code = "ALREADY_EXISTS"
-    http_status = 409
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.ALREADY_EXISTS
 
 
 class PreconditionFailed(MeshError):
-    code = "FAILED_PRECONDITION"
-    http_status = 412
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.PRECONDITION_FAILED
 
 
 class LoadFailed(MeshError):
@@ -101,9 +89,7 @@ class LoadFailed(MeshError):
     `lasting`: time alone does not help, as with a missing file or a model that exceeds the capacity.
     """
 
-    code = "INTERNAL"
-    http_status = 424
-    openai_type = "model_load_error"
+    code, http_status, openai_type = error_codes.MESH_LOAD_FAILED
 
     def __init__(
         self,
@@ -124,33 +110,23 @@ class LoadFailed(MeshError):
 
 
 class Overloaded(MeshError):
-    code = "RESOURCE_EXHAUSTED"
-    http_status = 429
-    openai_type = "overloaded_error"
+    code, http_status, openai_type = error_codes.OVERLOADED
 
 
 class TooLarge(MeshError):
-    code = "RESOURCE_EXHAUSTED"
-    http_status = 413
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.TOO_LARGE
 
 
 class NotSupported(MeshError):
-    code = "UNIMPLEMENTED"
-    http_status = 501
-    openai_type = "not_supported_error"
+    code, http_status, openai_type = error_codes.NOT_SUPPORTED
 
 
 class Unavailable(MeshError):
-    code = "UNAVAILABLE"
-    http_status = 503
-    openai_type = "unavailable_error"
+    code, http_status, openai_type = error_codes.UNAVAILABLE
 
 
 class DeadlineExceeded(MeshError):
-    code = "DEADLINE_EXCEEDED"
-    http_status = 504
-    openai_type = "timeout_error"
+    code, http_status, openai_type = error_codes.DEADLINE_EXCEEDED
 
 
 class StoreError(Unavailable):

@@ -20,6 +20,8 @@ An error carries its facts as fields. `message` puts the model's name in front o
 `code` is the gRPC status name and `http_status` the HTTP status.
 """
 
+from common import error_codes
+
 
 class RepertoryError(Exception):
     """Base of all errors that a client may see.
@@ -33,9 +35,7 @@ class RepertoryError(Exception):
         retry_after_s: when a retry may succeed, if that is known.
     """
 
-    code = "INTERNAL"
-    http_status = 500
-    openai_type = "server_error"
+    code, http_status, openai_type = error_codes.INTERNAL
 
     def __init__(
         self,
@@ -67,9 +67,7 @@ class RepertoryError(Exception):
 class InvalidRequest(RepertoryError):
     """The request can never succeed as it stands."""
 
-    code = "INVALID_ARGUMENT"
-    http_status = 400
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.INVALID
 
 
 class ContextExceeded(InvalidRequest):
@@ -79,33 +77,25 @@ class ContextExceeded(InvalidRequest):
 class PermissionDenied(RepertoryError):
     """The caller may not use this server."""
 
-    code = "PERMISSION_DENIED"
-    http_status = 403
-    openai_type = "permission_error"
+    code, http_status, openai_type = error_codes.PERMISSION_DENIED
 
 
 class NotSupported(RepertoryError):
     """A known feature that this version does not have; it is never ignored silently."""
 
-    code = "UNIMPLEMENTED"
-    http_status = 501
-    openai_type = "not_supported_error"
+    code, http_status, openai_type = error_codes.NOT_SUPPORTED
 
 
 class ModelNotFound(RepertoryError):
     """The model is not loaded in this runtime. A mesh then loads it again."""
 
-    code = "NOT_FOUND"
-    http_status = 404
-    openai_type = "invalid_request_error"
+    code, http_status, openai_type = error_codes.NOT_FOUND
 
 
 class LoadFailed(RepertoryError):
     """Pulling, packing or loading failed; the message carries the cause."""
 
-    code = "FAILED_PRECONDITION"
-    http_status = 424
-    openai_type = "model_load_error"
+    code, http_status, openai_type = error_codes.LOAD_FAILED
 
 
 class ModelTooLarge(LoadFailed):
@@ -119,33 +109,25 @@ class Quarantined(LoadFailed):
 class Overloaded(RepertoryError):
     """A bounded queue or a memory budget is full."""
 
-    code = "RESOURCE_EXHAUSTED"
-    http_status = 429
-    openai_type = "overloaded_error"
+    code, http_status, openai_type = error_codes.OVERLOADED
 
 
 class DeadlineExceeded(RepertoryError):
     """The caller's deadline passed first."""
 
-    code = "DEADLINE_EXCEEDED"
-    http_status = 504
-    openai_type = "timeout_error"
+    code, http_status, openai_type = error_codes.DEADLINE_EXCEEDED
 
 
 class Cancelled(RepertoryError):
     """The caller cancelled."""
 
-    code = "CANCELLED"
-    http_status = 499
-    openai_type = "cancelled"
+    code, http_status, openai_type = error_codes.CANCELLED
 
 
 class Unavailable(RepertoryError):
     """Shutting down, or the engine is restarting; another copy or a later attempt may succeed."""
 
-    code = "UNAVAILABLE"
-    http_status = 503
-    openai_type = "unavailable_error"
+    code, http_status, openai_type = error_codes.UNAVAILABLE
 
 
 class EngineUnfit(Unavailable):
@@ -155,8 +137,7 @@ class EngineUnfit(Unavailable):
 class EngineFault(RepertoryError):
     """An engine step failed; the rows of that step are lost and the engine continues."""
 
-    code = "INTERNAL"
-    http_status = 500
+    code, http_status, openai_type = error_codes.INTERNAL
 
 
 _BY_CODE: dict[str, type[RepertoryError]] = {

@@ -14,6 +14,7 @@ from mesh.client.admin import AdminClient, Model
 from mesh.errors import InvalidRequest, LoadFailed
 
 _FINAL_STATES = ("loaded", "failed", "quarantined")
+_FACTS_TIMEOUT_S = 0.5  # a runtime of another make reports none
 _LOAD_START_TIMEOUT_S = 10.0  # a requested load that is not in progress after this time has been abandoned
 
 
@@ -196,6 +197,15 @@ def _wait_loaded(client: AdminClient, name: str, *, quiet: bool) -> Model:
         raise
     if model.state != "loaded" or model.moving_to:
         raise LoadFailed(f"{name}: {model.error or model.state}")
+    return _with_facts(client, model)
+
+
+def _with_facts(client: AdminClient, model: Model) -> Model:
+    """Return the model with what its runtime reports of it, which the server may learn a moment after the end of the load."""
+    give_up_s = time.monotonic() + _FACTS_TIMEOUT_S
+    while not any(copy.max_model_len for copy in model.copies) and time.monotonic() < give_up_s:
+        time.sleep(0.05)
+        model = client.model(model.name)
     return model
 
 

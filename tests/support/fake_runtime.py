@@ -49,6 +49,7 @@ class Switches:
     sequences: int = 0  # that every loaded model reports as running
     content_type: str = "text/event-stream"  # of HTTP streams
     busy_s: float = 0.0  # what every loaded model reports
+    context: tuple[int, int] = (4096, 4096)  # of every loaded model: what it has, and what was asked for
     text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
     queued: int = 0  # requests that each model reports as waiting
@@ -326,6 +327,8 @@ class _State(RuntimeStateServicer):
                 running=runtime.switches.sequences,
                 waiting=runtime.switches.queued,
                 busy_s=runtime.switches.busy_s,
+                max_model_len=runtime.switches.context[0],
+                wanted_model_len=runtime.switches.context[1],
             )
             for model_id, path in runtime.loaded.items()
         ]

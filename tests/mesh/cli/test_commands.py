@@ -64,6 +64,14 @@ async def test_an_alias_is_told_from_a_model_and_is_forgotten_alone(pod: Running
     assert "there is no such name" in (await say("alias", "prod", "--delete"))[2]
 
 
+async def test_load_says_when_the_context_was_cut(pod: RunningPod, say: Say) -> None:
+    pod.runtime.switches.context = (1680, 4096)
+    cut = "ada is loaded, with a context of 1,680 tokens, cut from 4,096 to fit the device memory\n"
+    assert (await say("register", "ada", "/ada", "--load"))[:2] == (0, cut)
+    assert (await say("load", "ada"))[:2] == (0, cut)
+    assert "1,680 tokens, cut from 4,096" in " ".join((await say("show", "ada"))[1].split())
+
+
 async def test_stop_says_what_it_waits_for(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "ada", "/ada", "--load"))[0] == 0
     pod.runtime.switches.sequences = 2
