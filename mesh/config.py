@@ -80,6 +80,23 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     request_memory_bytes: Annotated[
         int, _about("memory of all requests that the pod holds; more are refused with RESOURCE_EXHAUSTED", gt=0)
     ] = 512 * MIB
+    max_connections: Annotated[int, _about("largest number of HTTP connections; 0 = no limit", ge=0)] = 10_000
+    http_header_timeout_s: Annotated[
+        float, _about("time that an HTTP client has for the headers of a request, from its first byte on", gt=0)
+    ] = 20.0
+    http_body_timeout_s: Annotated[float, _about("time that an HTTP client has for the body of a request", gt=0)] = (
+        300.0
+    )
+    http_idle_timeout_s: Annotated[
+        float, _about("time after which an HTTP connection without requests is closed", gt=0)
+    ] = 3630.0
+    http_write_timeout_s: Annotated[
+        float, _about("time after which a client that reads nothing of its response is disconnected", gt=0)
+    ] = 120.0
+    grpc_max_streams: Annotated[int, _about("largest number of concurrent calls of one gRPC connection", gt=0)] = 10_000
+    grpc_idle_timeout_s: Annotated[
+        float, _about("time after which a gRPC connection without calls is closed", gt=0)
+    ] = 3600.0
     session_ttl_s: Annotated[
         float, _about("lifetime of the pod's session in the store; other pods drop this pod when it expires", gt=0)
     ] = 25.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from common.version import package_version
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
+from mesh.api.connection_limits import ConnectionLimits
 from mesh.api.grpc_server import GrpcServer
 from mesh.api.health import HealthRoutes
 from mesh.api.http_gateway import HttpGateway
@@ -137,6 +138,8 @@ def _grpc_server(
         peer_address=config.peer_grpc_listen,
         peer_tls=access.peer_tls,
         max_message_bytes=config.grpc_max_message_bytes,
+        max_streams=config.grpc_max_streams,
+        idle_s=config.grpc_idle_timeout_s,
     )
 
 
@@ -182,6 +185,13 @@ def _http_server(
         tls=access.tls,
         peer_address=config.peer_http_listen,
         peer_tls=access.peer_tls,
+        limits=ConnectionLimits(
+            config.max_connections,
+            config.http_header_timeout_s,
+            config.http_body_timeout_s,
+            config.http_idle_timeout_s,
+            config.http_write_timeout_s,
+        ),
         web_policy=policy_for(config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins),
         grace_s=config.grace_s,
     )

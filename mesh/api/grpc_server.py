@@ -33,6 +33,7 @@ _SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
 _MAX_PENDING = 1_000_000
+_HANDSHAKE_MS = 20_000
 _HEALTH = "grpc.health.v1.Health"
 _CREDENTIALS = frozenset({"authorization", PEER_KEY_HEADER})
 
@@ -75,7 +76,10 @@ class PeerInterceptor(grpc.aio.ServerInterceptor):
 
 
 class GrpcServer:
-    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `peer_address` serves other pods if there is a `peer_tls`."""
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `peer_address` serves other pods if there is a `peer_tls`.
+
+    `max_streams` limits the calls of one connection; `idle_s` is the time after which a connection without calls is closed.
+    """
 
     def __init__(
         self,
@@ -89,6 +93,8 @@ class GrpcServer:
         peer_address: str,
         peer_tls: TlsIdentity | None,
         max_message_bytes: int,
+        max_streams: int,
+        idle_s: float,
     ) -> None:
         self._address = address
         self._tls = tls
@@ -101,6 +107,10 @@ class GrpcServer:
             # gRPC would cancel calls of a burst by itself. Requests beyond the pod's own limits get RESOURCE_EXHAUSTED.
             ("grpc.server.max_pending_requests", _MAX_PENDING),
             ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
+            ("grpc.max_concurrent_streams", max_streams),
+            ("grpc.max_connection_idle_ms", round(idle_s * 1000)),
+            # Covers TLS and the first frame of a client, which may never send one.
+            ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
             # Two servers that share one port would split its requests without an error.
             ("grpc.so_reuseport", 0),
             # A held request is silent for minutes. By default gRPC closes connections on which a client pings

@@ -14,6 +14,7 @@ from mesh.errors import DeadlineExceeded, InvalidRequest, TooLarge
 T = TypeVar("T")
 
 _IDLE_S = 60.0  # a client that sends nothing for so long is gone
+BODY_TIMEOUT_S = web.AppKey("body_timeout_s", float)
 _PREFIX_BYTES = 1024
 
 
@@ -39,14 +40,16 @@ async def read_body(request: web.Request, limit_bytes: int, memory: HeldMemory |
         memory.add(length or 0)
     chunks: list[bytes] = []
     size_bytes = 0
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + request.app[BODY_TIMEOUT_S]
     while True:
         try:
-            async with asyncio.timeout(_IDLE_S):
+            async with asyncio.timeout_at(min(loop.time() + _IDLE_S, deadline_s)):
                 chunk = await request.content.readany()
         except web.RequestPayloadError:
             raise InvalidRequest("the body ended early") from None
         except TimeoutError:
-            raise DeadlineExceeded(f"the body stopped after {size_bytes} bytes") from None
+            raise DeadlineExceeded(f"the body stopped or was too slow after {size_bytes} bytes") from None
         if not chunk:
             body = await _decoded(request, b"".join(chunks), limit_bytes)
             if memory is not None:

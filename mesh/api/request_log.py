@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from mesh.access.caller import current_caller
+from mesh.access.caller import ANYBODY, current_caller, set_caller
 from mesh.api.request_memory import HeldMemory
 from mesh.metrics import Metrics
 
 requests_logger = logging.getLogger("mesh.requests")
 """The logger of one line per request, of gRPC and of HTTP."""
 
-_PROBES = ("/health", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")  # may be 503 for long
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -71,6 +70,7 @@ def request_log(metrics: Metrics) -> Middleware:
         if (resource := request.match_info.route.resource) is not None:
             record.route = resource.canonical
         request[_KEY] = record
+        set_caller(ANYBODY)  # a connection's requests share one task
         try:
             response = await handler(request)
             record.code = record.code or str(response.status)
@@ -102,8 +102,7 @@ def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
             request_bytes=record.request_bytes,
             response_bytes=record.response_bytes,
         )
-    is_read = request.method in ("GET", "HEAD")
-    is_poll = is_read and (record.route in _PROBES or not record.code.startswith("5"))
+    is_poll = request.method in ("GET", "HEAD") and not record.code.startswith("5")
     requests_logger.log(
         logging.DEBUG if is_poll or record.is_logged else logging.INFO,
         "request",

@@ -62,16 +62,17 @@ class Registry:
     async def start(self, timeout_s: float = 20.0) -> None:
         """Fill all tables. Raises StoreError."""
         try:
-            for part in (self.models.table, self.vmodels.table, self.instances):
-                await part.start(timeout_s)
+            for table in (self.models.table, self.vmodels.table, self.instances.table):
+                await table.start(timeout_s)
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
         """Withdraw this pod's record and stop watching."""
-        for part in (self.instances, self.models.table, self.vmodels.table):
-            await part.close()
+        await self.instances.withdraw()
+        for table in (self.models.table, self.vmodels.table, self.instances.table):
+            await table.close()
 
     @property
     def num_lost(self) -> int:

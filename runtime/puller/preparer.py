@@ -14,7 +14,7 @@ import msgspec
 
 from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
-from runtime.errors import InvalidRequest, LoadFailed
+from runtime.errors import LoadFailed
 from runtime.models.model_state import Phase, Prepared, Report
 from runtime.puller.cache import Cache, Held
 from runtime.puller.checkpoint_check import (
@@ -29,7 +29,8 @@ from runtime.puller.download import pull
 from runtime.puller.index_cache import IndexCache
 from runtime.puller.inspection import ModelMetadata
 from runtime.puller.metadata import look_remote
-from runtime.puller.pack.request import PACKED_NAME, PACKER_VERSION, PackRequest
+from runtime.puller.pack.request import PACKED_NAME, PackRequest
+from runtime.puller.pack_identity import chosen_quantization, pack_key, packed_bytes
 from runtime.puller.packer import run_packer
 from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
@@ -41,7 +42,6 @@ from runtime.puller.sizing import (
     geometry_of,
     needs_of,
     tensor_bytes,
-    with_codes_as_bytes,
 )
 from runtime.puller.source import Listing, Source, Unreachable
 from runtime.puller.support_probe import SupportProbe
@@ -52,7 +52,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ABANDON_S = 5.0
-_GGUF_GROWTH = 4  # dequantised bytes for one byte of file, at most about
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class CheckpointPreparer:
     ) -> "Prepared | _Pulled":
         """Return the packed model if there is one of the files that the source has now, else its files."""
         listing = self._listing(place, source, job)
-        packed = self._find_packed(_pack_key(listing.key, settings, device))
+        packed = self._find_packed(pack_key(listing.key, settings, device))
         if packed is not None:
             return replace(packed, identity=listing.key)
         held = self._pull(place, listing, job)
@@ -238,11 +237,11 @@ class CheckpointPreparer:
         self, path: Path, pulled: Held | None, identity: str, settings: ModelSettings, device: str, job: PullJob
     ) -> Prepared:
         found = inspect(path, self._policy)
-        quantization = _quantization(found.quantization, settings, found.model_dir.name)
+        quantization = chosen_quantization(found.quantization, settings, found.model_dir.name)
         dtype = compute_dtype(settings.dtype, checkpoint_dtype(found.config), device)
         if found.kind is CheckpointKind.SAFETENSORS and quantization is Quantization.NONE:
             return self._as_it_lies(found, pulled, dtype, job)
-        key = _pack_key(identity or found.identity, settings, device)
+        key = pack_key(identity or found.identity, settings, device)
         packed = self._find_packed(key)
         if packed is None:
             request = PackRequest(
@@ -265,7 +264,7 @@ class CheckpointPreparer:
                         model_dir=plain.checkpoint.model_dir,
                         weight_files=(packed_file,),
                     )
-                self._pack(key, request, _packed_bytes(found, quantization, dtype), job).release()
+                self._pack(key, request, packed_bytes(found, quantization, dtype), job).release()
             finally:
                 if plain is not None:
                     plain.release()
@@ -285,7 +284,7 @@ class CheckpointPreparer:
         if request.kind != CheckpointKind.GGUF.value or request.quantization is Quantization.NONE:
             return None
         plain = msgspec.structs.replace(settings, quantize=Quantization.NONE, double_quant=False)
-        return self._find_packed(_pack_key(identity, plain, device))
+        return self._find_packed(pack_key(identity, plain, device))
 
     def _as_it_lies(self, found: CheckpointSummary, pulled: Held | None, dtype: str, job: PullJob) -> Prepared:
         model_dir, beside = str(found.model_dir), None
@@ -351,12 +350,12 @@ class CheckpointPreparer:
             found = inspect(place, self._policy)
             gguf_file = found.weight_files[0] if found.kind is CheckpointKind.GGUF else None
             config, tensors = self._indexes.get(found)
-            quantization = _quantization(found.quantization, settings, found.model_dir.name)
+            quantization = chosen_quantization(found.quantization, settings, found.model_dir.name)
         elif local_only:
             raise LoadFailed(f"{source.uri} is not on this machine")
         else:
             config, tensors = look_remote(place, job)
-            quantization = _quantization(stored_quantization(config)[0], settings, source.uri)
+            quantization = chosen_quantization(stored_quantization(config)[0], settings, source.uri)
         try:
             geometry = geometry_of(config)
         except KeyError as error:
@@ -367,38 +366,6 @@ class CheckpointPreparer:
         return ModelMetadata(
             geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file
         )
-
-
-def _quantization(stored: Quantization, settings: ModelSettings, name: str) -> Quantization:
-    """What the model will run in. A checkpoint that is quantised already is not quantised again."""
-    if stored is Quantization.NONE:
-        return settings.quantize
-    if settings.quantize not in (Quantization.NONE, stored):
-        raise InvalidRequest(
-            f"quantize is {settings.quantize.value}, and {name} is stored in {stored.value} already", param="quantize"
-        )
-    return stored
-
-
-def _pack_key(identity: str, settings: ModelSettings, device: str) -> str:
-    """Of what decides a packed file's bytes, as far as it is known before the files are here."""
-    parts = (
-        PACKER_VERSION,
-        identity,
-        settings.quantize.value,
-        str(settings.double_quant),
-        settings.dtype,
-        "cpu" if device == "cpu" else "gpu",
-    )
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def _packed_bytes(found: CheckpointSummary, quantization: Quantization, dtype: str) -> int:
-    if not found.tensors:
-        return sum(file.stat().st_size for file in found.weight_files) * (
-            _GGUF_GROWTH if found.kind is CheckpointKind.GGUF else 1
-        )
-    return sum(tensor_bytes(tensor, quantization, DTYPE_BYTES[dtype]) for tensor in with_codes_as_bytes(found.tensors))
 
 
 def _give_back(future: "asyncio.Future[T]") -> None:
