@@ -49,7 +49,9 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     peer_tls_cert: Annotated[str, _about("file of this pod's certificate towards other pods")] = ""
     peer_tls_key: Annotated[str, _about("file of the key of peer_tls_cert")] = ""
     peer_tls_ca: Annotated[str, _about("file of the authority that signs the pods' certificates and nothing else")] = ""
-    peer_tls_name: Annotated[str, _about("DNS name that every pod's certificate carries")] = "repertory"
+    peer_tls_name: Annotated[
+        str, _about("DNS name that every pod's certificate carries; empty = the first one in peer_tls_cert")
+    ] = "repertory"
     wait_budget_s: Annotated[float, _about("longest time that a request waits for its model to be loaded", ge=0)] = (
         120.0
     )

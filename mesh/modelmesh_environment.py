@@ -103,6 +103,9 @@ _DEFAULTS: Mapping[str, str] = {
     "log_requests": "false",
 }
 
+# The controller keeps these ports free of a runtime's containers.
+_PEER_LISTENERS: Mapping[str, str] = {"peer_grpc_listen": "0.0.0.0:11881", "peer_http_listen": "0.0.0.0:11882"}
+
 IGNORED: Mapping[str, str] = {
     "MM_PAYLOAD_PROCESSORS": "payloads are sent nowhere",
     "MM_INFO_METRICS": "there is no metric of constant labels",
@@ -135,13 +138,18 @@ class Translated:
 def translate(environment: Mapping[str, str]) -> Translated:
     """Return our variables for those of ModelMesh. Raises ConfigError for values that ModelMesh refuses as well."""
     given = {name: value.strip() for name, value in environment.items() if value.strip()}
-    fields = dict(_DEFAULTS) if given.keys() & TAKEN["service_name"].keys() else {}
+    is_modelmesh_pod = bool(given.keys() & TAKEN["service_name"].keys())
+    fields = dict(_DEFAULTS) if is_modelmesh_pod else {}
     for field, variables in TAKEN.items():
         found = [name for name in variables if name in given]
         if len(found) > 1 and field in _EXCLUSIVE:
             raise ConfigError(f"environment: {found[0]} and {found[1]} are both set; unset one of them")
         if found:
             fields[field] = _converted(found[0], given[found[0]], variables[found[0]])
+    if is_modelmesh_pod and fields.keys() >= {"tls_cert", "tls_key"}:
+        # ModelMesh's pods share one certificate. It authenticates our pods to each other, trusted by itself.
+        fields |= {"peer_tls_cert": fields["tls_cert"], "peer_tls_key": fields["tls_key"]}
+        fields |= {"peer_tls_ca": fields["tls_cert"], "peer_tls_name": "", **_PEER_LISTENERS}
     warnings = []
     for read in (_metrics, _client_auth):
         found_fields, warning = read(given)

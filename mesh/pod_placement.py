@@ -60,7 +60,7 @@ def pod_base(config: MeshConfig, instance_id: str, store: Store, registry: Regis
     connections = Connections(
         max_message_bytes=config.grpc_max_message_bytes,
         tls=access.peer_tls,
-        peer_name=config.peer_tls_name,
+        peer_name=access.peer_name,
         secure_address=registry.instances.secure_address,
     )
     return PodBase(config, instance_id, store, registry, access, Metrics(), connections, Changes())

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from mesh.access.certificate_name import dns_name_of
 from mesh.access.guard import Guard
 from mesh.access.key_table import KeyTable
 from mesh.access.peer_keys import PeerKeys
@@ -13,6 +14,8 @@ from mesh.store.protocol import Store
 
 class Access:
     """`root`: the prefix of the mesh's keys in the store. `tls` is None for plain listeners, `peer_tls` without a listener for peers.
+
+    `peer_name`: the name that the other pods' certificates must carry.
 
     Raises ConfigError or InvalidRequest for settings that do not fit together.
     """
@@ -30,6 +33,10 @@ class Access:
                 "tls_cert needs a listener for other pods, which connect with certificates of their own: set peer_tls_cert, "
                 "peer_tls_key, peer_tls_ca, peer_grpc_listen and peer_http_listen"
             )
+
+        self.peer_name = config.peer_tls_name
+        if self.peer_tls is not None and not self.peer_name:
+            self.peer_name = dns_name_of(self.peer_tls.material.certificate)
 
     async def start(self) -> None:
         """Raises StoreError."""

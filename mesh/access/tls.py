@@ -77,6 +77,8 @@ class TlsIdentity:
 
     def _followed(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # As in gRPC, a certificate may be trusted by itself, without the one that signed it.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         self._load(context)
         self._contexts.append(context)
         return context

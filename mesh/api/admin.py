@@ -14,7 +14,7 @@ from mesh.api.model_view import ModelViews
 from mesh.api.registrar import Registrar
 from mesh.api.request_log import Record
 from mesh.client.admin import Fit, Models, Pod, Pods
-from mesh.errors import InvalidRequest, NotFound
+from mesh.errors import InvalidRequest, NotFound, NotSupported
 from mesh.placement.model_states import ModelStates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import CAPACITY_UNIT_BYTES
@@ -108,6 +108,8 @@ class AdminRoutes:
         else:
             info = model_info(asked.uri, asked.uri, settings, model_type=asked.type or DEFAULT_TYPE)
             model_id = concrete_id("fit", info)
+        if self._monitor.snapshot.foreign:
+            raise NotSupported(f"{info.path}: this runtime cannot say whether a model fits")
         answer = await self._runtime.fit(model_id, info, sizes_only=asked.sizes_only)
         unloaded: tuple[str, ...] = ()
         if answer.fits:

@@ -131,6 +131,14 @@ def test_translate_tls_as_the_controller_sets_it() -> None:
     assert "OPTIONAL means NONE" in without.warnings[0]
 
 
+def test_translate_lets_pods_share_the_certificate() -> None:
+    shared = config_of({**DEPLOYMENT, **TLS})
+    assert (shared.peer_tls_cert, shared.peer_tls_key) == ("/tls/tls.crt", "/tls/tls.key")
+    assert (shared.peer_tls_ca, shared.peer_tls_name) == ("/tls/tls.crt", "")
+    assert (shared.peer_grpc_listen, shared.peer_http_listen) == ("0.0.0.0:11881", "0.0.0.0:11882")
+    assert not config_of(TLS).peer_tls_cert, "the listeners of a pod that is not ModelMesh's are chosen by the user"
+
+
 @pytest.mark.parametrize(
     ("environment", "error"),
     [

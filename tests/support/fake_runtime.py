@@ -365,8 +365,6 @@ class _AnyMethod(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
-        if method.startswith("/repertory."):
-            return None  # a foreign runtime hasn't got it
 
         async def serve(_: AsyncIterator[bytes], context: Any) -> None:
             await self._serve(method, context)

@@ -109,6 +109,40 @@ async def test_callers_need_a_certificate_of_one_of_the_authorities(tmp_path: Pa
             await pod.http.get("/health")
 
 
+async def test_pods_trust_one_certificate_that_they_share(tmp_path: Path, etcd: EtcdServer) -> None:
+    """As under ModelMesh's controller, which gives its pods one certificate and no authority."""
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    authority = Authority("company")
+    certificate, key = authority.issue(tmp_path / "tls", "modelmesh-serving.models.svc")
+    settings = {
+        "peer_grpc_listen": "127.0.0.1:0",
+        "peer_http_listen": "127.0.0.1:0",
+        "peer_tls_cert": certificate,
+        "peer_tls_key": key,
+        "peer_tls_ca": certificate,
+        "peer_tls_name": "",
+    }
+    stranger = authority.issue(tmp_path / "stranger", "modelmesh-serving.models.svc")
+    async with (
+        running_pod(tmp_path / "a", store=store, **settings) as a,  # type: ignore[arg-type]
+        running_pod(tmp_path / "b", store=store, **settings) as b,  # type: ignore[arg-type]
+    ):
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        await a.register("m")
+        await b.pod.registry.models.find("m")
+        await b.pod.placement.ensure_loaded("m", wait=True, local_only=True)
+        await until(lambda: any(copy.model.state == "loaded" for copy in a.pod.states.status("m").copies))
+        assert await a.echo("m") == b"hi"
+        assert (await a.chat("m"))[0] == 200
+        assert b.runtime.calls["m"] == 2
+        context = ssl.create_default_context(cafile=authority.write(tmp_path / "ca.pem"))
+        context.load_cert_chain(*stranger)
+        context.check_hostname = False
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+            with pytest.raises(aiohttp.ClientError):
+                await session.post(f"https://127.0.0.1:{b.pod.http.peer_port}/models/load", json={"model": "m"})
+
+
 async def test_pods_forward_and_load_over_mutual_tls(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")

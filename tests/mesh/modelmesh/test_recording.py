@@ -55,12 +55,12 @@ SETUPS = (
         "configured",
         2,
         environment={
-            "REPERTORY_TYPE_CONSTRAINTS": json.dumps(CONSTRAINTS),
-            "REPERTORY_STATIC_MODELS": json.dumps(STATIC_MODELS),
+            "MM_TYPE_CONSTRAINTS": json.dumps(CONSTRAINTS),
+            "MM_AUTO_REGISTER_MODELS": json.dumps(STATIC_MODELS),
         },
         first_pod=("--labels", "gpu"),
     ),
-    Setup("read_only", 1, environment={"REPERTORY_READ_ONLY": "true"}),
+    Setup("read_only", 1, environment={"KV_READ_ONLY": "true"}),
 )
 
 
