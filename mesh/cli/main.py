@@ -35,7 +35,7 @@ _CLIENTS = (
     "alias",
     "new-key",
 )
-_VERBS = frozenset(_SERVERS + _CLIENTS)
+VERBS = frozenset(_SERVERS + _CLIENTS)
 
 Verb = Callable[[AdminClient, argparse.Namespace], int]
 
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _verb_first(arguments: Sequence[str]) -> list[str]:
     """Move the options that come before the verb behind it: `repertory --json ps` is `repertory ps --json`."""
-    position = next((place for place, word in enumerate(arguments) if word in _VERBS), 0)
+    position = next((place for place, word in enumerate(arguments) if word in VERBS), 0)
     leading = arguments[:position]
     if not leading or not leading[0].startswith("-") or {"-h", "--help", "--version"} & set(leading):
         return list(arguments)
