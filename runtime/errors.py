@@ -160,3 +160,8 @@ def from_code(
 ) -> RepertoryError:
     """Restore the error that the engine or the packer sent as a status name and a text."""
     return _BY_CODE.get(code, EngineFault)(detail, model=model, retry_after_s=retry_after_s)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library written in Rust has panicked. Its PanicException is no Exception, and its module cannot be imported."""
+    return type(error).__name__ == "PanicException"

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from runtime.api.model_lookup import MODEL_ID_HEADER
-from runtime.errors import RepertoryError
+from runtime.errors import RepertoryError, is_panic
 
 _LOG = logging.getLogger(__name__)
 AnyContext = grpc.aio.ServicerContext[Any, Any]
@@ -31,7 +31,9 @@ async def statuses(context: AnyContext, *, names_model: bool = True) -> AsyncIte
         await context.abort(grpc.StatusCode[error.code], error.message if names_model else error.detail, trailing)
     except grpc.aio.AbortError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         _LOG.error("unexpected error", exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
 

@@ -8,7 +8,7 @@ from aiohttp.typedefs import Handler
 
 from runtime.api.openai.errors import error_body
 from runtime.api.openai.responses import ErrorAnswer, ErrorBody, encode
-from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError
+from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError, is_panic
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def error_headers(error: RepertoryError) -> dict[str, str]:
     return headers
 
 
-def internal(error: Exception) -> RepertoryError:
+def internal(error: BaseException) -> RepertoryError:
     """Return the error that a client may see: an unexpected exception is logged and becomes one without details."""
     if isinstance(error, RepertoryError):
         return error
@@ -67,5 +67,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return error_response(InvalidRequest(f"the body can't be read: {error}"))
     except ConnectionError:
         raise  # the client is gone
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         return error_response(internal(error))

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from runtime.api.http_errors import error_headers, internal
 from runtime.api.route import Handler, Route
-from runtime.errors import InvalidRequest, RepertoryError
+from runtime.errors import InvalidRequest, RepertoryError, is_panic
 
 
 class BodyTooLarge(RepertoryError):
@@ -53,7 +53,9 @@ class ErrorShape:
                 return self.response(InvalidRequest(f"the body can't be read: {error}"))
             except (web.HTTPException, ConnectionError):
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not isinstance(error, Exception) and not is_panic(error):
+                    raise
                 return self.response(internal(error))
 
         return answered

@@ -50,7 +50,7 @@ class AzureContainer:
         if "connection_string" in options:
             self._client = ContainerClient.from_connection_string(options["connection_string"], container, **manners)
         else:
-            self._client = ContainerClient(url, container, credential=_credential(account, options), **manners)
+            self._client = ContainerClient(url, container, credential=credential_of(account, options), **manners)
 
     def list(self, prefix: str) -> Iterator[RemoteFile]:
         for blob in self._client.list_blobs(name_starts_with=prefix):
@@ -68,7 +68,8 @@ class AzureContainer:
         return bytes(found.readall())
 
 
-def _credential(account: str, options: Mapping[str, str]) -> Any:
+def credential_of(account: str, options: Mapping[str, str]) -> Any:
+    """Return the credential that the options or the environment name; None for anonymous access. Raises InvalidRequest."""
     if "account_key" in options:
         return {"account_name": account, "account_key": options["account_key"]}
     if "sas_token" in options:

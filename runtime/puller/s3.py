@@ -66,12 +66,9 @@ class S3Bucket:
         head = self._client.head_object(
             Bucket=self._bucket, Key=file.location, ChecksumMode="ENABLED", IfMatch=f'"{file.digest}"'
         )
-        sha256 = head.get("ChecksumSHA256", "")
-        if "-" in sha256 or head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
-            sha256 = ""  # of the parts' sums; servers older than the type tell it by the count behind
         plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
         whole = len(file.digest) == 32 and "-" not in file.digest
-        return replace(file, sha256=base64.b64decode(sha256).hex(), md5=file.digest if plain and whole else "")
+        return replace(file, sha256=whole_sha256(head), md5=file.digest if plain and whole else "")
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         end = start + count - 1
@@ -79,3 +76,12 @@ class S3Bucket:
             Bucket=self._bucket, Key=file.location, Range=f"bytes={start}-{end}", IfMatch=f'"{file.digest}"'
         )
         return bytes(answer["Body"].read())
+
+
+def whole_sha256(head: Mapping[str, str]) -> str:
+    """Return the SHA-256 of an object, in hexadecimal; empty if the service knows only that of its parts' sums."""
+    sha256 = head.get("ChecksumSHA256", "")
+    # Servers that send no type write the number of parts behind the sum.
+    if "-" in sha256 or head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+        return ""
+    return base64.b64decode(sha256).hex()

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from runtime.errors import EngineFault
+from runtime.text.panics import panics_as
 from runtime.text.token_bytes import START_KEEP, START_STRIP_ONE, TokenBytes
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
@@ -95,4 +97,5 @@ class WindowDetokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         kept = [token_id for token_id in token_ids if token_id not in self._skipped]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+        with panics_as(EngineFault, "its tokenizer cannot decode what the model wrote"):
+            return str(self._tokenizer.decode(kept, skip_special_tokens=False))

@@ -1,9 +1,9 @@
-"""Recognises a panic of the tokenizers library, which is a BaseException and would end a handler without an answer."""
+"""Turns a panic of the tokenizers library, which `except Exception` does not catch, into an error with a cause."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtime.errors import RepertoryError
+from runtime.errors import RepertoryError, is_panic
 
 
 @contextmanager
@@ -14,6 +14,6 @@ def panics_as(kind: type[RepertoryError], what: str) -> Iterator[None]:
     except Exception:
         raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise kind(f"{what}: the tokenizers library panicked: {error}") from error

@@ -18,7 +18,7 @@ import numpy as np
 from runtime.engine.grammar.guided_sequence import GuidedSequence, first_line
 from runtime.engine.grammar.tokenizer import GrammarTokenizer, read_tokenizer
 from runtime.engine.interfaces import MaskSource, MaskSourceJob, mask_words
-from runtime.errors import InvalidRequest, NotSupported
+from runtime.errors import EngineFault, InvalidRequest, NotSupported, RepertoryError
 from runtime.types import Checkpoint, Grammar, ModelFacts
 
 if TYPE_CHECKING:
@@ -41,7 +41,11 @@ class _Job:
         return self.future.done()
 
     def result(self) -> MaskSource:
-        return self.future.result()
+        error = self.future.exception()
+        if error is None or isinstance(error, RepertoryError):
+            return self.future.result()
+        # Whatever it is, a panic of a library included, it must not end the engine thread.
+        raise EngineFault(f"its grammar cannot be prepared: {type(error).__name__}: {error}") from error
 
 
 class GrammarMaskSources:
@@ -122,5 +126,5 @@ class GrammarMaskSources:
 def _complete(future: "Future[GrammarTokenizer]", make: Callable[[], GrammarTokenizer]) -> None:
     try:
         future.set_result(make())
-    except Exception as error:
+    except BaseException as error:  # a panic too: requests wait for the future
         future.set_exception(error)

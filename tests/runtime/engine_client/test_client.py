@@ -139,9 +139,9 @@ async def test_engine_client_unload_ends_streams_and_drain_waits(client: EngineC
     assert await client.drain("a", 1.0)
 
 
-async def test_engine_client_separates_a_cancelled_load_from_the_next(client: EngineClient) -> None:
+async def test_engine_client_separates_a_cancelled_load_from_the_next(client: EngineClient, tmp_path: Path) -> None:
     first = asyncio.create_task(client.load(load("slow")))
-    await asyncio.sleep(0.05)
+    await until(lambda: any(entry["what"] == "load" for entry in journal(tmp_path)))
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first

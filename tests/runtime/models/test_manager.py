@@ -35,7 +35,8 @@ class House:
         self.models = Models(config, self.engine, preparer, no_text)
 
     def journal(self, what: str) -> list[str]:
-        entries = [json.loads(line) for line in self.journal_path.read_text().splitlines()]
+        text = self.journal_path.read_text() if self.journal_path.exists() else ""
+        entries = [json.loads(line) for line in text.splitlines()]
         return [entry.get("model", "") for entry in entries if entry["what"] == what]
 
     async def generate(self, model_id: str, *prompt: int) -> list[int]:
@@ -119,7 +120,7 @@ async def test_manager_unload_drains_within_the_grace(house: House) -> None:
     await house.models.load("a", SOURCE, PLAIN)
     short = asyncio.create_task(house.generate("a", 5))
     endless = asyncio.create_task(house.generate("a", STALL))
-    await asyncio.sleep(0.01)
+    await house.until(lambda: house.engine.running("a") >= 1)
     unloading = asyncio.create_task(house.models.unload("a", grace_s=0.2))
     await asyncio.sleep(0)
     with pytest.raises(ModelNotFound):
@@ -154,8 +155,7 @@ async def test_manager_cleans_up_after_a_failed_load(house: House) -> None:
 
 async def test_manager_undoes_a_cancelled_load(house: House) -> None:
     loading = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
-    await house.until(lambda: house.phase("slow") is Phase.LOADING)
-    await asyncio.sleep(0.05)
+    await house.until(lambda: house.journal("load") == ["slow"])
     loading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await loading
@@ -167,7 +167,7 @@ async def test_manager_undoes_a_cancelled_load(house: House) -> None:
 async def test_manager_load_survives_one_of_two_waiters(house: House) -> None:
     leaver = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
     stayer = asyncio.create_task(house.models.load("slow", SOURCE, PLAIN))
-    await asyncio.sleep(0.05)
+    await house.until(lambda: house.journal("load") == ["slow"])
     leaver.cancel()
     assert (await stayer).model_id == "slow"
     assert house.preparer.started == 1

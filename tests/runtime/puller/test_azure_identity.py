@@ -8,7 +8,7 @@ import pytest
 
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.azure import AzureContainer
+from runtime.puller.azure import credential_of
 from runtime.puller.progress import PullJob
 from runtime.puller.resolve import locate
 from runtime.puller.source import Source
@@ -106,5 +106,4 @@ def test_azure_credential_of_a_service_principal() -> None:
     from azure.identity import ClientSecretCredential
 
     options = {"tenant_id": "t", "client_id": "c", "client_secret": "s"}
-    container = AzureContainer("account", "models", options)
-    assert isinstance(container._client.credential, ClientSecretCredential)
+    assert isinstance(credential_of("account", options), ClientSecretCredential)

@@ -17,13 +17,14 @@ from common.model_key import ModelSettings
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
-from runtime.puller.s3 import S3Bucket
-from runtime.puller.source import RemoteFile
+from runtime.puller.s3 import S3Bucket, whole_sha256
 from runtime.types import ModelSource
 from tests.support.http_server import HttpServer
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.sources import OPEN
 from tests.support.tls import make_identity
+
+COMPOSITE = {"ChecksumType": "COMPOSITE"}
 
 
 @pytest.fixture
@@ -107,19 +108,15 @@ def test_s3_verifies_the_stored_checksum(endpoint: str) -> None:
     assert bucket.checkable(file).md5 == hashlib.md5(b"data").hexdigest()
 
 
-def test_s3_ignores_a_checksum_of_parts(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket = S3Bucket(
-        "sums", {"access_key_id": "id", "secret_access_key": "SECRET", "endpoint_url": endpoint, "region": "us-east-1"}
-    )
-    whole = base64.b64encode(hashlib.sha256(b"data").digest()).decode()
-    file = RemoteFile("f", "f", 4, "0123456789abcdef0123456789abcdef-2")
-    for answer, sha256 in (
-        ({"ChecksumSHA256": whole}, hashlib.sha256(b"data").hexdigest()),
-        ({"ChecksumSHA256": f"{whole}-2"}, ""),
-        ({"ChecksumSHA256": f"{whole}-2", "ChecksumType": "COMPOSITE"}, ""),
-    ):
-        monkeypatch.setattr(bucket._client, "head_object", lambda answer=answer, **_: answer)
-        assert bucket.checkable(file).sha256 == sha256
+@pytest.mark.parametrize(
+    ("suffix", "kind", "is_whole"),
+    [("", {}, True), ("", {"ChecksumType": "FULL_OBJECT"}, True), ("-2", {}, False), ("-2", COMPOSITE, False)],
+)
+def test_whole_sha256_ignores_a_checksum_of_parts(suffix: str, kind: dict[str, str], is_whole: bool) -> None:
+    digest = hashlib.sha256(b"data")
+    head = {"ChecksumSHA256": base64.b64encode(digest.digest()).decode() + suffix, **kind}
+    assert whole_sha256(head) == (digest.hexdigest() if is_whole else "")
+    assert whole_sha256({}) == ""
 
 
 class _Empty(BaseHTTPRequestHandler):

@@ -1,12 +1,17 @@
 """Faults of a tokenizer's files, and of the library that reads them."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+from tokenizers import Tokenizer
 
 from common.model_key import DefaultSampling, ModelSettings
+from runtime.api.http_errors import errors_as_json
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.text.text_model import load_text
 from tests.support import tokenizers as tiny
@@ -29,6 +34,27 @@ def test_tokenizer_panic_while_reading_is_a_failed_load(tmp_path: Path) -> None:
     folder = rewritten(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
     with pytest.raises(LoadFailed, match=r"tokenizer\.json can't be read: .*precompiled_charsmap"):
         load_text(folder, ModelSettings())
+
+
+async def test_errors_as_json_answers_a_panic_and_lets_a_cancellation_pass(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(
+        str(rewritten(tmp_path, pre_tokenizer={"type": "FixedLength", "length": 0}) / "tokenizer.json")
+    )
+
+    async def panics(_: web.Request) -> web.StreamResponse:
+        tokenizer.encode_batch_fast(["the dog"])
+        raise AssertionError
+
+    async def leaves(_: web.Request) -> web.StreamResponse:
+        raise asyncio.CancelledError
+
+    request = make_mocked_request("GET", "/")
+    answer = await errors_as_json(request, panics)
+    assert isinstance(answer, web.Response)
+    assert answer.status == 500
+    assert "internal error" in str(answer.text)
+    with pytest.raises(asyncio.CancelledError):
+        await errors_as_json(request, leaves)
 
 
 def test_load_text_ignores_sampling_defaults_out_of_range(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
