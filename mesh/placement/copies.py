@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from common.changes import Changes
 from common.clock import epoch_ms
+from common.decayed_uses import DecayedUses
 from common.model_state import CopyState
 from mesh.placement.copy_policy import DEFAULT_POLICY, CopyPolicy, policy_of
 from mesh.placement.eviction import eviction_order
 from mesh.placement.request_rate import RequestRate
 from mesh.placement.usage import ModelUsage, Usage
-from mesh.placement.uses import Uses
 from mesh.types import ModelInfo
 
 _PENDING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
@@ -72,7 +72,7 @@ class LocalCopies:
         self._requests = RequestRate(time.monotonic())
         self._changes = changes
         self.capacity_bytes = 0
-        self.uses = Uses()
+        self.uses = DecayedUses()
 
     def __iter__(self) -> Iterator[LocalCopy]:
         return iter(tuple(self._copies.values()))

@@ -7,10 +7,10 @@ from dataclasses import replace
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from common.decayed_uses import DecayedUses
 from mesh.placement.copy_policy import CopyPolicy, policy_of
 from mesh.placement.failures import MAX_FAILURES, SeenTimes, backoff_s, blocked_for_s, num_failures, wait_s
 from mesh.placement.plan import PodView, plan
-from mesh.placement.uses import Uses
 from mesh.registry.records import ModelRecord
 from mesh.types import ModelInfo
 
@@ -117,7 +117,7 @@ def test_seen_times_do_not_depend_on_the_clocks_of_others(entries: dict[str, int
 
 @given(st.lists(st.sampled_from("abcde"), max_size=300))
 def test_uses_grow_with_each_use_and_fade_with_those_of_others(calls: list[str]) -> None:
-    uses = Uses(half_life_uses=10)
+    uses = DecayedUses(half_life_uses=10)
     for model_id in calls:
         before = {other: uses.of(other) for other in "abcde"}
         uses.add(model_id)
@@ -128,7 +128,7 @@ def test_uses_grow_with_each_use_and_fade_with_those_of_others(calls: list[str])
 
 
 def test_uses_prefer_the_frequent_to_the_recent_until_it_ages() -> None:
-    uses = Uses(half_life_uses=10)
+    uses = DecayedUses(half_life_uses=10)
     for _ in range(5):
         uses.add("frequent")
     uses.add("recent")

@@ -5,7 +5,7 @@ _MAX_MODELS = 20_000
 _NEGLIGIBLE = 0.01
 
 
-class Uses:
+class DecayedUses:
     """Decayed uses by model. A use counts half after `half_life_uses` uses of any models, so that idle hours change no order."""
 
     def __init__(self, half_life_uses: float = _HALF_LIFE_USES) -> None:
