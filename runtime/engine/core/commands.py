@@ -124,6 +124,7 @@ class Commands:
             self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
             return
         model.touch(now)
+        self.table.uses.add(model.model_id)
         wants_pass = add.request.pooling or add.request.logprobs.prompt is not None
         if sequence.max_output_tokens == 0 and not wants_pass:
             reason = FinishReason.LENGTH if add.request.stop.max_tokens == 0 else FinishReason.CONTEXT

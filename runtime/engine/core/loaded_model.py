@@ -6,6 +6,7 @@ The state changes through the methods only; what changes on the device is an ope
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from common.decayed_uses import DecayedUses
 from common.model_state import ModelFigures, Tier
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.kvcache.prefix import PrefixCache
@@ -46,6 +47,7 @@ class LoadedModel:
         draining_since_s: since when the model admits no request, until it is evicted.
         faults: steps that failed in a row.
         swap_seconds: how long the last swap-in took, per tier that the weights came from.
+        uses: the uses of all models of the engine.
     """
 
     request: Load
@@ -64,6 +66,7 @@ class LoadedModel:
     evictions: int = 0
     swap_ins: int = 0
     swap_seconds: dict[Tier, float] = field(default_factory=dict)
+    uses: DecayedUses = field(default_factory=DecayedUses)
 
     @property
     def model_id(self) -> str:
@@ -80,6 +83,11 @@ class LoadedModel:
     @property
     def draining(self) -> bool:
         return self.draining_since_s is not None
+
+    @property
+    def use(self) -> float:
+        """The model's decayed uses."""
+        return self.uses.of(self.model_id)
 
     def touch(self, now: float) -> None:
         """Note that the model is used."""
@@ -148,6 +156,7 @@ class LoadedModel:
             self.scheduler.running,
             0 if yields else len(self.scheduler.waiting),
             self.draining,
+            self.use,
         )
 
     def stats(self, slab_bytes: int, kv_blocks: int, busy_s: float) -> ModelFigures:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from common.decayed_uses import DecayedUses
 from runtime.checkpoint.device_fit import DeviceBudget, ModelLayout, fit_device
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.end_times import busy_s
@@ -48,7 +49,8 @@ class ModelTable:
         self.slabs = SlabPool(backend.total_slabs)
         self.rows = RowPool(min(config.max_rows, backend.max_rows, config.max_batch_tokens))
         self.models: dict[str, LoadedModel] = {}
-        self.resident = ResidencyManager(self.slabs, self.models, executor.enqueue)
+        self.uses = DecayedUses()
+        self.resident = ResidencyManager(self.slabs, self.models, executor.enqueue, self.keep_on_host)
         self._num_registrations = 0
 
     @property
@@ -89,6 +91,7 @@ class ModelTable:
             CostModel(slowness=_CPU_COST_SCALE if self.backend.device == "cpu" else 1.0),
             min(request.max_waiting, self.config.max_waiting),
             now,
+            uses=self.uses,
         )
         self.models[model_id] = model
         self._num_registrations += 1
@@ -103,6 +106,7 @@ class ModelTable:
         self.resident.evict(model)
         self.executor.unload(model.model_id)
         del self.models[model.model_id]
+        self.uses.forget(model.model_id)
         self._num_registrations += 1
         if self._mask_sources is not None:
             self._mask_sources.retain({other.request.checkpoint.model_dir for other in self.models.values()})
@@ -140,10 +144,22 @@ class ModelTable:
             self.emit(Tokens(model_id, tuple(rows)))
 
     def make_host_room(self, size_bytes: int) -> None:
-        """Drop host copies, least recently used first, until a model of this size fits in the host tier."""
+        """Drop host copies, the least used first, until a model of this size fits in the host tier."""
+        if self.backend.host_total_bytes:
+            self._drop_host_copies(size_bytes, self.models.values())
+
+    def keep_on_host(self, model: LoadedModel) -> None:
+        """Make room in the host tier for a model that returns from disk, if models that are used less hold enough of it."""
+        size_bytes = model.memory.weight_bytes
         if not self.backend.host_total_bytes:
             return
-        for model in sorted(self.models.values(), key=lambda m: (m.scheduler.running > 0, m.last_used_s)):
+        less_used = [other for other in self.models.values() if other.use < model.use]
+        droppable = sum(other.memory.host_bytes() for other in less_used if not other.swapping)
+        if self.backend.host_free_bytes() + droppable >= size_bytes + self._grammar_bytes:
+            self._drop_host_copies(size_bytes, less_used)
+
+    def _drop_host_copies(self, size_bytes: int, models: Iterable[LoadedModel]) -> None:
+        for model in sorted(models, key=lambda m: (m.scheduler.running > 0, m.use, m.last_used_s)):
             if self.backend.host_free_bytes() >= size_bytes + self._grammar_bytes:
                 return
             if model.memory.host_bytes() and not model.swapping:

@@ -6,6 +6,7 @@ that exceeds its share most. The choices themselves are pure functions in memory
 
 from collections.abc import Callable, Iterable, Mapping
 
+from common.model_state import Tier
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims
 from runtime.engine.memory.slab_pool import SlabPool
@@ -23,9 +24,17 @@ class ResidencyManager:
     Args:
         models: the loaded models by id, a view of the model table.
         enqueue: takes an operation for the executor.
+        make_host_room: makes room in the host tier for a model that returns from disk.
     """
 
-    def __init__(self, pool: SlabPool, models: Mapping[str, LoadedModel], enqueue: Callable[[Operation], None]) -> None:
+    def __init__(
+        self,
+        pool: SlabPool,
+        models: Mapping[str, LoadedModel],
+        enqueue: Callable[[Operation], None],
+        make_host_room: Callable[[LoadedModel], None] = lambda model: None,
+    ) -> None:
+        self._make_host_room = make_host_room
         self._pool = pool
         self._models = models
         self._enqueue = enqueue
@@ -89,7 +98,7 @@ class ResidencyManager:
             others = [m for m in self._models.values() if m.resident and m is not model]
             short -= sum(m.cache.blocks.idle_slabs for m in self._models.values())
             holders = [m.holder() for m in others]
-            victims = choose_victims(holders, max(short, 0), now)
+            victims = choose_victims(holders, max(short, 0))
             if victims is None:
                 # running rows' KV goes with the rows, so a model that drains frees more than its weights
                 kv = sum(m.cache.blocks.slabs - m.cache.blocks.idle_slabs for m in others)
@@ -117,6 +126,8 @@ class ResidencyManager:
         slabs = self._pool.lend(model.weights_owner, model.memory.weight_slabs)
         if slabs is None:
             return
+        if model.lower_tier is Tier.DISK:
+            self._make_host_room(model)
         self._enqueue(SwapIn(model.model_id, tuple(slabs)))
         model.begin_swap_in(slabs, now)
         self._num_changes += 1
@@ -208,9 +219,9 @@ class ResidencyManager:
         if short <= 0:
             return
         slabs = blocks_for(short, model.cache.blocks.geometry.blocks_per_slab)
-        victims = choose_victims(holders, slabs, now)
+        victims = choose_victims(holders, slabs)
         if victims is None:
-            victims = choose_victims(holders, 1, now)
+            victims = choose_victims(holders, 1)
         for victim in victims or ():
             self.evict(self._models[victim])
 

@@ -1,13 +1,13 @@
 """Chooses the models to evict, and the busy models to drain. Pure functions over plain facts.
 
-The least recently used model goes first, weighed by the cost of its return: a model with a host copy returns faster than one on disk. A model with
-running rows is never evicted, only drained: it admits no requests until its rows have ended.
+The model goes first whose return is expected to cost least per slab that it frees: its decayed uses (recency and frequency in one number) times the
+seconds of its return, which are more from disk than from the host tier. A model with running rows is never evicted, only drained: it admits no requests until its rows have ended.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LEAST_RETURN_S = 0.01  # below this all returns are equally cheap
+_LEAST_RETURN_S = 0.01  # Below this all returns cost the same.
 _LEAST_PATIENCE_S = 1.0
 _SWAPS_OF_PATIENCE = (
     3.0  # a stay lasts at least this many swaps, so that swapping never costs more than a quarter of the time
@@ -16,7 +16,7 @@ _SWAPS_OF_PATIENCE = (
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A resident model, as far as its eviction goes. `slabs`: what evicting its weights frees."""
+    """The facts of a resident model that decide its eviction. `slabs`: what evicting its weights frees. `use`: its decayed uses."""
 
     model_id: str
     slabs: int
@@ -27,15 +27,16 @@ class Holder:
     running: int
     waiting: int
     draining: bool = False
+    use: float = 0.0
 
     @property
     def evictable(self) -> bool:
         return not self.swapping and not self.running and (self.draining or not self.waiting)
 
 
-def choose_victims(holders: Sequence[Holder], slabs: int, now: float) -> list[str] | None:
-    """Models whose eviction frees at least `slabs`, none of them needlessly; None if all that may go are not enough."""
-    ranked = sorted((h for h in holders if h.evictable), key=lambda h: _staleness(h, now), reverse=True)
+def choose_victims(holders: Sequence[Holder], slabs: int) -> list[str] | None:
+    """Return models whose eviction frees at least `slabs`, none of them needlessly, or None if all evictable ones do not suffice."""
+    ranked = sorted((h for h in holders if h.evictable), key=_worth)
     chosen: list[Holder] = []
     freed = 0
     for holder in ranked:
@@ -80,5 +81,6 @@ def choose_to_drain(holders: Sequence[Holder], slabs: int, waited_s: float, swap
     return []
 
 
-def _staleness(holder: Holder, now: float) -> float:
-    return (now - holder.last_used_s) / max(holder.return_cost_s, _LEAST_RETURN_S)
+def _worth(holder: Holder) -> tuple[float, float]:
+    """Order holders by what keeping them saves per slab, then by recency."""
+    return holder.use * max(holder.return_cost_s, _LEAST_RETURN_S) / holder.slabs, holder.last_used_s

@@ -18,6 +18,7 @@ HOLDERS = st.lists(
         st.integers(0, 2),
         st.integers(0, 2),
         st.booleans(),
+        st.floats(0, 50),
     ),
     max_size=8,
     unique_by=lambda h: h.model_id,
@@ -33,7 +34,7 @@ def holder(
 
 @given(HOLDERS, st.integers(1, 60))
 def test_victims(holders: list[Holder], slabs: int) -> None:
-    chosen = choose_victims(holders, slabs, NOW)
+    chosen = choose_victims(holders, slabs)
     may_go = {h.model_id: h for h in holders if not h.swapping and not h.running and (h.draining or not h.waiting)}
     if chosen is None:
         assert sum(h.slabs for h in may_go.values()) < slabs
@@ -46,13 +47,17 @@ def test_victims(holders: list[Holder], slabs: int) -> None:
 
 def test_least_recently_used_goes_first_among_equals() -> None:
     holders = [holder("new", used_s=990), holder("old", used_s=100), holder("mid", used_s=500)]
-    assert choose_victims(holders, 4, NOW) == ["old"]
+    assert choose_victims(holders, 4) == ["old"]
 
 
-def test_a_dear_return_outweighs_some_age() -> None:
-    from_disk = holder("from disk", used_s=800, cost_s=5.0)
-    from_host = holder("from host", used_s=900, cost_s=0.3)
-    assert choose_victims([from_disk, from_host], 4, NOW) == ["from host"]
+def test_a_model_that_is_used_more_stays_although_another_came_last() -> None:
+    assert choose_victims([holder("often", used_s=800, use=9.0), holder("once", used_s=990, use=1.0)], 4) == ["once"]
+
+
+def test_a_slow_return_outweighs_some_uses() -> None:
+    from_disk = holder("from disk", used_s=800, cost_s=5.0, use=1.0)
+    from_host = holder("from host", used_s=900, cost_s=0.3, use=3.0)
+    assert choose_victims([from_disk, from_host], 4) == ["from host"]
 
 
 @given(HOLDERS, st.integers(1, 60), st.floats(0, 100))
