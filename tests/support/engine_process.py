@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from runtime.ipc.framing import FrameReader, encode_frame
 from runtime.types import Checkpoint, GenerationRequest, LogprobParams, SamplingParams, StopParams
 
 Prompts = list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]
+Asked = list[tuple[str, GenerationRequest]]
 
 
 @dataclass(slots=True)
@@ -31,7 +32,10 @@ class Timeline:
 
     sent_s: float
     steps: list[tuple[float, int]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # of the requests, in the order of their sending
     first_s: dict[int, float] = field(default_factory=dict)  # request id → its first token
+    last_s: dict[int, float] = field(default_factory=dict)  # request id → its last token
+    counts: Counter[int] = field(default_factory=Counter)  # request id → its tokens
     gaps_s: list[float] = field(default_factory=list)
     late_first_s: list[float] = field(
         default_factory=list
@@ -90,18 +94,26 @@ class Engine:
     ) -> Timeline:
         """Submit all prompts (model id, token ids) at once; greedy, EOS ignored; until the last is done. `late`: further prompts, each for one token,
         submitted that many seconds after the others."""
+        asked = [(model_id, _greedy(ids, output_tokens)) for model_id, ids in prompts]
+        return self.run(
+            asked, timeout_s, None if late is None else (late[0], [(m, _greedy(ids, 1)) for m, ids in late[1]])
+        )
+
+    def run(self, asked: Asked, timeout_s: float = 300, late: "tuple[float, Asked] | None" = None) -> Timeline:
+        """Submit all requests (model id, request) at once, until the last is done. `late`: see `generate`."""
         timeline = Timeline(time.perf_counter())
         last: dict[int, float] = {}
         late_sent_s: dict[int, float] = {}
-        waiting = {self._add(model_id, ids, output_tokens) for model_id, ids in prompts}
+        timeline.ids = [self._add(model_id, request) for model_id, request in asked]
+        waiting = set(timeline.ids)
         while waiting:
             event = self._receive(timeout_s)
             if not isinstance(event, messages.Tokens):
                 continue
             now = time.perf_counter()
             if late is not None and now - timeline.sent_s >= late[0]:
-                for model_id, ids in late[1]:
-                    number = self._add(model_id, ids, 1)
+                for model_id, request in late[1]:
+                    number = self._add(model_id, request)
                     waiting.add(number)
                     late_sent_s[number] = now
                 late = None
@@ -115,6 +127,8 @@ class Engine:
                         timeline.gaps_s.append(now - last[row.request_id])
                     timeline.first_s.setdefault(row.request_id, now - timeline.sent_s)
                     last[row.request_id] = now
+                    timeline.last_s[row.request_id] = now - timeline.sent_s
+                    timeline.counts[row.request_id] += len(row.tokens)
                 if row.finish is not None:
                     if row.error is not None:
                         raise RuntimeError(f"{event.model_id}: {row.error}")
@@ -123,11 +137,9 @@ class Engine:
                 timeline.steps.append((now, count))
         return timeline
 
-    def _add(self, model_id: str, ids: "np.ndarray[Any, np.dtype[np.int32]]", output_tokens: int) -> int:
+    def _add(self, model_id: str, request: GenerationRequest) -> int:
         number = self._next_id
         self._next_id += 1
-        stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
-        request = GenerationRequest(prompt=tuple(ids.tolist()), sampling=SamplingParams(temperature=0.0), stop=stop)
         self._send(messages.Add(number, model_id, request))
         return number
 
@@ -195,6 +207,11 @@ class Engine:
             if not data:
                 raise RuntimeError(f"the engine ended with status {self._process.wait(10)}")
             self._received.extend(self._reader.feed(data))
+
+
+def _greedy(ids: "np.ndarray[Any, np.dtype[np.int32]]", output_tokens: int) -> GenerationRequest:
+    stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
+    return GenerationRequest(prompt=tuple(ids.tolist()), sampling=SamplingParams(temperature=0.0), stop=stop)
 
 
 @contextlib.contextmanager

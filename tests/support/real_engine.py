@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.device.backend import make_backend
+from runtime.engine.grammar.mask_sources import GrammarMaskSources
 from runtime.engine.interfaces import Drafter
 from runtime.engine.operations import Operation, RunStep
 from runtime.ipc.messages import Add, Command, Event, Load, Loaded, LoadFailed, RowTokens, Tokens
@@ -46,7 +47,15 @@ def run_engine(
     now, events, operations = [0.0], list[Event](), list[Operation]()
     backend = make_backend(config)
     loop = EngineLoop(
-        config, backend, inbox, events.append, lambda _: None, lambda: now[0], operations.append, drafter=drafter
+        config,
+        backend,
+        inbox,
+        events.append,
+        lambda _: None,
+        lambda: now[0],
+        operations.append,
+        GrammarMaskSources(),
+        drafter,
     )
     inbox.put(Load("m", checkpoint))
     while not loop.table.models:
