@@ -78,6 +78,20 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
         _about("origins such as https://chat.example whose web pages may call this server; * = any"),
     ] = ()
     grpc_max_message_bytes: Annotated[int, _about("largest gRPC message", gt=0)] = 16 * MIB
+    grpc_max_header_bytes: Annotated[int, _about("largest headers of one gRPC call; 0 = gRPC's default", ge=0)] = 0
+    grpc_max_connection_age_s: Annotated[
+        float, _about("age at which a caller's gRPC connection is closed after its calls; 0 = none", ge=0)
+    ] = 0.0
+    grpc_max_connection_age_grace_s: Annotated[
+        float, _about("time that calls have when their connection has reached that age; 0 = until they end", ge=0)
+    ] = 0.0
+    max_in_flight_per_copy: Annotated[
+        int,
+        _about(
+            "requests of one copy that run or wait, if its runtime limits concurrency; 0 = max(16, 8 × limit), -1 = any",
+            ge=-1,
+        ),
+    ] = 0
     http_max_body_bytes: Annotated[int, _about("largest HTTP request body", gt=0)] = 8 * MIB
     request_memory_bytes: Annotated[
         int, _about("memory of all requests that the pod holds; more are refused with RESOURCE_EXHAUSTED", gt=0)

@@ -11,7 +11,7 @@ def dynamic_settings(store: Store, prefix: str, config: MeshConfig) -> DynamicCo
     """Return what follows the keys below `prefix`. A deleted key restores the setting of `config`, which applies from now on."""
 
     def log_each_invocation(text: str | None) -> None:
-        log_requests(config.log_requests if text is None else text == "true")
+        log_requests(config.log_requests if text is None else text.lower() == "true")
 
     log_requests(config.log_requests)
     return DynamicConfig(

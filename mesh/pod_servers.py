@@ -8,7 +8,7 @@ from common.version import package_version
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
 from mesh.api.connection_limits import ConnectionLimits
-from mesh.api.grpc_server import GrpcServer
+from mesh.api.grpc_server import GrpcLimits, GrpcServer
 from mesh.api.health import HealthRoutes
 from mesh.api.http_gateway import HttpGateway
 from mesh.api.http_server import HttpServer
@@ -97,7 +97,7 @@ def _router(base: PodBase, parts: PlacementParts) -> CopyRouter:
         base.changes,
         base.metrics,
         Target(base.instance_id, True, config.runtime_inference_grpc or config.runtime_grpc, config.runtime_http),
-        Limits(config.wait_budget_s, config.max_held),
+        Limits(config.wait_budget_s, config.max_held, config.max_in_flight_per_copy),
         parts.in_flight,
         parts.peer_health,
         is_cut_off=lambda: parts.contact.is_cut_off,
@@ -137,9 +137,14 @@ def _grpc_server(
         tls=access.tls,
         peer_address=config.peer_grpc_listen,
         peer_tls=access.peer_tls,
-        max_message_bytes=config.grpc_max_message_bytes,
-        max_streams=config.grpc_max_streams,
-        idle_s=config.grpc_idle_timeout_s,
+        limits=GrpcLimits(
+            max_message_bytes=config.grpc_max_message_bytes,
+            max_streams=config.grpc_max_streams,
+            idle_s=config.grpc_idle_timeout_s,
+            max_header_bytes=config.grpc_max_header_bytes,
+            max_age_s=config.grpc_max_connection_age_s,
+            max_age_grace_s=config.grpc_max_connection_age_grace_s,
+        ),
     )
 
 

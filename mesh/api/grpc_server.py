@@ -4,6 +4,7 @@ from __future__ import annotations  # grpc's handler types take parameters only 
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -75,11 +76,37 @@ class PeerInterceptor(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
-class GrpcServer:
-    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `peer_address` serves other pods if there is a `peer_tls`.
+@dataclass(frozen=True, slots=True)
+class GrpcLimits:
+    """Limits of the listeners.
 
-    `max_streams` limits the calls of one connection; `idle_s` is the time after which a connection without calls is closed.
+    Attributes:
+        max_message_bytes, max_header_bytes: of one message and of the headers of one call; 0 stands for gRPC's default.
+        max_streams: concurrent calls of one connection.
+        idle_s: the time after which a connection without calls is closed.
+        max_age_s, max_age_grace_s: the age at which a caller's connection is closed, and the time that its calls then have; 0 for none.
     """
+
+    max_message_bytes: int
+    max_streams: int
+    idle_s: float
+    max_header_bytes: int = 0
+    max_age_s: float = 0.0
+    max_age_grace_s: float = 0.0
+
+    def caller_options(self) -> tuple[tuple[str, int], ...]:
+        """Return the gRPC options of the limits that are set and that only callers have."""
+        options = (
+            ("grpc.max_metadata_size", self.max_header_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_header_bytes),
+            ("grpc.max_connection_age_ms", round(self.max_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(self.max_age_grace_s * 1000)),
+        )
+        return tuple((name, value) for name, value in options if value)
+
+
+class GrpcServer:
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `peer_address` serves other pods if there is a `peer_tls`."""
 
     def __init__(
         self,
@@ -92,9 +119,7 @@ class GrpcServer:
         tls: TlsIdentity | None,
         peer_address: str,
         peer_tls: TlsIdentity | None,
-        max_message_bytes: int,
-        max_streams: int,
-        idle_s: float,
+        limits: GrpcLimits,
     ) -> None:
         self._address = address
         self._tls = tls
@@ -102,13 +127,13 @@ class GrpcServer:
         self._peer_tls = peer_tls
         self._health = Health()
         options = (
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", limits.max_message_bytes),
+            ("grpc.max_send_message_length", limits.max_message_bytes),
             # gRPC would cancel calls of a burst by itself. Requests beyond the pod's own limits get RESOURCE_EXHAUSTED.
             ("grpc.server.max_pending_requests", _MAX_PENDING),
             ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
-            ("grpc.max_concurrent_streams", max_streams),
-            ("grpc.max_connection_idle_ms", round(idle_s * 1000)),
+            ("grpc.max_concurrent_streams", limits.max_streams),
+            ("grpc.max_connection_idle_ms", round(limits.idle_s * 1000)),
             # Covers TLS and the first frame of a client, which may never send one.
             ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
             # Two servers that share one port would split its requests without an error.
@@ -122,7 +147,9 @@ class GrpcServer:
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.ping_timeout_ms", 20_000),
         )
-        self._server = grpc.aio.server(interceptors=(GuardInterceptor(guard),), options=options)
+        self._server = grpc.aio.server(
+            interceptors=(GuardInterceptor(guard),), options=(*options, *limits.caller_options())
+        )
         # Peers only forward inference.
         self._peer_server = grpc.aio.server(interceptors=(PeerInterceptor(),), options=options)
         self._peer_server.add_generic_rpc_handlers((gateway,))

@@ -1,6 +1,7 @@
 """Limits the concurrent requests of one copy, where its runtime requires it (ModelMesh's limitModelConcurrency)."""
 
 import asyncio
+from math import inf
 
 from mesh.errors import Overloaded
 
@@ -11,12 +12,14 @@ _ADMITTED_PER_SLOT = 8
 class ConcurrencyLimit:
     """A first-come, first-served semaphore with a bounded queue.
 
-    `limit`: concurrent requests, at least 1. At most `max_admitted` = max(16, 8 × limit) requests run or wait, as in ModelMesh.
+    `limit`: concurrent requests, at least 1. `max_in_flight`: requests that run or wait; 0 stands for ModelMesh's max(16, 8 × limit) and
+    -1 for any number.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, max_in_flight: int = 0) -> None:
         self.limit = limit
-        self.max_admitted = max(_MIN_ADMITTED, _ADMITTED_PER_SLOT * limit)
+        default = max(_MIN_ADMITTED, _ADMITTED_PER_SLOT * limit)
+        self.max_admitted: float = inf if max_in_flight < 0 else max_in_flight or default
         self.num_admitted = 0  # running and waiting
         self._slots = asyncio.Semaphore(limit)
 

@@ -37,10 +37,14 @@ _REFRESH_S = 2.0  # a runtime that answers does so sooner
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`wait_budget_s`: how long a request may wait for its model. `max_held`: how many requests may wait for one model."""
+    """`wait_budget_s`: how long a request may wait for its model. `max_held`: how many requests may wait for one model.
+
+    `max_in_flight_per_copy`: as in ConcurrencyLimit.
+    """
 
     wait_budget_s: float
     max_held: int
+    max_in_flight_per_copy: int = 0
 
 
 class CopyRouter:
@@ -178,7 +182,7 @@ class CopyRouter:
             return True
         generation, limit = self._concurrency.get(model_id, (0, None))
         if limit is None or generation != copy.started_ms:
-            limit = ConcurrencyLimit(copy.max_concurrency)
+            limit = ConcurrencyLimit(copy.max_concurrency, self._limits.max_in_flight_per_copy)
             self._concurrency[model_id] = copy.started_ms, limit
         started_s = time.monotonic()
         await self._hold(model_id, deadline_s, limit.acquire(self._registry.name_of(model_id)), "free")

@@ -100,6 +100,10 @@ def test_translate_our_own_variable_wins() -> None:
         ({"WKUBE_NODE_IP": "10.0.0.1", "MM_LOCATION": "here"}, "location", "here"),
         ({"MM_LABELS": "  "}, "labels", ()),
         ({"KV_READ_ONLY": "true"}, "read_only", True),
+        ({"MM_SVC_GRPC_MAX_CONNECTION_AGE_SECS": "300"}, "grpc_max_connection_age_s", 300.0),
+        ({"MM_SVC_GRPC_MAX_CONNECTION_AGE_GRACE_SECS": "30"}, "grpc_max_connection_age_grace_s", 30.0),
+        ({"MM_SVC_GRPC_MAX_HEADERS_SIZE": "16384"}, "grpc_max_header_bytes", 16384),
+        ({"MM_MAX_INFLIGHT_PER_MODEL_COPY": "-1"}, "max_in_flight_per_copy", -1),
     ],
 )
 def test_translate_one_variable(environment: dict[str, str], field: str, value: object) -> None:

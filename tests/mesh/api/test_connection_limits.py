@@ -152,3 +152,24 @@ async def test_idle_grpc_connection_is_closed(tmp_path: Path) -> None:
         assert await pod.echo("m") == b"hi"
         await until(lambda: pod.channel.get_state() is not grpc.ChannelConnectivity.READY)
         assert await pod.echo("m") == b"hi"
+
+
+async def test_old_grpc_connection_is_closed_between_calls(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", grpc_max_connection_age_s=0.5) as pod:
+        await pod.register("m")
+        slow = pod.server_stream("/test.Any/Slow")(b"", metadata=(("mm-model-id", "m"),))
+        assert await slow.read() == b"first"
+        await until(lambda: pod.channel.get_state() is not grpc.ChannelConnectivity.READY)
+        assert await pod.echo("m", timeout=5) == b"hi"
+        assert not slow.done(), "its calls may end"
+        slow.cancel()
+
+
+async def test_large_grpc_headers_are_refused(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", grpc_max_header_bytes=2048) as pod:
+        await pod.register("m")
+        call = pod.unary("/test.Any/Echo")
+        assert await call(b"hi", metadata=(("mm-model-id", "m"), ("big", "x" * 500))) == b"hi"
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(b"hi", metadata=(("mm-model-id", "m"), ("big", "x" * 4000)))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import grpc.aio
+import pytest
 
 from tests.support.etcd import EtcdServer, free_port
+from tests.support.tls import Authority
 from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as mm
 from wire.mmesh.model_mesh_pb2_grpc import ModelMeshStub
@@ -29,9 +32,9 @@ DATAPLANE = {
 class Deployment:
     """The pod's ports, which a container would not have to choose."""
 
-    def __init__(self, directory: Path, etcd: EtcdServer) -> None:
+    def __init__(self, directory: Path, etcd: EtcdServer, *, tls: bool) -> None:
         self.directory = directory
-        self.grpc, self.probe, self.prestop, self.metrics, http = (free_port() for _ in range(5))
+        self.grpc, self.probe, self.prestop, self.metrics, http, *peers = (free_port() for _ in range(7))
         files = {
             "etcd_connection": {"endpoints": f"http://{etcd.endpoint}", "root_prefix": "/root"},
             "type_constraints": CONSTRAINTS,
@@ -59,6 +62,28 @@ class Deployment:
             "MM_PRESTOP_WAIT_PORT": str(self.prestop),
             "REPERTORY_HTTP_LISTEN": f"127.0.0.1:{http}",
         }
+        self.credentials: grpc.ChannelCredentials | None = None
+        if tls:
+            authority = Authority("company")
+            certificate, key = authority.issue(directory / "tls", "modelmesh-serving.models.svc")
+            trusted = authority.write(directory / "tls" / "ca.crt")
+            self.environment |= {
+                "MM_TLS_KEY_CERT_PATH": certificate,
+                "MM_TLS_PRIVATE_KEY_PATH": key,
+                "MM_TLS_CLIENT_AUTH": "REQUIRE",
+                "MM_TLS_TRUST_CERT_PATH": f"{certificate},{trusted}",
+                "REPERTORY_PEER_GRPC_LISTEN": f"127.0.0.1:{peers[0]}",
+                "REPERTORY_PEER_HTTP_LISTEN": f"127.0.0.1:{peers[1]}",
+            }
+            own, own_key = authority.issue(directory / "client", "client")
+            held = [Path(path).read_bytes() for path in (trusted, own_key, own)]
+            self.credentials = grpc.ssl_channel_credentials(*held)
+
+    def channel(self) -> grpc.aio.Channel:
+        address = f"127.0.0.1:{self.grpc}"
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(address)
+        return grpc.aio.secure_channel(address, self.credentials)
 
     @contextmanager
     def running(self) -> Iterator["subprocess.Popen[bytes]"]:
@@ -91,12 +116,13 @@ class Deployment:
             return str(answer.read().decode())
 
 
-async def test_deployment_serves_as_the_controller_expects(own_etcd: EtcdServer, tmp_path: Path) -> None:
-    deployment = Deployment(tmp_path, own_etcd)
+@pytest.mark.parametrize("tls", [False, True])
+async def test_deployment_serves_as_the_controller_expects(own_etcd: EtcdServer, tmp_path: Path, tls: bool) -> None:
+    deployment = Deployment(tmp_path, own_etcd, tls=tls)
     with deployment.running() as pod:
         await until(lambda: deployment.status(deployment.probe, "/ready") == 200, 60)
         assert deployment.status(deployment.probe, "/live") == 200
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{deployment.grpc}") as channel:
+        async with deployment.channel() as channel:
             management = ModelMeshStub(channel)
             info = mm.ModelInfo(type="rt:repertory", path="file:///m?size=1")
             request = mm.SetVModelRequest(

@@ -8,6 +8,8 @@ import grpc
 import grpc.aio
 import pytest
 
+from mesh.errors import Overloaded
+from mesh.routing.concurrency_limit import ConcurrencyLimit
 from tests.support.fake_runtime import Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
@@ -79,3 +81,15 @@ async def test_concurrency_limit_without_a_number_is_one(tmp_path: Path) -> None
         await pod.load("m")
         await asyncio.gather(*(stream(pod, 2) for _ in range(4)))
         assert pod.runtime.most_running == 1
+
+
+@pytest.mark.parametrize(("max_in_flight", "num_admitted"), [(0, 16), (3, 3), (-1, 100)])
+async def test_concurrency_limit_bounds_what_runs_and_waits(max_in_flight: int, num_admitted: int) -> None:
+    limit = ConcurrencyLimit(2, max_in_flight)
+    tasks = [asyncio.create_task(limit.acquire("m")) for _ in range(100)]
+    await asyncio.sleep(0)
+    refused = [task for task in tasks if task.done() and isinstance(task.exception(), Overloaded)]
+    assert len(tasks) - len(refused) == num_admitted
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
