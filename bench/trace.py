@@ -200,7 +200,10 @@ def belady_hit_rate(
     capacity_bytes: int,
     resident_at_start: frozenset[str] = frozenset(),
 ) -> float:
-    """Return the share of requested bytes that are resident if the model whose next use is furthest goes first."""
+    """Return the share of requested bytes that are resident if the model whose next use is furthest goes first.
+
+    For models of different sizes this is close to the best, not the best.
+    """
     uses: dict[str, list[int]] = {}
     for index in range(len(trace) - 1, -1, -1):
         uses.setdefault(trace[index].model_id, []).append(index)

@@ -15,10 +15,10 @@ def test_trace_is_served_whole_and_the_same_each_time() -> None:
     assert {one.tier for one in first.served} >= {"device", "host"}
 
 
-def test_trace_hits_no_more_than_belady() -> None:
+def test_trace_hits_most_of_what_belady_hits() -> None:
     outcome = run_engine(MODELS, TRACE, *BUDGETS, overlap=True)
     best = belady_hit_rate(MODELS, TRACE, BUDGETS[0], outcome.resident_at_start)
-    assert 0.5 * best < byte_hit_rate(MODELS, outcome) <= best
+    assert byte_hit_rate(MODELS, outcome) > 0.8 * best
 
 
 def test_engine_answers_twice_as_many_in_time_as_one_vllm() -> None:
