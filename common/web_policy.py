@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _ANY = "*"
 _EXPOSED = "X-Request-Id, Retry-After, Retry-After-Ms"
 _PREFLIGHT_S = "600"
@@ -34,8 +33,8 @@ class WebPolicy:
         )
 
     def refusal(self, method: str, headers: Mapping[str, str]) -> str:
-        """Return why a request that changes state must be refused, or an empty text."""
-        if method in _SAFE_METHODS:
+        """Return why a request must be refused, or an empty text. A GET counts, too, because some of them load a model."""
+        if method == "OPTIONS":
             return ""
         host, origin = headers.get("Host", ""), headers.get("Origin")
         if origin is None:

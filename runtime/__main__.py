@@ -79,7 +79,7 @@ class Runtime:
         self._metrics = RuntimeMetrics()
         generator = Generator(self._engine, self._metrics)
         self._server = grpc.aio.server(
-            interceptors=(MeshOnly(SPI_NAME, STATE_NAME),),
+            interceptors=(MeshOnly(SPI_NAME, STATE_NAME, allow_remote=config.remote_mesh),),
             options=(
                 ("grpc.so_reuseport", 0),  # else a second runtime would share the port in silence
                 ("grpc.max_receive_message_length", config.grpc_max_message_bytes),

@@ -7,6 +7,7 @@ from aiohttp.typedefs import Handler
 
 from common.addresses import parse_address
 from common.web_policy import WebPolicy
+from mesh.access.scopes import OPEN, http_scopes
 from mesh.errors import PermissionDenied
 
 
@@ -29,7 +30,7 @@ class WebGuard:
             return await handler(request)
         if preflight := policy.preflight_headers(request.method, request.headers):
             return web.Response(status=204, headers=preflight)
-        if self._is_keyless and (refusal := policy.refusal(request.method, request.headers)):
+        if self._is_keyless and not is_open(request) and (refusal := policy.refusal(request.method, request.headers)):
             raise PermissionDenied(refusal)
         return await handler(request)
 
@@ -42,6 +43,12 @@ class WebGuard:
 def has_certificate(request: web.Request) -> bool:
     """Return whether the client has authenticated by certificate, which only the listener for peers asks for."""
     return request.transport is not None and bool(request.transport.get_extra_info("peercert"))
+
+
+def is_open(request: web.Request) -> bool:
+    """Return whether a route is open to everybody, as probes are, which come under any name."""
+    resource = request.match_info.route.resource
+    return resource is not None and http_scopes(request.method, resource.canonical) == OPEN
 
 
 def policy_for(listen: str, names: tuple[str, ...], origins: tuple[str, ...]) -> WebPolicy | None:

@@ -10,6 +10,8 @@ from common.web_policy import WebPolicy
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import PermissionDenied
 
+_OPEN = ("/health", "/ping", "/metrics")  # for probes and scrapers, which come under any name
+
 
 def add_web_guard(app: web.Application, config: RuntimeConfig) -> None:
     """Add the rules to an application. A unix socket needs none, because no browser reaches it."""
@@ -22,7 +24,7 @@ def add_web_guard(app: web.Application, config: RuntimeConfig) -> None:
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if preflight := policy.preflight_headers(request.method, request.headers):
             return web.Response(status=204, headers=preflight)
-        if refusal := policy.refusal(request.method, request.headers):
+        if request.path not in _OPEN and (refusal := policy.refusal(request.method, request.headers)):
             raise PermissionDenied(refusal)
         return await handler(request)
 

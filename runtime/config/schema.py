@@ -76,6 +76,12 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     http_listen: Annotated[str, _about("HTTP address (OpenAI API, health and metrics): unix:PATH or HOST:PORT")] = (
         "unix:/tmp/repertory/runtime-http.sock"
     )
+    remote_mesh: Annotated[
+        bool,
+        _about(
+            "accept mmesh.ModelRuntime and repertory.RuntimeState from other machines; anyone there can then unload models"
+        ),
+    ] = False
     cache_dir: Annotated[str, _about("directory of pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
     cache_budget_bytes: Annotated[
         int, _about("disk budget of the cache; 0 = 80 % of the free disk space at start", ge=0)

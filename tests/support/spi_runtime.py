@@ -59,8 +59,13 @@ class SpiRuntime:
         self.models = Models(config, self.engine, self.preparer, no_text)
         self.server = grpc.aio.server(interceptors=(MeshOnly(SPI_NAME, STATE_NAME),))
         self.fitter = ScriptedFitter()
-        parts = (config, self.engine, self.models, self.fitter, 1 << 30)
-        add_spi(self.server, ModelRuntimeApi(*parts))
-        add_state(self.server, RuntimeStateApi(*parts))
+        self._config = config
+        self.add_services(self.server)
         self.address = f"unix:{tmp_path / 'spi.sock'}"
         self.server.add_insecure_port(self.address)
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Add the mesh's services to a server."""
+        parts = (self._config, self.engine, self.models, self.fitter, 1 << 30)
+        add_spi(server, ModelRuntimeApi(*parts))
+        add_state(server, RuntimeStateApi(*parts))

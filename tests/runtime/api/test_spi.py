@@ -1,9 +1,12 @@
 """mmesh.ModelRuntime and repertory.RuntimeState through real gRPC on a unix socket, over a fake engine."""
 
 import asyncio
+import contextlib
+import ipaddress
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -12,6 +15,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from runtime.api.mesh_only import MeshOnly, is_of_this_machine
+from runtime.api.spi import SERVICE_NAME as SPI_NAME
+from runtime.api.state import SERVICE_NAME as STATE_NAME
 from runtime.api.state import TokenRate
 from runtime.config.schema import EngineConfig, RuntimeConfig
 from runtime.engine_client.restart_policy import RestartPolicy
@@ -228,6 +234,58 @@ async def test_mesh_only_methods_refuse_forwarded_calls(runtime: SpiRuntime, hea
         assert (await refused(load))[0] is grpc.StatusCode.UNIMPLEMENTED
         assert not runtime.models.views()
         assert (await state_stub.fit(fit, metadata=(("other", "a"),))).fits
+
+
+@pytest.mark.parametrize(
+    ("peer", "is_local"),
+    [
+        ("unix:", True),
+        ("unix:/tmp/x.sock", True),
+        ("ipv4:127.0.0.1:5000", True),
+        ("ipv6:%5B::1%5D:5000", True),
+        ("ipv6:[::ffff:127.0.0.1]:5000", True),
+        ("ipv4:10.0.0.7:5000", False),
+        ("ipv6:%5B2001:db8::7%5D:5000", False),
+        ("vsock:1:2", False),
+        ("", False),
+    ],
+)
+def test_is_of_this_machine_reads_grpcs_names(peer: str, is_local: bool) -> None:
+    assert is_of_this_machine(peer) is is_local
+
+
+@pytest.mark.parametrize("allow_remote", [False, True])
+async def test_mesh_only_methods_refuse_other_machines(runtime: SpiRuntime, allow_remote: bool) -> None:
+    """A call to this machine's own address comes from that address, as a call of another machine comes from its."""
+    own = own_ip()
+    if ipaddress.ip_address(own).is_loopback:
+        pytest.skip("this machine has no address but loopback")
+    server = grpc.aio.server(interceptors=(MeshOnly(SPI_NAME, STATE_NAME, allow_remote=allow_remote),))
+    runtime.add_services(server)
+    port = server.add_insecure_port("0.0.0.0:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"{own}:{port}") as channel:
+            spi_stub, state_stub = ModelRuntimeStub(channel), RuntimeStateStub(channel)
+            denied = grpc.StatusCode.PERMISSION_DENIED
+            if allow_remote:
+                await ready(spi_stub)
+                assert await state_stub.watch(state.WatchRequest()).read() is not grpc.aio.EOF
+                return
+            assert (await refused(spi_stub.runtimeStatus(spi.RuntimeStatusRequest())))[0] is denied
+            assert (await refused(spi_stub.unloadModel(spi.UnloadModelRequest(modelId="a"))))[0] is denied
+            assert (await refused(state_stub.watch(state.WatchRequest()).read()))[0] is denied
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await ready(ModelRuntimeStub(channel))
+    finally:
+        await server.stop(0)
+
+
+def own_ip() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with contextlib.suppress(OSError):
+            probe.connect(("10.255.255.255", 1))
+        return str(probe.getsockname()[0]).replace("0.0.0.0", "127.0.0.1")
 
 
 async def test_load_model_waits_while_the_engine_restarts(runtime: SpiRuntime, stub: ModelRuntimeStub) -> None:
