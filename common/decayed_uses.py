@@ -1,6 +1,6 @@
 """Counts the uses of models with decay: recency and frequency in one number."""
 
-_HALF_LIFE_USES = 300
+_HALF_LIFE_USES = 250
 _MAX_MODELS = 20_000
 _NEGLIGIBLE = 0.01
 

@@ -32,7 +32,6 @@ class _ModelRequest(msgspec.Struct, frozen=True):
 
     model: str = ""
     last_used_ms: int = 0
-    use: float = 0.0
     urgent: bool = True
     is_extra: bool = False
     now: bool = False
@@ -138,7 +137,7 @@ class ModelsRoutes:
         if current_caller().is_peer:
             last_used_ms = min(max(asked.last_used_ms, 0), epoch_ms())
             await self._placement.load_for_peer(
-                asked.model, last_used_ms=last_used_ms, use=asked.use, urgent=asked.urgent, is_extra=asked.is_extra
+                asked.model, last_used_ms=last_used_ms, urgent=asked.urgent, is_extra=asked.is_extra
             )
         else:
             record = Record.of(request)

@@ -20,12 +20,11 @@ class HttpPeerLoads:
         self._peers = peers
 
     async def load(
-        self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, urgent: bool, is_extra: bool
+        self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, urgent: bool, is_extra: bool
     ) -> None:
         content = {
             "model": model_id,
             "last_used_ms": last_used_ms,
-            "use": use,
             "urgent": urgent,
             "is_extra": is_extra,
         }

@@ -46,7 +46,7 @@ class _Order:
 
 class PeerLoads(Protocol):
     async def load(
-        self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, use: float, urgent: bool, is_extra: bool
+        self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, urgent: bool, is_extra: bool
     ) -> None:
         """Have another pod load a model, and return when the load has begun. Raises MeshError if the pod is unreachable or refuses."""
 
@@ -123,14 +123,11 @@ class Placement:
         await self._begin(model_id, order)
         return self._states.status(model_id)
 
-    async def load_for_peer(
-        self, model_id: str, *, last_used_ms: int, use: float, urgent: bool, is_extra: bool
-    ) -> None:
-        """Begin a load that another pod has planned. `use`: how much the model is used, as that pod has counted. Raises NotFound."""
+    async def load_for_peer(self, model_id: str, *, last_used_ms: int, urgent: bool, is_extra: bool) -> None:
+        """Begin a load that another pod has planned. Raises NotFound."""
         record = await self._registry.models.find(model_id)
         if record is None:
             raise NotFound(f"model {model_id} not found")
-        self._copies.uses.seed(model_id, use)
         self._copies.touch(model_id, last_used_ms)
         if self._states.local_status(model_id) is ModelStatus.NOT_LOADED:
             self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent, is_extra=is_extra)
@@ -237,10 +234,9 @@ class Placement:
         """Have a peer begin the load. Return whether it did."""
         record = self._registry.models.get(model_id)
         failed_ms = record.failed_in.get(pod_id) if record is not None else None
-        use = self._copies.uses.of(model_id) * (1 + len(self._states.others()))
         try:
             await self._peers.load(
-                pod, model_id, last_used_ms=order.last_used_ms, use=use, urgent=order.urgent, is_extra=is_extra
+                pod, model_id, last_used_ms=order.last_used_ms, urgent=order.urgent, is_extra=is_extra
             )
         except MeshError as error:
             self._unreachable(pod_id)

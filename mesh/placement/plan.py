@@ -9,7 +9,8 @@ _EVICTION_SHARE = 0.2  # of a load, for any eviction
 _USED_SHARE = 0.5  # of a load, for a pod that is full: models spread over the pods
 _LOCAL_SHARE = 0.05  # gain of a copy on the pod that was called, which costs no hop
 _QUEUE_SHARE = 0.1  # each load in progress slows the others
-_SPREAD_SHARE = 0.2  # models that are loaded at once go to different pods although those look alike
+_MUCH_USED = 5.0  # decayed uses whose eviction costs half a load
+_SPREAD_SHARE = 0.05  # models that are loaded at once go to different pods although those look alike
 _FEW_FAILURES = 2
 
 
@@ -55,7 +56,7 @@ def cost_s(pod: PodView, model_id: str, size_bytes: int, load_s: float) -> float
     threads = max(1, pod.loading_threads)
     queue = max(0, pod.num_loading + 1 - threads) / threads + _QUEUE_SHARE * pod.num_loading
     pull = 0.0 if pod.has_files else _PULL_SHARE
-    victim = 0.0 if fits else _EVICTION_SHARE + pod.victim_use / (1 + pod.victim_use)
+    victim = 0.0 if fits else _EVICTION_SHARE + pod.victim_use / (_MUCH_USED + pod.victim_use)
     used = _USED_SHARE * (1 - pod.free_bytes / pod.capacity_bytes) if pod.capacity_bytes else 0.0
     spread = (_LOCAL_SHARE / 2 if fits else _SPREAD_SHARE) * _fraction(model_id, pod.instance_id)
     return load_s * (queue + pull + victim + used + spread - (_LOCAL_SHARE if pod.local else 0.0))

@@ -71,7 +71,9 @@ class Reconciler:
             copy.is_announced = False
         try:
             for copy in copies:
-                await self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms)
+                await self._record_updates.gone(
+                    copy.model_id, last_used_ms=copy.last_used_ms, use=self._copies.uses.of(copy.model_id)
+                )
         except StoreError as error:
             # One timeout per model would exceed the grace period. Other pods see that this pod is gone.
             logger.warning("this pod's copies stay in the registry: %s", error.message)
@@ -115,6 +117,8 @@ class Reconciler:
             if new is None or withdrawn or new.info != copy.info:
                 copy.is_announced = False
                 self._spawn(self._loads.unload(model_id))
+        if new is not None and old is not None and old.instance_ids.keys() - new.instance_ids.keys() - {self._own_id}:
+            self._copies.uses.seed(model_id, new.use)
         if new is None:
             self._loads.forget(model_id)
             self._copies.uses.forget(model_id)

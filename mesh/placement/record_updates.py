@@ -98,10 +98,11 @@ class RecordUpdates:
 
         await self._models.table.update(model_id, change)
 
-    async def gone(self, model_id: str, *, last_used_ms: int = 0) -> None:
+    async def gone(self, model_id: str, *, last_used_ms: int = 0, use: float | None = None) -> None:
         """Remove this pod from the record.
 
-        The time of the last use is written even if another pod has removed this one already: only this pod knows it.
+        The time of the last use is written even if another pod has removed this one already: only this pod knows it. `use`: how much the model was
+        used, for the pod that loads it next; None if it is not known.
         """
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
@@ -111,6 +112,7 @@ class RecordUpdates:
                 record,
                 instance_ids=_without(record.instance_ids, self._own_id),
                 last_used_ms=max(record.last_used_ms, last_used_ms),
+                use=record.use if use is None else round(use, 2),
             )
 
         await self._models.table.update(model_id, change)

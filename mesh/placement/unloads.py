@@ -124,7 +124,11 @@ class LocalUnloads:
             await asyncio.wait(tasks, timeout=5)
 
     async def _unload(self, copy: LocalCopy, is_needed: Callable[[], bool] | None) -> None:
-        await log_errors(self._record_updates.gone(copy.model_id, last_used_ms=copy.last_used_ms))
+        await log_errors(
+            self._record_updates.gone(
+                copy.model_id, last_used_ms=copy.last_used_ms, use=self._copies.uses.of(copy.model_id)
+            )
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._grace_s if is_needed is None else None):
                 while self._copies.in_flight(copy.model_id) and copy.model_id not in self._hurried:

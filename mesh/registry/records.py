@@ -54,6 +54,7 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     )  # not in ModelMesh: measured by the last load; 0 = never loaded
     num_failures: int = field(default=0, name="numFailures")  # not in ModelMesh: failed loads in a row, on any pods
     files_in: tuple[str, ...] = field(default=(), name="filesIn")  # not in ModelMesh: the last pods that loaded it
+    use: float = 0.0  # not in ModelMesh: decayed uses when a copy was last unloaded
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
 

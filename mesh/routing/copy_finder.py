@@ -15,7 +15,6 @@ from mesh.routing.copy_health import CopyHealth
 from mesh.routing.copy_selection import Candidate, choose
 from mesh.types import Target
 
-_LOST_S = 5.0  # a peer that answered NOT_FOUND is skipped until its record had time to say so
 _MIN_LOADING_S = 0.1
 
 
@@ -40,7 +39,8 @@ class CopyFinder:
         self._local = local
         self._all_ejected = all_ejected
         self._peer_requests: Counter[tuple[str, str]] = Counter()
-        self._lost_until_s: dict[tuple[str, str], float] = {}
+        # Loads, by model and pod, whose pods answered that they do not have the model.
+        self._lost: dict[tuple[str, str], int] = {}
 
     def find(self, model_id: str, *, prefix_hash: str, exclude: frozenset[str], local_only: bool) -> Target | None:
         """Return the copy with the least expected wait; None if no copy can take the request now."""
@@ -77,8 +77,10 @@ class CopyFinder:
             del self._peer_requests[model_id, instance_id]
 
     def mark_lost(self, model_id: str, instance_id: str) -> None:
-        """Skip a peer for this model for a few seconds, because it answered that it does not have it."""
-        self._lost_until_s[model_id, instance_id] = time.monotonic() + _LOST_S
+        """Skip a peer for this model until it loads the model again, because it answered that it does not have it."""
+        record = self._registry.models.get(model_id)
+        if record is not None and instance_id in record.instance_ids:
+            self._lost[model_id, instance_id] = record.instance_ids[instance_id]
 
     def _judged(self, model_id: str, candidates: list[Candidate]) -> list[Candidate]:
         """Return the candidates with what this pod's own requests showed of them."""
@@ -114,16 +116,21 @@ class CopyFinder:
     def _peer_candidates(
         self, model_id: str, record: ModelRecord, pods: dict[str, InstanceRecord], exclude: frozenset[str]
     ) -> list[Candidate]:
-        now_s = time.monotonic()
         return [
             self._peer_candidate(model_id, pod_id, pods[pod_id])
-            for pod_id in record.instance_ids
+            for pod_id, since_ms in record.instance_ids.items()
             if pod_id in pods
             and pod_id != self._local.instance_id
             and pod_id not in exclude
-            and self._lost_until_s.get((model_id, pod_id), 0.0) <= now_s
+            and not self._is_lost(model_id, pod_id, since_ms)
             and _takes_requests(pods[pod_id], model_id)
         ]
+
+    def _is_lost(self, model_id: str, pod_id: str, since_ms: int) -> bool:
+        lost_ms = self._lost.get((model_id, pod_id))
+        if lost_ms is not None and lost_ms != since_ms:
+            del self._lost[model_id, pod_id]
+        return lost_ms == since_ms
 
     def _peer_candidate(self, model_id: str, pod_id: str, pod: InstanceRecord) -> Candidate:
         """Describe a peer's copy. One that is still loading counts too: its pod holds the request until it is loaded."""

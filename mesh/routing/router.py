@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from common.changes import Changes
 from common.clock import epoch_ms
+from common.model_state import CopyState
 from mesh.errors import DeadlineExceeded, LoadFailed, MeshError, NotFound, Overloaded, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies
@@ -32,6 +33,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _RECHECK_S = 1.0
+_PATIENCE_S = 1.0  # for records that are about to change
 _REFRESH_S = 2.0  # a runtime that answers does so sooner
 
 
@@ -115,7 +117,8 @@ class CopyRouter:
                 model=self._registry.name_of(model_id),
                 retry_after_s=1,
             )
-        if local_only and self._copies.get(model_id) is None:
+        copy = self._copies.get(model_id)
+        if local_only and (copy is None or copy.state is CopyState.UNLOADING):
             raise NotFound(f"model {model_id} is not on this pod")
         while True:
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
@@ -231,6 +234,7 @@ class CopyRouter:
     async def _wait_for_copy(
         self, model_id: str, prefix_hash: str, exclude: frozenset[str], local_only: bool
     ) -> Target:
+        patience_until_s = time.monotonic() + _PATIENCE_S
         while True:
             if self._stopping.is_set():
                 raise _shutting_down()
@@ -243,10 +247,11 @@ class CopyRouter:
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
             if target is not None:
                 return target
-            await self._load(model_id, local_only, exclude)
-            exclude = frozenset()  # whatever failed before may be tried again, as the last resort
+            await self._load(model_id, local_only, exclude, is_patient=time.monotonic() < patience_until_s)
+            if time.monotonic() >= patience_until_s:
+                exclude = frozenset()  # whatever failed before may be tried again, as the last resort
 
-    async def _load(self, model_id: str, local_only: bool, exclude: frozenset[str]) -> None:
+    async def _load(self, model_id: str, local_only: bool, exclude: frozenset[str], *, is_patient: bool) -> None:
         """Return when another look is worthwhile: the model is loaded, or its copies changed. Raises if it cannot be loaded."""
         copy = self._copies.get(model_id)
         avoid = exclude
@@ -256,11 +261,14 @@ class CopyRouter:
             if local_only or not self._placement.has_other_pod(model_id, avoid):
                 await self._changes.wait(_RECHECK_S)
                 return
-        # A copy elsewhere that was not chosen does not exist any more.
+        # A copy elsewhere that was not chosen does not exist any more, which its record will say.
         is_elsewhere = copy is None and self._states.status(model_id, besides=avoid).status in (
             ModelStatus.LOADED,
             ModelStatus.LOADING,
         )
+        if is_elsewhere and is_patient and not local_only:
+            await self._changes.wait(_PATIENCE_S / 2)
+            return
         try:
             outcome = await self._unless_stopping(
                 self._placement.ensure_loaded(
