@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -65,7 +66,8 @@ class _Connection(asyncio.Protocol):
         self._is_handling = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        # uvloop's transports have the methods of asyncio.Transport without deriving from it.
+        transport = cast("asyncio.Transport", transport)
         limit = self._limits.max_connections
         if limit and len(self._connections) >= limit:
             logger.warning("refused a connection: %d are open, the limit of max_connections", limit)
