@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from bench.checkpoints import Shape, config_of
 from common.model_key import Quantization
-from runtime.checkpoint.layout_4bit import padded_width
+from runtime.checkpoint.quantized_shapes import padded_width
 from runtime.puller.pack.request import FORMAT, PACKED_NAME, PackRequest
 from runtime.types import Checkpoint
 

@@ -11,14 +11,9 @@ Same size, same absmax, other order. A row of an odd number of blocks is padded 
 import torch
 from torch import Tensor
 
-BLOCK = 64
-GROUP = 2 * BLOCK
+from runtime.checkpoint.quantized_shapes import BLOCK, GROUP, padded_width
+
 _WORDS = GROUP // 8
-
-
-def padded_width(in_features: int) -> int:
-    """Elements of a row as it lies in memory."""
-    return -(-in_features // GROUP) * GROUP
 
 
 def kernel_layout_4bit(weight: Tensor, absmax: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

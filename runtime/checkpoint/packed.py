@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from runtime.checkpoint.layout_4bit import BLOCK, bitsandbytes_layout_4bit, kernel_layout_4bit, padded_width
+from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit, kernel_layout_4bit
 from runtime.checkpoint.name_mapping import Conversion, Resolution
+from runtime.checkpoint.quantized_shapes import BLOCK, padded_width
 from runtime.checkpoint.safetensors_index import StoredTensor
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.model_key import ModelSettings, Quantization
+from runtime.checkpoint.quantized_shapes import is_layer_matrix, packed_bytes
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -23,7 +24,6 @@ DTYPE_BYTES = {
     "bfloat16": 2,
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ def needs_of(
     if tensors:
         tensors = with_codes_as_bytes(tensors)
         weight_bytes = sum(
-            tensor_bytes(tensor, settings.quantize, size) // (num_devices if is_layer_matrix(tensor) else 1)
+            tensor_bytes(tensor, settings.quantize, size)
+            // (num_devices if is_layer_matrix(tensor.name, tensor.shape) else 1)
             for tensor in tensors
         )
         num_parameters = sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
@@ -132,14 +133,10 @@ def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int) 
     """Return the bytes of one tensor in memory. Matrices of decoder layers are quantised; tensors that are quantised already keep their size."""
     if tensor.dtype not in _FLOATS:
         return tensor.numel * DTYPE_BYTES.get(tensor.dtype, 1)
-    if quantize is Quantization.NONE or not is_layer_matrix(tensor):
-        return tensor.numel * dtype_bytes
-    rows, columns = tensor.shape
-    if quantize in (Quantization.INT8, Quantization.FP8):
-        return rows * columns + rows * 4
-    if columns % _BLOCK:
-        return tensor.numel * dtype_bytes
-    return rows * columns // 2 + rows * columns // _BLOCK * 4
+    packed = None
+    if quantize is not Quantization.NONE and is_layer_matrix(tensor.name, tensor.shape):
+        packed = packed_bytes(tensor.shape, quantize)
+    return tensor.numel * dtype_bytes if packed is None else packed
 
 
 def with_codes_as_bytes(tensors: Sequence[TensorShape]) -> list[TensorShape]:
@@ -151,12 +148,6 @@ def with_codes_as_bytes(tensors: Sequence[TensorShape]) -> list[TensorShape]:
         else tensor
         for tensor in tensors
     ]
-
-
-def is_layer_matrix(tensor: TensorShape) -> bool:
-    """A linear layer's weight inside a numbered decoder layer, by its name and shape."""
-    numbered = any(part.isdigit() for part in tensor.name.split("."))
-    return numbered and len(tensor.shape) == 2 and tensor.name.endswith(".weight") and "norm" not in tensor.name
 
 
 def estimate_parameters(geometry: Geometry) -> int:

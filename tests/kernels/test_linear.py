@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from runtime.checkpoint import layout_4bit
+from runtime.checkpoint.quantized_shapes import padded_width
 from runtime.engine.kernels import linear4, linear8
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import linear4 as gpu4
@@ -54,8 +55,8 @@ def test_layout_goes_there_and_back(in_features: int) -> None:
         torch.rand(5 * in_features // 64),
     )
     weight, scales = layout_4bit.kernel_layout_4bit(packed, absmax, 5, in_features)
-    assert weight.shape == (5, layout_4bit.padded_width(in_features) // 2)
-    assert scales.shape == (5, layout_4bit.padded_width(in_features) // 64)
+    assert weight.shape == (5, padded_width(in_features) // 2)
+    assert scales.shape == (5, padded_width(in_features) // 64)
     again, absmax_again = layout_4bit.bitsandbytes_layout_4bit(weight, scales, in_features)
     assert torch.equal(again, packed)
     assert torch.equal(absmax_again, absmax)

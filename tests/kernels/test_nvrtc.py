@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from runtime.checkpoint.layout_4bit import padded_width
+from runtime.checkpoint.quantized_shapes import padded_width
 from runtime.engine.kernels import linear4
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.codebooks import Codebook

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.checkpoint.layout_4bit import BLOCK, codes_4bit
+from runtime.checkpoint.layout_4bit import codes_4bit
+from runtime.checkpoint.quantized_shapes import BLOCK
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch

@@ -20,6 +20,7 @@ from common.model_key import Quantization
 from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.packed import KERNEL_LAYOUT
+from runtime.checkpoint.quantized_shapes import packed_shapes
 from runtime.checkpoint.safetensors_index import read_index
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
@@ -27,7 +28,7 @@ from runtime.puller.gguf_index import read_index as read_gguf_index
 from runtime.puller.pack.aux_files import convert_tokenizer, copy_beside, write_config
 from runtime.puller.pack.gguf_tokenizer import convert_gguf_tokenizer, end_of_turn_ids
 from runtime.puller.pack.gguf_weights import check_gguf_names, read_gguf_config, read_gguf_weights
-from runtime.puller.pack.quantize import Matrix, packed_shapes, quantize
+from runtime.puller.pack.quantize import Matrix, quantize
 from runtime.puller.pack.request import PACKED_NAME, PackEvent, PackProgress, PackRequest
 from runtime.puller.pack.tensors import FromFiles, InMemory, Tensors, quantizable
 from runtime.puller.pack.writer import Entry, PackedWriter

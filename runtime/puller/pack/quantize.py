@@ -13,10 +13,9 @@ from torch import Tensor
 
 from common.model_key import Quantization
 from runtime.checkpoint.fp8 import by_rows, quantize_rows
-from runtime.checkpoint.layout_4bit import kernel_layout_4bit, padded_width
+from runtime.checkpoint.layout_4bit import kernel_layout_4bit
+from runtime.checkpoint.quantized_shapes import BLOCK
 from runtime.errors import LoadFailed
-
-BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +25,6 @@ class Matrix:
     weight: Tensor
     scale_name: str
     scale: Tensor
-
-
-def packed_shapes(
-    shape: tuple[int, ...], quantization: Quantization
-) -> tuple[tuple[int, ...], str, tuple[int, ...]] | None:
-    """Shape of the codes, name and shape of the scales; None where a matrix stays as it is (4-bit blocks must not cross rows)."""
-    rows, columns = shape
-    if quantization in (Quantization.INT8, Quantization.FP8):
-        return (rows, columns), "scale", (rows,)
-    if columns % BLOCK:
-        return None
-    width = padded_width(columns)
-    return (rows, width // 2), "absmax", (rows, width // BLOCK)
 
 
 def quantize(weight: Tensor, quantization: Quantization, *, double_quant: bool) -> Matrix:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.checkpoint.name_mapping import Conversion, Resolution, resolve
+from runtime.checkpoint.quantized_shapes import is_layer_matrix
 from runtime.checkpoint.safetensors_index import StoredTensor, read_index
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
@@ -160,21 +161,21 @@ class _Files:
 
 
 def quantizable(model: nn.Module) -> set[str]:
-    """Modules whose weights bitsandbytes' integration would quantise: linear layers, but not the output's, tied, or last one, nor what the class keeps."""
+    """Return the modules whose weights are quantised: linear layers of decoder layers, except tied ones and those that the class keeps.
+
+    They are those that bitsandbytes' integration would quantise, without the few outside of numbered layers.
+    """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
     spared = {name.rpartition(".")[0] for names in shared.values() if len(names) > 1 for name in names}
-    spared.add([name for name, _ in model.named_parameters()][-1].rpartition(".")[0])
-    root: Any = model
-    output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
     keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     found = set()
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.Linear)
-            and module is not output
+            and is_layer_matrix(f"{name}.weight", tuple(module.weight.shape))
             and name not in spared
             and not keep & set(name.split("."))
         ):

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.checkpoint.layout_4bit import BLOCK, GROUP
+from runtime.checkpoint.quantized_shapes import BLOCK, GROUP
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import linear4_cuda, linear4_wgmma, pdl

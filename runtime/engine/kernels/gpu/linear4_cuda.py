@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from runtime.checkpoint.layout_4bit import BLOCK
+from runtime.checkpoint.quantized_shapes import BLOCK
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import nvrtc
 from runtime.engine.kernels.scratch import Scratch

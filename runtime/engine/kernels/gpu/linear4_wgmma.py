@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.checkpoint.layout_4bit import BLOCK
+from runtime.checkpoint.quantized_shapes import BLOCK
 from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.codebooks import Codebook
 from runtime.engine.kernels.gpu import nvrtc

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.checkpoint.layout_4bit import GROUP
 from runtime.checkpoint.name_mapping import Conversion, Resolution
+from runtime.checkpoint.quantized_shapes import GROUP
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.engine.model.run.fused_spec import StackSpec
 from runtime.engine.parallel.shard import Shard

@@ -267,6 +267,15 @@ def test_admission_by_estimate_holds_a_sequence_back_for_a_second_at_most() -> N
     assert bench.scheduler.running == 3
 
 
+def test_admission_of_a_lone_sequence_ignores_what_other_models_may_need_later() -> None:
+    bench = Bench(slabs=5)
+    bench.add([5] * 8, 40)
+    assert bench.scheduler.plan(Limits(64, KvRoom(planned=0, now=2), 9), 0.0) is None  # 9 tokens need 3 blocks
+    step = bench.scheduler.plan(Limits(64, KvRoom(planned=0, now=3), 9), 0.0)
+    assert step is not None
+    assert bench.scheduler.promised_blocks == 0
+
+
 def test_admission_by_age_needs_memory_now() -> None:
     bench = Bench(slabs=5)
     bench.add([5] * 70, 8)
