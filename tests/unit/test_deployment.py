@@ -39,7 +39,8 @@ def of(word: str) -> list[str]:
 
 
 def test_the_image_takes_files_that_are_here_and_serves_on_the_ports_it_names() -> None:
-    taken = {source for copy in of("COPY") if not copy.startswith("--from") for source in copy.split()[:-1]}
+    copied = [copy.split()[:-1] for copy in of("COPY") if not copy.startswith("--from")]
+    taken = {word for words in copied for word in words if not word.startswith("--")}
     assert all((ROOT / source).exists() for source in taken)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {pattern.removesuffix("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
