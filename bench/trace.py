@@ -219,7 +219,7 @@ def belady_hit_rate(
         resident.add(request.model_id)
         while sum(models[name].weight_bytes for name in resident) > capacity_bytes:
             others = resident - {request.model_id}
-            resident.discard(max(others, key=lambda name: uses[name][-1] if uses[name] else len(trace)))
+            resident.discard(max(others, key=lambda name: uses[name][-1] if uses.get(name) else len(trace)))
     return hit / total
 
 
