@@ -1,4 +1,4 @@
-"""repertory.RuntimeState: streams the state of the runtime's models, and tells whether a model would fit.
+"""repertory.RuntimeState: streams the state of the runtime's models and answers whether a model would fit.
 
 The comments in proto/repertory/runtime.proto specify the methods.
 """

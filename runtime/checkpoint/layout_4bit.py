@@ -19,7 +19,7 @@ _WORDS = GROUP // 8
 def kernel_layout_4bit(weight: Tensor, absmax: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     """bitsandbytes' `weight` (uint8, N·K/2 bytes in any shape) and `absmax` (float32, N·K/64) as uint8 [N, P/2] and float32 [N, P/64].
 
-    P is `padded_width(K)`. Where K is no multiple of 64, blocks run across rows and nothing is moved: returns the bytes and scales flat (1-D).
+    P is `padded_width(K)`. Where K is not a multiple of 64, blocks cross rows and nothing is moved: the bytes and scales are returned flat (1-D).
     """
     if in_features % BLOCK:
         return weight.reshape(-1), absmax.reshape(-1).float()

@@ -23,12 +23,12 @@ _TIMEOUT_S = 60.0
 _TRIES = 6
 _SMALL_TRIES = 3
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
-# what a URL or a header that nobody could use raises is a ValueError, and its words quote it
+# A URL or header that cannot be used raises a ValueError whose text quotes it.
 _BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """A token is for the host that it was given to, not for the one that it redirects to, nor for whoever listens on the way to it."""
+    """Sends a token to the host that it was given for, over TLS, and never to the target of a redirect."""
 
     def __init__(self, secret: frozenset[str]) -> None:
         self._secret = secret
@@ -148,7 +148,7 @@ class HttpClient:
             if response.status != 206 and start:
                 arrived(-start)  # it changed, or the server gives no parts: from the beginning
                 start = 0
-            expected = response.length  # None if it tells none that is a number
+            expected = response.length  # None without a numeric Content-Length
             received = 0
             while True:
                 job.check()
@@ -164,7 +164,7 @@ class HttpClient:
                 received += len(chunk)
                 arrived(len(chunk))
                 if 0 <= file.size_bytes < start + received:
-                    return  # it might go on till the disk is full; its size tells it from the file
+                    return  # The rest could fill the disk. The size shows that it is not the file.
             if expected is not None and received < expected:
                 raise Interrupted(
                     f"{_shown(file.location)}: cut off after {start + received} of {start + expected} bytes"

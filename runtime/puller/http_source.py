@@ -44,7 +44,7 @@ class WebSource:
             return Listing(self._origin, [file])
         config = self._look("config.json", job)
         if config is None:
-            raise LoadFailed(f"{self._origin} has no config.json, and is no .gguf file")
+            raise LoadFailed(f"{self._origin} has no config.json and is not a .gguf file")
         files = [config, *self._weights(job)]
         for beside in _BESIDE:
             job.check()

@@ -1,6 +1,6 @@
 """Models in object stores, whichever: a thin adapter lists and reads ranges (s3.py, gcs.py, azure.py), the rest is the same for all.
 
-Resumes, checks, chooses files, and tells errors without secrets.
+Resumes and checks downloads, chooses files, and reports errors without secrets.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Bucket(Protocol):
         """Objects by full key in `name` and `location`."""
 
     def checkable(self, file: RemoteFile) -> RemoteFile:
-        """With the checksums that the store tells of this one object, or told in the list."""
+        """Return the object with the checksums that the store gives for it or gave in the list."""
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         """`count` bytes from `start`. Raises, whatever, if the object is no longer the one that was listed."""

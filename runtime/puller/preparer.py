@@ -280,7 +280,7 @@ class CheckpointPreparer:
     def _dequantised(
         self, request: PackRequest, identity: str, settings: ModelSettings, device: str
     ) -> Prepared | None:
-        """A GGUF file's unquantised pack, if there is one: reading GGUF anew takes much longer than quantising."""
+        """A GGUF file's unquantised pack, if there is one: reading a GGUF file again takes much longer than quantising."""
         if request.kind != CheckpointKind.GGUF.value or request.quantization is Quantization.NONE:
             return None
         plain = msgspec.structs.replace(settings, quantize=Quantization.NONE, double_quant=False)

@@ -17,7 +17,7 @@ class CpuMemory:
 
     def __init__(self, slab_bytes: int, total_slabs: int) -> None:
         if slab_bytes % mmap.PAGESIZE:
-            raise ValueError(f"slab_bytes {slab_bytes} is no multiple of the page size {mmap.PAGESIZE}")
+            raise ValueError(f"slab_bytes {slab_bytes} is not a multiple of the page size {mmap.PAGESIZE}")
         self.device = torch.device("cpu")
         self.slab_bytes = slab_bytes
         self.total_slabs = total_slabs

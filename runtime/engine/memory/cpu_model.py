@@ -70,7 +70,7 @@ class CpuModelMemory:
         return 0
 
     def drop_host(self) -> None:
-        """There is no host tier beside the device."""
+        """Do nothing: a CPU has no host tier apart from the device."""
 
     def close(self) -> None:
         self.evict()

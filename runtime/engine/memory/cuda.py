@@ -107,7 +107,7 @@ class CudaMemory:
         self.compute_stream = compute_stream
         granularity = self.driver.granularity()
         if slab_bytes % granularity:
-            raise ValueError(f"slab_bytes {slab_bytes} is no multiple of the device's granularity {granularity}")
+            raise ValueError(f"slab_bytes {slab_bytes} is not a multiple of the device's granularity {granularity}")
         self.handles: list[Any] = []
         try:
             for _ in range(total_slabs):
@@ -200,7 +200,7 @@ class CudaRange:
 
     def close(self) -> None:
         self.unmap(0, self.num_slabs)
-        # a pass without KV was handed the anchor's address, and no event tells of it
+        # A pass without KV uses the anchor's address, and no event marks its end.
         self._memory.compute_stream.synchronize()
         self._release()
         self._memory.ranges.remove(self)

@@ -21,7 +21,7 @@ from runtime.puller.pack.writer import PADDING
 _PART = re.compile(
     r"^(?P<weight>.+\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
 )
-# Of fp8 checkpoints: scales of the weight, and scales of activations and KV, which are computed anew for every token.
+# Of fp8 checkpoints: scales of the weights, and scales of activations and KV, which are computed again for every token.
 _FP8_PART = re.compile(r"^(?P<module>.+)\.(?P<part>weight_scale|weight_scale_inv|input_scale|input_scale_ub)$")
 _FP8_UNUSED = re.compile(r"^.+\.(?P<part>[kv]_scale)$")
 _INT8_PART = re.compile(r"^(?P<module>.+)\.(SCB|weight_format)$")

@@ -2,7 +2,7 @@
 launches kernels on torch's stream.
 
 A kernel takes one struct. Every launch may overlap with the end of the kernel before it (`pdl.py`). Without NVRTC,
-its bindings or a supported architecture there is no module: the log says so once, and callers use Triton.
+its bindings or a supported architecture no module is made: one warning is logged, and callers use Triton.
 """
 
 import ctypes
