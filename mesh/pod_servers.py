@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from common.version import package_version
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
+from mesh.api.cache_routes import CacheRoutes
 from mesh.api.connection_limits import ConnectionLimits
 from mesh.api.grpc_server import GrpcLimits, GrpcServer
 from mesh.api.health import HealthRoutes
@@ -176,6 +177,7 @@ def _http_server(
             health,
             ModelsRoutes(registry, parts.placement, registrar, views, base.changes, pod.stopping),
             AdminRoutes(registry, registrar, parts.states, parts.monitor, parts.runtime, views),
+            CacheRoutes(registry, parts.runtime),
             RootPage(views, package_version(), lambda: access.guard.requires_keys),
             OpenApiRoute(base.connections, config.runtime_http),
             OpenAiRoutes(gateway, is_foreign=lambda: parts.monitor.snapshot.foreign),

@@ -3,7 +3,7 @@
 Times are epoch milliseconds where ModelMesh's records hold them (`…_ms`), and seconds elsewhere (`…_s`).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
@@ -156,6 +156,18 @@ class FitAnswer:
     exact: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class CachedFiles:
+    """An entry of a runtime's disk cache. `kind` is pulled, packed or partial; `uri` is its source, empty if unknown."""
+
+    key: str
+    kind: str
+    uri: str
+    size_bytes: int
+    last_used_ms: int
+    in_use: bool
+
+
 class RuntimeClient(Protocol):
     """The local runtime, as placement sees it."""
 
@@ -175,6 +187,12 @@ class RuntimeClient(Protocol):
 
     async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
         """Estimate a load. Unless `sizes_only`, check that the engine can run the model, which may take seconds."""
+
+    async def list_files(self) -> tuple[int, list[CachedFiles]]:
+        """Return the disk cache's budget in bytes, and what it holds. Raises NotSupported for a foreign runtime, Unavailable."""
+
+    async def drop_files(self, keys: Sequence[str]) -> tuple[int, int]:
+        """Drop entries of the disk cache. Return the bytes that were freed, and how many entries are in use and stay."""
 
     async def look(self) -> RuntimeSnapshot | None:
         """Return the runtime's current state, or None if it does not answer or has no repertory.RuntimeState."""

@@ -93,7 +93,7 @@ class Runtime:
                 ("grpc.http2.ping_timeout_ms", 20_000),
             ),
         )
-        self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)
+        self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes, cache)
         self._health = health.HealthServicer()
         self._services = [
             add_spi(

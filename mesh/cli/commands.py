@@ -139,13 +139,6 @@ def show(client: AdminClient, args: argparse.Namespace) -> int:
     return 0
 
 
-def remove(client: AdminClient, args: argparse.Namespace) -> int:
-    client.remove(args.name)
-    if not args.json:
-        print(f"{args.name} is removed")
-    return 0
-
-
 def alias(client: AdminClient, args: argparse.Namespace) -> int:
     if args.delete:
         client.remove_alias(args.alias)

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.config import add_flags, load
 from common.errors import ConfigError
 from common.version import package_version
-from mesh.cli import commands, new_key, serve, serve_flags, settings_flags
+from mesh.cli import cache, commands, new_key, serve, serve_flags, settings_flags
 from mesh.cli.chat_settings import PARAMETERS
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config import MeshConfig
@@ -227,8 +227,13 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     sub.add_argument("--now", action="store_true", help="end running requests instead of waiting for them")
     sub = verb("show", commands.show, "show the details of one model")
     sub.add_argument("name")
-    sub = verb("rm", commands.remove, "remove a model's registration")
+    sub = verb("rm", cache.remove, "remove a model's registration")
     sub.add_argument("name")
+    sub.add_argument(
+        "--files", action="store_true", help="also drop the pulled and packed files of its source from the cache"
+    )
+    sub = verb("cache", cache.cache, "list the pulled and packed files on the disk of the server, and who needs them")
+    sub.add_argument("--prune", action="store_true", help="drop the files that no registered name needs")
     sub = verb(
         "alias",
         commands.alias,

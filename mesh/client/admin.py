@@ -82,6 +82,28 @@ class Pods(msgspec.Struct, frozen=True):
     pods: list[Pod]
 
 
+class CacheEntry(msgspec.Struct, frozen=True):
+    """Files in the disk cache of the pod that answers. `names`: the registered names with this source."""
+
+    key: str
+    kind: str
+    uri: str
+    size_bytes: int
+    last_used_ms: int
+    in_use: bool
+    names: list[str] = []
+
+
+class CacheListing(msgspec.Struct, frozen=True):
+    budget_bytes: int = 0
+    entries: list[CacheEntry] = []
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    freed_bytes: int = 0
+    num_in_use: int = 0
+
+
 class Fit(msgspec.Struct, frozen=True):
     """The answer of `/admin/v1/fit`. Sizes are in bytes."""
 
@@ -126,6 +148,12 @@ class AdminClient:
 
     def fit(self, request: dict[str, object]) -> Fit:
         return self._decode(self.call("POST", "/admin/v1/fit", request), Fit)
+
+    def cache(self) -> CacheListing:
+        return self._decode(self.call("GET", "/admin/v1/cache"), CacheListing)
+
+    def drop_files(self, keys: list[str]) -> Dropped:
+        return self._decode(self.call("POST", "/admin/v1/cache/drop", {"keys": keys}), Dropped)
 
     def load(self, name: str) -> None:
         self.call("POST", "/models/load", {"model": name})

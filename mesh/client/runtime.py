@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import grpc
 import grpc.aio
@@ -23,7 +23,7 @@ from mesh.errors import (
     Overloaded,
     Unavailable,
 )
-from mesh.types import FitAnswer, LoadAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
+from mesh.types import CachedFiles, FitAnswer, LoadAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
 from wire.repertory import runtime_pb2 as state_pb
@@ -38,6 +38,7 @@ _PREDICT_S = 0.5
 _SIZE_S = 30.0
 _UNLOAD_S = 180.0  # Another runtime may wait for the model's requests. The caller repeats the call after this time.
 _FIT_S = 120.0  # the checkpoint may have to be inspected at its source
+_FILES_S = 60.0  # dropping terabytes takes a while
 _MIN_LOADING_TIMEOUT_MS = 100
 _LASTING = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
 _AT_ONCE = (("x-repertory-grace-s", "0"),)  # the mesh has waited for the model's requests; other runtimes ignore it
@@ -156,6 +157,20 @@ class GrpcRuntime:
                 message = f"{info.path}: this runtime cannot predict whether a model fits"
             raise kinds.get(error.code(), MeshError)(message) from None
 
+    async def list_files(self) -> tuple[int, list[CachedFiles]]:
+        with _file_errors():
+            answer = await self._state.listFiles(state_pb.ListFilesRequest(), timeout=_FILES_S)
+        found = [
+            CachedFiles(file.key, file.kind, file.uri, file.size_bytes, file.last_used_ms, file.in_use)
+            for file in answer.files
+        ]
+        return answer.budget_bytes, found
+
+    async def drop_files(self, keys: Sequence[str]) -> tuple[int, int]:
+        with _file_errors():
+            answer = await self._state.dropFiles(state_pb.DropFilesRequest(keys=keys), timeout=_FILES_S)
+        return answer.freed_bytes, answer.num_in_use
+
     async def look(self) -> RuntimeSnapshot | None:
         return await self._watch().look()
 
@@ -174,6 +189,18 @@ class GrpcRuntime:
         except asyncio.CancelledError:
             undo.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
+
+
+@contextlib.contextmanager
+def _file_errors() -> Iterator[None]:
+    """Turn gRPC's errors of listFiles and dropFiles into the mesh's."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        # A foreign runtime may look for a model even where the method is unknown.
+        if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
+            raise NotSupported("this runtime has no disk cache that can be listed") from None
+        raise Unavailable(error.details() or error.code().name) from None
 
 
 def _limits(answer: pb.RuntimeStatusResponse) -> RuntimeLimits:

@@ -21,6 +21,7 @@ from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
 from runtime.models.model_state import ModelView, Phase, Progress
+from runtime.puller.cache import Cache
 from runtime.puller.inspection import ModelInspector
 from runtime.puller.sizing import DTYPE_BYTES, Needs, ResidentBytes, victims
 from wire.repertory import runtime_pb2 as pb
@@ -65,12 +66,14 @@ class RuntimeStateApi(RuntimeStateServicer):
         models: Models,
         fitter: ModelInspector,
         cache_budget_bytes: int,
+        cache: Cache | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._models = models
         self._fitter = fitter
         self._cache_budget_bytes = cache_budget_bytes
+        self._cache = cache
         self._stopping = False
 
     def stop(self) -> None:
@@ -149,6 +152,35 @@ class RuntimeStateApi(RuntimeStateServicer):
         budget = DeviceBudget(hello.device_budget_bytes // hello.slab_bytes, hello.slab_bytes)
         layout = layout_of(needs.weight_bytes, kv_bytes, engine.block_tokens, hello.slab_bytes)
         return fit_device(budget, layout, needs.max_model_len)
+
+    async def listFiles(
+        self,
+        request: pb.ListFilesRequest,
+        context: "grpc.aio.ServicerContext[pb.ListFilesRequest, pb.ListFilesResponse]",
+    ) -> pb.ListFilesResponse:
+        entries = await asyncio.to_thread(self._cache.entries) if self._cache is not None else []
+        files = [
+            pb.CachedFiles(
+                key=entry.key,
+                kind=entry.kind,
+                uri=entry.uri,
+                size_bytes=entry.size_bytes,
+                last_used_ms=round(entry.used_s * 1000),
+                in_use=entry.in_use,
+            )
+            for entry in entries
+        ]
+        return pb.ListFilesResponse(files=files, budget_bytes=self._cache_budget_bytes)
+
+    async def dropFiles(
+        self,
+        request: pb.DropFilesRequest,
+        context: "grpc.aio.ServicerContext[pb.DropFilesRequest, pb.DropFilesResponse]",
+    ) -> pb.DropFilesResponse:
+        freed_bytes, num_in_use = 0, 0
+        if self._cache is not None:
+            freed_bytes, num_in_use = await asyncio.to_thread(self._cache.drop, frozenset(request.keys))
+        return pb.DropFilesResponse(freed_bytes=freed_bytes, num_in_use=num_in_use)
 
     def _residents(self, stats: EngineStats | None, leave_out: str) -> list[ResidentBytes]:
         last_used = {view.model_id: view.last_used_s for view in self._models.views()}

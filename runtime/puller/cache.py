@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,19 @@ class _Item:
     size_bytes: int
     used_s: float
     pending_bytes: int = 0
+    uri: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """An entry as `Cache.entries` lists it. `kind` is pulled, packed or partial; `key` is for `Cache.drop`."""
+
+    key: str
+    kind: str
+    uri: str
+    size_bytes: int
+    used_s: float
+    in_use: bool
 
 
 class Cache:
@@ -78,6 +91,33 @@ class Cache:
 
     def used_bytes(self) -> int:
         return sum(item.size_bytes for item in self._items())
+
+    def entries(self) -> list[CacheEntry]:
+        """List what the cache holds, the largest first."""
+        found = [
+            CacheEntry(
+                item.lock_name,
+                "partial" if item.path.parent.name == "work" else item.path.parent.name,
+                item.uri,
+                item.size_bytes,
+                item.used_s,
+                self._is_locked(item.lock_name),
+            )
+            for item in self._items()
+        ]
+        return sorted(found, key=lambda entry: -entry.size_bytes)
+
+    def drop(self, keys: Collection[str]) -> tuple[int, int]:
+        """Drop entries. Return the bytes that were freed, and how many entries stay because they are in use."""
+        freed_bytes, num_in_use = 0, 0
+        for item in self._items():
+            if item.lock_name not in keys:
+                continue
+            if self._drop(item):
+                freed_bytes += item.size_bytes
+            else:
+                num_in_use += 1
+        return freed_bytes, num_in_use
 
     def find(self, area: str, key: str) -> Held | None:
         """Return a complete entry, locked, or None. An entry whose files were truncated or removed is dropped unless others use it."""
@@ -115,7 +155,7 @@ class Cache:
                 try:
                     path = self._root / area / key
                     if not path.is_dir():
-                        self._fill(path, area, key, need_bytes, fill, what, lock)
+                        self._fill(path, area, key, need_bytes, fill, what, job.uri, lock)
                     fcntl.flock(
                         lock, fcntl.LOCK_SH
                     )  # Not atomic: another process may have dropped the entry in between.
@@ -190,7 +230,15 @@ class Cache:
             )
 
     def _fill(
-        self, path: Path, area: str, key: str, need_bytes: int, fill: Callable[[Path], None], what: str, lock: int
+        self,
+        path: Path,
+        area: str,
+        key: str,
+        need_bytes: int,
+        fill: Callable[[Path], None],
+        what: str,
+        uri: str,
+        lock: int,
     ) -> None:
         work = self._root / "work" / f"{area}-{key}"
         self._reserve(f"{area}-{key}", need_bytes, what, lock)
@@ -198,7 +246,7 @@ class Cache:
             work.mkdir(exist_ok=True)
             fill(work)
             size_bytes = _size_of(work)
-            (work / _MANIFEST).write_text(json.dumps({"what": what, "size_bytes": size_bytes}))
+            (work / _MANIFEST).write_text(json.dumps({"what": what, "uri": uri, "size_bytes": size_bytes}))
             for file in work.rglob("*"):
                 _flush(file)
             _flush(work)
@@ -220,8 +268,16 @@ class Cache:
             for path in (self._root / area).iterdir():
                 with suppress(OSError, ValueError, KeyError):
                     manifest = path / _MANIFEST
-                    size_bytes = int(json.loads(manifest.read_text())["size_bytes"])
-                    items.append(_Item(path, f"{area}-{path.name}", size_bytes, manifest.stat().st_mtime))
+                    recorded = json.loads(manifest.read_text())
+                    items.append(
+                        _Item(
+                            path,
+                            f"{area}-{path.name}",
+                            int(recorded["size_bytes"]),
+                            manifest.stat().st_mtime,
+                            uri=str(recorded.get("uri", "")),
+                        )
+                    )
         for path in (self._root / "work").iterdir():
             with suppress(OSError):
                 size_bytes = _size_of(path)
@@ -237,6 +293,13 @@ class Cache:
         lock = self._open(lock_name)
         try:
             return 0 if _try_lock(lock, fcntl.LOCK_SH) else int(os.pread(lock, 32, 0) or b"0")
+        finally:
+            os.close(lock)
+
+    def _is_locked(self, lock_name: str) -> bool:
+        lock = self._open(lock_name)
+        try:
+            return not _try_lock(lock, fcntl.LOCK_EX)
         finally:
             os.close(lock)
 

@@ -15,7 +15,8 @@ _SHORTEST_S = 0.1
 class PullJob:
     """Call `check` between pieces of work and `say` after them. Reports that repeat the text are limited to ten per second."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, uri: str = "") -> None:
+        self.uri = uri.partition("?")[0]  # of the source; a query may be a signature
         self._report = report
         self._cancelled = threading.Event()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()

@@ -10,7 +10,7 @@ import msgspec
 
 from common.model_state import CopyState, Tier
 from common.units import GIB, MIB
-from mesh.client.admin import Copy, Fit, Model, Models, Pod, Pods
+from mesh.client.admin import CacheEntry, CacheListing, Copy, Dropped, Fit, Model, Models, Pod, Pods
 from tests.support.http_server import HttpServer
 
 Answer = tuple[int, bytes]
@@ -26,6 +26,7 @@ class AdminServer(HttpServer):
         self.models = {model.name: model for model in models}
         self.pods = pods or []
         self.fit = Fit(True)
+        self.cache = CacheListing()
         self.words = ["The ", "capital ", "is ", "Paris."]
         self.pause_s = 0.0
         self.requests: list[tuple[str, str, dict[str, object]]] = []
@@ -38,6 +39,13 @@ class AdminServer(HttpServer):
     def answer(self, method: str, path: str, body: dict[str, object]) -> Answer:
         if path == "/admin/v1/pods":
             return 200, msgspec.json.encode(Pods(self.pods))
+        if path == "/admin/v1/cache":
+            return 200, msgspec.json.encode(self.cache)
+        if path == "/admin/v1/cache/drop":
+            keys = body["keys"]
+            assert isinstance(keys, list)
+            dropped = [entry for entry in self.cache.entries if entry.key in keys]
+            return 200, msgspec.json.encode(Dropped(sum(entry.size_bytes for entry in dropped)))
         if path == "/admin/v1/fit":
             return 200, msgspec.json.encode(self.fit)
         if path in ("/models/load", "/models/unload"):
@@ -220,3 +228,16 @@ def sample_pods(now_ms: Callable[[], int] = lambda: int(time.time() * 1000)) -> 
         )
         for number, letter in ((1, "a"), (2, "b"))
     ]
+
+
+def sample_cache(now_ms: Callable[[], int] = lambda: int(time.time() * 1000)) -> CacheListing:
+    ago_ms = now_ms() - 2 * 3_600_000 - 60_000
+    llama = "hf://meta-llama/Llama-3.1-8B-Instruct"
+    return CacheListing(
+        200 * GIB,
+        [
+            CacheEntry("pulled-a", "pulled", llama, 15 * GIB, ago_ms, False, ["llama", "prod"]),
+            CacheEntry("packed-b", "packed", llama, 5 * GIB, ago_ms, True, ["llama", "prod"]),
+            CacheEntry("pulled-c", "pulled", "s3://bucket/idle", 270 * MIB, ago_ms, False),
+        ],
+    )

@@ -84,6 +84,7 @@ class FakeRuntime:
         self.fits: list[state_pb.FitRequest] = []
         self.headers: list[dict[str, str]] = []
         self.response_headers: dict[str, str] = {}
+        self.files: list[state_pb.CachedFiles] = []
         self.changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._runner: web.AppRunner | None = None
@@ -301,6 +302,16 @@ class _State(RuntimeStateServicer):
             changed = runtime.changed
             yield self._snapshot()
             await changed.wait()
+
+    async def listFiles(self, request: state_pb.ListFilesRequest, context: Any) -> state_pb.ListFilesResponse:
+        return state_pb.ListFilesResponse(files=self._runtime.files, budget_bytes=1 << 30)
+
+    async def dropFiles(self, request: state_pb.DropFilesRequest, context: Any) -> state_pb.DropFilesResponse:
+        asked = [file for file in self._runtime.files if file.key in request.keys]
+        dropped = [file for file in asked if not file.in_use]
+        self._runtime.files = [file for file in self._runtime.files if file not in dropped]
+        freed_bytes = sum(file.size_bytes for file in dropped)
+        return state_pb.DropFilesResponse(freed_bytes=freed_bytes, num_in_use=len(asked) - len(dropped))
 
     async def fit(self, request: state_pb.FitRequest, context: Any) -> state_pb.FitResponse:
         self._runtime.fits.append(request)

@@ -24,7 +24,7 @@ SERVICES = {
         grpc_predict_v2_pb2,
         "ServerLive ServerReady ModelReady ServerMetadata ModelMetadata ModelInfer",
     ),
-    "repertory.RuntimeState": (runtime_pb2, "watch fit"),
+    "repertory.RuntimeState": (runtime_pb2, "watch fit listFiles dropFiles"),
 }
 STREAMS = {"fmaas.GenerationService/GenerateStream", "repertory.RuntimeState/watch"}
 

@@ -186,3 +186,45 @@ class FitResponse(_message.Message):
     exact: bool
     wanted_model_len: int
     def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., min_kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., fits: bool = ..., reason: _Optional[str] = ..., evicts: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., quantization: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., exact: bool = ..., wanted_model_len: _Optional[int] = ...) -> None: ...
+
+class ListFilesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CachedFiles(_message.Message):
+    __slots__ = ("key", "kind", "uri", "size_bytes", "last_used_ms", "in_use")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    URI_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_USED_MS_FIELD_NUMBER: _ClassVar[int]
+    IN_USE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    kind: str
+    uri: str
+    size_bytes: int
+    last_used_ms: int
+    in_use: bool
+    def __init__(self, key: _Optional[str] = ..., kind: _Optional[str] = ..., uri: _Optional[str] = ..., size_bytes: _Optional[int] = ..., last_used_ms: _Optional[int] = ..., in_use: bool = ...) -> None: ...
+
+class ListFilesResponse(_message.Message):
+    __slots__ = ("files", "budget_bytes")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[CachedFiles]
+    budget_bytes: int
+    def __init__(self, files: _Optional[_Iterable[_Union[CachedFiles, _Mapping]]] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
+
+class DropFilesRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keys: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DropFilesResponse(_message.Message):
+    __slots__ = ("freed_bytes", "num_in_use")
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_IN_USE_FIELD_NUMBER: _ClassVar[int]
+    freed_bytes: int
+    num_in_use: int
+    def __init__(self, freed_bytes: _Optional[int] = ..., num_in_use: _Optional[int] = ...) -> None: ...

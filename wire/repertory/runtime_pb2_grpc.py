@@ -44,6 +44,16 @@ class RuntimeStateStub(object):
                 request_serializer=wire_dot_repertory_dot_runtime__pb2.FitRequest.SerializeToString,
                 response_deserializer=wire_dot_repertory_dot_runtime__pb2.FitResponse.FromString,
                 _registered_method=True)
+        self.listFiles = channel.unary_unary(
+                '/repertory.RuntimeState/listFiles',
+                request_serializer=wire_dot_repertory_dot_runtime__pb2.ListFilesRequest.SerializeToString,
+                response_deserializer=wire_dot_repertory_dot_runtime__pb2.ListFilesResponse.FromString,
+                _registered_method=True)
+        self.dropFiles = channel.unary_unary(
+                '/repertory.RuntimeState/dropFiles',
+                request_serializer=wire_dot_repertory_dot_runtime__pb2.DropFilesRequest.SerializeToString,
+                response_deserializer=wire_dot_repertory_dot_runtime__pb2.DropFilesResponse.FromString,
+                _registered_method=True)
 
 
 class RuntimeStateServicer(object):
@@ -77,6 +87,21 @@ class RuntimeStateServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def listFiles(self, request, context):
+        """Lists what the disk cache holds: pulled and packed files, and those of pulls that have not ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def dropFiles(self, request, context):
+        """Drops entries of the disk cache. An entry that a loaded model uses, or that is being filled, stays
+        and is counted. Unknown keys are ignored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RuntimeStateServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,6 +114,16 @@ def add_RuntimeStateServicer_to_server(servicer, server):
                     servicer.fit,
                     request_deserializer=wire_dot_repertory_dot_runtime__pb2.FitRequest.FromString,
                     response_serializer=wire_dot_repertory_dot_runtime__pb2.FitResponse.SerializeToString,
+            ),
+            'listFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.listFiles,
+                    request_deserializer=wire_dot_repertory_dot_runtime__pb2.ListFilesRequest.FromString,
+                    response_serializer=wire_dot_repertory_dot_runtime__pb2.ListFilesResponse.SerializeToString,
+            ),
+            'dropFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.dropFiles,
+                    request_deserializer=wire_dot_repertory_dot_runtime__pb2.DropFilesRequest.FromString,
+                    response_serializer=wire_dot_repertory_dot_runtime__pb2.DropFilesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -145,6 +180,60 @@ class RuntimeState(object):
             '/repertory.RuntimeState/fit',
             wire_dot_repertory_dot_runtime__pb2.FitRequest.SerializeToString,
             wire_dot_repertory_dot_runtime__pb2.FitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def listFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/repertory.RuntimeState/listFiles',
+            wire_dot_repertory_dot_runtime__pb2.ListFilesRequest.SerializeToString,
+            wire_dot_repertory_dot_runtime__pb2.ListFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def dropFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/repertory.RuntimeState/dropFiles',
+            wire_dot_repertory_dot_runtime__pb2.DropFilesRequest.SerializeToString,
+            wire_dot_repertory_dot_runtime__pb2.DropFilesResponse.FromString,
             options,
             channel_credentials,
             insecure,

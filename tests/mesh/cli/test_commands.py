@@ -19,6 +19,7 @@ from mesh.cli.main import main
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until_async
 from wire.mmesh import model_mesh_pb2 as mm
+from wire.repertory import runtime_pb2 as state_pb
 
 
 @pytest.fixture
@@ -156,6 +157,32 @@ async def test_register_a_file_registers_all_of_it_or_nothing(pod: RunningPod, s
 
 async def test_register_needs_a_name_and_a_uri_or_a_file(say: Say) -> None:
     assert (await say("register", "q"))[::2] == (2, "repertory: register: give a name and a URI, or --file FILE\n")
+
+
+async def test_rm_files_drops_the_files_that_no_other_name_needs(pod: RunningPod, say: Say) -> None:
+    pod.runtime.files = [
+        state_pb.CachedFiles(key="pulled-a", kind="pulled", uri="/shared", size_bytes=1 << 20),
+        state_pb.CachedFiles(key="packed-b", kind="packed", uri="/shared", size_bytes=1 << 20, in_use=True),
+    ]
+    for name in ("one", "two"):
+        assert (await say("register", name, "/shared"))[0] == 0
+    listed = json.loads((await say("cache", "--json"))[1])["entries"]
+    assert {entry["key"]: entry["names"] for entry in listed} == {
+        "pulled-a": ["one", "two"],
+        "packed-b": ["one", "two"],
+    }
+    status, out, note = await say("rm", "one", "--files")
+    assert (status, out, note) == (0, "one is removed\n", "its files stay, because two has the same source\n")
+    _, _, note = await say("rm", "two", "--files")
+    assert note == "1.0 MiB of files dropped; 1 of them are in use and stay\n"
+    assert (await say("cache", "--prune"))[1] == "0 B freed\n"
+
+
+async def test_cache_of_a_foreign_runtime_is_refused(tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_pod(tmp_path / "foreign", foreign=True) as running:
+        monkeypatch.setenv("REPERTORY_SERVER", f"http://127.0.0.1:{running.pod.http.port}")
+        status, _, error = await say("cache")
+    assert (status, error) == (1, "repertory: this runtime has no disk cache that can be listed\n")
 
 
 async def test_a_secret_is_refused_by_the_name_that_was_given(pod: RunningPod, say: Say) -> None:

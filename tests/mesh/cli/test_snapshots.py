@@ -9,7 +9,7 @@ import pytest
 
 from common.units import GIB, MIB
 from mesh.client.admin import Fit
-from tests.support.admin_server import AdminServer, sample_models, sample_pods
+from tests.support.admin_server import AdminServer, sample_cache, sample_models, sample_pods
 from tests.support.terminal import Screen, run_in_terminal
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -32,12 +32,16 @@ VERBS = {
     "alias": ["alias", "stable", "prod"],
     "alias-delete": ["alias", "stable", "--delete"],
     "rm": ["rm", "idle"],
+    "rm-files": ["rm", "idle", "--files"],
+    "cache": ["cache"],
+    "cache-prune": ["cache", "--prune"],
 }
 
 
 @pytest.fixture
 def server() -> Iterator[AdminServer]:
     made = AdminServer(sample_models(), sample_pods())
+    made.cache = sample_cache()
     made.fit = Fit(
         True,
         weight_bytes=5 * GIB,
@@ -74,7 +78,7 @@ def test_verb_shows_its_snapshot(name: str, columns: int, server: AdminServer) -
     assert text == file.read_text()
 
 
-@pytest.mark.parametrize("verb", ["ps", "list", "pods", "show", "fit"])
+@pytest.mark.parametrize("verb", ["ps", "list", "pods", "show", "fit", "cache"])
 def test_verb_stays_within_the_terminal(verb: str, server: AdminServer) -> None:
     """Lines longer than 80 columns would be wrapped by the terminal in the middle of a word."""
     arguments = [verb, LONG] if verb in ("show", "fit") else [verb]

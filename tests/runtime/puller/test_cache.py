@@ -190,3 +190,37 @@ def test_cache_refills_an_entry_that_lost_files(tmp_path: Path) -> None:
     third.release()
     put(cache, "k", 300)
     assert (tmp_path / "pulled" / "k" / "f").stat().st_size == 300
+
+
+def test_cache_entries_name_their_source_and_whether_they_are_used(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1 << 20)
+
+    def fill(work: Path) -> None:
+        (work / "f").write_bytes(bytes(100))
+
+    source = PullJob(lambda progress: None, "https://example.com/m.gguf?signature=secret")
+    held = cache.obtain("packed", "used", 100, fill, source, "used")
+    put(cache, "idle", 50)
+    used, idle = cache.entries()
+    assert (used.key, used.kind, used.uri, used.in_use) == ("packed-used", "packed", "https://example.com/m.gguf", True)
+    assert (idle.key, idle.kind, idle.uri, idle.in_use) == ("pulled-idle", "pulled", "", False)
+    assert idle.size_bytes == 50
+    assert cache.drop({"packed-used", "pulled-idle", "pulled-unknown"}) == (50, 1)
+    assert [entry.key for entry in cache.entries()] == ["packed-used"]
+    held.release()
+    assert cache.drop({"packed-used"}) == (100, 0)
+    assert cache.entries() == []
+
+
+def test_cache_entries_list_what_a_failed_fill_left(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1 << 20)
+
+    def half(work: Path) -> None:
+        (work / "f").write_bytes(bytes(10))
+        raise Cancelled("the load was cancelled")
+
+    with pytest.raises(Cancelled):
+        cache.obtain("pulled", "k", 100, half, job(), "k")
+    (left,) = cache.entries()
+    assert (left.key, left.kind, left.size_bytes, left.in_use) == ("pulled-k", "partial", 10, False)
+    assert cache.drop({"pulled-k"}) == (10, 0)
