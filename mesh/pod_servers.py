@@ -109,7 +109,7 @@ def _grpc_server(
     base: PodBase, parts: PlacementParts, router: CopyRouter, memory: RequestMemory, pod: PodState
 ) -> GrpcServer:
     config, access = base.config, base.access
-    addressing = Addressing.parse(config.dataplane_config)
+    addressing = Addressing(config.dataplane_config)
 
     def check_info(info: ModelInfo) -> None:
         """Check a registration before it is stored. A foreign runtime has model keys of its own, which only it can check."""

@@ -1,11 +1,11 @@
-"""Reads the model's name from a gRPC request and filters the metadata that is forwarded, by ModelMesh's conventions. Pure."""
+"""Reads the model's name from a gRPC request and filters the metadata that is forwarded, by ModelMesh's conventions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
+from common.reloaded_setting import ReloadedSetting
 from mesh.access.peer_keys import PEER_HEADERS
 from mesh.api.protobuf_field import extract
 from mesh.errors import InvalidRequest, NotSupported
@@ -61,27 +61,20 @@ _BUILT_IN_PATHS: Mapping[str, tuple[int, ...]] = {
 
 
 class Addressing:
-    """Applies a dataplane configuration, or the built-in paths without one."""
+    """Applies a dataplane configuration (JSON, or `@FILE`, which is read again when it changes), or the built-in paths without one.
 
-    def __init__(self, config: DataplaneConfig | None) -> None:
-        self._config = config
+    Raises ConfigError for a configuration that cannot be read.
+    """
 
-    @classmethod
-    def parse(cls, text: str) -> "Addressing":
-        """Parse a configuration: JSON, `@FILE`, or empty. Raises InvalidRequest."""
-        if not text:
-            return cls(None)
-        try:
-            content = Path(text[1:]).read_bytes() if text.startswith("@") else text.encode()
-            return cls(msgspec.json.decode(content, type=DataplaneConfig))
-        except (OSError, msgspec.MsgspecError) as error:
-            raise InvalidRequest(f"dataplane configuration: {error}") from None
+    def __init__(self, text: str) -> None:
+        self._setting = ReloadedSetting[DataplaneConfig | None]("dataplane_config", text, _parse, default=None)
 
     def check_allowed(self, method: str) -> None:
         """Raise NotSupported unless the method, `package.Service/Method`, may be called."""
         if method.startswith(_NEVER_FORWARDED):
             raise NotSupported(f"{method}: UNIMPLEMENTED: Method not found or not permitted: {method}")
-        if self._config is not None and not self._config.allow_others and method not in self._config.rpcs:
+        config = self._setting.value
+        if config is not None and not config.allow_others and method not in config.rpcs:
             raise NotSupported(f"Method not found or not permitted: {method}")
 
     def wants_message(self, method: str, metadata: Metadata) -> bool:
@@ -108,8 +101,13 @@ class Addressing:
         raise InvalidRequest("must include mm-model-id header")
 
     def _configured(self, method: str) -> _Rpc | None:
-        rpc = self._config.rpcs.get(method) if self._config else None
+        config = self._setting.value
+        rpc = config.rpcs.get(method) if config is not None else None
         return rpc if rpc is not None and rpc.path else None
+
+
+def _parse(content: bytes) -> DataplaneConfig:
+    return msgspec.json.decode(content, type=DataplaneConfig)
 
 
 def _extract(method: str, message: bytes, path: Sequence[int]) -> str | None:

@@ -6,11 +6,10 @@ A pod meets an entry of alternatives, `a|b`, if it has one of them.
 """
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import msgspec
 
-from common.errors import ConfigError
+from common.reloaded_setting import ReloadedSetting
 
 _DEFAULT_TYPE = "_default"
 
@@ -28,40 +27,20 @@ class Constraint(msgspec.Struct, frozen=True):
 
 
 class TypeConstraints:
-    """Constraints by type. `text`: JSON, `@FILE`, or empty. A changed file is read again. Raises ConfigError for invalid text."""
+    """Applies the setting `text`: JSON, `@FILE`, or empty for none. Raises ConfigError if it is invalid. A file is read again when it changes."""
 
-    def __init__(self, text: str) -> None:
-        self._file = Path(text[1:]) if text.startswith("@") else None
-        self._mtime_ns = 0
-        self._by_type: Mapping[str, Constraint] = {}
-        if self._file is not None:
-            self._read_file(self._file)
-        elif text:
-            self._by_type = _parse(text.encode(), "type_constraints")
+    def __init__(self, text: str, *, check_s: float = 1.0) -> None:
+        self._by_type = ReloadedSetting[Mapping[str, Constraint]](
+            "type_constraints", text, _parse, default={}, check_s=check_s
+        )
 
     def of(self, model_type: str) -> Constraint:
-        if self._file is not None:
-            self._read_file(self._file)
-        return self._by_type.get(model_type) or self._by_type.get(_DEFAULT_TYPE) or Constraint()
-
-    def _read_file(self, file: Path) -> None:
-        try:
-            mtime_ns = file.stat().st_mtime_ns
-            if mtime_ns == self._mtime_ns:
-                return
-            content = file.read_bytes()
-        except OSError as error:
-            if self._by_type:
-                return  # The file is being replaced, so its last content stays valid.
-            raise ConfigError(f"type_constraints file {file}: {error.strerror}") from None
-        self._by_type, self._mtime_ns = _parse(content, f"type_constraints file {file}"), mtime_ns
+        by_type = self._by_type.value
+        return by_type.get(model_type) or by_type.get(_DEFAULT_TYPE) or Constraint()
 
 
-def _parse(content: bytes, what: str) -> dict[str, Constraint]:
-    try:
-        return msgspec.json.decode(content, type=dict[str, Constraint])
-    except msgspec.MsgspecError as error:
-        raise ConfigError(f"{what}: {error}") from None
+def _parse(content: bytes) -> Mapping[str, Constraint]:
+    return msgspec.json.decode(content, type=dict[str, Constraint])
 
 
 def _meets(labels: Collection[str], entry: str) -> bool:
