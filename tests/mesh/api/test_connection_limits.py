@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import uvloop
 
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until, until_async
@@ -59,6 +60,18 @@ async def drip(writer: asyncio.StreamWriter, text: bytes) -> None:
             writer.write(bytes([byte]))
             await writer.drain()
             await asyncio.sleep(0.05)
+
+
+def test_limits_work_on_the_event_loop_of_a_real_pod(tmp_path: Path) -> None:
+    """A pod runs on uvloop, whose transports are of other classes than asyncio's."""
+
+    async def use() -> None:
+        async with running_pod(tmp_path / "pod", **LIMITS) as pod, connected(pod) as (reader, writer):
+            writer.write(GET)
+            assert (await reader.readline()).endswith(b"200 OK\r\n")
+            assert await closed_after_s(reader) < 5
+
+    uvloop.run(use())
 
 
 async def test_connection_without_a_request_is_closed(pod: RunningPod) -> None:
