@@ -32,6 +32,7 @@ _CLIENTS = (
     "unload",
     "show",
     "rm",
+    "cache",
     "alias",
     "new-key",
 )

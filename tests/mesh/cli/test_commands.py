@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.cli.main import main
+from mesh.cli.main import VERBS, main
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until_async
 from wire.mmesh import model_mesh_pb2 as mm
@@ -387,3 +387,11 @@ async def test_an_output_that_cant_take_it(pod: RunningPod) -> None:
     status, told, error = await ps(subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert (status, error) == (0, "")
     assert "na?ve" in told
+
+
+def test_every_verb_of_the_parser_is_known_before_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    offered = set(re.findall(r"^    ([a-z-]+)(?: \(([a-z, ]+)\))?", capsys.readouterr().out, re.MULTILINE))
+    names = {name for verb, aliases in offered for name in (verb, *filter(None, aliases.split(", ")))}
+    assert names == VERBS
