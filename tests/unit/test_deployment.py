@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
+from common.config import load
 from mesh.cli import serve_flags
+from mesh.config import MeshConfig
+from mesh.modelmesh_environment import translate
 from runtime.config.loader import configure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,3 +96,28 @@ def test_the_serving_runtime_is_configured_as_modelmesh_calls_it() -> None:
     set_to = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
     for folder in (config.cache_dir, config.storage_config_dir, *set_to.values()):
         assert any(folder == mount or folder.startswith(f"{mount}/") for mount in mounts), folder
+
+
+def test_the_serving_runtime_has_nothing_that_modelmeshs_controller_refuses() -> None:
+    spec: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "servingruntime.yaml").read_text())["spec"]
+    assert not {"readinessProbe", "lifecycle"} & spec["containers"][0].keys()
+    reserved = re.compile(r"storage-config|models-dir|domain-socket|etcd-config|tc-config|mm-.*")
+    assert not [volume["name"] for volume in spec["volumes"] if reserved.fullmatch(volume["name"])]
+
+
+def test_the_mesh_under_modelmeshs_controller_reaches_the_serving_runtimes_http_port() -> None:
+    runtime: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "servingruntime.yaml").read_text())["spec"]
+    listens = configure(runtime["containers"][0]["args"][1:], {}).http_listen
+    manifest: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "modelmesh-config.yaml").read_text())
+    controller = yaml.safe_load(manifest["data"]["config.yaml"])
+    variables = {variable["name"]: variable["value"] for variable in controller["internalModelMeshEnvVars"]}
+    translated = translate({"MM_SERVICE_NAME": "modelmesh-serving"}).variables
+    config = load(MeshConfig, flags={}, env={**translated, **variables})
+    assert port(config.runtime_http) == port(listens)
+
+
+def test_the_image_for_modelmeshs_controller_starts_the_mesh_and_has_its_script() -> None:
+    assert json.loads(of("CMD")[-1]) == ["serve-mesh"]
+    script = next(copy for copy in of("COPY") if "modelmesh-stop.sh" in copy)
+    assert script.split()[-1] == "/opt/kserve/mmesh/stop.sh"
+    assert of("FROM")[-1] == "pod", "the image without a target is the one for all commands"
