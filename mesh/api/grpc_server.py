@@ -150,9 +150,12 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=(GuardInterceptor(guard),), options=(*options, *limits.caller_options())
         )
-        # Peers only forward inference.
-        self._peer_server = grpc.aio.server(interceptors=(PeerInterceptor(),), options=options)
-        self._peer_server.add_generic_rpc_handlers((gateway,))
+        self._peer_server: grpc.aio.Server | None = None
+        # A server that is never started logs an error when the process ends.
+        if peer_tls is not None:
+            self._peer_server = grpc.aio.server(interceptors=(PeerInterceptor(),), options=options)
+            # Peers only forward inference.
+            self._peer_server.add_generic_rpc_handlers((gateway,))
         add_ModelMeshServicer_to_server(management, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         own = (*reflection_handlers((*_SERVICES, _HEALTH)), own_oip.handler(), LegacyManagement(management))
@@ -164,7 +167,7 @@ class GrpcServer:
         """Raises OSError if an address is taken."""
         self.port = _listen(self._server, self._address, self._tls)
         await self._server.start()
-        if self._peer_tls is not None:
+        if self._peer_server is not None:
             self.peer_port = _listen(self._peer_server, self._peer_address, self._peer_tls)
             await self._peer_server.start()
         await self.set_ready(False)
@@ -177,7 +180,8 @@ class GrpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests; running ones may end within the grace period."""
-        await asyncio.gather(self._server.stop(grace_s), self._peer_server.stop(grace_s))
+        servers = (self._server, self._peer_server)
+        await asyncio.gather(*(server.stop(grace_s) for server in servers if server is not None))
 
 
 def _listen(server: grpc.aio.Server, address: str, tls: TlsIdentity | None) -> int:

@@ -52,7 +52,7 @@ def fuzzed() -> Iterator[tuple[str, str, GenerationMode]]:
             yield re.sub(r":[^}]*", "", route.path), route.method, mode
 
 
-@pytest.mark.parametrize(("path", "method", "mode"), fuzzed())
+@pytest.mark.parametrize(("path", "method", "mode"), list(fuzzed()))
 def test_openapi_is_true_of_any_request(api: Any, path: str, method: str, mode: GenerationMode) -> None:
     """Every answer has a declared status, content type and schema, and no request makes an unexpected error."""
     operation = api[path][method]
