@@ -50,7 +50,7 @@ class Say:
         return status, said.out, said.err
 
 
-async def test_an_alias_is_told_from_a_model_and_is_forgotten_alone(pod: RunningPod, say: Say) -> None:
+async def test_alias_is_listed_apart_from_its_model_and_deleted_alone(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "ada", "/ada"))[0] == 0
     assert await say("alias", "prod", "ada") == (0, "prod → ada\n", "")
     rows = [line.split() for line in (await say("list"))[1].splitlines()]
@@ -65,7 +65,7 @@ async def test_an_alias_is_told_from_a_model_and_is_forgotten_alone(pod: Running
     assert "there is no such name" in (await say("alias", "prod", "--delete"))[2]
 
 
-async def test_load_says_when_the_context_was_cut(pod: RunningPod, say: Say) -> None:
+async def test_load_reports_a_cut_context(pod: RunningPod, say: Say) -> None:
     pod.runtime.switches.context = (1680, 4096)
     cut = "ada is loaded, with a context of 1,680 tokens, cut from 4,096 to fit the device memory\n"
     assert (await say("register", "ada", "/ada", "--load"))[:2] == (0, cut)
@@ -73,7 +73,7 @@ async def test_load_says_when_the_context_was_cut(pod: RunningPod, say: Say) -> 
     assert "1,680 tokens, cut from 4,096" in " ".join((await say("show", "ada"))[1].split())
 
 
-async def test_stop_says_what_it_waits_for(pod: RunningPod, say: Say) -> None:
+async def test_stop_reports_the_requests_that_it_waits_for(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "ada", "/ada", "--load"))[0] == 0
     pod.runtime.switches.sequences = 2
     pod.runtime.tell()
@@ -90,7 +90,7 @@ async def _running(pod: RunningPod, name: str) -> bool:
     return bool((await pod.model(name))["running"])
 
 
-async def test_the_last_name_of_a_model_is_no_alias(pod: RunningPod, say: Say) -> None:
+async def test_list_shows_the_last_name_of_a_model_as_no_alias(pod: RunningPod, say: Say) -> None:
     """Whether its first name was removed, or a platform made the vmodel and its target in one call."""
     assert (await say("register", "ada", "/ada"))[0] == 0
     assert (await say("alias", "prod", "ada"))[0] == 0
@@ -106,7 +106,7 @@ async def test_the_last_name_of_a_model_is_no_alias(pod: RunningPod, say: Say) -
     assert listed == {"isvc": "", "other": "plain", "plain": "", "prod": ""}
 
 
-async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, say: Say) -> None:
+async def test_register_refuses_a_relative_path_that_does_not_exist(pod: RunningPod, say: Say) -> None:
     status, _, error = await say("register", "q", "Qwen/Qwen3-0.6B")
     assert status == 2
     assert "hf://Qwen/Qwen3-0.6B" in error
@@ -121,7 +121,7 @@ async def test_a_source_that_leads_nowhere_is_not_registered(pod: RunningPod, sa
     assert json.loads((await say("show", "r", "--json"))[1])["uri"] == str(Path("tests").absolute())
 
 
-async def test_register_says_whether_a_name_is_new_or_replaced(pod: RunningPod, say: Say) -> None:
+async def test_register_reports_new_replaced_and_unchanged_names(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "q", "/q"))[1] == "q is registered (new)\n"
     assert (await say("register", "q", "/q"))[1] == "q is registered already, with the same files and settings\n"
     assert (await say("register", "q", "/r"))[1] == "q is replaced (it was /q)\n"
@@ -185,7 +185,7 @@ async def test_cache_of_a_foreign_runtime_is_refused(tmp_path: Path, say: Say, m
     assert (status, error) == (1, "repertory: this runtime has no disk cache that can be listed\n")
 
 
-async def test_a_secret_is_refused_by_the_name_that_was_given(pod: RunningPod, say: Say) -> None:
+async def test_register_refuses_a_secret_without_showing_it(pod: RunningPod, say: Say) -> None:
     for arguments in (("https://user:word@example.com/m",), ("/q", "--storage-param", "hf_token=word")):
         status, _, error = await say("register", "q", *arguments)
         assert status == 1
@@ -193,13 +193,13 @@ async def test_a_secret_is_refused_by_the_name_that_was_given(pod: RunningPod, s
         assert "word" not in error.replace("password", "")
 
 
-async def test_a_zero_is_not_as_good_as_nothing(pod: RunningPod, say: Say) -> None:
+async def test_register_refuses_a_context_of_zero_tokens(pod: RunningPod, say: Say) -> None:
     status, _, error = await say("register", "q", "/q", "--max-model-len", "0")
     assert status == 1
     assert "max_model_len" in error
 
 
-async def test_fit_of_a_name_with_other_settings_asks_for_those(pod: RunningPod, say: Say) -> None:
+async def test_fit_of_a_name_merges_the_given_settings(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "q", "/q", "--dtype", "float32"))[0] == 0
     status, told, error = await say("fit", "q", "--quantize", "nf4", "--double-quant", "--json")
     assert (status, error) == (0, "")
@@ -212,7 +212,7 @@ async def test_fit_of_a_name_with_other_settings_asks_for_those(pod: RunningPod,
     }
 
 
-async def test_run_prints_the_apis_own_answer_as_json(pod: RunningPod, say: Say) -> None:
+async def test_run_json_prints_the_response_of_the_api(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "q", "/q"))[0] == 0
     status, told, _ = await say("run", "q", "hello", "--max-tokens", "3", "--json")
     assert status == 0
@@ -220,7 +220,7 @@ async def test_run_prints_the_apis_own_answer_as_json(pod: RunningPod, say: Say)
     assert pod.runtime.bodies[-1]["max_tokens"] == 3
 
 
-async def test_run_without_a_prompt_or_a_terminal_says_so(
+async def test_run_refuses_an_empty_prompt_without_a_terminal(
     pod: RunningPod, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
@@ -229,13 +229,13 @@ async def test_run_without_a_prompt_or_a_terminal_says_so(
     assert "the prompt is empty" in error
 
 
-async def test_usage_is_the_verbs_own(say: Say) -> None:
+async def test_usage_error_shows_the_usage_of_the_verb(say: Say) -> None:
     status, _, error = await say("ps", "--colour")
     assert status == 2
     assert error.startswith("usage: repertory ps ")
 
 
-async def test_options_may_come_before_the_verb(pod: RunningPod, say: Say) -> None:
+async def test_options_before_the_verb_belong_to_it(pod: RunningPod, say: Say) -> None:
     assert (await say("register", "ada", "/ada"))[0] == 0
     server = os.environ["REPERTORY_SERVER"]
     status, out, _ = await say("--json", "--server", server, "list", "ad*")
@@ -267,7 +267,7 @@ async def test_pods_lists_the_pod_with_its_addresses(pod: RunningPod, say: Say) 
     assert pod.pod.instance_id in (await say("pods"))[1]
 
 
-async def test_an_unknown_name_is_answered_with_the_nearest_names(pod: RunningPod, say: Say) -> None:
+async def test_run_of_an_unknown_name_shows_the_nearest_names_first(pod: RunningPod, say: Say) -> None:
     for name in ("alpha", "smollm-chat", "zeta"):
         assert (await say("register", name, f"/{name}"))[0] == 0
     status, _, error = await say("run", "SmolLM-chta", "hello")
@@ -276,7 +276,7 @@ async def test_an_unknown_name_is_answered_with_the_nearest_names(pod: RunningPo
 
 
 @pytest.mark.parametrize("server", ["http://127.0.0.1:abc", "http://[::1", "ftp://x", "http://"])
-async def test_a_server_that_is_no_address(server: str, say: Say) -> None:
+async def test_server_option_refuses_what_is_no_address(server: str, say: Say) -> None:
     status, _, error = await say("ps", "--server", server)
     assert (status, error) == (2, f"repertory: server {server!r} is not an http:// or https:// address\n")
 
@@ -307,7 +307,7 @@ STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 MODEL = b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"name":"m"}'
 
 
-async def test_an_answer_of_another_server_is_an_error(say: Say) -> None:
+async def test_ps_reports_an_answer_that_is_not_repertorys(say: Say) -> None:
     with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<br>") as server:
         status, _, error = await say("ps", "--server", server)
     assert (status, error) == (1, f"repertory: what answers at {server} is not Repertory: its answer cannot be read\n")
@@ -321,7 +321,7 @@ async def test_an_answer_of_another_server_is_an_error(say: Say) -> None:
         (STREAM + b"\r\n" + EVENT, "broke off"),
     ],
 )
-async def test_a_stream_that_breaks_off_is_an_error(answer: bytes, words: str, say: Say) -> None:
+async def test_run_reports_a_stream_that_breaks_off(answer: bytes, words: str, say: Say) -> None:
     with answering(MODEL, answer) as server:
         status, told, error = await say("run", "m", "hello", "--server", server)
     assert status == 1
@@ -330,14 +330,14 @@ async def test_a_stream_that_breaks_off_is_an_error(answer: bytes, words: str, s
     assert "Traceback" not in error
 
 
-async def test_an_answer_that_breaks_off_is_an_error(say: Say) -> None:
+async def test_ps_reports_an_answer_that_breaks_off(say: Say) -> None:
     with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{") as server:
         status, _, error = await say("ps", "--server", server)
     assert status == 1
     assert "broke off" in error
 
 
-async def test_nothing_is_folded_on_a_pipe(pod: RunningPod, say: Say) -> None:
+async def test_output_on_a_pipe_is_not_folded(pod: RunningPod, say: Say) -> None:
     path = "/a" + "/folder" * 60
     assert (await say("register", "n" * 150, path))[0] == 0
     assert path in (await say("show", "n" * 150))[1]
@@ -345,7 +345,7 @@ async def test_nothing_is_folded_on_a_pipe(pod: RunningPod, say: Say) -> None:
     assert path in (await say("fit", path))[1]
 
 
-async def test_the_documented_fields_are_those_there_are(pod: RunningPod, say: Say) -> None:
+async def test_json_fields_are_those_of_the_documentation(pod: RunningPod, say: Say) -> None:
     """A script reads them: `docs/api.md` names each, and nothing else."""
     assert (await say("register", "q", "/q"))[0] == 0
     told = json.loads((await say("load", "q", "--json"))[1])
@@ -356,7 +356,7 @@ async def test_the_documented_fields_are_those_there_are(pod: RunningPod, say: S
     assert set(re.findall(r"`([a-z_]+)`", rows[-1][1])) == set(told["copies"][0])
 
 
-async def test_an_output_that_cant_take_it(pod: RunningPod) -> None:
+async def test_list_reports_an_output_that_cannot_be_written(pod: RunningPod) -> None:
     """A full disk is one line, a reader that has gone none; a terminal without Unicode gets what it can show."""
     # as people have it: what is buffered is written, and fails, at the end
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -389,7 +389,7 @@ async def test_an_output_that_cant_take_it(pod: RunningPod) -> None:
     assert "na?ve" in told
 
 
-def test_every_verb_of_the_parser_is_known_before_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     offered = set(re.findall(r"^    ([a-z-]+)(?: \(([a-z, ]+)\))?", capsys.readouterr().out, re.MULTILINE))

@@ -45,7 +45,7 @@ def settings(*arguments: str, env: dict[str, str] | None = None) -> Settings:
         ("--grpc-listen", "unix:"),
     ],
 )
-def test_a_bad_flag_is_refused_by_name(
+def test_serve_refuses_a_bad_flag_by_name(
     arguments: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flag, value = arguments
@@ -61,11 +61,11 @@ def test_a_bad_flag_is_refused_by_name(
 
 
 @pytest.mark.parametrize("flag", ["--tensor-parallel", "--num-shard", "--tensor-parallel-size"])
-def test_tensor_parallel_has_the_names_of_other_launchers(flag: str) -> None:
+def test_tensor_parallel_accepts_the_names_of_other_launchers(flag: str) -> None:
     assert settings(flag, "2").runtime["engine"]["tensor_parallel"] == 2
 
 
-def test_help_shows_no_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_never_shows_a_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPERTORY_API_KEYS", "nobody-may-read")
     monkeypatch.setenv("REPERTORY_API_KEY", "nobody-may-read")
     for verb in ("serve", "ps", "serve-mesh"):
@@ -76,7 +76,9 @@ def test_help_shows_no_key(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         assert "nobody-may-read" not in said
 
 
-def test_flags_and_environment_reach_both_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_of_flags_and_environment_reach_both_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("REPERTORY_MEMORY", "2GiB")
     monkeypatch.setenv("REPERTORY_LOG_JSON", "0")
     found = settings("--home", str(tmp_path), "--cache-size", "1GiB", "--grace", "3", "--api-keys", "a, b")
@@ -88,7 +90,7 @@ def test_flags_and_environment_reach_both_processes(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("text", ["mesh: 3", "runtime: [a]", "runtime: {engine: many}", "other: {}", "- a"])
-def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
+def test_settings_of_a_file_of_another_shape_are_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=str(file)):
@@ -98,7 +100,7 @@ def test_a_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["log_level: loud", "grace_s: long", "wait_budget_s: -1", "http_listen: [a]", "api_keys: null"]
 )
-def test_a_value_in_a_file_is_refused_before_anything_is_started(
+def test_serve_refuses_a_bad_value_in_a_file_before_anything_is_started(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "c.yaml"
@@ -110,7 +112,7 @@ def test_a_value_in_a_file_is_refused_before_anything_is_started(
     assert not (tmp_path / "home").exists()
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_settings_of_a_binary_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=str(file)):
@@ -119,7 +121,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load(MeshConfig, flags={}, env={}, file=file)
 
 
-def test_empty_sections_mean_nothing(tmp_path: Path) -> None:
+def test_settings_of_empty_sections_are_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("mesh:\nruntime:\n")
     assert settings("--config", str(file)) == settings()
@@ -128,7 +130,7 @@ def test_empty_sections_mean_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("wait_budget_s", -1), ("keep_alive_s", 0), ("log_level", "loud"), ("session_ttl_s", 0)]
 )
-def test_a_mesh_that_cant_be_is_refused(field: str, value: object) -> None:
+def test_mesh_config_refuses_an_impossible_value(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         load(MeshConfig, flags={field: value}, env={})
 
@@ -136,7 +138,7 @@ def test_a_mesh_that_cant_be_is_refused(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     "flags", [("--device", "gpu"), ("--oversubscribe", "tape"), ("--kv-dtype", "int4"), ("--max-rows", "0")]
 )
-def test_a_runtime_that_cant_be_is_refused(flags: tuple[str, str]) -> None:
+def test_runtime_config_refuses_an_impossible_value(flags: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=flags[0].removeprefix("--").replace("-", "_")):
         configure(flags, {})
     assert isinstance(configure((), {}), RuntimeConfig)
@@ -154,13 +156,15 @@ def serve_mesh(*arguments: str) -> tuple[int, str]:
     return ended.returncode, ended.stderr
 
 
-def test_a_mesh_whose_addresses_cant_be_ends_with_status_2(tmp_path: Path) -> None:
+def test_serve_mesh_with_an_impossible_address_exits_with_status_2(tmp_path: Path) -> None:
     status, said = serve_mesh("--store", f"embedded:{tmp_path}", "--http-listen", "99999")
     assert status == 2
     assert "http_listen '99999'" in said
 
 
-def test_a_taken_port_is_told_before_anything_is_started(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_serve_reports_a_taken_port_before_anything_is_started(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         for flag in ("--http-listen", "--grpc-listen"):
@@ -177,7 +181,7 @@ def test_a_taken_port_is_told_before_anything_is_started(capsys: pytest.CaptureF
     assert not list((tmp_path / "run").glob("*.json"))
 
 
-def test_two_supervisors_dont_share_a_home(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_serve_refuses_a_home_that_another_serve_uses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The second would write the configuration that the first one's children are started again with."""
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "lock").open("w") as lock:
@@ -190,7 +194,7 @@ def test_two_supervisors_dont_share_a_home(capsys: pytest.CaptureFixture[str], t
     assert not list((tmp_path / "run").glob("*.json"))
 
 
-def test_a_home_that_cant_be_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_serve_reports_an_impossible_home_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert main(["serve", "--home", str(tmp_path / "file")]) == 1
     said = capsys.readouterr().err
@@ -286,7 +290,7 @@ def test_unknown_variables_are_those_that_set_nothing() -> None:
 @pytest.mark.parametrize(
     "store", ["etcd-0.example:2379", "10.0.0.1:2379,10.0.0.2:2379", "[::1]:2379", "host:2379/prefix"]
 )
-def test_a_store_without_a_scheme_is_refused_with_a_hint(store: str, tmp_path: Path) -> None:
+def test_settings_of_a_store_without_a_scheme_are_refused_with_a_hint(store: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=f"write etcd://{re.escape(store)}"):
         settings("--home", str(tmp_path), "--store", store)
     assert settings("--home", str(tmp_path), "--store", str(tmp_path / "a:1")).mesh["store"] == str(tmp_path / "a:1")
