@@ -1,5 +1,6 @@
 """Provides the pods of the mesh: ModelMesh's `instances` table, in which each record is under its own pod's lease."""
 
+from mesh.registry.leader_latch import LeaderLatch
 from mesh.registry.records import InstanceRecord, encode_record
 from mesh.registry.table import Table
 from mesh.store.leased_key import LeasedKey
@@ -8,24 +9,28 @@ from mesh.store.protocol import Store
 
 class Instances:
     def __init__(self, store: Store, prefix: str, *, own_id: str, ttl_s: float, latch_prefix: str) -> None:
-        """`latch_prefix`: the prefix of ModelMesh's leader election. Java pods expect an entry of each pod there."""
+        """`latch_prefix`: the prefix of ModelMesh's leader election, in which Java pods take part, too."""
         # After a loss, each pod publishes its record again within its lease's time to live.
         self.table = Table(store, prefix, InstanceRecord, keep_lost_s=ttl_s)
         self.own_id = own_id
         self._own = LeasedKey(store, prefix + own_id, ttl_s=ttl_s)
-        self._latch = LeasedKey(store, f"{latch_prefix}_{own_id}", ttl_s=ttl_s)
-        self._is_latched = False
+        self._latch = LeaderLatch(store, latch_prefix, own_id, ttl_s=ttl_s)
+
+    async def start(self, timeout_s: float) -> None:
+        """Fill the table and watch the election. Raises StoreError."""
+        await self.table.start(timeout_s)
+        await self._latch.start(timeout_s)
 
     async def publish(self, record: InstanceRecord) -> None:
         """Write this pod's record. Raises StoreError; the record is then written when the store is back. It is written again after a lost lease."""
         await self._own.set(encode_record(record))
-        if not self._is_latched:
-            await self._latch.set(b"")
-            self._is_latched = True
+        await self._latch.join()
 
-    async def withdraw(self) -> None:
+    async def close(self) -> None:
+        """Withdraw this pod's record and its candidacy, and stop watching."""
         await self._own.remove()
-        await self._latch.remove()
+        await self._latch.close()
+        await self.table.close()
 
     @property
     def is_leased(self) -> bool:
@@ -53,5 +58,5 @@ class Instances:
         return ""
 
     def is_leader(self) -> bool:
-        """Return whether this pod does the housekeeping, which is the task of the pod whose record is the oldest."""
-        return self.table.oldest() == self.own_id
+        """Return whether this pod does the housekeeping, which is the task of one pod for all."""
+        return self._latch.is_leader()

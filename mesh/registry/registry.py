@@ -62,17 +62,16 @@ class Registry:
     async def start(self, timeout_s: float = 20.0) -> None:
         """Fill all tables. Raises StoreError."""
         try:
-            for table in (self.models.table, self.vmodels.table, self.instances.table):
-                await table.start(timeout_s)
+            for part in (self.models.table, self.vmodels.table, self.instances):
+                await part.start(timeout_s)
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
         """Withdraw this pod's record and stop watching."""
-        await self.instances.withdraw()
-        for table in (self.models.table, self.vmodels.table, self.instances.table):
-            await table.close()
+        for part in (self.instances, self.models.table, self.vmodels.table):
+            await part.close()
 
     @property
     def num_lost(self) -> int:

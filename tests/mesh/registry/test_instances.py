@@ -17,6 +17,7 @@ from mesh.store.protocol import Store
 from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 from tests.support.mesh_node import NOW_MS, running_node
+from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as pb
 
 
@@ -109,7 +110,8 @@ async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Stor
         seen = b.instances.get("a")
         assert seen is not None
         assert seen.copies["m"] == report
-        assert [registry.instances.is_leader() for registry in (a, b)] == [True, False]
+        await until(a.instances.is_leader)
+        assert not b.instances.is_leader()
         await a.instances.publish(InstanceRecord(start_time_ms=NOW_MS, grpc_address="h:1", shutting_down=True))
         async with asyncio.timeout(10):
             await b.instances.table.until("a", lambda record: record is not None and record.shutting_down)
@@ -117,7 +119,24 @@ async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Stor
             # a dies: nobody renews its lease
             await stores[0].close()
             await b.instances.table.until("a", lambda record: record is None)
-        assert b.instances.is_leader()
+        await until(b.instances.is_leader)
+
+
+async def test_leader_is_the_oldest_candidate_of_modelmeshs_election(stores: tuple[Store, Store]) -> None:
+    """A Java pod that was there first leads, whatever the age of its own record, until its key is gone."""
+    await stores[1].put("/root/mm/svc/leaderLatch/_java", b"")
+    pod = registry_of(stores[0], "pod")
+    await pod.start()
+    await pod.instances.publish(InstanceRecord(start_time_ms=NOW_MS))
+    await until(lambda: pod.instances.get("pod") is not None)
+    assert not pod.instances.is_leader()
+    await stores[1].put("/root/mm/svc/leaderLatch/_later", b"")
+    await stores[1].delete("/root/mm/svc/leaderLatch/_java")
+    await until(pod.instances.is_leader)
+    await pod.close()
+    assert [entry.key for entry in (await stores[1].get_prefix("/root/mm/svc/leaderLatch/")).entries] == [
+        "/root/mm/svc/leaderLatch/_later"
+    ]
 
 
 async def test_keys_lie_where_modelmesh_has_them(stores: tuple[Store, Store]) -> None:
