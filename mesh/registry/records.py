@@ -25,10 +25,11 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a pod failed to load a model. `lasting`: time alone does not help."""
+    """Why a pod failed to load a model. `lasting`: time alone does not help. `unknown`: as in Record."""
 
     message: str = field(default="", name="msg")
     lasting: bool = False
+    unknown: tuple[tuple[str, bytes], ...] = ()
 
 
 class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
@@ -121,6 +122,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
 R = TypeVar("R", bound=Record)
 
 OWN_FIELD = "unknown"
+_FAILURES = "fails"
 
 
 # Numbers and flags that ModelMesh's Java objects always write. Its readers accept their absence.
@@ -134,12 +136,23 @@ _ALWAYS_WRITTEN: Mapping[type[Record], Mapping[str, bytes]] = {
 
 def encode_record(record: Record) -> bytes:
     always = _ALWAYS_WRITTEN.get(type(record), {})
-    if not record.unknown and not always:
+    failures = record.failures if isinstance(record, ModelRecord) else {}
+    has_extended_failures = any(failure.unknown for failure in failures.values())
+    if not record.unknown and not always and not has_extended_failures:
         return msgspec.json.encode(record)
-    known = msgspec.json.encode(msgspec.structs.replace(record, unknown=()))
     properties = {name: msgspec.Raw(text) for name, text in always.items()}
-    properties |= msgspec.json.decode(known, type=dict[str, msgspec.Raw])
-    return msgspec.json.encode({**properties, **{name: msgspec.Raw(text) for name, text in record.unknown}})
+    properties |= _properties(record)
+    if has_extended_failures:
+        texts = {pod: msgspec.Raw(msgspec.json.encode(_properties(failure))) for pod, failure in failures.items()}
+        properties[_FAILURES] = msgspec.Raw(msgspec.json.encode(texts))
+    return msgspec.json.encode(properties)
+
+
+def _properties(value: Record | Failure) -> dict[str, msgspec.Raw]:
+    """Return the JSON texts of the properties by name, those without a field here included."""
+    known = msgspec.json.encode(msgspec.structs.replace(value, unknown=()))
+    properties = msgspec.json.decode(known, type=dict[str, msgspec.Raw])
+    return properties | {name: msgspec.Raw(text) for name, text in value.unknown}
 
 
 def decode_record(kind: type[R], data: bytes) -> R:
@@ -149,4 +162,21 @@ def decode_record(kind: type[R], data: bytes) -> R:
     known = {name: raw for name, raw in properties.items() if name in names and bytes(raw).strip() != b"null"}
     unknown = tuple((name, bytes(raw)) for name, raw in properties.items() if name not in names)
     record = msgspec.json.decode(msgspec.json.encode(known) if len(known) < len(properties) else data, type=kind)
+    if isinstance(record, ModelRecord) and record.failures:
+        record = msgspec.structs.replace(record, failures=_failures(known[_FAILURES]))
     return msgspec.structs.replace(record, unknown=unknown) if unknown else record
+
+
+def _failures(text: msgspec.Raw) -> dict[str, Failure]:
+    """Decode the failures by pod with the properties that have no field here."""
+    names = {*Failure.__struct_encode_fields__} - {OWN_FIELD}
+    by_pod = msgspec.json.decode(text, type=dict[str, dict[str, msgspec.Raw]])
+    return {
+        pod: msgspec.structs.replace(
+            msgspec.json.decode(
+                msgspec.json.encode({name: properties[name] for name in names & properties.keys()}), type=Failure
+            ),
+            unknown=tuple((name, bytes(raw)) for name, raw in properties.items() if name not in names),
+        )
+        for pod, properties in by_pod.items()
+    }

@@ -62,6 +62,18 @@ def test_records_of_modelmesh_are_rewritten_alike(table: str, record: dict[str, 
     assert json.loads(encode_record(decoded)) == wanted
 
 
+def test_records_unknown_properties_of_failures_survive() -> None:
+    record = {
+        "type": "llm",
+        "failedIn": {"pod0": 1, "pod1": 2},
+        "fails": {"pod0": {"msg": "broken", "cause": {"code": 3}}, "pod1": {"msg": "broken"}},
+        "later": True,
+    }
+    decoded = decode_record(ModelRecord, json.dumps(record).encode())
+    assert decoded.failures["pod0"].message == "broken"
+    assert json.loads(encode_record(decoded)) == record
+
+
 def test_records_the_recording_has_models_failures_and_vmodels() -> None:
     seen = {name for _, record in RECORDS for name in record}
     assert {"type", "mPath", "instanceIds", "failedIn", "fails", "lu", "amid", "tmid"} <= seen
