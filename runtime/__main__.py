@@ -1,11 +1,8 @@
-"""`python -m runtime`: one serving runtime. Reads the configuration, puts the parts together, listens, and ends in order on SIGTERM.
-
-This is where the front process is wired; the parts know each other only by what they are given here.
-"""
+"""Runs one serving runtime (`python -m runtime`): reads the configuration, connects the parts, listens, and shuts down on SIGTERM."""
 
 import os
 
-# gRPC's fork handlers are for children that use gRPC; ours exec at once, and each would write a line. It must be set before gRPC is imported.
+# gRPC's fork handlers are for children that use gRPC. Ours exec at once, and each would log a line. This must be set before gRPC is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import asyncio
@@ -53,11 +50,11 @@ from runtime.text.text_model import load_text
 
 log = logging.getLogger("runtime")
 
-_BACKLOG = 4096  # a unix socket refuses at once what is over it, and a mesh may open hundreds of connections together
+_BACKLOG = 4096  # A unix socket refuses connections beyond it at once, and a mesh may open hundreds together.
 
 
 class Runtime:
-    """The front process's parts, made but not started. `run` starts them, and returns the exit status when they have ended."""
+    """Builds the parts of the front process without starting them. `run` starts them, and returns the exit status when they have ended."""
 
     def __init__(
         self, config: RuntimeConfig, arena: SharedMemoryFile | None, *, command: CommandBuilder = engine_command
@@ -69,7 +66,7 @@ class Runtime:
         self._config = config
         self._addresses = [parse_address(text) for text in config.listen]
         self._http_address = parse_address(config.http_listen)
-        Destinations.parse(config.source_hosts)  # an invalid entry must fail at the start, not at the first load
+        Destinations.parse(config.source_hosts)  # An invalid entry must fail at the start, not at the first load.
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
         self._engine = EngineClient(
             config.engine, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s)
@@ -81,13 +78,13 @@ class Runtime:
         self._server = grpc.aio.server(
             interceptors=(MeshOnly(SPI_NAME, STATE_NAME, allow_remote=config.remote_mesh),),
             options=(
-                ("grpc.so_reuseport", 0),  # else a second runtime would share the port in silence
+                ("grpc.so_reuseport", 0),  # Two runtimes that share one port would split its requests without an error.
                 ("grpc.max_receive_message_length", config.grpc_max_message_bytes),
                 ("grpc.max_send_message_length", config.grpc_max_message_bytes),
-                # callers may ask whether the connection lives while they wait; more than two pings in five silent minutes would end it
+                # By default gRPC closes connections on which a client pings more than twice in five minutes without data.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                # a caller whose machine is gone says no goodbye, and its row would run to its end
+                # A crashed host sends no FIN, and its row would run to the end.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.ping_timeout_ms", 20_000),
@@ -119,7 +116,7 @@ class Runtime:
             self._preparation.close()
             raise
         self._engine.start()
-        # what is here now stays; a full collection that walked it would hold every stream up
+        # Objects that exist now live as long as the process. Collecting them would delay every stream.
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
@@ -160,7 +157,7 @@ class Runtime:
             raise Unavailable(f"can't listen: {error}") from None
 
     async def _watch(self, stop: asyncio.Event) -> None:
-        """Keep health and metrics with the engine's state."""
+        """Update health checks and metrics with the engine's state."""
         seen: EngineState | None = None
         while True:
             count = self._engine.changes.version
@@ -182,7 +179,7 @@ class Runtime:
             await self._engine.changes.wait(since=count)
 
     async def _end(self) -> None:
-        """Take nothing new, let answers finish within the grace period, then end the engine."""
+        """Refuse new requests, let running ones end within the grace period, then stop the engine."""
         log.info("ending within %g s", self._config.grace_s)
         await self._health.enter_graceful_shutdown()
         self._state.stop()
