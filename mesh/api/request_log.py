@@ -19,6 +19,7 @@ from mesh.metrics import Metrics
 requests_logger = logging.getLogger("mesh.requests")
 """The logger of one line per request, of gRPC and of HTTP."""
 
+_PROBES = ("/health", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")  # may be 503 for long
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -102,7 +103,8 @@ def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
             request_bytes=record.request_bytes,
             response_bytes=record.response_bytes,
         )
-    is_poll = request.method in ("GET", "HEAD") and not record.code.startswith("5")
+    is_read = request.method in ("GET", "HEAD")
+    is_poll = is_read and (record.route in _PROBES or not record.code.startswith("5"))
     requests_logger.log(
         logging.DEBUG if is_poll or record.is_logged else logging.INFO,
         "request",

@@ -19,9 +19,10 @@ _HELP = """\
   /set verbose|quiet   show tokens per second       /clear       forget the conversation
   \"""                  begin and end a message of several lines
   Ctrl-C stops an answer; Ctrl-D or /bye ends the conversation"""
-# Few checkpoints of small models bring sampling defaults, and at OpenAI's (temperature 1, all tokens) such models ramble.
+# Few checkpoints of small models bring sampling defaults. At OpenAI's (temperature 1, all tokens) such models ramble, and without the penalty they
+# repeat a sentence without end.
 _SMALL_MODEL_BYTES = GIB
-_SMALL_MODEL_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
+_SMALL_MODEL_SAMPLING = {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1}
 _DENIED = (401, 403)
 _CHOICE_OF_TOKENS = frozenset({"temperature", "top_p", "top_k", "min_p"})
 

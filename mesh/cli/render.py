@@ -200,14 +200,14 @@ class LoadBar:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[percent]}"),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
             disable=not self._live,
         )
-        self._task = self._progress.add_task(name, total=1.0, note="")
+        self._task = self._progress.add_task(name, total=None, note="", percent="")
 
     def __enter__(self) -> "LoadBar":
         self._progress.start()
@@ -217,7 +217,14 @@ class LoadBar:
         self._progress.stop()
 
     def update(self, state: str, fraction: float, note: str) -> None:
-        self._progress.update(self._task, description=f"{self._name}: {state}", completed=fraction, note=note)
-        if self._enabled and not self._live and state != self._last:
-            print(f"{self._name}: {state}{' ' + note if note else ''}", file=sys.stderr, flush=True)
+        """Show a state. The bar pulses while the progress in it is unknown (0)."""
+        if state != self._last:
+            self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(f"{self._name}: {state}", total=None, note=note, percent="")
+            if self._enabled and not self._live:
+                print(f"{self._name}: {state}{' ' + note if note else ''}", file=sys.stderr, flush=True)
         self._last = state
+        percent = f"{fraction:>4.0%}".replace("%", " %") if fraction else ""
+        if fraction:
+            self._progress.update(self._task, total=1.0, completed=fraction)
+        self._progress.update(self._task, note=note, percent=percent)

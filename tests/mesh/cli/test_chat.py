@@ -80,7 +80,7 @@ def test_run_verbose_shows_tokens_per_second(server: AdminServer) -> None:
 @pytest.mark.parametrize(
     ("weight_bytes", "settings", "flags", "sent"),
     [
-        (GIB // 4, {}, [], {"temperature": 0.2, "top_p": 0.9}),
+        (GIB // 4, {}, [], {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1}),
         (5 * GIB, {}, [], {}),
         (GIB // 4, {"sampling": {"temperature": 0.7}}, [], {}),
         (GIB // 4, {}, ["--temperature", "0"], {"temperature": 0.0}),
@@ -93,7 +93,9 @@ def test_run_samples_carefully_only_from_small_models_without_defaults(
     server.models["smol"] = msgspec.structs.replace(server.models["smol"], weight_bytes=weight_bytes, settings=settings)
     assert run(server, "smol", "hello", *flags).status == 0
     body = server.asked(CHAT)[0]
-    assert {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in body} == sent
+    assert {
+        name: body[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if name in body
+    } == sent
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(server: AdminServer) -> None:

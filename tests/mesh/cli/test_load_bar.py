@@ -1,6 +1,8 @@
 """`repertory load` against a scripted mesh: it waits for the end of the load and reports the outcome."""
 
 import argparse
+import re
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -9,6 +11,7 @@ import pytest
 from mesh.cli import commands
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import LoadFailed
+from tests.support.terminal import run_in_terminal
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,18 @@ def test_load_interrupted_reports_that_loading_continues(
     with pytest.raises(KeyboardInterrupt):
         ask(scripted(Model("m", state="pulling")))
     assert "repertory stop m" in capsys.readouterr().err
+
+
+def test_load_bar_moves_while_the_progress_is_unknown() -> None:
+    """A packer that reads a file reports no fraction; the bar pulses and the note changes."""
+    script = (
+        "import time; from mesh.cli.render import LoadBar\n"
+        "with LoadBar('m', enabled=True) as bar:\n"
+        "    for state, fraction, note in (('packing', 0.0, 'reading'), ('packing', 0.5, 'layer 3'), ('loading', 0.0, '')):\n"
+        "        bar.update(state, fraction, note); time.sleep(0.3)\n"
+    )
+    raw = run_in_terminal([sys.executable, "-c", script], columns=100).raw
+    packing = [line for line in re.split(r"[\r\n]", raw) if "m: packing" in line]
+    assert len({line for line in packing if "reading" in line}) > 1, "the bar stood still"
+    assert any("50 %" in line and "layer 3" in line for line in packing)
+    assert "m: loading" in raw
