@@ -17,6 +17,7 @@ from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import grpc_scopes
 from mesh.access.tls import TlsIdentity
 from mesh.api.grpc_health import Health
+from mesh.api.grpc_messages import MessageInterceptor
 from mesh.api.grpc_reflection import reflection_handlers
 from mesh.api.grpc_tls import server_credentials
 from mesh.api.inference import InferenceGateway, refuse
@@ -148,7 +149,7 @@ class GrpcServer:
             ("grpc.http2.ping_timeout_ms", 20_000),
         )
         self._server = grpc.aio.server(
-            interceptors=(GuardInterceptor(guard),), options=(*options, *limits.caller_options())
+            interceptors=(GuardInterceptor(guard), MessageInterceptor()), options=(*options, *limits.caller_options())
         )
         self._peer_server: grpc.aio.Server | None = None
         # A server that is never started logs an error when the process ends.

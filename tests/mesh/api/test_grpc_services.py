@@ -92,3 +92,34 @@ async def test_inference_stream_that_ends_early_leaves_no_traceback(
             assert [message async for message in call] == [b"ABORTED"]
     gc.collect()  # a task whose exception nobody has read is reported when it is collected
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "mmesh.ModelMesh/registerModel",
+        "inference.GRPCInferenceService/ModelReady",
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_malformed_messages_are_invalid_and_leave_no_traceback(
+    pod: RunningPod, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="can't be read") as caught:
+        async for _ in pod.server_stream(f"/{method}")(b"\xff\xff\xff"):
+            pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_health_watch_follows_readiness(pod: RunningPod) -> None:
+    call = health_pb2_grpc.HealthStub(pod.channel).Watch(health_pb2.HealthCheckRequest(service=""))
+    statuses = []
+    async for answer in call:
+        statuses.append(answer.status)
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            break
+    call.cancel()
+    assert statuses[-1] == health_pb2.HealthCheckResponse.SERVING
