@@ -98,10 +98,13 @@ class _ModuleNames:
     def is_ignored(self, name: str, key: str) -> bool:
         """Return whether a checkpoint may carry this tensor: what the class lists, and computed buffers that older files stored."""
         return (
-            name in self._computed
-            or _OLD_CONSTANTS.search(key) is not None
-            or any(re.search(pattern, key) for pattern in self._unneeded)
+            name in self._computed or is_old_constant(key) or any(re.search(pattern, key) for pattern in self._unneeded)
         )
+
+
+def is_old_constant(key: str) -> bool:
+    """Return whether older versions of transformers stored this tensor, which is computed from the configuration."""
+    return _OLD_CONSTANTS.search(key) is not None
 
 
 def _check_complete(missing: Sequence[str], unexpected: Sequence[str]) -> None:

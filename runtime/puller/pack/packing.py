@@ -19,6 +19,7 @@ from torch import Tensor
 from common.model_key import Quantization
 from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
+from runtime.checkpoint.name_mapping import is_old_constant
 from runtime.checkpoint.packed import KERNEL_LAYOUT
 from runtime.checkpoint.quantized_shapes import packed_shapes
 from runtime.checkpoint.safetensors_index import read_index
@@ -271,7 +272,7 @@ def _read_pickles(request: PackRequest) -> dict[str, Tensor]:
             f"{Path(request.weight_files[0]).name} can't be read: {type(error).__name__}: {error}"
         ) from error
     for what in ("missing", "unexpected"):
-        if names := sorted(info[f"{what}_keys"]):
+        if names := sorted(name for name in info[f"{what}_keys"] if not is_old_constant(name)):
             raise LoadFailed(
                 f"{Path(request.weight_files[0]).name} has {what} tensors for {type(model).__name__}: {', '.join(names[:5])}"
             )

@@ -12,6 +12,8 @@ from runtime.errors import LoadFailed
 from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PACKED_NAME, PackRequest
 from runtime.puller.pack.writer import PADDING
+from tests.support import tokenizers
+from tests.support.families import family
 from tests.support.llama_checkpoints import tiny_llama
 
 State = dict[str, torch.Tensor]
@@ -65,3 +67,17 @@ def test_pack_refuses_a_pickled_checkpoint_with_other_tensors(
     with pytest.raises(LoadFailed) as caught:
         packed(tmp_path, tiny_llama(tmp_path), change)
     assert text in caught.value.detail
+
+
+def test_pack_ignores_constants_in_an_old_pickled_checkpoint(tmp_path: Path) -> None:
+    tokenizers.byte_level(tmp_path)
+    model = family("gpt2")
+    model.save_pretrained(tmp_path)
+
+    def with_constants(state: State) -> None:
+        for layer in range(3):
+            state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+            state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 512, 512, dtype=torch.bool)
+
+    ours = packed(tmp_path, model, with_constants)
+    assert torch.equal(ours["transformer.h.1.mlp.c_fc.weight"], model.state_dict()["transformer.h.1.mlp.c_fc.weight"])
