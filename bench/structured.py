@@ -90,13 +90,15 @@ class Bench:
 
     def beside(self, count: int) -> None:
         """Print the cost per token of one guided row in a batch of `count` others, and what it costs these."""
-        plain = statistics.median(_row_seconds(run, slice(None)) for run in self._runs([None] * (count + 1)))
-        both = self._runs([self._guided, *[None] * count])
-        guided = statistics.median(_row_seconds(run, slice(1)) for run in both)
-        others = statistics.median(_row_seconds(run, slice(1, None)) for run in both)
+        pairs = [
+            (self._once([None] * (count + 1)), self._once([self._guided, *[None] * count]))
+            for _ in range(self._repeats + 1)
+        ][1:]
+        guided = [_row_seconds(run, slice(1)) / _row_seconds(run, slice(1, None)) for _, run in pairs]
+        others = [_row_seconds(run, slice(1, None)) / _row_seconds(plain, slice(None)) for plain, run in pairs]
         print(
-            f"1 guided beside {count:>2}: a token of the guided row takes {guided / plain:.3f} of a plain row's in the same batch, "
-            f"of the others {others / plain:.3f}",
+            f"1 guided beside {count:>2}: a token of the guided row takes {statistics.median(guided):.3f} of one of the others; these take "
+            f"{statistics.median(others):.3f} of what they take in a batch without a grammar ({min(others):.3f} to {max(others):.3f})",
             flush=True,
         )
 
@@ -121,13 +123,14 @@ class Bench:
         time.sleep(0.05)
         return run.first_s[run.ids[0]]
 
+    def _once(self, grammars: Sequence[Grammar | None]) -> Timeline:
+        run = self._running.run([("m", self._request(grammar, self._tokens)) for grammar in grammars])
+        time.sleep(0.05)
+        return run
+
     def _runs(self, grammars: Sequence[Grammar | None]) -> list[Timeline]:
         """Run a batch of these rows several times, without the first."""
-        runs = []
-        for _ in range(self._repeats + 1):
-            runs.append(self._running.run([("m", self._request(grammar, self._tokens)) for grammar in grammars]))
-            time.sleep(0.05)
-        return runs[1:]
+        return [self._once(grammars) for _ in range(self._repeats + 1)][1:]
 
     def _request(self, grammar: Grammar | None, tokens: int) -> GenerationRequest:
         prompt = self._rng.integers(100, self._vocab, INPUT_TOKENS)
