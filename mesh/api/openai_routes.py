@@ -16,12 +16,12 @@ _PATHS = (
     "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/embeddings",
     "/tokenize",
     "/detokenize",
 )
 # The runtime refuses these, and says what it lacks.
 _REFUSED_PATHS = (
-    "/v1/embeddings",
     "/v1/rerank",
     "/v1/score",
     "/v1/moderations",

@@ -8,6 +8,7 @@ from runtime.api.oip.rest import RestInference
 from runtime.api.ollama.routes import Ollama
 from runtime.api.openai.chat import ChatCompletions
 from runtime.api.openai.completions import Completions
+from runtime.api.openai.embeddings import Embeddings, EmbeddingsAnswer, EmbeddingsBody
 from runtime.api.openai.models import ModelEntry, ModelList, Models
 from runtime.api.openai.responses import Answer, ChatChoice, CompletionChoice
 from runtime.api.openai.tokenize import DetokenizeAnswer, TokenizeAnswer, Tokenizing
@@ -27,7 +28,6 @@ from runtime.observability.metrics import RuntimeMetrics
 _EVENTS = "text/event-stream"
 # Routes of other servers that clients try.
 _UNSUPPORTED_PATHS = (
-    "/v1/embeddings",
     "/v1/rerank",
     "/v1/score",
     "/v1/moderations",
@@ -64,6 +64,7 @@ def http_routes(
 def _openai(directory: ModelDirectory, generator: Generator) -> list[Route]:
     chat = ChatCompletions(directory, generator)
     completions = Completions(directory, generator)
+    embeddings = Embeddings(directory, generator)
     models = Models(directory)
     tokenizing = Tokenizing(directory)
     responses = Responses(directory, generator)
@@ -79,6 +80,7 @@ def _openai(directory: ModelDirectory, generator: Generator) -> list[Route]:
             _EVENTS,
         ),
         Route("POST", "/v1/responses", responses.post, "Answer items", ResponsesBody, Response, _EVENTS),
+        Route("POST", "/v1/embeddings", embeddings.post, "Make vectors of texts", EmbeddingsBody, EmbeddingsAnswer),
         Route("GET", "/v1/models", models.get_all, "List the loaded models", answer=ModelList),
         Route("GET", "/v1/models/{id:.+}", models.get_one, "Describe a loaded model", answer=ModelEntry),
         Route("POST", "/tokenize", tokenizing.tokenize, "Tokenize a text or a chat", TokenizeBody, TokenizeAnswer),

@@ -66,6 +66,37 @@ class Generator:
             await close(deltas)
         return [join(found[request.index]) for request in requests]
 
+    async def embed(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> list[bytes]:
+        """Return the vector of each request, which all ask for `pooling`, as float32 values. Raises like `stream`."""
+        self._enter(model, len(requests))
+        tasks = [asyncio.ensure_future(self._vector(model, request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        except RepertoryError as error:
+            error.model = model.name
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # their rows are freed when they have ended
+            self._leave(model, len(requests))
+
+    async def _vector(self, model: ServedModel, request: GenerationRequest) -> bytes:
+        observer = self._metrics.of(model.name).start(len(request.prompt))
+        rows = self._engine.generate(model.model_id, request)
+        finish: FinishReason | None = None
+        try:
+            async for row in rows:
+                if row.error_code is not None or row.finish is FinishReason.ERROR:
+                    raise from_code(row.error_code or "INTERNAL", row.error or "the engine failed")
+                if row.vector is not None:
+                    finish = row.finish
+                    return row.vector
+            raise Unavailable("it was unloaded, or the runtime stopped, before the vector was complete")
+        finally:
+            observer.end(finish)
+            await close(rows)
+
     async def _run(
         self, model: ServedModel, request: GenerationRequest, make_parser: MakeParser
     ) -> AsyncIterator[Delta]:

@@ -16,7 +16,7 @@ _LEAST_TEMPERATURE = 1e-5
 _MOST_REPETITION_PENALTY = 1e6
 
 
-def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> None:
+def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1, *, param: str = "prompt") -> None:
     """Raise InvalidRequest if one request has too many sequences. Call it before the prompts are tokenized."""
     count = num_prompts * per_prompt
     if count > MAX_SEQUENCES:
@@ -24,7 +24,7 @@ def check_count(model: ServedModel, num_prompts: int, per_prompt: int = 1) -> No
         raise InvalidRequest(
             f"{num_prompts} prompts{each} make {count} sequences; the limit of a request is {MAX_SEQUENCES}",
             model=model.name,
-            param="prompt",
+            param=param,
             limit=MAX_SEQUENCES,
             value=count,
         )

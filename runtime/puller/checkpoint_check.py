@@ -244,7 +244,7 @@ def _needs_tokenizer(path: Path) -> bool:
 
 def _texts(path: Path) -> list[Path]:
     """Return the configuration, tokenizer and template files: a packed directory holds copies of them."""
-    files = [*path.iterdir(), *path.glob("additional_chat_templates/*")]
+    files = [*path.iterdir(), *path.glob("additional_chat_templates/*"), *path.glob("1_Pooling/*")]
     return sorted(file for file in files if file.suffix in _TEXTS and file.is_file())
 
 

@@ -79,7 +79,8 @@ def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> l
     top = [
         file
         for file in files
-        if len(PurePosixPath(file.name).parts) == 1 or file.name.startswith("additional_chat_templates/")
+        if len(PurePosixPath(file.name).parts) == 1
+        or file.name.startswith(("additional_chat_templates/", "1_Pooling/"))
     ]
     weights = [
         file

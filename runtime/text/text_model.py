@@ -7,6 +7,7 @@ from typing import TypeVar
 from common.model_key import DefaultSampling, ModelSettings
 from runtime.text.chat import ChatMessage, ChatOptions, ChatTemplates
 from runtime.text.detokenizer import Detokenizer
+from runtime.text.embedding import Embedding, read_embedding
 from runtime.text.tokenizer import Encoding, TextTokenizer, open_tokenizer
 from runtime.text.tokenizer_files import read_chat_templates, read_generation_config, read_tokenizer_config
 
@@ -16,12 +17,19 @@ _T = TypeVar("_T", int, float)
 class TextModel:
     """Converts between text and token ids. Immutable, and safe to use from several threads."""
 
-    def __init__(self, tokenizer: TextTokenizer, templates: ChatTemplates, sampling: DefaultSampling) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        templates: ChatTemplates,
+        sampling: DefaultSampling,
+        embedding: Embedding | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self.output_format = templates.output_format
         self._with_markers = tokenizer.showing(self.output_format.markers) if self.output_format else tokenizer
         self._templates = templates
         self.sampling = sampling  # the registration's values, then generation_config.json's
+        self.embedding = embedding  # None = not an embedding model
         self.vocab_size = tokenizer.vocab_size
         self.most_chars_per_token = tokenizer.most_chars_per_token
 
@@ -84,6 +92,7 @@ def load_text(model_dir: Path, settings: ModelSettings) -> TextModel:
         open_tokenizer(model_dir, config),
         ChatTemplates(templates, config.named_tokens()),
         _merge(settings.sampling, read_generation_config(model_dir).sampling()),
+        read_embedding(model_dir),
     )
 
 

@@ -162,7 +162,7 @@ def test_what_is_not_here_yet_says_so(guarded: Guarded) -> None:
     }.items():
         answer = guarded.edge.ask("POST", "/v1/chat/completions", {**chat, field: value})
         assert (answer.status, field in answer.error) == (501, True), answer.text
-    for path in ("/v1/embeddings", "/v1/images/generations"):
+    for path in ("/v1/rerank", "/v1/images/generations"):
         assert guarded.edge.ask("POST", path, {"model": "ada", "inputs": "a", "input": "a"}).status == 501, path
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,12 @@ class ScriptedEngine:
     finish_with: FinishReason | None = None  # in place of LENGTH when the script ends
     asked: list[Asked] = field(default_factory=list)
 
+    def vector(self, request: GenerationRequest) -> bytes | None:
+        """The vector of a request with `pooling`: four values that depend on the prompt. None if the sequence is ended by `finish_with`."""
+        if self.finish_with is not None:
+            return None
+        return struct.pack("<4f", 3.0, 4.0, float(request.prompt[0]), float(len(request.prompt)))
+
     async def generate(self, model_id: str, request: GenerationRequest) -> AsyncIterator[RowTokens]:
         asked = Asked(model_id, request)
         stop, logprobs = request.stop, request.logprobs
@@ -50,6 +57,10 @@ class ScriptedEngine:
             raise self.raises
         ended = False
         try:
+            if request.pooling:
+                ended = True
+                yield RowTokens(1, (), self.finish_with or FinishReason.LENGTH, vector=self.vector(request))
+                return
             tokens = list(self.script(asked))[: stop.max_tokens]
             position = 0
             while not ended:

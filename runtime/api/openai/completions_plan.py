@@ -21,18 +21,18 @@ class Prompt:
     text: str | None
 
 
-def separate_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def separate_prompts(prompt: str | list[str | int | list[int]], *, param: str = "prompt") -> list[str | list[int]]:
     """Return the prompts one by one. Raises InvalidRequest for an empty list, or one that mixes forms."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise InvalidRequest("prompt is empty: it needs at least one prompt", param="prompt")
+        raise InvalidRequest(f"{param} is empty: it needs at least one prompt", param=param)
     ids = [item for item in prompt if isinstance(item, int)]
     if len(ids) == len(prompt):
         return [ids]
     texts_or_lists = [item for item in prompt if not isinstance(item, int)]
     if ids or len({type(item) for item in texts_or_lists}) > 1:
-        raise InvalidRequest("prompt mixes strings, token ids and lists of token ids", param="prompt")
+        raise InvalidRequest(f"{param} mixes strings, token ids and lists of token ids", param=param)
     return texts_or_lists
 
 

@@ -123,6 +123,10 @@ class Commands:
             text = f"a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
             self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
             return
+        if add.request.pooling and add.request.stop.max_tokens:
+            text = f"a request for a vector generates nothing: max_tokens must be 0, got {add.request.stop.max_tokens}"
+            self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
+            return
         model.touch(now)
         self.table.uses.add(model.model_id)
         wants_pass = add.request.pooling or add.request.logprobs.prompt is not None

@@ -15,6 +15,7 @@ _COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
 )
 
 
@@ -25,9 +26,9 @@ def copy_beside(model_dir: Path, out_dir: Path) -> None:
     for name in _COPIED:
         if (model_dir / name).is_file():
             shutil.copyfile(model_dir / name, out_dir / name)
-    templates = model_dir / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, out_dir / templates.name, dirs_exist_ok=True)
+    for name in ("additional_chat_templates", "1_Pooling"):
+        if (model_dir / name).is_dir():
+            shutil.copytree(model_dir / name, out_dir / name, dirs_exist_ok=True)
 
 
 def write_config(config: "dict[str, Any]", out_dir: Path) -> None:

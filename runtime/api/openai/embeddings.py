@@ -1,0 +1,162 @@
+"""POST /v1/embeddings: vectors of texts from models that were trained for it."""
+
+import base64
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from aiohttp import web
+
+from runtime.api.openai.completions_plan import separate_prompts
+from runtime.api.openai.context import json_response, model_of, read_body
+from runtime.api.tokenization import encode_last, encode_texts
+from runtime.errors import InvalidRequest
+from runtime.generation.generator import Generator
+from runtime.generation.limits import check_chars, check_count, check_prompt, check_token_ids
+from runtime.interfaces import ModelDirectory, ServedModel
+from runtime.types import GenerationRequest, SamplingParams, StopParams
+
+_FORMATS = ("float", "base64")
+_NOTHING = StopParams(0)
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+class EmbeddingsBody(msgspec.Struct, frozen=True, kw_only=True):
+    """`input` has the forms of a completion's prompt. `truncate_prompt_tokens` keeps the last tokens of each text."""
+
+    model: str = ""
+    input: str | list[str | int | list[int]]
+    encoding_format: str | None = None
+    dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None
+    # accepted without effect
+    user: Any = None
+
+
+class EmbeddingEntry(msgspec.Struct, frozen=True):
+    """`embedding`: numbers, or the base64 text of little-endian float32 values."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingsUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(msgspec.Struct, frozen=True):
+    model: str
+    data: list[EmbeddingEntry]
+    usage: EmbeddingsUsage
+    object: str = "list"
+
+
+class Embeddings:
+    """The route's handler."""
+
+    def __init__(self, directory: ModelDirectory, generator: Generator) -> None:
+        self._directory = directory
+        self._generator = generator
+
+    async def post(self, request: web.Request) -> web.Response:
+        parsed = await read_body(request, EmbeddingsBody)
+        body = parsed.body
+        model = model_of(request, self._directory, body.model)
+        normalizes = _check(model, body)
+        prompts = await _prompts(model, body)
+        requests = [
+            GenerationRequest(
+                prompt=tuple(prompt),
+                sampling=_GREEDY,
+                stop=_NOTHING,
+                priority=body.priority or 0,
+                pooling=True,
+                index=index,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        vectors = [np.frombuffer(vector, "<f4") for vector in await self._generator.embed(model, requests)]
+        size = len(vectors[0])
+        if body.dimensions is not None and body.dimensions > size:
+            raise InvalidRequest(
+                f"dimensions must be <= {size}, got {body.dimensions}",
+                model=model.name,
+                param="dimensions",
+                limit=size,
+                value=body.dimensions,
+            )
+        data = [
+            EmbeddingEntry(
+                index, _encoded(shortened(vector, body.dimensions, normalizes=normalizes), body.encoding_format)
+            )
+            for index, vector in enumerate(vectors)
+        ]
+        count = sum(map(len, prompts))
+        answer = EmbeddingsAnswer(body.model or model.name, data, EmbeddingsUsage(count, count))
+        return json_response(answer, parsed.warning)
+
+
+def shortened(vector: npt.NDArray[np.float32], dimensions: int | None, *, normalizes: bool) -> npt.NDArray[np.float32]:
+    """Return the first `dimensions` values, of length 1 if the model normalizes or the vector is cut."""
+    kept = vector if dimensions is None else vector[:dimensions]
+    length = float(np.linalg.norm(kept))
+    return (kept / length).astype("<f4") if (normalizes or dimensions is not None) and length > 0 else kept
+
+
+def _encoded(vector: npt.NDArray[np.float32], form: str | None) -> list[float] | str:
+    if form == "base64":
+        return base64.b64encode(vector.tobytes()).decode()
+    values: list[float] = vector.tolist()
+    return values
+
+
+def _check(model: ServedModel, body: EmbeddingsBody) -> bool:
+    """Return whether the model normalizes its vectors. Raises InvalidRequest naming the field."""
+    if body.encoding_format not in (None, *_FORMATS):
+        raise InvalidRequest(
+            f"encoding_format must be one of {', '.join(_FORMATS)}, got {body.encoding_format!r}",
+            param="encoding_format",
+        )
+    for name, value in (("dimensions", body.dimensions), ("truncate_prompt_tokens", body.truncate_prompt_tokens)):
+        if value is not None and value < 1:
+            raise InvalidRequest(
+                f"{name} must be >= 1, got {value}", model=model.name, param=name, limit=1, value=value
+            )
+    if body.priority is not None and not -(2**31) <= body.priority < 2**31:
+        raise InvalidRequest(f"priority must have 32 bits, got {body.priority}", model=model.name, param="priority")
+    embedding = model.text.embedding
+    if embedding is None:
+        raise InvalidRequest(
+            "it is not an embedding model: it has no 1_Pooling/config.json; use a model that was trained for embeddings",
+            model=model.name,
+            param="model",
+        )
+    if embedding.unsupported:
+        raise InvalidRequest(f"it makes no embeddings here: {embedding.unsupported}", model=model.name, param="model")
+    return embedding.normalizes
+
+
+async def _prompts(model: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
+    separate = separate_prompts(body.input, param="input")
+    check_count(model, len(separate), param="input")
+    texts = [given for given in separate if isinstance(given, str)]
+    if body.truncate_prompt_tokens is not None:
+        cut = [list(found.ids) for found in await encode_last(model, texts, body.truncate_prompt_tokens)]
+    else:
+        check_chars(model, texts, param="input")
+        cut = await encode_texts(model, texts, add_special_tokens=True)
+    encoded = iter(cut)
+    prompts: list[list[int]] = []
+    for given in separate:
+        if isinstance(given, str):
+            prompt = next(encoded)
+        else:
+            check_token_ids(model, given, param="input")
+            prompt = given[-(body.truncate_prompt_tokens or len(given)) :]
+        check_prompt(model, prompt, param="input")
+        prompts.append(prompt)
+    return prompts

@@ -1,0 +1,134 @@
+"""POST /v1/embeddings with the official client: forms of the input and of the vectors, and models that make none."""
+
+import base64
+import json
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import openai
+import pytest
+
+from runtime.api.openai.embeddings import shortened
+from runtime.errors import LoadFailed
+from runtime.text.embedding import Embedding, read_embedding
+from runtime.types import FinishReason
+from tests.support import tokenizers as tiny
+from tests.support.openai_server import Server, serve
+from tests.support.scripted_engine import ScriptedEngine, served
+
+LAST = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+MODULES = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))]  # fmt: skip
+
+
+def embedding_model(folder: Path, pooling: Any = LAST, modules: Any = None) -> Path:
+    path = tiny.byte_level(folder)
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    if modules is not None:
+        (path / "modules.json").write_text(json.dumps(modules))
+    return path
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    made = served(embedding_model(tmp_path / "m", modules=MODULES), "m1", max_model_len=40)
+    plain = served(tiny.byte_level(tmp_path / "plain"), "m2")
+    mean = served(embedding_model(tmp_path / "mean", {"pooling_mode_mean_tokens": True}), "m3")
+    async with serve(ScriptedEngine(lambda asked: []), made, plain, mean) as found:
+        yield found
+
+
+async def post(server: Server, **body: Any) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/embeddings", json=body) as response:
+        return response.status, await response.json()
+
+
+async def test_the_official_client_gets_a_vector_for_each_input(server: Server) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = await client.embeddings.create(model="m1", input=["The dog", "The quick brown fox"])
+    assert [entry.index for entry in answer.data] == [0, 1]
+    prompts = [asked.request.prompt for asked in server.engine.asked]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(map(len, prompts))
+    for entry, prompt in zip(answer.data, prompts, strict=True):
+        expected = np.array([3.0, 4.0, prompt[0], len(prompt)])
+        np.testing.assert_allclose(entry.embedding, expected / np.linalg.norm(expected), rtol=1e-6)
+    assert all(asked.request.pooling and asked.request.stop.max_tokens == 0 for asked in server.engine.asked)
+
+
+@pytest.mark.parametrize("given", [[5, 6, 7], [[5, 6, 7]]])
+async def test_both_encodings_are_the_same_vector(server: Server, given: Any) -> None:
+    status, floats = await post(server, model="m1", input=given, dimensions=2)
+    assert status == 200
+    np.testing.assert_allclose(floats["data"][0]["embedding"], [0.6, 0.8], rtol=1e-6)
+    _, encoded = await post(server, model="m1", input=given, dimensions=2, encoding_format="base64")
+    values = struct.unpack("<2f", base64.b64decode(encoded["data"][0]["embedding"]))
+    assert list(values) == floats["data"][0]["embedding"]
+
+
+async def test_truncation_keeps_the_last_tokens(server: Server) -> None:
+    assert (await post(server, model="m1", input=[5, 6, 7, 8], truncate_prompt_tokens=2))[0] == 200
+    assert server.engine.asked[-1].request.prompt == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"model": "m2"}, "model", "no 1_Pooling/config.json"),
+        ({"model": "m3"}, "model", "its pooling is mean"),
+        ({"input": []}, "input", "empty"),
+        ({"input": ["a", 1]}, "input", "mixes"),
+        ({"input": ""}, "input", "empty"),
+        ({"input": [9999]}, "input", "9999"),
+        ({"input": "a" * 100_000}, "input", "characters"),
+        ({"dimensions": 0}, "dimensions", ">= 1"),
+        ({"dimensions": 5}, "dimensions", "<= 4"),
+        ({"encoding_format": "int8"}, "encoding_format", "int8"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", ">= 1"),
+        ({"priority": 2**40}, "priority", "32 bits"),
+    ],
+)
+async def test_wrong_requests_are_refused_by_the_fields_name(
+    server: Server, fields: dict[str, Any], param: str, words: str
+) -> None:
+    status, answer = await post(server, **{"model": "m1", "input": "a", **fields})
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert words in answer["error"]["message"]
+
+
+async def test_a_vector_that_the_engine_did_not_finish_is_an_error(server: Server) -> None:
+    server.engine.finish_with = FinishReason.ABORTED
+    assert (await post(server, model="m1", input=["a", "b"]))[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("pooling", "modules", "expected"),
+    [
+        (LAST, MODULES, Embedding(normalizes=True)),
+        (LAST, MODULES[:2], Embedding(normalizes=False)),
+        (LAST, None, Embedding(normalizes=True)),
+        ({"pooling_mode": "lasttoken"}, MODULES, Embedding(normalizes=True)),
+        ({"pooling_mode_cls_token": True}, MODULES, Embedding(unsupported="its pooling is cls, and only the last token's is supported")),
+        (LAST, [*MODULES, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}], Embedding(unsupported="it has a module of the kind Dense")),
+    ],
+)  # fmt: skip
+def test_read_embedding_follows_the_files(tmp_path: Path, pooling: Any, modules: Any, expected: Embedding) -> None:
+    assert read_embedding(embedding_model(tmp_path / "m", pooling, modules)) == expected
+
+
+def test_read_embedding_names_a_broken_file(tmp_path: Path) -> None:
+    folder = embedding_model(tmp_path / "m", modules=[{"type": "a.Pooling", "path": "../other"}])
+    with pytest.raises(LoadFailed, match="not in the checkpoint"):
+        read_embedding(folder)
+    (folder / "modules.json").write_text("[")
+    with pytest.raises(LoadFailed, match=r"modules\.json"):
+        read_embedding(folder)
+
+
+def test_shortened_leaves_a_zero_vector_and_one_that_is_not_normalized() -> None:
+    zero, vector = np.zeros(3, np.float32), np.array([3, 4], np.float32)
+    assert shortened(zero, None, normalizes=True).tolist() == [0, 0, 0]
+    assert shortened(vector, None, normalizes=False).tolist() == [3, 4]
