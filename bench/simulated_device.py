@@ -11,7 +11,16 @@ from bench.checkpoints import Shape
 from bench.limits import BF16_FLOP_PER_S, BODY_BYTES_PER_PARAMETER, COPY_BYTES_PER_S, HOST_TO_DEVICE_BYTES_PER_S
 from common.model_key import Quantization
 from common.units import MIB
-from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepOutput, StepPlan, TokenMasks
+from runtime.engine.interfaces import (
+    AdapterJob,
+    KvGeometry,
+    LoadRequest,
+    LoadResult,
+    RowSetup,
+    StepOutput,
+    StepPlan,
+    TokenMasks,
+)
 from runtime.types import ModelFacts
 
 SLAB_BYTES = 64 * MIB
@@ -99,6 +108,9 @@ class SimulatedDevice:
 
     def load(self, request: LoadRequest) -> "_Loaded":
         return _Loaded(self, request.model_id, self._models[request.model_id])
+
+    def load_adapter(self, request: LoadRequest, base: LoadResult) -> AdapterJob:
+        raise NotImplementedError("the traces have no adapters")
 
     def synchronize(self) -> None:
         self.clock.advance(self._steps_end_s)
@@ -197,6 +209,9 @@ class _Runner:
         self._device = device
         self._model = model
         self._memory = memory
+
+    def expect_adapters(self) -> None:
+        """Prepare nothing: the traces have no adapters."""
 
     def open_row(self, setup: RowSetup) -> None:
         """Keep nothing."""

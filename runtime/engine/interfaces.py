@@ -49,6 +49,7 @@ class StepPlan(msgspec.Struct, frozen=True):
         prompt_logprobs: rows whose prompt log-probabilities are wanted for this chunk.
         masked: rows that sample in this step and whose draw waits for a mask.
         pooled: rows whose last computed token's hidden state is wanted.
+        adapters: slot of each row's LoRA adapter, -1 = none; empty if no row has one.
     """
 
     rows: list[int]
@@ -61,6 +62,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     prompt_logprobs: list[int] = []
     masked: list[int] = []
     pooled: list[int] = []
+    adapters: list[int] = []
 
     @property
     def num_tokens(self) -> int:
@@ -166,6 +168,9 @@ class Runner(Protocol):
 
     facts: ModelFacts
 
+    def expect_adapters(self) -> None:
+        """Prepare for steps whose rows have adapters: the first adapter was loaded."""
+
     def open_row(self, setup: RowSetup) -> None:
         """Set up a row, also for a sequence that returns after a preemption."""
 
@@ -235,8 +240,53 @@ class ModelMemory(Protocol):
         """Release all ranges."""
 
 
+class AdapterBank(Protocol):
+    """The range of device memory in which the adapters of one base lie, as long as the device budget. Which slabs lie under it is decided elsewhere.
+
+    Attributes:
+        num_slots: adapters that steps can name at once.
+    """
+
+    num_slabs: int
+    num_slots: int
+
+    def map(self, index: int, slab: int) -> None:
+        """Map a slab at place `index` of the range."""
+
+    def unmap(self, index: int) -> None:
+        """Unmap place `index` after the last launched step."""
+
+    def close(self) -> None:
+        """Release the range."""
+
+
+class AdapterMemory(Protocol):
+    """One loaded adapter. `digest` is equal for adapters of equal content."""
+
+    size_bytes: int
+    digest: str
+
+    def swap_in(self, slot: int, offset: int) -> None:
+        """Have steps find the adapter in `slot`, and start to copy it to byte `offset` of its base's range, where slabs are mapped."""
+
+    def swap_in_done(self) -> bool:
+        """Whether the last byte has arrived. Raises LoadFailed if it will not."""
+
+    def evict(self) -> None:
+        """Stop using the place. The caller unmaps the slabs that no adapter touches any more."""
+
+    def host_bytes(self) -> int:
+        """Bytes that the adapter holds in the host arena."""
+
+    def drop_host(self) -> None:
+        """Release the host copy. The next swap-in reads from disk."""
+
+    def close(self) -> None:
+        """Release everything. The adapter was evicted before."""
+
+
 class Backend(Protocol):
-    """The device of an engine. Loads models."""
+    """The device of an engine. Loads models and adapters."""
 
     device: str
     device_name: str
@@ -249,6 +299,9 @@ class Backend(Protocol):
 
     def load(self, request: "LoadRequest") -> "LoadJob":
         """Start to load a model in a thread of its own: build it and, on a GPU, read its weights into the host arena. Uses no slab."""
+
+    def load_adapter(self, request: "LoadRequest", base: "LoadResult") -> "AdapterJob":
+        """Start to load an adapter of a loaded model, in a thread of its own. Uses no slab."""
 
     def synchronize(self) -> None:
         """Wait for all launched work (tests and shutdown only)."""
@@ -271,8 +324,19 @@ class LoadRequest:
 
 @dataclass(slots=True)
 class LoadResult:
+    """A loaded model. `adapters`: None = it takes none."""
+
     runner: Runner
     memory: ModelMemory
+    adapters: AdapterBank | None = None
+
+
+@dataclass(slots=True)
+class AdapterResult:
+    """A loaded adapter."""
+
+    facts: ModelFacts
+    memory: AdapterMemory
 
 
 class LoadJob(Protocol):
@@ -286,3 +350,14 @@ class LoadJob(Protocol):
 
     def cancel(self) -> None:
         """Stop as soon as possible and leave nothing behind."""
+
+
+class AdapterJob(Protocol):
+    """A load of an adapter that was started. As LoadJob."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> AdapterResult:
+        """Return the adapter, or raise the load's RepertoryError. It may outlive the load of its base."""
+
+    def cancel(self) -> None: ...

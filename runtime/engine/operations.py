@@ -11,11 +11,12 @@ from runtime.types import Checkpoint
 
 
 class StartLoad(msgspec.Struct, frozen=True, tag="start_load"):
-    """Begin to load a model in the background."""
+    """Begin to load a model in the background, or an adapter of the model `adapter_of`."""
 
     model_id: str
     checkpoint: Checkpoint
     max_model_len: int | None = None
+    adapter_of: str = ""
 
 
 class CancelLoad(msgspec.Struct, frozen=True, tag="cancel_load"):
@@ -70,6 +71,35 @@ class UnmapKv(msgspec.Struct, frozen=True, tag="unmap_kv"):
     index: int
 
 
+class MapAdapters(msgspec.Struct, frozen=True, tag="map_adapters"):
+    """Map `slab` at place `index` of the range of a base's adapters."""
+
+    model_id: str
+    index: int
+    slab: int
+
+
+class UnmapAdapters(msgspec.Struct, frozen=True, tag="unmap_adapters"):
+    """Unmap place `index` of the range of a base's adapters after the last launched step."""
+
+    model_id: str
+    index: int
+
+
+class SwapInAdapter(msgspec.Struct, frozen=True, tag="swap_in_adapter"):
+    """Have steps find an adapter in `slot`, and start to copy it to byte `offset` of its base's range."""
+
+    model_id: str
+    slot: int
+    offset: int
+
+
+class EvictAdapter(msgspec.Struct, frozen=True, tag="evict_adapter"):
+    """Stop using the place of an adapter, after the last launched step."""
+
+    model_id: str
+
+
 class OpenRow(msgspec.Struct, frozen=True, tag="open_row"):
     """Set a row up for a sequence that was admitted."""
 
@@ -115,6 +145,10 @@ Operation = (
     | DropHost
     | MapKv
     | UnmapKv
+    | MapAdapters
+    | UnmapAdapters
+    | SwapInAdapter
+    | EvictAdapter
     | OpenRow
     | CloseRow
     | RunStep

@@ -12,12 +12,16 @@ from runtime.types import Checkpoint, FinishReason, GenerationRequest, ModelFact
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Load a model. `max_model_len` None means the checkpoint's limit. Idempotent for an equal checkpoint."""
+    """Load a model. `max_model_len` None means the checkpoint's limit. Idempotent for an equal checkpoint.
+
+    With `adapter_of`, the id of a loaded model, load a LoRA adapter of that model. Requests name it by its own `model_id`.
+    """
 
     model_id: str
     checkpoint: Checkpoint
     max_model_len: int | None = None
     max_waiting: int = 1024
+    adapter_of: str = ""
 
 
 class Unload(msgspec.Struct, frozen=True, tag=True):

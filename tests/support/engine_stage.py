@@ -56,8 +56,8 @@ class Answer:
         return list(self.add.request.prompt)
 
 
-def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
-    """What a request answers that has the engine to itself."""
+def expected(add: Add, spec: FakeSpec, voice: str) -> tuple[list[int], FinishReason]:
+    """What a request answers that has the engine to itself. `voice` is the name that its tokens are drawn by."""
     ids = list(add.request.prompt)
     prompt_len = len(ids)
     stop = add.request.stop
@@ -76,7 +76,7 @@ def expected(add: Add, spec: FakeSpec) -> tuple[list[int], FinishReason]:
             output = tuple(ids[prompt_len:])
             banned = {word[-1] for word in add.request.bad_words if output[len(output) - len(word) + 1 :] == word[:-1]}
             allowed = [token for token in (range(spec.vocab) if allowed is None else allowed) if token not in banned]
-        token = draw(add.model_id, ids, spec.vocab, suppressed, allowed)
+        token = draw(voice, ids, spec.vocab, suppressed, allowed)
         ids.append(token)
         if token in ends and drawn >= stop.min_tokens:
             own = token in stop.stop_token_ids
@@ -115,7 +115,7 @@ class Stage:
             }
         )
         self.mask_sources = FakeMaskSources(
-            lambda name: backend.specs[name].vocab, self._check_forward_launched, grammar_polls
+            lambda name: backend.voice_of(name)[1].vocab, self._check_forward_launched, grammar_polls
         )
         self.loop = EngineLoop(
             settings,
@@ -141,7 +141,8 @@ class Stage:
         for row in event.rows:
             answer = self.answers[row.request_id]
             assert answer.last is None, "a row after the last"
-            assert answer.add.model_id == event.model_id
+            adapter = self.backend.adapters.get(answer.add.model_id)
+            assert event.model_id in (answer.add.model_id, adapter and adapter.base)
             answer.tokens += row.tokens
             answer.logprobs += row.logprobs or ()
             if row.prompt_logprobs is not None:
@@ -160,6 +161,11 @@ class Stage:
 
     def load(self, model_id: str, **more: object) -> None:
         self.inbox.put(Load(model_id, Checkpoint(model_dir=model_id), **more))  # type: ignore[arg-type]
+
+    def load_adapter(self, model_id: str) -> None:
+        """Load an adapter of the backend's `adapters`. Its files are named by their content."""
+        spec = self.backend.adapters[model_id]
+        self.inbox.put(Load(model_id, Checkpoint(model_dir=spec.content), adapter_of=spec.base))
 
     def unload(self, model_id: str) -> None:
         self.inbox.put(Unload(model_id))
@@ -233,8 +239,8 @@ class Stage:
         return self.loop.table.stats()
 
     def check_text(self, answer: Answer) -> None:
-        spec = self.backend.specs[answer.add.model_id]
-        text, finish = expected(answer.add, spec)
+        voice, spec = self.backend.voice_of(answer.add.model_id)
+        text, finish = expected(answer.add, spec, voice)
         if answer.finish in (FinishReason.ABORTED, FinishReason.ERROR):
             assert answer.tokens == text[: len(answer.tokens)]
             return
@@ -269,5 +275,7 @@ class Stage:
         assert self.backend.mapped == 0
         assert not self.backend.open_rows
         assert all(memory.closed for memory in self.backend.memories)
+        assert all(memory.closed for memory in self.backend.adapter_memories)
+        assert all(bank.closed for bank in self.backend.banks)
         assert all(runner.closed for runner in self.backend.runners)
         assert all(answer.last is not None for answer in self.answers.values())

@@ -8,8 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import msgspec
+
 from common.model_key import Quantization
-from runtime.engine.interfaces import KvGeometry, LoadRequest, LoadResult, RowSetup, StepOutput, StepPlan, TokenMasks
+from runtime.engine.interfaces import (
+    AdapterResult,
+    KvGeometry,
+    LoadRequest,
+    LoadResult,
+    RowSetup,
+    StepOutput,
+    StepPlan,
+    TokenMasks,
+)
 from runtime.errors import LoadFailed
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import ModelFacts
@@ -34,6 +45,11 @@ def draw(
     return token
 
 
+def voice(model_id: str, adapter: str) -> str:
+    """The name that tokens are drawn by."""
+    return f"{model_id}+{adapter}" if adapter else model_id
+
+
 @dataclass
 class FakeSpec:
     """Handed as Load.checkpoint.model_dir's stand-in: see FakeBackend.specs."""
@@ -49,6 +65,126 @@ class FakeSpec:
     fails: str = ""
 
 
+@dataclass
+class FakeAdapterSpec:
+    """`content` decides, with the base, what the adapter's sequences say."""
+
+    base: str
+    content: str
+    size_bytes: int = 5000
+    load_polls: int = 1
+    swap_polls: int = 2
+    fails: str = ""
+    swap_fails: bool = False
+
+
+class FakeBank:
+    """Implements interfaces.AdapterBank: what lies at which byte of the range, and which slot names it."""
+
+    def __init__(self, backend: "FakeBackend", model_id: str) -> None:
+        self.num_slabs = backend.total_slabs
+        self.num_slots = backend.adapter_slots
+        self._backend = backend
+        self._model_id = model_id
+        self.slab_at: dict[int, int] = {}
+        self.slots: dict[int, FakeAdapterMemory] = {}
+        self.closed = False
+
+    def map(self, index: int, slab: int) -> None:
+        assert index not in self.slab_at
+        self._backend.map(slab, (self._model_id, "adapters"))
+        self.slab_at[index] = slab
+
+    def unmap(self, index: int) -> None:
+        self._backend.unmap(self.slab_at.pop(index), (self._model_id, "adapters"))
+
+    def close(self) -> None:
+        assert not self.slab_at
+        self.closed = True
+
+    def content(self, slot: int) -> str:
+        """What a step finds in `slot`."""
+        found = self.slots[slot]
+        assert found.resident, f"slot {slot} names an adapter that has left"
+        assert found.arrived, f"slot {slot} names an adapter that has not arrived"
+        assert all(place in self.slab_at for place in found.places()), "its slabs are not mapped"
+        return found.spec.content
+
+
+class FakeAdapterMemory:
+    """Implements interfaces.AdapterMemory."""
+
+    def __init__(self, backend: "FakeBackend", bank: FakeBank, spec: FakeAdapterSpec) -> None:
+        self.spec = spec
+        self.size_bytes = spec.size_bytes
+        self.digest = spec.content
+        self._slab_bytes = backend.slab_bytes
+        self._bank = bank
+        self._offset = 0
+        self._polls = 0
+        self.resident = self.arrived = self.closed = False
+
+    def places(self) -> range:
+        return range(self._offset // self._slab_bytes, -(-(self._offset + self.size_bytes) // self._slab_bytes))
+
+    def swap_in(self, slot: int, offset: int) -> None:
+        assert not self.resident
+        self._offset, self._polls = offset, 0
+        assert all(place in self._bank.slab_at for place in self.places()), "its slabs are not mapped"
+        for other in self._bank.slots.values():
+            end = other._offset + other.size_bytes
+            assert not other.resident or end <= offset or other._offset >= offset + self.size_bytes, "two at one place"
+        named = self._bank.slots.get(slot)
+        assert named is None or not named.resident, f"slot {slot} is taken"
+        self._bank.slots[slot] = self
+        self.resident, self.arrived = True, False
+
+    def swap_in_done(self) -> bool:
+        self._polls += 1
+        if self.spec.swap_fails:
+            raise LoadFailed("the packed file is gone")
+        self.arrived = self._polls > self.spec.swap_polls
+        return self.arrived
+
+    def evict(self) -> None:
+        self.resident = False
+
+    def host_bytes(self) -> int:
+        return 0
+
+    def drop_host(self) -> None:
+        raise AssertionError("there is no host arena")
+
+    def close(self) -> None:
+        assert not self.resident
+        self.closed = True
+
+
+class FakeAdapterJob:
+    def __init__(self, backend: "FakeBackend", model_id: str, base: LoadResult) -> None:
+        self._backend, self._model_id, self._base = backend, model_id, base
+        self._spec = backend.adapters[model_id]
+        self._polls = self._spec.load_polls
+
+    def done(self) -> bool:
+        self._polls -= 1
+        return self._polls < 0
+
+    def result(self) -> AdapterResult:
+        if self._spec.fails:
+            raise LoadFailed(f"model {self._model_id}: {self._spec.fails}")
+        bank = self._base.adapters
+        assert isinstance(bank, FakeBank)
+        memory = FakeAdapterMemory(self._backend, bank, self._spec)
+        self._backend.adapter_memories.append(memory)
+        facts = msgspec.structs.replace(
+            self._base.runner.facts, model_id=self._model_id, weight_bytes=self._spec.size_bytes
+        )
+        return AdapterResult(facts, memory)
+
+    def cancel(self) -> None: ...
+
+
 class FakeMemory:
     def __init__(self, backend: "FakeBackend", model_id: str, spec: FakeSpec) -> None:
         self.weight_slabs = spec.weight_slabs
@@ -61,7 +197,7 @@ class FakeMemory:
         self.resident = False
         self.closed = False
         self.kv_slab: dict[int, int] = {}
-        self.cells: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) → (position, token)
+        self.cells: dict[tuple[int, int], tuple[int, int, str]] = {}  # (page, offset) → (position, token, adapter)
 
     def swap_in(self, slabs: Sequence[int]) -> None:
         try:
@@ -120,6 +256,7 @@ class FakeRow:
     setup: RowSetup
     table: dict[int, int] = field(default_factory=dict)
     last: int | None = None
+    adapter: str = ""  # in the step that runs
 
 
 class FakeLaunched:
@@ -141,8 +278,12 @@ class FakeLaunched:
 
 
 class FakeRunner:
-    def __init__(self, backend: "FakeBackend", facts: ModelFacts, spec: FakeSpec, memory: FakeMemory) -> None:
+    def __init__(
+        self, backend: "FakeBackend", facts: ModelFacts, spec: FakeSpec, memory: FakeMemory, bank: FakeBank
+    ) -> None:
         self.facts = facts
+        self._bank = bank
+        self.adapters_expected = False
         self._backend = backend
         self._spec = spec
         self._memory = memory
@@ -157,6 +298,9 @@ class FakeRunner:
         assert len(setup.prompt) == setup.prompt_len
         self.rows[setup.row] = FakeRow(setup)
         self._backend.open_rows.add(setup.row)
+
+    def expect_adapters(self) -> None:
+        self.adapters_expected = True
 
     def close_row(self, row: int) -> None:
         # a row whose step broke at its launch may never have been opened
@@ -213,6 +357,8 @@ class FakeRunner:
         work = []
         for i, slot in enumerate(plan.rows):
             row = self.rows[slot]
+            adapter = plan.adapters[i] if plan.adapters else -1
+            row.adapter = self._bank.content(adapter) if adapter >= 0 else ""
             if plan.from_device[i]:
                 assert row.last is not None, "nothing was drawn yet"
                 ids = [row.last]
@@ -239,7 +385,7 @@ class FakeRunner:
                 suppressed = row.setup.suppressed if drawn < row.setup.min_tokens else ()
                 assert row.setup.masked == (slot in masks), "drawn without its mask"
                 allowed = unpack(masks[slot], self._spec.vocab) if slot in masks else None
-                token = draw(self.facts.model_id, history, self._spec.vocab, suppressed, allowed)
+                token = draw(voice(self.facts.model_id, row.adapter), history, self._spec.vocab, suppressed, allowed)
                 row.last = token
                 tokens.append(token)
                 wanted = row.setup.logprobs.generated is not None
@@ -272,6 +418,8 @@ class FakeRunner:
         assert count
         assert count == len(plan.starts) == len(plan.counts) == len(plan.from_device) == len(plan.samples)
         assert len(set(plan.rows)) == count, "a row twice"
+        assert len(plan.adapters) in (0, count)
+        assert not plan.adapters or max(plan.adapters) >= 0, "adapters without an adapter"
         assert all(row in self.rows for row in plan.rows), "a row that isn't open"
         assert all(c >= max(1, s) for c, s in zip(plan.counts, plan.samples, strict=True))
         assert sum(plan.samples) <= self._backend.max_rows, "more draws than rows"
@@ -304,14 +452,15 @@ class FakeRunner:
             assert position < self.facts.max_model_len, f"position {position} is past the context"
             page = row.table[position // size]
             assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
-            self._memory.cells[page, position % size] = (position, token)
+            self._memory.cells[page, position % size] = (position, token, row.adapter)
 
     def _read(self, row: FakeRow, end: int) -> list[int]:
         size = self._memory.kv.block_tokens
         history = []
         for position in range(end):
-            at, token = self._memory.cells[row.table[position // size], position % size]
+            at, token, adapter = self._memory.cells[row.table[position // size], position % size]
             assert at == position, f"position {position} reads what was written for {at}"
+            assert adapter == row.adapter, f"adapter {row.adapter!r} reads what {adapter!r} wrote"
             history.append(token)
         return history
 
@@ -346,9 +495,11 @@ class FakeJob:
         )
         memory = FakeMemory(self._backend, model_id, spec)
         self._backend.memories.append(memory)
-        runner = FakeRunner(self._backend, facts, spec, memory)
+        bank = FakeBank(self._backend, model_id)
+        runner = FakeRunner(self._backend, facts, spec, memory, bank)
         self._backend.runners.append(runner)
-        return LoadResult(runner, memory)
+        self._backend.banks.append(bank)
+        return LoadResult(runner, memory, bank)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -375,6 +526,10 @@ class FakeBackend:
         self.open_rows: set[int] = set()
         self.memories: list[FakeMemory] = []
         self.runners: list[FakeRunner] = []
+        self.adapters: dict[str, FakeAdapterSpec] = {}
+        self.adapter_slots = 4
+        self.adapter_memories: list[FakeAdapterMemory] = []
+        self.banks: list[FakeBank] = []
         self.steps = 0
         self.largest_step = 0
         self.token_us = 2.0
@@ -421,6 +576,16 @@ class FakeBackend:
 
     def load(self, request: LoadRequest) -> FakeJob:
         return FakeJob(self, request, self.specs[request.model_id])
+
+    def load_adapter(self, request: LoadRequest, base: LoadResult) -> FakeAdapterJob:
+        return FakeAdapterJob(self, request.model_id, base)
+
+    def voice_of(self, model_id: str) -> tuple[str, FakeSpec]:
+        """Return the name that the tokens of a model or an adapter are drawn by, and its (base's) spec."""
+        adapter = self.adapters.get(model_id)
+        if adapter is None:
+            return model_id, self.specs[model_id]
+        return voice(adapter.base, adapter.content), self.specs[adapter.base]
 
     def synchronize(self) -> None: ...
 

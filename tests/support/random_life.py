@@ -7,7 +7,7 @@ from runtime.engine.interfaces import Drafter, KvGeometry
 from runtime.engine.operations import Operation
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.engine_stage import GREEDY, Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeAdapterSpec, FakeBackend, FakeSpec
 
 PENALTY = SamplingParams(temperature=0.0, repetition_penalty=1.1)
 
@@ -36,11 +36,13 @@ def run_life(
     *,
     faults: bool = True,
     varied: bool = False,
+    adapters: bool = False,
     drafter: Drafter | None = None,
     record: Callable[[Operation], None] | None = None,
     on_turn: Callable[[FakeBackend], None] = lambda backend: None,
 ) -> Stage:
-    """Run `turns` random actions, then turn until every request has ended. `faults`: steps and swap-ins may break. `varied`: some have grammars or ask for a vector."""
+    """Run `turns` random actions, then turn until every request has ended. `faults`: steps and swap-ins may break. `varied`: some have grammars or ask for a vector.
+    `adapters`: models have adapters that come and go, and most requests name one."""
     rng = random.Random(seed)
     grammars = random.Random(seed + 1000)
     backend = FakeBackend(
@@ -58,6 +60,15 @@ def run_life(
         grammar_polls=grammars.choice((0, 0, 3)),
     )
     names = list(backend.specs)
+    tuned = random.Random(seed + 2000)
+    if adapters:
+        backend.adapter_slots = tuned.choice((1, 2, 5))
+        for number in range(8):
+            size_bytes = tuned.randint(100, 3 * backend.slab_bytes)
+            spec = backend.specs[names[number % 2]]
+            room = (backend.total_slabs - spec.weight_slabs - 4) * spec.kv.blocks_per_slab * spec.kv.block_tokens
+            spec.max_model_len = min(spec.max_model_len, room)  # no context is cut for an adapter
+            backend.adapters[f"tuned-{number}"] = FakeAdapterSpec(names[number % 2], f"content {number}", size_bytes)
     stems = [[rng.randrange(40) for _ in range(rng.randint(4, 40))] for _ in range(4)]
     for name in names[:3]:
         stage.load(name)
@@ -67,15 +78,20 @@ def run_life(
         if dice < 0.25:
             for _ in range(rng.choice((1, 1, 2, 12))):
                 stem = rng.choice(stems)
-                longest = backend.specs[name].max_model_len
+                longest = (
+                    min(spec.max_model_len for spec in backend.specs.values())
+                    if adapters
+                    else backend.specs[name].max_model_len
+                )
                 prompt = (stem[: rng.randint(0, len(stem))] + [rng.randrange(40) for _ in range(rng.randint(1, 8))])[
                     :longest
                 ]
                 wants = rng.random()
                 logprobs = LogprobParams(0 if wants < 0.1 else None, 0 if wants > 0.93 else None)
                 max_tokens = rng.choice((0, 1, 3, 20, 200))
+                asked = tuned.choice(sorted(backend.adapters)) if adapters and tuned.random() < 0.7 else name
                 stage.add(
-                    name,
+                    asked,
                     prompt,
                     max_tokens,
                     sampling=rng.choice((GREEDY, GREEDY, PENALTY)),
@@ -85,12 +101,16 @@ def run_life(
                     pooling=varied and max_tokens == 0 and grammars.random() < 0.5,
                     min_tokens=rng.choice((0, 0, 4)),
                     ignore_eos=rng.random() < 0.3,
-                    stop_token_ids=tuple(rng.sample(range(backend.specs[name].vocab), rng.choice((0, 0, 2)))),
+                    stop_token_ids=tuple(
+                        rng.sample(range(7 if adapters else backend.specs[name].vocab), rng.choice((0, 0, 2)))
+                    ),
                 )
         elif dice < 0.29 and stage.answers:
             stage.abort(*rng.sample(sorted(stage.answers), min(3, len(stage.answers))))
         elif dice < 0.31:
             stage.load(name)
+        elif adapters and dice < 0.4:
+            _tune(stage, tuned)
         elif dice < 0.317:
             stage.unload(name)
         elif dice < 0.322 and faults:
@@ -101,3 +121,12 @@ def run_life(
         on_turn(backend)
     stage.until_quiet()
     return stage
+
+
+def _tune(stage: Stage, rng: random.Random) -> None:
+    """Load or unload an adapter."""
+    adapter_id = rng.choice(sorted(stage.backend.adapters))
+    if rng.random() < 0.85:
+        stage.load_adapter(adapter_id)
+    else:
+        stage.unload(adapter_id)

@@ -1,9 +1,9 @@
 """Applies the commands of the front: requests, aborts and shutdown. Loads and unloads are in loads.py."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from runtime.engine.core.end_times import first_end_s
+from runtime.engine.core.loaded_adapter import LoadedAdapter
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
@@ -22,9 +22,10 @@ class _Opening:
 
     add: Add
     model: LoadedModel
+    adapter: LoadedAdapter | None
     arrival: int
     arrived_s: float
-    job: MaskSourceJob
+    job: MaskSourceJob | None
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class Commands:
                 self.loads.load(command, now)
             case Unload(model_id=model_id):
                 self.loads.unload(model_id, now)
-                if model_id not in self.table.models:
+                if self.table.find(model_id) is None:
                     self.round_robin.forget(model_id)
             case Shutdown(grace_s=grace_s):
                 self.stop_by_s = now + grace_s
@@ -65,17 +66,17 @@ class Commands:
             return
         for request_id, opening in list(self._opening.items()):
             add = opening.add
-            if self.table.models.get(add.model_id) is not opening.model:
+            if self.table.find(add.model_id) != (opening.model, opening.adapter):
                 del self._opening[request_id]
                 self.table.emit_rows(add.model_id, [RowTokens(request_id, (), FinishReason.ABORTED)])
-            elif opening.job.ready():
+            elif opening.job is None or opening.job.ready():
                 del self._opening[request_id]
                 try:
-                    source = opening.job.result()
+                    source = None if opening.job is None else opening.job.result()
                 except RepertoryError as error:
                     self.table.refuse(request_id, add.model_id, error.code, error.detail)
                 else:
-                    self._queue(add, opening.model, opening.arrival, opening.arrived_s, source, now)
+                    self._queue(opening, source, now)
 
     def close(self) -> None:
         """Refuse the requests whose mask source is still being made, because the engine ends."""
@@ -84,16 +85,17 @@ class Commands:
         self._opening.clear()
 
     def _add(self, add: Add, now: float) -> None:
-        model = self.table.models.get(add.model_id)
+        found = self.table.find(add.model_id)
         if self.stop_by_s is not None:
             self.table.refuse(add.request_id, add.model_id, "UNAVAILABLE", "the engine is shutting down")
             return
-        if model is None:
+        if found is None:
             self.table.refuse(add.request_id, add.model_id, "NOT_FOUND", "it is not loaded here")
             return
+        model, adapter = found
         waiting = len(model.scheduler.waiting)
         if self._opening:
-            waiting += Counter(opening.add.model_id for opening in self._opening.values())[add.model_id]
+            waiting += sum(opening.model is model for opening in self._opening.values())
         if waiting >= model.max_waiting:
             text = f"{waiting} requests wait already, the limit is {model.max_waiting}"
             hint_s = first_end_s(self.table.models.values(), model)
@@ -103,22 +105,22 @@ class Commands:
         self._arrivals += 1
         grammar = add.request.grammar
         if grammar is None:
-            self._queue(add, model, arrival, now, None, now)
+            self._queue(_Opening(add, model, adapter, arrival, now, None), None, now)
         elif self.mask_sources is None:
             text = "this engine cannot constrain the output to a grammar; send the request without one"
             self.table.refuse(add.request_id, add.model_id, NotSupported.code, text)
         else:
             model.touch(now)
             job = self.mask_sources.open(model.request.checkpoint, model.facts, grammar)
-            self._opening[add.request_id] = _Opening(add, model, arrival, now, job)
+            self._opening[add.request_id] = _Opening(add, model, adapter, arrival, now, job)
 
-    def _queue(
-        self, add: Add, model: LoadedModel, arrival: int, arrived_s: float, source: MaskSource | None, now: float
-    ) -> None:
+    def _queue(self, opening: _Opening, source: MaskSource | None, now: float) -> None:
+        add, model, adapter = opening.add, opening.model, opening.adapter
         if add.request.bad_words:
             source = BadWords(add.request.bad_words, source)
-        most = model.facts.max_model_len
-        sequence = from_add(add, arrival, arrived_s, most, source)
+        most = (model if adapter is None else adapter).facts.max_model_len
+        use = None if adapter is None else adapter.use
+        sequence = from_add(add, opening.arrival, opening.arrived_s, most, source, use)
         if not 0 < sequence.prompt_len <= most:
             text = f"a prompt of {sequence.prompt_len} tokens; it must have between 1 and {most}"
             self.table.refuse(add.request_id, add.model_id, "INVALID_ARGUMENT", text)
@@ -129,6 +131,8 @@ class Commands:
             return
         model.touch(now)
         self.table.uses.add(model.model_id)
+        if adapter is not None:
+            adapter.touch(now)
         wants_pass = add.request.pooling or add.request.logprobs.prompt is not None
         if sequence.max_output_tokens == 0 and not wants_pass:
             reason = FinishReason.LENGTH if add.request.stop.max_tokens == 0 else FinishReason.CONTEXT

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from runtime.engine.interfaces import (
+    AdapterBank,
+    AdapterJob,
+    AdapterResult,
     Backend,
     Launched,
     LoadJob,
@@ -23,7 +26,9 @@ from runtime.engine.operations import (
     CloseRow,
     DropHost,
     Evict,
+    EvictAdapter,
     FinishLoad,
+    MapAdapters,
     MapKv,
     OpenRow,
     Operation,
@@ -32,7 +37,9 @@ from runtime.engine.operations import (
     RunStep,
     StartLoad,
     SwapIn,
+    SwapInAdapter,
     Unload,
+    UnmapAdapters,
     UnmapKv,
 )
 from runtime.errors import RepertoryError
@@ -61,6 +68,8 @@ class OperationExecutor:
         self._queue: list[Operation] = []
         self._jobs: dict[str, LoadJob] = {}
         self._models: dict[str, LoadResult] = {}
+        self._adapter_jobs: dict[str, AdapterJob] = {}
+        self._adapters: dict[str, AdapterResult] = {}
         self._failed_swap_ins: dict[str, Exception] = {}
 
     def enqueue(self, operation: Operation) -> None:
@@ -76,7 +85,7 @@ class OperationExecutor:
             return
         queue, self._queue = self._queue, []
         for operation in queue:
-            if isinstance(operation, SwapIn):
+            if isinstance(operation, SwapIn | SwapInAdapter):
                 try:
                     self.apply(operation)
                 except Exception as error:
@@ -117,7 +126,7 @@ class OperationExecutor:
 
     def load_is_done(self, model_id: str) -> bool:
         """Whether `finish_load` would return at once."""
-        return self._jobs[model_id].done()
+        return self._job(model_id).done()
 
     def cancel_load(self, model_id: str) -> None:
         """Stop a load as soon as possible; `finish_load` must still be called."""
@@ -142,11 +151,21 @@ class OperationExecutor:
             raise error
         return self._models[model_id]
 
+    def finish_adapter_load(self, model_id: str) -> AdapterResult:
+        """Like `finish_load`, for an adapter."""
+        self.flush()
+        self.apply(FinishLoad(model_id))
+        return self._adapters[model_id]
+
     def unload(self, model_id: str) -> None:
-        """Apply what is queued, then close a model."""
+        """Apply what is queued, then close a model or an adapter."""
         self.enqueue(Unload(model_id))
         self.flush()
         self._failed_swap_ins.pop(model_id, None)
+
+    def expect_adapters(self, model_id: str) -> None:
+        """Have a model prepare for steps with adapters."""
+        self._models[model_id].runner.expect_adapters()
 
     def take_failed_swap_ins(self) -> dict[str, Exception]:
         """The models whose swap-in failed since the last call. Each holds its slabs until it is evicted."""
@@ -183,6 +202,8 @@ class OperationExecutor:
                 self._models[model_id].memory.swap_in(slabs)
             case Evict(model_id):
                 self._models[model_id].memory.evict()
+            case DropHost(model_id) if model_id in self._adapters:
+                self._adapters[model_id].memory.drop_host()
             case DropHost(model_id):
                 self._models[model_id].memory.drop_host()
             case RunStep(model_id, plan):
@@ -195,18 +216,48 @@ class OperationExecutor:
                 runner = self._models[model_id].runner
                 words = np.frombuffer(masks, np.int32).reshape(-1, mask_words(runner.facts.vocab_size))
                 return runner.launch_draws(words)
-            case StartLoad(model_id, checkpoint, max_model_len):
+            case MapAdapters(model_id, index, slab):
+                self._bank(model_id).map(index, slab)
+            case UnmapAdapters(model_id, index):
+                self._bank(model_id).unmap(index)
+            case SwapInAdapter(model_id, slot, offset):
+                self._adapters[model_id].memory.swap_in(slot, offset)
+            case EvictAdapter(model_id):
+                self._adapters[model_id].memory.evict()
+            case _:
+                self._apply_load(operation)
+        return None
+
+    def _apply_load(self, operation: Operation) -> None:
+        match operation:
+            case StartLoad(model_id, checkpoint, max_model_len, ""):
                 self._jobs[model_id] = self._backend.load(LoadRequest(model_id, checkpoint, max_model_len))
+            case StartLoad(model_id, checkpoint, max_model_len, base_id):
+                base, request = self._models[base_id], LoadRequest(model_id, checkpoint, max_model_len)
+                self._adapter_jobs[model_id] = self._backend.load_adapter(request, base)
             case CancelLoad(model_id):
-                self._jobs[model_id].cancel()
+                self._job(model_id).cancel()
+            case FinishLoad(model_id) if model_id in self._adapter_jobs:
+                self._adapters[model_id] = self._adapter_jobs.pop(model_id).result()
             case FinishLoad(model_id):
                 self._models[model_id] = self._jobs.pop(model_id).result()
+            case Unload(model_id) if model_id in self._adapters:
+                self._adapters.pop(model_id).memory.close()
             case Unload(model_id):
                 model = self._models.pop(model_id, None)
                 if model is not None:  # else its load failed on this rank
                     model.runner.close()
                     model.memory.close()
-        return None
+                    if model.adapters is not None:
+                        model.adapters.close()
+
+    def _job(self, model_id: str) -> LoadJob | AdapterJob:
+        return self._adapter_jobs.get(model_id) or self._jobs[model_id]
+
+    def _bank(self, model_id: str) -> AdapterBank:
+        bank = self._models[model_id].adapters
+        assert bank is not None, "only a model that takes adapters has any"
+        return bank
 
 
 class KvOperations:

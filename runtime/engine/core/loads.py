@@ -41,10 +41,10 @@ class Loads:
             self._cancel(pending, "another load of it came")
             pending.later.append(request)
             return
-        model = self.table.models.get(model_id)
-        if model is not None:
-            if (model.request.checkpoint, model.request.max_model_len) == (request.checkpoint, request.max_model_len):
-                self.table.emit(Loaded(model.facts))
+        loaded = self.table.adapters.adapters.get(model_id) or self.table.models.get(model_id)
+        if loaded is not None:
+            if _content(loaded.request) == _content(request):
+                self.table.emit(Loaded(loaded.facts))
                 return
             self._unregister(model_id, now)
         self._start(request)
@@ -74,9 +74,12 @@ class Loads:
         executor = self.table.executor
         for model_id in self._pending:
             executor.cancel_load(model_id)
-        for model_id in self._pending:
+        for model_id, pending in self._pending.items():
             try:
-                executor.finish_load(model_id)
+                if pending.request.adapter_of:
+                    executor.finish_adapter_load(model_id)
+                else:
+                    executor.finish_load(model_id)
             except Exception:
                 continue  # the load was cancelled or failed, and holds nothing
             executor.unload(model_id)
@@ -87,7 +90,11 @@ class Loads:
         try:
             self.table.check_fits(request, size_bytes)
             self.table.make_host_room(size_bytes)
-            self.table.executor.start_load(StartLoad(request.model_id, request.checkpoint, request.max_model_len))
+            if request.adapter_of:
+                self.table.check_base(request)
+            self.table.executor.start_load(
+                StartLoad(request.model_id, request.checkpoint, request.max_model_len, request.adapter_of)
+            )
         except Exception as error:
             self._fail(request.model_id, 1, *_reason(error))
             return
@@ -95,6 +102,9 @@ class Loads:
 
     def _finish(self, pending: _Pending, now: float) -> None:
         request, executor = pending.request, self.table.executor
+        if request.adapter_of:
+            self._finish_adapter(pending, now)
+            return
         try:
             loaded = executor.finish_load(request.model_id)
         except Exception as error:
@@ -121,7 +131,35 @@ class Loads:
         for _ in range(pending.answers):
             self.table.emit(Loaded(model.facts))
 
+    def _finish_adapter(self, pending: _Pending, now: float) -> None:
+        request, executor = pending.request, self.table.executor
+        try:
+            loaded = executor.finish_adapter_load(request.model_id)
+        except Exception as error:
+            self._fail(request.model_id, pending.answers, *_reason(error))
+            return
+        if pending.cancelled:
+            executor.unload(request.model_id)
+            return
+        try:
+            adapter = self.table.register_adapter(request, loaded, now)
+        except Exception as error:
+            executor.unload(request.model_id)
+            self._fail(request.model_id, pending.answers, *_reason(error))
+            return
+        self.table.adapters.load_if_free(adapter, now)
+        executor.flush()
+        self.table.emit(self.table.stats())
+        for _ in range(pending.answers):
+            self.table.emit(Loaded(adapter.facts))
+
     def _unregister(self, model_id: str, now: float) -> None:
+        adapter = self.table.adapters.adapters.get(model_id)
+        if adapter is not None:
+            self.collect_all_of(adapter.base.model_id)
+            if model_id in self.table.adapters.adapters:
+                self.table.unregister_adapter(adapter, FinishReason.ABORTED, now)
+            return
         if model_id in self.table.models:
             self.collect_all_of(model_id)
         # settling may have found the model broken, and forgotten it
@@ -139,6 +177,11 @@ class Loads:
     def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
         for _ in range(answers):
             self.table.emit(LoadFailed(model_id, code, message))
+
+
+def _content(request: Load) -> tuple[object, ...]:
+    """Return what must be equal for a load to be the same."""
+    return request.checkpoint, request.max_model_len, request.adapter_of
 
 
 def _reason(error: Exception) -> tuple[str, str]:

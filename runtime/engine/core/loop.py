@@ -159,10 +159,14 @@ class EngineLoop:
         """Bring weights in and out. A model whose swap-in fails is unloaded, the others stay."""
         self._executor.flush()  # swap-ins must have begun before they are polled
         self.table.resident.update(now)
+        failed = {adapter.model_id: error for adapter, error in self.table.adapters.update(self.table.resident, now)}
         self._executor.flush()
-        for model_id, error in self._executor.take_failed_swap_ins().items():
+        for model_id, error in {**failed, **self._executor.take_failed_swap_ins()}.items():
             text = f"its weights did not come in: {type(error).__name__}: {error}"
-            self._unload_broken(self.table.models[model_id], text)
+            if model_id in self.table.models:
+                self._unload_broken(self.table.models[model_id], text)
+            else:
+                self._unload_broken_adapter(model_id, text)
 
     # Launching ------------------------------------------------------------------------------------------------------------------------------
 
@@ -278,6 +282,14 @@ class EngineLoop:
         self.table.unregister(model, FinishReason.ERROR, self._clock(), "INTERNAL", text)
         self._round_robin.forget(model.model_id)
         self.table.emit(LoadFailed(model.model_id, "INTERNAL", text))
+
+    def _unload_broken_adapter(self, model_id: str, text: str) -> None:
+        adapter = self.table.adapters.adapters[model_id]
+        self._collect_all_of(adapter.base.model_id)
+        # Settling may have found the base broken, and unloaded its adapters.
+        if model_id in self.table.adapters.adapters:
+            self.table.unregister_adapter(adapter, FinishReason.ERROR, self._clock(), "INTERNAL", text)
+            self.table.emit(LoadFailed(model_id, "INTERNAL", text))
 
     # Waiting and the end ---------------------------------------------------------------------------------------------------------------------------
 

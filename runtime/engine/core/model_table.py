@@ -10,21 +10,25 @@ import msgspec
 from common.decayed_uses import DecayedUses
 from runtime.checkpoint.device_fit import DeviceBudget, ModelLayout, fit_device
 from runtime.config.schema import EngineConfig
+from runtime.engine.core.adapter_manager import AdapterManager
 from runtime.engine.core.end_times import busy_s
 from runtime.engine.core.executor import KvOperations, OperationExecutor
+from runtime.engine.core.loaded_adapter import LoadedAdapter
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
-from runtime.engine.interfaces import Backend, Drafter, LoadResult, MaskSources
+from runtime.engine.interfaces import AdapterBank, AdapterResult, Backend, Drafter, LoadResult, MaskSources
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.operations import CloseRow, DropHost
+from runtime.engine.scheduler.adapter_use import AdapterUse
 from runtime.engine.scheduler.cost_model import CostModel
 from runtime.engine.scheduler.row_pool import ModelRows, RowPool
 from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.engine.scheduler.sequence import Sequence
+from runtime.errors import LoadFailed as LoadFailedError
 from runtime.errors import ModelTooLarge
-from runtime.ipc.messages import EngineStats, Event, Load, RowTokens, Tokens
+from runtime.ipc.messages import EngineStats, Event, Load, LoadFailed, RowTokens, Tokens
 from runtime.types import FinishReason
 
 _CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
@@ -50,13 +54,17 @@ class ModelTable:
         self.rows = RowPool(min(config.max_rows, backend.max_rows, config.max_batch_tokens))
         self.models: dict[str, LoadedModel] = {}
         self.uses = DecayedUses()
-        self.resident = ResidencyManager(self.slabs, self.models, executor.enqueue, self.keep_on_host)
+        self._banks: dict[str, AdapterBank] = {}
+        self.adapters = AdapterManager(self.slabs, backend.slab_bytes, executor.enqueue)
+        self.resident = ResidencyManager(
+            self.slabs, self.models, executor.enqueue, self.adapters, make_host_room=self.keep_on_host
+        )
         self._num_registrations = 0
 
     @property
     def num_changes(self) -> int:
         """Grows whenever a model is registered, unregistered, or changes its tier."""
-        return self._num_registrations + self.resident.num_changes
+        return self._num_registrations + self.resident.num_changes + self.adapters.num_changes
 
     def check_fits(self, request: Load, weight_bytes: int) -> None:
         """Raise ModelTooLarge if weights of `weight_bytes` exceed the whole device budget."""
@@ -94,14 +102,81 @@ class ModelTable:
             uses=self.uses,
         )
         self.models[model_id] = model
+        if loaded.adapters is not None:
+            self._banks[model_id] = loaded.adapters
         self._num_registrations += 1
         return model
+
+    def find(self, model_id: str) -> tuple[LoadedModel, LoadedAdapter | None] | None:
+        """Return the model that runs the requests for a name: the model itself, or the base of an adapter with the adapter."""
+        adapter = self.adapters.adapters.get(model_id)
+        if adapter is not None:
+            return adapter.base, adapter
+        model = self.models.get(model_id)
+        return None if model is None else (model, None)
+
+    def check_base(self, request: Load) -> None:
+        """Raise LoadFailed unless the base of an adapter is loaded and takes adapters."""
+        base_id = request.adapter_of
+        if base_id not in self.models:
+            raise LoadFailedError(f"its base {base_id} is not loaded here", model=request.model_id)
+        if base_id not in self._banks:
+            text = f"its base {base_id} is split over several GPUs (tensor parallelism), which takes no adapters"
+            raise LoadFailedError(text, model=request.model_id)
+
+    def register_adapter(self, request: Load, loaded: AdapterResult, now: float) -> LoadedAdapter:
+        """Add an adapter that was loaded.
+
+        Raises LoadFailed if its base is gone, or ModelTooLarge if both and the smallest useful KV cache exceed the device budget.
+        """
+        base = self.models.get(request.adapter_of)
+        if base is None:
+            raise LoadFailedError(f"its base {request.adapter_of} was unloaded", model=request.model_id)
+        geometry = base.memory.kv
+        # An extent may begin within a slab, so it touches one more than its size has.
+        kv_slabs = self.slabs.total - base.memory.weight_slabs - self.adapters.slabs_of(loaded.memory.size_bytes) - 1
+        if kv_slabs < 1:
+            slab_bytes = self.backend.slab_bytes
+            raise ModelTooLarge(
+                f"its {loaded.memory.size_bytes} bytes, the {base.memory.weight_bytes} bytes of its base and a slab of KV exceed the device budget "
+                f"of {self.slabs.total * slab_bytes} bytes",
+                model=request.model_id,
+                limit=self.slabs.total * slab_bytes,
+            )
+        context = min(base.facts.max_model_len, kv_slabs * geometry.blocks_per_slab * geometry.block_tokens)
+        use = AdapterUse(request.model_id, loaded.memory.digest.encode())
+        facts = msgspec.structs.replace(loaded.facts, max_model_len=context)
+        adapter = LoadedAdapter(request, facts, loaded.memory, base, use, now)
+        self.adapters.add(adapter, self._banks[base.model_id])
+        self.executor.expect_adapters(base.model_id)
+        self._num_registrations += 1
+        return adapter
+
+    def unregister_adapter(
+        self,
+        adapter: LoadedAdapter,
+        reason: FinishReason,
+        now: float,
+        code: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Remove an adapter: end its requests for `reason` and release its place. None of its base's steps may be in flight."""
+        base = adapter.base
+        self.end(base, [s for s in base.scheduler.sequences() if s.adapter is adapter.use], reason, now, code, error)
+        self.adapters.remove(adapter)
+        self.executor.unload(adapter.model_id)
+        self._num_registrations += 1
 
     def unregister(
         self, model: LoadedModel, reason: FinishReason, now: float, code: str | None = None, error: str | None = None
     ) -> None:
         """Remove a model: end its requests for `reason` and release all that it holds. None of its steps may be in flight."""
         self.end(model, model.scheduler.sequences(), reason, now, code, error)
+        for adapter in self.adapters.of(model):
+            self.unregister_adapter(adapter, reason, now, code, error)
+            self.emit(LoadFailed(adapter.model_id, "FAILED_PRECONDITION", f"its base {model.model_id} was unloaded"))
+        self.adapters.forget_base(model)
+        self._banks.pop(model.model_id, None)
         model.cache.forget()
         self.resident.evict(model)
         self.executor.unload(model.model_id)
@@ -146,7 +221,7 @@ class ModelTable:
     def make_host_room(self, size_bytes: int) -> None:
         """Drop host copies, the least used first, until a model of this size fits in the host tier."""
         if self.backend.host_total_bytes:
-            self._drop_host_copies(size_bytes, self.models.values())
+            self._drop_host_copies(size_bytes, [*self.models.values(), *self.adapters.adapters.values()])
 
     def keep_on_host(self, model: LoadedModel) -> None:
         """Make room in the host tier for a model that returns from disk, if models that are used less hold enough of it."""
@@ -158,8 +233,14 @@ class ModelTable:
         if self.backend.host_free_bytes() + droppable >= size_bytes + self._grammar_bytes:
             self._drop_host_copies(size_bytes, less_used)
 
-    def _drop_host_copies(self, size_bytes: int, models: Iterable[LoadedModel]) -> None:
-        for model in sorted(models, key=lambda m: (m.scheduler.running > 0, m.use, m.last_used_s)):
+    def _drop_host_copies(self, size_bytes: int, holders: Iterable[LoadedModel | LoadedAdapter]) -> None:
+        def use(holder: LoadedModel | LoadedAdapter) -> tuple[bool, float, float]:
+            """An adapter counts with the uses of its base."""
+            if isinstance(holder, LoadedModel):
+                return holder.scheduler.running > 0, holder.use, holder.last_used_s
+            return holder.use.running > 0, holder.base.use, holder.last_used_s
+
+        for model in sorted(holders, key=use):
             if self.backend.host_free_bytes() >= size_bytes + self._grammar_bytes:
                 return
             if model.memory.host_bytes() and not model.swapping:
@@ -181,13 +262,17 @@ class ModelTable:
             host_budget_bytes=self.backend.host_total_bytes,
             host_used_bytes=self.backend.host_total_bytes - self.backend.host_free_bytes() + self._grammar_bytes,
             stranded_bytes=sum(model.stranded_bytes() for model in models),
-            models=tuple(model.stats(slab_bytes, kv_blocks[model.model_id], busy[model.model_id]) for model in models),
+            models=(
+                *(model.stats(slab_bytes, kv_blocks[model.model_id], busy[model.model_id]) for model in models),
+                *(adapter.stats() for adapter in self.adapters.adapters.values()),
+            ),
         )
 
     def check(self) -> None:
         """Raise AssertionError unless every slab and row is free or has an owner."""
         self.slabs.check()
         self.rows.check()
+        self.adapters.check()
         for model in self.models.values():
             model.scheduler.check()
             if self.slabs.lent(model.weights_owner) != len(model.weight_slabs or ()):

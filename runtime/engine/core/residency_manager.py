@@ -1,12 +1,13 @@
 """Decides which models' weights are on the device and finds room for KV cache under pressure.
 
-Memory is reclaimed in this order: cached prefixes (least recently used over all models), the weights of idle models, then the newest rows of the model
-that exceeds its share most. The choices themselves are pure functions in memory/residency.py.
+Memory is reclaimed in this order: cached prefixes (least recently used over all models), idle adapters, the weights of idle models, then the newest
+rows of the model that exceeds its share most. The choices themselves are pure functions in memory/residency.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 
 from common.model_state import Tier
+from runtime.engine.core.adapter_manager import AdapterManager
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims
 from runtime.engine.memory.slab_pool import SlabPool
@@ -24,6 +25,7 @@ class ResidencyManager:
     Args:
         models: the loaded models by id, a view of the model table.
         enqueue: takes an operation for the executor.
+        adapters: the adapters of all models.
         make_host_room: makes room in the host tier for a model that returns from disk.
     """
 
@@ -32,10 +34,12 @@ class ResidencyManager:
         pool: SlabPool,
         models: Mapping[str, LoadedModel],
         enqueue: Callable[[Operation], None],
+        adapters: AdapterManager,
         make_host_room: Callable[[LoadedModel], None] = lambda model: None,
     ) -> None:
         self._make_host_room = make_host_room
         self._pool = pool
+        self._adapters = adapters
         self._models = models
         self._enqueue = enqueue
         self._claimant = ""  # the model whose first sequence waits for room that others are releasing
@@ -96,7 +100,7 @@ class ResidencyManager:
         short = need - self._pool.free
         if short > 0:
             others = [m for m in self._models.values() if m.resident and m is not model]
-            short -= sum(m.cache.blocks.idle_slabs for m in self._models.values())
+            short -= sum(m.cache.blocks.idle_slabs for m in self._models.values()) + self._adapters.idle_slabs
             holders = [m.holder() for m in others]
             victims = choose_victims(holders, max(short, 0))
             if victims is None:
@@ -106,6 +110,8 @@ class ResidencyManager:
                     self._models[victim].drain(now)
                 return
             while self._pool.free < need and self._drop_oldest_prefix(self._models.values()):
+                pass
+            while self._pool.free < need and self._adapters.evict_oldest():
                 pass
             for victim in victims:
                 if self._pool.free < need:
@@ -141,7 +147,7 @@ class ResidencyManager:
     def kv_room(self, model: LoadedModel) -> KvRoom:
         """Return the blocks that the model could have, its own included."""
         others = [m for m in self._models.values() if m is not model]
-        free = self._pool.free
+        free = self._pool.free + self._adapters.idle_slabs
         planned = free + sum(_spare_slabs(m) for m in others)
         now = free + sum(_spare_slabs(m, with_expected=False) for m in others)
         return KvRoom(_kv_blocks(model, planned), _kv_blocks(model, now))
@@ -149,7 +155,7 @@ class ResidencyManager:
     def kv_blocks_of_all(self) -> dict[str, int]:
         """Return the planned `kv_room` of every model in one pass."""
         spare = {model_id: _spare_slabs(model) for model_id, model in self._models.items()}
-        slabs = self._pool.free + sum(spare.values())
+        slabs = self._pool.free + self._adapters.idle_slabs + sum(spare.values())
         return {model_id: _kv_blocks(model, slabs - spare[model_id]) for model_id, model in self._models.items()}
 
     def make_room(self, model: LoadedModel, blocks: int, now: float) -> None:
@@ -160,6 +166,8 @@ class ResidencyManager:
         while cache.blocks.obtainable() < blocks and self._drop_oldest_prefix(others, own_oldest):
             pass
         while cache.obtainable() < blocks and self._drop_oldest_prefix(others):
+            pass
+        while cache.obtainable() < blocks and self._adapters.evict_oldest():
             pass
         self._evict_for(model, blocks, [m.holder() for m in others if m.resident], now)
         while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
@@ -187,11 +195,15 @@ class ResidencyManager:
             other.scheduler.promise(0)
         while model.cache.obtainable() < blocks and self._drop_oldest_prefix(others):
             pass
+        while model.cache.obtainable() < blocks and self._adapters.evict_oldest():
+            pass
         self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
         for other in others:
             while model.cache.obtainable() < blocks and other.scheduler.preempt_newest(now, sequence.order):
                 while self._drop_oldest_prefix((other,)):
                     pass
+        while model.cache.obtainable() < blocks and self._adapters.evict_after(sequence.order):
+            pass
         self._evict_for(model, blocks, [m.holder(sequence.order) for m in others if m.resident], now)
         # Weights that are being copied cannot be evicted yet. They will be once they have arrived, so their room counts.
         arriving = sum(m.memory.weight_slabs for m in others if m.swapping and _comes_after(m, sequence))
@@ -199,6 +211,35 @@ class ResidencyManager:
             return
         self._claimant = model.model_id  # or the preempted sequences would take the room back
         model.scheduler.promise(blocks)
+
+    def free_slabs(self, count: int, base: LoadedModel, order: tuple[int, int] | None, now: float) -> None:
+        """Reclaim memory for an adapter of `base`. See adapter_manager.SlabReclaimer."""
+        models = list(self._models.values())
+        while self._pool.free < count and self._drop_oldest_prefix(models):
+            pass
+        while self._pool.free < count and self._adapters.evict_oldest():
+            pass
+        if self._pool.free < count:
+            holders = [m.holder() for m in models if m.resident and m is not base]
+            for victim in choose_victims(holders, count - self._pool.free) or ():
+                self.evict(self._models[victim])
+        if order is None:
+            return
+        for model in models:
+            while self._pool.free < count and model.scheduler.preempt_newest(now, order):
+                while self._drop_oldest_prefix((model,)):
+                    pass
+
+    def keeps_room(self, order: tuple[int, int]) -> bool:
+        """Whether free memory is kept for a sequence that comes before `order`. See adapter_manager.SlabReclaimer."""
+        for model in self._models.values():
+            waits = model.model_id == self._claimant or (
+                not model.scheduler.running and model.scheduler.promised_blocks
+            )
+            foremost = model.scheduler.foremost()
+            if waits and foremost is not None and foremost < order:
+                return True
+        return False
 
     def _room_is_kept(self, model: LoadedModel | None = None) -> bool:
         """Whether room is kept for another model's request that comes before all requests of `model`."""

@@ -6,16 +6,19 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from transformers import logging as transformers_logging
 
 from common.errors import ConfigError
 from runtime.config.schema import EngineConfig
+from runtime.engine.adapters.bank import AdapterBank
+from runtime.engine.adapters.load import load_adapter
 from runtime.engine.device.cpu import CpuDevice
 from runtime.engine.device.device import Device
-from runtime.engine.interfaces import LoadRequest, LoadResult
+from runtime.engine.interfaces import AdapterResult, LoadRequest, LoadResult
+from runtime.engine.model.build.adapter_warmup import warm_up_adapters
 from runtime.engine.model.build.builder import assemble, draw, facts_of
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.build.warmup import Warmups
@@ -28,6 +31,8 @@ from runtime.errors import Cancelled, LoadFailed
 from runtime.types import Checkpoint
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def make_backend(config: EngineConfig, shard: Shard = WHOLE, rendezvous: str = "") -> "EngineBackend":
@@ -130,8 +135,11 @@ class EngineBackend:
     def host_free_bytes(self) -> int:
         return self._hardware.host_free_bytes()
 
-    def load(self, request: LoadRequest) -> "Loading":
+    def load(self, request: LoadRequest) -> "Loading[LoadResult]":
         return Loading(lambda cancelled: self._load(request, cancelled))
+
+    def load_adapter(self, request: LoadRequest, base: LoadResult) -> "Loading[AdapterResult]":
+        return Loading(lambda cancelled: self._load_adapter(request, base, cancelled))
 
     def synchronize(self) -> None:
         self._hardware.synchronize()
@@ -197,12 +205,25 @@ class EngineBackend:
         try:
             memory = hardware.take(blueprint.filler, blueprint.identity, weight_slabs, kv, cancelled)
             taken_s = time.monotonic()
+            bank: AdapterBank | None = None
             try:
                 all_reduce = None if self._group is None else self._group.all_reduce
-                built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, all_reduce)
+                if (
+                    self._group is None
+                ):  # a rank of several has a part of each layer, and adapters are not cut into parts
+                    bank = AdapterBank(
+                        hardware.memory.reserve(hardware.memory.total_slabs),
+                        blueprint.targets,
+                        blueprint.card.dtype,
+                        config.max_adapters,
+                        config.max_adapter_rank,
+                    )
+                built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, all_reduce, bank)
                 runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)
             except BaseException:
                 memory.close()
+                if bank is not None:
+                    bank.close()
                 raise
         finally:
             if warmup is not None:
@@ -215,22 +236,45 @@ class EngineBackend:
             taken_s - drawn_s,
             time.monotonic() - taken_s,
         )
-        return LoadResult(runner, memory)
+        return LoadResult(runner, memory, bank)
+
+    def _load_adapter(self, request: LoadRequest, base: LoadResult, cancelled: threading.Event) -> AdapterResult:
+        bank = cast("AdapterBank | None", base.adapters)
+        if bank is None or not bank.targets:
+            raise LoadFailed(
+                f"its base {base.runner.facts.model_id} has no linear layers that adapters may change",
+                model=request.model_id,
+            )
+        try:
+            loaded = load_adapter(
+                request.model_id,
+                cast("Checkpoint", request.checkpoint),
+                base.runner.facts,
+                bank,
+                self._hardware.take_adapter,
+                cancelled,
+            )
+        except LoadFailed as error:
+            error.model = request.model_id
+            raise
+        if self._hardware.device.type == "cuda":
+            warm_up_adapters(self._hardware.device, bank, self._state.max_tokens)
+        return loaded
 
 
-class Loading:
-    """A load in a thread of its own. Implements interfaces.LoadJob."""
+class Loading(Generic[T]):
+    """A load in a thread of its own. Implements interfaces.LoadJob and AdapterJob."""
 
-    def __init__(self, work: Callable[[threading.Event], LoadResult]) -> None:
+    def __init__(self, work: Callable[[threading.Event], T]) -> None:
         self._work = work
         self._cancelled = threading.Event()
-        self._future: Future[LoadResult] = Future()
+        self._future: Future[T] = Future()
         threading.Thread(target=self._run, name="load", daemon=True).start()
 
     def done(self) -> bool:
         return self._future.done()
 
-    def result(self) -> LoadResult:
+    def result(self) -> T:
         try:
             return self._future.result()
         except CancelledError as error:

@@ -12,10 +12,12 @@ from common.errors import ConfigError
 from common.units import MIB
 from runtime.checkpoint.packed import Layout4Bit
 from runtime.config.schema import EngineConfig
+from runtime.engine.adapters.bank import Extent
+from runtime.engine.adapters.memory import ExtentWeights
 from runtime.engine.device.device import TakenMemory
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.cpu import CpuMemory
-from runtime.engine.memory.cpu_model import CpuModelMemory
+from runtime.engine.memory.cpu_model import CpuModelMemory, CpuWeights
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes
 from runtime.engine.memory.kv_range import KvRange
@@ -59,6 +61,10 @@ class CpuDevice:
         del identity, cancelled
         weights = self.memory.reserve(weight_slabs)
         return CpuModelMemory(weights, KvRange(self.memory.reserve(kv.max_slabs)), kv, filler)
+
+    def take_adapter(self, filler: Filler, identity: str, extent: Extent, cancelled: threading.Event) -> ExtentWeights:
+        del identity, cancelled
+        return CpuWeights(extent, filler)
 
     def synchronize(self) -> None:
         """Return at once: a CPU launches nothing asynchronously."""

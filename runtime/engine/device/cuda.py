@@ -11,11 +11,14 @@ from common.errors import ConfigError
 from common.units import MIB
 from runtime.checkpoint.packed import Layout4Bit
 from runtime.config.schema import EngineConfig
+from runtime.engine.adapters.bank import Extent
+from runtime.engine.adapters.memory import ExtentWeights
 from runtime.engine.device.device import TakenMemory
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
+from runtime.engine.memory.cuda_weights import CudaWeights
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes as free_memory_bytes
 from runtime.engine.memory.host_tier import HostTier
@@ -83,6 +86,16 @@ class CudaDevice:
             model.close()
             raise
         return model
+
+    def take_adapter(self, filler: Filler, identity: str, extent: Extent, cancelled: threading.Event) -> ExtentWeights:
+        torch.cuda.set_device(self.device)
+        weights = CudaWeights(self._memory, self._copy_stream, self._arena, extent, filler, identity)
+        try:
+            weights.stage(cancelled)
+        except BaseException:
+            weights.close()
+            raise
+        return weights
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint.packed import Layout4Bit
+from runtime.engine.adapters.bank import Extent
+from runtime.engine.adapters.memory import ExtentWeights
 from runtime.engine.interfaces import KvGeometry, ModelMemory
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.weight_buffer import Filler
@@ -51,6 +53,9 @@ class Device(Protocol):
         self, filler: Filler, identity: str, weight_slabs: int, kv: KvGeometry, cancelled: threading.Event
     ) -> TakenMemory:
         """Reserve ranges for a model and bring its weights into the host tier if there is one. Runs in a loading thread; raises Cancelled or LoadFailed."""
+
+    def take_adapter(self, filler: Filler, identity: str, extent: Extent, cancelled: threading.Event) -> ExtentWeights:
+        """Bring the matrices of an adapter into the host tier if there is one. Runs in a loading thread; raises Cancelled or LoadFailed."""
 
     def synchronize(self) -> None: ...
 

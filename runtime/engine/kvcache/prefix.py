@@ -13,9 +13,12 @@ from runtime.engine.kvcache.blocks import BlockPool
 _ROOT = b""
 
 
-def chain(tokens: Sequence[int], block_tokens: int, digests: list[bytes], num_blocks: int) -> None:
-    """Extend `digests` to `num_blocks` hashes. With 128 bits, collisions are not expected in any machine's lifetime."""
-    parent = digests[-1] if digests else _ROOT
+def chain(tokens: Sequence[int], block_tokens: int, digests: list[bytes], num_blocks: int, root: bytes = _ROOT) -> None:
+    """Extend `digests` to `num_blocks` hashes. With 128 bits, collisions are not expected in any machine's lifetime.
+
+    `root`: what beside the tokens decides the KV, such as an adapter.
+    """
+    parent = digests[-1] if digests else root
     for i in range(len(digests), num_blocks):
         content = array("i", tokens[i * block_tokens : (i + 1) * block_tokens]).tobytes()
         parent = blake2b(parent + content, digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""The memory of one loaded model on a CPU: weights are read from files straight into the mapped range."""
+"""The memory of loaded models and adapters on a CPU: weights are read from files straight into the mapped range."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,13 @@ from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.weight_buffer import Contiguous, Filler
 
 
-class CpuModelMemory:
-    """Implements interfaces.ModelMemory and WeightReadiness."""
+class CpuWeights:
+    """The weights of a model, or the matrices of an adapter, over `weights`. Implements WeightReadiness."""
 
-    def __init__(self, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry, filler: Filler) -> None:
+    def __init__(self, weights: VirtualRange, filler: Filler) -> None:
         self.weight_slabs = weights.num_slabs
         self.weight_bytes = filler.group_ends[-1]
-        self.kv = kv
         self._weights = weights
-        self._kv_range = kv_range
         self._filler = filler
         self._filling: BackgroundLoad | None = None
         self._pending = True
@@ -27,10 +25,6 @@ class CpuModelMemory:
     @property
     def weights_view(self) -> Tensor:
         return self._weights.bytes_view
-
-    @property
-    def kv_view(self) -> Tensor:
-        return self._kv_range.bytes_view
 
     @property
     def pending(self) -> bool:
@@ -60,12 +54,6 @@ class CpuModelMemory:
         self._pending = True
         self._weights.unmap(0, self.weight_slabs)
 
-    def map_kv(self, index: int, slab: int) -> None:
-        self._kv_range.map(index, slab)
-
-    def unmap_kv(self, index: int) -> None:
-        self._kv_range.unmap(index)
-
     def host_bytes(self) -> int:
         return 0
 
@@ -74,5 +62,27 @@ class CpuModelMemory:
 
     def close(self) -> None:
         self.evict()
-        self._kv_range.close()
         self._weights.close()
+
+
+class CpuModelMemory(CpuWeights):
+    """Implements interfaces.ModelMemory and WeightReadiness."""
+
+    def __init__(self, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry, filler: Filler) -> None:
+        super().__init__(weights, filler)
+        self.kv = kv
+        self._kv_range = kv_range
+
+    @property
+    def kv_view(self) -> Tensor:
+        return self._kv_range.bytes_view
+
+    def map_kv(self, index: int, slab: int) -> None:
+        self._kv_range.map(index, slab)
+
+    def unmap_kv(self, index: int) -> None:
+        self._kv_range.unmap(index)
+
+    def close(self) -> None:
+        super().close()
+        self._kv_range.close()

@@ -26,6 +26,7 @@ class DecodeBatch:
     def __init__(self, capacity: int) -> None:
         self.sequences: list[Sequence] = []
         self.rows: list[int] = []
+        self.slots: list[int] = []  # of the rows' adapters, -1 = none
         self._ids: list[int] = []
         self._histories: list[list[int]] = []
         self._starts: npt.NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)
@@ -43,6 +44,7 @@ class DecodeBatch:
         sequence.decode_index = index
         self.sequences.append(sequence)
         self.rows.append(sequence.row)
+        self.slots.append(sequence.adapter_slot)
         self._ids.append(sequence.request_id)
         self._histories.append(sequence.tokens)
         self._starts[index], self._left[index], self._room[index] = start, left, room
@@ -52,7 +54,7 @@ class DecodeBatch:
     def remove(self, sequence: Sequence) -> None:
         index, last = sequence.decode_index, len(self.sequences) - 1
         moved = self.sequences[last]
-        columns: tuple[list[Any], ...] = (self.sequences, self.rows, self._ids, self._histories)
+        columns: tuple[list[Any], ...] = (self.sequences, self.rows, self.slots, self._ids, self._histories)
         for column in columns:
             column[index] = column[last]
             column.pop()

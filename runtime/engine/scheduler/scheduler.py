@@ -9,11 +9,12 @@ in lockstep (with drafts or forced tokens) are planned only after their last tok
 from collections.abc import Iterable
 
 from runtime.engine.interfaces import Drafter, RowSetup, StepOutput, StepPlan
-from runtime.engine.kvcache.prefix import PrefixCache, chain
+from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.limits import KvRoom, Limits
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
+from runtime.engine.scheduler.prefix_blocks import prefix_hits, publish_blocks
 from runtime.engine.scheduler.reservations import Reservations
 from runtime.engine.scheduler.row_pool import ModelRows
 from runtime.engine.scheduler.sequence import Sequence, State, row_setup
@@ -83,9 +84,15 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self._live[sequence.request_id] = sequence
-        self.totals.prompt_tokens += sequence.prompt_len
+        for totals in self._totals_of(sequence):
+            totals.prompt_tokens += sequence.prompt_len
+        sequence.count_adapter(live=1)
         self._rules.join(sequence)
         self.waiting.push(sequence)
+
+    def _totals_of(self, sequence: Sequence) -> Iterable[Totals]:
+        """The counters that a sequence adds to: the model's, and its adapter's."""
+        return (self.totals,) if sequence.adapter is None else (self.totals, sequence.adapter.totals)
 
     def blocks_wanted(self, token_budget: int) -> int:
         """Return how many blocks the next plan would allocate if all were free."""
@@ -143,6 +150,9 @@ class Scheduler:
                 self.preempt_newest(now)
             return None
         kv_tokens += sum(chunk.sequence.num_computed_tokens for chunk in chunks)
+        slots = [*self._decode.slots, *(chunk.sequence.adapter_slot for chunk in chunks)]
+        if max(slots) >= 0:
+            plan.adapters.extend(slots)
         plan.new_blocks.extend(self._new_blocks)
         opened, self._opened = self._opened, []
         self._new_blocks.clear()
@@ -160,7 +170,9 @@ class Scheduler:
             wanting.sort(key=lambda s: s.order)
         for sequence in wanting:
             decodes = sequence.decode_index >= 0
-            self._publish(sequence, self._decode.start_of(sequence) if decodes else sequence.num_computed_tokens)
+            publish_blocks(
+                self._cache, sequence, self._decode.start_of(sequence) if decodes else sequence.num_computed_tokens
+            )
             while sequence.state is State.RUNNING:  # until it is preempted itself
                 if self._add_block(sequence):
                     if decodes:
@@ -220,7 +232,7 @@ class Scheduler:
         # A later row of this plan may share these blocks: a layer writes K and V of the whole step before any row reads them. This does not hold for a
         # single token: where every row has one, a row reads the KV of the others before the layer writes it (gpu/attention_cuda.py).
         if end - start > 1:
-            self._publish(sequence, end)
+            publish_blocks(self._cache, sequence, end)
         return end - start
 
     def _start_decoding(self, chunks: list[Chunk]) -> None:
@@ -239,16 +251,6 @@ class Scheduler:
             if not drafts and left > 0:
                 self._decode.add(sequence, len(sequence.tokens), left, len(sequence.block_ids) * self._block_tokens)
 
-    def _publish(self, sequence: Sequence, computed: int) -> None:
-        """Enter the blocks that the first `computed` tokens fill in the prefix cache, as far as the tokens are known."""
-        full = min(computed, len(sequence.tokens)) // self._block_tokens
-        if full <= sequence.num_published_blocks:
-            return
-        chain(sequence.tokens, self._block_tokens, sequence.block_hashes, full)
-        for i in range(sequence.num_published_blocks, full):
-            self._cache.publish(sequence.block_ids[i], sequence.block_hashes[i])
-        sequence.num_published_blocks = full
-
     # Admission ------------------------------------------------------------------------------------------------------------------------------
 
     def _admit(self, sequence: Sequence, room: KvRoom, now: float) -> bool:
@@ -258,7 +260,7 @@ class Scheduler:
         key = (sequence.request_id, room, len(self._running), overdue)
         if key == self._refused_at:
             return False
-        hits = self._prefix_hits(sequence)
+        hits = prefix_hits(self._cache, sequence)
         if not self._reservations.fits(sequence, hits, room, self._running, overdue=overdue):
             self._refused_at = key
             return False
@@ -269,7 +271,8 @@ class Scheduler:
         sequence.num_computed_tokens = hits * self._block_tokens
         if not sequence.first_token_sent:
             cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_len)
-            self.totals.prefix_hit_tokens += cached_tokens - sequence.num_cached_tokens
+            for totals in self._totals_of(sequence):
+                totals.prefix_hit_tokens += cached_tokens - sequence.num_cached_tokens
             sequence.num_cached_tokens = cached_tokens
             sequence.prompt_logprobs = [] if sequence.wants_prompt_logprobs else None
         if sequence.queued_s is None:
@@ -278,20 +281,11 @@ class Scheduler:
         sequence.state = State.RUNNING
         self._reservations.add(sequence, now)
         self._running.add(sequence)
+        sequence.count_adapter(running=1)
         self._prefill.append(sequence)
         self._new_blocks.extend((sequence.row, i, block_id) for i, block_id in enumerate(sequence.block_ids))
         self._opened.append(row_setup(sequence, self._rules.suppressed(sequence)))
         return True
-
-    def _prefix_hits(self, sequence: Sequence) -> int:
-        """Return how many leading blocks are cached. The last known token is always computed, because a draw needs its logits."""
-        if sequence.wants_prompt_logprobs:
-            return 0
-        # After a preemption the runner counts the earlier output for penalties from the tokens that it computes again.
-        known = sequence.prompt_len if sequence.request.sampling.needs_history else len(sequence.tokens)
-        most = min(known, len(sequence.tokens) - 1) // self._block_tokens
-        chain(sequence.tokens, self._block_tokens, sequence.block_hashes, most)
-        return self._cache.match(sequence.block_hashes[:most])
 
     # Results and ends -----------------------------------------------------------------------------------------------------------------------
 
@@ -369,6 +363,7 @@ class Scheduler:
             self.waiting.discard(sequence)
             self.promise(0)
         sequence.state = State.ENDED
+        sequence.count_adapter(live=-1, generated_tokens=sequence.num_output_tokens)
         self._rules.leave(sequence)
         del self._live[sequence.request_id]
         for step in self._flying:
@@ -392,14 +387,15 @@ class Scheduler:
         sequence.state = State.WAITING
         sequence.blocked_until_step = self._planned
         self.waiting.push(sequence)
-        self.totals.preemptions += 1
+        for totals in self._totals_of(sequence):
+            totals.preemptions += 1
 
     def _leave_row(self, sequence: Sequence, now: float) -> None:
         # The last known token may not have been computed, nor tokens that a grammar forced.
         computed = len(sequence.tokens) - 1
         if sequence.decode_index < 0:
             computed = min(computed, sequence.num_computed_tokens)
-        self._publish(sequence, computed)
+        publish_blocks(self._cache, sequence, computed)
         if sequence.decode_index >= 0:
             self._decode.remove(sequence)
         elif sequence in self._prefill:
@@ -412,6 +408,7 @@ class Scheduler:
         if self._new_blocks:
             self._new_blocks = [block for block in self._new_blocks if block[0] != sequence.row]
         self._running.remove(sequence)
+        sequence.count_adapter(running=-1)
         self._reservations.remove(sequence, now)
         self._rows.release(sequence.row)
         self._cache.release(sequence.block_ids, now)

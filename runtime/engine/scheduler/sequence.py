@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from runtime.engine.interfaces import MaskSource, RowSetup
+from runtime.engine.scheduler.adapter_use import AdapterUse
 from runtime.ipc.messages import Add, TokenLogprobs
 from runtime.types import GenerationRequest
 
@@ -27,6 +28,7 @@ class Sequence:
         reserved_blocks: KV blocks that admission counted for the sequence.
         num_shared_blocks: blocks found in the prefix cache at the last admission, at the head of `block_ids`.
         num_cached_tokens: prompt tokens found in the prefix cache before the first token was sent.
+        adapter: the sequence's LoRA adapter; None = the base alone.
     """
 
     request_id: int
@@ -48,6 +50,7 @@ class Sequence:
     reserved_blocks: int = 0
     num_shared_blocks: int = 0
     num_cached_tokens: int = 0
+    adapter: AdapterUse | None = None
     queued_s: float | None = None  # from arrival to the first row
     first_token_sent: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -57,6 +60,23 @@ class Sequence:
         self.tokens.append(token)
         if self.mask_source is not None:
             self.mask_source.accept((token,))
+
+    @property
+    def adapter_slot(self) -> int:
+        """Where steps find the sequence's adapter; -1 if it has none."""
+        return -1 if self.adapter is None else self.adapter.slot
+
+    def count_adapter(self, *, live: int = 0, running: int = 0, generated_tokens: int = 0) -> None:
+        """Add to the counters of the sequence's adapter, if it has one."""
+        if self.adapter is not None:
+            self.adapter.live += live
+            self.adapter.running += running
+            self.adapter.totals.generated_tokens += generated_tokens
+
+    @property
+    def prefix_root(self) -> bytes:
+        """Begins the hashes of the sequence's KV blocks."""
+        return b"" if self.adapter is None else self.adapter.prefix_root
 
     @property
     def num_output_tokens(self) -> int:
@@ -79,12 +99,19 @@ class Sequence:
         return self.request.logprobs.prompt is not None and not self.first_token_sent
 
 
-def from_add(add: Add, arrival: int, now: float, max_model_len: int, mask_source: MaskSource | None = None) -> Sequence:
+def from_add(
+    add: Add,
+    arrival: int,
+    now: float,
+    max_model_len: int,
+    mask_source: MaskSource | None = None,
+    adapter: AdapterUse | None = None,
+) -> Sequence:
     """Make the sequence of an Add message."""
     request = add.request
     tokens = list(request.prompt)
     limit = max(0, min(request.stop.max_tokens, max_model_len - len(tokens)))
-    return Sequence(add.request_id, tokens, len(tokens), request, arrival, now, limit, mask_source)
+    return Sequence(add.request_id, tokens, len(tokens), request, arrival, now, limit, mask_source, adapter=adapter)
 
 
 def row_setup(sequence: Sequence, suppressed: tuple[int, ...]) -> RowSetup:

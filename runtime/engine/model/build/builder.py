@@ -16,8 +16,10 @@ from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_nam
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.name_mapping import Resolution, resolve
 from runtime.checkpoint.packed import Layout4Bit, PackedTensors
+from runtime.checkpoint.packed_adapter import AdapterTarget, adapter_targets
 from runtime.checkpoint.safetensors_index import StoredTensor, read_index, read_metadata
 from runtime.checkpoint.weight_layout import Join, Placed, TensorSpec, WeightLayout, lay_out
+from runtime.engine.adapters.bank import AdapterBank
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.build.bind import bind
@@ -26,6 +28,7 @@ from runtime.engine.model.build.fuse import NoMatchError, match_stack
 from runtime.engine.model.build.sharding import TensorCuts, cut_tensors
 from runtime.engine.model.build.weight_loader import WeightFiller
 from runtime.engine.model.cpu.onednn_layout import OneDnnLayout, OneDnnMatrix
+from runtime.engine.model.run.adapters import StepPort
 from runtime.engine.model.run.attention import IMPLEMENTATION
 from runtime.engine.model.run.fused_spec import StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack
@@ -49,6 +52,7 @@ class Blueprint:
         spec: describes the fused stack. None if the module's own code runs.
         ordered: layouts of the matrices in oneDNN's order, by name.
         identity: equal for two loads whose weight images hold the same bytes.
+        targets: the linear layers that adapters may change, as adapters number them.
     """
 
     card: ModelConfig
@@ -62,6 +66,7 @@ class Blueprint:
     quantization: Quantization
     num_parameters: int
     identity: str
+    targets: tuple[AdapterTarget, ...]
 
 
 def draw(
@@ -140,6 +145,7 @@ def _draw(
         quantization=checkpoint.quantization,
         num_parameters=num_parameters,
         identity=_identity(layout, files, shard),
+        targets=adapter_targets(skeleton, spec.linears() if spec else ()),
     )
 
 
@@ -151,11 +157,14 @@ def assemble(
     kv_dtype: torch.dtype,
     arrival: WeightReadiness,
     all_reduce: AllReduce | None = None,
+    bank: AdapterBank | None = None,
 ) -> BuiltModel:
     """Return a runnable model over `weights` and `kv_memory`, without reading either.
 
     Both are uint8 on the engine's device, at addresses that do not change. `all_reduce` sums over the ranks of a tensor-parallel group.
+    `bank`: the model's adapters; None = it takes none.
     """
+    targets = () if bank is None else bank.targets
     card = blueprint.card
     device = weights.device
     placed = (*blueprint.layout.tensors, *blueprint.layout.joined)
@@ -169,11 +178,19 @@ def assemble(
         views |= {alias: views[owner] for alias, owner in aliases.items()}
         tables = rotary_tables(blueprint.skeleton.get_submodule(blueprint.spec.rotary), device)
         forward = FusedStack(
-            blueprint.spec, views, tables, blueprint.quantization, arrival, blueprint.layout.layer_groups, all_reduce
+            blueprint.spec,
+            views,
+            tables,
+            blueprint.quantization,
+            arrival,
+            blueprint.layout.layer_groups,
+            all_reduce,
+            targets,
         )
     else:
-        bind(blueprint.skeleton, views, blueprint.quantization)
-        forward = UnfusedForward(blueprint.skeleton, arrival, len(blueprint.layout.group_ends) - 1)
+        port = StepPort()
+        bind(blueprint.skeleton, views, blueprint.quantization, port, targets)
+        forward = UnfusedForward(blueprint.skeleton, arrival, len(blueprint.layout.group_ends) - 1, port)
     return BuiltModel(
         forward=forward,
         planes=kv_planes(kv_memory, kv, blueprint.shape, kv_dtype),
@@ -187,6 +204,7 @@ def assemble(
         eos_token_ids=card.eos_token_ids,
         path=blueprint.path,
         token_stride=blueprint.shape.token_stride,
+        adapters=None if bank is None else bank.table,
     )
 
 

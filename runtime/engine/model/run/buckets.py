@@ -22,11 +22,12 @@ class Bucket(NamedTuple):
     num_rows: int
     max_query_len: int
     max_context_len: int
+    adapted: bool = False  # some rows have a LoRA adapter
 
     def within(self, max_rows: int, max_tokens: int) -> "Bucket":
         """Return the bucket limited to the largest possible step."""
         rows, tokens = min(self.num_rows, max_rows), min(self.num_tokens, max_tokens)
-        return Bucket(tokens, rows, min(self.max_query_len, tokens), self.max_context_len)
+        return self._replace(num_tokens=tokens, num_rows=rows, max_query_len=min(self.max_query_len, tokens))
 
 
 def bucket_of(

@@ -192,6 +192,10 @@ class ModelGraphs:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
+    def expect(self, likely: Sequence[Bucket]) -> None:
+        """Also capture these buckets before any step requests them, after those that are due."""
+        self._likely.extend(bucket for bucket in likely if bucket not in self._likely)
+
     def ahead(self) -> Bucket | None:
         """The first likely bucket without a graph, or None."""
         while self._likely and self._likely[0] in self._graphs:

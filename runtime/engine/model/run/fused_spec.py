@@ -76,6 +76,15 @@ class StackSpec:
     logits_divisor: float = 1.0
     logits_softcap: float = 0.0
 
+    def linears(self) -> list[str]:
+        """Return the module paths of the layers' matrices, those that are stored end to end as neighbours."""
+        return [
+            member
+            for layer in self.layers
+            for ref in (layer.qkv, layer.out, layer.gate_up, layer.down)
+            for member in ref.members
+        ]
+
     def joins(self, stored: set[str]) -> list[Join]:
         """Return the joins of all layers, given the names of all stored tensors."""
         return [join for layer in self.layers for ref in (layer.qkv, layer.gate_up) for join in ref.joins(stored)]

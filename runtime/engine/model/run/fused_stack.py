@@ -5,16 +5,20 @@ The residual is passed from layer to layer, so that each norm also adds it. Only
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from common.model_key import Quantization
+from runtime.checkpoint.packed_adapter import AdapterTarget
+from runtime.engine.kernels.activation import act_mul
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.memory.weight_readiness import WeightReadiness
+from runtime.engine.model.run.adapters import AdapterSite
 from runtime.engine.model.run.attention import attend, rope_write
-from runtime.engine.model.run.fused_spec import LayerSpec, StackSpec
+from runtime.engine.model.run.fused_spec import LayerSpec, LinearRef, StackSpec
 from runtime.engine.model.run.linear import AllReduce, Linear, gated, make_linear, summed
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
@@ -36,6 +40,17 @@ class _Layer:
     after_mlp_norm: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
+    sites: "_Sites | None"
+
+
+@dataclass(frozen=True, slots=True)
+class _Sites:
+    """Where adapters change a layer."""
+
+    qkv: AdapterSite
+    out: AdapterSite
+    gate_up: AdapterSite
+    down: AdapterSite
 
 
 class FusedStack:
@@ -46,6 +61,7 @@ class FusedStack:
         tables: rotary tables by layer type.
         layer_groups: as in WeightLayout.
         all_reduce: sums over the ranks of a tensor-parallel group; None = one rank.
+        targets: the layers' linear modules, as adapters number them; empty = the stack takes no adapters.
     """
 
     def __init__(
@@ -57,6 +73,7 @@ class FusedStack:
         arrival: WeightReadiness,
         layer_groups: Sequence[int],
         all_reduce: AllReduce | None = None,
+        targets: Sequence[AdapterTarget] = (),
     ) -> None:
         self._spec = spec
         self._tables = dict(tables)
@@ -87,6 +104,7 @@ class FusedStack:
                 after_mlp_norm=weight(layer.after_mlp_norm),
                 q_norm=weight(layer.q_norm),
                 k_norm=weight(layer.k_norm),
+                sites=_sites(layer, targets) if targets else None,
             )
             for index, layer in enumerate(spec.layers)
         ]
@@ -101,6 +119,7 @@ class FusedStack:
             residual.mul_(self._embed_scale)
         turns = {key: table(positions, self._dtype) for key, table in self._tables.items()}
 
+        adapted = step.adapters is not None
         branch: Tensor | None = None
         for index, layer in enumerate(self._layers):
             if arriving:
@@ -110,28 +129,44 @@ class FusedStack:
             else:
                 hidden, residual = add_rms_norm(branch, residual, layer.input_norm, eps, plus_one)
             cos, sin = turns[layer.spec.rope_key]
+            qkv = layer.qkv(hidden, step.scratch)
+            if adapted:
+                _adapt(step, layer, "qkv", hidden, qkv)
             q = rope_write(
                 step,
                 layer.spec.attention,
                 layer.spec.rope,
-                layer.qkv(hidden, step.scratch),
+                qkv,
                 cos,
                 sin,
                 layer.q_norm,
                 layer.k_norm,
             )
             mixed = attend(step, layer.spec.attention, q).flatten(1)
-            if index == len(self._layers) - 1 and not step.each_samples:
-                # After the last attention, tokens are independent, so only the requested ones continue.
+            if index == len(self._layers) - 1 and not step.each_samples and not adapted:
+                # After the last attention, tokens are independent, so only the requested ones continue. Chunks of adapters name all tokens.
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
-            branch = self._scaled(layer.out(mixed, step.scratch), layer.after_attention_norm)
+            out = layer.out(mixed, step.scratch)
+            if adapted:
+                _adapt(step, layer, "out", mixed, out)
+            branch = self._scaled(out, layer.after_attention_norm)
             hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
-            inner = gated(layer.gate_up, hidden, spec.activation, step.scratch)
-            branch = self._scaled(layer.down(inner, step.scratch), layer.after_mlp_norm)
+            if adapted:
+                gate_up = layer.gate_up(hidden, step.scratch)
+                _adapt(step, layer, "gate_up", hidden, gate_up)
+                inner = act_mul(gate_up, spec.activation)
+            else:
+                inner = gated(layer.gate_up, hidden, spec.activation, step.scratch)
+            down = layer.down(inner, step.scratch)
+            if adapted:
+                _adapt(step, layer, "down", inner, down)
+            branch = self._scaled(down, layer.after_mlp_norm)
 
         if arriving:
             self._arrival.wait(self._last_group)
         assert branch is not None, "a stack has layers"
+        if adapted and not step.each_samples:
+            branch, residual = branch.index_select(0, logits_at), residual.index_select(0, logits_at)
         hidden, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
         if step.keeps_hidden:
             step.hidden = hidden
@@ -149,3 +184,24 @@ class FusedStack:
         if self._spec.residual_scale != 1.0:
             branch = branch * self._spec.residual_scale
         return branch
+
+
+def _adapt(
+    step: StepContext, layer: _Layer, group: Literal["qkv", "out", "gate_up", "down"], x: Tensor, y: Tensor
+) -> None:
+    """Add the adapters' part of one group of the layer to `y`, in place."""
+    assert step.adapters is not None
+    assert layer.sites is not None, "the stack was built without adapters"
+    step.adapters.add(getattr(layer.sites, group), x, y, step.scratch)
+
+
+def _sites(layer: LayerSpec, targets: Sequence[AdapterTarget]) -> _Sites:
+    numbers = {target.name: number for number, target in enumerate(targets)}
+
+    def site(ref: LinearRef) -> AdapterSite:
+        first = numbers[ref.members[0]]
+        members = targets[first : first + len(ref.members)]
+        assert tuple(target.name for target in members) == ref.members, "members are neighbours"
+        return AdapterSite(first, tuple(target.out_features for target in members))
+
+    return _Sites(site(layer.qkv), site(layer.out), site(layer.gate_up), site(layer.down))

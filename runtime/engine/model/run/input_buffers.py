@@ -9,9 +9,12 @@ import torch
 
 from runtime.engine.interfaces import StepPlan
 from runtime.engine.kernels import inputs as layout
+from runtime.engine.kernels.adapters import chunk_tokens
+from runtime.engine.model.run.adapter_chunks import group_by_adapter
 from runtime.errors import EngineFault
 
 RING_LINES = 8
+_NOTHING: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class StepShape:
         sample_rows: [S] its row slot.
         sample_positions: [S] the position that the drawn token will have.
         firsts: [B + 1] first token of each row in the batch.
+        num_chunks: chunks of tokens with the same adapter; 0 if no row has one.
     """
 
     num_tokens: int
@@ -34,12 +38,15 @@ class StepShape:
     sample_rows: npt.NDArray[np.int64]
     sample_positions: npt.NDArray[np.int64]
     firsts: npt.NDArray[np.int64]
+    num_chunks: int = 0
 
 
-def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: int) -> tuple[StepShape, int]:
+def pack(
+    plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: int, *, on_gpu: bool = False
+) -> tuple[StepShape, int]:
     """Write `plan`, with at most `max_blocks` of its new blocks, into `words`. Returns its shape and the number of words.
 
-    `line`: the line of the result ring for its draws.
+    `line`: the line of the result ring for its draws. `on_gpu`: cut chunks for the kernels of a GPU.
     """
     num_rows = len(plan.rows)
     rows = np.array(plan.rows, np.int64)
@@ -62,6 +69,9 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
         before_end = np.cumsum(samples)[sample_at] - np.arange(num_samples)
     ends = starts + counts
     blocks = plan.new_blocks[:max_blocks] if len(plan.new_blocks) > max_blocks else plan.new_blocks
+    chunks = order = _NOTHING
+    if plan.adapters:
+        chunks, order = group_by_adapter(plan.adapters, firsts, chunk_tokens(num_tokens, on_gpu=on_gpu))
     shape = StepShape(
         num_tokens,
         num_rows,
@@ -72,6 +82,7 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
         rows[sample_at],
         ends[sample_at] - before_end + 1,
         firsts,
+        len(chunks),
     )
     sections: list[tuple[int, Sequence[int] | npt.NDArray[np.int64]]] = [
         (layout.AT_SLOT, rows),
@@ -82,10 +93,12 @@ def pack(plan: StepPlan, line: int, words: npt.NDArray[np.int32], max_blocks: in
         (layout.AT_SAMPLE_ROW, shape.sample_rows),
         (layout.AT_BLOCKS, np.array(blocks, np.int64).ravel()),
         (layout.AT_TOKENS, plan.tokens),
+        (layout.AT_CHUNKS, chunks.ravel()),
+        (layout.AT_ORDER, order),
     ]
     words[layout.NUM_ROWS], words[layout.NUM_TOKENS] = num_rows, num_tokens
     words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = num_samples, len(blocks)
-    words[layout.RING_LINE] = line
+    words[layout.RING_LINE], words[layout.NUM_CHUNKS] = line, len(chunks)
     at = layout.HEADER_WORDS
     for name, values in sections:
         words[name] = at
@@ -110,8 +123,11 @@ class InputRing:
         self.max_blocks = max_blocks
         self._max_tokens = max_tokens
         self._max_rows = max_rows
-        num_words = layout.HEADER_WORDS + 7 * max_rows + max_tokens + 3 * max_blocks + 1
+        # Tokens come as ids and in the order of their adapters. There are no more chunks than rows and full chunks.
+        num_chunks = max_rows + max_tokens // 16
+        num_words = layout.HEADER_WORDS + 7 * max_rows + 2 * max_tokens + 3 * (max_blocks + num_chunks) + 1
         on_gpu = device.type == "cuda"
+        self._on_gpu = on_gpu
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
         staged = staged or on_gpu
         lines = RING_LINES if staged else 1
@@ -134,7 +150,7 @@ class InputRing:
             )
         if self._sent:
             self._sent[self._turn].synchronize()
-        shape, self._num_words = pack(plan, line, self._words[self._turn], self.max_blocks)
+        shape, self._num_words = pack(plan, line, self._words[self._turn], self.max_blocks, on_gpu=self._on_gpu)
         return shape
 
     def send(self) -> None:

@@ -15,6 +15,7 @@ from runtime.engine.kernels.linear8 import linear_fp8, linear_int8
 from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8, CpuLinearFp8
+from runtime.engine.model.run.adapters import AdapterSite, StepPort
 
 
 class Linear(Protocol):
@@ -103,16 +104,29 @@ def summed(linear: Linear, all_reduce: AllReduce | None) -> Linear:
 
 
 class LinearModule(nn.Module):
-    """Replaces an nn.Linear in Hugging Face's model code by a Linear."""
+    """Replaces an nn.Linear in Hugging Face's model code by a Linear. With `site`, the adapters in `port` are added to its output."""
 
-    def __init__(self, linear: Linear, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        linear: Linear,
+        in_features: int,
+        out_features: int,
+        port: StepPort | None = None,
+        site: AdapterSite | None = None,
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.in_features = in_features
         self.out_features = out_features
+        self._port = port
+        self._site = site
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+        y = self.linear(x)
+        adapters = None if self._port is None else self._port.adapters
+        if adapters is not None and self._site is not None:
+            adapters.add(self._site, x.reshape(-1, self.in_features), y.view(-1, self.out_features), None)
+        return y
 
 
 def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization) -> Linear:

@@ -12,8 +12,10 @@ import torch
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.interfaces import RowSetup, StepPlan, TokenMasks
+from runtime.engine.kernels.adapters import max_chunks
 from runtime.engine.kernels.argmax import draw_largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
+from runtime.engine.model.run.adapters import StepAdapters
 from runtime.engine.model.run.buckets import Bucket, bucket_of, standard
 from runtime.engine.model.run.cuda_graphs import ModelGraphs
 from runtime.engine.model.run.device_state import DeviceState
@@ -108,6 +110,8 @@ class ModelRunner:
             bucket = bucket_of(
                 shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len
             )
+        if bucket is not None and plan.adapters:
+            bucket = bucket._replace(adapted=True)
         graph = self._graphs.find(bucket.within(state.max_rows, state.max_tokens)) if bucket is not None else None
         state.results.begin()
         state.uploads.send()
@@ -125,6 +129,7 @@ class ModelRunner:
                 further_at,
                 greedy=plain,
                 keeps_hidden=bool(plan.pooled),
+                adapters=self._adapters(shape.num_tokens, shape.num_chunks) if plan.adapters else None,
             )
         pooled = None if hidden is None else pool(plan, hidden[pooled_from:])
         return _ForwardPass(plan, shape, line, logits, plain, graph is None, pooled)
@@ -154,6 +159,7 @@ class ModelRunner:
         *,
         greedy: bool,
         keeps_hidden: bool = False,
+        adapters: StepAdapters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run inputs, forward and, if all draws are plain, the draws.
 
@@ -186,6 +192,7 @@ class ModelRunner:
             state.scratch,
             each_samples=max_query_len == 1 and num_samples == num_tokens and not further_at,
             keeps_hidden=keeps_hidden,
+            adapters=adapters,
         )
         logits_at = inputs.logits_at[: max(1, num_samples)]
         if further_at:
@@ -215,8 +222,24 @@ class ModelRunner:
             bucket.max_context_len,
             [],
             greedy=True,
+            adapters=self._adapters(bucket.num_tokens) if bucket.adapted else None,
         )
         return logits
+
+    def expect_adapters(self) -> None:
+        """Have idle turns capture graphs of steps with adapters, too."""
+        state = self._state
+        likely = (bucket.within(state.max_rows, state.max_tokens)._replace(adapted=True) for bucket in standard())
+        self._graphs.expect(tuple(dict.fromkeys(likely)))
+
+    def _adapters(self, num_tokens: int, num_chunks: int | None = None) -> StepAdapters:
+        """Describe the adapters of a step. `num_chunks`: None = as many as any step of this size has."""
+        table = self._built.adapters
+        if table is None:
+            raise EngineFault("the model was built without adapters")
+        if num_chunks is None:
+            num_chunks = max_chunks(num_tokens, table.num_slots, on_gpu=self._state.device.type == "cuda")
+        return StepAdapters(self._state.uploads.device_words, table, num_tokens, num_chunks)
 
     def _draw(self, logits: torch.Tensor, shape: StepShape, masks: Mapping[int, TokenMasks], *, eager: bool) -> None:
         drawn = self._state.drawn[: shape.num_samples]

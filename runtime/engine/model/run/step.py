@@ -15,8 +15,10 @@ from typing import Protocol
 
 import torch
 
+from runtime.engine.kernels.adapters import AdapterTable
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.cpu.attention_plan import AttentionPlan
+from runtime.engine.model.run.adapters import StepAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class StepContext:
         each_samples: logits are computed for every token, in order.
         keeps_hidden: the forward pass must set `hidden`.
         hidden: [S, hidden size], the last hidden states (after the final norm) that the logits are computed from.
+        adapters: the LoRA adapters of the step's rows; None = no row has one.
         host: the CPU attention's plan for this step. The first layer creates it and the others read it.
     """
 
@@ -62,6 +65,7 @@ class StepContext:
     each_samples: bool = False
     keeps_hidden: bool = False
     hidden: torch.Tensor | None = None
+    adapters: StepAdapters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +120,4 @@ class BuiltModel:
     token_stride: (
         int  # elements between the K (V) of two tokens of a block: KV heads × head dim, the same in every layer
     )
+    adapters: AdapterTable | None = None  # None = the forward pass takes no adapters

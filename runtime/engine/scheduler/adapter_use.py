@@ -1,0 +1,26 @@
+"""A LoRA adapter as the scheduler of its base sees it."""
+
+from dataclasses import dataclass, field
+
+from runtime.engine.scheduler.totals import Totals
+
+
+@dataclass(slots=True, eq=False)
+class AdapterUse:
+    """One adapter's place in steps, and its sequences. The scheduler counts sequences; the adapter manager alone sets the rest.
+
+    Attributes:
+        prefix_root: begins the hashes of the adapter's KV blocks, so that KV is shared between sequences of equal adapters only.
+        slot: where steps find the adapter; -1 = it is not on the device.
+        ready: its sequences may be admitted.
+        live: sequences that wait or run.
+        running: sequences that have a row.
+    """
+
+    adapter_id: str
+    prefix_root: bytes
+    slot: int = -1
+    ready: bool = False
+    live: int = 0
+    running: int = 0
+    totals: Totals = field(default_factory=Totals)
