@@ -55,7 +55,7 @@ def print_size(client: AdminClient, model: Model) -> None:
         print(f"warning: {model.name} cannot be loaded here: {fit.reason}", file=sys.stderr)
     elif fit.weight_bytes:
         kv = f", {size(fit.kv_bytes_per_token)} of KV per token" if fit.kv_bytes_per_token else ""
-        quantization = f" as {fit.quantization}" if fit.quantization else ""
+        quantization = f" as {fit.quantization}" if fit.quantization not in ("", "none") else ""
         print(
             f"{model.name}: {size(fit.weight_bytes)} of weights{quantization}{kv}; budget {size(fit.capacity_bytes)}",
             file=sys.stderr,
