@@ -299,7 +299,8 @@ class EngineLoop:
         )
 
     def _wait(self) -> None:
-        if self._executor.run_idle_work():
+        # Capturing a graph takes milliseconds, and a grammar that is being made is there sooner.
+        if not self._commands.num_opening and self._executor.run_idle_work():
             return
         models = self.table.models.values()
         swapping = next((m.model_id for m in models if m.swapping), "")

@@ -54,7 +54,9 @@ class _Job:
 class GrammarMaskSources:
     """Implements MaskSources with llguidance, which is imported when the first request with a grammar comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, fill_threads: int | None = None) -> None:
+        """`fill_threads`: threads that compute the masks of one step together; None = half of the cores, at most 8."""
+        self._fill_threads = fill_threads or min(_MOST_FILL_THREADS, (os.cpu_count() or 1) // 2)
         self._pool = ThreadPoolExecutor(_THREADS, "grammar")
         self._lock = Lock()
         self._keys: dict[str, bytes] = {}  # of tokenizers, by the model's folder
@@ -66,7 +68,7 @@ class GrammarMaskSources:
         return _Job(self._pool.submit(self._make, checkpoint.model_dir, facts, grammar))
 
     def compute(self, sources: Sequence[MaskSource]) -> None:
-        if len(sources) < _LEAST_TOGETHER:
+        if len(sources) < _LEAST_TOGETHER or self._fill_threads < 2:
             return
         groups: dict[int, list[GuidedSequence]] = {}
         for source in sources:
@@ -76,7 +78,7 @@ class GrammarMaskSources:
             if self._executor is None:
                 from llguidance import LLExecutor
 
-                self._executor = LLExecutor(min(_MOST_FILL_THREADS, os.cpu_count() or 1))
+                self._executor = LLExecutor(self._fill_threads)
             masks = np.zeros((len(group), width), np.int32)
             work = [(source.matcher, line) for line, source in enumerate(group)]
             self._executor.unsafe_compute_mask_ptr(work, masks.ctypes.data, width * 4, len(group))

@@ -1,12 +1,14 @@
 """Requests with a grammar in the engine loop: when they are planned, what they draw, and how they fail."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 import pytest
 
 from runtime.engine.core.executor import OperationExecutor
 from runtime.engine.operations import OpenRow, Operation, RunDraws, RunForward, RunStep
+from runtime.ipc.messages import Shutdown
 from runtime.types import FinishReason, LogprobParams
 from tests.support.engine_stage import Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
@@ -212,3 +214,21 @@ def test_waiting_grammars_count_as_waiting_requests() -> None:
     assert refused.error_code == "RESOURCE_EXHAUSTED"
     made.until_quiet()
     made.close()
+
+
+def test_idle_work_waits_while_a_grammar_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Stage(FakeBackend({"a": FakeSpec()}), grammar_polls=30)
+    made.load("a")
+    made.until_quiet()
+    answer = made.add("a", [5], 4, grammar="half")
+    was_answered: list[bool] = []
+
+    def idle(mark: Callable[[str], None]) -> bool:
+        was_answered.append(answer.last is not None)
+        made.inbox.put(Shutdown(0.0))
+        return False
+
+    monkeypatch.setattr(made.backend, "idle", idle)
+    made.loop.run()
+    assert was_answered
+    assert all(was_answered)

@@ -201,7 +201,7 @@ def test_equal_tokenizers_are_kept_once_and_while_a_model_has_them(folder: Path,
 
 @pytest.mark.parametrize("vocab_size", [390, 396, 500])
 def test_masks_that_are_computed_together_are_those_computed_alone(folder: Path, vocab_size: int) -> None:
-    sources = GrammarMaskSources()
+    sources = GrammarMaskSources(fill_threads=2)
     rng = random.Random(4)
     thinking = msgspec.structs.replace(DIGITS, reasoning_close="zo", starts_in_reasoning=True)
     grammars = [COLOURS, DIGITS, thinking, COLOURS, DIGITS, DIGITS]
@@ -218,7 +218,7 @@ def test_masks_that_are_computed_together_are_those_computed_alone(folder: Path,
 
 
 def test_a_mask_that_was_computed_is_dropped_with_the_next_token(folder: Path) -> None:
-    sources = GrammarMaskSources()
+    sources = GrammarMaskSources(fill_threads=2)
     runs = [open_run(folder, COLOURS, sources) for _ in range(4)]
     sources.compute([run.source for run in runs])
     runs[0].take(*runs[0].tokenizer.encode("{").ids)
