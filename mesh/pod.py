@@ -192,7 +192,8 @@ class Pod:
         return self.states.status(model_id).status is ModelStatus.LOADED
 
     async def _publish_record(self) -> None:
-        if self._heartbeat is not None:
+        # While the store does not answer, the heartbeat publishes the record when it is back.
+        if self._heartbeat is not None and self.store.is_answering:
             await self._heartbeat.flush()
 
     def _warn_of_duplicate_id(self, grpc_address: str) -> None:

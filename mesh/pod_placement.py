@@ -87,7 +87,12 @@ def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]
 
     peer_health = PeerHealth(probes, in_flight, changes, address_of=http_address_of, gone_after_s=config.session_ttl_s)
     runtime = GrpcRuntime(base.connections.grpc(config.runtime_grpc))
-    record_updates = RecordUpdates(registry.models, base.instance_id)
+
+    def can_write() -> bool:
+        """Return whether records can be changed, and so whether other pods would see a load."""
+        return base.store.is_answering and not registry.num_lost
+
+    record_updates = RecordUpdates(registry.models, base.instance_id, can_write)
     loads = LocalLoads(
         runtime,
         record_updates,
@@ -131,6 +136,7 @@ def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]
         constraints=TypeConstraints(config.type_constraints),
         own_labels=config.labels,
         unreachable=peer_health.suspect,
+        can_announce=can_write,
     )
     reconciler = Reconciler(registry, record_updates, copies, loads, placement, states, monitor, changes)
     return PlacementParts(

@@ -72,8 +72,9 @@ class Placement:
         constraints: TypeConstraints,
         own_labels: tuple[str, ...],
         unreachable: Callable[[str], None],
+        can_announce: Callable[[], bool],
     ) -> None:
-        """`unreachable` is called with a pod that did not accept a load."""
+        """`unreachable` is called with a pod that did not accept a load. `can_announce` returns False while other pods would not see a load."""
         self._registry = registry
         self._runtime = runtime
         self._record_updates = record_updates
@@ -86,6 +87,7 @@ class Placement:
         self._constraints = constraints
         self._own_labels = own_labels
         self._unreachable = unreachable
+        self._can_announce = can_announce
         self._own_id = registry.instances.own_id
 
     async def ensure_loaded(
@@ -212,7 +214,8 @@ class Placement:
                 f"{record.info.type}: [{', '.join(constraint.required)}]"
             )
         is_extra = bool(order.avoid) or order.local_only
-        if not order.local_only and pods.keys() - {self._own_id}:
+        # Without the store this pod would not see that a peer has loaded the model, so it loads the model itself.
+        if not order.local_only and pods.keys() - {self._own_id} and self._can_announce():
             for pod_id in await self._plan(model_id, record, pods, order.avoid):
                 if pod_id == self._own_id or await self._begin_at(pod_id, pods[pod_id], model_id, order, is_extra):
                     if pod_id == self._own_id:

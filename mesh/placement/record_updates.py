@@ -4,7 +4,7 @@ As in ModelMesh, a pod is in at most one of `instanceIds` (with the time at whic
 """
 
 import logging
-from collections.abc import Awaitable, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import TypeVar
 
 import msgspec
@@ -28,9 +28,18 @@ class LoadedElsewhere(MeshError):
 class RecordUpdates:
     """Every method raises StoreError. An unregistered model is ignored, except by `loading`, which raises NotFound."""
 
-    def __init__(self, models: Models, own_id: str) -> None:
+    def __init__(self, models: Models, own_id: str, can_write: Callable[[], bool] = lambda: True) -> None:
+        """`can_write` returns False while the store does not answer or refuses changes, so that no update waits for its time limit."""
         self._models = models
         self._own_id = own_id
+        self._can_write = can_write
+
+    async def _update(
+        self, model_id: str, change: Callable[[ModelRecord | None], ModelRecord | None]
+    ) -> ModelRecord | None:
+        if not self._can_write():
+            raise StoreError("store: records cannot be changed now; the next sweep repeats the update")
+        return await self._models.table.update(model_id, change)
 
     async def loading(
         self,
@@ -62,7 +71,7 @@ class RecordUpdates:
                 last_used_ms=max(record.last_used_ms, last_used_ms),
             )
 
-        record = await self._models.table.update(model_id, change)
+        record = await self._update(model_id, change)
         if record is None or record.info != info:
             raise NotFound("model not found")
 
@@ -72,7 +81,7 @@ class RecordUpdates:
         def change(record: ModelRecord | None) -> ModelRecord | None:
             return record and msgspec.structs.replace(record, num_failures=0)
 
-        await self._models.table.update(model_id, change)
+        await self._update(model_id, change)
 
     async def measured(self, model_id: str, weight_bytes: int) -> None:
         """Record the size of the weights, which is shown while the model is not loaded, too."""
@@ -80,7 +89,7 @@ class RecordUpdates:
         def change(record: ModelRecord | None) -> ModelRecord | None:
             return record and msgspec.structs.replace(record, weight_bytes=weight_bytes)
 
-        await self._models.table.update(model_id, change)
+        await self._update(model_id, change)
 
     async def failed(self, model_id: str, message: str, *, at_ms: int, lasting: bool = False) -> None:
         """Move this pod from the pods that have the model to those that failed to load it."""
@@ -96,7 +105,7 @@ class RecordUpdates:
                 num_failures=record.num_failures + 1,
             )
 
-        await self._models.table.update(model_id, change)
+        await self._update(model_id, change)
 
     async def gone(self, model_id: str, *, last_used_ms: int = 0, use: float | None = None) -> None:
         """Remove this pod from the record.
@@ -115,7 +124,7 @@ class RecordUpdates:
                 use=record.use if use is None else round(use, 2),
             )
 
-        await self._models.table.update(model_id, change)
+        await self._update(model_id, change)
 
     async def clear_failures(self, model_id: str) -> None:
         """Forget all pods' failures, because a caller asked for the model by name."""
@@ -125,7 +134,7 @@ class RecordUpdates:
                 return record
             return msgspec.structs.replace(record, failed_in={}, failures={}, num_failures=0)
 
-        await self._models.table.update(model_id, change)
+        await self._update(model_id, change)
 
     async def clear_own_failure(self, model_id: str) -> None:
         """Forget this pod's failure, which is too old to matter."""
@@ -141,7 +150,7 @@ class RecordUpdates:
                 num_failures=record.num_failures if failed_in else 0,
             )
 
-        await self._models.table.update(model_id, change)
+        await self._update(model_id, change)
 
     async def clear_instances(self, model_id: str) -> None:
         """Remove all pods from the record. Each pod sees its removal and unloads its copy."""
@@ -151,7 +160,7 @@ class RecordUpdates:
                 return record
             return msgspec.structs.replace(record, instance_ids={})
 
-        await self._models.table.update(model_id, change)
+        await self._update(model_id, change)
 
 
 async def log_errors(update: Awaitable[None]) -> None:

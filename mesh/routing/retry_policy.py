@@ -20,7 +20,7 @@ class RetryBudget:
     """
 
     local_only: bool = False
-    reloads: int = 1
+    reloads: int = 3
     failovers: int = 3
     status_retries: int = 3
     moves: int = 1
@@ -42,10 +42,10 @@ class RetryBudget:
         return None
 
     def after_move(self) -> "RetryBudget | None":
-        """The budget after the name moved to another model, which may be reloaded once too; None if it moved before."""
+        """The budget after the name moved to another model, which may be reloaded at least once too; None if it moved before."""
         if not self.moves or self.local_only:
             return None
-        return replace(self, moves=self.moves - 1, reloads=1)
+        return replace(self, moves=self.moves - 1, reloads=max(1, self.reloads))
 
     @property
     def max_attempts(self) -> int:

@@ -139,3 +139,24 @@ async def test_a_deleted_prefix_is_a_mass_loss(tmp_path: Path, own_etcd: EtcdSer
         await until(lambda: a.pod.registry.num_lost == 12)
         assert await a.echo("m0") == b"hi"
         assert await a.echo("m1") == b"hi"
+
+
+async def test_loads_do_not_wait_for_an_absent_store(tmp_path: Path, own_etcd: EtcdServer) -> None:
+    async with (
+        running_pod(tmp_path / "a", store=own_etcd.url) as a,
+        running_pod(tmp_path / "b", store=own_etcd.url) as b,
+    ):
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        for number in range(4):
+            await a.register(f"m{number}")
+        await until(lambda: all(b.pod.registry.models.get(f"m{number}") for number in range(4)))
+        own_etcd.kill()
+        for pod in (a, b):
+            await until(lambda pod=pod: not pod.pod.store.is_answering)  # type: ignore[misc]
+        started_s = time.monotonic()
+        for number in range(4):
+            assert await (a, b)[number % 2].echo(f"m{number}") == b"hi"
+        assert time.monotonic() - started_s < 3.0
+        own_etcd.start()
+        for number in range(4):
+            await until(lambda number=number: a.pod.registry.models.get(f"m{number}").instance_ids, 30)  # type: ignore[misc, union-attr]

@@ -52,7 +52,7 @@ def test_retry_budget_of_a_forwarded_request_never_fails_over(ended: list[tuple[
 
 
 def test_retry_budget_after_a_move_allows_one_more_reload() -> None:
-    lost = RetryBudget().after(Failure.MODEL_LOST, "a")
+    lost = RetryBudget(reloads=1).after(Failure.MODEL_LOST, "a")
     assert lost is not None
     assert lost.after(Failure.MODEL_LOST, "a") is None
     moved = lost.after_move()
