@@ -39,6 +39,7 @@ class Quantization(StrEnum):
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_Name = Annotated[str, Meta(min_length=1)]
 _Positive = Annotated[int, Meta(ge=1)]
 _FOUR_BIT = (Quantization.NF4, Quantization.FP4)
 
@@ -73,6 +74,9 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     sampling: Annotated[
         DefaultSampling, Meta(description="defaults for requests that leave a sampling parameter out")
     ] = DefaultSampling()
+    adapter_of: Annotated[
+        _Name | None, Meta(description="name of the base model: the files are a LoRA adapter of it")
+    ] = None
     max_concurrency: Annotated[_Positive | None, Meta(description="limit of running and waiting requests per copy")] = (
         None
     )
@@ -124,6 +128,7 @@ class ModelKey(msgspec.Struct, frozen=True):
 
 # ModelMesh writes these into a key; they change nothing here.
 _MESH_FIELDS = frozenset({"model_type", "schema_path", "disk_size_bytes"})
+_OF_THE_BASE = ("quantize", "double_quant", "dtype", "max_model_len")
 _NOT_REGISTRABLE = frozenset({"display_name", "bucket"})
 
 
@@ -154,7 +159,19 @@ def read_model_key(fields: Mapping[str, Any]) -> ModelKey:
             "double_quant",
             f"double_quant needs quantize nf4 or fp4; quantize is {key.settings.quantize.value}",
         )
+    _check_adapter(key.settings)
     return key
+
+
+def _check_adapter(settings: ModelSettings) -> None:
+    """Refuse settings that an adapter takes from its base."""
+    if settings.adapter_of is None:
+        return
+    for name in _OF_THE_BASE:
+        if getattr(settings, name) != getattr(ModelSettings(), name):
+            raise InvalidModelKey(
+                name, f"{name} cannot be given with adapter_of: an adapter has that of its base, {settings.adapter_of}"
+            )
 
 
 def registrable_fields() -> tuple[Field, ...]:

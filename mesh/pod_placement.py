@@ -102,6 +102,7 @@ def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]
         load_timeout_s=config.load_timeout_s,
         grace_s=config.grace_s,
         publish=publish_record,
+        base_of=registry.base_of,
         busy_s=lambda model_id: monitor.busy_s(model_id),
         others=lambda: states.others(),
         reported=lambda: monitor.snapshot.models,

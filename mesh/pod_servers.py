@@ -14,6 +14,7 @@ from mesh.api.health import HealthRoutes
 from mesh.api.http_gateway import HttpGateway
 from mesh.api.http_server import HttpServer
 from mesh.api.inference import InferenceGateway
+from mesh.api.lora_routes import LoraRoutes
 from mesh.api.management import ManagementService
 from mesh.api.model_view import ModelViews
 from mesh.api.models_routes import ModelsRoutes
@@ -176,6 +177,7 @@ def _http_server(
         (
             health,
             ModelsRoutes(registry, parts.placement, registrar, views, base.changes, pod.stopping),
+            LoraRoutes(registry, parts.placement, registrar),
             AdminRoutes(registry, registrar, parts.states, parts.monitor, parts.runtime, views),
             CacheRoutes(registry, parts.runtime),
             RootPage(views, package_version(), lambda: access.guard.requires_keys),

@@ -15,7 +15,10 @@ from runtime.types import GenerationRequest, ModelFacts
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded model. `text` tokenizes, detokenizes and renders chats. Responses carry `name`."""
+    """A loaded model. `text` tokenizes, detokenizes and renders chats. Responses carry `name`.
+
+    `base_id` and `base_name`: of the model whose LoRA adapter this is; "" if it is none.
+    """
 
     model_id: str
     name: str
@@ -23,6 +26,8 @@ class ServedModel:
     facts: ModelFacts
     text: TextModel
     loaded_at_s: float
+    base_id: str = ""
+    base_name: str = ""
 
 
 class ModelDirectory(Protocol):

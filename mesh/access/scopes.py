@@ -40,7 +40,14 @@ _LISTING_ROUTES = frozenset(
     }
 )
 _READING = ("GET", "HEAD")
-_MANAGEMENT_ROUTES = ("/admin/", "/models/load", "/models/unload", "/v2/repository/models/")
+_MANAGEMENT_ROUTES = (
+    "/admin/",
+    "/models/load",
+    "/models/unload",
+    "/v2/repository/models/",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+)
 
 # By their full names: a prefix would also open what the pass-through forwards.
 _OPEN_METHODS = frozenset(

@@ -47,6 +47,11 @@ class ModelViews:
         named = self._named()
         return [(each.name, None if self._is_unloaded(each) else self._view(each)) for each in named]
 
+    def parents(self) -> dict[str, str]:
+        """Return the base of each LoRA adapter that the caller may use, by name."""
+        found = ((named.name, self._settings_of(named.record).get("adapter_of")) for named in self._named())
+        return {name: base for name, base in found if base}
+
     def _named(self) -> list[NamedModel]:
         caller = current_caller()
         return [named for named in self._registry.named() if caller.may_use(named.name)]

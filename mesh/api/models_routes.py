@@ -60,11 +60,14 @@ _UNLOADED = Status("unloaded")
 
 
 class Entry(msgspec.Struct, frozen=True):
+    """OpenAI's shape. `parent`, as vLLM has it: the name of the base whose LoRA adapter the model is."""
+
     id: str
     status: Status
     object: str = "model"
     created: int = 0
     owned_by: str = "repertory"
+    parent: str | msgspec.UnsetType = msgspec.UNSET
     max_model_len: int | msgspec.UnsetType = msgspec.UNSET  # of a loaded model, as vLLM has it
 
 
@@ -107,11 +110,13 @@ class ModelsRoutes:
         router.add_post("/models/unload", self.unload)
 
     async def list(self, _: web.Request) -> web.Response:
-        return _json(Listing([_entry(name, model) for name, model in self._views.states()]))
+        parents = self._views.parents()
+        return _json(Listing([_entry(name, model, parents.get(name)) for name, model in self._views.states()]))
 
     async def show(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        return _json(_entry(name, await self._views.one(name)))
+        model = await self._views.one(name)
+        return _json(_entry(name, model, model.settings.get("adapter_of")))
 
     async def add(self, request: web.Request) -> web.Response:
         """Register a repository of the Hugging Face hub, or a URI, under its own name and begin to load it, as a front end's "download" asks."""
@@ -187,9 +192,9 @@ class ModelsRoutes:
         return await self._registry.resolve_fresh(asked.model)
 
 
-def _entry(name: str, model: Model | None) -> Entry:
+def _entry(name: str, model: Model | None, parent: str | None) -> Entry:
     longest = max((copy.max_model_len for copy in model.copies), default=0) if model is not None else 0
-    return Entry(name, _status(model), max_model_len=longest or msgspec.UNSET)
+    return Entry(name, _status(model), parent=parent or msgspec.UNSET, max_model_len=longest or msgspec.UNSET)
 
 
 def _status(model: Model | None) -> Status:

@@ -4,10 +4,12 @@ import asyncio
 import logging
 
 from common.clock import epoch_ms
-from mesh.errors import InvalidRequest, MeshError
+from mesh.access.caller import current_caller
+from mesh.errors import InvalidRequest, MeshError, NotFound
 from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
 from mesh.placement.runtime_monitor import RuntimeMonitor
+from mesh.registry.registration import base_of
 from mesh.registry.registry import Registry
 from mesh.types import ModelInfo, ModelStatus, RuntimeClient
 
@@ -33,6 +35,7 @@ class Registrar:
 
     async def register(self, name: str, info: ModelInfo, *, load: bool) -> str:
         """Register a name, begin to load it if asked to, and return the concrete id. Raises InvalidRequest, AlreadyExists."""
+        await self._check_base(info)
         await self._check_loadable(info)
         model_id = await self._registry.register_name(name, info, now_ms=epoch_ms(), is_loaded=self.is_loaded)
         if load:
@@ -49,6 +52,18 @@ class Registrar:
 
     def is_loaded(self, model_id: str) -> bool:
         return self._states.status(model_id).status is ModelStatus.LOADED
+
+    async def _check_base(self, info: ModelInfo) -> None:
+        """Raise InvalidRequest for an adapter whose base is not registered, or is an adapter itself."""
+        name = base_of(info)
+        if name:
+            current_caller().check_model(name)
+        try:
+            base = await self._registry.base_of(info)
+        except NotFound:
+            raise InvalidRequest(f"adapter_of: {name!r} is not registered; register the base first") from None
+        if base is not None and base_of(base[1]):
+            raise InvalidRequest(f"adapter_of: {name!r} is an adapter itself; its base is {base_of(base[1])!r}")
 
     async def _check_loadable(self, info: ModelInfo) -> None:
         """Raise InvalidRequest for settings that the runtime refuses, as far as it can tell within a few seconds.

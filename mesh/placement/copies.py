@@ -33,6 +33,7 @@ class LocalCopy:
         is_announced: the model's record lists this pod, so that its removal from the record is an order to unload.
         is_measured: the size of the weights has been written to the model's record.
         policy: how many copies the model shall have, and whether this one may be evicted.
+        base_id: the model whose LoRA adapter this is, which is loaded here too; "" if it is none.
     """
 
     model_id: str
@@ -48,6 +49,7 @@ class LocalCopy:
     is_announced: bool = False
     is_measured: bool = False
     policy: CopyPolicy = DEFAULT_POLICY
+    base_id: str = ""
 
     def __post_init__(self) -> None:
         self.policy = policy_of(self.info)
@@ -133,6 +135,12 @@ class LocalCopies:
         copy = self._copies.get(model_id)
         if copy is not None and at_ms > copy.last_used_ms:
             copy.last_used_ms = at_ms
+            if copy.base_id:
+                self.touch(copy.base_id, at_ms)
+
+    def adapters_of(self, model_id: str) -> list[LocalCopy]:
+        """Return the copies of the model's LoRA adapters."""
+        return [copy for copy in self._copies.values() if copy.base_id == model_id]
 
     def in_flight(self, model_id: str) -> int:
         """Return the number of requests that run on this pod's copy."""
@@ -161,7 +169,9 @@ class LocalCopies:
         return self._requests.per_minute(time.monotonic())
 
     def _num_users(self, model_id: str) -> int:
-        return self._in_flight[model_id] + self._waiting[model_id]
+        """Return the requests that need the model, those for its adapters and the adapters that are loading included."""
+        adapters = sum(copy.is_pending + self._num_users(copy.model_id) for copy in self.adapters_of(model_id))
+        return self._in_flight[model_id] + self._waiting[model_id] + adapters
 
     def _decrease(self, counts: Counter[str], model_id: str) -> None:
         counts[model_id] -= 1

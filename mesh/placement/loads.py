@@ -12,13 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence, Set
 from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState, ModelState
-from mesh.errors import LoadFailed, Overloaded, StoreError, Unavailable
+from mesh.errors import LoadFailed, NotFound, Overloaded, StoreError, Unavailable
 from mesh.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.eviction import plan_eviction
 from mesh.placement.load_times import LoadTimes, retry_after_s
 from mesh.placement.record_updates import LoadedElsewhere, RecordUpdates, log_errors
 from mesh.placement.unloads import LocalUnloads
+from mesh.registry.registration import over_base
 from mesh.types import LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,19 @@ class LocalLoads:
         load_timeout_s: float,
         grace_s: float,
         publish: Callable[[], Awaitable[None]],
+        base_of: Callable[[ModelInfo], Awaitable[tuple[str, ModelInfo] | None]],
         busy_s: Callable[[str], float],
         others: Callable[[], Set[str]],
         reported: Callable[[], Sequence[ModelState]],
     ) -> None:
         """`load_timeout_s`: 0 takes the runtime's own timeout. `grace_s`: what running requests have to finish before an unload. `publish` writes this pod's record, in which other pods see a load end.
 
+        `base_of` returns the id and the key of the model whose LoRA adapter a key describes, None for other models.
         `busy_s` returns when the running requests of a model are expected to end; 0 if that is unknown. `others` returns the other pods that
         serve, `reported` the models that the runtime reports.
         """
         self._publish = publish
+        self._base_of = base_of
         self._busy_s = busy_s
         self._others = others
         self._reported = reported
@@ -199,6 +203,7 @@ class LocalLoads:
             await self._announce(copy, is_extra)
             await self._ready.wait()
             assert self._slots is not None
+            await self._load_base(copy)  # before a slot is taken, which the base may need
             async with self._slots:
                 self._metrics.load_started(time.monotonic() - queued_s)
                 await self._admit(copy, urgent)
@@ -221,6 +226,23 @@ class LocalLoads:
                 self._copies.remove(copy)
                 await log_errors(self._record_updates.gone(model_id))
         self.trim()
+
+    async def _load_base(self, copy: LocalCopy) -> None:
+        """Have the base of an adapter loaded on this pod. Raises LoadFailed if that is impossible."""
+        try:
+            base = await self._base_of(copy.info)
+        except NotFound as error:
+            raise LoadFailed(f"its base is not registered: {error.detail}", model=copy.model_id) from None
+        if base is None:
+            return
+        copy.base_id, info = base
+        self._copies.touch(copy.base_id, copy.last_used_ms)
+        loaded = self._copies.get(copy.base_id)
+        if loaded is None or not loaded.is_loaded:
+            await asyncio.wait([self.load(copy.base_id, info, last_used_ms=copy.last_used_ms, is_extra=True)])
+            loaded = self._copies.get(copy.base_id)
+        if loaded is None or not loaded.is_loaded:
+            raise LoadFailed(f"its base {copy.base_id} could not be loaded on this pod", model=copy.model_id)
 
     async def _announce(self, copy: LocalCopy, is_extra: bool) -> None:
         try:
@@ -261,7 +283,8 @@ class LocalLoads:
         while True:
             await self._ready.wait()
             try:
-                return await self._runtime.load(copy.model_id, copy.info, self._load_timeout_s)
+                info = over_base(copy.info, copy.base_id) if copy.base_id else copy.info
+                return await self._runtime.load(copy.model_id, info, self._load_timeout_s)
             except Unavailable as error:
                 if time.monotonic() > give_up_s:
                     raise

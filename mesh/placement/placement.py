@@ -282,9 +282,13 @@ class Placement:
             size_bytes = await self._runtime.predict_size(model_id, record.info) or 0
         limits = self._monitor.limits
         constraint = self._constraints.of(record.info.type)
+        with_base = await self._pods_with_base(record)
         zones = {pods[pod_id].zone for pod_id in record.instance_ids if pod_id in pods} - {""}
         views = [
-            self._view(pod_id, pod, record, constraint.num_preferred(self._labels(pod_id, pods)), zones)
+            replace(
+                self._view(pod_id, pod, record, constraint.num_preferred(self._labels(pod_id, pods)), zones),
+                has_base=pod_id in with_base,
+            )
             for pod_id, pod in pods.items()
             if constraint.allows(self._labels(pod_id, pods))
             and self._states.may_load(model_id, record, pod_id)
@@ -296,6 +300,15 @@ class Placement:
             size_bytes or (limits.default_model_size_bytes if limits else 0),
             load_s=self._states.expected_load_s(model_id),
         )
+
+    async def _pods_with_base(self, record: ModelRecord) -> Set[str]:
+        """Return the pods that have, or are loading, the base of a LoRA adapter; none for other models."""
+        try:
+            base = await self._registry.base_of(record.info)
+        except NotFound:
+            return frozenset()
+        holder = None if base is None else self._registry.models.get(base[0])
+        return frozenset() if holder is None else holder.instance_ids.keys()
 
     def _view(
         self, pod_id: str, pod: InstanceRecord, record: ModelRecord, num_preferred: int, zones: Set[str]

@@ -25,6 +25,7 @@ class PodView:
         load_failures: loads that failed in a row, of any models.
         num_preferred: labels that the model's type prefers and the pod has.
         has_files: the pod has loaded the model before, so that its files may be on its disk or in its memory.
+        has_base: the pod has the base of the adapter, or is loading it. An adapter costs little there, and the whole base elsewhere.
         has_copy_in_zone: another copy of the model is in the pod's zone.
     """
 
@@ -38,6 +39,7 @@ class PodView:
     load_failures: int = 0
     num_preferred: int = 0
     has_files: bool = False
+    has_base: bool = False
     has_copy_in_zone: bool = False
 
 
@@ -62,10 +64,11 @@ def cost_s(pod: PodView, model_id: str, size_bytes: int, load_s: float) -> float
     return load_s * (queue + pull + victim + used + spread - (_LOCAL_SHARE if pod.local else 0.0))
 
 
-def _order(pod: PodView, model_id: str, size_bytes: int, load_s: float) -> tuple[bool, int, bool, float, str]:
+def _order(pod: PodView, model_id: str, size_bytes: int, load_s: float) -> tuple[bool, int, bool, bool, float, str]:
     return (
         pod.load_failures >= _FEW_FAILURES,
         -pod.num_preferred,
+        not pod.has_base,
         pod.has_copy_in_zone,
         cost_s(pod, model_id, size_bytes, load_s),
         pod.instance_id,

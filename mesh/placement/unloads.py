@@ -76,6 +76,9 @@ class LocalUnloads:
             self._changes.notify()
         task = self._tasks.get(copy.model_id)
         if task is None:
+            for adapter in self._copies.adapters_of(copy.model_id):
+                if adapter.is_loaded:  # the runtime unloads adapters with their base
+                    self.start(adapter, is_eviction=is_eviction, now=now)
             self._copies.set_state(copy, CopyState.UNLOADING)
             idle_ms = max(0, epoch_ms() - copy.last_used_ms)
             if is_eviction:

@@ -55,6 +55,18 @@ def settings_of(info: ModelInfo) -> Mapping[str, Any]:
         return {}
 
 
+def base_of(info: ModelInfo) -> str:
+    """Return the name of the model whose LoRA adapter this is, or "" if it is none."""
+    name = settings_of(info).get("adapter_of") if info.type == DEFAULT_TYPE else None
+    return name if isinstance(name, str) else ""
+
+
+def over_base(info: ModelInfo, base_id: str) -> ModelInfo:
+    """Return an adapter's key with the id of its base in the place of the base's name."""
+    fields = {**settings_of(info), "adapter_of": base_id}
+    return ModelInfo(info.type, info.path, msgspec.json.encode(fields, order="deterministic").decode())
+
+
 def with_settings(info: ModelInfo, settings: Mapping[str, Any], *, model_type: str | None = None) -> ModelInfo:
     """Return the same files with other settings. Raises InvalidRequest if the key is not a JSON object or the result is invalid."""
     try:

@@ -9,7 +9,7 @@ from mesh.errors import AlreadyExists, NotFound
 from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
 from mesh.registry.records import ModelRecord
-from mesh.registry.registration import belongs_to, check_id, check_name, concrete_id
+from mesh.registry.registration import base_of, belongs_to, check_id, check_name, concrete_id
 from mesh.registry.vmodel_plan import VModelRequest
 from mesh.registry.vmodels import VModels
 from mesh.store.protocol import Store
@@ -123,6 +123,23 @@ class Registry:
         if await self.models.find(name) is not None:
             return name
         raise self._unknown(name)
+
+    async def base_of(self, info: ModelInfo) -> tuple[str, ModelInfo] | None:
+        """Return the model whose LoRA adapter this is, or None if it is none. Raises NotFound for a base that is not registered."""
+        name = base_of(info)
+        if not name:
+            return None
+        try:
+            base_id = self.resolve(name)
+        except NotFound:
+            # Another pod may have registered it a moment ago.
+            await self.vmodels.find(name)
+            await self.models.find(name)
+            base_id = self.resolve(name)
+        record = await self.models.find(base_id)
+        if record is None:
+            raise self._unknown(name)
+        return base_id, record.info
 
     async def successor(self, name: str, gone_id: str) -> str | None:
         """Return the model that replaced `gone_id`, to which the name was resolved; None if there is no other model. Raises StoreError."""

@@ -24,6 +24,7 @@ class Entry:
     load_seconds: float = 0.0
     last_used_s: float = field(default_factory=time.monotonic)
     error: str = ""
+    base_id: str = ""  # of the model whose adapter it is; "" until that is known, and for other models
 
     @property
     def name(self) -> str:

@@ -12,9 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
+
+import msgspec
 
 from common.changes import Changes
-from common.model_key import ModelSettings
+from common.model_key import Dtype, ModelSettings
 from runtime.checkpoint.device_fit import cut_text
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
@@ -22,6 +25,7 @@ from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
     EngineFault,
+    LoadFailed,
     ModelNotFound,
     Quarantined,
     RepertoryError,
@@ -44,6 +48,7 @@ TextLoader = Callable[[Path, ModelSettings], TextModel]
 
 _MAX_FAILURES_SHOWN = 64
 _UNNOTICED_S = 0.2  # an engine whose socket has closed is noticed as dead by then
+_COMING = (Phase.PULLING, Phase.PACKING, Phase.LOADING, Phase.RETURNING)
 
 
 class Models:
@@ -202,7 +207,7 @@ class Models:
         limit = asyncio.timeout(self._config.load_timeout_s)
         try:
             async with limit:
-                await self._bring(entry)
+                await self._bring(entry, await self._base_of(entry))
         except BaseException as error:
             await self._undo(entry)
             if isinstance(error, TimeoutError) and limit.expired():
@@ -232,27 +237,61 @@ class Models:
             return False
         return entry.phase is Phase.LOADED
 
-    async def _bring(self, entry: Entry) -> None:
+    async def _base_of(self, entry: Entry) -> Entry | None:
+        """Wait until the base of an adapter is loaded, and return it; None for other models. Raises LoadFailed if it is not here."""
+        asked = entry.settings.adapter_of
+        if asked is None:
+            return None
+        while True:
+            base = self._entries.get(asked) or next((one for one in self._entries.values() if one.name == asked), None)
+            if base is None or base.phase not in (*_COMING, Phase.LOADED):
+                raise LoadFailed(f"its base {asked} is not loaded here; load it first", model=entry.name)
+            if base.settings.adapter_of is not None:
+                raise LoadFailed(f"its base {asked} is an adapter itself", model=entry.name)
+            if base.phase is Phase.LOADED:
+                entry.base_id = base.model_id
+                return base
+            await self.changes.wait(1.0)
+
+    async def _bring(self, entry: Entry, base: Entry | None) -> None:
         hello = await self._engine.wait_ready()
         loop = asyncio.get_running_loop()
+        settings = entry.settings
+        if base is not None:
+            assert base.served is not None
+            settings = msgspec.structs.replace(settings, dtype=cast("Dtype", base.served.facts.dtype))
         entry.prepared = await self._preparer.prepare(
-            entry.source, entry.settings, hello.device, lambda progress: _post(loop, self._note, entry, progress)
+            entry.source, settings, hello.device, lambda progress: _post(loop, self._note, entry, progress)
         )
+        load_text = self._load_text if base is None or base.served is None else base.served.text.adapted
         async with self._slots:
             self._note(entry, Progress(Phase.LOADING, text="admitting"))
             text = await loop.run_in_executor(
-                self._threads, self._load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings
+                self._threads, load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings
             )
             facts = await self._admit(entry)
         if note := cut_text(facts.max_model_len, facts.wanted_model_len):
             log.warning("model %s: %s", entry.name, note)
-        entry.served = ServedModel(entry.model_id, entry.name, entry.settings, facts, text, loaded_at_s=time.time())
+        entry.served = ServedModel(
+            entry.model_id,
+            entry.name,
+            entry.settings,
+            facts,
+            text,
+            loaded_at_s=time.time(),
+            base_id=entry.base_id,
+            base_name=base.name if base is not None else "",
+        )
 
     async def _admit(self, entry: Entry) -> ModelFacts:
         assert entry.prepared is not None
         settings = entry.settings
         request = Load(
-            entry.model_id, entry.prepared.checkpoint, settings.max_model_len, self._config.engine.max_waiting
+            entry.model_id,
+            entry.prepared.checkpoint,
+            settings.max_model_len,
+            self._config.engine.max_waiting,
+            entry.base_id,
         )
         while True:
             await self._engine.wait_ready()
@@ -271,6 +310,7 @@ class Models:
         if entry.phase is not Phase.RETURNING:
             return
         try:
+            await self._base_of(entry)
             async with self._slots:
                 facts = await self._admit(entry)
         except RepertoryError as error:
@@ -297,6 +337,8 @@ class Models:
         elif entry.phase is not Phase.FAILED:
             entry.phase = Phase.UNLOADING
             self.changes.notify()
+            adapters = [one.model_id for one in self._entries.values() if one.base_id == model_id]
+            await asyncio.gather(*(self.unload(adapter_id, grace_s=grace_s) for adapter_id in adapters))
             await self._engine.drain(model_id, grace_s)
             await self._engine.unload(model_id)
         entry.release()

@@ -15,6 +15,7 @@ from common.model_key import Quantization
 from runtime.errors import LoadFailed
 from runtime.puller.safetensors_header import read_header
 from runtime.puller.sizing import TensorShape
+from runtime.puller.source import ADAPTER_CONFIG
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TEXTS = (".json", ".txt", ".jinja", ".model")
@@ -68,6 +69,8 @@ def inspect(path: Path, policy: Policy) -> CheckpointSummary:
             raise LoadFailed(
                 f"{path} has {len(ggufs)} GGUF files ({', '.join(file.name for file in ggufs[:4])}…): name one of them"
             )
+        if (path / ADAPTER_CONFIG).is_file():
+            raise LoadFailed(f"{path} is a LoRA adapter: register it with adapter_of, the name of its base model")
         raise LoadFailed(f"{path} has no config.json")
     config = read_json(path / "config.json")
     _refuse_remote_code(path, config, policy)

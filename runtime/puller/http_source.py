@@ -8,7 +8,15 @@ from runtime.errors import LoadFailed
 from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, parse_json
 from runtime.puller.http_client import HttpClient
 from runtime.puller.progress import PullJob
-from runtime.puller.source import Arrived, Listing, RemoteFile, checked_name, refuse_split
+from runtime.puller.source import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    Arrived,
+    Listing,
+    RemoteFile,
+    checked_name,
+    refuse_split,
+)
 
 _INDEX = "model.safetensors.index.json"
 _BESIDE = (
@@ -43,6 +51,9 @@ class WebSource:
                 raise LoadFailed(f"{self._origin}: the server has no such file")
             return Listing(self._origin, [file])
         config = self._look("config.json", job)
+        if config is None and self._look(ADAPTER_CONFIG, job) is not None:
+            adapter = (self._look(name, job) for name in ADAPTER_FILES)
+            return Listing(self._origin, [file for file in adapter if file is not None])
         if config is None:
             raise LoadFailed(f"{self._origin} has no config.json and is not a .gguf file")
         files = [config, *self._weights(job)]

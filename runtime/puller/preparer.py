@@ -16,6 +16,8 @@ from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.models.model_state import Phase, Prepared, Report
+from runtime.puller.adapter.files import identity_of, is_adapter
+from runtime.puller.adapter.preparing import AdapterPreparer
 from runtime.puller.cache import Cache, Held
 from runtime.puller.checkpoint_check import (
     CheckpointKind,
@@ -81,6 +83,7 @@ class CheckpointPreparer:
         self._packer = packer
         self._config = config
         self._cache = cache
+        self._adapters = AdapterPreparer(cache, config.engine.max_adapter_rank)
         self._judge = probe or SupportProbe()
         self._indexes = indexes or IndexCache()
         self._policy = Policy(config.allow_pickle, config.allow_remote_code)
@@ -130,6 +133,8 @@ class CheckpointPreparer:
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         """See runtime.puller.inspection.Fitter."""
+        if settings.adapter_of is not None:
+            return ""  # whether an adapter suits its base shows when it is loaded over it
         job = PullJob(lambda progress: None)
         return await self._in_thread(
             self._threads, lambda: self._refusal(look.config, look.gguf_file, settings.max_model_len, job), job
@@ -181,17 +186,23 @@ class CheckpointPreparer:
     ) -> "Prepared | _Pulled":
         """Return the packed model if there is one of the files that the source has now, else its files."""
         listing = self._listing(place, source, job)
-        packed = self._find_packed(pack_key(listing.key, settings, device))
+        is_adapter_source = settings.adapter_of is not None
+        if is_adapter_source:
+            packed = self._adapters.find(listing.key, compute_dtype(settings.dtype, "", device))
+        else:
+            packed = self._find_packed(pack_key(listing.key, settings, device))
         if packed is not None:
             return replace(packed, identity=listing.key)
         held = self._pull(place, listing, job)
-        first = listing.files[0].name
+        first = "" if is_adapter_source else listing.files[0].name
         return _Pulled(held, held.path / first if first.endswith(".gguf") else held.path, listing.key)
 
     def _unpacked(
         self, place: Path | Source, pulled: "_Pulled | None", settings: ModelSettings, device: str, job: PullJob
     ) -> Prepared:
         """Return the model of pulled or local files, which are packed if need be."""
+        if settings.adapter_of is not None:
+            return self._packed_adapter(place, pulled, compute_dtype(settings.dtype, "", device), job)
         if pulled is not None:
             found = self._from_files(pulled.path, pulled.held, pulled.identity, settings, device, job)
             return replace(found, identity=pulled.identity)
@@ -200,8 +211,19 @@ class CheckpointPreparer:
         identity = inspect(place, self._policy).identity
         return replace(self._from_files(place, None, "", settings, device, job), identity=identity)
 
+    def _packed_adapter(self, place: Path | Source, pulled: "_Pulled | None", dtype: str, job: PullJob) -> Prepared:
+        """Pack an adapter in the type of its base, which the manager has entered in the settings. The pulled files are not needed after it."""
+        if pulled is None:
+            assert isinstance(place, Path)
+            return self._adapters.prepare(place, "", dtype, job)
+        found = self._adapters.prepare(pulled.path, pulled.identity, dtype, job)
+        pulled.release()
+        return found
+
     def _identity(self, source: ModelSource, job: PullJob) -> str:
         place = locate(source, self._config)
+        if isinstance(place, Path) and is_adapter(place):
+            return identity_of(place)
         if isinstance(place, Path):
             return inspect(place, self._policy).identity
         return self._listing(place, source, job).key
@@ -345,6 +367,12 @@ class CheckpointPreparer:
         self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: PullJob
     ) -> ModelMetadata:
         place = locate(source, self._config)
+        if settings.adapter_of is not None:
+            if not isinstance(place, Path):
+                raise LoadFailed(
+                    f"{source.uri} is not on this machine; the size of an adapter is known once it is pulled"
+                )
+            return self._adapters.look(place, compute_dtype(settings.dtype, "", device))
         gguf_file = None
         if isinstance(place, Path):
             found = inspect(place, self._policy)

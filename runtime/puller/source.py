@@ -16,6 +16,9 @@ from runtime.puller.progress import PullJob
 _TEXT = (".json", ".txt", ".jinja", ".model")
 _PICKLES = (".bin", ".pt", ".pth")
 _SPLIT = re.compile(r"-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
+ADAPTER_CONFIG = "adapter_config.json"
+# A LoRA adapter's files. It may bring the chat template that it was trained with; its tokenizer is the base's.
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "chat_template.jinja", "tokenizer_config.json")
 _LARGEST_TEXT_BYTES = 256 * 1024 * 1024
 
 
@@ -75,13 +78,19 @@ class Source(Protocol):
 
 
 def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> list[RemoteFile]:
-    """Return the files that a checkpoint needs: one kind of weights, configuration and tokenizer. Raises LoadFailed if there are no weights."""
+    """Return the files that a checkpoint needs: one kind of weights, configuration and tokenizer; or those of a LoRA adapter.
+
+    Raises LoadFailed if there are no weights.
+    """
     top = [
         file
         for file in files
         if len(PurePosixPath(file.name).parts) == 1
         or file.name.startswith(("additional_chat_templates/", "1_Pooling/"))
     ]
+    top_names = {file.name for file in top}
+    if ADAPTER_CONFIG in top_names and "config.json" not in top_names:
+        return [file for file in top if file.name in ADAPTER_FILES]
     weights = [
         file
         for file in top

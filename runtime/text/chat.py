@@ -47,6 +47,10 @@ class ChatTemplates:
     def __bool__(self) -> bool:
         return bool(self._texts)
 
+    def replaced(self, templates: Mapping[str, str]) -> "ChatTemplates":
+        """Return other templates with the same special tokens."""
+        return ChatTemplates(templates, self._special_tokens)
+
     def render(self, model: str, messages: Sequence[ChatMessage], options: ChatOptions) -> str:
         """Return the prompt's text. Raises InvalidRequest if there is no template, or it rejects the chat or fails on it."""
         text = self._pick(model, options.template)

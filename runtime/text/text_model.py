@@ -78,6 +78,18 @@ class TextModel:
     def is_special(self, token_id: int) -> bool:
         return self._tokenizer.is_special(token_id)
 
+    def adapted(self, model_dir: Path, settings: ModelSettings) -> "TextModel":
+        """Return the text model of an adapter of this model: the same tokenizer, with the adapter's chat template and defaults if it has any.
+
+        Raises LoadFailed naming the file that is broken.
+        """
+        config = read_tokenizer_config(model_dir)
+        texts = read_chat_templates(model_dir, config)
+        if settings.chat_template is not None:
+            texts = {"default": settings.chat_template}
+        templates = self._templates.replaced(texts) if texts else self._templates
+        return TextModel(self._tokenizer, templates, _merge(settings.sampling, self.sampling))
+
 
 def load_text(model_dir: Path, settings: ModelSettings) -> TextModel:
     """Read a checkpoint's tokenizer and template files. It takes tens of milliseconds to a second: call it off the event loop.

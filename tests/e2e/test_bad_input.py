@@ -225,7 +225,7 @@ def test_a_grpc_message_that_cannot_be_read_is_refused_at_once(guarded: Guarded)
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"adapter_id": "x"}, grpc.StatusCode.UNIMPLEMENTED),
+        ({"adapter_id": "x"}, grpc.StatusCode.INVALID_ARGUMENT),
         ({"params": {"decoding": {"regex": "a("}}}, grpc.StatusCode.INVALID_ARGUMENT),
         ({"params": {"sampling": {"temperature": -1}}}, grpc.StatusCode.INVALID_ARGUMENT),
         ({"requests": [{"text": "x" * 600}]}, grpc.StatusCode.INVALID_ARGUMENT),

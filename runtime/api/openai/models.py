@@ -13,6 +13,8 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class ModelEntry(msgspec.Struct, frozen=True):
+    """One model in OpenAI's shape. `parent`, as vLLM has it: the base whose LoRA adapter the model is."""
+
     id: str
     created: int
     max_model_len: int
@@ -20,6 +22,7 @@ class ModelEntry(msgspec.Struct, frozen=True):
     object: str = "model"
     owned_by: str = "repertory"
     status: Status = Status("loaded")
+    parent: str | None = None
 
 
 class ModelList(msgspec.Struct, frozen=True):
@@ -40,4 +43,6 @@ class Models:
 
 
 def _entry(model: ServedModel) -> ModelEntry:
-    return ModelEntry(model.name, int(model.loaded_at_s), model.facts.max_model_len, model.model_id)
+    return ModelEntry(
+        model.name, int(model.loaded_at_s), model.facts.max_model_len, model.model_id, parent=model.base_name or None
+    )

@@ -45,12 +45,11 @@ class Planned:
     server_limited: bool
 
 
-def refuse_adapters(
+def adapter_of(
     request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest,
-) -> None:
-    for field in ("adapter_id", "prefix_id"):
-        if getattr(request, field):
-            raise NotSupported(f"{field} is not supported yet: this runtime serves base models only")
+) -> tuple[str, str]:
+    """Return the field that names an adapter, and the name; "" if there is none. `prefix_id` is the older field."""
+    return ("adapter_id", request.adapter_id) if request.adapter_id else ("prefix_id", request.prefix_id)
 
 
 def check(params: pb.Parameters, server_limit: int) -> None:

@@ -6,8 +6,8 @@ import grpc.aio
 
 from runtime.api.grammars import guide_answer
 from runtime.api.grpc_errors import AnyContext, model_id_header, statuses
-from runtime.api.model_lookup import find_model
-from runtime.api.tgis.params import Prompt, check, deadline_of, plan, refuse_adapters, wanted_of
+from runtime.api.model_lookup import find_adapter, find_model
+from runtime.api.tgis.params import Prompt, adapter_of, check, deadline_of, plan, wanted_of
 from runtime.api.tgis.responses import Answers
 from runtime.api.tokenization import encode_last, encode_texts
 from runtime.config.schema import RuntimeConfig
@@ -34,8 +34,7 @@ class GenerationService(rpc.GenerationServiceServicer):
         answer = pb.BatchedGenerationResponse()
         async with statuses(context):
             deadline_s = deadline_of(request.params)
-            model = self._model(context, request.model_id)
-            refuse_adapters(request)
+            model = self._adapted(self._model(context, request.model_id), request)
             check(request.params, self._config.max_new_tokens)
             check_count(model, len(request.requests))
             prompts = await _prompts(model, [each.text for each in request.requests], request.params)
@@ -55,8 +54,7 @@ class GenerationService(rpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerationResponse]:
         async with statuses(context):
             deadline_s = deadline_of(request.params)
-            model = self._model(context, request.model_id)
-            refuse_adapters(request)
+            model = self._adapted(self._model(context, request.model_id), request)
             check(request.params, self._config.max_new_tokens)
             if not request.HasField("request"):
                 raise InvalidRequest("missing request")
@@ -85,8 +83,7 @@ class GenerationService(rpc.GenerationServiceServicer):
     ) -> pb.BatchedTokenizeResponse:
         answer = pb.BatchedTokenizeResponse()
         async with statuses(context):
-            model = self._model(context, request.model_id)
-            refuse_adapters(request)
+            model = self._adapted(self._model(context, request.model_id), request)
             for found in await encode_last(
                 model, [each.text for each in request.requests], request.truncate_input_tokens
             ):
@@ -113,6 +110,14 @@ class GenerationService(rpc.GenerationServiceServicer):
                 max_new_tokens=min(self._config.max_new_tokens, length - 1),
             )
         raise AssertionError("unreachable: the call was ended")
+
+    def _adapted(
+        self,
+        model: ServedModel,
+        request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest,
+    ) -> ServedModel:
+        field, asked = adapter_of(request)
+        return find_adapter(self._directory, model, asked, field)
 
     def _model(self, context: AnyContext, asked: str) -> ServedModel:
         return find_model(self._directory, model_id_header(context), asked, lone_takes_all=True)

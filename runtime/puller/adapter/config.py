@@ -13,8 +13,7 @@ from typing import Any
 
 from runtime.errors import LoadFailed
 from runtime.puller.checkpoint_check import read_json
-
-CONFIG_NAME = "adapter_config.json"
+from runtime.puller.source import ADAPTER_CONFIG
 
 # They say how the adapter was trained or where it came from. The tensors hold the result.
 _IGNORED = frozenset({
@@ -77,17 +76,17 @@ def read_adapter_config(path: Path) -> AdapterConfig:
 def parse_adapter_config(fields: Mapping[str, Any]) -> AdapterConfig:
     kind = str(fields.get("peft_type", ""))
     if kind.upper() != "LORA":
-        raise LoadFailed(f"{CONFIG_NAME} has peft_type {kind or 'missing'}; only LORA adapters are supported")
+        raise LoadFailed(f"{ADAPTER_CONFIG} has peft_type {kind or 'missing'}; only LORA adapters are supported")
     for name, reason in _REFUSED.items():
         if fields.get(name):
-            raise LoadFailed(f"{CONFIG_NAME} sets {name}: {reason}")
+            raise LoadFailed(f"{ADAPTER_CONFIG} sets {name}: {reason}")
     unknown = sorted(
         name for name, value in fields.items() if value and name not in _IGNORED | _READ and name not in _REFUSED
     )
     if unknown:
-        raise LoadFailed(f"{CONFIG_NAME} sets {unknown[0]}, which this version does not know and must not ignore")
+        raise LoadFailed(f"{ADAPTER_CONFIG} sets {unknown[0]}, which this version does not know and must not ignore")
     if (bias := fields.get("bias") or "none") != "none":
-        raise LoadFailed(f"{CONFIG_NAME} has bias {bias!r}: it changes the biases of the base; train with bias none")
+        raise LoadFailed(f"{ADAPTER_CONFIG} has bias {bias!r}: it changes the biases of the base; train with bias none")
     _check_init(fields.get("init_lora_weights", True))
     rank = _whole("r", fields.get("r"))
     return AdapterConfig(
@@ -103,7 +102,7 @@ def _check_init(init: object) -> None:
     if isinstance(init, bool) or init is None or str(init).lower() in _SOUND_INITS:
         return
     raise LoadFailed(
-        f"{CONFIG_NAME} has init_lora_weights {str(init)[:40]!r}, which changed the base weights before the training; "
+        f"{ADAPTER_CONFIG} has init_lora_weights {str(init)[:40]!r}, which changed the base weights before the training; "
         "convert the adapter to a plain LoRA when saving it (path_initial_model_for_weight_conversion)"
     )
 
@@ -115,9 +114,9 @@ def _first(patterns: "tuple[tuple[re.Pattern[str], float], ...]", module: str, d
 def _patterns(fields: Mapping[str, Any], name: str) -> "list[tuple[str, Any]]":
     found = fields.get(name) or {}
     if not isinstance(found, dict):
-        raise LoadFailed(f"{CONFIG_NAME}: {name} is {type(found).__name__}, not an object")
+        raise LoadFailed(f"{ADAPTER_CONFIG}: {name} is {type(found).__name__}, not an object")
     if len(found) > _MAX_PATTERNS:
-        raise LoadFailed(f"{CONFIG_NAME}: {name} has {len(found)} entries, the limit is {_MAX_PATTERNS}")
+        raise LoadFailed(f"{ADAPTER_CONFIG}: {name} has {len(found)} entries, the limit is {_MAX_PATTERNS}")
     return list(found.items())
 
 
@@ -126,22 +125,24 @@ def _compiled(name: str, key: str) -> re.Pattern[str]:
     repeats = len(re.findall(r"(?<!\\)[*+]", key))
     if len(key) > _MAX_PATTERN_LENGTH or repeats > _MAX_REPEATS or _REPEATED_GROUP.search(key) or "{" in key:
         raise LoadFailed(
-            f"{CONFIG_NAME}: {name} has the pattern {key[:60]!r}, which may take too long to match; "
+            f"{ADAPTER_CONFIG}: {name} has the pattern {key[:60]!r}, which may take too long to match; "
             f"write it with at most {_MAX_REPEATS} of * and +, and none behind a group"
         )
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
-        raise LoadFailed(f"{CONFIG_NAME}: {name} has the pattern {key[:60]!r}, which is not valid: {error}") from error
+        raise LoadFailed(
+            f"{ADAPTER_CONFIG}: {name} has the pattern {key[:60]!r}, which is not valid: {error}"
+        ) from error
 
 
 def _whole(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LoadFailed(f"{CONFIG_NAME}: {name} is {str(value)[:40]!r}, not a whole number from 1 on")
+        raise LoadFailed(f"{ADAPTER_CONFIG}: {name} is {str(value)[:40]!r}, not a whole number from 1 on")
     return value
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise LoadFailed(f"{CONFIG_NAME}: {name} is {str(value)[:40]!r}, not a finite number")
+        raise LoadFailed(f"{ADAPTER_CONFIG}: {name} is {str(value)[:40]!r}, not a finite number")
     return float(value)

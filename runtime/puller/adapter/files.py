@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import LoadFailed
-from runtime.puller.adapter.config import CONFIG_NAME, read_adapter_config
+from runtime.puller.adapter.config import read_adapter_config
 from runtime.puller.adapter.modules import AdaptedModule, pair_tensors
 from runtime.puller.safetensors_header import read_header
+from runtime.puller.source import ADAPTER_CONFIG, ADAPTER_FILES
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-# An adapter may bring the chat template that it was trained with. Its tokenizer must be the base's.
-TEMPLATE_NAMES = ("chat_template.jinja", "tokenizer_config.json")
+_, WEIGHTS_NAME, *TEMPLATE_NAMES = ADAPTER_FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +30,16 @@ class AdapterFiles:
 
 def is_adapter(folder: Path) -> bool:
     """Return whether a directory looks like a PEFT adapter rather than a model."""
-    return (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def identity_of(folder: Path) -> str:
     """Return text that changes with the adapter's files. Raises LoadFailed naming the file that is missing."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in (ADAPTER_CONFIG, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise _missing(folder, name)
-    for name in (CONFIG_NAME, WEIGHTS_NAME, *TEMPLATE_NAMES):
+    for name in (ADAPTER_CONFIG, WEIGHTS_NAME, *TEMPLATE_NAMES):
         if (file := folder / name).is_file():
             status = file.stat()
             digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
@@ -50,7 +49,7 @@ def identity_of(folder: Path) -> str:
 def inspect_adapter(folder: Path, max_rank: int) -> AdapterFiles:
     """Inspect a directory. Raises LoadFailed naming the file, option or tensor that is missing, damaged or not supported."""
     identity = identity_of(folder)
-    config = read_adapter_config(folder / CONFIG_NAME)
+    config = read_adapter_config(folder / ADAPTER_CONFIG)
     return AdapterFiles(folder, pair_tensors(read_header(folder / WEIGHTS_NAME).tensors, config, max_rank), identity)
 
 

@@ -21,8 +21,6 @@ from runtime.puller.safetensors_header import DataStart, read_data_start
 from runtime.puller.sizing import DTYPE_BYTES
 
 FORMAT = "repertory-adapter-1"
-# part of every key: raise it when the same input would give other bytes
-PACKING_VERSION = "1"
 
 _STORED: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -140,7 +140,7 @@ async def test_http_key_opens_the_routes_of_its_scopes(pod: RunningPod) -> None:
             allowed = {"management"}
         elif path.startswith(SEEN_BY_BOTH) or path in ("/models", "/v2"):
             allowed = {"inference", "management"}
-        elif path.startswith(("/admin/", "/models/", "/v2/repository/models/")):
+        elif path.startswith(("/admin/", "/models/", "/v2/repository/models/")) or path.endswith("load_lora_adapter"):
             allowed = {"management"}
         else:
             allowed = {"inference"}

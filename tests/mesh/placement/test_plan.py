@@ -26,6 +26,7 @@ views = st.builds(
     load_failures=st.integers(0, 4),
     num_preferred=st.integers(0, 2),
     has_files=st.booleans(),
+    has_base=st.booleans(),
     has_copy_in_zone=st.booleans(),
 ).map(lambda view: replace(view, free_bytes=min(view.free_bytes, view.capacity_bytes)))
 pods = st.lists(views, max_size=6)

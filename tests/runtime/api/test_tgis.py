@@ -363,12 +363,12 @@ async def test_generate_constrains_and_refuses_wrong_grammars(services: Services
         await services.tgis.Generate(batch("a", decoding=one))
 
 
-async def test_generate_refuses_adapters_and_accepts_plain_text_format(services: Services) -> None:
+async def test_generate_refuses_unknown_adapters_and_accepts_plain_text_format(services: Services) -> None:
     adapter, prefix = pb.SingleGenerationRequest(adapter_id="x"), pb.SingleGenerationRequest(prefix_id="x")
     for field, request in (("adapter_id", adapter), ("prefix_id", prefix)):
         with pytest.raises(grpc.aio.AioRpcError, match=field) as caught:
             await services.tgis.GenerateStream(request).read()
-        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     none = pb.BatchedGenerationRequest(prefix_id="", adapter_id="", requests=[pb.GenerationRequest(text="a")])
     assert len((await services.tgis.Generate(none)).responses) == 1
     plain = pb.DecodingParameters(format=pb.DecodingParameters.TEXT, repetition_penalty=2.5)
