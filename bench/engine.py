@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = args.lines.split(",")
     wanted = [text for text in args.workloads.split(",") if text]
-    paths = {line: _checkpoint(line, args.folder, args.packer) for line in lines}
+    paths = {line: prepared(line, args.folder, args.packer) for line in lines}
     config = {
         "device": args.device,
         "max_rows": 512,
@@ -94,7 +94,8 @@ def main() -> None:
             running.unload(line)
 
 
-def _checkpoint(line: str, folder: Path, packer: bool) -> Checkpoint:
+def prepared(line: str, folder: Path, packer: bool = False) -> Checkpoint:
+    """Return the checkpoint of a line such as `8B/nf4`, written below `folder` unless it exists."""
     name, format_ = line.split("/")
     if format_ in limits.BODY_BYTES_PER_PARAMETER and format_ != "bf16" and not packer:
         return random_packed(SHAPES[name], format_, folder)
