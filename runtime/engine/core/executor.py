@@ -138,6 +138,15 @@ class OperationExecutor:
 
         The model is on all ranks or on none.
         """
+        self._finish(model_id)
+        return self._models[model_id]
+
+    def finish_adapter_load(self, model_id: str) -> AdapterResult:
+        """Like `finish_load`, for an adapter."""
+        self._finish(model_id)
+        return self._adapters[model_id]
+
+    def _finish(self, model_id: str) -> None:
         self.flush()
         error: BaseException | None = None
         try:
@@ -149,13 +158,6 @@ class OperationExecutor:
         if error is not None:
             self.unload(model_id)
             raise error
-        return self._models[model_id]
-
-    def finish_adapter_load(self, model_id: str) -> AdapterResult:
-        """Like `finish_load`, for an adapter."""
-        self.flush()
-        self.apply(FinishLoad(model_id))
-        return self._adapters[model_id]
 
     def unload(self, model_id: str) -> None:
         """Apply what is queued, then close a model or an adapter."""

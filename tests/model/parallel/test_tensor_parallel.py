@@ -109,3 +109,14 @@ def test_heads_that_do_not_divide_are_named(tmp_path: Path) -> None:
     checkpoint, _, _ = saved("llama", tmp_path)
     with engine(config(3)) as running, pytest.raises(RuntimeError, match="4 attention heads, which 3 devices"):
         running.load("m", checkpoint)
+
+
+def test_adapters_are_refused_and_later_loads_are_agreed_on(tmp_path: Path) -> None:
+    checkpoint, asked, expected = saved("llama", tmp_path / "base")
+    with engine(config(2)) as running:
+        running.load("base", checkpoint)
+        with pytest.raises(RuntimeError, match="which takes no adapters"):
+            running.load("tuned", Checkpoint(str(tmp_path), packed_file=str(tmp_path / "none")), adapter_of="base")
+        running.unload("base")
+        running.load("again", checkpoint)
+        assert texts(running, "again", asked) == expected
