@@ -82,6 +82,7 @@ class Models:
             case Phase.RETURNING:
                 raise Unavailable(f"model {entry.name!r} is coming back: the engine was restarted", retry_after_s=5.0)
             case Phase.QUARANTINED:
+                entry.refused = True
                 raise Quarantined(entry.error)
             case _:
                 raise ModelNotFound(f"model {model_id!r} is not loaded here: it is {entry.phase.value}")
@@ -110,6 +111,8 @@ class Models:
             tail = self._operations.last(model_id)
         if self._closing:
             raise _shutting_down()
+        if (blamed := self._entries.get(model_id)) is not None and blamed.phase is Phase.QUARANTINED:
+            blamed.refused = True
         self._refuse_quarantined(model_id, mark)
         if tail is None:
             entry = self._entries.get(model_id)
@@ -331,7 +334,9 @@ class Models:
         if entry is None:
             return
         if entry.phase is Phase.QUARANTINED:
-            # A mesh also unloads after each failed load. Only the unload of a model that was loaded is deliberate.
+            # An eviction may cross with the crash, before any caller was refused. A mesh also unloads after each failed load. Neither is deliberate.
+            if not entry.refused:
+                return
             if entry.load_seconds:
                 self._quarantine.allow_retry(model_id)
         elif entry.phase is not Phase.FAILED:

@@ -133,7 +133,7 @@ def test_serve_takes_over_after_kill_9_of_the_one_before(tmp_path: Path, models:
         try:
             psutil.wait_procs(left, timeout=20)
             assert not [process for process in left if process.is_running()]
-            until_s = time.monotonic() + 60
+            until_s = time.monotonic() + 120
             while (state := _state(served, "bob")) != "loaded":
                 assert state not in ("failed", "quarantined"), served.admin.model("bob").error
                 assert again.poll() is None

@@ -266,6 +266,17 @@ async def test_manager_quarantines_a_model_after_two_crashes(house: House) -> No
     assert house.phase("a") is Phase.QUARANTINED
 
 
+async def test_manager_keeps_a_quarantine_that_an_eviction_crosses(house: House) -> None:
+    await house.models.load("a", SOURCE, PLAIN)
+    for _ in range(2):
+        await house.until(lambda: house.phase("a") is Phase.LOADED)
+        with pytest.raises(Unavailable):
+            await house.generate("a", KILL)
+    await house.models.unload("a", grace_s=0.2)  # before any caller was refused
+    with pytest.raises(Quarantined, match="'a'"):
+        await house.models.load("a", SOURCE, PLAIN)
+
+
 async def test_manager_retries_a_load_that_crashed_the_engine(house: House) -> None:
     with pytest.raises(Quarantined, match="deadly"):
         await house.models.load("deadly", SOURCE, PLAIN)
