@@ -80,7 +80,6 @@ class EngineLoop:
         self._wait_limit = WaitLimit(self.table, config.wait_budget_s)
         self._round_robin = RoundRobin(config.quantum_us)
         self._loads = Loads(self.table, self._collect_all_of)
-        self._compute_masks = mask_sources.compute if mask_sources is not None else lambda sources: None
         self._commands = Commands(self.table, self._loads, self._round_robin, mask_sources)
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0
@@ -204,9 +203,7 @@ class EngineLoop:
             if step.plan.masked:
                 self._executor.launch_forward(model.model_id, step.opened, step.plan)
                 failed = self._settle_before_draws(model)
-                masks = fill_masks(
-                    step.masked_sequences(), model.facts.vocab_size, self._compute_masks
-                )  # while the device computes
+                masks = fill_masks(step.masked_sequences(), model.facts.vocab_size)  # while the device computes
                 launched = self._executor.launch_draws(model.model_id, masks.words)
             else:
                 launched = self._executor.launch(model.model_id, step.opened, step.plan)
