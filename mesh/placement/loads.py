@@ -392,7 +392,7 @@ class LocalLoads:
         self._metrics.load_failed(copy.model_id)
         self.num_failed_in_a_row += 1
         logger.warning("model failed to load", extra={"model": copy.model_id, "error": error.detail})
-        # This pod leaves the record by itself, which is no order to unload.
+        # This pod leaves the record by itself. That does not mean that it must unload.
         copy.is_announced = False
         await log_errors(
             self._record_updates.failed(copy.model_id, error.detail, at_ms=epoch_ms(), lasting=error.lasting)

@@ -50,7 +50,7 @@ class Instances:
 
     def secure_address(self, address: str) -> str:
         """Return the address of a pod's listener for peers, by its address for callers; empty if the pod has none."""
-        for _, pod in self.table.items():  # noqa: PERF102 - a table is no dict
+        for _, pod in self.table.items():  # noqa: PERF102 - a table is not a dict
             if address == pod.grpc_address:
                 return pod.peer_grpc_address
             if address == pod.http_address:

@@ -73,7 +73,7 @@ OLD_CHANNEL_S = 5.0  # for calls in flight
 class EtcdConnection:
     """Keeps one channel per endpoint. One of them is in use; after a failure the next one is.
 
-    `reread` returns the location anew; it is called when certificates or other files of the location have changed.
+    `reread` reads the location again; it is called when certificates or other files of the location have changed.
     """
 
     def __init__(

@@ -108,4 +108,4 @@ def _unknown(module: str, targets: Sequence[AdapterTarget]) -> str:
     if module.endswith(("lm_head", "embed_out")):
         return f"the adapter changes {module}, the output projection, which is not supported"
     shown = ", ".join(target.name for target in targets[:_MAX_NAMES_SHOWN])
-    return f"the adapter changes {module}, which is no linear layer of the base that adapters may change; those begin with {shown}"
+    return f"the adapter changes {module}, which is not a linear layer of the base that adapters may change; those begin with {shown}"

@@ -152,7 +152,7 @@ def test_merged_weights_give_the_same_text(tmp_path: Path, engine: RealEngine) -
     ("base", "name", "options", "reason"),
     [
         ("qwen3", "llama", {"r": 8}, r"matrices of 48 inputs and 24 outputs for model\.layers\.0\.self_attn\.k_proj; the base has 48 and 16"),
-        ("llama", "phi3", {"r": 8, "target_modules": ["qkv_proj"]}, r"changes model\.layers\.0\.self_attn\.qkv_proj, which is no linear layer"),
+        ("llama", "phi3", {"r": 8, "target_modules": ["qkv_proj"]}, r"changes model\.layers\.0\.self_attn\.qkv_proj, which is not a linear layer"),
         ("llama", "gemma3", {"r": 8, "target_modules": ["q_proj"]}, "it was trained on another base"),
     ],
 )  # fmt: skip

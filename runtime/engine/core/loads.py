@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.operations import StartLoad
 from runtime.errors import RepertoryError
 from runtime.ipc.messages import Load, Loaded, LoadFailed, Unload, Unloaded
-from runtime.types import FinishReason
+from runtime.types import FinishReason, ModelFacts
+
+L = TypeVar("L")  # what a load brings
+R = TypeVar("R")  # what it is registered as
 
 
 @dataclass(slots=True)
@@ -101,23 +105,17 @@ class Loads:
         self._pending[request.model_id] = _Pending(request)
 
     def _finish(self, pending: _Pending, now: float) -> None:
-        request, executor = pending.request, self.table.executor
-        if request.adapter_of:
+        if pending.request.adapter_of:
             self._finish_adapter(pending, now)
-            return
-        try:
-            loaded = executor.finish_load(request.model_id)
-        except Exception as error:
-            self._fail(request.model_id, pending.answers, *_reason(error))
-            return
-        if pending.cancelled:
-            executor.unload(request.model_id)
-            return
-        try:
-            model = self.table.register(request, loaded, now)
-        except Exception as error:
-            executor.unload(request.model_id)
-            self._fail(request.model_id, pending.answers, *_reason(error))
+        else:
+            self._finish_model(pending, now)
+
+    def _finish_model(self, pending: _Pending, now: float) -> None:
+        request, executor = pending.request, self.table.executor
+        model = self._registered(
+            pending, executor.finish_load, lambda loaded: self.table.register(request, loaded, now)
+        )
+        if model is None:
             return
         self.table.resident.load_if_free(model, now)
         executor.flush()
@@ -126,32 +124,42 @@ class Loads:
             self.table.unregister(model, FinishReason.ERROR, now)
             self._fail(request.model_id, pending.answers, *_reason(failure))
             return
-        # The figures come before the answer, so that its reader finds the model in its tier.
-        self.table.emit(self.table.stats())
-        for _ in range(pending.answers):
-            self.table.emit(Loaded(model.facts))
+        self._answer(pending, model.facts)
 
     def _finish_adapter(self, pending: _Pending, now: float) -> None:
         request, executor = pending.request, self.table.executor
-        try:
-            loaded = executor.finish_adapter_load(request.model_id)
-        except Exception as error:
-            self._fail(request.model_id, pending.answers, *_reason(error))
-            return
-        if pending.cancelled:
-            executor.unload(request.model_id)
-            return
-        try:
-            adapter = self.table.register_adapter(request, loaded, now)
-        except Exception as error:
-            executor.unload(request.model_id)
-            self._fail(request.model_id, pending.answers, *_reason(error))
+        adapter = self._registered(
+            pending, executor.finish_adapter_load, lambda loaded: self.table.register_adapter(request, loaded, now)
+        )
+        if adapter is None:
             return
         self.table.adapters.load_if_free(adapter, now)
         executor.flush()
+        self._answer(pending, adapter.facts)
+
+    def _registered(self, pending: _Pending, finish: Callable[[str], L], register: Callable[[L], R]) -> R | None:
+        """Take what was loaded from the executor and register it. Returns None if the load failed, which is answered, or was cancelled."""
+        model_id = pending.request.model_id
+        try:
+            loaded = finish(model_id)
+        except Exception as error:
+            self._fail(model_id, pending.answers, *_reason(error))
+            return None
+        if pending.cancelled:
+            self.table.executor.unload(model_id)
+            return None
+        try:
+            return register(loaded)
+        except Exception as error:
+            self.table.executor.unload(model_id)
+            self._fail(model_id, pending.answers, *_reason(error))
+            return None
+
+    def _answer(self, pending: _Pending, facts: ModelFacts) -> None:
+        # The figures come before the answer, so that its reader finds the model in its tier.
         self.table.emit(self.table.stats())
         for _ in range(pending.answers):
-            self.table.emit(Loaded(adapter.facts))
+            self.table.emit(Loaded(facts))
 
     def _unregister(self, model_id: str, now: float) -> None:
         adapter = self.table.adapters.adapters.get(model_id)

@@ -61,7 +61,7 @@ async def test_metrics_count_each_stage_of_a_call(pod: RunningPod) -> None:
     assert (buckets["512.0"], buckets["2048.0"], buckets["+Inf"]) == (0, 1, 1)
     assert next(one.value for one in sizes if one.name.endswith("_sum")) == 600
     await pod.echo("m")
-    assert await count(pod, "modelmesh_cache_miss_milliseconds") == 1, "a loaded model is no miss"
+    assert await count(pod, "modelmesh_cache_miss_milliseconds") == 1, "a call of a loaded model is not a miss"
 
 
 async def test_metrics_count_failures_of_the_runtime(pod: RunningPod) -> None:

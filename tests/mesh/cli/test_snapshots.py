@@ -1,4 +1,4 @@
-"""What each verb shows in terminals of 80 and 120 columns. UPDATE_SNAPSHOTS=1 writes the files anew after a wanted change."""
+"""What each verb shows in terminals of 80 and 120 columns. UPDATE_SNAPSHOTS=1 writes the files again after an intended change."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The engine with llguidance and random weights: every finished document is valid, whatever else the request asks and whoever is beside it."""
+"""The engine with llguidance and random weights: every finished document is valid, with any other parameters and any other rows in the batch."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The index of local files is read once, whoever asks and with whatever settings."""
+"""The index of local files is read once for all callers and settings."""
 
 import asyncio
 import threading
