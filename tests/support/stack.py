@@ -103,8 +103,8 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = None) -> Iterator[Mesh]:
-    """Run only the mesh, in front of a runtime that is running or starting, with files below `home`."""
+def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = None, **more: object) -> Iterator[Mesh]:
+    """Run only the mesh, in front of a runtime that is running or starting, with files below `home`. `more`: further settings."""
     http, grpc = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     settings = {
         "http_listen": http,
@@ -113,6 +113,7 @@ def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = No
         "runtime_grpc": runtime_grpc,
         "runtime_http": runtime_http,
         "grace_s": 1.0,
+        **more,
     }
     (home / "mesh.json").write_text(json.dumps(settings))
     with program("mesh", "serve-mesh", "--config", f"{home}/mesh.json", log=log) as process:
