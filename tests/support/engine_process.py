@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,41 @@ class Engine:
                 timeline.steps.append((now, count))
         return timeline
 
+    def run_paced(self, asked: Sequence[tuple[float, str, GenerationRequest]], timeout_s: float = 300) -> list[float]:
+        """Submit each request (seconds from now, model id, request) when it is due, earliest first, until the last is done.
+
+        Returns the seconds from when each was due to its first token. Raises RuntimeError for a request that fails or brings no token.
+        """
+        started_s = time.perf_counter()
+        places: dict[int, int] = {}  # request id → its place in `asked`
+        first_s: dict[int, float] = {}  # place → its first token
+        num_ended = 0
+        while num_ended < len(asked):
+            now = time.perf_counter() - started_s
+            while len(places) < len(asked) and asked[len(places)][0] <= now:
+                _, model_id, request = asked[len(places)]
+                places[self._add(model_id, request)] = len(places)
+            is_waiting = len(places) < len(asked)
+            try:
+                event = self._receive(max(0.0, asked[len(places)][0] - now) if is_waiting else timeout_s)
+            except TimeoutError:
+                if is_waiting:
+                    continue
+                raise
+            if not isinstance(event, messages.Tokens):
+                continue
+            now = time.perf_counter() - started_s
+            for row in event.rows:
+                place = places[row.request_id]
+                if row.error is not None:
+                    raise RuntimeError(f"{event.model_id}: {row.error}")
+                if row.tokens:
+                    first_s.setdefault(place, now - asked[place][0])
+                num_ended += row.finish is not None
+        if len(first_s) < len(asked):
+            raise RuntimeError(f"{len(asked) - len(first_s)} of {len(asked)} requests brought no token")
+        return [first_s[place] for place in range(len(asked))]
+
     def _add(self, model_id: str, request: GenerationRequest) -> int:
         number = self._next_id
         self._next_id += 1
@@ -200,8 +235,8 @@ class Engine:
                 if not isinstance(event, messages.EngineStats):
                     return event
                 self.stats = event
-            left = deadline - time.perf_counter()
-            if left <= 0 or not select.select([self._connection], [], [], left)[0]:
+            left = max(0.0, deadline - time.perf_counter())
+            if not select.select([self._connection], [], [], left)[0]:
                 raise TimeoutError(f"the engine said nothing for {timeout_s:g} s")
             data = self._connection.recv(1 << 20)
             if not data:
