@@ -11,6 +11,7 @@ from typing import Any
 from runtime.generation.call_sink import CallSink
 from runtime.generation.json_text import (
     MalformedCall,
+    cast_text,
     decode,
     encode,
     expect,
@@ -156,7 +157,7 @@ def _read_tagged_value(source: TextSource, sink: CallSink, syntax: TaggedCalls, 
         raw = yield from source.up_to((syntax.value_close,))
         if raw is None:
             raise MalformedCall
-        sink.arguments(_cast(raw[0].removesuffix("\n")))
+        sink.arguments(cast_text(raw[0].removesuffix("\n")))
         return
     sink.arguments('"')
     _, close = yield from source.stream(
@@ -165,16 +166,6 @@ def _read_tagged_value(source: TextSource, sink: CallSink, syntax: TaggedCalls, 
     if not close:
         raise MalformedCall
     sink.arguments('"')
-
-
-def _cast(text: str) -> str:
-    try:
-        return encode(decode(text.strip()))
-    except MalformedCall:
-        pass
-    lowered = text.strip().lower()
-    constants = {"true": "true", "false": "false", "none": "null"}
-    return constants.get(lowered, encode(text))
 
 
 def _read_python(source: TextSource, sink: CallSink, syntax: PythonCalls, tools: Tools) -> Wait[None]:

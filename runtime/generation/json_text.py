@@ -97,5 +97,15 @@ def decode(text: str) -> object:
         raise MalformedCall from error
 
 
+def cast_text(text: str) -> str:
+    """Return the JSON of a value that was written as plain text: what it says if it is JSON or a constant of Python, or else a string."""
+    try:
+        return encode(decode(text.strip()))
+    except MalformedCall:
+        pass
+    constants = {"true": "true", "false": "false", "none": "null"}
+    return constants.get(text.strip().lower(), encode(text))
+
+
 def encode(value: object) -> str:
     return msgspec.json.encode(value).decode()

@@ -52,6 +52,21 @@ class CallLayout:
         return self.open + self.head.partition("NAME")[0]
 
 
+def sample_call(layout: CallLayout, name: str) -> str:
+    """Return a call of the function `name` with the argument a = 1, as the layout has it."""
+    match layout.arguments:
+        case Arguments.JSON:
+            arguments = '{"a": 1}'
+        case Arguments.TAGS:
+            arguments = f"{layout.key.replace('KEY', 'a')}1{layout.separator}{layout.value_end}{layout.separator}"
+        case Arguments.PYTHON:
+            arguments = "a=1"
+        case Arguments.QUOTED:
+            arguments = "{a:1}"
+    head = layout.head.replace("NAME", name).replace("INDEX", "0")
+    return f"{layout.open}{head}{arguments}{layout.tail}{layout.close}"
+
+
 _OBJECT = '{"name": "NAME", "arguments": '
 _LIST = CallLayout(_OBJECT, "}", "[", ", ", "]")
 

@@ -10,7 +10,7 @@ from runtime.text.call_layout import GENERIC, LAYOUTS, CallLayout
 from runtime.text.constraint import Wanted, part_of
 from runtime.text.grammar import LEADING_SPACE, check_part, compose
 from runtime.text.lark_rules import Rules
-from runtime.text.output_format import OutputFormat
+from runtime.text.output_format import OWN_FORMAT, OutputFormat
 
 _TEXT = "/(.|\\n)*/"
 _NO_CALL = "/[^{\\[](.|\\n)*/"
@@ -49,6 +49,13 @@ def chat_grammar(
     Raises InvalidRequest naming the keyword and the path of what cannot be enforced.
     """
     layout = layout_of(output_format)
+    if chat.calls is Calls.ALLOWED and output_format is not None and output_format.name == OWN_FORMAT:
+        param = "tools" if chat.wanted is None else chat.wanted.param
+        raise InvalidRequest(
+            f"{param} cannot be enforced beside calls that this model may make, whose response_template is in no layout that grammars have;"
+            ' send tool_choice "none" or "required", or functions that are not strict',
+            param=param,
+        )
     rules = Rules(marker_ids)
     notes: list[str] = []
     options: list[str] = []

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from runtime.text.response_template import ResponseTemplate
+
 
 class CallIds(StrEnum):
     """What a chat template requires of the ids of tool calls."""
@@ -77,6 +79,11 @@ class OutputFormat:
     call_ids: CallIds = CallIds.ANY
     reasons_again: bool = False  # reasoning may also follow parts of the answer and calls
     tokens: tuple[str, ...] = ()  # special tokens inside of markers
+    template: ResponseTemplate | None = None  # the checkpoint's own, which reads the output then
+
+    @property
+    def reads_calls(self) -> bool:
+        return self.calls is not None if self.template is None else self.template.has_calls
 
     @property
     def markers(self) -> frozenset[str]:
@@ -96,6 +103,8 @@ class OutputFormat:
         return frozenset(found - {""})
 
 
+OWN_FORMAT = "response_template"
+"""The name of a format that only the checkpoint's own template describes."""
 _THINK = ("<think>", "</think>")
 
 HERMES = OutputFormat("hermes", JsonCalls(("</tool_call>",)), ("<tool_call>",), _THINK)

@@ -6,8 +6,10 @@ from typing import TypeVar
 
 from common.model_key import DefaultSampling, ModelSettings
 from runtime.text.chat import ChatMessage, ChatOptions, ChatTemplates
+from runtime.text.checkpoint_format import format_of
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.embedding import Embedding, read_embedding
+from runtime.text.response_template import ResponseTemplate, read_response_template
 from runtime.text.tokenizer import Encoding, TextTokenizer, open_tokenizer
 from runtime.text.tokenizer_files import read_chat_templates, read_generation_config, read_tokenizer_config
 
@@ -23,9 +25,15 @@ class TextModel:
         templates: ChatTemplates,
         sampling: DefaultSampling,
         embedding: Embedding | None = None,
+        response_template: ResponseTemplate | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self.output_format = templates.output_format
+        self._response_template = response_template
+        # In a pattern, the marks of special tokens are escaped.
+        pattern = "" if response_template is None else response_template.text.replace("\\", "")
+        self.output_format = format_of(
+            templates.output_format, response_template, tokenizer.special_tokens_in(pattern) if pattern else frozenset()
+        )
         self._with_markers = tokenizer.showing(self.output_format.markers) if self.output_format else tokenizer
         self._templates = templates
         self.sampling = sampling  # the registration's values, then generation_config.json's
@@ -88,7 +96,13 @@ class TextModel:
         if settings.chat_template is not None:
             texts = {"default": settings.chat_template}
         templates = self._templates.replaced(texts) if texts else self._templates
-        return TextModel(self._tokenizer, templates, _merge(settings.sampling, self.sampling))
+        own = read_response_template(config.response_template)
+        return TextModel(
+            self._tokenizer,
+            templates,
+            _merge(settings.sampling, self.sampling),
+            response_template=own or self._response_template,
+        )
 
 
 def load_text(model_dir: Path, settings: ModelSettings) -> TextModel:
@@ -105,6 +119,7 @@ def load_text(model_dir: Path, settings: ModelSettings) -> TextModel:
         ChatTemplates(templates, config.named_tokens()),
         _merge(settings.sampling, read_generation_config(model_dir).sampling()),
         read_embedding(model_dir),
+        read_response_template(config.response_template),
     )
 
 

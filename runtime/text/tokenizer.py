@@ -77,6 +77,11 @@ class TextTokenizer:
         known = [self._tokenizer.token_to_id(token) for token in tokens]
         return TextTokenizer(self._tokenizer, tokens) if self._special_ids.intersection(known) else self
 
+    def special_tokens_in(self, text: str) -> frozenset[str]:
+        """Return the special tokens whose texts occur in `text`."""
+        special = map(self._tokenizer.id_to_token, self._special_ids)
+        return frozenset(token for token in special if token and token in text)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # Unlike the single call, the batch call releases the GIL, and the fast one leaves out offsets.
         with panics_as(InvalidRequest, _ENCODING):

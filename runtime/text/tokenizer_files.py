@@ -5,7 +5,7 @@ The files are tokenizer_config.json, generation_config.json, chat_template.jinja
 
 import logging
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -51,6 +51,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     model_specific_special_tokens: dict[str, str | TokenSpec] | None = None
     added_tokens_decoder: dict[str, TokenSpec] = {}
     chat_template: str | list[NamedTemplate] | None = None
+    response_template: Any = None  # unchecked
 
     def named_tokens(self) -> dict[str, str]:
         """Return the texts of the named tokens that the checkpoint has, by name (`bos_token`, …). Templates may use these names."""

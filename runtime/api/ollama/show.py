@@ -28,7 +28,7 @@ def _capabilities(model: ServedModel) -> list[str]:
     """Return Ollama's words: tools and thinking only where the chat template's format is known."""
     found = ["completion"]
     output_format = model.text.output_format
-    if output_format is not None and output_format.calls is not None:
+    if output_format is not None and output_format.reads_calls:
         found.append("tools")
     if output_format is not None and output_format.reasoning is not None:
         found.append("thinking")

@@ -12,6 +12,7 @@ from runtime.errors import InvalidRequest
 from runtime.generation.format_parser import FormatParser, ParserOptions
 from runtime.generation.limits import draw_seed, output_limit
 from runtime.generation.parser import MakeParser, plain_text
+from runtime.generation.template_parser import TemplateParser
 from runtime.interfaces import ServedModel
 from runtime.text.chat import ChatOptions
 from runtime.types import GenerationRequest, LogprobParams
@@ -41,9 +42,16 @@ def parser_of(
 ) -> MakeParser:
     """Return the maker of parsers for responses to the rendered `prompt`, which may have opened the reasoning."""
     output_format = tools.output_format or model.text.output_format
-    if output_format is None or (output_format.reasoning is None and tools.schemas is None):
+    if output_format is None or (
+        output_format.template is None and output_format.reasoning is None and tools.schemas is None
+    ):
         return plain_text
-    opens = output_format.reasoning is not None and prompt.rstrip().endswith(output_format.reasoning[0].rstrip())
+    template = output_format.template
+    opens = (
+        template is None
+        and output_format.reasoning is not None
+        and prompt.rstrip().endswith(output_format.reasoning[0].rstrip())
+    )
     options = ParserOptions(
         tools=tools.schemas,
         parallel_calls=tools.parallel,
@@ -51,6 +59,9 @@ def parser_of(
         starts_in_reasoning=opens,
         show_reasoning=show_reasoning,
     )
+    if template is not None:
+        tail = template.tail(prompt)
+        return lambda request: TemplateParser(template, output_format.call_ids, tail, options)
     return lambda request: FormatParser(output_format, options)
 
 

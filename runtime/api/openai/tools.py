@@ -8,6 +8,7 @@ from typing import Any
 from runtime.errors import InvalidRequest, NotSupported
 from runtime.interfaces import ServedModel
 from runtime.text.call_grammar import Function
+from runtime.text.call_layout import LAYOUTS
 from runtime.text.chat_grammar import Calls
 from runtime.text.output_format import GENERIC, OutputFormat
 
@@ -63,8 +64,9 @@ def plan_tools(
     if not tools or choice == "none":
         return ToolPlan()
     output_format = model.text.output_format
-    if output_format is None or output_format.calls is None:
-        if calls is not Calls.REQUIRED:
+    reads = output_format is not None and output_format.reads_calls
+    if output_format is None or not reads or (calls is Calls.REQUIRED and output_format.name not in LAYOUTS):
+        if not reads and calls is not Calls.REQUIRED:
             raise InvalidRequest(
                 "its chat template has no format of tool calls that this server can read;"
                 ' send tool_choice "none" or "required", or use a model whose template has one',

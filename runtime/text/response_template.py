@@ -1,0 +1,150 @@
+"""A checkpoint's own description of its output: `response_template` of tokenizer_config.json, read with transformers' `chat_parsing`.
+
+transformers is imported for checkpoints that have one. Its parser ends at the first malformed call and holds arguments back until a call is
+complete, so that regions are found by `runtime.generation.regions`, and only their values are made by the library.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_LOG = logging.getLogger(__name__)
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_CALLS = "tool_calls"
+_ANSWER = "content"
+# What a value's text can raise in the library's parsers and transforms.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
+
+
+class MalformedRegion(Exception):
+    """The text of a region does not have the form that the template says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What opens or closes a region. `pattern`: of the module `regex`, which finds partial matches."""
+
+    pattern: Any
+    is_literal: bool
+    extends: bool  # a literal begins with another one
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A field of the message. `opening` None: the text that is in no other region. `library`: the field as transformers has it."""
+
+    name: str
+    opening: Mark | None
+    closing: Mark | None
+    library: Any
+
+    @property
+    def is_answer(self) -> bool:
+        return self.name == _ANSWER
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self.name in _REASONING
+
+    @property
+    def is_calls(self) -> bool:
+        return self.name == _CALLS
+
+    @property
+    def is_stripped(self) -> bool:
+        """Whether white space at both ends is no part of the value."""
+        return self.library.content != "text" or bool(self.library.content_args.get("strip", True))
+
+    @property
+    def join(self) -> str:
+        """What stands between the values of a region that comes again."""
+        return self.library.join or ""
+
+    @property
+    def is_plain_json(self) -> bool:
+        return bool(self.library.content == "json" and not self.library.content_args)
+
+    @property
+    def is_raw_text(self) -> bool:
+        """Whether the values of a call's arguments are text, whatever their type."""
+        return self.library.content in ("xml-inline", "kv-lines")
+
+    @property
+    def transform(self) -> Any:
+        return self.library.transform
+
+    def value(self, text: str, captures: Mapping[str, str]) -> Any:
+        """Return the region's value. Raises MalformedRegion."""
+        from transformers.utils.chat_parsing.content_parsers import process_field
+
+        try:
+            return process_field(text, self.library, dict(captures))
+        except _MALFORMED as error:
+            raise MalformedRegion(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseTemplate:
+    """`rest`: the region of text that is in no other one; None = such text is dropped. `text`: the template as it was written."""
+
+    regions: tuple[Region, ...]
+    rest: Region | None
+    library: Any
+    text: str
+
+    @property
+    def has_calls(self) -> bool:
+        return any(region.is_calls for region in self.regions)
+
+    @property
+    def reasoning(self) -> tuple[str, str] | None:
+        """The marks around reasoning, if they are single texts."""
+        for region in self.regions:
+            if region.is_reasoning:
+                opens: list[str] = region.library.open_literals or []
+                closes: list[str] = region.library.close_literals or []
+                return (opens[0], closes[0]) if len(opens) == len(closes) == 1 else None
+        return None
+
+    def tail(self, prompt: str) -> str:
+        """Return the part of a rendered prompt that belongs to the answer already."""
+        return str(self.library.truncate_past_last_anchor(prompt))
+
+    def reads(self, written: str, name: str) -> bool:
+        """Whether a text is a call of the function `name`, and nothing else, for this template."""
+        from transformers.utils.chat_parsing import parse_response
+
+        try:
+            message = parse_response(written, self.library, prefix="")
+            calls = message.get(_CALLS)
+            call = calls[0] if isinstance(calls, list) and len(calls) == 1 else calls
+            return bool(call["function"]["name"] == name) and not message.get(_ANSWER)
+        except _MALFORMED:
+            return False
+
+
+def read_response_template(spec: object) -> ResponseTemplate | None:
+    """Return the template, or None for a checkpoint without one or, after a warning, with one that this transformers cannot read."""
+    if spec is None:
+        return None
+    try:
+        from transformers.utils.chat_parsing.response_templates import load_response_template
+
+        library = load_response_template(spec)
+    except (ImportError, *_MALFORMED) as error:
+        _LOG.warning("response_template of tokenizer_config.json is not used: %s", error)
+        return None
+    regions = tuple(map(_region, library.fields.values()))
+    rest = next((region for region in regions if region.opening is None), None)
+    return ResponseTemplate(regions, rest, library, json.dumps(spec, ensure_ascii=False))
+
+
+def _region(field: Any) -> Region:
+    opening = closing = None
+    if field.open_re is not None:
+        opening = Mark(field.open_re, field.open_literals is not None, field.open_literal_can_extend)
+    if field.close_re is not None:
+        closing = Mark(field.close_re, field.close_literals is not None, field.close_literal_can_extend)
+    return Region(field.name, opening, closing, field)
