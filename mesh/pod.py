@@ -74,6 +74,7 @@ class Pod:
         self._connections, self._changes = base.connections, base.changes
         self._copies, self._loads = parts.copies, parts.loads
         self.contact, self.peer_health, self.monitor = parts.contact, parts.peer_health, parts.monitor
+        self._silence = parts.silence
         self.states, self.placement, self.reconciler = parts.states, parts.placement, parts.reconciler
         is_leader = self.registry.instances.is_leader
         self._declared_models = DeclaredModels(
@@ -148,6 +149,7 @@ class Pod:
                 self.contact.run(),
                 self.access.run(),
                 self.peer_health.run(),
+                self._silence.run(),
                 self.scaler.run(),
                 self._dynamic_config.run(),
             )

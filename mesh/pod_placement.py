@@ -23,6 +23,7 @@ from mesh.registry.registry import Registry
 from mesh.registry.store_contact import StoreContact
 from mesh.routing.in_flight import InFlight
 from mesh.routing.peer_health import PeerHealth
+from mesh.routing.runtime_silence import RuntimeSilence
 from mesh.store.protocol import Store
 
 
@@ -48,6 +49,7 @@ class PlacementParts:
     contact: StoreContact
     in_flight: InFlight
     peer_health: PeerHealth
+    silence: RuntimeSilence
     copies: LocalCopies
     loads: LocalLoads
     monitor: RuntimeMonitor
@@ -87,6 +89,13 @@ def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]
 
     peer_health = PeerHealth(probes, in_flight, changes, address_of=http_address_of, gone_after_s=config.session_ttl_s)
     runtime = GrpcRuntime(base.connections.grpc(config.runtime_grpc))
+    silence = RuntimeSilence(
+        base.instance_id,
+        in_flight,
+        changes,
+        look=runtime.look,
+        is_foreign=lambda: monitor.snapshot.foreign,
+    )
 
     def can_write() -> bool:
         """Return whether records can be changed, and so whether other pods would see a load."""
@@ -115,6 +124,7 @@ def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]
         first_ready=lambda: reconciler.first_ready(),
         changed=lambda snapshot: reconciler.runtime_changed(snapshot),
         lost=runtime_lost,
+        is_mute=lambda: silence.is_mute,
     )
     states = ModelStates(
         registry,
@@ -141,5 +151,5 @@ def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]
     )
     reconciler = Reconciler(registry, record_updates, copies, loads, placement, states, monitor, changes)
     return PlacementParts(
-        runtime, contact, in_flight, peer_health, copies, loads, monitor, states, placement, reconciler
+        runtime, contact, in_flight, peer_health, silence, copies, loads, monitor, states, placement, reconciler
     )

@@ -20,7 +20,10 @@ _FOREIGN_REFRESH_S = 0.3  # time for a runtime without repertory.RuntimeState to
 
 
 class RuntimeMonitor:
-    """`first_ready` is called once, when the runtime is ready for the first time; `lost` whenever it does not answer any more."""
+    """`first_ready` is called once, when the runtime is ready for the first time; `lost` whenever it does not answer any more.
+
+    `is_mute` returns whether the runtime answers no requests although it reports its state.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class RuntimeMonitor:
         first_ready: Callable[[], None],
         changed: Callable[[RuntimeSnapshot], None],
         lost: Callable[[], None],
+        is_mute: Callable[[], bool],
     ) -> None:
         self._runtime = runtime
         self._copies = copies
@@ -40,6 +44,7 @@ class RuntimeMonitor:
         self._first_ready = first_ready
         self._changed = changed
         self._lost = lost
+        self._is_mute = is_mute
         self._connected = False
         self.limits: RuntimeLimits | None = None
         self.snapshot = RuntimeSnapshot(0)
@@ -51,12 +56,14 @@ class RuntimeMonitor:
     @property
     def is_ready(self) -> bool:
         """Return whether the runtime accepts loads and requests, or will when its engine has restarted, and its first state is known."""
-        return self._connected and self._snapshot_s > 0 and self.snapshot.engine_state != "stopped"
+        return (
+            self._connected and self._snapshot_s > 0 and self.snapshot.engine_state != "stopped" and not self._is_mute()
+        )
 
     @property
     def is_serving(self) -> bool:
         """Return whether the runtime answers requests now."""
-        return self._connected and (self.snapshot.ready or not self.snapshot.engine_state)
+        return self._connected and (self.snapshot.ready or not self.snapshot.engine_state) and not self._is_mute()
 
     def serves(self, copy: LocalCopy) -> bool:
         """Return whether the runtime reports that this copy answers requests. After a restart of the engine, models return one by one.

@@ -59,7 +59,7 @@ class CopyFinder:
         chosen = choose(candidates if len(candidates) < 2 else self._judged(model_id, candidates), prefix_hash)
         if chosen is None:
             return None
-        if self._health.of(model_id, chosen.instance_id).is_ejected(time.monotonic()) and not local_only:
+        if self._health.is_ejected(model_id, chosen.instance_id, time.monotonic()) and not local_only:
             self._all_ejected(model_id, frozenset(candidate.instance_id for candidate in candidates))
         self._health.chosen(model_id, chosen.instance_id)
         if chosen.local:
@@ -88,7 +88,11 @@ class CopyFinder:
         best_s = self._health.best_s(model_id, (candidate.instance_id for candidate in candidates))
         records = [self._health.of(model_id, candidate.instance_id) for candidate in candidates]
         return [
-            replace(candidate, excess_s=record.excess_s(best_s, now_s), is_ejected=record.is_ejected(now_s))
+            replace(
+                candidate,
+                excess_s=record.excess_s(best_s, now_s),
+                is_ejected=self._health.is_ejected(model_id, candidate.instance_id, now_s),
+            )
             for candidate, record in zip(candidates, records, strict=True)
         ]
 

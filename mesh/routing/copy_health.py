@@ -1,4 +1,7 @@
-"""Judges copies by the outcome and the latency of this pod's own requests to them: outlier ejection, with probing."""
+"""Judges copies by the outcome and the latency of this pod's own requests to them: outlier ejection, with probing.
+
+The outcomes at all copies of a pod count for the pod too, so that a pod that fails is not found out copy by copy.
+"""
 
 import time
 from collections.abc import Iterable
@@ -66,29 +69,38 @@ _NEW = CopyRecord()
 
 
 class CopyHealth:
-    """Records by model and pod."""
+    """Records by model and pod, and one for each pod."""
 
     def __init__(self) -> None:
         self._records: dict[str, dict[str, CopyRecord]] = {}
+        self._pods: dict[str, CopyRecord] = {}
 
     def record(self, attempt: Attempt) -> None:
         """Take the outcome of an attempt into account."""
         now_s = time.monotonic()
+        pod_id = attempt.target.instance_id
         known = self._records.setdefault(attempt.model_id, {})
-        before = known.get(attempt.target.instance_id, _NEW)
-        if attempt.outcome is Outcome.ANSWERED and attempt.target.is_loaded:
-            known[attempt.target.instance_id] = before.answered(attempt.waited_s, now_s)
+        before = known.get(pod_id, _NEW)
+        if attempt.outcome is Outcome.ANSWERED:
+            self._pods.pop(pod_id, None)
+            if attempt.target.is_loaded:
+                known[pod_id] = before.answered(attempt.waited_s, now_s)
         elif attempt.outcome is Outcome.FAILED or (
             attempt.outcome is Outcome.ABANDONED
             and attempt.target.is_loaded
             and attempt.waited_s >= max(_MIN_PATIENCE_S, 2 * before.latency_s)
         ):
-            known[attempt.target.instance_id] = before.failed(now_s)
+            known[pod_id] = before.failed(now_s)
+            self._pods[pod_id] = self._pods.get(pod_id, _NEW).failed(now_s)
         if not known:
             del self._records[attempt.model_id]
 
     def of(self, model_id: str, instance_id: str) -> CopyRecord:
         return self._records.get(model_id, {}).get(instance_id, _NEW)
+
+    def is_ejected(self, model_id: str, instance_id: str, now_s: float) -> bool:
+        """Return whether the last requests to the copy have failed, or those to any copies of its pod."""
+        return self.of(model_id, instance_id).is_ejected(now_s) or self._pods.get(instance_id, _NEW).is_ejected(now_s)
 
     def best_s(self, model_id: str, instance_ids: Iterable[str]) -> float:
         """Return the lowest mean latency of these copies. A copy without enough measurements counts as 0 s, so that it is tried."""
@@ -97,9 +109,10 @@ class CopyHealth:
 
     def chosen(self, model_id: str, instance_id: str) -> None:
         """Note that a request goes to the copy."""
-        known = self._records.get(model_id, {})
-        if instance_id in known:
-            known[instance_id] = known[instance_id].probed(time.monotonic())
+        now_s = time.monotonic()
+        for records in (self._records.get(model_id, {}), self._pods):
+            if instance_id in records:
+                records[instance_id] = records[instance_id].probed(now_s)
 
     def forget(self, model_id: str) -> None:
         self._records.pop(model_id, None)

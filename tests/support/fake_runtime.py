@@ -73,6 +73,7 @@ class FakeRuntime:
         self.calls: Counter[str] = Counter()
         self.refusals = 0
         self.running = 0
+        self.computing: Counter[str] = Counter()  # requests that wait for `answer_s`
         self.most_running = 0
         self.log: list[tuple[str, str]] = []
         self.cancelled: list[str] = []
@@ -151,12 +152,16 @@ class FakeRuntime:
         while self.switches.frozen:
             await self.changed.wait()
 
-    async def before_answer(self) -> None:
+    async def before_answer(self, model_id: str) -> None:
         """Wait as long as the switches delay inference."""
         await self.while_frozen()
         while self.switches.mute:
             await self.changed.wait()
-        await asyncio.sleep(self.switches.answer_s)
+        self.computing[model_id] += 1
+        try:
+            await asyncio.sleep(self.switches.answer_s)
+        finally:
+            self.computing[model_id] -= 1
 
     def used_bytes(self) -> int:
         return sum(self.size_of(path) for path in self.loaded.values())
@@ -192,7 +197,7 @@ class FakeRuntime:
         if request.path == "/v1/nothing":
             return web.json_response({"error": {"message": "no such path", "code": None}}, status=404)
         self.calls[model_id] += 1
-        await self.before_answer()
+        await self.before_answer(model_id)
         if not body.get("stream"):
             return web.json_response(
                 {"answer": model_id, "path": request.path, "id": request.headers.get("X-Request-Id", "")}
@@ -335,7 +340,7 @@ class _State(RuntimeStateServicer):
                 state=state_pb.ModelState.LOADED,
                 tier=state_pb.ModelState.DEVICE,
                 weight_bytes=runtime.size_of(path),
-                running=runtime.switches.sequences,
+                running=runtime.switches.sequences + runtime.computing[model_id],
                 waiting=runtime.switches.queued,
                 busy_s=runtime.switches.busy_s,
                 max_model_len=runtime.switches.context[0],
@@ -396,7 +401,7 @@ class _AnyMethod(grpc.GenericRpcHandler):
         runtime.running += 1
         runtime.most_running = max(runtime.most_running, runtime.running)
         try:
-            await runtime.before_answer()
+            await runtime.before_answer(model_id)
             await self._answer(method.rpartition("/")[2], context)
         except asyncio.CancelledError:
             runtime.cancelled.append(model_id)

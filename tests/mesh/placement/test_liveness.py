@@ -148,23 +148,33 @@ async def test_a_stream_from_a_frozen_pod_ends_with_its_session(tmp_path: Path, 
     await runtime.stop()
 
 
-async def test_a_runtime_that_answers_no_request_loses_its_traffic(pods: tuple[RunningPod, RunningPod]) -> None:
+@pytest.mark.parametrize("through", [0, 1])
+async def test_a_runtime_that_answers_no_request_fails_none_and_is_avoided(
+    pods: tuple[RunningPod, RunningPod], through: int
+) -> None:
+    a, b = pods
+    models = ("m0", "m1", "m2")
+    for model in models:
+        await a.register(model)
+        await loaded_at(b, a, model)
+    b.runtime.switches.mute = True
+    answers = [asyncio.ensure_future(pods[through].echo(model)) for model in models]
+    assert await asyncio.wait_for(asyncio.gather(*answers), 5) == [b"hi"] * 3
+    assert not b.pod.is_ready()
+    await until(lambda: (a.pod.registry.instances.get("b") or InstanceRecord()).cannot_serve)
+    assert set(models) <= set(a.runtime.loaded)
+    b.runtime.switches.mute = False
+    b.runtime.tell()
+    await until(b.pod.is_ready, 10)
+
+
+async def test_a_long_answer_that_is_not_streamed_is_not_taken_for_silence(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")
     await loaded_at(b, a, "m")
-    b.runtime.switches.mute = True
-
-    async def call() -> str:
-        try:
-            return (await a.echo("m", timeout=2.5)).decode()
-        except grpc.aio.AioRpcError as error:
-            return error.code().name
-
-    assert set(await asyncio.gather(*(call() for _ in range(3)))) == {"DEADLINE_EXCEEDED"}
-    # The copy is ejected. Its next request has the model loaded elsewhere.
-    assert await call() in ("hi", "DEADLINE_EXCEEDED")
-    await until(lambda: "m" in a.runtime.loaded)
-    assert [await call() for _ in range(3)] == ["hi"] * 3
+    b.runtime.switches.answer_s = 2.5
+    assert await asyncio.gather(*(a.echo("m") for _ in range(4))) == [b"hi"] * 4
+    assert b.runtime.calls["m"] == 4
 
 
 async def test_a_slow_copy_loses_its_traffic_to_a_fast_one(pods: tuple[RunningPod, RunningPod]) -> None:

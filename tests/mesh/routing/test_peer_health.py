@@ -183,3 +183,19 @@ def test_copy_health_takes_outcomes_into_account() -> None:
     for _ in range(3):
         health.record(left)
     assert health.of("m", "r").is_ejected(time.monotonic())
+
+
+def test_copy_health_failures_at_several_copies_eject_their_pod_until_one_answers() -> None:
+    health, target = CopyHealth(), Target("p", False, "grpc", "http")
+    for model_id in ("m0", "m1", "m2"):
+        failed = Attempt(model_id, target)
+        failed.failure = Failure.UNAVAILABLE
+        health.record(failed)
+    now_s = time.monotonic()
+    assert not health.of("m3", "p").is_ejected(now_s)
+    assert health.is_ejected("m3", "p", now_s)
+    assert not health.is_ejected("m3", "q", now_s)
+    answered = Attempt("m1", target)
+    answered.begin_response()
+    health.record(answered)
+    assert not health.is_ejected("m3", "p", now_s)
