@@ -21,7 +21,7 @@ from mesh.errors import InvalidRequest
 from mesh.metrics import Metrics
 from mesh.routing.attempts import Attempt
 from mesh.routing.retry_policy import Failure
-from mesh.types import RuntimeLimits
+from mesh.types import RuntimeLimits, Target
 
 _SENDER_S = 0.05  # the sender learns of a failed write this long after the reader at most
 
@@ -43,13 +43,14 @@ class ForwardingContext(Protocol):
 class GrpcRequest:
     """One call of a client. `model_id` and the fields after it are filled in as they become known.
 
-    `invocations`: status code and duration in seconds of each call of the local runtime.
+    `is_unary`: the method has one message each way. `invocations`: status code and duration in seconds of each call of the local runtime.
     """
 
     method: str
     metadata: Metadata
     started_s: float
     request_id: str
+    is_unary: bool = False
     name: str = ""  # the model's name as the client wrote it
     model_id: str = ""
     code: str = "OK"
@@ -59,11 +60,12 @@ class GrpcRequest:
 
 @dataclass(frozen=True, slots=True)
 class GrpcOutcome:
-    """The status that one attempt ended with."""
+    """The status that one attempt ended with. `message`: the response of a unary method."""
 
     code: grpc.StatusCode
     details: str
     trailers: tuple[tuple[str, str | bytes], ...]
+    message: bytes = b""
 
 
 class GrpcForwarder:
@@ -89,10 +91,8 @@ class GrpcForwarder:
                     await self._relay(request, attempt, call, inbound, context)
             except TimeoutError:
                 call.cancel()
-                attempt.failure = Failure.UNAVAILABLE
                 attempt.is_committed = attempt.is_committed or not inbound.replayable
-                details = f"{attempt.target.instance_id} does not answer any more"
-                return GrpcOutcome(grpc.StatusCode.UNAVAILABLE, details, ())
+                return _lost(attempt)
             code = await call.code()
             if attempt.target.local:
                 request.invocations.append((code.name, time.monotonic() - started_s))
@@ -104,14 +104,49 @@ class GrpcForwarder:
             details = await call.details() or ""
             attempt.failure = await _failure(code, details, sending)
             attempt.is_committed = attempt.is_committed or not inbound.replayable
-            if attempt.target.local and code is not grpc.StatusCode.OK:
-                # ModelMesh's form. A peer has written it already.
-                details = f"{request.method}: {code.name}: {details}"
-            return GrpcOutcome(code, details, tuple(backward(tuple(await call.trailing_metadata() or ()))))
+            trailers = tuple(backward(tuple(await call.trailing_metadata() or ())))
+            return GrpcOutcome(code, _details(request, attempt, code, details), trailers)
         finally:
             if sending is not None:
                 sending.cancel()
             call.cancel()
+
+    async def forward_unary(
+        self, request: GrpcRequest, attempt: Attempt, message: bytes, context: ForwardingContext
+    ) -> GrpcOutcome:
+        """Like `forward`, of a method with one message each way: gRPC then needs one operation instead of six. The outcome has the response."""
+        started_s = time.monotonic()
+        target = attempt.target
+        rewrite = self._rewrite(request.method, attempt)
+        stub: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(target).unary_unary(f"/{request.method}")
+        call = stub(
+            rewrite(message) if rewrite else message,
+            metadata=self._metadata(request, attempt),
+            timeout=context.time_remaining(),
+        )
+        attempt.cancel_when_lost(call.cancel)
+        try:
+            response = await call
+        except grpc.aio.AioRpcError as error:
+            if target.local:
+                request.invocations.append((error.code().name, time.monotonic() - started_s))
+            code, details = error.code(), error.details() or ""
+            attempt.failure = _failure_of(code, details)
+            trailers = tuple(backward(tuple(error.trailing_metadata())))
+            return GrpcOutcome(code, _details(request, attempt, code, details), trailers)
+        except asyncio.CancelledError:
+            if not attempt.is_lost or _is_cancelling():
+                raise
+            return _lost(attempt)
+        now_s = time.monotonic()
+        if target.local:
+            request.invocations.append(("OK", now_s - started_s))
+        attempt.begin_response()
+        self._metrics.first_byte(attempt.model_id, now_s - request.started_s)
+        request.response_bytes += len(response)
+        await _send_headers(call, context)
+        trailers = tuple(backward(tuple(await call.trailing_metadata())))
+        return GrpcOutcome(grpc.StatusCode.OK, "", trailers, response)
 
     async def _relay(
         self,
@@ -136,12 +171,7 @@ class GrpcForwarder:
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, timeout_s: float | None
     ) -> tuple[ForwardedCall, asyncio.Task[bool] | None]:
         """Open the call, and a task that sends the caller's messages unless the only one is known already."""
-        target = attempt.target
-        metadata = onward(
-            request.metadata, attempt.model_id, peer_headers=() if target.local else self._peers.headers()
-        )
-        metadata.append((REQUEST_ID_HEADER, request.request_id))
-        channel = self._connections.grpc(target.grpc_address, of_pod=not target.local)
+        metadata, channel = self._metadata(request, attempt), self._channel(attempt.target)
         rewrite = self._rewrite(request.method, attempt)
         if inbound.only is not None:
             single: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{request.method}")
@@ -153,6 +183,15 @@ class GrpcForwarder:
         # A request that cannot be sent gets no response.
         sending.add_done_callback(lambda task: call.cancel() if _error_of(task) else None)
         return call, sending
+
+    def _channel(self, target: Target) -> grpc.aio.Channel:
+        return self._connections.grpc(target.grpc_address, of_pod=not target.local)
+
+    def _metadata(self, request: GrpcRequest, attempt: Attempt) -> list[tuple[str, str | bytes]]:
+        peer_headers = () if attempt.target.local else self._peers.headers()
+        metadata = onward(request.metadata, attempt.model_id, peer_headers=peer_headers)
+        metadata.append((REQUEST_ID_HEADER, request.request_id))
+        return metadata
 
     def _rewrite(self, method: str, attempt: Attempt) -> Rewrite | None:
         """Return what writes the concrete id into each message, if the local runtime requires it for this method."""
@@ -198,9 +237,25 @@ async def _failure(code: grpc.StatusCode, details: str, sending: asyncio.Task[bo
         await asyncio.wait([sending], timeout=_SENDER_S)
         if sending.done() and not sending.cancelled() and sending.result():
             return Failure.STATUS_LOST
+    return _failure_of(code, details)
+
+
+def _failure_of(code: grpc.StatusCode, details: str) -> Failure | None:
     if is_model_lost(code, details):
         return Failure.MODEL_LOST
     return Failure.UNAVAILABLE if code is grpc.StatusCode.UNAVAILABLE else None
+
+
+def _details(request: GrpcRequest, attempt: Attempt, code: grpc.StatusCode, details: str) -> str:
+    """Return a failure of the local runtime in ModelMesh's form. A peer has written it already."""
+    if code is grpc.StatusCode.OK or not attempt.target.local:
+        return details
+    return f"{request.method}: {code.name}: {details}"
+
+
+def _lost(attempt: Attempt) -> GrpcOutcome:
+    attempt.failure = Failure.UNAVAILABLE
+    return GrpcOutcome(grpc.StatusCode.UNAVAILABLE, f"{attempt.target.instance_id} does not answer any more", ())
 
 
 def is_model_lost(code: grpc.StatusCode, details: str) -> bool:
@@ -229,6 +284,11 @@ def _status_not_exception() -> Iterator[None]:
     except grpc.aio.AioRpcError:
         pass
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if _is_cancelling():
             raise
+
+
+def _is_cancelling() -> bool:
+    """Whether this task is being cancelled, as a caller does that leaves."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

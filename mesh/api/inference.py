@@ -5,6 +5,7 @@ from __future__ import annotations  # grpc's handler types take parameters only 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -18,7 +19,7 @@ from mesh.api.grpc_forwarder import (
     GrpcOutcome,
     GrpcRequest,
 )
-from mesh.api.known_methods import single_message_methods
+from mesh.api.known_methods import single_message_methods, unary_methods
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
 from mesh.api.request_log import request_id_of, requests_logger
@@ -57,6 +58,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self._max_message_bytes = max_message_bytes
         self._memory = memory
         self._single_message = single_message_methods()
+        self._unary = unary_methods()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
         method = handler_call_details.method.lstrip("/")
@@ -67,17 +69,26 @@ class InferenceGateway(grpc.GenericRpcHandler):
         async def serve_one(message: bytes, context: ServerContext) -> None:
             await self._serve(method, message, context)
 
-        single = method in self._single_message
-        handler: grpc.RpcMethodHandler[bytes, bytes] = (
-            grpc.unary_stream_rpc_method_handler(serve_one) if single else grpc.stream_stream_rpc_method_handler(serve)
-        )
+        async def serve_unary(message: bytes, context: ServerContext) -> bytes:
+            return await self._serve(method, message, context)
+
+        handler: grpc.RpcMethodHandler[bytes, bytes]
+        if method in self._unary:
+            handler = grpc.unary_unary_rpc_method_handler(serve_unary)
+        elif method in self._single_message:
+            handler = grpc.unary_stream_rpc_method_handler(serve_one)
+        else:
+            handler = grpc.stream_stream_rpc_method_handler(serve)
         return handler
 
-    async def _serve(self, method: str, message: bytes | None, context: ServerContext) -> None:
-        """`message`: the only one of a method that takes one message; None if the caller may send any number."""
+    async def _serve(self, method: str, message: bytes | None, context: ServerContext) -> bytes:
+        """Return the response of a unary method; the messages of any other one are written.
+
+        `message`: the only one of a method that takes one message; None if the caller may send any number.
+        """
         metadata = tuple(context.invocation_metadata() or ())
         request_id = request_id_of(header(metadata, REQUEST_ID_HEADER))
-        request = GrpcRequest(method, metadata, time.monotonic(), request_id)
+        request = GrpcRequest(method, metadata, time.monotonic(), request_id, is_unary=method in self._unary)
         inbound = ReplayBuffer(context, self._memory.hold(), 2 * self._max_message_bytes, only=message)
         try:
             inbound.admit()
@@ -86,9 +97,10 @@ class InferenceGateway(grpc.GenericRpcHandler):
             if outcome.code is not grpc.StatusCode.OK:
                 await context.abort(outcome.code, outcome.details, outcome.trailers)
             context.set_trailing_metadata(outcome.trailers)
+            return outcome.message
         except MeshError as error:
             request.code = error.code
-            await context.abort(grpc.StatusCode[error.code], error.message, _retry_trailers(error))
+            return await context.abort(grpc.StatusCode[error.code], error.message, _retry_trailers(error))
         except asyncio.CancelledError:
             request.code = "CANCELLED"
             raise
@@ -119,7 +131,10 @@ class InferenceGateway(grpc.GenericRpcHandler):
         with self._router.attempts(routing) as attempts:
             try:
                 async for attempt in attempts:
-                    outcome = await self._forwarder.forward(request, attempt, inbound, context)
+                    if request.is_unary and inbound.only is not None:
+                        outcome = await self._forwarder.forward_unary(request, attempt, inbound.only, context)
+                    else:
+                        outcome = await self._forwarder.forward(request, attempt, inbound, context)
             finally:
                 request.model_id = attempts.model_id
         return outcome
@@ -137,12 +152,15 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 request.metadata,
                 request.started_s,
                 request.request_id,
+                is_unary=request.is_unary,
                 invocations=request.invocations,
             )
             replay = ReplayBuffer(context, self._memory.hold(), 2 * self._max_message_bytes, only=message)
             try:
                 replay.admit()
-                return await self._answer_one(one, address, replay, part)
+                outcome = await self._answer_one(one, address, replay, part)
+                part.body += outcome.message
+                return outcome
             except NotFound as error:
                 return error
             finally:
@@ -160,8 +178,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
             return failed
         merged = b"".join(part.body for part in parts)
         request.response_bytes = len(merged)
-        await context.write(merged)
-        return found[0]
+        if not request.is_unary:
+            await context.write(merged)
+        return replace(found[0], message=merged)
 
     def _check_allowed(self, method: str) -> None:
         self._addressing.check_allowed(method)

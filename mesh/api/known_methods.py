@@ -1,4 +1,8 @@
-"""Lists the known methods that take exactly one message: they are forwarded without waiting for the client to half-close."""
+"""Lists the known methods by their messages: forwarding costs less where the numbers of messages are known before the call ends."""
+
+from collections.abc import Callable
+
+from google.protobuf.descriptor import MethodDescriptor
 
 from wire.fmaas import generation_pb2
 from wire.inference import grpc_predict_v2_pb2
@@ -10,10 +14,16 @@ _SERVICES = (
 
 
 def single_message_methods() -> frozenset[str]:
-    """Return them as `package.Service/Method`."""
+    """Return, as `package.Service/Method`, the methods that take exactly one message: they need no half-close of the client."""
+    return _methods(lambda method: not method.client_streaming)
+
+
+def unary_methods() -> frozenset[str]:
+    """Return those of `single_message_methods` that also answer with exactly one message."""
+    return _methods(lambda method: not method.client_streaming and not method.server_streaming)
+
+
+def _methods(is_meant: Callable[[MethodDescriptor], bool]) -> frozenset[str]:
     return frozenset(
-        f"{service.full_name}/{method.name}"
-        for service in _SERVICES
-        for method in service.methods
-        if not method.client_streaming
+        f"{service.full_name}/{method.name}" for service in _SERVICES for method in service.methods if is_meant(method)
     )

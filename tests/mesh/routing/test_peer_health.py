@@ -72,6 +72,19 @@ async def test_an_attempt_lost_before_its_wait_begins_is_not_waited_for() -> Non
     assert await lost(attempt)
 
 
+@pytest.mark.parametrize("is_lost_before", [False, True])
+def test_a_lost_attempt_cancels_its_call(is_lost_before: bool) -> None:
+    attempt, cancelled = attempt_at("p"), []
+    if is_lost_before:
+        attempt.lose()
+    attempt.cancel_when_lost(lambda: cancelled.append("p"))
+    assert bool(cancelled) is is_lost_before
+    if not is_lost_before:
+        attempt.lose()
+    assert cancelled == ["p"]
+    assert attempt.outcome is Outcome.FAILED
+
+
 class ScriptedProbe:
     def __init__(self) -> None:
         self.result = ProbeResult.ANSWERED
