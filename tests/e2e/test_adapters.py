@@ -14,10 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mesh.errors import MeshError
+from runtime.checkpoint.fp8 import quantize_rows
 from tests.e2e.conftest import greedy
+from tests.runtime.puller.pack.test_packer import serialise_fp8
 from tests.support import stack, tgis_client
 from tests.support.adapters import peft_model, save_adapter
 from tests.support.checkpoints import tiny_llama
+from tests.support.waiting import wait_until
 from wire.fmaas import generation_pb2 as fmaas
 
 PROMPT = "The company keeps many plays ready"
@@ -131,6 +134,31 @@ def test_registrations_over_no_base_are_refused(served: stack.Stack, base: Path,
     served.admin.register({"name": "x", "uri": str(tmp_path / "x")})
     with pytest.raises(openai.APIStatusError, match="adapter_of"):
         text_of(served, "x")
+
+
+@pytest.mark.parametrize("stored", ["quantised while loading", "fp8 checkpoint"])
+def test_adapter_over_an_fp8_base_is_that_over_its_dequantised_weights(
+    served: stack.Stack, base: Path, tmp_path: Path, stored: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    uri = base
+    if stored == "fp8 checkpoint":
+        uri = tmp_path / "fp8"
+        exact = serialise_fp8(model, base, uri, "channel")
+    else:
+        codes = {name: quantize_rows(weight) for name, weight in model.state_dict().items() if "_proj" in name}
+        exact = {name: values.float() * scale for name, (values, scale) in codes.items()}
+    model.load_state_dict(exact, strict=False)
+    model.save_pretrained(tmp_path / "exact")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "exact")
+    wanted = adapter(tmp_path / "exact", tmp_path / "adapter", 21)
+    name = stored.replace(" ", "-")
+    quantize = {} if stored == "fp8 checkpoint" else {"quantize": "fp8"}
+    served.admin.register({"name": name, "uri": str(uri), **quantize})
+    served.admin.register({"name": f"{name}-sql", "uri": str(tmp_path / "adapter"), "adapter_of": name})
+    assert text_of(served, f"{name}-sql") == wanted
+    wait_until(lambda: served.admin.model(name).quantization == "fp8")  # the mesh learns of the runtime's state later
+    assert text_of(served, name) != wanted
 
 
 def test_tgis_names_an_adapter(served: stack.Stack, base: Path, tmp_path: Path) -> None:

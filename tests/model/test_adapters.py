@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from peft import PeftModel
@@ -14,9 +15,10 @@ from common.model_key import Quantization
 from runtime.errors import LoadFailed
 from runtime.puller.adapter.files import inspect_adapter
 from runtime.puller.adapter.packing import pack_adapter
+from runtime.puller.pack.quantize import quantize
 from runtime.puller.progress import PullJob
 from runtime.types import Checkpoint, GenerationRequest, LogprobParams, SamplingParams, StopParams
-from tests.model.build.test_quantized import model_of, pack, with_bitsandbytes
+from tests.model.build.test_quantized import model_of, pack, quantized_linears, with_bitsandbytes
 from tests.support.adapters import peft_model, save_adapter
 from tests.support.oracle import prompts, reference
 from tests.support.real_engine import RealEngine
@@ -108,11 +110,11 @@ def test_text_survives_preemption_prefix_hits_and_eviction(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
-@pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.FP4, Quantization.INT8])
+@pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.FP4, Quantization.INT8, Quantization.FP8])
 def test_log_probabilities_over_a_quantised_base(
     kind: str, quantization: Quantization, tmp_path: Path, engine: RealEngine
 ) -> None:
-    """Teacher-forced: PEFT wraps bitsandbytes' own layers, quantised by them."""
+    """Teacher-forced: PEFT wraps bitsandbytes' own layers, quantised by them, and for fp8 layers of the dequantised weights."""
     model = model_of(kind)
     checkpoint = save(model, tmp_path / "base")
     pack(model, tmp_path / "packed-base", quantization, kernel_layout=False)
@@ -120,22 +122,74 @@ def test_log_probabilities_over_a_quantised_base(
     targets = ATTENTION if kind == "llama" else ["q_proj", "v_proj", "dense", "fc1", "fc2"]
     plain = peft_model(model_of(kind), r=8, target_modules=targets, spread=0.1)
     engine.load("tuned", packed_adapter(save_adapter(plain, tmp_path / "peft"), tmp_path / "packed"), "base")
-    oracle = with_bitsandbytes(model_of(kind), quantization)
+    oracle = dequantised(kind) if quantization is Quantization.FP8 else with_bitsandbytes(model_of(kind), quantization)
     # In evaluation mode bitsandbytes computes in bfloat16 on a CPU. There is no dropout that training mode would switch on.
     with_adapter = PeftModel.from_pretrained(oracle, tmp_path / "peft").train()
     prompt = prompts(4, 1)[0] + list(range(40))
+    found = scored(engine, "tuned", prompt)
+    expected, without = log_probabilities(with_adapter, prompt), log_probabilities(model, prompt)
+    tolerance = 0.1 if quantization is Quantization.INT8 else 1e-4  # theirs rounds activations through float16
+    assert found == pytest.approx(expected, abs=tolerance)
+    assert max(abs(a - b) for a, b in zip(without, expected, strict=True)) > 0.5
+
+
+def dequantised(kind: str) -> PreTrainedModel:
+    """The model with the values that its fp8 weights stand for."""
+    model = model_of(kind)
+    with torch.no_grad():
+        for name in quantized_linears(model):
+            weight = model.get_submodule(name).weight
+            made = quantize(weight, Quantization.FP8, double_quant=False)
+            weight.copy_(made.weight.float() * made.scale[:, None])
+    return model
+
+
+def scored(engine: RealEngine, model_id: str, prompt: list[int]) -> list[float]:
+    """The engine's log-probability of each of the prompt's tokens but the first."""
     request = GenerationRequest(
         prompt=tuple(prompt), sampling=SamplingParams(temperature=0.0), stop=StopParams(1), logprobs=LogprobParams(prompt=0),
     )  # fmt: skip
-    [rows] = engine.run([("tuned", request)])
-    found = [entry.logprob for row in rows for entry in row.prompt_logprobs or () if entry is not None]
+    [rows] = engine.run([(model_id, request)])
+    return [entry.logprob for row in rows for entry in row.prompt_logprobs or () if entry is not None]
+
+
+def log_probabilities(model: PreTrainedModel | PeftModel, prompt: list[int]) -> list[float]:
+    """An oracle's log-probability of each of the prompt's tokens but the first."""
     with torch.inference_mode():
-        wanted = with_adapter(torch.tensor([prompt])).logits[0].log_softmax(-1)
-        without = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
-    expected = [float(wanted[place - 1, token]) for place, token in enumerate(prompt) if place]
-    tolerance = 0.1 if quantization is Quantization.INT8 else 1e-4  # theirs rounds activations through float16
-    assert found == pytest.approx(expected, abs=tolerance)
-    assert max(abs(float(without[i - 1, t]) - expected[i - 1]) for i, t in enumerate(prompt) if i) > 0.5
+        scores = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    return [float(scores[place - 1, token]) for place, token in enumerate(prompt) if place]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+@pytest.mark.parametrize(
+    ("quantization", "tolerance"), [(Quantization.NONE, 0.04), (Quantization.INT8, 0.1), (Quantization.FP8, 0.2)]
+)
+def test_log_probabilities_over_a_base_on_a_gpu(
+    kind: str, quantization: Quantization, tolerance: float, tmp_path: Path
+) -> None:
+    """Teacher-forced in bf16: the kernels of 8-bit weights quantise the activations, too."""
+    model = model_of(kind)
+    checkpoint = msgspec.structs.replace(save(model.to(torch.bfloat16), tmp_path / "base"), dtype="bfloat16")
+    if quantization is not Quantization.NONE:
+        pack(model, tmp_path / "packed-base", quantization, kernel_layout=False)
+        checkpoint = packed(checkpoint, tmp_path / "packed-base", quantization)
+    targets = ATTENTION if kind == "llama" else ["q_proj", "v_proj", "dense", "fc1", "fc2"]
+    oracle = peft_model(model_of(kind), r=8, target_modules=targets, spread=0.1)
+    adapter = packed_adapter(save_adapter(oracle, tmp_path / "peft"), tmp_path / "packed", "bfloat16")
+    engine = RealEngine(device="cuda", slab_bytes=1 << 21, device_budget_bytes=128 << 20)
+    try:
+        engine.load("base", checkpoint)
+        engine.load("tuned", adapter, "base")
+        prompt = prompts(4, 1)[0] + list(range(40))
+        found, plain = scored(engine, "tuned", prompt), scored(engine, "base", prompt)
+    finally:
+        engine.close()
+    expected = log_probabilities(oracle, prompt)
+    differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+    effects = [abs(a - b) for a, b in zip(plain, expected, strict=True)]
+    assert sum(differences) / len(differences) < tolerance
+    assert sum(effects) / len(effects) > 0.4
 
 
 def test_merged_weights_give_the_same_text(tmp_path: Path, engine: RealEngine) -> None:
