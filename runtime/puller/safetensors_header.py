@@ -21,12 +21,12 @@ class Header:
     file_bytes: int  # as the header needs it
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, max_header_bytes: int = _MAX_HEADER_BYTES) -> Header:
     """Raises LoadFailed naming the file and the sizes when it is truncated, too long or no safetensors file."""
     try:
         actual_bytes = path.stat().st_size
         with path.open("rb") as file:
-            length = header_length(path.name, file.read(8), actual_bytes)
+            length = header_length(path.name, file.read(8), actual_bytes, max_header_bytes)
             header = parse_header(path.name, file.read(length))
     except OSError as error:
         raise LoadFailed(f"{path.name} can't be read: {error.strerror}") from error
@@ -60,13 +60,16 @@ def read_data_start(path: Path) -> DataStart:
     )
 
 
-def header_length(name: str, prefix: bytes, file_bytes: int) -> int:
-    """The header's length from a file's first eight bytes."""
+def header_length(name: str, prefix: bytes, file_bytes: int, limit: int = _MAX_HEADER_BYTES) -> int:
+    """Return the header's length in bytes from a file's first eight bytes. Raises LoadFailed if it exceeds `limit`."""
     if len(prefix) < 8:
         raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, less than a header's length")
     (length,) = struct.unpack("<Q", prefix)
-    if length > _MAX_HEADER_BYTES or length == 0:
-        raise LoadFailed(f"{name} is not a safetensors file: the length of its header is out of range")
+    if length > limit or length == 0:
+        # The length itself is left out: it would quote a file that need not be a checkpoint's.
+        raise LoadFailed(
+            f"{name} is not a safetensors file: the length of its header is out of range, which is 1 to {limit} bytes"
+        )
     if 8 + length > file_bytes:
         raise LoadFailed(f"{name} is truncated: {file_bytes} bytes, its header alone needs more")
     return int(length)

@@ -13,6 +13,8 @@ from runtime.puller.source import ADAPTER_CONFIG, ADAPTER_FILES
 
 PICKLED_NAME = "adapter_model.bin"
 _, WEIGHTS_NAME, *TEMPLATE_NAMES = ADAPTER_FILES
+# Room for a hundred thousand tensors. Parsing a header takes many times its size in memory.
+_MAX_HEADER_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ def inspect_adapter(folder: Path, max_rank: int) -> AdapterFiles:
     """Inspect a directory. Raises LoadFailed naming the file, option or tensor that is missing, damaged or not supported."""
     identity = identity_of(folder)
     config = read_adapter_config(folder / ADAPTER_CONFIG)
-    return AdapterFiles(folder, pair_tensors(read_header(folder / WEIGHTS_NAME).tensors, config, max_rank), identity)
+    tensors = read_header(folder / WEIGHTS_NAME, _MAX_HEADER_BYTES).tensors
+    return AdapterFiles(folder, pair_tensors(tensors, config, max_rank), identity)
 
 
 def _missing(folder: Path, name: str) -> LoadFailed:

@@ -12,6 +12,7 @@ from runtime.puller.sizing import TensorShape
 LEAST_RANK = 16
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_NAME_LENGTH = 256
+_MAX_FEATURES = 1 << 20  # a matrix is packed in memory, and no base has a layer as wide
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Endings of tensors that other kinds of adapters have, with what they are.
@@ -100,6 +101,12 @@ def _paired(module: str, sides: "dict[str, TensorShape]", config: AdapterConfig,
             f"module {module} has rank {rank}, the limit is {max_rank}; raise max_adapter_rank",
             limit=max_rank,
             value=rank,
+        )
+    if max(in_features, out_features) > _MAX_FEATURES:
+        raise LoadFailed(
+            f"module {module} has {in_features} inputs and {out_features} outputs, the limit is {_MAX_FEATURES}",
+            limit=_MAX_FEATURES,
+            value=max(in_features, out_features),
         )
     if rank != config.rank_of(module):
         raise LoadFailed(

@@ -1,6 +1,7 @@
 """Adapters made by PEFT are packed to PEFT's own deltas, or refused by the name of what is not supported."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,74 @@ def test_inspect_adapter_refuses_truncated_and_pickled_files(tmp_path: Path) -> 
         inspect_adapter(folder, MAX_RANK)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(LoadFailed, match=r"has no adapter_config\.json: it is not a PEFT adapter"):
+        inspect_adapter(folder, MAX_RANK)
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        (b'{"a": [' * 40_000, r"its header can't be read \((RecursionError|JSONDecodeError)\)"),
+        (b"[]", "its header can't be read"),
+        (b'{"a": {"dtype": "F32", "shape": [8, 48], "data_offsets": [0, 99]}}', "has 99 bytes, its shape needs 1536"),
+        (b'{"a": {"dtype": "F32", "shape": [-8, -48], "data_offsets": [0, 1536]}}', "not whole numbers from 0 on"),
+        (b'{"a": {"dtype": "F32", "shape": [1e9, 1e9], "data_offsets": [0, 8]}}', "not whole numbers from 0 on"),
+        (b'{"a": {"dtype": "F1", "shape": [8], "data_offsets": [0, 8]}}', r"its header can't be read \(KeyError\)"),
+    ],
+)
+def test_inspect_adapter_refuses_damaged_headers(header: bytes, named: str, tmp_path: Path) -> None:
+    folder = save_adapter(peft_model(family("llama"), r=8), tmp_path)
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(LoadFailed, match=named):
+        inspect_adapter(folder, MAX_RANK)
+
+
+@pytest.mark.parametrize("length", [0, (16 << 20) + 1, 2**63])
+def test_inspect_adapter_reads_no_header_of_an_absurd_length(length: int, tmp_path: Path) -> None:
+    """A sparse file takes no disk, and would take gigabytes of memory once its header is parsed."""
+    folder = save_adapter(peft_model(family("llama"), r=8), tmp_path)
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(64 << 20)
+    with pytest.raises(LoadFailed, match="the length of its header is out of range, which is 1 to 16777216 bytes"):
+        inspect_adapter(folder, MAX_RANK)
+
+
+def test_inspect_adapter_refuses_matrices_that_no_base_has(tmp_path: Path) -> None:
+    """The file is sparse: 256 GB that take no disk."""
+    folder = save_adapter(peft_model(family("llama"), r=8), tmp_path)
+    wide = 1 << 32
+    shapes = {"A": [8, wide], "B": [48, 8]}
+    offset, entries = 0, {}
+    for side, shape in shapes.items():
+        size = 4 * shape[0] * shape[1]
+        entries[f"{FIRST}.lora_{side}.weight"] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    header = json.dumps(entries).encode()
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + offset)
+    with pytest.raises(LoadFailed, match=r"q_proj has 4294967296 inputs and 48 outputs, the limit is 1048576"):
+        inspect_adapter(folder, MAX_RANK)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (b"[1]", "is not a JSON object"),
+        (b'{"peft_type": "LORA", "r": 8', r"is not valid JSON at line 1"),
+        (b'{"r": ' * 100_000, "is not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 1000000000, "lora_alpha": 1}', r"has rank 8 in the file and 1000000000"),
+        (b" " * (80 << 20), "is larger than"),
+    ],
+)
+def test_inspect_adapter_refuses_damaged_configurations(config: bytes, named: str, tmp_path: Path) -> None:
+    folder = save_adapter(peft_model(family("llama"), r=8), tmp_path)
+    (folder / "adapter_config.json").write_bytes(config)
+    with pytest.raises(LoadFailed, match=named):
         inspect_adapter(folder, MAX_RANK)
 
 
