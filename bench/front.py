@@ -45,7 +45,13 @@ def serve(step_s: float, log: Path | None = None) -> Iterator[Front]:
         home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-front-")))
         checkpoint = write(TINY, home / "checkpoint")
         grpc, http = f"unix:{home}/runtime.sock", f"unix:{home}/http.sock"
-        settings = {"listen": [grpc], "http_listen": http, "cache_dir": str(home / "cache"), "grace_s": 1.0}
+        settings = {
+            "listen": [grpc],
+            "http_listen": http,
+            "cache_dir": str(home / "cache"),
+            "grace_s": 1.0,
+            "model_roots": [str(home)],
+        }
         (home / "runtime.json").write_text(json.dumps(settings))
         pace = {"BENCH_STEP_S": str(step_s), "BENCH_VOCAB": str(TINY.vocab)}
         runtime = parts.enter_context(

@@ -169,6 +169,8 @@ class _Stream(asyncio.Protocol):
             del last[:-2048]
         if last.endswith(b"\r\n0\r\n\r\n"):
             self._end(now)
+        elif not self._events_s and bytes(last[9:12]) not in (b"", b"200") and not self.done.done():
+            self.done.set_exception(RuntimeError(f"the request was refused: {bytes(last[:600])!r}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.done.done():
@@ -216,7 +218,7 @@ async def _connect(
 def _request(body: dict[str, object], headers: dict[str, str]) -> bytes:
     content = json.dumps(body).encode()
     extra = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n{extra}Content-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{extra}Content-Length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 
