@@ -20,6 +20,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Pooling(StrEnum):
+    """Which of a prompt's last hidden states make its vector. The names are those of sentence-transformers."""
+
+    LAST = "lasttoken"
+    FIRST = "cls"
+    MEAN = "mean"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     """How to draw a token. `temperature` 0 is greedy: then only penalties, bias and allowed ids matter.
 
@@ -95,7 +103,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     stop: StopParams
     logprobs: LogprobParams = LogprobParams()
     priority: int = 0  # higher first
-    pooling: bool = False  # answer with the last hidden state of the prompt; `stop.max_tokens` is 0 then
+    pooling: Pooling | None = None  # answer with a vector of the prompt; `stop.max_tokens` is 0 then
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never drawn; none is empty
 

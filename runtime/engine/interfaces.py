@@ -48,7 +48,7 @@ class StepPlan(msgspec.Struct, frozen=True):
         new_blocks: (row, index in the row's page table, page id), before the step runs.
         prompt_logprobs: rows whose prompt log-probabilities are wanted for this chunk.
         masked: rows that sample in this step and whose draw waits for a mask.
-        pooled: rows whose last computed token's hidden state is wanted.
+        pooled: (row, start, end): the sum of the last hidden states of the row's tokens at these positions, which the step computes, is wanted.
         adapters: slot of each row's LoRA adapter, -1 = none; empty if no row has one.
     """
 
@@ -61,7 +61,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     new_blocks: list[tuple[int, int, int]] = []
     prompt_logprobs: list[int] = []
     masked: list[int] = []
-    pooled: list[int] = []
+    pooled: list[tuple[int, int, int]] = []
     adapters: list[int] = []
 
     @property
@@ -83,7 +83,7 @@ class StepOutput:
     device_us: float
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None = None
-    vectors: dict[int, bytes] | None = None  # by row, float32 values: the plan's `pooled` rows
+    vectors: dict[int, bytes] | None = None  # by row, float32 values: the plan's `pooled` sums
 
 
 TokenMasks = npt.NDArray[np.int32]

@@ -47,17 +47,19 @@ def check_chars(model: ServedModel, texts: Sequence[str], *, param: str = "promp
         )
 
 
-def check_prompt(model: ServedModel, prompt: Sequence[int], *, param: str = "prompt") -> None:
+def check_prompt(model: ServedModel, prompt: Sequence[int], *, param: str = "prompt", output: int = 1) -> None:
     """Raise InvalidRequest for an empty prompt or one with ids outside of the model's vocabulary, ContextExceeded for one that is too long.
+
+    `output`: tokens that must fit behind it.
 
     Some tokenizers have tokens that their model was never given. One such id would fail the step of every other request in the batch.
     """
     limit, size = model.facts.max_model_len, model.facts.vocab_size
     if not prompt:
         raise InvalidRequest("the prompt is empty (0 tokens); it needs at least 1", model=model.name, param=param)
-    if len(prompt) >= limit:
+    if len(prompt) + output > limit:
         raise ContextExceeded(
-            f"the prompt is too long: {_longest(limit)}, and the prompt has {len(prompt)} tokens; shorten it to at most {limit - 1}",
+            f"the prompt is too long: {_longest(limit)}, and the prompt has {len(prompt)} tokens; shorten it to at most {limit - output}",
             model=model.name,
             param=param,
             limit=limit,

@@ -1,14 +1,16 @@
 """How an embedding model makes a vector of its tokens' hidden states: the files of sentence-transformers beside the checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from runtime.errors import LoadFailed
+from runtime.types import Pooling
 
 _T = TypeVar("_T")
-_LAST, _MEAN = "lasttoken", "mean"
+_SUPPORTED = "the mean of all tokens, the first or the last token"
 
 
 class _Module(msgspec.Struct, frozen=True):
@@ -32,25 +34,41 @@ class _Pooling(msgspec.Struct, frozen=True):
     pooling_mode_max_tokens: bool = False
     pooling_mode_mean_sqrt_len_tokens: bool = False
     pooling_mode_weightedmean_tokens: bool = False
+    include_prompt: bool = True
 
     @property
     def modes(self) -> list[str]:
         if self.pooling_mode is not None:
             return [self.pooling_mode]
-        flags = {
-            _LAST: self.pooling_mode_lasttoken,
-            _MEAN: self.pooling_mode_mean_tokens,
-            "cls": self.pooling_mode_cls_token,
+        flags: dict[str, bool] = {
+            Pooling.LAST: self.pooling_mode_lasttoken,
+            Pooling.MEAN: self.pooling_mode_mean_tokens,
+            Pooling.FIRST: self.pooling_mode_cls_token,
         }
         flags |= {"max": self.pooling_mode_max_tokens, "mean_sqrt_len": self.pooling_mode_mean_sqrt_len_tokens}
         flags |= {"weightedmean": self.pooling_mode_weightedmean_tokens}
         return [name for name, used in flags.items() if used]
 
 
-class Embedding(msgspec.Struct, frozen=True):
-    """What the files say. `unsupported`: why this server cannot follow them; empty = it can, with the last token's hidden state."""
+class _Prompts(msgspec.Struct, frozen=True):
+    """config_sentence_transformers.json: texts that stand before an input, by the name of what the input is for."""
 
+    prompts: dict[str, str] | None = None
+    default_prompt_name: str | None = None
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    """What the files say.
+
+    Attributes:
+        default_prompt: the name of the prompt of inputs for which none is named; None = they have none.
+        unsupported: why this server cannot follow the files; empty = it can.
+    """
+
+    pooling: Pooling = Pooling.LAST
     normalizes: bool = True
+    prompts: Mapping[str, str] = {}
+    default_prompt: str | None = None
     unsupported: str = ""
 
 
@@ -62,16 +80,25 @@ def read_embedding(model_dir: Path) -> Embedding | None:
     if modules is not None:
         kinds = [module.kind for module in modules]
         pooling_dir = next((module.path for module in modules if module.kind == "Pooling"), pooling_dir)
-    pooling = _read(_inside(model_dir, pooling_dir) / "config.json", _Pooling)
-    if pooling is None:
+    found = _read(_inside(model_dir, pooling_dir) / "config.json", _Pooling)
+    if found is None:
         return None
     others = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if others:
         return Embedding(unsupported=f"it has a module of the kind {others[0]}")
-    if pooling.modes != [_LAST]:
-        names = " and ".join(pooling.modes) or "no mode"
-        return Embedding(unsupported=f"its pooling is {names}, and only the last token's is supported")
-    return Embedding(normalizes=modules is None or "Normalize" in kinds)
+    if len(found.modes) != 1 or found.modes[0] not in list(Pooling):
+        names = " and ".join(found.modes) or "no mode"
+        return Embedding(unsupported=f"its pooling is {names}, and only {_SUPPORTED} is supported")
+    asked = _read(model_dir / "config_sentence_transformers.json", _Prompts) or _Prompts()
+    prompts = asked.prompts or {}
+    if any(prompts.values()) and not found.include_prompt:
+        return Embedding(unsupported="its pooling leaves out the tokens of its prompts")
+    if asked.default_prompt_name is not None and asked.default_prompt_name not in prompts:
+        raise LoadFailed(
+            f"config_sentence_transformers.json has no prompt {asked.default_prompt_name!r}, which is its default_prompt_name"
+        )
+    normalizes = modules is None or "Normalize" in kinds
+    return Embedding(Pooling(found.modes[0]), normalizes, prompts, asked.default_prompt_name)
 
 
 def _inside(model_dir: Path, name: str) -> Path:

@@ -29,6 +29,7 @@ from runtime.types import (
     GenerationRequest,
     Grammar,
     LogprobParams,
+    Pooling,
     SamplingParams,
     StopParams,
 )
@@ -180,7 +181,7 @@ class Stage:
         logprobs: LogprobParams | None = None,
         priority: int = 0,
         grammar: str | None = None,
-        pooling: bool = False,
+        pooling: Pooling | None = None,
         bad_words: tuple[tuple[int, ...], ...] = (),
         **stop: object,
     ) -> Answer:
@@ -253,8 +254,8 @@ class Stage:
             for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
                 history.append(token)
                 assert logprob == FakeRunner.logprob(history)
-        if answer.add.request.pooling:
-            assert answer.last.vector == FakeRunner.vector(answer.prompt)
+        if answer.add.request.pooling is not None:
+            assert answer.last.vector == FakeRunner.vector(answer.prompt, answer.add.request.pooling)
         if answer.add.request.logprobs.prompt is not None:
             prompt = answer.prompt
             entries = [None, *(FakeRunner.logprob(prompt[: i + 1]) for i in range(1, len(prompt)))]

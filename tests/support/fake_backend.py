@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from common.model_key import Quantization
 from runtime.engine.interfaces import (
@@ -23,7 +25,7 @@ from runtime.engine.interfaces import (
 )
 from runtime.errors import LoadFailed
 from runtime.ipc.messages import TokenLogprobs
-from runtime.types import ModelFacts
+from runtime.types import ModelFacts, Pooling
 from tests.support.masks import unpack
 
 
@@ -377,8 +379,11 @@ class FakeRunner:
                 prompt_logprobs[slot] = [
                     self.logprob(history[: position + 1]) if position else None for position in positions
                 ]
-            if slot in plan.pooled:
-                vectors[slot] = self.vector(self._read(row, end))
+            for pooled_row, first, last in plan.pooled:
+                if pooled_row == slot:
+                    assert plan.starts[i] <= first < last <= end, "pooled tokens that the step does not compute"
+                    hidden = [self.hidden(self._read(row, position + 1)) for position in range(first, last)]
+                    vectors[slot] = np.sum(hidden, 0, np.float32).tobytes()
             for known in range(end - plan.samples[i] + 1, end + 1):
                 history = self._read(row, known)
                 drawn = known - row.setup.prompt_len
@@ -406,8 +411,21 @@ class FakeRunner:
         return FakeLaunched(self, result, self._spec.latency_polls)
 
     @staticmethod
-    def vector(history: Sequence[int]) -> bytes:
-        return repr(list(history)).encode()
+    def hidden(history: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The last token's hidden state. Sums of a test's prompts are exact."""
+        return np.array([draw("hidden", history, 1000), len(history)], np.float32)
+
+    @classmethod
+    def vector(cls, prompt: Sequence[int], pooling: Pooling) -> bytes:
+        """The vector of a whole prompt."""
+        states = [cls.hidden(prompt[: end + 1]) for end in range(len(prompt))]
+        match pooling:
+            case Pooling.LAST:
+                return states[-1].tobytes()
+            case Pooling.FIRST:
+                return states[0].tobytes()
+        mean: npt.NDArray[np.float32] = np.stack(states).mean(0, np.float32)
+        return mean.tobytes()
 
     @staticmethod
     def logprob(history: Sequence[int]) -> TokenLogprobs:

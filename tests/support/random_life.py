@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from runtime.engine.interfaces import Drafter, KvGeometry
 from runtime.engine.operations import Operation
-from runtime.types import LogprobParams, SamplingParams
+from runtime.types import LogprobParams, Pooling, SamplingParams
 from tests.support.engine_stage import GREEDY, Stage
 from tests.support.fake_backend import FakeAdapterSpec, FakeBackend, FakeSpec
 
@@ -98,7 +98,7 @@ def run_life(
                     logprobs=logprobs,
                     priority=rng.choice((0, 0, 0, 1)),
                     grammar=grammars.choice((None, None, None, "half", "half/6", "often")) if varied else None,
-                    pooling=varied and max_tokens == 0 and grammars.random() < 0.5,
+                    pooling=grammars.choice((None, *Pooling)) if varied and max_tokens == 0 else None,
                     min_tokens=rng.choice((0, 0, 4)),
                     ignore_eos=rng.random() < 0.3,
                     stop_token_ids=tuple(

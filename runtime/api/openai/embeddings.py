@@ -15,6 +15,7 @@ from runtime.errors import InvalidRequest
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_count, check_prompt, check_token_ids
 from runtime.interfaces import ModelDirectory, ServedModel
+from runtime.text.embedding import Embedding
 from runtime.types import GenerationRequest, SamplingParams, StopParams
 
 _FORMATS = ("float", "base64")
@@ -23,13 +24,17 @@ _GREEDY = SamplingParams(temperature=0.0)
 
 
 class EmbeddingsBody(msgspec.Struct, frozen=True, kw_only=True):
-    """`input` has the forms of a completion's prompt. `truncate_prompt_tokens` keeps the last tokens of each text."""
+    """`input` has the forms of a completion's prompt. `truncate_prompt_tokens` keeps the last tokens of each text.
+
+    `prompt_name`: which of the checkpoint's prompts stands before each text.
+    """
 
     model: str = ""
     input: str | list[str | int | list[int]]
     encoding_format: str | None = None
     dimensions: int | None = None
     truncate_prompt_tokens: int | None = None
+    prompt_name: str | None = None
     priority: int | None = None
     # accepted without effect
     user: Any = None
@@ -66,15 +71,15 @@ class Embeddings:
         parsed = await read_body(request, EmbeddingsBody)
         body = parsed.body
         model = model_of(request, self._directory, body.model)
-        normalizes = _check(model, body)
-        prompts = await _prompts(model, body)
+        embedding = _check(model, body)
+        prompts = await _prompts(model, body, _prefix(model, embedding, body))
         requests = [
             GenerationRequest(
                 prompt=tuple(prompt),
                 sampling=_GREEDY,
                 stop=_NOTHING,
                 priority=body.priority or 0,
-                pooling=True,
+                pooling=embedding.pooling,
                 index=index,
             )
             for index, prompt in enumerate(prompts)
@@ -91,7 +96,8 @@ class Embeddings:
             )
         data = [
             EmbeddingEntry(
-                index, _encoded(shortened(vector, body.dimensions, normalizes=normalizes), body.encoding_format)
+                index,
+                _encoded(shortened(vector, body.dimensions, normalizes=embedding.normalizes), body.encoding_format),
             )
             for index, vector in enumerate(vectors)
         ]
@@ -114,8 +120,8 @@ def _encoded(vector: npt.NDArray[np.float32], form: str | None) -> list[float] |
     return values
 
 
-def _check(model: ServedModel, body: EmbeddingsBody) -> bool:
-    """Return whether the model normalizes its vectors. Raises InvalidRequest naming the field."""
+def _check(model: ServedModel, body: EmbeddingsBody) -> Embedding:
+    """Return how the model makes its vectors. Raises InvalidRequest naming the field."""
     if body.encoding_format not in (None, *_FORMATS):
         raise InvalidRequest(
             f"encoding_format must be one of {', '.join(_FORMATS)}, got {body.encoding_format!r}",
@@ -137,13 +143,33 @@ def _check(model: ServedModel, body: EmbeddingsBody) -> bool:
         )
     if embedding.unsupported:
         raise InvalidRequest(f"it makes no embeddings here: {embedding.unsupported}", model=model.name, param="model")
-    return embedding.normalizes
+    return embedding
 
 
-async def _prompts(model: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
+def _prefix(model: ServedModel, embedding: Embedding, body: EmbeddingsBody) -> str:
+    """Return what stands before each text. Raises InvalidRequest for a name that the checkpoint does not have."""
+    name = embedding.default_prompt if body.prompt_name is None else body.prompt_name
+    if name is None:
+        return ""
+    if name not in embedding.prompts:
+        known = ", ".join(sorted(embedding.prompts)) or "none"
+        raise InvalidRequest(
+            f"it has no prompt {name!r}; its prompts are: {known}", model=model.name, param="prompt_name"
+        )
+    return embedding.prompts[name]
+
+
+async def _prompts(model: ServedModel, body: EmbeddingsBody, prefix: str) -> list[list[int]]:
     separate = separate_prompts(body.input, param="input")
     check_count(model, len(separate), param="input")
-    texts = [given for given in separate if isinstance(given, str)]
+    given_texts = [given for given in separate if isinstance(given, str)]
+    if body.prompt_name is not None and len(given_texts) < len(separate):
+        raise InvalidRequest(
+            "prompt_name needs texts: nothing can stand before token ids", model=model.name, param="prompt_name"
+        )
+    if "" in given_texts:
+        raise InvalidRequest("input has an empty text; each needs at least one token", model=model.name, param="input")
+    texts = [prefix + text for text in given_texts]
     if body.truncate_prompt_tokens is not None:
         cut = [list(found.ids) for found in await encode_last(model, texts, body.truncate_prompt_tokens)]
     else:
@@ -157,6 +183,6 @@ async def _prompts(model: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
         else:
             check_token_ids(model, given, param="input")
             prompt = given[-(body.truncate_prompt_tokens or len(given)) :]
-        check_prompt(model, prompt, param="input")
+        check_prompt(model, prompt, param="input", output=0)
         prompts.append(prompt)
     return prompts

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from runtime.engine.interfaces import RowSetup, StepOutput, StepPlan
 from runtime.engine.scheduler.decode_batch import DecodeRows
+from runtime.engine.scheduler.pooling import add_pooled, pooled_vector
 from runtime.engine.scheduler.sequence import Sequence, State
 from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.types import FinishReason
@@ -171,6 +172,8 @@ def settle_prefill(
             and sequence.prompt_logprobs is not None
         ):
             sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
+        if result.vectors is not None and (vector := result.vectors.get(row)) is not None:
+            add_pooled(sequence, vector)
         if chunk.draws:
             drawn = verified(chunk.drafts, result.tokens[at : at + chunk.draws])
             tokens, reason, stop_token = _append(sequence, drawn, rules)
@@ -183,8 +186,7 @@ def settle_prefill(
                 sequence.num_computed_tokens = len(sequence.tokens) - 1  # the KV of rejected drafts is written again
         elif chunk.last:  # the request asked for no tokens
             reason = at_limit(sequence)
-            vector = None if result.vectors is None else result.vectors.get(row)
-            rows.append(_first(sequence, (), reason, None, None, vector))
+            rows.append(_first(sequence, (), reason, None, None, pooled_vector(sequence)))
         else:
             continue
         if reason is not None:

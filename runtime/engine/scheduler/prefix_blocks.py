@@ -1,6 +1,7 @@
 """Finds a sequence's leading blocks in the prefix cache, and enters the blocks that it fills."""
 
 from runtime.engine.kvcache.prefix import PrefixCache, chain
+from runtime.engine.scheduler.pooling import reads_every_chunk
 from runtime.engine.scheduler.sequence import Sequence
 
 
@@ -18,7 +19,7 @@ def publish_blocks(cache: PrefixCache, sequence: Sequence, computed: int) -> Non
 
 def prefix_hits(cache: PrefixCache, sequence: Sequence) -> int:
     """Return how many leading blocks are cached. The last known token is always computed, because a draw needs its logits."""
-    if sequence.wants_prompt_logprobs:
+    if sequence.wants_prompt_logprobs or reads_every_chunk(sequence.request.pooling):
         return 0
     block_tokens = cache.blocks.geometry.block_tokens
     # After a preemption the runner counts the earlier output for penalties from the tokens that it computes again.

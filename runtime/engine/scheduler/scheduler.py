@@ -14,6 +14,7 @@ from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.limits import KvRoom, Limits
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
+from runtime.engine.scheduler.pooling import pooled_span
 from runtime.engine.scheduler.prefix_blocks import prefix_hits, publish_blocks
 from runtime.engine.scheduler.reservations import Reservations
 from runtime.engine.scheduler.row_pool import ModelRows
@@ -220,8 +221,8 @@ class Scheduler:
         plan.samples.append(draws)
         if draws and sequence.mask_source is not None:
             plan.masked.append(sequence.row)
-        if sequence.request.pooling and known_end == total:
-            plan.pooled.append(sequence.row)
+        if (span := pooled_span(sequence, start, known_end)) is not None:
+            plan.pooled.append((sequence.row, *span))
         plan.tokens.extend(sequence.tokens[start:known_end])
         plan.tokens.extend(drafts)
         if scored:
@@ -269,6 +270,7 @@ class Scheduler:
         sequence.block_ids = self._cache.acquire(sequence.block_hashes[:hits])
         sequence.num_published_blocks = hits
         sequence.num_computed_tokens = hits * self._block_tokens
+        sequence.pooled = None
         if not sequence.first_token_sent:
             cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_len)
             for totals in self._totals_of(sequence):

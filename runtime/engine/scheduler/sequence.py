@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
+
 from runtime.engine.interfaces import MaskSource, RowSetup
 from runtime.engine.scheduler.adapter_use import AdapterUse
 from runtime.ipc.messages import Add, TokenLogprobs
@@ -28,6 +31,7 @@ class Sequence:
         reserved_blocks: KV blocks that admission counted for the sequence.
         num_shared_blocks: blocks found in the prefix cache at the last admission, at the head of `block_ids`.
         num_cached_tokens: prompt tokens found in the prefix cache before the first token was sent.
+        pooled: the sum of the pooled hidden states so far, since the last admission.
         adapter: the sequence's LoRA adapter; None = the base alone.
     """
 
@@ -50,6 +54,7 @@ class Sequence:
     reserved_blocks: int = 0
     num_shared_blocks: int = 0
     num_cached_tokens: int = 0
+    pooled: npt.NDArray[np.float32] | None = None
     adapter: AdapterUse | None = None
     queued_s: float | None = None  # from arrival to the first row
     first_token_sent: bool = False

@@ -16,6 +16,7 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "modules.json",
+    "config_sentence_transformers.json",
 )
 
 

@@ -1,4 +1,4 @@
-"""Rows that answer with a vector: it is transformers' last hidden state, beside rows that generate."""
+"""Rows that answer with a vector: it is made of transformers' last hidden states, beside rows that generate."""
 
 from pathlib import Path
 
@@ -7,36 +7,48 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.types import Checkpoint, FinishReason, GenerationRequest, LogprobParams, SamplingParams, StopParams
+from runtime.types import (
+    Checkpoint,
+    FinishReason,
+    GenerationRequest,
+    LogprobParams,
+    Pooling,
+    SamplingParams,
+    StopParams,
+)
 from tests.support.families import family
 from tests.support.oracle import prompts, reference
-from tests.support.real_engine import run_engine
+from tests.support.real_engine import RealEngine, run_engine
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("name", "fuse"), [("llama", True), ("llama", False), ("gpt2", False), ("gemma3", True)])
-def test_vector_equals_transformers_last_hidden_state(name: str, fuse: bool, device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", Pooling)
+def test_vector_is_pooled_from_transformers_hidden_states(
+    name: str, fuse: bool, pooling: Pooling, device: str, tmp_path: Path
+) -> None:
     model = family(name)
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path), tuple(map(str, tmp_path.glob("*.safetensors"))), dtype="float32")
     asked: list[GenerationRequest] = []
     for index, prompt in enumerate(prompts(5, 8)):  # some are longer than a step
-        pooling = index % 2 == 0
-        stop = StopParams(0 if pooling else 8, ignore_eos=True)
+        pooled = pooling if index % 2 == 0 else None
+        stop = StopParams(0 if pooled else 8, ignore_eos=True)
         request = GenerationRequest(
-            prompt=tuple(prompt), sampling=SamplingParams(temperature=0.0), stop=stop, pooling=pooling
+            prompt=tuple(prompt), sampling=SamplingParams(temperature=0.0), stop=stop, pooling=pooled
         )
         asked.append(request)
     asked[2] = msgspec.structs.replace(asked[2], logprobs=LogprobParams(prompt=0))
     run = run_engine(checkpoint, asked, device=device, fuse=fuse)
     assert run.path.startswith("fused" if fuse else "unfused")
     for request, rows, text in zip(asked, run.rows, run.texts(), strict=True):
-        if not request.pooling:
+        if request.pooling is None:
             assert text == reference(model, list(request.prompt), 8)
             assert all(row.vector is None for row in rows)
             continue
         with torch.inference_mode():
-            hidden = model(torch.tensor([request.prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
+            states = model(torch.tensor([request.prompt]), output_hidden_states=True).hidden_states[-1][0]
+        hidden = {Pooling.LAST: states[-1], Pooling.FIRST: states[0], Pooling.MEAN: states.mean(0)}[pooling]
         assert len(rows) == 1
         assert (rows[0].tokens, rows[0].finish) == ((), FinishReason.LENGTH)
         assert rows[0].vector is not None
@@ -44,3 +56,25 @@ def test_vector_equals_transformers_last_hidden_state(name: str, fuse: bool, dev
         if request.logprobs.prompt is not None:
             assert rows[0].prompt_logprobs is not None
             assert len(rows[0].prompt_logprobs) == len(request.prompt)
+
+
+def test_prompts_that_share_a_beginning_are_pooled_whole(tmp_path: Path) -> None:
+    """The prefix cache, which leaves tokens out, must not change a mean."""
+    model = family("llama")
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path), tuple(map(str, tmp_path.glob("*.safetensors"))), dtype="float32")
+    prompt = tuple(range(1, 101))
+    engine = RealEngine()
+    engine.load("m", checkpoint)
+    for pooling in (Pooling.LAST, Pooling.MEAN, Pooling.FIRST):
+        request = GenerationRequest(
+            prompt=prompt, sampling=SamplingParams(temperature=0.0), stop=StopParams(0), pooling=pooling
+        )
+        [[first], [second]] = [engine.run([("m", request)])[0] for _ in range(2)]
+        assert first.vector is not None
+        assert second.vector is not None
+        np.testing.assert_allclose(
+            np.frombuffer(first.vector, np.float32), np.frombuffer(second.vector, np.float32), atol=1e-5
+        )
+        assert bool(second.cached_tokens) == (pooling is Pooling.LAST)
+    engine.close()

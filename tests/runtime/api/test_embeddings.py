@@ -15,7 +15,7 @@ import pytest
 from runtime.api.openai.embeddings import shortened
 from runtime.errors import LoadFailed
 from runtime.text.embedding import Embedding, read_embedding
-from runtime.types import FinishReason
+from runtime.types import FinishReason, Pooling
 from tests.support import tokenizers as tiny
 from tests.support.openai_server import Server, serve
 from tests.support.scripted_engine import ScriptedEngine, served
@@ -24,12 +24,17 @@ LAST = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
 MODULES = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))]  # fmt: skip
 
 
-def embedding_model(folder: Path, pooling: Any = LAST, modules: Any = None) -> Path:
+PROMPTS: Any = {"prompts": {"query": "The dog: ", "document": ""}, "default_prompt_name": "document"}
+
+
+def embedding_model(folder: Path, pooling: Any = LAST, modules: Any = None, prompts: Any = None) -> Path:
     path = tiny.byte_level(folder)
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     if modules is not None:
         (path / "modules.json").write_text(json.dumps(modules))
+    if prompts is not None:
+        (path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     return path
 
 
@@ -37,8 +42,9 @@ def embedding_model(folder: Path, pooling: Any = LAST, modules: Any = None) -> P
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     made = served(embedding_model(tmp_path / "m", modules=MODULES), "m1", max_model_len=40)
     plain = served(tiny.byte_level(tmp_path / "plain"), "m2")
-    mean = served(embedding_model(tmp_path / "mean", {"pooling_mode_mean_tokens": True}), "m3")
-    async with serve(ScriptedEngine(lambda asked: []), made, plain, mean) as found:
+    mean = served(embedding_model(tmp_path / "mean", {"pooling_mode_mean_tokens": True}, prompts=PROMPTS), "m3")
+    most = served(embedding_model(tmp_path / "max", {"pooling_mode_max_tokens": True}), "m4")
+    async with serve(ScriptedEngine(lambda asked: []), made, plain, mean, most) as found:
         yield found
 
 
@@ -78,10 +84,17 @@ async def test_truncation_keeps_the_last_tokens(server: Server) -> None:
     ("fields", "param", "words"),
     [
         ({"model": "m2"}, "model", "no 1_Pooling/config.json"),
-        ({"model": "m3"}, "model", "its pooling is mean"),
+        ({"model": "m4"}, "model", "its pooling is max"),
+        ({"model": "m3", "prompt_name": "passage"}, "prompt_name", "document, query"),
+        ({"prompt_name": "query"}, "prompt_name", "its prompts are: none"),
+        ({"model": "m3", "prompt_name": "query", "input": [5]}, "prompt_name", "token ids"),
         ({"input": []}, "input", "empty"),
         ({"input": ["a", 1]}, "input", "mixes"),
         ({"input": ""}, "input", "empty"),
+        ({"input": ["a", ""]}, "input", "empty"),
+        ({"input": [[5], []]}, "input", "empty"),
+        ({"input": [5] * 41}, "input", "maximum context length is 40"),
+        ({"input": [[5]] * 2049}, "input", "2048"),
         ({"input": [9999]}, "input", "9999"),
         ({"input": "a" * 100_000}, "input", "characters"),
         ({"dimensions": 0}, "dimensions", ">= 1"),
@@ -97,6 +110,23 @@ async def test_wrong_requests_are_refused_by_the_fields_name(
     status, answer = await post(server, **{"model": "m1", "input": "a", **fields})
     assert (status, answer["error"]["param"]) == (400, param)
     assert words in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert (answer["error"]["code"] == "context_length_exceeded") == (
+        words in ("characters", "maximum context length is 40")
+    )
+
+
+async def test_a_prompt_may_fill_the_context(server: Server) -> None:
+    status, answer = await post(server, model="m1", input=[[5] * 40, [6]])
+    assert (status, answer["usage"]) == (200, {"prompt_tokens": 41, "total_tokens": 41})
+
+
+@pytest.mark.parametrize(("name", "text"), [("query", "The dog: fox"), ("document", "fox"), (None, "fox")])
+async def test_the_checkpoints_prompt_stands_before_a_text(server: Server, name: str | None, text: str) -> None:
+    fields = {} if name is None else {"prompt_name": name}
+    assert (await post(server, model="m3", input="fox", **fields))[0] == 200
+    asked = server.engine.asked[-1].request
+    assert (list(asked.prompt), asked.pooling) == (server.model.text.encode(text), Pooling.MEAN)
 
 
 async def test_a_vector_that_the_engine_did_not_finish_is_an_error(server: Server) -> None:
@@ -111,12 +141,24 @@ async def test_a_vector_that_the_engine_did_not_finish_is_an_error(server: Serve
         (LAST, MODULES[:2], Embedding(normalizes=False)),
         (LAST, None, Embedding(normalizes=True)),
         ({"pooling_mode": "lasttoken"}, MODULES, Embedding(normalizes=True)),
-        ({"pooling_mode_cls_token": True}, MODULES, Embedding(unsupported="its pooling is cls, and only the last token's is supported")),
+        ({"pooling_mode_cls_token": True}, MODULES, Embedding(Pooling.FIRST)),
+        ({"pooling_mode": "mean", "include_prompt": False}, MODULES, Embedding(Pooling.MEAN)),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, MODULES, Embedding(unsupported="its pooling is mean and cls, and only the mean of all tokens, the first or the last token is supported")),
+        ({"pooling_mode": "weightedmean"}, MODULES, Embedding(unsupported="its pooling is weightedmean, and only the mean of all tokens, the first or the last token is supported")),
         (LAST, [*MODULES, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}], Embedding(unsupported="it has a module of the kind Dense")),
     ],
 )  # fmt: skip
 def test_read_embedding_follows_the_files(tmp_path: Path, pooling: Any, modules: Any, expected: Embedding) -> None:
     assert read_embedding(embedding_model(tmp_path / "m", pooling, modules)) == expected
+
+
+def test_read_embedding_follows_the_prompts(tmp_path: Path) -> None:
+    found = read_embedding(embedding_model(tmp_path / "m", prompts=PROMPTS))
+    assert found == Embedding(prompts=PROMPTS["prompts"], default_prompt="document")
+    left_out = read_embedding(embedding_model(tmp_path / "n", {**LAST, "include_prompt": False}, prompts=PROMPTS))
+    assert left_out == Embedding(unsupported="its pooling leaves out the tokens of its prompts")
+    with pytest.raises(LoadFailed, match="has no prompt 'x'"):
+        read_embedding(embedding_model(tmp_path / "o", prompts={"prompts": {}, "default_prompt_name": "x"}))
 
 
 def test_read_embedding_names_a_broken_file(tmp_path: Path) -> None:

@@ -168,8 +168,8 @@ class FusedStack:
         if adapted and not step.each_samples:
             branch, residual = branch.index_select(0, logits_at), residual.index_select(0, logits_at)
         hidden, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
-        if step.keeps_hidden:
-            step.hidden = hidden
+        if step.num_hidden:
+            hidden, step.hidden = hidden.tensor_split((len(hidden) - step.num_hidden,))
         logits = self._lm_head(hidden, step.scratch)
         if spec.logits_divisor != 1.0:
             logits.div_(spec.logits_divisor)

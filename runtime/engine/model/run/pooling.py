@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from runtime.engine.interfaces import StepPlan
@@ -11,7 +13,7 @@ from runtime.engine.model.run.row_state import to_host
 
 @dataclass(frozen=True, slots=True)
 class PooledRows:
-    """A step's vectors, whose copy to the host is queued. `vectors`: [len(rows), hidden size] float32 on the host."""
+    """A step's sums, whose copy to the host is queued. `vectors`: [len(rows), hidden size] float32 on the host."""
 
     rows: list[int]
     vectors: torch.Tensor
@@ -20,11 +22,19 @@ class PooledRows:
         return {row: vector.tobytes() for row, vector in zip(self.rows, self.vectors.numpy(), strict=True)}
 
 
-def pooled_positions(plan: StepPlan, shape: StepShape) -> list[int]:
-    """The last token of each pooled row in the batch."""
-    return [int(shape.firsts[plan.rows.index(row) + 1]) - 1 for row in plan.pooled]
+def pooled_tokens(plan: StepPlan, shape: StepShape) -> npt.NDArray[np.int64]:
+    """Return the tokens of the batch whose hidden states are pooled, in the order of `plan.pooled`."""
+    places = {row: index for index, row in enumerate(plan.rows)}
+    found = [np.zeros(0, np.int64)]
+    for row, start, end in plan.pooled:
+        index = places[row]
+        first = int(shape.firsts[index]) - plan.starts[index]
+        found.append(np.arange(first + start, first + end))
+    return np.concatenate(found)
 
 
 def pool(plan: StepPlan, hidden: torch.Tensor) -> PooledRows:
-    """Queue the copy of `hidden` [len(plan.pooled), hidden size] to the host."""
-    return PooledRows(plan.pooled, to_host(hidden.float()))
+    """Sum `hidden` [tokens of `pooled_tokens`, hidden size] by row in float32, and queue the copy to the host."""
+    parts = hidden.split([end - start for _, start, end in plan.pooled])
+    sums = torch.stack([part.sum(0, dtype=torch.float32) for part in parts])
+    return PooledRows([row for row, _, _ in plan.pooled], to_host(sums))

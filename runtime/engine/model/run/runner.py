@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from runtime.config.schema import EngineConfig
@@ -21,7 +22,7 @@ from runtime.engine.model.run.cuda_graphs import ModelGraphs
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.input_buffers import StepShape
 from runtime.engine.model.run.logprobs import LogprobRows, StepLogprobs, score
-from runtime.engine.model.run.pooling import PooledRows, pool, pooled_positions
+from runtime.engine.model.run.pooling import PooledRows, pool, pooled_tokens
 from runtime.engine.model.run.result_ring import StepLaunched
 from runtime.engine.model.run.row_state import to_device
 from runtime.engine.model.run.sampler import Sampler
@@ -101,9 +102,7 @@ class ModelRunner:
         if len(plan.new_blocks) > state.uploads.max_blocks:
             state.rows.enter_blocks(self._page_table, plan.new_blocks[state.uploads.max_blocks :])
         further_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
-        pooled_from = shape.num_samples + len(further_at)
-        if plan.pooled:
-            further_at += pooled_positions(plan, shape)
+        hidden_at = pooled_tokens(plan, shape) if plan.pooled else None
         plain = self._sampler.all_plain(shape)
         bucket = None
         if not plan.prompt_logprobs and not plan.pooled:
@@ -128,10 +127,10 @@ class ModelRunner:
                 shape.max_context_len,
                 further_at,
                 greedy=plain,
-                keeps_hidden=bool(plan.pooled),
+                hidden_at=hidden_at,
                 adapters=self._adapters(shape.num_tokens, shape.num_chunks) if plan.adapters else None,
             )
-        pooled = None if hidden is None else pool(plan, hidden[pooled_from:])
+        pooled = None if hidden is None else pool(plan, hidden)
         return _ForwardPass(plan, shape, line, logits, plain, graph is None, pooled)
 
     def _finish(self, forward: _ForwardPass, masks: Mapping[int, TokenMasks]) -> StepLaunched:
@@ -158,12 +157,12 @@ class ModelRunner:
         further_at: list[int],
         *,
         greedy: bool,
-        keeps_hidden: bool = False,
+        hidden_at: npt.NDArray[np.int64] | None = None,
         adapters: StepAdapters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run inputs, forward and, if all draws are plain, the draws.
 
-        Returns logits [num_samples, V], followed by those at `further_at`, and the hidden states of the same tokens if they are kept.
+        Returns logits [num_samples, V], followed by those at `further_at`, and the hidden states at `hidden_at`.
         """
         state, built = self._state, self._built
         inputs = state.inputs
@@ -190,13 +189,15 @@ class ModelRunner:
             max_query_len,
             max_context_len,
             state.scratch,
-            each_samples=max_query_len == 1 and num_samples == num_tokens and not further_at,
-            keeps_hidden=keeps_hidden,
+            each_samples=max_query_len == 1 and num_samples == num_tokens and not further_at and hidden_at is None,
+            num_hidden=0 if hidden_at is None else len(hidden_at),
             adapters=adapters,
         )
         logits_at = inputs.logits_at[: max(1, num_samples)]
         if further_at:
             logits_at = torch.cat((logits_at[:num_samples], to_device(np.array(further_at, np.int64), state.device)))
+        if hidden_at is not None:
+            logits_at = torch.cat((logits_at, to_device(hidden_at, state.device)))
         logits = built.forward(inputs.input_ids[:num_tokens], inputs.positions[:num_tokens], logits_at, step)
         if greedy and num_samples:
             draw_largest(

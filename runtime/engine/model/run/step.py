@@ -45,8 +45,8 @@ class StepContext:
         max_query_len, max_context_len: upper bounds known to the host. They select kernels and never change results.
         scratch: workspace of the attention and linear kernels (GPU).
         each_samples: logits are computed for every token, in order.
-        keeps_hidden: the forward pass must set `hidden`.
-        hidden: [S, hidden size], the last hidden states (after the final norm) that the logits are computed from.
+        num_hidden: the last `num_hidden` tokens of `logits_at` get no logits: the forward pass must set `hidden` to their last hidden states.
+        hidden: [num_hidden, hidden size], after the final norm.
         adapters: the LoRA adapters of the step's rows; None = no row has one.
         host: the CPU attention's plan for this step. The first layer creates it and the others read it.
     """
@@ -63,7 +63,7 @@ class StepContext:
     scratch: Scratch | None = None
     host: AttentionPlan | None = None
     each_samples: bool = False
-    keeps_hidden: bool = False
+    num_hidden: int = 0
     hidden: torch.Tensor | None = None
     adapters: StepAdapters | None = None
 
@@ -94,7 +94,8 @@ class RopeSpec:
 class CausalForward(Protocol):
     """A causal language model's forward pass over packed tokens.
 
-    input_ids, positions: [T] int64. logits_at: [S] int64, indices of the tokens whose logits are computed. Returns logits [S, vocab] in the model's dtype
+    input_ids, positions: [T] int64. logits_at: [S + step.num_hidden] int64, indices of the tokens whose logits are computed, then of those whose
+    hidden states are kept. Returns logits [S, vocab] in the model's dtype
     (softcap and scale of the logits applied).
     """
 

@@ -28,7 +28,7 @@ class UnfusedForward:
     def __call__(self, input_ids: Tensor, positions: Tensor, logits_at: Tensor, step: StepContext) -> Tensor:
         if self._arrival.pending:
             self._arrival.wait(self._last_group)
-        head = self._model.get_output_embeddings() if step.keeps_hidden else None
+        head = self._model.get_output_embeddings() if step.num_hidden else None
         hook = None if head is None else head.register_forward_pre_hook(_keep_in(step))
         if self._port is not None:
             self._port.adapters = step.adapters
@@ -49,10 +49,13 @@ class UnfusedForward:
         return logits
 
 
-def _keep_in(step: StepContext) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Return a hook that keeps the input [1, S, hidden size] of the output embeddings."""
+def _keep_in(step: StepContext) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """Return a hook that keeps the end of the input [1, S + num_hidden, hidden size] of the output embeddings, and passes the rest on."""
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        step.hidden = inputs[0][0]
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = inputs
+        passed, kept = hidden.tensor_split((hidden.shape[1] - step.num_hidden,), dim=1)
+        step.hidden = kept[0]
+        return (passed, *others)
 
     return keep
