@@ -18,15 +18,16 @@ import msgspec
 import uvloop
 from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection
 
 from common import logs
 from common.addresses import check_free, parse_address
 from common.config import unknown_variables
 from common.errors import ConfigError
 from common.exit_status import CANNOT_START, USAGE
-from runtime.api.grpc_services import add_inference_services
+from common.grpc.health import Health
+from common.grpc.reflection import reflection_handlers
+from runtime.api.grpc_request_log import GrpcRequestLog
+from runtime.api.grpc_services import INFERENCE_SERVICES, add_inference_services
 from runtime.api.http_app import build_http_app, http_runner
 from runtime.api.mesh_only import MeshOnly
 from runtime.api.spi import SERVICE_NAME as SPI_NAME
@@ -76,7 +77,10 @@ class Runtime:
         self._metrics = RuntimeMetrics()
         generator = Generator(self._engine, self._metrics)
         self._server = grpc.aio.server(
-            interceptors=(MeshOnly(SPI_NAME, STATE_NAME, allow_remote=config.remote_mesh),),
+            interceptors=(
+                MeshOnly(SPI_NAME, STATE_NAME, allow_remote=config.remote_mesh),
+                GrpcRequestLog(*INFERENCE_SERVICES),
+            ),
             options=(
                 ("grpc.so_reuseport", 0),  # Two runtimes that share one port would split its requests without an error.
                 ("grpc.max_receive_message_length", config.grpc_max_message_bytes),
@@ -91,19 +95,18 @@ class Runtime:
             ),
         )
         self._state = RuntimeStateApi(config, self._engine, self._models, self._preparation, cache.budget_bytes, cache)
-        self._health = health.HealthServicer()
+        self._health = Health()
         self._services = [
             add_spi(
                 self._server, ModelRuntimeApi(config, self._engine, self._models, self._preparation, cache.budget_bytes)
             ),
             add_state(self._server, self._state),
-            *add_inference_services(
-                self._server, self._models, self._engine, config, self._metrics, generator=generator
-            ),
+            *INFERENCE_SERVICES,
         ]
+        add_inference_services(self._server, self._models, self._engine, config, self._metrics, generator=generator)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((*self._services, health_name, reflection.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers(reflection_handlers((*self._services, health_name)))
         app = build_http_app(self._models, self._engine, config, self._metrics, generator=generator)
         self._runner = http_runner(app, grace_s=config.grace_s)
 

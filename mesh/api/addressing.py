@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from common.log_headers import LOG_HEADERS
 from common.reloaded_setting import ReloadedSetting
 from mesh.access.peer_keys import PEER_HEADERS
 from mesh.api.protobuf_field import extract
@@ -28,7 +29,7 @@ _NEVER_FORWARDED = (
     "repertory.",
     "grpc.",
 )
-_RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", *PEER_HEADERS, PREFIX_HEADER})
+_RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", *PEER_HEADERS, *LOG_HEADERS, PREFIX_HEADER})
 # A status' details belong to the application although their key begins with grpc-.
 _APPLICATION = "grpc-status-details-bin"
 

@@ -5,13 +5,16 @@ from __future__ import annotations  # grpc's handler types take parameters only 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
 
+from common.log_headers import CALLER_HEADER, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
+from mesh.access.caller import current_caller
 from mesh.access.peer_keys import PeerKeys
 from mesh.api.addressing import REQUEST_ID_HEADER, Metadata, backward, onward
 from mesh.api.protobuf_field import inject
@@ -54,6 +57,8 @@ class GrpcRequest:
     name: str = ""  # the model's name as the client wrote it
     model_id: str = ""
     code: str = "OK"
+    first_s: float = 0.0  # until the first message of the response
+    is_logged: bool = False  # by this pod's runtime
     response_bytes: int = 0
     invocations: list[tuple[str, float]] = field(default_factory=list)
 
@@ -104,7 +109,7 @@ class GrpcForwarder:
             details = await call.details() or ""
             attempt.failure = await _failure(code, details, sending)
             attempt.is_committed = attempt.is_committed or not inbound.replayable
-            trailers = tuple(backward(tuple(await call.trailing_metadata() or ())))
+            trailers = _trailers(request, attempt, await call.trailing_metadata())
             return GrpcOutcome(code, _details(request, attempt, code, details), trailers)
         finally:
             if sending is not None:
@@ -132,7 +137,7 @@ class GrpcForwarder:
                 request.invocations.append((error.code().name, time.monotonic() - started_s))
             code, details = error.code(), error.details() or ""
             attempt.failure = _failure_of(code, details)
-            trailers = tuple(backward(tuple(error.trailing_metadata())))
+            trailers = _trailers(request, attempt, error.trailing_metadata())
             return GrpcOutcome(code, _details(request, attempt, code, details), trailers)
         except asyncio.CancelledError:
             if not attempt.is_lost or _is_cancelling():
@@ -142,10 +147,11 @@ class GrpcForwarder:
         if target.local:
             request.invocations.append(("OK", now_s - started_s))
         attempt.begin_response()
-        self._metrics.first_byte(attempt.model_id, now_s - request.started_s)
+        request.first_s = now_s - request.started_s
+        self._metrics.first_byte(attempt.model_id, request.first_s)
         request.response_bytes += len(response)
         await _send_headers(call, context)
-        trailers = tuple(backward(tuple(await call.trailing_metadata())))
+        trailers = _trailers(request, attempt, await call.trailing_metadata())
         return GrpcOutcome(grpc.StatusCode.OK, "", trailers, response)
 
     async def _relay(
@@ -162,7 +168,8 @@ class GrpcForwarder:
                 if not attempt.is_committed:
                     attempt.begin_response()
                     inbound.commit()
-                    self._metrics.first_byte(attempt.model_id, time.monotonic() - request.started_s)
+                    request.first_s = time.monotonic() - request.started_s
+                    self._metrics.first_byte(attempt.model_id, request.first_s)
                     await _send_headers(call, context)
                 request.response_bytes += len(message)
                 await context.write(message)
@@ -191,6 +198,10 @@ class GrpcForwarder:
         peer_headers = () if attempt.target.local else self._peers.headers()
         metadata = onward(request.metadata, attempt.model_id, peer_headers=peer_headers)
         metadata.append((REQUEST_ID_HEADER, request.request_id))
+        if attempt.target.local:
+            metadata.append((NAME_HEADER, quote(request.name)))
+            metadata.append((CALLER_HEADER, quote(current_caller().name)))
+            metadata.append((WAITED_HEADER, f"{time.monotonic() - request.started_s:.3f}"))
         return metadata
 
     def _rewrite(self, method: str, attempt: Attempt) -> Rewrite | None:
@@ -208,6 +219,15 @@ class GrpcForwarder:
                 raise InvalidRequest(f"{method}: the request message can't be read: {error}") from None
 
         return rewrite
+
+
+def _trailers(
+    request: GrpcRequest, attempt: Attempt, trailers: Iterable[tuple[str, str | bytes]] | None
+) -> tuple[tuple[str, str | bytes], ...]:
+    """Return the trailers for the caller, and take the mark that this pod's runtime logs the call."""
+    received = tuple(trailers or ())
+    request.is_logged = attempt.target.local and any(key == LOGGED_HEADER for key, _ in received)
+    return tuple(backward(received))
 
 
 async def _send_headers(call: grpc.aio.Call, context: ForwardingContext) -> None:

@@ -11,14 +11,14 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.grpc.health import Health
+from common.grpc.reflection import reflection_handlers
 from mesh.access.caller import PEER, set_caller
 from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import grpc_scopes
 from mesh.access.tls import TlsIdentity
-from mesh.api.grpc_health import Health
 from mesh.api.grpc_messages import MessageInterceptor
-from mesh.api.grpc_reflection import reflection_handlers
 from mesh.api.grpc_tls import server_credentials
 from mesh.api.inference import InferenceGateway, refuse
 from mesh.api.legacy_management import LegacyManagement

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
+from common.log_headers import CALLER_HEADER, LOG_HEADERS, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
 from mesh.access.peer_keys import PEER_HEADERS, PeerKeys
 from mesh.api.addressing import MODEL_HEADER
 from mesh.client.connections import Connections
@@ -37,12 +38,6 @@ _HOP_BY_HOP = frozenset(
         "origin",  # checked here; the runtime would check it against its own name
     }
 )
-# For the line that our runtime logs about a request, and its mark in the response that it does.
-_NAME_HEADER = "x-repertory-name"
-_WAITED_HEADER = "x-repertory-waited"
-_LOGGED_HEADER = "x-repertory-logged"
-_CALLER_HEADER = "x-repertory-caller"
-_LOG_HEADERS = (_NAME_HEADER, _WAITED_HEADER, _CALLER_HEADER)
 _KEY_HEADERS = ("authorization", "x-api-key")
 _NOT_FOUND = 404
 _NOT_HERE_HEADER = "x-repertory-not-here"  # our runtime's mark of a model that it has not loaded, in every protocol
@@ -132,7 +127,7 @@ class HttpForwarder:
     @property
     def is_logged(self) -> bool:
         """Whether this pod's runtime logs the request, so that the mesh need not."""
-        return self.local_since_s is not None and _LOGGED_HEADER in self.response.headers
+        return self.local_since_s is not None and LOGGED_HEADER in self.response.headers
 
     @property
     def whole_body(self) -> bytes | None:
@@ -167,13 +162,13 @@ class HttpForwarder:
         headers = [
             (key, value)
             for key, value in end_to_end(self._request.headers)
-            if (not target.local or key.lower() not in _KEY_HEADERS) and key.lower() not in _LOG_HEADERS
+            if not target.local or key.lower() not in _KEY_HEADERS
         ]
         headers.append((MODEL_HEADER, model_id))
         if target.local:
-            headers.append((_NAME_HEADER, quote(self._request.name)))
-            headers.append((_CALLER_HEADER, quote(self._request.caller)))
-            headers.append((_WAITED_HEADER, f"{time.monotonic() - self._request.started_s:.3f}"))
+            headers.append((NAME_HEADER, quote(self._request.name)))
+            headers.append((CALLER_HEADER, quote(self._request.caller)))
+            headers.append((WAITED_HEADER, f"{time.monotonic() - self._request.started_s:.3f}"))
         else:
             headers += self._peers.headers()
         return headers
@@ -193,6 +188,6 @@ def end_to_end(headers: Headers) -> Headers:
         if (low := key.lower()) not in _HOP_BY_HOP
         and low not in named
         and low not in PEER_HEADERS
-        and low != _LOGGED_HEADER
+        and low not in LOG_HEADERS
         and not low.startswith("mm-")
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -205,7 +206,8 @@ class InferenceGateway(grpc.GenericRpcHandler):
         )
         for code, invoke_s in request.invocations:
             self._metrics.invoked(label, code, invoke_s)
-        requests_logger.info(
+        requests_logger.log(
+            logging.DEBUG if request.is_logged else logging.INFO,
             "request",
             extra={
                 "code": request.code,
@@ -214,6 +216,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
                 "asked": request.name,
                 "model": request.model_id,
                 "key": current_caller().name,
+                "first_s": round(request.first_s, 3) or None,
                 "total_s": round(seconds, 3),
                 "request_id": request.request_id,
             },

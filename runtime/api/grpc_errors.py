@@ -25,9 +25,10 @@ async def statuses(context: AnyContext, *, names_model: bool = True) -> AsyncIte
     try:
         yield
     except RepertoryError as error:
-        trailing = (
-            () if error.retry_after_s is None else (("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))),)
-        )
+        # Trailers given to `abort` replace those that were set before.
+        trailing = tuple(context.trailing_metadata() or ())
+        if error.retry_after_s is not None:
+            trailing += (("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))),)
         await context.abort(grpc.StatusCode[error.code], error.message if names_model else error.detail, trailing)
     except grpc.aio.AbortError:
         raise

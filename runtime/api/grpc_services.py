@@ -11,6 +11,12 @@ from runtime.observability.metrics import RuntimeMetrics
 from wire.fmaas import generation_pb2, generation_pb2_grpc
 from wire.inference import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 
+INFERENCE_SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
+"""Their full names, for reflection, health checks and the log."""
+
 
 def add_inference_services(
     server: grpc.aio.Server,
@@ -20,15 +26,11 @@ def add_inference_services(
     metrics: RuntimeMetrics,
     *,
     generator: Generator | None = None,
-) -> list[str]:
-    """Add TGIS and the Open Inference Protocol. Return their full names, for reflection and health checks.
+) -> None:
+    """Add TGIS and the Open Inference Protocol.
 
     Pass the HTTP app's `generator`, so that a model's concurrency limit counts the sequences of both.
     """
     generator = generator or Generator(engine, metrics)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(directory, generator, config), server)
     grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(directory, generator), server)
-    return [
-        generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
-        grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
-    ]

@@ -1,24 +1,23 @@
-"""Logs one line per HTTP request when it has ended: who was asked for, tokens, waiting, times and the outcome; never a text.
+"""Logs one line per HTTP request when it has ended: the model's name as the client wrote it, tokens, waiting, times and the outcome; never a text.
 
-A mesh in front passes on the name that its client asked for and how long the request waited there, and leaves the line to the runtime.
+A mesh in front passes on the name that its client wrote and how long the request waited there, and leaves the line to the runtime.
 """
 
 import logging
 import re
 import uuid
+from collections.abc import Callable
 from urllib.parse import unquote
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from common.log_headers import CALLER_HEADER, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
 from runtime.observability.request_record import RequestRecord
 
 REQUEST_ID_HEADER = "X-Request-Id"
-NAME_HEADER = "x-repertory-name"  # percent-encoded
-CALLER_HEADER = "x-repertory-caller"  # the name of the client's key, percent-encoded
-WAITED_HEADER = "x-repertory-waited"  # seconds
-LOGGED_HEADER = "x-repertory-logged"  # of the response
 logger = logging.getLogger(__name__)
+"""The logger of one line per request, of gRPC and of HTTP."""
 
 _REQUEST_ID = web.RequestKey("request_id", str)
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
@@ -28,8 +27,7 @@ _DISCONNECTED = "499"
 @web.middleware
 async def request_log(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give each request an id (a valid one of the client is kept), and log its end."""
-    given = request.headers.get(REQUEST_ID_HEADER, "")
-    request[_REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+    request[_REQUEST_ID] = request_id_of(request.headers.get(REQUEST_ID_HEADER, ""))
     record = RequestRecord.begin()
     code = _DISCONNECTED
     try:
@@ -37,7 +35,16 @@ async def request_log(request: web.Request, handler: Handler) -> web.StreamRespo
         code = str(response.status)
         return response
     finally:
-        _log_end(request, record, record.code or code)
+        code = record.code or code
+        log_end(
+            record,
+            code,
+            method=request.method,
+            path=request.path,
+            request_id=request[_REQUEST_ID],
+            header=lambda name: request.headers.get(name, ""),
+            is_poll=request.method in ("GET", "HEAD") and not code.startswith("5"),
+        )
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -49,22 +56,36 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         response.headers[LOGGED_HEADER] = "1"
 
 
-def _log_end(request: web.Request, record: RequestRecord, code: str) -> None:
-    waited_s = _seconds(request.headers.get(WAITED_HEADER, ""))
-    is_poll = request.method in ("GET", "HEAD") and not code.startswith("5")
+def request_id_of(given: str) -> str:
+    """Return the client's request id, or a new one if it has none that can be logged."""
+    return given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def log_end(
+    record: RequestRecord,
+    code: str,
+    *,
+    method: str,
+    path: str,
+    request_id: str,
+    header: Callable[[str], str],
+    is_poll: bool,
+) -> None:
+    """Log the line of a request that has ended. `header` returns one of its headers, or an empty text. Polls are logged at debug."""
+    waited_s = _seconds(header(WAITED_HEADER))
     logger.log(
         logging.DEBUG if is_poll else logging.INFO,
         "request",
         extra={
             "code": code,
-            "method": request.method,
-            "path": request.path,
-            "asked": unquote(request.headers.get(NAME_HEADER, "")),
-            "key": unquote(request.headers.get(CALLER_HEADER, "")),
+            "method": method,
+            "path": path,
+            "asked": unquote(header(NAME_HEADER)),
+            "key": unquote(header(CALLER_HEADER)),
             **record.fields(),
             "wait_s": round(waited_s, 3) or None,
             "total_s": round(waited_s + record.elapsed_s, 3),
-            "request_id": request[_REQUEST_ID],
+            "request_id": request_id,
         },
     )
 

@@ -52,6 +52,6 @@ class RequestRecord:
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
             "queue_s": round(self.queue_s, 3),
-            "first_s": round(self.first_s, 3),
+            "first_s": round(self.first_s, 4),
         }
         return {name: value for name, value in found.items() if value}

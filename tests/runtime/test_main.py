@@ -18,7 +18,7 @@ import grpc.aio
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from common.exit_status import CANNOT_START
 from tests.support.llama_checkpoints import tiny_llama
@@ -117,14 +117,20 @@ async def stream(session: aiohttp.ClientSession, model: str, max_tokens: int, be
 async def test_a_runtime_lives_loses_its_engine_and_ends_in_order(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "tiny")
     async with running(tmp_path) as (process, stub, session, channel):
-        assert await services(channel) >= {
-            "mmesh.ModelRuntime",
-            "repertory.RuntimeState",
-            "fmaas.GenerationService",
-            "grpc.health.v1.Health",
-        }
-        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        for version in ("v1", "v1alpha"):
+            assert await services(channel, version) >= {
+                "mmesh.ModelRuntime",
+                "repertory.RuntimeState",
+                "fmaas.GenerationService",
+                "grpc.health.v1.Health",
+                "grpc.reflection.v1.ServerReflection",
+            }
+        health = health_pb2_grpc.HealthStub(channel)
+        serving = health_pb2.HealthCheckResponse.SERVING
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == serving
+        listed = (await health.List(health_pb2.HealthListRequest())).statuses
+        assert {"", "mmesh.ModelRuntime", "inference.GRPCInferenceService"} <= set(listed)
+        assert {answer.status for answer in listed.values()} == {serving}
 
         assert (await complete(session, "tiny", 4))[0] == 404
         for model_id, key in (("tiny", "{}"), ("small", '{"quantize": "int8"}')):
@@ -168,11 +174,13 @@ async def test_a_runtime_lives_loses_its_engine_and_ends_in_order(tmp_path: Path
     assert "hello" not in log
 
 
-async def services(channel: grpc.aio.Channel) -> set[str]:
-    call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-        iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+async def services(channel: grpc.aio.Channel, version: str) -> set[str]:
+    method: grpc.aio.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
-    async for answer in call:
+    async for answer in method(iter([reflection_pb2.ServerReflectionRequest(list_services="")])):
         return {service.name for service in answer.list_services_response.service}
     raise AssertionError("no answer")
 

@@ -85,6 +85,7 @@ class FakeRuntime:
         self.fits: list[state_pb.FitRequest] = []
         self.headers: list[dict[str, str]] = []
         self.response_headers: dict[str, str] = {}
+        self.response_trailers: dict[str, str] = {}  # of gRPC calls
         self.files: list[state_pb.CachedFiles] = []
         self.changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -430,4 +431,5 @@ class _AnyMethod(grpc.GenericRpcHandler):
                     await context.write(str(index).encode())
             else:
                 await context.write(message)
-        context.set_trailing_metadata((("trailer", "kept"), ("trailer-bin", b"\x01\xfe")))
+        added = tuple(self._runtime.response_trailers.items())
+        context.set_trailing_metadata((("trailer", "kept"), ("trailer-bin", b"\x01\xfe"), *added))

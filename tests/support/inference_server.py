@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from runtime.api.grpc_services import add_inference_services
+from runtime.api.grpc_request_log import GrpcRequestLog
+from runtime.api.grpc_services import INFERENCE_SERVICES, add_inference_services
 from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
 from runtime.observability.metrics import RuntimeMetrics
@@ -32,12 +33,12 @@ class Services:
 async def serve_grpc(
     engine: ScriptedEngine, *models: ServedModel, config: RuntimeConfig | None = None
 ) -> AsyncIterator[Services]:
-    server = grpc.aio.server()
-    names = add_inference_services(server, Directory(list(models)), engine, config or RuntimeConfig(), RuntimeMetrics())
+    server = grpc.aio.server(interceptors=(GrpcRequestLog(*INFERENCE_SERVICES),))
+    add_inference_services(server, Directory(list(models)), engine, config or RuntimeConfig(), RuntimeMetrics())
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield Services(
-            GenerationServiceStub(channel), GRPCInferenceServiceStub(channel), engine, models[0], tuple(names)
+            GenerationServiceStub(channel), GRPCInferenceServiceStub(channel), engine, models[0], INFERENCE_SERVICES
         )
     await server.stop(0)

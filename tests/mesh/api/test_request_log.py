@@ -53,6 +53,31 @@ async def test_log_headers_of_a_client_are_not_passed_on(pod: RunningPod) -> Non
     assert float(pod.runtime.headers[-1]["x-repertory-waited"]) < 99
 
 
+async def test_log_of_a_grpc_call_has_the_name_that_was_asked_for(
+    pod: RunningPod, caplog: pytest.LogCaptureFixture
+) -> None:
+    await pod.echo("org/smol")
+    (line,) = lines(caplog)
+    assert (line["code"], line["method"], line["path"]) == ("OK", "gRPC", "/test.Any/Echo")
+    assert line["asked"] == "org/smol"
+    assert 0 < line["first_s"] <= line["total_s"] + 0.001
+    assert line["levelno"] == logging.INFO
+
+
+async def test_log_of_a_grpc_call_is_left_to_a_runtime_that_logs(
+    pod: RunningPod, caplog: pytest.LogCaptureFixture
+) -> None:
+    pod.runtime.response_trailers["x-repertory-logged"] = "1"
+    forged = (("x-repertory-name", "forged"), ("x-repertory-waited", "99"))
+    call = pod.unary("/test.Any/Echo")(b"hi", metadata=(("mm-model-id", "org/smol"), *forged))
+    await call
+    assert lines(caplog)[0]["levelno"] == logging.DEBUG
+    assert "x-repertory-logged" not in dict(await call.trailing_metadata())
+    sent = [pair for pair in pod.runtime.metadata[-1] if pair[0].startswith("x-repertory-")]
+    assert ("x-repertory-name", "org/smol") in sent
+    assert [float(value) < 99 for key, value in sent if key == "x-repertory-waited"] == [True]
+
+
 async def test_log_of_a_stream_that_breaks_off_is_not_200(pod: RunningPod, caplog: pytest.LogCaptureFixture) -> None:
     pod.runtime.response_headers["x-repertory-logged"] = "1"
     body = {"model": "org/smol", "stream": True, "chunks": 3, "break_at": 1}

@@ -20,6 +20,12 @@ class Health:
         self._listed[service] = status
         await self._checks.set(service, status)
 
+    async def enter_graceful_shutdown(self) -> None:
+        """Report every service as NOT_SERVING from now on, whatever `set` is given."""
+        for service in self._listed:
+            self._listed[service] = pb.HealthCheckResponse.NOT_SERVING
+        await self._checks.enter_graceful_shutdown()
+
     async def List(
         self, request: pb.HealthListRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.HealthListResponse:
