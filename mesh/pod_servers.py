@@ -29,10 +29,12 @@ from mesh.api.root_page import RootPage
 from mesh.api.side_port import SidePort
 from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
+from mesh.client.peer_caches import HttpPeerCaches
 from mesh.client.peer_probes import Readiness
 from mesh.pod_figures import figures_of
 from mesh.pod_placement import PlacementParts, PodBase
 from mesh.registry.registration import check_key
+from mesh.registry.registry import Registry
 from mesh.routing.router import CopyRouter, Limits
 from mesh.side_ports import side_ports
 from mesh.types import ModelInfo, Target
@@ -155,12 +157,8 @@ def _http_server(
 ) -> HttpServer:
     config, access, registry = base.config, base.access, base.registry
 
-    def last_used_ms(model_id: str) -> int:
-        copy = parts.copies.get(model_id)
-        return copy.last_used_ms if copy is not None else 0
-
     registrar = Registrar(registry, parts.placement, parts.states, parts.monitor, parts.runtime)
-    views = ModelViews(registry, parts.states, last_used_ms)
+    views = ModelViews(registry, parts.states, lambda model_id: _last_used_ms(parts, registry, model_id))
     gateway = HttpGateway(
         registry,
         parts.states,
@@ -179,7 +177,7 @@ def _http_server(
             ModelsRoutes(registry, parts.placement, registrar, views, base.changes, pod.stopping),
             LoraRoutes(registry, parts.placement, registrar),
             AdminRoutes(registry, registrar, parts.states, parts.monitor, parts.runtime, views),
-            CacheRoutes(registry, parts.runtime),
+            CacheRoutes(registry, parts.runtime, HttpPeerCaches(base.connections, access.peers)),
             RootPage(views, package_version(), lambda: access.guard.requires_keys),
             OpenApiRoute(base.connections, config.runtime_http),
             OpenAiRoutes(gateway, is_foreign=lambda: parts.monitor.snapshot.foreign),
@@ -204,6 +202,13 @@ def _http_server(
         web_policy=policy_for(config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins),
         grace_s=config.grace_s,
     )
+
+
+def _last_used_ms(parts: PlacementParts, registry: Registry, model_id: str) -> int:
+    """Return when any pod last used a model, as far as this pod knows; 0 if unknown."""
+    copy = parts.copies.get(model_id)
+    own_ms = copy.last_used_ms if copy is not None else 0
+    return max(own_ms, *(pod.used_ms.get(model_id, 0) for _, pod in registry.instances.table.items()))
 
 
 def _metrics_text(base: PodBase, parts: PlacementParts) -> bytes:

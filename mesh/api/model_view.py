@@ -30,7 +30,7 @@ class _Move:
 
 
 class ModelViews:
-    """`last_used_ms` returns when this pod last used a model, 0 if unknown."""
+    """`last_used_ms` returns when any pod last used a model, 0 if unknown."""
 
     def __init__(self, registry: Registry, states: ModelStatuses, last_used_ms: Callable[[str], int]) -> None:
         self._registry = registry

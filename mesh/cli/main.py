@@ -233,7 +233,9 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     sub.add_argument(
         "--files", action="store_true", help="also drop the pulled and packed files of its source from the cache"
     )
-    sub = verb("cache", cache.cache, "list the pulled and packed files on the disk of the server, and who needs them")
+    sub = verb(
+        "cache", cache.cache, "list the pulled and packed files on the disks of all pods, and which names need them"
+    )
     sub.add_argument("--prune", action="store_true", help="drop the files that no registered name needs")
     sub = verb(
         "alias",

@@ -83,7 +83,7 @@ class Pods(msgspec.Struct, frozen=True):
 
 
 class CacheEntry(msgspec.Struct, frozen=True):
-    """Files in the disk cache of the pod that answers. `names`: the registered names with this source."""
+    """Files in one pod's disk cache. `names`: the registered names with this source."""
 
     key: str
     kind: str
@@ -92,16 +92,32 @@ class CacheEntry(msgspec.Struct, frozen=True):
     last_used_ms: int
     in_use: bool
     names: list[str] = []
+    pod: str = ""
+
+
+class PodCache(msgspec.Struct, frozen=True):
+    """One pod's cache as a whole. `error`: why it could not be listed, or its files not be dropped."""
+
+    instance_id: str
+    budget_bytes: int = 0
+    used_bytes: int = 0
+    error: str = ""
 
 
 class CacheListing(msgspec.Struct, frozen=True):
+    """The caches of all pods. `budget_bytes`: of those that are listed, together."""
+
     budget_bytes: int = 0
     entries: list[CacheEntry] = []
+    pods: list[PodCache] = []
 
 
 class Dropped(msgspec.Struct, frozen=True):
+    """What was dropped on all pods together. `failed`: the pods on which nothing could be dropped."""
+
     freed_bytes: int = 0
     num_in_use: int = 0
+    failed: list[PodCache] = []
 
 
 class Fit(msgspec.Struct, frozen=True):

@@ -112,6 +112,7 @@ class Heartbeat:
             waiting=sum(model.waiting for model in snapshot.models),
             tokens_per_s=sum(model.tokens_per_s for model in snapshot.models),
             copies=reports,
+            used_ms={copy.model_id: copy.last_used_ms for copy in self._copies if copy.last_used_ms},
         )
 
     async def _publish(self, record: InstanceRecord) -> None:
@@ -138,4 +139,5 @@ def _without_load(record: InstanceRecord) -> InstanceRecord:
         waiting=0,
         tokens_per_s=0.0,
         copies=copies,
+        used_ms={},
     )

@@ -117,6 +117,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     waiting: int = 0
     tokens_per_s: float = field(default=0.0, name="tokensPerS")
     copies: Mapping[str, ModelState] = field(default_factory=dict)  # by model id
+    used_ms: Mapping[str, int] = field(default_factory=dict, name="usedMs")  # last use of each copy, by model id
 
 
 R = TypeVar("R", bound=Record)

@@ -10,7 +10,7 @@ import msgspec
 
 from common.model_state import CopyState, Tier
 from common.units import GIB, MIB
-from mesh.client.admin import CacheEntry, CacheListing, Copy, Dropped, Fit, Model, Models, Pod, Pods
+from mesh.client.admin import CacheEntry, CacheListing, Copy, Dropped, Fit, Model, Models, Pod, PodCache, Pods
 from tests.support.http_server import HttpServer
 
 Answer = tuple[int, bytes]
@@ -228,6 +228,19 @@ def sample_pods(now_ms: Callable[[], int] = lambda: int(time.time() * 1000)) -> 
         )
         for number, letter in ((1, "a"), (2, "b"))
     ]
+
+
+def sample_caches(now_ms: Callable[[], int] = lambda: int(time.time() * 1000)) -> CacheListing:
+    """Return the caches of three pods, the last of which does not answer."""
+    on_a = sample_cache(now_ms)
+    entries = [msgspec.structs.replace(entry, pod="gpu-a") for entry in on_a.entries]
+    copied = [msgspec.structs.replace(entry, pod="gpu-b") for entry in on_a.entries[:1]]
+    pods = [
+        PodCache("gpu-a", 200 * GIB, sum(entry.size_bytes for entry in entries)),
+        PodCache("gpu-b", 100 * GIB, sum(entry.size_bytes for entry in copied)),
+        PodCache("gpu-c", error="it does not answer at 10.0.0.3:8080 (no answer in time)"),
+    ]
+    return CacheListing(300 * GIB, [*entries, *copied], pods)
 
 
 def sample_cache(now_ms: Callable[[], int] = lambda: int(time.time() * 1000)) -> CacheListing:

@@ -9,7 +9,7 @@ import pytest
 
 from common.units import GIB, MIB
 from mesh.client.admin import Fit
-from tests.support.admin_server import AdminServer, sample_cache, sample_models, sample_pods
+from tests.support.admin_server import AdminServer, sample_cache, sample_caches, sample_models, sample_pods
 from tests.support.terminal import Screen, run_in_terminal
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -68,7 +68,10 @@ def shown(server: AdminServer, columns: int, *arguments: str) -> Screen:
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("name", VERBS)
 def test_verb_shows_its_snapshot(name: str, columns: int, server: AdminServer) -> None:
-    screen = shown(server, columns, *VERBS[name])
+    check_snapshot(name, columns, shown(server, columns, *VERBS[name]), server)
+
+
+def check_snapshot(name: str, columns: int, screen: Screen, server: AdminServer) -> None:
     assert "Traceback" not in screen.raw
     file = SNAPSHOTS / str(columns) / f"{name}.txt"
     text = f"{screen.text}[exit status {screen.status}]\n".replace(server.url, "http://SERVER")
@@ -76,6 +79,12 @@ def test_verb_shows_its_snapshot(name: str, columns: int, server: AdminServer) -
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     assert text == file.read_text()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_cache_of_several_pods_shows_its_snapshot(columns: int, server: AdminServer) -> None:
+    server.cache = sample_caches()
+    check_snapshot("cache-pods", columns, shown(server, columns, "cache"), server)
 
 
 @pytest.mark.parametrize("verb", ["ps", "list", "pods", "show", "fit", "cache"])

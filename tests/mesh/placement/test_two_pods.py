@@ -15,7 +15,7 @@ import pytest
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
-from tests.support.waiting import until
+from tests.support.waiting import until, until_async
 
 FOR_M = (("mm-model-id", "m"),)
 
@@ -107,6 +107,21 @@ async def test_a_model_being_loaded_elsewhere_is_waited_for_there_with_its_progr
         text = (seen + await answer.read()).decode()
     assert [json.loads(line[6:])["n"] for line in text.splitlines() if line.startswith("data: {")] == [0, 1, 2]
     assert a.runtime.log.count(("load", model_id)) == 0
+
+
+async def test_last_use_is_the_same_on_every_pod(pods: tuple[RunningPod, RunningPod]) -> None:
+    a, b = pods
+    model_id = (await a.name("smol", "/files"))["model_id"]
+    await b.pod.registry.models.find(model_id)
+    await loaded_at(b, a, model_id)
+    assert (await b.chat("smol"))[0] == 200
+    used_ms = (await b.model("smol"))["last_used_ms"]
+    assert used_ms > 0
+
+    async def a_knows() -> bool:
+        return bool((await a.model("smol"))["last_used_ms"] == used_ms)
+
+    await until_async(a_knows)
 
 
 async def test_a_pod_that_lost_the_model_is_not_asked_twice(pods: tuple[RunningPod, RunningPod]) -> None:
