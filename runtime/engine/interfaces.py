@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from runtime.ipc.messages import TokenLogprobs
+from runtime.ipc.messages import GrammarFigures, TokenLogprobs
 from runtime.types import Checkpoint, Grammar, LogprobParams, ModelFacts, SamplingParams
 
 
@@ -138,6 +138,10 @@ class MaskSources(Protocol):
     @property
     def host_bytes(self) -> int:
         """The memory that is kept for models."""
+
+    @property
+    def figures(self) -> GrammarFigures:
+        """What has been built so far. Masks are counted elsewhere."""
 
 
 class Drafter(Protocol):

@@ -43,6 +43,10 @@ class FormatParser:
         )
         self._parsing = self._parse()
 
+    @property
+    def num_calls(self) -> int:
+        return self._sink.num_calls
+
     def push(self, text: str) -> tuple[Part, ...]:
         self._source.feed(text)
         return self._advance()

@@ -107,7 +107,7 @@ class Generator:
             make_parser(request),
             model.text.special_tokens(request.stop_strings) if skips else {},
         )
-        observer = self._metrics.of(model.name).start(len(request.prompt))
+        observer = self._metrics.of(model.name).start(len(request.prompt), guided=request.grammar is not None)
         record = RequestRecord.current()
         record.model = model.name
         record.prompt_tokens += len(request.prompt)
@@ -130,6 +130,7 @@ class Generator:
                     return
             raise Unavailable("the engine ended a sequence without a reason")
         finally:
+            observer.agent(sequence.num_calls, sequence.num_reasoning)
             observer.end(sequence.finish.reason if sequence.finish is not None else None)
             await close(timed)
 

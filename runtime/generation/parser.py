@@ -14,6 +14,10 @@ class OutputParser(Protocol):
     def in_reasoning(self) -> bool:
         """Whether the text so far ends in the model's reasoning."""
 
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that have ended so far."""
+
     def push(self, text: str) -> tuple[Part, ...]:
         """Return the parts that `text` (never empty) completes."""
 
@@ -28,6 +32,7 @@ class PlainText:
     """Every text is a piece of the answer."""
 
     in_reasoning = False
+    num_calls = 0
 
     def push(self, text: str) -> tuple[Part, ...]:
         return (Text(text),)

@@ -57,6 +57,11 @@ class RunningSequence:
         self.num_reasoning = 0
         self.finish: Finish | None = None
 
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that have ended so far."""
+        return self._parser.num_calls
+
     def push(self, row: RowTokens) -> Sequence[Delta]:
         """Return the deltas to send for `row`, and set `finish` with the last one.
 

@@ -48,6 +48,10 @@ class TemplateParser:
     def in_reasoning(self) -> bool:
         return self._region is not None and self._region.is_reasoning
 
+    @property
+    def num_calls(self) -> int:
+        return self._sink.num_calls
+
     def push(self, text: str) -> tuple[Part, ...]:
         return self._taken(self._scanner.feed(text))
 

@@ -121,6 +121,18 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     rows: tuple[RowTokens, ...]
 
 
+class GrammarFigures(msgspec.Struct, frozen=True):
+    """What grammars have cost the engine since it started. Times are seconds of the threads that build, and of the engine's for masks."""
+
+    tokenizers_total: int = 0
+    tokenizer_seconds_total: float = 0.0
+    grammars_total: int = 0
+    grammar_seconds_total: float = 0.0
+    known_grammars_total: int = 0  # requests whose grammar had been built before
+    masks_total: int = 0
+    mask_seconds_total: float = 0.0
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """Sent every second, and at once after a load, an unload, an eviction or a swap-in."""
 
@@ -130,6 +142,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     host_used_bytes: int
     stranded_bytes: int  # free blocks inside half-empty slabs
     models: tuple[ModelFigures, ...]
+    grammars: GrammarFigures = GrammarFigures()
 
 
 Event = Hello | StartFailed | Loaded | LoadFailed | Unloaded | Tokens | EngineStats

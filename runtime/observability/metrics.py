@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics import MetricWrapperBase
 
 from common.model_state import ModelFigures, Tier
-from runtime.ipc.messages import EngineStats, RowTokens
+from runtime.ipc.messages import EngineStats, GrammarFigures, RowTokens
 from runtime.observability.token_counters import ModelTokenCounters
 from runtime.types import FinishReason
 
@@ -153,6 +153,23 @@ class Instruments:
         self.step_seconds = self._counter(
             "repertory_model_step_seconds", "Device time of the model's steps in seconds."
         )
+        self.guided = self._counter(
+            "repertory_guided_requests", "Number of sequences whose output a grammar constrains."
+        )
+        self.tool_calls = self._counter("repertory_tool_calls", "Number of tool calls that were read from outputs.")
+        self.reasoning_tokens = self._counter("repertory_reasoning_tokens", "Number of generated reasoning tokens.")
+        self.grammars = [
+            (Counter(f"repertory_{name}", text, registry=registry), f"{field}_total")
+            for name, field, text in (
+                ("grammar_tokenizers", "tokenizers", "Number of tokenizers built for grammars."),
+                ("grammar_tokenizer_seconds", "tokenizer_seconds", "Time to build tokenizers for grammars in seconds."),
+                ("grammars", "grammars", "Number of grammars built."),
+                ("grammar_seconds", "grammar_seconds", "Time to build grammars in seconds."),
+                ("known_grammars", "known_grammars", "Number of requests whose grammar had been built before."),
+                ("grammar_masks", "masks", "Number of token masks computed."),
+                ("grammar_mask_seconds", "mask_seconds", "Time to compute token masks in seconds."),
+            )
+        ]
         self.device_used = Gauge(
             "repertory_device_used_bytes", "Device memory lent to weights and KV cache in bytes.", registry=registry
         )
@@ -186,12 +203,14 @@ class Observer:
 
     __slots__ = ("_first_s", "_last_s", "_model", "_num_prompt", "_num_tokens", "_start_s")
 
-    def __init__(self, model: "ModelMetrics", num_prompt: int, now_s: float) -> None:
+    def __init__(self, model: "ModelMetrics", num_prompt: int, now_s: float, *, guided: bool) -> None:
         self._model = model
         self._num_prompt = num_prompt
         self._num_tokens = 0
         self._start_s = self._first_s = self._last_s = now_s
         model.prompt_tokens.inc(num_prompt)
+        if guided:
+            model.guided.inc()
 
     def tokens(self, count: int, now_s: float, row: RowTokens) -> None:
         if not count:
@@ -207,6 +226,13 @@ class Observer:
         self._last_s = now_s
         self._num_tokens += count
         model.token_counters.tokens += count
+
+    def agent(self, num_calls: int, num_reasoning: int) -> None:
+        """Record the sequence's tool calls and reasoning tokens."""
+        if num_calls:
+            self._model.tool_calls.inc(num_calls)
+        if num_reasoning:
+            self._model.reasoning_tokens.inc(num_reasoning)
 
     def end(self, finish: FinishReason | None) -> None:
         """Record the end. `finish` is None if the client disconnected or the engine failed."""
@@ -236,9 +262,12 @@ class ModelMetrics:
         self.queue = instruments.queue.labels(name)
         self.request_prompt = instruments.request_prompt.labels(name)
         self.request_generation = instruments.request_generation.labels(name)
+        self.guided = instruments.guided.labels(name)
+        self.tool_calls = instruments.tool_calls.labels(name)
+        self.reasoning_tokens = instruments.reasoning_tokens.labels(name)
 
-    def start(self, num_prompt: int) -> Observer:
-        return Observer(self, num_prompt, time.monotonic())
+    def start(self, num_prompt: int, *, guided: bool = False) -> Observer:
+        return Observer(self, num_prompt, time.monotonic(), guided=guided)
 
     def ended(self, reason: str) -> None:
         self._instruments.success.labels(self.name, reason).inc()
@@ -274,6 +303,7 @@ class RuntimeMetrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._instruments = Instruments(registry or CollectorRegistry())
         self._models: dict[str, ModelMetrics] = {}
+        self._grammars = GrammarFigures()
 
     def of(self, name: str) -> ModelMetrics:
         model = self._models.get(name)
@@ -289,6 +319,10 @@ class RuntimeMetrics:
         to.host_used.set(stats.host_used_bytes)
         to.host_budget.set(stats.host_budget_bytes)
         to.stranded.set(stats.stranded_bytes)
+        before = self._grammars if stats.grammars.masks_total >= self._grammars.masks_total else GrammarFigures()
+        for counter, field in to.grammars:
+            counter.inc(max(0.0, getattr(stats.grammars, field) - getattr(before, field)))
+        self._grammars = stats.grammars
         for model in stats.models:
             if model.model_id in names:
                 self.of(names[model.model_id]).update(model)

@@ -11,6 +11,7 @@ import numpy as np
 
 from runtime.engine.interfaces import TokenMasks, mask_words
 from runtime.errors import InvalidRequest, RepertoryError
+from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts
 
 
@@ -105,6 +106,7 @@ class FakeMaskSources:
     """Implements MaskSources. Refuses the grammar "refused". `polls`: looks at a job before it is ready."""
 
     host_bytes = 0
+    figures = GrammarFigures(grammars_total=3)
 
     def __init__(
         self, vocab_size: Callable[[str], int], on_fill: Callable[[], None] = lambda: None, polls: int = 0

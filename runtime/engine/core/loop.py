@@ -5,6 +5,7 @@ row, and nothing that waits while a step could be launched.
 """
 
 import queue
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,7 +204,9 @@ class EngineLoop:
             if step.plan.masked:
                 self._executor.launch_forward(model.model_id, step.opened, step.plan)
                 failed = self._settle_before_draws(model)
+                began_s = time.perf_counter()
                 masks = fill_masks(step.masked_sequences(), model.facts.vocab_size)  # while the device computes
+                self.table.count_masks(len(masks.words), time.perf_counter() - began_s)
                 launched = self._executor.launch_draws(model.model_id, masks.words)
             else:
                 launched = self._executor.launch(model.model_id, step.opened, step.plan)

@@ -28,7 +28,7 @@ from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.engine.scheduler.sequence import Sequence
 from runtime.errors import LoadFailed as LoadFailedError
 from runtime.errors import ModelTooLarge
-from runtime.ipc.messages import EngineStats, Event, Load, LoadFailed, RowTokens, Tokens
+from runtime.ipc.messages import EngineStats, Event, GrammarFigures, Load, LoadFailed, RowTokens, Tokens
 from runtime.types import FinishReason
 
 _CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
@@ -60,6 +60,8 @@ class ModelTable:
             self.slabs, self.models, executor.enqueue, self.adapters, make_host_room=self.keep_on_host
         )
         self._num_registrations = 0
+        self._num_masks = 0
+        self._mask_seconds = 0.0
 
     @property
     def num_changes(self) -> int:
@@ -252,6 +254,15 @@ class ModelTable:
         """Host memory of the tokenizers that grammars need."""
         return 0 if self._mask_sources is None else self._mask_sources.host_bytes
 
+    def count_masks(self, masks: int, seconds: float) -> None:
+        """Count the masks of one step and the time that the engine thread computed them."""
+        self._num_masks += masks
+        self._mask_seconds += seconds
+
+    def _grammar_figures(self) -> GrammarFigures:
+        built = GrammarFigures() if self._mask_sources is None else self._mask_sources.figures
+        return msgspec.structs.replace(built, masks_total=self._num_masks, mask_seconds_total=self._mask_seconds)
+
     def stats(self) -> EngineStats:
         slab_bytes = self.backend.slab_bytes
         models = self.models.values()
@@ -266,6 +277,7 @@ class ModelTable:
                 *(model.stats(slab_bytes, kv_blocks[model.model_id], busy[model.model_id]) for model in models),
                 *(adapter.stats() for adapter in self.adapters.adapters.values()),
             ),
+            grammars=self._grammar_figures(),
         )
 
     def check(self) -> None:

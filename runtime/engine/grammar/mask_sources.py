@@ -4,6 +4,7 @@ A tokenizer takes a quarter of a second to build, and a grammar milliseconds. Ea
 uses them, and grammars in a bounded cache, of which every sequence gets a copy.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,12 +14,14 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from runtime.engine.grammar.guided_sequence import GuidedSequence, first_line
 from runtime.engine.grammar.tokenizer import GrammarTokenizer, read_tokenizer
 from runtime.engine.interfaces import MaskSource, MaskSourceJob, mask_words
 from runtime.errors import EngineFault, InvalidRequest, NotSupported, RepertoryError
+from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class GrammarMaskSources:
         self._keys: dict[str, bytes] = {}  # of tokenizers, by the model's folder
         self._tokenizers: dict[bytes, Future[GrammarTokenizer]] = {}
         self._matchers: OrderedDict[tuple[bytes, str], LLMatcher] = OrderedDict()
+        self._figures = GrammarFigures()
 
     def open(self, checkpoint: Checkpoint, facts: ModelFacts, grammar: Grammar) -> MaskSourceJob:
         return _Job(self._pool.submit(self._make, checkpoint.model_dir, facts, grammar))
@@ -75,6 +79,10 @@ class GrammarMaskSources:
             made = [future for future in self._tokenizers.values() if future.done() and future.exception() is None]
         return sum(future.result().size_bytes for future in made)
 
+    @property
+    def figures(self) -> GrammarFigures:
+        return self._figures
+
     def _make(self, model_dir: str, facts: ModelFacts, grammar: Grammar) -> MaskSource:
         try:
             import llguidance
@@ -87,7 +95,9 @@ class GrammarMaskSources:
             known = self._matchers.get((key, grammar.text))
             if known is not None:
                 self._matchers.move_to_end((key, grammar.text))
+                self._count(known_grammars_total=1)
                 return GuidedSequence(known.deep_copy(), tokenizer, grammar)
+        began_s = time.perf_counter()
         limits = llguidance.LLParserLimits(step_max_items=_STEP_ITEMS, step_lexer_fuel=_STEP_LEXER_FUEL)
         matcher = llguidance.LLMatcher(tokenizer.library, grammar.text, log_level=0, limits=limits)
         if not matcher.is_error():
@@ -96,6 +106,7 @@ class GrammarMaskSources:
         if matcher.is_error():
             raise InvalidRequest(f"the grammar cannot be used with this model: {first_line(matcher.get_error())}")
         with self._lock:
+            self._count(grammars_total=1, grammar_seconds_total=time.perf_counter() - began_s)
             self._matchers[key, grammar.text] = matcher.deep_copy()
             while len(self._matchers) > _KEPT_GRAMMARS:
                 self._matchers.popitem(last=False)
@@ -119,8 +130,16 @@ class GrammarMaskSources:
             builds = key not in self._tokenizers
             self._keys[model_dir], self._tokenizers[key] = key, future
         if builds:
+            began_s = time.perf_counter()
             _complete(future, lambda: read_tokenizer(text, facts.vocab_size, facts.eos_token_ids))
+            with self._lock:
+                self._count(tokenizers_total=1, tokenizer_seconds_total=time.perf_counter() - began_s)
         return key, future.result()
+
+    def _count(self, **added: float) -> None:
+        """Add to the figures. The lock must be held."""
+        before = msgspec.structs.asdict(self._figures)
+        self._figures = GrammarFigures(**{**before, **{name: before[name] + value for name, value in added.items()}})
 
 
 def _complete(future: "Future[GrammarTokenizer]", make: Callable[[], GrammarTokenizer]) -> None:

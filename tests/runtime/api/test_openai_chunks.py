@@ -33,6 +33,7 @@ class ScriptedParser:
     """Returns the next entry of a script for each text, and the rest of the script at the end."""
 
     in_reasoning = False
+    num_calls = 0
 
     def __init__(self, script: Sequence[tuple[Part, ...]]) -> None:
         self._script = list(script)

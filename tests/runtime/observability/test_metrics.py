@@ -1,13 +1,13 @@
 """Metrics: vLLM's names with values that add up, counters over an engine's restart, series that go with their model."""
 
 from common.model_state import ModelFigures, Tier
-from runtime.ipc.messages import EngineStats, RowTokens
+from runtime.ipc.messages import EngineStats, GrammarFigures, RowTokens
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.types import FinishReason
 
 
-def stats(*models: ModelFigures) -> EngineStats:
-    return EngineStats(1000, 400, 2000, 500, 7, models)
+def stats(*models: ModelFigures, grammars: GrammarFigures | None = None) -> EngineStats:
+    return EngineStats(1000, 400, 2000, 500, 7, models, grammars or GrammarFigures())
 
 
 def model_stats(model_id: str = "id1", **fields: float) -> ModelFigures:
@@ -53,6 +53,27 @@ def test_a_sequence_is_observed_from_start_to_end() -> None:
     assert 'vllm:inter_token_latency_seconds_count{model_name="m"} 1.0' in text
     assert 'vllm:request_success_total{finished_reason="stop",model_name="m"} 1.0' in text
     assert 'vllm:request_success_total{finished_reason="abort",model_name="m"} 1.0' in text
+
+
+def test_what_grammars_cost_adds_up_over_a_restart_of_the_engine() -> None:
+    metrics = RuntimeMetrics()
+    for masks, grammars in ((10, 1), (30, 2), (5, 1)):
+        figures = GrammarFigures(grammars_total=grammars, masks_total=masks, mask_seconds_total=masks / 8)
+        metrics.update(stats(grammars=figures), {})
+    text = metrics.render().decode()
+    assert "repertory_grammar_masks_total 35.0" in text
+    assert "repertory_grammar_mask_seconds_total 4.375" in text
+    assert "repertory_grammars_total 3.0" in text
+
+
+def test_guided_sequences_calls_and_reasoning_are_counted() -> None:
+    metrics = RuntimeMetrics()
+    metrics.of("m").start(1, guided=True).agent(2, 7)
+    metrics.of("m").start(1).agent(1, 0)
+    text = metrics.render().decode()
+    assert 'repertory_guided_requests_total{model_name="m"} 1.0' in text
+    assert 'repertory_tool_calls_total{model_name="m"} 3.0' in text
+    assert 'repertory_reasoning_tokens_total{model_name="m"} 7.0' in text
 
 
 def test_an_unloaded_models_series_go() -> None:

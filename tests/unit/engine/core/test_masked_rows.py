@@ -29,6 +29,9 @@ def test_masked_rows_are_in_every_step_like_others() -> None:
     plans = [o.plan for o in operations if isinstance(o, RunStep | RunForward)]
     assert [len(plan.masked) for plan in plans] == [1] * 10 + [0] * 20
     assert [len(plan.rows) for plan in plans[:10]] == [2] * 10
+    figures = made.stats().grammars
+    assert (figures.masks_total, figures.grammars_total) == (10, 3)
+    assert figures.mask_seconds_total > 0
     made.close()
 
 

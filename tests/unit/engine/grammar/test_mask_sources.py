@@ -182,6 +182,16 @@ def test_a_kind_of_tokenizer_that_has_no_bytes_is_refused(tmp_path: Path) -> Non
         open_run(tiny.word_pieces(tmp_path), COLOURS, GrammarMaskSources(), vocab_size=9)
 
 
+def test_what_is_built_is_counted(folder: Path) -> None:
+    sources = GrammarMaskSources()
+    for grammar in (COLOURS, DIGITS, COLOURS):
+        open_run(folder, grammar, sources)
+    found = sources.figures
+    assert (found.tokenizers_total, found.grammars_total, found.known_grammars_total) == (1, 2, 1)
+    assert found.grammar_seconds_total > 0
+    assert found.tokenizer_seconds_total > 0
+
+
 def test_equal_tokenizers_are_kept_once_and_while_a_model_has_them(folder: Path, tmp_path: Path) -> None:
     twin, other = tiny.byte_level(tmp_path / "twin"), tiny.sentencepiece(tmp_path / "other")
     sources = GrammarMaskSources()
