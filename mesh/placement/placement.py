@@ -99,9 +99,11 @@ class Placement:
         retry_failed: bool = False,
         local_only: bool = False,
         avoid: frozenset[str] = frozenset(),
+        begun_elsewhere_suffices: bool = False,
     ) -> StatusInfo:
         """Implement Loader. `retry_failed`: an explicit load request, which clears earlier failures. `local_only`: load on this pod even if another
-        one has a copy. `avoid`: pods whose copies do not count, and that are asked to load only if no other pod can.
+        one has a copy. `avoid`: pods whose copies do not count, and that are asked to load only if no other pod can. `begun_elsewhere_suffices`:
+        with `wait`, return as soon as another pod loads the model, because it holds the requests that are forwarded to it.
 
         Raises NotFound; with `wait` also Overloaded (all models are in use, so there is no room) and Unavailable (the runtime is gone).
         """
@@ -121,7 +123,12 @@ class Placement:
                 return status
         order = _Order(used_ms, last_used_ms == 0 or retry_failed, local_only, avoid)
         if wait:
-            return await self._load_and_wait(model_id, order, is_loading=now is ModelStatus.LOADING)
+            return await self._load_and_wait(
+                model_id,
+                order,
+                is_loading=now is ModelStatus.LOADING,
+                begun_elsewhere_suffices=begun_elsewhere_suffices,
+            )
         await self._begin(model_id, order)
         return self._states.status(model_id)
 
@@ -134,13 +141,16 @@ class Placement:
         if self._states.local_status(model_id) is ModelStatus.NOT_LOADED:
             self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent, is_extra=is_extra)
 
-    async def _load_and_wait(self, model_id: str, order: "_Order", *, is_loading: bool) -> StatusInfo:
+    async def _load_and_wait(
+        self, model_id: str, order: "_Order", *, is_loading: bool, begun_elsewhere_suffices: bool
+    ) -> StatusInfo:
         """Load, and after a failure try further pods, as in ModelMesh up to three."""
         for _ in range(MAX_FAILURES):
-            if not is_loading:
-                await self._begin(model_id, order)
+            begun_at = "" if is_loading else await self._begin(model_id, order)
             is_loading = False
-            status = await self._outcome(model_id, order.avoid)
+            status = self._states.status(model_id, besides=order.avoid)
+            if not (begun_elsewhere_suffices and begun_at not in ("", self._own_id)):
+                status = await self._outcome(model_id, order.avoid, begun_at)
             record = self._registry.models.get(model_id)
             if status.status is not ModelStatus.LOADING_FAILED or order.local_only or record is None:
                 break
@@ -201,8 +211,8 @@ class Placement:
                 await self._runtime.unload(model_id)
         await self._record_updates.clear_failures(model_id)
 
-    async def _begin(self, model_id: str, order: "_Order") -> None:
-        """Begin a load on the best pod that accepts it. Raises LoadFailed and Unavailable if no pod may load the model."""
+    async def _begin(self, model_id: str, order: "_Order") -> str:
+        """Begin a load on the best pod that accepts it, and return its id, empty if none may now. Raises LoadFailed and Unavailable if none ever may."""
         record = self._registry.models.get(model_id)
         if record is None:
             raise NotFound(f"model {model_id} not found")
@@ -220,7 +230,7 @@ class Placement:
                 if pod_id == self._own_id or await self._begin_at(pod_id, pods[pod_id], model_id, order, is_extra):
                     if pod_id == self._own_id:
                         break
-                    return
+                    return pod_id
         if self._own_id in order.avoid and self._copies.get(model_id) is not None:
             raise NoPod("no other pod can load it now", model=model_id)
         if (
@@ -228,10 +238,11 @@ class Placement:
             and pods.keys() - {self._own_id}
             and not self._states.may_load(model_id, record, self._own_id)
         ):
-            return
+            return ""
         if not constraint.allows(self._labels(self._own_id, pods)):
             raise NoPod("no pod that meets its label requirements can load it now", model=model_id)
         self._loads.load(model_id, record.info, last_used_ms=order.last_used_ms, urgent=order.urgent, is_extra=is_extra)
+        return self._own_id
 
     async def _begin_at(self, pod_id: str, pod: InstanceRecord, model_id: str, order: "_Order", is_extra: bool) -> bool:
         """Have a peer begin the load. Return whether it did."""
@@ -338,7 +349,8 @@ class Placement:
             num_loading=self._loads.num_loading,
         )
 
-    async def _outcome(self, model_id: str, avoid: frozenset[str]) -> StatusInfo:
+    async def _outcome(self, model_id: str, avoid: frozenset[str], begun_at: str) -> StatusInfo:
+        """Wait for the end of a load. `begun_at`: the pod that began it; empty if it was loading before."""
         started_s = time.monotonic()
         while True:
             task = self._loads.task(model_id)
@@ -353,7 +365,11 @@ class Placement:
                 started_s = time.monotonic()
                 continue
             status = self._states.status(model_id, besides=avoid)
-            starting = status.status is ModelStatus.NOT_LOADED and time.monotonic() - started_s < _REMOTE_START_S
+            starting = (
+                status.status is ModelStatus.NOT_LOADED
+                and begun_at in self._states.others()
+                and time.monotonic() - started_s < _REMOTE_START_S
+            )
             if status.status is not ModelStatus.LOADING and not starting:
                 return status
             await self._changes.wait(_REMOTE_START_S)

@@ -235,6 +235,7 @@ class CopyRouter:
         self, model_id: str, prefix_hash: str, exclude: frozenset[str], local_only: bool
     ) -> Target:
         patience_until_s = time.monotonic() + _PATIENCE_S
+        is_loading_elsewhere = False
         while True:
             if self._stopping.is_set():
                 raise _shutting_down()
@@ -247,12 +248,19 @@ class CopyRouter:
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
             if target is not None:
                 return target
-            await self._load(model_id, local_only, exclude, is_patient=time.monotonic() < patience_until_s)
+            if is_loading_elsewhere:
+                await self._changes.wait(_PATIENCE_S / 2)  # for the record, or the end of a load on a pod to be avoided
+            is_loading_elsewhere = await self._load(
+                model_id, local_only, exclude, is_patient=time.monotonic() < patience_until_s
+            )
             if time.monotonic() >= patience_until_s:
                 exclude = frozenset()  # whatever failed before may be tried again, as the last resort
 
-    async def _load(self, model_id: str, local_only: bool, exclude: frozenset[str], *, is_patient: bool) -> None:
-        """Return when another look is worthwhile: the model is loaded, or its copies changed. Raises if it cannot be loaded."""
+    async def _load(self, model_id: str, local_only: bool, exclude: frozenset[str], *, is_patient: bool) -> bool:
+        """Return when another look is worthwhile: the model is loaded, or its copies changed. Raises if it cannot be loaded.
+
+        The result is True if another pod loads it, which holds the requests that are forwarded to it.
+        """
         copy = self._copies.get(model_id)
         avoid = exclude
         if copy is not None and copy.is_loaded:
@@ -260,7 +268,7 @@ class CopyRouter:
             avoid |= {self._local.instance_id}
             if local_only or not self._placement.has_other_pod(model_id, avoid):
                 await self._changes.wait(_RECHECK_S)
-                return
+                return False
         # A copy elsewhere that was not chosen does not exist any more, which its record will say.
         is_elsewhere = copy is None and self._states.status(model_id, besides=avoid).status in (
             ModelStatus.LOADED,
@@ -268,7 +276,7 @@ class CopyRouter:
         )
         if is_elsewhere and is_patient and not local_only:
             await self._changes.wait(_PATIENCE_S / 2)
-            return
+            return False
         try:
             outcome = await self._unless_stopping(
                 self._placement.ensure_loaded(
@@ -276,15 +284,20 @@ class CopyRouter:
                     wait=True,
                     local_only=local_only or is_elsewhere,
                     avoid=frozenset() if is_elsewhere else avoid,
+                    begun_elsewhere_suffices=True,
                 )
             )
         except NoPod:
             await self._changes.wait(_RECHECK_S)
-            return
+            return False
+        if outcome.status is ModelStatus.LOADING_FAILED and local_only:
+            # The pod that forwarded the request tries others, and reports the failure if none can load the model.
+            raise NotFound(f"model {model_id} could not be loaded on this pod")
         if outcome.status is ModelStatus.LOADING_FAILED:
             raise self._load_failed(model_id, outcome.errors)
         if outcome.status is ModelStatus.NOT_FOUND:
             raise NotFound(f"model {name_in(model_id)} was unregistered")
+        return outcome.status is ModelStatus.LOADING
 
     def _load_beside(self, model_id: str, ejected: frozenset[str]) -> None:
         """Load the model on another pod, because all its copies fail; one such load at a time."""

@@ -114,6 +114,25 @@ async def test_a_failed_load_is_tried_elsewhere_within_the_request(pods: list[Ru
     assert "m" in pods[2].runtime.loaded
 
 
+async def test_a_request_waits_at_the_pod_that_loads_its_model(pods: list[RunningPod]) -> None:
+    a, *others = pods
+    a.runtime.switches.full_disk = True
+    for name in ("x", "y"):  # failed loads put the pod last
+        await a.register(name, f"/{name}")
+        await a.pod.placement.ensure_loaded(name, wait=True, local_only=True)
+    gate = asyncio.Event()
+    for pod in others:
+        pod.runtime.switches.load_gate = gate
+    await a.register("m")
+    answer = asyncio.ensure_future(a.echo("m"))
+    # Only the pod that holds the request knows that it must not evict the model before the request has been answered.
+    await until(lambda: any(pod.pod.copies.num_waiting("m") for pod in others))
+    assert not a.pod.copies.num_waiting("m")
+    gate.set()
+    assert await answer == b"hi"
+    assert sum(pod.runtime.log.count(("load", "m")) for pod in pods) == 1
+
+
 async def test_a_model_that_cannot_be_loaded_is_tried_three_times(pods: list[RunningPod]) -> None:
     await pods[0].register("m", "/m")
     for pod in pods:
