@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.version import package_version
+from mesh.api.adapter_choice import AdapterChooser
 from mesh.api.addressing import Addressing
 from mesh.api.admin import AdminRoutes
 from mesh.api.cache_routes import CacheRoutes
@@ -66,6 +67,8 @@ def build_servers(base: PodBase, parts: PlacementParts, pod: PodState) -> Server
     """Build the servers, not started."""
     config = base.config
     router, memory = _router(base, parts), RequestMemory(config.request_memory_bytes)
+    registrar = Registrar(base.registry, parts.placement, parts.states, parts.monitor, parts.runtime)
+    adapters = AdapterChooser(base.registry, registrar, lambda: parts.monitor.snapshot.foreign)
     health = HealthRoutes(
         base.connections,
         config.runtime_http,
@@ -84,8 +87,8 @@ def build_servers(base: PodBase, parts: PlacementParts, pod: PodState) -> Server
     )
     return Servers(
         router,
-        _grpc_server(base, parts, router, memory, pod),
-        _http_server(base, parts, router, memory, health, pod),
+        _grpc_server(base, parts, router, memory, adapters, pod),
+        _http_server(base, parts, router, memory, health, registrar, adapters, pod),
         ports,
     )
 
@@ -109,7 +112,12 @@ def _router(base: PodBase, parts: PlacementParts) -> CopyRouter:
 
 
 def _grpc_server(
-    base: PodBase, parts: PlacementParts, router: CopyRouter, memory: RequestMemory, pod: PodState
+    base: PodBase,
+    parts: PlacementParts,
+    router: CopyRouter,
+    memory: RequestMemory,
+    adapters: AdapterChooser,
+    pod: PodState,
 ) -> GrpcServer:
     config, access = base.config, base.access
     addressing = Addressing(config.dataplane_config)
@@ -130,6 +138,7 @@ def _grpc_server(
             router,
             base.connections,
             addressing,
+            adapters,
             base.metrics,
             peers=access.peers,
             limits=lambda: parts.monitor.limits,
@@ -153,11 +162,17 @@ def _grpc_server(
 
 
 def _http_server(
-    base: PodBase, parts: PlacementParts, router: CopyRouter, memory: RequestMemory, health: HealthRoutes, pod: PodState
+    base: PodBase,
+    parts: PlacementParts,
+    router: CopyRouter,
+    memory: RequestMemory,
+    health: HealthRoutes,
+    registrar: Registrar,
+    adapters: AdapterChooser,
+    pod: PodState,
 ) -> HttpServer:
     config, access, registry = base.config, base.access, base.registry
 
-    registrar = Registrar(registry, parts.placement, parts.states, parts.monitor, parts.runtime)
     views = ModelViews(registry, parts.states, lambda model_id: _last_used_ms(parts, registry, model_id))
     gateway = HttpGateway(
         registry,
@@ -180,8 +195,8 @@ def _http_server(
             CacheRoutes(registry, parts.runtime, HttpPeerCaches(base.connections, access.peers)),
             RootPage(views, package_version(), lambda: access.guard.requires_keys),
             OpenApiRoute(base.connections, config.runtime_http),
-            OpenAiRoutes(gateway, is_foreign=lambda: parts.monitor.snapshot.foreign),
-            TgiRoutes(gateway, registry),
+            OpenAiRoutes(gateway, adapters, is_foreign=lambda: parts.monitor.snapshot.foreign),
+            TgiRoutes(gateway, registry, adapters),
             OllamaRoutes(gateway, registry, parts.placement, views),
             OipRoutes(
                 gateway, registry, parts.states, parts.placement, is_ready=pod.is_ready, version=package_version()

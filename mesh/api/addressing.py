@@ -8,6 +8,7 @@ import msgspec
 from common.log_headers import LOG_HEADERS
 from common.reloaded_setting import ReloadedSetting
 from mesh.access.peer_keys import PEER_HEADERS
+from mesh.api.adapter_choice import AdapterChoice
 from mesh.api.protobuf_field import extract
 from mesh.errors import InvalidRequest, NotSupported
 
@@ -59,6 +60,12 @@ _BUILT_IN_PATHS: Mapping[str, tuple[int, ...]] = {
     "fmaas.GenerationService": (1,),
     "inference.GRPCInferenceService": (1,),
 }
+# The fields that name an adapter of the model, the one that wins first.
+_ADAPTER_FIELDS: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "fmaas.GenerationService/Generate": (("adapter_id", 4), ("prefix_id", 2)),
+    "fmaas.GenerationService/GenerateStream": (("adapter_id", 4), ("prefix_id", 2)),
+    "fmaas.GenerationService/Tokenize": (("adapter_id", 7), ("prefix_id", 6)),
+}
 
 
 class Addressing:
@@ -79,8 +86,8 @@ class Addressing:
             raise NotSupported(f"Method not found or not permitted: {method}")
 
     def wants_message(self, method: str, metadata: Metadata) -> bool:
-        """Whether the model can only be known from the first message."""
-        return self._configured(method) is not None or not _from_headers(metadata)
+        """Whether the model, or its adapter, can only be known from the first message."""
+        return method in _ADAPTER_FIELDS or self._configured(method) is not None or not _from_headers(metadata)
 
     def addresses(self, method: str, metadata: Metadata, message: bytes | None) -> tuple[Address, ...]:
         """Return the models that a request is for, in the order of its headers; usually one.
@@ -100,6 +107,13 @@ class Addressing:
             if name:
                 return (Address(name, False),)
         raise InvalidRequest("must include mm-model-id header")
+
+    def adapter(self, method: str, message: bytes | None) -> AdapterChoice | None:
+        """Return the adapter that a message selects, None if it selects none. Raises InvalidRequest."""
+        for field, number in _ADAPTER_FIELDS.get(method, ()):
+            if message is not None and (name := _extract(method, message, (number,))):
+                return AdapterChoice(field, name)
+        return None
 
     def _configured(self, method: str) -> _Rpc | None:
         config = self._setting.value

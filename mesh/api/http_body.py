@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from common.inflate import InflateError, InflateLimitError, inflate
+from mesh.api.adapter_choice import AdapterFields
 from mesh.api.request_memory import HeldMemory
 from mesh.errors import DeadlineExceeded, InvalidRequest, TooLarge
 
@@ -18,7 +19,7 @@ BODY_TIMEOUT_S = web.AppKey("body_timeout_s", float)
 _PREFIX_BYTES = 1024
 
 
-class InferenceBody(msgspec.Struct, frozen=True):
+class InferenceBody(AdapterFields, frozen=True):
     """The fields of an OpenAI request that the mesh reads."""
 
     model: str | None = None

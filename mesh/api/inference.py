@@ -13,6 +13,7 @@ import grpc.aio
 
 from mesh.access.caller import current_caller
 from mesh.access.peer_keys import PeerKeys
+from mesh.api.adapter_choice import AdapterChooser
 from mesh.api.addressing import PREFIX_HEADER, REQUEST_ID_HEADER, REQUIRED_HEADER, Address, Addressing, header
 from mesh.api.grpc_forwarder import (
     ForwardingContext,
@@ -43,6 +44,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         router: CopyRouter,
         connections: Connections,
         addressing: Addressing,
+        adapters: AdapterChooser,
         metrics: Metrics,
         *,
         peers: PeerKeys,
@@ -53,6 +55,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self._registry = registry
         self._router = router
         self._addressing = addressing
+        self._adapters = adapters
         self._metrics = metrics
         self._limits = limits
         self._forwarder = GrpcForwarder(connections, metrics, peers, limits)
@@ -115,7 +118,13 @@ class InferenceGateway(grpc.GenericRpcHandler):
         addresses = self._addressing.addresses(request.method, request.metadata, first)
         if len(addresses) > 1:
             return await self._answer_several(request, addresses, inbound, context)
-        return await self._answer_one(request, addresses[0], inbound, context)
+        [address] = addresses
+        name = await self._adapters.choose(
+            address.name, lambda: self._addressing.adapter(request.method, first), virtual=address.virtual
+        )
+        if name is not None and name != address.name:
+            address = Address(name, virtual=False)
+        return await self._answer_one(request, address, inbound, context)
 
     async def _answer_one(
         self, request: GrpcRequest, address: Address, inbound: ReplayBuffer, context: ForwardingContext

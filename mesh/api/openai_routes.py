@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from mesh.api.adapter_choice import AdapterChooser, choice_of
 from mesh.api.http_body import InferenceBody, decode
 from mesh.api.http_gateway import HttpGateway
 
@@ -33,8 +34,9 @@ _REFUSED_PATHS = (
 class OpenAiRoutes:
     """`is_foreign`: whether this pod's runtime is another one than ours."""
 
-    def __init__(self, gateway: HttpGateway, *, is_foreign: Callable[[], bool]) -> None:
+    def __init__(self, gateway: HttpGateway, adapters: AdapterChooser, *, is_foreign: Callable[[], bool]) -> None:
         self._gateway = gateway
+        self._adapters = adapters
         self._is_foreign = is_foreign
 
     def add_to(self, router: web.UrlDispatcher) -> None:
@@ -46,7 +48,8 @@ class OpenAiRoutes:
     async def _post(self, request: web.Request) -> web.StreamResponse:
         body = await self._gateway.read(request)
         asked = decode(body, InferenceBody)
-        return await self._gateway.forward(request, body, asked.model, wants_events=asked.stream is True)
+        name = await self._adapters.choose(asked.model, lambda: choice_of(asked))
+        return await self._gateway.forward(request, body, name, wants_events=asked.stream is True)
 
     async def _post_other(self, request: web.Request) -> web.StreamResponse:
         """Forward to a foreign runtime. Raises HTTPMethodNotAllowed for a path that other routes have, else HTTPNotFound."""

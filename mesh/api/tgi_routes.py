@@ -1,12 +1,14 @@
 """Forwards text-generation-inference's HTTP API. The protocol has no field for the model's name, so there are several ways to give one.
 
-In this order: the path below /tgi/NAME, the header mm-model-id, `model` or `parameters.adapter_id` in the body, and the only registered model.
+In this order: the path below /tgi/NAME, the header mm-model-id, `parameters.adapter_id` or `model` in the body, and the only registered model.
+Below a name, `parameters.adapter_id` selects an adapter of that model.
 """
 
 import msgspec
 from aiohttp import web
 
 from mesh.access.caller import current_caller
+from mesh.api.adapter_choice import AdapterChooser, AdapterFields, choice_of
 from mesh.api.addressing import MODEL_HEADER
 from mesh.api.http_body import decode
 from mesh.api.http_gateway import HttpGateway
@@ -17,21 +19,18 @@ _NAMED = "/tgi/{name:.+}"
 _OPENAI = ("/v1/chat/completions", "/v1/completions")
 
 
-class _Parameters(msgspec.Struct, frozen=True):
-    adapter_id: str | None = None
-
-
 class _Body(msgspec.Struct, frozen=True):
     """The fields that the mesh reads."""
 
     model: str | None = None
     stream: bool | None = None
-    parameters: _Parameters | None = None
+    parameters: AdapterFields | None = None
 
 
 class TgiRoutes:
-    def __init__(self, gateway: HttpGateway, registry: Registry) -> None:
+    def __init__(self, gateway: HttpGateway, registry: Registry, adapters: AdapterChooser) -> None:
         self._gateway = gateway
+        self._adapters = adapters
         self._registry = registry
 
     def add_to(self, router: web.UrlDispatcher) -> None:
@@ -56,8 +55,9 @@ class TgiRoutes:
     async def _forward(self, request: web.Request, *, always_streams: bool) -> web.StreamResponse:
         body = await self._gateway.read(request)
         asked = decode(body, _Body)
-        adapter = asked.parameters.adapter_id if asked.parameters else None
-        name = self._name(request, adapter or asked.model or "")
+        base, parameters = self._addressed(request), asked.parameters
+        name = await self._adapters.choose(base, lambda: choice_of(parameters) if parameters else None)
+        name = name or asked.model or self._only_name()
         streams = always_streams or (asked.stream is True and not request.path.endswith("/generate"))
         return await self._gateway.forward(request, body, name, wants_events=streams)
 
@@ -70,7 +70,11 @@ class TgiRoutes:
         return web.Response()
 
     def _name(self, request: web.Request, asked: str) -> str:
-        return request.match_info.get("name") or request.headers.get(MODEL_HEADER) or asked or self._only_name()
+        return self._addressed(request) or asked or self._only_name()
+
+    def _addressed(self, request: web.Request) -> str | None:
+        """Return the name in the path or the header; None if there is none."""
+        return request.match_info.get("name") or request.headers.get(MODEL_HEADER)
 
     def _only_name(self) -> str:
         named = [each for each in self._registry.named() if current_caller().may_use(each.name)]

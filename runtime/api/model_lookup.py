@@ -7,12 +7,17 @@ from runtime.interfaces import ModelDirectory, ServedModel
 MODEL_ID_HEADER = "mm-model-id"
 
 
-def find_adapter(directory: ModelDirectory, base: ServedModel, asked: str, param: str) -> ServedModel:
-    """Return the adapter of `base` whose name or id is `asked`; `base` itself if nothing is asked for. Raises InvalidRequest naming `param`."""
-    if not asked or asked in (base.name, base.model_id):
+def find_adapter(
+    directory: ModelDirectory, base: ServedModel, asked: str, param: str, *, by_header: bool
+) -> ServedModel:
+    """Return the adapter of `base` whose name or id is `asked`; `base` itself if nothing is asked for. Raises InvalidRequest naming `param`.
+
+    `by_header`: a header named `base`. If that is an adapter, a mesh has chosen it by `asked` already, perhaps by an alias.
+    """
+    if not asked or asked in (base.name, base.model_id) or (by_header and base.base_id):
         return base
     for model in directory.list():
-        if asked in (model.name, model.model_id) and model.base_id in (base.model_id, base.base_id):
+        if model.base_id and asked in (model.name, model.model_id) and model.base_id in (base.model_id, base.base_id):
             return directory.get(model.model_id)
     raise InvalidRequest(
         f"{param} {asked!r} is not an adapter of it that is loaded here; register the adapter and send its name as the model",

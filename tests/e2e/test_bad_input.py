@@ -156,12 +156,15 @@ def test_a_token_without_an_embedding_is_refused(guarded: Guarded) -> None:
 
 def test_what_is_not_here_yet_says_so(guarded: Guarded) -> None:
     chat = {"model": "ada", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
-    for field, value in {
-        "response_format": {"type": "structural_tag"},
-        "adapter_id": "x",
-    }.items():
+    for field, value, status in (
+        ("response_format", {"type": "structural_tag"}, 501),
+        ("adapter_parameters", {"ids": ["a"]}, 501),
+        ("adapter_id", "x", 400),
+        ("adapter_id", 7, 400),
+        ("lora_request", {"name": "x"}, 400),
+    ):
         answer = guarded.edge.ask("POST", "/v1/chat/completions", {**chat, field: value})
-        assert (answer.status, field in answer.error) == (501, True), answer.text
+        assert (answer.status, field in answer.error) == (status, True), answer.text
     for path in ("/v1/rerank", "/v1/images/generations"):
         assert guarded.edge.ask("POST", path, {"model": "ada", "inputs": "a", "input": "a"}).status == 501, path
 

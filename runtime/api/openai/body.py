@@ -15,7 +15,7 @@ _PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$")
 _UNSAFE = re.compile(r"[^\w.\-]", re.ASCII)
 
 _REFUSED_SHARED = (
-    "store", "structural_tag", "logits_processors", "use_beam_search", "lora_request", "adapter_id", "prompt_logprobs",
+    "store", "structural_tag", "logits_processors", "use_beam_search", "adapter_parameters", "prompt_logprobs",
 )  # fmt: skip
 _REFUSED_CHAT = ("audio", "prediction")
 

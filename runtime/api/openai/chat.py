@@ -4,7 +4,7 @@ from aiohttp import web
 
 from runtime.api.openai.chat_prepare import PreparedChat, prepare_chat
 from runtime.api.openai.chunks import CHAT_DELTAS, EventChunks, Head, StreamUsage
-from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, run_large
+from runtime.api.openai.context import adapted_model_of, json_response, new_id, now, read_body, run_large
 from runtime.api.openai.responses import Answer, ChatChoice, chat_choice, usage
 from runtime.api.openai.stream import send_events
 from runtime.api.openai.types import ChatBody
@@ -22,7 +22,7 @@ class ChatCompletions:
     async def post(self, request: web.Request) -> web.StreamResponse:
         parsed = await read_body(request, ChatBody)
         body = parsed.body
-        model = model_of(request, self._directory, body.model)
+        model = adapted_model_of(request, self._directory, body)
         chat = await prepare_chat(model, body)
         requests, make_parser = chat.requests, chat.make_parser
         warning = parsed.warning_with(chat.notes)

@@ -9,7 +9,7 @@ from runtime.api.grammars import guide_answer
 from runtime.api.openai.chunks import EventChunks, Head, StreamUsage
 from runtime.api.openai.completion_chunks import CompletionDeltas, completion_choice
 from runtime.api.openai.completions_plan import Prompt, plan_completions, separate_prompts
-from runtime.api.openai.context import json_response, model_of, new_id, now, read_body, run_large
+from runtime.api.openai.context import adapted_model_of, json_response, new_id, now, read_body, run_large
 from runtime.api.openai.params import truncated
 from runtime.api.openai.responses import Answer, CompletionChoice, usage
 from runtime.api.openai.stream import send_events
@@ -34,7 +34,7 @@ class Completions:
     async def post(self, request: web.Request) -> web.StreamResponse:
         parsed = await read_body(request, CompletionBody)
         body = parsed.body
-        model = model_of(request, self._directory, body.model)
+        model = adapted_model_of(request, self._directory, body)
         prompts = await _prompts(model, body)
         guide = await guide_answer(model, wanted_of(body))
         requests = guide.apply(plan_completions(model, body, prompts))

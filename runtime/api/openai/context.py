@@ -10,11 +10,11 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
+from runtime.api.model_lookup import MODEL_ID_HEADER, find_adapter, find_model
 from runtime.api.openai.body import Parsed, parse
 from runtime.api.openai.history import chat_messages
 from runtime.api.openai.responses import encode
-from runtime.api.openai.types import ChatTurn
+from runtime.api.openai.types import ChatTurn, Shared
 from runtime.errors import InvalidRequest
 from runtime.generation.parts import Completed
 from runtime.interfaces import ModelDirectory, ServedModel
@@ -40,6 +40,13 @@ async def read_body(request: web.Request, kind: type[_Body]) -> Parsed[_Body]:
 def model_of(request: web.Request, directory: ModelDirectory, asked: str) -> ServedModel:
     """Return the model of the mesh's header, of the path where it has a name, or the one that the body asks for."""
     return find_model(directory, request.headers.get(MODEL_ID_HEADER), request.match_info.get("name") or asked)
+
+
+def adapted_model_of(request: web.Request, directory: ModelDirectory, body: Shared) -> ServedModel:
+    """Return the model of a completion, or the adapter of it that the body names. Raises InvalidRequest as `find_adapter`."""
+    param, adapter = body.adapter
+    model = model_of(request, directory, body.model or adapter)
+    return find_adapter(directory, model, adapter, param, by_header=MODEL_ID_HEADER in request.headers)
 
 
 def json_response(answer: msgspec.Struct, warning: str | None = None) -> web.Response:

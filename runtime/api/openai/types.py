@@ -10,6 +10,14 @@ class StreamOptions(msgspec.Struct, frozen=True):
     continuous_usage_stats: bool | None = None
 
 
+class LoraRequest(msgspec.Struct, frozen=True):
+    """vLLM's LoRARequest, of which the name counts."""
+
+    lora_name: str
+    lora_path: str = ""
+    lora_int_id: int = 0
+
+
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that chat and text completions have in common. None = not given."""
 
@@ -40,6 +48,10 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     priority: int | None = None
+    # an adapter of the model
+    adapter_id: str | None = None
+    adapter_source: str | None = None  # a mesh registers the adapter from there; here it must be loaded
+    lora_request: LoraRequest | None = None
     # accepted without effect: they describe the client, not the response
     user: Any = None
     metadata: Any = None
@@ -64,9 +76,15 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     structural_tag: Any = None
     logits_processors: Any = None
     use_beam_search: bool | None = None
-    lora_request: Any = None
-    adapter_id: Any = None
+    adapter_parameters: Any = None
     prompt_logprobs: Any = None
+
+    @property
+    def adapter(self) -> tuple[str, str]:
+        """The field that names an adapter, and the name; "" if there is none."""
+        if self.adapter_id or self.lora_request is None:
+            return "adapter_id", self.adapter_id or ""
+        return "lora_request", self.lora_request.lora_name
 
 
 class HistoryFunction(msgspec.Struct, frozen=True):

@@ -35,6 +35,7 @@ def check_parameters(model: ServedModel, parameters: Parameters, *, stream: bool
     for name, asked in (
         ("best_of", (parameters.best_of or 1) != 1),
         ("watermark", parameters.watermark),
+        ("adapter_parameters", parameters.adapter_parameters),
     ):
         if asked:
             raise NotSupported(f"{name} is not supported", model=model.name, param=name)

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from common.version import package_version
 from runtime.api.grammars import guide_answer
-from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
+from runtime.api.model_lookup import MODEL_ID_HEADER, find_adapter, find_model
 from runtime.api.openai.chat import ChatCompletions
 from runtime.api.openai.completions import Completions
 from runtime.api.openai.context import read_body
@@ -101,7 +101,7 @@ class TextGeneration:
         self, request: web.Request, body: GenerateBody, warning: str | None, *, full_text: bool, in_list: bool
     ) -> web.Response:
         start_s = time.monotonic()
-        model = self._model(request, body.asked_model)
+        model = self._adapted(request, body)
         parameters = body.parameters or Parameters(do_sample=True)
         check_parameters(model, parameters, stream=False)
         guide = await guide_answer(model, wanted_grammar(parameters))
@@ -124,7 +124,7 @@ class TextGeneration:
     async def _send_stream(
         self, request: web.Request, body: GenerateBody, warning: str | None, *, full_text: bool
     ) -> web.StreamResponse:
-        model = self._model(request, body.asked_model)
+        model = self._adapted(request, body)
         parameters = body.parameters or Parameters(do_sample=True)
         check_parameters(model, parameters, stream=True)
         guide = await guide_answer(model, wanted_grammar(parameters))
@@ -165,6 +165,12 @@ class TextGeneration:
             return list(kept.ids)
         check_chars(model, [body.inputs], param="inputs")
         return await encode_text(model, body.inputs, add_special_tokens=True)
+
+    def _adapted(self, request: web.Request, body: GenerateBody) -> ServedModel:
+        """Return the model, or the adapter of it that the body names. Without a path and a header, the adapter's name is the model's."""
+        model = self._model(request, body.adapter or body.model)
+        by_header = MODEL_ID_HEADER in request.headers
+        return find_adapter(self._directory, model, body.adapter, "parameters.adapter_id", by_header=by_header)
 
     def _model(self, request: web.Request, asked: str) -> ServedModel:
         name = request.match_info.get("name") or asked

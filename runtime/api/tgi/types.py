@@ -27,6 +27,8 @@ class Parameters(msgspec.Struct, frozen=True):
     top_n_tokens: int | None = None
     grammar: Any = None
     adapter_id: str | None = None
+    adapter_source: str | None = None  # a mesh registers the adapter from there; here it must be loaded
+    adapter_parameters: Any = None
 
 
 class GenerateBody(msgspec.Struct, frozen=True):
@@ -38,9 +40,9 @@ class GenerateBody(msgspec.Struct, frozen=True):
     model: str = ""
 
     @property
-    def asked_model(self) -> str:
-        """The model's name: that of the adapter first, since an adapter is a model of its own here."""
-        return (self.parameters.adapter_id if self.parameters else None) or self.model
+    def adapter(self) -> str:
+        """The name of an adapter; "" if there is none."""
+        return (self.parameters.adapter_id if self.parameters else None) or ""
 
 
 class TokenizeBody(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ class GenerationService(rpc.GenerationServiceServicer):
         answer = pb.BatchedGenerationResponse()
         async with statuses(context):
             deadline_s = deadline_of(request.params)
-            model = self._adapted(self._model(context, request.model_id), request)
+            model = self._adapted(context, request)
             check(request.params, self._config.max_new_tokens)
             check_count(model, len(request.requests))
             prompts = await _prompts(model, [each.text for each in request.requests], request.params)
@@ -54,7 +54,7 @@ class GenerationService(rpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerationResponse]:
         async with statuses(context):
             deadline_s = deadline_of(request.params)
-            model = self._adapted(self._model(context, request.model_id), request)
+            model = self._adapted(context, request)
             check(request.params, self._config.max_new_tokens)
             if not request.HasField("request"):
                 raise InvalidRequest("missing request")
@@ -83,7 +83,7 @@ class GenerationService(rpc.GenerationServiceServicer):
     ) -> pb.BatchedTokenizeResponse:
         answer = pb.BatchedTokenizeResponse()
         async with statuses(context):
-            model = self._adapted(self._model(context, request.model_id), request)
+            model = self._adapted(context, request)
             for found in await encode_last(
                 model, [each.text for each in request.requests], request.truncate_input_tokens
             ):
@@ -113,11 +113,12 @@ class GenerationService(rpc.GenerationServiceServicer):
 
     def _adapted(
         self,
-        model: ServedModel,
+        context: AnyContext,
         request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest,
     ) -> ServedModel:
+        model = self._model(context, request.model_id)
         field, asked = adapter_of(request)
-        return find_adapter(self._directory, model, asked, field)
+        return find_adapter(self._directory, model, asked, field, by_header=bool(model_id_header(context)))
 
     def _model(self, context: AnyContext, asked: str) -> ServedModel:
         return find_model(self._directory, model_id_header(context), asked, lone_takes_all=True)

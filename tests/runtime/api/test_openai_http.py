@@ -291,7 +291,7 @@ async def test_bad_words_must_leave_an_allowed_token(http: aiohttp.ClientSession
         {"functions": [{"name": "f"}]},
         {"response_format": {"type": "structural_tag"}},
         {"best_of": 2},
-        {"lora_request": {"name": "x"}},
+        {"adapter_parameters": {"ids": ["a", "b"], "weights": [0.5, 0.5]}},
         {"store": True},
         {"web_search_options": {}},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
