@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from common.model_key import registrable_fields  # noqa: E402 - the script runs from a checkout
 from common.struct_schema import Field  # noqa: E402
 from mesh.cli import serve_flags  # noqa: E402
-from mesh.config import MeshConfig  # noqa: E402
+from mesh.config.schema import MeshConfig  # noqa: E402
 from runtime.config.schema import EngineConfig, RuntimeConfig  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"

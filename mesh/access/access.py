@@ -7,7 +7,7 @@ from mesh.access.guard import Guard
 from mesh.access.key_table import KeyTable
 from mesh.access.peer_keys import PeerKeys
 from mesh.access.tls import TlsIdentity
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
 from mesh.store.protocol import Store
 

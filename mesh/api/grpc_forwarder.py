@@ -21,7 +21,7 @@ from mesh.api.protobuf_field import inject
 from mesh.api.replay_buffer import ReplayBuffer
 from mesh.client.connections import Connections
 from mesh.errors import InvalidRequest
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 from mesh.routing.attempts import Attempt
 from mesh.routing.retry_policy import Failure
 from mesh.types import RuntimeLimits, Target

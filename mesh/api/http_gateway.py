@@ -20,7 +20,7 @@ from mesh.api.request_memory import RequestMemory
 from mesh.api.sse_keepalive import SseKeepAlive
 from mesh.client.connections import Connections
 from mesh.errors import InvalidRequest, MeshError
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import Attempts, RoutingRequest
 from mesh.routing.router import CopyRouter

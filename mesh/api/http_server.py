@@ -20,7 +20,7 @@ from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.request_log import request_log
 from mesh.api.web_guard import WebGuard, has_certificate
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 
 _HEADERS_BYTES = 16 * 1024
 _BACKLOG = 1024

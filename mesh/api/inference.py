@@ -28,7 +28,7 @@ from mesh.api.request_log import request_id_of, requests_logger
 from mesh.api.request_memory import RequestMemory
 from mesh.client.connections import Connections
 from mesh.errors import MeshError, NotFound, NotSupported
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import RoutingRequest
 from mesh.routing.router import CopyRouter

@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from mesh.access.caller import ANYBODY, current_caller, set_caller
 from mesh.api.request_memory import HeldMemory
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 
 requests_logger = logging.getLogger("mesh.requests")
 """The logger of one line per request, of gRPC and of HTTP."""

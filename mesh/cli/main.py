@@ -14,9 +14,9 @@ from common.version import package_version
 from mesh.cli import cache, commands, new_key, serve, serve_flags, settings_flags
 from mesh.cli.chat_settings import PARAMETERS
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
-from mesh.config import MeshConfig
+from mesh.config.modelmesh_environment import translate
+from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
-from mesh.modelmesh_environment import translate
 
 _SERVERS = ("serve", "serve-mesh", "serve-runtime")
 _CLIENTS = (
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verb == "serve":
         return serve.serve(args)
     if args.verb == "serve-mesh":
-        from mesh.pod_process import run_pod  # the client verbs start faster without the server's imports
+        from mesh.pod.process import run_pod  # the client verbs start faster without the server's imports
 
         modelmesh = translate(os.environ)
         environment = {**modelmesh.variables, **os.environ}

@@ -12,7 +12,7 @@ import msgspec
 from common.addresses import parse_address
 from common.config import env_name, load, read_mapping
 from common.errors import ConfigError
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.registry.models_file import read_models_file
 from mesh.store.location import parse_store
 

@@ -13,7 +13,7 @@ from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState, ModelState
 from mesh.errors import LoadFailed, NotFound, Overloaded, StoreError, Unavailable
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.eviction import plan_eviction
 from mesh.placement.load_times import LoadTimes, retry_after_s

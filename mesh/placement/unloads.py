@@ -10,7 +10,7 @@ from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState
 from mesh.errors import Unavailable
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.record_updates import RecordUpdates, log_errors
 from mesh.types import RuntimeClient

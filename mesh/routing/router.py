@@ -12,7 +12,7 @@ from common.changes import Changes
 from common.clock import epoch_ms
 from common.model_state import CopyState
 from mesh.errors import DeadlineExceeded, LoadFailed, MeshError, NotFound, Overloaded, Unavailable
-from mesh.metrics import Metrics
+from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
 from mesh.placement.load_times import retry_after_s
 from mesh.placement.model_states import ModelStates

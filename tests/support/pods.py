@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 import msgspec
 
-from mesh.config import MeshConfig
-from mesh.pod import Pod
+from mesh.config.schema import MeshConfig
+from mesh.pod.pod import Pod
 from tests.support.fake_runtime import FakeRuntime, Switches
 from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as mm

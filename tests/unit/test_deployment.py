@@ -11,8 +11,8 @@ import yaml
 
 from common.config import load
 from mesh.cli import serve_flags
-from mesh.config import MeshConfig
-from mesh.modelmesh_environment import translate
+from mesh.config.modelmesh_environment import translate
+from mesh.config.schema import MeshConfig
 from runtime.config.loader import configure
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ import grpc.aio
 import pytest
 
 from mesh.cli.supervisor import status_of
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
-from mesh.pod import Pod
+from mesh.pod.pod import Pod
 from tests.support.etcd import EtcdServer
 from tests.support.pods import RunningPod, running_pod
 from tests.support.tls import Authority

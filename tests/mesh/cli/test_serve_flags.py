@@ -16,7 +16,7 @@ from common.units import GIB
 from mesh.cli import serve_flags
 from mesh.cli.main import main
 from mesh.cli.serve_settings import SHARED_FIELDS, Settings, settings_of
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
 from runtime.config.loader import configure
 from runtime.config.schema import RuntimeConfig

@@ -14,7 +14,7 @@ import pytest
 
 from mesh.errors import StoreError
 from mesh.placement.record_updates import RecordUpdates
-from mesh.pod_identity import default_instance_id
+from mesh.pod.identity import default_instance_id
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.fake_runtime import MB, FakeRuntime, Switches
 from tests.support.pods import running_pod

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mesh.modelmesh_metrics import ModelMeshMetrics, PodFigures
+from mesh.observability.modelmesh_metrics import ModelMeshMetrics, PodFigures
 from mesh.registry.registration import name_in
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

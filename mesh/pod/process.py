@@ -14,9 +14,9 @@ from common import logs
 from common.config import unknown_variables
 from common.errors import ConfigError
 from common.open_files import raise_open_files_limit
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest, MeshError
-from mesh.pod import Pod
+from mesh.pod.pod import Pod
 
 logger = logging.getLogger(__name__)
 

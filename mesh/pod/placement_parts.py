@@ -9,8 +9,8 @@ from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
 from mesh.client.peer_probes import HttpPeerProbes
 from mesh.client.runtime import GrpcRuntime
-from mesh.config import MeshConfig
-from mesh.metrics import Metrics
+from mesh.config.schema import MeshConfig
+from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_states import ModelStates

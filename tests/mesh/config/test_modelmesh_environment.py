@@ -6,10 +6,10 @@ import pytest
 
 from common.config import load
 from common.errors import ConfigError
-from mesh.config import MeshConfig
-from mesh.modelmesh_environment import IGNORED, TAKEN, translate
+from mesh.config.modelmesh_environment import IGNORED, TAKEN, translate
+from mesh.config.schema import MeshConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "from-modelmesh.md"
+PAGE = Path(__file__).parents[3] / "docs" / "from-modelmesh.md"
 
 # What ModelMesh's controller sets for a pod, with its own values.
 DEPLOYMENT = {

@@ -1,7 +1,7 @@
 """Collects the figures that a pod's metrics show at a scrape."""
 
 from common.clock import epoch_ms
-from mesh.modelmesh_metrics import PodFigures
+from mesh.observability.modelmesh_metrics import PodFigures
 from mesh.placement.copies import LocalCopies
 from mesh.registry.registry import Registry
 

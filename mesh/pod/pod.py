@@ -7,16 +7,16 @@ from typing import Any
 
 from common.addresses import check_free, parse_address
 from mesh.access.access import Access
-from mesh.config import MeshConfig
-from mesh.dynamic_settings import dynamic_settings
+from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
 from mesh.placement.copies import LocalCopies
 from mesh.placement.copy_scaler import CopyScaler
 from mesh.placement.heartbeat import Heartbeat
 from mesh.placement.reaper import Reaper
-from mesh.pod_identity import Ports, check_addresses, default_instance_id, own_record
-from mesh.pod_placement import build_placement, pod_base
-from mesh.pod_servers import PodState, build_servers
+from mesh.pod.dynamic_settings import dynamic_settings
+from mesh.pod.identity import Ports, check_addresses, default_instance_id, own_record
+from mesh.pod.placement_parts import build_placement, pod_base
+from mesh.pod.servers import PodState, build_servers
 from mesh.registry.models_file import DeclaredModels, read_models_file
 from mesh.registry.registry import Registry
 from mesh.registry.static_models import parse_static_models, register_static_models

@@ -2,7 +2,7 @@
 
 from common import logs
 from mesh.api.request_log import log_requests
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.registry.dynamic_config import DynamicConfig
 from mesh.store.protocol import Store
 

@@ -32,12 +32,12 @@ from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
 from mesh.client.peer_caches import HttpPeerCaches
 from mesh.client.peer_probes import Readiness
-from mesh.pod_figures import figures_of
-from mesh.pod_placement import PlacementParts, PodBase
+from mesh.pod.figures import figures_of
+from mesh.pod.placement_parts import PlacementParts, PodBase
+from mesh.pod.side_ports import side_ports
 from mesh.registry.registration import check_key
 from mesh.registry.registry import Registry
 from mesh.routing.router import CopyRouter, Limits
-from mesh.side_ports import side_ports
 from mesh.types import ModelInfo, Target
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mesh.api.modelmesh_probes import ModelMeshProbes, PreStopHook
 from mesh.api.self_signed import self_signed_context
 from mesh.api.side_port import Handler, SidePort
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.registry.instances import Instances
 
 _PRESTOP_GRACES = 2  # as in ModelMesh

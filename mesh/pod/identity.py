@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from common.addresses import parse_address
 from common.clock import epoch_ms
 from common.version import package_version
-from mesh.config import MeshConfig
+from mesh.config.schema import MeshConfig
 from mesh.registry.records import InstanceRecord
 
 _HOST_CHARACTERS = 32
