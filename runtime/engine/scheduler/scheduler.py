@@ -8,17 +8,17 @@ in lockstep (with drafts or forced tokens) are planned only after their last tok
 
 from collections.abc import Iterable
 
-from runtime.engine.interfaces import Drafter, RowSetup, StepOutput, StepPlan
+from runtime.engine.interfaces import Drafter, StepOutput, StepPlan
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.limits import KvRoom, Limits
+from runtime.engine.scheduler.lockstep_rows import LockstepRows
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
 from runtime.engine.scheduler.pooling import pooled_span
-from runtime.engine.scheduler.prefix_blocks import prefix_hits, publish_blocks
-from runtime.engine.scheduler.reservations import Reservations
 from runtime.engine.scheduler.row_pool import ModelRows
-from runtime.engine.scheduler.sequence import Sequence, State, row_setup
+from runtime.engine.scheduler.running_rows import RunningRows
+from runtime.engine.scheduler.sequence import Sequence, State
 from runtime.engine.scheduler.speculation import Speculation
 from runtime.engine.scheduler.totals import Totals
 from runtime.engine.scheduler.waiting_queue import WaitingQueue
@@ -27,7 +27,6 @@ from runtime.types import FinishReason
 
 # Prompt tokens with log-probabilities per step. Each leaves a row of logits: a quarter of a megabyte with a vocabulary of 128k.
 SCORED_TOKENS = 1024
-_LEAST_FORCED = 4  # a row that leaves the decode batch for its forced tokens takes three steps for them
 
 
 class Scheduler:
@@ -37,25 +36,18 @@ class Scheduler:
         self.totals = Totals()
         self.waiting = WaitingQueue()
         self._cache = cache
-        self._rows = rows
         self._speculation = Speculation(drafter)
-        self._reservations = Reservations(cache)
         self._block_tokens = cache.blocks.geometry.block_tokens
         self._rules = StopRules(eos)
         self._decode = DecodeBatch(rows.total)
         self._prefill: list[Sequence] = []
-        # Past their prompts; each step needs the result of the sequence's last one.
-        self._lockstep: dict[Sequence, None] = {}
-        self._parked: dict[Sequence, None] = {}  # in no plan until their last draw is settled: forced tokens follow it
+        self._lockstep = LockstepRows()
         self._live: dict[int, Sequence] = {}
         self._flying: list[Step] = []
         self._planned = 0
         self._settled = 0
-        self._running: set[Sequence] = set()
+        self._running = RunningRows(cache, rows)
         self._score_budget = SCORED_TOKENS
-        self._refused_at: tuple[int, KvRoom, int, bool] | None = None
-        self._opened: list[RowSetup] = []
-        self._new_blocks: list[tuple[int, int, int]] = []
 
     @property
     def running(self) -> int:
@@ -64,18 +56,17 @@ class Scheduler:
 
     def decoding(self) -> tuple[int, int]:
         """Return the number of rows past their prompts, and the tokens that they hold."""
-        kv_tokens = sum(sequence.num_computed_tokens for sequence in self._lockstep)
-        return len(self._decode) + len(self._lockstep), self._decode.kv_tokens() + kv_tokens
+        return len(self._decode) + len(self._lockstep), self._decode.kv_tokens() + self._lockstep.kv_tokens()
 
     @property
     def promised_blocks(self) -> int:
         """Blocks on which the last admission relied."""
-        return self._reservations.promised_blocks
+        return self._running.reservations.promised_blocks
 
     def promise(self, blocks: int) -> None:
         """Keep `blocks` for the first waiting sequence. Does nothing while sequences run: admission has counted their blocks."""
         if not self._running:
-            self._reservations.promised_blocks = blocks
+            self._running.reservations.promised_blocks = blocks
 
     def sequences(self) -> list[Sequence]:
         return list(self._live.values())
@@ -99,7 +90,7 @@ class Scheduler:
         """Return how many blocks the next plan would allocate if all were free."""
         pending = sum(len(s.tokens) - s.num_computed_tokens for s in self._prefill)
         head = self.waiting.head()
-        if head is not None and self._rows.free:
+        if head is not None and self._running.num_free:
             pending += len(head.tokens)
         wanted = len(self._without_room()) + len(self._prefill)
         return wanted + blocks_for(min(pending, token_budget), self._block_tokens)
@@ -110,7 +101,7 @@ class Scheduler:
 
     def steps_left(self) -> tuple[int, int]:
         """Return the expected steps until the first and until the last running sequence ends; (0, 0) if none runs."""
-        return self._reservations.steps_left(self._running)
+        return self._running.reservations.steps_left(self._running.sequences)
 
     def starved(self) -> Sequence | None:
         """Return the first sequence that lacks room, after an empty plan with nothing in flight."""
@@ -130,7 +121,7 @@ class Scheduler:
         kv_tokens = self._decode.kv_tokens()
         budget = limits.token_budget - count
         self._score_budget = SCORED_TOKENS
-        self._speculation.begin_step(self._rows.free - len(self.waiting))  # every row that runs may draw a token
+        self._speculation.begin_step(self._running.num_free - len(self.waiting))  # every row that runs may draw a token
         chunks: list[Chunk] = []
         for sequence in (*self._lockstep, *self._prefill):
             if budget <= 0:
@@ -139,7 +130,10 @@ class Scheduler:
         admitted = 0
         # Do not re-admit a sequence that was preempted in this step.
         while (
-            budget > 0 and admitted < limits.admit_rows and self._rows.free and self.totals.preemptions == preemptions
+            budget > 0
+            and admitted < limits.admit_rows
+            and self._running.num_free
+            and self.totals.preemptions == preemptions
         ):
             head = self.waiting.head()
             if head is None or not self._admit(head, limits.room, now):
@@ -154,9 +148,8 @@ class Scheduler:
         slots = [*self._decode.slots, *(chunk.sequence.adapter_slot for chunk in chunks)]
         if max(slots) >= 0:
             plan.adapters.extend(slots)
-        plan.new_blocks.extend(self._new_blocks)
-        opened, self._opened = self._opened, []
-        self._new_blocks.clear()
+        opened, new_blocks = self._running.take_changes()
+        plan.new_blocks.extend(new_blocks)
         decode = self._decode.advance()
         self._planned += 1
         self._start_decoding(chunks)
@@ -171,32 +164,18 @@ class Scheduler:
             wanting.sort(key=lambda s: s.order)
         for sequence in wanting:
             decodes = sequence.decode_index >= 0
-            publish_blocks(
-                self._cache, sequence, self._decode.start_of(sequence) if decodes else sequence.num_computed_tokens
-            )
+            computed = self._decode.start_of(sequence) if decodes else sequence.num_computed_tokens
+            self._running.publish(sequence, computed)
             while sequence.state is State.RUNNING:  # until it is preempted itself
-                if self._add_block(sequence):
+                if self._running.add_block(sequence):
                     if decodes:
                         self._decode.set_room(sequence, len(sequence.block_ids) * self._block_tokens)
                     break
                 self.preempt_newest(now)
 
-    def _add_block(self, sequence: Sequence) -> bool:
-        """Allocate the sequence's next block. Returns False if there is none."""
-        block_id = self._cache.take()
-        if block_id is None:
-            return False
-        self._new_blocks.append((sequence.row, len(sequence.block_ids), block_id))
-        sequence.block_ids.append(block_id)
-        return True
-
     def _without_room(self) -> list[Sequence]:
         """Rows past their prompts whose next token needs another block."""
-        wanting = self._decode.without_room()
-        for sequence in self._lockstep:
-            if sequence.num_computed_tokens < len(sequence.tokens) > len(sequence.block_ids) * self._block_tokens:
-                wanting.append(sequence)
-        return wanting
+        return self._decode.without_room() + self._lockstep.without_room(self._block_tokens)
 
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, chunks: list[Chunk]) -> int:
         """Plan as many of the sequence's tokens as budget and blocks allow. Returns the number."""
@@ -205,10 +184,7 @@ class Scheduler:
         end = min(total, start + (min(budget, self._score_budget) if scored else budget))
         drafts = self._speculation.propose(sequence, budget - (end - start)) if end == total > start else []
         end += len(drafts)
-        while len(sequence.block_ids) * self._block_tokens < end:
-            if not self._add_block(sequence):
-                end = len(sequence.block_ids) * self._block_tokens
-                break
+        end = self._running.add_blocks(sequence, end)
         if end <= start:
             return 0
         known_end = min(end, total)
@@ -233,7 +209,7 @@ class Scheduler:
         # A later row of this plan may share these blocks: a layer writes K and V of the whole step before any row reads them. This does not hold for a
         # single token: where every row has one, a row reads the KV of the others before the layer writes it (gpu/attention_cuda.py).
         if end - start > 1:
-            publish_blocks(self._cache, sequence, end)
+            self._running.publish(sequence, end)
         return end - start
 
     def _start_decoding(self, chunks: list[Chunk]) -> None:
@@ -246,9 +222,9 @@ class Scheduler:
             if sequence not in self._lockstep:
                 self._prefill.remove(sequence)
                 if drafts and left > 0:
-                    self._lockstep[sequence] = None
+                    self._lockstep.add(sequence)
             elif not drafts or left <= 0:
-                del self._lockstep[sequence]
+                self._lockstep.discard(sequence)
             if not drafts and left > 0:
                 self._decode.add(sequence, len(sequence.tokens), left, len(sequence.block_ids) * self._block_tokens)
 
@@ -257,20 +233,12 @@ class Scheduler:
     def _admit(self, sequence: Sequence, room: KvRoom, now: float) -> bool:
         if sequence.blocked_until_step > self._settled:
             return False
-        overdue = self._reservations.is_overdue(sequence, now)
-        key = (sequence.request_id, room, len(self._running), overdue)
-        if key == self._refused_at:
-            return False
-        hits = prefix_hits(self._cache, sequence)
-        if not self._reservations.fits(sequence, hits, room, self._running, overdue=overdue):
-            self._refused_at = key
+        hits = self._running.hits_if_room(sequence, room, now)
+        if hits is None:
             return False
         self.waiting.discard(sequence)
-        sequence.num_shared_blocks = hits
-        sequence.block_ids = self._cache.acquire(sequence.block_hashes[:hits])
-        sequence.num_published_blocks = hits
-        sequence.num_computed_tokens = hits * self._block_tokens
-        sequence.pooled = None
+        self._running.open(sequence, hits, self._rules.suppressed(sequence), now)
+        self._prefill.append(sequence)
         if not sequence.first_token_sent:
             cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_len)
             for totals in self._totals_of(sequence):
@@ -279,14 +247,6 @@ class Scheduler:
             sequence.prompt_logprobs = [] if sequence.wants_prompt_logprobs else None
         if sequence.queued_s is None:
             sequence.queued_s = now - sequence.arrived_s
-        sequence.row = self._rows.take()
-        sequence.state = State.RUNNING
-        self._reservations.add(sequence, now)
-        self._running.add(sequence)
-        sequence.count_adapter(running=1)
-        self._prefill.append(sequence)
-        self._new_blocks.extend((sequence.row, i, block_id) for i, block_id in enumerate(sequence.block_ids))
-        self._opened.append(row_setup(sequence, self._rules.suppressed(sequence)))
         return True
 
     # Results and ends -----------------------------------------------------------------------------------------------------------------------
@@ -302,37 +262,16 @@ class Scheduler:
         def end(sequence: Sequence, reason: FinishReason) -> None:
             self.end(sequence, now)
 
-        rows = settle_decode(step, result, self._rules, end, self._take_forced)
+        def take_forced(sequence: Sequence) -> Iterable[int]:
+            return self._lockstep.take_forced(sequence, self._decode, in_flight=bool(self._flying))
+
+        rows = settle_decode(step, result, self._rules, end, take_forced)
         self.totals.generated_tokens += sum(len(row.tokens) for row in rows) if step.decode.masked else len(rows)
         if step.prefill:
-            others = settle_prefill(step, result, self._rules, end, self._take_forced)
+            others = settle_prefill(step, result, self._rules, end, take_forced)
             self.totals.generated_tokens += sum(len(row.tokens) for row in others)
             rows += others
         return rows
-
-    def _take_forced(self, sequence: Sequence) -> Iterable[int]:
-        """Return the tokens that follow without a draw, and let one chunk compute them all.
-
-        A row whose next draw is in flight gets them with that draw: it is parked until then, which is worth it for several tokens only.
-        None are taken where each token's log-probability is wanted, which only a draw has.
-        """
-        source = sequence.mask_source
-        if source is None or sequence.request.logprobs.generated is not None:
-            return ()
-        if sequence.state is State.WAITING:
-            return source.forced()
-        if sequence in self._parked:
-            del self._parked[sequence]
-        elif sequence.decode_index < 0 or len(source.forced()) < _LEAST_FORCED:
-            return ()
-        else:
-            self._decode.remove(sequence)
-            if self._flying:
-                self._parked[sequence] = None
-                return ()
-        sequence.num_computed_tokens = len(sequence.tokens) - 1
-        self._lockstep[sequence] = None
-        return source.forced()
 
     def fail(self, step: Step, now: float) -> list[Sequence]:
         """End the sequences of a step that failed, and return them.
@@ -345,7 +284,7 @@ class Scheduler:
         lost = [sequence for sequence in step.sequences() if sequence.state is not State.ENDED]
         for sequence in lost:
             self.end(sequence, now)
-        for sequence in sorted(self._running, key=lambda s: s.order):
+        for sequence in sorted(self._running.sequences, key=lambda s: s.order):
             self._preempt(sequence, now)
         for later in self._flying:
             later.void = True
@@ -360,7 +299,7 @@ class Scheduler:
         """End a sequence in any state and release its row and blocks."""
         if sequence.state is State.RUNNING:
             self._leave_row(sequence, now)
-            self._reservations.record_length(sequence)
+            self._running.reservations.record_length(sequence)
         else:
             self.waiting.discard(sequence)
             self.promise(0)
@@ -374,7 +313,7 @@ class Scheduler:
     def foremost(self) -> tuple[int, int] | None:
         """Return the order of the model's first sequence, running or waiting."""
         head = self.waiting.head()
-        return min((s.order for s in (*self._running, *((head,) if head else ()))), default=None)
+        return min((s.order for s in (*self._running.sequences, *((head,) if head else ()))), default=None)
 
     def preempt_newest(self, now: float, newer_than: tuple[int, int] | None = None) -> bool:
         """Preempt the running sequence that is last in order; it keeps its output. Returns False if none (after `newer_than`) runs."""
@@ -397,31 +336,14 @@ class Scheduler:
         computed = len(sequence.tokens) - 1
         if sequence.decode_index < 0:
             computed = min(computed, sequence.num_computed_tokens)
-        publish_blocks(self._cache, sequence, computed)
+        self._running.publish(sequence, computed)
         if sequence.decode_index >= 0:
             self._decode.remove(sequence)
         elif sequence in self._prefill:
             self._prefill.remove(sequence)
-        elif sequence in self._lockstep:
-            del self._lockstep[sequence]
-        self._parked.pop(sequence, None)
-        if self._opened:
-            self._opened = [setup for setup in self._opened if setup.row != sequence.row]
-        if self._new_blocks:
-            self._new_blocks = [block for block in self._new_blocks if block[0] != sequence.row]
-        self._running.remove(sequence)
-        sequence.count_adapter(running=-1)
-        self._reservations.remove(sequence, now)
-        self._rows.release(sequence.row)
-        self._cache.release(sequence.block_ids, now)
-        sequence.block_ids = []
-        sequence.num_published_blocks = sequence.num_computed_tokens = sequence.num_shared_blocks = 0
-        sequence.row = -1
+        self._lockstep.discard(sequence)
+        self._running.close(sequence, now)
 
     def check(self) -> None:
         """Raise AssertionError unless all blocks in use belong to running sequences."""
-        self._cache.check()
-        held = {block_id for sequence in self._running for block_id in sequence.block_ids}
-        if len(held) != self._cache.blocks.used_blocks:
-            raise AssertionError(f"rows hold {len(held)} blocks, {self._cache.blocks.used_blocks} are used")
-        self._reservations.check(self._running)
+        self._running.check()
