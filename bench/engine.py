@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--packer", action="store_true", help="quantise with the packer instead of drawing random codes"
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each model")
     parser.add_argument("--budget-gib", type=float, default=0.0)
     parser.add_argument(
         "--host-gib", type=float, default=24.0, help="host arena: its registration ends within the warm-up"
@@ -65,6 +66,7 @@ def main() -> None:
     config = {
         "device": args.device,
         "max_rows": 512,
+        "tensor_parallel": args.tensor_parallel,
         "device_budget_bytes": int(args.budget_gib * 2**30),
         "host_budget_bytes": int(args.host_gib * 2**30),
     }

@@ -13,6 +13,8 @@ from common.model_key import Quantization
 from common.units import MIB
 from runtime.engine.interfaces import (
     AdapterJob,
+    Bucket,
+    GraphChoice,
     KvGeometry,
     LoadRequest,
     LoadResult,
@@ -114,6 +116,9 @@ class SimulatedDevice:
 
     def synchronize(self) -> None:
         self.clock.advance(self._steps_end_s)
+
+    def next_capture(self) -> None:
+        return None
 
     def idle(self, mark: Callable[[str], None]) -> bool:
         del mark
@@ -219,13 +224,22 @@ class _Runner:
     def close_row(self, row: int) -> None:
         """Keep nothing."""
 
-    def launch(self, plan: StepPlan) -> _Step:
+    def choose_graph(self, plan: StepPlan) -> GraphChoice:
+        return GraphChoice()
+
+    def has_graph(self, bucket: Bucket) -> bool:
+        return False
+
+    def capture(self, bucket: Bucket, *, record: bool) -> None:
+        """Capture nothing: simulated steps have no graphs."""
+
+    def launch(self, plan: StepPlan, padded_to: Bucket | None = None) -> _Step:
         context = sum(plan.starts) + plan.num_tokens
         seconds = self._model.step_s(plan.num_tokens, context)
         end_s = self._device.run_step(seconds, self._memory.ready_s)
         return _Step(self._device.clock, end_s, StepOutput([7] * sum(plan.samples), seconds * 1e6))
 
-    def launch_forward(self, plan: StepPlan) -> None:
+    def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
         raise NotImplementedError("simulated requests have no grammar")
 
     def launch_draws(self, masks: TokenMasks) -> _Step:

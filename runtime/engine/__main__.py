@@ -50,8 +50,6 @@ def main(arguments: list[str]) -> int:
     # These imports come late, because torch takes seconds and the front waits for the connection.
     followers: Followers | None = None
     if config.tensor_parallel > 1:
-        # A captured graph would hold collectives that other ranks do not capture in the same turn.
-        config = msgspec.structs.replace(config, graphs=False)
         followers = Followers(config, end_engine(lambda: _started(followers)))
     with light_imports():
         if config.device != "cpu":

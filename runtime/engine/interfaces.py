@@ -6,7 +6,7 @@ one KV block of a model in units that the model's memory defines; kvcache.blocks
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -67,6 +67,36 @@ class StepPlan(msgspec.Struct, frozen=True):
     @property
     def num_tokens(self) -> int:
         return sum(self.counts)
+
+
+class Bucket(NamedTuple):
+    """The sizes of a padded step. Its CUDA graph runs every step that exceeds none of them."""
+
+    num_tokens: int
+    num_rows: int
+    max_query_len: int
+    max_context_len: int
+    adapted: bool = False  # some rows have a LoRA adapter
+
+    def within(self, max_rows: int, max_tokens: int) -> "Bucket":
+        """Return the bucket limited to the largest possible step."""
+        rows, tokens = min(self.num_rows, max_rows), min(self.num_tokens, max_tokens)
+        return self._replace(num_tokens=tokens, num_rows=rows, max_query_len=min(self.max_query_len, tokens))
+
+
+class GraphChoice(NamedTuple):
+    """How to run a step: `replay` a graph that exists, or `capture` one first. Neither: run the step as it is."""
+
+    replay: Bucket | None = None
+    capture: Bucket | None = None
+
+
+class GraphCapture(NamedTuple):
+    """One piece of work for the graph of a bucket: run the bucket once, or record its graph."""
+
+    model_id: str
+    bucket: Bucket
+    record: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +208,22 @@ class Runner(Protocol):
     def close_row(self, row: int) -> None:
         """Forget a row. Steps already launched may still write its state."""
 
-    def launch(self, plan: StepPlan) -> Launched:
-        """Queue one forward pass and the draws of a plan without masked rows. Returns without waiting for the device (on a CPU: when it is done)."""
+    def choose_graph(self, plan: StepPlan) -> GraphChoice:
+        """Count a use of the plan's bucket, and choose how the plan runs."""
 
-    def launch_forward(self, plan: StepPlan) -> None:
+    def has_graph(self, bucket: Bucket) -> bool:
+        """Whether a step of this bucket would replay a graph."""
+
+    def capture(self, bucket: Bucket, *, record: bool) -> None:
+        """Run the bucket once or, if `record`, record its graph. A failure only leaves the bucket without a graph."""
+
+    def launch(self, plan: StepPlan, padded_to: Bucket | None = None) -> Launched:
+        """Queue one forward pass and the draws of a plan without masked rows. Returns without waiting for the device (on a CPU: when it is done).
+
+        `padded_to`: the sizes of the pass. A graph runs it if there is one. None = the plan's own sizes.
+        """
+
+    def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
         """Queue the forward pass of a plan with masked rows. No other step of any model may be launched before `launch_draws`."""
 
     def launch_draws(self, masks: TokenMasks) -> Launched:
@@ -307,8 +349,11 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Wait for all launched work (tests and shutdown only)."""
 
+    def next_capture(self) -> GraphCapture | None:
+        """Return the capture that an idle turn should do, None = none. It stays the same until it was done."""
+
     def idle(self, mark: Callable[[str], None]) -> bool:
-        """Do one piece of background work (a graph capture, a slab of the arena); True if there was one. Called when no model has work.
+        """Do one piece of other background work, such as a slab of the arena; True if there was one. Called when no model has work.
 
         `mark` is called with a model's id before work of that model starts.
         """

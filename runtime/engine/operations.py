@@ -6,7 +6,7 @@ reaches the same state and draws the same tokens. Models are named by id; an id 
 
 import msgspec
 
-from runtime.engine.interfaces import RowSetup, StepPlan
+from runtime.engine.interfaces import Bucket, RowSetup, StepPlan
 from runtime.types import Checkpoint
 
 
@@ -114,11 +114,20 @@ class CloseRow(msgspec.Struct, frozen=True, tag="close_row"):
     row: int
 
 
+class CaptureGraph(msgspec.Struct, frozen=True, tag="capture_graph"):
+    """Run a padded pass without rows, or `record` its CUDA graph. Texts do not depend on graphs."""
+
+    model_id: str
+    bucket: Bucket
+    record: bool
+
+
 class RunStep(msgspec.Struct, frozen=True, tag="run_step"):
-    """Launch one forward pass and its draws."""
+    """Launch one forward pass, of the sizes of `padded_to` if given, and its draws."""
 
     model_id: str
     plan: StepPlan
+    padded_to: Bucket | None = None
 
 
 class RunForward(msgspec.Struct, frozen=True, tag="run_forward"):
@@ -126,6 +135,7 @@ class RunForward(msgspec.Struct, frozen=True, tag="run_forward"):
 
     model_id: str
     plan: StepPlan
+    padded_to: Bucket | None = None
 
 
 class RunDraws(msgspec.Struct, frozen=True, tag="run_draws"):
@@ -151,6 +161,7 @@ Operation = (
     | EvictAdapter
     | OpenRow
     | CloseRow
+    | CaptureGraph
     | RunStep
     | RunForward
     | RunDraws

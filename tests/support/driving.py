@@ -23,6 +23,7 @@ from runtime.engine.model.run.runner import ModelRunner
 from runtime.engine.model.run.step import BuiltModel, StepContext
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams, ModelFacts, SamplingParams
+from tests.support.graphs import launch, launch_forward
 from tests.support.masks import pack
 
 BLOCK_TOKENS = 16
@@ -94,9 +95,18 @@ def pages_of(kv: KvGeometry, num_slabs: int) -> Pages:
     return Pages(ids)
 
 
-def facts_of(built: BuiltModel) -> ModelFacts:
+def facts_of(built: BuiltModel, model_id: str = "tiny") -> ModelFacts:
     return ModelFacts(
-        "tiny", "Tiny", built.path, str(built.dtype), Quantization.NONE, 0, 0, built.max_model_len, built.vocab_size, 0
+        model_id,
+        "Tiny",
+        built.path,
+        str(built.dtype),
+        Quantization.NONE,
+        0,
+        0,
+        built.max_model_len,
+        built.vocab_size,
+        0,
     )
 
 
@@ -238,8 +248,8 @@ class RunnerDriver:
 
     def _launch(self, plan: StepPlan, rows: dict[int, _Row]) -> StepOutput:
         if not plan.masked:
-            return self.runner.launch(plan).collect()
-        self.runner.launch_forward(plan)
+            return launch(self.runner, plan).collect()
+        launch_forward(self.runner, plan)
         vocab, masks = self.runner.facts.vocab_size, []
         for slot in plan.masked:
             allowed = rows[slot].ask.allowed
@@ -295,8 +305,9 @@ class Driver(RunnerDriver):
         max_tokens: int = 256,
         state: DeviceState | None = None,
         graphs: bool = True,
+        model_id: str = "tiny",
     ) -> None:
         config = EngineConfig(max_rows=max_rows, max_batch_tokens=max_tokens, graphs=graphs)
         self.state = state or DeviceState.create(built.device, config)
-        runner = ModelRunner(built, facts_of(built), config, self.state)
+        runner = ModelRunner(built, facts_of(built, model_id), config, self.state)
         super().__init__(runner, pages, seed=seed, chaos=chaos, max_rows=max_rows, max_tokens=self.state.max_tokens)

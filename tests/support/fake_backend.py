@@ -15,6 +15,8 @@ import numpy.typing as npt
 from common.model_key import Quantization
 from runtime.engine.interfaces import (
     AdapterResult,
+    Bucket,
+    GraphChoice,
     KvGeometry,
     LoadRequest,
     LoadResult,
@@ -315,10 +317,19 @@ class FakeRunner:
         assert not self._memory.closed
         self.closed = True
 
-    def launch(self, plan: StepPlan) -> FakeLaunched:
+    def choose_graph(self, plan: StepPlan) -> GraphChoice:
+        return GraphChoice()
+
+    def has_graph(self, bucket: Bucket) -> bool:
+        return False
+
+    def capture(self, bucket: Bucket, *, record: bool) -> None:
+        raise AssertionError("this runner asks for no graph")
+
+    def launch(self, plan: StepPlan, padded_to: Bucket | None = None) -> FakeLaunched:
         return self._checked(plan, None)
 
-    def launch_forward(self, plan: StepPlan) -> None:
+    def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
         assert plan.masked
         self.undrawn = plan
 
@@ -606,6 +617,9 @@ class FakeBackend:
         return voice(adapter.base, adapter.content), self.specs[adapter.base]
 
     def synchronize(self) -> None: ...
+
+    def next_capture(self) -> None:
+        return None
 
     def idle(self, mark: Callable[[str], None]) -> bool:
         return False

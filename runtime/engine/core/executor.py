@@ -12,6 +12,7 @@ from runtime.engine.interfaces import (
     AdapterJob,
     AdapterResult,
     Backend,
+    Bucket,
     Launched,
     LoadJob,
     LoadRequest,
@@ -23,6 +24,7 @@ from runtime.engine.interfaces import (
 )
 from runtime.engine.operations import (
     CancelLoad,
+    CaptureGraph,
     CloseRow,
     DropHost,
     Evict,
@@ -96,16 +98,18 @@ class OperationExecutor:
     def launch(self, model_id: str, opened: Iterable[RowSetup], plan: StepPlan) -> Launched:
         """Open the rows that `plan` needs and launch it, after everything that is queued. Raises what the device raises."""
         self._open(model_id, opened)
+        padded_to = self._choose_graph(model_id, plan)
         if self._record is not None:
-            self._record(RunStep(model_id, plan))
-        return self._models[model_id].runner.launch(plan)
+            self._record(RunStep(model_id, plan, padded_to))
+        return self._models[model_id].runner.launch(plan, padded_to)
 
     def launch_forward(self, model_id: str, opened: Iterable[RowSetup], plan: StepPlan) -> None:
         """Like `launch`, without the draws: `launch_draws` must be the next call."""
         self._open(model_id, opened)
+        padded_to = self._choose_graph(model_id, plan)
         if self._record is not None:
-            self._record(RunForward(model_id, plan))
-        self._models[model_id].runner.launch_forward(plan)
+            self._record(RunForward(model_id, plan, padded_to))
+        self._models[model_id].runner.launch_forward(plan, padded_to)
 
     def launch_draws(self, model_id: str, masks: TokenMasks) -> Launched:
         """Launch the draws of the last forward pass. `masks` has one line per masked row of its plan."""
@@ -118,6 +122,16 @@ class OperationExecutor:
         self._mark(model_id)
         for setup in opened:
             self.apply(OpenRow(model_id, setup))
+
+    def _choose_graph(self, model_id: str, plan: StepPlan) -> Bucket | None:
+        """Return the bucket to which the step is padded, None = it runs without a graph. Captures the graph if that is due."""
+        runner = self._models[model_id].runner
+        replay, capture = runner.choose_graph(plan)
+        if capture is None:
+            return replay
+        for record in (False, True):
+            self.apply(CaptureGraph(model_id, capture, record))
+        return capture if runner.has_graph(capture) else None
 
     def start_load(self, request: StartLoad) -> None:
         """Apply what is queued, then begin to load a model."""
@@ -184,6 +198,10 @@ class OperationExecutor:
 
     def run_idle_work(self) -> bool:
         """Do one piece of the backend's background work. Returns whether there was one."""
+        capture = self._backend.next_capture()
+        if capture is not None:
+            self.apply(CaptureGraph(*capture))
+            return True
         return self._backend.idle(self._mark)
 
     def apply(self, operation: Operation) -> Launched | None:
@@ -208,12 +226,15 @@ class OperationExecutor:
                 self._adapters[model_id].memory.drop_host()
             case DropHost(model_id):
                 self._models[model_id].memory.drop_host()
-            case RunStep(model_id, plan):
+            case CaptureGraph(model_id, bucket, record):
                 self._mark(model_id)
-                return self._models[model_id].runner.launch(plan)
-            case RunForward(model_id, plan):
+                self._models[model_id].runner.capture(bucket, record=record)
+            case RunStep(model_id, plan, padded_to):
                 self._mark(model_id)
-                self._models[model_id].runner.launch_forward(plan)
+                return self._models[model_id].runner.launch(plan, padded_to)
+            case RunForward(model_id, plan, padded_to):
+                self._mark(model_id)
+                self._models[model_id].runner.launch_forward(plan, padded_to)
             case RunDraws(model_id, masks):
                 runner = self._models[model_id].runner
                 words = np.frombuffer(masks, np.int32).reshape(-1, mask_words(runner.facts.vocab_size))

@@ -298,9 +298,13 @@ class EngineLoop:
             m.scheduler.sequences() for m in self.table.models.values()
         )
 
-    def _wait(self) -> None:
+    def idle(self) -> bool:
+        """Do one piece of background work of the device, such as a graph capture. Returns whether there was one."""
         # Capturing a graph takes milliseconds, and a grammar that is being made is there sooner.
-        if not self._commands.num_opening and self._executor.run_idle_work():
+        return not self._commands.num_opening and self._executor.run_idle_work()
+
+    def _wait(self) -> None:
+        if self.idle():
             return
         models = self.table.models.values()
         swapping = next((m.model_id for m in models if m.swapping), "")

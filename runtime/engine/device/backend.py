@@ -17,7 +17,7 @@ from runtime.engine.adapters.bank import AdapterBank
 from runtime.engine.adapters.load import load_adapter
 from runtime.engine.device.cpu import CpuDevice
 from runtime.engine.device.device import Device
-from runtime.engine.interfaces import AdapterResult, LoadRequest, LoadResult
+from runtime.engine.interfaces import AdapterResult, GraphCapture, LoadRequest, LoadResult
 from runtime.engine.model.build.adapter_warmup import warm_up_adapters
 from runtime.engine.model.build.builder import assemble, draw, facts_of
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
@@ -144,15 +144,17 @@ class EngineBackend:
     def synchronize(self) -> None:
         self._hardware.synchronize()
 
+    def next_capture(self) -> GraphCapture | None:
+        # A capture during a warmup would compile the same kernels twice and count the warmup's memory as the graph's.
+        if self._warmups is not None and (not self._opened or self._warmups.busy):
+            return None
+        return self._state.graphs.next_capture()
+
     def idle(self, mark: Callable[[str], None] = lambda name: None) -> bool:
         if self._warmups is not None and not self._opened:
             self._opened = True  # not earlier, so that it does not delay the engine's Hello
             torch.cuda.current_blas_handle()  # Each thread has one of its own. Making it takes longer than a first step.
             self._warmups.open()
-            return True
-        # A capture during a warmup would compile the same kernels twice and count the warmup's memory as the graph's.
-        warming_up = self._warmups is not None and self._warmups.busy
-        if not warming_up and self._state.graphs.capture_one(mark):
             return True
         mark("")  # no model causes what follows
         return self._hardware.idle()

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import KvGeometry
+from runtime.engine.interfaces import Bucket, KvGeometry
 from runtime.engine.model.build.builder import Blueprint, draw
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.build.warmup import Warmup, Warmups
-from runtime.engine.model.run.buckets import Bucket, standard
+from runtime.engine.model.run.buckets import standard
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.runner import ModelRunner

@@ -140,7 +140,7 @@ class Stage:
             pass
 
     def turn(self) -> None:
-        if not self.loop.turn() and not self.backend.idle(lambda _: None):
+        if not self.loop.turn() and not self.loop.idle():
             time.sleep(0.001)
         self.seen |= {id(model): model for model in self.loop.table.models.values()}
         for _ in range(self.rng.randrange(12)):

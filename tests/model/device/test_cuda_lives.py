@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.engine.interfaces import KvGeometry
+from runtime.engine.interfaces import Bucket, KvGeometry
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
@@ -18,9 +18,9 @@ from runtime.engine.memory.host_tier import HostTier
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.memory.weight_buffer import WeightBuffer
-from runtime.engine.model.run.buckets import Bucket
 from runtime.engine.model.run.cuda_graphs import GraphPool, ModelGraphs
 from tests.support.cuda_device import Device
+from tests.support.graphs import capture_next, use
 from tests.support.torch_graphs import TorchGraphs
 
 SLAB = 4096
@@ -171,7 +171,7 @@ class Engine:
     def step(self, model: Model) -> None:
         if model.slabs is None:
             return
-        graph = model.graphs.find(self.rng.choice(BUCKETS))
+        graph = use(model.graphs, self.rng.choice(BUCKETS))
         if graph is not None:
             # a replay goes to the addresses of its capture, whatever was mapped there then
             reads = [(model.memory.weights_view.data_ptr(), model.memory.weight_bytes)]
@@ -210,7 +210,8 @@ class Engine:
         model.memory.close()
 
     def idle(self) -> bool:
-        return self.graphs.capture_one() or self.memory.tidy()
+        members = {name: model.graphs for name, model in self.models.items()}
+        return capture_next(self.graphs, members) or self.memory.tidy()
 
     def turn(self) -> None:
         model = self.rng.choice(list(self.models.values()) or [None])

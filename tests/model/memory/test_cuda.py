@@ -25,6 +25,7 @@ from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.step import BuiltModel
 from runtime.errors import LoadFailed
 from tests.support.families import VOCAB
+from tests.support.graphs import capture_next
 from tests.support.steps import hf_logits, prompts, save
 from tests.support.tiny_models import tiny
 
@@ -302,7 +303,7 @@ def test_idle_turns_capture_what_is_likely_before_the_first_request(
     loaded.memory.swap_in(range(loaded.memory.weight_slabs))
     turns, deadline_s = 0, time.monotonic() + 60
     while turns < 8 and time.monotonic() < deadline_s:
-        if backend.idle():
+        if capture_next(backend, {"m": loaded.runner}) or backend.idle():
             turns += 1
         else:
             time.sleep(0.01)

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.model.run.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, Bucket, bucket_of, standard
+from runtime.engine.interfaces import Bucket
+from runtime.engine.model.run.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, bucket_of, standard
 from runtime.engine.model.run.cuda_graphs import EAGER_USES, GraphPool, ModelGraphs, StepGraph
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family
+from tests.support.graphs import capture_all, capture_next, capture_now, use
 
 LARGEST_CONTEXT = CONTEXT_TOKENS[-1]
 LARGEST_MIXED = MIXED_TOKENS[-1]
@@ -80,6 +82,7 @@ class FakePool:
     enabled: bool = True
     full: bool = False
     fails: bool = False
+    collective: bool = False
     wanted: list[Bucket] = field(default_factory=list)
     recorded: int = 0
 
@@ -88,6 +91,9 @@ class FakePool:
 
     def want(self, graphs: ModelGraphs, bucket: Bucket) -> None:
         self.wanted.append(bucket)
+
+    def settle(self) -> None:
+        pass
 
     def record(self, run: object) -> StepGraph:
         self.recorded += 1
@@ -112,37 +118,37 @@ def graphs_of(pool: FakePool, ready: bool = True) -> tuple[ModelGraphs, list[str
 def test_the_second_use_asks_and_an_idle_turn_captures() -> None:
     pool = FakePool()
     graphs, done = graphs_of(pool)
-    assert graphs.find(BUCKET) is None
+    assert use(graphs, BUCKET) is None
     assert pool.wanted == []
-    assert graphs.find(BUCKET) is None
-    assert graphs.find(BUCKET) is None
+    assert use(graphs, BUCKET) is None
+    assert use(graphs, BUCKET) is None
     assert pool.wanted == [BUCKET]
-    assert graphs.capture(BUCKET)
+    assert capture_now(graphs, BUCKET)
     assert done == ["blank", "run"]
-    assert not graphs.capture(BUCKET)
-    assert graphs.find(BUCKET) is not None
+    assert graphs.next_of(BUCKET) is None
+    assert use(graphs, BUCKET) is not None
 
 
 def test_a_busy_model_captures_in_place() -> None:
     graphs, _ = graphs_of(FakePool())
-    assert [graphs.find(BUCKET) is None for _ in range(EAGER_USES + 1)] == [True] * EAGER_USES + [False]
+    assert [use(graphs, BUCKET) is None for _ in range(EAGER_USES + 1)] == [True] * EAGER_USES + [False]
 
 
 def test_nothing_is_captured_into_a_full_pool_or_replayed_while_weights_come() -> None:
     pool = FakePool(full=True)
     graphs, done = graphs_of(pool)
-    assert all(graphs.find(BUCKET) is None for _ in range(2 * EAGER_USES))
+    assert all(use(graphs, BUCKET) is None for _ in range(2 * EAGER_USES))
     absent, _ = graphs_of(FakePool(), ready=False)
-    assert all(absent.find(BUCKET) is None for _ in range(2 * EAGER_USES))
-    assert not absent.capture(BUCKET)
+    assert all(use(absent, BUCKET) is None for _ in range(2 * EAGER_USES))
+    assert absent.next_of(BUCKET) is None
     assert done == []
 
 
 def test_a_model_that_cannot_be_captured_is_tried_once_and_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     pool = FakePool(fails=True)
     graphs, _ = graphs_of(pool)
-    assert all(graphs.find(BUCKET) is None for _ in range(3 * EAGER_USES))
-    assert not graphs.capture(Bucket(8, 8, 1, 1024))
+    assert all(use(graphs, BUCKET) is None for _ in range(3 * EAGER_USES))
+    assert not capture_now(graphs, Bucket(8, 8, 1, 1024))
     assert pool.recorded == 1
     assert "model tiny runs without CUDA graphs" in caplog.text
 
@@ -194,10 +200,11 @@ def test_idle_turns_capture_what_is_likely_model_by_model_one_thing_a_turn() -> 
     pool = idle_pool()
     buckets = [Bucket(n, n, 1, 1024) for n in (1, 2, 4)]
     a, b = member(pool, log, "a", *buckets), member(pool, log, "b", *buckets[:2])
+    members = {"a": a, "b": b}
     for _ in range(2):
-        assert pool.capture_one()
+        assert capture_next(pool, members)
     assert (a.num_graphs, b.num_graphs, log) == (1, 0, ["a1", "a1"])  # once to wake what it needs, once captured
-    while pool.capture_one():
+    while capture_next(pool, members):
         assert abs(a.num_graphs - b.num_graphs) <= 1
     assert (a.num_graphs, b.num_graphs) == (3, 2)
 
@@ -208,37 +215,34 @@ def test_what_was_asked_for_comes_before_what_is_likely() -> None:
     graphs = member(pool, log, "a", Bucket(1, 1, 1, 1024))
     asked = Bucket(96, 96, 1, 4096)
     for _ in range(2):
-        graphs.find(asked)
-    pool.capture_one()
+        use(graphs, asked)
+    capture_next(pool, {"a": graphs})
     assert log == ["a96"]
 
 
 def test_likely_graphs_leave_half_of_the_memory_to_those_asked_for() -> None:
     pool = idle_pool(limit_bytes=1000)
     graphs = member(pool, [], "a", *(Bucket(n, n, 1, 1024) for n in range(1, 20)))
-    while pool.capture_one():
-        pass
+    capture_all(pool, {"a": graphs})
     assert graphs.num_graphs == 5
     asked = Bucket(96, 96, 1, 4096)
     for _ in range(2):
-        graphs.find(asked)
-    while pool.capture_one():
-        pass
-    assert graphs.find(asked) is not None
+        use(graphs, asked)
+    capture_all(pool, {"a": graphs})
+    assert use(graphs, asked) is not None
 
 
 def test_a_model_whose_weights_are_away_is_captured_when_they_are_back() -> None:
     here: list[bool] = []
     pool = idle_pool()
     graphs = member(pool, [], "a", Bucket(1, 1, 1, 1024), ready=lambda: bool(here))
-    assert not pool.capture_one()
+    assert pool.next_capture() is None
     here.append(True)
-    while pool.capture_one():
-        pass
+    capture_all(pool, {"a": graphs})
     assert graphs.num_graphs == 1
     more = member(pool, [], "b", Bucket(1, 1, 1, 1024))
     pool.forget(more)
-    assert not pool.capture_one()
+    assert pool.next_capture() is None
 
 
 def test_a_model_that_goes_leaves_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +251,7 @@ def test_a_model_that_goes_leaves_room_for_the_next(monkeypatch: pytest.MonkeyPa
     pool = idle_pool(limit_bytes=800)
     for turn in range(12):
         graphs = member(pool, [], f"model {turn}", Bucket(1, 1, 1, 1024), Bucket(2, 2, 1, 1024))
-        while pool.capture_one():
-            pass
+        capture_all(pool, {f"model {turn}": graphs})
         assert graphs.num_graphs == 2
         graphs.close()
         # what the pool itself holds is used again
@@ -265,13 +268,13 @@ def test_replayed_steps_say_what_eager_ones_say() -> None:
         model.generation_config.eos_token_id = None
     eager = [Driver(*hooked(model, device="cuda"), seed=3, graphs=False).run(asks) for model in models]
     drivers: list[Driver] = []
-    for model in models:
-        drivers.append(Driver(*hooked(model, device="cuda"), seed=3, state=drivers[0].state if drivers else None))
+    for number, model in enumerate(models):
+        shared = drivers[0].state if drivers else None
+        drivers.append(Driver(*hooked(model, device="cuda"), seed=3, state=shared, model_id=f"m{number}"))
     for _ in range(2):  # the second round replays what idle turns captured after the first
         for driver, expected in zip(drivers, eager, strict=True):
             assert [a.tokens for a in driver.run(asks)] == [a.tokens for a in expected]
-        while drivers[0].state.graphs.capture_one():
-            pass
+        capture_all(drivers[0].state.graphs, {f"m{number}": each.runner for number, each in enumerate(drivers)})
     pool = drivers[0].state.graphs
     used_bytes = pool.used_bytes
     assert used_bytes > 0
@@ -294,13 +297,13 @@ def test_a_model_that_asks_the_device_leaves_the_others_their_graphs(caplog: pyt
     others = [
         ModelGraphs(name, pool, lambda: None, lambda bucket: out[: bucket.num_rows] + 1, lambda: True) for name in "ab"
     ]
-    assert others[0].capture(BUCKET)
-    assert not refused.capture(BUCKET)
+    assert capture_now(others[0], BUCKET)
+    assert not capture_now(refused, BUCKET)
     assert "model asks runs without CUDA graphs" in caplog.text
-    assert others[1].capture(BUCKET)
+    assert capture_now(others[1], BUCKET)
     out.fill_(2)
     for graphs in others:
-        graph = graphs.find(BUCKET)
+        graph = use(graphs, BUCKET)
         assert graph is not None
         graph.graph.replay()
         assert graph.logits.tolist() == [3, 3, 3, 3]

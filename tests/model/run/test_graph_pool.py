@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from runtime.engine.model.run.buckets import Bucket
+from runtime.engine.interfaces import Bucket
 from runtime.engine.model.run.cuda_graphs import EAGER_USES, GraphPool, ModelGraphs
+from tests.support.graphs import capture_all, capture_next, capture_now, use
 from tests.support.torch_graphs import Stream, TorchGraphs
 
 BUCKET = Bucket(4, 4, 1, 1024)
@@ -38,16 +39,16 @@ def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(
     captures: TorchGraphs, pool: GraphPool, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = graphs_of(pool)
-    assert before.capture(BUCKET)
+    assert capture_now(before, BUCKET)
     for name in ("asks the device", "asks it too"):
         refused = graphs_of(pool, captures.void, name)
-        assert not refused.capture(BUCKET)
+        assert not capture_now(refused, BUCKET)
         assert f"model {name} runs without CUDA graphs: operation not permitted" in caplog.text
         assert not captures.recording, "torch frees nothing while it believes that a capture is under way"
         refused.close()
     after = graphs_of(pool)
-    assert before.capture(OTHER)
-    assert after.capture(BUCKET)
+    assert capture_now(before, OTHER)
+    assert capture_now(after, BUCKET)
     before.close()
     after.close()
     gc.collect()
@@ -69,32 +70,34 @@ def test_whatever_a_pass_raises_that_nobody_asked_for_costs_graphs_alone(
 
     graphs = graphs_of(pool, run)
     if asked == "by a step":
-        assert [graphs.find(BUCKET) for _ in range(EAGER_USES + 2)] == [None] * (EAGER_USES + 2)
+        assert [use(graphs, BUCKET) for _ in range(EAGER_USES + 2)] == [None] * (EAGER_USES + 2)
     else:
-        while pool.capture_one():
-            pass
+        capture_all(pool, {"a": graphs})
     assert graphs.num_graphs == 0
     assert not captures.recording
     assert pool.full == isinstance(error, torch.OutOfMemoryError)
     if not pool.full:
-        assert graphs_of(pool).capture(BUCKET)
+        assert capture_now(graphs_of(pool), BUCKET)
 
 
-def test_who_runs_unasked_is_named_before_and_a_lost_device_is_not_survived(
-    captures: TorchGraphs, pool: GraphPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fault shows when the device is waited for, and the model that is marked then is the one to blame."""
-    told: list[str] = []
-    graphs_of(pool, lambda: told.append("runs"), "a")
-    assert pool.capture_one(told.append)
-    assert told == ["a", "runs"]
-    assert pool.capture_one(told.append)  # captured
+def test_capture_on_a_lost_device_raises_its_error(pool: GraphPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault shows when the device is waited for, while the model that caused it is still marked."""
 
     def lost() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    graphs_of(pool, lost, "b")
+    graphs = graphs_of(pool, lost, "b")
     monkeypatch.setattr(Stream, "synchronize", lambda stream: lost())
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        pool.capture_one(told.append)
-    assert told[-1] == "b"
+        capture_next(pool, {"b": graphs})
+
+
+def test_failed_pass_of_a_group_of_ranks_is_raised(captures: TorchGraphs) -> None:
+    """The other ranks wait in the pass, so the engine has to end."""
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    group = GraphPool(torch.device("cpu"), enabled=True, collective=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        capture_now(graphs_of(group, fail), BUCKET)

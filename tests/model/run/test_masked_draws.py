@@ -13,6 +13,7 @@ from runtime.errors import EngineFault
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family
+from tests.support.graphs import capture_all, launch_forward
 from tests.support.masks import allowed_tokens
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -124,7 +125,7 @@ def test_a_masked_step_never_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for plan in plans:
-                runner.launch_forward(plan)
+                launch_forward(runner, plan)
                 launched.append(runner.launch_draws(masks))
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -136,5 +137,4 @@ def test_a_masked_step_never_waits_for_the_device() -> None:
     first = steps("default")  # compiles kernels, fills torch's pinned memory
     for _ in range(3):
         assert steps("error") == first
-        while driver.state.graphs.capture_one():
-            pass
+        capture_all(driver.state.graphs, {"tiny": driver.runner})

@@ -14,6 +14,7 @@ from runtime.errors import EngineFault
 from runtime.types import LogprobParams, SamplingParams
 from tests.support.driving import Ask, Driver, facts_of, hooked
 from tests.support.families import family
+from tests.support.graphs import capture_all, launch
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -119,10 +120,10 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
         wants = rows if logprobs.prompt is not None else []
         blocks = [(row, 0, pages.ids[row]) for row in rows]
         launched.append(
-            driver.runner.launch(StepPlan(rows, [0] * 4, [4] * 4, [False] * 4, [1] * 4, tokens, blocks, wants))
+            launch(driver.runner, StepPlan(rows, [0] * 4, [4] * 4, [False] * 4, [1] * 4, tokens, blocks, wants))
         )
         decodes = [StepPlan(rows, [4 + step] * 4, [1] * 4, [True] * 4, [1] * 4, []) for step in range(4)]
-        launched += [driver.runner.launch(plan) for plan in decodes]
+        launched += [launch(driver.runner, plan) for plan in decodes]
         torch.cuda.set_sync_debug_mode("default")
         for each in launched:
             assert len(each.collect().tokens) == 4
@@ -136,8 +137,7 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
             steps()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        while driver.state.graphs.capture_one():
-            pass
+        capture_all(driver.state.graphs, {"tiny": driver.runner})
 
 
 def test_a_step_that_will_never_end_is_ready_and_says_why_when_it_is_collected() -> None:

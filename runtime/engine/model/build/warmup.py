@@ -22,10 +22,10 @@ from common.model_key import Quantization
 from runtime.checkpoint.meta_model import tied_names
 from runtime.checkpoint.weight_layout import Placed
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import KvGeometry, RowSetup, StepPlan, mask_words
+from runtime.engine.interfaces import Bucket, KvGeometry, RowSetup, StepPlan, mask_words
 from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.builder import Blueprint, facts_of
-from runtime.engine.model.run.buckets import Bucket, standard
+from runtime.engine.model.run.buckets import standard
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.fused_spec import LayerSpec, StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack

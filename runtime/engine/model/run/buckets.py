@@ -1,7 +1,8 @@
 """Chooses the padded sizes to which small steps are rounded up, so that a few CUDA graphs cover all of them."""
 
 from bisect import bisect_left
-from typing import NamedTuple
+
+from runtime.engine.interfaces import Bucket
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 # Up to a few hundred tokens, reading the weights dominates and padding is free. Above that, padding adds at most a third to a step. From
@@ -13,21 +14,6 @@ CONTEXT_TOKENS = (1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
 
 _ANY_ROWS_TOKENS = 64  # Up to here the cost of a token's logits is not measurable.
 _LIKELY_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-class Bucket(NamedTuple):
-    """The sizes of a padded step. Its graph runs every step that exceeds none of them."""
-
-    num_tokens: int
-    num_rows: int
-    max_query_len: int
-    max_context_len: int
-    adapted: bool = False  # some rows have a LoRA adapter
-
-    def within(self, max_rows: int, max_tokens: int) -> "Bucket":
-        """Return the bucket limited to the largest possible step."""
-        rows, tokens = min(self.num_rows, max_rows), min(self.num_tokens, max_tokens)
-        return self._replace(num_tokens=tokens, num_rows=rows, max_query_len=min(self.max_query_len, tokens))
 
 
 def bucket_of(

@@ -1,8 +1,11 @@
 """Captures CUDA graphs of small steps, lazily.
 
 Idle turns of the engine loop capture the buckets that steps have requested; the second eager use of a bucket requests it. Further idle turns
-capture each resident model's likely buckets, starting with the model that has the fewest graphs. One turn either runs a bucket once or captures
-it, so a request waits for at most one of these. If the engine is never idle, a bucket is captured during a step after EAGER_USES eager uses.
+capture each resident model's likely buckets, starting with the model that has the fewest graphs. One turn either runs a bucket once or records
+it, so a request waits for at most one of these. If the engine is never idle, a bucket is captured before a step after EAGER_USES eager uses.
+
+Which bucket is captured when is decided on rank 0 of a tensor-parallel group, and the other ranks follow: a pass waits for all ranks. A rank
+without the graph of a step runs the same padded pass without it.
 
 The graphs of all models share one memory pool. They run one after another on one stream, and the next step reads a graph's results before
 another replay overwrites them. Weights, KV and inputs keep their addresses, so a graph stays valid when its model is evicted and returns.
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.engine.model.run.buckets import Bucket
+from runtime.engine.interfaces import Bucket, GraphCapture, GraphChoice
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,10 +45,16 @@ class StepGraph:
 
 
 class GraphPool:
-    """The memory and the queue of captures that all models of an engine share."""
+    """The memory and the queue of captures that all models of an engine share.
 
-    def __init__(self, device: torch.device, *, enabled: bool, limit_bytes: int = POOL_LIMIT_BYTES) -> None:
+    `collective`: other ranks wait in every pass, so an error in one is raised.
+    """
+
+    def __init__(
+        self, device: torch.device, *, enabled: bool, collective: bool = False, limit_bytes: int = POOL_LIMIT_BYTES
+    ) -> None:
         self.enabled = enabled
+        self.collective = collective
         self._device = device
         self.used_bytes = 0
         self._limit_bytes = limit_bytes
@@ -81,22 +90,19 @@ class GraphPool:
         with self._joining:
             self._members = [member for member in self._members if member is not graphs]
 
-    def capture_one(self, mark: Callable[[str], None] = lambda name: None) -> bool:
-        """Run or capture the bucket that was requested first, or else a likely one. Returns False if there is nothing to do.
-
-        `mark` is called with the model's name before a pass of it runs. Raises the device's error if the device is lost.
-        """
+    def next_capture(self) -> GraphCapture | None:
+        """Return what to do next for the bucket that was requested first, or else for a likely one. None = there is nothing to do."""
         while self._wanted:
             graphs, bucket = self._wanted[0]
-            if graphs.advance(bucket, mark):
-                return True
+            if (capture := graphs.next_of(bucket)) is not None:
+                return capture
             self._wanted.popleft()
         if self.used_bytes < LIKELY_SHARE * self._limit_bytes:
             for graphs in sorted(self._members, key=lambda member: member.num_graphs):
                 bucket_ahead = graphs.ahead()
-                if bucket_ahead is not None and graphs.advance(bucket_ahead, mark):
-                    return True
-        return False
+                if bucket_ahead is not None and (capture := graphs.next_of(bucket_ahead)) is not None:
+                    return capture
+        return None
 
     def settle(self) -> None:
         """Wait for all launched work. Raises the device's error if the device is lost."""
@@ -159,7 +165,7 @@ class ModelGraphs:
     """One model's graphs.
 
     Args:
-        name: the model's id, for the log.
+        name: the model's id.
         blank: makes the device's upload a step without rows.
         run: runs a forward pass padded to the bucket's sizes and returns its logits.
         ready: whether the weights are in device memory.
@@ -202,35 +208,37 @@ class ModelGraphs:
             self._likely.popleft()
         return self._likely[0] if self._likely else None
 
-    def find(self, bucket: Bucket) -> StepGraph | None:
-        """Count a use of `bucket`. Returns the graph to replay, or None if there is none or the weights are absent. May overwrite the upload."""
+    def choose(self, bucket: Bucket) -> GraphChoice:
+        """Count a use of `bucket`, and choose how its step runs."""
         if self._refused or not self._pool.enabled or not self._ready():
-            return None
-        graph = self._graphs.get(bucket)
-        if graph is not None:
-            return graph
+            return GraphChoice()
+        if bucket in self._graphs:
+            return GraphChoice(replay=bucket)
         uses = self._uses[bucket] = self._uses.get(bucket, 0) + 1
         if uses == 2:
             self._pool.want(self, bucket)
-        if uses > EAGER_USES:
-            self.capture(bucket)
-        return self._graphs.get(bucket)
+        if uses > EAGER_USES and self._possible(bucket):
+            return GraphChoice(capture=bucket)
+        return GraphChoice()
 
-    def advance(self, bucket: Bucket, mark: Callable[[str], None]) -> bool:
-        """Run the bucket once or, if that was done last, capture it. Returns False if there was nothing to do."""
+    def find(self, bucket: Bucket) -> StepGraph | None:
+        """Return the graph that a step may replay now, or None if there is none or the weights are absent."""
+        graph = self._graphs.get(bucket)
+        return graph if graph is not None and self._ready() else None
+
+    def run(self, bucket: Bucket) -> torch.Tensor:
+        """Run the bucket's pass over the current upload, by its graph if it can. Returns its logits."""
+        graph = self.find(bucket)
+        if graph is None:
+            return self._run(bucket)
+        graph.graph.replay()
+        return graph.logits
+
+    def next_of(self, bucket: Bucket) -> GraphCapture | None:
+        """Return what the bucket needs next. None = it has a graph, the weights are absent, the pool is full or a capture failed."""
         if not self._possible(bucket):
-            return False
-        mark(self._name)
-        done = self._attempt(self._record if self._warmed_up == bucket else self._warm_up, bucket)
-        self._pool.settle()  # A later fault would be attributed to another model.
-        return done
-
-    def capture(self, bucket: Bucket) -> bool:
-        """Capture the bucket's graph now. Returns False if it exists, the weights are absent, the pool is full or the capture fails.
-
-        Code that reads a value from the device cannot be captured. Such a model runs eagerly from then on.
-        """
-        return self._possible(bucket) and self._attempt(self._warm_up, bucket) and self._attempt(self._record, bucket)
+            return None
+        return GraphCapture(self._name, bucket, record=self._warmed_up == bucket)
 
     def _possible(self, bucket: Bucket) -> bool:
         if bucket in self._graphs or self._refused or self._pool.full:
@@ -240,18 +248,42 @@ class ModelGraphs:
             return False
         return True
 
-    def _warm_up(self, bucket: Bucket) -> None:
-        """Run the bucket once, to compile kernels and initialise libraries. Neither is possible during a capture."""
-        self._blank()
-        self._run(bucket)
+    def capture(self, bucket: Bucket, *, record: bool) -> None:
+        """Record the bucket's graph. Not `record`: run its pass once before, to compile kernels and initialise libraries. Overwrites the upload.
+
+        Code that reads a value from the device cannot be captured: such a model runs without graphs from then on.
+        """
+        if record:
+            self._record_once(bucket)
+        else:
+            self._run_once(bucket)
+
+    def _run_once(self, bucket: Bucket) -> None:
+        self._warmed_up = None
+        if self._pool.collective:
+            self._run_blank(bucket)
+            self._pool.settle()
+        elif not self._attempt(self._run_blank, bucket):
+            return
         self._warmed_up = bucket
 
-    def _record(self, bucket: Bucket) -> None:
+    def _record_once(self, bucket: Bucket) -> None:
         self._warmed_up = None
+        if bucket not in self._graphs and not self._refused and not self._pool.full:
+            self._attempt(self._record, bucket)
+
+    def _run_blank(self, bucket: Bucket) -> None:
+        self._blank()
+        self._run(bucket)
+
+    def _record(self, bucket: Bucket) -> None:
         self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
 
     def _attempt(self, work: Callable[[Bucket], None], bucket: Bucket) -> bool:
-        """Run `work`. No request depends on these passes, so an error disables graphs and fails nothing else."""
+        """Run `work`. No request depends on these passes, so an error disables graphs and fails nothing else.
+
+        Raises the device's error if the device is lost: a later fault would be attributed to another model.
+        """
         try:
             work(bucket)
         except torch.OutOfMemoryError:
@@ -260,6 +292,8 @@ class ModelGraphs:
         except Exception as error:
             self._refuse(error)
             return False
+        finally:
+            self._pool.settle()
         return True
 
     def _refuse(self, error: Exception) -> None:

@@ -50,6 +50,6 @@ class DeviceState:
             torch.zeros(config.max_rows, dtype=torch.int64, device=device),
             InputRing(device, max_tokens, config.max_rows, max_blocks),
             ResultRing(device, config.max_rows),
-            GraphPool(device, enabled=on_gpu and config.graphs),
+            GraphPool(device, enabled=on_gpu and config.graphs, collective=config.tensor_parallel > 1),
             Scratch.allocate(device) if on_gpu else None,
         )

@@ -84,7 +84,7 @@ def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | 
 
 
 AllReduce = Callable[[Tensor], Tensor]
-"""Replaces a tensor by its sum over the ranks of a tensor-parallel group, and returns it."""
+"""Returns the sum of a tensor over the ranks of a tensor-parallel group. May overwrite the tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import RowSetup, StepPlan, TokenMasks
+from runtime.engine.interfaces import Bucket, GraphChoice, RowSetup, StepPlan, TokenMasks
 from runtime.engine.kernels.adapters import max_chunks
 from runtime.engine.kernels.argmax import draw_largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
 from runtime.engine.model.run.adapters import StepAdapters
-from runtime.engine.model.run.buckets import Bucket, bucket_of, standard
+from runtime.engine.model.run.buckets import bucket_of, standard
 from runtime.engine.model.run.cuda_graphs import ModelGraphs
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.input_buffers import StepShape
@@ -33,7 +33,7 @@ from runtime.types import ModelFacts
 
 @dataclass(frozen=True, slots=True)
 class _ForwardPass:
-    """A forward pass that has been launched. `plain`: its draws have been launched, too. `eager`: it ran without a graph."""
+    """A forward pass that has been launched. `plain`: its draws have been launched, too. `eager`: it ran in the plan's own sizes."""
 
     plan: StepPlan
     shape: StepShape
@@ -79,13 +79,31 @@ class ModelRunner:
         self._sampler.close(row)
         self._logprobs.close(row)
 
-    @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> StepLaunched:
-        return self._finish(self._begin(plan), {})
+    def choose_graph(self, plan: StepPlan) -> GraphChoice:
+        if not self._state.graphs.enabled or plan.prompt_logprobs or plan.pooled:
+            return GraphChoice()
+        counts = plan.counts
+        longest = max(map(int.__add__, plan.starts, counts))
+        bucket = bucket_of(sum(counts), len(counts), sum(plan.samples), max(counts), longest)
+        if bucket is None:
+            return GraphChoice()
+        bucket = bucket._replace(adapted=bool(plan.adapters))
+        return self._graphs.choose(bucket.within(self._state.max_rows, self._state.max_tokens))
+
+    def has_graph(self, bucket: Bucket) -> bool:
+        return self._graphs.find(bucket) is not None
 
     @torch.inference_mode()
-    def launch_forward(self, plan: StepPlan) -> None:
-        self._undrawn = self._begin(plan)
+    def capture(self, bucket: Bucket, *, record: bool) -> None:
+        self._graphs.capture(bucket, record=record)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, padded_to: Bucket | None = None) -> StepLaunched:
+        return self._finish(self._begin(plan, padded_to), {})
+
+    @torch.inference_mode()
+    def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
+        self._undrawn = self._begin(plan, padded_to)
 
     @torch.inference_mode()
     def launch_draws(self, masks: TokenMasks) -> StepLaunched:
@@ -95,7 +113,7 @@ class ModelRunner:
             raise EngineFault(f"{len(masks)} masks were given, the launched forward pass needs {expected}")
         return self._finish(forward, dict(zip(forward.plan.masked, masks, strict=True)))
 
-    def _begin(self, plan: StepPlan) -> _ForwardPass:
+    def _begin(self, plan: StepPlan, padded_to: Bucket | None) -> _ForwardPass:
         state = self._state
         line = state.results.take_line()
         shape = state.uploads.pack(plan, line)
@@ -104,20 +122,12 @@ class ModelRunner:
         further_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
         hidden_at = pooled_tokens(plan, shape) if plan.pooled else None
         plain = self._sampler.all_plain(shape)
-        bucket = None
-        if not plan.prompt_logprobs and not plan.pooled:
-            bucket = bucket_of(
-                shape.num_tokens, shape.num_rows, shape.num_samples, shape.max_query_len, shape.max_context_len
-            )
-        if bucket is not None and plan.adapters:
-            bucket = bucket._replace(adapted=True)
-        graph = self._graphs.find(bucket.within(state.max_rows, state.max_tokens)) if bucket is not None else None
         state.results.begin()
         state.uploads.send()
         self._sampler.begin(plan)
-        if graph is not None:
-            graph.graph.replay()
-            logits, hidden = graph.logits, None
+        hidden = None
+        if padded_to is not None:
+            logits = self._graphs.run(padded_to)
         else:
             logits, hidden = self._pass(
                 shape.num_tokens,
@@ -131,7 +141,7 @@ class ModelRunner:
                 adapters=self._adapters(shape.num_tokens, shape.num_chunks) if plan.adapters else None,
             )
         pooled = None if hidden is None else pool(plan, hidden)
-        return _ForwardPass(plan, shape, line, logits, plain, graph is None, pooled)
+        return _ForwardPass(plan, shape, line, logits, plain, padded_to is None, pooled)
 
     def _finish(self, forward: _ForwardPass, masks: Mapping[int, TokenMasks]) -> StepLaunched:
         plan, shape, logits = forward.plan, forward.shape, forward.logits
