@@ -1,7 +1,8 @@
 """The settings of a registered model, defined once for registration over HTTP, gRPC and the command line, and for loading.
 
-A ModelMesh model key is a flat JSON object of these settings beside ModelMesh's own fields. To add a setting, add a field to `ModelSettings`:
-the command line's flags, the checks and the table in docs/configuration.md follow from it.
+A ModelMesh model key is a flat JSON object of these settings beside ModelMesh's own fields. To add a setting, add a field to `ModelSettings`,
+or to `CopySettings` if it may change while the model is loaded: the command line's flags, the checks and the table in docs/configuration.md
+follow from it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -80,6 +81,15 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     max_concurrency: Annotated[_Positive | None, Meta(description="limit of running and waiting requests per copy")] = (
         None
     )
+    version: Annotated[
+        str | None, Meta(description="any text; change it to reload files that changed under the same URI")
+    ] = None
+    display_name: Annotated[str | None, Meta(description="the model's name in answers; registration sets it")] = None
+
+
+class CopySettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How many copies a mesh keeps of a model, and which it evicts first. A change applies to loaded models at once; a runtime ignores these settings."""
+
     min_copies: Annotated[
         int, Meta(ge=0, description="copies that the mesh keeps loaded while enough pods can hold them")
     ] = 0
@@ -92,10 +102,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="seconds without a request after which all copies are unloaded; not given = never"),
     ] = None
-    version: Annotated[
-        str | None, Meta(description="any text; change it to reload files that changed under the same URI")
-    ] = None
-    display_name: Annotated[str | None, Meta(description="the model's name in answers; registration sets it")] = None
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -115,12 +121,13 @@ class ModelKey(msgspec.Struct, frozen=True):
 
     settings: ModelSettings = ModelSettings()
     storage: Storage = Storage()
+    copies: CopySettings = CopySettings()
 
     def given(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults as JSON values: equal keys give equal results."""
         return {
             name: msgspec.to_builtins(value)
-            for part in (self.settings, self.storage)
+            for part in (self.settings, self.copies, self.storage)
             for name, value, default in _values(part)
             if value != default
         }
@@ -129,6 +136,7 @@ class ModelKey(msgspec.Struct, frozen=True):
 # ModelMesh writes these into a key; they change nothing here.
 _MESH_FIELDS = frozenset({"model_type", "schema_path", "disk_size_bytes"})
 _OF_THE_BASE = ("quantize", "double_quant", "dtype", "max_model_len")
+_PARTS: tuple[type[msgspec.Struct], ...] = (ModelSettings, CopySettings, Storage)
 _NOT_REGISTRABLE = frozenset({"display_name", "bucket"})
 
 
@@ -147,13 +155,8 @@ def parse_model_key(text: str) -> ModelKey:
 
 def read_model_key(fields: Mapping[str, Any]) -> ModelKey:
     """Check decoded settings completely. A null is a setting that is not given. Raises InvalidModelKey."""
-    known = fields_of(ModelSettings) + fields_of(Storage)
-    _refuse_unknown(fields, known, "")
-    named = set(Storage.__struct_fields__)
-    key = ModelKey(
-        _read(ModelSettings, {name: value for name, value in fields.items() if name not in named}),
-        _read(Storage, {name: value for name, value in fields.items() if name in named}),
-    )
+    _refuse_unknown(fields, tuple(field for kind in _PARTS for field in fields_of(kind)), "")
+    key = ModelKey(_part(ModelSettings, fields), _part(Storage, fields), _part(CopySettings, fields))
     if key.settings.double_quant and key.settings.quantize not in _FOUR_BIT:
         raise InvalidModelKey(
             "double_quant",
@@ -161,6 +164,10 @@ def read_model_key(fields: Mapping[str, Any]) -> ModelKey:
         )
     _check_adapter(key.settings)
     return key
+
+
+def _part(kind: type[T], fields: Mapping[str, Any]) -> T:
+    return _read(kind, {name: value for name, value in fields.items() if name in kind.__struct_fields__})
 
 
 def _check_adapter(settings: ModelSettings) -> None:
@@ -176,9 +183,7 @@ def _check_adapter(settings: ModelSettings) -> None:
 
 def registrable_fields() -> tuple[Field, ...]:
     """Return the settings that a registration may give, in the order of the schema."""
-    return tuple(
-        field for kind in (ModelSettings, Storage) for field in fields_of(kind) if field.name not in _NOT_REGISTRABLE
-    )
+    return tuple(field for kind in _PARTS for field in fields_of(kind) if field.name not in _NOT_REGISTRABLE)
 
 
 def _read(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -17,6 +17,7 @@ class Field:
     allowed: str
     choices: tuple[str, ...] = ()
     is_integer: bool = False
+    is_number: bool = False
     fields: "tuple[Field, ...]" = ()
 
 
@@ -42,6 +43,7 @@ def fields_of(kind: type[msgspec.Struct]) -> tuple[Field, ...]:
                 allowed=" or ".join(_allowed(option) for option in options),
                 choices=_choices(options[0]),
                 is_integer=isinstance(options[0], msgspec.inspect.IntType),
+                is_number=isinstance(options[0], msgspec.inspect.FloatType),
                 fields=fields_of(nested.cls) if nested is not None else (),
             )
         )

@@ -9,6 +9,7 @@ import msgspec
 from common.model_state import CopyState, Tier
 from mesh.access.caller import current_caller
 from mesh.client.admin import Copy, Model
+from mesh.registry.copy_settings import DEFAULT
 from mesh.registry.records import ModelRecord
 from mesh.registry.registration import belongs_to, settings_of
 from mesh.registry.registry import NamedModel, Registry
@@ -36,7 +37,7 @@ class ModelViews:
         self._registry = registry
         self._states = states
         self._last_used_ms = last_used_ms
-        self._settings: dict[str, dict[str, Any]] = {}  # by model key
+        self._settings: dict[str, dict[str, Any]] = {}  # of the keys, by key
 
     def all(self) -> list[Model]:
         """Describe all models that the caller may use."""
@@ -121,7 +122,10 @@ class ModelViews:
             settings = self._settings[record.key] = {
                 key: known[key] for key in known if key not in ("display_name", "model_type")
             }
-        return settings
+        if record.copy_settings == DEFAULT:
+            return settings
+        copies: dict[str, Any] = msgspec.to_builtins(record.copy_settings)
+        return settings | copies
 
     def _alias_of(self, named: NamedModel) -> str:
         if (

@@ -51,6 +51,8 @@ def _action(field: Field) -> dict[str, Any]:
         return {"action": "append", "metavar": "KEY=VALUE"}
     if field.is_integer:
         return {"type": int, "metavar": "N"}
+    if field.is_number:
+        return {"type": float, "metavar": "NUMBER"}
     return {"metavar": "TEXT|@FILE" if field.name in _MAYBE_FILE else "TEXT"}
 
 

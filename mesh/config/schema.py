@@ -131,7 +131,7 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
     owner: Annotated[str, _about("owner written into vmodels that name none; empty = none, as ModelMesh")] = ""
     location: Annotated[str, _about("location in this pod's instance record; empty = advertise_host or host name")] = ""
-    zone: Annotated[str, _about("zone in this pod's instance record")] = ""
+    zone: Annotated[str, _about("zone of this pod; further copies of a model are loaded in other zones first")] = ""
     labels: Annotated[tuple[str, ...], _about("labels in this pod's instance record")] = ()
     type_constraints: Annotated[
         str,

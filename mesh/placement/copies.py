@@ -5,14 +5,14 @@ All calls come from one event loop. Nothing changes between two awaits, so choos
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.changes import Changes
 from common.clock import epoch_ms
 from common.decayed_uses import DecayedUses
+from common.model_key import CopySettings
 from common.model_state import CopyState
-from mesh.placement.copy_policy import DEFAULT_POLICY, CopyPolicy, policy_of
 from mesh.placement.eviction import eviction_order
 from mesh.placement.request_rate import RequestRate
 from mesh.placement.usage import ModelUsage, Usage
@@ -32,7 +32,6 @@ class LocalCopy:
         max_concurrency: how many concurrent requests the runtime allows; 0 for no limit.
         is_announced: the model's record lists this pod, so that its removal from the record is an order to unload.
         is_measured: the size of the weights has been written to the model's record.
-        policy: how many copies the model shall have, and whether this one may be evicted.
         base_id: the model whose LoRA adapter this is, which is loaded here too; "" if it is none.
     """
 
@@ -48,11 +47,7 @@ class LocalCopy:
     last_used_ms: int = 0
     is_announced: bool = False
     is_measured: bool = False
-    policy: CopyPolicy = DEFAULT_POLICY
     base_id: str = ""
-
-    def __post_init__(self) -> None:
-        self.policy = policy_of(self.info)
 
     @property
     def is_pending(self) -> bool:
@@ -64,9 +59,10 @@ class LocalCopy:
 
 
 class LocalCopies:
-    """This pod's copies by model id. Every change notifies `changes`."""
+    """This pod's copies by model id. Every change notifies `changes`. `settings_of` returns the copy settings that a model has now."""
 
-    def __init__(self, changes: Changes) -> None:
+    def __init__(self, changes: Changes, settings_of: Callable[[str], CopySettings]) -> None:
+        self.settings_of = settings_of
         self._copies: dict[str, LocalCopy] = {}
         # Counted by model id and not in the copies, because a request may outlive the copy it started on.
         self._in_flight: Counter[str] = Counter()
@@ -100,6 +96,7 @@ class LocalCopies:
         self._changes.notify()
 
     def usage(self) -> Usage:
+        settings = {model_id: self.settings_of(model_id) for model_id in self._copies}
         models = tuple(
             ModelUsage(
                 copy.model_id,
@@ -109,8 +106,8 @@ class LocalCopies:
                 is_unloading=copy.state is CopyState.UNLOADING,
                 is_loading=copy.is_pending,
                 use=self.uses.of(copy.model_id),
-                priority=copy.policy.priority,
-                is_pinned=copy.policy.pinned,
+                priority=settings[copy.model_id].priority,
+                is_pinned=settings[copy.model_id].pinned,
             )
             for copy in self._copies.values()
         )
@@ -123,7 +120,7 @@ class LocalCopies:
         """
         order = {model.model_id: eviction_order(model) for model in self.usage().models}
         loaded = sorted(
-            (copy for copy in self._copies.values() if copy.is_loaded and not copy.policy.pinned),
+            (copy for copy in self._copies.values() if copy.is_loaded and not self.settings_of(copy.model_id).pinned),
             key=lambda copy: (order[copy.model_id], copy.started_ms),
         )
         is_loading = any(copy.is_pending for copy in self._copies.values())

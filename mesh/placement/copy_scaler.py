@@ -8,7 +8,6 @@ from collections.abc import Callable
 from common.clock import epoch_ms
 from mesh.errors import MeshError
 from mesh.placement.copies import LocalCopies, LocalCopy
-from mesh.placement.copy_policy import policy_of
 from mesh.placement.copy_scaling import Change, CopyLoad, plan_copies
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_states import ModelStates
@@ -120,7 +119,7 @@ class CopyScaler:
             queued_s=now_s - self._queued_since_s.get(model_id, now_s),
             idle_s=now_s - self._busy_at_s.get(model_id, now_s),
         )
-        change = plan_copies(load, copy.policy)
+        change = plan_copies(load, self._copies.settings_of(model_id))
         if change is Change.ADD:
             logger.info("adding a copy", extra={"model": model_id, "copies": len(holders), "queued_s": load.queued_s})
             # The queue has to last as long again before the next copy.
@@ -138,7 +137,7 @@ class CopyScaler:
         return record.instance_ids.keys() & {self._own_id, *self._states.pods()} if record is not None else set()
 
     def _record_changed(self, model_id: str, _: ModelRecord | None, new: ModelRecord | None) -> None:
-        if new is not None and "min_copies" in new.key and policy_of(new.info).min_copies:
+        if new is not None and new.copy_settings.min_copies:
             self._with_minimum.add(model_id)
         else:
             self._with_minimum.discard(model_id)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mesh.placement.copy_policy import CopyPolicy
+from common.model_key import CopySettings
 
 QUEUED_S = 3.0  # requests queue for so long before a copy is added
 IDLE_S = 60.0  # a copy beside others is idle for so long before it is dropped
@@ -34,10 +34,10 @@ class CopyLoad:
     idle_s: float
 
 
-def plan_copies(load: CopyLoad, policy: CopyPolicy) -> Change:
-    most = min(policy.max_copies or load.num_pods, load.num_pods)
-    least = min(policy.min_copies, load.num_pods)
-    if policy.idle_timeout_s and load.idle_s >= policy.idle_timeout_s and not least:
+def plan_copies(load: CopyLoad, settings: CopySettings) -> Change:
+    most = min(settings.max_copies or load.num_pods, load.num_pods)
+    least = min(settings.min_copies, load.num_pods)
+    if settings.idle_timeout_s and load.idle_s >= settings.idle_timeout_s and not least:
         return Change.DROP
     if load.is_first:
         wants_more = load.num_copies < least or (load.queued_s >= QUEUED_S and load.num_copies < most)

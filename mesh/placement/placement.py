@@ -347,6 +347,7 @@ class Placement:
             free_bytes=usage.free_bytes,
             victim_use=usage.victim_use,
             num_loading=self._loads.num_loading,
+            load_failures=self._loads.num_failed_in_a_row,
         )
 
     async def _outcome(self, model_id: str, avoid: frozenset[str], begun_at: str) -> StatusInfo:

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from common.changes import Changes
+from common.model_key import CopySettings
 from mesh.access.access import Access
 from mesh.client.connections import Connections
 from mesh.client.peer_loads import HttpPeerLoads
@@ -71,7 +72,12 @@ def pod_base(config: MeshConfig, instance_id: str, store: Store, registry: Regis
 def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]) -> PlacementParts:
     """Build the parts, not started. `publish_record` writes this pod's record to the registry."""
     config, registry, changes = base.config, base.registry, base.changes
-    copies = LocalCopies(changes)
+
+    def copy_settings_of(model_id: str) -> CopySettings:
+        record = registry.models.get(model_id)
+        return record.copy_settings if record is not None else CopySettings()
+
+    copies = LocalCopies(changes, copy_settings_of)
     probes = HttpPeerProbes(base.connections)
     contact = StoreContact(base.store, registry.instances, probes, changes, ttl_s=config.session_ttl_s)
     in_flight = InFlight()

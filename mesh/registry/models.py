@@ -5,6 +5,7 @@ import math
 import msgspec
 
 from mesh.errors import AlreadyExists, InvalidRequest, PreconditionFailed
+from mesh.registry.copy_settings import copy_settings_of, identity_of, is_same_model
 from mesh.registry.records import ModelRecord
 from mesh.registry.registration import check_id, name_in
 from mesh.registry.secrets import refuse_secrets
@@ -30,14 +31,18 @@ class Models:
         return await self.table.find(model_id)
 
     async def register(self, model_id: str, info: ModelInfo, *, last_used_ms: int, touch: bool = True) -> ModelRecord:
-        """Register a model; idempotent. Raises AlreadyExists if it is registered with other attributes, InvalidRequest if it cannot be registered."""
+        """Register a model; idempotent. Only its copy settings may differ from those of an earlier registration.
+
+        Raises AlreadyExists if it is registered with other attributes, InvalidRequest if it cannot be registered.
+        """
         check_registrable(model_id, info)
 
         def change(old: ModelRecord | None) -> ModelRecord:
             if old is None:
                 return new_model(info, last_used_ms=last_used_ms)
-            if old.info != info:
+            if not is_same_model(old.info, info):
                 raise AlreadyExists("Model already exists with different attribute values")
+            old = with_copy_settings(old, info)
             # Every pod receives each write, so a small difference is not written.
             if touch and last_used_ms > old.last_used_ms + HOUR_MS:
                 return msgspec.structs.replace(old, last_used_ms=last_used_ms)
@@ -71,14 +76,21 @@ class Models:
 
 def new_model(info: ModelInfo, *, last_used_ms: int, auto_delete: bool = False) -> ModelRecord:
     """Return the record of a model that was not used yet. `last_used_ms` is its place in the order of last use."""
-    return ModelRecord(
+    record = ModelRecord(
         type=info.type,
-        key=info.key,
+        key=identity_of(info).key,
         path=info.path,
         auto_delete=auto_delete,
         last_used_ms=last_used_ms,
         entered_ms=last_used_ms,
     )
+    return with_copy_settings(record, info)
+
+
+def with_copy_settings(record: ModelRecord, info: ModelInfo) -> ModelRecord:
+    """Return the record with the copy settings of another registration of the same model, or the record itself if they are equal."""
+    settings = copy_settings_of(info)
+    return record if settings == record.copy_settings else msgspec.structs.replace(record, changeable=settings)
 
 
 def check_registrable(model_id: str, info: ModelInfo) -> None:

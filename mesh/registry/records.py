@@ -11,7 +11,9 @@ from typing import TypeVar
 import msgspec
 from msgspec import field
 
+from common.model_key import CopySettings
 from common.model_state import ModelState
+from mesh.registry.copy_settings import copy_settings_of, identity_of
 from mesh.types import ModelInfo
 
 LRU_EMPTY_MS = 2**63 - 1
@@ -56,6 +58,9 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     num_failures: int = field(default=0, name="numFailures")  # not in ModelMesh: failed loads in a row, on any pods
     files_in: tuple[str, ...] = field(default=(), name="filesIn")  # not in ModelMesh: the last pods that loaded it
     use: float = 0.0  # not in ModelMesh: decayed uses when a copy was last unloaded
+    changeable: CopySettings | None = field(
+        default=None, name="copySettings"
+    )  # not in ModelMesh: the settings that are no part of the model's identity
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
 
@@ -66,7 +71,13 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(self.type, self.path, self.key)
+        """Return what identifies the model."""
+        return identity_of(ModelInfo(self.type, self.path, self.key))
+
+    @property
+    def copy_settings(self) -> CopySettings:
+        """Return the copy settings. Earlier releases and Java pods leave them in the key."""
+        return self.changeable or copy_settings_of(ModelInfo(self.type, self.path, self.key))
 
 
 class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):

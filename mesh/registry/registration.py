@@ -15,6 +15,7 @@ import msgspec
 from common.model_id import InvalidModelId, check_model_id, shown_id
 from common.model_key import InvalidModelKey, parse_model_key, read_model_key
 from mesh.errors import InvalidRequest
+from mesh.registry.copy_settings import identity_of
 from mesh.types import ModelInfo
 
 DEFAULT_TYPE = "llm"
@@ -90,7 +91,8 @@ def _refusals(subject: str) -> Iterator[None]:
 
 
 def concrete_id(name: str, info: ModelInfo) -> str:
-    content = msgspec.json.encode((info.type, info.path, info.key))
+    """Return the model id of a registration by name. It does not depend on the copy settings, which may change while the model is loaded."""
+    content = msgspec.json.encode((info.type, info.path, identity_of(info).key))
     return f"{name}__{hashlib.sha1(content, usedforsecurity=False).hexdigest()[:HASH_DIGITS]}"
 
 

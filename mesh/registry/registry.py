@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from mesh.access.caller import current_caller
 from mesh.errors import AlreadyExists, NotFound
+from mesh.registry.copy_settings import is_same_model
 from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
 from mesh.registry.records import ModelRecord
@@ -214,13 +215,15 @@ class Registry:
     async def register_name(self, name: str, info: ModelInfo, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
         """Register files and settings under `name`, and return the concrete id.
 
-        Equal files and settings change nothing. For other ones the name moves to a new model; the old model answers until the new one is loaded.
+        Equal files and settings change nothing, and other copy settings only those. For other files or settings the name moves to a new model; the
+        old model answers until the new one is loaded.
         Raises AlreadyExists if the name is itself a model id, InvalidRequest, StoreError.
         """
         check_name(name)
         current_caller().check_model(name)
         plain = await self.models.find(name)
-        if plain is not None and plain.info == info:
+        if plain is not None and is_same_model(plain.info, info):
+            await self.models.register(name, info, last_used_ms=0)
             return name
         if plain is not None:
             raise AlreadyExists(f"{name} is already registered as a model id with other attributes; remove it first")

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mesh.errors import AlreadyExists, InvalidRequest, NotFound, PreconditionFailed
-from mesh.registry.models import new_model
+from mesh.registry.copy_settings import is_same_model
+from mesh.registry.models import new_model, with_copy_settings
 from mesh.registry.records import ModelRecord, VModelRecord
 from mesh.types import ModelInfo
 
@@ -57,16 +58,18 @@ def plan_set(
         if request.info is None:
             raise NotFound(f"Target model {request.target_id} not found")
         created = new_model(request.info, last_used_ms=now_ms, auto_delete=request.auto_delete)
-    elif request.info is not None and request.info != target.info:
+    elif request.info is not None and not is_same_model(request.info, target.info):
         raise AlreadyExists(f"Target model {request.target_id} already exists with different attribute values")
+    elif request.info is not None:
+        target = with_copy_settings(target, request.info)
     if vmodel is None:
         new = VModelRecord(
             owner=request.owner or default_owner, active_id=request.target_id, target_id=request.target_id
         )
-        return _plan(view, new, request.target_id, created)
+        return _plan(view, new, request.target_id, created or target)
     if request.target_id == vmodel.target_id and not (vmodel.is_moving and request.force):
         # KServe's controller sets a vmodel again on each of its events, so a set that changes nothing must write nothing.
-        return _plan(view, vmodel, request.target_id, created)
+        return _plan(view, vmodel, request.target_id, created or target)
     active = view.models.get(vmodel.active_id)
     copies = len(active.instance_ids) if active else 0
     switch = request.force or copies == 0 or request.target_id == vmodel.active_id or (copies == 1 and target_is_loaded)
@@ -85,7 +88,7 @@ def plan_set(
         )
         successor = msgspec.structs.replace(successor, last_used_ms=last_used_ms, entered_ms=entered_ms)
         return _plan(view, new, request.target_id, successor)
-    return _plan(view, new, request.target_id, created)
+    return _plan(view, new, request.target_id, created or target)
 
 
 def plan_finish(view: VModelView, *, target_id: str) -> VModelPlan:

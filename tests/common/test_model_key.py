@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.model_key import (
+    CopySettings,
     DefaultSampling,
     InvalidModelKey,
     ModelKey,
@@ -120,7 +121,8 @@ def test_each_setting_has_a_flag_and_a_documented_row() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     fields = registrable_fields()
     assert {field.name for field in fields} == (
-        {*ModelSettings.__struct_fields__, *Storage.__struct_fields__} - {"display_name", "bucket"}
+        {*ModelSettings.__struct_fields__, *CopySettings.__struct_fields__, *Storage.__struct_fields__}
+        - {"display_name", "bucket"}
     )
     for field in fields:
         assert f"  {settings_flags.flag_of(field)}" in help_text
@@ -134,6 +136,7 @@ def test_flags_give_the_settings_of_a_registration(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     settings_flags.add_flags(parser)
     arguments = ["--quantize", "nf4", "--double-quant", "--max-model-len", "100", "--chat-template", f"@{template}"]
+    arguments += ["--min-copies", "2", "--pinned", "--priority", "-3", "--idle-timeout-s", "90"]
     arguments += ["--sampling", "temperature=0.5", "--sampling", "top_k=5", "--storage-param", "bucket=b=c"]
     found = read_model_key(settings_flags.given(parser.parse_args(arguments)))
     assert found == ModelKey(
@@ -145,5 +148,6 @@ def test_flags_give_the_settings_of_a_registration(tmp_path: Path) -> None:
             sampling=DefaultSampling(temperature=0.5, top_k=5),
         ),
         Storage(storage_params={"bucket": "b=c"}),
+        CopySettings(min_copies=2, pinned=True, priority=-3, idle_timeout_s=90),
     )
     assert settings_flags.given(parser.parse_args([])) == {}

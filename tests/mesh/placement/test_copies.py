@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.placement.copy_policy import CopyPolicy
+from common.model_key import CopySettings
 from mesh.placement.copy_scaling import IDLE_S, QUEUED_S, Change, CopyLoad, plan_copies
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import MB, Switches
@@ -20,10 +20,10 @@ from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
 
 policies = st.builds(
-    CopyPolicy,
+    CopySettings,
     min_copies=st.integers(0, 4),
-    max_copies=st.integers(0, 4),
-    idle_timeout_s=st.sampled_from([0.0, 10.0, 100.0]),
+    max_copies=st.sampled_from([None, 1, 2, 3, 4]),
+    idle_timeout_s=st.sampled_from([None, 10.0, 100.0]),
 )
 loads = st.builds(
     CopyLoad,
@@ -36,7 +36,7 @@ loads = st.builds(
 
 
 @given(loads, policies)
-def test_copies_keep_to_the_policy(load: CopyLoad, policy: CopyPolicy) -> None:
+def test_copies_keep_to_the_policy(load: CopyLoad, policy: CopySettings) -> None:
     change = plan_copies(load, policy)
     if change is Change.ADD:
         assert load.is_first, "one pod adds"
@@ -203,3 +203,21 @@ async def test_a_pinned_model_stays_and_lower_priorities_go_first(tmp_path: Path
         assert ids["pinned"] in pod.runtime.loaded
         assert ids["high"] in pod.runtime.loaded
         assert ids["low"] not in pod.runtime.loaded
+
+
+async def test_a_further_copy_is_loaded_in_another_zone(tmp_path: Path, etcd: EtcdServer) -> None:
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    zones = {"a": "east", "b": "east", "c": "west"}
+    async with AsyncExitStack() as stack:
+        pods = {
+            name: await stack.enter_async_context(running_pod(tmp_path / name, store=store, zone=zone))
+            for name, zone in zones.items()
+        }
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 3 for pod in pods.values()))
+        for number in range(4):
+            model_id = f"m{number}"
+            await pods["a"].register(model_id)
+            await pods["a"].pod.placement.ensure_loaded(model_id, wait=True, local_only=True)
+            await pods["a"].pod.placement.ensure_loaded(model_id, wait=True, avoid=frozenset({"a"}))
+        assert set(pods["c"].runtime.loaded) == {"m0", "m1", "m2", "m3"}
+        assert not pods["b"].runtime.loaded

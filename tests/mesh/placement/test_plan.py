@@ -8,11 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.decayed_uses import DecayedUses
-from mesh.placement.copy_policy import CopyPolicy, policy_of
 from mesh.placement.failures import MAX_FAILURES, SeenTimes, backoff_s, blocked_for_s, num_failures, wait_s
 from mesh.placement.plan import PodView, plan
 from mesh.registry.records import ModelRecord
-from mesh.types import ModelInfo
 
 views = st.builds(
     PodView,
@@ -138,10 +136,3 @@ def test_uses_prefer_the_frequent_to_the_recent_until_it_ages() -> None:
         uses.add("other")
     uses.add("recent")
     assert uses.of("frequent") < uses.of("recent")
-
-
-def test_copy_policy_comes_from_the_model_key() -> None:
-    key = '{"min_copies": 2, "max_copies": 3, "pinned": true, "priority": 5, "idle_timeout_s": 60}'
-    assert policy_of(ModelInfo("llm", "/m", key)) == CopyPolicy(2, 3, True, 5, 60.0)
-    assert policy_of(ModelInfo("sklearn", "/m", "opaque")) == CopyPolicy()
-    assert policy_of(ModelInfo("llm", "/m")) == CopyPolicy()

@@ -1,0 +1,56 @@
+"""Separates what a model key says about the number and the eviction of copies from what identifies the model.
+
+The former may change while the model is loaded. It is kept in a property of the model's record, and the key without it is the model's identity.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from common.model_key import CopySettings, InvalidModelKey, parse_model_key
+from mesh.types import ModelInfo
+
+DEFAULT = CopySettings()
+_NAMES = CopySettings.__struct_fields__
+
+
+def identity_of(info: ModelInfo) -> ModelInfo:
+    """Return the model without its copy settings. A key that is not Repertory's stays as it is."""
+    return _split(info)[0] if _mentions_copies(info.key) else info
+
+
+def copy_settings_of(info: ModelInfo) -> CopySettings:
+    """Return the copy settings in a model's key; the default ones for a key that is not Repertory's."""
+    return _split(info)[1] if _mentions_copies(info.key) else DEFAULT
+
+
+def is_same_model(one: ModelInfo, other: ModelInfo) -> bool:
+    """Return whether two registrations mean the same files and settings, whatever they say about copies and however their keys are written."""
+    one, other = identity_of(one), identity_of(other)
+    return one == other or (
+        (one.type, one.path) == (other.type, other.path)
+        and (fields := _fields(one.key)) is not None
+        and fields == _fields(other.key)
+    )
+
+
+def _mentions_copies(key: str) -> bool:
+    return any(name in key for name in _NAMES)
+
+
+@lru_cache(maxsize=20_000)
+def _split(info: ModelInfo) -> tuple[ModelInfo, CopySettings]:
+    try:
+        copies = parse_model_key(info.key).copies
+    except InvalidModelKey:
+        return info, DEFAULT
+    fields = {name: value for name, value in (_fields(info.key) or {}).items() if name not in _NAMES}
+    return ModelInfo(info.type, info.path, msgspec.json.encode(fields, order="deterministic").decode()), copies
+
+
+def _fields(key: str) -> dict[str, Any] | None:
+    try:
+        return msgspec.json.decode(key, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        return None
