@@ -154,6 +154,9 @@ class FitAnswer:
     architecture: str = ""
     num_parameters: int = 0
     exact: bool = False
+    unpacked_blocks: str = ""
+    stored_bytes: int = 0
+    nf4_weight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

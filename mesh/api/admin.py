@@ -87,8 +87,10 @@ class AdminRoutes:
         if not asked.uri:
             raise InvalidRequest(f"model {asked.name}: uri is missing: it says where the files are")
         info = model_info(asked.name, asked.uri, _settings(body, _Register), model_type=asked.type)
-        Record.of(request).model_id = await self._registrar.register(asked.name, info, load=asked.load)
-        return _json(await self._views.one(asked.name))
+        registration = await self._registrar.register(asked.name, info, load=asked.load)
+        Record.of(request).model_id = registration.model_id
+        fit = self._fit_view(registration.fit, ()) if registration.fit is not None else None
+        return _json(msgspec.structs.replace(await self._views.one(asked.name), fit=fit))
 
     async def remove(self, request: web.Request) -> web.Response:
         """Unregister a name. Responds after the copies are unloaded too."""
@@ -195,6 +197,9 @@ class AdminRoutes:
             architecture=answer.architecture,
             num_parameters=answer.num_parameters,
             exact=answer.exact,
+            unpacked_blocks=answer.unpacked_blocks,
+            stored_bytes=answer.stored_bytes,
+            nf4_weight_bytes=answer.nf4_weight_bytes,
         )
 
 

@@ -69,7 +69,7 @@ class LoraRoutes:
         if not base and len(bases) != 1:
             return _refusal(f"'base_model_name' must be provided: {len(bases)} models could be the base.")
         info = model_info(name, asked.lora_path, {"adapter_of": base or bases[0]})
-        model_id = await self._registrar.register(name, info, load=False)
+        model_id = (await self._registrar.register(name, info, load=False)).model_id
         Record.of(request).model_id = model_id
         if known is not None and known.model_id == model_id:
             await self._placement.unload(model_id)  # the same path, whose files may be others now

@@ -125,7 +125,8 @@ class ModelsRoutes:
             raise InvalidRequest("model is missing: a repository of the Hugging Face hub, such as org/name, or a URI")
         uri = asked.model if "://" in asked.model else f"hf://{asked.model}"
         info = model_info(asked.model, uri, {}, model_type=DEFAULT_TYPE)
-        Record.of(request).model_id = await self._registrar.register(asked.model, info, load=True)
+        registration = await self._registrar.register(asked.model, info, load=True)
+        Record.of(request).model_id = registration.model_id
         return _json({"success": True})
 
     async def remove(self, request: web.Request) -> web.Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from common.clock import epoch_ms
 from mesh.access.caller import current_caller
@@ -11,11 +12,19 @@ from mesh.placement.placement import Placement
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.registration import base_of
 from mesh.registry.registry import Registry
-from mesh.types import ModelInfo, ModelStatus, RuntimeClient
+from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
 
 logger = logging.getLogger(__name__)
 
 _CHECK_S = 3.0  # a registration waits so long for the source's answer
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A registered name's concrete id, and what the model needs if the runtime could say that in time."""
+
+    model_id: str
+    fit: FitAnswer | None
 
 
 class Registrar:
@@ -33,14 +42,14 @@ class Registrar:
         self._monitor = monitor
         self._runtime = runtime
 
-    async def register(self, name: str, info: ModelInfo, *, load: bool) -> str:
-        """Register a name, begin to load it if asked to, and return the concrete id. Raises InvalidRequest, AlreadyExists."""
+    async def register(self, name: str, info: ModelInfo, *, load: bool) -> Registration:
+        """Register a name, and begin to load it if asked to. Raises InvalidRequest, AlreadyExists."""
         await self._check_base(info)
-        await self._check_loadable(info)
+        fit = await self._check_loadable(info)
         model_id = await self._registry.register_name(name, info, now_ms=epoch_ms(), is_loaded=self.is_loaded)
         if load:
             await self._placement.ensure_loaded(model_id, retry_failed=True)
-        return model_id
+        return Registration(model_id, fit)
 
     async def remove(self, name: str) -> str:
         """Remove a name and return its concrete id, after the copies are unloaded too. Raises NotFound, PreconditionFailed."""
@@ -65,17 +74,18 @@ class Registrar:
         if base is not None and base_of(base[1]):
             raise InvalidRequest(f"adapter_of: {name!r} is an adapter itself; its base is {base_of(base[1])!r}")
 
-    async def _check_loadable(self, info: ModelInfo) -> None:
-        """Raise InvalidRequest for settings that the runtime refuses, as far as it can tell within a few seconds.
+    async def _check_loadable(self, info: ModelInfo) -> FitAnswer | None:
+        """Return what the model needs, None if the runtime cannot say so within a few seconds. Raises InvalidRequest for settings that it refuses.
 
         Missing files and a full memory are no reason: they may change until the model is loaded.
         """
         if not self._monitor.snapshot.ready or self._monitor.snapshot.foreign:
-            return
+            return None
         try:
             async with asyncio.timeout(_CHECK_S):
-                await self._runtime.fit("", info, sizes_only=True)
+                return await self._runtime.fit("", info, sizes_only=True)
         except InvalidRequest:
             raise
         except (MeshError, TimeoutError) as error:
             logger.debug("model %s is registered unchecked: %s", info.path, error)
+            return None

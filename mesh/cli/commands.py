@@ -31,11 +31,11 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
         **({"type": args.type} if args.type else {}),
         **settings,
     }
+    if not args.json:
+        registering.print_size(client, request)
     model, change = registering.register_one(client, request)
     if args.load:
         model = _wait_loaded(client, args.name, quiet=args.json)
-    if not args.json:
-        registering.print_size(client, model)
     _print_model(model, args.json, f"{model.name} is {f'loaded{_cut_of(model)}' if args.load else change}")
     return 0
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from mesh.cli.render import size
+from mesh.cli.render import size, unpacking_of, waiting
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import MeshError
 from mesh.registry.models_file import read_models_file
@@ -32,7 +32,9 @@ def register_file(client: AdminClient, args: argparse.Namespace) -> int:
     declared = read_models_file(args.file)
     for model in declared.models:
         request = {"name": model.name, "uri": model.uri, "type": model.type, **model.settings}
-        _, change = register_one(client, request)
+        registered, change = register_one(client, request)
+        if registered.fit is not None and (unpacking := unpacking_of(model.name, registered.fit)):
+            print(unpacking, file=sys.stderr)
         if model.load or args.load:
             client.load(model.name)
             change += "; its load has begun"
@@ -45,19 +47,23 @@ def register_file(client: AdminClient, args: argparse.Namespace) -> int:
     return 0
 
 
-def print_size(client: AdminClient, model: Model) -> None:
-    """Print to stderr what the weights take, and a warning if the model does not fit. Prints nothing if that is not known."""
+def print_size(client: AdminClient, request: dict[str, object]) -> None:
+    """Print to stderr what the weights of a model to be registered will take, and a warning if it does not fit. Prints nothing if that is not known."""
+    name = str(request["name"])
     try:
-        fit = client.fit({"name": model.name, "sizes_only": True})
+        with waiting(f"inspecting the files of {name}", enabled=True):
+            fit = client.fit({**{key: value for key, value in request.items() if key != "name"}, "sizes_only": True})
     except MeshError:
         return
+    if unpacking := unpacking_of(name, fit):
+        print(unpacking, file=sys.stderr)
     if not fit.fits:
-        print(f"warning: {model.name} cannot be loaded here: {fit.reason}", file=sys.stderr)
+        print(f"warning: {name} cannot be loaded here: {fit.reason}", file=sys.stderr)
     elif fit.weight_bytes:
         kv = f", {size(fit.kv_bytes_per_token)} of KV per token" if fit.kv_bytes_per_token else ""
         quantization = f" as {fit.quantization}" if fit.quantization not in ("", "none") else ""
         print(
-            f"{model.name}: {size(fit.weight_bytes)} of weights{quantization}{kv}; budget {size(fit.capacity_bytes)}",
+            f"{name}: {size(fit.weight_bytes)} of weights{quantization}{kv}; budget {size(fit.capacity_bytes)}",
             file=sys.stderr,
         )
 

@@ -175,12 +175,28 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
         f"[bold]{name}[/bold]\n  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}"
     )
     console.print(f"  weights    {size(fit.weight_bytes)}{sure}")
+    if fit.unpacked_blocks:
+        smaller = f"; as nf4 {size(fit.nf4_weight_bytes)}" if fit.nf4_weight_bytes else ""
+        console.print(
+            f"  file       {size(fit.stored_bytes)} of {fit.unpacked_blocks} blocks, which are unpacked{smaller}"
+        )
     console.print(f"  KV cache   {kv}")
     console.print(f"  workspace  {size(fit.workspace_bytes) or '0'}")
     console.print(f"  budget     {size(fit.capacity_bytes)}")
     verdict = "[green]fits[/green]" if fit.fits else "[red]doesn't fit[/red]"
     evicts = f"; would evict {', '.join(fit.evicts)}" if fit.evicts else ""
     console.print(f"  {verdict}{evicts}{': ' + fit.reason if fit.reason else ''}")
+
+
+def unpacking_of(name: str, fit: Fit) -> str:
+    """Return a sentence on what the blocks of a GGUF file take once they are loaded; empty for other files."""
+    if not fit.unpacked_blocks:
+        return ""
+    smaller = f"; --quantize nf4 takes {size(fit.nf4_weight_bytes)}" if fit.nf4_weight_bytes else ""
+    return (
+        f"{name}: {size(fit.stored_bytes)} of {fit.unpacked_blocks} blocks are unpacked to {size(fit.weight_bytes)} when "
+        f"the model is loaded{smaller}"
+    )
 
 
 def waiting(what: str, *, enabled: bool) -> AbstractContextManager[object]:

@@ -26,10 +26,37 @@ class Copy(ModelState, frozen=True, kw_only=True, omit_defaults=False):
     status: str = ""
 
 
+class Fit(msgspec.Struct, frozen=True):
+    """The answer of `/admin/v1/fit`. Sizes are in bytes.
+
+    `unpacked_blocks`: the type of a GGUF file's blocks, which take `stored_bytes` in the file and `weight_bytes` once they are loaded;
+    `nf4_weight_bytes` if they were quantised to NF4.
+    """
+
+    fits: bool
+    reason: str = ""
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    min_kv_bytes: int = 0
+    workspace_bytes: int = 0
+    capacity_bytes: int = 0
+    evicts: list[str] = []
+    max_model_len: int = 0  # what a load would have
+    wanted_model_len: int = 0  # what was asked for
+    quantization: str = ""
+    architecture: str = ""
+    num_parameters: int = 0
+    exact: bool = False
+    unpacked_blocks: str = ""
+    stored_bytes: int = 0
+    nf4_weight_bytes: int = 0
+
+
 class Model(msgspec.Struct, frozen=True):
     """A registered name in the answer of `/admin/v1/models`. `moving_to`: the source that the name moves to when it is loaded.
 
     `alias_of`: the registered name, if this one is an alias. `aliases`: all other names of the same model.
+    `fit`: what the model needs, in the answer to its registration, if the runtime could say that in time.
     """
 
     name: str
@@ -53,6 +80,7 @@ class Model(msgspec.Struct, frozen=True):
     moving_to: str = ""
     aliases: list[str] = []
     alias_of: str = ""
+    fit: Fit | None = None
 
 
 class Models(msgspec.Struct, frozen=True):
@@ -118,25 +146,6 @@ class Dropped(msgspec.Struct, frozen=True):
     freed_bytes: int = 0
     num_in_use: int = 0
     failed: list[PodCache] = []
-
-
-class Fit(msgspec.Struct, frozen=True):
-    """The answer of `/admin/v1/fit`. Sizes are in bytes."""
-
-    fits: bool
-    reason: str = ""
-    weight_bytes: int = 0
-    kv_bytes_per_token: int = 0
-    min_kv_bytes: int = 0
-    workspace_bytes: int = 0
-    capacity_bytes: int = 0
-    evicts: list[str] = []
-    max_model_len: int = 0  # what a load would have
-    wanted_model_len: int = 0  # what was asked for
-    quantization: str = ""
-    architecture: str = ""
-    num_parameters: int = 0
-    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

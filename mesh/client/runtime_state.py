@@ -186,4 +186,7 @@ def fit_answer(answer: pb.FitResponse) -> FitAnswer:
         architecture=answer.architecture,
         num_parameters=answer.num_parameters,
         exact=answer.exact,
+        unpacked_blocks=answer.unpacked_blocks,
+        stored_bytes=answer.stored_bytes,
+        nf4_weight_bytes=answer.nf4_weight_bytes,
     )

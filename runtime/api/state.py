@@ -141,6 +141,9 @@ class RuntimeStateApi(RuntimeStateServicer):
             architecture=look.geometry.architecture,
             num_parameters=needs.num_parameters,
             exact=look.exact,
+            unpacked_blocks=look.unpacking.blocks if look.unpacking is not None else "",
+            stored_bytes=look.unpacking.stored_bytes if look.unpacking is not None else 0,
+            nf4_weight_bytes=look.unpacking.nf4_weight_bytes if look.unpacking is not None else 0,
         )
 
     def _fit(self, needs: Needs, hello: Hello) -> DeviceFit:

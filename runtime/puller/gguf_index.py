@@ -7,7 +7,7 @@ against the file's size first. The layout is specified in ggml's docs/gguf.md.
 import math
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ _MAX_DIMENSIONS = 4
 _ALIGNMENT_BYTES = 32
 _MIN_ENTRY_BYTES = 13  # an empty name, a value type and a byte
 _MAX_TEXT_BYTES = 1 << 20
+_MAGIC = b"GGUF"
+_FIRST_READ_BYTES = 4 << 20  # of a remote file; a vocabulary of 32,000 takes about 1 MiB
+_MAX_INDEX_BYTES = 64 << 20
 _MAX_NUMBERS = 4096  # of an array that is kept: one number per layer, not one per vocabulary entry
 
 Value = int | float | bool | str | tuple[int | float | bool, ...] | None
@@ -31,7 +34,7 @@ class GgufIndex:
 
     metadata: Mapping[str, Value]
     num_items: Mapping[str, int]
-    tensors: Sequence[TensorShape]  # every one is F32 once it is dequantised
+    tensors: Sequence[TensorShape]  # every one is F32 once it is unpacked
 
     @property
     def architecture(self) -> str:
@@ -47,24 +50,50 @@ def read_index(path: Path) -> GgufIndex:
     """Read a file's index. Raises LoadFailed for a file whose index or tensors end beyond it, and for one part of a split file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            index = _IndexReader(path.name, data).read()
+            return _checked(path.name, _IndexReader(path.name, data, len(data)).read())
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise LoadFailed(f"{path.name} can't be read: {error}") from error
+
+
+def read_remote_index(name: str, size_bytes: int, read: Callable[[int], bytes]) -> GgufIndex:
+    """Read the index of a file of `size_bytes` from its beginning. `read` returns so many of its first bytes. Raises LoadFailed as `read_index`."""
+    num_bytes = _FIRST_READ_BYTES
+    while True:
+        data = read(min(num_bytes, size_bytes))
+        if not data.startswith(_MAGIC):
+            raise LoadFailed(f"{name} is not a GGUF file")
+        try:
+            return _checked(name, _IndexReader(name, data, size_bytes).read())
+        except _IncompleteError:
+            if num_bytes >= _MAX_INDEX_BYTES:
+                raise LoadFailed(f"{name}: its index is longer than {_MAX_INDEX_BYTES} bytes; load it once") from None
+            num_bytes *= 4
+
+
+def _checked(name: str, index: GgufIndex) -> GgufIndex:
+    """Return the index of a whole file. Raises LoadFailed for one part of a split file."""
     num_parts = index.number("split.count") or 1
     if num_parts > 1:
         part = (index.number("split.no") or 0) + 1
         raise LoadFailed(
-            f"{path.name} is part {part} of a GGUF file that was split into {num_parts}, which can't be loaded in parts; "
+            f"{name} is part {part} of a GGUF file that was split into {num_parts}, which can't be loaded in parts; "
             "merge them with `llama-gguf-split --merge` and register the whole file"
         )
     return index
 
 
+class _IncompleteError(Exception):
+    """The index continues after the bytes that were read of the file."""
+
+
 class _IndexReader:
-    def __init__(self, name: str, data: mmap.mmap) -> None:
+    """`data`: the first bytes of a file of `size_bytes`."""
+
+    def __init__(self, name: str, data: mmap.mmap | bytes, size_bytes: int) -> None:
         self._name = name
         self._data = data
-        self._at = 4
+        self._size_bytes = size_bytes
+        self._at = len(_MAGIC)
 
     def read(self) -> GgufIndex:
         version = self._number("<I")
@@ -80,13 +109,13 @@ class _IndexReader:
         alignment = metadata.get("general.alignment")
         step = max(1, alignment) if isinstance(alignment, int) else _ALIGNMENT_BYTES
         needed = self._at + -self._at % step + data_bytes if tensors else self._at
-        if needed > len(self._data):
+        if needed > self._size_bytes:
             raise self._truncated(needed)
         return GgufIndex(metadata, num_items, tensors)
 
     def _tensors(self, count: int) -> tuple[list[TensorShape], int]:
         """Return the tensors and the bytes of the data section."""
-        from gguf.constants import GGML_QUANT_SIZES
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         tensors, end = [], 0
         for _ in range(count):
@@ -96,12 +125,14 @@ class _IndexReader:
                 raise LoadFailed(f"{self._name} is damaged: tensor {name[:100]!r} has {num_dimensions} dimensions")
             # The fastest dimension comes first.
             shape = tuple(int(self._number("<Q")) for _ in range(num_dimensions))[::-1]
-            sizes = GGML_QUANT_SIZES.get(self._number("<I"))
+            kind = self._number("<I")
+            sizes = GGML_QUANT_SIZES.get(kind)
             if sizes is None:
                 raise LoadFailed(f"{self._name}: tensor {name[:100]!r} has an unknown type")
             block, block_bytes = sizes
-            end = max(end, self._number("<Q") + -(-math.prod(shape) // block) * block_bytes)
-            tensors.append(TensorShape(name, "F32", shape))
+            stored_bytes = -(-math.prod(shape) // block) * block_bytes
+            end = max(end, self._number("<Q") + stored_bytes)
+            tensors.append(TensorShape(name, "F32", shape, GGMLQuantizationType(kind).name, stored_bytes))
         return tensors, end
 
     def _value(self, kind: int, key: str, num_items: dict[str, int]) -> Value:
@@ -140,7 +171,7 @@ class _IndexReader:
     def _count(self, item_bytes: int) -> int:
         """Read a number of items of at least `item_bytes` each, which the rest of the file must hold."""
         count = self._number("<Q")
-        if count * item_bytes > len(self._data) - self._at:
+        if count * item_bytes > self._size_bytes - self._at:
             raise self._truncated(self._at + count * item_bytes)
         return count
 
@@ -155,11 +186,13 @@ class _IndexReader:
         return int(struct.unpack_from(form, self._data, at)[0])
 
     def _skip(self, count: int) -> None:
-        if self._at + count > len(self._data):
+        if self._at + count > self._size_bytes:
             raise self._truncated(self._at + count)
+        if self._at + count > len(self._data):
+            raise _IncompleteError
         self._at += count
 
     def _truncated(self, needed: int) -> LoadFailed:
         return LoadFailed(
-            f"{self._name} is truncated or damaged: {len(self._data)} bytes, its index describes {needed}"
+            f"{self._name} is truncated or damaged: {self._size_bytes} bytes, its index describes {needed}"
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.errors import LoadFailed
-from runtime.puller.gguf_index import read_index
+from runtime.puller.gguf_index import GgufIndex, read_index
 from runtime.puller.sizing import TensorShape
 
 _FIELDS = {
@@ -20,19 +20,23 @@ _FIELDS = {
 
 def read_gguf(path: Path) -> tuple[Mapping[str, object], Sequence[TensorShape]]:
     """Return the configuration and the tensors' shapes. Raises LoadFailed if the file is damaged or lacks either."""
-    index = read_index(path)
+    return geometry_in(path.name, read_index(path))
+
+
+def geometry_in(name: str, index: GgufIndex) -> tuple[Mapping[str, object], Sequence[TensorShape]]:
+    """Like `read_gguf`, of an index that has been read from the file of this name."""
     if not index.architecture:
-        raise LoadFailed(f"{path.name} has no general.architecture in its metadata")
+        raise LoadFailed(f"{name} has no general.architecture in its metadata")
     # A dtype is left out: the quantised weights have none, and the device computes in its own.
     config: dict[str, object] = {"architectures": [f"{index.architecture} (GGUF)"]}
-    for field, name in _FIELDS.items():
+    for field, known_as in _FIELDS.items():
         value = index.metadata.get(f"{index.architecture}.{field}")
         if isinstance(value, tuple):
             value = max(value, default=None)
         if isinstance(value, int):
-            config[name] = int(value)
+            config[known_as] = int(value)
     embedding = next((tensor for tensor in index.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None or not embedding.shape:
-        raise LoadFailed(f"{path.name} has no tensor token_embd.weight")
+        raise LoadFailed(f"{name} has no tensor token_embd.weight")
     config["vocab_size"] = embedding.shape[0]
     return config, index.tensors

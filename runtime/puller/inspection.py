@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Protocol
 
 from common.model_key import ModelSettings, Quantization
-from runtime.puller.sizing import Geometry, Needs
+from runtime.puller.sizing import Geometry, Needs, Unpacking
 from runtime.types import ModelSource
 
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
-    """What is known of a model. `exact` if the needs come from the files' index. `config` is config.json, or a GGUF file's own metadata."""
+    """What is known of a model. `exact` if the needs come from the files' index. `config` is config.json, or a GGUF file's own metadata.
+
+    `gguf_file`: if there is one on this machine. `unpacking`: what loading its blocks costs. `is_remote_gguf`: it is to be pulled first, so that
+    nothing but its index was read.
+    """
 
     geometry: Geometry
     needs: Needs
@@ -20,6 +24,8 @@ class ModelMetadata:
     exact: bool
     config: Mapping[str, object]
     gguf_file: Path | None = None
+    unpacking: Unpacking | None = None
+    is_remote_gguf: bool = False
 
 
 class ModelInspector(Protocol):

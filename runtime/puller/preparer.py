@@ -34,7 +34,7 @@ from runtime.puller.packer import run_packer
 from runtime.puller.progress import PullJob
 from runtime.puller.pulled_files import PulledFiles
 from runtime.puller.resolve import locate
-from runtime.puller.sizing import compute_dtype, geometry_of, needs_of
+from runtime.puller.sizing import compute_dtype, geometry_of, needs_of, unpacking_of
 from runtime.puller.source import Source
 from runtime.puller.support_probe import SupportProbe
 from runtime.types import ModelSource
@@ -122,8 +122,8 @@ class CheckpointPreparer:
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
         """See runtime.puller.inspection.Fitter."""
-        if settings.adapter_of is not None:
-            return ""  # whether an adapter suits its base shows when it is loaded over it
+        if settings.adapter_of is not None or look.is_remote_gguf:
+            return ""  # whether an adapter suits its base, or the engine runs a GGUF file, shows when it is loaded
         job = PullJob(lambda progress: None)
         return await self._in_thread(
             self._threads, lambda: self._refusal(look.config, look.gguf_file, settings.max_model_len, job), job
@@ -230,7 +230,7 @@ class CheckpointPreparer:
                     f"{source.uri} is not on this machine; the size of an adapter is known once it is pulled"
                 )
             return self._adapters.look(place, compute_dtype(settings.dtype, "", device))
-        gguf_file = None
+        gguf_file, is_remote_gguf = None, False
         if isinstance(place, Path):
             found = inspect(place, self._policy)
             gguf_file = found.weight_files[0] if found.kind is CheckpointKind.GGUF else None
@@ -240,6 +240,7 @@ class CheckpointPreparer:
             raise LoadFailed(f"{source.uri} is not on this machine")
         else:
             config, tensors = look_remote(place, job)
+            is_remote_gguf = any(tensor.blocks for tensor in tensors)
             quantization = chosen_quantization(stored_quantization(config)[0], settings, source.uri)
         try:
             geometry = geometry_of(config)
@@ -247,9 +248,16 @@ class CheckpointPreparer:
             reason = "" if local_only else self._refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         quantised = msgspec.structs.replace(settings, quantize=quantization)
-        needs = needs_of(geometry, tensors, quantised, device, self._config.engine.tensor_parallel)
+        num_devices = self._config.engine.tensor_parallel
         return ModelMetadata(
-            geometry, needs, quantization, bool(tensors) and quantization is Quantization.NONE, config, gguf_file
+            geometry,
+            needs_of(geometry, tensors, quantised, device, num_devices),
+            quantization,
+            bool(tensors) and quantization is Quantization.NONE,
+            config,
+            gguf_file,
+            unpacking_of(geometry, tensors, quantised, device, num_devices),
+            is_remote_gguf,
         )
 
 

@@ -1,7 +1,10 @@
 """Computes the memory that a model needs from its configuration and its files' index. Pure arithmetic."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from common.model_key import ModelSettings, Quantization
 from runtime.checkpoint.quantized_shapes import is_layer_matrix, packed_bytes
@@ -28,11 +31,16 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class TensorShape:
-    """One tensor of a checkpoint, with safetensors' name of its dtype."""
+    """One tensor of a checkpoint, with safetensors' name of its dtype.
+
+    `blocks`: of a GGUF file, whose tensors have the dtype that they are unpacked to, the type of the stored blocks, and `stored_bytes` their size.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    blocks: str = ""
+    stored_bytes: int = 0
 
     @property
     def numel(self) -> int:
@@ -66,6 +74,21 @@ class Needs:
     max_model_len: int
     num_parameters: int
     dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacking:
+    """Quantised blocks of a file that take more memory once they are loaded.
+
+    Attributes:
+        blocks: the type that holds most bytes, such as Q4_K.
+        stored_bytes: the size of all tensors in the file.
+        nf4_weight_bytes: the size of the weights if they were quantised to NF4; 0 if they are quantised already.
+    """
+
+    blocks: str
+    stored_bytes: int
+    nf4_weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +141,23 @@ def needs_of(
         num_parameters,
         dtype,
     )
+
+
+def unpacking_of(
+    geometry: Geometry, tensors: Sequence[TensorShape], settings: ModelSettings, device: str, num_devices: int = 1
+) -> Unpacking | None:
+    """Return what unpacking quantised blocks costs; None for a checkpoint without any."""
+    stored: Counter[str] = Counter()
+    for tensor in tensors:
+        stored[tensor.blocks] += tensor.stored_bytes
+    quantised = {blocks: size for blocks, size in stored.items() if blocks not in ("", *_FLOATS)}
+    if not quantised:
+        return None
+    nf4_bytes = 0
+    if settings.quantize is Quantization.NONE:
+        as_nf4 = msgspec.structs.replace(settings, quantize=Quantization.NF4)
+        nf4_bytes = needs_of(geometry, tensors, as_nf4, device, num_devices).weight_bytes
+    return Unpacking(max(quantised, key=quantised.__getitem__), stored.total(), nf4_bytes)
 
 
 def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:

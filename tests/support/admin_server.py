@@ -47,7 +47,7 @@ class AdminServer(HttpServer):
             dropped = [entry for entry in self.cache.entries if entry.key in keys]
             return 200, msgspec.json.encode(Dropped(sum(entry.size_bytes for entry in dropped)))
         if path == "/admin/v1/fit":
-            return 200, msgspec.json.encode(self.fit)
+            return 200, msgspec.json.encode(self.gguf_fit() if "GGUF" in str(body.get("uri")) else self.fit)
         if path in ("/models/load", "/models/unload"):
             return self._change(str(body["model"]), "loaded" if path.endswith("/load") else "")
         if path.startswith("/admin/v1/aliases/"):
@@ -65,6 +65,18 @@ class AdminServer(HttpServer):
             del self.models[name]
             return 204, b""
         return 200, msgspec.json.encode(self.models[name])
+
+    def gguf_fit(self) -> Fit:
+        """Return `fit` as that of a file of 4-bit blocks."""
+        return msgspec.structs.replace(
+            self.fit,
+            weight_bytes=15 * GIB,
+            quantization="none",
+            architecture="llama (GGUF)",
+            unpacked_blocks="Q4_K",
+            stored_bytes=4_700_000_000,
+            nf4_weight_bytes=5 * GIB,
+        )
 
     def _change(self, name: str, state: str) -> Answer:
         if name not in self.models:

@@ -40,6 +40,7 @@ class Switches:
     fail: dict[str, str] = field(default_factory=dict)
     crash: set[str] = field(default_factory=set)  # paths whose load ends as INTERNAL
     invalid: dict[str, str] = field(default_factory=dict)  # by path: why `fit` refuses it as an invalid argument
+    unpacking: dict[str, dict[str, Any]] = field(default_factory=dict)  # by path: fields of the answer of `fit`
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
     engine_ready: bool = True  # if not, they all do; told in the next snapshot, like everything else
@@ -326,11 +327,11 @@ class _State(RuntimeStateServicer):
         size = self._runtime.size_of(request.model_path)
         fits = size <= self._runtime.switches.capacity_bytes
         return state_pb.FitResponse(
-            weight_bytes=size,
             fits=fits,
             reason="" if fits else "too large",
             capacity_bytes=self._runtime.switches.capacity_bytes,
             exact=True,
+            **{"weight_bytes": size, **self._runtime.switches.unpacking.get(request.model_path, {})},
         )
 
     def _snapshot(self) -> state_pb.RuntimeSnapshot:

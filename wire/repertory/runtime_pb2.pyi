@@ -156,7 +156,7 @@ class FitRequest(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., model_path: _Optional[str] = ..., model_key: _Optional[str] = ..., sizes_only: bool = ...) -> None: ...
 
 class FitResponse(_message.Message):
-    __slots__ = ("weight_bytes", "kv_bytes_per_token", "min_kv_bytes", "workspace_bytes", "capacity_bytes", "fits", "reason", "evicts", "max_model_len", "quantization", "architecture", "num_parameters", "exact", "wanted_model_len")
+    __slots__ = ("weight_bytes", "kv_bytes_per_token", "min_kv_bytes", "workspace_bytes", "capacity_bytes", "fits", "reason", "evicts", "max_model_len", "quantization", "architecture", "num_parameters", "exact", "wanted_model_len", "unpacked_blocks", "stored_bytes", "nf4_weight_bytes")
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MIN_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,9 @@ class FitResponse(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     WANTED_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    UNPACKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NF4_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     weight_bytes: int
     kv_bytes_per_token: int
     min_kv_bytes: int
@@ -185,7 +188,10 @@ class FitResponse(_message.Message):
     num_parameters: int
     exact: bool
     wanted_model_len: int
-    def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., min_kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., fits: bool = ..., reason: _Optional[str] = ..., evicts: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., quantization: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., exact: bool = ..., wanted_model_len: _Optional[int] = ...) -> None: ...
+    unpacked_blocks: str
+    stored_bytes: int
+    nf4_weight_bytes: int
+    def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., min_kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., fits: bool = ..., reason: _Optional[str] = ..., evicts: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., quantization: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., exact: bool = ..., wanted_model_len: _Optional[int] = ..., unpacked_blocks: _Optional[str] = ..., stored_bytes: _Optional[int] = ..., nf4_weight_bytes: _Optional[int] = ...) -> None: ...
 
 class ListFilesRequest(_message.Message):
     __slots__ = ()

@@ -136,6 +136,35 @@ async def test_register_shows_what_the_weights_take(pod: RunningPod, say: Say) -
     assert "warning: big cannot be loaded here: too large" in (await say("register", "big", "/big"))[2]
 
 
+async def test_register_says_what_a_gguf_file_takes_before_it_is_registered(
+    pod: RunningPod, say: Say, tmp_path: Path
+) -> None:
+    pod.runtime.switches.unpacking["/q.gguf"] = {
+        "unpacked_blocks": "Q4_K",
+        "stored_bytes": 5 << 20,
+        "weight_bytes": 16 << 20,
+        "nf4_weight_bytes": 6 << 20,
+    }
+    sentence = (
+        "q: 5.0 MiB of Q4_K blocks are unpacked to 16 MiB when the model is loaded; --quantize nf4 takes 6.0 MiB\n"
+    )
+    assert (await say("register", "q", "/q.gguf"))[2].startswith(sentence)
+    assert "5.0 MiB of Q4_K blocks, which are unpacked; as nf4 6.0 MiB" in (await say("fit", "/q.gguf"))[1]
+    answer = await pod.name("r", "/q.gguf")
+    assert (answer["fit"]["unpacked_blocks"], answer["fit"]["weight_bytes"]) == ("Q4_K", 16 << 20)
+    assert (await pod.model("r"))["fit"] is None
+    file = tmp_path / "models.yaml"
+    file.write_text("models: {s: /q.gguf}\n")
+    assert (await say("register", "-f", str(file)))[2] == sentence.replace("q:", "s:", 1)
+
+
+async def test_register_shows_the_size_even_if_the_registration_fails(pod: RunningPod, say: Say) -> None:
+    """The size comes first, so that a person can change the settings before anything is registered."""
+    status, out, note = await say("register", "no spaces", "/q")
+    assert (status, out) == (1, "")
+    assert note.startswith("no spaces: 9.5 MiB of weights; budget 95 MiB\n")
+
+
 async def test_register_refuses_at_once_what_the_runtime_can_never_load(pod: RunningPod, say: Say) -> None:
     pod.runtime.switches.invalid["/q"] = "path '/q' is outside the model roots"
     status, _, error = await say("register", "q", "/q")
@@ -189,7 +218,7 @@ async def test_register_refuses_a_secret_without_showing_it(pod: RunningPod, say
     for arguments in (("https://user:word@example.com/m",), ("/q", "--storage-param", "hf_token=word")):
         status, _, error = await say("register", "q", *arguments)
         assert status == 1
-        assert error.startswith("repertory: model q: ")
+        assert "repertory: model q: " in error
         assert "word" not in error.replace("password", "")
 
 

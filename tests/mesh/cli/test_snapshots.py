@@ -24,6 +24,8 @@ VERBS = {
     "show": ["show", LONG],
     "show-failed": ["show", "broken"],
     "fit": ["fit", LONG],
+    "fit-gguf": ["fit", "hf://org/model-GGUF"],
+    "register-gguf": ["register", "new", "hf://org/model-GGUF"],
     "register": ["register", "new", "/models/new", "--load"],
     "run": ["run", "prod", "What is the capital of France?"],
     "run-unknown": ["run", "smoll"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import LoadFailed
-from runtime.puller.gguf_index import read_index
+from runtime.puller.gguf_index import read_index, read_remote_index
 from runtime.puller.gguf_metadata import read_gguf
 from tests.support.smollm2 import gguf_path
 
@@ -98,3 +98,48 @@ def test_read_index_describes_a_real_file() -> None:
     assert (index.architecture, index.number("llama.block_count")) == ("llama", 30)
     assert index.num_items["tokenizer.ggml.tokens"] == 49152
     assert len(index.tensors) == 272
+
+
+def test_read_remote_index_reads_the_beginning_of_the_file_alone() -> None:
+    """SmolLM2's index is 1.7 MiB of 98 MiB; a first read that is too short is repeated with more."""
+    path, asked = gguf_path(), list[int]()
+
+    def read(count: int) -> bytes:
+        asked.append(count)
+        with path.open("rb") as file:
+            return file.read(count)
+
+    size_bytes = path.stat().st_size
+    assert read_remote_index("m.gguf", size_bytes, read) == read_index(path)
+    assert max(asked) < size_bytes / 4
+
+
+def test_read_remote_index_reads_on_while_the_index_is_longer(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["token" * 10] * 100_000)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content, asked = (tmp_path / "m.gguf").read_bytes(), list[int]()
+
+    def read(count: int) -> bytes:
+        asked.append(count)
+        return content[:count]
+
+    assert read_remote_index("m.gguf", len(content), read) == read_index(tmp_path / "m.gguf")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"<html>" + bytes(100), "m.gguf is not a GGUF file"),
+        (file_of(count=1 << 60), "truncated or damaged"),
+        (b"GGUF", "truncated or damaged"),
+    ],
+)
+def test_read_remote_index_refuses_what_is_no_index(content: bytes, cause: str) -> None:
+    with pytest.raises(LoadFailed, match=cause):
+        read_remote_index("m.gguf", len(content), lambda count: content[:count])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.model_key import ModelSettings
+from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import Cancelled, InvalidRequest, LoadFailed
 from runtime.models.model_state import Phase, Progress
@@ -26,6 +26,7 @@ from runtime.puller.source import RemoteFile, Source, wanted
 from runtime.puller.storage_config import storage_options
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.smollm2 import gguf_path
 from tests.support.sources import ANYWHERE, OPEN
 from tests.support.web import WebServer
 
@@ -62,6 +63,26 @@ async def test_web_source_pulls_once_and_resumes(web: WebServer, tmp_path: Path)
     assert look.needs.weight_bytes == prepared.checkpoint.weight_bytes
     prepared.release()
     again.release()
+    preparation.close()
+
+
+async def test_look_says_what_the_blocks_of_a_gguf_file_take(web: WebServer, tmp_path: Path) -> None:
+    """From the file here, and from a web server before anything is pulled, in one small read."""
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
+    local = await preparation.look(ModelSource(str(gguf_path())), ModelSettings(), "cpu")
+    assert local.unpacking is not None
+    assert local.unpacking.blocks == "Q4_1"
+    assert local.unpacking.stored_bytes == pytest.approx(gguf_path().stat().st_size, rel=0.05)
+    assert local.unpacking.stored_bytes < local.unpacking.nf4_weight_bytes < local.needs.weight_bytes
+    (web.root / "smol.gguf").symlink_to(gguf_path())
+    remote = await preparation.look(ModelSource(f"{web.url}/smol.gguf"), ModelSettings(), "cpu")
+    assert (remote.needs, remote.unpacking, remote.is_remote_gguf) == (local.needs, local.unpacking, True)
+    assert await preparation.refusal(remote, ModelSettings()) == ""
+    assert {asked for method, _, asked in web.log if method == "GET"} == {"bytes=0-4194303"}
+    quantised = await preparation.look(ModelSource(str(gguf_path())), ModelSettings(quantize=Quantization.NF4), "cpu")
+    assert quantised.unpacking is not None
+    assert quantised.unpacking.nf4_weight_bytes == 0
+    assert quantised.needs.weight_bytes == local.unpacking.nf4_weight_bytes
     preparation.close()
 
 
