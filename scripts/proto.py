@@ -10,10 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import grpc_tools
 from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
+GOOGLES = Path(grpc_tools.__file__).parent / "_proto"  # protobuf's own files, such as google/protobuf/any.proto
 HEADER = "# Generated from {source} by scripts/proto.py. Do not edit.\n"
 
 
@@ -92,7 +94,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _protoc(*arguments: str) -> None:
-    if protoc.main(["protoc", *arguments]) != 0:
+    if protoc.main(["protoc", f"-I{GOOGLES}", *arguments]) != 0:
         raise SystemExit("protoc failed")
 
 
