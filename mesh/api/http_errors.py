@@ -6,8 +6,10 @@ import math
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from common.not_here import NOT_HERE_HEADER
+from mesh.access.caller import current_caller
 from mesh.api.error_shapes import shape_for
-from mesh.errors import InvalidRequest, MeshError, NotSupported, TooLarge
+from mesh.errors import InvalidRequest, MeshError, NotFound, NotSupported, TooLarge, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,8 @@ def response_of(error: MeshError, path: str) -> web.Response:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, NotSupported):
         response.headers["x-should-retry"] = "false"  # the official clients retry any 5xx three times
+    if current_caller().is_peer and isinstance(error, NotFound | Unavailable):
+        response.headers[NOT_HERE_HEADER] = "1"
     if isinstance(error, TooLarge):
         # The rest of the body is not read, so the connection cannot be used again.
         response.force_close()

@@ -11,6 +11,7 @@ import aiohttp
 from yarl import URL
 
 from common.log_headers import CALLER_HEADER, LOG_HEADERS, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
+from common.not_here import NOT_HERE_HEADER
 from mesh.access.peer_keys import PEER_HEADERS, PeerKeys
 from mesh.api.addressing import MODEL_HEADER
 from mesh.client.connections import Connections
@@ -40,7 +41,6 @@ _HOP_BY_HOP = frozenset(
 )
 _KEY_HEADERS = ("authorization", "x-api-key")
 _NOT_FOUND = 404
-_NOT_HERE_HEADER = "x-repertory-not-here"  # our runtime's mark of a model that it has not loaded, in every protocol
 _NOT_FOUND_CODE = b"model_not_found"  # other runtimes' mark: OpenAI's code in the error's JSON
 _UNAVAILABLE = (502, 503)
 
@@ -152,7 +152,7 @@ class HttpForwarder:
             return Failure.UNAVAILABLE
         # Any other 404 is an unknown path, which loading the model does not change.
         if self._response.status == _NOT_FOUND and (
-            _NOT_HERE_HEADER in self._response.headers or _NOT_FOUND_CODE in self._first_chunk
+            NOT_HERE_HEADER in self._response.headers or _NOT_FOUND_CODE in self._first_chunk
         ):
             return Failure.MODEL_LOST
         return None

@@ -11,6 +11,7 @@ from dataclasses import replace
 import grpc
 import grpc.aio
 
+from common.not_here import NOT_HERE_HEADER
 from mesh.access.caller import current_caller
 from mesh.access.peer_keys import PeerKeys
 from mesh.api.adapter_choice import AdapterChooser
@@ -27,7 +28,7 @@ from mesh.api.replay_buffer import ReplayBuffer, ServerContext
 from mesh.api.request_log import request_id_of, requests_logger
 from mesh.api.request_memory import RequestMemory
 from mesh.client.connections import Connections
-from mesh.errors import MeshError, NotFound, NotSupported
+from mesh.errors import MeshError, NotFound, NotSupported, Unavailable
 from mesh.observability.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import RoutingRequest
@@ -104,7 +105,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
             return outcome.message
         except MeshError as error:
             request.code = error.code
-            return await context.abort(grpc.StatusCode[error.code], error.message, _retry_trailers(error))
+            return await context.abort(grpc.StatusCode[error.code], error.message, _trailers(error))
         except asyncio.CancelledError:
             request.code = "CANCELLED"
             raise
@@ -236,10 +237,15 @@ def refuse(error: MeshError) -> Callable[[AsyncIterator[bytes], ServerContext], 
     """Return a handler that answers every request with this error."""
 
     async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
-        await context.abort(grpc.StatusCode[error.code], error.message, _retry_trailers(error))
+        await context.abort(grpc.StatusCode[error.code], error.message, _trailers(error))
 
     return serve
 
 
-def _retry_trailers(error: MeshError) -> tuple[tuple[str, str], ...]:
-    return () if error.retry_after_s is None else (("retry-after", str(max(1, round(error.retry_after_s)))),)
+def _trailers(error: MeshError) -> tuple[tuple[str, str], ...]:
+    trailers = []
+    if error.retry_after_s is not None:
+        trailers.append(("retry-after", str(max(1, round(error.retry_after_s)))))
+    if current_caller().is_peer and isinstance(error, NotFound | Unavailable):
+        trailers.append((NOT_HERE_HEADER, "1"))
+    return tuple(trailers)

@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from common.not_here import NOT_HERE_HEADER
 from runtime.api.model_lookup import MODEL_ID_HEADER
-from runtime.errors import RepertoryError, is_panic
+from runtime.errors import ModelNotFound, RepertoryError, Unavailable, is_panic
 
 _LOG = logging.getLogger(__name__)
 AnyContext = grpc.aio.ServicerContext[Any, Any]
@@ -26,9 +27,7 @@ async def statuses(context: AnyContext, *, names_model: bool = True) -> AsyncIte
         yield
     except RepertoryError as error:
         # Trailers given to `abort` replace those that were set before.
-        trailing = tuple(context.trailing_metadata() or ())
-        if error.retry_after_s is not None:
-            trailing += (("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))),)
+        trailing = (*(context.trailing_metadata() or ()), *_trailers(error))
         await context.abort(grpc.StatusCode[error.code], error.message if names_model else error.detail, trailing)
     except grpc.aio.AbortError:
         raise
@@ -37,6 +36,15 @@ async def statuses(context: AnyContext, *, names_model: bool = True) -> AsyncIte
             raise
         _LOG.error("unexpected error", exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+
+
+def _trailers(error: RepertoryError) -> tuple[tuple[str, str], ...]:
+    trailers = []
+    if error.retry_after_s is not None:
+        trailers.append(("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))))
+    if isinstance(error, ModelNotFound | Unavailable):
+        trailers.append((NOT_HERE_HEADER, "1"))
+    return tuple(trailers)
 
 
 def model_id_header(context: AnyContext) -> str | None:

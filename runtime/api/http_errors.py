@@ -6,14 +6,12 @@ import math
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from common.not_here import NOT_HERE_HEADER
 from runtime.api.openai.errors import error_body
 from runtime.api.openai.responses import ErrorAnswer, ErrorBody, encode
-from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError, is_panic
+from runtime.errors import InvalidRequest, ModelNotFound, NotSupported, RepertoryError, Unavailable, is_panic
 
 _LOG = logging.getLogger(__name__)
-
-
-NOT_HERE_HEADER = "x-repertory-not-here"  # the model is not loaded here, so a mesh tries another copy
 
 
 def error_response(error: RepertoryError) -> web.Response:
@@ -26,14 +24,14 @@ def error_response(error: RepertoryError) -> web.Response:
 
 
 def error_headers(error: RepertoryError) -> dict[str, str]:
-    """Return the headers that an error has in every protocol: when to retry, and whether the model is not loaded here."""
+    """Return the headers that an error has in every protocol: when to retry, and whether another copy can answer instead."""
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
     if isinstance(error, NotSupported):
         headers["x-should-retry"] = "false"  # the official clients retry every 5xx twice
-    if isinstance(error, ModelNotFound):
+    if isinstance(error, ModelNotFound | Unavailable):
         headers[NOT_HERE_HEADER] = "1"
     return headers
 

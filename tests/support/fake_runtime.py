@@ -165,6 +165,10 @@ class FakeRuntime:
         finally:
             self.computing[model_id] -= 1
 
+    def not_here(self) -> dict[str, str]:
+        """The header by which our runtime says that another copy should answer; a foreign one has no such."""
+        return {} if self.foreign else {"x-repertory-not-here": "1"}
+
     def used_bytes(self) -> int:
         return sum(self.size_of(path) for path in self.loaded.values())
 
@@ -188,13 +192,16 @@ class FakeRuntime:
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         if self.refuses():
-            return web.json_response({"error": {"message": "restarting", "type": "unavailable_error"}}, status=503)
+            return web.json_response(
+                {"error": {"message": "restarting", "type": "unavailable_error"}}, status=503, headers=self.not_here()
+            )
         if model_id not in self.loaded and self.switches.text_errors:
-            headers = {"x-repertory-not-here": "1"}
-            return web.json_response({"error": f"{model_id} is not loaded here"}, status=404, headers=headers)
+            return web.json_response({"error": f"{model_id} is not loaded here"}, status=404, headers=self.not_here())
         if model_id not in self.loaded:
             return web.json_response(
-                {"error": {"message": f"{model_id} is not loaded here", "code": "model_not_found"}}, status=404
+                {"error": {"message": f"{model_id} is not loaded here", "code": "model_not_found"}},
+                status=404,
+                headers=self.not_here(),
             )
         if request.path == "/v1/nothing":
             return web.json_response({"error": {"message": "no such path", "code": None}}, status=404)
@@ -396,9 +403,11 @@ class _AnyMethod(grpc.GenericRpcHandler):
         runtime.deadlines.append(context.time_remaining())
         model_id = next((value for key, value in metadata if key == "mm-model-id"), "")
         if runtime.refuses():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "restarting", tuple(runtime.not_here().items()))
         if model_id not in runtime.loaded:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"{model_id} is not loaded here")
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"{model_id} is not loaded here", tuple(runtime.not_here().items())
+            )
         runtime.calls[model_id] += 1
         runtime.running += 1
         runtime.most_running = max(runtime.most_running, runtime.running)
