@@ -20,6 +20,13 @@ class Guard:
     def requires_keys(self) -> bool:
         return self._keys.is_required
 
+    def admit_recognised(self, name: str) -> None:
+        """Admit a request whose key Envoy has recognised, by the key's name. Raises Unauthenticated if the key has been removed since."""
+        key = self._keys.named(name)
+        if key is None:
+            raise Unauthenticated(f"key {name} is not valid any more")
+        set_caller(key.caller)
+
     def admit(self, secrets: Iterable[str], peer_key: str, needed: Scopes) -> Callable[[], None] | None:
         """Admit a request with the secrets that it carries, of which the first known one counts, and set the current task's caller.
 

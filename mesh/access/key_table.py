@@ -33,6 +33,13 @@ class KeyTable:
         """Return the key of a secret. The lookup is by hash, so its duration says nothing about the secrets."""
         return self._by_digest.get(digest_of(secret)) if secret else None
 
+    def named(self, name: str) -> ApiKey | None:
+        return next((key for key in self._by_digest.values() if key.name == name), None)
+
+    def all(self) -> tuple[ApiKey, ...]:
+        """Return the keys, each once."""
+        return tuple({key.name: key for key in self._by_digest.values()}.values())
+
     async def run(self) -> None:
         """Follow changes of the file. An invalid file is logged, and the keys before it stay valid."""
         while self._file:

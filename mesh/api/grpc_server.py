@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -13,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.grpc.health import Health
 from common.grpc.reflection import reflection_handlers
+from common.log_headers import CALLER_HEADER
 from mesh.access.caller import PEER, set_caller
 from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
@@ -43,10 +45,11 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHand
 
 
 class GuardInterceptor(grpc.aio.ServerInterceptor):
-    """Admits or refuses each call before any of its messages is read."""
+    """Admits or refuses each call before any of its messages is read. `behind_envoy`: only Envoy connects, which recognises some callers itself."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, *, behind_envoy: bool = False) -> None:
         self._guard = guard
+        self._read = _CREDENTIALS | {CALLER_HEADER} if behind_envoy else _CREDENTIALS
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -54,10 +57,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         sent: dict[str, str] = {}
         for key, value in handler_call_details.invocation_metadata or ():
-            if key in _CREDENTIALS:
+            if key in self._read:
                 sent.setdefault(key, str(value))
         secret = bearer_secret(sent.get("authorization", ""))
         try:
+            if CALLER_HEADER in sent:
+                self._guard.admit_recognised(unquote(sent[CALLER_HEADER]))
+                return await continuation(handler_call_details)
             end = self._guard.admit((secret,), sent.get(PEER_KEY_HEADER, ""), grpc_scopes(method))
         except MeshError as error:
             return grpc.stream_stream_rpc_method_handler(refuse(error))
@@ -107,7 +113,10 @@ class GrpcLimits:
 
 
 class GrpcServer:
-    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `peer_address` serves other pods if there is a `peer_tls`."""
+    """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `peer_address` serves other pods if there is a `peer_tls`.
+
+    `behind_envoy`: `address` is a socket that only Envoy connects to.
+    """
 
     def __init__(
         self,
@@ -121,8 +130,9 @@ class GrpcServer:
         peer_address: str,
         peer_tls: TlsIdentity | None,
         limits: GrpcLimits,
+        behind_envoy: bool = False,
     ) -> None:
-        self._address = address
+        self.address = address
         self._tls = tls
         self._peer_address = peer_address
         self._peer_tls = peer_tls
@@ -149,7 +159,8 @@ class GrpcServer:
             ("grpc.http2.ping_timeout_ms", 20_000),
         )
         self._server = grpc.aio.server(
-            interceptors=(GuardInterceptor(guard), MessageInterceptor()), options=(*options, *limits.caller_options())
+            interceptors=(GuardInterceptor(guard, behind_envoy=behind_envoy), MessageInterceptor()),
+            options=(*options, *limits.caller_options()),
         )
         self._peer_server: grpc.aio.Server | None = None
         # A server that is never started logs an error when the process ends.
@@ -166,7 +177,7 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Raises OSError if an address is taken."""
-        self.port = _listen(self._server, self._address, self._tls)
+        self.port = _listen(self._server, self.address, self._tls)
         await self._server.start()
         if self._peer_server is not None:
             self.peer_port = _listen(self._peer_server, self._peer_address, self._peer_tls)

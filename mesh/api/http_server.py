@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from common.http_path import is_ambiguous
+from common.log_headers import CALLER_HEADER
 from common.web_policy import WebPolicy
 from mesh.access.caller import PEER, set_caller
 from mesh.access.guard import Guard, bearer_secret
@@ -36,7 +38,7 @@ class Routes(Protocol):
 class HttpServer:
     """`address`: `HOST:PORT` or `unix:PATH`; port 0 takes a free one. `web_policy`: which browser pages may call; None on a unix socket.
 
-    `peer_address` serves other pods if there is a `peer_tls`.
+    `peer_address` serves other pods if there is a `peer_tls`. `behind_envoy`: `address` is a socket that only Envoy connects to.
     """
 
     def __init__(
@@ -52,15 +54,16 @@ class HttpServer:
         peer_tls: TlsIdentity | None,
         limits: ConnectionLimits,
         grace_s: float,
+        behind_envoy: bool = False,
     ) -> None:
-        self._address = address
+        self.address = address
         self._tls = tls
         self._peer_address = peer_address
         self._peer_tls = peer_tls
         web_guard = WebGuard(web_policy, is_keyless=not guard.requires_keys)
         self._connections = LimitedConnections(limits, self._library_protocol)
         middlewares: list[Middleware] = [self._connections.middleware, request_log(metrics), errors_as_json]
-        middlewares += [web_guard.middleware, guarded(guard), refuse_ambiguous_paths]
+        middlewares += [web_guard.middleware, guarded(guard, behind_envoy=behind_envoy), refuse_ambiguous_paths]
         app = self._app = web.Application(middlewares=middlewares)
         app[BODY_TIMEOUT_S] = limits.body_s
         web_guard.add_to(app)
@@ -95,7 +98,7 @@ class HttpServer:
     async def start(self) -> None:
         """Raises OSError if an address is taken."""
         await self._runner.setup()
-        self.port = await self._listen(self._address, self._tls)
+        self.port = await self._listen(self.address, self._tls)
         if self._peer_tls is not None:
             self.peer_port = await self._listen(self._peer_address, self._peer_tls)
 
@@ -139,8 +142,10 @@ async def _refuse_path(request: web.Request) -> web.StreamResponse:
     raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
-def guarded(guard: Guard) -> Middleware:
+def guarded(guard: Guard, *, behind_envoy: bool = False) -> Middleware:
     """Return a middleware that admits or refuses each request before any of its body is read.
+
+    `behind_envoy`: only Envoy connects, which recognises some callers itself.
 
     Clients send their key as a bearer key, or in `x-api-key` as Anthropic's do.
     """
@@ -152,7 +157,11 @@ def guarded(guard: Guard) -> Middleware:
             return await handler(request)
         resource = request.match_info.route.resource
         secrets = (bearer_secret(request.headers.get("Authorization", "")), request.headers.get("x-api-key", ""))
+        recognised = request.headers.get(CALLER_HEADER) if behind_envoy else None
         try:
+            if recognised is not None:
+                guard.admit_recognised(unquote(recognised))
+                return await handler(request)
             end = guard.admit(
                 secrets,
                 request.headers.get(PEER_KEY_HEADER, ""),

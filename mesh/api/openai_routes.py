@@ -11,7 +11,7 @@ from mesh.api.adapter_choice import AdapterChooser, choice_of
 from mesh.api.http_body import InferenceBody, decode
 from mesh.api.http_gateway import HttpGateway
 
-_PATHS = (
+MODEL_IN_BODY_PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
@@ -40,7 +40,7 @@ class OpenAiRoutes:
         self._is_foreign = is_foreign
 
     def add_to(self, router: web.UrlDispatcher) -> None:
-        for path in (*_PATHS, *_REFUSED_PATHS):
+        for path in (*MODEL_IN_BODY_PATHS, *_REFUSED_PATHS):
             router.add_post(path, self._post)
         self._other = router.add_resource("/v1/{path:.+}")
         self._other.add_route("*", self._post_other)

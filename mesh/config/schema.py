@@ -34,6 +34,16 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     runtime_http: Annotated[str, _about("HTTP address of the runtime; empty = the runtime has none")] = (
         "unix:/tmp/repertory/runtime-http.sock"
     )
+    envoy: Annotated[
+        str,
+        _about(
+            "let Envoy carry the calls of loaded models: auto = the installed program, a path = that program, "
+            "external = one that is started elsewhere with the files in envoy_dir; empty = the mesh carries all calls"
+        ),
+    ] = ""
+    envoy_dir: Annotated[
+        str, _about("directory of the sockets and files that mesh and Envoy share; only their user may enter it")
+    ] = "/tmp/repertory/envoy"
     tls_cert: Annotated[str, _about("file of the certificate chain of both ports for callers; empty = plain text")] = ""
     tls_key: Annotated[str, _about("file of the key of tls_cert")] = ""
     tls_client_ca: Annotated[

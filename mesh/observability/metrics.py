@@ -73,6 +73,18 @@ class Metrics:
             label,
             registry=self._registry,
         )
+        self._carried = Counter(
+            "repertory_mesh_carried_requests",
+            "Requests that Envoy carried to a copy past the mesh, by model and protocol (grpc or http)",
+            ("model_name", "carrier"),
+            registry=self._registry,
+        )
+        self._carried_seconds = Gauge(
+            "repertory_mesh_carried_request_seconds",
+            "Median duration in seconds of the requests that Envoy carried to a copy past the mesh, of about the last second with any",
+            ("model_name", "carrier"),
+            registry=self._registry,
+        )
         self._modelmesh = ModelMeshMetrics()
 
     def request(
@@ -94,6 +106,14 @@ class Metrics:
         self._modelmesh.api_request.observe(seconds * 1000, method, code)
         self._modelmesh.request_size.observe(request_bytes, method, code)
         self._modelmesh.response_size.observe(response_bytes, method, code)
+
+    def carried(self, model_id: str, carrier: str, count: int) -> None:
+        """Count requests that Envoy carried."""
+        self._carried.labels(*self._series(self._carried, model_id, (carrier,))).inc(count)
+
+    def carried_latency(self, model_id: str, carrier: str, seconds: float) -> None:
+        """Set the recent median duration of the requests that Envoy carried."""
+        self._carried_seconds.labels(*self._series(self._carried_seconds, model_id, (carrier,))).set(seconds)
 
     def invoked(self, method: str, code: str, seconds: float) -> None:
         """Count one call of the local runtime, of which a request may need several."""

@@ -66,6 +66,7 @@ class LocalCopies:
         self._copies: dict[str, LocalCopy] = {}
         # Counted by model id and not in the copies, because a request may outlive the copy it started on.
         self._in_flight: Counter[str] = Counter()
+        self._carried: Counter[str] = Counter()  # in flight past the mesh, as Envoy last reported
         self._waiting: Counter[str] = Counter()
         self._requests = RequestRate(time.monotonic())
         self._changes = changes
@@ -140,8 +141,8 @@ class LocalCopies:
         return [copy for copy in self._copies.values() if copy.base_id == model_id]
 
     def in_flight(self, model_id: str) -> int:
-        """Return the number of requests that run on this pod's copy."""
-        return self._in_flight[model_id]
+        """Return the number of requests that run on this pod's copy, those that Envoy carries included."""
+        return self._in_flight[model_id] + self._carried[model_id]
 
     def num_waiting(self, model_id: str) -> int:
         """Return the number of requests that wait for the model."""
@@ -156,6 +157,21 @@ class LocalCopies:
     def end(self, model_id: str) -> None:
         self._decrease(self._in_flight, model_id)
 
+    def set_carried(self, model_id: str, num_running: int) -> None:
+        """Take over the number of requests that Envoy has in flight to this pod's copy."""
+        if num_running:
+            self._carried[model_id] = num_running
+        elif self._carried.pop(model_id, 0):
+            self._changes.notify()
+
+    def count_carried(self, model_id: str, num_begun: int, *, is_local: bool) -> None:
+        """Count requests that Envoy has carried since the last time, to this pod's copy if `is_local`, else to another pod's."""
+        for _ in range(num_begun):
+            self.uses.add(model_id)
+        if is_local:
+            self._requests.add(time.monotonic(), num_begun)
+            self.touch(model_id, epoch_ms())
+
     def begin_wait(self, model_id: str) -> None:
         self._waiting[model_id] += 1
 
@@ -168,7 +184,7 @@ class LocalCopies:
     def _num_users(self, model_id: str) -> int:
         """Return the requests that need the model, those for its adapters and the adapters that are loading included."""
         adapters = sum(copy.is_pending + self._num_users(copy.model_id) for copy in self.adapters_of(model_id))
-        return self._in_flight[model_id] + self._waiting[model_id] + adapters
+        return self.in_flight(model_id) + self._waiting[model_id] + adapters
 
     def _decrease(self, counts: Counter[str], model_id: str) -> None:
         counts[model_id] -= 1

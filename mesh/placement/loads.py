@@ -15,6 +15,7 @@ from common.model_state import CopyState, ModelState
 from mesh.errors import LoadFailed, NotFound, Overloaded, StoreError, Unavailable
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies, LocalCopy
+from mesh.placement.demand import Demand
 from mesh.placement.eviction import plan_eviction
 from mesh.placement.load_times import LoadTimes, retry_after_s
 from mesh.placement.record_updates import LoadedElsewhere, RecordUpdates, log_errors
@@ -35,23 +36,6 @@ class _DeclinedError(Exception):
     """The model was not loaded, because everything that it would displace was used more recently."""
 
 
-class _Demand:
-    """Whether a load still needs room: it waits for it, and some request waits for the model or none ever did (an explicit load)."""
-
-    def __init__(self, num_waiting: Callable[[], int]) -> None:
-        self._num_waiting = num_waiting
-        self._had_waiters = False
-        self._closed = False
-
-    def is_present(self) -> bool:
-        waiting = self._num_waiting() > 0
-        self._had_waiters = self._had_waiters or waiting
-        return not self._closed and (waiting or not self._had_waiters)
-
-    def close(self) -> None:
-        self._closed = True
-
-
 class LocalLoads:
     """Loads models and evicts others for them. The first load waits for `runtime_ready`."""
 
@@ -70,12 +54,13 @@ class LocalLoads:
         busy_s: Callable[[str], float],
         others: Callable[[], Set[str]],
         reported: Callable[[], Sequence[ModelState]],
+        withdraw: Callable[[str], Awaitable[None]],
     ) -> None:
         """`load_timeout_s`: 0 takes the runtime's own timeout. `grace_s`: what running requests have to finish before an unload. `publish` writes this pod's record, in which other pods see a load end.
 
         `base_of` returns the id and the key of the model whose LoRA adapter a key describes, None for other models.
         `busy_s` returns when the running requests of a model are expected to end; 0 if that is unknown. `others` returns the other pods that
-        serve, `reported` the models that the runtime reports.
+        serve, `reported` the models that the runtime reports. `withdraw`: as in LocalUnloads.
         """
         self._publish = publish
         self._base_of = base_of
@@ -92,7 +77,14 @@ class LocalLoads:
         self._slots: asyncio.Semaphore | None = None
         self._ready = asyncio.Event()
         self._unloads = LocalUnloads(
-            runtime, record_updates, copies, changes, metrics, grace_s=grace_s, is_runtime_ready=self._ready.is_set
+            runtime,
+            record_updates,
+            copies,
+            changes,
+            metrics,
+            grace_s=grace_s,
+            is_runtime_ready=self._ready.is_set,
+            withdraw=withdraw,
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}
         # Measured sizes by model id: a model that is loaded again needs no prediction.
@@ -325,12 +317,12 @@ class LocalLoads:
         Raises LoadFailed if it exceeds the capacity, Overloaded if there is no room in time.
         """
         size_bytes = await self._expected_size_bytes(copy)
-        demand = _Demand(lambda: self._copies.num_waiting(copy.model_id))
+        demand = Demand(lambda: self._copies.num_waiting(copy.model_id))
         with contextlib.closing(demand):
             await self._make_room(copy, size_bytes, urgent, demand)
         copy.size_bytes = size_bytes
 
-    async def _make_room(self, copy: LocalCopy, size_bytes: int, urgent: bool, demand: "_Demand") -> None:
+    async def _make_room(self, copy: LocalCopy, size_bytes: int, urgent: bool, demand: "Demand") -> None:
         now_s = time.monotonic()
         give_up_s, spare_busy_until_s = now_s + _ROOM_TIMEOUT_S, now_s + _SPARE_BUSY_S
         while True:

@@ -13,12 +13,12 @@ class RequestRate:
         self._started_s = now_s
         self._minutes: deque[tuple[int, int]] = deque(maxlen=_MINUTES + 1)
 
-    def add(self, now_s: float) -> None:
+    def add(self, now_s: float, count: int = 1) -> None:
         minute = int((now_s - self._started_s) / _MINUTE_S)
         if self._minutes and self._minutes[-1][0] == minute:
-            self._minutes[-1] = minute, self._minutes[-1][1] + 1
+            self._minutes[-1] = minute, self._minutes[-1][1] + count
         else:
-            self._minutes.append((minute, 1))
+            self._minutes.append((minute, count))
 
     def per_minute(self, now_s: float) -> int:
         """Return the mean of the running minute and the six before it, or of the time since the start if that is shorter."""

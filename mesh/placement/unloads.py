@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from common.changes import Changes
 from common.clock import epoch_ms
@@ -28,7 +28,8 @@ class LocalUnloads:
 
     The runtime then unloads at once, without a wait of its own.
 
-    `is_runtime_ready` is False while the runtime's process is away.
+    `is_runtime_ready` is False while the runtime's process is away. `withdraw` returns when no requests reach the copy any more but through this
+    process, and those that do not are counted in flight.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class LocalUnloads:
         *,
         grace_s: float,
         is_runtime_ready: Callable[[], bool],
+        withdraw: Callable[[str], Awaitable[None]],
     ) -> None:
         self._runtime = runtime
         self._record_updates = record_updates
@@ -49,6 +51,7 @@ class LocalUnloads:
         self._metrics = metrics
         self._grace_s = grace_s
         self._is_runtime_ready = is_runtime_ready
+        self._withdraw = withdraw
         self._hurried: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -134,6 +137,7 @@ class LocalUnloads:
         )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._grace_s if is_needed is None else None):
+                await self._withdraw(copy.model_id)
                 while self._copies.in_flight(copy.model_id) and copy.model_id not in self._hurried:
                     if is_needed is not None and not is_needed():
                         await self._call_off(copy)

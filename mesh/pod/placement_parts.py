@@ -69,8 +69,10 @@ def pod_base(config: MeshConfig, instance_id: str, store: Store, registry: Regis
     return PodBase(config, instance_id, store, registry, access, Metrics(), connections, Changes())
 
 
-def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]) -> PlacementParts:
-    """Build the parts, not started. `publish_record` writes this pod's record to the registry."""
+def build_placement(
+    base: PodBase, publish_record: Callable[[], Awaitable[None]], withdraw: Callable[[str], Awaitable[None]]
+) -> PlacementParts:
+    """Build the parts, not started. `publish_record` writes this pod's record to the registry. `withdraw`: as in LocalUnloads."""
     config, registry, changes = base.config, base.registry, base.changes
 
     def copy_settings_of(model_id: str) -> CopySettings:
@@ -121,6 +123,7 @@ def build_placement(base: PodBase, publish_record: Callable[[], Awaitable[None]]
         busy_s=lambda model_id: monitor.busy_s(model_id),
         others=lambda: states.others(),
         reported=lambda: monitor.snapshot.models,
+        withdraw=withdraw,
     )
     monitor = RuntimeMonitor(
         runtime,

@@ -14,6 +14,7 @@ from mesh.placement.copy_scaler import CopyScaler
 from mesh.placement.heartbeat import Heartbeat
 from mesh.placement.reaper import Reaper
 from mesh.pod.dynamic_settings import dynamic_settings
+from mesh.pod.envoy import PodEnvoy
 from mesh.pod.identity import Ports, check_addresses, default_instance_id, own_record
 from mesh.pod.placement_parts import build_placement, pod_base
 from mesh.pod.servers import PodState, build_servers
@@ -70,7 +71,8 @@ class Pod:
     def _build(self) -> None:
         config = self._config
         base = pod_base(config, self.instance_id, self.store, self.registry, self.access)
-        parts = build_placement(base, self._publish_record)
+        parts = build_placement(base, self._publish_record, self._withdraw)
+        self._envoy = PodEnvoy(base, parts) if config.envoy else None
         self._connections, self._changes = base.connections, base.changes
         self._copies, self._loads = parts.copies, parts.loads
         self.contact, self.peer_health, self.monitor = parts.contact, parts.peer_health, parts.monitor
@@ -89,6 +91,11 @@ class Pod:
         servers = build_servers(base, parts, PodState(self.is_ready, self._stopping, self._drained))
         self._router, self.grpc, self.http = servers.router, servers.grpc, servers.http
         self.side_ports = servers.side_ports
+
+    @property
+    def is_envoy_connected(self) -> bool:
+        """Whether an Envoy takes its clusters from this pod."""
+        return self._envoy is not None and self._envoy.is_connected
 
     @property
     def copies(self) -> LocalCopies:
@@ -118,13 +125,12 @@ class Pod:
         await self._dynamic_config.check_enabled()
         await self.registry.start()
         await self.access.start()
-        for kind, address, server in (
-            ("gRPC", self._config.grpc_listen, self.grpc),
-            ("HTTP", self._config.http_listen, self.http),
-        ):
-            await asyncio.to_thread(check_free, parse_address(address), kind)
-            await _listening(kind, address, server.start())
-        own = own_record(self._config, Ports(self.grpc.port, self.http.port, self.grpc.peer_port, self.http.peer_port))
+        if self._envoy is not None:
+            await self._envoy.start()
+        for kind, server in (("gRPC", self.grpc), ("HTTP", self.http)):
+            await asyncio.to_thread(check_free, parse_address(server.address), kind)
+            await _listening(kind, server.address, server.start())
+        own = own_record(self._config, self.ports)
         self._warn_of_duplicate_id(own.grpc_address)
         self._heartbeat = Heartbeat(
             self.registry.instances,
@@ -152,6 +158,7 @@ class Pod:
                 self._silence.run(),
                 self.scaler.run(),
                 self._dynamic_config.run(),
+                *(() if self._envoy is None else (self._envoy.run(),)),
             )
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
@@ -161,6 +168,8 @@ class Pod:
         if self._stopping.is_set():
             return
         self._stopping.set()
+        if self._envoy is not None:
+            await self._envoy.stop_listening()
         logger.info("pod stops", extra={"instance": self.instance_id})
         await _cancel(self._tasks)
         self._router.stop()
@@ -173,6 +182,8 @@ class Pod:
         if self._heartbeat is not None:
             await self._transitions.close()
         await self.reconciler.close()
+        if self._envoy is not None:
+            await self._envoy.stop()
         await self.registry.close()
         await self._connections.close()
         await self.store.close()
@@ -192,6 +203,20 @@ class Pod:
 
     def _is_loaded(self, model_id: str) -> bool:
         return self.states.status(model_id).status is ModelStatus.LOADED
+
+    @property
+    def ports(self) -> Ports:
+        """Return the ports at which callers and peers reach this pod: Envoy's own, if there is one."""
+        grpc, http = self.grpc.port, self.http.port
+        if self._envoy is not None:
+            grpc, http = (
+                parse_address(address).port for address in (self._config.grpc_listen, self._config.http_listen)
+            )
+        return Ports(grpc, http, self.grpc.peer_port, self.http.peer_port)
+
+    async def _withdraw(self, model_id: str) -> None:
+        if self._envoy is not None:
+            await self._envoy.withdraw(model_id)
 
     async def _publish_record(self) -> None:
         # While the store does not answer, the heartbeat publishes the record when it is back.

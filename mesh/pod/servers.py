@@ -32,6 +32,8 @@ from mesh.api.tgi_routes import TgiRoutes
 from mesh.api.web_guard import policy_for
 from mesh.client.peer_caches import HttpPeerCaches
 from mesh.client.peer_probes import Readiness
+from mesh.envoy.bootstrap import envoy_files
+from mesh.envoy.plan import Carrier
 from mesh.pod.figures import figures_of
 from mesh.pod.placement_parts import PlacementParts, PodBase
 from mesh.pod.side_ports import side_ports
@@ -128,8 +130,9 @@ def _grpc_server(
         if runtime.ready and not runtime.foreign:
             check_key(info)
 
+    files = envoy_files(config) if config.envoy else None
     return GrpcServer(
-        config.grpc_listen,
+        files.mesh(Carrier.GRPC) if files else config.grpc_listen,
         ManagementService(
             base.registry, parts.placement, parts.states, check_info=check_info, read_only=config.read_only
         ),
@@ -147,7 +150,8 @@ def _grpc_server(
         ),
         own_oip=OipServer(base.registry, parts.states, addressing, is_ready=pod.is_ready, version=package_version()),
         guard=access.guard,
-        tls=access.tls,
+        tls=None if files else access.tls,
+        behind_envoy=files is not None,
         peer_address=config.peer_grpc_listen,
         peer_tls=access.peer_tls,
         limits=GrpcLimits(
@@ -185,8 +189,9 @@ def _http_server(
         keep_alive_s=config.keep_alive_s,
         memory=memory,
     )
+    files = envoy_files(config) if config.envoy else None
     return HttpServer(
-        config.http_listen,
+        files.mesh(Carrier.HTTP) if files else config.http_listen,
         (
             health,
             ModelsRoutes(registry, parts.placement, registrar, views, base.changes, pod.stopping),
@@ -204,7 +209,8 @@ def _http_server(
         ),
         base.metrics,
         guard=access.guard,
-        tls=access.tls,
+        tls=None if files else access.tls,
+        behind_envoy=files is not None,
         peer_address=config.peer_http_listen,
         peer_tls=access.peer_tls,
         limits=ConnectionLimits(

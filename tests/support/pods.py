@@ -83,23 +83,28 @@ async def running_pod(
     runtime = FakeRuntime(directory, foreign=foreign, switches=switches)
     await runtime.start()
     config = MeshConfig(
-        grpc_listen="127.0.0.1:0",
-        http_listen="127.0.0.1:0",
-        store=store or f"embedded:{directory}/registry",
-        runtime_grpc=runtime.grpc_address,
-        **{"grace_s": 2.0, "runtime_http": runtime.http_address, **settings},
+        **{
+            "grpc_listen": "127.0.0.1:0",
+            "http_listen": "127.0.0.1:0",
+            "store": store or f"embedded:{directory}/registry",
+            "runtime_grpc": runtime.grpc_address,
+            "grace_s": 2.0,
+            "runtime_http": runtime.http_address,
+            **settings,
+        }
     )
     pod = Pod(msgspec.structs.replace(config, instance_id=settings.get("instance_id") or directory.name))
     await pod.start()
+    ports = pod.ports
     options = (("grpc.max_receive_message_length", 64 * 1024 * 1024), ("grpc.use_local_subchannel_pool", 1))
     if trusted is None:
-        channel = grpc.aio.insecure_channel(f"127.0.0.1:{pod.grpc.port}", options=options)
-        http = aiohttp.ClientSession(f"http://127.0.0.1:{pod.http.port}")
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}", options=options)
+        http = aiohttp.ClientSession(f"http://127.0.0.1:{ports.http}")
     else:
         credentials = grpc.ssl_channel_credentials(trusted.read_bytes())
-        channel = grpc.aio.secure_channel(f"127.0.0.1:{pod.grpc.port}", credentials, options=options)
+        channel = grpc.aio.secure_channel(f"127.0.0.1:{ports.grpc}", credentials, options=options)
         connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=trusted))
-        http = aiohttp.ClientSession(f"https://127.0.0.1:{pod.http.port}", connector=connector)
+        http = aiohttp.ClientSession(f"https://127.0.0.1:{ports.http}", connector=connector)
     try:
         if wait:
             await until(pod.is_ready)

@@ -1,0 +1,64 @@
+"""Reads the figures of Envoy's clusters from its admin socket."""
+
+import re
+from collections.abc import Mapping
+from urllib.parse import quote
+
+import aiohttp
+
+from mesh.envoy.interfaces import ClusterFigures
+
+_FILTER = r"^cluster\.repertory_.*\.upstream_rq_(total|active|time)$"
+_LINE = re.compile(
+    r"^cluster\.(?P<name>[a-z0-9_]+)\.upstream_rq_(?P<kind>total|active|time): (?P<value>.*)$", re.MULTILINE
+)
+_MEDIAN = re.compile(r"P50\((?P<recent>[0-9.e+]+|nan),")
+_TIMEOUT_S = 5.0
+
+
+class EnvoyAdmin:
+    """Implements mesh.envoy.interfaces.EnvoyStats. `address`: `unix:PATH`."""
+
+    def __init__(self, address: str) -> None:
+        self._path = address.removeprefix("unix:")
+        self._session: aiohttp.ClientSession | None = None
+
+    async def figures(self) -> Mapping[str, ClusterFigures] | None:
+        try:
+            async with self._opened().get(f"http://envoy/stats?usedonly&filter={quote(_FILTER)}") as answer:
+                return parse_figures(await answer.text())
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def stop_listening(self) -> None:
+        try:
+            async with self._opened().post("http://envoy/drain_listeners?graceful&skip_exit"):
+                pass
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            pass
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(path=self._path), timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)
+            )
+        return self._session
+
+
+def parse_figures(text: str) -> dict[str, ClusterFigures]:
+    """Return the figures by cluster. Latencies are in milliseconds in Envoy's text, `P50(RECENT,ALL)` among them."""
+    values: dict[str, dict[str, float]] = {}
+    for line in _LINE.finditer(text):
+        known = values.setdefault(line["name"], {})
+        if line["kind"] != "time":
+            known[line["kind"]] = float(line["value"])
+        elif (median := _MEDIAN.search(line["value"])) is not None and median["recent"] != "nan":
+            known["time"] = float(median["recent"]) / 1000
+    return {
+        name: ClusterFigures(int(known.get("total", 0)), int(known.get("active", 0)), known.get("time", 0.0))
+        for name, known in values.items()
+    }

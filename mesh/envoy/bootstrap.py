@@ -1,0 +1,263 @@
+"""Writes the configuration that Envoy starts with: its listeners, the mesh's clusters, and where the mesh controls it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.addresses import parse_address
+from common.errors import ConfigError
+from mesh.config.schema import MeshConfig
+from mesh.envoy.files import EnvoyFiles, write_whole
+from mesh.envoy.plan import Carrier
+from mesh.envoy.routes import JUDGE_HEADER, LUA_FILTER, MODEL_HEADERS, mesh_cluster
+
+Json = dict[str, Any]
+
+CONTROL_CLUSTER = "control"
+_TYPE = "type.googleapis.com/envoy."
+_UNLIMITED = 1_000_000_000
+_FIRST_FETCH_S = (
+    1.0  # how long listeners wait for a mesh that does not answer: their calls go to the mesh until it has said more
+)
+_KEEP_ALIVE = {"interval": "30s", "timeout": "20s"}  # a crashed host sends no FIN
+_STREAM_WINDOW_BYTES = 1024 * 1024
+# Headers that callers must not send.
+_OWN_HEADERS = (
+    *("x-repertory-caller", "x-repertory-name", "x-repertory-waited"),
+    *(MODEL_HEADERS[Carrier.HTTP], JUDGE_HEADER),
+)
+# Fields that select a LoRA adapter, which the mesh resolves, loads and checks the key for.
+_JUDGED_FIELDS = (("adapter_id",), ("lora_request", "lora_name"), ("adapter_parameters", "merge_strategy"))
+_NAMESPACE = "repertory"  # of what is read from a body
+_MIN_BUFFER_BYTES = 1024 * 1024
+
+
+def envoy_files(config: MeshConfig) -> EnvoyFiles:
+    return EnvoyFiles(Path(config.envoy_dir).expanduser().absolute())
+
+
+def write_bootstrap(config: MeshConfig) -> EnvoyFiles:
+    """Write what Envoy starts with, and return where it is. Raises ConfigError, OSError."""
+    files = envoy_files(config)
+    files.make_directory()
+    write_whole(files.bootstrap, bootstrap_text(config, files))
+    if config.tls_cert:
+        write_whole(files.tls, tls_text(config))
+    return files
+
+
+def bootstrap_text(config: MeshConfig, files: EnvoyFiles) -> str:
+    """Return the configuration as JSON. Raises ConfigError for an address with port 0, which the mesh could not announce."""
+    resources = {
+        "listeners": [_listener(Carrier.GRPC, config, files), _listener(Carrier.HTTP, config, files)],
+        "clusters": [
+            *(_cluster(mesh_cluster(carrier), files.mesh(carrier), carrier) for carrier in Carrier),
+            _cluster(CONTROL_CLUSTER, files.control, Carrier.GRPC),
+        ],
+    }
+    source = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": f"{_FIRST_FETCH_S:g}s"}
+    control = {
+        "api_type": "DELTA_GRPC",
+        "transport_api_version": "V3",
+        "grpc_services": [{"envoy_grpc": {"cluster_name": CONTROL_CLUSTER}}],
+    }
+    content: Json = {
+        "node": {"id": config.instance_id or "repertory", "cluster": config.service_name},
+        "admin": {"address": _address(files.admin)},
+        "static_resources": resources,
+        "dynamic_resources": {"ads_config": control, "cds_config": source},
+        "stats_flush_interval": "1s",
+        "overload_manager": _connection_limit(config.max_connections or _UNLIMITED),
+    }
+    return json.dumps(content, indent=1)
+
+
+def tls_text(config: MeshConfig) -> str:
+    """Return the file of the callers' certificates. Envoy reads the certificates again when their directories change."""
+    certificate = {
+        "@type": f"{_TYPE}extensions.transport_sockets.tls.v3.Secret",
+        "name": "callers",
+        "tls_certificate": {
+            "certificate_chain": {"filename": config.tls_cert},
+            "private_key": {"filename": config.tls_key},
+            "watched_directory": {"path": config.tls_cert.rpartition("/")[0] or "."},
+        },
+    }
+    return json.dumps({"resources": [certificate]}, indent=1)
+
+
+def _connection_limit(limit: int) -> Json:
+    return {
+        "resource_monitors": [
+            {
+                "name": "envoy.resource_monitors.global_downstream_max_connections",
+                "typed_config": {
+                    "@type": f"{_TYPE}extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                    "max_active_downstream_connections": limit,
+                },
+            }
+        ]
+    }
+
+
+def _listener(carrier: Carrier, config: MeshConfig, files: EnvoyFiles) -> Json:
+    is_grpc = carrier is Carrier.GRPC
+    address = config.grpc_listen if is_grpc else config.http_listen
+    parsed = parse_address(address)
+    if not parsed.path and not parsed.port:
+        raise ConfigError(f"{carrier}_listen {address}: Envoy needs a port; give a number instead of 0")
+    chain: Json = {
+        "filters": [
+            {
+                "name": "envoy.filters.network.http_connection_manager",
+                "typed_config": _connection_manager(carrier, config, files),
+            }
+        ]
+    }
+    if config.tls_cert:
+        chain["transport_socket"] = _tls_socket(carrier, config, files)
+    return {
+        "name": carrier,
+        "address": _address(address),
+        "filter_chains": [chain],
+        "per_connection_buffer_limit_bytes": max(_MIN_BUFFER_BYTES, 0 if is_grpc else config.http_max_body_bytes),
+    }
+
+
+def _connection_manager(carrier: Carrier, config: MeshConfig, files: EnvoyFiles) -> Json:
+    is_grpc = carrier is Carrier.GRPC
+    idle_s = config.grpc_idle_timeout_s if is_grpc else config.http_idle_timeout_s
+    common: Json = {"idle_timeout": f"{idle_s:g}s"}
+    manager: Json = {
+        "@type": f"{_TYPE}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": carrier,
+        "codec_type": "HTTP2" if is_grpc else "HTTP1",
+        "rds": {
+            "route_config_name": carrier,
+            "config_source": {
+                "resource_api_version": "V3",
+                "path_config_source": {
+                    "path": str(files.routes(carrier)),
+                    "watched_directory": {"path": str(files.directory)},
+                },
+            },
+        },
+        "http_filters": [*([] if is_grpc else _body_filters()), _lua_filter(), _filter("router", "Router", _ROUTER)],
+        "early_header_mutation_extensions": [_strip(_OWN_HEADERS)],
+        "common_http_protocol_options": common,
+        "preserve_external_request_id": True,
+        "always_set_request_id_in_response": not is_grpc,
+        "skip_xff_append": True,
+        "server_header_transformation": "PASS_THROUGH",
+        "stream_idle_timeout": "0s",
+        "request_headers_timeout": f"{config.http_header_timeout_s:g}s",
+    }
+    if is_grpc:
+        manager["http2_protocol_options"] = {
+            "max_concurrent_streams": config.grpc_max_streams,
+            "initial_stream_window_size": _STREAM_WINDOW_BYTES,
+            "connection_keepalive": _KEEP_ALIVE,
+        }
+        if config.grpc_max_connection_age_s:
+            common["max_connection_duration"] = f"{config.grpc_max_connection_age_s:g}s"
+    else:
+        manager["http_protocol_options"] = {"accept_http_10": True, "default_host_for_http_10": "localhost"}
+        manager["local_reply_config"] = _error_shape()
+    return manager
+
+
+def _error_shape() -> Json:
+    """Give errors of Envoy's own, as of a mesh that is down, the shape of the mesh's errors."""
+    fields = {"message": "%LOCAL_REPLY_BODY%", "type": "unavailable_error", "param": None, "code": None}
+    return {"body_format": {"json_format": {"error": fields}}}
+
+
+def _body_filters() -> list[Json]:
+    """Read the model's name from a JSON body into the header by which calls are routed."""
+    rules = [_rule("model", "model"), *(_rule("judge", *path) for path in _JUDGED_FIELDS)]
+    headers = {MODEL_HEADERS[Carrier.HTTP]: "model", JUDGE_HEADER: "judge"}
+    mutations = [
+        {"append": {"header": {"key": header, "value": f"%DYNAMIC_METADATA({_NAMESPACE}:{key})%"}}}
+        for header, key in headers.items()
+    ]
+    read, write = {"request_rules": {"rules": rules}}, {"mutations": {"request_mutations": mutations}}
+    return [
+        _filter("json_to_metadata", "JsonToMetadata", read),
+        _filter("header_mutation", "HeaderMutation", write),
+    ]
+
+
+def _rule(key: str, *path: str) -> Json:
+    """Return the rule that notes the text at a path of the body's fields."""
+    found = {"metadata_namespace": _NAMESPACE, "key": key}
+    return {"selectors": [{"key": name} for name in path], "on_present": found}
+
+
+def _lua_filter() -> Json:
+    """The filter does nothing but on routes that bring a script."""
+    return {"name": LUA_FILTER, "typed_config": {"@type": f"{_TYPE}extensions.filters.http.lua.v3.Lua"}}
+
+
+_ROUTER = {"suppress_envoy_headers": True}
+
+
+def _filter(name: str, kind: str, options: Json) -> Json:
+    return {
+        "name": f"envoy.filters.http.{name}",
+        "typed_config": {"@type": f"{_TYPE}extensions.filters.http.{name}.v3.{kind}", **options},
+    }
+
+
+def _strip(headers: tuple[str, ...]) -> Json:
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {
+            "@type": f"{_TYPE}extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+            "mutations": [{"remove": name} for name in headers],
+        },
+    }
+
+
+def _tls_socket(carrier: Carrier, config: MeshConfig, files: EnvoyFiles) -> Json:
+    source = {"resource_api_version": "V3", "path_config_source": {"path": str(files.tls)}}
+    common: Json = {
+        "alpn_protocols": ["h2"] if carrier is Carrier.GRPC else ["http/1.1"],
+        "tls_certificate_sds_secret_configs": [{"name": "callers", "sds_config": source}],
+    }
+    if config.tls_client_ca:
+        common["validation_context"] = {"trusted_ca": {"filename": config.tls_client_ca}}
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": f"{_TYPE}extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+            "common_tls_context": common,
+            "require_client_certificate": bool(config.tls_client_ca),
+        },
+    }
+
+
+def _cluster(name: str, address: str, carrier: Carrier) -> Json:
+    protocol: Json = {"http2_protocol_options": {}} if carrier is Carrier.GRPC else {"http_protocol_options": {}}
+    limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests", "max_retries"), _UNLIMITED)
+    return {
+        "name": name,
+        "connect_timeout": "1s",
+        "circuit_breakers": {"thresholds": [limits]},
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(address)}}]}],
+        },
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": f"{_TYPE}extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": protocol,
+            }
+        },
+    }
+
+
+def _address(text: str) -> Json:
+    parsed = parse_address(text)
+    if parsed.path:
+        return {"pipe": {"path": parsed.path, "mode": 0o600}}
+    return {"socket_address": {"address": parsed.host, "port_value": parsed.port}}

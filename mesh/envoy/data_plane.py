@@ -1,0 +1,170 @@
+"""Keeps Envoy in step with the mesh: pushes clusters as copies come and go, and takes over Envoy's figures of their use."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from common.changes import Changes
+from common.model_state import CopyState
+from mesh.envoy.interfaces import ClusterFigures, ControlStream, EnvoyStats
+from mesh.envoy.plan import Carrier, Cluster, Here, Role, plan_clusters, withdrawn
+from mesh.envoy.view import CarriedNames
+from mesh.observability.metrics import Metrics
+from mesh.placement.copies import LocalCopies
+
+logger = logging.getLogger(__name__)
+
+_LINGER_S = 10.0  # how long the cluster of a model that has gone leads to the mesh: removed at once, it would fail calls on their way
+_MIN_INTERVAL_S = 0.02
+_SCRAPE_S = 1.0
+_DRAIN_SCRAPE_S = 0.05
+_WORKERS_S = 0.01  # Envoy confirms a change a moment before all its threads follow it
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    cluster: Cluster
+    until_s: float
+
+
+class DataPlane:
+    """`here` returns this pod's addresses and peer headers. `is_ready`: whether the pod knows what its runtime holds.
+
+    `write_routes` writes the files of routes if they have changed.
+    """
+
+    def __init__(
+        self,
+        names: CarriedNames,
+        copies: LocalCopies,
+        changes: Changes,
+        metrics: Metrics,
+        stats: EnvoyStats,
+        *,
+        here: Callable[[], Here],
+        is_ready: Callable[[], bool],
+        write_routes: Callable[[int], None],
+    ) -> None:
+        self._names = names
+        self._copies = copies
+        self._changes = changes
+        self._metrics = metrics
+        self._stats = stats
+        self._here = here
+        self._is_ready = is_ready
+        self._write_routes = write_routes
+        self._control: ControlStream | None = None
+        self._planned: dict[str, Cluster] = {}
+        self._gone: dict[str, _Gone] = {}
+        self._models: dict[str, tuple[str, Carrier, Role]] = {}  # by the cluster's name in Envoy's statistics
+        self._started: dict[str, int] = {}
+        self._draining: set[str] = set()
+        self._drain_began = asyncio.Event()
+
+    def control_by(self, control: ControlStream) -> None:
+        self._control = control
+
+    def adopt(self, names: frozenset[str]) -> None:
+        """Lead clusters that an Envoy has from before this mesh's start to the mesh, until their models are loaded or they go."""
+        here, until_s = self._here(), time.monotonic() + _LINGER_S
+        for full_name in names:
+            carrier, _, name = full_name.partition("/")
+            if carrier in list(Carrier) and full_name not in self._planned:
+                self._gone[full_name] = _Gone(withdrawn(name, Carrier(carrier), name, here), until_s)
+        self._changes.notify()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow())
+            tasks.create_task(self._scrape())
+
+    async def withdraw(self, model_id: str) -> None:
+        """Return when Envoy sends this pod's copy no further calls and its running ones are counted. The copy is unloading already."""
+        if self._control is None or not self._is_ready():
+            return
+        self._draining.add(model_id)
+        self._drain_began.set()
+        await self._control.confirmed(self._publish())
+        await asyncio.sleep(_WORKERS_S)
+        await self._count()
+
+    async def _follow(self) -> None:
+        while True:
+            seen = self._changes.version
+            if self._is_ready():
+                self._publish()
+            await asyncio.sleep(_MIN_INTERVAL_S)
+            await self._changes.wait(_SCRAPE_S, since=seen)
+
+    def _publish(self) -> int:
+        assert self._control is not None
+        here, now_s = self._here(), time.monotonic()
+        planned = plan_clusters(self._names.list(), here)
+        for name, cluster in self._planned.items():
+            if name not in planned:
+                plain = name.partition("/")[2]
+                self._gone[name] = _Gone(withdrawn(plain, cluster.carrier, cluster.model_id, here), now_s + _LINGER_S)
+        self._gone = {name: gone for name, gone in self._gone.items() if name not in planned and gone.until_s > now_s}
+        for cluster in planned.values():
+            self._models[cluster.stat_name] = cluster.model_id, cluster.carrier, cluster.role
+        self._planned = planned
+        self._write_routes(self._names.limit)
+        return self._control.publish({**planned, **{name: gone.cluster for name, gone in self._gone.items()}})
+
+    async def _scrape(self) -> None:
+        while True:
+            self._draining = {model_id for model_id in self._draining if self._is_unloading(model_id)}
+            if self._draining:
+                await asyncio.sleep(_DRAIN_SCRAPE_S)
+            else:
+                self._drain_began.clear()
+                await _first(self._drain_began, _SCRAPE_S)
+            await self._count()
+
+    def _is_unloading(self, model_id: str) -> bool:
+        copy = self._copies.get(model_id)
+        return copy is not None and copy.state is CopyState.UNLOADING
+
+    async def _count(self) -> None:
+        """Take over what Envoy has counted since the last time."""
+        figures = await self._stats.figures()
+        if figures is None:
+            return
+        self._count_uses(figures)
+        running: dict[str, int] = {}
+        for stat, (model_id, _, role) in self._models.items():
+            if role is Role.LOCAL:
+                running[model_id] = running.get(model_id, 0) + figures.get(stat, ClusterFigures()).active
+        for model_id, active in running.items():
+            self._copies.set_carried(model_id, active)
+        kept = {cluster.stat_name for cluster in self._planned.values()}
+        self._models = {
+            stat: known
+            for stat, known in self._models.items()
+            if stat in kept or figures.get(stat, ClusterFigures()).active
+        }
+
+    def _count_uses(self, figures: Mapping[str, ClusterFigures]) -> None:
+        for stat, (model_id, carrier, role) in self._models.items():
+            known = figures.get(stat)
+            if known is None:
+                continue
+            before = self._started.get(stat, 0)
+            # A restarted Envoy counts from 0.
+            fresh = known.started - before if known.started >= before else known.started
+            self._started[stat] = known.started
+            if fresh:
+                self._copies.count_carried(model_id, fresh, is_local=role is Role.LOCAL)
+                self._metrics.carried(model_id, carrier, fresh)
+            if known.latency_s:
+                self._metrics.carried_latency(model_id, carrier, known.latency_s)
+
+
+async def _first(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass

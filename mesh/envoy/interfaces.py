@@ -1,0 +1,33 @@
+"""The seams of the data plane: Envoy's control stream and Envoy's statistics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from mesh.envoy.plan import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFigures:
+    """`started`: calls since the cluster exists. `active`: calls that have not ended. `latency_s`: the recent median, 0 if unknown."""
+
+    started: int = 0
+    active: int = 0
+    latency_s: float = 0.0
+
+
+class ControlStream(Protocol):
+    def publish(self, clusters: Mapping[str, Cluster]) -> int:
+        """Make these the clusters of every connected Envoy. Return the number of this generation."""
+        ...
+
+    async def confirmed(self, generation: int) -> None:
+        """Return when every connected Envoy uses this generation or a later one; at once if none is connected."""
+
+
+class EnvoyStats(Protocol):
+    async def figures(self) -> Mapping[str, ClusterFigures] | None:
+        """Return the figures by the clusters' names in the statistics; None if Envoy does not answer."""
+
+    async def stop_listening(self) -> None:
+        """Have Envoy take no further connections."""

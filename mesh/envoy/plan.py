@@ -1,0 +1,141 @@
+"""Plans the clusters through which Envoy carries calls: one for each name of a loaded model and each carrier. Pure.
+
+A cluster has tiers. Envoy sends a call to the first tier; a call that its endpoint refuses because it does not have the model goes to the next
+one. The last tier is this pod's mesh, which takes the call as if it were the first to get it.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+_LOCAL_PATIENCE_S = (
+    0.5  # a local copy that makes callers wait longer than a peer's by more than this comes after the peers
+)
+_WEIGHTS = (
+    (0.05, 8),
+    (0.2, 4),
+    (1.0, 2),
+)  # weight of a peer by its expected wait in seconds: coarse, so that few changes are pushed
+_LEAST_WEIGHT = 1
+_STAT_BYTES = 10
+
+
+class Carrier(StrEnum):
+    GRPC = "grpc"
+    HTTP = "http"
+
+
+class Role(StrEnum):
+    """What the first tier of a cluster is. Envoy counts each role apart, so that calls that a copy still has can be seen after a change."""
+
+    LOCAL = "local"
+    PEERS = "peers"
+    MESH = "mesh"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCopy:
+    """A loaded copy of another pod. `secure`: the address expects mutual TLS. `wait_s`: the expected wait of a call there."""
+
+    instance_id: str
+    address: str
+    secure: bool = False
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedName:
+    """A name whose calls Envoy may carry by itself. `local_wait_s`: the expected wait at this pod's copy, None without one."""
+
+    name: str
+    model_id: str
+    carrier: Carrier
+    local_wait_s: float | None = None
+    peers: tuple[PeerCopy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """This pod: the addresses of its runtime and its mesh by carrier, and what its calls of other pods carry."""
+
+    runtime: dict[Carrier, str]
+    mesh: dict[Carrier, str]
+    hop: str = ""
+    peer_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """`model`: what the endpoint calls the model. `hop` and `peer_key` are headers that only peers get."""
+
+    address: str
+    model: str
+    hop: str = ""
+    peer_key: str = ""
+    weight: int = _LEAST_WEIGHT
+    secure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    name: str
+    model_id: str
+    carrier: Carrier
+    role: Role
+    tiers: tuple[tuple[Endpoint, ...], ...]
+
+    @property
+    def stat_name(self) -> str:
+        return stat_name(self.role, self.name)
+
+
+def cluster_name(carrier: Carrier, name: str) -> str:
+    return f"{carrier}/{name}"
+
+
+def stat_name(role: Role, cluster: str) -> str:
+    """Return the name of a cluster in Envoy's statistics, in which names may not hold every character."""
+    digest = hashlib.blake2b(cluster.encode(), digest_size=_STAT_BYTES).hexdigest()
+    return f"repertory_{role}_{digest}"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name can be a header's whole value: a comma joins several, and other text than ASCII comes in a binary header."""
+    return name.isascii() and name.isprintable() and "," not in name and name.strip() == name
+
+
+def plan_clusters(names: Iterable[CarriedName], here: Here) -> dict[str, Cluster]:
+    """Return the clusters by name. A name without a copy gets none, so that the mesh takes its calls."""
+    clusters = (_cluster(carried, here) for carried in names if is_plain(carried.name))
+    return {cluster.name: cluster for cluster in clusters if cluster is not None}
+
+
+def withdrawn(name: str, carrier: Carrier, model_id: str, here: Here) -> Cluster:
+    """Return a cluster that leads to the mesh only. It stays for a while after its model has gone: calls may be on their way to it."""
+    mesh = Endpoint(here.mesh[carrier], name)
+    return Cluster(cluster_name(carrier, name), model_id, carrier, Role.MESH, ((mesh,),))
+
+
+def _cluster(carried: CarriedName, here: Here) -> Cluster | None:
+    tiers: list[tuple[Role, tuple[Endpoint, ...]]] = []
+    if carried.local_wait_s is not None:
+        tiers.append((Role.LOCAL, (Endpoint(here.runtime[carried.carrier], carried.model_id),)))
+    if carried.peers:
+        tiers.append((Role.PEERS, tuple(_peer(carried, peer, here) for peer in carried.peers)))
+    if not tiers:
+        return None
+    if len(tiers) > 1 and _is_slow(carried):
+        tiers.reverse()
+    base = withdrawn(carried.name, carried.carrier, carried.model_id, here)
+    return replace(base, role=tiers[0][0], tiers=(*(endpoints for _, endpoints in tiers), *base.tiers))
+
+
+def _is_slow(carried: CarriedName) -> bool:
+    best_s = min(peer.wait_s for peer in carried.peers)
+    return carried.local_wait_s is not None and carried.local_wait_s > best_s + _LOCAL_PATIENCE_S
+
+
+def _peer(carried: CarriedName, peer: PeerCopy, here: Here) -> Endpoint:
+    weight = next((weight for below_s, weight in _WEIGHTS if peer.wait_s < below_s), _LEAST_WEIGHT)
+    return Endpoint(peer.address, carried.model_id, here.hop, here.peer_key, weight, peer.secure)

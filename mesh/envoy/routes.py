@@ -1,0 +1,177 @@
+"""Writes the routes of Envoy's two listeners: which calls Envoy may carry by itself, and that all others go to the mesh.
+
+What a route decides, it decides in favour of the mesh: a call with anything unusual takes the mesh's path, where every case is handled.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.web_policy import WebPolicy
+from mesh.access.api_keys import ApiKey
+from mesh.envoy.lua import admit_script, choose_script
+from mesh.envoy.plan import Carrier
+
+Json = dict[str, Any]
+
+MODEL_HEADERS = {Carrier.GRPC: "mm-model-id", Carrier.HTTP: "x-repertory-model"}
+"""The headers that name the model: the callers' own, or the one that Envoy writes from the body."""
+
+JUDGE_HEADER = "x-repertory-judge"
+"""Set by Envoy for a body with a field that only the mesh can act on."""
+
+LUA_FILTER = "envoy.filters.http.lua"
+BODY_FILTERS = ("envoy.filters.http.json_to_metadata", "envoy.filters.http.header_mutation")
+_TYPE = "type.googleapis.com/envoy."
+_DISABLED = {"@type": f"{_TYPE}config.route.v3.FilterConfig", "config": {}, "disabled": True}
+
+# Methods that the mesh itself answers, or refuses.
+_MESH_METHODS = (
+    "/mmesh.",
+    "/com.ibm.watson.",
+    "/repertory.",
+    "/grpc.",
+    "/inference.GRPCInferenceService/Server",
+    "/inference.GRPCInferenceService/ModelReady",
+)
+# Headers that only the mesh can act on.
+_GRPC_EXCEPTIONS = (
+    *("mm-model-id-bin", "mm-vmodel-id", "mm-vmodel-id-bin", "mm-required", "tas-model-id"),
+    *("repertory-hop", "repertory-peer-key", "grpc-encoding"),
+)
+_HTTP_EXCEPTIONS = (
+    *("mm-model-id", "repertory-hop", "repertory-peer-key"),
+    *("origin", "sec-fetch-site", "content-encoding", "expect"),
+)
+_JSON = "^application/json(\\s*;.*)?$"
+_ADDRESS_HOSTS = (r"localhost", r"[a-z0-9.-]+\.localhost", r"\d+\.\d+\.\d+\.\d+", r"\[[0-9a-f:.]+\]")
+
+
+@dataclass(frozen=True, slots=True)
+class RouteSettings:
+    """What the routes depend on.
+
+    Attributes:
+        keys: the callers' keys; None if callers need none.
+        limit: calls that a copy may have at once; 0 for any number.
+        paths: the HTTP paths whose body names the model in its field `model`.
+        max_body_bytes: the largest HTTP body. max_message_bytes: the largest gRPC message.
+        web_policy: whose rules of Host apply to callers without keys; None for a unix socket.
+    """
+
+    keys: tuple[ApiKey, ...] | None
+    limit: int
+    paths: Sequence[str]
+    max_body_bytes: int
+    max_message_bytes: int
+    web_policy: WebPolicy | None
+
+
+def mesh_cluster(carrier: Carrier) -> str:
+    return f"mesh-{carrier}"
+
+
+def routes_text(carrier: Carrier, settings: RouteSettings) -> str:
+    """Return the content of a listener's file of routes."""
+    is_grpc = carrier is Carrier.GRPC
+    routes = _grpc_routes(settings) if is_grpc else _http_routes(settings)
+    host: Json = {
+        "name": carrier,
+        "domains": ["*"],
+        "routes": routes,
+        # A refused call is sent again from this buffer. Twice the message, as the mesh keeps it.
+        "request_body_buffer_limit": 2 * settings.max_message_bytes if is_grpc else settings.max_body_bytes,
+        "response_headers_to_remove": ["x-repertory-logged"],
+    }
+    config = {"@type": f"{_TYPE}config.route.v3.RouteConfiguration", "name": carrier, "virtual_hosts": [host]}
+    return json.dumps({"resources": [config]}, indent=1)
+
+
+def _grpc_routes(settings: RouteSettings) -> list[Json]:
+    carried = [{"name": "mm-model-id", "present_match": True}, *map(_absent, _GRPC_EXCEPTIONS)]
+    return [
+        *(_to_mesh(Carrier.GRPC, {"prefix": prefix}) for prefix in _MESH_METHODS),
+        _carried(Carrier.GRPC, {"prefix": "/", "headers": carried}, settings),
+        _to_mesh(Carrier.GRPC, {"prefix": "/"}),
+    ]
+
+
+def _http_routes(settings: RouteSettings) -> list[Json]:
+    conditions: list[Json] = [
+        {"name": ":method", "string_match": {"exact": "POST"}},
+        {"name": "content-type", "string_match": {"safe_regex": {"regex": _JSON}}},
+        {"name": "content-length", "range_match": {"start": 1, "end": settings.max_body_bytes + 1}},
+        *map(_absent, _HTTP_EXCEPTIONS),
+    ]
+    if host := _host_pattern(settings):
+        conditions.append({"name": ":authority", "string_match": {"safe_regex": {"regex": host}}})
+    return [
+        *(_carried(Carrier.HTTP, {"path": path, "headers": conditions}, settings) for path in settings.paths),
+        _to_mesh(Carrier.HTTP, {"prefix": "/"}),
+    ]
+
+
+def _host_pattern(settings: RouteSettings) -> str:
+    """Return a pattern of Host headers that certainly name this server; empty if any will do. The mesh judges what does not match."""
+    policy = settings.web_policy
+    if settings.keys is not None or policy is None or not policy.is_local or "*" in policy.hosts:
+        return ""
+    names = [*(re.escape(name) for name in sorted(policy.hosts)), *_ADDRESS_HOSTS]
+    return f"(?i)^({'|'.join(names)})(:[0-9]+)?$"
+
+
+def _absent(name: str) -> Json:
+    return {"name": name, "present_match": True, "invert_match": True}
+
+
+def _carried(carrier: Carrier, match: Json, settings: RouteSettings) -> Json:
+    """Return a route on which Envoy chooses the cluster by the model's name."""
+    keyed = settings.keys is not None
+    script = choose_script(MODEL_HEADERS[carrier], carrier, mesh_cluster(carrier), limit=settings.limit, keyed=keyed)
+    specifier = {
+        "name": "choose",
+        "typed_config": {
+            "@type": f"{_TYPE}extensions.router.cluster_specifiers.lua.v3.LuaConfig",
+            "source_code": {"inline_string": script},
+            "default_cluster": mesh_cluster(carrier),
+        },
+    }
+    action = {"inline_cluster_specifier_plugin": {"extension": specifier}, "retry_policy": _RETRY, **_NO_TIMEOUT}
+    route: Json = {"match": match, "route": action}
+    if settings.keys is not None:
+        route["typed_per_filter_config"] = {
+            LUA_FILTER: {
+                "@type": f"{_TYPE}extensions.filters.http.lua.v3.LuaPerRoute",
+                "source_code": {"inline_string": admit_script(MODEL_HEADERS[carrier], settings.keys)},
+            }
+        }
+    else:
+        # Nobody checks them, and a runtime must not see them.
+        route["request_headers_to_remove"] = ["authorization", "x-api-key"]
+    return route
+
+
+def _to_mesh(carrier: Carrier, match: Json) -> Json:
+    route: Json = {"match": match, "route": {"cluster": mesh_cluster(carrier), **_NO_TIMEOUT}}
+    if carrier is Carrier.HTTP:
+        route["typed_per_filter_config"] = dict.fromkeys(BODY_FILTERS, _DISABLED)
+    return route
+
+
+_NO_TIMEOUT = {"timeout": "0s", "idle_timeout": "0s"}
+# The next tier takes a call that was refused, after a pause that only has to be longer than nothing.
+_RETRY = {
+    "retry_on": "retriable-headers,connect-failure,refused-stream",
+    "retriable_headers": [{"name": "x-repertory-not-here", "present_match": True}],
+    "num_retries": 3,
+    "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.005s"},
+    "retry_priority": {
+        "name": "envoy.retry_priorities.previous_priorities",
+        "typed_config": {
+            "@type": f"{_TYPE}extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+            "update_frequency": 1,
+        },
+    },
+}

@@ -1,0 +1,169 @@
+"""Describes to the planner which names Envoy may carry now, from the registry, the copies and what the pods report."""
+
+import ipaddress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from common.addresses import parse_address
+from common.errors import ConfigError
+from common.model_state import CopyState
+from mesh.envoy.plan import CarriedName, Carrier, PeerCopy, is_plain
+from mesh.errors import NotFound
+from mesh.placement.copies import LocalCopies, LocalCopy
+from mesh.placement.model_states import ModelStates
+from mesh.placement.runtime_monitor import RuntimeMonitor
+from mesh.registry.records import InstanceRecord, ModelRecord, VModelRecord
+from mesh.registry.registration import base_of
+from mesh.registry.registry import Registry
+from mesh.routing.copy_selection import Candidate, expected_wait_s
+
+
+@dataclass(slots=True)
+class _Names:
+    """The names of vmodels by the models that they may stand for, kept as the registry changes."""
+
+    by_model: dict[str, set[str]] = field(default_factory=dict)
+
+    def changed(self, name: str, old: VModelRecord | None, new: VModelRecord | None) -> None:
+        for record in (old, new):
+            for model_id in (record.active_id, record.target_id) if record is not None else ():
+                names = self.by_model.setdefault(model_id, set())
+                names.add(name) if record is new else names.discard(name)
+                if not names:
+                    del self.by_model[model_id]
+
+
+@dataclass(slots=True)
+class _Bases:
+    """The names over which LoRA adapters are registered. A gRPC message may select one of them, which only the mesh reads."""
+
+    num_adapters: Counter[str] = field(default_factory=Counter)
+
+    def changed(self, _: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
+        for record, change in ((old, -1), (new, 1)):
+            if record is not None and (base := base_of(record.info)):
+                self.num_adapters[base] += change
+
+
+class CarriedNames:
+    """`secure_address`: returns the address for mutual TLS of a pod's address, empty if it has none.
+
+    `is_cut_off`: whether only this pod has lost the store, so that its knowledge may be out of date. `carriers`: those that the settings allow.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        states: ModelStates,
+        monitor: RuntimeMonitor,
+        copies: LocalCopies,
+        *,
+        secure_address: Callable[[str], str],
+        is_cut_off: Callable[[], bool],
+        carriers: frozenset[Carrier],
+    ) -> None:
+        self._registry = registry
+        self._states = states
+        self._monitor = monitor
+        self._copies = copies
+        self._secure_address = secure_address
+        self._is_cut_off = is_cut_off
+        self._carriers = carriers
+        self._names = _Names()
+        self._bases = _Bases()
+        registry.vmodels.table.listen(self._names.changed)
+        registry.models.table.listen(self._bases.changed)
+
+    @property
+    def limit(self) -> int:
+        """The calls that a carried copy may have at once; 0 for any number."""
+        return max((copy.max_concurrency for copy in self._copies if copy.is_loaded), default=0)
+
+    def list(self) -> list[CarriedName]:
+        """Return the names with a loaded copy that can take calls now."""
+        if self._is_cut_off():
+            return []
+        carriers = [carrier for carrier in Carrier if carrier in self._carriers and self._can_carry(carrier)]
+        pods = {pod_id: pod for pod_id, pod in self._states.pods().items() if pod_id != self._registry.instances.own_id}
+        limit = self.limit
+        local = {copy.model_id: copy for copy in self._copies if self._takes_calls(copy, limit)}
+        remote = {
+            model_id
+            for pod in pods.values()
+            for model_id, report in pod.copies.items()
+            if report.state is CopyState.LOADED
+        }
+        found = []
+        for model_id in local.keys() | remote:
+            wait_s = self._local_wait_s(model_id) if model_id in local else None
+            names = [name for name in self._names_of(model_id) if is_plain(name)]
+            has_adapters = any(self._bases.num_adapters[name] for name in (*names, model_id))
+            for carrier in carriers:
+                if has_adapters and carrier is Carrier.GRPC:
+                    continue
+                peers = self._peers(model_id, carrier, pods) if model_id in remote else ()
+                if wait_s is not None or peers:
+                    found += [CarriedName(name, model_id, carrier, wait_s, peers) for name in names]
+        return found
+
+    def _can_carry(self, carrier: Carrier) -> bool:
+        """Return whether calls may pass unread: no method of a foreign runtime needs the model's id written into its message."""
+        limits, snapshot = self._monitor.limits, self._monitor.snapshot
+        if carrier is Carrier.HTTP or limits is None:
+            return True
+        return limits.allow_any_method and not (snapshot.foreign and limits.allowed_methods)
+
+    def _takes_calls(self, copy: LocalCopy, limit: int) -> bool:
+        record = self._registry.models.get(copy.model_id)
+        is_current = record is None or record.info == copy.info
+        return copy.is_loaded and is_current and copy.max_concurrency == limit and self._monitor.serves(copy)
+
+    def _names_of(self, model_id: str) -> Iterator[str]:
+        """Yield the names that stand for the model now: those of vmodels, or else its id."""
+        names = self._names.by_model.get(model_id, ())
+        for name in sorted(names) or (model_id,):
+            try:
+                if self._registry.resolve(name) == model_id:
+                    yield name
+            except NotFound:
+                continue
+
+    def _local_wait_s(self, model_id: str) -> float:
+        model = self._monitor.model(model_id)
+        if model is None:
+            return 0.0
+        return expected_wait_s(
+            Candidate("", True, model.tier, 0.0, model.swap_in_s, model.running, model.waiting, 0, model.kv_usage)
+        )
+
+    def _peers(self, model_id: str, carrier: Carrier, pods: dict[str, InstanceRecord]) -> tuple[PeerCopy, ...]:
+        record = self._registry.models.get(model_id)
+        holders = record.instance_ids.keys() if record is not None else ()
+        return tuple(
+            copy
+            for pod_id in sorted(holders)
+            if pod_id in pods and (copy := self._peer(model_id, carrier, pod_id, pods[pod_id])) is not None
+        )
+
+    def _peer(self, model_id: str, carrier: Carrier, pod_id: str, pod: InstanceRecord) -> PeerCopy | None:
+        report = pod.copies.get(model_id)
+        address = pod.grpc_address if carrier is Carrier.GRPC else pod.http_address
+        if report is None or report.state is not CopyState.LOADED or not address:
+            return None
+        secure = self._secure_address(address)
+        if not _is_numeric(secure or address):
+            return None
+        candidate = Candidate(
+            pod_id, False, report.tier, 0.0, report.swap_in_s, report.running, report.waiting, 0, pod.kv_usage
+        )
+        return PeerCopy(pod_id, secure or address, bool(secure), expected_wait_s(candidate))
+
+
+def _is_numeric(address: str) -> bool:
+    """Return whether an address needs no name to be resolved. Calls to pods with other addresses are the mesh's."""
+    try:
+        parsed = parse_address(address)
+        return bool(parsed.path) or bool(ipaddress.ip_address(parsed.host))
+    except (ConfigError, ValueError):
+        return False

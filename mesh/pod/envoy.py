@@ -1,0 +1,118 @@
+"""Builds and runs the parts of a pod that has an Envoy in front: its files, its control stream and its data plane."""
+
+import logging
+
+from mesh.api.envoy_clusters import PeerTls
+from mesh.api.envoy_control import EnvoyControl
+from mesh.api.openai_routes import MODEL_IN_BODY_PATHS
+from mesh.api.web_guard import policy_for
+from mesh.client.envoy_admin import EnvoyAdmin
+from mesh.config.schema import MeshConfig
+from mesh.envoy.bootstrap import envoy_files, write_bootstrap
+from mesh.envoy.data_plane import DataPlane
+from mesh.envoy.files import write_whole
+from mesh.envoy.plan import Carrier, Here
+from mesh.envoy.routes import RouteSettings, routes_text
+from mesh.envoy.view import CarriedNames
+from mesh.pod.placement_parts import PlacementParts, PodBase
+
+logger = logging.getLogger(__name__)
+
+
+class PodEnvoy:
+    """The parts of one pod, not started."""
+
+    def __init__(self, base: PodBase, parts: PlacementParts) -> None:
+        config = base.config
+        self._config = config
+        self._access = base.access
+        self._own_id = base.instance_id
+        self._has_peers_tls = base.access.peer_tls is not None
+        self._files = envoy_files(config)
+        secure = base.registry.instances.secure_address
+        names = CarriedNames(
+            base.registry,
+            parts.states,
+            parts.monitor,
+            parts.copies,
+            secure_address=secure if self._has_peers_tls else lambda _: "",
+            is_cut_off=lambda: parts.contact.is_cut_off,
+            carriers=_carriers(config),
+        )
+        self._admin = EnvoyAdmin(self._files.admin)
+        self._data_plane = DataPlane(
+            names,
+            parts.copies,
+            base.changes,
+            base.metrics,
+            self._admin,
+            here=self._here,
+            is_ready=lambda: parts.monitor.limits is not None,
+            write_routes=self._write_routes,
+        )
+        self._control = EnvoyControl(self._files.control, self._peer_tls, self._data_plane.adopt)
+        self._data_plane.control_by(self._control)
+
+    @property
+    def is_connected(self) -> bool:
+        return self._control.is_connected
+
+    async def start(self) -> None:
+        """Write Envoy's files and open its control socket. Raises ConfigError, OSError."""
+        write_bootstrap(self._config)
+        self._write_routes(0)
+        await self._control.start()
+
+    async def run(self) -> None:
+        await self._data_plane.run()
+
+    async def withdraw(self, model_id: str) -> None:
+        """As in LocalUnloads."""
+        await self._data_plane.withdraw(model_id)
+
+    async def stop_listening(self) -> None:
+        """Have Envoy take no further connections: this pod shuts down."""
+        await self._admin.stop_listening()
+
+    async def stop(self) -> None:
+        await self._control.stop()
+        await self._admin.close()
+
+    def _here(self) -> Here:
+        config = self._config
+        hop, peer_key = (value for _, value in self._access.peers.headers())
+        return Here(
+            runtime={
+                Carrier.GRPC: config.runtime_inference_grpc or config.runtime_grpc,
+                Carrier.HTTP: config.runtime_http,
+            },
+            mesh={carrier: self._files.mesh(carrier) for carrier in Carrier},
+            hop=hop,
+            peer_key="" if self._has_peers_tls else peer_key,
+        )
+
+    def _peer_tls(self) -> PeerTls | None:
+        identity = self._access.peer_tls
+        return PeerTls(identity.material, self._access.peer_name) if identity is not None else None
+
+    def _write_routes(self, limit: int) -> None:
+        config, keys = self._config, self._access.keys
+        settings = RouteSettings(
+            keys=keys.all() if keys.is_required else None,
+            limit=limit,
+            paths=MODEL_IN_BODY_PATHS,
+            max_body_bytes=config.http_max_body_bytes,
+            max_message_bytes=config.grpc_max_message_bytes,
+            web_policy=policy_for(
+                config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins
+            ),
+        )
+        for carrier in Carrier:
+            if write_whole(self._files.routes(carrier), routes_text(carrier, settings)):
+                logger.debug("wrote Envoy's routes of %s", carrier)
+
+
+def _carriers(config: MeshConfig) -> frozenset[Carrier]:
+    """Return the carriers whose calls may pass unread: a dataplane configuration reads the model from messages."""
+    grpc = {Carrier.GRPC} if not config.dataplane_config else set()
+    return frozenset(grpc | ({Carrier.HTTP} if config.runtime_http else set()))

@@ -1,0 +1,91 @@
+"""The planner of Envoy's clusters, as properties over arbitrary copies."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.envoy.plan import CarriedName, Carrier, Here, PeerCopy, Role, is_plain, plan_clusters, withdrawn
+
+HERE = Here(
+    runtime={carrier: f"unix:/runtime-{carrier}" for carrier in Carrier},
+    mesh={carrier: f"unix:/mesh-{carrier}" for carrier in Carrier},
+    hop="pod-a",
+    peer_key="secret",
+)
+WAITS = st.floats(0, 100)
+PEERS = st.builds(
+    PeerCopy,
+    instance_id=st.sampled_from(["pod-b", "pod-c", "pod-d"]),
+    address=st.sampled_from(["10.0.0.2:8033", "10.0.0.3:8033"]),
+    secure=st.booleans(),
+    wait_s=WAITS,
+)
+CARRIED = st.builds(
+    CarriedName,
+    name=st.text(min_size=1, max_size=12),
+    model_id=st.text(min_size=1, max_size=12),
+    carrier=st.sampled_from(Carrier),
+    local_wait_s=st.none() | WAITS,
+    peers=st.lists(PEERS, max_size=3).map(tuple),
+)
+
+
+@given(st.lists(CARRIED, max_size=8, unique_by=lambda carried: (carried.name, carried.carrier)))
+def test_plan_has_a_cluster_for_each_name_with_a_copy(names: list[CarriedName]) -> None:
+    with_copy = {
+        f"{carried.carrier}/{carried.name}"
+        for carried in names
+        if is_plain(carried.name) and (carried.local_wait_s is not None or carried.peers)
+    }
+    assert plan_clusters(names, HERE).keys() == with_copy
+
+
+@given(CARRIED)
+def test_plan_ends_every_cluster_with_the_mesh(carried: CarriedName) -> None:
+    for cluster in plan_clusters([carried], HERE).values():
+        (last,) = cluster.tiers[-1]
+        assert (last.address, last.model) == (HERE.mesh[carried.carrier], carried.name), (
+            "the mesh resolves the name itself"
+        )
+        assert (last.hop, last.peer_key) == ("", ""), "the mesh takes the call as if it were the first to get it"
+        assert all(tier for tier in cluster.tiers)
+
+
+@given(CARRIED)
+def test_plan_gives_the_peer_key_to_peers_only(carried: CarriedName) -> None:
+    peers = {peer.address for peer in carried.peers}
+    for cluster in plan_clusters([carried], HERE).values():
+        for endpoint in (endpoint for tier in cluster.tiers for endpoint in tier):
+            assert bool(endpoint.peer_key) == bool(endpoint.hop) == (endpoint.address in peers)
+            assert endpoint.secure <= (endpoint.address in peers)
+
+
+@given(CARRIED)
+def test_plan_puts_a_slow_local_copy_after_the_peers(carried: CarriedName) -> None:
+    for cluster in plan_clusters([carried], HERE).values():
+        local, waits = carried.local_wait_s, [peer.wait_s for peer in carried.peers]
+        is_local_first = local is not None and (not waits or local <= min(waits) + 0.5)
+        assert cluster.role is (Role.LOCAL if is_local_first else Role.PEERS)
+        assert (cluster.tiers[0][0].address == HERE.runtime[carried.carrier]) == is_local_first
+
+
+@given(st.lists(PEERS, min_size=2, max_size=3))
+def test_plan_weighs_a_peer_less_the_longer_it_lets_wait(peers: list[PeerCopy]) -> None:
+    (cluster,) = plan_clusters([CarriedName("m", "m", Carrier.GRPC, None, tuple(peers))], HERE).values()
+    pairs = sorted(zip((peer.wait_s for peer in peers), (end.weight for end in cluster.tiers[0]), strict=True))
+    weights = [weight for _, weight in pairs]
+    assert weights == sorted(weights, reverse=True)
+    assert all(weights)
+
+
+@given(st.text(max_size=10))
+def test_is_plain_refuses_what_a_header_cannot_say(name: str) -> None:
+    assert is_plain(name) == (all(" " <= sign <= "~" and sign != "," for sign in name) and name == name.strip(" "))
+
+
+def test_withdrawn_cluster_counts_apart_from_its_copy() -> None:
+    carried = CarriedName("m", "m", Carrier.HTTP, 0.0)
+    (before,) = plan_clusters([carried], HERE).values()
+    after = withdrawn("m", Carrier.HTTP, "m", HERE)
+    assert before.name == after.name
+    assert before.stat_name != after.stat_name
+    assert [[endpoint.address for endpoint in tier] for tier in after.tiers] == [["unix:/mesh-http"]]

