@@ -43,7 +43,7 @@ async def stores(own_etcd: EtcdServer) -> AsyncIterator[tuple[Store, Store]]:
         await store.close()
 
 
-async def test_what_one_pod_registers_every_pod_serves(stores: tuple[Store, Store]) -> None:
+async def test_registry_of_all_pods_has_what_one_pod_registers(stores: tuple[Store, Store]) -> None:
     async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
         info = pb.ModelInfo(type="llm", path="/m")
         await a.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True))
@@ -59,7 +59,7 @@ async def test_what_one_pod_registers_every_pod_serves(stores: tuple[Store, Stor
             await a.registry.models.table.until("m", lambda record: record is None)
 
 
-async def test_a_vmodel_moved_through_one_pod_is_moved_for_all(stores: tuple[Store, Store]) -> None:
+async def test_registry_moves_a_vmodel_for_all_pods(stores: tuple[Store, Store]) -> None:
     async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
         first = pb.SetVModelRequest(
             vModelId="v", targetModelId="m1", modelInfo=pb.ModelInfo(type="llm", path="/1"), loadNow=True, sync=True
@@ -75,7 +75,7 @@ async def test_a_vmodel_moved_through_one_pod_is_moved_for_all(stores: tuple[Sto
         assert a.registry.resolve("v") == "m2"
 
 
-async def test_two_pods_naming_the_same_at_once_agree(stores: tuple[Store, Store]) -> None:
+async def test_registry_of_two_pods_agrees_on_a_name_registered_twice(stores: tuple[Store, Store]) -> None:
     async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
         calls = [
             node.mesh.setVModel(
@@ -94,7 +94,7 @@ async def test_two_pods_naming_the_same_at_once_agree(stores: tuple[Store, Store
             assert (record.refs if record else 0) == (f"m{number}" in (vmodel.active_id, vmodel.target_id))
 
 
-async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Store]) -> None:
+async def test_instances_lists_live_pods_and_drops_a_dead_one(stores: tuple[Store, Store]) -> None:
     a, b = registry_of(stores[0], "a"), registry_of(stores[1], "b")
     async with AsyncExitStack() as stack:
         for registry in (a, b):
@@ -122,7 +122,7 @@ async def test_pods_know_each_other_and_notice_a_death(stores: tuple[Store, Stor
         await until(b.instances.is_leader)
 
 
-async def test_leader_is_the_oldest_candidate_of_modelmeshs_election(stores: tuple[Store, Store]) -> None:
+async def test_leader_latch_elects_the_oldest_candidate(stores: tuple[Store, Store]) -> None:
     """A Java pod that was there first leads, whatever the age of its own record, until its key is gone."""
     await stores[1].put("/root/mm/svc/leaderLatch/_java", b"")
     pod = registry_of(stores[0], "pod")
@@ -139,7 +139,7 @@ async def test_leader_is_the_oldest_candidate_of_modelmeshs_election(stores: tup
     ]
 
 
-async def test_keys_lie_where_modelmesh_has_them(stores: tuple[Store, Store]) -> None:
+async def test_registry_keys_are_those_of_modelmesh(stores: tuple[Store, Store]) -> None:
     registry = registry_of(stores[0], "pod")
     await registry.start()
     await registry.register_name("smol", smol(), now_ms=NOW_MS, is_loaded=lambda _: False)

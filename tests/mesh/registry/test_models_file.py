@@ -55,7 +55,7 @@ def test_read_models_file_names_what_is_wrong(text: str, words: str, tmp_path: P
     assert str(file) in str(refused.value)
 
 
-async def test_a_pod_registers_its_models_file_and_follows_its_changes(tmp_path: Path) -> None:
+async def test_declared_models_follow_changes_of_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "models: {ada: {uri: /ada, load: true}, bob: /bob}\naliases: {prod: ada}\n")
     async with running_pod(tmp_path / "pod", models_file=str(file)) as running:
         await running.name("mine", "/mine")
@@ -69,7 +69,7 @@ async def test_a_pod_registers_its_models_file_and_follows_its_changes(tmp_path:
         await until(lambda: "/ada" not in running.runtime.loaded.values())
 
 
-async def test_a_models_file_that_became_invalid_changes_nothing(
+async def test_declared_models_ignore_a_file_that_became_invalid(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write(tmp_path, "models: {ada: /ada}\n")
@@ -80,7 +80,7 @@ async def test_a_models_file_that_became_invalid_changes_nothing(
     assert "the registrations stay as they are" in caplog.text
 
 
-async def test_a_pod_refuses_to_start_with_an_invalid_models_file(tmp_path: Path) -> None:
+async def test_pod_start_refuses_an_invalid_models_file(tmp_path: Path) -> None:
     file = write(tmp_path, "models: 3")
     with pytest.raises(ConfigError, match="must hold"):
         async with running_pod(tmp_path / "pod", models_file=str(file)):

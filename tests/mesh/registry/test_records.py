@@ -61,12 +61,12 @@ records = st.one_of(model_records, vmodel_records, instance_records)
 
 
 @given(records)
-def test_round_trip(record: Record) -> None:
+def test_records_round_trip(record: Record) -> None:
     assert decode_record(type(record), encode_record(record)) == record
 
 
 @given(records, st.dictionaries(text.filter(bool), json_value, max_size=4))
-def test_unknown_properties_survive_a_rewrite(record: Record, others: dict[str, object]) -> None:
+def test_records_keep_unknown_properties(record: Record, others: dict[str, object]) -> None:
     names = {field.encode_name for field in msgspec.structs.fields(type(record))} - {"unknown"}
     others = {name: value for name, value in others.items() if name not in names}
     written = {
@@ -87,12 +87,12 @@ def _plain_json(value: object) -> bytes:
     return json.dumps(value).encode()
 
 
-def test_a_property_named_like_our_own_field_is_kept_too() -> None:
+def test_records_keep_an_unknown_property_named_like_a_field() -> None:
     record = decode_record(ModelRecord, b'{"type":"llm","unknown":[1,2]}')
     assert msgspec.json.decode(encode_record(record)) == {"type": "llm", "unknown": [1, 2]}
 
 
-def test_modelmesh_property_names() -> None:
+def test_records_use_modelmesh_property_names() -> None:
     record = ModelRecord(
         type="llm",
         key='{"storage_key":"s3"}',
@@ -158,7 +158,7 @@ def test_modelmesh_property_names() -> None:
 
 
 @pytest.mark.parametrize("kind", [ModelRecord, VModelRecord, InstanceRecord])
-def test_defaults_are_omitted_and_nulls_are_absent(kind: type[Record]) -> None:
+def test_records_omit_defaults_and_read_null_as_absent(kind: type[Record]) -> None:
     written = msgspec.json.decode(encode_record(kind()))
     assert all(value in (0, False) for value in written.values())
     assert bool(written) is (kind is InstanceRecord)  # Java writes an instance's numbers and flags always
@@ -169,10 +169,10 @@ def test_defaults_are_omitted_and_nulls_are_absent(kind: type[Record]) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b'{"refs":"three"}', b"{"])
-def test_what_is_no_record_is_refused(data: bytes) -> None:
+def test_decode_record_refuses_other_json(data: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
         decode_record(ModelRecord, data)
 
 
-def test_the_type_that_modelmesh_leaves_out() -> None:
+def test_decode_record_reads_the_type_that_modelmesh_omits() -> None:
     assert decode_record(ModelRecord, b'{"mPath":"m"}').type == "NLCLASSIFIER"

@@ -22,7 +22,7 @@ silences = st.floats(0, 1000)
 
 
 @given(st.floats(0, 1000), st.lists(silences, min_size=1), st.floats(0.1, 100))
-def test_store_elsewhere_is_seen_by_durations(own: float, others: list[float], margin: float) -> None:
+def test_store_contact_compares_durations_of_pods(own: float, others: list[float], margin: float) -> None:
     assert has_store_elsewhere(own, others, margin) == any(silence + margin < own for silence in others)
     assert not has_store_elsewhere(own, [], margin)
     assert has_store_elsewhere(own, [None], margin)
@@ -30,7 +30,7 @@ def test_store_elsewhere_is_seen_by_durations(own: float, others: list[float], m
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.booleans())
-def test_mass_loss_needs_more_than_half(known: int, missing: int, went_back: bool) -> None:
+def test_mass_loss_needs_more_than_half_of_the_records(known: int, missing: int, went_back: bool) -> None:
     missing = min(missing, known)
     if is_mass_loss(known, missing, went_back=went_back):
         assert missing > known / 2
@@ -42,7 +42,7 @@ async def loaded_at(pod: RunningPod, model_id: str) -> None:
     await pod.pod.placement.ensure_loaded(model_id, wait=True, local_only=True)
 
 
-async def test_a_pod_that_alone_lost_the_store_is_not_ready_and_refuses(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_pod_that_alone_lost_the_store_is_not_ready_and_refuses(tmp_path: Path, etcd: EtcdServer) -> None:
     root = uuid.uuid4().hex
     async with (
         tcp_proxy(etcd.endpoint) as proxy,
@@ -92,7 +92,7 @@ async def test_pods_that_all_lost_the_store_stay_ready_and_serve(tmp_path: Path,
             assert pod.pod.is_ready()
 
 
-async def test_names_are_answered_at_once_while_the_store_is_absent(tmp_path: Path, own_etcd: EtcdServer) -> None:
+async def test_registry_answers_names_at_once_without_the_store(tmp_path: Path, own_etcd: EtcdServer) -> None:
     async with running_pod(tmp_path / "a", store=own_etcd.url) as a:
         await a.name("smol", "/files")
         own_etcd.kill()
@@ -107,7 +107,7 @@ async def test_names_are_answered_at_once_while_the_store_is_absent(tmp_path: Pa
         assert time.monotonic() - started_s < 1.0
 
 
-async def test_a_wiped_store_unloads_nothing_and_changes_are_refused(tmp_path: Path, own_etcd: EtcdServer) -> None:
+async def test_table_of_a_wiped_store_keeps_records_and_refuses_changes(tmp_path: Path, own_etcd: EtcdServer) -> None:
     async with running_pod(tmp_path / "a", store=own_etcd.url, session_ttl_s=2.0) as a:
         for name in ("m", "n"):
             await a.register(name)
@@ -129,7 +129,7 @@ async def test_a_wiped_store_unloads_nothing_and_changes_are_refused(tmp_path: P
         assert await a.echo("other") == b"hi"
 
 
-async def test_a_deleted_prefix_is_a_mass_loss(tmp_path: Path, own_etcd: EtcdServer) -> None:
+async def test_table_treats_a_deleted_prefix_as_a_mass_loss(tmp_path: Path, own_etcd: EtcdServer) -> None:
     async with running_pod(tmp_path / "a", store=own_etcd.url) as a:
         names = [f"m{number}" for number in range(12)]
         for name in names:

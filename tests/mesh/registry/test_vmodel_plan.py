@@ -111,7 +111,7 @@ class World:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(actions, max_size=25))
-def test_references_stay_true(steps: list[tuple[object, ...]]) -> None:
+def test_plans_keep_reference_counts(steps: list[tuple[object, ...]]) -> None:
     world = World()
     for action in steps:
         world.step(action)
@@ -119,9 +119,7 @@ def test_references_stay_true(steps: list[tuple[object, ...]]) -> None:
 
 
 @given(wishes, st.booleans())
-def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has_none(
-    request: VModelRequest, auto: bool
-) -> None:
+def test_plan_keeps_the_active_model_until_the_target_is_loaded(request: VModelRequest, auto: bool) -> None:
     """No gap: unless forced, a name with a loaded active model never points at one that isn't."""
     active = ModelRecord(type="llm", path="active", refs=1, auto_delete=auto, instance_ids={"pod": 1})
     view = VModelView(
@@ -138,7 +136,7 @@ def test_the_active_model_keeps_answering_while_it_has_copies_and_the_target_has
 
 
 @given(st.sampled_from(MODELS))
-def test_finishing_what_has_been_moved_elsewhere_does_nothing(target_id: str) -> None:
+def test_finish_of_a_move_that_was_replaced_changes_nothing(target_id: str) -> None:
     vmodel = VModelRecord(active_id="a", target_id="b")
     view = VModelView(vmodel, {"a": ModelRecord(refs=1), "b": ModelRecord(refs=1)})
     assert plan_finish(view, target_id=target_id) == VModelPlan(vmodel)

@@ -53,7 +53,7 @@ async def take(events: AsyncIterator[WatchEvent], count: int) -> list[WatchEvent
         return [await anext(events) for _ in range(count)]
 
 
-async def test_put_get_delete(store: Store, root: str) -> None:
+async def test_store_put_get_delete(store: Store, root: str) -> None:
     assert await store.get(root + "a") is None
     first = await store.put(root + "a", b"1")
     second = await store.put(root + "a", b"\x00\xff")
@@ -64,7 +64,7 @@ async def test_put_get_delete(store: Store, root: str) -> None:
     assert await store.get(root + "a") is None
 
 
-async def test_keys_of_any_text(store: Store, root: str) -> None:
+async def test_store_takes_keys_of_any_text(store: Store, root: str) -> None:
     names = ["größe/模型", "a b", "x\x7f", "zz", "z", "meta-llama/Llama-3.1-8B@main"]
     for name in names:
         await store.put(root + name, name.encode())
@@ -73,7 +73,7 @@ async def test_keys_of_any_text(store: Store, root: str) -> None:
     assert all(entry.value == entry.key.removeprefix(root).encode() for entry in listing.entries)
 
 
-async def test_a_prefix_is_exact_and_consistent(store: Store, root: str) -> None:
+async def test_get_prefix_is_exact_and_consistent(store: Store, root: str) -> None:
     await store.put(root[:-1] + "0neighbour", b"")
     await store.put(root + "a", b"1")
     revision = await store.put(root + "b", b"2")
@@ -82,7 +82,7 @@ async def test_a_prefix_is_exact_and_consistent(store: Store, root: str) -> None
     assert (await store.get_prefix(root + "none/")).entries == ()
 
 
-async def test_compare_and_set(store: Store, root: str) -> None:
+async def test_txn_compares_and_sets(store: Store, root: str) -> None:
     key = root + "k"
     created = await store.txn([Compare(key, mod_revision=ABSENT)], [Put(key, b"1")])
     assert created.succeeded
@@ -96,7 +96,7 @@ async def test_compare_and_set(store: Store, root: str) -> None:
     assert lost.current == (None,)
 
 
-async def test_a_transaction_is_all_or_nothing_with_one_revision(store: Store, root: str) -> None:
+async def test_txn_is_atomic_with_one_revision(store: Store, root: str) -> None:
     a, b, c = root + "a", root + "b", root + "c"
     old = await store.put(a, b"old")
     failed = await store.txn(
@@ -113,13 +113,13 @@ async def test_a_transaction_is_all_or_nothing_with_one_revision(store: Store, r
     assert [(entry.key, entry.mod_revision) for entry in listing.entries] == [(b, done.revision), (c, done.revision)]
 
 
-async def test_one_key_may_not_be_written_twice_in_a_transaction(store: Store, root: str) -> None:
+async def test_txn_refuses_two_writes_of_one_key(store: Store, root: str) -> None:
     with pytest.raises(StoreError):
         await store.txn([], [Put(root + "a", b"1"), Put(root + "a", b"2")])
     assert await store.get(root + "a") is None
 
 
-async def test_concurrent_compare_and_set_loses_no_update(store: Store, root: str) -> None:
+async def test_txn_of_concurrent_writers_loses_no_update(store: Store, root: str) -> None:
     key = root + "counter"
     await store.put(key, b"0")
 
@@ -168,7 +168,7 @@ async def test_watch_from_a_revision_replays(store: Store, root: str) -> None:
     assert isinstance(got[1], EntryDeleted)
 
 
-async def test_listing_and_watch_leave_no_gap(store: Store, root: str) -> None:
+async def test_watch_after_a_listing_misses_nothing(store: Store, root: str) -> None:
     """A writer that never stops: listing plus events after it is the same as everything written."""
     stop = asyncio.Event()
     written = 0
@@ -194,7 +194,7 @@ async def test_listing_and_watch_leave_no_gap(store: Store, root: str) -> None:
     assert sorted(seen) == sorted(f"{root}{number}" for number in range(written))
 
 
-async def test_a_lease_takes_its_keys_with_it(store: Store, root: str) -> None:
+async def test_lease_revoked_deletes_its_keys(store: Store, root: str) -> None:
     lease = await store.grant(30)
     other = await store.grant(30)
     await store.put(root + "a", b"", lease=lease)

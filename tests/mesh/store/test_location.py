@@ -27,11 +27,11 @@ from mesh.store.location import EmbeddedLocation, EtcdLocation, parse_store
         ("/var/lib/x", EmbeddedLocation(Path("/var/lib/x"))),
     ],
 )
-def test_forms(text: str, expected: object) -> None:
+def test_parse_store_reads_every_form(text: str, expected: object) -> None:
     assert parse_store(text) == expected
 
 
-def test_modelmesh_json_file(tmp_path: Path) -> None:
+def test_parse_store_reads_modelmeshs_json_file(tmp_path: Path) -> None:
     for name in ("ca.pem", "cert.pem", "key.pem"):
         (tmp_path / name).write_text(name)
     (tmp_path / "etcd.json").write_text(
@@ -73,7 +73,7 @@ def test_modelmesh_json_file(tmp_path: Path) -> None:
     )
 
 
-def test_files_in_a_url(tmp_path: Path) -> None:
+def test_parse_store_reads_files_named_in_a_url(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("CA")
     location = parse_store(f"etcd://a:1/p?ca={tmp_path}/ca.pem")
     assert location == EtcdLocation(("a:1",), root_prefix="/p", tls=True, ca_pem=b"CA")
@@ -92,23 +92,23 @@ def test_files_in_a_url(tmp_path: Path) -> None:
         ("etcd://h:1?ca=/none.pem", "/none.pem"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, says: str) -> None:
+def test_parse_store_names_what_is_wrong(text: str, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says) as error:
         parse_store(text)
     assert "secret" not in error.value.message
 
 
-def test_broken_json_is_named(tmp_path: Path) -> None:
+def test_parse_store_names_a_broken_json_file(tmp_path: Path) -> None:
     for content in ("{", '{"userid": "u"}'):
         (tmp_path / "etcd.json").write_text(content)
         with pytest.raises(InvalidRequest, match=r"etcd\.json"):
             parse_store(f"etcd:{tmp_path}/etcd.json")
 
 
-def test_a_password_is_not_in_the_repr() -> None:
+def test_location_repr_has_no_password() -> None:
     assert "hunter2" not in repr(parse_store("etcd://u:hunter2@h:1"))
 
 
-def test_store_at(tmp_path: Path) -> None:
+def test_store_at_creates_the_store_of_a_location(tmp_path: Path) -> None:
     assert isinstance(store_at(EmbeddedLocation(tmp_path)), EmbeddedStore)
     assert isinstance(store_at(EtcdLocation(("h:1",))), EtcdStore)
