@@ -28,6 +28,7 @@ class SupervisedProcess:
     `http` is the address (`unix:PATH` or `HOST:PORT`) of its HTTP server, which is probed every `probe_interval_s`. Once the server has answered,
     `max_failed_probes` failed probes in a row mean that the process hangs. Without an address, hangs are not detected. `record` names the file in
     which `leftovers` finds the process later. `tls`: the HTTP server expects TLS. `environment` is added to this process's environment without its REPERTORY_ variables.
+    `backoff_s` are the pauses before the first restarts; the last one is repeated.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SupervisedProcess:
         environment: Mapping[str, str] | None = None,
         probe_interval_s: float = _PROBE_INTERVAL_S,
         max_failed_probes: int = _MAX_FAILED_PROBES,
+        backoff_s: Sequence[float] = _BACKOFF_S,
     ) -> None:
         self.name = name
         self._command = command
@@ -50,6 +52,7 @@ class SupervisedProcess:
         self._environment = {**_plain_environment(), **(environment or {})}
         self._probe_interval_s = probe_interval_s
         self._max_failed_probes = max_failed_probes
+        self._backoff_s = backoff_s
         self._process: asyncio.subprocess.Process | None = None
         self._num_failures = 0
 
@@ -81,7 +84,7 @@ class SupervisedProcess:
             has_run = has_run or status != 1 or ran_s > _STABLE_AFTER_S
             if not has_run and self._num_failures >= 2:
                 return status
-            pause_s = _BACKOFF_S[min(self._num_failures, len(_BACKOFF_S)) - 1]
+            pause_s = self._backoff_s[min(self._num_failures, len(self._backoff_s)) - 1]
             logger.warning("the %s process exited with status %d; restarting it in %g s", self.name, status, pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):

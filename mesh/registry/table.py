@@ -61,6 +61,11 @@ class Table(Generic[R]):
         self._listed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def num_unconfirmed_deletions(self) -> int:
+        """Deletions that a call has reported and the watch has not reached yet."""
+        return len(self._absent_at)
+
     async def start(self, timeout_s: float = 20.0) -> None:
         """Start watching and return after the first listing. Raises StoreError after `timeout_s`."""
         self._task = asyncio.create_task(self._follow(), name=f"watch {self._prefix}")

@@ -50,13 +50,13 @@ Result = TypeVar("Result")
 class EmbeddedStore:
     """Implements mesh.store.protocol.Store. `open` refuses a second process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, history_events: int = HISTORY_EVENTS) -> None:
         self._path = directory / FILE_NAME
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-store")
         self._database: sqlite3.Connection | None = None
         self._entries: dict[str, Entry] = {}
         self._revision = 0
-        self._history: deque[EntryPut | EntryDeleted] = deque(maxlen=HISTORY_EVENTS)
+        self._history: deque[EntryPut | EntryDeleted] = deque(maxlen=history_events)
         self._history_from = 0  # the first revision whose events are all in the history
         self._watches: set[asyncio.Queue[tuple[WatchEvent, ...] | None]] = set()
         self._leases: dict[int, Lease] = {}
@@ -182,7 +182,7 @@ class EmbeddedStore:
     def _apply(self, events: Sequence[EntryPut | EntryDeleted]) -> None:
         self._revision = _revision_of(events[0])
         for event in events:
-            if len(self._history) == HISTORY_EVENTS:
+            if len(self._history) == self._history.maxlen:
                 self._history_from = _revision_of(self._history[0]) + 1
             self._history.append(event)
             if isinstance(event, EntryPut):

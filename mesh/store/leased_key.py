@@ -31,6 +31,11 @@ class LeasedKey:
         """Whether the key exists as far as this process knows: it was put, and its lease has not ended."""
         return self._held is not None and not self._held.lost.is_set()
 
+    @property
+    def lease(self) -> Lease | None:
+        """The lease under which the key is put next; None before the first one."""
+        return self._lease
+
     async def set(self, value: bytes) -> int:
         """Put the value and return its revision. Raises StoreError; the value is then put when the store is back."""
         self._value = value

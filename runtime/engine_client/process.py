@@ -15,6 +15,7 @@ from typing import cast
 import msgspec
 
 from runtime.config.schema import EngineConfig
+from runtime.engine_client.restart_policy import Silence
 from runtime.errors import Unavailable
 from runtime.ipc.framing import FrameReader, FrameTooLarge, encode_frame
 from runtime.ipc.messages import Command, Event
@@ -151,13 +152,13 @@ class EngineProcess:
             self._watcher = asyncio.create_task(self._watch(limit_s, has_work))
 
     async def _watch(self, limit_s: float, has_work: Callable[[], bool]) -> None:
-        # Silence is counted in checks and not by the clock: after a pause of this process, what the engine sent is still unread.
         look_s = min(_LISTEN_S, limit_s / 10)
-        silent_s = 0.0
-        while silent_s < limit_s:
+        silence = Silence(limit_s)
+        is_hung = False
+        while not is_hung:
             self._protocol.heard = False
             await asyncio.sleep(look_s)
-            silent_s = 0.0 if self._protocol.heard or not has_work() else silent_s + look_s
+            is_hung = silence.exceeds_limit(look_s, heard=self._protocol.heard, has_work=has_work())
         self._hung_text = f"sent nothing for {limit_s:g} s and was killed"
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGABRT)  # The fault handler prints where the process hangs.

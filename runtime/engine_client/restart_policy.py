@@ -1,4 +1,4 @@
-"""Decides when an engine process is restarted, when it counts as hung, and when restarting is given up. Pure."""
+"""Decides when an engine process is restarted, when it counts as hung, and when restarting is given up."""
 
 from dataclasses import dataclass
 
@@ -27,3 +27,19 @@ class RestartPolicy:
         One step of a large model may take an hour on a CPU. On a GPU only the compilation of a kernel takes minutes.
         """
         return self.silence_s or (-1.0 if device == "cpu" else 300.0)
+
+
+class Silence:
+    """Counts for how long an engine that has work has sent nothing.
+
+    The count is of observations and not of the clock: after a pause of this process, what the engine sent is still unread.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._silent_s = 0.0
+
+    def exceeds_limit(self, observed_s: float, *, heard: bool, has_work: bool) -> bool:
+        """Add an observation of `observed_s` seconds, and return whether the silence before its end has reached the limit."""
+        self._silent_s = 0.0 if heard or not has_work else self._silent_s + observed_s
+        return self._silent_s >= self._limit_s

@@ -53,6 +53,9 @@ class FakeLoader:
         status = ModelStatus.LOADING if model_id in self._loads else ModelStatus.LOADED
         return StatusInfo(status, (), tuple(CopyInfo(pod, status, at) for pod, at in record.instance_ids.items()))
 
+    def is_loading(self, model_id: str) -> bool:
+        return model_id in self._loads
+
     def blocked_for_s(self, model_id: str) -> float:
         record = self._registry.models.get(model_id)
         return 60.0 if record is not None and record.failed_in else 0.0

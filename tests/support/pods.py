@@ -26,6 +26,7 @@ class RunningPod:
     runtime: FakeRuntime
     channel: grpc.aio.Channel
     http: aiohttp.ClientSession
+    store: str
 
     @property
     def management(self) -> ModelMeshStub:
@@ -108,7 +109,7 @@ async def running_pod(
     try:
         if wait:
             await until(pod.is_ready)
-        yield RunningPod(pod, runtime, channel, http)
+        yield RunningPod(pod, runtime, channel, http, config.store)
     finally:
         await http.close()
         await channel.close()

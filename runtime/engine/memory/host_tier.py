@@ -69,6 +69,11 @@ class HostTier:
             idle = sum(len(image.chunks) for image in self._images.values() if image.complete and not image.readers)
             return (len(self._free) + idle) * self.chunk_bytes
 
+    @property
+    def num_free_chunks(self) -> int:
+        """Chunks that hold no image."""
+        return len(self._free)
+
     def find(self, key: str, reader: Callable[[], bool] | None = None) -> HostWeights | None:
         """A complete image by its key; it becomes the most recently used, and `reader` holds it."""
         with self._lock:

@@ -4,6 +4,7 @@ The memory is usable at once; parts that are not registered yet are copied more 
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -77,7 +78,8 @@ class PinnedMemory:
         with ThreadPoolExecutor(num_threads, thread_name_prefix="touch") as pool:
             for offset in range(0, self.size_bytes, self._unit_bytes):
                 size = min(self._unit_bytes, self.size_bytes - offset)
-                touched = list(pool.map(self._touch, range(offset, offset + size, _TOUCH_BYTES)))
+                stretches = self._view[offset : offset + size].split(_TOUCH_BYTES)
+                touched = list(pool.map(lambda pages: populate(pages, self._stopping), stretches))
                 if self._stopping.is_set() or not all(touched):
                     return
                 status = torch.cuda.cudart().cudaHostRegister(self._view.data_ptr() + offset, size, 0)
@@ -85,18 +87,6 @@ class PinnedMemory:
                     return  # the limit of lockable memory: the rest copies slower
                 self._registered.append((offset, size))
                 self._registered_bytes = offset + size
-
-    def _touch(self, offset: int) -> bool:
-        """Back a stretch with memory. False if there is none left (a full shared-memory file system)."""
-        if self._stopping.is_set():
-            return False
-        size = min(_TOUCH_BYTES, self.size_bytes - offset)
-        libc = ctypes.CDLL(None, use_errno=True)
-        address = ctypes.c_void_p(self._view.data_ptr() + offset)
-        if libc.madvise(address, ctypes.c_size_t(size), _MADV_POPULATE_WRITE) == 0:
-            return True
-        # an older kernel doesn't know the advice: registering touches the pages itself, in one thread
-        return ctypes.get_errno() == 22
 
 
 def shared_memory_free_bytes(path: str) -> int:
@@ -106,3 +96,14 @@ def shared_memory_free_bytes(path: str) -> int:
     return status.f_bavail * status.f_frsize + sum(
         held.stat().st_blocks * 512 for held in file.parent.glob(f"{file.name}*")
     )
+
+
+def populate(pages: Tensor, stopping: threading.Event) -> bool:
+    """Back a stretch with memory. Returns False if there is none left (a full shared-memory file system), or once `stopping` is set."""
+    if stopping.is_set():
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(pages.data_ptr()), ctypes.c_size_t(pages.numel()), _MADV_POPULATE_WRITE) == 0:
+        return True
+    # An older kernel does not know the advice: registering touches the pages itself, in one thread.
+    return ctypes.get_errno() == errno.EINVAL

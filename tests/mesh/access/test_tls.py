@@ -12,7 +12,9 @@ from tests.support.tls import Authority
 from tests.support.waiting import until
 
 
-async def test_tls_identity_follows_its_files_and_skips_halves(tmp_path: Path) -> None:
+async def test_tls_identity_follows_its_files_and_skips_halves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     authority = Authority("ca")
     certificate, key = authority.issue(tmp_path / "now")
     identity = TlsIdentity(certificate, key, str(authority.write(tmp_path / "ca.pem")), poll_s=0.01)
@@ -22,7 +24,7 @@ async def test_tls_identity_follows_its_files_and_skips_halves(tmp_path: Path) -
     try:
         fresh_certificate, fresh_key = authority.issue(tmp_path / "fresh")
         shutil.copy(fresh_certificate, certificate)
-        await asyncio.sleep(0.1)
+        await until(lambda: "the certificate stays as it was" in caplog.text)
         assert identity.material == before, "the key is still the old one"
         shutil.copy(fresh_key, key)
         await until(lambda: identity.generation == 1)

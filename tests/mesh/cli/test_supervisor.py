@@ -140,12 +140,12 @@ def test_leftovers_ends_the_recorded_process_only(tmp_path: Path) -> None:
             process.wait()
 
 
-async def test_supervised_process_is_restarted_only_if_it_has_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mesh.cli.supervisor._BACKOFF_S", (0.01,))
+async def test_supervised_process_is_restarted_only_if_it_has_run(tmp_path: Path) -> None:
+    def process(code: str) -> SupervisedProcess:
+        return SupervisedProcess("test", [sys.executable, "-c", code, str(tmp_path)], backoff_s=(0.01,))
+
     refuses = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(1)"
-    assert await SupervisedProcess("test", [sys.executable, "-c", refuses, str(tmp_path)]).run(asyncio.Event()) == 1
+    assert await process(refuses).run(asyncio.Event()) == 1
     assert len(list(tmp_path.iterdir())) == 2
     # killed in its first run, it can't start a few times, as if its store were away
     script = (
@@ -153,9 +153,7 @@ async def test_supervised_process_is_restarted_only_if_it_has_run(
         "runs.write_bytes(bytes(number + 1)); os.kill(os.getpid(), signal.SIGKILL) if not number else sys.exit(1)"
     )
     stopping = asyncio.Event()
-    running = asyncio.create_task(
-        SupervisedProcess("test", [sys.executable, "-c", script, str(tmp_path)]).run(stopping)
-    )
+    running = asyncio.create_task(process(script).run(stopping))
     await until(lambda: (tmp_path / "runs").exists() and len((tmp_path / "runs").read_bytes()) >= 5)
     stopping.set()
     assert await running == 0

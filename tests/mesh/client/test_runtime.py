@@ -12,6 +12,7 @@ import pytest
 from mesh.client.runtime import GrpcRuntime
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotSupported, Overloaded, Unavailable
 from mesh.types import LoadAnswer, ModelInfo
+from tests.support.waiting import until
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 
@@ -26,10 +27,12 @@ INFO = ModelInfo("llm", "/m", "{}")
 
 
 class Script(ModelRuntimeServicer):
-    """Answers as it is told. `load`: a status to abort with, a size, or "hang"."""
+    """Answers from attributes. `load`: a status to abort with, a size, or "hang"."""
 
     def __init__(self) -> None:
         self.statuses: list[pb.RuntimeStatusResponse] = []
+        self.num_asked = 0
+        self.loading: list[str] = []
         self.load: str | int = 7
         self.load_trailers: tuple[tuple[str, str], ...] = ()
         self.predict = 5
@@ -38,11 +41,13 @@ class Script(ModelRuntimeServicer):
         self.unloaded: list[str] = []
 
     async def runtimeStatus(self, request: pb.RuntimeStatusRequest, context: Any) -> pb.RuntimeStatusResponse:
+        self.num_asked += 1
         if not self.statuses:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
         return self.statuses.pop(0)
 
     async def loadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        self.loading.append(request.modelId)
         if self.load == "hang":
             await asyncio.sleep(3600)
         if isinstance(self.load, str):
@@ -79,7 +84,7 @@ async def scripted(tmp_path: Path) -> AsyncIterator[tuple[Script, GrpcRuntime]]:
 async def test_runtime_wait_ready_polls(scripted: tuple[Script, GrpcRuntime]) -> None:
     script, runtime = scripted
     waiting = asyncio.ensure_future(runtime.wait_ready(10))
-    await asyncio.sleep(0.1)
+    await until(lambda: script.num_asked >= 2)
     script.statuses = [pb.RuntimeStatusResponse(status=pb.RuntimeStatusResponse.STARTING), READY]
     limits = await waiting
     assert (
@@ -155,7 +160,7 @@ async def test_runtime_load_that_is_late_or_cancelled_is_cleaned_up(scripted: tu
     with pytest.raises(LoadFailed, match="longer than"):
         await runtime.load("m", INFO, 0.1)
     loading = asyncio.ensure_future(runtime.load("n", INFO, 60))
-    await asyncio.sleep(0.1)
+    await until(lambda: "n" in script.loading)
     loading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await loading

@@ -205,7 +205,7 @@ async def test_two_pods_with_one_id_are_told_so(
     pods: tuple[RunningPod, RunningPod], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, _ = pods
-    async with running_pod(tmp_path / "c", store=a.pod._config.store, instance_id="a", wait=False):
+    async with running_pod(tmp_path / "c", store=a.store, instance_id="a", wait=False):
         assert f"instance_id a is also that of a pod at 127.0.0.1:{a.pod.grpc.port}" in caplog.text
 
 

@@ -49,7 +49,7 @@ def one_more_ref(old: ModelRecord | None) -> ModelRecord:
     return msgspec.structs.replace(old, refs=old.refs + 1)
 
 
-async def test_own_writes_are_read_at_once_and_others_hear_of_them(
+async def test_table_reads_own_writes_at_once_and_notifies_other_tables(
     tables: tuple[Table[ModelRecord], Table[ModelRecord]],
 ) -> None:
     mine, other = tables
@@ -71,14 +71,16 @@ async def test_own_writes_are_read_at_once_and_others_hear_of_them(
     assert list(mine) == []
 
 
-async def test_concurrent_updates_from_both_lose_nothing(tables: tuple[Table[ModelRecord], Table[ModelRecord]]) -> None:
+async def test_update_from_two_tables_at_once_loses_nothing(
+    tables: tuple[Table[ModelRecord], Table[ModelRecord]],
+) -> None:
     await asyncio.gather(*(table.update("m", one_more_ref) for table in tables for _ in range(10)))
     got = (await tables[0].read("m")).record
     assert got is not None
     assert got.refs == 20
 
 
-async def test_an_unchanged_record_is_not_written(
+async def test_update_does_not_write_an_unchanged_record(
     store: EmbeddedStore, tables: tuple[Table[ModelRecord], Table[ModelRecord]]
 ) -> None:
     await tables[0].update("m", one_more_ref)
@@ -88,7 +90,7 @@ async def test_an_unchanged_record_is_not_written(
     assert (await store.get_prefix(PREFIX)).revision == before
 
 
-async def test_what_cannot_be_decoded_is_ignored_by_the_cache_and_named_by_a_read(
+async def test_table_skips_undecodable_records_and_find_names_them(
     store: EmbeddedStore, tables: tuple[Table[ModelRecord], Table[ModelRecord]]
 ) -> None:
     await store.put(PREFIX + "bad", b"not json")
@@ -100,7 +102,7 @@ async def test_what_cannot_be_decoded_is_ignored_by_the_cache_and_named_by_a_rea
         await tables[0].read("bad")
 
 
-async def test_a_failing_listener_does_not_stop_the_table(
+async def test_table_outlives_a_failing_listener(
     tables: tuple[Table[ModelRecord], Table[ModelRecord]],
 ) -> None:
     def fail(*_: object) -> None:
@@ -135,7 +137,7 @@ class DoubtfulStore:
 
 
 @pytest.mark.parametrize("happens", [True, False])
-async def test_a_lost_answer_is_looked_up_once(store: EmbeddedStore, happens: bool) -> None:
+async def test_update_reads_back_after_a_lost_answer(store: EmbeddedStore, happens: bool) -> None:
     doubtful = DoubtfulStore(store, happens=happens, losses=1)
     models = Models(doubtful, PREFIX)  # type: ignore[arg-type]
     vmodels = VModels(doubtful, "/mm/svc/vmodels/", models, default_owner="o")  # type: ignore[arg-type]
@@ -170,7 +172,7 @@ class LateStore:
         return result
 
 
-async def test_an_own_write_whose_answer_comes_after_its_deletion_does_not_bring_the_record_back(
+async def test_update_answered_after_a_deletion_does_not_restore_the_record(
     store: EmbeddedStore,
 ) -> None:
     late = LateStore(store)
@@ -187,7 +189,7 @@ async def test_an_own_write_whose_answer_comes_after_its_deletion_does_not_bring
     await table.close()
 
 
-async def test_find_asks_the_store_only_for_what_is_absent(store: EmbeddedStore) -> None:
+async def test_find_reads_the_store_only_for_absent_records(store: EmbeddedStore) -> None:
     table = Table(store, PREFIX, ModelRecord)  # never started: its cache hears of nothing
     assert await table.find("m") is None
     await store.put(PREFIX + "m", b'{"refs":1}')
@@ -197,7 +199,7 @@ async def test_find_asks_the_store_only_for_what_is_absent(store: EmbeddedStore)
     assert (await table.read("m")).record == ModelRecord(refs=2)
 
 
-async def test_a_table_serves_while_etcd_is_away_and_catches_up(own_etcd: EtcdServer) -> None:
+async def test_table_serves_while_etcd_is_away_and_catches_up(own_etcd: EtcdServer) -> None:
     store = EtcdStore(EtcdLocation((own_etcd.endpoint,)), call_timeout_s=0.5)
     await store.open()
     table = Table(store, PREFIX, ModelRecord)
@@ -220,7 +222,7 @@ async def test_a_table_serves_while_etcd_is_away_and_catches_up(own_etcd: EtcdSe
     await store.close()
 
 
-async def test_a_store_that_lost_everything_is_believed(own_etcd: EtcdServer) -> None:
+async def test_table_follows_a_store_that_lost_everything(own_etcd: EtcdServer) -> None:
     stores = [EtcdStore(EtcdLocation((own_etcd.endpoint,))) for _ in range(2)]
     for store in stores:
         await store.open()
@@ -259,7 +261,7 @@ steps = st.lists(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps)
-async def test_listeners_hear_an_unbroken_story_that_ends_with_the_truth(
+async def test_listeners_get_each_change_once_in_order(
     tmp_path_factory: pytest.TempPathFactory, script: list[tuple[str, str, int]]
 ) -> None:
     """Own writes, the other pod's, and writes past both, with the watch running late: each change is told once, from what was told before."""
@@ -317,13 +319,13 @@ async def test_listeners_hear_an_unbroken_story_that_ends_with_the_truth(
             await table.until("end", lambda record: record is not None)
         assert dict(table.items()) == truth
         assert {model_id: record for model_id, record in story.items() if record is not None} == truth
-        assert not table._absent_at, "nothing is remembered for ever"
+        assert table.num_unconfirmed_deletions == 0
         await table.close()
     assert not errors
     await store.close()
 
 
-async def test_refresh_sees_what_the_watch_has_not_reported(store: EmbeddedStore) -> None:
+async def test_refresh_reads_changes_that_the_watch_has_not_reported(store: EmbeddedStore) -> None:
     lagging, other = (Table(store, PREFIX, ModelRecord) for _ in range(2))
     await lagging.update("m", one_more_ref)
     await other.update("m", one_more_ref)

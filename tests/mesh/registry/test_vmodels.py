@@ -13,6 +13,7 @@ from mesh.registry.registration import belongs_to, concrete_id, model_info
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo, ModelStatus
 from tests.support.mesh_node import NOW_MS, Node, running_node
+from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as pb
 
 V = pb.VModelStatusInfo
@@ -52,7 +53,7 @@ async def refused(call: object, code: grpc.StatusCode, text: str) -> None:
     assert (error.value.code(), error.value.details()) == (code, text)
 
 
-async def test_a_vmodel_is_made_with_its_target(node: Node) -> None:
+async def test_set_vmodel_creates_the_vmodel_and_its_target(node: Node) -> None:
     made = await node.mesh.setVModel(vmodel_request("m1"))
     assert (made.status, made.activeModelId, made.targetModelId, made.owner) == (V.DEFINED, "m1", "m1", "repertory")
     assert made.activeModelStatus.status == S.NOT_LOADED
@@ -67,7 +68,7 @@ async def test_a_vmodel_is_made_with_its_target(node: Node) -> None:
     )
 
 
-async def test_a_move_waits_for_the_target_and_takes_the_old_one_away(node: Node) -> None:
+async def test_move_waits_for_its_target_and_deletes_the_old_one(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.held["m2"] = asyncio.Event()
     moving = await node.mesh.setVModel(vmodel_request("m2"))
@@ -75,9 +76,9 @@ async def test_a_move_waits_for_the_target_and_takes_the_old_one_away(node: Node
     assert moving.activeModelStatus.status == S.LOADED
     assert (refs(node, "m1"), refs(node, "m2")) == (1, 1)
     assert node.registry.resolve("v") == "m1"
-    waiting = node.mesh.setVModel(vmodel_request("m2", sync=True))
-    await asyncio.sleep(0.1)
-    assert not waiting.done()
+    waiting = asyncio.ensure_future(node.mesh.setVModel(vmodel_request("m2", sync=True)))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(waiting), 0.1)
     node.loader.held["m2"].set()
     done = await waiting
     assert (done.status, done.activeModelId, done.targetModelId) == (V.DEFINED, "m2", "m2")
@@ -87,7 +88,7 @@ async def test_a_move_waits_for_the_target_and_takes_the_old_one_away(node: Node
     assert [asked[0] for asked in node.loader.asked] == ["m1", "m2"]
 
 
-async def test_the_target_takes_the_active_ones_place_in_the_lru_order(node: Node) -> None:
+async def test_move_gives_the_target_the_last_use_of_the_active_model(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     await node.registry.models.touch("m1", NOW_MS + 77)
     await node.mesh.setVModel(vmodel_request("m2", sync=True))
@@ -96,7 +97,7 @@ async def test_the_target_takes_the_active_ones_place_in_the_lru_order(node: Nod
     assert record.last_used_ms == NOW_MS + 77
 
 
-async def test_an_old_target_that_is_not_to_be_deleted_stays(node: Node) -> None:
+async def test_move_keeps_a_target_without_auto_delete(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", auto=False, loadNow=True, sync=True))
     await node.mesh.setVModel(vmodel_request("m2", sync=True))
     assert refs(node, "m1") == 0
@@ -104,7 +105,7 @@ async def test_an_old_target_that_is_not_to_be_deleted_stays(node: Node) -> None
     assert refs(node, "m1") is None
 
 
-async def test_a_name_that_nobody_has_loaded_moves_at_once(node: Node) -> None:
+async def test_move_of_an_unloaded_vmodel_is_immediate(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1"))
     moved = await node.mesh.setVModel(vmodel_request("m2"))
     assert (moved.status, moved.activeModelId) == (V.DEFINED, "m2")
@@ -112,7 +113,7 @@ async def test_a_name_that_nobody_has_loaded_moves_at_once(node: Node) -> None:
     assert refs(node, "m1") is None
 
 
-async def test_a_loaded_target_or_force_moves_at_once(node: Node) -> None:
+async def test_move_to_a_loaded_target_or_by_force_is_immediate(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", auto=False, loadNow=True, sync=True))
     await node.mesh.registerModel(
         pb.RegisterModelRequest(
@@ -127,15 +128,15 @@ async def test_a_loaded_target_or_force_moves_at_once(node: Node) -> None:
     assert (refs(node, "m2"), refs(node, "m3")) == (0, 1)
 
 
-async def test_a_target_that_cannot_be_loaded_parks_the_move_and_is_tried_again(node: Node) -> None:
+async def test_move_is_parked_by_a_failed_load_and_tried_again(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.broken["m2"] = "no such file"
     parked = await node.mesh.setVModel(vmodel_request("m2", sync=True))
     assert (parked.status, parked.activeModelId, parked.targetModelId) == (V.TRANSITION_FAILED, "m1", "m2")
     assert list(parked.targetModelStatus.errors) == ["no such file"]
     assert node.registry.resolve("v") == "m1"
-    await asyncio.sleep(0.1)
-    assert [asked[0] for asked in node.loader.asked] == ["m1", "m2"]
+    await node.mesh.setVModel(vmodel_request("m1", vmodel="other", loadNow=True, sync=True))
+    assert [asked[0] for asked in node.loader.asked if asked[0] == "m2"] == ["m2"]
     del node.loader.broken["m2"]
     await node.loader.expire_failure("m2")
     async with asyncio.timeout(10):
@@ -144,20 +145,19 @@ async def test_a_target_that_cannot_be_loaded_parks_the_move_and_is_tried_again(
     assert node.registry.resolve("v") == "m2"
 
 
-async def test_vmodels_set_again_leaves_a_parked_move_to_the_sweep(node: Node) -> None:
+async def test_set_vmodel_again_leaves_a_parked_move_to_the_sweep(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.broken["m2"] = "no such file"
     for _ in range(2):
         assert (await node.mesh.setVModel(vmodel_request("m2", sync=True))).status == V.TRANSITION_FAILED
         assert [asked[0] for asked in node.loader.asked].count("m2") == 1
     del node.loader.broken["m2"]
-    await asyncio.sleep(0.05)
     node.transitions.sweep()
     async with asyncio.timeout(10):
         await node.registry.vmodels.table.until("v", lambda vmodel: vmodel is not None and not vmodel.is_moving)
 
 
-async def test_a_move_back_gives_up_the_other_target(node: Node) -> None:
+async def test_move_back_drops_the_other_target(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.broken["m2"] = "no such file"
     await node.mesh.setVModel(vmodel_request("m2", sync=True))
@@ -166,19 +166,19 @@ async def test_a_move_back_gives_up_the_other_target(node: Node) -> None:
     assert (refs(node, "m1"), refs(node, "m2")) == (1, None)
 
 
-async def test_a_move_elsewhere_while_one_is_under_way(node: Node) -> None:
+async def test_move_replaces_a_move_in_progress(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("m1", loadNow=True, sync=True))
     node.loader.held["m2"] = asyncio.Event()
     await node.mesh.setVModel(vmodel_request("m2"))
     done = await node.mesh.setVModel(vmodel_request("m3", sync=True))
     assert (done.status, done.activeModelId) == (V.DEFINED, "m3")
     node.loader.held["m2"].set()
-    await asyncio.sleep(0.1)
+    await until(lambda: not node.loader.is_loading("m2"))
     assert node.registry.resolve("v") == "m3"
     assert (refs(node, "m1"), refs(node, "m2"), refs(node, "m3")) == (None, None, 1)
 
 
-async def test_a_move_under_way_is_taken_up_after_a_restart(tmp_path: Path) -> None:
+async def test_move_in_progress_continues_after_a_restart(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     await store.open()
     async with running_node(store) as node:
@@ -192,7 +192,7 @@ async def test_a_move_under_way_is_taken_up_after_a_restart(tmp_path: Path) -> N
     await store.close()
 
 
-async def test_refusals(node: Node) -> None:
+async def test_set_vmodel_refuses_invalid_requests(node: Node) -> None:
     await refused(
         node.mesh.setVModel(vmodel_request("m1", vmodel="")), grpc.StatusCode.INVALID_ARGUMENT, "Must provide vModelId"
     )
@@ -228,7 +228,7 @@ async def test_refusals(node: Node) -> None:
     assert (await node.mesh.setVModel(vmodel_request("m2", expectedTargetModelId="m0"))).targetModelId == "m2"
 
 
-async def test_owners(node: Node) -> None:
+async def test_vmodels_of_other_owners_are_refused(node: Node) -> None:
     assert (await node.mesh.setVModel(vmodel_request("m1", owner="isvc"))).owner == "isvc"
     assert (await node.mesh.setVModel(vmodel_request("m1"))).owner == "isvc"
     await refused(
@@ -242,7 +242,7 @@ async def test_owners(node: Node) -> None:
     assert (await status(node)).status == V.DEFINED
 
 
-async def test_delete(node: Node) -> None:
+async def test_delete_vmodel_removes_its_models(node: Node) -> None:
     await node.mesh.setVModel(vmodel_request("kept", vmodel="a", auto=False))
     await node.mesh.setVModel(vmodel_request("gone", vmodel="b"))
     await node.mesh.setVModel(vmodel_request("gone", vmodel="c", info=False))
@@ -254,7 +254,7 @@ async def test_delete(node: Node) -> None:
     assert await status(node, "b") == V()
 
 
-async def test_many_moves_at_once_keep_the_references_true(node: Node) -> None:
+async def test_concurrent_moves_keep_reference_counts(node: Node) -> None:
     """Ten callers, four vmodels, three targets: whoever wins, the counts are right at the end."""
     calls = [
         node.mesh.setVModel(vmodel_request(f"m{number % 3}", vmodel=f"v{number % 4}", force=number % 2 == 0))
@@ -279,7 +279,7 @@ async def register(node: Node, name: str, what: ModelInfo) -> str:
     )
 
 
-async def test_a_registered_name_is_replaced_without_a_gap(node: Node) -> None:
+async def test_register_name_replaces_files_without_a_gap(node: Node) -> None:
     first = await register(node, "org/smol", info("/a"))
     assert first == concrete_id("org/smol", info("/a"))
     assert await register(node, "org/smol", info("/a")) == first
@@ -287,7 +287,7 @@ async def test_a_registered_name_is_replaced_without_a_gap(node: Node) -> None:
     await node.loader.ensure_loaded(first, wait=True)
     gate = node.loader.held[concrete_id("org/smol", info("/b"))] = asyncio.Event()
     second = await register(node, "org/smol", info("/b"))
-    await asyncio.sleep(0.05)
+    await until(lambda: node.loader.is_loading(second))
     assert node.registry.resolve("org/smol") == first
     named = node.registry.named()[0]
     assert (named.name, named.model_id, named.target_id, named.record.path) == ("org/smol", first, second, "/a")
@@ -299,7 +299,7 @@ async def test_a_registered_name_is_replaced_without_a_gap(node: Node) -> None:
     assert node.registry.name_of(second) == "org/smol"
 
 
-async def test_other_settings_are_another_model(node: Node) -> None:
+async def test_register_name_with_other_settings_makes_another_model(node: Node) -> None:
     assert info("/a", quantize="nf4") != info("/a")
     assert info("/a", sampling={"top_k": 5, "temperature": 0.5}) == info(
         "/a", sampling={"temperature": 0.5, "top_k": 5}
@@ -311,7 +311,7 @@ async def test_other_settings_are_another_model(node: Node) -> None:
     assert not belongs_to("smol__v2", "smol")
 
 
-async def test_names_aliases_and_removal(node: Node) -> None:
+async def test_names_aliases_and_removal_are_consistent(node: Node) -> None:
     smol = await register(node, "smol", info("/a"))
     await node.mesh.registerModel(
         pb.RegisterModelRequest(modelId="plain", modelInfo=pb.ModelInfo(type="llm", path="/p"))
@@ -345,7 +345,7 @@ async def test_names_aliases_and_removal(node: Node) -> None:
     assert node.registry.models.table.items() == []
 
 
-async def test_a_name_just_registered_by_another_pod_is_found(node: Node, tmp_path: Path) -> None:
+async def test_resolve_finds_a_name_that_another_pod_just_registered(node: Node, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         node.registry.resolve("smol")
     await register(node, "smol", info("/a"))

@@ -88,10 +88,10 @@ def test_a_lost_attempt_cancels_its_call(is_lost_before: bool) -> None:
 class ScriptedProbe:
     def __init__(self) -> None:
         self.result = ProbeResult.ANSWERED
-        self.num_probes = 0
+        self.addresses: list[str] = []
 
     async def probe(self, http_address: str) -> ProbeResult:
-        self.num_probes += 1
+        self.addresses.append(http_address)
         await asyncio.sleep(0)
         return self.result
 
@@ -118,7 +118,7 @@ async def test_a_silent_pod_loses_what_has_not_begun_and_the_rest_with_its_recor
     in_flight.add(waiting)
     in_flight.add(begun)
     with running(health):
-        await until(lambda: probe.num_probes)
+        await until(lambda: probe.addresses)
         assert not waiting.is_lost
         probe.result = ProbeResult.SILENT
         assert await asyncio.wait_for(lost(waiting), 5)
@@ -131,13 +131,15 @@ async def test_a_silent_pod_loses_what_has_not_begun_and_the_rest_with_its_recor
 async def test_local_attempts_and_pods_that_shut_down_are_not_probed() -> None:
     probe, in_flight = ScriptedProbe(), InFlight()
     probe.result = ProbeResult.REFUSED
-    health = PeerHealth(probe, in_flight, Changes(), address_of=lambda _: "", gone_after_s=0)
-    in_flight.add(attempt_at("own", local=True))
-    leaving = attempt_at("p")
-    in_flight.add(leaving)
+    # An empty address stands for a pod that shuts down.
+    health = PeerHealth(probe, in_flight, Changes(), address_of=lambda pod: "q:1" if pod == "q" else "", gone_after_s=0)
+    own, leaving, probed = attempt_at("own", local=True), attempt_at("p"), attempt_at("q")
+    for attempt in (own, leaving, probed):
+        in_flight.add(attempt)
     with running(health):
-        await asyncio.sleep(1.0)
-    assert probe.num_probes == 0
+        await until(lambda: len(probe.addresses) >= 2)
+    assert set(probe.addresses) == {"q:1"}
+    assert not own.is_lost
     assert not leaving.is_lost
 
 

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import StoreError
-from mesh.store import embedded
 from mesh.store.embedded import FILE_NAME, EmbeddedStore
 from mesh.store.protocol import Compare, Delete, EntryPut, Put, Relisted
 from tests.support.scripted_writes import steps
@@ -54,7 +53,7 @@ def after(state: dict[str, bytes], seed: int, count: int) -> dict[str, bytes]:
 
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**16), patience=st.lists(st.integers(1, 80), min_size=2, max_size=3))
-async def test_no_acknowledged_write_is_lost_by_a_kill(
+async def test_embedded_keeps_acknowledged_writes_over_a_kill(
     tmp_path_factory: pytest.TempPathFactory, seed: int, patience: list[int]
 ) -> None:
     """One directory, killed again and again at moments that hypothesis and the scheduler choose."""
@@ -68,7 +67,7 @@ async def test_no_acknowledged_write_is_lost_by_a_kill(
         state = found
 
 
-async def test_a_restart_brings_everything_back_but_the_leased(tmp_path: Path) -> None:
+async def test_embedded_restart_restores_all_but_leased_keys(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     await store.open()
     await store.put("/a", b"1")
@@ -84,7 +83,7 @@ async def test_a_restart_brings_everything_back_but_the_leased(tmp_path: Path) -
     await again.close()
 
 
-async def test_a_full_disk_keeps_nobody_from_what_is_registered(tmp_path: Path) -> None:
+async def test_embedded_opens_a_file_without_writing(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     await store.open()
     await store.put("/a", b"1")
@@ -110,7 +109,7 @@ async def look(directory: str) -> None:
     await store.close()
 
 
-async def test_a_second_process_is_refused(tmp_path: Path) -> None:
+async def test_embedded_refuses_a_second_process(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     await store.open()
     second = EmbeddedStore(tmp_path)
@@ -121,7 +120,7 @@ async def test_a_second_process_is_refused(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+async def test_embedded_names_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"this is no database" * 1000)
     store = EmbeddedStore(tmp_path)
     with pytest.raises(StoreError, match=FILE_NAME):
@@ -129,7 +128,7 @@ async def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+async def test_embedded_refuses_a_file_of_a_newer_version(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / FILE_NAME)
     database.execute("PRAGMA user_version=99")
     database.close()
@@ -139,7 +138,7 @@ async def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+async def test_embedded_names_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = EmbeddedStore(tmp_path / "file" / "store")
     with pytest.raises(StoreError, match="file/store"):
@@ -147,7 +146,7 @@ async def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_write_that_the_disk_refuses_changes_nothing(tmp_path: Path) -> None:
+async def test_embedded_write_that_the_disk_refuses_changes_nothing(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     await store.open()
     await store.put("/a", b"1")
@@ -168,7 +167,7 @@ async def test_a_write_that_the_disk_refuses_changes_nothing(tmp_path: Path) -> 
     await store.close()
 
 
-async def test_a_cancelled_caller_leaves_memory_and_file_alike(tmp_path: Path) -> None:
+async def test_embedded_cancelled_write_leaves_memory_and_file_equal(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     await store.open()
     for number in range(30):
@@ -187,10 +186,8 @@ async def test_a_cancelled_caller_leaves_memory_and_file_alike(tmp_path: Path) -
     await again.close()
 
 
-async def test_a_watch_from_before_the_history_gets_a_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "HISTORY_EVENTS", 4)
-    store = EmbeddedStore(tmp_path)
-    store._history = type(store._history)(maxlen=4)
+async def test_embedded_watch_from_before_the_history_begins_with_a_listing(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, history_events=4)
     await store.open()
     revisions = [await store.put("/a", str(number).encode()) for number in range(10)]
     for from_revision, listed in [
@@ -224,7 +221,7 @@ compares = st.lists(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(compares, writes), max_size=12))
-async def test_it_is_a_dictionary_with_revisions(
+async def test_embedded_equals_a_dictionary_with_revisions(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[list[Compare], list[Put | Delete]]]
 ) -> None:
     """Against a model; then again after a restart."""

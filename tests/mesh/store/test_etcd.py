@@ -12,7 +12,7 @@ import pytest
 from mesh.errors import StoreError, StoreUncertain
 from mesh.store import etcd_watch
 from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_connection import Method
+from mesh.store.etcd_connection import EtcdConnection, Method
 from mesh.store.etcd_lease import KEEP_ALIVE
 from mesh.store.factory import store_at
 from mesh.store.leased_key import LeasedKey
@@ -49,17 +49,29 @@ async def take(events: AsyncIterator[WatchEvent], count: int) -> list[WatchEvent
         return [await anext(events) for _ in range(count)]
 
 
-async def compact(store: EtcdStore, revision: int) -> None:
-    await store._connection.call(COMPACT, pb.CompactionRequest(revision=revision, physical=True))
+@asynccontextmanager
+async def connected(endpoint: str) -> AsyncIterator[EtcdConnection]:
+    connection = EtcdConnection(EtcdLocation((endpoint,)), connect_timeout_s=20.0, call_timeout_s=3.5)
+    await connection.open()
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
-async def test_a_watch_survives_a_kill_and_misses_nothing(own_etcd: EtcdServer) -> None:
+async def compact(endpoint: str, revision: int) -> None:
+    async with connected(endpoint) as connection:
+        await connection.call(COMPACT, pb.CompactionRequest(revision=revision, physical=True))
+
+
+async def test_watch_survives_a_kill_and_misses_nothing(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         await store.put("/a/before", b"")
         await take(events, 1)
         own_etcd.kill()
-        async with opened(own_etcd.start(elsewhere=True)) as other:
+        elsewhere = own_etcd.start(elsewhere=True)
+        async with opened(elsewhere) as other:
             await other.put("/a/gap", b"1")
             await other.delete("/a/before")
             await other.put("/a/gap", b"2")
@@ -71,7 +83,7 @@ async def test_a_watch_survives_a_kill_and_misses_nothing(own_etcd: EtcdServer) 
         assert isinstance((await take(events, 1))[0], EntryPut)
 
 
-async def test_catching_up_over_more_than_one_batch_misses_nothing(own_etcd: EtcdServer) -> None:
+async def test_watch_catching_up_over_batches_misses_nothing(own_etcd: EtcdServer) -> None:
     """etcd sends at most a thousand revisions an answer, with the store's current revision in each answer's header."""
     async with opened(own_etcd.endpoint) as store:
         first = await store.put("/n/start", b"")
@@ -91,16 +103,17 @@ async def test_catching_up_over_more_than_one_batch_misses_nothing(own_etcd: Etc
         assert len(seen) == written
 
 
-async def test_compaction_in_a_gap_becomes_a_listing(own_etcd: EtcdServer) -> None:
+async def test_watch_relists_after_a_compaction_in_its_gap(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         await store.put("/a/old", b"")
         await take(events, 1)
         own_etcd.kill()
-        async with opened(own_etcd.start(elsewhere=True)) as other:
+        elsewhere = own_etcd.start(elsewhere=True)
+        async with opened(elsewhere) as other:
             await other.delete("/a/old")
             revision = await other.put("/a/new", b"")
-            await compact(other, revision)
+            await compact(elsewhere, revision)
         own_etcd.kill()
         own_etcd.start()
         (listed,) = await take(events, 1)
@@ -111,12 +124,12 @@ async def test_compaction_in_a_gap_becomes_a_listing(own_etcd: EtcdServer) -> No
         assert isinstance((await take(events, 1))[0], EntryPut)
 
 
-async def test_a_watch_from_a_compacted_revision_lists_and_goes_on(etcd: EtcdServer, root: str) -> None:
+async def test_watch_from_a_compacted_revision_relists(etcd: EtcdServer, root: str) -> None:
     async with opened(etcd.endpoint) as store:
         first = await store.put(root + "a", b"1")
         await store.put(root + "a", b"2")
         last = await store.put(root + "a", b"3")
-        await compact(store, last)
+        await compact(etcd.endpoint, last)
         async with aclosing(store.watch(root, first)) as events:
             (listed,) = await take(events, 1)
             assert isinstance(listed, Relisted)
@@ -127,7 +140,7 @@ async def test_a_watch_from_a_compacted_revision_lists_and_goes_on(etcd: EtcdSer
             assert put.entry.value == b"4"
 
 
-async def test_a_store_that_lost_its_data_is_noticed(own_etcd: EtcdServer) -> None:
+async def test_watch_notices_a_store_that_lost_its_data(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
         await take(events, 1)
         for number in range(5):
@@ -141,7 +154,7 @@ async def test_a_store_that_lost_its_data_is_noticed(own_etcd: EtcdServer) -> No
         assert listed.listing.entries == ()
 
 
-async def test_a_watch_on_a_server_that_hangs_is_given_up_and_begun_again(
+async def test_watch_restarts_when_the_server_hangs(
     own_etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(etcd_watch, "PROGRESS_INTERVAL_S", 0.1)
@@ -161,7 +174,7 @@ async def test_a_watch_on_a_server_that_hangs_is_given_up_and_begun_again(
             assert isinstance(await following, EntryPut)
 
 
-async def test_a_watch_begun_while_etcd_is_away_begins_when_it_is_back(own_etcd: EtcdServer) -> None:
+async def test_watch_begun_without_etcd_begins_when_it_is_back(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
         await store.put("/a/x", b"")
         own_etcd.kill()
@@ -176,7 +189,7 @@ async def test_a_watch_begun_while_etcd_is_away_begins_when_it_is_back(own_etcd:
             assert [entry.key for entry in listed.listing.entries] == ["/a/x"]
 
 
-async def test_calls_fail_clearly_while_etcd_is_away_and_work_again_after(own_etcd: EtcdServer) -> None:
+async def test_calls_without_etcd_fail_and_work_again_after(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
         own_etcd.kill()
         with pytest.raises(StoreError, match="could be reached within"):
@@ -195,7 +208,7 @@ async def test_calls_fail_clearly_while_etcd_is_away_and_work_again_after(own_et
         assert (await store.get("/a")) is not None
 
 
-async def test_a_write_whose_answer_is_lost_is_uncertain_and_a_read_is_not(own_etcd: EtcdServer) -> None:
+async def test_write_whose_answer_is_lost_is_uncertain(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint, call_timeout_s=0.7) as store:
         await store.put("/a", b"1")
         own_etcd.pause()
@@ -212,7 +225,7 @@ async def test_a_write_whose_answer_is_lost_is_uncertain_and_a_read_is_not(own_e
         own_etcd.resume()
 
 
-async def test_no_etcd_at_all_fails_within_the_connect_timeout() -> None:
+async def test_open_without_etcd_fails_within_the_connect_timeout() -> None:
     store = EtcdStore(EtcdLocation((f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")), connect_timeout_s=0.5)
     with pytest.raises(
         StoreError, match=r"no etcd endpoint of 127\.0\.0\.1:\d+, 127\.0\.0\.1:\d+ could be reached within 0\.5 s"
@@ -221,14 +234,14 @@ async def test_no_etcd_at_all_fails_within_the_connect_timeout() -> None:
     await store.close()
 
 
-async def test_a_dead_endpoint_is_passed_over(etcd: EtcdServer, root: str) -> None:
+async def test_connection_skips_a_dead_endpoint(etcd: EtcdServer, root: str) -> None:
     async with opened(f"127.0.0.1:{free_port()}", etcd.endpoint) as store:
         await store.put(root + "a", b"")
         async with aclosing(store.watch(root)) as events:
             await take(events, 1)
 
 
-async def test_an_unwatched_lease_expires_and_a_held_one_does_not(etcd: EtcdServer, root: str) -> None:
+async def test_lease_expires_only_without_its_keeper(etcd: EtcdServer, root: str) -> None:
     async with opened(etcd.endpoint) as watcher, aclosing(watcher.watch(root)) as events:
         await take(events, 1)
         async with opened(etcd.endpoint) as holder, opened(etcd.endpoint) as dying:
@@ -244,11 +257,11 @@ async def test_an_unwatched_lease_expires_and_a_held_one_does_not(etcd: EtcdServ
             assert not held.lost.is_set()
 
 
-async def test_a_lease_that_etcd_ended_is_lost_and_the_key_published_again(etcd: EtcdServer, root: str) -> None:
+async def test_leased_key_is_put_again_after_a_lost_lease(etcd: EtcdServer, root: str) -> None:
     async with opened(etcd.endpoint) as store, opened(etcd.endpoint) as other:
         key = LeasedKey(store, root + "pod", ttl_s=2)
         await key.set(b"1")
-        lease = key._lease
+        lease = key.lease
         assert lease is not None
         async with aclosing(other.watch(root)) as events:
             await take(events, 1)
@@ -263,7 +276,7 @@ async def test_a_lease_that_etcd_ended_is_lost_and_the_key_published_again(etcd:
             assert isinstance((await take(events, 1))[0], EntryDeleted)
 
 
-async def test_leases_survive_a_restart_of_etcd(own_etcd: EtcdServer) -> None:
+async def test_lease_survives_a_restart_of_etcd(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint) as store:
         key = LeasedKey(store, "/i/pod", ttl_s=2)
         await key.set(b"1")
@@ -277,10 +290,9 @@ async def test_leases_survive_a_restart_of_etcd(own_etcd: EtcdServer) -> None:
         await key.remove()
 
 
-async def test_an_ended_stream_is_a_store_error_whoever_ended_it(own_etcd: EtcdServer) -> None:
+async def test_stream_that_ended_is_a_store_error(own_etcd: EtcdServer) -> None:
     """gRPC raises InvalidStateError, UsageError or AioRpcError; a keeper that only expects one of them dies of another."""
-    async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
-        connection = store._connection
+    async with connected(own_etcd.endpoint) as connection:
         message = pb.LeaseKeepAliveRequest(ID=1)
         cancelled = await connection.stream(KEEP_ALIVE)
         cancelled.cancel()
@@ -295,7 +307,7 @@ async def test_an_ended_stream_is_a_store_error_whoever_ended_it(own_etcd: EtcdS
                 await connection.write(stream, message)
 
 
-async def test_a_leased_key_set_while_etcd_is_away_appears_when_it_is_back(own_etcd: EtcdServer) -> None:
+async def test_leased_key_set_without_etcd_appears_when_it_is_back(own_etcd: EtcdServer) -> None:
     async with opened(own_etcd.endpoint, call_timeout_s=0.5) as store:
         key = LeasedKey(store, "/i/pod", ttl_s=5)
         own_etcd.kill()
@@ -336,7 +348,7 @@ class AuthAdmin:
         await self._channel.close()
 
 
-async def test_user_and_password_and_a_token_that_a_restart_made_worthless(own_etcd: EtcdServer) -> None:
+async def test_connection_authenticates_again_after_a_restart(own_etcd: EtcdServer) -> None:
     known = EtcdLocation((own_etcd.endpoint,), user="root", password="secret")
     before = EtcdStore(known)
     await before.open()
@@ -374,7 +386,7 @@ async def open_and_read(store: EtcdStore) -> None:
     await store.get("/a/x")
 
 
-async def test_a_store_that_is_not_open_says_so() -> None:
+async def test_calls_of_a_store_that_is_not_open_are_refused() -> None:
     store = EtcdStore(EtcdLocation(("127.0.0.1:1",)))
     with pytest.raises(StoreError, match="not open"):
         await store.get("/a")
@@ -385,7 +397,7 @@ async def test_a_store_that_is_not_open_says_so() -> None:
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80),
     reason="its TLS doesn't know the curve of etcd's own certificate",
 )
-async def test_tls(tmp_path: Path) -> None:
+async def test_connection_uses_tls(tmp_path: Path) -> None:
     server = EtcdServer(tmp_path, tls=True)
     server.start()
     try:

@@ -139,24 +139,15 @@ def test_unknown_weights_are_never_left_out() -> None:
     assert "also has extra" in verdict.reason
 
 
-def test_verdicts_are_kept_by_class_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    prover = EquivalenceChecker(fuse=True)
-    tried: list[str] = []
-    original = prover._try
-
-    def counted(model_class: Any, config: Any) -> Any:
-        tried.append(model_class.__name__)
-        return original(model_class, config)
-
-    monkeypatch.setattr(prover, "_try", counted)
-    prover.verdict(LlamaForCausalLM, CONFIG)
+def test_verdicts_are_kept_by_class_and_flags() -> None:
+    checker = EquivalenceChecker(fuse=True)
+    verdict = checker.verdict(LlamaForCausalLM, CONFIG)
     bigger = LlamaConfig(
         **{**CONFIG.to_dict(), "num_hidden_layers": 80, "vocab_size": 32000, "intermediate_size": 28672}
     )
-    prover.verdict(LlamaForCausalLM, bigger)
-    assert len(tried) == 1
-    prover.verdict(LlamaForCausalLM, LlamaConfig(**{**CONFIG.to_dict(), "attention_bias": True}))
-    assert len(tried) == 2
+    assert checker.verdict(LlamaForCausalLM, bigger) is verdict
+    biased = LlamaConfig(**{**CONFIG.to_dict(), "attention_bias": True})
+    assert checker.verdict(LlamaForCausalLM, biased) is not verdict
 
 
 def test_a_miniature_keeps_every_kind_of_layer() -> None:

@@ -7,7 +7,6 @@ import torch
 from transformers import LlamaConfig, PhiConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from runtime.engine.memory.device import VirtualRange
 from runtime.engine.model.cpu.linear import multiply
 from runtime.engine.model.cpu.onednn_layout import OneDnnLayout
 from tests.support.steps import bring_up, hf_logits, prompts, save
@@ -85,9 +84,9 @@ def test_a_model_in_order_is_the_model_and_returns_so(order: OneDnnLayout, name:
         wanted = hf_logits(model, asked)
         first = resident.logits(asked, chunk=16)
         assert_same(first, wanted)
-        weights: VirtualRange = resident.memory._weights  # type: ignore[attr-defined]
+        weights = resident.memory.weights_view
         resident.memory.evict()
-        weights.bytes_view.fill_(3)  # whoever had the slabs meanwhile
+        weights.fill_(3)  # as another model that had the slabs would leave them
         resident.memory.swap_in(range(resident.memory.weight_slabs))
         assert all(torch.equal(a, b) for a, b in zip(first, resident.logits(asked, chunk=16), strict=True))
     finally:

@@ -3,7 +3,7 @@ evictions amid copies, unloads and returns, calls that fail. What lies in the me
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +57,14 @@ class TrackedMemory(CudaModelMemory):
 
     device: Device
 
+    @property
+    def group_ends(self) -> Sequence[int]:
+        """Where the layer groups of the weights end, in bytes."""
+        return self._filler.group_ends
+
     def _copy(self, source: WeightBuffer, group: int) -> None:
-        start = self._filler.group_ends[group - 1] if group else 0
-        size = self._filler.group_ends[group] - start
+        start = self.group_ends[group - 1] if group else 0
+        size = self.group_ends[group] - start
         stream: Any = self._copy_stream
         host = [(piece.data_ptr(), piece.numel()) for piece in source.pieces(start, size)]
         self.device.launch(stream, writes=[(self._weights.bytes_view.data_ptr() + start, size)], host=host)
@@ -143,7 +148,7 @@ class Engine:
             "Triton would refuse the pointer"
         )
         start = 0
-        for group, end in enumerate(memory._filler.group_ends):
+        for group, end in enumerate(memory.group_ends):
             memory.wait(group)
             if self.captures.capturing is None:
                 self.device.launch(

@@ -14,7 +14,7 @@ from runtime.engine.memory.arena_index import ArenaIndex, IndexEntry
 from runtime.engine.memory.background_load import BackgroundLoad
 from runtime.engine.memory.cpu import CpuMemory
 from runtime.engine.memory.host_tier import HostTier, HostWeights
-from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
+from runtime.engine.memory.pinned import PinnedMemory, populate, shared_memory_free_bytes
 from runtime.engine.memory.weight_buffer import Contiguous, WeightBuffer
 from runtime.errors import Cancelled, LoadFailed
 
@@ -247,7 +247,7 @@ def test_chunks_are_never_lost() -> None:
             host.drop(image)
         held = [chunk for i in range(8) if (image := host.find(f"m{i}")) is not None for chunk in image.chunks]
         assert len(set(held)) == len(held), step
-        assert len(held) + len(host._free) == 12, step
+        assert len(held) + host.num_free_chunks == 12, step
 
 
 def test_a_shared_arena_keeps_its_bytes(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_shared_arena_keeps_its_bytes(tmp_path: Path) -> None:
     size = 3 * 4096
     first = PinnedMemory(size, path, torch.device("cpu"))
     first.view[:] = 9
-    assert first._touch(0)
+    assert populate(first.view, threading.Event())
     assert int(first.view.min()) == 9
     second = PinnedMemory(size, path, torch.device("cpu"))
     assert int(second.view.min()) == 9

@@ -14,6 +14,7 @@ from runtime.engine.device import cuda
 from runtime.engine.device.cuda import host_tier
 from runtime.engine.memory.free_memory import free_bytes
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
+from tests.support.waiting import wait_until
 
 SLAB = 2 * MIB
 MACHINE = 64 << 30
@@ -122,13 +123,11 @@ def test_no_chunk_is_ever_registered_in_part(monkeypatch: pytest.MonkeyPatch, ch
     monkeypatch.setattr(
         torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0)
     )
-    monkeypatch.setattr(PinnedMemory, "_touch", lambda *_: True)
+    monkeypatch.setattr("runtime.engine.memory.pinned.populate", lambda pages, stopping: True)
     pinned = PinnedMemory(5 * chunk_mib * MIB, "", torch.device("cpu"), chunk_mib * MIB)
     pinned.start_registering()
-    assert pinned._thread is not None
-    pinned._thread.join()
+    wait_until(lambda: pinned.registered_bytes == pinned.size_bytes)
     base = pinned.view.data_ptr()
-    assert pinned.registered_bytes == pinned.size_bytes
     assert [address - base for address, _ in registered] == [
         sum(size for _, size in registered[:i]) for i in range(len(registered))
     ]

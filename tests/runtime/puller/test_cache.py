@@ -35,14 +35,19 @@ def test_cache_fills_an_entry_once(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1 << 20)
     made: list[int] = []
 
+    asked = threading.Semaphore(0)
+
     def fill(work: Path) -> None:
         made.append(1)
-        time.sleep(0.1)
+        for _ in range(8):
+            assert asked.acquire(timeout=10)
         (work / "f").write_text("x")
 
-    threads = [
-        threading.Thread(target=lambda: cache.obtain("pulled", "k", 1, fill, job(), "k").release()) for _ in range(8)
-    ]
+    def obtain() -> None:
+        asked.release()
+        cache.obtain("pulled", "k", 1, fill, job(), "k").release()
+
+    threads = [threading.Thread(target=obtain) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
