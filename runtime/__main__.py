@@ -11,6 +11,7 @@ import gc
 import logging
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc.aio
@@ -26,6 +27,7 @@ from common.errors import ConfigError
 from common.exit_status import CANNOT_START, USAGE
 from common.grpc.health import Health
 from common.grpc.reflection import reflection_handlers
+from common.model_state import ModelFigures
 from runtime.api.grpc_request_log import GrpcRequestLog
 from runtime.api.grpc_services import INFERENCE_SERVICES, add_inference_services
 from runtime.api.http_app import build_http_app, http_runner
@@ -43,6 +45,8 @@ from runtime.engine_client.shared_memory import SharedMemoryFile, wants_arena
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.models.manager import Models
+from runtime.models.model_state import ModelView
+from runtime.observability.adapter_metrics import LoadedAdapter
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.puller.cache import Cache
 from runtime.puller.destinations import Destinations
@@ -74,7 +78,7 @@ class Runtime:
         )
         self._preparation = CheckpointPreparer(config, cache)
         self._models = Models(config, self._engine, self._preparation, load_text)
-        self._metrics = RuntimeMetrics()
+        self._metrics = RuntimeMetrics(max_adapters=config.engine.max_adapters)
         generator = Generator(self._engine, self._metrics)
         self._server = grpc.aio.server(
             interceptors=(
@@ -179,6 +183,7 @@ class Runtime:
             if self._engine.stats is not None:
                 names = {view.model_id: view.settings.display_name or view.model_id for view in self._models.views()}
                 self._metrics.update(self._engine.stats, names)
+                self._metrics.adapters.update(loaded_adapters(self._models.views(), self._engine.stats.models, names))
             await self._engine.changes.wait(since=count)
 
     async def _end(self) -> None:
@@ -194,6 +199,24 @@ class Runtime:
         for address in (*self._addresses, self._http_address):
             if address.path:
                 await asyncio.to_thread(Path(address.path).unlink, missing_ok=True)
+
+
+def loaded_adapters(
+    views: Sequence[ModelView], figures: Sequence[ModelFigures], names: Mapping[str, str]
+) -> list[LoadedAdapter]:
+    """Join the manager's loaded LoRA adapters with the engine's figures of them. `names`: of the models, by id."""
+    by_id = {each.model_id: each for each in figures}
+    return [
+        LoadedAdapter(
+            names[view.model_id],
+            names.get(base, base),
+            view.facts.adapter_rank,
+            view.load_seconds,
+            by_id[view.model_id],
+        )
+        for view in views
+        if (base := view.settings.adapter_of) and view.facts is not None and view.model_id in by_id
+    ]
 
 
 def _cache_dir(config: RuntimeConfig) -> Path:

@@ -17,7 +17,7 @@ from runtime.types import GenerationRequest, ModelFacts
 class ServedModel:
     """A loaded model. `text` tokenizes, detokenizes and renders chats. Responses carry `name`.
 
-    `base_id` and `base_name`: of the model whose LoRA adapter this is; "" if it is none.
+    `base_id` and `base_name`: of the model whose LoRA adapter this is; "" if it is none. `root`: the URI of its files, without secrets.
     """
 
     model_id: str
@@ -28,6 +28,7 @@ class ServedModel:
     loaded_at_s: float
     base_id: str = ""
     base_name: str = ""
+    root: str = ""
 
 
 class ModelDirectory(Protocol):

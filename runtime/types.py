@@ -165,4 +165,5 @@ class ModelFacts(msgspec.Struct, frozen=True):
     vocab_size: int
     num_parameters: int
     eos_token_ids: tuple[int, ...] = ()
+    adapter_rank: int = 0  # of a LoRA adapter: its largest rank
     wanted_model_len: int = 0  # max_model_len before it was cut to what the device budget holds

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from common.model_state import CopyState, Tier
+from common.public_uri import public_uri
 from mesh.access.caller import current_caller
 from mesh.client.admin import Copy, Model
 from mesh.registry.copy_settings import DEFAULT
@@ -30,6 +31,14 @@ class _Move:
     has_failed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The place of a model's files, without secrets, and the name of its base if it is a LoRA adapter."""
+
+    root: str
+    parent: str | None
+
+
 class ModelViews:
     """`last_used_ms` returns when any pod last used a model, 0 if unknown."""
 
@@ -48,10 +57,12 @@ class ModelViews:
         named = self._named()
         return [(each.name, None if self._is_unloaded(each) else self._view(each)) for each in named]
 
-    def parents(self) -> dict[str, str]:
-        """Return the base of each LoRA adapter that the caller may use, by name."""
-        found = ((named.name, self._settings_of(named.record).get("adapter_of")) for named in self._named())
-        return {name: base for name, base in found if base}
+    def origins(self) -> dict[str, Origin]:
+        """Return where each model that the caller may use comes from, by name."""
+        return {named.name: self._origin(named.record) for named in self._named()}
+
+    def _origin(self, record: ModelRecord) -> Origin:
+        return Origin(public_uri(record.path), self._settings_of(record).get("adapter_of"))
 
     def _named(self) -> list[NamedModel]:
         caller = current_caller()

@@ -9,9 +9,10 @@ from aiohttp import web
 
 from common.changes import Changes
 from common.clock import epoch_ms
+from common.public_uri import public_uri
 from mesh.access.caller import current_caller
 from mesh.api.http_body import decode, read_body
-from mesh.api.model_view import ModelViews
+from mesh.api.model_view import ModelViews, Origin
 from mesh.api.registrar import Registrar
 from mesh.api.request_log import Record
 from mesh.api.sse_keepalive import HEADERS
@@ -60,13 +61,14 @@ _UNLOADED = Status("unloaded")
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """OpenAI's shape. `parent`, as vLLM has it: the name of the base whose LoRA adapter the model is."""
+    """OpenAI's shape. As vLLM has them, `root` is the place of the files, and `parent` the name of the base whose LoRA adapter the model is."""
 
     id: str
     status: Status
     object: str = "model"
     created: int = 0
     owned_by: str = "repertory"
+    root: str = ""
     parent: str | msgspec.UnsetType = msgspec.UNSET
     max_model_len: int | msgspec.UnsetType = msgspec.UNSET  # of a loaded model, as vLLM has it
 
@@ -110,13 +112,13 @@ class ModelsRoutes:
         router.add_post("/models/unload", self.unload)
 
     async def list(self, _: web.Request) -> web.Response:
-        parents = self._views.parents()
-        return _json(Listing([_entry(name, model, parents.get(name)) for name, model in self._views.states()]))
+        origins = self._views.origins()
+        return _json(Listing([_entry(name, model, origins[name]) for name, model in self._views.states()]))
 
     async def show(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         model = await self._views.one(name)
-        return _json(_entry(name, model, model.settings.get("adapter_of")))
+        return _json(_entry(name, model, Origin(public_uri(model.uri), model.settings.get("adapter_of"))))
 
     async def add(self, request: web.Request) -> web.Response:
         """Register a repository of the Hugging Face hub, or a URI, under its own name and begin to load it, as a front end's "download" asks."""
@@ -193,9 +195,15 @@ class ModelsRoutes:
         return await self._registry.resolve_fresh(asked.model)
 
 
-def _entry(name: str, model: Model | None, parent: str | None) -> Entry:
+def _entry(name: str, model: Model | None, origin: Origin) -> Entry:
     longest = max((copy.max_model_len for copy in model.copies), default=0) if model is not None else 0
-    return Entry(name, _status(model), parent=parent or msgspec.UNSET, max_model_len=longest or msgspec.UNSET)
+    return Entry(
+        name,
+        _status(model),
+        root=origin.root,
+        parent=origin.parent or msgspec.UNSET,
+        max_model_len=longest or msgspec.UNSET,
+    )
 
 
 def _status(model: Model | None) -> Status:

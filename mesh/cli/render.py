@@ -170,9 +170,11 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
     """Print what a model needs, what the pod has, and whether the model fits."""
     context = context_of(fit.max_model_len, fit.wanted_model_len, unit="") or "0"
     kv = f"{size(fit.min_kv_bytes) or '0'} at least ({size(fit.kv_bytes_per_token)} per token, context {context})"
+    if not fit.kv_bytes_per_token:
+        kv = "that of its base" + (f" (context {context})" if fit.max_model_len else "")
     sure = "" if fit.exact else "  (estimated from the configuration)"
     console.print(
-        f"[bold]{name}[/bold]\n  {fit.architecture}  {fit.num_parameters / 1e6:,.0f} M parameters  {fit.quantization}"
+        f"[bold]{name}[/bold]\n  {fit.architecture}  {fit.num_parameters / 1e6:,.{0 if fit.num_parameters > 10e6 else 1}f} M parameters  {fit.quantization}"
     )
     console.print(f"  weights    {size(fit.weight_bytes)}{sure}")
     if fit.unpacked_blocks:

@@ -7,13 +7,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import grpc.aio
 import msgspec
 
+from common.model_key import Dtype
 from common.model_state import CopyState, ModelFigures, ModelState, Tier
 from runtime.api.grpc_errors import statuses
-from runtime.checkpoint.device_fit import DeviceBudget, DeviceFit, fit_device, layout_of
+from runtime.checkpoint.device_fit import DeviceBudget, DeviceFit, ModelLayout, fit_adapter, fit_device, layout_of
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineState
 from runtime.ipc.messages import EngineStats, Hello
@@ -24,6 +26,7 @@ from runtime.models.model_state import ModelView, Phase, Progress
 from runtime.puller.cache import Cache
 from runtime.puller.inspection import ModelInspector
 from runtime.puller.sizing import DTYPE_BYTES, Needs, ResidentBytes, victims
+from runtime.types import ModelFacts
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
 
@@ -107,12 +110,15 @@ class RuntimeStateApi(RuntimeStateServicer):
         async with statuses(context):
             source, settings = parse_model(request.model_path, request.model_key)
             hello = await self._engine.wait_ready()
+            base = self._loaded(settings.adapter_of) if settings.adapter_of is not None else None
+            if base is not None:
+                settings = msgspec.structs.replace(settings, dtype=cast("Dtype", base.dtype))
             look = await self._fitter.look(source, settings, hello.device)
         needs = look.needs
         budget = hello.device_budget_bytes
         stats = self._engine.stats
         used = stats.device_used_bytes if stats is not None else 0
-        fit = self._fit(needs, hello)
+        fit = self._fit(needs, hello) if settings.adapter_of is None else self._fit_adapter(needs, base, hello)
         kv_bytes = needs.kv_bytes_per_token * fit.max_model_len
         evicts, _ = victims(
             needs.weight_bytes + kv_bytes, budget - used, self._residents(stats, leave_out=request.model_id)
@@ -155,6 +161,21 @@ class RuntimeStateApi(RuntimeStateServicer):
         budget = DeviceBudget(hello.device_budget_bytes // hello.slab_bytes, hello.slab_bytes)
         layout = layout_of(needs.weight_bytes, kv_bytes, engine.block_tokens, hello.slab_bytes)
         return fit_device(budget, layout, needs.max_model_len)
+
+    def _fit_adapter(self, needs: Needs, base: ModelFacts | None, hello: Hello) -> DeviceFit:
+        """Decide as the engine does when an adapter is loaded over `base`. None: the base is not loaded, so the adapter alone must fit."""
+        budget = DeviceBudget(hello.device_budget_bytes // hello.slab_bytes, hello.slab_bytes)
+        layout, wanted_tokens = ModelLayout(0, 0, 0), 0
+        if base is not None:
+            block_tokens = self._config.engine.block_tokens
+            layout = layout_of(base.weight_bytes, base.kv_bytes_per_token, block_tokens, hello.slab_bytes)
+            wanted_tokens = base.max_model_len
+        return fit_adapter(budget, needs.weight_bytes, layout, wanted_tokens)
+
+    def _loaded(self, name: str) -> ModelFacts | None:
+        """Return the facts of a loaded model by its id or its name."""
+        loaded = (view for view in self._models.views() if view.phase is Phase.LOADED)
+        return next((view.facts for view in loaded if name in (view.model_id, view.settings.display_name)), None)
 
     async def listFiles(
         self,

@@ -70,6 +70,20 @@ def fit_device(budget: DeviceBudget, layout: ModelLayout, wanted_tokens: int) ->
     return DeviceFit(min(wanted_tokens, held_tokens))
 
 
+def fit_adapter(budget: DeviceBudget, size_bytes: int, base: ModelLayout, wanted_tokens: int) -> DeviceFit:
+    """Return the context of at most `wanted_tokens` that fits beside a LoRA adapter of this size and its base, alone on the device."""
+    # An adapter may begin within a slab, so it touches one more than its size has.
+    adapter_slabs = _slabs(size_bytes, budget.slab_bytes) + 1
+    kv_slabs = budget.total_slabs - base.weight_slabs - adapter_slabs
+    if kv_slabs < 1:
+        return DeviceFit(
+            0,
+            f"its {size_bytes} bytes, the {base.weight_slabs * budget.slab_bytes} bytes of its base and a slab of KV exceed the device budget "
+            f"of {budget.size_bytes} bytes",
+        )
+    return DeviceFit(min(wanted_tokens, kv_slabs * base.blocks_per_slab * base.block_tokens))
+
+
 def cut_text(max_model_len: int, wanted_tokens: int) -> str:
     """Return the note on a context that was cut to what the budget holds; empty if it was not."""
     if max_model_len >= wanted_tokens:

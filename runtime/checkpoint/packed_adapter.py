@@ -33,6 +33,7 @@ class AdapterImage:
     Attributes:
         places: [targets, 3] int64: the elements, from the image's beginning, at which A and B begin, and the rank; 0 = the target is left alone.
         digest: equal for adapters of equal content.
+        rank: the largest before padding, or with it in a file that does not say.
     """
 
     path: str
@@ -92,6 +93,7 @@ def read_adapter(path: str, targets: Sequence[AdapterTarget], dtype: torch.dtype
         rank = max(rank, own_rank)
     end = max(tensor.offset + tensor.size_bytes for tensor in index.values())
     num_parameters = sum(tensor.shape[0] * tensor.shape[1] for tensor in stored.values())
+    rank = int(metadata.get("rank", rank))
     return AdapterImage(path, start, end - start, places, metadata.get("content_blake2b", ""), rank, num_parameters)
 
 

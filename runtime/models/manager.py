@@ -18,6 +18,7 @@ import msgspec
 
 from common.changes import Changes
 from common.model_key import Dtype, ModelSettings
+from common.public_uri import public_uri
 from runtime.checkpoint.device_fit import cut_text
 from runtime.config.schema import RuntimeConfig
 from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
@@ -284,6 +285,7 @@ class Models:
             loaded_at_s=time.time(),
             base_id=entry.base_id,
             base_name=base.name if base is not None else "",
+            root=public_uri(entry.source.uri),
         )
 
     async def _admit(self, entry: Entry) -> ModelFacts:

@@ -12,6 +12,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from common.model_state import ModelFigures, Tier
 from runtime.ipc.messages import EngineStats, GrammarFigures, RowTokens
+from runtime.observability.adapter_metrics import AdapterMetrics
 from runtime.observability.token_counters import ModelTokenCounters
 from runtime.types import FinishReason
 
@@ -300,8 +301,9 @@ class ModelMetrics:
 class RuntimeMetrics:
     """The metrics of one runtime process, by default in a registry of their own."""
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None, *, max_adapters: int = 1) -> None:
         self._instruments = Instruments(registry or CollectorRegistry())
+        self.adapters = AdapterMetrics(self._instruments.registry, max_adapters)
         self._models: dict[str, ModelMetrics] = {}
         self._grammars = GrammarFigures()
 

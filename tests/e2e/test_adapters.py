@@ -79,10 +79,33 @@ def test_names_are_answered_as_peft_does_beside_their_base(served: stack.Stack, 
         asked = [*wanted] * 4
         assert list(threads.map(lambda name: text_of(served, name), asked)) == [wanted[name] for name in asked]
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
-    parents = {model.id: getattr(model, "parent", None) for model in client.models.list()}
+    listed = {model.id: model.to_dict() for model in client.models.list()}
+    parents = {name: entry.get("parent") for name, entry in listed.items()}
     assert parents == {"base": None, "sql": "base", "legal": "base", "poems": "base"}
+    assert {name: entry["root"] for name, entry in listed.items()} == {
+        "base": str(base), **{name: str(tmp_path / name) for name in ("sql", "legal", "poems")},
+    }  # fmt: skip
     assert served.admin.model("sql").settings == {"adapter_of": "base"}
     assert served.admin.model("sql").status == "LOADED"
+
+
+def test_metrics_and_state_know_adapters(served: stack.Stack, base: Path, tmp_path: Path) -> None:
+    wanted = adapter(base, tmp_path / "known", 9)
+    served.admin.register({"name": "known", "uri": str(tmp_path / "known"), "adapter_of": "base"})
+    fits = served.admin.fit({"uri": str(tmp_path / "known"), "adapter_of": "base"})
+    assert text_of(served, "known") == wanted
+
+    def scraped() -> str:
+        with urllib.request.urlopen(f"{served.url}/metrics", timeout=20) as answer:
+            return str(answer.read().decode())
+
+    labels = 'adapter_name="known",level="gpu",model_name="base",pinned="false",rank="4"'
+    wait_until(lambda: f"vllm:lora_adapter_loaded{{{labels}}} 1.0" in scraped())
+    assert 'vllm:lora_requests_info{max_lora="64",running_lora_adapters=' in scraped()
+    wait_until(lambda: served.admin.model("known").tier == "device")
+    view = served.admin.model("known")
+    assert view.copies[0].path.startswith("adapter of rank 4 over ")
+    assert (fits.fits, fits.weight_bytes) == (True, view.weight_bytes)
 
 
 def test_an_adapter_is_unloaded_with_its_base_and_brings_it_back(

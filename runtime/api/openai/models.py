@@ -13,7 +13,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class ModelEntry(msgspec.Struct, frozen=True):
-    """One model in OpenAI's shape. `parent`, as vLLM has it: the base whose LoRA adapter the model is."""
+    """One model in OpenAI's shape. As vLLM has them, `root` is the place of its files, and `parent` the base whose LoRA adapter it is."""
 
     id: str
     created: int
@@ -44,5 +44,9 @@ class Models:
 
 def _entry(model: ServedModel) -> ModelEntry:
     return ModelEntry(
-        model.name, int(model.loaded_at_s), model.facts.max_model_len, model.model_id, parent=model.base_name or None
+        model.name,
+        int(model.loaded_at_s),
+        model.facts.max_model_len,
+        model.root or model.model_id,
+        parent=model.base_name or None,
     )

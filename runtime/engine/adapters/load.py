@@ -40,5 +40,6 @@ def load_adapter(
         weight_bytes=image.size_bytes,
         kv_bytes_per_token=0,
         num_parameters=image.num_parameters,
+        adapter_rank=image.rank,
     )
     return AdapterResult(facts, AdapterMemory(bank, image, extent, weights))

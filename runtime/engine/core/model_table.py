@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from common.decayed_uses import DecayedUses
-from runtime.checkpoint.device_fit import DeviceBudget, ModelLayout, fit_device
+from runtime.checkpoint.device_fit import DeviceBudget, ModelLayout, fit_adapter, fit_device
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.adapter_manager import AdapterManager
 from runtime.engine.core.end_times import busy_s
@@ -135,19 +135,13 @@ class ModelTable:
         if base is None:
             raise LoadFailedError(f"its base {request.adapter_of} was unloaded", model=request.model_id)
         geometry = base.memory.kv
-        # An extent may begin within a slab, so it touches one more than its size has.
-        kv_slabs = self.slabs.total - base.memory.weight_slabs - self.adapters.slabs_of(loaded.memory.size_bytes) - 1
-        if kv_slabs < 1:
-            slab_bytes = self.backend.slab_bytes
-            raise ModelTooLarge(
-                f"its {loaded.memory.size_bytes} bytes, the {base.memory.weight_bytes} bytes of its base and a slab of KV exceed the device budget "
-                f"of {self.slabs.total * slab_bytes} bytes",
-                model=request.model_id,
-                limit=self.slabs.total * slab_bytes,
-            )
-        context = min(base.facts.max_model_len, kv_slabs * geometry.blocks_per_slab * geometry.block_tokens)
+        budget = DeviceBudget(self.slabs.total, self.backend.slab_bytes)
+        layout = ModelLayout(base.memory.weight_slabs, geometry.blocks_per_slab, geometry.block_tokens)
+        fit = fit_adapter(budget, loaded.memory.size_bytes, layout, base.facts.max_model_len)
+        if fit.refusal:
+            raise ModelTooLarge(fit.refusal, model=request.model_id, limit=budget.size_bytes)
         use = AdapterUse(request.model_id, loaded.memory.digest.encode())
-        facts = msgspec.structs.replace(loaded.facts, max_model_len=context)
+        facts = msgspec.structs.replace(loaded.facts, max_model_len=fit.max_model_len)
         adapter = LoadedAdapter(request, facts, loaded.memory, base, use, now)
         self.adapters.add(adapter, self._banks[base.model_id])
         self.executor.expect_adapters(base.model_id)

@@ -47,7 +47,8 @@ def pack_adapter(files: AdapterFiles, dtype: str, folder: Path, job: PullJob) ->
             _entry(f"{module.module}.lora_B", code, (module.out_features, module.padded_rank)),
         )
     ]
-    metadata = {"format": FORMAT, "dtype": dtype, "source": files.identity}
+    rank = max(module.rank for module in files.modules)
+    metadata = {"format": FORMAT, "dtype": dtype, "source": files.identity, "rank": str(rank)}
     source = read_data_start(files.weights)
     writer = PackedWriter(folder / PACKED_NAME, entries, metadata)
     try:

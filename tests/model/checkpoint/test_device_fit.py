@@ -8,6 +8,7 @@ from runtime.checkpoint.device_fit import (
     DeviceBudget,
     ModelLayout,
     cut_text,
+    fit_adapter,
     fit_device,
     layout_of,
 )
@@ -47,3 +48,17 @@ def test_fit_device_names_the_sizes_that_exceed_the_budget() -> None:
 def test_cut_text_names_both_lengths() -> None:
     assert cut_text(4096, 4096) == ""
     assert "1680 instead of 4096 tokens" in cut_text(1680, 4096)
+
+
+@given(st.integers(1, 200), st.integers(1, 10 << 20), st.integers(0, 100), st.integers(1, 5000))
+def test_fit_adapter_leaves_a_slab_of_kv_beside_base_and_adapter(
+    total: int, size_bytes: int, base_slabs: int, wanted: int
+) -> None:
+    budget, base = DeviceBudget(total, 1 << 20), ModelLayout(base_slabs, 4, 16)
+    fit = fit_adapter(budget, size_bytes, base, wanted)
+    most_slabs = -(-size_bytes // (1 << 20)) + 1  # it may begin within a slab
+    left = total - base_slabs - most_slabs
+    assert bool(fit.refusal) == (left < 1)
+    assert fit.max_model_len == (0 if left < 1 else min(wanted, left * 64))
+    if fit.refusal:
+        assert f"its {size_bytes} bytes" in fit.refusal
