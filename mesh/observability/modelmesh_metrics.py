@@ -1,15 +1,12 @@
-"""ModelMesh's Prometheus metrics under its names, types, labels and buckets, so that its dashboards and alerts keep working.
+"""ModelMesh's Prometheus metrics under its names, types, labels and buckets, so that its dashboards and alerts keep working."""
 
-Each histogram costs a call two dictionary look-ups and no lock: everything runs on the pod's event loop.
-"""
-
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 from prometheus_client import generate_latest
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from mesh.observability.metric_series import Families, LabelledHistogram
 
 _SECOND_MS, _MINUTE_MS, _HOUR_MS, _DAY_MS = 1_000, 60_000, 3_600_000, 86_400_000
 _DURATIONS_MS = (0.5, 1, 2, 5, 10, 20, 50, 75, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 60000, 120000, 300000)
@@ -50,37 +47,6 @@ class PodFigures:
     models_loaded: int
     models_failed: int
     is_leader: bool
-
-
-class LabelledHistogram:
-    """A histogram with a fixed list of upper bounds, without labels or with the given ones."""
-
-    def __init__(self, name: str, about: str, bounds: tuple[float, ...], labels: tuple[str, ...] = ()) -> None:
-        self._name = name
-        self._about = about
-        self._bounds = bounds
-        self._labels = labels
-        # By label values: the number of values in each bucket, and their sum.
-        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
-        if not labels:
-            self._add_series(())
-
-    def observe(self, value: float, *labels: str) -> None:
-        counts, total = self._series.get(labels) or self._add_series(labels)
-        counts[bisect_left(self._bounds, value)] += 1
-        total[0] += value
-
-    def family(self) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
-        bounds = (*map(str, map(float, self._bounds)), "+Inf")
-        for labels, (counts, total) in self._series.items():
-            family.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total[0])
-        return family
-
-    def _add_series(self, labels: tuple[str, ...]) -> tuple[list[int], list[float]]:
-        series = [0] * (len(self._bounds) + 1), [0.0]
-        self._series[labels] = series
-        return series
 
 
 class BareCounter:
@@ -134,7 +100,7 @@ class ModelMeshMetrics:
     def text(self, figures: PodFigures) -> bytes:
         """Return all series in Prometheus' text format."""
         counters = (self.load_failure, self.unload_failure, self.unload_attempt_failure)
-        return generate_latest(_Families(self._families(figures))) + b"".join(counter.text() for counter in counters)
+        return generate_latest(Families(self._families(figures))) + b"".join(counter.text() for counter in counters)
 
     def _families(self, figures: PodFigures) -> Iterator[Metric]:
         for histogram in vars(self).values():
@@ -144,16 +110,6 @@ class ModelMeshMetrics:
         if figures.is_leader:
             values = (figures.models_managed, figures.models_loaded, figures.models_failed)
             yield from _gauges(_MESH_GAUGES, values)
-
-
-class _Families:
-    """Families in the form that `generate_latest` takes."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
 
 
 def _pod_values(figures: PodFigures) -> tuple[float, ...]:
