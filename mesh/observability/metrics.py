@@ -3,11 +3,11 @@
 The series of a model are dropped once it is no longer registered.
 """
 
-from collections import Counter as Multiset
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import generate_latest
 
+from mesh.observability.metric_series import Families, LabelledCounter, LabelledGauge, LabelledHistogram
 from mesh.observability.modelmesh_metrics import ModelMeshMetrics, PodFigures
 from mesh.registry.registration import name_in
 
@@ -17,61 +17,46 @@ _MISS_MS = 10.0  # ModelMesh counts a request as a cache miss if it waited longe
 
 class Metrics:
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._known: dict[str, set[tuple[Counter | Gauge | Histogram, tuple[str, ...]]]] = {}
-        self._busy: Multiset[str] = (
-            Multiset()
-        )  # series with a gauge above 0 must not be dropped: it will be decremented
-        label = ("model_name",)  # the same label as in the runtime's metrics
-        self._requests = Counter(
+        label = ("model_name",)  # the same label as in the runtime's metrics; all versions of a model share it
+        self._requests = LabelledCounter(
             "repertory_mesh_requests",
             "Requests by model, protocol (grpc or http) and final status code",
             ("model_name", "carrier", "code"),
-            registry=self._registry,
         )
-        self._key_requests = Counter(
+        self._key_requests = LabelledCounter(
             "repertory_mesh_key_requests",
             "Requests by the name of the caller's API key, protocol (grpc or http) and final status code",
             ("key", "carrier", "code"),
-            registry=self._registry,
         )
-        self._first_byte = Histogram(
+        self._first_byte = LabelledHistogram(
             "repertory_mesh_time_to_first_byte_seconds",
             "Seconds from the arrival of a request to the first byte or message of its response, including loading",
+            _SECONDS,
             label,
-            buckets=_SECONDS,
-            registry=self._registry,
         )
-        self._held = Gauge(
-            "repertory_mesh_held_requests",
-            "Requests waiting for their model to be loaded",
-            label,
-            registry=self._registry,
+        self._held = LabelledGauge(
+            "repertory_mesh_held_requests", "Requests waiting for their model to be loaded", label
         )
-        self._in_flight = Gauge(
-            "repertory_mesh_in_flight_requests",
-            "Requests forwarded to a copy and not finished",
-            label,
-            registry=self._registry,
+        self._in_flight = LabelledGauge(
+            "repertory_mesh_in_flight_requests", "Requests forwarded to a copy and not finished", label
         )
-        self._loads = Counter(
-            "repertory_mesh_loads",
-            "Model loads by outcome (loaded or failed)",
-            ("model_name", "outcome"),
-            registry=self._registry,
+        self._loads = LabelledCounter(
+            "repertory_mesh_loads", "Model loads by outcome (loaded or failed)", ("model_name", "outcome")
         )
-        self._load_seconds = Histogram(
-            "repertory_mesh_load_seconds",
-            "Duration of successful model loads in seconds",
-            label,
-            buckets=_SECONDS,
-            registry=self._registry,
+        self._load_seconds = LabelledHistogram(
+            "repertory_mesh_load_seconds", "Duration of successful model loads in seconds", _SECONDS, label
         )
-        self._evictions = Counter(
-            "repertory_mesh_evictions",
-            "Models unloaded to free memory for another model",
-            label,
-            registry=self._registry,
+        self._evictions = LabelledCounter(
+            "repertory_mesh_evictions", "Models unloaded to free memory for another model", label
+        )
+        self._by_model = (
+            self._requests,
+            self._first_byte,
+            self._held,
+            self._in_flight,
+            self._loads,
+            self._load_seconds,
+            self._evictions,
         )
         self._carried = Counter(
             "repertory_mesh_carried_requests",
@@ -100,9 +85,9 @@ class Metrics:
         response_bytes: int = 0,
     ) -> None:
         """Count a finished request. `carrier` is grpc or http; `model_id` and `key` are empty if the request has none."""
-        self._counter(self._requests, model_id, carrier, code)
+        self._requests.inc(name_in(model_id), carrier, code)
         if key:
-            self._key_requests.labels(key, carrier, code).inc()
+            self._key_requests.inc(key, carrier, code)
         self._modelmesh.api_request.observe(seconds * 1000, method, code)
         self._modelmesh.request_size.observe(request_bytes, method, code)
         self._modelmesh.response_size.observe(response_bytes, method, code)
@@ -129,13 +114,13 @@ class Metrics:
         self._modelmesh.request_queue_delay.observe(seconds * 1000)
 
     def first_byte(self, model_id: str, seconds: float) -> None:
-        self._observe(self._first_byte, model_id, seconds)
+        self._first_byte.observe(seconds, name_in(model_id))
 
     def held(self, model_id: str, change: int) -> None:
-        self._level(self._held, model_id, change)
+        self._held.change(change, name_in(model_id))
 
     def in_flight(self, model_id: str, change: int) -> None:
-        self._level(self._in_flight, model_id, change)
+        self._in_flight.change(change, name_in(model_id))
 
     def load_started(self, waited_s: float) -> None:
         """Count a load that has waited for other loads and begins now."""
@@ -143,20 +128,20 @@ class Metrics:
 
     def loaded(self, model_id: str, seconds: float, size_bytes: int, sizing_s: float) -> None:
         """Count a load. `sizing_s`: how long the runtime took to answer the size; 0 if the load's answer contained it."""
-        self._counter(self._loads, model_id, "loaded")
-        self._observe(self._load_seconds, model_id, seconds)
+        self._loads.inc(name_in(model_id), "loaded")
+        self._load_seconds.observe(seconds, name_in(model_id))
         self._modelmesh.load.observe(seconds * 1000)
         self._modelmesh.loaded_model_size.observe(size_bytes)
         if sizing_s:
             self._modelmesh.model_sizing.observe(sizing_s * 1000)
 
     def load_failed(self, model_id: str) -> None:
-        self._counter(self._loads, model_id, "failed")
+        self._loads.inc(name_in(model_id), "failed")
         self._modelmesh.load_failure.inc()
 
     def evicted(self, model_id: str, age_ms: int) -> None:
         """Count an eviction. `age_ms`: the time since the model was last used."""
-        self._counter(self._evictions, model_id)
+        self._evictions.inc(name_in(model_id))
         self._modelmesh.age_at_eviction.observe(age_ms)
 
     def unloaded(self, seconds: float) -> None:
@@ -170,29 +155,13 @@ class Metrics:
 
     def text(self, figures: PodFigures, is_registered: Callable[[str], bool]) -> bytes:
         """Return all series in Prometheus' text format, after dropping those of models that are no longer registered."""
-        for name in [name for name in self._known if name and not self._busy[name] and not is_registered(name)]:
-            self._drop(name)
-        return generate_latest(self._registry) + self._modelmesh.text(figures)
+        for name in {name for family in self._by_model for name in family.first_labels()}:
+            if name and not self._is_busy(name) and not is_registered(name):
+                for family in self._by_model:
+                    family.drop(name)
+        families = Families(family.family() for family in (*self._by_model, self._key_requests))
+        return generate_latest(families) + self._modelmesh.text(figures)
 
-    def _counter(self, family: Counter, model_id: str, *labels: str) -> None:
-        family.labels(*self._series(family, model_id, labels)).inc()
-
-    def _observe(self, family: Histogram, model_id: str, seconds: float) -> None:
-        family.labels(*self._series(family, model_id)).observe(seconds)
-
-    def _level(self, family: Gauge, model_id: str, change: int) -> None:
-        self._busy[name_in(model_id)] += change
-        family.labels(*self._series(family, model_id)).inc(change)
-
-    def _series(
-        self, family: Counter | Gauge | Histogram, model_id: str, labels: tuple[str, ...] = ()
-    ) -> tuple[str, ...]:
-        """Return the labels of a series. All versions of a model share the label of its name."""
-        name = name_in(model_id)
-        self._known.setdefault(name, set()).add((family, (name, *labels)))
-        return (name, *labels)
-
-    def _drop(self, name: str) -> None:
-        for family, labels in self._known.pop(name):
-            family.remove(*labels)
-        del self._busy[name]
+    def _is_busy(self, name: str) -> bool:
+        """Whether a gauge of the model is above 0. It will be decremented, so it must not be dropped."""
+        return bool(self._held.value(name) or self._in_flight.value(name))

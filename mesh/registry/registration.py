@@ -5,6 +5,7 @@ settings is another model id, which is loaded beside the old one. The name moves
 """
 
 import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,7 @@ def belongs_to(model_id: str, name: str) -> bool:
     return model_id.startswith(f"{name}__") and bool(_CONCRETE.fullmatch(model_id[len(name) :]))
 
 
+@functools.lru_cache(maxsize=4096)
 def name_in(model_id: str) -> str:
     """Return the name that an id was made from, or the id itself if it was not made from a name."""
     return _CONCRETE.sub("", model_id) or model_id
