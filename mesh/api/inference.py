@@ -11,6 +11,7 @@ from dataclasses import replace
 import grpc
 import grpc.aio
 
+from common.logs import log_fields
 from common.not_here import NOT_HERE_HEADER
 from mesh.access.caller import current_caller
 from mesh.access.peer_keys import PeerKeys
@@ -216,10 +217,11 @@ class InferenceGateway(grpc.GenericRpcHandler):
         )
         for code, invoke_s in request.invocations:
             self._metrics.invoked(label, code, invoke_s)
-        requests_logger.log(
+        log_fields(
+            requests_logger,
             logging.DEBUG if request.is_logged else logging.INFO,
             "request",
-            extra={
+            {
                 "code": request.code,
                 "method": "gRPC",
                 "path": f"/{request.method}",

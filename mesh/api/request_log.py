@@ -5,13 +5,14 @@ Requests that this pod's runtime logs with their tokens, and polls, are logged a
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from dataclasses import dataclass, field
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from common.logs import log_fields
 from mesh.access.caller import ANYBODY, current_caller, set_caller
 from mesh.api.request_memory import HeldMemory
 from mesh.observability.metrics import Metrics
@@ -20,6 +21,7 @@ requests_logger = logging.getLogger("mesh.requests")
 """The logger of one line per request, of gRPC and of HTTP."""
 
 _PROBES = ("/health", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")  # may be 503 for long
+_ID_BYTES = 16
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -58,7 +60,7 @@ def log_requests(enabled: bool) -> None:
 
 def request_id_of(given: str) -> str:
     """Return the client's request id, or a new one if it has none that can be logged and forwarded."""
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(_ID_BYTES)
 
 
 def request_log(metrics: Metrics) -> Middleware:
@@ -105,10 +107,11 @@ def _log_end(request: web.Request, record: Record, metrics: Metrics) -> None:
         )
     is_read = request.method in ("GET", "HEAD")
     is_poll = is_read and (record.route in _PROBES or not record.code.startswith("5"))
-    requests_logger.log(
+    log_fields(
+        requests_logger,
         logging.DEBUG if is_poll or record.is_logged else logging.INFO,
         "request",
-        extra={
+        {
             "code": record.code,
             "method": request.method,
             "path": request.path,

@@ -4,7 +4,9 @@ import json
 import logging
 import sys
 
-from common.logs import JsonFormatter, TextFormatter
+import pytest
+
+from common.logs import JsonFormatter, TextFormatter, log_fields
 
 
 def record(message: str, *, with_error: bool = False, **extra: object) -> logging.LogRecord:
@@ -61,3 +63,17 @@ def test_text_formatter_marks_the_lines_of_a_traceback() -> None:
     first, *rest = TextFormatter().format(made).split("\n")
     assert first.endswith("m left")
     assert all(line.startswith("  | ") and line.isprintable() for line in rest)
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
+def test_log_fields_is_shown_like_extra(formatter: logging.Formatter, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("tests.fields")
+    caplog.set_level(logging.INFO, logger.name)
+    fields = {"code": "OK", "asked": "org/m", "key": "", "total_s": 0.012}
+    logger.info("request", extra=fields)
+    log_fields(logger, logging.INFO, "request", fields)
+    log_fields(logger, logging.DEBUG, "request", fields)
+    by_extra, by_fields = caplog.records
+    by_fields.created, by_fields.msecs = by_extra.created, by_extra.msecs
+    assert formatter.format(by_fields) == formatter.format(by_extra)
+    assert "org/m" in formatter.format(by_fields)
