@@ -9,10 +9,9 @@ from common.log_headers import LOG_HEADERS
 from common.reloaded_setting import ReloadedSetting
 from mesh.access.peer_keys import PEER_HEADERS
 from mesh.api.adapter_choice import AdapterChoice
+from mesh.api.call_metadata import CallMetadata, Metadata
 from mesh.api.protobuf_field import extract
 from mesh.errors import InvalidRequest, NotSupported
-
-Metadata = Sequence[tuple[str, str | bytes]]
 
 REQUEST_ID_HEADER = "x-request-id"
 PREFIX_HEADER = "repertory-prefix-hash"
@@ -31,6 +30,9 @@ _NEVER_FORWARDED = (
     "grpc.",
 )
 _RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", *PEER_HEADERS, *LOG_HEADERS, PREFIX_HEADER})
+_RESERVED_TO_PODS = _RESERVED | {REQUEST_ID_HEADER}
+_RESERVED_TO_RUNTIME = _RESERVED_TO_PODS | {"authorization"}
+_TRANSPORT = ("mm-", "grpc-", ":")
 # A status' details belong to the application although their key begins with grpc-.
 _APPLICATION = "grpc-status-details-bin"
 
@@ -85,11 +87,11 @@ class Addressing:
         if config is not None and not config.allow_others and method not in config.rpcs:
             raise NotSupported(f"Method not found or not permitted: {method}")
 
-    def wants_message(self, method: str, metadata: Metadata) -> bool:
+    def wants_message(self, method: str, metadata: CallMetadata) -> bool:
         """Whether the model, or its adapter, can only be known from the first message."""
         return method in _ADAPTER_FIELDS or self._configured(method) is not None or not _from_headers(metadata)
 
-    def addresses(self, method: str, metadata: Metadata, message: bytes | None) -> tuple[Address, ...]:
+    def addresses(self, method: str, metadata: CallMetadata, message: bytes | None) -> tuple[Address, ...]:
         """Return the models that a request is for, in the order of its headers; usually one.
 
         A configured path in the message wins over headers, headers over the built-in paths. Raises InvalidRequest.
@@ -132,32 +134,19 @@ def _extract(method: str, message: bytes, path: Sequence[int]) -> str | None:
         raise InvalidRequest(f"{method}: the request message can't be read: {error}") from None
 
 
-def _from_headers(metadata: Metadata) -> tuple[Address, ...]:
-    models, vmodels = _header_values(metadata, MODEL_HEADER), _header_values(metadata, VMODEL_HEADER)
+def _from_headers(metadata: CallMetadata) -> tuple[Address, ...]:
+    models, vmodels = _ids(metadata, MODEL_HEADER), _ids(metadata, VMODEL_HEADER)
     if models and vmodels:
         raise InvalidRequest("must include only one of model id and vmodel id")
     if not models and not vmodels:
-        models = [_text(value) for key, value in metadata if key == "tas-model-id"][:1]
+        models = metadata.all("tas-model-id")[:1]
     if "" in models or "" in vmodels:
         raise InvalidRequest(f"provided {'v' if vmodels else ''}model-id header must be non-empty")
     return tuple(Address(name, virtual=bool(vmodels)) for name in vmodels or models)
 
 
-def _header_values(metadata: Metadata, key: str) -> list[str]:
-    return [_text(value) for at, value in metadata if at == key] or [
-        _text(value) for at, value in metadata if at == f"{key}-bin"
-    ]
-
-
-def _text(value: str | bytes) -> str:
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        raise InvalidRequest("the model id header is not UTF-8") from None
-
-
-def header(metadata: Metadata, key: str) -> str:
-    return next((_text(value) for at, value in metadata if at == key), "")
+def _ids(metadata: CallMetadata, key: str) -> list[str]:
+    return metadata.all(key) or metadata.all(f"{key}-bin")
 
 
 def onward(
@@ -167,8 +156,8 @@ def onward(
 
     `peer_headers`: of a target that is another pod. The bearer key goes to pods only, never to a runtime.
     """
-    dropped = (REQUEST_ID_HEADER,) if peer_headers else (REQUEST_ID_HEADER, "authorization")
-    passed = [(key, value) for key, value in _passed(metadata) if key not in dropped]
+    dropped = _RESERVED_TO_PODS if peer_headers else _RESERVED_TO_RUNTIME
+    passed = _passed(metadata, dropped)
     passed.append((f"{MODEL_HEADER}-bin", model_id.encode()))
     if model_id.isascii() and model_id.isprintable():
         passed.append((MODEL_HEADER, model_id))
@@ -176,14 +165,14 @@ def onward(
     return passed
 
 
-def backward(metadata: Metadata) -> list[tuple[str, str | bytes]]:
+def backward(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     """Return the headers or trailers of a response without those of the transport and of the mesh."""
-    return _passed(metadata)
+    return tuple(_passed(metadata, _RESERVED)) if metadata else ()
 
 
-def _passed(metadata: Metadata) -> list[tuple[str, str | bytes]]:
+def _passed(metadata: Metadata, dropped: frozenset[str]) -> list[tuple[str, str | bytes]]:
     return [
         (key, value)
         for key, value in metadata
-        if key == _APPLICATION or (not key.startswith(("mm-", "grpc-", ":")) and key not in _RESERVED)
+        if (key not in dropped and not key.startswith(_TRANSPORT)) or key == _APPLICATION
     ]

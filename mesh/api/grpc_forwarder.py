@@ -16,7 +16,8 @@ import grpc.aio
 from common.log_headers import CALLER_HEADER, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
 from mesh.access.caller import current_caller
 from mesh.access.peer_keys import PeerKeys
-from mesh.api.addressing import REQUEST_ID_HEADER, Metadata, backward, onward
+from mesh.api.addressing import REQUEST_ID_HEADER, backward, onward
+from mesh.api.call_metadata import CallMetadata, Metadata
 from mesh.api.protobuf_field import inject
 from mesh.api.replay_buffer import ReplayBuffer
 from mesh.client.connections import Connections
@@ -50,7 +51,7 @@ class GrpcRequest:
     """
 
     method: str
-    metadata: Metadata
+    metadata: CallMetadata
     started_s: float
     request_id: str
     is_unary: bool = False
@@ -196,7 +197,7 @@ class GrpcForwarder:
 
     def _metadata(self, request: GrpcRequest, attempt: Attempt) -> list[tuple[str, str | bytes]]:
         peer_headers = () if attempt.target.local else self._peers.headers()
-        metadata = onward(request.metadata, attempt.model_id, peer_headers=peer_headers)
+        metadata = onward(request.metadata.pairs, attempt.model_id, peer_headers=peer_headers)
         metadata.append((REQUEST_ID_HEADER, request.request_id))
         if attempt.target.local:
             metadata.append((NAME_HEADER, quote(request.name)))
@@ -227,7 +228,7 @@ def _trailers(
     """Return the trailers for the caller, and take the mark that this pod's runtime logs the call."""
     received = tuple(trailers or ())
     request.is_logged = attempt.target.local and any(key == LOGGED_HEADER for key, _ in received)
-    return tuple(backward(received))
+    return backward(received)
 
 
 async def _send_headers(call: grpc.aio.Call, context: ForwardingContext) -> None:

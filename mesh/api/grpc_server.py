@@ -1,32 +1,21 @@
 """Serves the pod's gRPC port: management, the server's part of the Open Inference Protocol, health, reflection, and forwarding of the rest."""
 
-from __future__ import annotations  # grpc's handler types take parameters only for the type checker
-
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import unquote
 
-import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.grpc.health import Health
 from common.grpc.reflection import reflection_handlers
-from common.log_headers import CALLER_HEADER
-from mesh.access.caller import PEER, set_caller
-from mesh.access.guard import Guard, bearer_secret
-from mesh.access.peer_keys import PEER_KEY_HEADER
-from mesh.access.scopes import grpc_scopes
+from mesh.access.guard import Guard
 from mesh.access.tls import TlsIdentity
-from mesh.api.grpc_messages import MessageInterceptor
+from mesh.api.grpc_handlers import GrpcHandlers, OwnHandlers, admit_by, admit_peers
 from mesh.api.grpc_tls import server_credentials
-from mesh.api.inference import InferenceGateway, refuse
+from mesh.api.inference import InferenceGateway
 from mesh.api.legacy_management import LegacyManagement
 from mesh.api.oip_server import SERVICE_NAME as OIP_NAME
 from mesh.api.oip_server import OipServer
-from mesh.errors import MeshError
 from wire.fmaas import generation_pb2
 from wire.mmesh import model_mesh_pb2
 from wire.mmesh.model_mesh_pb2_grpc import ModelMeshServicer, add_ModelMeshServicer_to_server
@@ -39,48 +28,6 @@ _SERVICES = (
 _MAX_PENDING = 1_000_000
 _HANDSHAKE_MS = 20_000
 _HEALTH = "grpc.health.v1.Health"
-_CREDENTIALS = frozenset({"authorization", PEER_KEY_HEADER})
-
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
-
-
-class GuardInterceptor(grpc.aio.ServerInterceptor):
-    """Admits or refuses each call before any of its messages is read. `behind_envoy`: only Envoy connects, which recognises some callers itself."""
-
-    def __init__(self, guard: Guard, *, behind_envoy: bool = False) -> None:
-        self._guard = guard
-        self._read = _CREDENTIALS | {CALLER_HEADER} if behind_envoy else _CREDENTIALS
-
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        method = str(handler_call_details.method)
-        sent: dict[str, str] = {}
-        for key, value in handler_call_details.invocation_metadata or ():
-            if key in self._read:
-                sent.setdefault(key, str(value))
-        secret = bearer_secret(sent.get("authorization", ""))
-        try:
-            if CALLER_HEADER in sent:
-                self._guard.admit_recognised(unquote(sent[CALLER_HEADER]))
-                return await continuation(handler_call_details)
-            end = self._guard.admit((secret,), sent.get(PEER_KEY_HEADER, ""), grpc_scopes(method))
-        except MeshError as error:
-            return grpc.stream_stream_rpc_method_handler(refuse(error))
-        # Interceptors and the handler of a call run in one task, which ends with the call.
-        if end is not None and (call := asyncio.current_task()) is not None:
-            call.add_done_callback(lambda _: end())
-        return await continuation(handler_call_details)
-
-
-class PeerInterceptor(grpc.aio.ServerInterceptor):
-    """Marks the callers of a listener that only pods with a certificate reach."""
-
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        set_caller(PEER)
-        return await continuation(handler_call_details)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,20 +105,21 @@ class GrpcServer:
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.ping_timeout_ms", 20_000),
         )
-        self._server = grpc.aio.server(
-            interceptors=(GuardInterceptor(guard, behind_envoy=behind_envoy), MessageInterceptor()),
-            options=(*options, *limits.caller_options()),
-        )
+        self._server = grpc.aio.server(options=(*options, *limits.caller_options()))
         self._peer_server: grpc.aio.Server | None = None
         # A server that is never started logs an error when the process ends.
         if peer_tls is not None:
-            self._peer_server = grpc.aio.server(interceptors=(PeerInterceptor(),), options=options)
+            self._peer_server = grpc.aio.server(options=options)
             # Peers only forward inference.
-            self._peer_server.add_generic_rpc_handlers((gateway,))
-        add_ModelMeshServicer_to_server(management, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        own = (*reflection_handlers((*_SERVICES, _HEALTH)), own_oip.handler(), LegacyManagement(management))
-        self._server.add_generic_rpc_handlers((*own, gateway))
+            self._peer_server.add_generic_rpc_handlers((GrpcHandlers(admit_peers, (), gateway),))
+        own = OwnHandlers()
+        own.add(management, add_ModelMeshServicer_to_server)
+        own.add(self._health, health_pb2_grpc.add_HealthServicer_to_server)
+        own.add_generic_rpc_handlers(reflection_handlers((*_SERVICES, _HEALTH)))
+        own.add_generic_rpc_handlers((own_oip.handler(), LegacyManagement(management)))
+        self._server.add_generic_rpc_handlers(
+            (GrpcHandlers(admit_by(guard, behind_envoy=behind_envoy), own.generic, gateway),)
+        )
         self.port = 0
         self.peer_port = 0
 

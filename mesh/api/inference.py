@@ -11,12 +11,12 @@ from dataclasses import replace
 import grpc
 import grpc.aio
 
-from common.logs import log_fields
 from common.not_here import NOT_HERE_HEADER
 from mesh.access.caller import current_caller
 from mesh.access.peer_keys import PeerKeys
 from mesh.api.adapter_choice import AdapterChooser
-from mesh.api.addressing import PREFIX_HEADER, REQUEST_ID_HEADER, REQUIRED_HEADER, Address, Addressing, header
+from mesh.api.addressing import PREFIX_HEADER, REQUEST_ID_HEADER, REQUIRED_HEADER, Address, Addressing
+from mesh.api.call_metadata import CallMetadata
 from mesh.api.grpc_forwarder import (
     ForwardingContext,
     GrpcForwarder,
@@ -26,7 +26,7 @@ from mesh.api.grpc_forwarder import (
 from mesh.api.known_methods import single_message_methods, unary_methods
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
-from mesh.api.request_log import request_id_of, requests_logger
+from mesh.api.request_log import log_grpc_call, request_id_of
 from mesh.api.request_memory import RequestMemory
 from mesh.client.connections import Connections
 from mesh.errors import MeshError, NotFound, NotSupported, Unavailable
@@ -37,7 +37,7 @@ from mesh.routing.router import CopyRouter
 from mesh.types import RuntimeLimits
 
 
-class InferenceGateway(grpc.GenericRpcHandler):
+class InferenceGateway:
     """Handles every method that no other handler of the server takes. `limits`: the local runtime's limits, once they are known."""
 
     def __init__(
@@ -66,35 +66,34 @@ class InferenceGateway(grpc.GenericRpcHandler):
         self._single_message = single_message_methods()
         self._unary = unary_methods()
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
-        method = handler_call_details.method.lstrip("/")
-
-        async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
-            await self._serve(method, None, context)
-
-        async def serve_one(message: bytes, context: ServerContext) -> None:
-            await self._serve(method, message, context)
+    def handler(self, method: str, metadata: CallMetadata) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Return the handler of one call of a method, `package.Service/Method`."""
+        is_unary = method in self._unary
 
         async def serve_unary(message: bytes, context: ServerContext) -> bytes:
-            return await self._serve(method, message, context)
+            return await self._serve(self._request(method, metadata, is_unary=True), message, context)
 
-        handler: grpc.RpcMethodHandler[bytes, bytes]
-        if method in self._unary:
-            handler = grpc.unary_unary_rpc_method_handler(serve_unary)
-        elif method in self._single_message:
-            handler = grpc.unary_stream_rpc_method_handler(serve_one)
-        else:
-            handler = grpc.stream_stream_rpc_method_handler(serve)
-        return handler
+        async def serve_one(message: bytes, context: ServerContext) -> None:
+            await self._serve(self._request(method, metadata), message, context)
 
-    async def _serve(self, method: str, message: bytes | None, context: ServerContext) -> bytes:
+        async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
+            await self._serve(self._request(method, metadata), None, context)
+
+        if is_unary:
+            return grpc.unary_unary_rpc_method_handler(serve_unary)
+        if method in self._single_message:
+            return grpc.unary_stream_rpc_method_handler(serve_one)
+        return grpc.stream_stream_rpc_method_handler(serve)
+
+    def _request(self, method: str, metadata: CallMetadata, *, is_unary: bool = False) -> GrpcRequest:
+        request_id = request_id_of(metadata.first(REQUEST_ID_HEADER))
+        return GrpcRequest(method, metadata, time.monotonic(), request_id, is_unary)
+
+    async def _serve(self, request: GrpcRequest, message: bytes | None, context: ServerContext) -> bytes:
         """Return the response of a unary method; the messages of any other one are written.
 
         `message`: the only one of a method that takes one message; None if the caller may send any number.
         """
-        metadata = tuple(context.invocation_metadata() or ())
-        request_id = request_id_of(header(metadata, REQUEST_ID_HEADER))
-        request = GrpcRequest(method, metadata, time.monotonic(), request_id, is_unary=method in self._unary)
         inbound = ReplayBuffer(context, self._memory.hold(), 2 * self._max_message_bytes, only=message)
         try:
             inbound.admit()
@@ -102,7 +101,8 @@ class InferenceGateway(grpc.GenericRpcHandler):
             request.code = outcome.code.name
             if outcome.code is not grpc.StatusCode.OK:
                 await context.abort(outcome.code, outcome.details, outcome.trailers)
-            context.set_trailing_metadata(outcome.trailers)
+            if outcome.trailers:
+                context.set_trailing_metadata(outcome.trailers)
             return outcome.message
         except MeshError as error:
             request.code = error.code
@@ -116,7 +116,9 @@ class InferenceGateway(grpc.GenericRpcHandler):
 
     async def _answer(self, request: GrpcRequest, inbound: ReplayBuffer, context: ServerContext) -> GrpcOutcome:
         self._check_allowed(request.method)
-        first = await inbound.message(0) if self._addressing.wants_message(request.method, request.metadata) else None
+        first = inbound.only
+        if first is None and self._addressing.wants_message(request.method, request.metadata):
+            first = await inbound.message(0)
         addresses = self._addressing.addresses(request.method, request.metadata, first)
         if len(addresses) > 1:
             return await self._answer_several(request, addresses, inbound, context)
@@ -136,7 +138,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         routing = RoutingRequest(
             address.name,
             request.model_id,
-            prefix_hash=header(request.metadata, PREFIX_HEADER),
+            prefix_hash=request.metadata.first(PREFIX_HEADER),
             local_only=current_caller().is_peer,
             time_left_s=context.time_remaining,
         )
@@ -181,7 +183,7 @@ class InferenceGateway(grpc.GenericRpcHandler):
         outcomes = await asyncio.gather(*(call(*pair) for pair in zip(addresses, parts, strict=True)))
         missing = [outcome for outcome in outcomes if isinstance(outcome, NotFound)]
         found = [outcome for outcome in outcomes if not isinstance(outcome, NotFound)]
-        if missing and header(request.metadata, REQUIRED_HEADER).lower() == "all":
+        if missing and request.metadata.first(REQUIRED_HEADER).lower() == "all":
             raise missing[0]
         if not found:
             raise NotFound("none of the requested models were found")
@@ -217,28 +219,26 @@ class InferenceGateway(grpc.GenericRpcHandler):
         )
         for code, invoke_s in request.invocations:
             self._metrics.invoked(label, code, invoke_s)
-        log_fields(
-            requests_logger,
+        log_grpc_call(
             logging.DEBUG if request.is_logged else logging.INFO,
-            "request",
-            {
-                "code": request.code,
-                "method": "gRPC",
-                "path": f"/{request.method}",
-                "asked": request.name,
-                "model": request.model_id,
-                "key": current_caller().name,
-                "first_s": round(request.first_s, 3) or None,
-                "total_s": round(seconds, 3),
-                "request_id": request.request_id,
-            },
+            code=request.code,
+            method=request.method,
+            asked=request.name,
+            model_id=request.model_id,
+            first_s=request.first_s,
+            seconds=seconds,
+            request_id=request.request_id,
         )
 
 
-def refuse(error: MeshError) -> Callable[[AsyncIterator[bytes], ServerContext], Awaitable[None]]:
-    """Return a handler that answers every request with this error."""
+def refuse(
+    error: MeshError, method: str, metadata: CallMetadata
+) -> Callable[[AsyncIterator[bytes], ServerContext], Awaitable[None]]:
+    """Return a handler that answers the call with this error, and logs it."""
 
     async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
+        request_id = request_id_of(metadata.first(REQUEST_ID_HEADER))
+        log_grpc_call(logging.INFO, code=error.code, method=method, request_id=request_id)
         await context.abort(grpc.StatusCode[error.code], error.message, _trailers(error))
 
     return serve

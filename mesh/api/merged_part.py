@@ -1,6 +1,6 @@
 """Collects one model's response to a request for several models."""
 
-from mesh.api.addressing import Metadata
+from mesh.api.call_metadata import Metadata
 from mesh.api.replay_buffer import ServerContext
 
 

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from mesh.api.addressing import Addressing
+from mesh.api.call_metadata import CallMetadata
 from mesh.errors import MeshError, NotFound
 from mesh.registry.registry import Registry
 from mesh.types import ModelStatus, ModelStatuses
@@ -64,7 +65,7 @@ class OipServer:
         request: pb.ModelReadyRequest,
         context: grpc.aio.ServicerContext[pb.ModelReadyRequest, pb.ModelReadyResponse],
     ) -> pb.ModelReadyResponse:
-        metadata = tuple(context.invocation_metadata() or ())
+        metadata = CallMetadata(tuple(context.invocation_metadata() or ()))
         try:
             self._addressing.check_allowed(_MODEL_READY)
             address = self._addressing.addresses(_MODEL_READY, metadata, request.SerializeToString())[0]

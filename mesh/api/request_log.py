@@ -63,6 +63,36 @@ def request_id_of(given: str) -> str:
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(_ID_BYTES)
 
 
+def log_grpc_call(
+    level: int,
+    *,
+    code: str,
+    method: str,
+    request_id: str,
+    asked: str = "",
+    model_id: str = "",
+    first_s: float = 0.0,
+    seconds: float = 0.0,
+) -> None:
+    """Log the end of a call of a method, `package.Service/Method`, by the current caller. `first_s`: until the first message of the response."""
+    log_fields(
+        requests_logger,
+        level,
+        "request",
+        {
+            "code": code,
+            "method": "gRPC",
+            "path": f"/{method}",
+            "asked": asked,
+            "model": model_id,
+            "key": current_caller().name,
+            "first_s": round(first_s, 3) or None,
+            "total_s": round(seconds, 3),
+            "request_id": request_id,
+        },
+    )
+
+
 def request_log(metrics: Metrics) -> Middleware:
     """Return a middleware that gives each request an id (a valid one of the client is kept), sends it back, and logs the request's end."""
 

@@ -29,8 +29,8 @@ class _Labelled(Generic[Series]):
 
 
 class LabelledCounter(_Labelled[int]):
-    def inc(self, *labels: str) -> None:
-        self._series[labels] = self._series.get(labels, 0) + 1
+    def inc(self, *labels: str, by: int = 1) -> None:
+        self._series[labels] = self._series.get(labels, 0) + by
 
     def family(self) -> Metric:
         family = CounterMetricFamily(self._name, self._about, labels=self._labels)
@@ -39,11 +39,14 @@ class LabelledCounter(_Labelled[int]):
         return family
 
 
-class LabelledGauge(_Labelled[int]):
+class LabelledGauge(_Labelled[float]):
+    def set(self, value: float, *labels: str) -> None:
+        self._series[labels] = value
+
     def change(self, by: int, *labels: str) -> None:
         self._series[labels] = self._series.get(labels, 0) + by
 
-    def value(self, *labels: str) -> int:
+    def value(self, *labels: str) -> float:
         return self._series.get(labels, 0)
 
     def family(self) -> Metric:

@@ -49,6 +49,16 @@ class Metrics:
         self._evictions = LabelledCounter(
             "repertory_mesh_evictions", "Models unloaded to free memory for another model", label
         )
+        self._carried = LabelledCounter(
+            "repertory_mesh_carried_requests",
+            "Requests that Envoy carried to a copy past the mesh, by model and protocol (grpc or http)",
+            ("model_name", "carrier"),
+        )
+        self._carried_seconds = LabelledGauge(
+            "repertory_mesh_carried_request_seconds",
+            "Median duration in seconds of the requests that Envoy carried to a copy past the mesh, of about the last second with any",
+            ("model_name", "carrier"),
+        )
         self._by_model = (
             self._requests,
             self._first_byte,
@@ -57,18 +67,8 @@ class Metrics:
             self._loads,
             self._load_seconds,
             self._evictions,
-        )
-        self._carried = Counter(
-            "repertory_mesh_carried_requests",
-            "Requests that Envoy carried to a copy past the mesh, by model and protocol (grpc or http)",
-            ("model_name", "carrier"),
-            registry=self._registry,
-        )
-        self._carried_seconds = Gauge(
-            "repertory_mesh_carried_request_seconds",
-            "Median duration in seconds of the requests that Envoy carried to a copy past the mesh, of about the last second with any",
-            ("model_name", "carrier"),
-            registry=self._registry,
+            self._carried,
+            self._carried_seconds,
         )
         self._modelmesh = ModelMeshMetrics()
 
@@ -94,11 +94,11 @@ class Metrics:
 
     def carried(self, model_id: str, carrier: str, count: int) -> None:
         """Count requests that Envoy carried."""
-        self._carried.labels(*self._series(self._carried, model_id, (carrier,))).inc(count)
+        self._carried.inc(name_in(model_id), carrier, by=count)
 
     def carried_latency(self, model_id: str, carrier: str, seconds: float) -> None:
         """Set the recent median duration of the requests that Envoy carried."""
-        self._carried_seconds.labels(*self._series(self._carried_seconds, model_id, (carrier,))).set(seconds)
+        self._carried_seconds.set(seconds, name_in(model_id), carrier)
 
     def invoked(self, method: str, code: str, seconds: float) -> None:
         """Count one call of the local runtime, of which a request may need several."""

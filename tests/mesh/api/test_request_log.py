@@ -1,13 +1,18 @@
 """The mesh's line per HTTP request: the name that was asked for, the outcome, and which lines are left to the runtime or to debug."""
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 
+from mesh.access.api_keys import digest_of
 from tests.support.pods import RunningPod, running_pod
+from tests.support.waiting import until
+from wire.mmesh import model_mesh_pb2 as mm
 
 LOGGER = "mesh.requests"
 
@@ -113,3 +118,39 @@ async def test_log_of_an_eviction_says_for_which_model(tmp_path: Path, caplog: p
     assert line["message"].startswith("model ada: evicting it for bob")
     assert line["bytes"] == 60 * 1024 * 1024
     assert line["idle_s"] >= 0
+
+
+async def test_log_has_management_by_grpc(pod: RunningPod, caplog: pytest.LogCaptureFixture) -> None:
+    await pod.register("m", "/files")
+    await pod.load("m")
+    await pod.management.getModelStatus(mm.GetStatusRequest(modelId="m"))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await pod.management.ensureLoaded(mm.EnsureLoadedRequest(modelId="nobody"), metadata=(("x-request-id", "abc"),))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await pod.unary("/mmesh.ModelMesh/addModel")(b"\xff\xff")
+    await until(lambda: len(lines(caplog)) == 5)
+    shown = [(line["path"].rpartition("/")[2], line["asked"], line["code"], line["levelno"]) for line in lines(caplog)]
+    assert shown == [
+        ("registerModel", "m", "OK", logging.INFO),
+        ("ensureLoaded", "m", "OK", logging.INFO),
+        ("getModelStatus", "m", "OK", logging.DEBUG),
+        ("ensureLoaded", "nobody", "NOT_FOUND", logging.INFO),
+        ("addModel", "", "INVALID_ARGUMENT", logging.INFO),
+    ]
+    assert lines(caplog)[3]["request_id"] == "abc"
+    assert lines(caplog)[0]["method"] == "gRPC"
+
+
+async def test_log_has_refused_grpc_calls_with_the_keys_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(json.dumps({"keys": [{"name": "chat", "sha256": digest_of("secret"), "scopes": ["inference"]}]}))
+    async with running_pod(tmp_path / "locked", api_keys_file=str(keys)) as locked:
+        caplog.set_level(logging.INFO, LOGGER)
+        for metadata, code in ((), "UNAUTHENTICATED"), ((("authorization", "Bearer secret"),), "PERMISSION_DENIED"):
+            caplog.clear()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await locked.unary("/mmesh.ModelMesh/unregisterModel")(b"", metadata=metadata)
+            assert caught.value.code().name == code
+            (line,) = lines(caplog)
+            assert (line["code"], line["path"]) == (code, "/mmesh.ModelMesh/unregisterModel")
+            assert line["key"] == ("chat" if metadata else "")
