@@ -25,7 +25,7 @@ from tests.support import stack
 
 MODEL = "edge"
 SERVICE = "fmaas.GenerationService"
-MESSAGE = b"y" * 64
+MESSAGE = b"x" * 64  # also an encoded message, in which the mesh looks for an adapter
 EVENTS = 100
 CHURN_MODELS = 4
 CHURN_CLIENTS = 32
@@ -94,11 +94,11 @@ def serve() -> Iterator[list[Way]]:
 
 
 def unary() -> Load:
-    return Load(f"{SERVICE}/Generate", MODEL, b"x" * 64, len(frame(MESSAGE)))
+    return Load(f"{SERVICE}/Generate", MODEL, MESSAGE, len(frame(MESSAGE)))
 
 
 def stream() -> Load:
-    return Load(f"{SERVICE}/GenerateStream", MODEL, b"x" * 64, len(frame(MESSAGE)) * EVENTS)
+    return Load(f"{SERVICE}/GenerateStream", MODEL, MESSAGE, len(frame(MESSAGE)) * EVENTS)
 
 
 def measure(path: Way, load: Load, clients: int, seconds: float) -> Sample:

@@ -68,8 +68,9 @@ async def test_known_methods_lost_model_is_reloaded_and_message_resent(pod: Runn
 
 
 async def test_known_methods_stream_keeps_order_headers_and_trailers(pod: RunningPod) -> None:
-    call = pod.server_stream(f"/{SERVICE}/GenerateStream")(b"150", metadata=FOR_M)
-    assert [message async for message in call] == [str(index).encode() for index in range(150)]
+    # A number to the fake runtime, and an encoded message to the mesh, which looks for an adapter in it.
+    call = pod.server_stream(f"/{SERVICE}/GenerateStream")(b"0102", metadata=FOR_M)
+    assert [message async for message in call] == [str(index).encode() for index in range(102)]
     assert dict(await call.initial_metadata())["answered-by"] == "fake"
     assert dict(await call.trailing_metadata())["trailer"] == "kept"
 
@@ -120,7 +121,9 @@ async def test_known_methods_unary_cancellation_and_deadline_reach_the_runtime(p
 async def test_known_methods_unary_memory_is_given_back(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "small", request_memory_bytes=150_000) as pod:
         await pod.register("m")
-        message = fmaas.BatchedGenerationRequest(prefix_id="x" * 100_000).SerializeToString()
+        message = fmaas.BatchedGenerationRequest(
+            requests=[fmaas.GenerationRequest(text="x" * 100_000)]
+        ).SerializeToString()
         for _ in range(3):
             assert await generate(pod)(message, metadata=FOR_M) == message
         pod.runtime.switches.mute = True

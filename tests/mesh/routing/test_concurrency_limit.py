@@ -26,7 +26,7 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
 
 
 async def stream(pod: RunningPod, count: int) -> list[bytes]:
-    call = pod.server_stream("/fmaas.GenerationService/GenerateStream")(str(count).encode(), metadata=FOR_M)
+    call = pod.server_stream("/test.Any/Count")(str(count).encode(), metadata=FOR_M)
     return [bytes(message) async for message in call]
 
 
@@ -38,7 +38,7 @@ async def test_concurrency_limit_bounds_running_requests(pod: RunningPod) -> Non
 
 
 async def test_concurrency_limit_frees_cancelled_slots_and_refuses_too_many(pod: RunningPod) -> None:
-    slow: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = pod.server_stream("/fmaas.GenerationService/GenerateStream")
+    slow: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = pod.server_stream("/test.Any/Count")
     pod.runtime.switches.chunk_s = 3600
     calls = [slow(b"3", metadata=FOR_M) for _ in range(2)]
     reading = [asyncio.ensure_future(call.read()) for call in calls]
@@ -65,7 +65,7 @@ async def test_concurrency_limit_wait_keeps_to_the_deadline(pod: RunningPod) -> 
     pod.runtime.switches.chunk_s = 3600
     calls = [asyncio.ensure_future(stream(pod, 1)) for _ in range(2)]
     await until(lambda: pod.runtime.running == 2)
-    late = pod.server_stream("/fmaas.GenerationService/GenerateStream")(b"1", metadata=FOR_M, timeout=0.3)
+    late = pod.server_stream("/test.Any/Count")(b"1", metadata=FOR_M, timeout=0.3)
     with pytest.raises(grpc.aio.AioRpcError) as passed:
         await late.read()
     assert passed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
