@@ -9,17 +9,18 @@ from torch import Tensor
 
 from runtime.engine.parallel.shard import Shard
 
-ONE_SHOT_BYTES = 1 << 20  # each rank reads all the others' tensors whole, which pays only for small ones
+ONE_SHOT_BYTES = 128 << 10  # from here on, two steps that each move a part take less time than one that moves all
+SHARED_BYTES = 32 << 20  # of the largest tensor that is not given to NCCL
 _JOIN_S = 120.0
-_ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)
-_ALIGNMENT = 16  # bytes that torch's kernel reads at once
+_SHARED_DTYPES = (torch.bfloat16, torch.float32)
+_ALIGNMENT = 16  # bytes that a thread of torch's kernels reads at once
 
 
 class RankGroup:
     """A rank's membership in its group. Every rank must call the same operations in the same order, with tensors of equal shapes.
 
-    Gloo carries tensors on a CPU. On GPUs, one per rank, small tensors are summed through memory that all ranks map, and NCCL carries the others.
-    CUDA graphs may hold both.
+    Gloo carries tensors on a CPU. On GPUs, one per rank, tensors are summed through memory that all ranks map. NCCL carries the largest, and types
+    that torch's kernels do not know. CUDA graphs may hold both.
     """
 
     def __init__(self, shard: Shard, device: torch.device, rendezvous: str) -> None:
@@ -39,35 +40,41 @@ class RankGroup:
             timeout=timedelta(seconds=_JOIN_S),
             device_id=device if on_gpu else None,
         )
-        self._one_shot = OneShot(device) if on_gpu else None
+        self._shared = SharedMemory(device, shard.size) if on_gpu else None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over all ranks, which is bit for bit the same on each. May overwrite `tensor`."""
-        if self._one_shot is not None and self._one_shot.serves(tensor):
-            return self._one_shot.all_reduce(tensor)
+        if self._shared is not None and self._shared.serves(tensor):
+            return self._shared.all_reduce(tensor)
         dist.all_reduce(tensor)
         return tensor
 
 
-class OneShot:
-    """Sums small tensors by one kernel that reads the other ranks' memory over NVLink."""
+class SharedMemory:
+    """Sums tensors by kernels that read and write the other ranks' memory over NVLink."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_ranks: int) -> None:
         """Map the ranks' buffers. Every rank must do so at the same time."""
         from torch.distributed import _symmetric_memory as symmetric
 
         world = dist.group.WORLD
         assert world is not None, "the group was joined"
         self._group = world.group_name
-        self._buffer = symmetric.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
+        self._alignment = _ALIGNMENT * num_ranks
+        self._buffer = symmetric.empty(SHARED_BYTES, dtype=torch.uint8, device=device)
         symmetric.rendezvous(self._buffer, self._group)
 
     def serves(self, tensor: Tensor) -> bool:
         num_bytes = tensor.numel() * tensor.element_size()
-        return num_bytes <= ONE_SHOT_BYTES and num_bytes % _ALIGNMENT == 0 and tensor.dtype in _ONE_SHOT_DTYPES
+        return num_bytes <= SHARED_BYTES and num_bytes % self._alignment == 0 and tensor.dtype in _SHARED_DTYPES
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Return the sum. A small tensor is read whole by every rank, each rank sums a part of a larger one."""
         num_bytes = tensor.numel() * tensor.element_size()
         shared = self._buffer[:num_bytes].view(tensor.dtype).view(tensor.shape)
-        summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, tensor, "sum", self._group)
-        return summed
+        if num_bytes <= ONE_SHOT_BYTES:
+            summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, tensor, "sum", self._group)
+            return summed
+        shared.copy_(tensor)
+        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._group)
+        return shared
