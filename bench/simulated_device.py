@@ -117,6 +117,9 @@ class SimulatedDevice:
     def synchronize(self) -> None:
         self.clock.advance(self._steps_end_s)
 
+    def settle(self) -> None:
+        """Wait for nothing: no pass is captured."""
+
     def next_capture(self) -> None:
         return None
 

@@ -349,6 +349,9 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Wait for all launched work (tests and shutdown only)."""
 
+    def settle(self) -> None:
+        """Wait for the launched passes, so that a fault is not attributed to a later model. Raises the device's error if the device is lost."""
+
     def next_capture(self) -> GraphCapture | None:
         """Return the capture that an idle turn should do, None = none. It stays the same until it was done."""
 

@@ -16,6 +16,7 @@ from common.model_key import Quantization
 from runtime.engine.interfaces import (
     AdapterResult,
     Bucket,
+    GraphCapture,
     GraphChoice,
     KvGeometry,
     LoadRequest,
@@ -324,7 +325,7 @@ class FakeRunner:
         return False
 
     def capture(self, bucket: Bucket, *, record: bool) -> None:
-        raise AssertionError("this runner asks for no graph")
+        self._backend.captured.append(GraphCapture(self.facts.model_id, bucket, record))
 
     def launch(self, plan: StepPlan, padded_to: Bucket | None = None) -> FakeLaunched:
         return self._checked(plan, None)
@@ -559,6 +560,9 @@ class FakeBackend:
         self.adapter_slots = 4
         self.adapter_memories: list[FakeAdapterMemory] = []
         self.banks: list[FakeBank] = []
+        self.captures: list[GraphCapture] = []  # due in idle turns
+        self.captured: list[GraphCapture] = []
+        self.lost = False
         self.steps = 0
         self.largest_step = 0
         self.token_us = 2.0
@@ -618,8 +622,12 @@ class FakeBackend:
 
     def synchronize(self) -> None: ...
 
-    def next_capture(self) -> None:
-        return None
+    def settle(self) -> None:
+        if self.lost:
+            raise RuntimeError("the fake device is lost")
+
+    def next_capture(self) -> GraphCapture | None:
+        return self.captures.pop(0) if self.captures else None
 
     def idle(self, mark: Callable[[str], None]) -> bool:
         return False

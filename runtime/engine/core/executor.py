@@ -201,6 +201,7 @@ class OperationExecutor:
         capture = self._backend.next_capture()
         if capture is not None:
             self.apply(CaptureGraph(*capture))
+            self._backend.settle()
             return True
         return self._backend.idle(self._mark)
 

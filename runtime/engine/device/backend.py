@@ -18,7 +18,7 @@ from runtime.engine.adapters.load import load_adapter
 from runtime.engine.device.cpu import CpuDevice
 from runtime.engine.device.device import Device
 from runtime.engine.interfaces import AdapterResult, GraphCapture, LoadRequest, LoadResult
-from runtime.engine.model.build.adapter_warmup import warm_up_adapters
+from runtime.engine.model.build.adapter_warmup import AdapterWarmup
 from runtime.engine.model.build.builder import assemble, draw, facts_of
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.build.warmup import Warmups
@@ -115,11 +115,13 @@ class EngineBackend:
         self._state = state if state is not None else DeviceState.create(hardware.device, config)
         # Nothing is compiled for a CPU.
         self._warmups: Warmups | None = None
+        self._adapter_warmup: AdapterWarmup | None = None
         if hardware.device.type == "cuda":
             from runtime.engine.kernels.gpu.launchers import serialise_launchers  # needs triton
 
             serialise_launchers()  # before warmup threads and the engine thread launch kernels
             self._warmups = Warmups(hardware.device, config)
+            self._adapter_warmup = AdapterWarmup(hardware.device, self._state.max_tokens)
         self._opened = False
         self.device = str(hardware.device)
         self.device_name = hardware.name
@@ -143,6 +145,10 @@ class EngineBackend:
 
     def synchronize(self) -> None:
         self._hardware.synchronize()
+
+    def settle(self) -> None:
+        if self._hardware.device.type == "cuda":
+            torch.cuda.current_stream(self._hardware.device).synchronize()
 
     def next_capture(self) -> GraphCapture | None:
         # A capture during a warmup would compile the same kernels twice and count the warmup's memory as the graph's.
@@ -259,8 +265,8 @@ class EngineBackend:
         except LoadFailed as error:
             error.model = request.model_id
             raise
-        if self._hardware.device.type == "cuda":
-            warm_up_adapters(self._hardware.device, bank, self._state.max_tokens)
+        if self._adapter_warmup is not None:
+            self._adapter_warmup.run(bank)
         return loaded
 
 

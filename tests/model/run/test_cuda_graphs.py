@@ -92,9 +92,6 @@ class FakePool:
     def want(self, graphs: ModelGraphs, bucket: Bucket) -> None:
         self.wanted.append(bucket)
 
-    def settle(self) -> None:
-        pass
-
     def record(self, run: object) -> StepGraph:
         self.recorded += 1
         if self.fails:

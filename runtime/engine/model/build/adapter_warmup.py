@@ -1,5 +1,7 @@
 """Compiles the kernels that steps with adapters need, in the thread that loads an adapter, so that no request waits for a compiler."""
 
+import threading
+
 import torch
 
 from runtime.engine.adapters.bank import AdapterBank
@@ -8,17 +10,34 @@ from runtime.engine.kernels.adapters import FEW_TOKENS, MAX_MODULES, add_adapter
 _SIZES = (16, FEW_TOKENS, 2 * FEW_TOKENS)  # a size of each tiling
 
 
-@torch.inference_mode()
-def warm_up_adapters(device: torch.device, bank: AdapterBank, max_tokens: int) -> None:
-    """Launch the kernels over uploads without chunks, once for each shape of the base's layers. Reads and changes nothing."""
-    torch.cuda.set_device(device)
-    shapes = {(target.in_features, target.out_features) for target in bank.targets}
-    upload = zero_upload(device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        for in_features, out_features in shapes:
-            for num_tokens in {min(size, max_tokens) for size in _SIZES}:
-                x = torch.zeros((num_tokens, in_features), dtype=bank.dtype, device=device)
-                for count in range(1, MAX_MODULES + 1):
-                    y = torch.zeros((num_tokens, count * out_features), dtype=bank.dtype, device=device)
-                    add_adapters(y, x, upload, bank.table, first_module=0, widths=[out_features] * count, num_chunks=1)
-        torch.cuda.current_stream(device).synchronize()
+class AdapterWarmup:
+    """Launches the kernels of adapters once for each shape of a base's layers, on a stream of its own.
+
+    Torch deals streams out of a small pool, so a new stream for each load would sooner or later be the one on which a graph is captured.
+    """
+
+    def __init__(self, device: torch.device, max_tokens: int) -> None:
+        self._device = device
+        self._max_tokens = max_tokens
+        self._stream = torch.cuda.Stream(device)
+        self._running = threading.Lock()
+        self._done: set[tuple[torch.dtype, int, int]] = set()
+
+    def run(self, bank: AdapterBank) -> None:
+        """Launch what no earlier load has launched. Reads and changes nothing."""
+        shapes = {(bank.dtype, target.in_features, target.out_features) for target in bank.targets}
+        torch.cuda.set_device(self._device)
+        with self._running, torch.cuda.stream(self._stream):
+            for shape in shapes - self._done:
+                self._launch(bank, *shape)
+            self._stream.synchronize()
+            self._done |= shapes
+
+    @torch.inference_mode()
+    def _launch(self, bank: AdapterBank, dtype: torch.dtype, in_features: int, out_features: int) -> None:
+        device, upload = self._device, zero_upload(self._device)
+        for num_tokens in {min(size, self._max_tokens) for size in _SIZES}:
+            x = torch.zeros((num_tokens, in_features), dtype=dtype, device=device)
+            for count in range(1, MAX_MODULES + 1):
+                y = torch.zeros((num_tokens, count * out_features), dtype=dtype, device=device)
+                add_adapters(y, x, upload, bank.table, first_module=0, widths=[out_features] * count, num_chunks=1)

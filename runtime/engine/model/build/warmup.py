@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 
 import msgspec
 import numpy as np
@@ -43,6 +44,7 @@ _FEW_TOKENS = 32  # Idle turns run larger sizes.
 _PROMPT_SIZES = (16, 32, 64, 128, 256)  # tokens of the steps that stand for prompts of all lengths
 _SLACK_BYTES = 2 << 20  # after the weights, as in a real model's range
 _LONGEST_WAIT_S = 60.0
+_NUM_PARTS = 2  # of every warmup
 _VOCAB = 131_072
 _FACTS = ModelFacts("", "", "warmup", "", Quantization.NONE, 0, 0, _MOST_CONTEXT, _VOCAB, 0)
 _PROMPT_TOKENS = 12  # within one KV block of any size
@@ -62,6 +64,12 @@ class Warmups:
     _known: set[object] = field(default_factory=set)
     _running: list["Warmup"] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    # Torch deals streams out of a small pool: a new one for each warmup would sooner or later be the one on which a graph is captured.
+    _streams: "tuple[torch.cuda.Stream, ...]" = field(init=False)
+
+    def __post_init__(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self._streams = tuple(torch.cuda.Stream(self.device) for _ in range(_NUM_PARTS)) if on_gpu else ()
 
     @property
     def busy(self) -> bool:
@@ -90,22 +98,24 @@ class Warmups:
         )
 
     def _begin(self, parts: Sequence[Part]) -> "Warmup":
-        warmup = Warmup(parts, self.device)
+        warmup = Warmup(parts, self.device, self._streams)
         with self._lock:
             self._running.append(warmup)
         return warmup
 
 
 class Warmup:
-    """A running warmup: each part has its own thread and stream, because compilation blocks a thread. Starts at once."""
+    """A running warmup: each part has its own thread, because compilation blocks a thread, and one of `streams` on a GPU. Starts at once."""
 
-    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
+    def __init__(
+        self, parts: Sequence[Part], device: torch.device, streams: "Sequence[torch.cuda.Stream]" = ()
+    ) -> None:
         self._device = device
         self.num_steps = 0
         self._ready = [threading.Event() for _ in parts]
         self._threads = [
-            threading.Thread(target=self._run, args=(part, ready), name="warmup", daemon=True)
-            for part, ready in zip(parts, self._ready, strict=True)
+            threading.Thread(target=self._run, args=(part, ready, stream), name="warmup", daemon=True)
+            for part, ready, stream in zip_longest(parts, self._ready, streams[: len(parts)])
         ]
         for thread in self._threads:
             thread.start()
@@ -124,17 +134,17 @@ class Warmup:
         for thread in self._threads:
             thread.join()
 
-    def _run(self, part: Part, ready: threading.Event) -> None:
+    def _run(self, part: Part, ready: threading.Event, stream: "torch.cuda.Stream | None") -> None:
         begun_s, ready_s = time.monotonic(), 0.0
         try:
-            with torch.inference_mode(), self._own_stream():
+            with torch.inference_mode(), self._on(stream):
                 for first_done in part():
                     self.num_steps += 1
                     if first_done and not ready.is_set():
                         ready_s = time.monotonic() - begun_s
                         ready.set()
-                if self._device.type == "cuda":
-                    torch.cuda.current_stream(self._device).synchronize()
+                if stream is not None:
+                    stream.synchronize()
             _LOG.info(
                 "warmed up in %.2f s, and in %.2f s what a first request needs", time.monotonic() - begun_s, ready_s
             )
@@ -146,11 +156,11 @@ class Warmup:
                 with suppress(RuntimeError):  # It fails while the engine captures a graph.
                     torch.cuda.empty_cache()
 
-    def _own_stream(self) -> AbstractContextManager[object]:
-        if self._device.type != "cuda":
+    def _on(self, stream: "torch.cuda.Stream | None") -> AbstractContextManager[object]:
+        if stream is None:
             return nullcontext()
         torch.cuda.set_device(self._device)
-        return torch.cuda.stream(torch.cuda.Stream(self._device))
+        return torch.cuda.stream(stream)
 
 
 def _state(device: torch.device, config: EngineConfig) -> DeviceState:

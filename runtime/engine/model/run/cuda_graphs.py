@@ -104,11 +104,6 @@ class GraphPool:
                     return capture
         return None
 
-    def settle(self) -> None:
-        """Wait for all launched work. Raises the device's error if the device is lost."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).synchronize()
-
     def record(self, run: Callable[[], torch.Tensor]) -> StepGraph:
         """Capture `run`, which returns logits, without executing it. Other threads may use the device during the capture."""
         if self._anchor is None:
@@ -262,7 +257,6 @@ class ModelGraphs:
         self._warmed_up = None
         if self._pool.collective:
             self._run_blank(bucket)
-            self._pool.settle()
         elif not self._attempt(self._run_blank, bucket):
             return
         self._warmed_up = bucket
@@ -280,10 +274,7 @@ class ModelGraphs:
         self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
 
     def _attempt(self, work: Callable[[Bucket], None], bucket: Bucket) -> bool:
-        """Run `work`. No request depends on these passes, so an error disables graphs and fails nothing else.
-
-        Raises the device's error if the device is lost: a later fault would be attributed to another model.
-        """
+        """Run `work`. No request depends on these passes, so an error disables graphs and fails nothing else."""
         try:
             work(bucket)
         except torch.OutOfMemoryError:
@@ -292,8 +283,6 @@ class ModelGraphs:
         except Exception as error:
             self._refuse(error)
             return False
-        finally:
-            self._pool.settle()
         return True
 
     def _refuse(self, error: Exception) -> None:

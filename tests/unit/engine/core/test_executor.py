@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from runtime.engine.core.executor import OperationExecutor
+from runtime.engine.interfaces import Bucket, GraphCapture
 from runtime.engine.operations import (
+    CaptureGraph,
     CloseRow,
     DropHost,
     Evict,
@@ -133,9 +135,36 @@ def test_executor_flush_raises_what_no_model_can_be_blamed_for() -> None:
         executor.flush()
 
 
+def test_executor_captures_by_operations_and_names_the_model_of_a_lost_device() -> None:
+    """A rank that applies the recorded operations captures the same graphs."""
+    backend, recorder, marks = FakeBackend({"a": FakeSpec()}), Recorder(), list[str]()
+    executor = OperationExecutor(backend, marks.append, recorder.record)
+    executor.start_load(StartLoad("a", Checkpoint(model_dir="a")))
+    executor.finish_load("a")
+    due = [GraphCapture("a", Bucket(1, 1, 1, 1024), record) for record in (False, True)]
+    backend.captures = [*due, due[0]]
+    assert executor.run_idle_work()
+    assert executor.run_idle_work()
+    second = FakeBackend(backend.specs)
+    replay(recorder, second)
+    assert backend.captured == second.captured == due
+    backend.lost = True
+    marks.clear()
+    with pytest.raises(RuntimeError, match="lost"):
+        executor.run_idle_work()
+    assert marks == ["a"]
+
+
 @pytest.mark.parametrize(
     "operation",
-    [DropHost("a"), MapKv("a", 3, 4), CloseRow("a", 2), SwapIn("a", (1, 2)), StartLoad("a", Checkpoint("d"))],
+    [
+        CaptureGraph("a", Bucket(4, 4, 1, 1024, adapted=True), record=True),
+        DropHost("a"),
+        MapKv("a", 3, 4),
+        CloseRow("a", 2),
+        SwapIn("a", (1, 2)),
+        StartLoad("a", Checkpoint("d")),
+    ],
 )
 def test_operation_survives_encoding(operation: Operation) -> None:
     data = msgspec.json.encode(operation)
