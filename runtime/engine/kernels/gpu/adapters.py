@@ -67,30 +67,37 @@ def _shrink_kernel(
     module = tl.program_id(1)
     split = tl.program_id(2)
     first, mask, tokens, a_at, _b_at, rank = _chunk(upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T)
-    pdl.wait(PDL)
     rows = tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_R)
     begin = split * steps_each * BLOCK_K
     num_steps = tl.minimum(steps_each, tl.cdiv(K, BLOCK_K) - split * steps_each)
+    cols = begin + tl.arange(0, BLOCK_K)
+    inside = (cols < K)[None, :]
+    a_first_ptrs = memory_ptr + a_at + ranks.to(tl.int64)[:, None] * K + cols[None, :]
+    a_first = tl.load(a_first_ptrs, mask=inside & (rank > 0), other=0.0)
+    pdl.wait(PDL)
     out_ptr = hidden_ptr + ((split * hidden_rows + first).to(tl.int64) * tl.num_programs(1) + module) * HIDDEN_STRIDE
     out_ptrs = out_ptr + rows[:, None] * (tl.num_programs(1) * HIDDEN_STRIDE) + ranks[None, :]
     for r in range(0, rank, BLOCK_R):
-        cols = begin + tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + tokens[:, None] * x_stride + cols[None, :]
-        a_ptrs = memory_ptr + a_at + (r + ranks).to(tl.int64)[:, None] * K + cols[None, :]
+        a_ptrs = a_first_ptrs + r * K
+        x = tl.load(x_ptrs, mask=mask[:, None] & inside, other=0.0)
+        a = a_first
+        if r > 0:
+            a = tl.load(a_ptrs, mask=inside, other=0.0)
         acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for _ in range(num_steps):
+        acc = dot_add(x.to(WORK), tl.trans(a.to(WORK)), acc, PRECISION)
+        for step in range(1, num_steps):
+            x_ptrs += BLOCK_K
+            a_ptrs += BLOCK_K
             if EVEN_K:
                 x = tl.load(x_ptrs, mask=mask[:, None], other=0.0)
                 a = tl.load(a_ptrs)
             else:
-                inside = (cols < K)[None, :]
-                x = tl.load(x_ptrs, mask=mask[:, None] & inside, other=0.0)
-                a = tl.load(a_ptrs, mask=inside, other=0.0)
+                further = (cols + step * BLOCK_K < K)[None, :]
+                x = tl.load(x_ptrs, mask=mask[:, None] & further, other=0.0)
+                a = tl.load(a_ptrs, mask=further, other=0.0)
             acc = dot_add(x.to(WORK), tl.trans(a.to(WORK)), acc, PRECISION)
-            cols += BLOCK_K
-            x_ptrs += BLOCK_K
-            a_ptrs += BLOCK_K
         tl.store(out_ptrs + r, acc, mask=mask[:, None])
 
 
@@ -110,6 +117,7 @@ def _expand_kernel(
     num_splits,
     hidden_rows,
     SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
     HIDDEN_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -149,14 +157,13 @@ def _expand_kernel(
     pdl.wait(PDL)
     h_ptr = hidden_ptr + (first.to(tl.int64) * SLICES + module) * HIDDEN_STRIDE
     h_ptrs = h_ptr + rows[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
-    split_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
+    # All parts at once: one after the other, each would wait for the memory.
+    parts = tl.arange(0, SPLITS)
+    part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * (hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE))
+    mask_h = (parts < num_splits)[:, None, None] & mask[None, :, None]
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for r in range(0, rank, BLOCK_R):
-        h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        part_ptrs = h_ptrs + r
-        for _ in range(num_splits):
-            h += tl.load(part_ptrs, mask=mask[:, None], other=0.0)
-            part_ptrs += split_stride
+        h = tl.sum(tl.load(part_ptrs + r, mask=mask_h, other=0.0), 0)
         b = b_first
         if r > 0:
             b = tl.load(b_ptrs + r, mask=mask_n[:, None], other=0.0)
@@ -185,7 +192,7 @@ def add_adapters(
     if num_tokens == 0 or num_chunks == 0:
         return
     hidden_stride = triton.next_power_of_2(max(table.max_rank, _BLOCK_R))
-    splits, steps_each = splitting(num_tokens, in_features)
+    block_k, splits, steps_each = splitting(num_tokens, in_features)
     elements = splits * num_tokens * slices * hidden_stride
     # Every launch that uses the scratch waits for the kernels before it, so the parts live until the expand has read them.
     if scratch is not None and scratch.partials.numel() >= elements:
@@ -209,9 +216,9 @@ def add_adapters(
         steps_each,
         num_tokens,
         HIDDEN_STRIDE=hidden_stride,
-        EVEN_K=in_features % _BLOCK_K == 0,
+        EVEN_K=in_features % block_k == 0,
         BLOCK_T=block_t,
-        BLOCK_K=_BLOCK_K,
+        BLOCK_K=block_k,
         BLOCK_R=_BLOCK_R,
         PDL=overlaps,
         PRECISION=kind,
@@ -233,6 +240,7 @@ def add_adapters(
         splits,
         num_tokens,
         SLICES=slices,
+        SPLITS=triton.next_power_of_2(splits),
         HIDDEN_STRIDE=hidden_stride,
         BLOCK_T=block_t,
         BLOCK_N=block_n,
@@ -245,12 +253,15 @@ def add_adapters(
     )
 
 
-def splitting(num_tokens: int, in_features: int) -> tuple[int, int]:
-    """Return the parts that the columns are cut into, and the blocks of columns in each.
+def splitting(num_tokens: int, in_features: int) -> tuple[int, int, int]:
+    """Return the columns of a block, the parts that the columns are cut into, and the blocks in each.
 
-    A part has at least two blocks, and no more parts are made than keep the parts of a step within 1,024 rows of sums.
+    The parts of a step are within 1,024 rows of sums. Where tokens are few, a part is one block, which is loaded before the kernels before have ended.
     """
-    most = 16 if num_tokens <= _VERY_FEW_TOKENS else 4 if num_tokens <= FEW_TOKENS else 1
-    steps = triton.cdiv(in_features, _BLOCK_K)
-    steps_each = triton.cdiv(steps, min(most, max(1, steps // 2)))
-    return triton.cdiv(steps, steps_each), steps_each
+    if num_tokens <= _VERY_FEW_TOKENS:
+        block_k, most = (512 if in_features > 8192 else 256), (32 if num_tokens <= _VERY_FEW_TOKENS // 2 else 16)
+    else:
+        block_k, most = _BLOCK_K, (4 if num_tokens <= FEW_TOKENS else 1)
+    steps = triton.cdiv(in_features, block_k)
+    steps_each = triton.cdiv(steps, min(most, max(1, steps if block_k > _BLOCK_K else steps // 2)))
+    return block_k, triton.cdiv(steps, steps_each), steps_each
