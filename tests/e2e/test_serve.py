@@ -95,7 +95,7 @@ def test_registrations_survive_kill_9(tmp_path: Path, models: dict[str, Path]) -
     home = tmp_path / "home"
     with stack.serve("--device", "cpu", "--memory", "64MiB", home=home, log=tmp_path / "log") as served:
         assert client_of(served).models.list().data == []
-        many = [f"org/model-{number:03}" for number in range(300)]
+        many = [f"org/model-{number:03}" for number in range(60)]
         for name in many:
             served.admin.register({"name": name, "uri": str(models["bob"])})
         served.admin.register({"name": "ada", "uri": str(models["ada"])})

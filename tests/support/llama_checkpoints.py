@@ -25,7 +25,14 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def tiny_llama(
-    directory: Path, *, hidden: int = 64, layers: int = 2, tied: bool = False, shard: str | None = None, seed: int = 0
+    directory: Path,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    tied: bool = False,
+    shard: str | None = None,
+    seed: int = 0,
 ) -> LlamaForCausalLM:
     """Saved as safetensors in float32; returns the model."""
     torch.manual_seed(seed)
@@ -33,8 +40,8 @@ def tiny_llama(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         vocab_size=VOCAB,
         max_position_embeddings=256,
         tie_word_embeddings=tied,

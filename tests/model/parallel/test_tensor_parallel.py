@@ -1,5 +1,7 @@
 """Several ranks on a CPU give transformers' greedy text: by family, over quantised weights, under preemption, and after eviction and return."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from runtime.puller.checkpoint_check import Policy, inspect
 from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PACKED_NAME, PackRequest
 from runtime.puller.sizing import geometry_of, needs_of
-from runtime.types import Checkpoint
+from runtime.types import Checkpoint, ModelFacts
 from tests.support.engine_process import Engine, engine
 from tests.support.families import family
 from tests.support.llama_checkpoints import tiny_llama
@@ -32,6 +34,19 @@ def saved(name: str, folder: Path, seed: int = 0) -> tuple[Checkpoint, list[list
     return Checkpoint(str(folder), files, dtype="float32"), asked, [reference(model, one, 24) for one in asked]
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Engine]:
+    """Two ranks, which several tests load their models on."""
+    with engine(config(2)) as running:
+        yield running
+
+
+@contextmanager
+def loaded(running: Engine, model_id: str, checkpoint: Checkpoint) -> Iterator[ModelFacts]:
+    yield running.load(model_id, checkpoint)[0].facts
+    running.unload(model_id)
+
+
 def texts(running: Engine, model_id: str, asked: list[list[int]]) -> list[list[int]]:
     return running.texts([(model_id, np.array(one, np.int32)) for one in asked], 24)
 
@@ -46,18 +61,28 @@ def texts(running: Engine, model_id: str, asked: list[list[int]]) -> list[list[i
         pytest.param("qwen3", 4, id="one KV head on four ranks"),
     ],
 )
-def test_text_of_several_ranks_equals_transformers(name: str, ranks: int, tmp_path: Path) -> None:
+def test_text_of_several_ranks_equals_transformers(name: str, ranks: int, pair: Engine, tmp_path: Path) -> None:
     checkpoint, asked, expected = saved(name, tmp_path)
-    with engine(config(ranks)) as running:
-        loaded, _ = running.load("m", checkpoint)
-        assert texts(running, "m", asked) == expected
+    with ExitStack() as stack:
+        running = pair if ranks == 2 else stack.enter_context(engine(config(ranks)))
+        facts = stack.enter_context(loaded(running, name, checkpoint))
+        assert texts(running, name, asked) == expected
         # Long prompts are computed in chunks, and their second use hits the prefix cache.
-        assert texts(running, "m", asked) == expected
-    assert loaded.facts.path.startswith("fused")
+        assert texts(running, name, asked) == expected
+    assert facts.path.startswith("fused")
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[Engine]:
+    """One rank, whose texts are those that several must give."""
+    with engine(config(1)) as running:
+        yield running
 
 
 @pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.NF4, Quantization.FP8])
-def test_quantised_weights_on_two_ranks_give_the_text_of_one(quantization: Quantization, tmp_path: Path) -> None:
+def test_quantised_weights_on_two_ranks_give_the_text_of_one(
+    quantization: Quantization, single: Engine, pair: Engine, tmp_path: Path
+) -> None:
     tiny_llama(tmp_path / "m", hidden=256)
     files = tuple(map(str, (tmp_path / "m").glob("*.safetensors")))
     (tmp_path / "out").mkdir()
@@ -65,20 +90,19 @@ def test_quantised_weights_on_two_ranks_give_the_text_of_one(quantization: Quant
     pack(request, lambda event: None)
     checkpoint = Checkpoint(str(tmp_path / "out"), (), str(tmp_path / "out" / PACKED_NAME), quantization, "float32")
     found = []
-    for ranks in (1, 2):
-        with engine(config(ranks)) as running:
-            running.load("m", checkpoint)
-            found.append(texts(running, "m", prompts(5, 3)))
+    for running in (single, pair):
+        with loaded(running, quantization.value, checkpoint):
+            found.append(texts(running, quantization.value, prompts(5, 3)))
     assert found[0] == found[1]
 
 
-def test_sizes_are_predicted_per_rank(tmp_path: Path) -> None:
+def test_sizes_are_predicted_per_rank(pair: Engine, tmp_path: Path) -> None:
     tiny_llama(tmp_path)
     found = inspect(tmp_path, Policy())
     needs = needs_of(geometry_of(found.config), found.tensors, ModelSettings(), "cpu", num_devices=2)
     checkpoint = Checkpoint(str(tmp_path), tuple(map(str, found.weight_files)), dtype="float32")
-    with engine(config(2)) as running:
-        facts = running.load("m", checkpoint)[0].facts
+    with loaded(pair, "sized", checkpoint) as facts:
+        pass
     assert facts.kv_bytes_per_token == needs.kv_bytes_per_token
     padding = 256 * (len(found.tensors) + 1)  # each tensor is aligned to 256 bytes
     assert needs.weight_bytes <= facts.weight_bytes <= needs.weight_bytes + padding
@@ -95,28 +119,25 @@ def test_sharded_models_are_evicted_and_return(tmp_path: Path) -> None:
             assert texts(running, "b", asked_of_second) == expected_of_second
 
 
-def test_load_fails_on_all_ranks_and_leaves_the_engine_running(tmp_path: Path) -> None:
+def test_load_fails_on_all_ranks_and_leaves_the_engine_running(pair: Engine, tmp_path: Path) -> None:
     good, asked, expected = saved("llama", tmp_path / "good")
     undivided, _, _ = saved("gpt2", tmp_path / "gpt2")
-    with engine(config(2)) as running:
-        with pytest.raises(RuntimeError, match="GPT2Config has no intermediate_size, so it cannot be divided"):
-            running.load("gpt2", undivided)
-        running.load("good", good)
-        assert texts(running, "good", asked) == expected
+    with pytest.raises(RuntimeError, match="GPT2Config has no intermediate_size, so it cannot be divided"):
+        pair.load("gpt2", undivided)
+    with loaded(pair, "good", good):
+        assert texts(pair, "good", asked) == expected
 
 
-def test_heads_that_do_not_divide_are_named(tmp_path: Path) -> None:
-    checkpoint, _, _ = saved("llama", tmp_path)
-    with engine(config(3)) as running, pytest.raises(RuntimeError, match="4 attention heads, which 3 devices"):
-        running.load("m", checkpoint)
+def test_heads_that_do_not_divide_are_named(pair: Engine, tmp_path: Path) -> None:
+    tiny_llama(tmp_path, hidden=48, heads=3)
+    checkpoint = Checkpoint(str(tmp_path), tuple(map(str, tmp_path.glob("*.safetensors"))), dtype="float32")
+    with pytest.raises(RuntimeError, match="3 attention heads, which 2 devices"):
+        pair.load("odd", checkpoint)
 
 
-def test_adapters_are_refused_and_later_loads_are_agreed_on(tmp_path: Path) -> None:
+def test_adapters_are_refused_and_later_loads_are_agreed_on(pair: Engine, tmp_path: Path) -> None:
     checkpoint, asked, expected = saved("llama", tmp_path / "base")
-    with engine(config(2)) as running:
-        running.load("base", checkpoint)
-        with pytest.raises(RuntimeError, match="which takes no adapters"):
-            running.load("tuned", Checkpoint(str(tmp_path), packed_file=str(tmp_path / "none")), adapter_of="base")
-        running.unload("base")
-        running.load("again", checkpoint)
-        assert texts(running, "again", asked) == expected
+    with loaded(pair, "base", checkpoint), pytest.raises(RuntimeError, match="which takes no adapters"):
+        pair.load("tuned", Checkpoint(str(tmp_path), packed_file=str(tmp_path / "none")), adapter_of="base")
+    with loaded(pair, "again", checkpoint):
+        assert texts(pair, "again", asked) == expected
