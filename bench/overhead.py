@@ -4,7 +4,7 @@
 
 The runtime computes nothing, so that only transport is measured. Unary: one small request and answer. Stream: one request, 100 small events.
 All processes share the machine, so only differences and ratios are meaningful. "CPU µs between" is what a message costs the process
-between client and runtime; it suffers least from other work on the machine.
+between client and runtime; other work on the machine changes it least.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Exit statuses by which a process tells its supervisor that starting it again would not help."""
+"""Exit statuses of a process that cannot be helped by starting it again, for its supervisor."""
 
 USAGE = 2
 """The configuration is invalid."""

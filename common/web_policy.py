@@ -1,7 +1,7 @@
 """Which browser pages may use an HTTP server: the rules of Host, Origin and CORS, as pure functions of a request's headers.
 
 A page of any site can make a browser send requests to this machine, and a name that its owner points at this machine makes them look like
-requests of the page's own site. Both are told from programs by their headers: a browser states the page's site in Origin, and the name that it
+requests of the page's own site. Their headers differ from those of programs: a browser states the page's site in Origin, and the name that it
 connected to in Host.
 """
 

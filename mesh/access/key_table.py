@@ -26,7 +26,7 @@ class KeyTable:
 
     @property
     def is_required(self) -> bool:
-        """Whether callers need a key. A file without keys lets nobody in."""
+        """Whether callers need a key. With an empty file all callers are refused."""
         return bool(self._plain or self._file)
 
     def find(self, secret: str) -> ApiKey | None:

@@ -14,7 +14,7 @@ class Scope(StrEnum):
 
 
 Scopes = frozenset[Scope]
-"""Any one of these rights is enough; none at all stands for what everybody may call."""
+"""Any one of these rights is enough; an empty set stands for what every caller may use."""
 
 OPEN: Scopes = frozenset()
 INFERENCE: Scopes = frozenset({Scope.INFERENCE})

@@ -49,7 +49,7 @@ async def relay(
 
 
 async def end_stream(response: web.StreamResponse, last: bytes) -> web.StreamResponse:
-    """Write the last event and end the stream; a client that has left is no error."""
+    """Write the last event and end the stream; a client that has left does not count as an error."""
     with contextlib.suppress(ConnectionError):
         await response.write(last)
         await response.write_eof()

@@ -93,7 +93,7 @@ class LoraRoutes:
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _bases(self) -> list[str]:
-        """Return the names of the models that are no adapters, without further names of the same model."""
+        """Return one name of each model that is not an adapter."""
         return [
             named.name
             for named in self._registry.named()

@@ -1,4 +1,4 @@
-"""Reads and writes a string inside an encoded protobuf message of unknown type, by its path of field numbers. Pure.
+"""Reads and writes a string inside an encoded protobuf message of unknown type, by its path of field numbers.
 
 The path (1, 2) means field 2 of the message in field 1.
 """

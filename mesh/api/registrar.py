@@ -77,7 +77,7 @@ class Registrar:
     async def _check_loadable(self, info: ModelInfo) -> FitAnswer | None:
         """Return what the model needs, None if the runtime cannot say so within a few seconds. Raises InvalidRequest for settings that it refuses.
 
-        Missing files and a full memory are no reason: they may change until the model is loaded.
+        Missing files and a full memory do not count: they may change until the model is loaded.
         """
         if not self._monitor.snapshot.ready or self._monitor.snapshot.foreign:
             return None

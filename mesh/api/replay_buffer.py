@@ -79,6 +79,6 @@ class ReplayBuffer:
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
-    """Retrieve the exception of a read. If the call has ended meanwhile nobody waits for it, and asyncio would log a traceback."""
+    """Retrieve the exception of a read. If the call has ended meanwhile, the read is not awaited, and asyncio would log a traceback."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""Makes a certificate that nobody has signed, for a port whose clients do not verify it."""
+"""Makes a self-signed certificate, for a port whose clients do not verify it."""
 
 import datetime
 import ssl

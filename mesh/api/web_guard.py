@@ -46,7 +46,7 @@ def has_certificate(request: web.Request) -> bool:
 
 
 def is_open(request: web.Request) -> bool:
-    """Return whether a route is open to everybody, as probes are, which come under any name."""
+    """Return whether a route is open to every client, as probes are, which use any host name."""
     resource = request.match_info.route.resource
     return resource is not None and http_scopes(request.method, resource.canonical) == OPEN
 

@@ -1,4 +1,4 @@
-"""The settings of a conversation in the terminal, and the commands `/set` and `/show` that change and print them. Pure."""
+"""The settings of a conversation in the terminal, and the commands `/set` and `/show` that change and print them."""
 
 import json
 from collections.abc import Mapping

@@ -138,7 +138,7 @@ async def answers(address: str, timeout_s: float, *, tls: bool = False) -> bool:
 async def status_of(address: str, path: str, timeout_s: float, *, tls: bool = False) -> int | None:
     """Return the HTTP status of a GET of `path`, or None without a valid answer within `timeout_s`.
 
-    `tls`: the server expects TLS. Its certificate is not checked: it is for callers, who use another name than this process.
+    `tls`: the server expects TLS. Its certificate is not checked: it is made for the name that callers use.
     """
     context = _unchecked() if tls else None
     name = "" if tls else None

@@ -96,7 +96,7 @@ _EXCLUSIVE = frozenset(
     {"type_constraints", "dataplane_config", "static_models", "runtime_grpc", "runtime_inference_grpc"}
 )
 
-# What ModelMesh assumes if a pod of its own says nothing else. A pod without a service name is not one of ModelMesh's.
+# The defaults of ModelMesh. A pod without a service name is not one of ModelMesh's.
 _DEFAULTS: Mapping[str, str] = {
     "kv_prefix": "tas-runtime",
     "http_listen": "0.0.0.0:8080",

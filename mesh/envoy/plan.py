@@ -1,4 +1,4 @@
-"""Plans the clusters through which Envoy carries calls: one for each name of a loaded model and each carrier. Pure.
+"""Plans the clusters through which Envoy carries calls: one for each name of a loaded model and each carrier.
 
 A cluster has tiers. Envoy sends a call to the first tier; a call that its endpoint refuses because it does not have the model goes to the next
 one. The last tier is this pod's mesh, which takes the call as if it were the first to get it.

@@ -1,4 +1,4 @@
-"""Decides whether a model needs another copy, or a pod its own no longer. Pure."""
+"""Decides whether a model needs another copy, or a pod its own no longer."""
 
 from dataclasses import dataclass
 from enum import StrEnum

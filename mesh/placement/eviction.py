@@ -1,4 +1,4 @@
-"""Chooses the models to unload so that another one fits: idle ones before those in use, of lower priority first, least used first. Pure."""
+"""Chooses the models to unload so that another one fits: idle ones before those in use, of lower priority first, least used first."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Estimates the duration of a load from the loads that this pod has done. Pure."""
+"""Estimates the duration of a load from the loads that this pod has done."""
 
 from dataclasses import dataclass, replace
 

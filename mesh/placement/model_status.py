@@ -1,4 +1,4 @@
-"""Computes a model's state over all pods from its record, this pod's own copy and the other pods' records. Pure."""
+"""Computes a model's state over all pods from its record, this pod's own copy and the other pods' records."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -166,7 +166,9 @@ class Placement:
         if now:
             for pod_id, pod in self._registry.instances.live():
                 if pod_id in holders:
-                    with contextlib.suppress(MeshError):  # The pod unloads within its grace period: the record says so.
+                    with contextlib.suppress(
+                        MeshError
+                    ):  # The pod unloads within its grace period, as its record shows.
                         await self._peers.unload_now(pod, model_id)
         await self.unload_locally(model_id, now=now)
         if self._states.is_quarantined(model_id):

@@ -1,4 +1,4 @@
-"""Plans which pods should load a model, the cheapest and least disruptive one first. Pure."""
+"""Plans which pods should load a model, the cheapest and least disruptive one first."""
 
 import hashlib
 from collections.abc import Sequence

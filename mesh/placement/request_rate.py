@@ -1,4 +1,4 @@
-"""Counts requests per minute over the last minutes: `rpm` in a pod's record. Pure."""
+"""Counts requests per minute over the last minutes: `rpm` in a pod's record."""
 
 from collections import deque
 

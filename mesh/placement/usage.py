@@ -1,4 +1,4 @@
-"""Describes how much of a pod's capacity its models use, and when each was used last. Pure."""
+"""Describes how much of a pod's capacity its models use, and when each was used last."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Decides whether records that are missing from a listing are a mass loss, such as a wiped etcd, or were deleted on purpose. Pure."""
+"""Decides whether records that are missing from a listing are a mass loss, such as a wiped etcd, or were deleted on purpose."""
 
 _MIN_MISSING = 10
 

@@ -1,4 +1,4 @@
-"""A YAML file that declares models and aliases, and keeping a mesh's registrations equal to it.
+"""Reads a YAML file that declares models and aliases, and keeps a mesh's registrations equal to it.
 
 models:
   smol: {uri: "hf://HuggingFaceTB/SmolLM2-135M-Instruct", quantize: nf4, load: true}

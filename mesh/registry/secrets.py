@@ -1,4 +1,4 @@
-"""Refuses registrations that contain secrets, because every pod and every reader of the store can read the registry. Pure."""
+"""Refuses registrations that contain secrets, because every pod and every reader of the store can read the registry."""
 
 import re
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Watches whether this pod has lost the store while other pods still have it, so that others may change what this pod knows.
 
-While the store is unreachable for all pods, nobody can change a registration, and what a pod knows stays true. Only durations are compared,
+While the store is unreachable for all pods, no registration can change, and what a pod knows stays true. Only durations are compared,
 never the clocks of two machines.
 """
 

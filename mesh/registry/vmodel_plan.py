@@ -1,4 +1,4 @@
-"""Plans how setting, moving and deleting a vmodel changes the records, as ModelMesh does. Pure.
+"""Plans how setting, moving and deleting a vmodel changes the records, as ModelMesh does.
 
 A model's `refs` counts the vmodels whose active or target model it is. A model with `auto_delete` is deleted with its
 last reference. Every plan keeps this invariant.

@@ -15,14 +15,14 @@ _MAX_DOUBLINGS = 4
 _NEW_WEIGHT = 0.3  # of the newest latency in the mean
 _MIN_SAMPLES = 3
 _HALF_LIFE_S = 10.0  # of what is held against a slow copy, so that it is tried again
-_MIN_PATIENCE_S = 2.0  # a caller that leaves sooner says nothing about the copy
+_MIN_PATIENCE_S = 2.0  # nothing follows for the copy from a caller that leaves sooner
 _SLOW_FACTOR = 2.0
 _SLOW_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class CopyRecord:
-    """What is known of one copy. Pure; times are on the monotonic clock.
+    """What is known of one copy. Times are on the monotonic clock.
 
     Attributes:
         latency_s: moving mean of the time to the first byte.

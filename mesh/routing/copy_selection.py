@@ -1,4 +1,4 @@
-"""Selects the copy with the least expected wait, with a bonus for the copy that served the same prefix before. Pure."""
+"""Selects the copy with the least expected wait, with a bonus for the copy that served the same prefix before."""
 
 import hashlib
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ class PeerProbe(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """The health of one pod. Pure.
+    """The health of one pod.
 
     Attributes:
         failures: probes that failed in a row.

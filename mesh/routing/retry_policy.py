@@ -1,4 +1,4 @@
-"""Decides whether a failed attempt to forward a request is followed by another one, and which copies that one avoids. Pure."""
+"""Decides whether a failed attempt to forward a request is followed by another one, and which copies that one avoids."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum

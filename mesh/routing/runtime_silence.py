@@ -28,7 +28,7 @@ _MAX_DOUBLINGS = 4
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """What is known of the runtime's answers. Pure; times are on the monotonic clock.
+    """What is known of the runtime's answers. Times are on the monotonic clock.
 
     Attributes:
         strikes: how often the runtime was found mute since its last answer.
@@ -113,7 +113,7 @@ class RuntimeSilence:
         asked_s = time.monotonic()
         waiting = self._in_flight.unanswered(self._own_id)
         snapshot = await self._look()
-        # A runtime that does not answer this either is found to be gone by those who watch its state.
+        # A runtime that does not answer this either is found to be gone by the watch of its state.
         return (
             snapshot is not None
             and has_lost(snapshot, [attempt.model_id for attempt in waiting if _is_overdue(attempt, asked_s)])

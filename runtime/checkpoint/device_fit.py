@@ -1,4 +1,4 @@
-"""Computes whether a model fits a device budget, and how long a context its KV cache holds there. Pure arithmetic.
+"""Computes whether a model fits a device budget, and how long a context its KV cache holds there.
 
 A load and a prediction of one (`fit`) both decide by it: the load from the model's real layout, the prediction from sizes.
 """

@@ -1,4 +1,4 @@
-"""Which weights are quantised, and the shapes that they then have. Pure arithmetic: the packer makes them so, and sizes are predicted from them."""
+"""Which weights are quantised, and the shapes that they then have. The packer makes them so, and sizes are predicted from them."""
 
 from math import prod
 

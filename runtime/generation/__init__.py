@@ -1,1 +1,1 @@
-"""Generation: requests run in the engine, their tokens become typed parts, and limits are checked."""
+"""Runs requests in the engine, turns their tokens into typed parts, and checks limits."""

@@ -1,4 +1,4 @@
-"""Readers of tool calls, one for each syntax: they take a call's text from a source and report its pieces to a sink.
+"""Provides readers of tool calls, one for each syntax, which take a call's text from a source and report its pieces to a sink.
 
 All raise MalformedCall for a text that is not a call of their syntax.
 """

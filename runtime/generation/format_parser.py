@@ -14,7 +14,7 @@ from runtime.text.output_format import OutputFormat
 
 @dataclass(frozen=True, slots=True)
 class ParserOptions:
-    """What the request asks of the output. `tools`: the parameters' JSON schema by name; None = no call is read."""
+    """What the request determines about the output. `tools`: the parameters' JSON schema by name; None = no call is read."""
 
     tools: Mapping[str, Mapping[str, Any]] | None = None
     parallel_calls: bool = True

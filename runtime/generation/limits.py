@@ -1,4 +1,4 @@
-"""Checks of a request against its model's limits: number of sequences, prompt and output lengths, token ids, seeds and float ranges."""
+"""Checks a request against its model's limits: number of sequences, prompt and output lengths, token ids, seeds and float ranges."""
 
 import secrets
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Output parsers: they stand between a running sequence and the API's encoder and split the text into typed parts."""
+"""Defines output parsers, which split the text of a running sequence into typed parts for the API's encoder."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -29,7 +29,7 @@ MakeParser = Callable[[GenerationRequest], OutputParser]
 
 
 class PlainText:
-    """Every text is a piece of the answer."""
+    """Returns every text as a piece of the answer."""
 
     in_reasoning = False
     num_calls = 0

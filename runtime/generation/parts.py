@@ -1,4 +1,4 @@
-"""What generation yields: typed parts of a sequence's output, in deltas as they come or completed as a whole."""
+"""Defines what generation yields: typed parts of a sequence's output, in deltas as they come or completed as a whole."""
 
 from collections.abc import Iterable
 

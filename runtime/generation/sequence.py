@@ -1,4 +1,4 @@
-"""One running sequence: the engine's rows go in, deltas of typed parts come out. Pure."""
+"""Turns the engine's rows of one running sequence into deltas of typed parts."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Text that arrives in pieces, for parsers written as generators: a parser that needs more text yields and is resumed with the next piece."""
+"""Provides text that arrives in pieces to parsers written as generators: a parser that needs more text yields, and continues with the next piece."""
 
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -20,7 +20,7 @@ def before_newline(text: str) -> int:
 
 
 class TextSource:
-    """The text that is not parsed yet. What is taken can be recorded, so that a failed parse can be shown as it was written."""
+    """The text that is not parsed yet. The text that a parser takes can be recorded, so that a failed parse can be shown as it was written."""
 
     def __init__(self) -> None:
         self.text = ""

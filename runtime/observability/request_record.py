@@ -11,7 +11,7 @@ _CURRENT: ContextVar["RequestRecord | None"] = ContextVar("request_record", defa
 class RequestRecord:
     """Times are seconds. `queue_s` is the longest wait of a sequence for its first step, `first_s` the time of the first token.
 
-    `code` is the outcome where the response's status does not tell, such as that of a stream that failed.
+    `code` is the outcome where the response's status does not show it, as for a stream that failed.
     """
 
     started_s: float = field(default_factory=time.monotonic)
@@ -31,7 +31,7 @@ class RequestRecord:
 
     @classmethod
     def current(cls) -> "RequestRecord":
-        """Return the record of the request that is being answered. Outside of a request it is one that nobody reads."""
+        """Return the record of the request that is being answered. Outside of a request the record is discarded."""
         return _CURRENT.get() or cls()
 
     @property

@@ -10,7 +10,7 @@ from runtime.puller.object_store import missing_extra
 from runtime.puller.source import RemoteFile
 
 _CONNECT_S = 10
-_RETRIES = 2  # the library's own; who reads tries again in its turn
+_RETRIES = 2  # the library's own; the reader tries again as well
 _PAUSE_S = 1
 _READ_S = 60
 _ACCOUNT = re.compile(r"[A-Za-z0-9-]+")  # it becomes part of a host's name

@@ -96,7 +96,7 @@ def parse_header(name: str, data: bytes) -> Header:
             tensors.append(TensorShape(tensor, entry["dtype"], shape))
             places.append((start, end))
         if not all(isinstance(value, str) for value in metadata.values()):
-            raise LoadFailed(f"{name} is corrupt: its metadata has values that are no text")
+            raise LoadFailed(f"{name} is corrupt: its metadata has values that are not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadFailed(
             f"{name} is not a safetensors file: its header can't be read ({type(error).__name__})"

@@ -1,4 +1,4 @@
-"""Computes the memory that a model needs from its configuration and its files' index. Pure arithmetic."""
+"""Computes the memory that a model needs from its configuration and its files' index."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

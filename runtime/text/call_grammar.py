@@ -1,4 +1,4 @@
-"""Writes the grammar of tool calls in the layout of a family. Pure."""
+"""Writes the grammar of tool calls in the layout of a family."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

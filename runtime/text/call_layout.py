@@ -1,4 +1,4 @@
-"""How each family writes its tool calls, for grammars: the fixed text around names and arguments.
+"""Defines how each family writes its tool calls, for grammars: the fixed text around names and arguments.
 
 In `head`, NAME stands for the function's name. Markers that are tokens of the vocabulary become these tokens.
 """

@@ -1,4 +1,4 @@
-"""Composes the grammar of a chat's answer from its tool calls and what the answer must match. Pure, and as slow as the checks of its parts."""
+"""Composes the grammar of a chat's answer from its tool calls and what the answer must match. It takes as long as the checks of its parts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _NO_CALL = "/[^{\\[](.|\\n)*/"
 
 
 class Calls(Enum):
-    """What an answer may have besides text."""
+    """The tool calls that an answer may have besides text."""
 
     NONE = auto()
     ALLOWED = auto()
@@ -26,7 +26,7 @@ class Calls(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChatGrammar:
-    """What an answer must be. `wanted`: of an answer that is not a call, which there is none of where calls are required; None = any text."""
+    """The grammar of one answer. `wanted` holds for an answer that is not a call, and is unused where calls are required; None = any text."""
 
     calls: Calls = Calls.NONE
     functions: tuple[Function, ...] = ()

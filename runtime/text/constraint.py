@@ -1,4 +1,4 @@
-"""What an answer must match, as requests of all APIs say it, and its form as a part of a grammar. Pure."""
+"""Defines what an answer must match, in one form for the requests of all APIs, and writes it as a part of a grammar."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Streaming detokenizers: they turn token ids into text as the ids come and never split a character. One object per sequence.
+"""Turns token ids into text as they come, without splitting a character. There is one detokenizer per sequence.
 
 The texts that `push` and `flush` return, joined, are the decoding of all tokens. An incomplete character is held until it is complete or
 cannot become so. If the byte tokens of a sentencepiece-like tokenizer do not form valid UTF-8, each maximal invalid part becomes one U+FFFD.

@@ -1,4 +1,4 @@
-"""How an embedding model makes a vector of its tokens' hidden states: the files of sentence-transformers beside the checkpoint."""
+"""Reads how an embedding model makes a vector of its tokens' hidden states, from sentence-transformers' files beside the checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +58,7 @@ class _Prompts(msgspec.Struct, frozen=True):
 
 
 class Embedding(msgspec.Struct, frozen=True):
-    """What the files say.
+    """The content of the files.
 
     Attributes:
         default_prompt: the name of the prompt of inputs for which none is named; None = they have none.

@@ -1,6 +1,6 @@
-"""Composes grammars of parts and checks them before a request is queued.
+"""Composes grammars from parts and checks them before a request is queued.
 
-llguidance checks. It refuses every keyword that it cannot enforce, so that a schema is never followed in part without a word.
+llguidance does the checks. A keyword that it cannot enforce is refused, so that a schema is never followed in part unnoticed.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The formats in which families of models write reasoning and tool calls, and which of them a checkpoint uses, from its chat template."""
+"""Defines the formats in which families of models write reasoning and tool calls, and finds that of a checkpoint by its chat template."""
 
 import re
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""A checkpoint's own description of its output: `response_template` of tokenizer_config.json, read with transformers' `chat_parsing`.
+"""Reads a checkpoint's own description of its output, `response_template` of tokenizer_config.json, with transformers' `chat_parsing`.
 
 transformers is imported for checkpoints that have one. Its parser ends at the first malformed call and holds arguments back until a call is
-complete, so that regions are found by `runtime.generation.regions`, and only their values are made by the library.
+complete. Therefore regions are found by `runtime.generation.regions`, and only their values are made by the library.
 """
 
 import json
@@ -19,7 +19,7 @@ _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, Recur
 
 
 class MalformedRegion(Exception):
-    """The text of a region does not have the form that the template says."""
+    """The text of a region does not have the form that the template requires."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Region:
 
     @property
     def is_stripped(self) -> bool:
-        """Whether white space at both ends is no part of the value."""
+        """Whether white space at both ends is left out of the value."""
         return self.library.content != "text" or bool(self.library.content_args.get("strip", True))
 
     @property

@@ -1,4 +1,4 @@
-"""Finds the place in a JSON schema that an error is about, since llguidance's messages name only the keyword. Pure."""
+"""Finds the place in a JSON schema that an error is about, since llguidance's messages name only the keyword."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Finds stop strings in text that comes in pieces. Pure.
+"""Finds stop strings in text that comes in pieces.
 
 Text is held back exactly as long as it may be the beginning of a stop string that must not be shown.
 """

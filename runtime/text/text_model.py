@@ -1,4 +1,4 @@
-"""One model's tokenizer, detokenizers, chat templates and default sampling parameters."""
+"""Holds one model's tokenizer, detokenizers, chat templates and default sampling parameters."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

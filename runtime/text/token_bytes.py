@@ -1,4 +1,4 @@
-"""The bytes that each token adds to the text, for decoders where they depend on the token alone.
+"""Finds the bytes that each token adds to the text, for decoders where they depend on the token alone.
 
 Byte-level BPE and sentencepiece-like decoders are of this kind, by the `decoder` section of tokenizer.json. For others `decoding_of` returns None
 and the detokenizer calls the tokenizer itself.

@@ -1,4 +1,4 @@
-"""Turns a request of the Messages API into an OpenAI chat. Pure."""
+"""Turns a request of the Messages API into an OpenAI chat."""
 
 from collections.abc import Iterator
 from typing import Any

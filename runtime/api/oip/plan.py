@@ -1,4 +1,4 @@
-"""The planner of the Open Inference Protocol: parameters with OpenAI's names and tokenized prompts to generation requests. Pure."""
+"""The planner of the Open Inference Protocol: parameters with OpenAI's names and tokenized prompts to generation requests."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Turns a chat of Ollama's API into an OpenAI chat. Pure."""
+"""Turns a chat of Ollama's API into an OpenAI chat."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The planner of POST /v1/chat/completions: a request and its tokenized prompt to generation requests. Pure."""
+"""The planner of POST /v1/chat/completions: a request and its tokenized prompt to generation requests."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The planner of POST /v1/completions: a request and its tokenized prompts to generation requests. Pure."""
+"""The planner of POST /v1/completions: a request and its tokenized prompts to generation requests."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """The format of a stream. `keep_alive` is what may be sent between events and means nothing; empty if there is no such thing."""
+    """The format of a stream. `keep_alive` is sent while there are no events, and clients ignore it; empty = the format has none."""
 
     content_type: str
     keep_alive: bytes = b""

@@ -1,4 +1,4 @@
-"""Reads what a request wants its answer to match: OpenAI's `response_format`, vLLM's and llama.cpp's fields. Pure."""
+"""Reads what a request wants its answer to match: OpenAI's `response_format`, vLLM's and llama.cpp's fields."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks a request's `tools` and `tool_choice` and decides which tools the model sees and which calls it may or must make. Pure."""
+"""Checks a request's `tools` and `tool_choice` and decides which tools the model sees and which calls it may or must make."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Turns a request of the Responses API into an OpenAI chat. Pure."""
+"""Turns a request of the Responses API into an OpenAI chat."""
 
 from typing import Any
 

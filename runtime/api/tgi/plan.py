@@ -1,4 +1,4 @@
-"""The planner of text-generation-inference's HTTP API: a request and its tokenized prompt to a generation request. Pure."""
+"""The planner of text-generation-inference's HTTP API: a request and its tokenized prompt to a generation request."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

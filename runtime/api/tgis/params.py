@@ -1,4 +1,4 @@
-"""The planner of TGIS's calls: parameter checks, in the adapter's order and with its texts, and generation requests. Pure.
+"""The planner of TGIS's calls: parameter checks, in the adapter's order and with its texts, and generation requests.
 
 Where TGIS (I) and its vLLM adapter (V) differ:
 repetition_penalty may have any value above 0 (I), temperature any from 0, and 0 sent explicitly is greedy (V); top_n_tokens is at most 10 (V);

@@ -1,4 +1,4 @@
-"""Places adapters in their base's range: byte extents over slabs that are borrowed when a first extent touches them. Pure."""
+"""Places adapters in their base's range: byte extents over slabs that are borrowed when a first extent touches them."""
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Interface of device memory: slabs of physical memory that are mapped under virtual ranges.
 
-Slabs are numbered 0 … total_slabs-1. The slab pool decides who has which one. Addresses never change while a range exists.
+Slabs are numbered 0 … total_slabs-1. The slab pool lends them. Addresses never change while a range exists.
 """
 
 from collections.abc import Sequence

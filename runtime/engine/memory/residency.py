@@ -1,4 +1,4 @@
-"""Chooses the models to evict, and the busy models to drain. Pure functions over plain facts.
+"""Chooses the models to evict, and the busy models to drain.
 
 The model goes first whose return is expected to cost least per slab that it frees: its decayed uses (recency and frequency in one number) times the
 seconds of its return, which are more from disk than from the host tier. A model with running rows is never evicted, only drained: it admits no requests until its rows have ended.
@@ -54,7 +54,7 @@ def choose_victims(holders: Sequence[Holder], slabs: int) -> list[str] | None:
 
 
 def patience_s(swap_in_s: float, return_cost_s: float) -> float:
-    """How long requests of a model wait before a busy one must make way, and how long that one may stay at least."""
+    """How long requests of a model wait before a busy model is drained, and how long that model may stay at least."""
     return max(_LEAST_PATIENCE_S, _SWAPS_OF_PATIENCE * (swap_in_s + return_cost_s))
 
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter as the scheduler of its base sees it."""
+"""Describes a LoRA adapter to the scheduler of its base."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from runtime.engine.scheduler.totals import Totals
 
 @dataclass(slots=True, eq=False)
 class AdapterUse:
-    """One adapter's place in steps, and its sequences. The scheduler counts sequences; the adapter manager alone sets the rest.
+    """One adapter's slot in steps, and its sequences. The scheduler counts sequences; the adapter manager alone sets the rest.
 
     Attributes:
         prefix_root: begins the hashes of the adapter's KV blocks, so that KV is shared between sequences of equal adapters only.

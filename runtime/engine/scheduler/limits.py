@@ -1,4 +1,4 @@
-"""The bounds of one plan, which the engine's core sets from what all models hold."""
+"""Defines the bounds of one plan. The engine's core sets them from what all models hold."""
 
 from dataclasses import dataclass
 

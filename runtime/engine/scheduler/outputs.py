@@ -13,7 +13,7 @@ from runtime.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some of a sequence's known tokens, in one step, and the drafts that follow them.
+    """The known tokens of a sequence that one step computes, and the drafts that follow them.
 
     Attributes:
         row: the row that the sequence had then.

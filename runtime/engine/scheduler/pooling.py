@@ -1,4 +1,4 @@
-"""The vectors of sequences that ask for one: which tokens of a chunk belong to it, and what the chunks' sums make. Pure."""
+"""Makes the vectors of sequences with pooling: selects the tokens of each chunk, and combines the sums of the chunks."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Row slots of the engine's row tables, shared by all models. A sequence has a slot from its admission to its end or preemption."""
+"""Lends the rows of the engine's tables, which all models share. A sequence has a row from its admission to its end or preemption."""
 
 from collections.abc import Callable
 

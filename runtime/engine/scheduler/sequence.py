@@ -1,4 +1,4 @@
-"""A request inside the engine: its tokens, its parameters and its state. The scheduler alone changes it."""
+"""Holds a request inside the engine: its tokens, its parameters and its state. The scheduler alone changes it."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum

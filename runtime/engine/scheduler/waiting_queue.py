@@ -1,4 +1,4 @@
-"""One model's waiting sequences: higher priority first, then earlier arrival. Removal from the middle is cheap.
+"""Orders one model's waiting sequences: higher priority first, then earlier arrival. Removal from the middle is cheap.
 
 Sequences whose adapter is not ready are set aside, so that they do not hold back those behind them.
 """

@@ -1,4 +1,4 @@
-"""Pairs the tensors of a PEFT adapter by the linear module that they adapt. Every tensor belongs to a pair, or the adapter is refused by name. Pure."""
+"""Pairs the tensors of a PEFT adapter by the linear module that they adapt. Every tensor belongs to a pair, or the adapter is refused by name."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Groups a step's tokens by adapter, for the kernels: an order of the tokens, cut into chunks of one adapter each. Pure."""
+"""Groups a step's tokens by adapter, for the kernels: an order of the tokens, cut into chunks of one adapter each."""
 
 from collections.abc import Sequence
 
