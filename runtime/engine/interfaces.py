@@ -227,7 +227,7 @@ class Runner(Protocol):
         """Queue the forward pass of a plan with masked rows. No other step of any model may be launched before `launch_draws`."""
 
     def launch_draws(self, masks: TokenMasks) -> Launched:
-        """Queue the draws of the forward pass that was launched last. `masks` [len(plan.masked), words] has one line per masked row."""
+        """Queue the draws of the forward pass that was launched last. `masks` [len(plan.masked), words] has one line per masked row, and may be changed."""
 
     def close(self) -> None:
         """Release the graphs. Called before the memory is closed; no step may be in flight."""

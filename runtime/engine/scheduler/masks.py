@@ -34,12 +34,14 @@ def fill_masks(sequences: Iterable[Sequence], vocab_size: int) -> StepMasks:
             continue
         try:
             sequence.mask_source.fill_mask(line)
-            text = "" if line.any() else f"its grammar allows no token after {sequence.num_output_tokens} output tokens"
         except Exception as error:
+            line[:] = _ALL_ALLOWED
             text = (
                 f"its grammar failed after {sequence.num_output_tokens} output tokens: {type(error).__name__}: {error}"
             )
-        if text:
-            line[:] = _ALL_ALLOWED
             failures.append((sequence, text))
+    for index in np.flatnonzero(~words.any(axis=1)):
+        words[index] = _ALL_ALLOWED
+        text = f"its grammar allows no token after {masked[index].num_output_tokens} output tokens"
+        failures.append((masked[index], text))
     return StepMasks(words, failures)

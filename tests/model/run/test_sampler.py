@@ -141,7 +141,7 @@ def test_edits_equal_their_definitions() -> None:
         edits.apply(edited, [2], [position])
         torch.testing.assert_close(edited[0], expected)
         drawn = logits.argmax(1)
-        sampler.draw(logits, where, drawn, {})
+        sampler.draw(logits, where, drawn, None)
         assert drawn.tolist() == [int(logits[0].argmax()), int(expected.argmax())]
         edits.note_drawn([2], [position], [1], drawn)
         said.append(int(drawn[1]))
@@ -158,7 +158,7 @@ def test_sampler_draws_only_allowed_tokens(temperature: float) -> None:
     drawn_ids: set[int] = set()
     for position in range(1, 40):
         drawn = logits.argmax(1)
-        sampler.draw(logits, shape([0, 1], [5, position]), drawn, {})
+        sampler.draw(logits, shape([0, 1], [5, position]), drawn, None)
         assert int(drawn[0]) == int(logits[0].argmax())
         drawn_ids.add(int(drawn[1]))
     assert drawn_ids == ({41} if temperature == 0.0 else {3, 41})
@@ -173,7 +173,7 @@ def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
     logits[:, 4] = 99.0
     where = shape([1, 2], [1, 1])
     drawn = torch.full((2,), 4)
-    sampler.draw(logits, where, drawn, {})
+    sampler.draw(logits, where, drawn, None)
     assert drawn.tolist() == [9, 9]
 
 

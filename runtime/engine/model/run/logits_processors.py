@@ -143,22 +143,28 @@ class LogitsProcessors:
         ]
         if hidden:
             flat.index_fill_(0, to_device(np.concatenate(hidden), logits.device), float("-inf"))
-        for line, row in zip(logits, known, strict=True):
+        for index, row in enumerate(known):
             if row.allowed is not None:
-                line += row.allowed
+                logits[index] += row.allowed
 
-    def limited(self, mask: TokenMasks, row: int, position: int) -> TokenMasks:
-        """Return `mask` [words] of a masked row without its suppressed ids and the ids outside of its allowed ones.
+    def only_masked(self, row: int) -> bool:
+        """Whether nothing but a mask changes the row's logits."""
+        known = self._rows[row]
+        return known.limits is not None and not len(known.bias_ids) and known.table < 0
+
+    def limit(self, mask: TokenMasks, row: int, position: int) -> None:
+        """Take out of `mask` [words] of a masked row its suppressed ids and the ids outside of its allowed ones.
 
         A limit that would leave no token is dropped: the mask has precedence.
         """
-        known = self._rows[row]
-        assert known.limits is not None
-        suppresses = position < known.suppressed_until
-        for limit in (known.limits.not_suppressed if suppresses else None, known.limits.allowed):
+        limits = self._rows[row].limits
+        assert limits is not None
+        if limits.allowed is None and limits.not_suppressed is None:
+            return
+        suppresses = position < self._rows[row].suppressed_until
+        for limit in (limits.not_suppressed if suppresses else None, limits.allowed):
             if limit is not None and (mask & limit).any():
-                mask = mask & limit
-        return mask
+                mask &= limit
 
     def _mask_limits(self, suppressed: npt.NDArray[np.int64], allowed: tuple[int, ...]) -> _MaskLimits:
         ids = np.array([i for i in allowed if 0 <= i < self._vocab_size], np.int64)

@@ -4,7 +4,7 @@ This is the hot path of every model, device and feature. Nothing may be added he
 rows are plain, or depends on a model family: features attach through the sampler, the log-probabilities and the plan.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from runtime.engine.model.run.cuda_graphs import ModelGraphs
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.input_buffers import StepShape
 from runtime.engine.model.run.logprobs import LogprobRows, StepLogprobs, score
+from runtime.engine.model.run.mask_lines import StepMaskLines
 from runtime.engine.model.run.pooling import PooledRows, pool, pooled_tokens
 from runtime.engine.model.run.result_ring import StepLaunched
 from runtime.engine.model.run.row_state import to_device
@@ -99,7 +100,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, padded_to: Bucket | None = None) -> StepLaunched:
-        return self._finish(self._begin(plan, padded_to), {})
+        return self._finish(self._begin(plan, padded_to), None)
 
     @torch.inference_mode()
     def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
@@ -111,7 +112,7 @@ class ModelRunner:
         if forward is None or len(masks) != len(forward.plan.masked):
             expected = 0 if forward is None else len(forward.plan.masked)
             raise EngineFault(f"{len(masks)} masks were given, the launched forward pass needs {expected}")
-        return self._finish(forward, dict(zip(forward.plan.masked, masks, strict=True)))
+        return self._finish(forward, StepMaskLines(forward.plan.masked, masks))
 
     def _begin(self, plan: StepPlan, padded_to: Bucket | None) -> _ForwardPass:
         state = self._state
@@ -143,12 +144,12 @@ class ModelRunner:
         pooled = None if hidden is None else pool(plan, hidden)
         return _ForwardPass(plan, shape, line, logits, plain, padded_to is None, pooled)
 
-    def _finish(self, forward: _ForwardPass, masks: Mapping[int, TokenMasks]) -> StepLaunched:
+    def _finish(self, forward: _ForwardPass, masks: StepMaskLines | None) -> StepLaunched:
         plan, shape, logits = forward.plan, forward.shape, forward.logits
         scored = self._logprobs.asking(shape)
         job = StepLogprobs() if scored or plan.prompt_logprobs else None
         if not forward.plain:
-            self._draw(logits, shape, masks, eager=forward.eager)
+            self._draw(logits, shape, masks, scored, eager=forward.eager)
         if job is not None:
             self._score(job, logits, scored, plan, shape)
         return self._state.results.finish(forward.line, shape.num_samples, job, forward.pooled)
@@ -252,11 +253,13 @@ class ModelRunner:
             num_chunks = max_chunks(num_tokens, table.num_slots, on_gpu=self._state.device.type == "cuda")
         return StepAdapters(self._state.uploads.device_words, table, num_tokens, num_chunks)
 
-    def _draw(self, logits: torch.Tensor, shape: StepShape, masks: Mapping[int, TokenMasks], *, eager: bool) -> None:
+    def _draw(
+        self, logits: torch.Tensor, shape: StepShape, masks: StepMaskLines | None, scored: list[int], *, eager: bool
+    ) -> None:
         drawn = self._state.drawn[: shape.num_samples]
         if eager:
             torch.argmax(logits[: shape.num_samples], 1, out=drawn)
-        self._sampler.draw(logits, shape, drawn, masks)
+        self._sampler.draw(logits, shape, drawn, masks, scored)
         self._commit(shape.num_samples)
 
     def _commit(self, num_samples: int) -> None:

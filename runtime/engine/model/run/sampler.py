@@ -1,23 +1,23 @@
 """Draws the tokens of a step's rows that need more than the largest logit.
 
 A step's rows fall into three groups: plain greedy rows, which the forward pass draws, rows drawn directly from the logits, and rows drawn from an
-edited copy of their logits. Masked rows are in the third group.
+edited copy of their logits. Rows with a mask and no other edit are in the second group: the mask is applied to the logits themselves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 
-from runtime.engine.interfaces import RowSetup, StepPlan, TokenMasks
+from runtime.engine.interfaces import RowSetup, StepPlan
 from runtime.engine.kernels import sample
-from runtime.engine.kernels.token_mask import apply_token_masks
 from runtime.engine.model.run.input_buffers import StepShape
 from runtime.engine.model.run.logits_processors import LogitsProcessors
+from runtime.engine.model.run.mask_lines import StepMaskLines
 from runtime.engine.model.run.row_state import RowState, to_device
 from runtime.types import SamplingParams
 
-_PLAIN, _RANDOM, _EDITED = range(3)
+_PLAIN, _RANDOM, _MASKED, _EDITED = range(4)
 
 
 class Sampler:
@@ -39,7 +39,7 @@ class Sampler:
         self._sorts[row] = not rules.greedy and (rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1)
         kind = _PLAIN if rules.greedy else _RANDOM
         if self._edits.open(setup):
-            kind = _EDITED
+            kind = _MASKED if self._edits.only_masked(row) else _EDITED
         self._kinds[row] = kind
         if kind != _PLAIN:
             self._unsent[row] = rules
@@ -68,18 +68,32 @@ class Sampler:
                     at += count
 
     def draw(
-        self, logits: torch.Tensor, shape: StepShape, drawn: torch.Tensor, masks: Mapping[int, TokenMasks]
+        self,
+        logits: torch.Tensor,
+        shape: StepShape,
+        drawn: torch.Tensor,
+        masks: StepMaskLines | None,
+        kept: Collection[int] = (),
     ) -> None:
         """Overwrite `drawn` [S] int64 for the rows that are not plain.
 
-        `logits` [S or more, V] belong to the step's samples. `masks` holds the masked rows' masks by row slot.
+        `logits` [S or more, V] belong to the step's samples. Those of masked rows are masked in place, but for the samples `kept`.
         """
         kinds = self._kinds[shape.sample_rows]
         special = np.flatnonzero(kinds).tolist()
         rows, positions = shape.sample_rows.tolist(), shape.sample_positions.tolist()
-        edited = [s for s in special if kinds[s] == _EDITED and self._edits.active(rows[s], positions[s])]
-        unchanged = set(edited)
-        direct = [s for s in special if s not in unchanged]
+        copied = set(kept)
+        edited = [
+            s
+            for s in special
+            if (kinds[s] == _MASKED and s in copied)
+            or (kinds[s] == _EDITED and self._edits.active(rows[s], positions[s]))
+        ]
+        changed = set(edited)
+        direct = [s for s in special if s not in changed]
+        if masks is not None:
+            masks.limit(self._edits, dict(zip(rows, positions, strict=True)))
+            masks.apply(logits, {rows[s]: s for s in direct if kinds[s] == _MASKED})
         if direct:
             self._draw(logits, direct, direct, rows, positions, drawn)
         if edited:
@@ -99,16 +113,12 @@ class Sampler:
         samples: list[int],
         rows: list[int],
         positions: list[int],
-        masks: Mapping[int, TokenMasks],
+        masks: StepMaskLines | None,
     ) -> torch.Tensor:
         scores = logits.index_select(0, to_device(np.array(samples, np.int64), logits.device)).float()
         self._edits.apply(scores, [rows[s] for s in samples], [positions[s] for s in samples])
-        if masks:
-            lines = [line for line, s in enumerate(samples) if rows[s] in masks]
-            masked = [samples[line] for line in lines]
-            words = np.stack([self._edits.limited(masks[rows[s]], rows[s], positions[s]) for s in masked])
-            device = logits.device
-            apply_token_masks(scores, to_device(np.array(lines, np.int64), device), to_device(words, device))
+        if masks is not None:
+            masks.apply(scores, {rows[s]: line for line, s in enumerate(samples)})
         return scores
 
     def _draw(

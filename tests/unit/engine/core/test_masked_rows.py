@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from runtime.engine.core.executor import OperationExecutor
+from runtime.engine.interfaces import KvGeometry
 from runtime.engine.operations import OpenRow, Operation, RunDraws, RunForward, RunStep
 from runtime.ipc.messages import Shutdown
 from runtime.types import FinishReason, LogprobParams
@@ -174,6 +175,26 @@ def test_forced_tokens_are_taken_without_a_step_each() -> None:
     steps = sorted(rows.values())
     assert steps[-1] == 40, "log-probabilities need a draw for each token"
     assert sum(steps[:-1]) < 2 * 40, "most of the tokens are forced"
+    made.close()
+
+
+@pytest.mark.parametrize(("rows", "chunks"), [(4, True), (20, False)])
+def test_forced_tokens_leave_a_large_batch_as_it_is(rows: int, chunks: bool) -> None:
+    operations: list[Operation] = []
+    spec = FakeSpec(latency_polls=0, kv=KvGeometry(4, 4, 8, 2, 256, 400))
+    backend = FakeBackend({"a": spec}, total_slabs=600, max_rows=32)
+    made = Stage(backend, record=operations.append)
+    made.load("a")
+    made.until_quiet()
+    for seed in range(5, 5 + rows):
+        made.add("a", [seed, 6], 100, grammar="often", ignore_eos=True)
+    made.until_quiet()
+    made.check_all()
+    # Rows that came first may have left the batch while it was small.
+    plans = [o.plan for o in operations if isinstance(o, RunForward)]
+    whole = [plan for plan in plans if len(plan.rows) == rows][4:]
+    assert len(whole) > 4
+    assert any(max(plan.counts) > 1 for plan in whole) is chunks
     made.close()
 
 
