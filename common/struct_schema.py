@@ -1,6 +1,7 @@
 """Describes the fields of a msgspec struct: help text, choices and ranges, for flags, tables and error messages."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -21,8 +22,9 @@ class Field:
     fields: "tuple[Field, ...]" = ()
 
 
+@cache
 def fields_of(kind: type[msgspec.Struct]) -> tuple[Field, ...]:
-    """Describe the fields of a struct in their order."""
+    """Describe the fields of a struct in their order. Reading a struct's types takes milliseconds, so the result is kept."""
     info = msgspec.inspect.type_info(kind)
     assert isinstance(info, msgspec.inspect.StructType)
     described = []
