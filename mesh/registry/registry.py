@@ -9,7 +9,7 @@ from mesh.errors import AlreadyExists, NotFound
 from mesh.registry.copy_settings import is_same_model
 from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
-from mesh.registry.records import ModelRecord
+from mesh.registry.records import ModelRecord, VModelRecord
 from mesh.registry.registration import base_of, belongs_to, check_id, check_name, concrete_id
 from mesh.registry.vmodel_plan import VModelRequest
 from mesh.registry.vmodels import VModels
@@ -57,8 +57,9 @@ class Registry:
         )
         self.config_prefix = f"{root}/config/"
         self._named: tuple[NamedModel, ...] | None = None
+        self._pointing: dict[str, set[str]] = {}  # the vmodels whose active or target model an id is
         self.models.table.listen(self._changed)
-        self.vmodels.table.listen(self._changed)
+        self.vmodels.table.listen(self._vmodel_changed)
 
     async def start(self, timeout_s: float = 20.0) -> None:
         """Fill all tables. Raises StoreError."""
@@ -182,35 +183,37 @@ class Registry:
         return NamedModel(name, model_id, vmodel.target_id, record, aliases, vmodel.failed)
 
     def _pointing_at(self, model_id: str) -> list[str]:
-        return [name for name, vmodel in self.vmodels.table.items() if model_id in (vmodel.active_id, vmodel.target_id)]
+        return sorted(self._pointing.get(model_id, ()))
+
+    def _vmodel_changed(self, name: str, old: VModelRecord | None, new: VModelRecord | None) -> None:
+        for model_id in {old.active_id, old.target_id} if old is not None else ():
+            names = self._pointing.get(model_id, set())
+            names.discard(name)
+            if not names:
+                self._pointing.pop(model_id, None)
+        for model_id in {new.active_id, new.target_id} if new is not None else ():
+            self._pointing.setdefault(model_id, set()).add(name)
+        self._named = None
 
     def _changed(self, *_: object) -> None:
         self._named = None
 
     def _list_named(self) -> tuple[NamedModel, ...]:
-        vmodels = self.vmodels.table.items()
-        pointing: dict[str, list[str]] = {}
-        for name, vmodel in vmodels:
-            for model_id in {vmodel.active_id, vmodel.target_id}:
-                pointing.setdefault(model_id, []).append(name)
         found = []
-        for name, vmodel in vmodels:
+        for name, vmodel in self.vmodels.table.items():
             model_id = self.resolve(name)
             if (record := self.models.get(model_id)) is not None:
-                aliases = tuple(other for other in pointing.get(model_id, ()) if other != name)
+                aliases = tuple(other for other in self._pointing_at(model_id) if other != name)
                 found.append(NamedModel(name, model_id, vmodel.target_id, record, aliases, vmodel.failed))
         for model_id, record in self.models.table.items():
-            hidden = record.auto_delete and model_id in pointing
+            hidden = record.auto_delete and model_id in self._pointing
             if not hidden and self.vmodels.get(model_id) is None:
-                found.append(NamedModel(model_id, model_id, model_id, record, tuple(pointing.get(model_id, ()))))
+                found.append(NamedModel(model_id, model_id, model_id, record, tuple(self._pointing_at(model_id))))
         return tuple(sorted(found, key=lambda named: named.name))
 
     def name_of(self, model_id: str) -> str:
         """Return the name that a concrete model was registered under; its own id if there is none."""
-        owners = [
-            name for name, vmodel in self.vmodels.table.items() if model_id in (vmodel.active_id, vmodel.target_id)
-        ]
-        return next((name for name in owners if belongs_to(model_id, name)), model_id)
+        return next((name for name in self._pointing_at(model_id) if belongs_to(model_id, name)), model_id)
 
     async def register_name(self, name: str, info: ModelInfo, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
         """Register files and settings under `name`, and return the concrete id.

@@ -1,0 +1,74 @@
+"""Names over models: what a registry has learnt change by change equals what one that starts now reads."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.errors import MeshError
+from mesh.registry.registration import model_info
+from mesh.registry.registry import Registry
+from mesh.store.embedded import EmbeddedStore
+
+names = st.sampled_from(["a", "b", "c"])
+steps = st.one_of(
+    st.tuples(st.just("register"), names, st.sampled_from(["/x", "/y"])),
+    st.tuples(st.just("alias"), st.sampled_from(["p", "q"]), names),
+    st.tuples(st.just("remove"), names, st.just("")),
+    st.tuples(st.just("remove alias"), st.sampled_from(["p", "q"]), st.just("")),
+)
+
+
+def registry_of(store: EmbeddedStore) -> Registry:
+    return Registry(
+        store,
+        root_prefix="",
+        kv_prefix="mm",
+        service_name="test",
+        instance_id="a",
+        session_ttl_s=10.0,
+        default_owner="",
+    )
+
+
+async def take(registry: Registry, kind: str, name: str, argument: str) -> None:
+    if kind == "register":
+        await registry.register_name(name, model_info(name, argument, {}), now_ms=1, is_loaded=lambda _: False)
+    elif kind == "alias":
+        await registry.set_alias(name, argument, now_ms=1, is_loaded=lambda _: False)
+    elif kind == "remove":
+        await registry.remove_name(name)
+    else:
+        await registry.remove_alias(name)
+
+
+async def live(taken: list[tuple[str, str, str]], directory: Path) -> None:
+    store = EmbeddedStore(directory)
+    await store.open()
+    registry = registry_of(store)
+    await registry.start()
+    for step in taken:
+        try:
+            await take(registry, *step)
+        except MeshError:
+            continue  # the step makes no sense now
+    fresh = registry_of(store)
+    await fresh.start()
+    assert registry.named() == fresh.named()
+    assert {name.name: registry.find_named(name.name) for name in fresh.named()} == {
+        name.name: name for name in fresh.named()
+    }
+    for named in fresh.named():
+        assert registry.name_of(named.model_id) == fresh.name_of(named.model_id)
+    for each in (fresh, registry):
+        await each.close()
+    await store.close()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(steps, max_size=12))
+def test_registry_names_do_not_depend_on_the_order_of_what_was_seen(taken: list[tuple[str, str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(live(taken, Path(directory)))
