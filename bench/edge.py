@@ -22,10 +22,13 @@ import psutil
 from bench import h2_load
 from bench.h2_load import Load, Run, frame
 from tests.support import stack
+from wire.fmaas import generation_pb2
 
 MODEL = "edge"
 SERVICE = "fmaas.GenerationService"
-MESSAGE = b"x" * 64  # also an encoded message, in which the mesh looks for an adapter
+MESSAGE = generation_pb2.BatchedGenerationRequest(
+    requests=[generation_pb2.GenerationRequest(text="x" * 60)]
+).SerializeToString()  # 64 bytes
 EVENTS = 100
 CHURN_MODELS = 4
 CHURN_CLIENTS = 32

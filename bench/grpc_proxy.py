@@ -1,4 +1,4 @@
-"""A bare grpc.aio proxy: forwards messages and metadata as they are to one address: `python -m bench.grpc_proxy ADDRESS TARGET`.
+"""A bare grpc.aio proxy: forwards messages and metadata as they are, both ways: `python -m bench.grpc_proxy ADDRESS TARGET`.
 
 It is the least that a proxy in this language and library does. A method whose name ends with `Stream` takes one message and answers with several,
 any other one answers with one.
@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import uvloop
 
+_OF_THE_TRANSPORT = ("user-agent", "content-type", "te")
 _OPTIONS = (("grpc.max_concurrent_streams", 100_000),)
 
 
@@ -32,7 +33,11 @@ class Proxy(grpc.GenericRpcHandler):
         call: Any = self._channel.unary_unary(method)
 
         async def forward(message: bytes, context: Any) -> Any:
-            return await call(message, metadata=_passed(context))
+            onward = call(message, metadata=_passed(context.invocation_metadata()))
+            response = await onward
+            await _send_headers(onward, context)
+            _set_trailers(await onward.trailing_metadata(), context)
+            return response
 
         return grpc.unary_unary_rpc_method_handler(forward)
 
@@ -40,14 +45,30 @@ class Proxy(grpc.GenericRpcHandler):
         call: Any = self._channel.unary_stream(method)
 
         async def forward(message: bytes, context: Any) -> None:
-            async for part in call(message, metadata=_passed(context)):
+            onward = call(message, metadata=_passed(context.invocation_metadata()))
+            is_first = True
+            async for part in onward:
+                if is_first:
+                    is_first = False
+                    await _send_headers(onward, context)
                 await context.write(part)
+            _set_trailers(await onward.trailing_metadata(), context)
 
         return grpc.unary_stream_rpc_method_handler(forward)
 
 
-def _passed(context: Any) -> list[tuple[str, str | bytes]]:
-    return [pair for pair in context.invocation_metadata() if pair[0] != "user-agent"]
+async def _send_headers(call: Any, context: Any) -> None:
+    if headers := _passed(await call.initial_metadata()):
+        await context.send_initial_metadata(headers)
+
+
+def _set_trailers(trailers: Any, context: Any) -> None:
+    if passed := tuple(trailers):
+        context.set_trailing_metadata(passed)
+
+
+def _passed(metadata: Any) -> list[tuple[str, str | bytes]]:
+    return [pair for pair in metadata if pair[0] not in _OF_THE_TRANSPORT]
 
 
 async def _serve(address: str, target: str) -> None:
