@@ -24,6 +24,8 @@ def set_up(*, as_json: bool, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    # Neither formatter shows them, and each record costs a system call for them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # aiohttp logs an error for each client that closes its connection early.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

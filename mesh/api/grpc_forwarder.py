@@ -84,6 +84,10 @@ class GrpcForwarder:
         self._metrics = metrics
         self._peers = peers
         self._limits = limits
+        # By address and method. An address gets a new channel when the certificate towards other pods changes.
+        self._unary_stubs: dict[
+            tuple[str, str], tuple[grpc.aio.Channel, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]]
+        ] = {}
 
     async def forward(
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, context: ForwardingContext
@@ -124,8 +128,7 @@ class GrpcForwarder:
         started_s = time.monotonic()
         target = attempt.target
         rewrite = self._rewrite(request.method, attempt)
-        stub: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(target).unary_unary(f"/{request.method}")
-        call = stub(
+        call = self._unary_stub(target, request.method)(
             rewrite(message) if rewrite else message,
             metadata=self._metadata(request, attempt),
             timeout=context.time_remaining(),
@@ -191,6 +194,14 @@ class GrpcForwarder:
         # A request that cannot be sent gets no response.
         sending.add_done_callback(lambda task: call.cancel() if _error_of(task) else None)
         return call, sending
+
+    def _unary_stub(self, target: Target, method: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+        channel = self._channel(target)
+        known_channel, stub = self._unary_stubs.get((target.grpc_address, method), (None, None))
+        if stub is None or known_channel is not channel:
+            stub = channel.unary_unary(f"/{method}")
+            self._unary_stubs[target.grpc_address, method] = channel, stub
+        return stub
 
     def _channel(self, target: Target) -> grpc.aio.Channel:
         return self._connections.grpc(target.grpc_address, of_pod=not target.local)

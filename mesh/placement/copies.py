@@ -59,7 +59,7 @@ class LocalCopy:
 
 
 class LocalCopies:
-    """This pod's copies by model id. Every change notifies `changes`. `settings_of` returns the copy settings that a model has now."""
+    """This pod's copies by model id. Every change of a copy notifies `changes`, and the end of a model's last request does while any copy is loaded or unloaded. `settings_of` returns the copy settings that a model has now."""
 
     def __init__(self, changes: Changes, settings_of: Callable[[str], CopySettings]) -> None:
         self.settings_of = settings_of
@@ -70,6 +70,7 @@ class LocalCopies:
         self._waiting: Counter[str] = Counter()
         self._requests = RequestRate(time.monotonic())
         self._changes = changes
+        self._unsettled: set[str] = set()  # models that are being loaded or unloaded
         self.capacity_bytes = 0
         self.uses = DecayedUses()
 
@@ -84,16 +85,20 @@ class LocalCopies:
 
     def add(self, copy: LocalCopy) -> None:
         self._copies[copy.model_id] = copy
-        self._changes.notify()
+        self._settle(copy)
 
     def set_state(self, copy: LocalCopy, state: CopyState) -> None:
         copy.state = state
-        self._changes.notify()
+        if self._copies.get(copy.model_id) is copy:
+            self._settle(copy)
+        else:
+            self._changes.notify()
 
     def remove(self, copy: LocalCopy) -> None:
         """Remove the copy, unless another one has replaced it."""
         if self._copies.get(copy.model_id) is copy:
             del self._copies[copy.model_id]
+            self._unsettled.discard(copy.model_id)
         self._changes.notify()
 
     def usage(self) -> Usage:
@@ -142,7 +147,7 @@ class LocalCopies:
 
     def in_flight(self, model_id: str) -> int:
         """Return the number of requests that run on this pod's copy, those that Envoy carries included."""
-        return self._in_flight[model_id] + self._carried[model_id]
+        return self._in_flight.get(model_id, 0) + self._carried.get(model_id, 0)
 
     def num_waiting(self, model_id: str) -> int:
         """Return the number of requests that wait for the model."""
@@ -190,5 +195,10 @@ class LocalCopies:
         counts[model_id] -= 1
         if counts[model_id] <= 0:
             del counts[model_id]
-            # Loads wait for room, and unloads for their copy to drain.
-            self._changes.notify()
+            # Loads wait for room, and unloads for their copy to drain. Nothing else waits for requests to end, and at a low load every one is the last.
+            if self._unsettled:
+                self._changes.notify()
+
+    def _settle(self, copy: LocalCopy) -> None:
+        (self._unsettled.discard if copy.is_loaded else self._unsettled.add)(copy.model_id)
+        self._changes.notify()

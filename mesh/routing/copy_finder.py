@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from common.model_state import CopyState, Tier
 from mesh.placement.copies import LocalCopies, LocalCopy
@@ -16,6 +16,16 @@ from mesh.routing.copy_selection import Candidate, choose
 from mesh.types import Target
 
 _MIN_LOADING_S = 0.1
+_MAX_KNOWN = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownTarget:
+    """The target of a copy, which stays the same while the copy and the model's record do."""
+
+    copy: LocalCopy
+    record: ModelRecord | None
+    target: Target | None
 
 
 class CopyFinder:
@@ -41,30 +51,31 @@ class CopyFinder:
         self._peer_requests: Counter[tuple[str, str]] = Counter()
         # Loads, by model and pod, whose pods answered that they do not have the model.
         self._lost: dict[tuple[str, str], int] = {}
+        self._local_targets: dict[str, _KnownTarget] = {}
 
     def find(self, model_id: str, *, prefix_hash: str, exclude: frozenset[str], local_only: bool) -> Target | None:
         """Return the copy with the least expected wait; None if no copy can take the request now."""
-        candidates = []
         copy = self._copies.get(model_id)
         own_id = self._local.instance_id
         record = self._registry.models.get(model_id)
-        # A copy of an earlier registration of the same id has other files.
-        is_current = copy is not None and (record is None or record.info == copy.info)
-        if copy is not None and is_current and copy.is_loaded and self._monitor.serves(copy) and own_id not in exclude:
-            candidates.append(self._local_candidate(model_id))
-        pods: dict[str, InstanceRecord] = {}
-        if not local_only and record is not None and record.instance_ids.keys() - {own_id}:
-            pods = self._states.pods()
-            candidates += self._peer_candidates(model_id, record, pods, exclude)
+        local = None
+        if copy is not None and copy.is_loaded and own_id not in exclude and self._monitor.serves(copy):
+            local = self._local_target(copy, record)
+        if local_only or record is None or len(record.instance_ids) <= (own_id in record.instance_ids):
+            # There is no other copy to compare this pod's with.
+            if local is not None:
+                self._note_chosen(model_id, own_id, (own_id,), local_only)
+            return local
+        candidates = [] if local is None else [self._local_candidate(model_id)]
+        pods = self._states.pods()
+        candidates += self._peer_candidates(model_id, record, pods, exclude)
         chosen = choose(candidates if len(candidates) < 2 else self._judged(model_id, candidates), prefix_hash)
         if chosen is None:
             return None
-        if self._health.is_ejected(model_id, chosen.instance_id, time.monotonic()) and not local_only:
-            self._all_ejected(model_id, frozenset(candidate.instance_id for candidate in candidates))
-        self._health.chosen(model_id, chosen.instance_id)
+        pod_ids = tuple(candidate.instance_id for candidate in candidates)
+        self._note_chosen(model_id, chosen.instance_id, pod_ids, local_only)
         if chosen.local:
-            assert copy is not None
-            return self._local_target(copy)
+            return local
         pod = pods[chosen.instance_id]
         return Target(chosen.instance_id, False, pod.grpc_address, pod.http_address, is_loaded=not chosen.loading_s)
 
@@ -96,10 +107,26 @@ class CopyFinder:
             for candidate, record in zip(candidates, records, strict=True)
         ]
 
-    def _local_target(self, copy: LocalCopy) -> Target:
-        return Target(
-            self._local.instance_id, True, self._local.grpc_address, self._local.http_address, copy.started_ms
-        )
+    def _note_chosen(self, model_id: str, chosen_id: str, pod_ids: tuple[str, ...], local_only: bool) -> None:
+        if not local_only and self._health.is_ejected(model_id, chosen_id, time.monotonic()):
+            self._all_ejected(model_id, frozenset(pod_ids))
+        self._health.chosen(model_id, chosen_id)
+
+    def _local_target(self, copy: LocalCopy, record: ModelRecord | None) -> Target | None:
+        """Return the target of this pod's copy; None for a copy of an earlier registration of the same id, which has other files."""
+        known = self._local_targets.get(copy.model_id)
+        if known is None or known.copy is not copy or known.record is not record:
+            known = self._local_targets[copy.model_id] = self._known_target(copy, record)
+        return known.target
+
+    def _known_target(self, copy: LocalCopy, record: ModelRecord | None) -> _KnownTarget:
+        if len(self._local_targets) >= _MAX_KNOWN:
+            self._local_targets.clear()
+        if record is not None and record.info != copy.info:
+            return _KnownTarget(copy, record, None)
+        local = self._local
+        target = Target(local.instance_id, True, local.grpc_address, local.http_address, copy.started_ms)
+        return _KnownTarget(copy, record, target)
 
     def _local_candidate(self, model_id: str) -> Candidate:
         model = self._monitor.model(model_id)

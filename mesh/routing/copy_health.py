@@ -81,12 +81,13 @@ class CopyHealth:
         pod_id = attempt.target.instance_id
         known = self._records.setdefault(attempt.model_id, {})
         before = known.get(pod_id, _NEW)
-        if attempt.outcome is Outcome.ANSWERED:
+        outcome = attempt.outcome
+        if outcome is Outcome.ANSWERED:
             self._pods.pop(pod_id, None)
             if attempt.target.is_loaded:
                 known[pod_id] = before.answered(attempt.waited_s, now_s)
-        elif attempt.outcome is Outcome.FAILED or (
-            attempt.outcome is Outcome.ABANDONED
+        elif outcome is Outcome.FAILED or (
+            outcome is Outcome.ABANDONED
             and attempt.target.is_loaded
             and attempt.waited_s >= max(_MIN_PATIENCE_S, 2 * before.latency_s)
         ):
@@ -111,8 +112,8 @@ class CopyHealth:
         """Note that a request goes to the copy."""
         now_s = time.monotonic()
         for records in (self._records.get(model_id, {}), self._pods):
-            if instance_id in records:
-                records[instance_id] = records[instance_id].probed(now_s)
+            if (record := records.get(instance_id)) is not None and record.failures:
+                records[instance_id] = record.probed(now_s)
 
     def forget(self, model_id: str) -> None:
         self._records.pop(model_id, None)

@@ -132,7 +132,7 @@ class CopyRouter:
                 started_s = time.monotonic()
                 target = await self._hold(model_id, deadline_s, work, "loaded")
                 self._metrics.waited_for_load(time.monotonic() - started_s)
-            if not target.local or await self._acquire(model_id, target, deadline_s):
+            if not target.local or not self._is_limited(model_id) or await self._acquire(model_id, target, deadline_s):
                 self._count(model_id, target)
                 return target
 
@@ -176,6 +176,10 @@ class CopyRouter:
         else:
             self._copies.uses.add(model_id)
             self._finder.begin_at_peer(model_id, target.instance_id)
+
+    def _is_limited(self, model_id: str) -> bool:
+        copy = self._copies.get(model_id)
+        return (copy is not None and copy.max_concurrency > 0) or model_id in self._concurrency
 
     async def _acquire(self, model_id: str, target: Target, deadline_s: float | None) -> bool:
         """Wait for one of the copy's concurrent requests if their number is limited. False if the copy has been unloaded meanwhile."""

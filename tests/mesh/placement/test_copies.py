@@ -12,8 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.changes import Changes
 from common.model_key import CopySettings
+from common.model_state import CopyState
+from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.copy_scaling import IDLE_S, QUEUED_S, Change, CopyLoad, plan_copies
+from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
@@ -52,6 +56,31 @@ def test_copies_keep_to_the_policy(load: CopyLoad, policy: CopySettings) -> None
             assert load.num_copies > 1
     if load.num_copies <= min(policy.min_copies, load.num_pods):
         assert change is not Change.DROP or load.num_copies > (policy.max_copies or load.num_pods)
+
+
+def test_copies_end_of_requests_is_a_change_only_while_a_load_or_unload_may_wait_for_it() -> None:
+    changes = Changes()
+    copies = LocalCopies(changes, lambda _: CopySettings())
+
+    def is_change() -> bool:
+        copies.begin("m")
+        before = changes.version
+        copies.end("m")
+        return changes.version > before
+
+    ours, other = LocalCopy("m", ModelInfo("llm", "/m")), LocalCopy("other", ModelInfo("llm", "/other"))
+    copies.add(ours)
+    assert is_change(), "it waits to be loaded"
+    copies.set_state(ours, CopyState.LOADED)
+    assert not is_change()
+    copies.add(other)
+    assert is_change(), "another one may wait for the room"
+    copies.remove(other)
+    assert not is_change()
+    copies.set_state(ours, CopyState.UNLOADING)
+    assert is_change(), "the unload waits for its requests"
+    copies.remove(ours)
+    assert not is_change()
 
 
 @pytest.fixture
