@@ -20,43 +20,11 @@ The fields carry what happened; `message` is the sentence for people, made from 
 """
 
 from common import error_codes
+from common.errors import ReportedError
 
 
-class MeshError(Exception):
-    """Base of all errors that a caller may see.
-
-    Attributes:
-        detail: what happened, without the model's name.
-        model: the model's id or name, as the caller knows it; empty if no model is concerned.
-        limit: the limit that was exceeded, in the unit that `detail` states; None if there is none.
-        value: the value that exceeded it.
-        retry_after_s: when a repeat may succeed; None if unknown.
-    """
-
-    code, http_status, openai_type = error_codes.INTERNAL
-
-    def __init__(
-        self,
-        detail: str,
-        *,
-        model: str = "",
-        limit: float | None = None,
-        value: float | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.model = model
-        self.limit = limit
-        self.value = value
-        self.retry_after_s = retry_after_s
-
-    @property
-    def message(self) -> str:
-        return f"model {self.model}: {self.detail}" if self.model else self.detail
-
-    def __str__(self) -> str:
-        return self.message
+class MeshError(ReportedError):
+    """Base of all errors that a caller may see."""
 
 
 class InvalidRequest(MeshError):
@@ -95,7 +63,7 @@ class LoadFailed(MeshError):
         self,
         detail: str,
         *,
-        model: str = "",
+        model: str | None = None,
         limit: float | None = None,
         value: float | None = None,
         retry_after_s: float | None = None,

@@ -21,47 +21,11 @@ An error carries its facts as fields. `message` puts the model's name in front o
 """
 
 from common import error_codes
+from common.errors import ReportedError
 
 
-class RepertoryError(Exception):
-    """Base of all errors that a client may see.
-
-    Attributes:
-        detail: what happened, without the model's name.
-        model: the name or id of the model, if the error concerns one; the edge replaces an id with the name that the client knows.
-        param: the request's field at fault, in the API's own words.
-        limit: the limit that was exceeded.
-        value: the value that was found.
-        retry_after_s: when a retry may succeed, if that is known.
-    """
-
-    code, http_status, openai_type = error_codes.INTERNAL
-
-    def __init__(
-        self,
-        detail: str,
-        *,
-        model: str | None = None,
-        param: str | None = None,
-        limit: float | None = None,
-        value: float | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.model = model
-        self.param = param
-        self.limit = limit
-        self.value = value
-        self.retry_after_s = retry_after_s
-
-    @property
-    def message(self) -> str:
-        """Return the sentence for people: the detail, after the model's name if there is one."""
-        return self.detail if self.model is None else f"model {self.model}: {self.detail}"
-
-    def __str__(self) -> str:
-        return self.message
+class RepertoryError(ReportedError):
+    """Base of all errors that a client may see. The edge replaces a model's id with the name that the client knows."""
 
 
 class InvalidRequest(RepertoryError):
