@@ -19,6 +19,9 @@ from common.units import format_size, parse_size
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+BARE_FLAG = "bare_flag"
+"""Key of a field's extra annotation: the value that its flag stands for without one."""
+
 _CLIENT_VARIABLES = frozenset({"REPERTORY_SERVER", "REPERTORY_API_KEY"})
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_|$)")
 
@@ -170,11 +173,18 @@ def _add_flag(group: "argparse._ArgumentGroup", name: str, field: msgspec.inspec
         "help": f"{text}{shown} [{env_name(name)}]".replace("%", "%%"),
     }
     flag = "--" + name.replace("_", "-").removesuffix("-bytes").removesuffix("-s")
-    if isinstance(kind, BoolType):
+    if (bare := _bare(field.type)) is not None:
+        group.add_argument(flag, metavar=_metavar(name, kind), nargs="?", const=bare, **options)
+    elif isinstance(kind, BoolType):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     else:
         is_list = isinstance(kind, VarTupleType)
         group.add_argument(flag, metavar=_metavar(name, kind), action="append" if is_list else "store", **options)
+
+
+def _bare(kind: Type) -> str | None:
+    """Return the value of a flag that is given without one; None if it needs one."""
+    return (kind.extra or {}).get(BARE_FLAG) if isinstance(kind, Metadata) else None
 
 
 def shown_default(name: str, default: object) -> str:

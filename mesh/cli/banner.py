@@ -6,7 +6,7 @@ from typing import Any
 
 from common.addresses import parse_address
 from mesh.cli.render import size
-from mesh.cli.supervisor import reachable
+from mesh.cli.supervised_process import reachable
 from mesh.client.admin import DEFAULT_SERVER
 from mesh.types import RuntimeSnapshot
 
@@ -22,6 +22,7 @@ class ServerFacts:
     snapshot: RuntimeSnapshot
     keys_file: str = ""
     tls: bool = False
+    envoy: str = ""
 
     def banner(self) -> str:
         """Return the lines that a person reads: the device, the addresses, the keys and the next command."""
@@ -30,6 +31,7 @@ class ServerFacts:
             ("device", self._device()),
             ("HTTP", f"{self._url}  (OpenAI API below /v1, metrics at /metrics)"),
             ("gRPC", self.grpc),
+            *([("Envoy", "carries the calls of loaded models")] if self.envoy else []),
             (
                 "keys",
                 self._keys() or "none: every caller may use and change all models",
@@ -45,6 +47,7 @@ class ServerFacts:
             "seconds": round(self.seconds, 1),
             "http": self._url,
             "grpc": self.grpc,
+            "envoy": bool(self.envoy),
             "device": self.snapshot.device_name,
             "device_budget_bytes": self.snapshot.device_budget_bytes,
             "device_reserve_bytes": self.snapshot.device_reserve_bytes,

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.config import add_flags, load
 from common.errors import ConfigError
 from common.version import package_version
-from mesh.cli import cache, commands, new_key, serve, serve_flags, settings_flags
+from mesh.cli import cache, commands, new_key, serve, serve_envoy, serve_flags, settings_flags
 from mesh.cli.chat_settings import PARAMETERS
 from mesh.client.admin import DEFAULT_SERVER, AdminClient
 from mesh.config.modelmesh_environment import translate
@@ -92,6 +92,8 @@ def _run(args: argparse.Namespace) -> int:
         modelmesh = translate(os.environ)
         environment = {**modelmesh.variables, **os.environ}
         config = load(MeshConfig, flags=vars(args), env=environment, file=args.config)
+        if serve_envoy.starts_envoy(config):
+            return serve_envoy.serve_mesh_with_envoy(config, warnings=modelmesh.warnings)
         return run_pod(config, warnings=modelmesh.warnings)
     verb: Verb = args.do
     return verb(AdminClient(args.server, args.api_key), args)

@@ -1,6 +1,6 @@
-"""Implements `repertory serve`: supervises a mesh and a runtime on one machine. The runtime supervises its engine.
+"""Implements `repertory serve`: supervises a mesh and a runtime on one machine, and Envoy if asked to. The runtime supervises its engine.
 
-A process that exits or hangs is restarted. On SIGTERM the mesh drains first, then the runtime.
+A process that exits or hangs is restarted. On SIGTERM the mesh drains first, then the others end.
 """
 
 import argparse
@@ -10,10 +10,9 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,22 @@ from common.addresses import check_free, parse_address
 from common.exit_status import CANNOT_START
 from mesh.cli import leftovers
 from mesh.cli.banner import ServerFacts
-from mesh.cli.serve_settings import Settings, settings_of
-from mesh.cli.supervisor import SupervisedProcess, status_of
+from mesh.cli.serve_envoy import envoy_process, mesh_address, starts_envoy
+from mesh.cli.serve_settings import Settings, mesh_config, settings_of
+from mesh.cli.supervised_process import SupervisedProcess, status_of
+from mesh.cli.supervisor import Supervisor
+from mesh.envoy.binary import ELSEWHERE
 from mesh.errors import Unavailable
 from mesh.types import RuntimeSnapshot
 
 logger = logging.getLogger(__name__)
 
 _READY = 200
-_RECORDS = {"runtime": "runtime.pid", "mesh": "mesh.pid"}  # files of leftovers, in the run directory
+_RECORDS = {
+    "runtime": "runtime.pid",
+    "mesh": "mesh.pid",
+    "envoy": "envoy.pid",
+}  # files of leftovers, in the run directory
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -63,61 +69,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-class Supervisor:
-    """Runs the two processes until a signal, and ends them: at most `grace_s` after the first signal, at once after a second one.
-
-    `announce` runs beside them and reports when they are ready. With `forwards_sighup`, the mesh gets SIGHUP, after which it reads its models file again.
-    """
-
-    def __init__(
-        self,
-        runtime: SupervisedProcess,
-        mesh: SupervisedProcess,
-        *,
-        grace_s: float,
-        announce: Callable[[], Coroutine[Any, Any, object]],
-        forwards_sighup: bool = False,
-    ) -> None:
-        self._runtime = runtime
-        self._mesh = mesh
-        self._grace_s = grace_s
-        self._announce = announce
-        self._forwards_sighup = forwards_sighup
-        self._stopping = asyncio.Event()
-
-    async def run(self) -> int:
-        """Return 0, or the exit status of a process that can never start."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._handle_signal)
-        if self._forwards_sighup:
-            loop.add_signal_handler(signal.SIGHUP, self._mesh.send_signal, signal.SIGHUP)
-        processes = [asyncio.create_task(process.run(self._stopping)) for process in (self._runtime, self._mesh)]
-        announce = asyncio.create_task(self._announce())
-        stop = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([*processes, stop], return_when=asyncio.FIRST_COMPLETED)
-        failed = next((task.result() for task in processes if task.done()), 0)
-        self._stopping.set()
-        announce.cancel()
-        # The mesh drains first, because its streams need the runtime until they end.
-        await self._mesh.stop(self._grace_s + 5)
-        await self._runtime.stop(self._grace_s + 5)
-        await asyncio.gather(*processes, stop, announce, return_exceptions=True)
-        return failed
-
-    def _handle_signal(self) -> None:
-        if self._stopping.is_set():
-            for process in (self._mesh, self._runtime):
-                process.kill()
-            return
-        self._stopping.set()
-        logger.info(
-            "stopping: running requests have %g s to finish; send the signal again to stop at once", self._grace_s
-        )
-
-
 def _supervisor(settings: Settings) -> Supervisor:
-    run_dir = settings.run_dir
+    run_dir, config = settings.run_dir, mesh_config(settings)
     python = [sys.executable, "-m"]
     runtime = SupervisedProcess(
         "runtime",
@@ -126,20 +79,21 @@ def _supervisor(settings: Settings) -> Supervisor:
         run_dir / _RECORDS["runtime"],
         environment=settings.runtime_environment,
     )
+    envoy = envoy_process(config, run_dir / _RECORDS["envoy"]) if starts_envoy(config) else None
+    content = {**settings.mesh, "envoy": ELSEWHERE} if envoy else settings.mesh
     mesh = SupervisedProcess(
         "mesh",
-        [*python, "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", settings.mesh))],
-        str(settings.mesh["http_listen"]),
+        [*python, "mesh", "serve-mesh", "--config", str(_write(run_dir / "mesh.json", content))],
+        mesh_address(config),
         run_dir / _RECORDS["mesh"],
-        tls=bool(settings.mesh["tls_cert"]),
+        tls=bool(config.tls_cert) and not config.envoy,
     )
-    grace_s = float(settings.mesh["grace_s"])
+    # The mesh drains first, because its streams need the runtime until they end.
     return Supervisor(
-        runtime,
-        mesh,
-        grace_s=grace_s,
+        *(mesh, runtime) if envoy is None else (mesh, envoy, runtime),
+        grace_s=config.grace_s,
         announce=lambda: _announce(settings),
-        forwards_sighup=bool(settings.mesh["models_file"]),
+        gets_sighup=mesh if config.models_file else None,
     )
 
 
@@ -161,6 +115,7 @@ async def _announce(settings: Settings) -> None:
         num_keys=len(settings.mesh["api_keys"]),
         keys_file=str(settings.mesh["api_keys_file"]),
         tls=tls,
+        envoy=str(settings.mesh["envoy"]),
         snapshot=snapshot or RuntimeSnapshot(0),
     )
     if settings.mesh["log_json"]:

@@ -11,6 +11,7 @@ from common.addresses import parse_address
 from common.config import env_name, is_true
 from common.errors import ConfigError
 from common.units import parse_size
+from mesh.envoy.binary import INSTALLED
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -131,6 +132,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         str,
         "YAML file of hashed keys with their names, scopes, models and limits; `repertory new-key` makes entries",
         metavar="FILE",
+    )
+    flag(
+        "envoy",
+        "",
+        str,
+        "let Envoy carry the calls of loaded models; without BINARY, the installed program; empty = the mesh carries all calls",
+        nargs="?",
+        const=INSTALLED,
+        metavar="BINARY",
     )
     flag("tls-cert", "", str, "file of the certificate chain of both ports; empty = plain text", metavar="FILE")
     flag("tls-key", "", str, "file of the key of --tls-cert", metavar="FILE")

@@ -47,6 +47,7 @@ _FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
     "wait_budget": (("mesh", "wait_budget_s"), ("runtime", "engine", "wait_budget_s")),
     "api_keys": (("mesh", "api_keys"),),
     "api_keys_file": (("mesh", "api_keys_file"),),
+    "envoy": (("mesh", "envoy"),),
     "tls_cert": (("mesh", "tls_cert"),),
     "tls_key": (("mesh", "tls_key"),),
     "allowed_hosts": (("mesh", "allowed_hosts"),),
@@ -94,6 +95,11 @@ def settings_of(args: argparse.Namespace, env: Mapping[str, str] = os.environ) -
     return Settings(run_dir, mesh, tree["runtime"], _runtime_environment(env, {path[-1] for path in given}))
 
 
+def mesh_config(settings: Settings) -> MeshConfig:
+    """Return the mesh's settings as its process reads them."""
+    return load(MeshConfig, flags=settings.mesh, env={})
+
+
 def _mesh_environment(env: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of the mesh that the environment sets. Raises ConfigError."""
     names = [name for name in MeshConfig.__struct_fields__ if env_name(name) in env and name not in _WIRING]
@@ -139,6 +145,8 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "wait_budget_s": args.wait_budget,
         "api_keys": tuple(_listed(args.api_keys)),
         "api_keys_file": args.api_keys_file,
+        "envoy": args.envoy,
+        "envoy_dir": str(run_dir / "envoy"),
         "tls_cert": args.tls_cert,
         "tls_key": args.tls_key,
         "allowed_hosts": tuple(_listed(args.allowed_hosts)),

@@ -1,5 +1,6 @@
 """Reads the figures of Envoy's clusters from its admin socket."""
 
+import asyncio
 import re
 from collections.abc import Mapping
 from urllib.parse import quote
@@ -14,6 +15,7 @@ _LINE = re.compile(
 )
 _MEDIAN = re.compile(r"P50\((?P<recent>[0-9.e+]+|nan),")
 _TIMEOUT_S = 5.0
+_POLL_S = 0.1
 
 
 class EnvoyAdmin:
@@ -30,9 +32,14 @@ class EnvoyAdmin:
         except (aiohttp.ClientError, OSError, TimeoutError):
             return None
 
+    async def idle(self) -> None:
+        """Return when no call is in flight to a copy, or Envoy does not answer."""
+        while any(known.active for known in (await self.figures() or {}).values()):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(_POLL_S)
+
     async def stop_listening(self) -> None:
         try:
-            async with self._opened().post("http://envoy/drain_listeners?graceful&skip_exit"):
+            async with self._opened().post("http://envoy/drain_listeners"):
                 pass
         except (aiohttp.ClientError, OSError, TimeoutError):
             pass

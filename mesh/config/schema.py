@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from common.config import BARE_FLAG
 from common.units import MIB
 
 
@@ -38,7 +39,8 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
         str,
         _about(
             "let Envoy carry the calls of loaded models: auto = the installed program, a path = that program, "
-            "external = one that is started elsewhere with the files in envoy_dir; empty = the mesh carries all calls"
+            "external = one that is started elsewhere with the files in envoy_dir; empty = the mesh carries all calls",
+            extra={BARE_FLAG: "auto"},
         ),
     ] = ""
     envoy_dir: Annotated[

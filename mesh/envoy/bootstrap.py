@@ -9,7 +9,7 @@ from common.errors import ConfigError
 from mesh.config.schema import MeshConfig
 from mesh.envoy.files import EnvoyFiles, write_whole
 from mesh.envoy.plan import Carrier
-from mesh.envoy.routes import JUDGE_HEADER, LUA_FILTER, MODEL_HEADERS, mesh_cluster
+from mesh.envoy.routes import JUDGE_HEADER, LUA_FILTER, MODEL_HEADERS, closed_routes_text, mesh_cluster
 
 Json = dict[str, Any]
 
@@ -40,6 +40,9 @@ def write_bootstrap(config: MeshConfig) -> EnvoyFiles:
     """Write what Envoy starts with, and return where it is. Raises ConfigError, OSError."""
     files = envoy_files(config)
     files.make_directory()
+    for carrier in Carrier:
+        if not files.routes(carrier).exists():  # Envoy does not start without them
+            write_whole(files.routes(carrier), closed_routes_text(carrier))
     write_whole(files.bootstrap, bootstrap_text(config, files))
     if config.tls_cert:
         write_whole(files.tls, tls_text(config))

@@ -28,6 +28,3 @@ class ControlStream(Protocol):
 class EnvoyStats(Protocol):
     async def figures(self) -> Mapping[str, ClusterFigures] | None:
         """Return the figures by the clusters' names in the statistics; None if Envoy does not answer."""
-
-    async def stop_listening(self) -> None:
-        """Have Envoy take no further connections."""

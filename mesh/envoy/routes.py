@@ -77,13 +77,23 @@ def routes_text(carrier: Carrier, settings: RouteSettings) -> str:
     """Return the content of a listener's file of routes."""
     is_grpc = carrier is Carrier.GRPC
     routes = _grpc_routes(settings) if is_grpc else _http_routes(settings)
+    # A refused call is sent again from this buffer. Twice the message, as the mesh keeps it.
+    buffer_bytes = 2 * settings.max_message_bytes if is_grpc else settings.max_body_bytes
+    return _text(carrier, routes, {"request_body_buffer_limit": buffer_bytes})
+
+
+def closed_routes_text(carrier: Carrier) -> str:
+    """Return routes that leave every call to the mesh, for an Envoy that starts before its mesh."""
+    return _text(carrier, [_to_mesh(carrier, {"prefix": "/"})], {})
+
+
+def _text(carrier: Carrier, routes: list[Json], options: Json) -> str:
     host: Json = {
         "name": carrier,
         "domains": ["*"],
         "routes": routes,
-        # A refused call is sent again from this buffer. Twice the message, as the mesh keeps it.
-        "request_body_buffer_limit": 2 * settings.max_message_bytes if is_grpc else settings.max_body_bytes,
         "response_headers_to_remove": ["x-repertory-logged"],
+        **options,
     }
     config = {"@type": f"{_TYPE}config.route.v3.RouteConfiguration", "name": carrier, "virtual_hosts": [host]}
     return json.dumps({"resources": [config]}, indent=1)

@@ -1,5 +1,6 @@
 """Builds and runs the parts of a pod that has an Envoy in front: its files, its control stream and its data plane."""
 
+import asyncio
 import logging
 
 from mesh.api.envoy_clusters import PeerTls
@@ -70,9 +71,14 @@ class PodEnvoy:
         """As in LocalUnloads."""
         await self._data_plane.withdraw(model_id)
 
-    async def stop_listening(self) -> None:
-        """Have Envoy take no further connections: this pod shuts down."""
+    async def drain(self, grace_s: float) -> None:
+        """Have Envoy take no further connections, and return when the calls that it carries have ended or the grace period is over."""
         await self._admin.stop_listening()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._admin.idle()
+        except TimeoutError:
+            logger.warning("Envoy still carries calls after the grace period of %g s", grace_s)
 
     async def stop(self) -> None:
         await self._control.stop()

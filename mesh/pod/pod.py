@@ -168,8 +168,7 @@ class Pod:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        if self._envoy is not None:
-            await self._envoy.stop_listening()
+        drained = asyncio.create_task(self._drain_envoy())
         logger.info("pod stops", extra={"instance": self.instance_id})
         await _cancel(self._tasks)
         self._router.stop()
@@ -178,6 +177,7 @@ class Pod:
             await self._heartbeat.shut_down()
             await self.scaler.hand_over()
             await self.reconciler.withdraw()
+        await drained
         await asyncio.gather(self.grpc.stop(self._config.grace_s), self.http.stop())
         if self._heartbeat is not None:
             await self._transitions.close()
@@ -213,6 +213,10 @@ class Pod:
                 parse_address(address).port for address in (self._config.grpc_listen, self._config.http_listen)
             )
         return Ports(grpc, http, self.grpc.peer_port, self.http.peer_port)
+
+    async def _drain_envoy(self) -> None:
+        if self._envoy is not None:
+            await self._envoy.drain(self._config.grace_s)
 
     async def _withdraw(self, model_id: str) -> None:
         if self._envoy is not None:

@@ -81,7 +81,7 @@ def serve(
         )
         stack.callback(_stop, process)
         url = f"http://127.0.0.1:{http}"
-        _wait_ready(process, f"{url}/readyz", log)
+        wait_ready(process, f"{url}/readyz", log)
         run_dir = base / "run"
         yield Stack(
             url,
@@ -117,7 +117,7 @@ def mesh(home: Path, runtime_grpc: str, runtime_http: str, log: Path | None = No
     }
     (home / "mesh.json").write_text(json.dumps(settings))
     with program("mesh", "serve-mesh", "--config", f"{home}/mesh.json", log=log) as process:
-        _wait_ready(process, f"http://{http}/readyz", log)
+        wait_ready(process, f"http://{http}/readyz", log)
         yield Mesh(f"http://{http}", grpc, AdminClient(f"http://{http}"), process.pid)
 
 
@@ -138,7 +138,7 @@ def program(
         yield process
 
 
-def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None) -> None:
+def wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if process.poll() is not None:

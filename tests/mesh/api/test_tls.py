@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from mesh.cli.supervisor import status_of
+from mesh.cli.supervised_process import status_of
 from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
 from mesh.pod.pod import Pod

@@ -12,8 +12,8 @@ import pytest
 
 from common.exit_status import CANNOT_START, USAGE
 from mesh.cli import leftovers
-from mesh.cli.serve import Supervisor
-from mesh.cli.supervisor import SupervisedProcess, answers
+from mesh.cli.supervised_process import SupervisedProcess, answers
+from mesh.cli.supervisor import Supervisor
 from tests.support.etcd import free_port
 from tests.support.waiting import until
 
@@ -166,7 +166,7 @@ async def test_supervisor_kills_processes_on_a_second_signal(tmp_path: Path, cap
         SupervisedProcess(name, [sys.executable, "-c", stubborn.replace("NAME", name)]) for name in ("runtime", "mesh")
     )
     caplog.set_level("INFO")
-    supervisor = Supervisor(runtime, mesh, grace_s=600.0, announce=asyncio.Event().wait)
+    supervisor = Supervisor(mesh, runtime, grace_s=600.0, announce=asyncio.Event().wait)
     running = asyncio.create_task(supervisor.run())
     await until(lambda: (tmp_path / "mesh").exists() and (tmp_path / "runtime").exists())
     os.kill(os.getpid(), signal.SIGTERM)
@@ -197,7 +197,7 @@ async def test_supervisor_passes_sighup_to_the_mesh(tmp_path: Path) -> None:
     )
     mesh = SupervisedProcess("mesh", [sys.executable, "-c", script, str(tmp_path)])
     runtime = SupervisedProcess("runtime", [sys.executable, "-c", "import time; time.sleep(600)"])
-    supervisor = Supervisor(runtime, mesh, grace_s=1.0, announce=asyncio.Event().wait, forwards_sighup=True)
+    supervisor = Supervisor(mesh, runtime, grace_s=1.0, announce=asyncio.Event().wait, gets_sighup=mesh)
     running = asyncio.create_task(supervisor.run())
     await until(lambda: (tmp_path / "up").exists())
     os.kill(os.getpid(), signal.SIGHUP)
