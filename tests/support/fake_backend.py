@@ -414,7 +414,7 @@ class FakeRunner:
             return FakeLaunched(self, None, self._spec.latency_polls)
         result = StepOutput(
             tokens,
-            100.0 + self._backend.token_us * plan.num_tokens,
+            100.0 + self._backend.token_us * plan.num_tokens + self._backend.adapter_us * len({*plan.adapters} - {-1}),
             logprobs if any(logprobs) else None,
             prompt_logprobs or None,
             vectors or None,
@@ -566,6 +566,7 @@ class FakeBackend:
         self.steps = 0
         self.largest_step = 0
         self.token_us = 2.0
+        self.adapter_us = 0.0  # of each different adapter of a step
         self.results: list[StepOutput | None] = []  # of every launch; None where the step broke
         self._mapped: dict[int, tuple[str, str]] = {}
 

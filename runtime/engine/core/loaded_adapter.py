@@ -5,7 +5,7 @@ from typing import Protocol
 
 from common.model_state import ModelFigures, Tier
 from runtime.engine.core.loaded_model import LoadedModel
-from runtime.engine.scheduler.adapter_use import AdapterUse
+from runtime.engine.scheduler.adapter_use import NO_ADAPTER, AdapterUse
 from runtime.ipc.messages import Load
 from runtime.types import ModelFacts
 
@@ -101,7 +101,7 @@ class LoadedAdapter:
         place = self.use.slot, self.offset
         self.use.ready = False
         self.base.scheduler.waiting.block(self.use)
-        self.use.slot, self.offset = -1, None
+        self.use.slot, self.offset = NO_ADAPTER, None
         self.swapping = self.draining = False
         self.evictions += 1
         return place

@@ -195,7 +195,7 @@ class EngineLoop:
         model.touch(now)
         self.table.resident.release_claim(model)
         tokens = step.plan.num_tokens
-        predicted_us = model.cost.predict_us(tokens, step.kv_tokens)
+        predicted_us = model.cost.predict_us(tokens, step.kv_tokens, step.num_adapters)
         self._round_robin.charge(model.model_id, predicted_us)
         self._executor.flush()  # an error in here is not the step's
         masks: StepMasks | None = None
@@ -251,7 +251,7 @@ class EngineLoop:
         model, step = flight.model, flight.step
         if not step.void:
             model.clear_faults()
-        model.cost.observe(flight.tokens, step.kv_tokens, result.device_us)
+        model.cost.observe(flight.tokens, step.kv_tokens, result.device_us, step.num_adapters)
         self._round_robin.charge(model.model_id, result.device_us - flight.predicted_us)
         rows = model.scheduler.settle(step, result, self._clock())
         self.table.emit_rows(model.model_id, rows)

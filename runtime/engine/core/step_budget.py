@@ -43,9 +43,9 @@ class StepBudget:
         if alone and not on_cpu:
             return config.max_batch_tokens
         quantum_us = max(config.quantum_us, _ALONE_ON_CPU_US) if alone else config.quantum_us
-        decoding, kv_tokens = model.scheduler.decoding()
+        decoding, kv_tokens, adapters = model.scheduler.decoding()
         least = decoding + _LEAST_CHUNK
-        tokens = model.cost.tokens_within(quantum_us, kv_tokens, least)
+        tokens = model.cost.tokens_within(quantum_us, kv_tokens, least, adapters)
         if on_cpu:
             tokens = min(tokens, max(least, _GROWTH * model.cost.largest_tokens))
         return min(config.max_batch_tokens, tokens)

@@ -33,6 +33,7 @@ class Step:
     """A planned step and its sequences.
 
     Attributes:
+        num_adapters: different adapters of its rows.
         stale: one of its sequences ended after the step was planned.
         void: an earlier step failed, so the step's tokens are dropped.
     """
@@ -43,6 +44,7 @@ class Step:
     decode: DecodeRows
     prefill: list[Chunk]
     kv_tokens: int
+    num_adapters: int = 0
     stale: bool = False
     void: bool = False
 

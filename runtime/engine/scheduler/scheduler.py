@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from runtime.engine.interfaces import Drafter, StepOutput, StepPlan
 from runtime.engine.kvcache.prefix import PrefixCache
+from runtime.engine.scheduler.adapter_use import count_adapters
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.limits import KvRoom, Limits
@@ -54,9 +55,10 @@ class Scheduler:
         """The number of sequences with a row, including those whose last token is in flight."""
         return len(self._running)
 
-    def decoding(self) -> tuple[int, int]:
-        """Return the number of rows past their prompts, and the tokens that they hold."""
-        return len(self._decode) + len(self._lockstep), self._decode.kv_tokens() + self._lockstep.kv_tokens()
+    def decoding(self) -> tuple[int, int, int]:
+        """Return the number of rows past their prompts, the tokens that they hold, and the number of their different adapters."""
+        adapters = count_adapters((*self._decode.slots, *(sequence.adapter_slot for sequence in self._lockstep)))
+        return len(self._decode) + len(self._lockstep), self._decode.kv_tokens() + self._lockstep.kv_tokens(), adapters
 
     @property
     def promised_blocks(self) -> int:
@@ -146,14 +148,15 @@ class Scheduler:
             return None
         kv_tokens += sum(chunk.sequence.num_computed_tokens for chunk in chunks)
         slots = [*self._decode.slots, *(chunk.sequence.adapter_slot for chunk in chunks)]
-        if max(slots) >= 0:
+        num_adapters = count_adapters(slots)
+        if num_adapters:
             plan.adapters.extend(slots)
         opened, new_blocks = self._running.take_changes()
         plan.new_blocks.extend(new_blocks)
         decode = self._decode.advance()
         self._planned += 1
         self._start_decoding(chunks)
-        step = Step(self._planned, plan, opened, decode, chunks, kv_tokens)
+        step = Step(self._planned, plan, opened, decode, chunks, kv_tokens, num_adapters)
         self._flying.append(step)
         return step
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.engine.interfaces import MaskSource, RowSetup
-from runtime.engine.scheduler.adapter_use import AdapterUse
+from runtime.engine.scheduler.adapter_use import NO_ADAPTER, AdapterUse
 from runtime.ipc.messages import Add, TokenLogprobs
 from runtime.types import GenerationRequest
 
@@ -68,8 +68,8 @@ class Sequence:
 
     @property
     def adapter_slot(self) -> int:
-        """Where steps find the sequence's adapter; -1 if it has none."""
-        return -1 if self.adapter is None else self.adapter.slot
+        """Where steps find the sequence's adapter; NO_ADAPTER if it has none."""
+        return NO_ADAPTER if self.adapter is None else self.adapter.slot
 
     def count_adapter(self, *, live: int = 0, running: int = 0, generated_tokens: int = 0) -> None:
         """Add to the counters of the sequence's adapter, if it has one."""

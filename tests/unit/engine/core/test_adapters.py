@@ -3,6 +3,7 @@
 import pytest
 
 from runtime.engine.interfaces import KvGeometry
+from runtime.engine.operations import Operation, RunStep
 from runtime.ipc.messages import LoadFailed
 from runtime.types import FinishReason
 from tests.support.engine_stage import Stage
@@ -43,6 +44,56 @@ def test_one_batch_mixes_adapters_and_rows_without() -> None:
     stage.check_all()
     assert len({tuple(answer.tokens) for answer in answers}) == len(answers)
     assert stage.backend.steps - before < 25, "the rows ran together"
+    stage.close()
+
+
+def test_steps_without_adapters_are_planned_as_if_there_were_none() -> None:
+    """So that they run the graphs of the base alone, although adapters are on the device and have requests that wait or have ended."""
+    steps: list[RunStep] = []
+
+    def record(operation: Operation) -> None:
+        if isinstance(operation, RunStep):
+            steps.append(operation)
+
+    stage = stage_of(record=record)
+    for name in ("a0", "a1"):
+        stage.add(name, PROMPT, 4)
+        stage.until_quiet()
+    assert all(step.plan.adapters for step in steps)
+    steps.clear()
+    stage.add("base", PROMPT, 20)
+    stage.until_quiet()
+    assert len(steps) >= 20
+    assert not any(step.plan.adapters for step in steps)
+    stage.add("base", PROMPT, 20)
+    stage.add("a0", PROMPT, 5)
+    steps.clear()
+    stage.until_quiet()
+    mixed = [len(step.plan.adapters) for step in steps]
+    assert mixed[0] > 0
+    assert mixed[-1] == 0, "the base's row goes on alone, without adapters"
+    stage.close()
+
+
+def test_an_adapters_longer_steps_are_charged_to_its_base() -> None:
+    """Two bases with as many requests share the device by its time, although the steps of one take twice as long for its adapters."""
+    spec = FakeSpec(kv=KV, max_model_len=1000, eos=())
+    backend = FakeBackend({"base": spec, "other": spec}, total_slabs=128)
+    backend.adapters["a0"] = FakeAdapterSpec("base", "content", 5000)
+    backend.adapter_us = 200.0
+    stage = Stage(backend, turn_s=0.001, quantum_us=2000)
+    for name in ("base", "other"):
+        stage.load(name)
+    stage.until_quiet()
+    stage.load_adapter("a0")
+    stage.until_quiet()
+    for name in ("a0", "other"):
+        stage.add(name, PROMPT, 400, ignore_eos=True)
+    stage.turn(300)
+    seconds = {figures.model_id: figures.step_seconds_total for figures in stage.stats().models}
+    assert seconds["base"] == pytest.approx(seconds["other"], rel=0.2)
+    cost = stage.loop.table.models["base"].cost
+    assert cost.predict_us(1, 20, 1) == pytest.approx(302, rel=0.1)
     stage.close()
 
 

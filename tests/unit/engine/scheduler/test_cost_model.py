@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,3 +67,34 @@ def test_on_a_slow_device_one_longer_step_tells_what_a_token_takes() -> None:
     model.observe(64, 64, 100 + 4000.0 * 64)
     assert 120 <= model.tokens_within(500_000, 64, 1) <= 135
     assert model.largest_tokens == 64
+
+
+@given(st.floats(500, 5000), st.floats(1, 20), st.floats(50, 1000), st.floats(5, 100), st.integers(0, 5))
+def test_adapters_cost_their_launches_and_their_bytes(
+    a: float, b: float, launches: float, each: float, seed: int
+) -> None:
+    """Steps with and without adapters alternate, as those of a base and of its adapters do."""
+    model, rng = CostModel(), random.Random(seed)
+
+    def took(tokens: int, adapters: int) -> float:
+        return a + b * tokens + (launches + each * adapters if adapters else 0.0)
+
+    for _ in range(300):
+        tokens, adapters = rng.choice((1, 8, 64, 300)), rng.choice((0, 0, 1, 8, 32))
+        model.observe(tokens, 0, took(tokens, adapters) * rng.uniform(0.98, 1.02), adapters)
+    for tokens, adapters in ((8, 0), (8, 1), (64, 32), (300, 8)):
+        truth = took(tokens, adapters)
+        assert abs(model.predict_us(tokens, 0, adapters) - truth) < 0.1 * truth + 50
+    plain, adapted = (model.tokens_within(20_000, 0, 1, adapters) for adapters in (0, 32))
+    assert plain - adapted == pytest.approx((launches + 32 * each) / b, rel=0.25, abs=0.1 * plain)
+
+
+def test_models_without_adapters_learn_as_before() -> None:
+    """An unknown cost of adapters does not disturb what is known of plain steps."""
+    plain, other = CostModel(), CostModel()
+    for model in (plain, other):
+        learn(model, 2000, 10, 0.01, 100)
+    other.observe(64, 0, 6000, 4)
+    assert other.predict_us(64, 0, 4) > 1.5 * other.predict_us(64, 0)
+    for tokens in (1, 64, 300):
+        assert other.predict_us(tokens, 1000) == pytest.approx(plain.predict_us(tokens, 1000), rel=0.1)
