@@ -1,10 +1,11 @@
-"""LoRA adapters in Triton: a shrink over (chunks, modules, parts of the columns) and an expand over (chunks, blocks of outputs).
+"""LoRA adapters in Triton: a shrink over (chunks, modules, parts of the columns) and an expand over (lanes, blocks of outputs).
 
-Programs of a graph that has more chunks than the step find a rank of 0 and end. All that they read before they wait for the kernels before them
+The chunks of a block of outputs are dealt out to its lanes. Programs of a graph that has more chunks than the step find a rank of 0 and end. All that they read before they wait for the kernels before them
 (the upload, the table, the first matrix) was written before the step began.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,15 +17,15 @@ from runtime.engine.kernels.gpu import pdl
 from runtime.engine.kernels.gpu.dot import dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
 
+MOST_LANES = 8  # programs of an expand among which the chunks of a block of outputs are divided
 _BLOCK_K = 128
 _BLOCK_R = 16
-_VERY_FEW_TOKENS = 64
+_FEW_CHUNKS = 4
 
 
 @triton.jit
-def _chunk(upload_ptr, places_ptr, num_modules, module, BLOCK_T: tl.constexpr):
-    """Return this program's first place in the order, the mask of its rows, its tokens, and where its matrices lie, with their rank."""
-    c = tl.program_id(0)
+def _chunk(c, upload_ptr, places_ptr, num_modules, module, BLOCK_T: tl.constexpr):
+    """Return a chunk's first place in the order, the mask of its rows, its tokens, and where its matrices lie, with their rank."""
     live = c < tl.load(upload_ptr + 13)
     chunk_ptr = upload_ptr + tl.load(upload_ptr + 14) + 3 * c
     slot = tl.load(chunk_ptr, mask=live, other=0).to(tl.int64)
@@ -66,7 +67,9 @@ def _shrink_kernel(
     WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else x_ptr.dtype.element_ty
     module = tl.program_id(1)
     split = tl.program_id(2)
-    first, mask, tokens, a_at, _b_at, rank = _chunk(upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T)
+    first, mask, tokens, a_at, _b_at, rank = _chunk(
+        tl.program_id(0), upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T
+    )
     rows = tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_R)
     begin = split * steps_each * BLOCK_K
@@ -147,31 +150,45 @@ def _expand_kernel(
                     block -= blocks1
                     width = W2
                     column = W0 + W1
-    first, mask, tokens, _a_at, b_at, rank = _chunk(upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T)
     rows = tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_R)
+    parts = tl.arange(0, SPLITS)
     outs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = outs < width
-    b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
-    b_first = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
-    pdl.wait(PDL)
-    h_ptr = hidden_ptr + (first.to(tl.int64) * SLICES + module) * HIDDEN_STRIDE
-    h_ptrs = h_ptr + rows[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
-    # All parts at once: one after the other, each would wait for the memory.
-    parts = tl.arange(0, SPLITS)
-    part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * (hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE))
-    mask_h = (parts < num_splits)[:, None, None] & mask[None, :, None]
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for r in range(0, rank, BLOCK_R):
-        h = tl.sum(tl.load(part_ptrs + r, mask=mask_h, other=0.0), 0)
-        b = b_first
-        if r > 0:
-            b = tl.load(b_ptrs + r, mask=mask_n[:, None], other=0.0)
-        acc = dot_add(h.to(DTYPE).to(WORK), tl.trans(b.to(WORK)), acc, PRECISION)
-    y_ptrs = y_ptr + tokens[:, None] * y_stride + (column + outs)[None, :]
-    touched = mask[:, None] & mask_n[None, :] & (rank > 0)
-    y = tl.load(y_ptrs, mask=touched, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, (y + acc).to(DTYPE), mask=touched)
+    part_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
+    num_chunks = tl.load(upload_ptr + 13)
+    for c in range(tl.program_id(0), tl.maximum(num_chunks, tl.program_id(0) + 1), tl.num_programs(0)):
+        first, mask, tokens, _a_at, b_at, rank = _chunk(
+            c, upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T
+        )
+        b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
+        b_first = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
+        pdl.wait(PDL)
+        h_ptr = hidden_ptr + (first.to(tl.int64) * SLICES + module) * HIDDEN_STRIDE
+        h_ptrs = h_ptr + rows[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
+        # All parts at once: one after the other, each would wait for the memory.
+        part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * part_stride
+        mask_h = (parts < num_splits)[:, None, None] & mask[None, :, None]
+        y_ptrs = y_ptr + tokens[:, None] * y_stride + (column + outs)[None, :]
+        touched = mask[:, None] & mask_n[None, :] & (rank > 0)
+        y = tl.load(y_ptrs, mask=touched, other=0.0).to(tl.float32)
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for r in range(0, rank, BLOCK_R):
+            h = tl.sum(tl.load(part_ptrs + r, mask=mask_h, other=0.0), 0)
+            b = b_first
+            if r > 0:
+                b = tl.load(b_ptrs + r, mask=mask_n[:, None], other=0.0)
+            acc = dot_add(h.to(DTYPE).to(WORK), tl.trans(b.to(WORK)), acc, PRECISION)
+        tl.store(y_ptrs, (y + acc).to(DTYPE), mask=touched)
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """The sums of A · x of one launch: `num_splits` parts of [tokens in the order of the chunks, modules, stride] float32."""
+
+    parts: Tensor
+    num_splits: int
+    stride: int
 
 
 def add_adapters(
@@ -185,83 +202,123 @@ def add_adapters(
     scratch: Scratch | None,
 ) -> None:
     """See runtime.engine.kernels.adapters.add_adapters."""
+    shrunk = shrink(x, upload, table, first_module, len(widths), num_chunks, scratch)
+    expand(y, shrunk, upload, table, first_module, widths, num_chunks)
+
+
+def shrink(
+    x: Tensor,
+    upload: Tensor,
+    table: AdapterTable,
+    first_module: int,
+    slices: int,
+    num_chunks: int,
+    scratch: Scratch | None = None,
+) -> Shrunk:
+    """Launch h = A · x for `slices` modules. Without `scratch`, the sums have memory of their own."""
     num_tokens, in_features = x.shape
-    slices = len(widths)
-    if not 0 < slices <= MAX_MODULES or y.shape != (num_tokens, sum(widths)) or x.stride(1) != 1 or y.stride(1) != 1:
-        raise ValueError(f"x {list(x.shape)} and y {list(y.shape)} do not fit {slices} modules of widths {widths}")
-    if num_tokens == 0 or num_chunks == 0:
-        return
-    hidden_stride = triton.next_power_of_2(max(table.max_rank, _BLOCK_R))
-    block_k, splits, steps_each = splitting(num_tokens, in_features)
-    elements = splits * num_tokens * slices * hidden_stride
+    if not 0 < slices <= MAX_MODULES or x.stride(1) != 1:
+        raise ValueError(f"x {list(x.shape)} with strides {x.stride()} does not fit {slices} modules")
+    stride = triton.next_power_of_2(max(table.max_rank, _BLOCK_R))
+    how = tiling(num_tokens, num_chunks, in_features)
+    elements = how.splits * num_tokens * slices * stride
     # Every launch that uses the scratch waits for the kernels before it, so the parts live until the expand has read them.
     if scratch is not None and scratch.partials.numel() >= elements:
-        hidden = scratch.partials
+        parts = scratch.partials
     else:
-        hidden = torch.empty(elements, dtype=torch.float32, device=x.device)
-    block_t = chunk_tokens(num_tokens, on_gpu=True)
-    block_n = 64 if num_tokens <= _VERY_FEW_TOKENS else 128
-    num_modules = table.places.shape[1]
-    overlaps, kind, options = pdl.overlaps(x), precision(x), pdl.options(x)
-    _shrink_kernel[(num_chunks, slices, splits)](
-        x,
-        upload,
-        table.places,
-        table.memory,
-        hidden,
-        in_features,
-        x.stride(0),
-        first_module,
-        num_modules,
-        steps_each,
-        num_tokens,
-        HIDDEN_STRIDE=hidden_stride,
-        EVEN_K=in_features % block_k == 0,
-        BLOCK_T=block_t,
-        BLOCK_K=block_k,
-        BLOCK_R=_BLOCK_R,
-        PDL=overlaps,
-        PRECISION=kind,
-        num_warps=4,
-        num_stages=4,
-        **options,
-    )
-    more = [*widths, *[0] * (MAX_MODULES - slices)]
-    _expand_kernel[(num_chunks, sum(triton.cdiv(width, block_n) for width in widths))](
+        parts = torch.empty(elements, dtype=torch.float32, device=x.device)
+    if num_tokens and num_chunks:
+        _shrink_kernel[(num_chunks, slices, how.splits)](
+            x,
+            upload,
+            table.places,
+            table.memory,
+            parts,
+            in_features,
+            x.stride(0),
+            first_module,
+            table.places.shape[1],
+            how.steps_each,
+            num_tokens,
+            HIDDEN_STRIDE=stride,
+            EVEN_K=in_features % how.block_k == 0,
+            BLOCK_T=chunk_tokens(num_tokens, on_gpu=True),
+            BLOCK_K=how.block_k,
+            BLOCK_R=_BLOCK_R,
+            PDL=pdl.overlaps(x),
+            PRECISION=precision(x),
+            num_warps=4,
+            num_stages=4,
+            **pdl.options(x),
+        )
+    return Shrunk(parts, how.splits, stride)
+
+
+def expand(
+    y: Tensor,
+    shrunk: Shrunk,
+    upload: Tensor,
+    table: AdapterTable,
+    first_module: int,
+    widths: Sequence[int],
+    num_chunks: int,
+) -> None:
+    """Launch y += B · h for the modules that were shrunk."""
+    num_tokens = y.shape[0]
+    if y.shape != (num_tokens, sum(widths)) or y.stride(1) != 1:
+        raise ValueError(f"y {list(y.shape)} with strides {y.stride()} does not fit modules of widths {widths}")
+    if not num_tokens or not num_chunks:
+        return
+    block_n = outputs_of_block(num_tokens, num_chunks)
+    _expand_kernel[(min(num_chunks, MOST_LANES), sum(triton.cdiv(width, block_n) for width in widths))](
         y,
         upload,
         table.places,
         table.memory,
-        hidden,
-        *more,
+        shrunk.parts,
+        *widths,
+        *[0] * (MAX_MODULES - len(widths)),
         y.stride(0),
         first_module,
-        num_modules,
-        splits,
+        table.places.shape[1],
+        shrunk.num_splits,
         num_tokens,
-        SLICES=slices,
-        SPLITS=triton.next_power_of_2(splits),
-        HIDDEN_STRIDE=hidden_stride,
-        BLOCK_T=block_t,
+        SLICES=len(widths),
+        SPLITS=triton.next_power_of_2(shrunk.num_splits),
+        HIDDEN_STRIDE=shrunk.stride,
+        BLOCK_T=chunk_tokens(num_tokens, on_gpu=True),
         BLOCK_N=block_n,
         BLOCK_R=_BLOCK_R,
-        PDL=overlaps,
-        PRECISION=kind,
+        PDL=pdl.overlaps(y),
+        PRECISION=precision(y),
         num_warps=4,
         num_stages=2,
-        **options,
+        **pdl.options(y),
     )
 
 
-def splitting(num_tokens: int, in_features: int) -> tuple[int, int, int]:
-    """Return the columns of a block, the parts that the columns are cut into, and the blocks in each.
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a shrink cuts the columns: into `splits` parts of `steps_each` blocks of `block_k` columns."""
 
-    The parts of a step are within 1,024 rows of sums. Where tokens are few, a part is one block, which is loaded before the kernels before have ended.
+    block_k: int
+    splits: int
+    steps_each: int
+
+
+def tiling(num_tokens: int, num_chunks: int, in_features: int) -> Tiling:
+    """Cut the columns into more parts where there are few chunks, and within 1,024 rows of sums.
+
+    Each program of the expand reads all parts. Where chunks are few, a part is a block or two, and the first is loaded before the kernels before
+    have ended.
     """
-    if num_tokens <= _VERY_FEW_TOKENS:
-        block_k, most = (512 if in_features > 8192 else 256), (32 if num_tokens <= _VERY_FEW_TOKENS // 2 else 16)
-    else:
-        block_k, most = _BLOCK_K, (4 if num_tokens <= FEW_TOKENS else 1)
+    block_k = 256 if num_chunks <= _FEW_CHUNKS else _BLOCK_K
+    most = 16 if num_chunks <= _FEW_CHUNKS else 4 if num_tokens <= FEW_TOKENS else 1
     steps = triton.cdiv(in_features, block_k)
-    steps_each = triton.cdiv(steps, min(most, max(1, steps if block_k > _BLOCK_K else steps // 2)))
-    return block_k, triton.cdiv(steps, steps_each), steps_each
+    steps_each = triton.cdiv(steps, min(most, steps))
+    return Tiling(block_k, triton.cdiv(steps, steps_each), steps_each)
+
+
+def outputs_of_block(num_tokens: int, num_chunks: int) -> int:
+    """Return the outputs of one program of the expand."""
+    return 64 if num_chunks <= _FEW_CHUNKS else 128 if num_tokens > FEW_TOKENS else 256
