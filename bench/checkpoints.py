@@ -44,9 +44,10 @@ class Shape:
 
 
 LLAMA_8B = Shape("8B", 4096, 14336, 32, 32, 8, 128_256, tied=False)
+LLAMA_70B = Shape("70B", 8192, 28672, 80, 64, 8, 128_256, tied=False)
 LLAMA_1B = Shape("1B", 2048, 8192, 16, 32, 8, 128_256, tied=True)
 TINY = Shape("tiny", 256, 704, 2, 4, 2, 1024, tied=False)
-SHAPES = {shape.name: shape for shape in (LLAMA_8B, LLAMA_1B, TINY)}
+SHAPES = {shape.name: shape for shape in (LLAMA_70B, LLAMA_8B, LLAMA_1B, TINY)}
 
 
 def write(shape: Shape, folder: Path, seed: int = 0) -> Path:

@@ -1,6 +1,7 @@
-"""Measures the engine alone on one GPU: output tokens per second beside vLLM's, and the share of the physical floor.
+"""Measures the engine alone: output tokens per second beside vLLM's, and the share of the physical floor.
 
     python -m bench.engine [--lines 8B/bf16,8B/nf4,8B/fp8,1B/bf16,8B/int8] [--workloads 1/256/128,…] [--folder /tmp/checkpoints]
+    python -m bench.engine --tensor-parallel 2 --lines 8B/bf16,70B/nf4                                   on two GPUs
 
 N requests with random token ids are submitted at once, greedy, EOS ignored; the figure is the median of --repeats runs after one warm-up (and after
 idle time in which CUDA graphs are captured). The weights are random.
@@ -28,6 +29,11 @@ VLLM = {
     "8B/fp8": {"1/256/128": 281, "8/256/128": 2072, "32/256/128": 5833, "128/256/128": 12965, "256/256/128": 14839, "256/16/512": 27381},
     "1B/bf16": {"1/256/128": 776, "8/256/128": 4666, "32/256/128": 14729, "128/256/128": 30897, "256/256/128": 37414, "512/1024/256": 29356},
 }  # fmt: skip
+# the same with --tensor-parallel 2 on two GPUs
+VLLM_TWO_GPUS = {
+    "8B/bf16": {"1/256/128": 281, "256/256/128": 17447},
+    "70B/bf16": {"1/256/128": 47, "32/256/128": 1087, "128/256/128": 2218},
+}
 # targets
 ASKED = {
     "8B/bf16": {"1/256/128": 240, "8/256/128": 1800, "32/256/128": 5500, "128/256/128": 11000, "256/256/128": 13000, "64/16/512": 12500,
@@ -36,6 +42,12 @@ ASKED = {
     "8B/fp8": {"1/256/128": 400, "8/256/128": 2900, "32/256/128": 8000, "128/256/128": 15500, "256/256/128": 17000, "256/16/512": 31000},
     "1B/bf16": {"1/256/128": 1000, "8/256/128": 6500, "32/256/128": 18000, "128/256/128": 38000, "256/256/128": 46000, "512/1024/256": 35000},
 }  # fmt: skip
+ASKED_TWO_GPUS = {
+    "8B/bf16": {"1/256/128": 380, "256/256/128": 20000},
+    "70B/bf16": {"1/256/128": 54, "32/256/128": 1500, "128/256/128": 3200},
+    "70B/nf4": {"1/256/128": 95},
+    "70B/fp8": {"1/256/128": 95},
+}
 
 
 def main() -> None:
@@ -81,7 +93,8 @@ def main() -> None:
             print(
                 f"{'N/in/out':>13} {'tok/s':>8} {'vLLM':>8} {'x':>5} {'asked':>8} {'met':>4} {'floor':>6} {'TTFT p50':>9} {'gap p50':>8} {'gap p99':>8}"
             )
-            for workload in wanted or ASKED.get(line, ASKED["8B/nf4"]):
+            asked = ASKED if args.tensor_parallel == 1 else ASKED_TWO_GPUS
+            for workload in wanted or asked.get(line, ASKED["8B/nf4"]):
                 if workload in args.skip.split(","):
                     continue
                 measure(
@@ -92,6 +105,7 @@ def main() -> None:
                     workload,
                     0 if workload in args.once.split(",") else args.repeats,
                     args.idle,
+                    args.tensor_parallel,
                 )
             running.unload(line)
 
@@ -104,7 +118,16 @@ def prepared(line: str, folder: Path, packer: bool = False) -> Checkpoint:
     return checkpoint_of(write(SHAPES[name], folder / name), format_, folder)
 
 
-def measure(running: Engine, line: str, shape: Shape, format_: str, workload: str, repeats: int, idle_s: float) -> None:
+def measure(
+    running: Engine,
+    line: str,
+    shape: Shape,
+    format_: str,
+    workload: str,
+    repeats: int,
+    idle_s: float,
+    num_gpus: int = 1,
+) -> None:
     rows, input_tokens, output_tokens = (int(part) for part in workload.split("/"))
     rng = np.random.default_rng(rows * 7919 + input_tokens)
 
@@ -120,8 +143,9 @@ def measure(running: Engine, line: str, shape: Shape, format_: str, workload: st
         time.sleep(0.05)
     rate = statistics.median(run.tokens_per_s for run in runs)
     middle = min(runs, key=lambda run: abs(run.tokens_per_s - rate))
-    floor = rows * output_tokens / limits.workload_s(shape, format_, rows, input_tokens, output_tokens)
-    peer, asked = VLLM.get(line, {}).get(workload), ASKED.get(line, {}).get(workload)
+    floor = rows * output_tokens / limits.workload_s(shape, format_, rows, input_tokens, output_tokens, num_gpus)
+    peers, targets = (VLLM, ASKED) if num_gpus == 1 else (VLLM_TWO_GPUS, ASKED_TWO_GPUS)
+    peer, asked = peers.get(line, {}).get(workload), targets.get(line, {}).get(workload)
     gaps = sorted(middle.gaps_s) or [float("nan")]
     first = statistics.median(middle.first_s.values())
     print(
