@@ -9,7 +9,7 @@ _EVICTION_SHARE = 0.2  # of a load, for any eviction
 _USED_SHARE = 0.5  # of a load, for a pod that is full: models spread over the pods
 _LOCAL_SHARE = 0.05  # gain of a copy on the pod that was called, which costs no hop
 _QUEUE_SHARE = 0.1  # each load in progress slows the others
-_MUCH_USED = 5.0  # decayed uses whose eviction costs half a load
+_MUCH_USED = 1.0  # decayed uses whose eviction costs half a load
 _SPREAD_SHARE = 0.05  # models that are loaded at once go to different pods although those look alike
 _FEW_FAILURES = 2
 

@@ -21,13 +21,14 @@ from tests.support.etcd import free_port
 
 @dataclass(eq=False)
 class MeshProcess:
-    """One pod's mesh. `directory` receives its configuration and its log."""
+    """One pod's mesh. `directory` receives its configuration and its log. `clock_shift_s`: how far its wall clock is ahead."""
 
     directory: Path
     instance_id: str
     grpc_address: str
     http_address: str
     settings: dict[str, Any]
+    clock_shift_s: float = 0.0
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -46,11 +47,14 @@ class MeshProcess:
         file.write_text(json.dumps(config))
         with (self.directory / f"{self.instance_id}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mesh", "serve-mesh", "--config", str(file)],
+                [sys.executable, "-m", *self._program(), "serve-mesh", "--config", str(file)],
                 stdout=log,
                 stderr=log,
                 env={**os.environ},
             )
+
+    def _program(self) -> tuple[str, ...]:
+        return ("tests.support.shifted_clock", str(self.clock_shift_s)) if self.clock_shift_s else ("mesh",)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         give_up_s = time.monotonic() + timeout_s
@@ -97,7 +101,14 @@ def freeze(process: "subprocess.Popen[bytes]") -> None:
 
 @contextlib.contextmanager
 def mesh_process(
-    directory: Path, instance_id: str, *, store: str, runtime_grpc: str, runtime_http: str = "", **settings: Any
+    directory: Path,
+    instance_id: str,
+    *,
+    store: str,
+    runtime_grpc: str,
+    runtime_http: str = "",
+    clock_shift_s: float = 0.0,
+    **settings: Any,
 ) -> Iterator[MeshProcess]:
     """Start a pod and end it with the context. The caller waits until it is ready."""
     pod = MeshProcess(
@@ -106,6 +117,7 @@ def mesh_process(
         f"127.0.0.1:{free_port()}",
         f"127.0.0.1:{free_port()}",
         {"store": store, "runtime_grpc": runtime_grpc, "runtime_http": runtime_http, **settings},
+        clock_shift_s,
     )
     pod.start()
     try:
