@@ -7,6 +7,7 @@ import jinja2
 import msgspec
 
 from runtime.errors import InvalidRequest
+from runtime.text.call_arguments import as_text, has_calls, wants_text
 from runtime.text.output_format import OutputFormat, detect_format
 from runtime.text.sandbox import Sandbox, render
 
@@ -34,6 +35,11 @@ class ChatOptions(msgspec.Struct, frozen=True):
     tools: tuple[dict[str, Any], ...] = ()
 
 
+def thinking_variables(enabled: bool) -> dict[str, Any]:
+    """Return the variables that switch the model's reasoning on or off, by the names that families of templates have for it."""
+    return {"enable_thinking": enabled, "thinking": enabled}
+
+
 class ChatTemplates:
     """A checkpoint's templates by name. Each is compiled once."""
 
@@ -42,6 +48,7 @@ class ChatTemplates:
         self._special_tokens = dict(special_tokens)
         self._environment = Sandbox()
         self._compiled: dict[str, jinja2.Template] = {}
+        self._arguments_as_text: dict[str, bool] = {}
         self.output_format: OutputFormat | None = detect_format([*self._texts.values()])
 
     def __bool__(self) -> bool:
@@ -59,6 +66,8 @@ class ChatTemplates:
             if not turns:
                 raise InvalidRequest("there is no message to continue", model=model, param="messages")
             turns[-1]["content"] = (turns[-1]["content"] or "") + _CONTINUE_MARK
+        if has_calls(turns) and self._wants_text(text):
+            turns = as_text(turns)
         try:
             rendered = render(
                 self._compile(text),
@@ -108,6 +117,13 @@ class ChatTemplates:
         raise InvalidRequest(
             f"it has no default chat template, only {', '.join(sorted(self._texts))}", model=model, param="messages"
         )
+
+    def _wants_text(self, text: str) -> bool:
+        """Whether this template needs the arguments of earlier calls as text."""
+        if text not in self._arguments_as_text:
+            fixed = {**self._special_tokens, "documents": None, "add_generation_prompt": False}
+            self._arguments_as_text[text] = wants_text(lambda chat: render(self._compile(text), {**fixed, **chat}))
+        return self._arguments_as_text[text]
 
     def _compile(self, text: str) -> jinja2.Template:
         template = self._compiled.get(text)

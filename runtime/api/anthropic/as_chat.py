@@ -6,6 +6,7 @@ from typing import Any
 from runtime.api.anthropic.types import Blocks, MessagesBody, PromptBody, Turn
 from runtime.api.openai.types import ChatBody, ChatTurn, HistoryCall, HistoryFunction
 from runtime.errors import InvalidRequest, NotSupported
+from runtime.text.chat import thinking_variables
 
 _UNSUPPORTED = (
     "image", "document", "search_result", "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
@@ -28,7 +29,7 @@ def as_chat(body: PromptBody) -> ChatBody:
         tools=[_tool(index, tool) for index, tool in enumerate(body.tools or ())] or None,
         tool_choice=_choice(choice),
         parallel_tool_calls=False if choice.get("disable_parallel_tool_use") is True else None,
-        chat_template_kwargs=None if thinking is None else {"enable_thinking": thinking != "disabled"},
+        chat_template_kwargs=None if thinking is None else thinking_variables(thinking != "disabled"),
         max_tokens=request.max_tokens if request else None,
         stream=request.stream if request else None,
         stop=request.stop_sequences if request else None,

@@ -9,6 +9,7 @@ from runtime.api.ollama.types import ChatRequest, GenerateRequest, Message, Opti
 from runtime.api.openai.body import refuse_unsupported
 from runtime.api.openai.types import ChatBody, ChatTurn, HistoryCall, HistoryFunction
 from runtime.errors import InvalidRequest, NotSupported
+from runtime.text.chat import thinking_variables
 
 # Options of Ollama's own engine, and of samplers that are refused unless they are switched off.
 _WITHOUT_EFFECT = frozenset(
@@ -45,7 +46,7 @@ def _chat(body: Request, turns: list[ChatTurn], tools: list[dict[str, Any]] | No
     options = _options(body)
     thinking: dict[str, Any] = {}
     if isinstance(body.think, bool):
-        thinking = {"chat_template_kwargs": {"enable_thinking": body.think}, "include_reasoning": body.think}
+        thinking = {"chat_template_kwargs": thinking_variables(body.think), "include_reasoning": body.think}
     elif body.think is not None:
         thinking = {"reasoning_effort": body.think}
     chat = ChatBody(

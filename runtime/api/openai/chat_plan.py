@@ -14,7 +14,7 @@ from runtime.generation.limits import draw_seed, output_limit
 from runtime.generation.parser import MakeParser, plain_text
 from runtime.generation.template_parser import TemplateParser
 from runtime.interfaces import ServedModel
-from runtime.text.chat import ChatOptions
+from runtime.text.chat import ChatOptions, thinking_variables
 from runtime.types import GenerationRequest, LogprobParams
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -74,7 +74,7 @@ def _variables(body: ChatBody) -> dict[str, Any]:
         )
     variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
     if effort == "none":
-        variables["enable_thinking"] = False
+        variables |= thinking_variables(False)
     return variables | (body.chat_template_kwargs or {})
 
 
