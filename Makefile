@@ -61,9 +61,10 @@ demo: $(VENV)/.demo
 	$(RUN)/python scripts/demo.py $(ARGS)
 
 # One thread per process: the tests start several processes at a time, and OpenMP threads that wait for a busy core spin.
-# All tests run in two processes with branch coverage; a selection runs in one, without.
+# All tests run in two processes with branch coverage; a selection runs in one, without. Files keep their order: by default those with few tests,
+# which are the longest, would come last and one process would wait for the other.
 test: $(VENV)/.dev $(if $(T)$(ARGS),,clients)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(if $(T)$(ARGS),$(T) $(ARGS),-n $(JOBS) --dist loadfile --cov --cov-report=term)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(if $(T)$(ARGS),$(T) $(ARGS),-n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term)
 
 modelmesh: $(VENV)/.dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest tests/mesh/modelmesh $(ARGS)
