@@ -77,10 +77,9 @@ class Heartbeat:
         if self._published is None or _without_load(record) != _without_load(self._published):
             await self._publish(record)
 
-    async def shut_down(self) -> None:
-        """Publish that this pod is shutting down: other pods stop placing models and sending requests here."""
+    def leave(self) -> None:
+        """Enter in this pod's record that it is shutting down: other pods stop placing models and sending requests here."""
         self._shutting_down = True
-        await self._publish(self.record())
 
     def record(self) -> InstanceRecord:
         snapshot = self._snapshot()

@@ -174,7 +174,8 @@ class Pod:
         self._router.stop()
         if self._heartbeat is not None:
             await self.grpc.set_ready(False)
-            await self._heartbeat.shut_down()
+            self._heartbeat.leave()
+            await self._publish_record()
             await self.scaler.hand_over()
             await self.reconciler.withdraw()
         await drained

@@ -44,7 +44,7 @@ class LeasedKey:
         return await self._publish()
 
     async def remove(self) -> None:
-        """Delete the key. If the store is unreachable, the key disappears when its lease expires."""
+        """Delete the key. If the store does not answer, the key disappears when its lease expires, which is not waited for."""
         if self._guard is not None:
             self._guard.cancel()
             with suppress(asyncio.CancelledError):
@@ -52,7 +52,7 @@ class LeasedKey:
             self._guard = None
         self._value = None
         lease, self._lease, self._held = self._lease, None, None
-        if lease is not None:
+        if lease is not None and self._store.is_answering:
             with suppress(StoreError):
                 await self._store.revoke(lease)
 

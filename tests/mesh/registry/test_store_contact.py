@@ -105,6 +105,9 @@ async def test_registry_answers_names_at_once_without_the_store(tmp_path: Path, 
         status = await a.management.getModelStatus(mm.GetStatusRequest(modelId="unknown"))
         assert status.status == mm.ModelStatusInfo.NOT_FOUND
         assert time.monotonic() - started_s < 1.0
+        stopping_s = time.monotonic()
+        await a.pod.stop()
+        assert time.monotonic() - stopping_s < 3.0, "a pod leaves without waiting for a store that does not answer"
 
 
 async def test_table_of_a_wiped_store_keeps_records_and_refuses_changes(tmp_path: Path, own_etcd: EtcdServer) -> None:
