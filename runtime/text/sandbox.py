@@ -1,6 +1,6 @@
 """Provides the Jinja environment for a checkpoint's chat templates: transformers' filters and helpers, with bounds on time and memory.
 
-A template is code from the checkpoint's author. Jinja's sandbox keeps it away from Python objects, but not from running for ever or filling the
+A template is code from the checkpoint's author. Jinja's sandbox keeps it away from Python objects, but bounds neither its time nor its
 memory. So each iteration of a loop and each call is counted and timed, and operators that make large texts from small ones are bounded. Single
 filters and methods (`join`, `replace`, the text of nested lists) are not. docs/decisions/0002-template-sandbox.md has the alternatives.
 """

@@ -283,7 +283,7 @@ class ResidencyManager:
     def _preempt_above_share(self, model: LoadedModel, others: list[LoadedModel], now: float) -> bool:
         """Preempt the newest row of the model that holds most KV, if that is more than this model would hold.
 
-        A row that came before all of this model's requests is not preempted, or two models would preempt each other for ever.
+        A row that came before all of this model's requests is not preempted, or two models would preempt each other endlessly.
         """
         running = [m for m in others if m.scheduler.running]
         furthest = max(running, key=_used_slabs, default=None)
