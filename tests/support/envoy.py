@@ -5,7 +5,8 @@ import contextlib
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +58,44 @@ async def running_envoy_pod(
                 yield pod
 
 
-async def num_through_mesh(pod: RunningPod, model: str) -> int:
-    """Return how many requests for a model the mesh itself has answered."""
-    async with pod.http.get("/metrics") as answer:
+async def num_through_mesh(pod: RunningPod, model: str, key: str = "") -> int:
+    """Return how many requests for a model the mesh itself has answered. `key` may read metrics."""
+    async with pod.http.get("/metrics", headers=bearer(key)) as answer:
         text = await answer.text()
     lines = [line for line in text.splitlines() if line.startswith("repertory_mesh_requests_total")]
     return sum(int(float(line.split()[-1])) for line in lines if f'model_name="{model}"' in line)
 
 
-async def until_carried(pod: RunningPod, model: str) -> None:
-    """Call a loaded model until its calls pass the mesh, by both protocols."""
-    for call in (pod.echo, pod.chat):
-        async with asyncio.timeout(10):
-            while True:
-                before = await num_through_mesh(pod, model)
-                await call(model)
-                if await num_through_mesh(pod, model) == before:
-                    break
+async def until_carried(pod: RunningPod, model: str, key: str = "") -> None:
+    """Call a model until its calls pass the mesh, by both protocols."""
+    echo = pod.unary("/test.Any/Echo")
+    metadata = (("mm-model-id", model), *((name.lower(), value) for name, value in bearer(key).items()))
+
+    async def by_http() -> None:
+        async with pod.http.post("/v1/completions", json={"model": model}, headers=bearer(key)) as answer:
+            assert answer.status == 200, await answer.text()
+
+    async with asyncio.timeout(10):
+        while not await _passes(pod, model, key, lambda: echo(b"hi", metadata=metadata)):
+            pass
+        while not await _passes(pod, model, key, by_http):
+            pass
+
+
+async def _passes(pod: RunningPod, model: str, key: str, call: Callable[[], Awaitable[object]]) -> bool:
+    before = await num_through_mesh(pod, model, key)
+    await call()
+    return await num_through_mesh(pod, model, key) == before
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+ENVOY = "envoy"
+MODES = ("embedded", ENVOY)
+
+
+def running_in(mode: str, directory: Path, **settings: Any) -> AbstractAsyncContextManager[RunningPod]:
+    """Run a pod whose callers reach the mesh directly, or through Envoy."""
+    return running_envoy_pod(directory, **settings) if mode == ENVOY else running_pod(directory, **settings)

@@ -12,7 +12,8 @@ import pytest
 
 import wire
 from mesh.access.api_keys import digest_of
-from tests.support.pods import RunningPod, running_pod
+from tests.support.envoy import MODES, running_in
+from tests.support.pods import RunningPod
 from tests.support.waiting import until
 from wire.fmaas import generation_pb2
 from wire.inference import grpc_predict_v2_pb2
@@ -56,15 +57,15 @@ INVENTED_METHODS = (
 INVENTED_PATHS = ("/nothing", "/health/", "/health/x", "/healthz%2F..", "/v1", "/admin", "/metrics/x", "/HEALTH")
 
 
-@pytest.fixture
-async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
+@pytest.fixture(params=MODES)
+async def pod(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
     keys: list[dict[str, object]] = [{"name": kind, "sha256": digest_of(kind), "scopes": [kind]} for kind in KINDS]
     keys.append({"name": "narrow", "sha256": digest_of("narrow"), "scopes": [*KINDS], "models": ["team/*"]})
     keys.append({"name": "one", "sha256": digest_of("one"), "max_concurrent": 1})
     keys.append({"name": "slow", "sha256": digest_of("slow"), "requests_per_minute": 1})
     (tmp_path / "keys.json").write_text(json.dumps({"keys": keys}))
     file = str(tmp_path / "keys.json")
-    async with running_pod(tmp_path / "pod", api_keys=("all",), api_keys_file=file) as running:
+    async with running_in(request.param, tmp_path / "pod", api_keys=("all",), api_keys_file=file) as running:
         yield running
 
 
@@ -275,6 +276,7 @@ async def test_rate_of_a_key_is_limited_for_inference_only(pod: RunningPod) -> N
     assert await status_of(pod, "GET", "/v1/models", "slow") == 200
 
 
+@pytest.mark.parametrize("pod", ["embedded"], indirect=True)  # the runtime logs what Envoy carries
 async def test_key_is_named_in_metrics_and_log_and_never_shown(
     pod: RunningPod, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.envoy import ENVOY, MODES, running_in, until_carried
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until, until_async
@@ -21,6 +22,16 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
         yield running
 
 
+@pytest.fixture(params=MODES)
+async def either(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
+    """A pod with a loaded model, which its callers reach through the mesh or through Envoy."""
+    async with running_in(request.param, tmp_path / "pod", keep_alive_s=0.1, failure_expiry_s=60.0) as running:
+        await running.name("org/smol", "/files")
+        if request.param == ENVOY:
+            await until_carried(running, "org/smol")
+        yield running
+
+
 async def stream(pod: RunningPod, model: str = "org/smol", **body: Any) -> tuple[int, str]:
     async with pod.http.post("/v1/chat/completions", json={"model": model, "stream": True, **body}) as answer:
         return answer.status, await answer.text()
@@ -30,23 +41,25 @@ def events(text: str) -> list[Any]:
     return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
 
 
-async def test_gateway_routes_by_the_bodys_model(pod: RunningPod) -> None:
-    model_id = (await pod.model("org/smol"))["model_id"]
-    status, body, headers = await pod.chat("org/smol", messages=[{"role": "user", "content": "hi"}])
+async def test_gateway_routes_by_the_bodys_model(either: RunningPod) -> None:
+    model_id = (await either.model("org/smol"))["model_id"]
+    status, body, headers = await either.chat("org/smol", messages=[{"role": "user", "content": "hi"}])
     assert (status, body["answer"], body["path"]) == (200, model_id, "/v1/chat/completions")
     assert headers["X-Request-Id"] == body["id"]
     # the body is passed on as it came
-    assert pod.runtime.bodies[-1] == {"model": "org/smol", "messages": [{"role": "user", "content": "hi"}]}
+    assert either.runtime.bodies[-1] == {"model": "org/smol", "messages": [{"role": "user", "content": "hi"}]}
 
 
-async def test_gateway_keeps_the_clients_request_id(pod: RunningPod) -> None:
-    async with pod.http.post("/v1/completions", json={"model": "org/smol"}, headers={"X-Request-Id": "mine"}) as answer:
+async def test_gateway_keeps_the_clients_request_id(either: RunningPod) -> None:
+    async with either.http.post(
+        "/v1/completions", json={"model": "org/smol"}, headers={"X-Request-Id": "mine"}
+    ) as answer:
         assert answer.headers["X-Request-Id"] == "mine"
         assert (await answer.json())["id"] == "mine"
 
 
-async def test_gateway_relays_a_whole_stream(pod: RunningPod) -> None:
-    status, text = await stream(pod, chunks=50)
+async def test_gateway_relays_a_whole_stream(either: RunningPod) -> None:
+    status, text = await stream(either, chunks=50)
     assert status == 200
     assert [event["n"] for event in events(text)] == list(range(50))
     assert text.endswith("data: [DONE]\n\n")
@@ -141,15 +154,15 @@ async def test_gateway_load_failure_after_the_stream_began(pod: RunningPod) -> N
     assert "weights are truncated" in events(text)[-1]["error"]["message"]
 
 
-async def test_gateway_disconnect_cancels_the_request(pod: RunningPod) -> None:
-    await pod.chat("org/smol")
-    pod.runtime.switches.chunk_s = 0.05
-    answer = await pod.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True, "chunks": 1000})
+async def test_gateway_disconnect_cancels_the_request(either: RunningPod) -> None:
+    await either.chat("org/smol")
+    either.runtime.switches.chunk_s = 0.05
+    answer = await either.http.post("/v1/chat/completions", json={"model": "org/smol", "stream": True, "chunks": 1000})
     await answer.content.readany()
     answer.close()
-    await until(lambda: pod.runtime.cancelled)
-    model_id = (await pod.model("org/smol"))["model_id"]
-    await until(lambda: pod.pod.copies.in_flight(model_id) == 0)
+    await until(lambda: either.runtime.cancelled)
+    model_id = (await either.model("org/smol"))["model_id"]
+    await until(lambda: either.pod.copies.in_flight(model_id) == 0)
 
 
 async def test_gateway_disconnect_while_waiting_does_not_stop_the_load(pod: RunningPod) -> None:

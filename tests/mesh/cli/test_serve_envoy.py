@@ -83,15 +83,15 @@ class Load:
 async def test_envoy_goes_on_while_the_mesh_is_killed_and_started_again(mesh: Mesh) -> None:
     load = Load(mesh)
     running = asyncio.create_task(load.run())
-    await until_async(lambda: _is_carried(mesh))
+    await until_async(lambda: _is_carried(mesh), timeout_s=30)
     envoy, killed = child(mesh, "envoy.json"), child(mesh, "mesh.pod")
     killed.send_signal(signal.SIGKILL)
     during = load.outcomes["http 200"]
-    await until(lambda: load.outcomes["http 200"] > during + 50)
+    await until(lambda: load.outcomes["http 200"] > during + 50, timeout_s=30)
     await until(lambda: any("mesh.pod" in " ".join(found.cmdline()) for found in psutil.Process(mesh.pid).children()))
-    await until_async(lambda: _is_ready(mesh), timeout_s=20)
+    await until_async(lambda: _is_ready(mesh), timeout_s=40)
     after = load.outcomes["http 200"]
-    await until(lambda: load.outcomes["http 200"] > after + 50)
+    await until(lambda: load.outcomes["http 200"] > after + 50, timeout_s=30)
     load.stop()
     await running
     assert set(load.outcomes) == {"grpc OK", "http 200"}, load.outcomes

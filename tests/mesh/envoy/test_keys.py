@@ -1,0 +1,104 @@
+"""Keys behind a real Envoy: it carries what a hashed key allows by itself, and leaves every other caller to the mesh."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from mesh.access.api_keys import digest_of
+from tests.support.envoy import bearer, num_through_mesh, running_envoy_pod, until_carried
+from tests.support.pods import RunningPod
+from tests.support.waiting import until_async
+
+# Every length around the ends of SHA-256's blocks of 64 bytes, of which 9 are not the text's in the last one.
+SECRETS = ["k" * length for length in (1, 40, 41, 48, 50, 64, 90, 91, 92, 300)]
+
+
+def key(name: str, *secrets: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "sha256": [digest_of(secret) for secret in secrets or (name,)], **fields}
+
+
+@pytest.fixture
+async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
+    """A pod with keys and two loaded models, of which `team/a` is carried."""
+    file = tmp_path / "keys.json"
+    keys = [
+        key("all", scopes=["inference", "management", "metrics"]),
+        key("many", *SECRETS),
+        key("narrow%", models=["team/*", "x+*"]),
+        key("manager", scopes=["management"]),
+        key("one", max_concurrent=1),
+        key("odd", models=["team/?"]),
+    ]
+    file.write_text(json.dumps({"keys": keys}))
+    async with running_envoy_pod(tmp_path / "pod", api_keys_file=str(file)) as running:
+        for name in ("team/a", "other"):
+            async with running.http.post("/admin/v1/models", json={"name": name, "uri": "/m"}, headers=bearer("all")):
+                pass
+            await until_carried(running, name, "all")
+        yield running
+
+
+async def outcome(pod: RunningPod, model: str, secret: str) -> tuple[str, bool]:
+    """Call by gRPC, and return the status and whether Envoy carried the call."""
+    mesh, runtime = await num_through_mesh(pod, model, "all"), len(pod.runtime.metadata)
+    metadata = (("mm-model-id", model), ("authorization", f"Bearer {secret}"))
+    code = "OK"
+    try:
+        await pod.unary("/test.Any/Echo")(b"hi", metadata=metadata, timeout=5)
+    except grpc.aio.AioRpcError as error:
+        code = error.code().name
+    passed = await num_through_mesh(pod, model, "all") == mesh
+    return code, passed and len(pod.runtime.metadata) > runtime
+
+
+async def test_envoy_carries_what_a_key_allows(pod: RunningPod) -> None:
+    for secret in ("all", *SECRETS):
+        assert await outcome(pod, "other", secret) == ("OK", True), secret
+    assert await outcome(pod, "team/a", "narrow%") == ("OK", True)
+    names = {name for metadata in pod.runtime.metadata for name, _ in metadata}
+    assert not {"authorization", "x-api-key"} & names
+    assert ("x-repertory-caller", "narrow%25") in tuple(pod.runtime.metadata[-1])
+    async with pod.http.post("/v1/completions", json={"model": "other"}, headers={"x-api-key": SECRETS[0]}) as answer:
+        assert answer.status == 200
+    assert "x-repertory-waited" not in {name.lower() for name in pod.runtime.headers[-1]}
+    assert SECRETS[-1] not in str(pod.runtime.headers)
+
+
+async def test_envoy_leaves_other_callers_to_the_mesh(pod: RunningPod) -> None:
+    seen = len(pod.runtime.metadata)
+    assert await outcome(pod, "other", "wrong") == ("UNAUTHENTICATED", False)
+    assert await outcome(pod, "other", "") == ("UNAUTHENTICATED", False)
+    assert await outcome(pod, "other", "narrow%") == ("PERMISSION_DENIED", False)
+    assert await outcome(pod, "other", "manager") == ("PERMISSION_DENIED", False)
+    assert len(pod.runtime.metadata) == seen
+    for secret in ("one", "odd"):
+        assert await outcome(pod, "team/a", secret) == ("OK", False)
+    forged = (("mm-model-id", "other"), ("x-repertory-caller", "all"))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await pod.unary("/test.Any/Echo")(b"hi", metadata=forged)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    headers = {"x-repertory-caller": "all", "x-repertory-model": "other"}
+    async with pod.http.post("/v1/completions", json={"model": "other"}, headers=headers) as answer:
+        assert answer.status == 401
+
+
+async def test_a_recognised_caller_keeps_its_rights_where_envoy_passes_the_call_on(pod: RunningPod) -> None:
+    pod.runtime.loaded.clear()
+    assert (await outcome(pod, "team/a", "narrow%"))[0] == "OK"
+    async with pod.http.post("/v1/completions", json={"model": "none"}, headers={"x-api-key": "narrow%"}) as answer:
+        assert answer.status == 403
+
+
+async def test_a_removed_key_is_refused_soon(pod: RunningPod, tmp_path: Path) -> None:
+    assert await outcome(pod, "other", SECRETS[0]) == ("OK", True)
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [key("all", scopes=["inference", "metrics"])]}))
+
+    async def is_refused() -> bool:
+        return (await outcome(pod, "other", SECRETS[0]))[0] == "UNAUTHENTICATED"
+
+    await until_async(is_refused)
