@@ -17,10 +17,10 @@ from runtime.engine.kernels.gpu import pdl
 from runtime.engine.kernels.gpu.dot import dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
 
-MOST_LANES = 8  # programs of an expand among which the chunks of a block of outputs are divided
+MOST_LANES = 16  # programs of an expand among which the chunks of a block of outputs are divided
 _BLOCK_K = 128
 _BLOCK_R = 16
-_FEW_CHUNKS = 4
+_FEW_CHUNKS = 16
 
 
 @triton.jit
@@ -157,7 +157,9 @@ def _expand_kernel(
     mask_n = outs < width
     part_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
     num_chunks = tl.load(upload_ptr + 13)
-    for c in range(tl.program_id(0), tl.maximum(num_chunks, tl.program_id(0) + 1), tl.num_programs(0)):
+    if tl.program_id(0) >= num_chunks:
+        pdl.wait(PDL)
+    for c in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         first, mask, tokens, _a_at, b_at, rank = _chunk(
             c, upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T
         )
@@ -269,7 +271,7 @@ def expand(
         raise ValueError(f"y {list(y.shape)} with strides {y.stride()} does not fit modules of widths {widths}")
     if not num_tokens or not num_chunks:
         return
-    block_n = outputs_of_block(num_tokens, num_chunks)
+    block_n = outputs_of_block(num_tokens)
     _expand_kernel[(min(num_chunks, MOST_LANES), sum(triton.cdiv(width, block_n) for width in widths))](
         y,
         upload,
@@ -307,18 +309,13 @@ class Tiling:
 
 
 def tiling(num_tokens: int, num_chunks: int, in_features: int) -> Tiling:
-    """Cut the columns into more parts where there are few chunks, and within 1,024 rows of sums.
-
-    Each program of the expand reads all parts. Where chunks are few, a part is a block or two, and the first is loaded before the kernels before
-    have ended.
-    """
-    block_k = 256 if num_chunks <= _FEW_CHUNKS else _BLOCK_K
-    most = 16 if num_chunks <= _FEW_CHUNKS else 4 if num_tokens <= FEW_TOKENS else 1
-    steps = triton.cdiv(in_features, block_k)
+    """Cut the columns into enough parts to keep a GPU busy, and within 1,024 rows of sums. Each program of the expand reads all parts."""
+    most = 1 if num_tokens > FEW_TOKENS else 8 if 1 < num_chunks <= _FEW_CHUNKS else 4
+    steps = triton.cdiv(in_features, _BLOCK_K)
     steps_each = triton.cdiv(steps, min(most, steps))
-    return Tiling(block_k, triton.cdiv(steps, steps_each), steps_each)
+    return Tiling(_BLOCK_K, triton.cdiv(steps, steps_each), steps_each)
 
 
-def outputs_of_block(num_tokens: int, num_chunks: int) -> int:
+def outputs_of_block(num_tokens: int) -> int:
     """Return the outputs of one program of the expand."""
-    return 64 if num_chunks <= _FEW_CHUNKS else 128 if num_tokens > FEW_TOKENS else 256
+    return 128 if num_tokens > FEW_TOKENS else 256

@@ -22,6 +22,7 @@ class DeviceState:
 
     Attributes:
         drawn: [max_rows] int64, the tokens drawn in the running step, in the order of the rows that sample.
+        beside: a stream for work that runs beside the pass in a CUDA graph; None on a CPU.
     """
 
     device: torch.device
@@ -34,6 +35,7 @@ class DeviceState:
     results: ResultRing
     graphs: GraphPool
     scratch: Scratch | None
+    beside: torch.cuda.Stream | None
 
     @staticmethod
     def create(device: torch.device, config: EngineConfig) -> "DeviceState":
@@ -52,4 +54,5 @@ class DeviceState:
             ResultRing(device, config.max_rows),
             GraphPool(device, enabled=on_gpu and config.graphs, collective=config.tensor_parallel > 1),
             Scratch.allocate(device) if on_gpu else None,
+            torch.cuda.Stream(device) if on_gpu else None,
         )

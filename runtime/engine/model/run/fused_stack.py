@@ -129,14 +129,11 @@ class FusedStack:
             else:
                 hidden, residual = add_rms_norm(branch, residual, layer.input_norm, eps, plus_one)
             cos, sin = turns[layer.spec.rope_key]
-            qkv = layer.qkv(hidden, step.scratch)
-            if adapted:
-                _adapt(step, layer, "qkv", hidden, qkv)
             q = rope_write(
                 step,
                 layer.spec.attention,
                 layer.spec.rope,
-                qkv,
+                _product(step, layer.qkv, layer.sites, "qkv", hidden),
                 cos,
                 sin,
                 layer.q_norm,
@@ -146,21 +143,13 @@ class FusedStack:
             if index == len(self._layers) - 1 and not step.each_samples and not adapted:
                 # After the last attention, tokens are independent, so only the requested ones continue. Chunks of adapters name all tokens.
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
-            out = layer.out(mixed, step.scratch)
-            if adapted:
-                _adapt(step, layer, "out", mixed, out)
-            branch = self._scaled(out, layer.after_attention_norm)
+            branch = self._scaled(_product(step, layer.out, layer.sites, "out", mixed), layer.after_attention_norm)
             hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
             if adapted:
-                gate_up = layer.gate_up(hidden, step.scratch)
-                _adapt(step, layer, "gate_up", hidden, gate_up)
-                inner = act_mul(gate_up, spec.activation)
+                inner = act_mul(_product(step, layer.gate_up, layer.sites, "gate_up", hidden), spec.activation)
             else:
                 inner = gated(layer.gate_up, hidden, spec.activation, step.scratch)
-            down = layer.down(inner, step.scratch)
-            if adapted:
-                _adapt(step, layer, "down", inner, down)
-            branch = self._scaled(down, layer.after_mlp_norm)
+            branch = self._scaled(_product(step, layer.down, layer.sites, "down", inner), layer.after_mlp_norm)
 
         if arriving:
             self._arrival.wait(self._last_group)
@@ -186,13 +175,18 @@ class FusedStack:
         return branch
 
 
-def _adapt(
-    step: StepContext, layer: _Layer, group: Literal["qkv", "out", "gate_up", "down"], x: Tensor, y: Tensor
-) -> None:
-    """Add the adapters' part of one group of the layer to `y`, in place."""
-    assert step.adapters is not None
-    assert layer.sites is not None, "the stack was built without adapters"
-    step.adapters.add(getattr(layer.sites, group), x, y, step.scratch)
+def _product(
+    step: StepContext,
+    linear: Linear,
+    sites: _Sites | None,
+    group: Literal["qkv", "out", "gate_up", "down"],
+    x: Tensor,
+) -> Tensor:
+    """Return the output of one group of a layer, with that of the step's adapters."""
+    if step.adapters is None:
+        return linear(x, step.scratch)
+    assert sites is not None, "the stack was built without adapters"
+    return step.adapters.around(getattr(sites, group), x, lambda: linear(x, step.scratch), step.scratch)
 
 
 def _sites(layer: LayerSpec, targets: Sequence[AdapterTarget]) -> _Sites:

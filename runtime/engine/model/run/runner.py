@@ -251,7 +251,7 @@ class ModelRunner:
             raise EngineFault("the model was built without adapters")
         if num_chunks is None:
             num_chunks = max_chunks(num_tokens, table.num_slots, on_gpu=self._state.device.type == "cuda")
-        return StepAdapters(self._state.uploads.device_words, table, num_tokens, num_chunks)
+        return StepAdapters(self._state.uploads.device_words, table, num_tokens, num_chunks, self._state.beside)
 
     def _draw(
         self, logits: torch.Tensor, shape: StepShape, masks: StepMaskLines | None, scored: list[int], *, eager: bool
