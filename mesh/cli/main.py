@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from common.config import add_flags, load
 from common.errors import ConfigError
@@ -39,6 +40,11 @@ _CLIENTS = (
 VERBS = frozenset(_SERVERS + _CLIENTS)
 
 Verb = Callable[[AdminClient, argparse.Namespace], int]
+
+
+class AddVerb(Protocol):
+    def __call__(self, name: str, do: Verb, text: str, *, aliases: Sequence[str] = ()) -> argparse.ArgumentParser: ...
+
 
 _INTRO = """\
 Many language models by name on one GPU.
@@ -170,6 +176,30 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         sub.set_defaults(do=do, usage_error=sub.error)
         return sub
 
+    _add_registering(verb)
+    _add_listing(
+        verb(
+            "ps", commands.ps, "list the models that are loaded, are being loaded or failed to load; --all: every name"
+        )
+    )
+    listing = verb("list", commands.ps, "list all registered models and their states", aliases=["ls"])
+    _add_listing(listing)
+    listing.set_defaults(all=True)
+    verb("pods", commands.pods, "list the pods of the mesh with their memory and load")
+    _add_run(verb)
+    sub = verb("load", commands.load, "load a model now and wait")
+    sub.add_argument("name")
+    sub = verb("stop", commands.stop, "unload a model; its registration stays", aliases=["unload"])
+    sub.add_argument("name")
+    sub.add_argument("--now", action="store_true", help="end running requests instead of waiting for them")
+    sub = verb("show", commands.show, "show the details of one model")
+    sub.add_argument("name")
+    _add_name_verbs(verb)
+    sub = verb("new-key", new_key.new_key, "make an API key, and print the entry for the server's --api-keys-file")
+    new_key.add_flags(sub)
+
+
+def _add_registering(verb: AddVerb) -> None:
     sub = verb(
         "register",
         commands.register,
@@ -194,15 +224,9 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     sub.add_argument("name", metavar="NAME|URI")
     settings_flags.add_flags(sub)
-    _add_listing(
-        verb(
-            "ps", commands.ps, "list the models that are loaded, are being loaded or failed to load; --all: every name"
-        )
-    )
-    listing = verb("list", commands.ps, "list all registered models and their states", aliases=["ls"])
-    _add_listing(listing)
-    listing.set_defaults(all=True)
-    verb("pods", commands.pods, "list the pods of the mesh with their memory and load")
+
+
+def _add_run(verb: AddVerb) -> None:
     sub = verb("run", commands.run, "send a prompt to a model; without a prompt, start a conversation")
     sub.add_argument("name")
     sub.add_argument(
@@ -223,13 +247,10 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     sub.add_argument("--system", metavar="TEXT", help="system prompt")
     sub.add_argument("--verbose", action="store_true", help="show tokens and tokens per second after an answer")
-    sub = verb("load", commands.load, "load a model now and wait")
-    sub.add_argument("name")
-    sub = verb("stop", commands.stop, "unload a model; its registration stays", aliases=["unload"])
-    sub.add_argument("name")
-    sub.add_argument("--now", action="store_true", help="end running requests instead of waiting for them")
-    sub = verb("show", commands.show, "show the details of one model")
-    sub.add_argument("name")
+
+
+def _add_name_verbs(verb: AddVerb) -> None:
+    """Add the verbs that remove, move and inspect names and the files behind them."""
     sub = verb("rm", cache.remove, "remove a model's registration")
     sub.add_argument("name")
     sub.add_argument(
@@ -249,8 +270,6 @@ def _add_client_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser
         "target", nargs="?", help="registered name; the alias points at the model that this name currently stands for"
     )
     sub.add_argument("--delete", action="store_true", help="remove the alias and keep the model")
-    sub = verb("new-key", new_key.new_key, "make an API key, and print the entry for the server's --api-keys-file")
-    new_key.add_flags(sub)
 
 
 def _add_listing(sub: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,182 +17,17 @@ from mesh.envoy.binary import INSTALLED
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags. A flag's environment variable is REPERTORY_<NAME>; help texts never show its value, which may be a key."""
-    home = str(Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "repertory")
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """One flag. `const`: its value where it is given without one; None = it needs a value."""
 
-    dests: dict[str, str] = {env_name("log_json"): "log_json"}
-
-    def flag(
-        name: str,
-        default: str,
-        parse: Callable[[str], object],
-        text: str,
-        *,
-        alias: tuple[str, ...] = (),
-        **options: Any,
-    ) -> None:
-        env = env_name(name.replace("-", "_"))
-        shown = f" (default {default})" if default else ""
-        help_text = f"{text} [{env}]{shown}".replace("%", "%%")
-        default = os.environ.get(env, default)
-        parser.add_argument(f"--{name}", *alias, action=_Store, default=default, type=parse, help=help_text, **options)
-        dests[env] = name.replace("-", "_")
-
-    flag(
-        "http-listen",
-        "127.0.0.1:8080",
-        _address,
-        "address of HTTP: OpenAI API, admin, health and metrics",
-        metavar="HOST:PORT",
-    )
-    flag(
-        "grpc-listen",
-        "127.0.0.1:8033",
-        _address,
-        "address of gRPC: management, and inference by model name",
-        metavar="HOST:PORT",
-    )
-    flag("home", home, str, "directory of registrations, sockets and, by default, the model cache", metavar="DIR")
-    flag(
-        "store",
-        "",
-        str,
-        "etcd://HOST:PORT[,…] to share the registry with other pods; empty = files in the home directory",
-        metavar="URL",
-    )
-    flag(
-        "models",
-        "",
-        _file,
-        "YAML file of models and aliases to register at the start; it is read again after SIGHUP",
-        metavar="FILE",
-    )
-    flag(
-        "memory",
-        "",
-        _size,
-        "device memory for the weights and KV cache of all models, such as 16GiB; empty = chosen from the machine",
-        metavar="SIZE",
-    )
-    flag(
-        "host-memory",
-        "",
-        _size,
-        "pinned host memory for evicted models (GPU only); empty = chosen from the machine",
-        metavar="SIZE",
-    )
-    flag("device", "auto", _device, "device: auto, cpu, cuda or cuda:N", metavar="DEVICE")
-    flag(
-        "tensor-parallel",
-        "1",
-        _positive,
-        "number of devices that share every model, from the device on",
-        alias=("--num-shard", "--tensor-parallel-size"),
-        metavar="N",
-    )
-    flag(
-        "oversubscribe",
-        "auto",
-        _one_of("auto", "none", "host", "disk"),
-        "where loaded models without device memory are kept: none, host or disk; auto = host on a GPU, none on a CPU",
-        metavar="WHERE",
-    )
-    flag("cache-dir", "", str, "directory of pulled and packed files; empty = in the home directory", metavar="DIR")
-    flag(
-        "cache-size",
-        "",
-        _size,
-        "disk budget of the cache, such as 200GiB; empty = 80 % of the free disk space",
-        metavar="SIZE",
-    )
-    flag(
-        "model-roots",
-        "",
-        str,
-        "directories that models may be registered from by path, comma separated; empty = the directory models in the home directory",
-        metavar="A,B,…",
-    )
-    flag(
-        "source-hosts",
-        "",
-        str,
-        "hosts outside the public internet that models may be fetched from: names, addresses, networks or *; comma separated",
-        metavar="A,B,…",
-    )
-    flag(
-        "api-keys",
-        "",
-        str,
-        "accepted bearer keys, comma separated; empty = requests need no authentication",
-        metavar="A,B,…",
-    )
-    flag(
-        "api-keys-file",
-        "",
-        str,
-        "YAML file of hashed keys with their names, scopes, models and limits; `repertory new-key` makes entries",
-        metavar="FILE",
-    )
-    flag(
-        "envoy",
-        "",
-        str,
-        "let Envoy carry the calls of loaded models; without BINARY, the installed program; empty = the mesh carries all calls",
-        nargs="?",
-        const=INSTALLED,
-        metavar="BINARY",
-    )
-    flag("tls-cert", "", str, "file of the certificate chain of both ports; empty = plain text", metavar="FILE")
-    flag("tls-key", "", str, "file of the key of --tls-cert", metavar="FILE")
-    flag(
-        "allowed-hosts",
-        "",
-        str,
-        "further host names of this server in requests of browsers and, on loopback, of any program; comma separated, * = any",
-        metavar="A,B,…",
-    )
-    flag(
-        "cors-origins",
-        "",
-        str,
-        "origins such as https://chat.example whose web pages may call this server; comma separated, * = any",
-        metavar="A,B,…",
-    )
-    flag(
-        "wait-budget",
-        "120",
-        _seconds,
-        "longest time in seconds that a request waits for its model to be loaded, or for memory that other models use",
-        metavar="SECONDS",
-    )
-    flag(
-        "grace",
-        "30",
-        _seconds,
-        "time in seconds that running requests have to finish after SIGTERM, or before their model is unloaded",
-        metavar="SECONDS",
-    )
-    flag(
-        "log-level",
-        "info",
-        _one_of("debug", "info", "warning", "error"),
-        "lowest level that is logged: debug, info, warning or error",
-        metavar="LEVEL",
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="YAML file with any fields of the mesh under `mesh:` and of the runtime under `runtime:`; flags and environment variables override it",
-    )
-    parser.add_argument(
-        "--log-json",
-        action=_StoreBoolean,
-        default=is_true(os.environ.get("REPERTORY_LOG_JSON", "")),
-        help="write logs as JSON lines [REPERTORY_LOG_JSON]",
-    )
-    parser.set_defaults(given=frozenset(dest for env, dest in dests.items() if env in os.environ))
+    name: str
+    default: str
+    parse: Callable[[str], object]
+    metavar: str
+    text: str
+    alias: tuple[str, ...] = ()
+    const: str | None = None
 
 
 class _Store(argparse.Action):
@@ -274,3 +110,174 @@ def _device(text: str) -> str:
     if not _DEVICE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:N")
     return text
+
+
+def _default_home() -> str:
+    return str(Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local/share"))) / "repertory")
+
+
+_FLAGS = (
+    _Flag(
+        "http-listen", "127.0.0.1:8080", _address, "HOST:PORT", "address of HTTP: OpenAI API, admin, health and metrics"
+    ),
+    _Flag(
+        "grpc-listen",
+        "127.0.0.1:8033",
+        _address,
+        "HOST:PORT",
+        "address of gRPC: management, and inference by model name",
+    ),
+    _Flag("home", "", str, "DIR", "directory of registrations, sockets and, by default, the model cache"),
+    _Flag(
+        "store",
+        "",
+        str,
+        "URL",
+        "etcd://HOST:PORT[,…] to share the registry with other pods; empty = files in the home directory",
+    ),
+    _Flag(
+        "models",
+        "",
+        _file,
+        "FILE",
+        "YAML file of models and aliases to register at the start; it is read again after SIGHUP",
+    ),
+    _Flag(
+        "memory",
+        "",
+        _size,
+        "SIZE",
+        "device memory for the weights and KV cache of all models, such as 16GiB; empty = chosen from the machine",
+    ),
+    _Flag(
+        "host-memory",
+        "",
+        _size,
+        "SIZE",
+        "pinned host memory for evicted models (GPU only); empty = chosen from the machine",
+    ),
+    _Flag("device", "auto", _device, "DEVICE", "device: auto, cpu, cuda or cuda:N"),
+    _Flag(
+        "tensor-parallel",
+        "1",
+        _positive,
+        "N",
+        "number of devices that share every model, from the device on",
+        alias=("--num-shard", "--tensor-parallel-size"),
+    ),
+    _Flag(
+        "oversubscribe",
+        "auto",
+        _one_of("auto", "none", "host", "disk"),
+        "WHERE",
+        "where loaded models without device memory are kept: none, host or disk; auto = host on a GPU, none on a CPU",
+    ),
+    _Flag("cache-dir", "", str, "DIR", "directory of pulled and packed files; empty = in the home directory"),
+    _Flag(
+        "cache-size", "", _size, "SIZE", "disk budget of the cache, such as 200GiB; empty = 80 % of the free disk space"
+    ),
+    _Flag(
+        "model-roots",
+        "",
+        str,
+        "A,B,…",
+        "directories that models may be registered from by path, comma separated; empty = the directory models in the home directory",
+    ),
+    _Flag(
+        "source-hosts",
+        "",
+        str,
+        "A,B,…",
+        "hosts outside the public internet that models may be fetched from: names, addresses, networks or *; comma separated",
+    ),
+    _Flag(
+        "api-keys", "", str, "A,B,…", "accepted bearer keys, comma separated; empty = requests need no authentication"
+    ),
+    _Flag(
+        "api-keys-file",
+        "",
+        str,
+        "FILE",
+        "YAML file of hashed keys with their names, scopes, models and limits; `repertory new-key` makes entries",
+    ),
+    _Flag(
+        "envoy",
+        "",
+        str,
+        "BINARY",
+        "let Envoy carry the calls of loaded models; without BINARY, the installed program; empty = the mesh carries all calls",
+        const=INSTALLED,
+    ),
+    _Flag("tls-cert", "", str, "FILE", "file of the certificate chain of both ports; empty = plain text"),
+    _Flag("tls-key", "", str, "FILE", "file of the key of --tls-cert"),
+    _Flag(
+        "allowed-hosts",
+        "",
+        str,
+        "A,B,…",
+        "further host names of this server in requests of browsers and, on loopback, of any program; comma separated, * = any",
+    ),
+    _Flag(
+        "cors-origins",
+        "",
+        str,
+        "A,B,…",
+        "origins such as https://chat.example whose web pages may call this server; comma separated, * = any",
+    ),
+    _Flag(
+        "wait-budget",
+        "120",
+        _seconds,
+        "SECONDS",
+        "longest time in seconds that a request waits for its model to be loaded, or for memory that other models use",
+    ),
+    _Flag(
+        "grace",
+        "30",
+        _seconds,
+        "SECONDS",
+        "time in seconds that running requests have to finish after SIGTERM, or before their model is unloaded",
+    ),
+    _Flag(
+        "log-level",
+        "info",
+        _one_of("debug", "info", "warning", "error"),
+        "LEVEL",
+        "lowest level that is logged: debug, info, warning or error",
+    ),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags. A flag's environment variable is REPERTORY_<NAME>; help texts never show its value, which may be a key."""
+    defaults = {"home": _default_home()}
+    dests: dict[str, str] = {env_name("log_json"): "log_json"}
+    for flag in _FLAGS:
+        dest = flag.name.replace("-", "_")
+        default = defaults.get(flag.name, flag.default)
+        shown = f" (default {default})" if default else ""
+        without_value: dict[str, Any] = {} if flag.const is None else {"nargs": "?", "const": flag.const}
+        parser.add_argument(
+            f"--{flag.name}",
+            *flag.alias,
+            action=_Store,
+            default=os.environ.get(env_name(dest), default),
+            type=flag.parse,
+            help=f"{flag.text} [{env_name(dest)}]{shown}".replace("%", "%%"),
+            metavar=flag.metavar,
+            **without_value,
+        )
+        dests[env_name(dest)] = dest
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with any fields of the mesh under `mesh:` and of the runtime under `runtime:`; flags and environment variables override it",
+    )
+    parser.add_argument(
+        "--log-json",
+        action=_StoreBoolean,
+        default=is_true(os.environ.get("REPERTORY_LOG_JSON", "")),
+        help="write logs as JSON lines [REPERTORY_LOG_JSON]",
+    )
+    parser.set_defaults(given=frozenset(dest for env, dest in dests.items() if env in os.environ))
