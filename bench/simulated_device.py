@@ -11,6 +11,7 @@ from bench.checkpoints import Shape
 from bench.limits import BF16_FLOP_PER_S, BODY_BYTES_PER_PARAMETER, COPY_BYTES_PER_S, HOST_TO_DEVICE_BYTES_PER_S
 from common.model_key import Quantization
 from common.units import MIB
+from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.interfaces import (
     AdapterJob,
     Bucket,
@@ -21,7 +22,6 @@ from runtime.engine.interfaces import (
     RowSetup,
     StepOutput,
     StepPlan,
-    TokenMasks,
 )
 from runtime.types import ModelFacts
 

@@ -4,16 +4,15 @@ A *row* is a running sequence's slot in the engine's row tables (0 … max_rows 
 one KV block of a model in units that the model's memory defines; kvcache.blocks hands page ids out. A plan holds everything that a follower rank needs.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from runtime.ipc.messages import GrammarFigures, TokenLogprobs
-from runtime.types import Checkpoint, Grammar, LogprobParams, ModelFacts, SamplingParams
+from runtime.engine.grammar.interfaces import TokenMasks
+from runtime.ipc.messages import TokenLogprobs
+from runtime.types import LogprobParams, ModelFacts, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,64 +113,6 @@ class StepOutput:
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None = None
     vectors: dict[int, bytes] | None = None  # by row, float32 values: the plan's `pooled` sums
-
-
-TokenMasks = npt.NDArray[np.int32]
-"""Packed masks [rows, mask_words(vocab_size)]: bit t % 32 of word t // 32 is set if token t may be drawn."""
-
-
-def mask_words(vocab_size: int) -> int:
-    """Words of one packed mask."""
-    return -(-vocab_size // 32)
-
-
-class MaskSource(Protocol):
-    """The tokens with which one sequence may continue, computed on the host in the engine thread."""
-
-    def fill_mask(self, words: TokenMasks) -> None:
-        """Write the mask [words] of the next token, with at least one bit set.
-
-        Called once per draw, after the step's forward pass has been launched and all earlier tokens have been accepted. If it raises, or leaves the
-        mask empty, the sequence ends with an error.
-        """
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """Advance by tokens that the sequence has got. An error in here is raised by the next `fill_mask`."""
-
-    def forced(self) -> Sequence[int]:
-        """Return the tokens that must come next, as far as the grammar has only one continuation. They are accepted like drawn ones."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the accepted tokens are a whole text of the grammar and nothing may follow."""
-
-
-class MaskSourceJob(Protocol):
-    """A mask source that is being made in the background."""
-
-    def ready(self) -> bool:
-        """Whether `result` would return at once."""
-
-    def result(self) -> MaskSource:
-        """Wait for the mask source. Raises RepertoryError if the grammar cannot be enforced for this model."""
-
-
-class MaskSources(Protocol):
-    """Makes the mask sources of requests that have a grammar."""
-
-    def open(self, checkpoint: Checkpoint, facts: ModelFacts, grammar: Grammar) -> MaskSourceJob:
-        """Begin to make a mask source for one sequence. Returns at once."""
-
-    def retain(self, model_dirs: Collection[str]) -> None:
-        """Release what is kept for models in other folders than these."""
-
-    @property
-    def host_bytes(self) -> int:
-        """The memory that is kept for models."""
-
-    @property
-    def figures(self) -> GrammarFigures:
-        """What has been built so far. Masks are counted elsewhere."""
 
 
 class Drafter(Protocol):

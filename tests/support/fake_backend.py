@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.model_key import Quantization
+from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.interfaces import (
     AdapterResult,
     Bucket,
@@ -24,7 +25,6 @@ from runtime.engine.interfaces import (
     RowSetup,
     StepOutput,
     StepPlan,
-    TokenMasks,
 )
 from runtime.errors import LoadFailed
 from runtime.ipc.messages import TokenLogprobs

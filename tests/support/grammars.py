@@ -7,8 +7,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.model_key import Quantization
+from runtime.engine.grammar.interfaces import mask_words
 from runtime.engine.grammar.mask_sources import GrammarMaskSources
-from runtime.engine.interfaces import mask_words
 from runtime.types import Checkpoint, Grammar, ModelFacts
 from tests.support.masks import unpack
 

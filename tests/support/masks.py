@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from runtime.engine.interfaces import TokenMasks, mask_words
+from runtime.engine.grammar.interfaces import TokenMasks, mask_words
 from runtime.errors import InvalidRequest, RepertoryError
 from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts

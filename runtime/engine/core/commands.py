@@ -7,7 +7,7 @@ from runtime.engine.core.loaded_adapter import LoadedAdapter
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
-from runtime.engine.interfaces import MaskSource, MaskSourceJob, MaskSources
+from runtime.engine.grammar.interfaces import MaskSource, MaskSourceJob, MaskSources
 from runtime.engine.scheduler.bad_words import BadWords
 from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.sequence import from_add

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from runtime.engine.grammar.interfaces import TokenMasks, mask_words
 from runtime.engine.interfaces import (
     AdapterBank,
     AdapterJob,
@@ -19,8 +20,6 @@ from runtime.engine.interfaces import (
     LoadResult,
     RowSetup,
     StepPlan,
-    TokenMasks,
-    mask_words,
 )
 from runtime.engine.operations import (
     CancelLoad,

@@ -18,7 +18,8 @@ from runtime.engine.core.loads import Loads
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.core.step_budget import StepBudget
 from runtime.engine.core.waits import WaitLimit
-from runtime.engine.interfaces import Backend, Drafter, Launched, MaskSources, StepOutput
+from runtime.engine.grammar.interfaces import MaskSources
+from runtime.engine.interfaces import Backend, Drafter, Launched, StepOutput
 from runtime.engine.operations import Operation
 from runtime.engine.scheduler.masks import StepMasks, fill_masks
 from runtime.engine.scheduler.model_round_robin import RoundRobin

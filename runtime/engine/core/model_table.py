@@ -16,7 +16,8 @@ from runtime.engine.core.executor import KvOperations, OperationExecutor
 from runtime.engine.core.loaded_adapter import LoadedAdapter
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
-from runtime.engine.interfaces import AdapterBank, AdapterResult, Backend, Drafter, LoadResult, MaskSources
+from runtime.engine.grammar.interfaces import MaskSources
+from runtime.engine.interfaces import AdapterBank, AdapterResult, Backend, Drafter, LoadResult
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.slab_pool import SlabPool

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.grammar.tokenizer import GrammarTokenizer
-from runtime.engine.interfaces import TokenMasks
 from runtime.types import Grammar
 
 if TYPE_CHECKING:

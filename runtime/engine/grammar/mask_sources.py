@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 
 from runtime.engine.grammar.guided_sequence import GuidedSequence, first_line
+from runtime.engine.grammar.interfaces import MaskSource, MaskSourceJob, mask_words
 from runtime.engine.grammar.tokenizer import GrammarTokenizer, read_tokenizer
-from runtime.engine.interfaces import MaskSource, MaskSourceJob, mask_words
 from runtime.errors import EngineFault, InvalidRequest, NotSupported, RepertoryError
 from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.engine.interfaces import TokenMasks, mask_words
+from runtime.engine.grammar.interfaces import TokenMasks, mask_words
 from runtime.errors import InvalidRequest
 
 if TYPE_CHECKING:

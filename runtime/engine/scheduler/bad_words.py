@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from runtime.engine.interfaces import MaskSource, TokenMasks
+from runtime.engine.grammar.interfaces import MaskSource, TokenMasks
 
 _ALL_ALLOWED = -1
 

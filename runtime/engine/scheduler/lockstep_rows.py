@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from runtime.engine.interfaces import MaskSource
+from runtime.engine.grammar.interfaces import MaskSource
 from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.sequence import Sequence, State
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.engine.interfaces import TokenMasks, mask_words
+from runtime.engine.grammar.interfaces import TokenMasks, mask_words
 from runtime.engine.scheduler.sequence import Sequence, State
 
 _ALL_ALLOWED = -1

@@ -6,7 +6,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from runtime.engine.interfaces import MaskSource, RowSetup
+from runtime.engine.grammar.interfaces import MaskSource
+from runtime.engine.interfaces import RowSetup
 from runtime.engine.scheduler.adapter_use import NO_ADAPTER, AdapterUse
 from runtime.ipc.messages import Add, TokenLogprobs
 from runtime.types import GenerationRequest

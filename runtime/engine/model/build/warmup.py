@@ -23,7 +23,8 @@ from common.model_key import Quantization
 from runtime.checkpoint.meta_model import tied_names
 from runtime.checkpoint.weight_layout import Placed
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import Bucket, KvGeometry, RowSetup, StepPlan, mask_words
+from runtime.engine.grammar.interfaces import mask_words
+from runtime.engine.interfaces import Bucket, KvGeometry, RowSetup, StepPlan
 from runtime.engine.memory.weight_readiness import AlwaysReady
 from runtime.engine.model.build.builder import Blueprint, facts_of
 from runtime.engine.model.run.buckets import standard

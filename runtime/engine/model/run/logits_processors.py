@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.engine.interfaces import RowSetup, TokenMasks, mask_words
+from runtime.engine.grammar.interfaces import TokenMasks, mask_words
+from runtime.engine.interfaces import RowSetup
 from runtime.engine.model.run.row_state import FREQUENCY, PRESENCE, REPETITION, RowState, to_device
 
 _IN_PROMPT = 1 << 30

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from runtime.engine.interfaces import TokenMasks
+from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.kernels.token_mask import apply_token_masks
 from runtime.engine.model.run.logits_processors import LogitsProcessors
 from runtime.engine.model.run.row_state import to_device

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.interfaces import Bucket, GraphChoice, RowSetup, StepPlan, TokenMasks
+from runtime.engine.grammar.interfaces import TokenMasks
+from runtime.engine.interfaces import Bucket, GraphChoice, RowSetup, StepPlan
 from runtime.engine.kernels.adapters import max_chunks
 from runtime.engine.kernels.argmax import draw_largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws

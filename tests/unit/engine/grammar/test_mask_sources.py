@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from common.model_key import Quantization
 from runtime.engine.grammar.guided_sequence import GrammarError
+from runtime.engine.grammar.interfaces import MaskSource, mask_words
 from runtime.engine.grammar.mask_sources import GrammarMaskSources
-from runtime.engine.interfaces import MaskSource, mask_words
 from runtime.errors import InvalidRequest
 from runtime.types import Checkpoint, Grammar, ModelFacts
 from tests.support import tokenizers as tiny

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.interfaces import mask_words
+from runtime.engine.grammar.interfaces import mask_words
 from runtime.engine.scheduler.bad_words import BadWords
 from tests.support.masks import GrammarMasks, allowed_tokens, unpack
 
