@@ -87,7 +87,7 @@ class Harness:
         """Run idle turns until warmup and graph captures have ended."""
         quiet = 0
         while quiet < 10:
-            quiet = 0 if self.backend.idle() else quiet + 1
+            quiet = 0 if self.loop.idle() else quiet + 1
             if quiet:
                 time.sleep(0.05)
 
