@@ -2,6 +2,19 @@
 
 from typing import NamedTuple
 
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    501: "invalid_request_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""The type in an error body of Anthropic's API, by HTTP status; `api_error` for others."""
+
 
 class ErrorCodes(NamedTuple):
     code: str

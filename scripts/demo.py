@@ -60,8 +60,7 @@ def main() -> int:
     say("Done. To serve your own models")
     console.print("  .venv/bin/repertory serve                      # leave it running", highlight=False)
     console.print(
-        "  .venv/bin/repertory register NAME URI --load   # hf://ORG/MODEL, s3://, https://, or a path below --model-roots",
-        highlight=False,
+        "  .venv/bin/repertory register NAME URI --load   # hf://ORG/MODEL, https://, a path", highlight=False
     )
     console.print("  .venv/bin/repertory run NAME", highlight=False)
     return 0
@@ -96,8 +95,9 @@ def load_and_watch(served: stack.Stack, name: str) -> Model:
         now = (model.state, int(model.progress * 4))
         if now != last and model.state:
             done = f" {model.progress:.0%}" if model.progress else ""
+            note = f", {model.progress_text}" if model.progress_text else ""
             console.print(
-                f"  [dim]{time.perf_counter() - started:5.1f} s[/dim]  {model.state}{done} {model.progress_text}",
+                f"  [dim]{time.perf_counter() - started:5.1f} s[/dim]  {model.state}{done}{note}",
                 highlight=False,
             )
             last = now

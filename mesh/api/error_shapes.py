@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from common.error_codes import ANTHROPIC_TYPES
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, Overloaded, TooLarge
 
 _CODES: dict[type[MeshError], str] = {NotFound: "model_not_found", TooLarge: "body_too_large", Overloaded: "overloaded"}
@@ -18,10 +19,19 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class OpenAiError(msgspec.Struct, frozen=True):
-    """OpenAI's shape; `type` is the mark that Anthropic's clients look for, and unset elsewhere."""
-
     error: Problem
-    type: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class AnthropicProblem(msgspec.Struct, frozen=True):
+    """`code`: as OpenAI's, by which another pod finds another copy."""
+
+    type: str
+    message: str
+    code: str
+
+
+class AnthropicError(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    error: AnthropicProblem
 
 
 class TextError(msgspec.Struct, frozen=True):
@@ -56,11 +66,22 @@ class ErrorShape:
 
 
 def _problem(error: MeshError) -> Problem:
-    return Problem(error.message, error.openai_type, None, _CODES.get(type(error), error.code.lower()))
+    return Problem(error.message, error.openai_type, None, _code(error))
+
+
+def _code(error: MeshError) -> str:
+    return _CODES.get(type(error), error.code.lower())
 
 
 _OPENAI = ErrorShape(lambda error: msgspec.json.encode(OpenAiError(_problem(error))))
-_ANTHROPIC = ErrorShape(lambda error: msgspec.json.encode(OpenAiError(_problem(error), "error")), event_name="error")
+
+
+def _anthropic_body(error: MeshError) -> bytes:
+    kind = ANTHROPIC_TYPES.get(error.http_status, "api_error")
+    return msgspec.json.encode(AnthropicError(AnthropicProblem(kind, error.message, _code(error))))
+
+
+_ANTHROPIC = ErrorShape(_anthropic_body, event_name="error")
 _TEXT = ErrorShape(lambda error: msgspec.json.encode(TextError(error.message)))
 
 

@@ -40,6 +40,7 @@ class TgiRoutes:
         router.add_post(f"{_NAMED}/generate_stream", self._post_stream)
         router.add_get(f"{_NAMED}/info", self._info)
         router.add_get(f"{_NAMED}/health", self._health)
+        router.add_post(f"{_NAMED}/", self._post)  # a client's base URL may end in a slash
         router.add_post(_NAMED, self._post)
         router.add_post("/generate", self._post)
         router.add_post("/generate_stream", self._post_stream)

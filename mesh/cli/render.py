@@ -240,7 +240,7 @@ class LoadBar:
             self._progress.remove_task(self._task)
             self._task = self._progress.add_task(f"{self._name}: {state}", total=None, note=note, percent="")
             if self._enabled and not self._live:
-                print(f"{self._name}: {state}{' ' + note if note else ''}", file=sys.stderr, flush=True)
+                print(f"{self._name}: {state}{', ' + note if note else ''}", file=sys.stderr, flush=True)
         self._last = state
         percent = f"{fraction:>4.0%}".replace("%", " %") if fraction else ""
         if fraction:

@@ -269,7 +269,7 @@ class Models:
         )
         load_text = self._load_text if base is None or base.served is None else base.served.text.adapted
         async with self._slots:
-            self._note(entry, Progress(Phase.LOADING, text="admitting"))
+            self._note(entry, Progress(Phase.LOADING, text="reading the weights"))
             text = await loop.run_in_executor(
                 self._threads, load_text, Path(entry.prepared.checkpoint.model_dir), entry.settings
             )

@@ -85,7 +85,7 @@ class CheckpointPreparer:
     async def prepare(self, source: ModelSource, settings: ModelSettings, device: str, report: Report) -> Prepared:
         """See runtime.models.model_state.Preparer."""
         job = PullJob(report, source.uri)
-        job.say(Phase.PULLING, 0, 0, "looking")
+        job.say(Phase.PULLING, 0, 0, "reading the list of files")
         place = await self._in_thread(self._threads, lambda: locate(source, self._config), job)
         pulled: _Pulled | None = None
         if not isinstance(place, Path):

@@ -5,23 +5,12 @@ from typing import Any
 
 import msgspec
 
+from common.error_codes import ANTHROPIC_TYPES
 from runtime.api.openai.responses import encode, finish_word
 from runtime.errors import ModelNotFound, RepertoryError
 from runtime.generation.parts import Completed, Finish
 from runtime.interfaces import ServedModel
 from runtime.types import FinishReason
-
-_ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    501: "invalid_request_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 
 
 class MessageUsage(msgspec.Struct, frozen=True):
@@ -115,4 +104,4 @@ class ErrorAnswer(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
 def error_body(error: RepertoryError) -> bytes:
     """Return the error. A model that is not loaded has a code too, by which the mesh finds another copy."""
     code = "model_not_found" if isinstance(error, ModelNotFound) else msgspec.UNSET
-    return encode(ErrorAnswer(Problem(_ERROR_TYPES.get(error.http_status, "api_error"), error.message, code)))
+    return encode(ErrorAnswer(Problem(ANTHROPIC_TYPES.get(error.http_status, "api_error"), error.message, code)))

@@ -25,7 +25,6 @@ class PromptBody(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Any = None
     service_tier: Any = None
     cache_control: Any = None
-    context_management: Any = None
     # `format` has a JSON schema; the rest is accepted without effect
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None

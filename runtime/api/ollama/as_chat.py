@@ -1,5 +1,6 @@
 """Turns a chat of Ollama's API into an OpenAI chat."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ _WITHOUT_EFFECT = frozenset(
         "numa", "penalize_newline", "repeat_last_n", "use_mlock", "use_mmap", "vocab_only", "embedding_only",
     }
 )  # fmt: skip
+# As in Go: numbers with units, or a number of seconds alone.
+_DURATION = re.compile(r"[-+]?(\d+(\.\d*)?|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+)")
 _REFUSED = ("suffix", "template", "context", "images")
 
 
@@ -35,11 +38,29 @@ def prompt_as_chat(body: GenerateRequest) -> ChatBody:
     return _chat(body, [*turns, ChatTurn("user", body.prompt or "")], None)
 
 
-def notes_of(body: Request) -> tuple[str, ...]:
-    """Return what the `Warning` header says about options that do nothing here."""
-    known = {field.name for field in msgspec.structs.fields(Options)}
-    unknown = any(name not in known and name not in _WITHOUT_EFFECT for name in body.options or {})
-    return ("unknown options were ignored",) if unknown else ()
+def unknown_options(body: Request) -> list[str]:
+    """Return the paths of options that neither this server nor Ollama's engine has."""
+    known = {*Options.__struct_fields__, *_WITHOUT_EFFECT}
+    return [f"options.{name}" for name in body.options or {} if name not in known]
+
+
+def notes_of(body: Request, max_model_len: int) -> tuple[str, ...]:
+    """Return what the `Warning` header says about a context that is larger than the model's."""
+    asked = (body.options or {}).get("num_ctx")
+    if isinstance(asked, int | float) and asked > max_model_len:
+        return (f"num_ctx has no effect: the context is {max_model_len} tokens",)
+    return ()
+
+
+def check_keep_alive(body: Request) -> None:
+    """Raise InvalidRequest for a time that Ollama refuses. The mesh acts on it: 0 unloads the model."""
+    given = body.keep_alive
+    if given is None or (isinstance(given, int | float) and not isinstance(given, bool)):
+        return
+    if not isinstance(given, str) or _DURATION.fullmatch(given) is None:
+        raise InvalidRequest(
+            "keep_alive must be a number of seconds or a duration such as 5m or 1h30m", param="keep_alive"
+        )
 
 
 def _chat(body: Request, turns: list[ChatTurn], tools: list[dict[str, Any]] | None) -> ChatBody:

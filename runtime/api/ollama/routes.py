@@ -1,11 +1,13 @@
 """Ollama's POST /api/chat, /api/generate and /api/show. The mesh answers the routes that list models itself."""
 
+from typing import TypeVar
+
 import msgspec
 from aiohttp import web
 
 from runtime.api.grammars import guide_answer
 from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
-from runtime.api.ollama.as_chat import as_chat, notes_of, prompt_as_chat
+from runtime.api.ollama.as_chat import as_chat, check_keep_alive, notes_of, prompt_as_chat, unknown_options
 from runtime.api.ollama.lines import AnswerLines, MakeLine, chat_line, generate_line, loaded_line
 from runtime.api.ollama.show import show
 from runtime.api.ollama.types import (
@@ -18,6 +20,7 @@ from runtime.api.ollama.types import (
     ShowAnswer,
     ShowRequest,
 )
+from runtime.api.openai.body import Parsed
 from runtime.api.openai.chat_plan import plan_chat
 from runtime.api.openai.chat_prepare import PreparedChat, prepare_chat
 from runtime.api.openai.context import json_response, read_body
@@ -37,6 +40,7 @@ from runtime.generation.parts import Delta
 from runtime.interfaces import ModelDirectory, ServedModel
 
 _TAG = ":latest"
+_Asked = TypeVar("_Asked", bound=Request)
 
 
 def _error_body(error: RepertoryError) -> bytes:
@@ -65,17 +69,17 @@ class Ollama:
         return [_ERRORS.shape(route) for route in own]
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        parsed = await read_body(request, ChatRequest)
+        parsed = await _read(request, ChatRequest)
         body = parsed.body
         model = self._model(request, body.model)
         if not body.messages:
             return json_response(loaded_line(_shown_name(model, body), chat_line), parsed.warning)
         prepared = await prepare_chat(model, as_chat(body), cut_to_context=True, format_param="format")
-        warning = parsed.warning_with((*prepared.notes, *notes_of(body)))
+        warning = parsed.warning_with((*prepared.notes, *notes_of(body, model.facts.max_model_len)))
         return await self._answer(request, model, body, prepared, chat_line, warning)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        parsed = await read_body(request, GenerateRequest)
+        parsed = await _read(request, GenerateRequest)
         body = parsed.body
         model = self._model(request, body.model)
         if not body.prompt:
@@ -85,7 +89,7 @@ class Ollama:
             prepared = await _prepare_raw(model, chat, body.prompt)
         else:
             prepared = await prepare_chat(model, chat, cut_to_context=True, format_param="format")
-        warning = parsed.warning_with((*prepared.notes, *notes_of(body)))
+        warning = parsed.warning_with((*prepared.notes, *notes_of(body, model.facts.max_model_len)))
         return await self._answer(request, model, body, prepared, generate_line, warning)
 
     async def _answer(
@@ -126,6 +130,13 @@ class Ollama:
             if header or not asked.endswith(_TAG):
                 raise
         return find_model(self._directory, None, asked.removesuffix(_TAG))
+
+
+async def _read(request: web.Request, kind: type[_Asked]) -> Parsed[_Asked]:
+    """Read a chat or a completion. Raises InvalidRequest naming the field."""
+    parsed = await read_body(request, kind)
+    check_keep_alive(parsed.body)
+    return parsed.with_unknown(unknown_options(parsed.body))
 
 
 async def _prepare_raw(model: ServedModel, chat: ChatBody, prompt: str) -> PreparedChat:

@@ -9,7 +9,7 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 def show(model: ServedModel) -> ShowAnswer:
     facts = model.facts
     details = Details(
-        format="safetensors",
+        format="gguf" if model.root.lower().endswith(".gguf") else "safetensors",
         family=facts.architecture,
         families=[facts.architecture],
         parameter_size=parameter_size(facts.num_parameters),

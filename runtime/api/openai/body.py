@@ -1,13 +1,15 @@
 """Parses a JSON body into a typed request: names the field of an error, lists unknown fields, refuses unsupported features."""
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from msgspec import inspect
 
-from runtime.api.openai.types import ChatBody, ChatTurn, CompletionBody, Shared
+from runtime.api.openai.types import ChatBody, CompletionBody, Shared
 from runtime.errors import InvalidRequest, NotSupported
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -31,6 +33,10 @@ class Parsed(Generic[_T]):
     def unknown_names(self) -> str:
         """The first of them, without characters that a header or a log may not have."""
         return ", ".join(_UNSAFE.sub("?", name)[:64] for name in self.unknown[:16])
+
+    def with_unknown(self, names: Iterable[str]) -> "Parsed[_T]":
+        """Return the body with further names of fields that are ignored."""
+        return replace(self, unknown=(*self.unknown, *names))
 
     @property
     def warning(self) -> str | None:
@@ -58,16 +64,48 @@ def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if isinstance(body, Shared):
         refuse_unsupported(body)
-    unknown = _unknown(names, kind.__struct_encode_fields__)
-    if isinstance(body, ChatBody):
-        for index, turn in enumerate(msgspec.json.decode(names["messages"], type=list[dict[str, msgspec.Raw]])):
-            unknown += [f"messages.{index}.{name}" for name in _unknown(turn, ChatTurn.__struct_encode_fields__)]
-    return Parsed(body, tuple(unknown))
+    return Parsed(body, tuple(_unknown(names, kind, "")))
 
 
-def _unknown(fields: Mapping[str, msgspec.Raw], known: Sequence[str]) -> list[str]:
-    """Return the names that `known` lacks, of fields that are not null."""
-    return [name for name, value in fields.items() if name not in known and bytes(value) != b"null"]
+def _unknown(fields: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct], path: str) -> Iterator[str]:
+    """Yield the paths of fields, of the struct or of those inside it, that it lacks and that are not null."""
+    inside = _structs_in(kind)
+    for name, value in fields.items():
+        if name not in kind.__struct_encode_fields__:
+            if bytes(value) != b"null":
+                yield f"{path}{name}"
+        elif (inner := inside.get(name)) is not None:
+            begin = bytes(value)[:1]
+            if begin == b"{":
+                yield from _unknown(_fields(value), inner, f"{path}{name}.")
+            elif begin == b"[":
+                for index, item in enumerate(msgspec.json.decode(value, type=list[msgspec.Raw])):
+                    if bytes(item)[:1] == b"{":
+                        yield from _unknown(_fields(item), inner, f"{path}{name}.{index}.")
+
+
+def _fields(value: msgspec.Raw) -> dict[str, msgspec.Raw]:
+    return msgspec.json.decode(value, type=dict[str, msgspec.Raw])
+
+
+@functools.cache
+def _structs_in(kind: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct]]:
+    """Return the struct of each field that is one, or a list of them, by the field's name in JSON."""
+    described = inspect.type_info(kind)
+    assert isinstance(described, inspect.StructType)
+    found = ((field.encode_name, _struct_of(field.type)) for field in described.fields)
+    return {name: struct for name, struct in found if struct is not None}
+
+
+def _struct_of(described: inspect.Type) -> type[msgspec.Struct] | None:
+    match described:
+        case inspect.StructType():
+            return described.cls
+        case inspect.ListType():
+            return _struct_of(described.item_type)
+        case inspect.UnionType():
+            return next((struct for each in described.types if (struct := _struct_of(each)) is not None), None)
+    return None
 
 
 def _decode(raw: bytes, kind: type[_T]) -> _T:

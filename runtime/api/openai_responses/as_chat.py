@@ -8,6 +8,13 @@ from runtime.api.openai.types import ChatBody, ChatTurn, HistoryCall, HistoryFun
 from runtime.api.openai_responses.types import ResponsesBody
 from runtime.errors import InvalidRequest, NotSupported
 
+_LOGPROBS = "message.output_text.logprobs"
+_ITEM_FIELDS = frozenset(
+    {
+        "type", "id", "status", "role", "content", "phase", "call_id", "name", "namespace", "arguments", "output", "summary",
+        "encrypted_content",
+    }
+)  # fmt: skip
 _STATE = "this server keeps no responses: send all earlier items in input"
 
 
@@ -16,6 +23,8 @@ def as_chat(body: ResponsesBody) -> ChatBody:
     _refuse_unsupported(body)
     if body.max_output_tokens is not None and body.max_output_tokens < 1:
         raise InvalidRequest(f"max_output_tokens must be >= 1, got {body.max_output_tokens}", param="max_output_tokens")
+    if body.input == [] and body.instructions is None:
+        raise InvalidRequest("input is empty: it needs a text or at least one item", param="input")
     turns = [] if body.instructions is None else [ChatTurn("system", body.instructions)]
     turns += [ChatTurn("user", body.input)] if isinstance(body.input, str) else _turns(body.input)
     return ChatBody(
@@ -33,16 +42,35 @@ def as_chat(body: ResponsesBody) -> ChatBody:
     )
 
 
-def ignored_tools(body: ResponsesBody) -> tuple[str, ...]:
-    """Return a note for the `Warning` header if the request has tools that run on the server: agents send them always."""
-    others = any(tool.get("type") != "function" for tool in body.tools or ())
-    return ("tools other than functions were ignored",) if others else ()
+def notes_of(body: ResponsesBody) -> tuple[str, ...]:
+    """Return what the `Warning` header says about things that agents always send, and that have no effect here."""
+    notes = []
+    if any(tool.get("type") != "function" for tool in body.tools or ()):
+        notes.append("tools other than functions were ignored")
+    if body.include:
+        notes.append("include was ignored: there is nothing to add to the output")
+    if (body.text or {}).get("verbosity") is not None:
+        notes.append("text.verbosity was ignored")
+    return tuple(notes)
+
+
+def unknown_in_items(body: ResponsesBody) -> list[str]:
+    """Return the paths of fields inside items that the API does not have."""
+    items = [] if isinstance(body.input, str) else body.input
+    return [
+        f"input.{index}.{name}"
+        for index, item in enumerate(items)
+        for name, value in item.items()
+        if name not in _ITEM_FIELDS and value is not None
+    ]
 
 
 def _refuse_unsupported(body: ResponsesBody) -> None:
     for name in ("previous_response_id", "conversation", "store", "background", "prompt"):
         if getattr(body, name):
             raise NotSupported(f"{name} is not supported: {_STATE}", param=name)
+    if isinstance(body.include, list) and _LOGPROBS in body.include:
+        raise NotSupported(f"include {_LOGPROBS} is not supported: use /v1/chat/completions", param="include")
     if body.top_logprobs:
         raise NotSupported("top_logprobs is not supported: use /v1/chat/completions", param="top_logprobs")
     if body.truncation not in (None, "disabled"):

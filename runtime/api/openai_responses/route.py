@@ -5,7 +5,7 @@ from aiohttp import web
 from runtime.api.openai.chat_prepare import prepare_chat
 from runtime.api.openai.context import json_response, model_of, read_body
 from runtime.api.openai.stream import send_events
-from runtime.api.openai_responses.as_chat import as_chat, ignored_tools
+from runtime.api.openai_responses.as_chat import as_chat, notes_of, unknown_in_items
 from runtime.api.openai_responses.events import ResponseEvents
 from runtime.api.openai_responses.items import begun, whole
 from runtime.api.openai_responses.types import ResponsesBody
@@ -23,9 +23,10 @@ class Responses:
     async def post(self, request: web.Request) -> web.StreamResponse:
         parsed = await read_body(request, ResponsesBody)
         body = parsed.body
+        parsed = parsed.with_unknown(unknown_in_items(body))
         model = model_of(request, self._directory, body.model)
         chat = await prepare_chat(model, as_chat(body), cut_to_context=True, format_param="text.format")
-        warning = parsed.warning_with((*chat.notes, *ignored_tools(body)))
+        warning = parsed.warning_with((*chat.notes, *notes_of(body)))
         response = begun(body, body.model or model.name)
         if body.stream:
             events = ResponseEvents(model, response, chat.num_prompt)

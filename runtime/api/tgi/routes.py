@@ -173,7 +173,8 @@ class TextGeneration:
         return find_adapter(self._directory, model, body.adapter, "parameters.adapter_id", by_header=by_header)
 
     def _model(self, request: web.Request, asked: str) -> ServedModel:
-        name = request.match_info.get("name") or asked
+        # A client's base URL may end in a slash.
+        name = request.match_info.get("name", "").removesuffix("/") or asked
         header = request.headers.get(MODEL_ID_HEADER)
         return find_model(self._directory, header, name, lone_takes_all=not name)
 

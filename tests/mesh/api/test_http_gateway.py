@@ -233,7 +233,10 @@ async def test_gateway_runtime_without_http(tmp_path: Path) -> None:
 
 async def test_gateway_errors_of_messages_have_that_protocols_marks(pod: RunningPod) -> None:
     async with pod.http.post("/v1/messages", json={"model": "nobody"}) as answer:
-        assert (answer.status, (await answer.json())["type"]) == (404, "error")
+        found = await answer.json()
+    assert (answer.status, found["type"], found["error"]["type"]) == (404, "error", "not_found_error")
+    async with pod.http.post("/v1/messages", data=b"{") as answer:
+        assert (await answer.json())["error"]["type"] == "invalid_request_error"
     body = {"model": "org/smol", "stream": True, "chunks": 5, "break_at": 2}
     async with pod.http.post("/v1/messages", json=body) as answer:
         last = (await answer.text()).rstrip("\n").split("\n\n")[-1]

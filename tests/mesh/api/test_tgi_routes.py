@@ -30,6 +30,7 @@ async def post(pod: RunningPod, path: str, body: Any, **headers: str) -> tuple[i
         ("/tgi/org%2Fsmol", {"model": "nobody"}, {}),
         ("/tgi/org/smol/v1/chat/completions", {"model": "tgi"}, {}),
         ("/tgi/org/smol/tokenize", {}, {}),
+        ("/tgi/org/smol/", {}, {}),
         ("/generate", {"model": "nobody"}, {"mm-model-id": "org/smol"}),
         ("/generate", {"model": "org/smol"}, {}),
         ("/", {"parameters": {"adapter_id": "org/smol"}, "model": "nobody"}, {}),

@@ -236,8 +236,25 @@ async def test_unknown_options_are_noted(server: Server) -> None:
     async with aiohttp.ClientSession() as http:
         async with http.post(f"{server.url}/api/chat", json=body) as answer:
             assert "Warning" not in answer.headers
-        async with http.post(f"{server.url}/api/chat", json={**body, "options": {"warmth": 5}}) as answer:
-            assert "unknown options were ignored" in answer.headers["Warning"]
+        asked = {**body, "options": {"warmth": 5, "num_ctx": 10**6}, "messages": [{**HELLO[0], "mood": "good"}]}
+        async with http.post(f"{server.url}/api/chat", json=asked) as answer:
+            warning = answer.headers["Warning"]
+    assert "unknown fields were ignored: messages.0.mood, options.warmth" in warning
+    assert "num_ctx has no effect: the context is" in warning
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ("5m", 200), ("1h30m", 200), ("-1s", 200), (-1, 200), ("300", 200), (1.5, 200), (None, 200),
+        ("soon", 400), ("5 m", 400), ("", 400), (True, 400), ({}, 400),
+    ],
+)  # fmt: skip
+async def test_keep_alive_is_a_duration(server: Server, given: Any, status: int) -> None:
+    body = {"model": "m1", "messages": HELLO, "stream": False, "keep_alive": given}
+    async with aiohttp.ClientSession() as http, http.post(f"{server.url}/api/chat", json=body) as answer:
+        assert answer.status == status
+        assert ("keep_alive must be" in await answer.text()) == (status == 400)
 
 
 async def test_embed_is_refused(client: ollama.AsyncClient) -> None:

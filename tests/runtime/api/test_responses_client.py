@@ -93,7 +93,7 @@ async def test_responses_renders_earlier_items(client: openai.AsyncOpenAI, serve
 
 
 async def test_responses_that_are_cut_are_incomplete(client: openai.AsyncOpenAI, server: Server) -> None:
-    response = await client.responses.create(model="m1", input=[], max_output_tokens=3, temperature=0.5, top_p=0.9)
+    response = await client.responses.create(model="m1", input="a", max_output_tokens=3, temperature=0.5, top_p=0.9)
     assert response.status == "incomplete"
     assert response.incomplete_details is not None
     assert response.incomplete_details.reason == "max_output_tokens"
@@ -123,6 +123,8 @@ async def test_responses_stream_that_fails_says_so(client: openai.AsyncOpenAI, s
         ({"tool_choice": "required", "tools": []}, 400, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, 400, "tool_choice"),
         ({"max_output_tokens": 0}, 400, "max_output_tokens"),
+        ({"input": []}, 400, "input"),
+        ({"include": ["message.output_text.logprobs"]}, 501, "include"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, 501, "input[0]"),
         ({"input": [{"type": "function_call", "name": "f"}]}, 400, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 501, "input[0]"),
@@ -139,3 +141,14 @@ async def test_responses_ignores_tools_of_the_server_with_a_warning(server: Serv
     async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/responses", json=body) as response:
         assert response.status == 200
         assert response.headers["Warning"] == '299 repertory "tools other than functions were ignored"'
+
+
+async def test_responses_names_what_it_ignores(server: Server) -> None:
+    item = {"type": "message", "role": "user", "content": "a", "mood": "good", "id": "x"}
+    body = {"model": "m1", "input": [item], "include": ["reasoning.encrypted_content"], "text": {"verbosity": "low"}}
+    async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/responses", json=body) as response:
+        assert response.status == 200
+        warning = response.headers["Warning"]
+    assert "unknown fields were ignored: input.0.mood" in warning
+    assert "include was ignored: there is nothing to add to the output" in warning
+    assert "text.verbosity was ignored" in warning
