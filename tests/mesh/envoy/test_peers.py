@@ -1,0 +1,63 @@
+"""Two pods with an Envoy each, over a real etcd: calls go to the copy of the other pod, and back to the mesh if that has none."""
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from mesh.access.peer_keys import HOP_HEADER, PEER_KEY_HEADER
+from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carried
+from tests.support.etcd import EtcdServer
+from tests.support.pods import RunningPod
+from tests.support.waiting import until
+
+Pods = tuple[RunningPod, RunningPod]
+
+
+@pytest.fixture
+async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[Pods]:
+    """Two pods, of which the second has the model."""
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    async with (
+        running_envoy_pod(tmp_path / "a", store=store) as a,
+        running_envoy_pod(tmp_path / "b", store=store) as b,
+    ):
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        await b.register("m")
+        await b.pod.placement.ensure_loaded("m", wait=True, local_only=True)
+        await until_carried(a, "m")
+        yield a, b
+
+
+async def test_envoy_carries_calls_to_another_pods_copy(pods: Pods) -> None:
+    a, b = pods
+    before = await num_through_mesh(a, "m")
+    assert await a.echo("m") == b"hi"
+    assert (await a.chat("m"))[0] == 200
+    assert await num_through_mesh(a, "m") == before
+    assert a.runtime.calls["m"] == 0
+    assert not {HOP_HEADER, PEER_KEY_HEADER} & {name.lower() for name in b.runtime.headers[-1]}
+    assert not {HOP_HEADER, PEER_KEY_HEADER} & {name for name, _ in b.runtime.metadata[-1]}
+    await until(lambda: a.pod.copies.uses.of("m") > 2)
+    assert a.pod.copies.in_flight("m") == 0
+
+
+async def test_call_comes_back_from_a_pod_that_lost_the_model(pods: Pods) -> None:
+    """The other pod may not wait for a load or send the call on: the pod that its caller chose loads the model, or finds it."""
+    a, b = pods
+    del b.runtime.loaded["m"]
+    b.runtime.switches.fail["/m"] = "the disk of this pod is broken"
+    assert await a.echo("m") == b"hi"
+    assert a.runtime.calls["m"] == 1
+
+
+async def test_local_copy_comes_before_another_pods(pods: Pods) -> None:
+    a, b = pods
+    await a.pod.placement.ensure_loaded("m", wait=True, local_only=True)
+    await until_carried(a, "m")
+    before = b.runtime.calls["m"]
+    for _ in range(5):
+        await a.echo("m")
+        await a.chat("m")
+    assert b.runtime.calls["m"] == before
