@@ -9,6 +9,7 @@ import hmac
 import logging
 import secrets
 
+from mesh.access.api_keys import digest_of
 from mesh.errors import StoreError
 from mesh.store.protocol import ABSENT, Compare, EntryDeleted, EntryPut, Put, Relisted, Store
 
@@ -61,6 +62,10 @@ class PeerKeys:
     def headers(self) -> list[tuple[str, str]]:
         """Return the headers of a request to another pod."""
         return [(HOP_HEADER, self._own_id), (PEER_KEY_HEADER, self._current)]
+
+    def digests(self) -> tuple[str, ...]:
+        """Return the SHA-256 of the secrets that are accepted."""
+        return tuple(digest_of(known) for known in (self._current, self._previous) if known)
 
     def recognises(self, sent: str) -> bool:
         """Return whether a request with this value of the key header comes from a pod of the mesh. Compares in constant time."""

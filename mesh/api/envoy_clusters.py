@@ -13,7 +13,7 @@ from google.protobuf.wrappers_pb2 import UInt32Value
 from common.addresses import parse_address
 from mesh.access.tls import TlsMaterial
 from mesh.envoy.plan import Carrier, Cluster, Endpoint
-from mesh.envoy.routes import JUDGE_HEADER, MODEL_HEADERS
+from mesh.envoy.routes import JUDGE_HEADER, MODEL_HEADERS, PEER_HEADER
 from wire import envoy_pb2 as pb
 
 CLUSTER_TYPE = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
@@ -114,7 +114,10 @@ def _protocol_options(carrier: Carrier) -> Any:
         else pb.ExplicitHttpConfig(http_protocol_options=pb.Http1ProtocolOptions())
     )
     headers = _GRPC_HEADERS if is_grpc else _HEADERS
-    mutations = [pb.HeaderMutation(remove=header) for header in (*headers, MODEL_HEADERS[Carrier.HTTP], JUDGE_HEADER)]
+    mutations = [
+        pb.HeaderMutation(remove=header)
+        for header in (*headers, MODEL_HEADERS[Carrier.HTTP], JUDGE_HEADER, PEER_HEADER)
+    ]
     for header, key in headers.items():
         value = pb.HeaderValue(key=header, value=f"%UPSTREAM_METADATA({_NAMESPACE}:{key})%")
         mutations.append(pb.HeaderMutation(append=pb.HeaderValueOption(header=value)))
@@ -125,7 +128,7 @@ def _protocol_options(carrier: Carrier) -> Any:
             explicit_http_config=config,
             http_filters=[
                 pb.HttpFilter(
-                    name="envoy.filters.http.header_mutation",
+                    name="endpoint_headers",  # another name than the listeners' filter, which routes switch off by its name
                     typed_config=_any("filters.http.header_mutation.v3.HeaderMutation", writer),
                 ),
                 pb.HttpFilter(

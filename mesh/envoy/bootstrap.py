@@ -9,7 +9,7 @@ from common.errors import ConfigError
 from mesh.config.schema import MeshConfig
 from mesh.envoy.files import EnvoyFiles, write_whole
 from mesh.envoy.plan import Carrier
-from mesh.envoy.routes import JUDGE_HEADER, LUA_FILTER, MODEL_HEADERS, closed_routes_text, mesh_cluster
+from mesh.envoy.routes import JUDGE_HEADER, LUA_FILTER, MODEL_HEADERS, PEER_HEADER, closed_routes_text, mesh_cluster
 
 Json = dict[str, Any]
 
@@ -24,7 +24,7 @@ _STREAM_WINDOW_BYTES = 1024 * 1024
 # Headers that callers must not send.
 _OWN_HEADERS = (
     *("x-repertory-caller", "x-repertory-name", "x-repertory-waited"),
-    *(MODEL_HEADERS[Carrier.HTTP], JUDGE_HEADER),
+    *(MODEL_HEADERS[Carrier.HTTP], JUDGE_HEADER, PEER_HEADER),
 )
 # Fields that select a LoRA adapter, which the mesh resolves, loads and checks the key for.
 _JUDGED_FIELDS = (("adapter_id",), ("lora_request", "lora_name"), ("adapter_parameters", "merge_strategy"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from common.changes import Changes
 from common.model_state import CopyState
 from mesh.envoy.interfaces import ClusterFigures, ControlStream, EnvoyStats
-from mesh.envoy.plan import Carrier, Cluster, Here, Role, plan_clusters, withdrawn
+from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here, Role, name_prefix, plan_clusters, withdrawn
 from mesh.envoy.view import CarriedNames
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
@@ -21,6 +21,12 @@ _MIN_INTERVAL_S = 0.02
 _SCRAPE_S = 1.0
 _DRAIN_SCRAPE_S = 0.05
 _WORKERS_S = 0.01  # Envoy confirms a change a moment before all its threads follow it
+
+_PREFIXES = {
+    name_prefix(carrier, from_peers=from_peers): (carrier, from_peers)
+    for carrier in Carrier
+    for from_peers in (False, True)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,11 @@ class DataPlane:
         """Lead clusters that an Envoy has from before this mesh's start to the mesh, until their models are loaded or they go."""
         here, until_s = self._here(), time.monotonic() + _LINGER_S
         for full_name in names:
-            carrier, _, name = full_name.partition("/")
-            if carrier in list(Carrier) and full_name not in self._planned:
-                self._gone[full_name] = _Gone(withdrawn(name, Carrier(carrier), name, here), until_s)
+            prefix, _, name = full_name.partition("/")
+            if prefix in _PREFIXES and full_name not in self._planned:
+                carrier, from_peers = _PREFIXES[prefix]
+                stray = CarriedName(name, name, carrier, from_peers=from_peers)
+                self._gone[full_name] = _Gone(withdrawn(stray, here), until_s)
         self._changes.notify()
 
     async def run(self) -> None:
@@ -104,8 +112,10 @@ class DataPlane:
         planned = plan_clusters(self._names.list(), here)
         for name, cluster in self._planned.items():
             if name not in planned:
-                plain = name.partition("/")[2]
-                self._gone[name] = _Gone(withdrawn(plain, cluster.carrier, cluster.model_id, here), now_s + _LINGER_S)
+                plain = CarriedName(
+                    name.partition("/")[2], cluster.model_id, cluster.carrier, from_peers=cluster.from_peers
+                )
+                self._gone[name] = _Gone(withdrawn(plain, here), now_s + _LINGER_S)
         self._gone = {name: gone for name, gone in self._gone.items() if name not in planned and gone.until_s > now_s}
         for cluster in planned.values():
             self._models[cluster.stat_name] = cluster.model_id, cluster.carrier, cluster.role

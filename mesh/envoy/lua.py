@@ -10,10 +10,13 @@ from mesh.access.scopes import Scope
 _MAGIC = frozenset("^$()%.[]*+-?")
 
 
-def choose_script(header: str, carrier: str, mesh: str, *, limit: int, keyed: bool) -> str:
-    """Return the script that chooses a call's cluster. `header` names the model. `limit`: the calls that a copy may have at once, 0 for any number."""
-    values = (quoted(header), quoted(carrier), quoted(mesh), str(limit), str(keyed).lower())
-    return f"local HEADER, CARRIER, MESH, LIMIT, KEYED = {', '.join(values)}\n{_script('choose')}"
+def choose_script(header: str, prefix: str, mesh: str, *, limit: int, admitted: str) -> str:
+    """Return the script that chooses a call's cluster, whose name is a prefix, a slash and what the header `header` holds.
+
+    `limit`: the calls that a copy may have at once, 0 for any number. `admitted`: the header of a caller that was recognised; empty if any may call.
+    """
+    values = (quoted(header), quoted(prefix), quoted(mesh), str(limit), quoted(admitted))
+    return f"local HEADER, PREFIX, MESH, LIMIT, ADMITTED = {', '.join(values)}\n{_script('choose')}"
 
 
 def admit_script(header: str, keys: Iterable[ApiKey]) -> str:
@@ -25,6 +28,12 @@ def admit_script(header: str, keys: Iterable[ApiKey]) -> str:
         for digest in sorted(key.digests)
     ]
     return "\n".join([f"local HEADER = {quoted(header)}", "local KEYS = {", *entries, "}", _script("admit")])
+
+
+def admit_peers_script(digests: Iterable[str]) -> str:
+    """Return the script that recognises other pods by the hashes of their shared secret."""
+    entries = [f"  [{quoted(digest)}] = true," for digest in sorted(digests)]
+    return "\n".join(['local HEADER = ""', "local KEYS = {", *entries, "}", _script("admit")])
 
 
 def is_recognisable(key: ApiKey) -> bool:

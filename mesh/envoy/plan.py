@@ -46,13 +46,17 @@ class PeerCopy:
 
 @dataclass(frozen=True, slots=True)
 class CarriedName:
-    """A name whose calls Envoy may carry by itself. `local_wait_s`: the expected wait at this pod's copy, None without one."""
+    """A name whose calls Envoy may carry by itself. `local_wait_s`: the expected wait at this pod's copy, None without one.
+
+    `from_peers`: calls of other pods, which name the model by its id and end here.
+    """
 
     name: str
     model_id: str
     carrier: Carrier
     local_wait_s: float | None = None
     peers: tuple[PeerCopy, ...] = ()
+    from_peers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +88,16 @@ class Cluster:
     carrier: Carrier
     role: Role
     tiers: tuple[tuple[Endpoint, ...], ...]
+    from_peers: bool = False
 
     @property
     def stat_name(self) -> str:
         return stat_name(self.role, self.name)
 
 
-def cluster_name(carrier: Carrier, name: str) -> str:
-    return f"{carrier}/{name}"
+def name_prefix(carrier: Carrier, *, from_peers: bool) -> str:
+    """Return what clusters' names begin with, before a slash and the model's name."""
+    return f"{carrier}-peers" if from_peers else carrier
 
 
 def stat_name(role: Role, cluster: str) -> str:
@@ -111,10 +117,13 @@ def plan_clusters(names: Iterable[CarriedName], here: Here) -> dict[str, Cluster
     return {cluster.name: cluster for cluster in clusters if cluster is not None}
 
 
-def withdrawn(name: str, carrier: Carrier, model_id: str, here: Here) -> Cluster:
+def withdrawn(carried: CarriedName, here: Here) -> Cluster:
     """Return a cluster that leads to the mesh only. It stays for a while after its model has gone: calls may be on their way to it."""
-    mesh = Endpoint(here.mesh[carrier], name)
-    return Cluster(cluster_name(carrier, name), model_id, carrier, Role.MESH, ((mesh,),))
+    # A call that another pod sent must not be sent on by this one.
+    hop, peer_key = (here.hop, here.peer_key) if carried.from_peers else ("", "")
+    mesh = Endpoint(here.mesh[carried.carrier], carried.name, hop, peer_key)
+    name = f"{name_prefix(carried.carrier, from_peers=carried.from_peers)}/{carried.name}"
+    return Cluster(name, carried.model_id, carried.carrier, Role.MESH, ((mesh,),), carried.from_peers)
 
 
 def _cluster(carried: CarriedName, here: Here) -> Cluster | None:
@@ -127,7 +136,7 @@ def _cluster(carried: CarriedName, here: Here) -> Cluster | None:
         return None
     if len(tiers) > 1 and _is_slow(carried):
         tiers.reverse()
-    base = withdrawn(carried.name, carried.carrier, carried.model_id, here)
+    base = withdrawn(carried, here)
     return replace(base, role=tiers[0][0], tiers=(*(endpoints for _, endpoints in tiers), *base.tiers))
 
 

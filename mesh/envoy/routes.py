@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.log_headers import CALLER_HEADER
 from common.web_policy import WebPolicy
 from mesh.access.api_keys import ApiKey
-from mesh.envoy.lua import admit_script, choose_script
-from mesh.envoy.plan import Carrier
+from mesh.access.peer_keys import PEER_KEY_HEADER
+from mesh.envoy.lua import admit_peers_script, admit_script, choose_script
+from mesh.envoy.plan import Carrier, name_prefix
 
 Json = dict[str, Any]
 
@@ -21,6 +23,9 @@ MODEL_HEADERS = {Carrier.GRPC: "mm-model-id", Carrier.HTTP: "x-repertory-model"}
 
 JUDGE_HEADER = "x-repertory-judge"
 """Set by Envoy for a body with a field that only the mesh can act on."""
+
+PEER_HEADER = "x-repertory-peer"
+"""Set by Envoy for a call whose sender it has recognised as another pod."""
 
 LUA_FILTER = "envoy.filters.http.lua"
 BODY_FILTERS = ("envoy.filters.http.json_to_metadata", "envoy.filters.http.header_mutation")
@@ -55,6 +60,7 @@ class RouteSettings:
 
     Attributes:
         keys: the callers' keys; None if callers need none.
+        peer_digests: the SHA-256 of the secrets by which other pods are recognised.
         limit: calls that a copy may have at once; 0 for any number.
         paths: the HTTP paths whose body names the model in its field `model`.
         max_body_bytes: the largest HTTP body. max_message_bytes: the largest gRPC message.
@@ -62,6 +68,7 @@ class RouteSettings:
     """
 
     keys: tuple[ApiKey, ...] | None
+    peer_digests: tuple[str, ...]
     limit: int
     paths: Sequence[str]
     max_body_bytes: int
@@ -103,6 +110,7 @@ def _grpc_routes(settings: RouteSettings) -> list[Json]:
     carried = [{"name": "mm-model-id", "present_match": True}, *map(_absent, _GRPC_EXCEPTIONS)]
     return [
         *(_to_mesh(Carrier.GRPC, {"prefix": prefix}) for prefix in _MESH_METHODS),
+        _from_peers(Carrier.GRPC, {"prefix": "/"}, settings),
         _carried(Carrier.GRPC, {"prefix": "/", "headers": carried}, settings),
         _to_mesh(Carrier.GRPC, {"prefix": "/"}),
     ]
@@ -118,6 +126,7 @@ def _http_routes(settings: RouteSettings) -> list[Json]:
     if host := _host_pattern(settings):
         conditions.append({"name": ":authority", "string_match": {"safe_regex": {"regex": host}}})
     return [
+        *(_from_peers(Carrier.HTTP, {"path": path}, settings) for path in settings.paths),
         *(_carried(Carrier.HTTP, {"path": path, "headers": conditions}, settings) for path in settings.paths),
         _to_mesh(Carrier.HTTP, {"prefix": "/"}),
     ]
@@ -137,9 +146,30 @@ def _absent(name: str) -> Json:
 
 
 def _carried(carrier: Carrier, match: Json, settings: RouteSettings) -> Json:
-    """Return a route on which Envoy chooses the cluster by the model's name."""
-    keyed = settings.keys is not None
-    script = choose_script(MODEL_HEADERS[carrier], carrier, mesh_cluster(carrier), limit=settings.limit, keyed=keyed)
+    """Return a route of callers on which Envoy chooses the cluster by the model's name."""
+    header, prefix = MODEL_HEADERS[carrier], name_prefix(carrier, from_peers=False)
+    if settings.keys is None:
+        route = _chosen(
+            carrier, match, choose_script(header, prefix, mesh_cluster(carrier), limit=settings.limit, admitted="")
+        )
+        # Nobody checks them, and a runtime must not see them.
+        return {**route, "request_headers_to_remove": ["authorization", "x-api-key"]}
+    script = choose_script(header, prefix, mesh_cluster(carrier), limit=settings.limit, admitted=CALLER_HEADER)
+    return {**_chosen(carrier, match, script), "typed_per_filter_config": _lua(admit_script(header, settings.keys))}
+
+
+def _from_peers(carrier: Carrier, match: Json, settings: RouteSettings) -> Json:
+    """Return a route of calls that other pods send to this pod's copy of the model that they name."""
+    conditions = [{"name": name, "present_match": True} for name in ("mm-model-id", PEER_KEY_HEADER)]
+    prefix = name_prefix(carrier, from_peers=True)
+    script = choose_script("mm-model-id", prefix, mesh_cluster(carrier), limit=0, admitted=PEER_HEADER)
+    filters = _lua(admit_peers_script(settings.peer_digests))
+    if carrier is Carrier.HTTP:
+        filters |= dict.fromkeys(BODY_FILTERS, _DISABLED)
+    return {**_chosen(carrier, {**match, "headers": conditions}, script), "typed_per_filter_config": filters}
+
+
+def _chosen(carrier: Carrier, match: Json, script: str) -> Json:
     specifier = {
         "name": "choose",
         "typed_config": {
@@ -149,18 +179,12 @@ def _carried(carrier: Carrier, match: Json, settings: RouteSettings) -> Json:
         },
     }
     action = {"inline_cluster_specifier_plugin": {"extension": specifier}, "retry_policy": _RETRY, **_NO_TIMEOUT}
-    route: Json = {"match": match, "route": action}
-    if settings.keys is not None:
-        route["typed_per_filter_config"] = {
-            LUA_FILTER: {
-                "@type": f"{_TYPE}extensions.filters.http.lua.v3.LuaPerRoute",
-                "source_code": {"inline_string": admit_script(MODEL_HEADERS[carrier], settings.keys)},
-            }
-        }
-    else:
-        # Nobody checks them, and a runtime must not see them.
-        route["request_headers_to_remove"] = ["authorization", "x-api-key"]
-    return route
+    return {"match": match, "route": action}
+
+
+def _lua(script: str) -> Json:
+    source = {"source_code": {"inline_string": script}}
+    return {LUA_FILTER: {"@type": f"{_TYPE}extensions.filters.http.lua.v3.LuaPerRoute", **source}}
 
 
 def _to_mesh(carrier: Carrier, match: Json) -> Json:
@@ -173,9 +197,9 @@ def _to_mesh(carrier: Carrier, match: Json) -> Json:
 _NO_TIMEOUT = {"timeout": "0s", "idle_timeout": "0s"}
 # The next tier takes a call that was refused, after a pause that only has to be longer than nothing.
 _RETRY = {
-    "retry_on": "retriable-headers,connect-failure,refused-stream",
+    "retry_on": "retriable-headers,connect-failure,refused-stream,reset",
     "retriable_headers": [{"name": "x-repertory-not-here", "present_match": True}],
-    "num_retries": 3,
+    "num_retries": 2,
     "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.005s"},
     "retry_priority": {
         "name": "envoy.retry_priorities.previous_priorities",

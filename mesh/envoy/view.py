@@ -105,6 +105,8 @@ class CarriedNames:
                 peers = self._peers(model_id, carrier, pods) if model_id in remote else ()
                 if wait_s is not None or peers:
                     found += [CarriedName(name, model_id, carrier, wait_s, peers) for name in names]
+                if wait_s is not None and pods:
+                    found.append(CarriedName(model_id, model_id, carrier, wait_s, from_peers=True))
         return found
 
     def _can_carry(self, carrier: Carrier) -> bool:

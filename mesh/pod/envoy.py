@@ -105,6 +105,7 @@ class PodEnvoy:
         config, keys = self._config, self._access.keys
         settings = RouteSettings(
             keys=keys.all() if keys.is_required else None,
+            peer_digests=self._access.peers.digests(),
             limit=limit,
             paths=MODEL_IN_BODY_PATHS,
             max_body_bytes=config.http_max_body_bytes,

@@ -4,9 +4,12 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
 
 from mesh.access.peer_keys import HOP_HEADER, PEER_KEY_HEADER
+from mesh.envoy.routes import PEER_HEADER
 from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carried
 from tests.support.etcd import EtcdServer
 from tests.support.pods import RunningPod
@@ -32,10 +35,10 @@ async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[Pods]:
 
 async def test_envoy_carries_calls_to_another_pods_copy(pods: Pods) -> None:
     a, b = pods
-    before = await num_through_mesh(a, "m")
+    before = [await num_through_mesh(pod, "m") for pod in pods]
     assert await a.echo("m") == b"hi"
     assert (await a.chat("m"))[0] == 200
-    assert await num_through_mesh(a, "m") == before
+    assert [await num_through_mesh(pod, "m") for pod in pods] == before, "from Envoy to Envoy to the runtime"
     assert a.runtime.calls["m"] == 0
     assert not {HOP_HEADER, PEER_KEY_HEADER} & {name.lower() for name in b.runtime.headers[-1]}
     assert not {HOP_HEADER, PEER_KEY_HEADER} & {name for name, _ in b.runtime.metadata[-1]}
@@ -50,6 +53,19 @@ async def test_call_comes_back_from_a_pod_that_lost_the_model(pods: Pods) -> Non
     b.runtime.switches.fail["/m"] = "the disk of this pod is broken"
     assert await a.echo("m") == b"hi"
     assert a.runtime.calls["m"] == 1
+
+
+async def test_only_peers_reach_the_clusters_of_peers(pods: Pods) -> None:
+    _, b = pods
+    before = await num_through_mesh(b, "m")
+    for extra in ((PEER_KEY_HEADER, "guessed"), (PEER_HEADER, "1")):
+        await b.unary("/test.Any/Echo")(b"hi", metadata=(("mm-model-id", "m"), extra))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await b.unary("/test.Any/Echo")(b"hi", metadata=(("mm-model-id", "-peers/m"),))
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+    assert await num_through_mesh(b, "m") == before + 1, (
+        "the guessed key is the mesh's to judge, the other call is a caller's"
+    )
 
 
 async def test_local_copy_comes_before_another_pods(pods: Pods) -> None:

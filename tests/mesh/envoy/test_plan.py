@@ -1,5 +1,7 @@
 """The planner of Envoy's clusters, as properties over arbitrary copies."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +28,14 @@ CARRIED = st.builds(
     carrier=st.sampled_from(Carrier),
     local_wait_s=st.none() | WAITS,
     peers=st.lists(PEERS, max_size=3).map(tuple),
+)
+FROM_PEERS = st.builds(
+    CarriedName,
+    name=st.just("m"),
+    model_id=st.just("m"),
+    carrier=st.sampled_from(Carrier),
+    local_wait_s=WAITS,
+    from_peers=st.just(True),
 )
 
 
@@ -82,10 +92,20 @@ def test_is_plain_refuses_what_a_header_cannot_say(name: str) -> None:
     assert is_plain(name) == (all(" " <= sign <= "~" and sign != "," for sign in name) and name == name.strip(" "))
 
 
+@given(FROM_PEERS)
+def test_plan_ends_a_peers_call_at_this_pod(carried: CarriedName) -> None:
+    (cluster,) = plan_clusters([carried, replace(carried, from_peers=False)], HERE).keys() - {f"{carried.carrier}/m"}
+    assert cluster == f"{carried.carrier}-peers/m", "callers cannot name the cluster of peers"
+    (planned,) = plan_clusters([carried], HERE).values()
+    (local,), (mesh,) = planned.tiers
+    assert (local.address, local.hop, local.peer_key) == (HERE.runtime[carried.carrier], "", "")
+    assert (mesh.address, mesh.hop, mesh.peer_key) == (HERE.mesh[carried.carrier], "pod-a", "secret")
+
+
 def test_withdrawn_cluster_counts_apart_from_its_copy() -> None:
     carried = CarriedName("m", "m", Carrier.HTTP, 0.0)
     (before,) = plan_clusters([carried], HERE).values()
-    after = withdrawn("m", Carrier.HTTP, "m", HERE)
+    after = withdrawn(carried, HERE)
     assert before.name == after.name
     assert before.stat_name != after.stat_name
     assert [[endpoint.address for endpoint in tier] for tier in after.tiers] == [["unix:/mesh-http"]]
