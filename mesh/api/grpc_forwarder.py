@@ -124,7 +124,7 @@ class GrpcForwarder:
     async def forward_unary(
         self, request: GrpcRequest, attempt: Attempt, message: bytes, context: ForwardingContext
     ) -> GrpcOutcome:
-        """Like `forward`, of a method with one message each way: gRPC then needs one operation instead of six. The outcome has the response."""
+        """Forward a call with one message each way, for which gRPC needs one operation instead of six. The outcome has the response."""
         started_s = time.monotonic()
         target = attempt.target
         rewrite = self._rewrite(request.method, attempt)

@@ -68,7 +68,7 @@ class PodEnvoy:
         await self._data_plane.run()
 
     async def withdraw(self, model_id: str) -> None:
-        """As in LocalUnloads."""
+        """Withdraw the model as LocalUnloads does."""
         await self._data_plane.withdraw(model_id)
 
     async def drain(self, grace_s: float) -> None:

@@ -27,7 +27,7 @@ class RetryBudget:
     exclude: frozenset[str] = frozenset()
 
     def after(self, failure: Failure, instance_id: str) -> "RetryBudget | None":
-        """The budget after an attempt at `instance_id` failed; None if the failure goes to the caller, as the second one of a copy does."""
+        """Return the budget after an attempt at `instance_id` failed; None if the failure goes to the caller, as the second one of a copy does."""
         if failure is Failure.MODEL_LOST and self.reloads:
             return replace(self, reloads=self.reloads - 1)
         if failure is Failure.STATUS_LOST and self.status_retries:
@@ -42,7 +42,7 @@ class RetryBudget:
         return None
 
     def after_move(self) -> "RetryBudget | None":
-        """The budget after the name moved to another model, which may be reloaded at least once too; None if it moved before."""
+        """Return the budget after the name moved to another model, which may also be reloaded at least once; None if it moved before."""
         if not self.moves or self.local_only:
             return None
         return replace(self, moves=self.moves - 1, reloads=max(1, self.reloads))

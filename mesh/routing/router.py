@@ -137,11 +137,11 @@ class CopyRouter:
                 return target
 
     def begin(self, attempt: Attempt) -> None:
-        """An attempt at the target that `route` returned begins."""
+        """Count an attempt at the target that `route` returned."""
         self._in_flight.add(attempt)
 
     def end(self, attempt: Attempt) -> None:
-        """The attempt has ended, or the request that it answered."""
+        """Stop counting an attempt, which has ended, or whose response has."""
         model_id, target = attempt.model_id, attempt.target
         self._in_flight.remove(attempt)
         self._copy_health.record(attempt)
@@ -157,7 +157,7 @@ class CopyRouter:
             limit.release()
 
     def mark_lost(self, model_id: str, target: Target) -> None:
-        """The target answered that it does not have the model. The local runtime loads it again: a false alarm costs one idempotent call."""
+        """Enter that the target has answered that it does not have the model. The local runtime loads it again, which is harmless if it has it."""
         if not target.local:
             self._finder.mark_lost(model_id, target.instance_id)
             return

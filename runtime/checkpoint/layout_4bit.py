@@ -36,7 +36,7 @@ def kernel_layout_4bit(weight: Tensor, absmax: Tensor, out_features: int, in_fea
 
 
 def codes_4bit(weight: Tensor, in_features: int) -> Tensor:
-    """The codes [N, K] (uint8 0..15) of a weight in the kernels' layout [N, P/2]."""
+    """Return the codes [N, K] (uint8 0..15) of a weight in the kernels' layout [N, P/2]."""
     num_rows = weight.shape[0]
     words = weight.view(num_rows, -1, _WORDS, 4)
     nibbles = torch.stack((words & 15, words >> 4), dim=-1)  # [N, groups, word, byte, nibble]
@@ -44,6 +44,6 @@ def codes_4bit(weight: Tensor, in_features: int) -> Tensor:
 
 
 def bitsandbytes_layout_4bit(weight: Tensor, absmax: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `kernel_layout_4bit` for 2-D weights: uint8 [N·K/2, 1] and float32 [N·K/64]."""
+    """Invert `kernel_layout_4bit` for 2-D weights: return uint8 [N·K/2, 1] and float32 [N·K/64]."""
     codes = codes_4bit(weight, in_features)
     return ((codes[:, 0::2] << 4) | codes[:, 1::2]).reshape(-1, 1), absmax[:, : in_features // BLOCK].reshape(-1)

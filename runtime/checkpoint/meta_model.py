@@ -41,7 +41,7 @@ def _num_elements(sizes: tuple[Any, ...]) -> int:
 
 
 def build_skeleton(model_class: Any, config: Any, attention: str) -> nn.Module:
-    """An instance of `model_class` for inference with `attention` as its attention implementation. `config` is not changed."""
+    """Make an instance of `model_class` for inference with `attention` as its attention implementation. `config` is not changed."""
     config = copy.deepcopy(config)
     config._attn_implementation = attention
     with _EmptyOnMeta():

@@ -36,7 +36,7 @@ class StoredTensor:
 
 
 def read_index(paths: Sequence[str]) -> dict[str, StoredTensor]:
-    """The tensors of all files by name. Raises LoadFailed naming the file that is missing, truncated or no safetensors file."""
+    """Return the tensors of all files by name. Raises LoadFailed naming a file that is missing, truncated or of another format."""
     found: dict[str, StoredTensor] = {}
     for path in paths:
         for tensor in _read_header(path):
@@ -47,7 +47,7 @@ def read_index(paths: Sequence[str]) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """The file's own words about itself."""
+    """Return the metadata of the file's header."""
     metadata = _header(path)[0].get("__metadata__") or {}
     return {str(key): str(value) for key, value in metadata.items()}
 

@@ -68,7 +68,7 @@ class WeightLayout:
     size_bytes: int
 
     def digest(self) -> str:
-        """The same for two images whose bytes mean the same."""
+        """Return a digest that two images share if their bytes mean the same."""
         text = "\n".join(f"{t.name} {t.shape} {t.dtype} {t.offset}" for t in self.tensors)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -87,5 +87,5 @@ class _Indexing:
 
 
 def _unchanged(function: Any = None, *args: Any, **options: Any) -> Any:
-    """A decorator, with arguments or without, that returns its function."""
+    """Return a decorator, with arguments or without, that returns its function."""
     return function if function is not None else _unchanged

@@ -73,7 +73,7 @@ class EngineListener(Protocol):
     def engine_died(self, death: EngineDeath) -> None: ...
 
     def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
-        """A loaded model has failed by itself and is no longer in the engine."""
+        """Handle a loaded model that failed by itself and is no longer in the engine."""
 
 
 class EngineClient:

@@ -53,7 +53,7 @@ class RowStream:
         self._wake()
 
     def hold(self, row: RowTokens) -> None:
-        """Like `put`, without waking the consumer: a later `put` or `wake` does so."""
+        """Add a row without waking the consumer; a later `put` or `wake` does so."""
         self._items.append(row)
 
     def wake(self) -> bool:

@@ -96,7 +96,7 @@ class RegionScanner:
         self._current, self._is_open = self._rest, False
 
     def _watched(self) -> Iterator[tuple[Region, bool, Mark]]:
-        """The marks that count now, each with its region and whether it opens it."""
+        """Return the marks that count now, each with its region and whether it opens it."""
         if self._current is not None and self._current is not self._rest:
             if self._current.closing is not None:
                 yield self._current, False, self._current.closing

@@ -85,7 +85,7 @@ class RunningSequence:
         return deltas
 
     def _push_plain(self, row: RowTokens) -> Sequence[Delta]:
-        """The path of nearly every token: nothing but text, and not the end."""
+        """Push a token that is plain text and not the end, as nearly every token is."""
         tokens, before = row.tokens, self.num_generated
         self.num_generated = before + len(tokens)
         text = self._detokenizer.push(tokens)

@@ -37,7 +37,7 @@ class OperationQueue:
         self._tails: dict[str, Operation] = {}
 
     def __iter__(self) -> Iterator[str]:
-        """The ids that have an operation."""
+        """Iterate over the ids that have an operation."""
         return iter(self._tails)
 
     def last(self, model_id: str) -> Operation | None:

@@ -104,7 +104,7 @@ def inspect(path: Path, policy: Policy) -> CheckpointSummary:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object in a checkpoint. Raises LoadFailed naming the file."""
+    """Read a JSON object in a checkpoint. Raises LoadFailed naming the file."""
     try:
         with path.open("rb") as file:
             return parse_json(str(path), file.read(LARGEST_JSON_BYTES + 1))
@@ -161,7 +161,7 @@ def _safetensors(path: Path) -> list[Path]:
 
 
 def stored_quantization(config: Mapping[str, object]) -> tuple[Quantization, bool]:
-    """What the weights are quantised in already, and whether their scales are too. Raises LoadFailed for formats that aren't supported."""
+    """Return the format in which the weights are stored, and whether their scales are quantised, too. Raises LoadFailed for an unsupported format."""
     stored = config.get("quantization_config")
     if stored is None:
         return Quantization.NONE, False

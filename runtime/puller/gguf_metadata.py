@@ -24,7 +24,7 @@ def read_gguf(path: Path) -> tuple[Mapping[str, object], Sequence[TensorShape]]:
 
 
 def geometry_in(name: str, index: GgufIndex) -> tuple[Mapping[str, object], Sequence[TensorShape]]:
-    """Like `read_gguf`, of an index that has been read from the file of this name."""
+    """Return the geometry in an index that has been read from the file of this name."""
     if not index.architecture:
         raise LoadFailed(f"{name} has no general.architecture in its metadata")
     # A dtype is left out: the quantised weights have none, and the device computes in its own.

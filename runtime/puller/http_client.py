@@ -97,7 +97,7 @@ class HttpClient:
             raise Unreachable(f"{_shown(url)} can't be reached: {_words(error)}") from None
 
     def read(self, url: str, start: int, count: int, job: PullJob) -> bytes:
-        """A few bytes. Raises LoadFailed."""
+        """Read a few bytes. Raises LoadFailed."""
         try:
             with self._open_patiently(url, "GET", {"Range": f"bytes={start}-{start + count - 1}"}, job) as response:
                 if response.status != 206 and start:
@@ -178,13 +178,13 @@ def _described(name: str, url: str, headers: Message) -> RemoteFile:
 
 
 def _words(error: Exception) -> str:
-    """Without what was asked for: the library quotes it, query and headers and all."""
+    """Return the library's message without the request that it quotes, with query and headers."""
     if isinstance(error, http.client.InvalidURL | ValueError):
         return f"the address or a header of it is not valid ({type(error).__name__})"
     return str(error.reason) if isinstance(error, urllib.error.URLError) else str(error)
 
 
 def _shown(url: str) -> str:
-    """Without query and user, which may be secrets."""
+    """Return the URL without query and user, which may be secrets."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

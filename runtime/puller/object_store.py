@@ -32,7 +32,7 @@ class Bucket(Protocol):
         """Return the object with the checksums that the store gives for it or gave in the list."""
 
     def read(self, file: RemoteFile, start: int, count: int) -> bytes:
-        """`count` bytes from `start`. Raises, whatever, if the object is no longer the one that was listed."""
+        """Read `count` bytes from `start`. Raises an error of any type if the object is no longer the one that was listed."""
 
 
 class BucketSource:
@@ -106,7 +106,7 @@ _MOST_WORDS = 400
 
 @contextlib.contextmanager
 def _told(place: str, verb: str, away: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """The libraries' many exceptions as one of ours, which names the place and no secret."""
+    """Convert an exception of a library to one of ours, which names the place and contains no secret."""
     try:
         yield
     except RepertoryError:

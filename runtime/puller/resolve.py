@@ -128,7 +128,7 @@ def _bucket(
 
 
 def _web(url: str, path: str, options: Mapping[str, str], destinations: Destinations) -> WebSource:
-    """`path` goes between the URL's own path and its query. A user and password before the host become a header."""
+    """Resolve a URL. `path` goes between its own path and its query; a user and password before the host become a header."""
     parts = _split(url)
     host = parts.netloc.rpartition("@")[2]
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -76,7 +76,7 @@ def header_length(name: str, prefix: bytes, file_bytes: int, limit: int = _MAX_H
 
 
 def parse_header(name: str, data: bytes) -> Header:
-    """`data` is the header's JSON, without its length."""
+    """Parse the header's JSON in `data`, which does not include its length."""
     try:
         entries = json.loads(data)
         metadata = entries.pop("__metadata__", None) or {}

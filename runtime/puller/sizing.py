@@ -161,7 +161,10 @@ def unpacking_of(
 
 
 def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
-    """`auto` is the checkpoint's own on a GPU (bfloat16 where it has none, as GGUF) and float32 on a CPU, where half precision may be emulated."""
+    """Return the type to compute in.
+
+    `auto` is the checkpoint's own on a GPU (bfloat16 where it has none, as GGUF) and float32 on a CPU, where half precision may be emulated.
+    """
     if wanted != "auto":
         return wanted
     if device == "cpu":
@@ -191,7 +194,7 @@ def with_codes_as_bytes(tensors: Sequence[TensorShape]) -> list[TensorShape]:
 
 
 def estimate_parameters(geometry: Geometry) -> int:
-    """A gated decoder's parameters, when only its configuration is known; heads that attend are assumed to span the hidden size."""
+    """Estimate a gated decoder's parameters from its configuration alone; heads that attend are assumed to span the hidden size."""
     attention = 2 * geometry.hidden_size**2 + 2 * geometry.hidden_size * geometry.num_kv_heads * geometry.head_dim
     layer = attention + 3 * geometry.hidden_size * geometry.intermediate_size
     return geometry.num_layers * layer + 2 * geometry.vocab_size * geometry.hidden_size

@@ -92,7 +92,7 @@ def layout_of(output_format: OutputFormat | None) -> CallLayout:
 
 
 def marker_texts(output_format: OutputFormat | None) -> Sequence[str]:
-    """The texts of which a grammar must know whether they are tokens."""
+    """Return the texts of which a grammar must know whether they are tokens."""
     return () if output_format is None else sorted(output_format.markers)
 
 

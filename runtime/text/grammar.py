@@ -73,7 +73,7 @@ def validate(part: Part, param: str) -> tuple[bool, list[str]]:
 
 
 def _first_lines(message: str) -> str:
-    """The library's message without the listing of the grammar that may follow it."""
+    """Return the library's message without the listing of the grammar that may follow it."""
     return message.partition("\n   1 | ")[0].strip()
 
 

@@ -59,7 +59,7 @@ class Region:
 
     @property
     def join(self) -> str:
-        """What stands between the values of a region that comes again."""
+        """The text between the values of a region that comes again."""
         return self.library.join or ""
 
     @property

@@ -36,7 +36,7 @@ class StreamEncoder(Protocol):
 
     @property
     def num_events(self) -> int:
-        """How many events there were so far."""
+        """The number of events so far."""
 
     def delta(self, delta: Delta) -> bytes:
         """Return the delta's events, which may be none."""

@@ -98,7 +98,7 @@ def _as_shared(given: Parameters) -> Shared:
 
 
 def _logprobs(given: Parameters, stream: bool) -> LogprobParams:
-    """Each token of a stream and of the details has its log-probability."""
+    """Request the log-probability of each token, for a stream and for the details."""
     detailed = stream or given.details or given.decoder_input_details
     return LogprobParams(
         generated=(given.top_n_tokens or 0) if detailed else None, prompt=0 if given.decoder_input_details else None

@@ -103,7 +103,7 @@ class OperationExecutor:
         return self._models[model_id].runner.launch(plan, padded_to)
 
     def launch_forward(self, model_id: str, opened: Iterable[RowSetup], plan: StepPlan) -> None:
-        """Like `launch`, without the draws: `launch_draws` must be the next call."""
+        """Launch a step without its draws: `launch_draws` must be the next call."""
         self._open(model_id, opened)
         padded_to = self._choose_graph(model_id, plan)
         if self._record is not None:
@@ -155,7 +155,7 @@ class OperationExecutor:
         return self._models[model_id]
 
     def finish_adapter_load(self, model_id: str) -> AdapterResult:
-        """Like `finish_load`, for an adapter."""
+        """Finish the load of an adapter, as `finish_load` does for a model."""
         self._finish(model_id)
         return self._adapters[model_id]
 
@@ -183,12 +183,12 @@ class OperationExecutor:
         self._models[model_id].runner.expect_adapters()
 
     def take_failed_swap_ins(self) -> dict[str, Exception]:
-        """The models whose swap-in failed since the last call. Each holds its slabs until it is evicted."""
+        """Return the models whose swap-in failed since the last call. Each holds its slabs until it is evicted."""
         failed, self._failed_swap_ins = self._failed_swap_ins, {}
         return failed
 
     def take_failed_swap_in(self, model_id: str) -> Exception | None:
-        """Like `take_failed_swap_ins`, for one model."""
+        """Return the error of a swap-in of one model that failed since the last call; None if none did."""
         return self._failed_swap_ins.pop(model_id, None)
 
     def mark_running(self, model_id: str) -> None:

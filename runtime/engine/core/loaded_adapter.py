@@ -77,7 +77,7 @@ class LoadedAdapter:
         self.swap_ins += 1
 
     def finish_swap_in(self, now: float) -> None:
-        """The last byte has arrived, so steps may use the adapter."""
+        """Enter that the last byte has arrived, so that steps may use the adapter."""
         self.swapping = False
         self.use.ready, self.ready_since_s = True, now
         self.swap_seconds[self._lower_tier] = now - self.resident_since_s
@@ -96,7 +96,7 @@ class LoadedAdapter:
         self.base.scheduler.waiting.unblock(self.use)
 
     def leave_device(self) -> tuple[int, int]:
-        """The adapter is evicted. Returns the slot and the offset that it had."""
+        """Enter that the adapter is evicted. Returns the slot and the offset that it had."""
         assert self.offset is not None
         place = self.use.slot, self.offset
         self.use.ready = False

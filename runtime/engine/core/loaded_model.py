@@ -94,19 +94,19 @@ class LoadedModel:
         self.last_used_s = now
 
     def begin_swap_in(self, slabs: list[int], now: float) -> None:
-        """The weights are on their way to `slabs`."""
+        """Enter that the weights are being copied to `slabs`."""
         self.weight_slabs = slabs
         self.resident_since_s = now
         self.swapping = True
         self.swap_ins += 1
 
     def finish_swap_in(self, now: float) -> None:
-        """The last byte of the weights has arrived."""
+        """Enter that the last byte of the weights has arrived."""
         self.swapping = False
         self.swap_seconds[self.lower_tier] = now - self.resident_since_s
 
     def leave_device(self) -> list[int]:
-        """The weights are evicted. Returns the slabs that they had."""
+        """Enter that the weights are evicted. Returns the slabs that they had."""
         slabs, self.weight_slabs = self.weight_slabs or [], None
         self.swapping = False
         self.draining_since_s = None

@@ -232,7 +232,7 @@ class ModelTable:
 
     def _drop_host_copies(self, size_bytes: int, holders: Iterable[LoadedModel | LoadedAdapter]) -> None:
         def use(holder: LoadedModel | LoadedAdapter) -> tuple[bool, float, float]:
-            """An adapter counts with the uses of its base."""
+            """Return what orders holders: whether it runs, its decayed uses (an adapter has those of its base), and its last use."""
             if isinstance(holder, LoadedModel):
                 return holder.scheduler.running > 0, holder.use, holder.last_used_s
             return holder.use.running > 0, holder.base.use, holder.last_used_s

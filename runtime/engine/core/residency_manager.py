@@ -79,7 +79,7 @@ class ResidencyManager:
             self._swap_in(model, now)
 
     def release_claim(self, model: LoadedModel) -> None:
-        """A step of the model was planned, so it has the room that it waited for."""
+        """End the model's claim, since a step was planned and it has the room that it waited for."""
         if self._claimant == model.model_id:
             self._claimant = ""
 

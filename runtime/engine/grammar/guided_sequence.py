@@ -78,5 +78,5 @@ class GuidedSequence:
 
 
 def first_line(error: str) -> str:
-    """The part of the library's message that is for people: its other lines are the parser's state."""
+    """Return the first line of the library's message. The others are the parser's state."""
     return error.partition("\n")[0]

@@ -64,4 +64,4 @@ class MaskSources(Protocol):
 
     @property
     def figures(self) -> GrammarFigures:
-        """What has been built so far. Masks are counted elsewhere."""
+        """Counts of what has been built so far. Masks are counted elsewhere."""

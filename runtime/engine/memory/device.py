@@ -39,7 +39,7 @@ class DeviceMemory(Protocol):
         """Addresses for `num_slabs` slabs, nothing mapped."""
 
     def tidy(self) -> bool:
-        """One piece of work put off by `unmap`; True if there was one."""
+        """Do one piece of the work that `unmap` postponed. Returns False if there is none."""
 
     def close(self) -> None:
         """Give the budget back. All ranges must be closed."""

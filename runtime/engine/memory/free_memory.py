@@ -37,7 +37,7 @@ def _left_in_groups(groups: Path, own: Path) -> Iterator[int]:
 
 
 def _left(folder: Path, limit: str, used: str) -> int | None:
-    """None where nothing is limited."""
+    """Return what a control group leaves; None where it sets no limit."""
     try:
         limit_bytes = int((folder / limit).read_text())
         used_bytes = int((folder / used).read_text())

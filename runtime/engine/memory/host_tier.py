@@ -75,7 +75,7 @@ class HostTier:
         return len(self._free)
 
     def find(self, key: str, reader: Callable[[], bool] | None = None) -> HostWeights | None:
-        """A complete image by its key; it becomes the most recently used, and `reader` holds it."""
+        """Return a complete image by its key. It becomes the most recently used, and `reader` holds it."""
         with self._lock:
             image = self._images.get(key)
             if image is None or not image.complete:

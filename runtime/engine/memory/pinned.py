@@ -55,7 +55,7 @@ class PinnedMemory:
 
     @property
     def registered_bytes(self) -> int:
-        """How much from the start is registered by now."""
+        """The bytes from the start that are registered by now."""
         return self._registered_bytes
 
     def start_registering(self) -> None:
@@ -90,7 +90,7 @@ class PinnedMemory:
 
 
 def shared_memory_free_bytes(path: str) -> int:
-    """What the file system below `path` can still hold, the file itself and what lies beside it under its name included."""
+    """Return what the file system below `path` can still hold, including the file itself and the files beside it under its name."""
     file = Path(path)
     status = os.statvfs(file.parent)
     return status.f_bavail * status.f_frsize + sum(

@@ -54,7 +54,7 @@ def choose_victims(holders: Sequence[Holder], slabs: int) -> list[str] | None:
 
 
 def patience_s(swap_in_s: float, return_cost_s: float) -> float:
-    """How long requests of a model wait before a busy model is drained, and how long that model may stay at least."""
+    """Return how long requests of a model wait before a busy model is drained, and how long that model may stay at least."""
     return max(_LEAST_PATIENCE_S, _SWAPS_OF_PATIENCE * (swap_in_s + return_cost_s))
 
 

@@ -20,7 +20,7 @@ class SlabPool:
         return self._lent.get(owner, 0)
 
     def lend(self, owner: str, count: int) -> list[int] | None:
-        """`count` slab ids, or None (and nothing is lent) if there are fewer."""
+        """Lend `count` slabs and return their ids. Returns None, and lends nothing, if there are fewer."""
         if count > len(self._free):
             return None
         slabs = [self._free.pop() for _ in range(count)]

@@ -11,7 +11,7 @@ class WeightBuffer(Protocol):
     """Host memory that holds an image, in one piece or several."""
 
     def pieces(self, offset: int, size_bytes: int) -> Iterable[Tensor]:
-        """The bytes from `offset` as uint8 tensors, in order; cuts lie where every tensor element respects them."""
+        """Return the bytes from `offset` as uint8 tensors, in order, cut between elements of any type."""
 
 
 class Contiguous:

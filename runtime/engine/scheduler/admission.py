@@ -16,7 +16,7 @@ def blocks_for(tokens: int, block_tokens: int) -> int:
 
 
 def peak_blocks(held: Sequence[int], remaining: Sequence[int], block_tokens: int) -> int:
-    """The most blocks that sequences with `held` tokens and `remaining` to come use at any time, each growing by one token a step.
+    """Return the most blocks that sequences with `held` tokens and `remaining` to come use at any time, each growing by one token a step.
 
     The peak lies at the end of some sequence: then it and all sequences with more tokens to come hold blocks, each grown by that sequence's
     remainder (LightLLM's estimate). Each sequence's tokens are rounded up to blocks.

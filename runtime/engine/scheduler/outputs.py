@@ -54,7 +54,7 @@ class Step:
             yield chunk.sequence
 
     def masked_sequences(self) -> list[Sequence]:
-        """The sequences of `plan.masked`, in its order."""
+        """Return the sequences of `plan.masked`, in its order."""
         rows = self.decode.sequences
         chunks = [c.sequence for c in self.prefill if c.draws and c.sequence.mask_source is not None]
         return [rows[index] for index in self.decode.masked] + chunks
@@ -197,7 +197,7 @@ def settle_prefill(
 
 
 def verified(drafts: list[int], drawn: list[int]) -> list[int]:
-    """The tokens of `drawn` that follow right drafts only: drawn[i] was drawn after drafts[:i], so it counts if all of these were drawn, too."""
+    """Return the tokens of `drawn` that follow right drafts only: drawn[i] was drawn after drafts[:i], so it counts if all of these were drawn, too."""
     count = 1
     for draft, token in zip(drafts, drawn, strict=False):
         if draft != token:

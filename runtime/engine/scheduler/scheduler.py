@@ -85,7 +85,7 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def _totals_of(self, sequence: Sequence) -> Iterable[Totals]:
-        """The counters that a sequence adds to: the model's, and its adapter's."""
+        """Return the counters that a sequence adds to: the model's, and its adapter's."""
         return (self.totals,) if sequence.adapter is None else (self.totals, sequence.adapter.totals)
 
     def blocks_wanted(self, token_budget: int) -> int:
@@ -177,7 +177,7 @@ class Scheduler:
                 self.preempt_newest(now)
 
     def _without_room(self) -> list[Sequence]:
-        """Rows past their prompts whose next token needs another block."""
+        """Return the rows past their prompts whose next token needs another block."""
         return self._decode.without_room() + self._lockstep.without_room(self._block_tokens)
 
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, chunks: list[Chunk]) -> int:

@@ -25,7 +25,7 @@ class Speculation:
         )
 
     def propose(self, sequence: Sequence, budget: int) -> list[int]:
-        """Guesses that follow the sequence's known tokens, at most `budget`."""
+        """Return guesses that follow the sequence's known tokens, at most `budget`."""
         if not self._slots or self._drafter is None or not self.covers(sequence):
             return []
         most = min(budget, self._slots, sequence.max_output_tokens - sequence.num_output_tokens - 1)

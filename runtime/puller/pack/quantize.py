@@ -70,7 +70,7 @@ class Stored4Bit:
 
 
 def stored_shape(state: Tensor) -> tuple[int, ...]:
-    """The matrix's shape, from its `quant_state.bitsandbytes__…` tensor."""
+    """Return the matrix's shape, from its `quant_state.bitsandbytes__…` tensor."""
     return tuple(int(size) for size in _state_fields(state)["shape"])
 
 

@@ -72,7 +72,7 @@ class PackedWriter:
         os.truncate(self._file, self.total_bytes)  # padding is zeros
 
     def write(self, name: str, data: memoryview) -> None:
-        """One tensor's bytes. Raises OSError, EngineFault for what isn't due."""
+        """Write one tensor's bytes. Raises OSError, or EngineFault for a tensor whose turn it is not."""
         entry = self._entries.get(name)
         if entry is None or data.nbytes != entry.size_bytes or name in self._digests:
             due = f"{entry.size_bytes} bytes were due" if entry is not None else "nothing was due"

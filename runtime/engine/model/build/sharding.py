@@ -84,7 +84,7 @@ class TensorCuts:
         return Cut(1, ((start * width // full, length * width // full),))
 
     def _divide_outputs(self, members: tuple[str, ...], parts: list[tuple[int, int]]) -> None:
-        """One module holds all parts, or each has its own."""
+        """Divide the outputs of parts that share one module, or have one each."""
         if len(members) == 1:
             self._outputs[members[0]] = tuple(parts)
         else:

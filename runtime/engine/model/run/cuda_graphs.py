@@ -194,11 +194,11 @@ class ModelGraphs:
         return len(self._graphs)
 
     def expect(self, likely: Sequence[Bucket]) -> None:
-        """Also capture these buckets before any step requests them, after those that are due."""
+        """Capture these buckets before any step requests them, but after those that are due."""
         self._likely.extend(bucket for bucket in likely if bucket not in self._likely)
 
     def ahead(self) -> Bucket | None:
-        """The first likely bucket without a graph, or None."""
+        """Return the first likely bucket without a graph, or None."""
         while self._likely and self._likely[0] in self._graphs:
             self._likely.popleft()
         return self._likely[0] if self._likely else None

@@ -210,7 +210,7 @@ class LogitsProcessors:
 
 
 def _packed(ids: npt.NDArray[np.int64], vocab_size: int) -> TokenMasks:
-    """A mask of the given ids."""
+    """Return a packed mask of the given ids."""
     bits = np.zeros(mask_words(vocab_size) * 32, np.bool_)
     bits[ids] = True
     return np.packbits(bits, bitorder="little").view(np.int32)

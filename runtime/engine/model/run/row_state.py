@@ -59,7 +59,7 @@ def to_device(array: "npt.NDArray[np.generic]", device: torch.device) -> torch.T
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in pinned memory. The copy is queued, so the values are there once the step is over."""
+    """Queue a copy of `tensor` to pinned memory and return it. The values are there once the step is over."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
