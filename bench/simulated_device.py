@@ -16,6 +16,7 @@ from runtime.engine.interfaces import (
     AdapterJob,
     Bucket,
     GraphChoice,
+    HostKvMemory,
     KvGeometry,
     LoadRequest,
     LoadResult,
@@ -96,6 +97,7 @@ class SimulatedDevice:
         self.slab_bytes = SLAB_BYTES
         self.total_slabs = device_bytes // SLAB_BYTES
         self.host_total_bytes = host_bytes
+        self.host_kv_bytes = 0
         self.max_rows = max_rows
         self.clock = clock
         self.overlap = overlap
@@ -179,6 +181,10 @@ class _Memory:
 
     def unmap_kv(self, index: int) -> None:
         """Take no time."""
+
+    @property
+    def host_kv(self) -> HostKvMemory:
+        raise NotImplementedError("the simulated host tier keeps no KV")
 
     def host_bytes(self) -> int:
         return self._device.host_used.get(self._model_id, 0)

@@ -43,6 +43,7 @@ class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     kv_bytes: int = 0  # KV in device memory, in whole slabs
     kv_used_tokens: int = 0  # of running sequences
     kv_cached_tokens: int = 0  # of ended sequences, kept for their prefixes
+    kv_host_bytes: int = 0  # saved KV in host memory, in whole slabs
     kv_usage: float = 0.0  # 0 to 1: KV of running sequences over the KV that the model could have without a preemption
     running: int = 0  # sequences
     waiting: int = 0
@@ -56,6 +57,9 @@ class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     step_seconds_total: float = 0.0
     evictions_total: int = 0
     swap_ins_total: int = 0
+    kv_saved_blocks_total: int = 0  # copied to host memory before their device memory was reclaimed
+    kv_restored_blocks_total: int = 0  # copied back for a request
+    kv_dropped_blocks_total: int = 0  # copies in host memory that gave way or became invalid
 
 
 class ModelState(ModelFigures, frozen=True, kw_only=True, omit_defaults=True):

@@ -91,7 +91,9 @@ def _rows(kind: type[msgspec.Struct]) -> list[str]:
         text = str((field.type.extra_json_schema or {}).get("description", ""))
         inner = isinstance(field.default, msgspec.Struct)  # a section has its own table
         default = (
-            "" if inner or field.default in ("", (), msgspec.NODEFAULT) else f"`{_shown(field.name, field.default)}`"
+            ""
+            if inner or field.default in ("", (), None, msgspec.NODEFAULT)
+            else f"`{_shown(field.name, field.default)}`"
         )
         rows.append(f"| `{field.name}` | {default} | {_cell(text)} |")
     return rows

@@ -79,6 +79,11 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _size_or_none(text: str) -> int | None:
+    """Return the size in bytes, None for an empty text."""
+    return _size(text) if text else None
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
@@ -155,6 +160,13 @@ _FLAGS = (
         _size,
         "SIZE",
         "pinned host memory for evicted models (GPU only); empty = chosen from the machine",
+    ),
+    _Flag(
+        "host-kv",
+        "",
+        _size_or_none,
+        "SIZE",
+        "the most host memory for KV cache whose device memory was reclaimed; empty = a quarter of the host memory (CPU: 0), 0 = it is dropped",
     ),
     _Flag("device", "auto", _device, "DEVICE", "device: auto, cpu, cuda or cuda:N"),
     _Flag(

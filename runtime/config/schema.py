@@ -28,6 +28,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_budget_bytes: Annotated[
         int, _about("pinned host memory for evicted models; 0 = half of free memory (GPU only)", ge=0)
     ] = 0
+    host_kv_bytes: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None,
+        _about(
+            "the most host memory for cached KV whose device memory was reclaimed; empty = a quarter of the host budget (CPU: 0), 0 = it is dropped"
+        ),
+    ] = None
     slab_bytes: Annotated[int, _about("size of a slab of device memory; 0 = 64 MiB on a GPU, 4 MiB on a CPU", ge=0)] = 0
     host_arena_path: Annotated[
         str, _about("shared memory file of the host arena, which outlives an engine crash; empty = private memory")

@@ -189,6 +189,25 @@ class KvGeometry:
     max_slabs: int  # length of the reserved KV range
 
 
+class HostKvMemory(Protocol):
+    """Host memory for copies of one model's KV blocks, in chunks of a slab's size in which blocks lie as in a slab.
+
+    A host page names a block in a chunk as a page id names one in a slab.
+    """
+
+    def map(self, index: int) -> None:
+        """Take a chunk for place `index`."""
+
+    def unmap(self, index: int) -> None:
+        """Release the chunk at place `index`. Its content is lost."""
+
+    def save(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Begin to copy blocks (page, host page) from the device after the last launched step. Their slabs may be unmapped at once."""
+
+    def restore(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Begin to copy blocks (page, host page) to the device. Steps launched later wait for the copies."""
+
+
 class ModelMemory(Protocol):
     """One loaded model's ranges in device memory.
 
@@ -198,6 +217,9 @@ class ModelMemory(Protocol):
     weight_slabs: int
     weight_bytes: int
     kv: KvGeometry
+
+    @property
+    def host_kv(self) -> HostKvMemory: ...
 
     def swap_in(self, slabs: Sequence[int]) -> None:
         """Map `slabs` under the weights and start to copy the weights in. Returns at once where the device copies by itself."""
@@ -277,6 +299,7 @@ class Backend(Protocol):
     slab_bytes: int
     total_slabs: int  # the device budget
     host_total_bytes: int
+    host_kv_bytes: int  # the most host memory that saved KV of all models may take; 0 = nothing is saved
     max_rows: int
 
     def host_free_bytes(self) -> int: ...

@@ -71,6 +71,34 @@ class UnmapKv(msgspec.Struct, frozen=True, tag="unmap_kv"):
     index: int
 
 
+class MapHostKv(msgspec.Struct, frozen=True, tag="map_host_kv"):
+    """Take a chunk of host memory for place `index` of the model's saved KV."""
+
+    model_id: str
+    index: int
+
+
+class UnmapHostKv(msgspec.Struct, frozen=True, tag="unmap_host_kv"):
+    """Release the chunk at place `index` of the model's saved KV, and its content."""
+
+    model_id: str
+    index: int
+
+
+class SaveKv(msgspec.Struct, frozen=True, tag="save_kv"):
+    """Begin to copy KV blocks (page, host page) to host memory, after the last launched step."""
+
+    model_id: str
+    blocks: tuple[tuple[int, int], ...]
+
+
+class RestoreKv(msgspec.Struct, frozen=True, tag="restore_kv"):
+    """Begin to copy KV blocks (page, host page) from host memory. Steps launched later wait for the copies."""
+
+    model_id: str
+    blocks: tuple[tuple[int, int], ...]
+
+
 class MapAdapters(msgspec.Struct, frozen=True, tag="map_adapters"):
     """Map `slab` at place `index` of the range of a base's adapters."""
 
@@ -155,6 +183,10 @@ Operation = (
     | DropHost
     | MapKv
     | UnmapKv
+    | MapHostKv
+    | UnmapHostKv
+    | SaveKv
+    | RestoreKv
     | MapAdapters
     | UnmapAdapters
     | SwapInAdapter

@@ -151,6 +151,18 @@ class Instruments:
         )
         self.swap_ins = self._counter("repertory_model_swap_ins", "Number of swap-ins of the weights.")
         self.evictions = self._counter("repertory_model_evictions", "Number of evictions of the weights.")
+        self.kv_host_bytes = self._gauge(
+            "repertory_model_kv_host_bytes", "Host memory of saved KV cache in bytes, in whole slabs."
+        )
+        self.kv_saved = self._counter(
+            "repertory_model_kv_saved_blocks", "Number of KV blocks copied to host memory before they left the device."
+        )
+        self.kv_restored = self._counter(
+            "repertory_model_kv_restored_blocks", "Number of KV blocks copied from host memory for a request."
+        )
+        self.kv_dropped = self._counter(
+            "repertory_model_kv_dropped_blocks", "Number of KV blocks dropped from host memory."
+        )
         self.step_seconds = self._counter(
             "repertory_model_step_seconds", "Device time of the model's steps in seconds."
         )
@@ -283,6 +295,7 @@ class ModelMetrics:
         to.weight_bytes.labels(name).set(stats.weight_bytes)
         to.device_bytes.labels(name).set(stats.device_bytes)
         to.kv_bytes.labels(name).set(stats.kv_bytes)
+        to.kv_host_bytes.labels(name).set(stats.kv_host_bytes)
         before = self._seen
         if before is None or stats.steps_total < before.steps_total:
             before = ModelFigures()
@@ -292,6 +305,9 @@ class ModelMetrics:
             (to.prefix_hits, "prefix_hit_tokens_total"),
             (to.swap_ins, "swap_ins_total"),
             (to.evictions, "evictions_total"),
+            (to.kv_saved, "kv_saved_blocks_total"),
+            (to.kv_restored, "kv_restored_blocks_total"),
+            (to.kv_dropped, "kv_dropped_blocks_total"),
             (to.step_seconds, "step_seconds_total"),
         ):
             counter.labels(name).inc(max(0.0, getattr(stats, field) - getattr(before, field)))

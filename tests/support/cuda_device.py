@@ -6,6 +6,7 @@ physical memory finds what was last written there when it was launched: two stre
 """
 
 import contextlib
+import ctypes
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -182,6 +183,7 @@ class CheckedDriver:
         self.handles: dict[int, int] = {}  # handle → size
         self._next_handle = 0
         self.unmap_calls = 0
+        self.copied_rows = 0
 
     def granularity(self) -> int:
         return 4096
@@ -232,6 +234,27 @@ class CheckedDriver:
         assert self._mapped.pop(address)[0] == size, "a mapping is unmapped whole"
         self._accessible.discard(address)
         self.unmap_calls += 1
+
+    def copy_rows(
+        self,
+        device_address: int,
+        host_address: int,
+        *,
+        to_host: bool,
+        row_bytes: int,
+        num_rows: int,
+        pitch_bytes: int,
+        stream: Stream,
+    ) -> None:
+        assert 0 < row_bytes <= pitch_bytes
+        on_device = [(device_address + row * pitch_bytes, row_bytes) for row in range(num_rows)]
+        in_host = [(host_address + row * pitch_bytes, row_bytes) for row in range(num_rows)]
+        self._device.launch(
+            stream, reads=on_device if to_host else (), writes=() if to_host else on_device, host=in_host
+        )
+        for (device_row, _), (host_row, _) in zip(on_device, in_host, strict=True):
+            ctypes.memmove(*((host_row, device_row) if to_host else (device_row, host_row)), row_bytes)
+        self.copied_rows += num_rows
 
     # what torch and kernels ask
 

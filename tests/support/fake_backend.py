@@ -109,8 +109,8 @@ class FakeBank:
 
     def content(self, slot: int) -> str:
         """What a step finds in `slot`."""
-        found = self.slots[slot]
-        assert found.resident, f"slot {slot} names an adapter that has left"
+        found = self.slots.get(slot)
+        assert found is not None, f"slot {slot} names an adapter that has left"
         assert found.arrived, f"slot {slot} names an adapter that has not arrived"
         assert all(place in self.slab_at for place in found.places()), "its slabs are not mapped"
         return found.spec.content
@@ -139,8 +139,7 @@ class FakeAdapterMemory:
         for other in self._bank.slots.values():
             end = other._offset + other.size_bytes
             assert not other.resident or end <= offset or other._offset >= offset + self.size_bytes, "two at one place"
-        named = self._bank.slots.get(slot)
-        assert named is None or not named.resident, f"slot {slot} is taken"
+        assert slot not in self._bank.slots, f"slot {slot} is taken"
         self._bank.slots[slot] = self
         self.resident, self.arrived = True, False
 
@@ -153,6 +152,7 @@ class FakeAdapterMemory:
 
     def evict(self) -> None:
         self.resident = False
+        self._bank.slots = {slot: named for slot, named in self._bank.slots.items() if named is not self}
 
     def host_bytes(self) -> int:
         return 0
@@ -203,6 +203,9 @@ class FakeMemory:
         self.closed = False
         self.kv_slab: dict[int, int] = {}
         self.cells: dict[tuple[int, int], tuple[int, int, str]] = {}  # (page, offset) → (position, token, adapter)
+        self.host_kv = FakeHostKv(backend, self)
+        if backend.host_free_bytes() >= self.weight_bytes:
+            backend.host_weights[id(self)] = self.weight_bytes
 
     def swap_in(self, slabs: Sequence[int]) -> None:
         try:
@@ -244,16 +247,60 @@ class FakeMemory:
         self.cells = {cell: value for cell, value in self.cells.items() if cell[0] // self.kv.pages_per_slab != index}
 
     def host_bytes(self) -> int:
-        return 0
+        return self._backend.host_weights.get(id(self), 0)
 
     def drop_host(self) -> None:
-        raise AssertionError("there is no host arena")
+        del self._backend.host_weights[id(self)]
 
     def close(self) -> None:
+        self._backend.host_weights.pop(id(self), None)
         assert not self.resident
         assert not self.kv_slab
+        assert not self.host_kv.chunks
         assert not self.closed
         self.closed = True
+
+
+class FakeHostKv:
+    """Implements interfaces.HostKvMemory: the cells of blocks that were saved, until their chunk goes."""
+
+    def __init__(self, backend: "FakeBackend", memory: FakeMemory) -> None:
+        self._backend = backend
+        self._memory = memory
+        self.chunks: set[int] = set()
+        self.cells: dict[tuple[int, int], tuple[int, int, str]] = {}  # (host page, offset) → as in a page
+        self.saved = 0
+        self.restored = 0
+
+    def map(self, index: int) -> None:
+        assert index not in self.chunks
+        assert self._backend.host_kv_used + self._backend.slab_bytes <= self._backend.host_kv_bytes
+        self._backend.host_kv_used += self._backend.slab_bytes
+        self.chunks.add(index)
+
+    def unmap(self, index: int) -> None:
+        self.chunks.remove(index)
+        self._backend.host_kv_used -= self._backend.slab_bytes
+        per_chunk = self._memory.kv.pages_per_slab
+        self.cells = {cell: value for cell, value in self.cells.items() if cell[0] // per_chunk != index}
+
+    def save(self, blocks: Sequence[tuple[int, int]]) -> None:
+        for page, host_page in blocks:
+            self._check(page, host_page)
+            for offset in range(self._memory.kv.block_tokens):
+                self.cells[host_page, offset] = self._memory.cells[page, offset]
+        self.saved += len(blocks)
+
+    def restore(self, blocks: Sequence[tuple[int, int]]) -> None:
+        for page, host_page in blocks:
+            self._check(page, host_page)
+            for offset in range(self._memory.kv.block_tokens):
+                self._memory.cells[page, offset] = self.cells[host_page, offset]
+        self.restored += len(blocks)
+
+    def _check(self, page: int, host_page: int) -> None:
+        assert page // self._memory.kv.pages_per_slab in self._memory.kv_slab, f"page {page} is not mapped"
+        assert host_page // self._memory.kv.pages_per_slab in self.chunks, f"host page {host_page} has no chunk"
 
 
 @dataclass
@@ -541,12 +588,21 @@ class FakeBackend:
     device = "fake"
     device_name = "Fake"
     slab_bytes = 4096
-    host_total_bytes = 0
 
     def __init__(
-        self, specs: dict[str, FakeSpec], total_slabs: int = 32, max_rows: int = 16, max_batch_tokens: int = 64
+        self,
+        specs: dict[str, FakeSpec],
+        total_slabs: int = 32,
+        max_rows: int = 16,
+        max_batch_tokens: int = 64,
+        host_kv_slabs: int = 0,
+        host_slabs: int = 0,
     ) -> None:
         self.specs = specs
+        self.host_kv_bytes = host_kv_slabs * self.slab_bytes
+        self.host_kv_used = 0
+        self.host_total_bytes = host_slabs * self.slab_bytes
+        self.host_weights: dict[int, int] = {}  # id of a FakeMemory → bytes of its host copy
         self.total_slabs = total_slabs
         self.max_rows = max_rows
         self.max_batch_tokens = max_batch_tokens
@@ -596,6 +652,8 @@ class FakeBackend:
                 memory.resident,
                 sorted(memory.kv_slab.items()),
                 sorted(memory.cells.items()),
+                sorted(memory.host_kv.chunks),
+                sorted(memory.host_kv.cells.items()),
                 sorted(
                     (slot, row.setup.prompt_len, list(row.setup.prompt), row.last) for slot, row in runner.rows.items()
                 ),
@@ -606,7 +664,9 @@ class FakeBackend:
         return [models, sorted(self._mapped.items()), sorted(self.open_rows), self.steps]
 
     def host_free_bytes(self) -> int:
-        return 0
+        used = sum(self.host_weights.values()) + self.host_kv_used
+        assert not self.host_total_bytes or used <= self.host_total_bytes
+        return max(0, self.host_total_bytes - used)
 
     def load(self, request: LoadRequest) -> FakeJob:
         return FakeJob(self, request, self.specs[request.model_id])

@@ -37,6 +37,7 @@ def run_life(
     faults: bool = True,
     varied: bool = False,
     adapters: bool = False,
+    host_kv_slabs: int = 0,
     drafter: Drafter | None = None,
     record: Callable[[Operation], None] | None = None,
     on_turn: Callable[[FakeBackend], None] = lambda backend: None,
@@ -50,6 +51,7 @@ def run_life(
         total_slabs=rng.randint(40, 70),
         max_rows=rng.choice((3, 8, 24)),
         max_batch_tokens=rng.choice((8, 32, 128)),
+        host_kv_slabs=host_kv_slabs,
     )
     stage = Stage(
         backend,

@@ -48,7 +48,7 @@ class RuntimeSnapshot(_message.Message):
     def __init__(self, device_budget_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., stranded_bytes: _Optional[int] = ..., engine_state: _Optional[_Union[EngineState, str]] = ..., engine_restarts: _Optional[int] = ..., device_name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., device_reserve_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelState(_message.Message):
-    __slots__ = ("model_id", "state", "tier", "progress", "progress_bytes", "total_bytes", "progress_text", "weight_bytes", "device_bytes", "kv_bytes", "kv_used_tokens", "kv_cached_tokens", "running", "waiting", "swap_in_s", "load_s", "quantization", "dtype", "architecture", "path", "max_model_len", "tokens_per_s", "error", "kv_usage", "prompt_tokens_total", "generated_tokens_total", "prefix_hit_tokens_total", "preemptions_total", "steps_total", "step_seconds_total", "evictions_total", "swap_ins_total", "wanted_model_len", "busy_s")
+    __slots__ = ("model_id", "state", "tier", "progress", "progress_bytes", "total_bytes", "progress_text", "weight_bytes", "device_bytes", "kv_bytes", "kv_used_tokens", "kv_cached_tokens", "running", "waiting", "swap_in_s", "load_s", "quantization", "dtype", "architecture", "path", "max_model_len", "tokens_per_s", "error", "kv_usage", "prompt_tokens_total", "generated_tokens_total", "prefix_hit_tokens_total", "preemptions_total", "steps_total", "step_seconds_total", "evictions_total", "swap_ins_total", "wanted_model_len", "busy_s", "kv_host_bytes", "kv_saved_blocks_total", "kv_restored_blocks_total", "kv_dropped_blocks_total")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PULLING: _ClassVar[ModelState.State]
@@ -107,6 +107,10 @@ class ModelState(_message.Message):
     SWAP_INS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     WANTED_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    KV_HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_SAVED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KV_RESTORED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KV_DROPPED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     state: ModelState.State
     tier: ModelState.Tier
@@ -141,7 +145,11 @@ class ModelState(_message.Message):
     swap_ins_total: int
     wanted_model_len: int
     busy_s: float
-    def __init__(self, model_id: _Optional[str] = ..., state: _Optional[_Union[ModelState.State, str]] = ..., tier: _Optional[_Union[ModelState.Tier, str]] = ..., progress: _Optional[float] = ..., progress_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., progress_text: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., swap_in_s: _Optional[float] = ..., load_s: _Optional[float] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., error: _Optional[str] = ..., kv_usage: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., step_seconds_total: _Optional[float] = ..., evictions_total: _Optional[int] = ..., swap_ins_total: _Optional[int] = ..., wanted_model_len: _Optional[int] = ..., busy_s: _Optional[float] = ...) -> None: ...
+    kv_host_bytes: int
+    kv_saved_blocks_total: int
+    kv_restored_blocks_total: int
+    kv_dropped_blocks_total: int
+    def __init__(self, model_id: _Optional[str] = ..., state: _Optional[_Union[ModelState.State, str]] = ..., tier: _Optional[_Union[ModelState.Tier, str]] = ..., progress: _Optional[float] = ..., progress_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., progress_text: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., swap_in_s: _Optional[float] = ..., load_s: _Optional[float] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., error: _Optional[str] = ..., kv_usage: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., step_seconds_total: _Optional[float] = ..., evictions_total: _Optional[int] = ..., swap_ins_total: _Optional[int] = ..., wanted_model_len: _Optional[int] = ..., busy_s: _Optional[float] = ..., kv_host_bytes: _Optional[int] = ..., kv_saved_blocks_total: _Optional[int] = ..., kv_restored_blocks_total: _Optional[int] = ..., kv_dropped_blocks_total: _Optional[int] = ...) -> None: ...
 
 class FitRequest(_message.Message):
     __slots__ = ("model_id", "model_path", "model_key", "sizes_only")

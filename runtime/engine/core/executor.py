@@ -3,7 +3,7 @@
 The executor is the only code that changes the device and the only owner of the crash marker.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -30,17 +30,21 @@ from runtime.engine.operations import (
     EvictAdapter,
     FinishLoad,
     MapAdapters,
+    MapHostKv,
     MapKv,
     OpenRow,
     Operation,
+    RestoreKv,
     RunDraws,
     RunForward,
     RunStep,
+    SaveKv,
     StartLoad,
     SwapIn,
     SwapInAdapter,
     Unload,
     UnmapAdapters,
+    UnmapHostKv,
     UnmapKv,
 )
 from runtime.errors import RepertoryError
@@ -137,6 +141,11 @@ class OperationExecutor:
         self.enqueue(request)
         self.flush()
 
+    @property
+    def num_loading(self) -> int:
+        """Loads that were started and not finished."""
+        return len(self._jobs) + len(self._adapter_jobs)
+
     def load_is_done(self, model_id: str) -> bool:
         """Whether `finish_load` would return at once."""
         return self._job(model_id).done()
@@ -217,6 +226,14 @@ class OperationExecutor:
                 self._models[model_id].memory.map_kv(index, slab)
             case UnmapKv(model_id, index):
                 self._models[model_id].memory.unmap_kv(index)
+            case SaveKv(model_id, blocks):
+                self._models[model_id].memory.host_kv.save(blocks)
+            case RestoreKv(model_id, blocks):
+                self._models[model_id].memory.host_kv.restore(blocks)
+            case MapHostKv(model_id, index):
+                self._models[model_id].memory.host_kv.map(index)
+            case UnmapHostKv(model_id, index):
+                self._models[model_id].memory.host_kv.unmap(index)
             case SwapIn(model_id, slabs):
                 self._mark(model_id)
                 self._models[model_id].memory.swap_in(slabs)
@@ -295,3 +312,24 @@ class KvOperations:
 
     def unmap_kv(self, index: int) -> None:
         self._enqueue(UnmapKv(self._model_id, index))
+
+
+class HostKvOperations:
+    """Turns changes of a model's saved KV into operations. Implements kvcache.blocks.KvMapper and kvcache.host_blocks.KvCopies."""
+
+    def __init__(self, model_id: str, enqueue: Callable[[Operation], None]) -> None:
+        self._model_id = model_id
+        self._enqueue = enqueue
+
+    def map_kv(self, index: int, slab: int) -> None:
+        del slab  # each rank takes a chunk of its own host memory
+        self._enqueue(MapHostKv(self._model_id, index))
+
+    def unmap_kv(self, index: int) -> None:
+        self._enqueue(UnmapHostKv(self._model_id, index))
+
+    def save(self, blocks: Sequence[tuple[int, int]]) -> None:
+        self._enqueue(SaveKv(self._model_id, tuple(blocks)))
+
+    def restore(self, blocks: Sequence[tuple[int, int]]) -> None:
+        self._enqueue(RestoreKv(self._model_id, tuple(blocks)))

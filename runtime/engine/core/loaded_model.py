@@ -9,6 +9,7 @@ from typing import Protocol
 from common.decayed_uses import DecayedUses
 from common.model_state import ModelFigures, Tier
 from runtime.engine.interfaces import KvGeometry
+from runtime.engine.kvcache.host_blocks import HostBlocks
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.memory.residency import Holder
 from runtime.engine.scheduler.cost_model import CostModel
@@ -48,6 +49,7 @@ class LoadedModel:
         faults: steps that failed in a row.
         swap_seconds: how long the last swap-in took, per tier that the weights came from.
         uses: the uses of all models of the engine.
+        host_blocks: its KV blocks in host memory; None = nothing is saved.
     """
 
     request: Load
@@ -67,6 +69,7 @@ class LoadedModel:
     swap_ins: int = 0
     swap_seconds: dict[Tier, float] = field(default_factory=dict)
     uses: DecayedUses = field(default_factory=DecayedUses)
+    host_blocks: HostBlocks | None = None
 
     @property
     def model_id(self) -> str:
@@ -144,8 +147,8 @@ class LoadedModel:
 
     def holder(self, yields_to: tuple[int, int] | None = None) -> Holder:
         """Return the facts that residency.py decides on. Waiting requests that come after the order `yields_to` do not count."""
-        foremost = self.scheduler.foremost() if yields_to is not None else None
-        yields = foremost is not None and yields_to is not None and foremost > yields_to
+        # those that wait for their adapters included
+        yields = yields_to is not None and all(s.order > yields_to for s in self.scheduler.sequences())
         return Holder(
             self.model_id,
             self.memory.weight_slabs,
@@ -163,6 +166,7 @@ class LoadedModel:
         """`kv_blocks`: blocks of KV that the model could have now without a preemption. `busy_s`: see ModelFigures."""
         blocks, totals = self.cache.blocks, self.scheduler.totals
         kv_bytes = blocks.slabs * slab_bytes
+        saved = self.host_blocks
         return ModelFigures(
             model_id=self.model_id,
             tier=Tier.DEVICE if self.resident else self.lower_tier,
@@ -184,6 +188,10 @@ class LoadedModel:
             step_seconds_total=totals.step_seconds,
             evictions_total=self.evictions,
             swap_ins_total=self.swap_ins,
+            kv_host_bytes=0 if saved is None else saved.cache.blocks.slabs * slab_bytes,
+            kv_saved_blocks_total=0 if saved is None else saved.num_saved,
+            kv_restored_blocks_total=0 if saved is None else saved.num_restored,
+            kv_dropped_blocks_total=0 if saved is None else saved.num_dropped,
         )
 
     def stranded_bytes(self) -> int:

@@ -270,6 +270,7 @@ class EngineLoop:
         counts = not step.void
         text = f"a step failed: {type(error).__name__}: {error}"
         lost = model.scheduler.fail(step, now)
+        self.table.host_kv.forget(model.model_id)
         self.table.fail_rows(model, lost, text)
         if not counts:
             return

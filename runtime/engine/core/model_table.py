@@ -13,6 +13,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.core.adapter_manager import AdapterManager
 from runtime.engine.core.end_times import busy_s
 from runtime.engine.core.executor import KvOperations, OperationExecutor
+from runtime.engine.core.host_kv import HostKv
 from runtime.engine.core.loaded_adapter import LoadedAdapter
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
@@ -60,6 +61,7 @@ class ModelTable:
         self.resident = ResidencyManager(
             self.slabs, self.models, executor.enqueue, self.adapters, make_host_room=self.keep_on_host
         )
+        self.host_kv = HostKv(backend.host_kv_bytes // backend.slab_bytes, self._host_has_chunk, executor.enqueue)
         self._num_registrations = 0
         self._num_masks = 0
         self._mask_seconds = 0.0
@@ -91,7 +93,9 @@ class ModelTable:
             raise ModelTooLarge(fit.refusal, model=request.model_id, limit=budget.size_bytes)
         facts = msgspec.structs.replace(facts, max_model_len=fit.max_model_len, wanted_model_len=facts.max_model_len)
         model_id, enqueue = request.model_id, self.executor.enqueue
-        cache = PrefixCache(BlockPool(geometry, self.slabs, f"{model_id}/kv", KvOperations(model_id, enqueue)))
+        host_blocks = self.host_kv.open(model_id, geometry)
+        blocks = BlockPool(geometry, self.slabs, f"{model_id}/kv", KvOperations(model_id, enqueue))
+        cache = PrefixCache(blocks, host_blocks)
         rows = ModelRows(self.rows, lambda row: enqueue(CloseRow(model_id, row)))
         model = LoadedModel(
             request,
@@ -103,6 +107,7 @@ class ModelTable:
             min(request.max_waiting, self.config.max_waiting),
             now,
             uses=self.uses,
+            host_blocks=host_blocks,
         )
         self.models[model_id] = model
         if loaded.adapters is not None:
@@ -175,6 +180,7 @@ class ModelTable:
         self.adapters.forget_base(model)
         self._banks.pop(model.model_id, None)
         model.cache.forget()
+        self.host_kv.close(model.model_id)
         self.resident.evict(model)
         self.executor.unload(model.model_id)
         del self.models[model.model_id]
@@ -216,7 +222,7 @@ class ModelTable:
             self.emit(Tokens(model_id, tuple(rows)))
 
     def make_host_room(self, size_bytes: int) -> None:
-        """Drop host copies, the least used first, until a model of this size fits in the host tier."""
+        """Drop saved KV, then host copies of weights, the least used first, until a model of this size fits in the host tier."""
         if self.backend.host_total_bytes:
             self._drop_host_copies(size_bytes, [*self.models.values(), *self.adapters.adapters.values()])
 
@@ -227,6 +233,7 @@ class ModelTable:
             return
         less_used = [other for other in self.models.values() if other.use < model.use]
         droppable = sum(other.memory.host_bytes() for other in less_used if not other.swapping)
+        droppable += self.host_kv.num_chunks * self.backend.slab_bytes
         if self.backend.host_free_bytes() + droppable >= size_bytes + self._grammar_bytes:
             self._drop_host_copies(size_bytes, less_used)
 
@@ -237,12 +244,23 @@ class ModelTable:
                 return holder.scheduler.running > 0, holder.use, holder.last_used_s
             return holder.use.running > 0, holder.base.use, holder.last_used_s
 
+        self.executor.flush()  # the free bytes must include what was saved
+        while self.backend.host_free_bytes() < size_bytes + self._grammar_bytes and self.host_kv.drop_oldest():
+            self.executor.flush()
         for model in sorted(holders, key=use):
             if self.backend.host_free_bytes() >= size_bytes + self._grammar_bytes:
                 return
             if model.memory.host_bytes() and not model.swapping:
                 self.executor.enqueue(DropHost(model.model_id))
                 self.executor.flush()  # the next look at the free bytes must include these
+
+    def _host_has_chunk(self) -> bool:
+        """Whether the host tier has a free chunk for KV. During a load it has none: the weights come first. A CPU takes ordinary memory."""
+        if not self.backend.host_total_bytes:
+            return True
+        self.executor.flush()  # the free bytes must include what was saved
+        wanted = self.backend.slab_bytes + self._grammar_bytes
+        return not self.executor.num_loading and self.backend.host_free_bytes() >= wanted
 
     @property
     def _grammar_bytes(self) -> int:
@@ -280,6 +298,7 @@ class ModelTable:
         self.slabs.check()
         self.rows.check()
         self.adapters.check()
+        self.host_kv.check()
         for model in self.models.values():
             model.scheduler.check()
             if self.slabs.lent(model.weights_owner) != len(model.weight_slabs or ()):

@@ -14,6 +14,7 @@ from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.operations import Evict, Operation, SwapIn
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.limits import KvRoom
+from runtime.engine.scheduler.prefix_blocks import reusable_hashes
 from runtime.engine.scheduler.sequence import Sequence
 
 _LONGEST_DRAIN_S = 10.0  # then the rows of a draining model are preempted
@@ -99,6 +100,10 @@ class ResidencyManager:
         need = self._slabs_to_begin(model)
         short = need - self._pool.free
         if short > 0:
+            head = model.scheduler.waiting.head()
+            if model.host_blocks is not None and head is not None:
+                # What leaves the device for this request must not push its own blocks out of host memory.
+                model.host_blocks.touch(reusable_hashes(model.cache, head), now)
             others = [m for m in self._models.values() if m.resident and m is not model]
             short -= sum(m.cache.blocks.idle_slabs for m in self._models.values()) + self._adapters.idle_slabs
             holders = [m.holder() for m in others]

@@ -128,6 +128,7 @@ class EngineBackend:
         self.slab_bytes = hardware.memory.slab_bytes
         self.total_slabs = hardware.memory.total_slabs
         self.host_total_bytes = hardware.host_total_bytes
+        self.host_kv_bytes = hardware.host_kv_bytes
         self.max_rows = config.max_rows
 
     def limit_slabs(self, total_slabs: int) -> None:

@@ -43,6 +43,7 @@ class CpuDevice:
         self.name = platform.processor() or platform.machine()
         self.memory: DeviceMemory = CpuMemory(slab_bytes, budget // slab_bytes)
         self.host_total_bytes = 0
+        self.host_kv_bytes = config.host_kv_bytes or 0
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
         self.min_group_bytes = _GROUP_BYTES
         self.layout_4bit: Layout4Bit = "bitsandbytes"
@@ -60,7 +61,8 @@ class CpuDevice:
     ) -> TakenMemory:
         del identity, cancelled
         weights = self.memory.reserve(weight_slabs)
-        return CpuModelMemory(weights, KvRange(self.memory.reserve(kv.max_slabs)), kv, filler)
+        kv_range = KvRange(self.memory.reserve(kv.max_slabs))
+        return CpuModelMemory(weights, kv_range, kv, filler, self.memory.slab_bytes)
 
     def take_adapter(self, filler: Filler, identity: str, extent: Extent, cancelled: threading.Event) -> ExtentWeights:
         del identity, cancelled

@@ -22,7 +22,6 @@ from runtime.engine.memory.cuda_weights import CudaWeights
 from runtime.engine.memory.device import DeviceMemory
 from runtime.engine.memory.free_memory import free_bytes as free_memory_bytes
 from runtime.engine.memory.host_tier import HostTier
-from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory, shared_memory_free_bytes
 from runtime.engine.memory.weight_buffer import Filler
 from runtime.errors import Cancelled
@@ -33,6 +32,7 @@ _SLAB_BYTES = 64 * MIB
 _GROUP_BYTES = 32 * MIB
 _READ_THREADS = 16
 _INDEX_BYTES = MIB  # for the arena's index, a file beside the arena
+_HOST_KV_SHARE = 4  # one part in four of the host tier
 
 
 class CudaDevice:
@@ -52,6 +52,7 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(device)
         self._compute_stream = torch.cuda.current_stream(device)
         self._copy_stream = torch.cuda.Stream(device)
+        self._kv_stream = torch.cuda.Stream(device)
         self._memory = CudaMemory(device, slab_bytes, budget // slab_bytes, self._compute_stream)
         self.memory: DeviceMemory = self._memory
         arena_path, host_bytes = host_tier(config, slab_bytes)
@@ -59,6 +60,7 @@ class CudaDevice:
         self._arena = HostTier(self._pinned.view, slab_bytes, ArenaIndex(arena_path))
         self._pinned.start_registering()
         self.host_total_bytes = self._arena.total_bytes
+        self.host_kv_bytes = host_kv_budget(config, self._arena.total_bytes)
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)
         self.min_group_bytes = _GROUP_BYTES
         self.layout_4bit: Layout4Bit = "kernel"
@@ -73,11 +75,13 @@ class CudaDevice:
         torch.cuda.set_device(self.device)
         weights = self._memory.reserve(weight_slabs)
         try:
-            kv_range = KvRange(self._memory.reserve(kv.max_slabs))
+            kv_range = self._memory.reserve(kv.max_slabs)
         except BaseException:
             weights.close()
             raise
-        model = CudaModelMemory(self._memory, self._copy_stream, self._arena, weights, kv_range, kv, filler, identity)
+        model = CudaModelMemory(
+            self._memory, self._copy_stream, self._kv_stream, self._arena, weights, kv_range, kv, filler, identity
+        )
         try:
             if cancelled.is_set():
                 raise Cancelled("the load was cancelled")
@@ -107,6 +111,11 @@ class CudaDevice:
         self.synchronize()
         self._memory.close()
         self._pinned.close()
+
+
+def host_kv_budget(config: EngineConfig, host_bytes: int) -> int:
+    """Return how many of `host_bytes` saved KV may take: as configured, else a quarter."""
+    return min(host_bytes // _HOST_KV_SHARE if config.host_kv_bytes is None else config.host_kv_bytes, host_bytes)
 
 
 def host_tier(config: EngineConfig, slab_bytes: int) -> tuple[str, int]:

@@ -30,6 +30,7 @@ class Device(Protocol):
     """One device.
 
     Attributes:
+        host_kv_bytes: the most host memory that saved KV may take.
         num_read_threads: threads that read a checkpoint.
         min_group_bytes: weights come in groups of at least this size.
         layout_4bit: the layout of 4-bit codes that its kernels read.
@@ -40,6 +41,7 @@ class Device(Protocol):
     name: str
     memory: DeviceMemory
     host_total_bytes: int
+    host_kv_bytes: int
     num_read_threads: int
     min_group_bytes: int
     layout_4bit: Layout4Bit

@@ -7,6 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Protocol
 
 from runtime.engine.kvcache.blocks import BlockPool
 
@@ -25,11 +26,25 @@ def chain(tokens: Sequence[int], block_tokens: int, digests: list[bytes], num_bl
         digests.append(parent)
 
 
-class PrefixCache:
-    """Reference-counted blocks with an index by content."""
+class LowerTier(Protocol):
+    """Keeps copies of blocks whose device memory is given to another owner."""
 
-    def __init__(self, blocks: BlockPool) -> None:
+    def holds(self, digest: bytes) -> bool:
+        """Whether there is a copy of this block."""
+
+    def save(self, blocks: Sequence[tuple[int, bytes, float]]) -> None:
+        """Copy blocks (page, digest, when it was last read), as far as there is room, before their memory is released."""
+
+    def restore(self, blocks: Sequence[tuple[int, bytes]], now: float) -> None:
+        """Copy held blocks (page, digest) into these pages."""
+
+
+class PrefixCache:
+    """Reference-counted blocks with an index by content. `lower`: None = blocks that leave are lost."""
+
+    def __init__(self, blocks: BlockPool, lower: LowerTier | None = None) -> None:
         self.blocks = blocks
+        self._lower = lower
         self._references: dict[int, int] = {}
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
@@ -80,6 +95,30 @@ class PrefixCache:
                 self._references[page] += 1
         return pages
 
+    def fetch(self, digests: Sequence[bytes], now: float) -> list[int]:
+        """Allocate the leading ones of these blocks that the lower tier holds, as far as there is room, and have them copied in.
+
+        Returns their pages with one reference each.
+        """
+        lower = self._lower
+        if lower is None:
+            return []
+        pages: list[int] = []
+        restored: list[tuple[int, bytes]] = []
+        for digest in digests:
+            if digest in self._page_of:  # blocks of one prefix may leave the device in any order
+                pages += self.acquire((digest,))
+                continue
+            page = self.take() if lower.holds(digest) else None
+            if page is None:
+                break
+            self.publish(page, digest)
+            pages.append(page)
+            restored.append((page, digest))
+        if restored:
+            lower.restore(restored, now)
+        return pages
+
     def publish(self, page: int, digest: bytes) -> None:
         """Enter a block into the index. Of two blocks with equal content the first stays there."""
         if digest not in self._page_of and page not in self._digest_of:
@@ -101,12 +140,15 @@ class PrefixCache:
                 self.blocks.free(page)
 
     def drop_oldest_slab(self) -> bool:
-        """Release the least recently used slab without used blocks. Returns whether there was one."""
+        """Release the least recently used slab without used blocks, whose content the lower tier may keep. Returns whether there was one."""
         for page in self._idle:
             if self.blocks.idle_slab(page):
                 pages_per_slab = self.blocks.geometry.pages_per_slab
                 place = page // pages_per_slab
-                for other in [p for p in self._idle if p // pages_per_slab == place]:
+                leaving = [p for p in self._idle if p // pages_per_slab == place]
+                if self._lower is not None:
+                    self._lower.save([(p, self._digest_of[p], self._idle[p]) for p in leaving])
+                for other in leaving:
                     self._forget_idle(other)
                     self.blocks.free(other)
                 return True

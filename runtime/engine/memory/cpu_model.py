@@ -6,6 +6,7 @@ from torch import Tensor
 
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.background_load import BackgroundLoad
+from runtime.engine.memory.cpu_host_kv import CpuHostKv
 from runtime.engine.memory.device import VirtualRange
 from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.weight_buffer import Contiguous, Filler
@@ -68,9 +69,12 @@ class CpuWeights:
 class CpuModelMemory(CpuWeights):
     """Implements interfaces.ModelMemory and WeightReadiness."""
 
-    def __init__(self, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry, filler: Filler) -> None:
+    def __init__(
+        self, weights: VirtualRange, kv_range: KvRange, kv: KvGeometry, filler: Filler, slab_bytes: int
+    ) -> None:
         super().__init__(weights, filler)
         self.kv = kv
+        self.host_kv = CpuHostKv(kv_range.bytes_view, kv, slab_bytes)
         self._kv_range = kv_range
 
     @property
@@ -85,4 +89,5 @@ class CpuModelMemory(CpuWeights):
 
     def close(self) -> None:
         super().close()
+        self.host_kv.close()
         self._kv_range.close()

@@ -2,18 +2,19 @@
 
 Unmapping is put off: a place that was given up keeps its old physical memory until something else is mapped there or a quiet moment comes, because
 the driver may only unmap what no launched kernel uses, and waiting for that would stall the engine. So a slab may be reachable from an old place and
-a new one at once; that is safe because all work on slabs is ordered on the compute stream (copies wait for it first).
+a new one at once; that is safe because all work on slabs is ordered on the compute stream (copies wait for it first). The exception is a copy that
+saves KV: it is not waited for until a slab that it reads gets another user, and then by that user alone (`read_until`).
 
 A range's first place always has memory: torch and Triton ask the driver about the pointers that they get, and the driver rejects unmapped addresses.
 While the owner has mapped no slab there, the place holds the anchor, a slab that is never read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from runtime.engine.memory.device import SlabLedger, VirtualRange
+from runtime.engine.memory.device import SlabLedger
 
 _ANCHOR = -1  # in the place of a slab's number
 
@@ -36,7 +37,7 @@ class _ForeignArray:
 
 
 class Driver:
-    """The eight driver calls that we make, with their results checked. Holds the module and the properties of our allocations."""
+    """The nine driver calls that we make, with their results checked. Holds the module and the properties of our allocations."""
 
     def __init__(self, ordinal: int) -> None:
         from cuda.bindings import driver
@@ -81,6 +82,32 @@ class Driver:
     def unmap(self, address: int, size: int) -> None:
         self._checked("cuMemUnmap", self._driver.cuMemUnmap(address, size))
 
+    def copy_rows(
+        self,
+        device_address: int,
+        host_address: int,
+        *,
+        to_host: bool,
+        row_bytes: int,
+        num_rows: int,
+        pitch_bytes: int,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        """Queue a copy of rows that begin every `pitch_bytes` in both memories."""
+        driver = self._driver
+        copy = driver.CUDA_MEMCPY2D()
+        kinds = driver.CUmemorytype
+        copy.srcPitch = copy.dstPitch = pitch_bytes
+        copy.WidthInBytes = row_bytes
+        copy.Height = num_rows
+        if to_host:
+            copy.srcMemoryType, copy.dstMemoryType = kinds.CU_MEMORYTYPE_DEVICE, kinds.CU_MEMORYTYPE_HOST
+            copy.srcDevice, copy.dstHost = device_address, host_address
+        else:
+            copy.srcMemoryType, copy.dstMemoryType = kinds.CU_MEMORYTYPE_HOST, kinds.CU_MEMORYTYPE_DEVICE
+            copy.srcHost, copy.dstDevice = host_address, device_address
+        self._checked("cuMemcpy2DAsync", driver.cuMemcpy2DAsync(copy, stream.cuda_stream))
+
     def _checked(self, call: str, result: tuple[Any, ...]) -> Any:
         status, *values = result
         if int(status) != 0:
@@ -120,8 +147,18 @@ class CudaMemory:
                 f"{len(self.handles)} of {total_slabs + 1} slabs of {slab_bytes} bytes could be allocated: {error}"
             ) from error
         self.ranges: list[CudaRange] = []
+        self._readers: dict[int, torch.cuda.Event] = {}  # slab → when the copy that reads it has passed
 
-    def reserve(self, num_slabs: int) -> VirtualRange:
+    def note_reader(self, slab: int, passed: torch.cuda.Event) -> None:
+        """Have the slab's next user wait for `passed`."""
+        self._readers[slab] = passed
+
+    def take_readers(self, slabs: Sequence[int]) -> dict[int, torch.cuda.Event]:
+        """Return what the next user of these slabs must wait for, by place in `slabs`. The caller has to wait."""
+        readers = {place: self._readers.pop(slab) for place, slab in enumerate(slabs) if slab in self._readers}
+        return {place: passed for place, passed in readers.items() if not passed.query()}
+
+    def reserve(self, num_slabs: int) -> "CudaRange":
         torch.cuda.set_device(self.device)
         made = CudaRange(self, num_slabs)
         self.ranges.append(made)
@@ -149,7 +186,8 @@ class CudaRange:
         self._size = max(num_slabs, 1) * memory.slab_bytes
         self._live: list[int | None] = [None] * num_slabs  # what the owner sees
         self._under: list[int | None] = [None] * max(num_slabs, 1)  # what the driver has mapped
-        self._stale: dict[int, torch.cuda.Event] = {}  # place → when its last user has passed
+        self._stale: dict[int, list[torch.cuda.Event]] = {}  # place → when its last users have passed
+        self._read_until: dict[int, torch.cuda.Event] = {}  # place → when the last copy from it has passed
         self._address = self._driver.reserve(self._size)
         try:
             self._put_anchor()
@@ -174,9 +212,20 @@ class CudaRange:
         except BaseException:
             self._memory.ledger.give(slabs)
             raise
+        for passed in self._memory.take_readers(slabs).values():
+            self._memory.compute_stream.wait_event(passed)
         for place, slab in zip(places, slabs, strict=True):
             self._stale.pop(place, None)
             self._live[place] = slab
+
+    def read_until(self, places: Iterable[int], passed: torch.cuda.Event) -> None:
+        """Note that copies on another stream read these places until `passed`."""
+        for place in places:
+            slab = self._live[place]
+            if slab is None:
+                raise ValueError(f"place {place} is read and has no slab")
+            self._read_until[place] = passed
+            self._memory.note_reader(slab, passed)
 
     def unmap(self, first: int, count: int) -> None:
         slabs = [slab for slab in self._live[first : first + count] if slab is not None]
@@ -186,13 +235,14 @@ class CudaRange:
         passed.record(self._memory.compute_stream)
         for place in range(first, first + count):
             if self._live[place] is not None:
-                self._stale[place] = passed
+                reader = self._read_until.pop(place, None)
+                self._stale[place] = [passed] if reader is None else [passed, reader]
                 self._live[place] = None
         self._memory.ledger.give(slabs)
 
     def tidy(self) -> bool:
         """Unmap what is stale and no longer in use; True if there was something."""
-        passed = [place for place, event in self._stale.items() if event.query()]
+        passed = [place for place, events in self._stale.items() if all(event.query() for event in events)]
         self._drop(passed)
         if 0 in passed:
             self._put_anchor()
@@ -236,7 +286,7 @@ class CudaRange:
     def _drop(self, places: list[int]) -> None:
         slab_bytes = self._memory.slab_bytes
         for place in places:
-            if event := self._stale.pop(place, None):
+            for event in self._stale.pop(place, ()):
                 event.synchronize()
             self._under[place] = None
             # the driver wants each mapping unmapped whole; one call may span several, but then they must be neighbours

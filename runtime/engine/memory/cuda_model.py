@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from runtime.engine.interfaces import KvGeometry
-from runtime.engine.memory.cuda import CudaMemory
+from runtime.engine.memory.cuda import CudaMemory, CudaRange
+from runtime.engine.memory.cuda_host_kv import CudaHostKv
 from runtime.engine.memory.cuda_weights import CudaWeights
 from runtime.engine.memory.device import VirtualRange
 from runtime.engine.memory.host_tier import HostTier
@@ -19,16 +20,18 @@ class CudaModelMemory(CudaWeights):
         self,
         memory: CudaMemory,
         copy_stream: torch.cuda.Stream,
+        kv_stream: torch.cuda.Stream,
         arena: HostTier,
         weights: VirtualRange,
-        kv_range: KvRange,
+        kv_range: CudaRange,
         kv: KvGeometry,
         filler: Filler,
         identity: str,
     ) -> None:
         super().__init__(memory, copy_stream, arena, weights, filler, identity)
         self.kv = kv
-        self._kv_range = kv_range
+        self.host_kv = CudaHostKv(memory, kv_stream, arena, kv_range, kv)
+        self._kv_range = KvRange(kv_range)
 
     @property
     def kv_view(self) -> Tensor:
@@ -42,4 +45,5 @@ class CudaModelMemory(CudaWeights):
 
     def close(self) -> None:
         super().close()
+        self.host_kv.close()
         self._kv_range.close()

@@ -41,6 +41,7 @@ class CudaWeights:
         self._image: HostWeights | None = None
         self._filling: BackgroundLoad | None = None  # a return from disk
         self._copied: list[torch.cuda.Event] = []  # one a group whose copy is queued
+        self._readers: dict[int, torch.cuda.Event] = {}  # place → when saved KV has left its slab
         self._queueing = False
         self._resident = False
         self._pending = True
@@ -96,6 +97,7 @@ class CudaWeights:
         return self._weights.bytes_view
 
     def swap_in(self, slabs: Sequence[int]) -> None:
+        self._readers = self._memory.take_readers(slabs)
         self._weights.map(0, slabs)
         self._resident = True
         self._copied = []
@@ -131,6 +133,9 @@ class CudaWeights:
         if self.pending:
             # copies on their way would land in slabs that others get
             self._memory.compute_stream.wait_stream(self._copy_stream)
+            for passed in self._readers.values():  # the copies that would have waited may never be queued
+                self._memory.compute_stream.wait_event(passed)
+        self._readers = {}
         self._resident = False
         self._pending = True
         self._weights.unmap(0, self.weight_slabs)
@@ -184,6 +189,10 @@ class CudaWeights:
         end = self._filler.group_ends[group]
         view = self._weights.bytes_view
         event = torch.cuda.Event()
+        slab_bytes = self._memory.slab_bytes
+        for place, passed in self._readers.items():
+            if start < (place + 1) * slab_bytes and place * slab_bytes < end:
+                self._copy_stream.wait_event(passed)
         with torch.cuda.stream(self._copy_stream):
             for piece in source.pieces(start, end - start):
                 view[start : start + piece.numel()].copy_(piece, non_blocking=True)

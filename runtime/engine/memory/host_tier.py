@@ -1,4 +1,4 @@
-"""The host tier: weight images in chunks of one arena, evicted least recently used first. Thread-safe.
+"""The host tier: weight images and saved KV in chunks of one arena. Images are evicted least recently used first. Thread-safe.
 
 The index names complete images only, so a later engine never finds a partial one.
 """
@@ -112,6 +112,26 @@ class HostTier:
                 image.readers.append(reader)
             self._images[key] = image
             return image
+
+    def take_chunk(self) -> int | None:
+        """Take a chunk for KV: a free one, or one of the least recently used image that no model holds. Returns None if there is neither."""
+        with self._lock:
+            if not self._free:
+                unheld = next((i for i in self._images.values() if i.complete and not i.readers), None)
+                if unheld is None:
+                    return None
+                self._forget(unheld)
+                self._write_index()
+            return self._free.pop()
+
+    def chunk(self, number: int) -> Tensor:
+        """Return the memory of a chunk."""
+        return self._memory[number * self.chunk_bytes : (number + 1) * self.chunk_bytes]
+
+    def give_chunk(self, number: int) -> None:
+        """Free a chunk that `take_chunk` returned. Nothing may read or write it any more."""
+        with self._lock:
+            self._free.append(number)
 
     def commit(self, image: HostWeights) -> None:
         """Mark an image as complete: from now on it can be found, kept and evicted."""

@@ -17,13 +17,19 @@ def publish_blocks(cache: PrefixCache, sequence: Sequence, computed: int) -> Non
     sequence.num_published_blocks = full
 
 
-def prefix_hits(cache: PrefixCache, sequence: Sequence) -> int:
-    """Return how many leading blocks are cached. The last known token is always computed, because a draw needs its logits."""
+def reusable_hashes(cache: PrefixCache, sequence: Sequence) -> list[bytes]:
+    """Return the hashes of the leading blocks that need not be computed if they are cached. The last known token is always computed, because a draw
+    needs its logits."""
     if sequence.wants_prompt_logprobs or reads_every_chunk(sequence.request.pooling):
-        return 0
+        return []
     block_tokens = cache.blocks.geometry.block_tokens
     # After a preemption the runner counts the earlier output for penalties from the tokens that it computes again.
     known = sequence.prompt_len if sequence.request.sampling.needs_history else len(sequence.tokens)
     most = min(known, len(sequence.tokens) - 1) // block_tokens
     chain(sequence.tokens, block_tokens, sequence.block_hashes, most, sequence.prefix_root)
-    return cache.match(sequence.block_hashes[:most])
+    return sequence.block_hashes[:most]
+
+
+def prefix_hits(cache: PrefixCache, sequence: Sequence) -> int:
+    """Return how many leading blocks are cached on the device."""
+    return cache.match(reusable_hashes(cache, sequence))

@@ -3,7 +3,7 @@
 from runtime.engine.interfaces import RowSetup
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.scheduler.limits import KvRoom
-from runtime.engine.scheduler.prefix_blocks import prefix_hits, publish_blocks
+from runtime.engine.scheduler.prefix_blocks import prefix_hits, publish_blocks, reusable_hashes
 from runtime.engine.scheduler.reservations import Reservations
 from runtime.engine.scheduler.row_pool import ModelRows
 from runtime.engine.scheduler.sequence import Sequence, State, row_setup
@@ -49,10 +49,11 @@ class RunningRows:
         return hits
 
     def open(self, sequence: Sequence, hits: int, suppressed: tuple[int, ...], now: float) -> None:
-        """Give the sequence a row and its `hits` cached blocks. `suppressed`: ids that may not be drawn before min_tokens."""
-        sequence.num_shared_blocks = hits
+        """Give the sequence a row, its `hits` cached blocks and those that follow them in host memory. `suppressed`: ids that may not be drawn before min_tokens."""
         sequence.block_ids = self._cache.acquire(sequence.block_hashes[:hits])
-        sequence.num_published_blocks = hits
+        sequence.block_ids += self._cache.fetch(reusable_hashes(self._cache, sequence)[hits:], now)
+        hits = len(sequence.block_ids)
+        sequence.num_shared_blocks = sequence.num_published_blocks = hits
         sequence.num_computed_tokens = hits * self._block_tokens
         sequence.pooled = None
         sequence.row = self._rows.take()

@@ -15,7 +15,6 @@ from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.host_tier import HostTier
-from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.memory.weight_buffer import WeightBuffer
 from runtime.engine.model.run.cuda_graphs import GraphPool, ModelGraphs
@@ -92,6 +91,7 @@ class Engine:
         self.captures.install(monkeypatch)
         self.device.install(monkeypatch)
         self.copy: Any = self.device.stream()
+        self.kv_copy: Any = self.device.stream()
         compute: Any = self.device.compute
         self.memory = CudaMemory(torch.device("cpu"), SLAB, SLABS, compute)
         self.driver = self.device.drivers[-1]
@@ -109,13 +109,14 @@ class Engine:
         size = random.Random(name).randrange(SLAB // 2, 6 * SLAB)  # the same files each time
         weights = self.memory.reserve(-(-size // SLAB))
         try:
-            kv_range = KvRange(self.memory.reserve(GEOMETRY.max_slabs))
+            kv_range = self.memory.reserve(GEOMETRY.max_slabs)
         except CudaError:
             weights.close()
             raise
         memory = TrackedMemory(
             self.memory,
             self.copy,
+            self.kv_copy,
             self.arena,
             weights,
             kv_range,

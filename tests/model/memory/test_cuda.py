@@ -15,7 +15,6 @@ from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaMemory
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.host_tier import HostTier
-from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.memory.pinned import PinnedMemory
 from runtime.engine.memory.weight_buffer import WeightBuffer
 from runtime.engine.model.build.builder import Blueprint, assemble, draw
@@ -149,7 +148,7 @@ class Stage:
         self.kv = kv_geometry("m", self.blueprint.shape, 16, 4, SLAB, 8)
         self.weight_slabs = -(-self.blueprint.layout.size_bytes // SLAB)
         self.model_memory = CudaModelMemory(
-            memory, torch.cuda.Stream(memory.device), self.arena, memory.reserve(self.weight_slabs), KvRange(memory.reserve(8)), self.kv,
+            memory, torch.cuda.Stream(memory.device), torch.cuda.Stream(memory.device), self.arena, memory.reserve(self.weight_slabs), memory.reserve(8), self.kv,
             self.blueprint.filler, self.blueprint.identity,
         )  # fmt: skip
         self.model_memory.stage(threading.Event())
@@ -234,7 +233,7 @@ def test_an_engine_that_returns_finds_its_models_warm(memory: CudaMemory, tmp_pa
     pinned = PinnedMemory(16 * SLAB, path, memory.device)
     arena = HostTier(pinned.view, SLAB, ArenaIndex(path))
     again = CudaModelMemory(
-        memory, torch.cuda.Stream(memory.device), arena, memory.reserve(first.weight_slabs), KvRange(memory.reserve(8)), first.kv, filler,
+        memory, torch.cuda.Stream(memory.device), torch.cuda.Stream(memory.device), arena, memory.reserve(first.weight_slabs), memory.reserve(8), first.kv, filler,
         first.blueprint.identity,
     )  # fmt: skip
     again.stage(threading.Event())

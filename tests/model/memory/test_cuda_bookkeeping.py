@@ -13,7 +13,6 @@ from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory, CudaRange
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.host_tier import HostTier
-from runtime.engine.memory.kv_range import KvRange
 from runtime.engine.model.build.builder import assemble, draw
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.run.kv_geometry import kv_geometry
@@ -166,9 +165,10 @@ def test_a_model_comes_from_the_arena_or_from_disk(
     taken = CudaModelMemory(
         memory,
         stream,
+        device.stream(),  # type: ignore[arg-type]
         arena,
         memory.reserve(weight_slabs),
-        KvRange(memory.reserve(16)),
+        memory.reserve(16),
         kv,
         blueprint.filler,
         blueprint.identity,
@@ -222,9 +222,10 @@ def test_an_image_is_nobody_elses_from_the_moment_it_is_found(
     taken = CudaModelMemory(
         memory,
         stream,
+        device.stream(),  # type: ignore[arg-type]
         arena,
         memory.reserve(weight_slabs),
-        KvRange(memory.reserve(16)),
+        memory.reserve(16),
         kv,
         blueprint.filler,
         blueprint.identity,

@@ -30,6 +30,22 @@ def test_gauges_come_from_the_engines_report() -> None:
     assert "unknown" not in text
 
 
+def test_saved_kv_is_counted_in_blocks_and_bytes() -> None:
+    metrics = RuntimeMetrics()
+    for saved, restored, dropped in ((5, 1, 0), (9, 4, 2)):
+        figures = model_stats(
+            kv_host_bytes=700,
+            kv_saved_blocks_total=saved,
+            kv_restored_blocks_total=restored,
+            kv_dropped_blocks_total=dropped,
+        )
+        metrics.update(stats(figures), {"id1": "m"})
+    text = metrics.render().decode()
+    assert 'repertory_model_kv_host_bytes{model_name="m"} 700.0' in text
+    for name, count in (("saved", 9), ("restored", 4), ("dropped", 2)):
+        assert f'repertory_model_kv_{name}_blocks_total{{model_name="m"}} {count}.0' in text
+
+
 def test_counters_add_up_over_a_restart_of_the_engine() -> None:
     metrics = RuntimeMetrics()
     for steps, preemptions in ((10, 2.0), (20, 5.0), (3, 1.0), (4, 1.0)):

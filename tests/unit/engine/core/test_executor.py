@@ -13,13 +13,17 @@ from runtime.engine.operations import (
     DropHost,
     Evict,
     FinishLoad,
+    MapHostKv,
     MapKv,
     OpenRow,
     Operation,
+    RestoreKv,
     RunStep,
+    SaveKv,
     StartLoad,
     SwapIn,
     Unload,
+    UnmapHostKv,
     UnmapKv,
 )
 from runtime.errors import LoadFailed
@@ -62,16 +66,23 @@ def replay(recorder: Recorder, backend: FakeBackend) -> list[Operation]:
     return operations
 
 
-@pytest.mark.parametrize("seed", [1, 4, 8])  # lives with preemption, aborts, eviction and return
-def test_executor_replays_a_recorded_life(seed: int) -> None:
+# lives with preemption, aborts, eviction and return, the last two with KV that is saved and restored
+@pytest.mark.parametrize(("seed", "host_kv_slabs"), [(8, 0), (4, 3), (1, 12)])
+def test_executor_replays_a_recorded_life(seed: int, host_kv_slabs: int) -> None:
     recorder = Recorder()
-    stage = run_life(seed, 300, faults=False, record=recorder.record, on_turn=recorder.on_turn)
+    stage = run_life(
+        seed, 300, faults=False, host_kv_slabs=host_kv_slabs, record=recorder.record, on_turn=recorder.on_turn
+    )
     assert sum(model.preemptions_total for model in stage.stats().models) > 0
     assert any(answer.finish is FinishReason.ABORTED for answer in stage.answers.values())
     stage.close()
     first = stage.backend
     second = FakeBackend(
-        first.specs, total_slabs=first.total_slabs, max_rows=first.max_rows, max_batch_tokens=first.max_batch_tokens
+        first.specs,
+        total_slabs=first.total_slabs,
+        max_rows=first.max_rows,
+        max_batch_tokens=first.max_batch_tokens,
+        host_kv_slabs=host_kv_slabs,
     )
     operations = replay(recorder, second)
     assert second.results == first.results
@@ -81,6 +92,7 @@ def test_executor_replays_a_recorded_life(seed: int) -> None:
     kinds = Counter(type(operation) for operation in operations)
     assert kinds.keys() >= {StartLoad, FinishLoad, Unload, SwapIn, Evict, MapKv, UnmapKv, OpenRow, CloseRow, RunStep}
     assert kinds[SwapIn] > kinds[FinishLoad]
+    assert bool(host_kv_slabs) == (kinds.keys() >= {MapHostKv, SaveKv, RestoreKv, UnmapHostKv})
 
 
 def test_executor_replay_without_one_operation_differs() -> None:
@@ -160,6 +172,7 @@ def test_executor_captures_by_operations_and_names_the_model_of_a_lost_device() 
     [
         CaptureGraph("a", Bucket(4, 4, 1, 1024, adapted=True), record=True),
         DropHost("a"),
+        SaveKv("a", ((3, 4), (5, 6))),
         MapKv("a", 3, 4),
         CloseRow("a", 2),
         SwapIn("a", (1, 2)),

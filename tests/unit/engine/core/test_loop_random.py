@@ -21,6 +21,17 @@ def test_loop_random_life(seed: int) -> None:
     stage.close()
 
 
+@pytest.mark.parametrize(("seed", "host_kv_slabs"), [(1, 3), (2, 12), (4, 3), (8, 1), (9, 40)])
+def test_loop_random_life_with_saved_kv(seed: int, host_kv_slabs: int) -> None:
+    """Adapters, faults, and host memory for one slab of KV or for all of it. A block that is restored wrongly shows as a wrong text."""
+    stage = run_life(seed, 500, host_kv_slabs=host_kv_slabs, adapters=seed % 2 == 0)
+    stage.check_all()
+    assert sum(memory.host_kv.saved for memory in stage.backend.memories) > 100
+    assert sum(memory.host_kv.restored for memory in stage.backend.memories) > 0
+    stage.close()
+    assert stage.backend.host_kv_used == 0
+
+
 def test_loop_does_not_launch_model_evicted_in_same_turn() -> None:
     """Room for the weights of one or two of three, and prompts that want nearly all the KV there is."""
     for seed in range(12):
