@@ -20,7 +20,7 @@ class RetryBudget:
     """
 
     local_only: bool = False
-    reloads: int = 3
+    reloads: int = 4
     failovers: int = 3
     status_retries: int = 3
     moves: int = 1

@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 _RECHECK_S = 1.0
 _PATIENCE_S = 1.0  # for records that are about to change
 _REFRESH_S = 2.0  # a runtime that answers does so sooner
+_LOOK_S = 0.25  # a load on this pod ends when its runtime does not answer any more
+
+
+class _RuntimeLostError(Exception):
+    """This pod's runtime stopped answering while a request waited for a load on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +128,7 @@ class CopyRouter:
         while True:
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)
             if target is None and local_only and not self._monitor.is_serving:
-                # The pod that forwarded the request can have another pod answer it; this one would hold it.
-                raise Unavailable(
-                    "this pod's runtime does not answer", model=self._registry.name_of(model_id), retry_after_s=1
-                )
+                raise self._runtime_lost(model_id)
             if target is None:
                 work = self._wait_for_copy(model_id, prefix_hash, exclude, local_only)
                 started_s = time.monotonic()
@@ -267,9 +269,11 @@ class CopyRouter:
         """
         copy = self._copies.get(model_id)
         avoid = exclude
-        if copy is not None and copy.is_loaded:
+        if copy is not None and (copy.is_loaded or not self._monitor.is_serving):
             # The copy cannot be used now: the runtime or its engine does not answer.
             avoid |= {self._local.instance_id}
+            if local_only and not self._monitor.is_serving:
+                raise self._runtime_lost(model_id)
             if local_only or not self._placement.has_other_pod(model_id, avoid):
                 await self._changes.wait(_RECHECK_S)
                 return False
@@ -289,8 +293,13 @@ class CopyRouter:
                     local_only=local_only or is_elsewhere,
                     avoid=frozenset() if is_elsewhere else avoid,
                     begun_elsewhere_suffices=True,
-                )
+                ),
+                needs_runtime=self._monitor.is_serving,
             )
+        except _RuntimeLostError:
+            if local_only:
+                raise self._runtime_lost(model_id) from None
+            return False
         except NoPod:
             await self._changes.wait(_RECHECK_S)
             return False
@@ -331,13 +340,25 @@ class CopyRouter:
             lasting=lasting,
         )
 
-    async def _unless_stopping(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, which may take longer than this pod's grace period. Raises Unavailable as soon as the pod shuts down."""
+    def _runtime_lost(self, model_id: str) -> Unavailable:
+        """Return the error of a forwarded request. The pod that forwarded it can have another pod answer it; this one would hold it."""
+        name = self._registry.name_of(model_id)
+        return Unavailable("this pod's runtime does not answer", model=name, retry_after_s=1)
+
+    async def _unless_stopping(self, work: Coroutine[Any, Any, T], *, needs_runtime: bool = False) -> T:
+        """Await `work`, which may take longer than this pod's grace period. Raises Unavailable as soon as the pod shuts down.
+
+        `needs_runtime`: also raise _RuntimeLostError when this pod's runtime does not answer any more.
+        """
         task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
+        look_s = _LOOK_S if needs_runtime else None
         try:
-            await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise _shutting_down()
+            while not task.done():
+                await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED, timeout=look_s)
+                if not task.done() and stopping.done():
+                    raise _shutting_down()
+                if not task.done() and needs_runtime and not self._monitor.is_serving:
+                    raise _RuntimeLostError
             return task.result()
         finally:
             task.cancel()

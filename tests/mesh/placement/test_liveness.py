@@ -168,6 +168,27 @@ async def test_a_runtime_that_answers_no_request_fails_none_and_is_avoided(
     await until(b.pod.is_ready, 10)
 
 
+@pytest.mark.parametrize("through", [0, 1])
+async def test_requests_that_wait_for_a_load_on_a_frozen_runtime_are_answered_elsewhere(
+    pods: tuple[RunningPod, RunningPod], through: int
+) -> None:
+    a, b = pods
+    await a.register("m")
+    gate = b.runtime.switches.load_gate = asyncio.Event()
+    await b.pod.registry.models.find("m")
+    begun = asyncio.ensure_future(b.pod.placement.ensure_loaded("m", wait=True, local_only=True))
+    await until(lambda: "m" in b.runtime.loading)
+    await until(lambda: bool((record := a.pod.registry.models.get("m")) and record.instance_ids))
+    answer = asyncio.ensure_future(pods[through].echo("m"))
+    await until(lambda: b.pod.copies.num_waiting("m") == 1)
+    b.runtime.freeze()
+    assert await asyncio.wait_for(answer, 12) == b"hi"
+    assert "m" in a.runtime.loaded
+    gate.set()
+    b.runtime.thaw()
+    await begun
+
+
 async def test_a_long_answer_that_is_not_streamed_is_not_taken_for_silence(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")
