@@ -23,6 +23,7 @@ from mesh.types import RuntimeSnapshot
 logger = logging.getLogger(__name__)
 
 _LOAD_INTERVAL_S = 2.0
+_PODS_PER_INTERVAL = 50  # every pod receives each record, so that the interval grows with their number
 _MIN_INTERVAL_S = 0.1
 
 
@@ -60,7 +61,8 @@ class Heartbeat:
             seen = self._changes.version
             record = self.record()
             now_s = time.monotonic()
-            due = now_s - loads_at_s >= _LOAD_INTERVAL_S and len(self._instances.table) > 1
+            num_pods = len(self._instances.table)
+            due = now_s - loads_at_s >= load_interval_s(num_pods) and num_pods > 1
             if (
                 self._published is None
                 or _without_load(record) != _without_load(self._published)
@@ -86,7 +88,10 @@ class Heartbeat:
         models = {model.model_id: model for model in snapshot.models}
         usage = self._copies.usage()
         reports = {
-            copy.model_id: copy_state(copy.model_id, copy.state, copy.size_bytes, models.get(copy.model_id))
+            # Their keys hold the ids, and every pod receives each record.
+            copy.model_id: msgspec.structs.replace(
+                copy_state(copy.model_id, copy.state, copy.size_bytes, models.get(copy.model_id)), model_id=""
+            )
             for copy in self._copies
         }
         return msgspec.structs.replace(
@@ -120,6 +125,11 @@ class Heartbeat:
             self._published = record
         except StoreError as error:
             logger.warning("this pod's record could not be published: %s", error.message)
+
+
+def load_interval_s(num_pods: int) -> float:
+    """Return the seconds between two publications of the figures that change with every request, in a mesh of so many pods."""
+    return _LOAD_INTERVAL_S * max(1.0, num_pods / _PODS_PER_INTERVAL)
 
 
 def _without_load(record: InstanceRecord) -> InstanceRecord:

@@ -98,7 +98,7 @@ def _peer_info(model_id: str, pod: str, since_ms: int, instance: InstanceRecord)
     if report is None:
         # A load is announced in the model's record before the pod's own record shows it.
         return CopyInfo(pod, ModelStatus.LOADING, since_ms, ModelState(state=CopyState.QUEUED, tier=Tier.UNKNOWN))
-    return CopyInfo(pod, _status(report.state), since_ms, report)
+    return CopyInfo(pod, _status(report.state), since_ms, msgspec.structs.replace(report, model_id=model_id))
 
 
 def _failed_info(pod: str, at_ms: int, record: ModelRecord, own_id: str, own_model: ModelState | None) -> CopyInfo:

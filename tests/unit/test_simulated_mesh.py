@@ -1,0 +1,46 @@
+"""The simulated mesh of bench.simulate: its books under both policies, and that it tells a better policy from a worse one."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.simulate import popular
+from bench.simulated_mesh import Figures, Shape, SimMesh
+from bench.simulated_policies import ModelMeshPolicy, RepertoryPolicy
+
+SMALL = Shape(num_pods=20, places=10, num_models=5000, rate=60.0, load_s=1.0, pull_s=0.5, warmup_s=20.0, seconds=30.0)
+
+
+def run(shape: Shape, policy: type[RepertoryPolicy] | type[ModelMeshPolicy]) -> Figures:
+    return SimMesh(shape, policy).run(popular(shape.num_models, shape.exponent, shape.seed))
+
+
+@pytest.mark.parametrize("policy", [RepertoryPolicy, ModelMeshPolicy])
+@settings(deadline=None, max_examples=5)
+@given(seed=st.integers(0, 1000))
+def test_simulated_mesh_keeps_its_books(policy: type[RepertoryPolicy] | type[ModelMeshPolicy], seed: int) -> None:
+    shape = Shape(num_pods=4, places=3, num_models=40, rate=10.0, warmup_s=2.0, seconds=10.0, seed=seed)
+    mesh = SimMesh(shape, policy)
+    figures = mesh.run(popular(shape.num_models, shape.exponent, seed))
+    assert figures.requests == shape.rate * shape.seconds
+    assert len(figures.waits_s) + figures.refused == figures.requests
+    assert figures.hits <= len(figures.waits_s)
+    held = [copy for pod in mesh.pods.values() for copy in pod.copies.values()]
+    assert all(len(pod.copies) <= shape.places for pod in mesh.pods.values())
+    assert sorted(id(copy) for copies in mesh.holders.values() for copy in copies) == sorted(map(id, held))
+    assert len(mesh.pods) == shape.num_pods
+    assert figures.record_bytes > 0
+
+
+def test_simulated_mesh_finds_all_models_loaded_where_there_is_room() -> None:
+    roomy = Shape(num_pods=5, places=20, num_models=60, rate=20.0, warmup_s=1.0, seconds=10.0, failure_every_s=1e9)
+    figures = run(roomy, RepertoryPolicy)
+    assert (figures.loads, figures.hits, figures.refused) == (0, figures.requests, 0)
+
+
+def test_simulated_mesh_shows_that_use_evicts_better_than_recency() -> None:
+    ours, theirs = run(SMALL, RepertoryPolicy), run(SMALL, ModelMeshPolicy)
+    assert ours.hits > theirs.hits
+    assert ours.refused == 0
+    curve = [share for _, share in ours.tail(SMALL.slo_s)]
+    assert curve == sorted(curve, reverse=True)
