@@ -9,7 +9,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-from runtime.engine.grammar.interfaces import TokenMasks, mask_words
+from runtime.engine.grammar.interfaces import MaskSource, TokenMasks, mask_words
+from runtime.engine.scheduler.bad_words import BadWords
 from runtime.errors import InvalidRequest, RepertoryError
 from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts
@@ -123,6 +124,9 @@ class FakeMaskSources:
         source = GrammarMasks(grammar.text, self._vocab_size(checkpoint.model_dir), self._on_fill)
         self.opened.append(source)
         return FakeJob(source, self._polls)
+
+    def compute(self, sources: Sequence[MaskSource]) -> None:
+        assert all(isinstance(source, GrammarMasks | BadWords) for source in sources)
 
     def retain(self, model_dirs: Collection[str]) -> None:
         self.retained = frozenset(model_dirs)

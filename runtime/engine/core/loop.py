@@ -82,6 +82,7 @@ class EngineLoop:
         self._wait_limit = WaitLimit(self.table, config.wait_budget_s)
         self._round_robin = RoundRobin(config.quantum_us)
         self._loads = Loads(self.table, self._collect_all_of)
+        self._compute_masks = mask_sources.compute if mask_sources is not None else lambda sources: None
         self._commands = Commands(self.table, self._loads, self._round_robin, mask_sources)
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0
@@ -206,7 +207,8 @@ class EngineLoop:
                 self._executor.launch_forward(model.model_id, step.opened, step.plan)
                 failed = self._settle_before_draws(model)
                 began_s = time.perf_counter()
-                masks = fill_masks(step.masked_sequences(), model.facts.vocab_size)  # while the device computes
+                # while the device computes
+                masks = fill_masks(step.masked_sequences(), model.facts.vocab_size, self._compute_masks)
                 self.table.count_masks(len(masks.words), time.perf_counter() - began_s)
                 launched = self._executor.launch_draws(model.model_id, masks.words)
             else:

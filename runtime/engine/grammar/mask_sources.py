@@ -4,9 +4,10 @@ A tokenizer takes a quarter of a second to build, and a grammar milliseconds. Ea
 uses them, and grammars in a bounded cache, of which every sequence gets a copy.
 """
 
+import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,9 +26,12 @@ from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLExecutor, LLMatcher
 
 _THREADS = 2
+_LEAST_TOGETHER = 4  # fewer masks are computed sooner than the threads begin
+_MOST_FILL_THREADS = 8
+_MANY_CORES = 8  # on fewer, the threads of the library's pool wait for each other
 _KEPT_GRAMMARS = 64  # about a megabyte each
 # The work for one token. The largest cost measured within these is 8 ms, 20 µs as a rule.
 _STEP_ITEMS = 8_000
@@ -54,16 +58,38 @@ class _Job:
 class GrammarMaskSources:
     """Implements MaskSources with llguidance, which is imported when the first request with a grammar comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, fill_threads: int | None = None) -> None:
+        """`fill_threads`: threads that compute the masks of one step together; None = half of the cores, or one where cores are few."""
+        cores = os.cpu_count() or 1
+        self._fill_threads = fill_threads or (min(_MOST_FILL_THREADS, cores // 2) if cores >= _MANY_CORES else 1)
         self._pool = ThreadPoolExecutor(_THREADS, "grammar")
         self._lock = Lock()
         self._keys: dict[str, bytes] = {}  # of tokenizers, by the model's folder
         self._tokenizers: dict[bytes, Future[GrammarTokenizer]] = {}
         self._matchers: OrderedDict[tuple[bytes, str], LLMatcher] = OrderedDict()
         self._figures = GrammarFigures()
+        self._executor: LLExecutor | None = None
 
     def open(self, checkpoint: Checkpoint, facts: ModelFacts, grammar: Grammar) -> MaskSourceJob:
         return _Job(self._pool.submit(self._make, checkpoint.model_dir, facts, grammar))
+
+    def compute(self, sources: Sequence[MaskSource]) -> None:
+        if len(sources) < _LEAST_TOGETHER or self._fill_threads < 2:
+            return
+        groups: dict[int, list[GuidedSequence]] = {}
+        for source in sources:
+            if isinstance(source, GuidedSequence) and source.awaits_mask:
+                groups.setdefault(mask_words(source.tokenizer.library.vocab_size), []).append(source)
+        for width, group in groups.items():
+            if self._executor is None:
+                from llguidance import LLExecutor
+
+                self._executor = LLExecutor(self._fill_threads)
+            masks = np.zeros((len(group), width), np.int32)
+            work = [(source.matcher, line) for line, source in enumerate(group)]
+            self._executor.unsafe_compute_mask_ptr(work, masks.ctypes.data, width * 4, len(group))
+            for source, line in zip(group, masks, strict=True):
+                source.set_mask(line)
 
     def retain(self, model_dirs: Collection[str]) -> None:
         with self._lock:

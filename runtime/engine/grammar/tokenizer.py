@@ -33,8 +33,12 @@ class GrammarTokenizer:
         width = mask_words(self.library.vocab_size)
         target = words if width == len(words) else np.zeros(width, np.int32)
         matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        if target is not words:
-            words[:] = target[: len(words)]
+        self.cut(target, words)
+
+    def cut(self, computed: TokenMasks, words: TokenMasks) -> None:
+        """Write a mask that the library computed to `words`, without the tokens that the model was never given."""
+        if computed is not words:
+            words[:] = computed[: len(words)]
         if self.library.vocab_size > self.vocab_size and self.vocab_size % 32:
             words[-1] &= (1 << self.vocab_size % 32) - 1
 

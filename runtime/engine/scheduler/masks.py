@@ -1,11 +1,11 @@
 """Collects the masks of one step from its sequences' mask sources."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.engine.grammar.interfaces import TokenMasks, mask_words
+from runtime.engine.grammar.interfaces import MaskSource, TokenMasks, mask_words
 from runtime.engine.scheduler.sequence import Sequence, State
 
 _ALL_ALLOWED = -1
@@ -22,9 +22,15 @@ class StepMasks:
     failures: list[tuple[Sequence, str]]
 
 
-def fill_masks(sequences: Iterable[Sequence], vocab_size: int) -> StepMasks:
-    """Ask every sequence's source for the mask of its next token. An error of a source is a failure of its sequence alone."""
+def fill_masks(
+    sequences: Iterable[Sequence], vocab_size: int, compute: Callable[[list[MaskSource]], None] = lambda sources: None
+) -> StepMasks:
+    """Ask every sequence's source for the mask of its next token. An error of a source is a failure of its sequence alone.
+
+    `compute` is called first, with all sources that will be asked.
+    """
     masked = list(sequences)
+    compute([s.mask_source for s in masked if s.mask_source is not None and s.state is State.RUNNING])
     words = np.zeros((len(masked), mask_words(vocab_size)), np.int32)
     failures: list[tuple[Sequence, str]] = []
     for line, sequence in zip(words, masked, strict=True):

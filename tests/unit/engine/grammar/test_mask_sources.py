@@ -207,3 +207,29 @@ def test_equal_tokenizers_are_kept_once_and_while_a_model_has_them(folder: Path,
     assert sources.host_bytes == one
     sources.retain(set())
     assert sources.host_bytes == 0
+
+
+@pytest.mark.parametrize("vocab_size", [390, 396, 500])
+def test_mask_sources_compute_together_equals_alone(folder: Path, vocab_size: int) -> None:
+    sources = GrammarMaskSources(fill_threads=2)
+    rng = random.Random(4)
+    thinking = msgspec.structs.replace(DIGITS, reasoning_close="zo", starts_in_reasoning=True)
+    grammars = [COLOURS, DIGITS, thinking, COLOURS, DIGITS, DIGITS]
+    alone = [open_run(folder, grammar, sources, vocab_size=vocab_size) for grammar in grammars]
+    together = [open_run(folder, grammar, sources, vocab_size=vocab_size) for grammar in grammars]
+    for _ in range(4):
+        sources.compute([run.source for run in together])
+        masks = [run.mask() for run in together]
+        assert masks == [run.mask() for run in alone]
+        for mask, one, other in zip(masks, alone, together, strict=True):
+            token = rng.choice(mask)
+            one.take(token)
+            other.take(token)
+
+
+def test_guided_sequence_accept_drops_computed_mask(folder: Path) -> None:
+    sources = GrammarMaskSources(fill_threads=2)
+    runs = [open_run(folder, COLOURS, sources) for _ in range(4)]
+    sources.compute([run.source for run in runs])
+    runs[0].take(*runs[0].tokenizer.encode("{").ids)
+    assert {runs[0].tokenizer.decode([token])[0] for token in runs[0].mask()} == {"r", "b"}
