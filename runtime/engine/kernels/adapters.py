@@ -5,7 +5,7 @@ A table on the device says where each adapter's matrices lie, so that one CUDA g
 behind one matrix product (q, k and v; gate and up): each has an A of its own, and their outputs lie end to end. Scaling is part of B.
 
 On a GPU a shrink (h = A · x) and an expand (y += B · h) run one after the other. Few tokens leave a GPU idle, so the shrink splits the columns of x,
-and the expand adds the parts in their order.
+and the expand adds the parts.
 """
 
 from collections.abc import Sequence

@@ -309,8 +309,8 @@ class Tiling:
 
 
 def tiling(num_tokens: int, num_chunks: int, in_features: int) -> Tiling:
-    """Cut the columns into enough parts to keep a GPU busy, and within 1,024 rows of sums. Each program of the expand reads all parts."""
-    most = 1 if num_tokens > FEW_TOKENS else 8 if 1 < num_chunks <= _FEW_CHUNKS else 4
+    """Cut the columns into enough parts to keep a GPU busy. Each program of the expand reads all parts, so more than these would cost more."""
+    most = 8 if 1 < num_chunks <= _FEW_CHUNKS and num_tokens <= FEW_TOKENS else 4
     steps = triton.cdiv(in_features, _BLOCK_K)
     steps_each = triton.cdiv(steps, min(most, steps))
     return Tiling(_BLOCK_K, triton.cdiv(steps, steps_each), steps_each)
