@@ -15,6 +15,8 @@ from typing import Any
 _OWN_ATTRIBUTES = tuple(vars(logging.makeLogRecord({})))
 _RECORD_ATTRIBUTES = frozenset(_OWN_ATTRIBUTES) | {"message", "asctime", "taskName"}
 
+_NOTHING = ("", None)
+
 # The names of log4j that Python's logging does not have.
 _OTHER_LEVELS = {"TRACE": "DEBUG", "ALL": "DEBUG", "OFF": "CRITICAL"}
 
@@ -73,7 +75,7 @@ class TextFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        extra = "".join(f" {key}={value}" for key, value in _extra(record).items() if value not in ("", None))
+        extra = "".join([f" {key}={value}" for key, value in _extra(record).items() if value not in _NOTHING])
         head = f"{_time(record)} {record.levelname.lower():7} {record.name}: "
         text = head + _escaped(f"{record.getMessage()}{extra}")
         return f"{text}\n{_quoted(self.formatException(record.exc_info))}" if record.exc_info else text

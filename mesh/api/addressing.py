@@ -10,7 +10,7 @@ from common.reloaded_setting import ReloadedSetting
 from mesh.access.peer_keys import PEER_HEADERS
 from mesh.api.adapter_choice import AdapterChoice
 from mesh.api.call_metadata import CallMetadata, Metadata
-from mesh.api.protobuf_field import extract
+from mesh.api.protobuf_field import extract, text_tag
 from mesh.errors import InvalidRequest, NotSupported
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -113,7 +113,10 @@ class Addressing:
     def adapter(self, method: str, message: bytes | None) -> AdapterChoice | None:
         """Return the adapter that a message selects, None if it selects none. Raises InvalidRequest."""
         for field, number in _ADAPTER_FIELDS.get(method, ()):
-            if message is not None and (name := _extract(method, message, (number,))):
+            # A message that has the field has its tag, and few others have that byte.
+            if message is None or text_tag(number) not in message:
+                continue
+            if name := _extract(method, message, (number,)):
                 return AdapterChoice(field, name)
         return None
 

@@ -27,6 +27,8 @@ from mesh.routing.attempts import Attempt
 from mesh.routing.retry_policy import Failure
 from mesh.types import RuntimeLimits, Target
 
+_MIN_WAIT_S = 0.001
+_OK = grpc.StatusCode.OK
 _SENDER_S = 0.05  # the sender learns of a failed write this long after the reader at most
 
 Rewrite = Callable[[bytes], bytes]
@@ -156,7 +158,7 @@ class GrpcForwarder:
         request.response_bytes += len(response)
         await _send_headers(call, context)
         trailers = _trailers(request, attempt, await call.trailing_metadata())
-        return GrpcOutcome(grpc.StatusCode.OK, "", trailers, response)
+        return GrpcOutcome(_OK, "", trailers, response)
 
     async def _relay(
         self,
@@ -212,8 +214,11 @@ class GrpcForwarder:
         metadata.append((REQUEST_ID_HEADER, request.request_id))
         if attempt.target.local:
             metadata.append((NAME_HEADER, quote(request.name)))
-            metadata.append((CALLER_HEADER, quote(current_caller().name)))
-            metadata.append((WAITED_HEADER, f"{time.monotonic() - request.started_s:.3f}"))
+            # Each header costs the call some microseconds, so those without a meaning are left out.
+            if caller := current_caller().name:
+                metadata.append((CALLER_HEADER, quote(caller)))
+            if (waited_s := time.monotonic() - request.started_s) >= _MIN_WAIT_S:
+                metadata.append((WAITED_HEADER, f"{waited_s:.3f}"))
         return metadata
 
     def _rewrite(self, method: str, attempt: Attempt) -> Rewrite | None:

@@ -36,6 +36,8 @@ from mesh.routing.attempts import RoutingRequest
 from mesh.routing.router import CopyRouter
 from mesh.types import RuntimeLimits
 
+_OK = grpc.StatusCode.OK
+
 
 class InferenceGateway:
     """Handles every method that no other handler of the server takes. `limits`: the local runtime's limits, once they are known."""
@@ -98,8 +100,8 @@ class InferenceGateway:
         try:
             inbound.admit()
             outcome = await self._answer(request, inbound, context)
-            request.code = outcome.code.name
-            if outcome.code is not grpc.StatusCode.OK:
+            if outcome.code is not _OK:
+                request.code = outcome.code.name
                 await context.abort(outcome.code, outcome.details, outcome.trailers)
             if outcome.trailers:
                 context.set_trailing_metadata(outcome.trailers)
@@ -187,7 +189,7 @@ class InferenceGateway:
             raise missing[0]
         if not found:
             raise NotFound("none of the requested models were found")
-        failed = next((outcome for outcome in found if outcome.code is not grpc.StatusCode.OK), None)
+        failed = next((outcome for outcome in found if outcome.code is not _OK), None)
         if failed is not None:
             return failed
         merged = b"".join(part.body for part in parts)

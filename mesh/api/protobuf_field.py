@@ -22,6 +22,11 @@ def extract(message: bytes, path: Sequence[int]) -> str | None:
         raise ValueError("the field is not UTF-8") from None
 
 
+def text_tag(number: int) -> int:
+    """Return the byte that stands before a text in a field below 16."""
+    return number << 3 | _DELIMITED
+
+
 def inject(message: bytes, path: Sequence[int], text: str) -> bytes:
     """Return the message with the text at the path replaced by `text`; missing messages on the path are added."""
     return _inject(memoryview(message), path, text.encode())
