@@ -90,6 +90,7 @@ class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
     reasoning_close: str = ""  # the text that ends the reasoning
     reasoning_open_id: int | None = None  # the token with which the output may open the reasoning
     starts_in_reasoning: bool = False  # the prompt has opened it
+    param: str = ""  # the request's field that asks for it, for errors
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -40,7 +40,7 @@ async def guide_answer(model: ServedModel, wanted: Wanted | None) -> Guide:
     if wanted is None:
         return Guide()
     text, notes = await off_loop(model, lambda: answer_grammar(wanted))
-    return Guide(Grammar(text), notes)
+    return Guide(Grammar(text, param=wanted.param), notes)
 
 
 async def guide_chat(model: ServedModel, chat: ChatGrammar, output_format: OutputFormat | None, prompt: str) -> Guide:
@@ -52,7 +52,8 @@ async def guide_chat(model: ServedModel, chat: ChatGrammar, output_format: Outpu
     ids = {text: token_id for text, token_id in found.items() if token_id < model.facts.vocab_size}
     after_reasoning = bool(gate.reasoning_close)
     text, notes = await off_loop(model, lambda: chat_grammar(chat, output_format, ids, after_reasoning=after_reasoning))
-    return Guide(msgspec.structs.replace(gate, text=text), notes)
+    param = "tools" if chat.wanted is None else chat.wanted.param
+    return Guide(msgspec.structs.replace(gate, text=text, param=param), notes)
 
 
 async def off_loop(model: ServedModel, work: Callable[[], _T]) -> _T:

@@ -225,6 +225,8 @@ def _read_quoted(source: TextSource, sink: CallSink, syntax: QuotedCalls) -> Wai
 
 
 def _skip_ends(source: TextSource, ends: tuple[str, ...]) -> Wait[None]:
+    """Skip what ends a call, or its beginning where the output was cut inside of it."""
     for end in ends:
         yield from source.skip_space()
-        yield from source.skip(end)
+        if not (yield from source.skip(end)) and source.ended and end.startswith(source.text):
+            source.take(len(source.text))

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from runtime.errors import Overloaded, RepertoryError, Unavailable, from_code
+from runtime.errors import InvalidRequest, Overloaded, RepertoryError, Unavailable, from_code
 from runtime.generation.merge import close, merge
 from runtime.generation.parser import MakeParser, plain_text
 from runtime.generation.parts import Completed, Delta, join
@@ -116,9 +116,12 @@ class Generator:
         try:
             async for row in timed:
                 if row.error_code is not None or row.finish is FinishReason.ERROR:
-                    raise from_code(
+                    error = from_code(
                         row.error_code or "INTERNAL", row.error or "the engine failed", retry_after_s=row.retry_after_s
                     )
+                    if isinstance(error, InvalidRequest) and request.grammar is not None:
+                        error.param = request.grammar.param or None
+                    raise error
                 before = sequence.num_generated
                 deltas = sequence.push(row)
                 num_new = sequence.num_generated - before

@@ -115,7 +115,7 @@ class TemplateParser:
         if self._call is not None and self._call.end():
             return
         try:
-            value = region.value(body, captures)
+            value = region.value(body if mark else region.without_cut_mark(body), captures)
             calls = [
                 _call_of(region, entry, self._options.tools)
                 for entry in (value if isinstance(value, list) else [value])

@@ -75,6 +75,16 @@ class Region:
     def transform(self) -> Any:
         return self.library.transform
 
+    def without_cut_mark(self, text: str) -> str:
+        """Return the text of a region that the end of the output closed, without the beginning of a closing mark."""
+        lengths = [
+            length
+            for literal in self.library.close_literals or ()
+            for length in range(1, len(literal))
+            if text.endswith(literal[:length])
+        ]
+        return text[: len(text) - max(lengths, default=0)]
+
     def value(self, text: str, captures: Mapping[str, str]) -> Any:
         """Return the region's value. Raises MalformedRegion."""
         from transformers.utils.chat_parsing.content_parsers import process_field

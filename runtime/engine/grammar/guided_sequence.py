@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _ALL_ALLOWED = -1
+_NO_TEXT = "NoExtensionBias"  # the library's name for a parser that can take no step
 
 
 class GrammarError(Exception):
@@ -102,4 +103,5 @@ class GuidedSequence:
 
 def first_line(error: str) -> str:
     """Return the first line of the library's message. The others are the parser's state."""
-    return error.partition("\n")[0]
+    line = error.partition("\n")[0]
+    return "no text matches it" if line == _NO_TEXT else line

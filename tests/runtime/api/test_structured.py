@@ -270,6 +270,7 @@ async def test_an_error_of_the_engine_about_the_grammar_has_its_status(server: S
     server.engine.fail_after, server.engine.fail_with = 0, ("INVALID_ARGUMENT", "the grammar cannot be used")
     status, answer, _ = await post(server, "/v1/chat/completions", {**CHAT, "guided_regex": "a", "stream": True})
     assert (status, answer["error"]["message"]) == (400, "model m1: the grammar cannot be used")
+    assert answer["error"]["param"] == "guided_regex"
 
 
 @pytest.mark.parametrize(

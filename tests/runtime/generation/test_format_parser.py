@@ -101,6 +101,23 @@ def test_parser_keeps_what_is_no_call(output_format: OutputFormat, text: str) ->
     assert (answer, calls) == (text, [])
 
 
+@pytest.mark.parametrize("mode", ["stream", "whole"])
+@pytest.mark.parametrize("name", ["hermes", "qwen_xml", "deepseek", "kimi"])
+def test_an_output_that_is_cut_inside_of_the_mark_after_a_call_has_the_call_alone(name: str, mode: str) -> None:
+    written = OUTPUTS[name]
+    last = written.text.rstrip()
+    end = {
+        "hermes": "</tool_call>",
+        "qwen_xml": "</tool_call>",
+        "deepseek": "<｜tool▁call▁end｜>",
+        "kimi": "<|tool_call_end|>",
+    }[name]
+    text = last[: last.rindex(end) + 4]
+    answer, _, calls = joined(parse(written.format, MODES[mode], [text]))
+    assert [(call, json.loads(arguments)) for _, call, arguments in calls] == list(written.calls)
+    assert answer.strip() == written.answer
+
+
 def test_parser_streams_arguments_as_they_come() -> None:
     parser = FormatParser(formats.HERMES, MODES["stream"])
     assert parser.push('<tool_call>{"name": "weather", "arguments": {"city": "Pa') == (

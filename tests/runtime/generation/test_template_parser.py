@@ -186,6 +186,12 @@ def test_parser_keeps_what_is_no_call(spec: dict[str, Any], text: str) -> None:
         assert (answer.split(), calls) == (text.split(), [])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_output_that_is_cut_inside_of_the_mark_after_a_call_has_the_call_alone(mode: str) -> None:
+    answer, _, calls = joined(parse(HERMES, MODES[mode], [f"<tool_call>\n{PARIS}\n</tool_c"]))
+    assert (answer, [call for _, call, _ in calls]) == ("", ["weather"])
+
+
 def test_parser_without_tools_shows_calls_as_text() -> None:
     text = "I look.\n<tool_call>\n{}\n</tool_call>"
     assert joined(parse(HERMES, ParserOptions(), [text])) == (text, "", [])

@@ -154,6 +154,7 @@ def test_the_first_token_may_open_the_reasoning(folder: Path) -> None:
     [
         ({"lark_grammar": "start: <|nothing|>"}, "unknown special token"),
         ({"lark_grammar": "start: x"}, "unknown name"),
+        ({"json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text matches it"),
     ],
 )
 def test_a_grammar_that_does_not_suit_the_tokenizer_is_refused(
