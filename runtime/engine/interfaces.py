@@ -278,6 +278,9 @@ class AdapterMemory(Protocol):
     def swap_in_done(self) -> bool:
         """Whether the last byte has arrived. Raises LoadFailed if it will not."""
 
+    def wait(self) -> None:
+        """Have the steps launched from now on wait for the last byte. Raises LoadFailed if it will not arrive."""
+
     def evict(self) -> None:
         """Stop using the place. The caller unmaps the slabs that no adapter touches any more."""
 

@@ -150,6 +150,11 @@ class FakeAdapterMemory:
         self.arrived = self._polls > self.spec.swap_polls
         return self.arrived
 
+    def wait(self) -> None:
+        if self.spec.swap_fails:
+            raise LoadFailed("the packed file is gone")
+        self.arrived = True
+
     def evict(self) -> None:
         self.resident = False
         self._bank.slots = {slot: named for slot, named in self._bank.slots.items() if named is not self}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from runtime.checkpoint.packed_adapter import AdapterTarget
+from runtime.checkpoint.adapter_layout import AdapterTarget
 from runtime.engine.kernels.adapters import AdapterTable
 from runtime.engine.memory.device import VirtualRange
 

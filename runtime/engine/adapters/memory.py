@@ -48,6 +48,9 @@ class AdapterMemory:
         self._weights.wait(0)
         return True
 
+    def wait(self) -> None:
+        self._weights.wait(0)
+
     def evict(self) -> None:
         self._weights.evict()
 

@@ -75,6 +75,8 @@ class OperationExecutor:
         self._models: dict[str, LoadResult] = {}
         self._adapter_jobs: dict[str, AdapterJob] = {}
         self._adapters: dict[str, AdapterResult] = {}
+        self._bases: dict[str, str] = {}  # of adapters
+        self._arriving: dict[tuple[str, int], str] = {}  # (base, slot) → the adapter that no step has used there yet
         self._failed_swap_ins: dict[str, Exception] = {}
 
     def enqueue(self, operation: Operation) -> None:
@@ -248,9 +250,11 @@ class OperationExecutor:
                 self._models[model_id].runner.capture(bucket, record=record)
             case RunStep(model_id, plan, padded_to):
                 self._mark(model_id)
+                self._await_adapters(model_id, plan)
                 return self._models[model_id].runner.launch(plan, padded_to)
             case RunForward(model_id, plan, padded_to):
                 self._mark(model_id)
+                self._await_adapters(model_id, plan)
                 self._models[model_id].runner.launch_forward(plan, padded_to)
             case RunDraws(model_id, masks):
                 runner = self._models[model_id].runner
@@ -261,8 +265,10 @@ class OperationExecutor:
             case UnmapAdapters(model_id, index):
                 self._bank(model_id).unmap(index)
             case SwapInAdapter(model_id, slot, offset):
+                self._arriving[self._bases[model_id], slot] = model_id
                 self._adapters[model_id].memory.swap_in(slot, offset)
             case EvictAdapter(model_id):
+                self._forget_arrival(model_id)
                 self._adapters[model_id].memory.evict()
             case _:
                 self._apply_load(operation)
@@ -275,6 +281,7 @@ class OperationExecutor:
             case StartLoad(model_id, checkpoint, max_model_len, base_id):
                 base, request = self._models[base_id], LoadRequest(model_id, checkpoint, max_model_len)
                 self._adapter_jobs[model_id] = self._backend.load_adapter(request, base)
+                self._bases[model_id] = base_id
             case CancelLoad(model_id):
                 self._job(model_id).cancel()
             case FinishLoad(model_id) if model_id in self._adapter_jobs:
@@ -282,14 +289,30 @@ class OperationExecutor:
             case FinishLoad(model_id):
                 self._models[model_id] = self._jobs.pop(model_id).result()
             case Unload(model_id) if model_id in self._adapters:
+                self._forget_arrival(model_id)
+                del self._bases[model_id]
                 self._adapters.pop(model_id).memory.close()
             case Unload(model_id):
+                self._bases.pop(model_id, None)
                 model = self._models.pop(model_id, None)
                 if model is not None:  # else its load failed on this rank
                     model.runner.close()
                     model.memory.close()
                     if model.adapters is not None:
                         model.adapters.close()
+
+    def _await_adapters(self, model_id: str, plan: StepPlan) -> None:
+        """Have a step wait for its adapters. Planning waits for those of its own rank; copies on other ranks may take longer."""
+        if not self._arriving or not plan.adapters:
+            return
+        for slot in set(plan.adapters):
+            adapter_id = self._arriving.pop((model_id, slot), None)
+            if adapter_id is not None:
+                self._adapters[adapter_id].memory.wait()
+
+    def _forget_arrival(self, adapter_id: str) -> None:
+        for place in [place for place, arriving_id in self._arriving.items() if arriving_id == adapter_id]:
+            del self._arriving[place]
 
     def _job(self, model_id: str) -> LoadJob | AdapterJob:
         return self._adapter_jobs.get(model_id) or self._jobs[model_id]

@@ -124,13 +124,9 @@ class ModelTable:
         return None if model is None else (model, None)
 
     def check_base(self, request: Load) -> None:
-        """Raise LoadFailed unless the base of an adapter is loaded and takes adapters."""
-        base_id = request.adapter_of
-        if base_id not in self.models:
-            raise LoadFailedError(f"its base {base_id} is not loaded here", model=request.model_id)
-        if base_id not in self._banks:
-            text = f"its base {base_id} is split over several GPUs (tensor parallelism), which takes no adapters"
-            raise LoadFailedError(text, model=request.model_id)
+        """Raise LoadFailed unless the base of an adapter is loaded."""
+        if request.adapter_of not in self.models:
+            raise LoadFailedError(f"its base {request.adapter_of} is not loaded here", model=request.model_id)
 
     def register_adapter(self, request: Load, loaded: AdapterResult, now: float) -> LoadedAdapter:
         """Add an adapter that was loaded.

@@ -217,16 +217,13 @@ class EngineBackend:
             bank: AdapterBank | None = None
             try:
                 all_reduce = None if self._group is None else self._group.all_reduce
-                if (
-                    self._group is None
-                ):  # a rank of several has a part of each layer, and adapters are not cut into parts
-                    bank = AdapterBank(
-                        hardware.memory.reserve(hardware.memory.total_slabs),
-                        blueprint.targets,
-                        blueprint.card.dtype,
-                        config.max_adapters,
-                        config.max_adapter_rank,
-                    )
+                bank = AdapterBank(
+                    hardware.memory.reserve(hardware.memory.total_slabs),
+                    blueprint.targets,
+                    blueprint.card.dtype,
+                    config.max_adapters,
+                    config.max_adapter_rank,
+                )
                 built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, all_reduce, bank)
                 runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)
             except BaseException:

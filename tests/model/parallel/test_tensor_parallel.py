@@ -133,11 +133,3 @@ def test_heads_that_do_not_divide_are_named(pair: Engine, tmp_path: Path) -> Non
     checkpoint = Checkpoint(str(tmp_path), tuple(map(str, tmp_path.glob("*.safetensors"))), dtype="float32")
     with pytest.raises(RuntimeError, match="3 attention heads, which 2 devices"):
         pair.load("odd", checkpoint)
-
-
-def test_adapters_are_refused_and_later_loads_are_agreed_on(pair: Engine, tmp_path: Path) -> None:
-    checkpoint, asked, expected = saved("llama", tmp_path / "base")
-    with loaded(pair, "base", checkpoint), pytest.raises(RuntimeError, match="which takes no adapters"):
-        pair.load("tuned", Checkpoint(str(tmp_path), packed_file=str(tmp_path / "none")), adapter_of="base")
-    with loaded(pair, "again", checkpoint):
-        assert texts(pair, "again", asked) == expected

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from common.model_key import Quantization
+from runtime.checkpoint.adapter_layout import AdapterTarget
 from runtime.checkpoint.meta_model import parent_of, tied_names
-from runtime.checkpoint.packed_adapter import AdapterTarget
 from runtime.engine.model.run.adapters import AdapterSite, StepPort
 from runtime.engine.model.run.linear import LinearModule, make_linear
 

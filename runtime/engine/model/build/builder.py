@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from common.model_key import Quantization
+from runtime.checkpoint.adapter_layout import AdapterTarget
 from runtime.checkpoint.meta_model import build_skeleton, stored_specs, tied_names, untie
 from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
-from runtime.checkpoint.name_mapping import Resolution, resolve
+from runtime.checkpoint.name_mapping import resolve
 from runtime.checkpoint.packed import Layout4Bit, PackedTensors
-from runtime.checkpoint.packed_adapter import AdapterTarget, adapter_targets
+from runtime.checkpoint.packed_adapter import ChannelsOf, adapter_targets, all_channels
 from runtime.checkpoint.safetensors_index import StoredTensor, read_index, read_metadata
 from runtime.checkpoint.weight_layout import Join, Placed, TensorSpec, WeightLayout, lay_out
 from runtime.engine.adapters.bank import AdapterBank
@@ -126,10 +127,13 @@ def _draw(
     else:
         resolution = resolve(skeleton, specs, index, aliases)
 
+    channels_of: ChannelsOf = all_channels
     if shard.size > 1:
         quantised = {name.rpartition(".")[0] for name in index if name.endswith((".absmax", ".scale"))}
         skeleton = _skeleton(card, shard_config(card.config, shard), index)
-        specs, resolution = _cut(source, skeleton, specs, resolution, quantised, verdict, shard)
+        cuts = _cuts(source, skeleton, verdict, shard)
+        specs, resolution = cut_tensors(specs, resolution, cuts, quantised)
+        channels_of = cuts.channels
     spec, joins, reason = _choose(skeleton, specs, verdict)
     layout = lay_out(specs, joins, card.num_layers, min_group_bytes)
     ordered = _in_order(host_order, layout, _products(skeleton, spec)) if host_order is not None else {}
@@ -145,7 +149,7 @@ def _draw(
         quantization=checkpoint.quantization,
         num_parameters=num_parameters,
         identity=_identity(layout, files, shard),
-        targets=adapter_targets(skeleton, spec.linears() if spec else ()),
+        targets=adapter_targets(source, spec.linears() if spec else (), channels_of),
     )
 
 
@@ -244,16 +248,8 @@ def _skeleton(card: ModelConfig, config: Any, index: Mapping[str, StoredTensor])
     return skeleton
 
 
-def _cut(
-    full: Any,
-    local: Any,
-    specs: Sequence[TensorSpec],
-    resolution: Resolution,
-    quantised: set[str],
-    verdict: Verdict,
-    shard: Shard,
-) -> tuple[list[TensorSpec], Resolution]:
-    """Cut the tensors of `full` for the rank whose skeleton is `local`. Raises LoadFailed for a model that has no fused form."""
+def _cuts(full: Any, local: Any, verdict: Verdict, shard: Shard) -> TensorCuts:
+    """Return how the tensors of `full` are cut for the rank whose skeleton is `local`. Raises LoadFailed for a model that has no fused form."""
     if not verdict.fused:
         raise LoadFailed(
             f"it cannot be divided among {shard.size} devices, because its own code runs: {verdict.reason}"
@@ -263,7 +259,7 @@ def _cut(
     except NoMatchError as error:
         raise LoadFailed(f"it cannot be divided among {shard.size} devices: {error}") from error
     inner = (int(full.config.intermediate_size), int(local.config.intermediate_size))
-    return cut_tensors(specs, resolution, TensorCuts(whole, part, inner, shard), quantised)
+    return TensorCuts(whole, part, inner, shard)
 
 
 def _choose(skeleton: Any, specs: Sequence[TensorSpec], verdict: Verdict) -> tuple[StackSpec | None, list[Join], str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.checkpoint.adapter_layout import Channels
 from runtime.checkpoint.name_mapping import Conversion, Resolution
 from runtime.checkpoint.quantized_shapes import GROUP
 from runtime.checkpoint.weight_layout import TensorSpec
@@ -82,6 +83,15 @@ class TensorCuts:
             )
         start, length = self._shard.part_of(full, local)
         return Cut(1, ((start * width // full, length * width // full),))
+
+    def channels(self, module: str, inputs: int, outputs: int) -> tuple[Channels, Channels]:
+        """Return the inputs and outputs that this rank has of a linear layer with so many in whole."""
+        local_inputs, local_outputs = Channels.whole(inputs), Channels.whole(outputs)
+        if module in self._outputs:
+            local_outputs = Channels(outputs, self._ranges(self._outputs[module]))
+        if module in self._inputs:
+            local_inputs = Channels(inputs, (self._shard.part_of(*self._inputs[module]),))
+        return local_inputs, local_outputs
 
     def _divide_outputs(self, members: tuple[str, ...], parts: list[tuple[int, int]]) -> None:
         """Divide the outputs of parts that share one module, or have one each."""

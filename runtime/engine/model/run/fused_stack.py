@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.model_key import Quantization
-from runtime.checkpoint.packed_adapter import AdapterTarget
+from runtime.checkpoint.adapter_layout import AdapterTarget
 from runtime.engine.kernels.activation import act_mul
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.run.adapters import AdapterSite
 from runtime.engine.model.run.attention import attend, rope_write
 from runtime.engine.model.run.fused_spec import LayerSpec, LinearRef, StackSpec
-from runtime.engine.model.run.linear import AllReduce, Linear, gated, make_linear, summed
+from runtime.engine.model.run.linear import AllReduce, Linear, gated, make_linear
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
 
@@ -78,6 +78,7 @@ class FusedStack:
         self._spec = spec
         self._tables = dict(tables)
         self._arrival = arrival
+        self._all_reduce = all_reduce
         self._embed = views[f"{spec.embed}.weight"]
         self._norm = views[f"{spec.norm}.weight"]
         self._dtype = self._norm.dtype
@@ -95,9 +96,9 @@ class FusedStack:
                 spec=layer,
                 group=layer_groups[index + 1],
                 qkv=make_linear(layer.qkv.name, linears, quantization),
-                out=summed(make_linear(layer.out.name, linears, quantization), all_reduce),
+                out=make_linear(layer.out.name, linears, quantization),
                 gate_up=make_linear(layer.gate_up.name, linears, quantization),
-                down=summed(make_linear(layer.down.name, linears, quantization), all_reduce),
+                down=make_linear(layer.down.name, linears, quantization),
                 input_norm=views[f"{layer.input_norm}.weight"],
                 mlp_norm=views[f"{layer.mlp_norm}.weight"],
                 after_attention_norm=weight(layer.after_attention_norm),
@@ -143,13 +144,15 @@ class FusedStack:
             if index == len(self._layers) - 1 and not step.each_samples and not adapted:
                 # After the last attention, tokens are independent, so only the requested ones continue. Chunks of adapters name all tokens.
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
-            branch = self._scaled(_product(step, layer.out, layer.sites, "out", mixed), layer.after_attention_norm)
+            out = _product(step, layer.out, layer.sites, "out", mixed)
+            branch = self._scaled(self._summed(out), layer.after_attention_norm)
             hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
             if adapted:
                 inner = act_mul(_product(step, layer.gate_up, layer.sites, "gate_up", hidden), spec.activation)
             else:
                 inner = gated(layer.gate_up, hidden, spec.activation, step.scratch)
-            branch = self._scaled(_product(step, layer.down, layer.sites, "down", inner), layer.after_mlp_norm)
+            down = _product(step, layer.down, layer.sites, "down", inner)
+            branch = self._scaled(self._summed(down), layer.after_mlp_norm)
 
         if arriving:
             self._arrival.wait(self._last_group)
@@ -165,6 +168,10 @@ class FusedStack:
         if spec.logits_softcap:
             logits.div_(spec.logits_softcap).tanh_().mul_(spec.logits_softcap)
         return logits
+
+    def _summed(self, out: Tensor) -> Tensor:
+        """Sum the outputs, adapters included, of a layer whose inputs are divided among ranks."""
+        return out if self._all_reduce is None else self._all_reduce(out)
 
     def _scaled(self, branch: Tensor, norm: Tensor | None) -> Tensor:
         """Apply the norm and the scale that a branch's output needs before it is added to the residual."""

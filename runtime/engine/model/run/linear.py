@@ -87,22 +87,6 @@ AllReduce = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over the ranks of a tensor-parallel group. May overwrite the tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class SummedLinear:
-    """A layer whose inputs are divided among ranks: the sum of their outputs is the layer's."""
-
-    linear: Linear
-    all_reduce: AllReduce
-
-    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        return self.all_reduce(self.linear(x, scratch))
-
-
-def summed(linear: Linear, all_reduce: AllReduce | None) -> Linear:
-    """Return `linear` with its output summed over all ranks, or itself if there is one rank."""
-    return linear if all_reduce is None else SummedLinear(linear, all_reduce)
-
-
 class LinearModule(nn.Module):
     """Replaces an nn.Linear in Hugging Face's model code by a Linear. With `site`, the adapters in `port` are added to its output."""
 

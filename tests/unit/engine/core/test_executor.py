@@ -22,6 +22,7 @@ from runtime.engine.operations import (
     SaveKv,
     StartLoad,
     SwapIn,
+    SwapInAdapter,
     Unload,
     UnmapHostKv,
     UnmapKv,
@@ -93,6 +94,23 @@ def test_executor_replays_a_recorded_life(seed: int, host_kv_slabs: int) -> None
     assert kinds.keys() >= {StartLoad, FinishLoad, Unload, SwapIn, Evict, MapKv, UnmapKv, OpenRow, CloseRow, RunStep}
     assert kinds[SwapIn] > kinds[FinishLoad]
     assert bool(host_kv_slabs) == (kinds.keys() >= {MapHostKv, SaveKv, RestoreKv, UnmapHostKv})
+
+
+def test_executor_replay_waits_for_the_copies_of_adapters() -> None:
+    """Planning polls the copies of rank 0 only. On another rank a step may come before its adapter has arrived."""
+    recorder = Recorder()
+    stage = run_life(3, 200, adapters=True, faults=False, record=recorder.record, on_turn=recorder.on_turn)
+    stage.close()
+    first = stage.backend
+    second = FakeBackend(
+        first.specs, total_slabs=first.total_slabs, max_rows=first.max_rows, max_batch_tokens=first.max_batch_tokens
+    )
+    second.adapters, second.adapter_slots = first.adapters, first.adapter_slots
+    operations = replay(recorder, second)
+    assert sum(isinstance(operation, SwapInAdapter) for operation in operations) > 3
+    assert sum(isinstance(operation, RunStep) and bool(operation.plan.adapters) for operation in operations) > 20
+    assert second.results == first.results
+    assert not second.broken_rules
 
 
 def test_executor_replay_without_one_operation_differs() -> None:
