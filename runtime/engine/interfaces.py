@@ -202,7 +202,10 @@ class HostKvMemory(Protocol):
         """Release the chunk at place `index`. Its content is lost."""
 
     def save(self, blocks: Sequence[tuple[int, int]]) -> None:
-        """Begin to copy blocks (page, host page) from the device after the last launched step. Their slabs may be unmapped at once."""
+        """Begin to copy blocks (page, host page) from the device after the last launched step.
+
+        Their slabs may be unmapped at once, and must be before a step writes to them.
+        """
 
     def restore(self, blocks: Sequence[tuple[int, int]]) -> None:
         """Begin to copy blocks (page, host page) to the device. Steps launched later wait for the copies."""

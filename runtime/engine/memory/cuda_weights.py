@@ -108,6 +108,7 @@ class CudaWeights:
             self._hold(self._arena.find(self._identity, self._busy))
             if self._image is not None:
                 for group in range(len(self._filler.group_ends)):
+                    self._wait_for_readers(group)
                     self._copy(self._image, group)
                 return
         finally:
@@ -122,6 +123,9 @@ class CudaWeights:
         return self._resident and not self.pending
 
     def evict(self) -> None:
+        for passed in self._readers.values():  # the copies that would have waited may never be queued
+            self._memory.compute_stream.wait_event(passed)
+        self._readers = {}
         if not self._resident:
             return
         if self._filling is not None:
@@ -133,9 +137,6 @@ class CudaWeights:
         if self.pending:
             # copies on their way would land in slabs that others get
             self._memory.compute_stream.wait_stream(self._copy_stream)
-            for passed in self._readers.values():  # the copies that would have waited may never be queued
-                self._memory.compute_stream.wait_event(passed)
-        self._readers = {}
         self._resident = False
         self._pending = True
         self._weights.unmap(0, self.weight_slabs)
@@ -176,6 +177,7 @@ class CudaWeights:
 
     def _read_in(self, source: WeightBuffer, group: int) -> None:
         torch.cuda.set_device(self._memory.device)
+        self._wait_for_readers(group)
         self._copy(source, group)
         if isinstance(source, PageableWeights):
             self._copied[-1].synchronize()
@@ -183,16 +185,20 @@ class CudaWeights:
         elif group == len(self._filler.group_ends) - 1 and isinstance(source, HostWeights):
             self._arena.commit(source)
 
+    def _wait_for_readers(self, group: int) -> None:
+        """Have the copies wait until saved KV has left the slabs of a group."""
+        start = self._filler.group_ends[group - 1] if group else 0
+        slab_bytes = self._memory.slab_bytes
+        for place, passed in self._readers.items():
+            if start < (place + 1) * slab_bytes and place * slab_bytes < self._filler.group_ends[group]:
+                self._copy_stream.wait_event(passed)
+
     def _copy(self, source: WeightBuffer, group: int) -> None:
         """Queue one group's copies."""
         start = self._filler.group_ends[group - 1] if group else 0
         end = self._filler.group_ends[group]
         view = self._weights.bytes_view
         event = torch.cuda.Event()
-        slab_bytes = self._memory.slab_bytes
-        for place, passed in self._readers.items():
-            if start < (place + 1) * slab_bytes and place * slab_bytes < end:
-                self._copy_stream.wait_event(passed)
         with torch.cuda.stream(self._copy_stream):
             for piece in source.pieces(start, end - start):
                 view[start : start + piece.numel()].copy_(piece, non_blocking=True)

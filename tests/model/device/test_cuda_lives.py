@@ -79,6 +79,7 @@ class Model:
     graphs: ModelGraphs
     slabs: list[int] | None = None
     kv: dict[int, int] = field(default_factory=dict)
+    chunks: set[int] = field(default_factory=set)
 
 
 class Engine:
@@ -100,6 +101,7 @@ class Engine:
         self.graphs = GraphPool(torch.device("cpu"), enabled=True)
         self.models: dict[str, Model] = {}
         self.blank_passes = 0
+        self.saved = 0
         self.pace = 4
 
     def load(self) -> None:
@@ -207,8 +209,37 @@ class Engine:
             model.memory.unmap_kv(place)
             self.pool.release(model.name + "/kv", [model.kv.pop(place)])
 
+    def save(self, model: Model) -> None:
+        """Save a slab's blocks, and give the slab up."""
+        if not model.kv:
+            return
+        place, chunk = self.rng.choice(sorted(model.kv)), self.rng.randrange(3)
+        if chunk not in model.chunks:
+            model.memory.host_kv.map(chunk)
+            model.chunks.add(chunk)
+        model.memory.host_kv.save(self.blocks(place, chunk))
+        self.saved += 1
+        model.memory.unmap_kv(place)
+        self.pool.release(model.name + "/kv", [model.kv.pop(place)])
+
+    def restore(self, model: Model) -> None:
+        if model.kv and model.chunks:
+            place, chunk = self.rng.choice(sorted(model.kv)), self.rng.choice(sorted(model.chunks))
+            model.memory.host_kv.restore(self.blocks(place, chunk))
+
+    def blocks(self, place: int, chunk: int) -> list[tuple[int, int]]:
+        count, per_slab = self.rng.randint(1, 3), GEOMETRY.pages_per_slab
+        first, second = self.rng.randrange(per_slab - count + 1), self.rng.randrange(per_slab - count + 1)
+        return [(place * per_slab + first + i, chunk * per_slab + second + i) for i in range(count)]
+
+    def drop_saved(self, model: Model) -> None:
+        for chunk in model.chunks:
+            model.memory.host_kv.unmap(chunk)
+        model.chunks.clear()
+
     def unload(self, name: str) -> None:
         model = self.models.pop(name)
+        self.drop_saved(model)
         while model.kv:
             self.shrink(model)
         self.evict(model)
@@ -229,9 +260,12 @@ class Engine:
             "shrink": self.shrink,
             "unload": lambda model: self.unload(model.name),
             "drop_host": self.drop_host,
+            "save": self.save,
+            "restore": self.restore,
+            "drop_saved": self.drop_saved,
         }
-        actions = ("load", "swap_in", "evict", "step", "grow", "shrink", "unload", "idle", "drop_host")
-        action = self.rng.choices(actions, (2, 4, 2, 8, 4, 3, 1, 8, 1))[0]
+        actions = ("load", "idle", *on_model)
+        action = self.rng.choices(actions, (2, 8, 4, 2, 8, 4, 3, 1, 1, 4, 2, 1))[0]
         brings_in = action in ("load", "swap_in", "grow")
         self.calls_left = self.rng.randrange(5)
         self.device.failing = self.fail if brings_in and self.rng.random() < 0.2 else lambda call: None
@@ -282,4 +316,5 @@ def test_random_lives_do_nothing_that_a_driver_forbids(monkeypatch: pytest.Monke
     for _ in range(400):
         engine.turn()
     assert engine.blank_passes > 0
+    assert engine.saved > 0
     engine.close()

@@ -25,6 +25,7 @@ from runtime.engine.model.run.step import BuiltModel
 from runtime.errors import LoadFailed
 from tests.support.families import VOCAB
 from tests.support.graphs import capture_next
+from tests.support.kv_copies import check_blocks_return
 from tests.support.steps import hf_logits, prompts, save
 from tests.support.tiny_models import tiny
 
@@ -201,6 +202,15 @@ def test_weights_leave_and_return(memory: CudaMemory, tmp_path: Path, arena_slab
     assert memory.ledger.num_mapped == 1
     stage.close()
     assert memory.ledger.num_mapped == 0
+
+
+def test_saved_kv_returns_to_other_places(memory: CudaMemory, tmp_path: Path) -> None:
+    stage = Stage(memory, tmp_path)
+    free_bytes = stage.arena.free_bytes()
+    for _ in range(3):
+        check_blocks_return(stage.model_memory, SLAB, 0, torch.cuda.synchronize)
+    assert stage.arena.free_bytes() == free_bytes
+    stage.close()
 
 
 def test_evicted_while_it_comes_in(memory: CudaMemory, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from tests.support.cuda_device import CheckedDriver, Device
 from tests.support.families import VOCAB
+from tests.support.kv_copies import check_blocks_return
 from tests.support.steps import Resident, hf_logits, prompts, save
 from tests.support.tiny_models import assert_same, tiny
 
@@ -248,3 +249,57 @@ def test_an_image_is_nobody_elses_from_the_moment_it_is_found(
     assert arena.allocate("another model", SLAB) is not None
     assert taken.host_bytes() == 0
     taken.close()
+
+
+def test_saved_kv_returns_to_other_places(memory: CudaMemory, device: Device, tmp_path: Path) -> None:
+    """The stand-in finds out a slab's next user that does not wait for the copy."""
+    model = tiny("llama")
+    blueprint = draw("m", save(model, tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)
+    weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
+    arena = HostTier(torch.zeros((weight_slabs + 1) * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
+    kv = kv_geometry("m", blueprint.shape, 4, 4, SLAB, 16)
+    copies, kv_copies = device.stream(), device.stream()
+    taken = CudaModelMemory(
+        memory,
+        copies,  # type: ignore[arg-type]
+        kv_copies,  # type: ignore[arg-type]
+        arena,
+        memory.reserve(weight_slabs),
+        memory.reserve(16),
+        kv,
+        blueprint.filler,
+        blueprint.identity,
+    )
+    taken.stage(threading.Event())
+    free_bytes = arena.free_bytes()
+
+    def drain() -> None:
+        while device.advance():
+            pass
+
+    for _ in range(3):
+        check_blocks_return(taken, SLAB, 0, drain)
+        assert arena.free_bytes() == free_bytes
+    taken.close()
+    assert memory.ledger.num_mapped == 0
+
+
+def test_arena_chunk_displaces_only_images_without_holders() -> None:
+    arena = HostTier(torch.zeros(3 * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
+    held = arena.allocate("held", SLAB, lambda: False)
+    left = arena.allocate("left", 2 * SLAB)
+    assert held is not None
+    assert left is not None
+    assert arena.take_chunk() is None, "an image that is being filled stays"
+    arena.commit(held)
+    arena.commit(left)
+    taken = [arena.take_chunk() for _ in range(3)]
+    assert taken[2] is None
+    assert left.gone
+    assert not held.gone
+    assert {*held.chunks, taken[0], taken[1]} == {0, 1, 2}
+    assert arena.free_bytes() == 0
+    for number in taken[:2]:
+        assert number is not None
+        arena.give_chunk(number)
+    assert arena.free_bytes() == 2 * SLAB

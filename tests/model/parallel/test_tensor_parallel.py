@@ -119,6 +119,21 @@ def test_sharded_models_are_evicted_and_return(tmp_path: Path) -> None:
             assert texts(running, "b", asked_of_second) == expected_of_second
 
 
+def test_saved_kv_returns_on_all_ranks(tmp_path: Path) -> None:
+    """Followers save and restore their heads' part of the blocks by rank 0's operations."""
+    models = {name: saved("llama", tmp_path / name, seed) for seed, name in enumerate("ab")}
+    settings = config(2, oversubscribe="disk", slab_bytes=1 << 18, host_kv_bytes=8 << 20)
+    with engine({**settings, "device_budget_bytes": 3 << 18}) as running:
+        for name, (checkpoint, _, _) in models.items():
+            running.load(name, checkpoint)
+        for _ in range(3):
+            for name, (_, asked, expected) in models.items():
+                assert texts(running, name, asked) == expected
+        running.wait_idle(1.5)
+        assert running.stats is not None
+        assert all(model.kv_restored_blocks_total > 0 for model in running.stats.models)
+
+
 def test_load_fails_on_all_ranks_and_leaves_the_engine_running(pair: Engine, tmp_path: Path) -> None:
     good, asked, expected = saved("llama", tmp_path / "good")
     undivided, _, _ = saved("gpt2", tmp_path / "gpt2")
