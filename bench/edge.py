@@ -113,9 +113,18 @@ def measure(path: Way, load: Load, clients: int, seconds: float) -> Sample:
 
 
 def compare(
-    paths: Sequence[Way], load: Load, clients: int, seconds: float, turns: int, *, per_call: int, goal: Goal
+    paths: Sequence[Way],
+    load: Load,
+    clients: int,
+    seconds: float,
+    turns: int,
+    *,
+    per_call: int,
+    goal: Goal,
+    base: str = BASE,
+    ours: str = MESH,
 ) -> None:
-    """Print a row for each path. `per_call`: messages of a call, to which rate and CPU time are related."""
+    """Print a row for each path. `per_call`: messages of a call, to which rate and CPU time are related. `goal`: of `ours` beside `base`."""
     samples: dict[str, list[Sample]] = {path.name: [] for path in paths}
     for turn in range(turns):
         # Every other turn in the other order: what a turn's first path warms up does not always favour the same one.
@@ -126,8 +135,8 @@ def compare(
         return statistics.median(figure(sample) for sample in samples[name])
 
     def ratio(name: str, figure: Callable[[Sample], float]) -> float:
-        pairs = zip(samples[name], samples[BASE], strict=True)
-        return statistics.median(figure(ours) / figure(theirs) for ours, theirs in pairs)
+        pairs = zip(samples[name], samples[base], strict=True)
+        return statistics.median(figure(own) / figure(theirs) for own, theirs in pairs)
 
     kind = "unary" if per_call == 1 else f"stream of {per_call}"
     for path in paths:
@@ -139,7 +148,7 @@ def compare(
             calls, tail, cost = (ratio(path.name, figure) for figure in (_calls_per_s, _p99_s, _cpu_us))
             row += [f"{cpu:.{0 if per_call == 1 else 1}f}", f"{calls:.2f}", f"{tail:.2f}", f"{cost:.2f}"]
             is_met = calls >= goal.calls and tail <= goal.p99 and cost <= goal.cpu
-            row.append(("yes" if is_met else "no") if path.name == MESH else "")
+            row.append(("yes" if is_met else "no") if path.name == ours else "")
         else:
             row += [""] * 5
         print(f"| {' | '.join(row)} |", flush=True)

@@ -147,10 +147,11 @@ class EnvoyControl:
             self._changes.notify()
 
     async def _send(self, session: _Session, context: Context) -> None:
-        nonce = str(next(self._nonces))
+        nonce, confirmed = str(next(self._nonces)), session.delta.confirmed
         difference = session.delta.next(self._versions, self._generation, nonce)
         if difference is None:
-            self._changes.notify()
+            if session.delta.confirmed != confirmed:
+                self._changes.notify()
             return
         await context.write(
             pb.DeltaDiscoveryResponse(
