@@ -70,7 +70,8 @@ def bare_envoy(home: Path, server: str) -> Iterator[Way]:
     port = stack.free_port()
     (home / "bare.json").write_text(json.dumps(_bare_configuration(port, server)))
     command = [str(find_envoy(INSTALLED).path), "-c", f"{home}/bare.json", "--disable-hot-restart", "-l", "error"]
-    process = subprocess.Popen(command)
+    # A session of its own, as the supervised Envoy has: the kernel's scheduler shares cores among sessions first.
+    process = subprocess.Popen(command, start_new_session=True)
     try:
         yield Way(BARE, f"127.0.0.1:{port}", (process.pid,))
     finally:

@@ -45,7 +45,8 @@ def serve(args: argparse.Namespace) -> int:
         settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(settings.run_dir):
             ended = [name for name, file in _RECORDS.items() if leftovers.end_recorded(settings.run_dir / file)]
-            for kind, field in (("gRPC", "grpc_listen"), ("HTTP", "http_listen")):
+            is_ours = settings.mesh["envoy"] != ELSEWHERE  # else an Envoy may listen there already
+            for kind, field in (("gRPC", "grpc_listen"), ("HTTP", "http_listen")) if is_ours else ():
                 check_free(parse_address(str(settings.mesh[field]), field), kind)
             logs.set_up(as_json=bool(settings.mesh["log_json"]), level=str(settings.mesh["log_level"]))
             for name in ended:

@@ -6,6 +6,7 @@ from typing import Any
 
 from common.addresses import parse_address
 from common.errors import ConfigError
+from mesh.access.tls import TlsIdentity, TlsMaterial
 from mesh.config.schema import MeshConfig
 from mesh.envoy.files import EnvoyFiles, write_whole
 from mesh.envoy.plan import Carrier
@@ -14,6 +15,7 @@ from mesh.envoy.routes import JUDGE_HEADER, LUA_FILTER, MODEL_HEADERS, PEER_HEAD
 Json = dict[str, Any]
 
 CONTROL_CLUSTER = "control"
+CERTIFICATE, AUTHORITY = "certificate", "authority"
 _TYPE = "type.googleapis.com/envoy."
 _UNLIMITED = 1_000_000_000
 _FIRST_FETCH_S = (
@@ -45,7 +47,7 @@ def write_bootstrap(config: MeshConfig) -> EnvoyFiles:
             write_whole(files.routes(carrier), closed_routes_text(carrier))
     write_whole(files.bootstrap, bootstrap_text(config, files))
     if config.tls_cert:
-        write_whole(files.tls, tls_text(config))
+        write_tls(files, TlsIdentity(config.tls_cert, config.tls_key, config.tls_client_ca).material)
     return files
 
 
@@ -75,18 +77,29 @@ def bootstrap_text(config: MeshConfig, files: EnvoyFiles) -> str:
     return json.dumps(content, indent=1)
 
 
-def tls_text(config: MeshConfig) -> str:
-    """Return the file of the callers' certificates. Envoy reads the certificates again when their directories change."""
-    certificate = {
-        "@type": f"{_TYPE}extensions.transport_sockets.tls.v3.Secret",
-        "name": "callers",
-        "tls_certificate": {
-            "certificate_chain": {"filename": config.tls_cert},
-            "private_key": {"filename": config.tls_key},
-            "watched_directory": {"path": config.tls_cert.rpartition("/")[0] or "."},
-        },
+def tls_texts(material: TlsMaterial) -> dict[str, str]:
+    """Return the content of the files of secrets: the pod's certificate towards callers, and the authority that theirs must have, if any.
+
+    A file may hold one secret.
+    """
+    certificate: Json = {
+        "certificate_chain": {"inline_string": material.certificate.decode()},
+        "private_key": {"inline_string": material.key.decode()},
     }
-    return json.dumps({"resources": [certificate]}, indent=1)
+    secrets: dict[str, Json] = {CERTIFICATE: {"tls_certificate": certificate}}
+    if material.authority:
+        secrets[AUTHORITY] = {"validation_context": {"trusted_ca": {"inline_string": material.authority.decode()}}}
+    kind = f"{_TYPE}extensions.transport_sockets.tls.v3.Secret"
+    return {
+        name: json.dumps({"resources": [{"@type": kind, "name": name, **secret}]}, indent=1)
+        for name, secret in secrets.items()
+    }
+
+
+def write_tls(files: EnvoyFiles, material: TlsMaterial) -> None:
+    """Write the files of secrets that have changed."""
+    for name, text in tls_texts(material).items():
+        write_whole(files.secret(name), text)
 
 
 def _connection_limit(limit: int) -> Json:
@@ -222,13 +235,12 @@ def _strip(headers: tuple[str, ...]) -> Json:
 
 
 def _tls_socket(carrier: Carrier, config: MeshConfig, files: EnvoyFiles) -> Json:
-    source = {"resource_api_version": "V3", "path_config_source": {"path": str(files.tls)}}
     common: Json = {
         "alpn_protocols": ["h2"] if carrier is Carrier.GRPC else ["http/1.1"],
-        "tls_certificate_sds_secret_configs": [{"name": "callers", "sds_config": source}],
+        "tls_certificate_sds_secret_configs": [_secret(CERTIFICATE, files)],
     }
     if config.tls_client_ca:
-        common["validation_context"] = {"trusted_ca": {"filename": config.tls_client_ca}}
+        common["validation_context_sds_secret_config"] = _secret(AUTHORITY, files)
     return {
         "name": "envoy.transport_sockets.tls",
         "typed_config": {
@@ -237,6 +249,11 @@ def _tls_socket(carrier: Carrier, config: MeshConfig, files: EnvoyFiles) -> Json
             "require_client_certificate": bool(config.tls_client_ca),
         },
     }
+
+
+def _secret(name: str, files: EnvoyFiles) -> Json:
+    watched = {"path": str(files.secret(name)), "watched_directory": {"path": str(files.directory)}}
+    return {"name": name, "sds_config": {"resource_api_version": "V3", "path_config_source": watched}}
 
 
 def _cluster(name: str, address: str, carrier: Carrier) -> Json:

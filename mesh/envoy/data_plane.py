@@ -38,7 +38,7 @@ class _Gone:
 class DataPlane:
     """`here` returns this pod's addresses and peer headers. `is_ready`: whether the pod knows what its runtime holds.
 
-    `write_routes` writes the files of routes if they have changed.
+    `write_files` writes the files that Envoy reads, if they have changed; its argument is the calls that a copy may have at once.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DataPlane:
         *,
         here: Callable[[], Here],
         is_ready: Callable[[], bool],
-        write_routes: Callable[[int], None],
+        write_files: Callable[[int], None],
     ) -> None:
         self._names = names
         self._copies = copies
@@ -60,7 +60,7 @@ class DataPlane:
         self._stats = stats
         self._here = here
         self._is_ready = is_ready
-        self._write_routes = write_routes
+        self._write_files = write_files
         self._control: ControlStream | None = None
         self._planned: dict[str, Cluster] = {}
         self._gone: dict[str, _Gone] = {}
@@ -120,7 +120,7 @@ class DataPlane:
         for cluster in planned.values():
             self._models[cluster.stat_name] = cluster.model_id, cluster.carrier, cluster.role
         self._planned = planned
-        self._write_routes(self._names.limit)
+        self._write_files(self._names.limit)
         return self._control.publish({**planned, **{name: gone.cluster for name, gone in self._gone.items()}})
 
     async def _scrape(self) -> None:

@@ -27,10 +27,9 @@ class EnvoyFiles:
     def routes(self, carrier: str) -> Path:
         return self.directory / f"{carrier}-routes.json"
 
-    @property
-    def tls(self) -> Path:
-        """The names of the callers' certificate files, which Envoy reads again when they are replaced."""
-        return self.directory / "tls.json"
+    def secret(self, name: str) -> Path:
+        """A certificate with its key, or an authority, which Envoy reads again when the file is replaced."""
+        return self.directory / f"{name}.json"
 
     @property
     def control(self) -> str:

@@ -9,7 +9,7 @@ from mesh.api.openai_routes import MODEL_IN_BODY_PATHS
 from mesh.api.web_guard import policy_for
 from mesh.client.envoy_admin import EnvoyAdmin
 from mesh.config.schema import MeshConfig
-from mesh.envoy.bootstrap import envoy_files, write_bootstrap
+from mesh.envoy.bootstrap import envoy_files, write_bootstrap, write_tls
 from mesh.envoy.data_plane import DataPlane
 from mesh.envoy.files import write_whole
 from mesh.envoy.plan import Carrier, Here
@@ -49,7 +49,7 @@ class PodEnvoy:
             self._admin,
             here=self._here,
             is_ready=lambda: parts.monitor.limits is not None,
-            write_routes=self._write_routes,
+            write_files=self._write_files,
         )
         self._control = EnvoyControl(self._files.control, self._peer_tls, self._data_plane.adopt)
         self._data_plane.control_by(self._control)
@@ -61,7 +61,7 @@ class PodEnvoy:
     async def start(self) -> None:
         """Write Envoy's files and open its control socket. Raises ConfigError, OSError."""
         write_bootstrap(self._config)
-        self._write_routes(0)
+        self._write_files(0)
         await self._control.start()
 
     async def run(self) -> None:
@@ -101,7 +101,10 @@ class PodEnvoy:
         identity = self._access.peer_tls
         return PeerTls(identity.material, self._access.peer_name) if identity is not None else None
 
-    def _write_routes(self, limit: int) -> None:
+    def _write_files(self, limit: int) -> None:
+        """Write the files that follow keys, certificates and copies, if they have changed."""
+        if self._access.tls is not None:
+            write_tls(self._files, self._access.tls.material)
         config, keys = self._config, self._access.keys
         settings = RouteSettings(
             keys=keys.all() if keys.is_required else None,

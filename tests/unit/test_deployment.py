@@ -13,6 +13,8 @@ from common.config import load
 from mesh.cli import serve_flags
 from mesh.config.modelmesh_environment import translate
 from mesh.config.schema import MeshConfig
+from mesh.envoy.binary import ELSEWHERE
+from mesh.envoy.files import EnvoyFiles
 from runtime.config.loader import configure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +84,22 @@ def test_the_composed_pods_reach_their_store_and_publish_what_they_serve() -> No
     assert {volume.split(":")[0] for service in services.values() for volume in service["volumes"]} == set(
         composed["volumes"]
     )
+
+
+def test_the_composed_envoy_reads_what_its_pod_writes() -> None:
+    services: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.envoy.yaml").read_text())["services"]
+    pod, envoy = services["pod"], services["envoy"]
+    given = serve(pod["command"])
+    assert given.envoy == ELSEWHERE
+    assert {published.split(":")[1] for published in envoy["ports"]} == {
+        port(given.http_listen),
+        port(given.grpc_listen),
+    }
+    volume = of("VOLUME")[0]
+    assert pod["volumes"] == envoy["volumes"] == [f"home:{volume}"]
+    assert [envoy["user"]] == of("USER")
+    files = EnvoyFiles(Path(volume) / "run" / "envoy")
+    assert envoy["entrypoint"][-1].count(str(files.bootstrap)) == 2
 
 
 def test_the_serving_runtime_is_configured_as_modelmesh_calls_it() -> None:
