@@ -62,7 +62,7 @@ class S3Bucket:
                 yield RemoteFile(item["Key"], item["Key"], item["Size"], item["ETag"].strip('"'))
 
     def checkable(self, file: RemoteFile) -> RemoteFile:
-        """Return the file without a digest that cannot be checked: an upload in parts, or one encrypted with other keys than S3's, has no MD5."""
+        """Return the file with the digests that can be checked. An upload in parts, or with a key of its own, has no MD5."""
         head = self._client.head_object(
             Bucket=self._bucket, Key=file.location, ChecksumMode="ENABLED", IfMatch=f'"{file.digest}"'
         )
