@@ -1,6 +1,7 @@
 """Copies that are added for queues and minimums, dropped when idle, handed over, and never cut for another model."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -21,7 +22,7 @@ from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
-from tests.support.waiting import until
+from tests.support.waiting import until, until_async
 
 policies = st.builds(
     CopySettings,
@@ -96,23 +97,38 @@ def holders(pods: list[RunningPod], model_id: str) -> int:
     return sum(model_id in pod.runtime.loaded for pod in pods)
 
 
+async def adjust(pods: list[RunningPod], later_s: float) -> None:
+    """Have every pod adjust its copies now and, as if time had passed, `later_s` from now."""
+    now_s = time.monotonic()
+    for after_s in (0.0, later_s):
+        for pod in pods:
+            await pod.pod.scaler.sweep(now_s + after_s)
+
+
 async def test_copies_are_added_for_a_queue_and_dropped_when_idle(
     pods: list[RunningPod], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mesh.placement.copy_scaling.QUEUED_S", 0.5)
-    monkeypatch.setattr("mesh.placement.copy_scaling.IDLE_S", 2.0)
+    monkeypatch.setattr("mesh.placement.copy_scaling.IDLE_S", 0.5)
     model_id = (await pods[0].name("m", "/files", max_copies=2))["model_id"]
     assert (await pods[0].chat("m"))[0] == 200
+
+    async def has_copies(num_copies: int, later_s: float) -> bool:
+        await adjust(pods, later_s)
+        return holders(pods, model_id) == num_copies
+
     for pod in pods:
         pod.runtime.switches.queued = 3
         pod.runtime.tell()
-    await until(lambda: holders(pods, model_id) == 2)
-    await asyncio.sleep(2.5)
-    assert holders(pods, model_id) == 2, "the registration allows two"
+    await until_async(lambda: has_copies(2, QUEUED_S))
+    for _ in range(3):
+        await adjust(pods, QUEUED_S)
+    record = pods[0].pod.registry.models.get(model_id)
+    assert record is not None
+    assert len(record.instance_ids) == 2, "the registration allows two"
     for pod in pods:
         pod.runtime.switches.queued = 0
         pod.runtime.tell()
-    await until(lambda: holders(pods, model_id) == 1)
+    await until_async(lambda: has_copies(1, 0.0))
 
 
 async def test_min_copies_are_loaded_and_idle_models_unloaded(pods: list[RunningPod]) -> None:
