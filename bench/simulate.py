@@ -1,7 +1,8 @@
 """Simulates a large mesh under two policies: `python -m bench.simulate [--pods 1000] [--models 1000000] [--seconds 60] [--plot FILE.svg]`.
 
 1,000 pods of 20 places, a million models by a power law, loads of 5 s and 2.5 s more to pull the files, a pod that dies and one that joins every 2 s. Repertory runs its own
-`plan`, `plan_eviction`, `choose`, `plan_copies` and records on a virtual clock; ModelMesh follows the rules of its source.
+`plan`, `plan_eviction`, `choose`, `plan_copies` and records on a virtual clock; ModelMesh follows the rules of its source. `--four-pods` takes the steady
+case of bench.placement instead, on a machine without delays, and adds a policy that knows the popularity of each model.
 """
 
 import argparse
@@ -10,17 +11,36 @@ import statistics
 import time
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
 from bench.simulated_mesh import Figures, Policy, Shape, SimMesh
-from bench.simulated_policies import ModelMeshPolicy, RepertoryPolicy
+from bench.simulated_policies import KnowingPolicy, ModelMeshPolicy, RepertoryPolicy
 from bench.svg import Series, line_chart
 
 _POLICIES: Mapping[str, Callable[[SimMesh], Policy]] = {
     "Repertory": RepertoryPolicy,
     "ModelMesh's rules": ModelMeshPolicy,
 }
+
+
+_FOUR_PODS = Shape(
+    num_pods=4,
+    places=12,
+    num_models=100,
+    exponent=0.9,
+    rate=70.0,
+    load_s=0.5,
+    pull_s=0.0,
+    service_s=0.005,
+    warmup_s=0.0,
+    seconds=60.0,
+    failure_every_s=1e9,
+    is_filled=False,
+)
+_LATE_S = 0.3
+_SEEDS = range(3)
 
 
 def popular(num_models: int, exponent: float, seed: int) -> Iterator[int]:
@@ -48,6 +68,21 @@ def row(name: str, figures: Figures, shape: Shape) -> tuple[str, ...]:
     )
 
 
+def compare_four_pods() -> None:
+    """Print the mean share of requests that waited for a load, and the mean number of loads."""
+    print("policy | refused | waited for a load | loads")
+    for name, policy in {**_POLICIES, "knows each popularity": KnowingPolicy}.items():
+        late, loads, refused = 0.0, 0, 0
+        for seed in _SEEDS:
+            shape = replace(_FOUR_PODS, seed=seed)
+            figures = SimMesh(shape, policy).run(popular(shape.num_models, shape.exponent, seed))
+            late += sum(wait_s >= _LATE_S for wait_s in figures.waits_s) / figures.requests / len(_SEEDS)
+            loads += figures.loads
+            refused += figures.refused
+        share = 100 * refused / len(_SEEDS) / (shape.rate * shape.seconds)
+        print(f"{name} | {share:.1f} % | {100 * late:.1f} % | {loads / len(_SEEDS):.0f}")
+
+
 def main() -> None:
     shape = Shape()
     parser = argparse.ArgumentParser(prog="python -m bench.simulate")
@@ -56,7 +91,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=shape.seconds)
     parser.add_argument("--rate", type=float, default=shape.rate)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--four-pods", action="store_true")
     asked = parser.parse_args()
+    if asked.four_pods:
+        compare_four_pods()
+        return
     shape = Shape(num_pods=asked.pods, num_models=asked.models, seconds=asked.seconds, rate=asked.rate)
     print("policy | refused | hits | loads per request | moves per failure | SLO missed | p99 wait | records written")
     series = []

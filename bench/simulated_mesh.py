@@ -18,7 +18,7 @@ _THREADS = 4
 class Shape:
     """The size of the mesh and its work. Times in seconds. A copy serves `concurrency` requests at once.
 
-    A load takes `pull_s` more on a pod that is not among the last four that loaded the model.
+    A load takes `pull_s` more on a pod that is not among the last four that loaded the model. `is_filled`: begin with the most popular models loaded.
     """
 
     num_pods: int = 1000
@@ -34,6 +34,7 @@ class Shape:
     seconds: float = 60.0
     failure_every_s: float = 2.0
     slo_s: float = 10.0
+    is_filled: bool = True
     seed: int = 0
 
 
@@ -131,7 +132,8 @@ class SimMesh:
         self._ends: list[tuple[float, str]] = []  # of loads
         self._next_pod = shape.num_pods
         self._policy = policy_for(self)
-        self._fill()
+        if shape.is_filled:
+            self._fill()
 
     def run(self, models: Iterator[int]) -> Figures:
         """Send `rate` requests a second for the warm-up and the measured time, each to a random pod."""
@@ -223,7 +225,7 @@ class SimMesh:
             del self.holders[copy.model]
 
     def _fill(self) -> None:
-        """Begin with the most popular models, spread at random."""
+        """Load the most popular models, spread at random."""
         places = [pod for pod in self.pods.values() for _ in range(self.shape.places)]
         self._rng.shuffle(places)
         for model, pod in enumerate(places[: self.shape.num_models]):

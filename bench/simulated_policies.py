@@ -266,3 +266,18 @@ class ModelMeshPolicy:
             requests_per_min=pod.requests,
         )
         return _KEY_BYTES + len(encode_record(record))
+
+
+class KnowingPolicy(RepertoryPolicy):
+    """Knows how popular each model is, which no mesh does: evicts the least popular idle model of all pods. Others can only approach it."""
+
+    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> tuple[SimPod, list[int]] | None:
+        pods = [pod for pod in self._mesh.pods.values() if pod.instance_id not in avoid]
+        free = [pod for pod in pods if len(pod.copies) < self._mesh.shape.places]
+        if free:
+            return min(free, key=lambda pod: len(pod.copies)), []
+        idle = [
+            copy for pod in pods for copy in pod.copies.values() if copy.is_loaded(now_s) and not copy.running(now_s)
+        ]
+        victim = max(idle, key=lambda copy: copy.model, default=None)
+        return None if victim is None else (victim.pod, [victim.model])
