@@ -81,7 +81,7 @@ class HostKv:
 
         Returns False if that was read later.
         """
-        if cache.blocks.obtainable():
+        if cache.blocks.free_blocks or cache.blocks.obtainable():
             return True
         oldest = self._oldest()
         if oldest is None or oldest[0] > read_s:

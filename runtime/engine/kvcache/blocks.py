@@ -105,6 +105,12 @@ class BlockPool:
         self._idle_in[place] -= 1
         self._num_idle -= 1
 
+    def slab_pages(self, page: int) -> range:
+        """The page ids of all blocks in the slab of this page."""
+        geometry = self.geometry
+        first = page // geometry.pages_per_slab * geometry.pages_per_slab
+        return range(first, first + geometry.blocks_per_slab * geometry.pages_per_block, geometry.pages_per_block)
+
     def idle_slab(self, page: int) -> bool:
         """Whether the slab of this page holds only free and idle blocks."""
         return self._is_idle(page // self.geometry.pages_per_slab)

@@ -143,10 +143,10 @@ class PrefixCache:
         """Release the least recently used slab without used blocks, whose content the lower tier may keep. Returns whether there was one."""
         for page in self._idle:
             if self.blocks.idle_slab(page):
-                pages_per_slab = self.blocks.geometry.pages_per_slab
-                place = page // pages_per_slab
-                leaving = [p for p in self._idle if p // pages_per_slab == place]
+                leaving = [p for p in self.blocks.slab_pages(page) if p in self._idle]
                 if self._lower is not None:
+                    # In the order of their use; of one sequence the last blocks, which serve fewer prefixes, come first.
+                    leaving.sort(key=lambda p: (self._idle[p], -p))
                     self._lower.save([(p, self._digest_of[p], self._idle[p]) for p in leaving])
                 for other in leaving:
                     self._forget_idle(other)
