@@ -295,13 +295,10 @@ class Placement:
             size_bytes = await self._runtime.predict_size(model_id, record.info) or 0
         limits = self._monitor.limits
         constraint = self._constraints.of(record.info.type)
-        with_base = await self._pods_with_base(record)
+        base = await self._base_of(record)
         zones = {pods[pod_id].zone for pod_id in record.instance_ids if pod_id in pods} - {""}
         views = [
-            replace(
-                self._view(pod_id, pod, record, constraint.num_preferred(self._labels(pod_id, pods)), zones),
-                has_base=pod_id in with_base,
-            )
+            _over(base, self._view(pod_id, pod, record, constraint.num_preferred(self._labels(pod_id, pods)), zones))
             for pod_id, pod in pods.items()
             if constraint.allows(self._labels(pod_id, pods))
             and self._states.may_load(model_id, record, pod_id)
@@ -314,14 +311,13 @@ class Placement:
             load_s=self._states.expected_load_s(model_id),
         )
 
-    async def _pods_with_base(self, record: ModelRecord) -> Set[str]:
-        """Return the pods that have, or are loading, the base of a LoRA adapter; none for other models."""
+    async def _base_of(self, record: ModelRecord) -> ModelRecord | None:
+        """Return the base of a LoRA adapter, None for other models and for a base that is not registered."""
         try:
             base = await self._registry.base_of(record.info)
         except NotFound:
-            return frozenset()
-        holder = None if base is None else self._registry.models.get(base[0])
-        return frozenset() if holder is None else holder.instance_ids.keys()
+            return None
+        return None if base is None else self._registry.models.get(base[0])
 
     def _view(
         self, pod_id: str, pod: InstanceRecord, record: ModelRecord, num_preferred: int, zones: Set[str]
@@ -381,3 +377,12 @@ class Placement:
         if pod_id == self._own_id:
             return self._own_labels
         return pods[pod_id].labels if pod_id in pods else ()
+
+
+def _over(base: ModelRecord | None, view: PodView) -> PodView:
+    """Return a pod's view for an adapter of `base`: where the base is not, its size and its files count most."""
+    if base is None:
+        return view
+    if view.instance_id in base.instance_ids:
+        return replace(view, has_base=True)
+    return replace(view, base_bytes=base.weight_bytes, has_files=view.instance_id in base.files_in)

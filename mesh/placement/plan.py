@@ -26,6 +26,7 @@ class PodView:
         num_preferred: labels that the model's type prefers and the pod has.
         has_files: the pod has loaded the model before, so that its files may be on its disk or in its memory.
         has_base: the pod has the base of the adapter, or is loading it. An adapter costs little there, and the whole base elsewhere.
+        base_bytes: the size of the base that the pod would load first, 0 if it has the base or the model is no adapter.
         has_copy_in_zone: another copy of the model is in the pod's zone.
     """
 
@@ -40,6 +41,7 @@ class PodView:
     num_preferred: int = 0
     has_files: bool = False
     has_base: bool = False
+    base_bytes: int = 0
     has_copy_in_zone: bool = False
 
 
@@ -48,13 +50,13 @@ def plan(pods: Sequence[PodView], model_id: str, size_bytes: int, *, load_s: flo
 
     Pods whose loads keep failing are last. All pods compute the same order from the same records, but for the bonus of the local pod.
     """
-    able = [pod for pod in pods if pod.capacity_bytes >= size_bytes]
+    able = [pod for pod in pods if pod.capacity_bytes >= size_bytes + pod.base_bytes]
     return tuple(pod.instance_id for pod in sorted(able, key=lambda pod: _order(pod, model_id, size_bytes, load_s)))
 
 
 def cost_s(pod: PodView, model_id: str, size_bytes: int, load_s: float) -> float:
     """Estimate the seconds until the model is loaded, and those that the load costs other models."""
-    fits = pod.free_bytes >= size_bytes
+    fits = pod.free_bytes >= size_bytes + pod.base_bytes
     threads = max(1, pod.loading_threads)
     queue = max(0, pod.num_loading + 1 - threads) / threads + _QUEUE_SHARE * pod.num_loading
     pull = 0.0 if pod.has_files else _PULL_SHARE

@@ -25,6 +25,7 @@ views = st.builds(
     num_preferred=st.integers(0, 2),
     has_files=st.booleans(),
     has_base=st.booleans(),
+    base_bytes=st.integers(0, 50),
     has_copy_in_zone=st.booleans(),
 ).map(lambda view: replace(view, free_bytes=min(view.free_bytes, view.capacity_bytes)))
 pods = st.lists(views, max_size=6)
@@ -34,7 +35,7 @@ pods = st.lists(views, max_size=6)
 def test_plan_orders_all_pods_that_are_large_enough(given_pods: list[PodView], size_bytes: int, load_s: float) -> None:
     order = plan(given_pods, "m", size_bytes, load_s=load_s)
     by_id = {pod.instance_id: pod for pod in given_pods}
-    assert set(order) == {pod.instance_id for pod in given_pods if pod.capacity_bytes >= size_bytes}
+    assert set(order) == {pod.instance_id for pod in given_pods if pod.capacity_bytes >= size_bytes + pod.base_bytes}
     assert plan(list(reversed(given_pods)), "m", size_bytes, load_s=load_s) == order
     failing = [by_id[pod_id].load_failures >= 2 for pod_id in order]
     assert failing == sorted(failing), "pods whose loads fail are last"
@@ -46,7 +47,7 @@ def test_plan_orders_all_pods_that_are_large_enough(given_pods: list[PodView], s
 
 @given(views, st.floats(0.01, 600))
 def test_plan_prefers_files_room_and_idle_pods(pod: PodView, load_s: float) -> None:
-    assume(pod.capacity_bytes > 20)
+    assume(pod.capacity_bytes > 20 + pod.base_bytes)
     full = replace(pod, free_bytes=0, load_failures=0)
     for better in (
         replace(full, instance_id="b", has_files=True),

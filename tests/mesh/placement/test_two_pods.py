@@ -221,3 +221,29 @@ async def test_one_pod_tells_of_the_whole_mesh(pods: tuple[RunningPod, RunningPo
         families = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
         assert len(set(families)) == len(families), "one is told twice"
     assert told == ["1.0"]
+
+
+async def test_an_adapter_goes_where_its_base_is_or_fits(tmp_path: Path, etcd: EtcdServer) -> None:
+    """The pod that is called has room for the adapters, not for their base, whose size is known from its first load."""
+    store = f"{etcd.url}/{uuid.uuid4().hex}"
+    sizes = {"/base": 40 * MB, "/sql": MB, "/legal": MB}
+    small = Switches(capacity_bytes=30 * MB, size_bytes=sizes)
+    async with (
+        running_pod(tmp_path / "a", store=store, switches=small) as a,
+        running_pod(tmp_path / "b", store=store, switches=Switches(size_bytes=sizes)) as b,
+    ):
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        await until(lambda: all(record.capacity_units for _, record in a.pod.registry.instances.live()))
+        ids = {}
+        of_base = {"adapter_of": "base"}
+        for name, settings in (("base", dict[str, str]()), ("sql", of_base), ("legal", of_base)):
+            ids[name] = (await a.name(name, f"/{name}", **settings))["model_id"]
+        assert (await a.chat("base"))[0] == 200
+        assert (await a.chat("sql"))[1]["answer"] == ids["sql"]
+        assert (set(a.runtime.loaded), set(b.runtime.loaded)) == (set(), {ids["base"], ids["sql"]})
+        await b.pod.placement.unload(ids["base"])
+        await until(lambda: not b.runtime.loaded)
+        assert (await a.chat("legal"))[1]["answer"] == ids["legal"]
+        assert (set(a.runtime.loaded), set(b.runtime.loaded)) == (set(), {ids["base"], ids["legal"]})
+        records = [a.pod.registry.models.get(model_id) for model_id in ids.values()]
+        assert [record.failed_in for record in records if record is not None] == [{}, {}, {}], "no pod tried in vain"
