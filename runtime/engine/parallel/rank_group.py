@@ -19,8 +19,8 @@ _ALIGNMENT = 16  # bytes that a thread of torch's kernels reads at once
 class RankGroup:
     """A rank's membership in its group. Every rank must call the same operations in the same order, with tensors of equal shapes.
 
-    Gloo carries tensors on a CPU. On GPUs, one per rank, tensors are summed through memory that all ranks map. NCCL carries the largest, and types
-    that torch's kernels do not know. CUDA graphs may hold both.
+    Gloo carries tensors on a CPU. On GPUs, one per rank, tensors are summed through memory that all ranks map. NCCL carries the largest, types that
+    torch's kernels do not know, and all where GPUs cannot map each other's memory. CUDA graphs may hold both.
     """
 
     def __init__(self, shard: Shard, device: torch.device, rendezvous: str) -> None:
@@ -40,7 +40,7 @@ class RankGroup:
             timeout=timedelta(seconds=_JOIN_S),
             device_id=device if on_gpu else None,
         )
-        self._shared = SharedMemory(device, shard.size) if on_gpu else None
+        self._shared = SharedMemory(device, shard.size) if on_gpu and _reach_each_other(shard, device) else None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over all ranks, which is bit for bit the same on each. May overwrite `tensor`."""
@@ -48,6 +48,12 @@ class RankGroup:
             return self._shared.all_reduce(tensor)
         dist.all_reduce(tensor)
         return tensor
+
+
+def _reach_each_other(shard: Shard, device: torch.device) -> bool:
+    first = (device.index or 0) - shard.rank
+    devices = range(first, first + shard.size)
+    return all(torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b)
 
 
 class SharedMemory:
