@@ -1,6 +1,6 @@
 """Compares a gRPC call through the mesh with one through a bare grpc.aio proxy: rate, latency and the CPU time of the process between.
 
-    python -m bench.edge [--seconds 1.0] [--turns 5] [--clients 1,32,128] [--streams 1,32] [--churn-calls 60000]
+    python -m bench.edge [--envoy] [--seconds 1.0] [--turns 5] [--clients 1,32,128] [--streams 1,32] [--churn-calls 60000]
 
 Client and server are compiled programs (bench/h2_load.py), so that the two processes compared do most of the work. In each turn every path is measured
 once, one after the other. A ratio is the median of the turns' ratios, because the machine's speed changes from turn to turn; other figures are
@@ -170,12 +170,15 @@ def _cpu_us(sample: Sample) -> float:
     return sample.cpu_us
 
 
-def churn(num_calls: int) -> None:
+def churn(num_calls: int, *, with_envoy: bool) -> None:
     """Count the calls that fail while each model in turn is unloaded, over a runtime that refuses calls for models that it does not have."""
     with contextlib.ExitStack() as parts:
         home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-edge-")))
         parts.enter_context(stack.program("bench.idle_runtime", str(home)))
-        mesh = parts.enter_context(stack.mesh(home, f"unix:{home}/runtime.sock", f"unix:{home}/http.sock"))
+        settings = {"envoy": "auto", "envoy_dir": f"{home}/envoy"} if with_envoy else {}
+        mesh = parts.enter_context(
+            stack.mesh(home, f"unix:{home}/runtime.sock", f"unix:{home}/http.sock", None, **settings)
+        )
         names = [f"{MODEL}-{number}" for number in range(CHURN_MODELS)]
         for name in names:
             stack.load_and_wait(mesh, name, "file:///nothing")
@@ -202,7 +205,7 @@ def churn(num_calls: int) -> None:
             unloading.result()
     failed, calls = sum(run.failed for run in runs), sum(run.calls for run in runs)
     print(
-        f"\n{calls:,} calls by {CHURN_CLIENTS} clients for {CHURN_MODELS} models during {num_unloads} unloads, after each of which "
+        f"\n{'mesh with Envoy' if with_envoy else MESH}: {calls:,} calls by {CHURN_CLIENTS} clients for {CHURN_MODELS} models during {num_unloads} unloads, after each of which "
         f"the next call loads the model again: {failed} failed; the slowest model's p99 is {max(run.p99_s for run in runs) * 1e3:.1f} ms"
     )
 
@@ -216,6 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--churn-calls", type=int, default=60_000, help="calls during which models come and go; 0 = none"
     )
+    parser.add_argument("--envoy", action="store_true", help="let the models come and go behind Envoy, too")
     args = parser.parse_args()
     h2_load.check_installed()
     print("| call | clients | path | messages/s | p50 ms | p99 ms | CPU µs | of bare: rate | p99 | CPU | asked met |")
@@ -226,7 +230,9 @@ def main() -> None:
         for count in filter(None, args.streams.split(",")):
             compare(paths, stream(), int(count), args.seconds, args.turns, per_call=EVENTS, goal=STREAM)
     if args.churn_calls:
-        churn(args.churn_calls)
+        churn(args.churn_calls, with_envoy=False)
+        if args.envoy:
+            churn(args.churn_calls, with_envoy=True)
     print(f"\n{MODELMESH}")
 
 
