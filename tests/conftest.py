@@ -1,8 +1,9 @@
 """Provides what all areas share: a real etcd, Triton's interpreter where there is no GPU, and the cases that coverage measures."""
 
+import gc
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import pytest
 import torch
@@ -24,6 +25,24 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         num_cases[function] += 1
         if num_cases[function] > _MEASURED_CASES:
             item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Collect garbage before a failure is shown, and not meanwhile.
+
+    Showing a failure parses source text. On Python 3.11 `ast.parse` raises SystemError if a finalizer that it triggers logs a traceback, as that of a
+    failed task does, since that parses, too. pytest then ends with an internal error, and the remaining tests do not run.
+    """
+    if call.excinfo is not None:
+        gc.collect()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
