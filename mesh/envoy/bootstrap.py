@@ -64,7 +64,15 @@ def bootstrap_text(config: MeshConfig, files: EnvoyFiles) -> str:
     control = {
         "api_type": "DELTA_GRPC",
         "transport_api_version": "V3",
-        "grpc_services": [{"envoy_grpc": {"cluster_name": CONTROL_CLUSTER}}],
+        # By default Envoy waits for up to 30 s before it tries again, so long would a mesh that is back be without control.
+        "grpc_services": [
+            {
+                "envoy_grpc": {
+                    "cluster_name": CONTROL_CLUSTER,
+                    "retry_policy": {"retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"}},
+                }
+            }
+        ],
     }
     content: Json = {
         "node": {"id": config.instance_id or "repertory", "cluster": config.service_name},

@@ -161,7 +161,7 @@ class Pod:
                 *(() if self._envoy is None else (self._envoy.run(),)),
             )
         ]
-        logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.grpc.port, "http": self.http.port})
+        logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.ports.grpc, "http": self.ports.http})
 
     async def stop(self) -> None:
         """Refuse new requests, let running ones end within the grace period, and withdraw this pod's records."""

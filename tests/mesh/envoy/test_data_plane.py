@@ -158,3 +158,52 @@ async def test_calls_that_select_an_adapter_are_the_meshs(pod: RunningPod) -> No
         while await num_through_mesh(pod, "m") == before:
             await pod.echo("m")
     assert (await pod.chat("m"))[0] == 200
+
+
+async def test_calls_beyond_a_copys_limit_wait_in_the_mesh(tmp_path: Path) -> None:
+    async with running_envoy_pod(tmp_path / "pod", switches=Switches(max_concurrency=2)) as pod:
+        await pod.register("m")
+        await until_carried(pod, "m")
+        held = [pod.method("Echo")(metadata=FOR_M) for _ in range(2)]
+        for call in held:
+            await call.write(b"1")
+            assert await call.read() == b"1"
+        before = await num_through_mesh(pod, "m")
+        assert await pod.echo("m") == b"hi"
+        assert await num_through_mesh(pod, "m") == before + 1
+        for call in held:
+            call.cancel()
+
+
+async def test_messages_that_need_an_id_written_into_them_are_the_meshs(tmp_path: Path) -> None:
+    switches = Switches(methods={"test.Any/Echo": (1,)})
+    async with running_envoy_pod(tmp_path / "pod", switches=switches, foreign=True) as pod:
+        await pod.register("m")
+        await pod.load("m")
+        async with asyncio.timeout(10):
+            while not (await _chat_passes(pod)):
+                pass
+        before = await num_through_mesh(pod, "m")
+        assert await pod.echo("m", b"\n\x01x") == b"\n\x01m"
+        assert await num_through_mesh(pod, "m") == before + 1
+
+
+async def _chat_passes(pod: RunningPod) -> bool:
+    before = await num_through_mesh(pod, "m")
+    await pod.chat("m")
+    return await num_through_mesh(pod, "m") == before
+
+
+async def test_a_name_that_moves_is_carried_to_its_new_model(pod: RunningPod) -> None:
+    first = (await pod.name("smol", "/one"))["model_id"]
+    await until_carried(pod, "smol")
+    await pod.name("smol", "/two")
+    answers = [first]
+    async with asyncio.timeout(10):
+        while answers[-1] == first:
+            status, body, _ = await pod.chat("smol")
+            assert status == 200
+            answers.append(body["answer"])
+    await until_carried(pod, "smol")
+    assert (await pod.chat("smol"))[1]["answer"] == answers[-1], "the name does not move back"
+    assert answers[-1].startswith("smol__")

@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 
 from common.model_key import DefaultSampling, ModelSettings
+from common.not_here import NOT_HERE_HEADER
 from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
 from runtime.types import FinishReason
@@ -394,6 +395,9 @@ async def test_find_model_by_header_by_field_and_alone(model: ServedModel, llama
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services.tgis.Generate(batch("a"), metadata=(("mm-model-id-bin", b"gone"),))
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        # Without a header or message before it, gRPC sends the trailer as the answer's only header, by which a proxy sends the call on.
+        assert dict(tuple(caught.value.trailing_metadata()))[NOT_HERE_HEADER] == "1"
+        assert not tuple(caught.value.initial_metadata())
 
 
 async def test_generate_engine_errors_have_their_status_and_hint(services: Services) -> None:
@@ -412,6 +416,7 @@ async def test_generate_failure_ends_the_batch(services: Services) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.tgis.Generate(batch("a", "b"))
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "model m1: the engine died")
+    assert dict(tuple(caught.value.trailing_metadata()))[NOT_HERE_HEADER] == "1"
 
 
 async def test_generate_stream_cancellation_frees_the_rows(services: Services) -> None:
