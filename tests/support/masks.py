@@ -125,8 +125,9 @@ class FakeMaskSources:
         self.opened.append(source)
         return FakeJob(source, self._polls)
 
-    def compute(self, sources: Sequence[MaskSource]) -> None:
-        assert all(isinstance(source, GrammarMasks | BadWords) for source in sources)
+    def compute(self, sources: Sequence[MaskSource | None], words: TokenMasks) -> None:
+        assert len(sources) == len(words)
+        assert all(source is None or isinstance(source, GrammarMasks | BadWords) for source in sources)
 
     def retain(self, model_dirs: Collection[str]) -> None:
         self.retained = frozenset(model_dirs)

@@ -82,7 +82,7 @@ class EngineLoop:
         self._wait_limit = WaitLimit(self.table, config.wait_budget_s)
         self._round_robin = RoundRobin(config.quantum_us)
         self._loads = Loads(self.table, self._collect_all_of)
-        self._compute_masks = mask_sources.compute if mask_sources is not None else lambda sources: None
+        self._compute_masks = mask_sources.compute if mask_sources is not None else lambda sources, words: None
         self._commands = Commands(self.table, self._loads, self._round_robin, mask_sources)
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0

@@ -32,12 +32,12 @@ class GuidedSequence:
         self._reasoning = bool(grammar.reasoning_close) and grammar.starts_in_reasoning
         self._tail = b""
         self._is_first = True
-        self._computed: TokenMasks | None = None  # the next mask, if it was computed with those of others
+        self._is_computed = False  # the line that comes next has the matcher's mask
 
     @property
     def awaits_mask(self) -> bool:
         """Whether the next mask is the matcher's, and is not computed yet."""
-        return self._computed is None and not self._reasoning and not self._matcher.is_error()
+        return not self._is_computed and not self._reasoning and not self._matcher.is_error()
 
     @property
     def matcher(self) -> "LLMatcher":
@@ -47,9 +47,9 @@ class GuidedSequence:
     def tokenizer(self) -> GrammarTokenizer:
         return self._tokenizer
 
-    def set_mask(self, words: TokenMasks) -> None:
-        """Keep the next mask [mask_words of the library's vocabulary], which the matcher has computed."""
-        self._computed = words
+    def note_computed(self) -> None:
+        """Note that the matcher has written its mask to the line that `fill_mask` gets next."""
+        self._is_computed = True
 
     @property
     def finished(self) -> bool:
@@ -59,18 +59,18 @@ class GuidedSequence:
         if self._reasoning:
             words[:] = _ALL_ALLOWED
             return
-        if self._computed is None:
-            self._tokenizer.fill(self._matcher, words)
+        if self._is_computed:
+            self._is_computed = False
+            self._tokenizer.cut(words)
         else:
-            self._tokenizer.cut(self._computed, words)
-            self._computed = None
+            self._tokenizer.fill(self._matcher, words)
         self._check()
         if self._is_first and self._open_id is not None:
             word, bit = divmod(self._open_id, 32)
             words[word] |= -(1 << 31) if bit == 31 else 1 << bit
 
     def accept(self, tokens: Sequence[int]) -> None:
-        self._computed = None
+        self._is_computed = False
         for token in tokens:
             if self._is_first and token == self._open_id:
                 self._reasoning = True

@@ -55,8 +55,11 @@ class MaskSources(Protocol):
     def open(self, checkpoint: Checkpoint, facts: ModelFacts, grammar: Grammar) -> MaskSourceJob:
         """Begin to make a mask source for one sequence. Returns at once."""
 
-    def compute(self, sources: Sequence[MaskSource]) -> None:
-        """Compute the next masks of several sequences at once, so that each `fill_mask` that follows only copies its own."""
+    def compute(self, sources: Sequence[MaskSource | None], words: TokenMasks) -> None:
+        """Write the next masks of several sequences at once, each to its line of `words`. None: the line is not touched.
+
+        Every source's `fill_mask` follows with the same line, and completes what is there or writes it.
+        """
 
     def retain(self, model_dirs: Collection[str]) -> None:
         """Release what is kept for models in other folders than these."""

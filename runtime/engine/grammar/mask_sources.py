@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from runtime.engine.grammar.guided_sequence import GuidedSequence, first_line
-from runtime.engine.grammar.interfaces import MaskSource, MaskSourceJob, mask_words
+from runtime.engine.grammar.interfaces import MaskSource, MaskSourceJob, TokenMasks, mask_words
 from runtime.engine.grammar.tokenizer import GrammarTokenizer, read_tokenizer
 from runtime.errors import EngineFault, InvalidRequest, NotSupported, RepertoryError
 from runtime.ipc.messages import GrammarFigures
@@ -73,23 +73,27 @@ class GrammarMaskSources:
     def open(self, checkpoint: Checkpoint, facts: ModelFacts, grammar: Grammar) -> MaskSourceJob:
         return _Job(self._pool.submit(self._make, checkpoint.model_dir, facts, grammar))
 
-    def compute(self, sources: Sequence[MaskSource]) -> None:
-        if len(sources) < _LEAST_TOGETHER or self._fill_threads < 2:
+    def compute(self, sources: Sequence[MaskSource | None], words: TokenMasks) -> None:
+        width = words.shape[1]
+        found = [
+            (line, source)
+            for line, source in enumerate(sources)
+            if isinstance(source, GuidedSequence) and source.awaits_mask and source.tokenizer.num_words == width
+        ]
+        address, stride = words.ctypes.data, width * words.itemsize
+        if len(found) < _LEAST_TOGETHER or self._fill_threads < 2:
+            for line, source in found:
+                source.matcher.unsafe_compute_mask_ptr(address + line * stride, stride)
+                source.note_computed()
             return
-        groups: dict[int, list[GuidedSequence]] = {}
-        for source in sources:
-            if isinstance(source, GuidedSequence) and source.awaits_mask:
-                groups.setdefault(mask_words(source.tokenizer.library.vocab_size), []).append(source)
-        for width, group in groups.items():
-            if self._executor is None:
-                from llguidance import LLExecutor
+        if self._executor is None:
+            from llguidance import LLExecutor
 
-                self._executor = LLExecutor(self._fill_threads)
-            masks = np.zeros((len(group), width), np.int32)
-            work = [(source.matcher, line) for line, source in enumerate(group)]
-            self._executor.unsafe_compute_mask_ptr(work, masks.ctypes.data, width * 4, len(group))
-            for source, line in zip(group, masks, strict=True):
-                source.set_mask(line)
+            self._executor = LLExecutor(self._fill_threads)
+        work = [(source.matcher, line) for line, source in found]
+        self._executor.unsafe_compute_mask_ptr(work, address, stride, len(words))
+        for _, source in found:
+            source.note_computed()
 
     def retain(self, model_dirs: Collection[str]) -> None:
         with self._lock:

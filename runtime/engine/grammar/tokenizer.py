@@ -28,17 +28,21 @@ class GrammarTokenizer:
     def size_bytes(self) -> int:
         return _FIXED_BYTES + _BYTES_PER_TOKEN * self.vocab_size
 
+    @property
+    def num_words(self) -> int:
+        """The width of a mask as the library writes it."""
+        return mask_words(self.library.vocab_size)
+
     def fill(self, matcher: "LLMatcher", words: TokenMasks) -> None:
         """Write the matcher's mask to `words` [mask_words(vocab_size)]."""
-        width = mask_words(self.library.vocab_size)
-        target = words if width == len(words) else np.zeros(width, np.int32)
+        target = words if self.num_words == len(words) else np.zeros(self.num_words, np.int32)
         matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        self.cut(target, words)
+        if target is not words:
+            words[:] = target[: len(words)]
+        self.cut(words)
 
-    def cut(self, computed: TokenMasks, words: TokenMasks) -> None:
-        """Write a mask that the library computed to `words`, without the tokens that the model was never given."""
-        if computed is not words:
-            words[:] = computed[: len(words)]
+    def cut(self, words: TokenMasks) -> None:
+        """Take the tokens that the model was never given out of a mask."""
         if self.library.vocab_size > self.vocab_size and self.vocab_size % 32:
             words[-1] &= (1 << self.vocab_size % 32) - 1
 

@@ -23,15 +23,17 @@ class StepMasks:
 
 
 def fill_masks(
-    sequences: Iterable[Sequence], vocab_size: int, compute: Callable[[list[MaskSource]], None] = lambda sources: None
+    sequences: Iterable[Sequence],
+    vocab_size: int,
+    compute: Callable[[list[MaskSource | None], TokenMasks], None] = lambda sources, words: None,
 ) -> StepMasks:
     """Ask every sequence's source for the mask of its next token. An error of a source is a failure of its sequence alone.
 
-    `compute` is called first, with all sources that will be asked.
+    `compute` is called first: see `MaskSources.compute`.
     """
     masked = list(sequences)
-    compute([s.mask_source for s in masked if s.mask_source is not None and s.state is State.RUNNING])
     words = np.zeros((len(masked), mask_words(vocab_size)), np.int32)
+    compute([s.mask_source if s.state is State.RUNNING else None for s in masked], words)
     failures: list[tuple[Sequence, str]] = []
     for line, sequence in zip(words, masked, strict=True):
         assert sequence.mask_source is not None

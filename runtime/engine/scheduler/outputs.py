@@ -145,8 +145,8 @@ def settle_decode(
         if sequence.mask_source is not None:
             sequence.mask_source.accept(taken)
         reason, stop_token = outcome(sequence, tokens[i], rules)
-        if reason is None and sequence.mask_source is not None:
-            forced, reason, stop_token = _append(sequence, take_forced(sequence), rules)
+        if reason is None and sequence.mask_source is not None and (following := take_forced(sequence)):
+            forced, reason, stop_token = _append(sequence, following, rules)
             taken += forced
         logprob = result.logprobs[i] if result.logprobs is not None else None
         if reason is not None or logprob is not None or len(taken) > 1:

@@ -49,6 +49,7 @@ class LogitsProcessors:
         self._rows: dict[int, _Row] = {}
         self._history = torch.zeros((0, vocab_size), dtype=torch.int32, device=tables.device)
         self._free: list[int] = []
+        self.limited_rows: set[int] = set()  # masked rows whose request itself allows fewer tokens
 
     def open(self, setup: RowSetup) -> bool:
         """Set up a row. Returns False if its logits are never changed."""
@@ -81,10 +82,13 @@ class LogitsProcessors:
             line.index_fill_(0, to_device(prompt[: setup.prompt_len], self._tables.device), _IN_PROMPT)
             self._count(np.full(max(0, len(prompt) - setup.prompt_len), row.table), prompt[setup.prompt_len :])
         self._rows[setup.row] = row
+        if row.limits is not None and (row.limits.allowed is not None or row.limits.not_suppressed is not None):
+            self.limited_rows.add(setup.row)
         return True
 
     def close(self, row: int) -> None:
         known = self._rows.pop(row, None)
+        self.limited_rows.discard(row)
         if known is not None and known.table >= 0:
             self._free.append(known.table)
 
@@ -160,8 +164,6 @@ class LogitsProcessors:
         """
         limits = self._rows[row].limits
         assert limits is not None
-        if limits.allowed is None and limits.not_suppressed is None:
-            return
         suppresses = position < self._rows[row].suppressed_until
         for limit in (limits.not_suppressed if suppresses else None, limits.allowed):
             if limit is not None and (mask & limit).any():

@@ -21,8 +21,9 @@ class StepMaskLines:
 
     def limit(self, edits: LogitsProcessors, positions: Mapping[int, int]) -> None:
         """Take out what the rows' own parameters forbid for draws at `positions`, by row slot."""
-        for line, row in zip(self._words, self._rows, strict=True):
-            edits.limit(line, row, positions[row])
+        for index, row in enumerate(self._rows):
+            if row in edits.limited_rows:
+                edits.limit(self._words[index], row, positions[row])
 
     def apply(self, logits: torch.Tensor, places: Mapping[int, int]) -> None:
         """Mask the lines of `logits` at `places`, by row slot. Slots without a mask do not count."""

@@ -79,8 +79,8 @@ class Sampler:
 
         `logits` [S or more, V] belong to the step's samples. Those of masked rows are masked in place, but for the samples `kept`.
         """
-        kinds = self._kinds[shape.sample_rows]
-        special = np.flatnonzero(kinds).tolist()
+        kinds = self._kinds[shape.sample_rows].tolist()
+        special = [s for s, kind in enumerate(kinds) if kind != _PLAIN]
         rows, positions = shape.sample_rows.tolist(), shape.sample_positions.tolist()
         copied = set(kept)
         edited = [

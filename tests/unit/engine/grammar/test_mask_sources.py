@@ -210,17 +210,27 @@ def test_equal_tokenizers_are_kept_once_and_while_a_model_has_them(folder: Path,
     assert sources.host_bytes == 0
 
 
-@pytest.mark.parametrize("vocab_size", [390, 396, 500])
-def test_mask_sources_compute_together_equals_alone(folder: Path, vocab_size: int) -> None:
-    sources = GrammarMaskSources(fill_threads=2)
+def masks_together(sources: GrammarMaskSources, runs: list[Run]) -> list[list[int]]:
+    """The next masks of several runs, computed at once. A line without a source stays as it is."""
+    words = np.zeros((len(runs) + 1, mask_words(runs[0].vocab_size)), np.int32)
+    sources.compute([None, *(run.source for run in runs)], words)
+    assert not words[0].any()
+    for run, line in zip(runs, words[1:], strict=True):
+        run.source.fill_mask(line)
+    return [unpack(line, run.vocab_size) for run, line in zip(runs, words[1:], strict=True)]
+
+
+@pytest.mark.parametrize("fill_threads", [1, 2])
+@pytest.mark.parametrize("vocab_size", [380, 390, 396, 500])
+def test_mask_sources_compute_together_equals_alone(folder: Path, vocab_size: int, fill_threads: int) -> None:
+    sources = GrammarMaskSources(fill_threads=fill_threads)
     rng = random.Random(4)
     thinking = msgspec.structs.replace(DIGITS, reasoning_close="zo", starts_in_reasoning=True)
     grammars = [COLOURS, DIGITS, thinking, COLOURS, DIGITS, DIGITS]
     alone = [open_run(folder, grammar, sources, vocab_size=vocab_size) for grammar in grammars]
     together = [open_run(folder, grammar, sources, vocab_size=vocab_size) for grammar in grammars]
     for _ in range(4):
-        sources.compute([run.source for run in together])
-        masks = [run.mask() for run in together]
+        masks = masks_together(sources, together)
         assert masks == [run.mask() for run in alone]
         for mask, one, other in zip(masks, alone, together, strict=True):
             token = rng.choice(mask)
@@ -231,6 +241,6 @@ def test_mask_sources_compute_together_equals_alone(folder: Path, vocab_size: in
 def test_guided_sequence_accept_drops_computed_mask(folder: Path) -> None:
     sources = GrammarMaskSources(fill_threads=2)
     runs = [open_run(folder, COLOURS, sources) for _ in range(4)]
-    sources.compute([run.source for run in runs])
+    sources.compute([run.source for run in runs], np.zeros((4, mask_words(396)), np.int32))
     runs[0].take(*runs[0].tokenizer.encode("{").ids)
     assert {runs[0].tokenizer.decode([token])[0] for token in runs[0].mask()} == {"r", "b"}
