@@ -13,6 +13,7 @@ from runtime.engine.kernels.gpu.nvrtc import SHARED_BYTES
 from runtime.engine.kernels.rope import rope_and_cache
 from runtime.engine.kernels.scratch import Scratch
 
+BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -173,6 +174,29 @@ def test_kernel_equals_twin(device: torch.device, case: Case) -> None:
     assert batch.out.isnan().flatten(1).any(1).sum() == case.padded_rows
 
 
+@pytest.mark.parametrize("rows", [((1, 40),), ((3, 40),)], ids=["decode", "mixed"])
+def test_queries_beyond_fp16_meet_keys_of_eight_bits(device: torch.device, rows: tuple[tuple[int, int], ...]) -> None:
+    """bf16 queries are multiplied with such keys in fp16, whose range is smaller. One channel decides which key has all the weight."""
+    batch = _batch(Case(rows, fp8=True, dtype=BF16), device)
+    batch.arguments.q.zero_()
+    batch.arguments.q[:, :, 3] = 1e30
+    gpu.paged_attention(batch.out, *batch.arguments, Scratch.allocate(device, partial_elements=1 << 19))
+    torch.testing.assert_close(batch.out.double().cpu(), _reference_of_one_channel(batch, 3), rtol=0.02, atol=0.02)
+
+
+def _reference_of_one_channel(batch: Batch, channel: int) -> torch.Tensor:
+    """The mean of the values whose keys are largest in `channel`, for each query of the first row."""
+    case = batch.case
+    ((count, context),) = case.rows
+    out = torch.empty(count, case.heads, case.dim, dtype=torch.float64)
+    for index in range(count):
+        for head in range(case.heads):
+            kv_head = head * case.kv_heads // case.heads
+            keys = batch.keys[0][: context - count + index + 1, kv_head, channel]
+            out[index, head] = batch.values[0][: len(keys), kv_head][keys == keys.max()].mean(0)
+    return out
+
+
 @pytest.mark.parametrize("case", DECODE[:4] + MIXED)
 def test_twin_against_float64(case: Case) -> None:
     batch = _batch(case, torch.device("cpu"))
@@ -206,7 +230,6 @@ def _lengths(count: int, longest: int) -> tuple[tuple[int, int], ...]:
     )
 
 
-BF16, FP16 = torch.bfloat16, torch.float16
 CUT = attention_cuda.Cut
 CUDA = [
     (

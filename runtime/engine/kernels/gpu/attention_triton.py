@@ -14,6 +14,18 @@ from runtime.engine.kernels.gpu.dot import dot, dot_add
 
 
 @triton.jit
+def _as_operand(q, k_plane_ptr):
+    """Return queries in the type in which they are multiplied with keys.
+
+    For keys of 8 bits that is fp16, which holds every e4m3 value: one instruction converts two keys to it, several one to bf16. A query beyond
+    fp16's range becomes its largest number.
+    """
+    if k_plane_ptr.dtype.element_ty.primitive_bitwidth == 8 and q.dtype.primitive_bitwidth == 16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return q
+
+
+@triton.jit
 def _attend(
     q,
     begin,
@@ -154,7 +166,7 @@ def decode_kernel(
     dims = tl.arange(0, BLOCK_D)
     mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     place = token * (KV_HEADS * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptr + place, mask=mask, other=0.0)
+    q = _as_operand(tl.load(q_ptr + place, mask=mask, other=0.0), k_plane_ptr)
     m, total = _start_sinks(sinks_ptr, heads, row_mask & (split == 0), SINKS, BLOCK_M)
     if SINKS:
         m = tl.where(split == 0, m, float("-inf"))
@@ -281,7 +293,7 @@ def mixed_kernel(
     dims = tl.arange(0, BLOCK_D)
     mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     place = ((start + queries).to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + heads * HEAD_DIM)[:, None] + dims[None, :]
-    q = tl.load(q_ptr + place, mask=mask, other=0.0)
+    q = _as_operand(tl.load(q_ptr + place, mask=mask, other=0.0), k_plane_ptr)
     q_pos = length - num_queries + queries
 
     lowest = length - num_queries + first_query
