@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from common.model_state import Tier
 from runtime.engine.core.adapter_manager import AdapterManager
 from runtime.engine.core.loaded_model import LoadedModel
-from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims
+from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims, patience_s
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.operations import Evict, Operation, SwapIn
 from runtime.engine.scheduler.admission import blocks_for
@@ -44,6 +44,7 @@ class ResidencyManager:
         self._models = models
         self._enqueue = enqueue
         self._claimant = ""  # the model whose first sequence waits for room that others are releasing
+        self._drained_for = ""  # the model for which others were last drained
         self._num_changes = 0
 
     @property
@@ -68,7 +69,8 @@ class ResidencyManager:
                 while model.scheduler.preempt_newest(now):
                     pass
         if not absent:
-            self._end_drains()
+            if not self._has_turn(now):
+                self._end_drains()
             return
         absent.sort(key=lambda entry: entry[0])
         for since, model in absent:
@@ -113,6 +115,7 @@ class ResidencyManager:
                 kv = sum(m.cache.blocks.slabs - m.cache.blocks.idle_slabs for m in others)
                 for victim in choose_to_drain(holders, max(short - kv, 1), waited_s, model.return_cost_s, now):
                     self._models[victim].drain(now)
+                    self._drained_for = model.model_id
                 return
             while self._pool.free < need and self._drop_oldest_prefix(self._models.values()):
                 pass
@@ -143,7 +146,18 @@ class ResidencyManager:
         model.begin_swap_in(slabs, now)
         self._num_changes += 1
 
+    def _has_turn(self, now: float) -> bool:
+        """Whether the model for which others were drained has requests still, and came in less than its patience ago.
+
+        The drained models' requests came before its own, and would take the room back before it has drawn a token.
+        """
+        model = self._models.get(self._drained_for)
+        if model is None or not model.resident or not model.has_work():
+            return False
+        return now - model.resident_since_s < patience_s(model.return_cost_s, model.return_cost_s)
+
     def _end_drains(self) -> None:
+        self._drained_for = ""
         for model in self._models.values():
             model.stop_draining()
 

@@ -251,6 +251,23 @@ def test_residency_preempts_endless_row() -> None:
     made.close()
 
 
+def test_residency_lets_model_run_for_which_another_was_drained() -> None:
+    """The long request came first and cannot continue beside the short one. It took the room back after each token of the short one."""
+    made = stage("ab", total_slabs=18, weight_slabs=8, turn_s=0.5, max_model_len=160, kv=KvGeometry(4, 4, 4, 1, 64, 64))
+    long = made.add("a", [5], 150)
+    made.turn(40)
+    assert tier(made, "b") is not Tier.DEVICE
+    short = made.add("b", [5], 4)
+    while short.last is None:
+        made.turn()
+    assert long.last is None
+    assert {model.model_id: model.preemptions_total for model in made.stats().models} == {"a": 1, "b": 0}
+    made.until_quiet()
+    made.check_all()
+    assert (len(short.tokens), len(long.tokens)) == (4, 150)
+    made.close()
+
+
 def test_residency_reclaims_prefixes_then_weights_then_rows() -> None:
     made = stage("ab", total_slabs=20, weight_slabs=4, max_model_len=150, kv=KvGeometry(4, 4, 4, 1, 64, 64))
     made.add("b", list(range(60)), 2)  # leaves four slabs of cached prefix
