@@ -3,9 +3,15 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mesh.cli.main import VERBS
+from runtime.api.anthropic.types import MessagesBody
+from runtime.api.ollama.types import ChatRequest, GenerateRequest, Options
+from runtime.api.openai.embeddings import EmbeddingsBody
+from runtime.api.openai.types import ChatBody, CompletionBody
+from runtime.api.openai_responses.types import ResponsesBody
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -40,3 +46,14 @@ def test_index_names_every_page() -> None:
 def test_commands_of_a_page_exist(page: Path) -> None:
     verbs = re.findall(r"(?:^|`|/)repertory ([a-z][a-z-]*)", page.read_text(), re.MULTILINE)
     assert {verb for verb in verbs if verb not in VERBS} == set()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [ChatBody, CompletionBody, EmbeddingsBody, ResponsesBody, MessagesBody, ChatRequest, GenerateRequest, Options],
+)
+def test_page_of_the_apis_names_every_field(body: type[msgspec.Struct]) -> None:
+    marked = re.findall(r"`([^`]+)`", (ROOT / "docs" / "api.md").read_text())
+    named = {word for text in marked for word in re.findall(r"\w+", text)}
+    missing = [field for field in body.__struct_fields__ if field not in named and not field.startswith("guided_")]
+    assert missing == []
