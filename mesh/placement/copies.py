@@ -33,6 +33,7 @@ class LocalCopy:
         is_announced: the model's record lists this pod, so that its removal from the record is an order to unload.
         is_measured: the size of the weights has been written to the model's record.
         base_id: the model whose LoRA adapter this is, which is loaded here too; "" if it is none.
+        failure: why the load failed; "" if it did not.
     """
 
     model_id: str
@@ -48,6 +49,7 @@ class LocalCopy:
     is_announced: bool = False
     is_measured: bool = False
     base_id: str = ""
+    failure: str = ""
 
     @property
     def is_pending(self) -> bool:

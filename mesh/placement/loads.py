@@ -229,12 +229,15 @@ class LocalLoads:
             return
         copy.base_id, info = base
         self._copies.touch(copy.base_id, copy.last_used_ms)
-        loaded = self._copies.get(copy.base_id)
+        loaded = tried = self._copies.get(copy.base_id)
         if loaded is None or not loaded.is_loaded:
-            await asyncio.wait([self.load(copy.base_id, info, last_used_ms=copy.last_used_ms, is_extra=True)])
+            task = self.load(copy.base_id, info, last_used_ms=copy.last_used_ms, is_extra=True)
+            tried = self._copies.get(copy.base_id)
+            await asyncio.wait([task])
             loaded = self._copies.get(copy.base_id)
         if loaded is None or not loaded.is_loaded:
-            raise LoadFailed(f"its base {copy.base_id} could not be loaded on this pod", model=copy.model_id)
+            cause = f": {tried.failure}" if tried is not None and tried.failure else ""
+            raise LoadFailed(f"its base {copy.base_id} could not be loaded on this pod{cause}", model=copy.model_id)
 
     async def _announce(self, copy: LocalCopy, is_extra: bool) -> None:
         try:
@@ -386,6 +389,7 @@ class LocalLoads:
         logger.warning("model failed to load", extra={"model": copy.model_id, "error": error.detail})
         # This pod leaves the record by itself. That does not mean that it must unload.
         copy.is_announced = False
+        copy.failure = error.detail
         await log_errors(
             self._record_updates.failed(copy.model_id, error.detail, at_ms=epoch_ms(), lasting=error.lasting)
         )

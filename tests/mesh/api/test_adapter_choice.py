@@ -172,3 +172,11 @@ async def test_a_foreign_runtime_gets_its_own_fields_untouched(tmp_path: Path) -
     async with running_pod(tmp_path / "foreign", foreign=True) as running:
         await running.register("m")
         assert await called(running, "m", adapter_id=5, adapter_parameters={"a": 1}) == "m"
+
+
+async def test_an_adapters_failure_says_why_its_base_failed(pod: RunningPod) -> None:
+    pod.runtime.switches.fail["/base"] = "weights are truncated"
+    status, answer, _ = await pod.chat("sql")
+    assert status == 424
+    for words in ("its base base__", "weights are truncated"):
+        assert words in answer["error"]["message"]
