@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -39,6 +40,18 @@ class Authority:
         (folder / "tls.key").write_bytes(_private(key))
         (folder / "tls.crt").write_bytes(certificate.public_bytes(_PEM))
         return str(folder / "tls.crt"), str(folder / "tls.key")
+
+
+def peer_settings(folder: Path, authority: Authority, name: str = "repertory") -> dict[str, Any]:
+    """Return the settings of a pod's listeners for other pods, with a certificate of the authority."""
+    certificate, key = authority.issue(folder, name)
+    return {
+        "peer_grpc_listen": "127.0.0.1:0",
+        "peer_http_listen": "127.0.0.1:0",
+        "peer_tls_cert": certificate,
+        "peer_tls_key": key,
+        "peer_tls_ca": str(authority.write(folder / "ca.pem")),
+    }
 
 
 def _certificate(

@@ -18,23 +18,12 @@ from mesh.errors import InvalidRequest
 from mesh.pod.pod import Pod
 from tests.support.etcd import EtcdServer
 from tests.support.pods import RunningPod, running_pod
-from tests.support.tls import Authority
+from tests.support.tls import Authority, peer_settings
 from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as pb
 from wire.mmesh.model_mesh_pb2_grpc import ModelMeshStub
 
 FOR_M = (("mm-model-id", "m"),)
-
-
-def peer_settings(folder: Path, authority: Authority, name: str = "repertory") -> dict[str, Any]:
-    certificate, key = authority.issue(folder, name)
-    return {
-        "peer_grpc_listen": "127.0.0.1:0",
-        "peer_http_listen": "127.0.0.1:0",
-        "peer_tls_cert": certificate,
-        "peer_tls_key": key,
-        "peer_tls_ca": str(authority.write(folder / "ca.pem")),
-    }
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from mesh.envoy.routes import PEER_HEADER
 from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carried
 from tests.support.etcd import EtcdServer
 from tests.support.pods import RunningPod
+from tests.support.tls import Authority, peer_settings
 from tests.support.waiting import until
 
 Pods = tuple[RunningPod, RunningPod]
@@ -77,3 +78,20 @@ async def test_local_copy_comes_before_another_pods(pods: Pods) -> None:
         await a.echo("m")
         await a.chat("m")
     assert b.runtime.calls["m"] == before
+
+
+async def test_envoy_reaches_peers_over_mutual_tls(tmp_path: Path, etcd: EtcdServer) -> None:
+    authority, store = Authority("mesh"), f"{etcd.url}/{uuid.uuid4().hex}"
+    async with (
+        running_envoy_pod(tmp_path / "a", store=store, **peer_settings(tmp_path / "tls-a", authority)) as a,
+        running_envoy_pod(tmp_path / "b", store=store, **peer_settings(tmp_path / "tls-b", authority)) as b,
+    ):
+        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
+        await b.register("m")
+        await b.pod.placement.ensure_loaded("m", wait=True, local_only=True)
+        await until_carried(a, "m")
+        before = b.runtime.calls["m"]
+        assert await a.echo("m") == b"hi"
+        assert (await a.chat("m"))[0] == 200
+        assert b.runtime.calls["m"] == before + 2
+        assert PEER_KEY_HEADER not in dict(b.runtime.metadata[-1]), "the certificate is enough"
