@@ -24,7 +24,7 @@ _GUARDS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three checkpoints with different weights, so that an answer tells which model gave it."""
+    """Three checkpoints with different weights, so that an answer shows which model gave it."""
     base = tmp_path_factory.mktemp("models")
     return {name: tiny_llama(base / name, seed) for seed, name in enumerate(("ada", "bob", "cyd"))}
 

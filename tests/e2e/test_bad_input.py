@@ -133,7 +133,7 @@ def test_impossible_parameters_are_named(guarded: Guarded, fields: dict[str, obj
 
 
 def test_a_number_too_wide_for_the_engine_harms_nobody(guarded: Guarded) -> None:
-    """It would end whoever shares its step, and at the second time the model."""
+    """It would end all requests of its step, and at the second time the model."""
     with guarded.edge.stream("ada", max_tokens=100, ignore_eos=True) as shares_the_steps:
         for _ in range(2):
             answer = guarded.edge.complete("ada", temperature=1, top_k=2**40)

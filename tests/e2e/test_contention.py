@@ -76,7 +76,7 @@ def test_two_models_that_only_fit_alone_take_turns(tight: Tight) -> None:
     for name in ("max", "mia"):
         tight.edge.register(name, tight.models / name)
     with _callers(lambda name: tight.edge.complete(name), ("max", "max", "max", "mia", "mia", "mia")) as answers:
-        # the one, the other, and the one again, although nobody ever pauses
+        # the one, the other, and the one again, although no caller ever pauses
         _until(lambda: tight.loads("max") + tight.loads("mia") >= 3, "they don't take turns")
     counts = Counter((name, answer.status) for name, answer in answers)
     assert set(counts) == {("max", 200), ("mia", 200)}
@@ -100,7 +100,7 @@ def test_a_name_gets_other_files_without_a_gap(tight: Tight) -> None:
         # files that can't be loaded change nothing
         (tight.models / "hollow").mkdir()
         edge.register("star", tight.models / "hollow")
-        _until(lambda: "hollow" in _model(edge, "star")["error"], "the failure is not told")
+        _until(lambda: "hollow" in _model(edge, "star")["error"], "the failure is not reported")
         assert _model(edge, "star")["state"] == "loaded"
         time.sleep(0.5)
     assert Counter(answer.status for _, answer in answers) == {200: len(answers)}

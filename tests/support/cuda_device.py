@@ -216,7 +216,7 @@ class CheckedDriver:
         self._device.failing("map")
         assert any(
             at <= address and address + size <= at + held.numel() for at, held in list(self._reserved.items())
-        ), "addresses that nobody reserved"
+        ), "addresses that were not reserved"
         assert all(
             not at < address + size or not address < at + length for at, (length, _) in list(self._mapped.items())
         ), "mapped twice"

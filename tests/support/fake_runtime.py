@@ -43,7 +43,7 @@ class Switches:
     unpacking: dict[str, dict[str, Any]] = field(default_factory=dict)  # by path: fields of the answer of `fit`
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
-    engine_ready: bool = True  # if not, they all do; told in the next snapshot, like everything else
+    engine_ready: bool = True  # if not, they all do; reported in the next snapshot, like everything else
     full_disk: bool = False
     quarantined: set[str] = field(default_factory=set)
     progress: float = 0.0
@@ -54,7 +54,7 @@ class Switches:
     text_errors: bool = False  # HTTP errors are {"error": text}, and a header marks a model that is not loaded
     chunk_s: float = 0.0
     queued: int = 0  # requests that each model reports as waiting
-    mute: bool = False  # inference calls hang, and the state is told all the same
+    mute: bool = False  # inference calls hang, and the state is still reported
     frozen: bool = False  # as after SIGSTOP: nothing answers, not even the state
     answer_s: float = 0.0  # before each inference answer
     end_s: float = 0.0  # between a stream's last event and its end

@@ -9,7 +9,7 @@ from pathlib import Path
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Quiet about a client that left; it may well have been told to."""
+        """Log nothing of a client that left, which a test may have made it do."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]  # the library's type is a private union
 

@@ -90,7 +90,7 @@ async def test_inference_stream_that_ends_early_leaves_no_traceback(
         call = pod.method(verb)(messages(), metadata=FOR_M)
         with contextlib.suppress(grpc.aio.AioRpcError):
             assert [message async for message in call] == [b"ABORTED"]
-    gc.collect()  # a task whose exception nobody has read is reported when it is collected
+    gc.collect()  # a task whose exception was not retrieved is reported when it is collected
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 

@@ -270,7 +270,7 @@ async def test_inference_retries_unavailable_once(pod: RunningPod) -> None:
 
 async def test_inference_refused_request_waits_for_a_newer_snapshot(pod: RunningPod) -> None:
     await pod.echo("m")
-    pod.runtime.switches.engine_ready = False  # and nobody is told
+    pod.runtime.switches.engine_ready = False  # without a report
     generate = pod.unary("/fmaas.GenerationService/Generate")
     calls = [asyncio.ensure_future(generate(b"hi", metadata=FOR_M)) for _ in range(20)]
     await until(lambda: pod.pod.copies.num_waiting("m") == 20)
@@ -278,7 +278,7 @@ async def test_inference_refused_request_waits_for_a_newer_snapshot(pod: Running
     pod.runtime.switches.engine_ready = True
     pod.runtime.tell()
     assert await asyncio.gather(*calls) == [b"hi"] * 20
-    assert 0 < pod.runtime.refusals <= 20  # whoever came after the new account was not refused at all
+    assert 0 < pod.runtime.refusals <= 20  # requests after the new report were not refused at all
 
 
 async def test_inference_hundred_requests_start_one_load(pod: RunningPod) -> None:

@@ -61,7 +61,7 @@ async def test_known_methods_unavailable_target_is_reported(pod: RunningPod) -> 
 
 async def test_known_methods_lost_model_is_reloaded_and_message_resent(pod: RunningPod) -> None:
     await pod.load("m")
-    del pod.runtime.loaded["m"]  # nobody is told
+    del pod.runtime.loaded["m"]  # without a report
     message = fmaas.BatchedGenerationRequest(model_id="m").SerializeToString()
     assert await generate(pod)(message) == message
     assert pod.runtime.log.count(("load", "m")) == 2

@@ -66,7 +66,7 @@ async def test_fit_lists_the_models_to_unload(tmp_path: Path) -> None:
         assert (await _fit(pod, uri="/large"))["evicts"] == ["b", "a"]
         pod.runtime.switches.size_bytes["/huge"] = 26 * MB
         assert (await _fit(pod, uri="/huge"))["evicts"] == []
-        assert sorted(pod.runtime.loaded.values()) == ["/a", "/b"], "asking unloads nobody"
+        assert sorted(pod.runtime.loaded.values()) == ["/a", "/b"], "an estimate unloads no model"
 
 
 async def test_model_view_load_failure_has_the_name_not_the_id(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def answering(*answers: bytes) -> Iterator[str]:
                 connection.recv(65536)
                 connection.sendall(answer)
 
-    thread = threading.Thread(target=serve, daemon=True)  # nobody may come, if a test fails
+    thread = threading.Thread(target=serve, daemon=True)  # there may be no client, if a test fails
     thread.start()
     with listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -51,7 +51,7 @@ async def test_connections_call_to_a_vanished_pod_ends(pod: tuple[str, subproces
         method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/any/Method")
         call = method(b"")
         await asyncio.wait([asyncio.ensure_future(call.code())], timeout=silent_s)
-        process.send_signal(signal.SIGSTOP)  # its kernel still takes bytes, and nobody answers
+        process.send_signal(signal.SIGSTOP)  # its kernel still takes bytes, and the process does not answer
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asyncio.wait_for(call, 30)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

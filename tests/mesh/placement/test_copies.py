@@ -223,7 +223,7 @@ async def test_a_running_answer_is_not_cut_and_its_drain_is_called_off(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await pod.echo("b", timeout=1.5)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        # nobody waits for b any more: a stays and takes requests again
+        # no request waits for b any more: a stays and takes requests again
         assert await asyncio.wait_for(pod.echo("a"), 5) == b"hi"
         assert not stream.done()
         record = pod.pod.registry.models.get("a")

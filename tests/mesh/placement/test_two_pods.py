@@ -219,7 +219,7 @@ async def test_one_pod_tells_of_the_whole_mesh(pods: tuple[RunningPod, RunningPo
             text = await answer.text()
         told += re.findall(r"^modelmesh_models_managed_total (\S+)$", text, re.MULTILINE)
         families = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
-        assert len(set(families)) == len(families), "one is told twice"
+        assert len(set(families)) == len(families), "one is reported twice"
     assert told == ["1.0"]
 
 

@@ -47,7 +47,7 @@ async def test_registry_of_all_pods_has_what_one_pod_registers(stores: tuple[Sto
     async with running_node(stores[0], instance_id="a") as a, running_node(stores[1], instance_id="b") as b:
         info = pb.ModelInfo(type="llm", path="/m")
         await a.mesh.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True))
-        # at once, before b's watch has told it
+        # at once, before b's watch has reported it
         assert (await b.mesh.getModelStatus(pb.GetStatusRequest(modelId="m"))).status == pb.ModelStatusInfo.LOADED
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await b.mesh.registerModel(
@@ -116,7 +116,7 @@ async def test_instances_lists_live_pods_and_drops_a_dead_one(stores: tuple[Stor
         async with asyncio.timeout(10):
             await b.instances.table.until("a", lambda record: record is not None and record.shutting_down)
             assert [instance_id for instance_id, _ in b.instances.live()] == ["b"]
-            # a dies: nobody renews its lease
+            # a dies, so its lease is not renewed
             await stores[0].close()
             await b.instances.table.until("a", lambda record: record is None)
         await until(b.instances.is_leader)

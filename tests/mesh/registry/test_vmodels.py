@@ -255,7 +255,7 @@ async def test_delete_vmodel_removes_its_models(node: Node) -> None:
 
 
 async def test_concurrent_moves_keep_reference_counts(node: Node) -> None:
-    """Ten callers, four vmodels, three targets: whoever wins, the counts are right at the end."""
+    """Ten callers, four vmodels, three targets: the counts are right at the end, in any order."""
     calls = [
         node.mesh.setVModel(vmodel_request(f"m{number % 3}", vmodel=f"v{number % 4}", force=number % 2 == 0))
         for number in range(24)

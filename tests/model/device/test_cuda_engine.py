@@ -194,7 +194,7 @@ def test_cuda_engine_swapped_models_match_transformers(
         made.inbox.put(Load(name, checkpoints[name]))
     made.until(lambda: len(made.loop.table.models) == len(names))
     for _ in range(30):
-        made.turn()  # nobody asks yet
+        made.turn()  # there are no requests yet
     assert made.pool.records > 0
     number, expected = 0, {}
     for _ in range(4):

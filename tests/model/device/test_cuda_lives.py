@@ -52,7 +52,7 @@ class Bytes:
 
 
 class TrackedMemory(CudaModelMemory):
-    """Tells the stand-in what the copies touch."""
+    """Reports to the stand-in what the copies touch."""
 
     device: Device
 
@@ -140,7 +140,7 @@ class Engine:
         self.models[name] = Model(name, memory, graphs)
 
     def blank_pass(self, memory: TrackedMemory) -> None:
-        """A step of no rows: reads the weights, and hands kernels addresses of KV that nobody reads."""
+        """A step of no rows: reads the weights, and hands kernels addresses of KV that are not read."""
         self.blank_passes += 1
         self.pass_over(memory, {})
 

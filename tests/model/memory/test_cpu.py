@@ -191,7 +191,7 @@ def test_images_outlive_the_engine(tmp_path: Path) -> None:
     b = second.find("b")
     assert b is not None
     assert [int(piece[0]) for piece in b.pieces(0, 2 * CHUNK)] == [ord("b")] * 2
-    # what nobody has asked for goes first
+    # the image that was never requested goes first
     assert put(second, "c", 4 * CHUNK) is not None
     assert second.find("a") is None
     assert second.find("b") is b

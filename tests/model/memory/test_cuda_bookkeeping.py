@@ -1,4 +1,4 @@
-"""The GPU side's bookkeeping without a GPU: a driver that checks every call, events that pass when told. What the calls do is test_cuda_memory's."""
+"""The GPU side's bookkeeping without a GPU: a driver that checks every call, events that a test lets pass. What the calls do is test_cuda_memory's."""
 
 import random
 import threading

@@ -77,7 +77,7 @@ def test_results_are_in_the_order_of_the_rows_that_sample() -> None:
 
 
 def test_steps_launched_ahead_keep_their_results() -> None:
-    """The loop collects one step late; nobody loses tokens if it is later still."""
+    """The loop collects one step late; no tokens are lost if it is later still."""
     rules = SamplingParams(temperature=1.0, seed=5)
     built, pages = hooked(family("llama"))
     texts = []

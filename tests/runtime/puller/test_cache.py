@@ -173,7 +173,7 @@ def test_cache_counts_fills_in_progress(tmp_path: Path) -> None:
     go_on.set()
     thread.join()
     assert keys(cache, tmp_path) == {"slow", "small"}
-    put(cache, "second", 600)  # nobody uses them now
+    put(cache, "second", 600)  # they are not in use now
     assert "slow" not in keys(cache, tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_cache_refills_an_entry_that_lost_files(tmp_path: Path) -> None:
     other = cache.find("pulled", "k")  # somebody uses it: it stays as it is
     assert other is not None
     held.release()
-    third = cache.find("pulled", "k")  # and whoever was given it so holds it
+    third = cache.find("pulled", "k")  # and the caller that was given it holds it
     assert third is not None
     other.release()
     third.release()

@@ -1,4 +1,4 @@
-"""Chat templates of whoever made the checkpoint: none may run for ever, fill the memory or reach out of the sandbox."""
+"""Chat templates of unknown authors: none may run endlessly, fill the memory or reach out of the sandbox."""
 
 import pytest
 

@@ -53,5 +53,5 @@ def test_scheduler_burst_waits_little_in_few_steps(streams: int, over_s: float) 
     waits = sorted(first[request_id] - arrived[request_id] for request_id in first)
     assert waits[len(waits) // 2] <= 0.15
     assert waits[-1] <= 0.25
-    # a step takes whoever has come meanwhile, and none is shorter than the weights take
+    # a step takes all requests that have arrived meanwhile, and none is shorter than the weights take
     assert mixed <= 2 + math.ceil(over_s / WEIGHTS_S)

@@ -81,7 +81,7 @@ def test_loop_marks_model_of_background_work(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(made.backend, "idle", idle)
     made.loop.run()
-    assert seen[:3] == ["b", "a", ""], "what ran unasked, then nobody"
+    assert seen[:3] == ["b", "a", ""], "what ran in idle turns, then no model"
     assert seen[-1] == "b", "the weights that come in"
 
 

@@ -298,7 +298,7 @@ def test_without_room_the_newest_makes_way_and_all_still_end() -> None:
     bench = Bench(slabs=4)
     sequences = [bench.add([i + 2] * 6, 30) for i in range(3)]
     for i in range(40):
-        # admission is told of more room than there is
+        # admission is given more room than there is
         step = bench.plan(kv_blocks=1000)
         if step is not None:
             bench.settle(step, 100 + i)
