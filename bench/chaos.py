@@ -28,9 +28,9 @@ def _wipe(mesh: Fleet) -> None:
     mesh.etcd.start()
 
 
-def _restart(mesh: Fleet) -> None:
+def _without_etcd(mesh: Fleet, seconds: float) -> None:
     mesh.etcd.kill()
-    time.sleep(10.0)
+    time.sleep(seconds)
     mesh.etcd.start()
 
 
@@ -42,7 +42,8 @@ SCENARIOS: Mapping[str, Callable[[Fleet], None]] = {
     "a runtime freezes": lambda mesh: mesh.freeze_runtime(_VICTIM),
     "a runtime dies": lambda mesh: mesh.kill_runtime(_VICTIM),
     "a runtime answers no request": lambda mesh: mesh.mute_runtime(_VICTIM),
-    "etcd is away for 10 s": _restart,
+    "etcd is away for 10 s": lambda mesh: _without_etcd(mesh, 10.0),
+    "etcd is away for 60 s": lambda mesh: _without_etcd(mesh, 60.0),
     "etcd is wiped": _wipe,
 }
 
