@@ -109,7 +109,9 @@ def measure(path: Way, load: Load, clients: int, seconds: float) -> Sample:
     run = load.for_seconds(path.address, clients, seconds)
     if run.failed:
         raise RuntimeError(f"{run.failed} of {run.calls} calls through {path.name} failed")
-    return Sample(run, 1e6 * (path.cpu_s() - before_s) / max(1, run.calls))
+    if not run.calls:
+        raise RuntimeError(f"no call through {path.name} ended within {seconds:g} s; set a higher --seconds")
+    return Sample(run, 1e6 * (path.cpu_s() - before_s) / run.calls)
 
 
 def compare(
