@@ -77,9 +77,9 @@ class HostKv:
         return oldest is not None and oldest[1].drop_oldest_slab()
 
     def _make_room(self, cache: PrefixCache, read_s: float) -> bool:
-        """Let `cache` allocate a block for content that was last read at `read_s`: a free one, or one of the least recently read chunk or block of all.
+        """Let `cache` allocate a block for content that was last read at `read_s`: a free one, else the memory of the block that was read least recently.
 
-        Returns False if that was read later.
+        That block may be the cache's own, which `take` reuses, or in another model's chunk, which is dropped. Returns False if it was read after `read_s`.
         """
         if cache.blocks.free_blocks or cache.blocks.obtainable():
             return True

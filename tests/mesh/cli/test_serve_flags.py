@@ -36,6 +36,7 @@ def settings(*arguments: str, env: dict[str, str] | None = None) -> Settings:
         ("--grace", "nan"),
         ("--memory", "much"),
         ("--cache-size", "12XB"),
+        ("--host-kv", "-1"),
         ("--device", "gpu"),
         ("--oversubscribe", "tape"),
         ("--tensor-parallel", "0"),
@@ -125,6 +126,16 @@ def test_settings_of_empty_sections_are_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("mesh:\nruntime:\n")
     assert settings("--config", str(file)) == settings()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [((), None), (("--host-kv", ""), None), (("--host-kv", "0"), 0), (("--host-kv", "4GiB"), 4 << 30)],
+)
+def test_host_kv_of_nothing_is_not_the_default(arguments: tuple[str, ...], size: int | None) -> None:
+    assert settings(*arguments).runtime["engine"]["host_kv_bytes"] == size
+    own = tuple(argument for argument in arguments if argument)
+    assert len(own) == 1 or configure(own, {}).engine.host_kv_bytes == size
 
 
 @pytest.mark.parametrize(
