@@ -10,8 +10,8 @@ import msgspec
 
 from mesh.cli import chat, registering, render, settings_flags
 from mesh.cli.chat_settings import ChatSettings, number
-from mesh.client.admin import AdminClient, Model
-from mesh.errors import InvalidRequest, LoadFailed
+from mesh.client.admin import AdminClient, Fit, Model
+from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound
 
 _FINAL_STATES = ("loaded", "failed", "quarantined")
 _FACTS_TIMEOUT_S = 0.5  # a runtime of another make reports none
@@ -42,15 +42,26 @@ def register(client: AdminClient, args: argparse.Namespace) -> int:
 
 def fit(client: AdminClient, args: argparse.Namespace) -> int:
     settings = settings_flags.given(args)
-    is_uri = "://" in args.name or args.name.startswith(("/", "./", "../"))
     # Reading remote metadata and checking whether the architecture is supported may take seconds.
     with render.waiting(f"inspecting {args.name}", enabled=not args.json):
-        answer = client.fit({"uri": _absolute(args.name), **settings} if is_uri else {"name": args.name, **settings})
+        answer = _fit(client, args.name, settings)
     if args.json:
         _print_json(answer)
     else:
         render.show_fit(render.console(), args.name, answer)
     return 0 if answer.fits else 1
+
+
+def _fit(client: AdminClient, name_or_uri: str, settings: dict[str, object]) -> Fit:
+    """Inspect a source, or a registered name, which comes before a file of the same name in the current directory."""
+    if "://" in name_or_uri or name_or_uri.startswith(("/", "./", "../")):
+        return client.fit({"uri": _absolute(name_or_uri), **settings})
+    try:
+        return client.fit({"name": name_or_uri, **settings})
+    except MeshError as error:
+        if error.http_status != NotFound.http_status or not Path(name_or_uri).exists():
+            raise
+    return client.fit({"uri": _absolute(name_or_uri), **settings})
 
 
 def ps(client: AdminClient, args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ def configure(arguments: Sequence[str], env: Mapping[str, str]) -> RuntimeConfig
     """
     parser = argparse.ArgumentParser(
         prog="repertory serve-runtime",
+        usage="%(prog)s [--config FILE] [FLAG …]",  # the list of all flags would exceed 80 columns
         description="One serving runtime: loads models and serves gRPC (TGIS, Open Inference Protocol, mmesh.ModelRuntime) and OpenAI HTTP.",
         epilog="A flag overrides its environment variable (in brackets), which overrides the file. Sizes: 512MiB, 40GiB.",
     )

@@ -158,6 +158,20 @@ async def test_register_says_what_a_gguf_file_takes_before_it_is_registered(
     assert (await say("register", "-f", str(file)))[2] == sentence.replace("q:", "s:", 1)
 
 
+async def test_fit_takes_a_name_before_a_file_of_that_name(
+    pod: RunningPod, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    assert (await say("fit", "m.gguf"))[0] == 0
+    assert pod.runtime.fits[-1].model_path == str(tmp_path / "m.gguf")
+    await pod.name("m.gguf", "/elsewhere")
+    assert (await say("fit", "m.gguf"))[0] == 0
+    assert pod.runtime.fits[-1].model_path == "/elsewhere"
+    status, _, error = await say("fit", "nobody")
+    assert (status, "model not found" in error) == (1, True)
+
+
 async def test_register_shows_the_size_even_if_the_registration_fails(pod: RunningPod, say: Say) -> None:
     """The size comes first, so that a person can change the settings before anything is registered."""
     status, out, note = await say("register", "no spaces", "/q")

@@ -1,6 +1,7 @@
 """What each verb shows in terminals of 80 and 120 columns. UPDATE_SNAPSHOTS=1 writes the files again after an intended change."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from common.units import GIB, MIB
+from mesh.cli.main import VERBS as ALL_VERBS
 from mesh.client.admin import Fit
 from tests.support.admin_server import AdminServer, sample_cache, sample_caches, sample_models, sample_pods
 from tests.support.terminal import Screen, run_in_terminal
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 LONG = "meta-llama/Llama-3.1-8B-Instruct-for-customer-support"
+_RANDOM = re.compile(r"(?<=shown only now: )\S+|\b[0-9a-f]{64}\b")
 VERBS = {
     "ps": ["ps"],
     "ps-all": ["ps", "--all"],
@@ -37,6 +40,9 @@ VERBS = {
     "rm-files": ["rm", "idle", "--files"],
     "cache": ["cache"],
     "cache-prune": ["cache", "--prune"],
+    "ls": ["ls"],
+    "unload-now": ["unload", "prod", "--now"],
+    "new-key": ["new-key", "team-a", "--scope", "inference", "--model", "org/*", "--requests-per-minute", "60"],
 }
 
 
@@ -77,10 +83,24 @@ def check_snapshot(name: str, columns: int, screen: Screen, server: AdminServer)
     assert "Traceback" not in screen.raw
     file = SNAPSHOTS / str(columns) / f"{name}.txt"
     text = f"{screen.text}[exit status {screen.status}]\n".replace(server.url, "http://SERVER")
+    text = _RANDOM.sub("RANDOM", text)
     if os.environ.get("UPDATE_SNAPSHOTS"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     assert text == file.read_text()
+
+
+def test_every_verb_has_a_snapshot() -> None:
+    assert {words[0] for words in VERBS.values()} | {"serve", "serve-mesh", "serve-runtime"} == ALL_VERBS
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_register_file_shows_its_snapshot(columns: int, server: AdminServer, tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(
+        "models:\n  first: /models/first\n  second: {uri: 'hf://org/second', load: true}\naliases: {prod: first}\n"
+    )
+    check_snapshot("register-file", columns, shown(server, columns, "register", "-f", str(file)), server)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -97,7 +117,9 @@ def test_verb_stays_within_the_terminal(verb: str, server: AdminServer) -> None:
     assert max(map(len, screen.text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("verb", ["", *sorted({words[0] for words in VERBS.values()}), "serve", "serve-mesh"])
+@pytest.mark.parametrize(
+    "verb", ["", *sorted({words[0] for words in VERBS.values()}), "serve", "serve-mesh", "serve-runtime"]
+)
 def test_help_stays_within_the_terminal(verb: str, server: AdminServer) -> None:
     screen = shown(server, 80, *([verb] if verb else []), "--help")
     assert screen.status == 0
