@@ -93,6 +93,18 @@ class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
     param: str = ""  # the request's field that asks for it, for errors
 
 
+class ReasoningBudget(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """Ends the reasoning after `tokens` tokens with the token `close_id`.
+
+    The prompt has opened it, or the token `open_id` does, as the first one of the output.
+    """
+
+    tokens: int
+    close_id: int
+    open_id: int | None = None
+    starts_in_reasoning: bool = False
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Everything that one sequence asks for. The API's planner makes it, and the engine receives it unchanged in `Add`.
 
@@ -107,6 +119,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     pooling: Pooling | None = None  # answer with a vector of the prompt; `stop.max_tokens` is 0 then
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never drawn; none is empty
+    reasoning_budget: ReasoningBudget | None = None
 
     index: int = 0  # position among the sequences of one API call; each Delta repeats it
     stop_strings: tuple[str, ...] = ()

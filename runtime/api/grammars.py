@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import msgspec
 
-from runtime.errors import RepertoryError
+from runtime.errors import InvalidRequest, RepertoryError
 from runtime.interfaces import ServedModel
 from runtime.text.chat_grammar import ChatGrammar, chat_grammar, marker_texts
 from runtime.text.constraint import Wanted
 from runtime.text.grammar import answer_grammar
 from runtime.text.output_format import OutputFormat
-from runtime.types import GenerationRequest, Grammar
+from runtime.types import GenerationRequest, Grammar, ReasoningBudget
 
 _T = TypeVar("_T")
 
@@ -63,6 +63,26 @@ async def off_loop(model: ServedModel, work: Callable[[], _T]) -> _T:
     except RepertoryError as error:
         error.model = model.name
         raise
+
+
+def reasoning_budget(model: ServedModel, prompt: str, tokens: int) -> ReasoningBudget | None:
+    """Return the budget of an answer to the rendered `prompt`; None if no single token ends the model's reasoning, or it does not reason.
+
+    Raises InvalidRequest for a number below 0.
+    """
+    if tokens < 0:
+        raise InvalidRequest(
+            f"the budget of reasoning must be >= 0 tokens, got {tokens}",
+            model=model.name,
+            param="thinking_token_budget",
+            limit=0,
+            value=tokens,
+        )
+    gate = reasoning_gate(model, prompt)
+    close_id = model.text.marker_ids([gate.reasoning_close]).get(gate.reasoning_close)
+    if close_id is None or close_id >= model.facts.vocab_size:
+        return None
+    return ReasoningBudget(tokens, close_id, gate.reasoning_open_id, gate.starts_in_reasoning)
 
 
 def reasoning_gate(model: ServedModel, prompt: str) -> Grammar:

@@ -11,6 +11,7 @@ import numpy as np
 
 from runtime.engine.grammar.interfaces import MaskSource, TokenMasks, mask_words
 from runtime.engine.scheduler.bad_words import BadWords
+from runtime.engine.scheduler.reasoning_limit import ReasoningLimit
 from runtime.errors import InvalidRequest, RepertoryError
 from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts
@@ -127,7 +128,7 @@ class FakeMaskSources:
 
     def compute(self, sources: Sequence[MaskSource | None], words: TokenMasks) -> None:
         assert len(sources) == len(words)
-        assert all(source is None or isinstance(source, GrammarMasks | BadWords) for source in sources)
+        assert all(source is None or isinstance(source, GrammarMasks | BadWords | ReasoningLimit) for source in sources)
 
     def retain(self, model_dirs: Collection[str]) -> None:
         self.retained = frozenset(model_dirs)

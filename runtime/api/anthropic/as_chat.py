@@ -29,6 +29,7 @@ def as_chat(body: PromptBody) -> ChatBody:
         tools=[_tool(index, tool) for index, tool in enumerate(body.tools or ())] or None,
         tool_choice=_choice(choice),
         parallel_tool_calls=False if choice.get("disable_parallel_tool_use") is True else None,
+        thinking_token_budget=_budget(body.thinking or {}),
         chat_template_kwargs=None if thinking is None else thinking_variables(thinking != "disabled"),
         max_tokens=request.max_tokens if request else None,
         stream=request.stream if request else None,
@@ -38,6 +39,15 @@ def as_chat(body: PromptBody) -> ChatBody:
         top_k=request.top_k if request else None,
         response_format=_response_format(body),
     )
+
+
+def _budget(thinking: dict[str, Any]) -> int | None:
+    budget = thinking.get("budget_tokens")
+    if thinking.get("type") != "enabled" or budget is None:
+        return None
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        raise InvalidRequest("thinking.budget_tokens must be an integer", param="thinking.budget_tokens")
+    return budget
 
 
 def _response_format(body: PromptBody) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from runtime.api.grammars import guide_chat
+from runtime.api.grammars import guide_chat, reasoning_budget
 from runtime.api.openai.chat_plan import chat_options, parser_of, plan_chat
 from runtime.api.openai.context import render_chat
 from runtime.api.openai.structured import wanted_of
@@ -54,7 +54,13 @@ async def prepare_chat(
     requests = plan_chat(model, body, prompt)
     chat = ChatGrammar(tools.calls, tools.functions, tools.parallel, wanted)
     guide = await guide_chat(model, chat, tools.output_format or model.text.output_format, text)
-    return PreparedChat(guide.apply(requests), make_parser, guide.notes, tools.names_one)
+    notes = guide.notes
+    if body.thinking_token_budget is not None:
+        budget = reasoning_budget(model, text, body.thinking_token_budget)
+        if budget is None:
+            notes = (*notes, "the budget of reasoning has no effect: no token ends the reasoning of this model")
+        requests = [msgspec.structs.replace(request, reasoning_budget=budget) for request in requests]
+    return PreparedChat(guide.apply(requests), make_parser, notes, tools.names_one)
 
 
 async def render_prompt(model: ServedModel, body: ChatBody, tools: ToolPlan) -> tuple[str, list[int]]:

@@ -126,6 +126,7 @@ class ChatBody(Shared, frozen=True, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
     reasoning_effort: str | None = None
     # refused
     functions: Any = None

@@ -10,6 +10,7 @@ from runtime.engine.core.model_table import ModelTable
 from runtime.engine.grammar.interfaces import MaskSource, MaskSourceJob, MaskSources
 from runtime.engine.scheduler.bad_words import BadWords
 from runtime.engine.scheduler.model_round_robin import RoundRobin
+from runtime.engine.scheduler.reasoning_limit import ReasoningLimit
 from runtime.engine.scheduler.sequence import from_add
 from runtime.errors import NotSupported, RepertoryError
 from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, Shutdown, Unload
@@ -118,6 +119,8 @@ class Commands:
         add, model, adapter = opening.add, opening.model, opening.adapter
         if add.request.bad_words:
             source = BadWords(add.request.bad_words, source)
+        if add.request.reasoning_budget is not None:
+            source = ReasoningLimit(add.request.reasoning_budget, source)
         most = (model if adapter is None else adapter).facts.max_model_len
         use = None if adapter is None else adapter.use
         sequence = from_add(add, opening.arrival, opening.arrived_s, most, source, use)

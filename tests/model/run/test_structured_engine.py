@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import jsonschema
+import msgspec
 import pytest
 from tokenizers import Tokenizer
 
@@ -16,6 +17,7 @@ from runtime.types import (
     GenerationRequest,
     Grammar,
     LogprobParams,
+    ReasoningBudget,
     SamplingParams,
     StopParams,
 )
@@ -117,3 +119,13 @@ def test_other_constraints_are_enforced_and_broken_ones_end_their_sequence(folde
     assert found[0][0] in ("yes", "no")
     assert found[1][0][3] == "-"
     assert [finish for _, finish in found] == [FinishReason.EOS, FinishReason.EOS]
+
+
+def test_reasoning_ends_at_its_budget_beside_other_rows(folder: Path) -> None:
+    budget = ReasoningBudget(5, 40, starts_in_reasoning=True)
+    free = asked(None, max_tokens=12, ignore_eos=True)
+    limited = msgspec.structs.replace(free, reasoning_budget=budget)
+    together = run_engine(checkpoint(folder), [limited, free]).texts()
+    assert together[1] == run_engine(checkpoint(folder), [free]).texts()[0]
+    assert together[0][:6] == [*together[1][:5], 40]
+    assert len(together[0]) == 12

@@ -10,7 +10,7 @@ import pytest
 
 from runtime.api.anthropic.as_chat import as_chat
 from runtime.api.anthropic.types import MessagesBody, Turn
-from runtime.errors import Overloaded
+from runtime.errors import InvalidRequest, Overloaded
 from runtime.interfaces import ServedModel
 from tests.runtime.api.test_tools import CALLS, HERMES, prompt_of, say
 from tests.support import tokenizers as tiny
@@ -132,6 +132,15 @@ def test_as_chat_switches_thinking(thinking: str | None, expected: bool | None) 
     given = None if thinking is None else {"type": thinking}
     chat = as_chat(MessagesBody(messages=[Turn("user", "a")], max_tokens=1, thinking=given))
     assert (chat.chat_template_kwargs or {}).get("enable_thinking") is expected
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("enabled", 2048), ("adaptive", None), ("disabled", None)])
+def test_as_chat_takes_the_budget_of_thinking(kind: str, expected: int | None) -> None:
+    thinking = {"type": kind, "budget_tokens": 2048}
+    chat = as_chat(MessagesBody(messages=[Turn("user", "a")], max_tokens=1, thinking=thinking))
+    assert chat.thinking_token_budget == expected
+    with pytest.raises(InvalidRequest, match="budget_tokens"):
+        as_chat(MessagesBody(messages=[], max_tokens=1, thinking={"type": "enabled", "budget_tokens": "2"}))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from runtime.api.tgis.params import wanted_of as tgis_wanted
 from runtime.errors import InvalidRequest, RepertoryError
 from runtime.interfaces import ServedModel
 from runtime.text.grammar import answer_grammar
-from runtime.types import Grammar
+from runtime.types import Grammar, ReasoningBudget
 from tests.support import tokenizers as tiny
 from tests.support.grammars import GrammarReader
 from tests.support.openai_server import Server, serve
@@ -222,6 +222,29 @@ async def test_the_grammar_begins_behind_the_reasoning(
     found = grammar.reasoning_close, grammar.starts_in_reasoning, grammar.reasoning_open_id is not None
     assert found == expected
     assert ("LEADING_SPACE" in grammar.text) == bool(expected[0])
+
+
+@pytest.mark.parametrize("think", ["", "<think>\n", "<think></think>\n\n"])
+async def test_a_budget_of_reasoning_reaches_the_engine_or_is_said_to_have_no_effect(
+    server: Server, think: str
+) -> None:
+    body = {**CHAT, "chat_template_kwargs": {"think": think}, "thinking_token_budget": 64}
+    status, _, warning = await post(server, "/v1/chat/completions", body)
+    budget = server.engine.asked[-1].request.reasoning_budget
+    assert status == 200
+    if "</think>" in think:
+        assert budget is None
+        assert "budget of reasoning has no effect" in warning
+        return
+    ids = server.model.text.marker_ids(["<think>", "</think>"])
+    opened = bool(think)
+    assert budget == ReasoningBudget(64, ids["</think>"], None if opened else ids["<think>"], opened)
+    assert "budget" not in warning
+
+
+async def test_a_budget_of_reasoning_below_zero_is_refused(server: Server) -> None:
+    status, answer, _ = await post(server, "/v1/chat/completions", {**CHAT, "thinking_token_budget": -1})
+    assert (status, answer["error"]["param"]) == (400, "thinking_token_budget")
 
 
 async def test_null_and_text_ask_for_no_grammar(server: Server) -> None:
