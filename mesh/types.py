@@ -127,7 +127,7 @@ class RuntimeLimits:
 
 @dataclass(frozen=True, slots=True)
 class LoadAnswer:
-    """What a runtime says of a model that it has loaded.
+    """The report of a runtime on a model that it has loaded.
 
     `size_bytes` is 0 if the runtime does not know it. `max_concurrency` limits concurrent requests to the copy; 0 means no limit.
     `sizing_s`: how long a separate question for the size took; 0 if there was none.

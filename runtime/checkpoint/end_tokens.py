@@ -1,4 +1,4 @@
-"""The token ids that end a model's turn, from every file of a checkpoint that names one.
+"""Collects the token ids that end a model's turn, from every file of a checkpoint that names one.
 
 generation_config.json, config.json and the tokenizer each name end tokens, and chat models often name the end of a turn in one of them only.
 """

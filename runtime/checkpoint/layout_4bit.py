@@ -1,4 +1,4 @@
-"""How 4-bit weights lie in memory for the kernels, and how they come from and go back to bitsandbytes' layout.
+"""Converts 4-bit weights between bitsandbytes' layout and that of the kernels.
 
 bitsandbytes packs row-major pairs, the first element in the high nibble, with one absmax for each 64 elements. A kernel wants 32-bit words
 that unpack into operands of a matrix product without moving anything between threads. So each row is cut into groups of 128 elements, 16 words of

@@ -1,4 +1,4 @@
-"""Which weights are quantised, and the shapes that they then have. The packer makes them so, and sizes are predicted from them."""
+"""Decides which weights are quantised and which shapes they then have, for the packer and for the prediction of sizes."""
 
 from math import prod
 

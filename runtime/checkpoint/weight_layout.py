@@ -1,4 +1,4 @@
-"""Where every tensor of a model lies in its one weights image: pure arithmetic over names, shapes and layers.
+"""Computes where every tensor of a model lies in its one weights image, from names, shapes and layers.
 
 The image is in layer order, so that it can be brought in front to back. Siblings that a fused layer reads as one matrix (q, k, v; gate, up) are
 placed end to end, and the joined matrix is a plain view over them.

@@ -1,4 +1,4 @@
-"""The capacity that the runtime reports to a mesh, and the size that one model takes of it, in bytes."""
+"""Computes the capacity that the runtime reports to a mesh, and the size that one model takes of it, in bytes."""
 
 from dataclasses import dataclass
 

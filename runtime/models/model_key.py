@@ -1,4 +1,4 @@
-"""A ModelMesh model path and model key, read into where the files are and how to serve them."""
+"""Parses a ModelMesh model path and model key into where the files are and how to serve them."""
 
 import msgspec
 

@@ -1,4 +1,4 @@
-"""What one request has used so far: tokens, waiting and the first token, collected where the text is generated and logged where it ends."""
+"""Collects what one request has used so far (tokens, waiting, the first token) where its text is generated, for the log line at its end."""
 
 import time
 from contextvars import ContextVar

@@ -1,4 +1,4 @@
-"""Azure Blob Storage through azure-storage-blob."""
+"""Lists and reads objects of Azure Blob Storage through azure-storage-blob."""
 
 import os
 import re

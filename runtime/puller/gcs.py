@@ -1,4 +1,4 @@
-"""Google Cloud Storage through google-cloud-storage."""
+"""Lists and reads objects of Google Cloud Storage through google-cloud-storage."""
 
 import base64
 import os

@@ -1,4 +1,4 @@
-"""Amazon's S3, and what speaks like it, through boto3."""
+"""Lists and reads objects of S3 and compatible stores through boto3."""
 
 import base64
 import tempfile

@@ -1,4 +1,4 @@
-"""How much ordinary memory this process may still take: what the machine has left, or less where control groups limit it (a container)."""
+"""Measures how much ordinary memory this process may still take: what the machine has left, or less where control groups limit it (a container)."""
 
 from collections.abc import Iterator
 from pathlib import Path
