@@ -94,6 +94,7 @@ class DataPlane:
             return
         self._draining.add(model_id)
         self._drain_began.set()
+        await self._count()  # an idle cluster's figures end with it
         await self._control.confirmed(self._publish())
         await asyncio.sleep(_WORKERS_S)
         await self._count()
@@ -102,7 +103,10 @@ class DataPlane:
         while True:
             seen = self._changes.version
             if self._is_ready():
-                self._publish()
+                try:
+                    self._publish()
+                except OSError as error:
+                    logger.error("Envoy's files could not be written: %s; it goes on with those that it has", error)
             await asyncio.sleep(_MIN_INTERVAL_S)
             await self._changes.wait(_SCRAPE_S, since=seen)
 
@@ -149,6 +153,7 @@ class DataPlane:
                 running[model_id] = running.get(model_id, 0) + figures.get(stat, ClusterFigures()).active
         for model_id, active in running.items():
             self._copies.set_carried(model_id, active)
+        self._started = {stat: count for stat, count in self._started.items() if stat in figures}
         kept = {cluster.stat_name for cluster in self._planned.values()}
         self._models = {
             stat: known

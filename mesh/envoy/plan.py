@@ -48,7 +48,7 @@ class PeerCopy:
 class CarriedName:
     """A name whose calls Envoy may carry by itself. `local_wait_s`: the expected wait at this pod's copy, None without one.
 
-    `from_peers`: calls of other pods, which name the model by its id and end here.
+    `from_peers`: calls of other pods, which name the model by its id and end here. `generation`: which load of this pod's copy it is.
     """
 
     name: str
@@ -57,6 +57,7 @@ class CarriedName:
     local_wait_s: float | None = None
     peers: tuple[PeerCopy, ...] = ()
     from_peers: bool = False
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +90,18 @@ class Cluster:
     role: Role
     tiers: tuple[tuple[Endpoint, ...], ...]
     from_peers: bool = False
+    generation: int = 0
 
     @property
     def stat_name(self) -> str:
-        return stat_name(self.role, self.name)
+        """Its name in Envoy's statistics, in which names may not hold every character. Each load counts from 0, under a name of its own."""
+        text = f"{self.generation}/{self.name}"
+        return f"repertory_{self.role}_{hashlib.blake2b(text.encode(), digest_size=_STAT_BYTES).hexdigest()}"
 
 
 def name_prefix(carrier: Carrier, *, from_peers: bool) -> str:
     """Return what clusters' names begin with, before a slash and the model's name."""
     return f"{carrier}-peers" if from_peers else carrier
-
-
-def stat_name(role: Role, cluster: str) -> str:
-    """Return the name of a cluster in Envoy's statistics, in which names may not hold every character."""
-    digest = hashlib.blake2b(cluster.encode(), digest_size=_STAT_BYTES).hexdigest()
-    return f"repertory_{role}_{digest}"
 
 
 def is_plain(name: str) -> bool:
@@ -123,7 +121,9 @@ def withdrawn(carried: CarriedName, here: Here) -> Cluster:
     hop, peer_key = (here.hop, here.peer_key) if carried.from_peers else ("", "")
     mesh = Endpoint(here.mesh[carried.carrier], carried.name, hop, peer_key)
     name = f"{name_prefix(carried.carrier, from_peers=carried.from_peers)}/{carried.name}"
-    return Cluster(name, carried.model_id, carried.carrier, Role.MESH, ((mesh,),), carried.from_peers)
+    return Cluster(
+        name, carried.model_id, carried.carrier, Role.MESH, ((mesh,),), carried.from_peers, carried.generation
+    )
 
 
 def _cluster(carried: CarriedName, here: Here) -> Cluster | None:

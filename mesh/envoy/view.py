@@ -96,7 +96,9 @@ class CarriedNames:
         }
         found = []
         for model_id in local.keys() | remote:
-            wait_s = self._local_wait_s(model_id) if model_id in local else None
+            wait_s, generation = None, 0
+            if (copy := local.get(model_id)) is not None:
+                wait_s, generation = self._local_wait_s(model_id), copy.started_ms
             names = [name for name in self._names_of(model_id) if is_plain(name)]
             has_adapters = any(self._bases.num_adapters[name] for name in (*names, model_id))
             for carrier in carriers:
@@ -104,9 +106,13 @@ class CarriedNames:
                     continue
                 peers = self._peers(model_id, carrier, pods) if model_id in remote else ()
                 if wait_s is not None or peers:
-                    found += [CarriedName(name, model_id, carrier, wait_s, peers) for name in names]
+                    found += [
+                        CarriedName(name, model_id, carrier, wait_s, peers, generation=generation) for name in names
+                    ]
                 if wait_s is not None and pods:
-                    found.append(CarriedName(model_id, model_id, carrier, wait_s, from_peers=True))
+                    found.append(
+                        CarriedName(model_id, model_id, carrier, wait_s, from_peers=True, generation=generation)
+                    )
         return found
 
     def _can_carry(self, carrier: Carrier) -> bool:

@@ -109,3 +109,11 @@ def test_withdrawn_cluster_counts_apart_from_its_copy() -> None:
     assert before.name == after.name
     assert before.stat_name != after.stat_name
     assert [[endpoint.address for endpoint in tier] for tier in after.tiers] == [["unix:/mesh-http"]]
+
+
+def test_clusters_of_two_loads_count_apart() -> None:
+    first, second = (
+        plan_clusters([CarriedName("m", "m", Carrier.HTTP, 0.0, generation=generation)], HERE)["http/m"]
+        for generation in (1, 2)
+    )
+    assert first.stat_name != second.stat_name, "what the first had counted would hide as many calls of the second"
