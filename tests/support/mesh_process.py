@@ -21,7 +21,10 @@ from tests.support.etcd import free_port
 
 @dataclass(eq=False)
 class MeshProcess:
-    """One pod's mesh. `directory` receives its configuration and its log. `clock_shift_s`: how far its wall clock is ahead."""
+    """One pod's mesh. `directory` receives its configuration and its log. `clock_shift_s`: how far its wall clock is ahead.
+
+    `within`: the beginning of its command line, such as one that enters a network namespace.
+    """
 
     directory: Path
     instance_id: str
@@ -29,6 +32,7 @@ class MeshProcess:
     http_address: str
     settings: dict[str, Any]
     clock_shift_s: float = 0.0
+    within: tuple[str, ...] = ()
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -47,7 +51,7 @@ class MeshProcess:
         file.write_text(json.dumps(config))
         with (self.directory / f"{self.instance_id}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *self._program(), "serve-mesh", "--config", str(file)],
+                [*self.within, sys.executable, "-m", *self._program(), "serve-mesh", "--config", str(file)],
                 stdout=log,
                 stderr=log,
                 env={**os.environ},

@@ -1,0 +1,28 @@
+"""A pod whose network is cut, in network namespaces: packets vanish and no connection is closed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def may_make_namespaces() -> bool:
+    if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip")):
+        return False
+    script = "ip link add va type veth peer name vb && unshare -n true"
+    return subprocess.run(["unshare", "-rn", "sh", "-c", script], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_make_namespaces(), reason="network namespaces cannot be made here")
+def test_partition_costs_a_call_seconds_and_the_lost_pod_its_readiness(tmp_path: Path) -> None:
+    command = ["unshare", "-rn", sys.executable, "-m", "tests.support.partition", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert (found["first"], found["answer"]) == ("hi", "hi")
+    assert found["answered_s"] < 8
+    assert found["lost_readiness_s"] < 20, "a pod without its session must not stay ready"
+    assert found["ready_s"] < 20
