@@ -32,7 +32,8 @@ class SlabReclaimer(Protocol):
 class _Space:
     """One base's range and slots."""
 
-    def __init__(self, bank: AdapterBank, slab_bytes: int) -> None:
+    def __init__(self, base: LoadedModel, bank: AdapterBank, slab_bytes: int) -> None:
+        self.base = base
         self.extents = ExtentMap(slab_bytes, bank.num_slabs)
         self.free_slots = list(range(bank.num_slots - 1, -1, -1))
 
@@ -45,6 +46,7 @@ class AdapterManager:
         self._slab_bytes = slab_bytes
         self._enqueue = enqueue
         self._spaces: dict[str, _Space] = {}
+        self._swapping: dict[str, LoadedAdapter] = {}
         self.adapters: dict[str, LoadedAdapter] = {}
         self.num_changes = 0  # grows whenever an adapter arrives on the device, begins to, or leaves it
 
@@ -58,7 +60,7 @@ class AdapterManager:
     def add(self, adapter: LoadedAdapter, bank: AdapterBank) -> None:
         self.adapters[adapter.model_id] = adapter
         if adapter.base.model_id not in self._spaces:
-            self._spaces[adapter.base.model_id] = _Space(bank, self._slab_bytes)
+            self._spaces[adapter.base.model_id] = _Space(adapter.base, bank, self._slab_bytes)
 
     def remove(self, adapter: LoadedAdapter) -> None:
         """Forget an adapter that has no sequences, and release its place."""
@@ -73,17 +75,16 @@ class AdapterManager:
     def update(self, reclaimer: SlabReclaimer, now: float) -> list[tuple[LoadedAdapter, RepertoryError]]:
         """Note what has arrived, and bring in adapters that sequences wait for. Returns the adapters whose copies failed."""
         failed: list[tuple[LoadedAdapter, RepertoryError]] = []
-        for adapter in self.adapters.values():
-            if not adapter.swapping:
-                continue
+        for adapter in list(self._swapping.values()):
             try:
                 if adapter.memory.swap_in_done():
+                    del self._swapping[adapter.model_id]
                     adapter.finish_swap_in(now)
                     self.num_changes += 1
             except RepertoryError as error:
                 failed.append((adapter, error))
-        for base in {id(adapter.base): adapter.base for adapter in self.adapters.values()}.values():
-            for sequence, use in base.scheduler.waiting.blocked():
+        for space in self._spaces.values():
+            for sequence, use in space.base.scheduler.waiting.blocked():
                 adapter = self.adapters[use.adapter_id]
                 if adapter.draining:
                     adapter.stop_draining(now)  # those for which it was to leave have their places, or are gone
@@ -128,6 +129,7 @@ class AdapterManager:
         base_id = adapter.base.model_id
         space = self._spaces[base_id]
         self._enqueue(EvictAdapter(adapter.model_id))
+        self._swapping.pop(adapter.model_id, None)
         slot, offset = adapter.leave_device()
         space.free_slots.append(slot)
         freed = space.extents.release(offset, adapter.size_bytes)
@@ -166,6 +168,7 @@ class AdapterManager:
         slot = space.free_slots.pop()
         self._enqueue(SwapInAdapter(adapter.model_id, slot, placement.offset))
         adapter.begin_swap_in(slot, placement.offset, now)
+        self._swapping[adapter.model_id] = adapter
         self.num_changes += 1
         return True
 
@@ -189,6 +192,8 @@ class AdapterManager:
 
     def check(self) -> None:
         """Raise AssertionError unless the slabs and slots of every base add up."""
+        if self._swapping.keys() != {adapter.model_id for adapter in self.adapters.values() if adapter.swapping}:
+            raise AssertionError(f"the copies of {sorted(self._swapping)} are polled, those of others run")
         for base_id, space in self._spaces.items():
             if self._pool.lent(_owner(base_id)) != space.extents.num_slabs:
                 raise AssertionError(f"{base_id}: adapters hold {self._pool.lent(_owner(base_id))} slabs")
