@@ -110,9 +110,11 @@ async def test_unload_waits_for_calls_that_envoy_carries(pod: RunningPod) -> Non
     unloading = asyncio.ensure_future(pod.pod.placement.unload("m"))
     # Calls that leave before Envoy has been told are carried as before; then they wait for the next load.
     later = asyncio.ensure_future(pod.echo("m"))
-    while (await asyncio.wait([later], timeout=0.5))[0]:
-        later = asyncio.ensure_future(pod.echo("m"))
-    assert pod.pod.copies.num_waiting("m") == 1
+    async with asyncio.timeout(20):
+        while not pod.pod.copies.num_waiting("m"):
+            if later.done():
+                later = asyncio.ensure_future(pod.echo("m"))
+            await asyncio.sleep(0.01)
     await call.write(b"2")
     assert await call.read() == b"2"
     assert pod.runtime.log[-1] == ("load", "m"), "the model is not unloaded while it answers"
