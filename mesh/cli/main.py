@@ -11,6 +11,7 @@ from typing import Protocol
 
 from common.config import add_flags, load
 from common.errors import ConfigError
+from common.model_state import CopyState
 from common.version import package_version
 from mesh.cli import cache, commands, new_key, serve, serve_envoy, serve_flags, settings_flags
 from mesh.cli.chat_settings import PARAMETERS
@@ -278,6 +279,7 @@ def _add_listing(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--state",
         action="append",
+        choices=(*(state.value for state in CopyState if state.value), "unloaded"),
         metavar="STATE",
         help="only this state, such as loaded, failed or unloaded; may be repeated",
     )

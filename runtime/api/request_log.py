@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = web.RequestKey("request_id", str)
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _DISCONNECTED = "499"
+_PROBES = ("/health", "/v2/health/ready")  # 503 for as long as the engine starts
 
 
 @web.middleware
@@ -43,7 +44,7 @@ async def request_log(request: web.Request, handler: Handler) -> web.StreamRespo
             path=request.path,
             request_id=request[_REQUEST_ID],
             header=lambda name: request.headers.get(name, ""),
-            is_poll=request.method in ("GET", "HEAD") and not code.startswith("5"),
+            is_poll=request.method in ("GET", "HEAD") and (request.path in _PROBES or not code.startswith("5")),
         )
 
 

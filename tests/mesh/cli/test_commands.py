@@ -172,6 +172,12 @@ async def test_fit_takes_a_name_before_a_file_of_that_name(
     assert (status, "model not found" in error) == (1, True)
 
 
+async def test_ps_refuses_a_state_that_does_not_exist(say: Say) -> None:
+    status, _, error = await say("ps", "--state", "frozen")
+    assert status == 2
+    assert "'quarantined', 'unloaded')" in error
+
+
 async def test_register_shows_the_size_even_if_the_registration_fails(pod: RunningPod, say: Say) -> None:
     """The size comes first, so that a person can change the settings before anything is registered."""
     status, out, note = await say("register", "no spaces", "/q")

@@ -1,16 +1,22 @@
 """The runtime's line per HTTP request: tokens, waiting, times and the outcome, of whole answers, streams and failed streams."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
+from runtime.api.http_app import build_http_app
+from runtime.config.schema import RuntimeConfig
+from runtime.errors import Unavailable
+from runtime.interfaces import ServedModel
+from runtime.observability.metrics import RuntimeMetrics
 from tests.support import tokenizers as tiny
 from tests.support.openai_server import Server, serve
-from tests.support.scripted_engine import ScriptedEngine, served
+from tests.support.scripted_engine import Directory, ScriptedEngine, served
 
 TEXT = "The dog sleeps."
 LOGGER = "runtime.api.request_log"
@@ -82,3 +88,24 @@ async def test_log_of_polls_is_at_debug(server: Server, caplog: pytest.LogCaptur
         assert response.status == 200
         assert "x-repertory-logged" not in response.headers
     assert lines(caplog)[0]["levelno"] == logging.DEBUG
+
+
+class StartingDirectory(Directory):
+    """No model can be asked for while the engine starts."""
+
+    def list(self) -> Sequence[ServedModel]:
+        raise Unavailable("the engine is starting")
+
+
+@pytest.mark.parametrize(("path", "level"), [("/health", logging.DEBUG), ("/v1/models", logging.INFO)])
+async def test_log_of_probes_during_the_start_is_at_debug(
+    path: str, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A platform probes every few seconds, and starting takes minutes."""
+    caplog.set_level(logging.DEBUG, LOGGER)
+    engine = ScriptedEngine(lambda asked: [])
+    app = build_http_app(StartingDirectory([]), engine, RuntimeConfig(), RuntimeMetrics())
+    async with TestClient(TestServer(app)) as client, client.get(path) as response:
+        assert response.status == 503
+    (line,) = lines(caplog)
+    assert (line["code"], line["levelno"]) == ("503", level)
