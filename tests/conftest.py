@@ -13,8 +13,9 @@ from tests.support.etcd import EtcdServer
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton's own library is imported, by whichever module comes first
 
-# Measuring branches makes Python code 2.6 times as slow, and further cases of a parametrised test hardly reach other branches.
-_MEASURED_CASES = 2
+# Measuring branches makes Python code up to 2.6 times as slow. Many tests have a case for each family of models, whose branches count, so the limit
+# is above their number; it leaves out most cases of the kernels, the schemas and the random lives.
+_MEASURED_CASES = 10
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
