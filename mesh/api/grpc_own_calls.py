@@ -7,6 +7,7 @@ from __future__ import annotations  # grpc's handler types take parameters only 
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,6 +35,8 @@ def own_call(method: str, metadata: CallMetadata, handler: Any, *, is_read: bool
         return grpc.unary_unary_rpc_method_handler(call.unary, response_serializer=serialize)
     if handler.unary_stream is not None:
         return grpc.unary_stream_rpc_method_handler(call.server_stream, response_serializer=serialize)
+    if inspect.iscoroutinefunction(handler.stream_stream):
+        return grpc.stream_stream_rpc_method_handler(call.raw_stream, response_serializer=serialize)
     return grpc.stream_stream_rpc_method_handler(call.both_stream, response_serializer=serialize)
 
 
@@ -62,6 +65,11 @@ class _Call:
         with self._logged(context):
             async for answer in self._handler.stream_stream(requests(), context):
                 yield answer
+
+    async def raw_stream(self, messages: AsyncIterator[bytes], context: Context) -> None:
+        """Serve by a handler that reads and writes by itself."""
+        with self._logged(context):
+            await self._handler.stream_stream(messages, context)
 
     async def _parsed(self, message: bytes, context: Context) -> Any:
         if self._parse is None:

@@ -35,6 +35,12 @@ async def test_health_lists_every_service(pod: RunningPod) -> None:
     assert {answer.status for answer in statuses.values()} == {health_pb2.HealthCheckResponse.SERVING}
 
 
+async def test_older_management_service_refuses_methods_that_it_lacks(pod: RunningPod) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="Method not found") as caught:
+        await pod.unary("/com.ibm.watson.tas.proto.TasRuntime/getStatus")(b"")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_describes_every_service_that_it_lists(pod: RunningPod, version: str) -> None:
     """As grpcurl and buf curl do, which ask for v1 first."""
