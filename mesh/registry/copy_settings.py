@@ -26,13 +26,26 @@ def copy_settings_of(info: ModelInfo) -> CopySettings:
 
 
 def is_same_model(one: ModelInfo, other: ModelInfo) -> bool:
-    """Return whether two registrations mean the same files and settings, whatever they say about copies and however their keys are written."""
+    """Return whether two registrations mean the same files and settings, whatever they say about copies and however their keys are written.
+
+    Keys that are not of our schema are compared as texts, as in ModelMesh.
+    """
     one, other = identity_of(one), identity_of(other)
+    if not (_is_ours(one.key) and _is_ours(other.key)):
+        return one == other
     return one == other or (
         (one.type, one.path) == (other.type, other.path)
         and (fields := _fields(one.key)) is not None
         and fields == _fields(other.key)
     )
+
+
+def _is_ours(key: str) -> bool:
+    try:
+        parse_model_key(key)
+    except InvalidModelKey:
+        return False
+    return True
 
 
 def _mentions_copies(key: str) -> bool:
