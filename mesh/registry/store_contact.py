@@ -92,7 +92,9 @@ class StoreContact:
             logger.warning("the store answers this pod again, or no other pod has it: requests are accepted")
 
     async def _ask_peers(self) -> list[float | None]:
-        pods = [pod for pod_id, pod in self._instances.live() if pod_id != self._instances.own_id and pod.http_address]
+        # Also those whose runtimes do not answer: they take registrations.
+        pods = [pod for pod_id, pod in self._instances.table.items() if pod_id != self._instances.own_id]
+        pods = [pod for pod in pods if pod.http_address and not pod.shutting_down]
         return [
             answer
             for answer in await asyncio.gather(*(self._ask(pod) for pod in pods[:_NUM_ASKED]))
