@@ -32,7 +32,7 @@ tables = {"places_ptr": "*i64", "hidden_ptr": "*fp32", "memory_ptr": "*bf16", "y
 for block_t, block_n, slices in ((16, 64, 3), (16, 128, 1), (64, 128, 2)):
     constants = {"HIDDEN_STRIDE": 256, "BLOCK_T": block_t, "BLOCK_R": 16, "PDL": True, "PRECISION": "tf32"}
     check(adapters._shrink_kernel, {**constants, "EVEN_K": slices > 1, "BLOCK_K": 128}, 4, **tables)
-    check(adapters._expand_kernel, {**constants, "SLICES": slices, "BLOCK_N": block_n}, 4, **tables)
+    check(adapters._expand_kernel, {**constants, "SLICES": slices, "SPLITS": 4, "BLOCK_N": block_n}, 4, **tables)
 print("compiled")
 """
 

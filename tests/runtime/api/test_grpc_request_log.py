@@ -36,6 +36,12 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [vars(record) for record in caplog.records if record.name == LOGGER]
 
 
+async def written(caplog: pytest.LogCaptureFixture, count: int = 1) -> list[dict[str, Any]]:
+    """Wait for so many lines, and return all. A line is written after the client has its answer."""
+    await until(lambda: len(lines(caplog)) >= count)
+    return lines(caplog)
+
+
 def batch(*texts: str, max_new_tokens: int = 3) -> pb.BatchedGenerationRequest:
     params = pb.Parameters(stopping=pb.StoppingCriteria(max_new_tokens=max_new_tokens))
     return pb.BatchedGenerationRequest(requests=[pb.GenerationRequest(text=text) for text in texts], params=params)
@@ -55,7 +61,7 @@ def infer() -> oip.ModelInferRequest:
 
 async def test_grpc_log_counts_tokens_of_a_batch(services: Services, caplog: pytest.LogCaptureFixture) -> None:
     await services.tgis.Generate(batch(PROMPT, PROMPT))
-    (line,) = lines(caplog)
+    (line,) = await written(caplog)
     assert (line["code"], line["method"], line["path"]) == ("OK", "gRPC", "/fmaas.GenerationService/Generate")
     assert (line["model"], line["output_tokens"]) == ("m1", 6)
     assert line["prompt_tokens"] == 2 * len(services.model.text.encode(PROMPT, add_special_tokens=True))
@@ -66,7 +72,7 @@ async def test_grpc_log_counts_tokens_of_a_batch(services: Services, caplog: pyt
 async def test_grpc_log_counts_tokens_of_a_stream(services: Services, caplog: pytest.LogCaptureFixture) -> None:
     async for _ in services.tgis.GenerateStream(single(stopping=pb.StoppingCriteria(max_new_tokens=3))):
         pass
-    (line,) = lines(caplog)
+    (line,) = await written(caplog)
     assert (line["code"], line["model"], line["output_tokens"]) == ("OK", "m1", 3)
 
 
@@ -74,7 +80,7 @@ async def test_grpc_log_counts_tokens_of_the_open_inference_protocol(
     services: Services, caplog: pytest.LogCaptureFixture
 ) -> None:
     await services.oip.ModelInfer(infer())
-    (line,) = lines(caplog)
+    (line,) = await written(caplog)
     assert (line["code"], line["path"]) == ("OK", "/inference.GRPCInferenceService/ModelInfer")
     assert (line["model"], line["output_tokens"]) == ("m1", 3)
 
@@ -90,7 +96,7 @@ async def test_grpc_log_has_the_name_and_the_wait_of_a_mesh(
     )
     call = services.tgis.Generate(batch(PROMPT), metadata=sent)
     await call
-    (line,) = lines(caplog)
+    (line,) = await written(caplog)
     assert (line["asked"], line["key"], line["wait_s"], line["request_id"]) == ("café", "team", 12.5, "mine")
     assert line["total_s"] > 12.5
     assert ("x-repertory-logged", "1") in tuple(await call.trailing_metadata())
@@ -107,7 +113,7 @@ async def test_grpc_log_of_a_refusal_has_its_status(services: Services, caplog: 
     services.engine.raises = Overloaded("full", retry_after_s=2.0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.tgis.Generate(batch(PROMPT), metadata=(("x-repertory-name", "m"),))
-    assert lines(caplog)[0]["code"] == "RESOURCE_EXHAUSTED"
+    assert (await written(caplog))[0]["code"] == "RESOURCE_EXHAUSTED"
     trailers = dict(caught.value.trailing_metadata() or ())
     assert (trailers["x-repertory-logged"], trailers["retry-after-ms"]) == ("1", "2000")
 
@@ -120,7 +126,7 @@ async def test_grpc_log_of_a_failed_stream_has_its_status(tmp_path: Path, caplog
         with pytest.raises(grpc.aio.AioRpcError):
             async for _ in services.tgis.GenerateStream(single()):
                 pass
-    (line,) = lines(caplog)
+    (line,) = await written(caplog)
     assert (line["code"], line["output_tokens"]) == ("UNAVAILABLE", 2)
 
 
@@ -141,4 +147,4 @@ async def test_grpc_log_of_a_cancelled_call_is_cancelled(tmp_path: Path, caplog:
 async def test_grpc_log_of_polls_is_at_debug(services: Services, caplog: pytest.LogCaptureFixture) -> None:
     await services.oip.ModelReady(oip.ModelReadyRequest(name="m1"))
     await services.tgis.ModelInfo(pb.ModelInfoRequest())
-    assert [line["levelno"] for line in lines(caplog)] == [logging.DEBUG, logging.DEBUG]
+    assert [line["levelno"] for line in await written(caplog, 2)] == [logging.DEBUG, logging.DEBUG]

@@ -29,7 +29,7 @@ WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": WHOLE, "b": {**WHOLE, "data_offsets": [4, 12]}}, "over each other"),
         ({"a": {**WHOLE, "dtype": "F4"}}, "can't be read"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}}, "can't be read"),
-        ({"a": WHOLE, "__metadata__": {"quantization": ["nf4"]}}, "no text"),
+        ({"a": WHOLE, "__metadata__": {"quantization": ["nf4"]}}, "not text"),
         ({"a": WHOLE, "__metadata__": 5}, "can't be read"),
         ([WHOLE], "can't be read"),
     ],
