@@ -183,8 +183,8 @@ class RuntimeClient(Protocol):
         or Unavailable (the runtime is restarting).
         """
 
-    async def unload(self, model_id: str) -> None:
-        """Idempotent."""
+    async def unload(self, model_id: str, *, allow_retry: bool = False) -> None:
+        """Idempotent. A quarantine ends only with `allow_retry`: an eviction or the end of a failed load may cross with it."""
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
 

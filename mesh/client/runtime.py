@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import grpc
 import grpc.aio
 
+from common.unload_headers import GRACE_HEADER, RETRY_HEADER
 from mesh.client.runtime_state import RuntimeWatch, fit_answer
 from mesh.errors import (
     DeadlineExceeded,
@@ -41,7 +42,8 @@ _FIT_S = 120.0  # the checkpoint may have to be inspected at its source
 _FILES_S = 60.0  # dropping terabytes takes a while
 _MIN_LOADING_TIMEOUT_MS = 100
 _LASTING = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
-_AT_ONCE = (("x-repertory-grace-s", "0"),)  # the mesh has waited for the model's requests; other runtimes ignore it
+_AT_ONCE = ((GRACE_HEADER, "0"),)
+_ALLOW_RETRY = (*_AT_ONCE, (RETRY_HEADER, "1"))
 
 
 class GrpcRuntime:
@@ -113,10 +115,11 @@ class GrpcRuntime:
             )
         return max(reported, 1)
 
-    async def unload(self, model_id: str) -> None:
+    async def unload(self, model_id: str, *, allow_retry: bool = False) -> None:
         """Unload a model. Raises Unavailable if its memory is not free; the caller tries again."""
+        metadata = _ALLOW_RETRY if allow_retry else _AT_ONCE
         try:
-            await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id), timeout=_UNLOAD_S, metadata=_AT_ONCE)
+            await self._stub.unloadModel(pb.UnloadModelRequest(modelId=model_id), timeout=_UNLOAD_S, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise Unavailable(

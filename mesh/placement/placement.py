@@ -207,10 +207,10 @@ class Placement:
             self._loads.load(model_id, record.info, last_used_ms=last_used_ms, urgent=urgent)
 
     async def _clear_failures(self, model_id: str) -> None:
-        """Clear the recorded failures. An explicit unload ends the runtime's quarantine of the model."""
+        """Clear the recorded failures, and end the runtime's quarantine of the model."""
         if self._states.is_quarantined(model_id):
             with contextlib.suppress(Unavailable):
-                await self._runtime.unload(model_id)
+                await self._runtime.unload(model_id, allow_retry=True)
         await self._record_updates.clear_failures(model_id)
 
     async def _begin(self, model_id: str, order: "_Order") -> str:

@@ -6,6 +6,7 @@ The comments in proto/mmesh/model_runtime.proto specify the methods.
 import grpc.aio
 
 from common.model_id import InvalidModelId, check_model_id
+from common.unload_headers import GRACE_HEADER, RETRY_HEADER
 from common.version import package_version
 from runtime.api.grpc_errors import statuses
 from runtime.config.schema import RuntimeConfig
@@ -20,7 +21,6 @@ from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 
 SERVICE_NAME = "mmesh.ModelRuntime"
-GRACE_HEADER = "x-repertory-grace-s"  # "0": the caller has waited for the model's requests
 _PREDICT_S = 0.25
 # Methods whose request has the model's name in field 1, for a mesh that injects ids there instead of in a header.
 _ID_IN_FIELD_1 = (
@@ -74,8 +74,10 @@ class ModelRuntimeApi(ModelRuntimeServicer):
     ) -> pb.UnloadModelResponse:
         async with statuses(context):
             _check_id(request.modelId)
-            at_once = (GRACE_HEADER, "0") in (context.invocation_metadata() or ())
-            await self._models.unload(request.modelId, grace_s=0.0 if at_once else self._config.grace_s)
+            metadata = context.invocation_metadata() or ()
+            grace_s = 0.0 if (GRACE_HEADER, "0") in metadata else self._config.grace_s
+            allow_retry = (RETRY_HEADER, "1") in metadata
+            await self._models.unload(request.modelId, grace_s=grace_s, allow_retry=allow_retry)
             return pb.UnloadModelResponse()
 
     async def predictModelSize(

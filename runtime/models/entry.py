@@ -11,10 +11,7 @@ from runtime.types import ModelSource
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """`mark` is the fingerprint of source and settings. `served` is set while the model is loaded, or returns after a crash.
-
-    `refused`: the model is quarantined, and a caller was refused since.
-    """
+    """`mark` is the fingerprint of source and settings. `served` is set while the model is loaded, or returns after a crash."""
 
     model_id: str
     source: ModelSource
@@ -27,7 +24,6 @@ class Entry:
     load_seconds: float = 0.0
     last_used_s: float = field(default_factory=time.monotonic)
     error: str = ""
-    refused: bool = False
     base_id: str = ""  # of the model whose adapter it is; "" until that is known, and for other models
 
     @property

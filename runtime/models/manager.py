@@ -83,7 +83,6 @@ class Models:
             case Phase.RETURNING:
                 raise Unavailable(f"model {entry.name!r} is coming back: the engine was restarted", retry_after_s=5.0)
             case Phase.QUARANTINED:
-                entry.refused = True
                 raise Quarantined(entry.error)
             case _:
                 raise ModelNotFound(f"model {model_id!r} is not loaded here: it is {entry.phase.value}")
@@ -112,8 +111,6 @@ class Models:
             tail = self._operations.last(model_id)
         if self._closing:
             raise _shutting_down()
-        if (blamed := self._entries.get(model_id)) is not None and blamed.phase is Phase.QUARANTINED:
-            blamed.refused = True
         self._refuse_quarantined(model_id, mark)
         if tail is None:
             entry = self._entries.get(model_id)
@@ -131,11 +128,14 @@ class Models:
             raise self._load_lost(model_id)
         return entry.served
 
-    async def unload(self, model_id: str, *, grace_s: float) -> None:
+    async def unload(self, model_id: str, *, grace_s: float, allow_retry: bool = False) -> None:
         """Unload a model. Its requests have `grace_s` to finish. Unknown ids are ignored. A running load is cancelled first.
 
+        A quarantined model stays so unless `allow_retry`: an eviction may cross with the crash, and a mesh unloads after each failed load.
         Continues if the caller is cancelled.
         """
+        if allow_retry:
+            self._quarantine.allow_retry(model_id)
         tail = self._operations.last(model_id)
         entry = self._entries.get(model_id)
         if tail is None and entry is None:
@@ -336,11 +336,8 @@ class Models:
         if entry is None:
             return
         if entry.phase is Phase.QUARANTINED:
-            # An eviction may cross with the crash, before any caller was refused. A mesh also unloads after each failed load. Neither is deliberate.
-            if not entry.refused:
+            if self._quarantine.holds(model_id, entry.mark):
                 return
-            if entry.load_seconds:
-                self._quarantine.allow_retry(model_id)
         elif entry.phase is not Phase.FAILED:
             entry.phase = Phase.UNLOADING
             self.changes.notify()

@@ -34,7 +34,7 @@ class Quarantine:
         return record is not None and record.fingerprint == fingerprint and record.strikes >= _LIMIT
 
     def allow_retry(self, model_id: str) -> None:
-        """Allow one more load after a deliberate unload. The next crash quarantines the model again."""
+        """Allow one more load, for an explicit load request. The next crash quarantines the model again."""
         record = self._records.get(model_id)
         if record is not None:
             record.strikes = min(record.strikes, _LIMIT - 1.0)

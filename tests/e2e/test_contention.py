@@ -108,9 +108,6 @@ def test_a_name_gets_other_files_without_a_gap(tight: Tight) -> None:
     assert edge.complete("star").completion == known["ada"]
 
 
-@pytest.mark.xfail(
-    reason="the mesh may show the failure before the quarantine, and then forgives it late", strict=False
-)
 def test_a_model_that_kills_the_engine_twice_is_quarantined_by_name(tight: Tight) -> None:
     edge = tight.edge
     edge.register("deadly", tight.models / "bob")

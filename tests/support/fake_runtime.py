@@ -16,6 +16,7 @@ import grpc.aio
 from aiohttp import web
 from grpc_reflection.v1alpha import reflection
 
+from common.unload_headers import RETRY_HEADER
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 from wire.repertory import runtime_pb2 as state_pb
@@ -289,7 +290,7 @@ class _Spi(ModelRuntimeServicer):
         runtime = self._runtime
         runtime.log.append(("unload", request.modelId))
         runtime.metadata.append(tuple(context.invocation_metadata()))
-        if request.modelId in runtime.switches.quarantined:
+        if request.modelId in runtime.switches.quarantined and (RETRY_HEADER, "1") in runtime.metadata[-1]:
             runtime.switches.quarantined.discard(request.modelId)
             runtime.tell()
         if runtime.loaded.pop(request.modelId, None) is None:

@@ -1,4 +1,4 @@
-"""A process that writes to an embedded store endlessly, by a script that the test knows too, and tells each write once it is acknowledged.
+"""A process that writes to an embedded store endlessly, by a script that the test shares, and reports each write once it is acknowledged.
 
 `python -m tests.support.scripted_writes DIRECTORY SEED`: prints the number of each step.
 """

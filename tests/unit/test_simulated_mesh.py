@@ -1,4 +1,4 @@
-"""The simulated mesh of bench.simulate: its books under both policies, and that it tells a better policy from a worse one."""
+"""The simulated mesh of bench.simulate: its accounts under both policies, and that a better policy has better figures."""
 
 import pytest
 from hypothesis import given, settings

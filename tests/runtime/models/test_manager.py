@@ -258,8 +258,12 @@ async def test_manager_quarantines_a_model_after_two_crashes(house: House) -> No
         await house.models.load("a", SOURCE, PLAIN)
     await house.until(lambda: house.phase("b") is Phase.LOADED)
     assert await house.generate("b", 5) == [6, 6]
-    # taken away on purpose and registered again: one more chance
+    # The mesh unloads after a failed load, which ends no quarantine.
     await house.models.unload("a", grace_s=0.2)
+    assert house.phase("a") is Phase.QUARANTINED
+    with pytest.raises(Quarantined, match="'a'"):
+        await house.models.load("a", SOURCE, PLAIN)
+    await house.models.unload("a", grace_s=0.2, allow_retry=True)
     await house.models.load("a", SOURCE, PLAIN)
     with pytest.raises(Unavailable):
         await house.generate("a", KILL)
@@ -272,7 +276,7 @@ async def test_manager_keeps_a_quarantine_that_an_eviction_crosses(house: House)
         await house.until(lambda: house.phase("a") is Phase.LOADED)
         with pytest.raises(Unavailable):
             await house.generate("a", KILL)
-    await house.models.unload("a", grace_s=0.2)  # before any caller was refused
+    await house.models.unload("a", grace_s=0.2)
     with pytest.raises(Quarantined, match="'a'"):
         await house.models.load("a", SOURCE, PLAIN)
 
@@ -281,10 +285,14 @@ async def test_manager_retries_a_load_that_crashed_the_engine(house: House) -> N
     with pytest.raises(Quarantined, match="deadly"):
         await house.models.load("deadly", SOURCE, PLAIN)
     assert house.journal("load") == ["deadly", "deadly"]
-    # the mesh's clean-up after a failed load is no pardon
     await house.models.unload("deadly", grace_s=0.2)
     with pytest.raises(Quarantined):
         await house.models.load("deadly", SOURCE, PLAIN)
+    assert house.journal("load") == ["deadly", "deadly"]
+    await house.models.unload("deadly", grace_s=0.2, allow_retry=True)
+    with pytest.raises(Quarantined):
+        await house.models.load("deadly", SOURCE, PLAIN)
+    assert house.journal("load") == ["deadly", "deadly", "deadly"]
     assert house.preparer.held == 0
 
 
