@@ -31,12 +31,11 @@ def is_same_model(one: ModelInfo, other: ModelInfo) -> bool:
     Keys that are not of our schema are compared as texts, as in ModelMesh.
     """
     one, other = identity_of(one), identity_of(other)
-    if not (_is_ours(one.key) and _is_ours(other.key)):
-        return one == other
     return one == other or (
         (one.type, one.path) == (other.type, other.path)
-        and (fields := _fields(one.key)) is not None
-        and fields == _fields(other.key)
+        and _is_ours(one.key)
+        and _is_ours(other.key)
+        and _fields(one.key) == _fields(other.key)
     )
 
 
@@ -58,12 +57,10 @@ def _split(info: ModelInfo) -> tuple[ModelInfo, CopySettings]:
         copies = parse_model_key(info.key).copies
     except InvalidModelKey:
         return info, DEFAULT
-    fields = {name: value for name, value in (_fields(info.key) or {}).items() if name not in _NAMES}
+    fields = {name: value for name, value in _fields(info.key).items() if name not in _NAMES}
     return ModelInfo(info.type, info.path, msgspec.json.encode(fields, order="deterministic").decode()), copies
 
 
-def _fields(key: str) -> dict[str, Any] | None:
-    try:
-        return msgspec.json.decode(key, type=dict[str, Any])
-    except msgspec.MsgspecError:
-        return None
+def _fields(key: str) -> dict[str, Any]:
+    """Return the fields of a key of our schema. Empty text is an empty key."""
+    return msgspec.json.decode(key, type=dict[str, Any]) if key.strip() else {}

@@ -54,6 +54,13 @@ def test_other_settings_do_change_the_id(one: dict[str, Any], other: dict[str, A
     assert (concrete_id("m", infos[0]) == concrete_id("m", infos[1])) == (one == other)
 
 
+def test_copy_settings_may_be_the_only_settings_of_a_key() -> None:
+    bare, pinned = ModelInfo("llm", "/m"), ModelInfo("llm", "/m", '{"pinned": true}')
+    assert is_same_model(bare, pinned)
+    assert is_same_model(pinned, bare)
+    assert not is_same_model(bare, ModelInfo("llm", "/m", '{"pinned": true, "quantize": "nf4"}'))
+
+
 def test_copy_settings_of_earlier_records_and_of_keys_of_other_runtimes() -> None:
     earlier = ModelRecord(type="llm", path="/m", key='{"pinned": true, "quantize": "nf4"}')
     assert earlier.copy_settings == CopySettings(pinned=True)
