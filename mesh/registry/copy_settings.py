@@ -28,8 +28,10 @@ def copy_settings_of(info: ModelInfo) -> CopySettings:
 def is_same_model(one: ModelInfo, other: ModelInfo) -> bool:
     """Return whether two registrations mean the same files and settings, whatever they say about copies and however their keys are written.
 
-    Keys that are not of our schema are compared as texts, as in ModelMesh.
+    Keys that are not of our schema are compared as texts, as in ModelMesh, and so is an empty key, unless the other key has copy settings.
     """
+    if not (one.key and other.key) and not (_mentions_copies(one.key) or _mentions_copies(other.key)):
+        return one == other
     one, other = identity_of(one), identity_of(other)
     return one == other or (
         (one.type, one.path) == (other.type, other.path)

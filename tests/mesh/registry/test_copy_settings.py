@@ -58,7 +58,9 @@ def test_copy_settings_may_be_the_only_settings_of_a_key() -> None:
     bare, pinned = ModelInfo("llm", "/m"), ModelInfo("llm", "/m", '{"pinned": true}')
     assert is_same_model(bare, pinned)
     assert is_same_model(pinned, bare)
+    assert is_same_model(ModelInfo("llm", "/m", "{}"), pinned)
     assert not is_same_model(bare, ModelInfo("llm", "/m", '{"pinned": true, "quantize": "nf4"}'))
+    assert not is_same_model(bare, ModelInfo("llm", "/m", "{}")), "ModelMesh takes these for different"
 
 
 def test_copy_settings_of_earlier_records_and_of_keys_of_other_runtimes() -> None:
