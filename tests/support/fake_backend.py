@@ -395,6 +395,7 @@ class FakeRunner:
         try:
             assert self._backend.undrawn_plans() == 0, "a step between a forward pass and its draws"
             assert len(plan.masked) == (0 if masks is None else len(masks)), "a mask for each masked row"
+            assert masks is None or masks.flags.writeable, "a runner may change the masks"
             return self._launch(plan, {} if masks is None else dict(zip(plan.masked, masks, strict=True)))
         except AssertionError as error:
             # the engine takes it for a fault of the device, and lives on

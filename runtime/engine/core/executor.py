@@ -258,7 +258,8 @@ class OperationExecutor:
                 self._models[model_id].runner.launch_forward(plan, padded_to)
             case RunDraws(model_id, masks):
                 runner = self._models[model_id].runner
-                words = np.frombuffer(masks, np.int32).reshape(-1, mask_words(runner.facts.vocab_size))
+                # The runner may change them, as on rank 0.
+                words = np.frombuffer(bytearray(masks), np.int32).reshape(-1, mask_words(runner.facts.vocab_size))
                 return runner.launch_draws(words)
             case MapAdapters(model_id, index, slab):
                 self._bank(model_id).map(index, slab)

@@ -12,7 +12,7 @@ from runtime.puller.checkpoint_check import Policy, inspect
 from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PACKED_NAME, PackRequest
 from runtime.puller.sizing import geometry_of, needs_of
-from runtime.types import Checkpoint, ModelFacts
+from runtime.types import Checkpoint, GenerationRequest, ModelFacts, SamplingParams, StopParams
 from tests.support.engine_process import Engine, engine
 from tests.support.families import family
 from tests.support.llama_checkpoints import tiny_llama
@@ -117,6 +117,19 @@ def test_sharded_models_are_evicted_and_return(tmp_path: Path) -> None:
         for _ in range(2):
             assert texts(running, "a", asked) == expected
             assert texts(running, "b", asked_of_second) == expected_of_second
+
+
+def test_rows_with_a_mask_and_allowed_tokens_run_on_all_ranks(pair: Engine, tmp_path: Path) -> None:
+    """Each rank takes the tokens that are not allowed out of the masks that rank 0 has computed."""
+    checkpoint, asked, _ = saved("llama", tmp_path)
+    sampling = SamplingParams(temperature=0.0, allowed_token_ids=tuple(range(20, 40)))
+    stop = StopParams(max_tokens=8, ignore_eos=True)
+    requests = [
+        GenerationRequest(prompt=tuple(one), sampling=sampling, stop=stop, bad_words=((20,), (21, 22))) for one in asked
+    ]
+    with loaded(pair, "limited", checkpoint):
+        timeline = pair.run([("limited", request) for request in requests], timeout_s=60)
+    assert timeline.tokens == 8 * len(requests)
 
 
 def test_saved_kv_returns_on_all_ranks(tmp_path: Path) -> None:
