@@ -85,6 +85,7 @@ class FakePool:
     collective: bool = False
     wanted: list[Bucket] = field(default_factory=list)
     recorded: int = 0
+    settle: Callable[[], None] = lambda: None
 
     def join(self, graphs: ModelGraphs) -> None:
         pass
@@ -148,6 +149,25 @@ def test_a_model_that_cannot_be_captured_is_tried_once_and_runs_eagerly(caplog: 
     assert not capture_now(graphs, Bucket(8, 8, 1, 1024))
     assert pool.recorded == 1
     assert "model tiny runs without CUDA graphs" in caplog.text
+
+
+def test_record_waits_for_weights_that_another_rank_has_already() -> None:
+    ready = [False]
+    pool = FakePool(collective=True, settle=lambda: ready.__setitem__(0, True))
+    graphs = ModelGraphs("tiny", cast("GraphPool", pool), lambda: None, lambda _: torch.zeros(0), lambda: ready[0])
+    assert capture_now(graphs, BUCKET)
+    assert pool.recorded == 1
+
+
+def test_record_is_left_out_while_weights_are_absent(caplog: pytest.LogCaptureFixture) -> None:
+    ready = [False]
+    pool = FakePool(collective=True)
+    graphs = ModelGraphs("tiny", cast("GraphPool", pool), lambda: None, lambda _: torch.zeros(0), lambda: ready[0])
+    assert not capture_now(graphs, BUCKET)
+    assert pool.recorded == 0
+    ready[0] = True
+    assert capture_now(graphs, BUCKET), "a later capture of the same model is not refused"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("least", "most", "ratio"), [(257, 512, 1.5), (513, LARGEST_MIXED, 4 / 3)])

@@ -90,6 +90,10 @@ class GraphPool:
         with self._joining:
             self._members = [member for member in self._members if member is not graphs]
 
+    def settle(self) -> None:
+        """Wait for all passes that were launched. Raises the device's error if the device is lost."""
+        torch.cuda.current_stream(self._device).synchronize()
+
     def next_capture(self) -> GraphCapture | None:
         """Return what to do next for the bucket that was requested first, or else for a likely one. None = there is nothing to do."""
         while self._wanted:
@@ -263,8 +267,17 @@ class ModelGraphs:
 
     def _record_once(self, bucket: Bucket) -> None:
         self._warmed_up = None
-        if bucket not in self._graphs and not self._refused and not self._pool.full:
+        if bucket not in self._graphs and not self._refused and not self._pool.full and self._have_arrived():
             self._attempt(self._record, bucket)
+
+    def _have_arrived(self) -> bool:
+        """Whether the weights are in device memory, after waiting for the passes that wait for them.
+
+        Rank 0 records once its own weights have arrived. Those of another rank may take longer, and a capture cannot wait for a copy.
+        """
+        if not self._ready() and self._pool.collective:
+            self._pool.settle()
+        return self._ready()
 
     def _run_blank(self, bucket: Bucket) -> None:
         self._blank()
