@@ -103,10 +103,7 @@ class DataPlane:
         while True:
             seen = self._changes.version
             if self._is_ready():
-                try:
-                    self._publish()
-                except OSError as error:
-                    logger.error("Envoy's files could not be written: %s; it goes on with those that it has", error)
+                self._publish()
             await asyncio.sleep(_MIN_INTERVAL_S)
             await self._changes.wait(_SCRAPE_S, since=seen)
 
@@ -124,7 +121,10 @@ class DataPlane:
         for cluster in planned.values():
             self._models[cluster.stat_name] = cluster.model_id, cluster.carrier, cluster.role
         self._planned = planned
-        self._write_files(self._names.limit)
+        try:
+            self._write_files(self._names.limit)
+        except OSError as error:
+            logger.error("Envoy's files could not be written: %s; it goes on with those that it has", error)
         return self._control.publish({**planned, **{name: gone.cluster for name, gone in self._gone.items()}})
 
     async def _scrape(self) -> None:
