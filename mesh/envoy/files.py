@@ -1,6 +1,7 @@
 """Names the sockets and files that a mesh and its Envoy share, and writes the files so that Envoy sees each change as a whole."""
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +47,18 @@ class EnvoyFiles:
         return f"unix:{self.directory / name}"
 
     def make_directory(self) -> None:
-        """Raises ConfigError if the path is too long for the sockets, OSError if it cannot be made."""
+        """Make the directory. Raises ConfigError if its path is too long for sockets or other users can write to it, OSError if it cannot be made."""
         if (longest := len(os.fsencode(self.mesh("grpc").removeprefix("unix:")))) > _LONGEST_SOCKET:
             raise ConfigError(
                 f"envoy_dir {self.directory}: its sockets' paths have {longest} bytes; the limit is {_LONGEST_SOCKET}. Choose a shorter path"
             )
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = self.directory.stat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ConfigError(
+                f"envoy_dir {self.directory}: other users can write to it (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}), "
+                "so they could take the place of mesh or Envoy. Run `chmod 700` on it as the user of both, or choose another path"
+            )
 
 
 def write_whole(path: Path, text: str) -> bool:

@@ -29,3 +29,17 @@ def test_make_directory_keeps_others_out(tmp_path: Path) -> None:
 def test_make_directory_refuses_a_path_too_long_for_sockets(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the limit is 107"):
         EnvoyFiles(tmp_path / ("x" * 100)).make_directory()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_make_directory_refuses_one_that_others_can_write_to(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(mode)
+    with pytest.raises(ConfigError, match=f"mode {mode:o}.*chmod 700"):
+        EnvoyFiles(tmp_path / "shared").make_directory()
+
+
+def test_make_directory_takes_one_that_others_can_only_read(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o755)
+    EnvoyFiles(tmp_path / "shared").make_directory()
