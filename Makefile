@@ -17,7 +17,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help setup demo clients test modelmesh check lint types imports stubs proto bench gpu clean
 
-JOBS ?= 2
+JOBS ?= 3
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$p"; break; }; done)
 VENV ?= .venv
@@ -61,8 +61,9 @@ demo: $(VENV)/.demo
 	$(RUN)/python scripts/demo.py $(ARGS)
 
 # One thread per process: the tests start several processes at a time, and OpenMP threads that wait for a busy core spin.
-# All tests run in two processes with branch coverage; a selection runs in one, without. Files keep their order: by default those with few tests,
-# which are the longest, would come last and one process would wait for the other.
+# All tests run with branch coverage, in a process more than there are cores, which takes the files that mostly wait (tests/support/lanes.py);
+# a selection runs in one, without coverage. Files keep the order of tests/conftest.py, slow ones first: by default those with few tests, which are
+# the longest, would come last and the other processes would wait for one.
 test: $(VENV)/.dev $(if $(T)$(ARGS),,clients)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)/python -m pytest $(if $(T)$(ARGS),$(T) $(ARGS),-n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term)
 

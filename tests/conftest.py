@@ -1,9 +1,10 @@
-"""Provides what all areas share: a real etcd, Triton's interpreter where there is no GPU, and the cases that coverage measures."""
+"""Provides what all areas share: a real etcd, Triton's interpreter where there is no GPU, the order of files, and the cases that coverage measures."""
 
 import gc
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,21 @@ if not torch.cuda.is_available():
 _MEASURED_CASES = 10
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Measure coverage in the first cases of each parametrised test only. All cases run."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Replace `--dist loadfile` by lanes of files that compute and files that wait."""
+    from tests.support.lanes import LaneScheduling
+
+    return LaneScheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure coverage in the first cases of each parametrised test only, and begin with slow files. All cases run.
+
+    A worker that begins a long file last would keep the others waiting for it.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     num_cases: Counter[str] = Counter()
     for item in items:
         function = item.nodeid.partition("[")[0]
