@@ -1,21 +1,23 @@
-"""Provides the store of a single node: one SQLite file in a directory, with all entries in memory as well.
+"""Provides the store of a single node: one SQLite file in a directory.
 
 SQLite's write-ahead log brings checksums, fsync on commit, atomic transactions over several keys and recovery after
-kill -9. Reads never touch the disk; a write returns after its fsync. Leases end with the process, so leased entries are
-not written to the file. A sound file is opened without a write, so it can be opened on a full disk.
+kill -9. A write returns after its fsync. Values are read from the file and not kept in memory, because the tables of the
+registry keep them decoded. Leases end with the process, so leased entries are in memory only. A sound file is opened
+without a write, so it can be opened on a full disk.
 """
 
 import asyncio
 import itertools
 import sqlite3
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from mesh.errors import StoreError
+from mesh.store.entry_file import EntryFile
 from mesh.store.protocol import (
     ABSENT,
     Compare,
@@ -33,16 +35,7 @@ from mesh.store.protocol import (
 )
 
 FILE_NAME = "registry.sqlite3"
-FORMAT_VERSION = 1
 HISTORY_EVENTS = 10_000
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS entry (
-    key TEXT PRIMARY KEY, value BLOB NOT NULL, create_revision INTEGER NOT NULL, mod_revision INTEGER NOT NULL, lease_id INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT OR IGNORE INTO counter VALUES ('revision', 1);
-"""
 
 Result = TypeVar("Result")
 
@@ -53,8 +46,8 @@ class EmbeddedStore:
     def __init__(self, directory: Path, *, history_events: int = HISTORY_EVENTS) -> None:
         self._path = directory / FILE_NAME
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-store")
-        self._database: sqlite3.Connection | None = None
-        self._entries: dict[str, Entry] = {}
+        self._file = EntryFile(self._path)
+        self._leased: dict[str, Entry] = {}  # by key; the file has no entry with such a key
         self._revision = 0
         self._history: deque[EntryPut | EntryDeleted] = deque(maxlen=history_events)
         self._history_from = 0  # the first revision whose events are all in the history
@@ -65,7 +58,7 @@ class EmbeddedStore:
         self._closed = False
 
     async def open(self) -> None:
-        self._entries, self._revision = await self._in_thread(self._open_database)
+        self._revision = await self._in_thread(self._file.open)
         self._history_from = self._revision + 1
 
     async def close(self) -> None:
@@ -76,7 +69,7 @@ class EmbeddedStore:
             for queue in self._watches:
                 queue.put_nowait(None)
             with suppress(StoreError):
-                await self._in_thread(self._close_database)
+                await self._in_thread(self._file.close)
         self._thread.shutdown(wait=True)
 
     @property
@@ -88,11 +81,12 @@ class EmbeddedStore:
 
     async def get(self, key: str) -> Entry | None:
         self._check_open()
-        return self._entries.get(key)
+        return (await self._known((key,))).get(key)
 
     async def get_prefix(self, prefix: str) -> Listing:
-        self._check_open()
-        return self._listing(prefix)
+        async with self._writing:
+            self._check_open()
+            return await self._listing(prefix)
 
     async def put(self, key: str, value: bytes, *, lease: Lease | None = None) -> int:
         return (await self.txn([], [Put(key, value, lease.id if lease else 0)])).revision
@@ -115,26 +109,31 @@ class EmbeddedStore:
         if self._leases.pop(lease.id, None) is not None:
             # The lease's keys are determined when the write is executed.
             await self._write(
-                lambda: ([], [Delete(entry.key) for entry in self._entries.values() if entry.lease_id == lease.id])
+                lambda: ([], [Delete(entry.key) for entry in self._leased.values() if entry.lease_id == lease.id])
             )
 
     async def watch(self, prefix: str, from_revision: int | None = None) -> AsyncGenerator[WatchEvent, None]:
-        self._check_open()
         queue: asyncio.Queue[tuple[WatchEvent, ...] | None] = asyncio.Queue()
-        if from_revision is None or from_revision < self._history_from:
-            queue.put_nowait((Relisted(self._listing(prefix)),))
-        elif from_revision > self._revision + 1:
-            queue.put_nowait((Relisted(self._listing(prefix), went_back=True),))
-        else:
-            queue.put_nowait(tuple(event for event in self._history if _revision_of(event) >= from_revision))
-        self._watches.add(queue)
+        async with self._writing:
+            self._check_open()
+            queue.put_nowait(await self._first_events(prefix, from_revision))
+            self._watches.add(queue)
         try:
             while (batch := await queue.get()) is not None:
                 for event in batch:
                     if isinstance(event, Relisted) or _key_of(event).startswith(prefix):
                         yield event
+                # A listing of 100,000 entries must not stay in memory until the next event.
+                del batch, event
         finally:
             self._watches.discard(queue)
+
+    async def _first_events(self, prefix: str, from_revision: int | None) -> tuple[WatchEvent, ...]:
+        if from_revision is None or from_revision < self._history_from:
+            return (Relisted(await self._listing(prefix)),)
+        if from_revision > self._revision + 1:
+            return (Relisted(await self._listing(prefix), went_back=True),)
+        return tuple(event for event in self._history if _revision_of(event) >= from_revision)
 
     async def _write(self, plan: Callable[[], tuple[Sequence[Compare], Sequence[Write]]]) -> tuple[TxnResult, int]:
         """Execute a write to its end, even if the caller is cancelled: memory and file must not differ."""
@@ -146,25 +145,30 @@ class EmbeddedStore:
         async with self._writing:
             self._check_open()
             compares, writes = plan()
-            if not all(self._holds(compare) for compare in compares):
-                current = tuple(self._entries.get(compare.key) for compare in compares)
+            known = await self._known({item.key for item in (*compares, *writes)})
+            if not all(_holds(compare, known.get(compare.key)) for compare in compares):
+                current = tuple(known.get(compare.key) for compare in compares)
                 return TxnResult(succeeded=False, revision=self._revision, current=current), 0
-            events = self._events(writes, self._revision + 1)
+            revision = self._revision + 1
+            events = self._events(writes, known, revision)
             if events:
-                if any(self._is_durable(event) for event in events):
-                    await self._in_thread(lambda: self._commit(events))
+                if any(_is_durable(event, known.get(_key_of(event))) for event in events):
+                    await self._in_thread(lambda: self._file.commit(events, revision))
                 self._apply(events)
             return TxnResult(succeeded=True, revision=self._revision), len(events)
 
-    def _holds(self, compare: Compare) -> bool:
-        entry = self._entries.get(compare.key)
-        mod, create = (entry.mod_revision, entry.create_revision) if entry else (ABSENT, ABSENT)
-        return compare.mod_revision in (None, mod) and compare.create_revision in (None, create)
+    async def _known(self, keys: Iterable[str]) -> dict[str, Entry]:
+        """Return the entries that exist, by key."""
+        in_file = [key for key in keys if key not in self._leased]
+        found = await self._in_thread(lambda: self._file.get(in_file)) if in_file else {}
+        return found | {key: self._leased[key] for key in keys if key in self._leased}
 
-    def _events(self, writes: Sequence[Write], revision: int) -> list[EntryPut | EntryDeleted]:
+    def _events(
+        self, writes: Sequence[Write], known: Mapping[str, Entry], revision: int
+    ) -> list[EntryPut | EntryDeleted]:
         events: list[EntryPut | EntryDeleted] = []
         for write in writes:
-            old = self._entries.get(write.key)
+            old = known.get(write.key)
             if isinstance(write, Put):
                 if write.lease_id and write.lease_id not in self._leases:
                     raise StoreError(f"store: lease {write.lease_id} of {write.key} has ended")
@@ -174,81 +178,25 @@ class EmbeddedStore:
                 events.append(EntryDeleted(write.key, revision))
         return events
 
-    def _is_durable(self, event: EntryPut | EntryDeleted) -> bool:
-        """Return whether the event changes the file."""
-        old = self._entries.get(_key_of(event))
-        return (old is not None and not old.lease_id) or (isinstance(event, EntryPut) and not event.entry.lease_id)
-
     def _apply(self, events: Sequence[EntryPut | EntryDeleted]) -> None:
         self._revision = _revision_of(events[0])
         for event in events:
             if len(self._history) == self._history.maxlen:
                 self._history_from = _revision_of(self._history[0]) + 1
             self._history.append(event)
-            if isinstance(event, EntryPut):
-                self._entries[event.entry.key] = event.entry
+            if isinstance(event, EntryPut) and event.entry.lease_id:
+                self._leased[event.entry.key] = event.entry
             else:
-                del self._entries[event.key]
+                self._leased.pop(_key_of(event), None)
         for queue in self._watches:
             queue.put_nowait(tuple(events))
 
-    def _listing(self, prefix: str) -> Listing:
-        found = sorted(
-            (entry for entry in self._entries.values() if entry.key.startswith(prefix)), key=lambda entry: entry.key
-        )
-        return Listing(tuple(found), self._revision)
-
-    def _open_database(self) -> tuple[dict[str, Entry], int]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # In autocommit mode, the sqlite3 module starts no transactions of its own.
-        database = sqlite3.connect(self._path, isolation_level=None, timeout=0.0)
-        try:
-            database.execute("PRAGMA locking_mode=EXCLUSIVE")
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=FULL")
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, FORMAT_VERSION):
-                raise StoreError(f"store: {self._path} has format {version}; this version reads {FORMAT_VERSION}")
-            damage = database.execute("PRAGMA quick_check").fetchone()[0]
-            if damage != "ok":
-                raise StoreError(f"store: {self._path} is damaged: {damage}")
-            if version != FORMAT_VERSION:
-                database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={FORMAT_VERSION}; COMMIT;")
-            rows = database.execute(
-                "SELECT key, value, create_revision, mod_revision, lease_id FROM entry WHERE lease_id=0"
-            )
-            entries = {row[0]: Entry(*row) for row in rows}
-            revision: int = database.execute("SELECT value FROM counter WHERE name='revision'").fetchone()[0]
-        except BaseException:
-            database.close()
-            raise
-        self._database = database
-        return entries, revision
-
-    def _commit(self, events: Sequence[EntryPut | EntryDeleted]) -> None:
-        database = self._database
-        if database is None:
-            raise StoreError("store: not open")
-        try:
-            database.execute("BEGIN IMMEDIATE")
-            for event in events:
-                if isinstance(event, EntryPut) and not event.entry.lease_id:
-                    entry = event.entry
-                    row = (entry.key, entry.value, entry.create_revision, entry.mod_revision, entry.lease_id)
-                    database.execute("INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?)", row)
-                else:
-                    database.execute("DELETE FROM entry WHERE key=?", (_key_of(event),))
-            database.execute("UPDATE counter SET value=? WHERE name='revision'", (_revision_of(events[0]),))
-            database.execute("COMMIT")
-        except sqlite3.Error:
-            if database.in_transaction:
-                database.execute("ROLLBACK")
-            raise
-
-    def _close_database(self) -> None:
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+    async def _listing(self, prefix: str) -> Listing:
+        entries = await self._in_thread(lambda: self._file.under(prefix))
+        leased = [entry for entry in self._leased.values() if entry.key.startswith(prefix)]
+        if leased:
+            entries = sorted((*entries, *leased), key=lambda entry: entry.key)
+        return Listing(tuple(entries), self._revision)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         try:
@@ -271,3 +219,13 @@ def _revision_of(event: EntryPut | EntryDeleted) -> int:
 
 def _key_of(event: EntryPut | EntryDeleted) -> str:
     return event.entry.key if isinstance(event, EntryPut) else event.key
+
+
+def _holds(compare: Compare, entry: Entry | None) -> bool:
+    mod, create = (entry.mod_revision, entry.create_revision) if entry else (ABSENT, ABSENT)
+    return compare.mod_revision in (None, mod) and compare.create_revision in (None, create)
+
+
+def _is_durable(event: EntryPut | EntryDeleted, old: Entry | None) -> bool:
+    """Return whether the event changes the file. `old`: the entry before it."""
+    return (old is not None and not old.lease_id) or (isinstance(event, EntryPut) and not event.entry.lease_id)

@@ -150,14 +150,17 @@ async def test_embedded_write_that_the_disk_refuses_changes_nothing(tmp_path: Pa
     store = EmbeddedStore(tmp_path)
     await store.open()
     await store.put("/a", b"1")
-    database = store._database
-    assert database is not None
-    await store._in_thread(lambda: database.execute("PRAGMA max_page_count=8"))  # as a full disk would have it
     events = store.watch("/")
     assert isinstance(await anext(events), Relisted)
     before = await store.get_prefix("/")
-    with pytest.raises(StoreError, match="full"):
-        await store.txn([], [Put("/a", b"2"), Put("/b", b"x" * 1_000_000)])
+    # A limit of the file's size stands for a full disk. Python ignores the signal that would come with it.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+    try:
+        with pytest.raises(StoreError, match=FILE_NAME):
+            await store.txn([], [Put("/a", b"2"), Put("/b", b"x" * 1_000_000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert await store.get_prefix("/") == before
     await store.put("/c", b"small")
     event = await anext(events)
@@ -184,6 +187,24 @@ async def test_embedded_cancelled_write_leaves_memory_and_file_equal(tmp_path: P
     await again.open()
     assert await again.get_prefix("/") == in_memory
     await again.close()
+
+
+async def test_embedded_leased_key_takes_the_place_of_a_kept_one_and_back(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    await store.open()
+    created = await store.put("/a", b"1")
+    lease = await store.grant(30)
+    await store.put("/a", b"2", lease=lease)
+    entry = await store.get("/a")
+    assert entry is not None
+    assert (entry.value, entry.create_revision, entry.lease_id) == (b"2", created, lease.id)
+    assert (await store.get_prefix("/")).entries == (entry,)
+    await store.put("/a", b"3")
+    await store.revoke(lease)
+    entry = await store.get("/a")
+    assert entry is not None
+    assert (entry.value, entry.create_revision, entry.lease_id) == (b"3", created, 0)
+    await store.close()
 
 
 async def test_embedded_watch_from_before_the_history_begins_with_a_listing(tmp_path: Path) -> None:
