@@ -35,7 +35,7 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
     unknown: tuple[tuple[str, bytes], ...] = ()
 
 
-class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
+class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """A registered model. Attributes are immutable; placement, references and last use change.
 
     A pod is in at most one of `instance_ids` (loading or loaded, with the time at which the load began) and `failed_in`.
@@ -81,7 +81,7 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
         return self.changeable or copy_settings_of(ModelInfo(self.type, self.path, self.key))
 
 
-class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
+class VModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """A stable name. It is moving while active and target differ. `failed`: the target could not be loaded, so the move is parked."""
 
     owner: str = field(default="", name="o")
@@ -186,11 +186,13 @@ _NO_PODS: dict[str, Any] = {}  # never changed: a record's mappings are replaced
 
 
 def _share(record: ModelRecord) -> None:
-    """Give records of models that are loaded nowhere one empty mapping and one type between them, because a mesh has 100,000 of them."""
+    """Have equal parts of the records share their objects, because a mesh has 100,000 models that are loaded nowhere."""
     for name in ("instance_ids", "failed_in", "failures"):
         if not getattr(record, name):
             msgspec.structs.force_setattr(record, name, _NO_PODS)
     msgspec.structs.force_setattr(record, "type", sys.intern(record.type))
+    if record.entered_ms == record.last_used_ms:
+        msgspec.structs.force_setattr(record, "entered_ms", record.last_used_ms)
 
 
 def _failures(text: msgspec.Raw) -> dict[str, Failure]:

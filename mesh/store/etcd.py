@@ -15,6 +15,8 @@ PUT = Method("/etcdserverpb.KV/Put", pb.PutResponse.FromString)
 DELETE = Method("/etcdserverpb.KV/DeleteRange", pb.DeleteRangeResponse.FromString)
 TXN = Method("/etcdserverpb.KV/Txn", pb.TxnResponse.FromString)
 
+_PAGE = 5000  # entries of a listing in one answer
+
 
 class EtcdStore:
     """Implements mesh.store.protocol.Store. Belongs to the event loop in which it was opened."""
@@ -52,9 +54,19 @@ class EtcdStore:
         return entry_of(answer.kvs[0]) if answer.kvs else None
 
     async def get_prefix(self, prefix: str) -> Listing:
+        """List in pages of one revision. Raises StoreError if that revision is compacted meanwhile."""
         key, end = prefix_range(prefix)
-        answer = await self._connection.call(RANGE, pb.RangeRequest(key=key, range_end=end))
-        return Listing(tuple(entry_of(kv) for kv in answer.kvs), answer.header.revision)
+        entries: list[Entry] = []
+        revision, more = 0, True
+        while more:
+            request = pb.RangeRequest(key=key, range_end=end, limit=_PAGE, revision=revision)
+            answer = await self._connection.call(RANGE, request)
+            revision = revision or answer.header.revision
+            entries += (entry_of(kv) for kv in answer.kvs)
+            more = answer.more
+            if more:
+                key = answer.kvs[-1].key + b"\0"
+        return Listing(tuple(entries), revision)
 
     async def put(self, key: str, value: bytes, *, lease: Lease | None = None) -> int:
         request = pb.PutRequest(key=encode_key(key), value=value, lease=lease.id if lease else 0)
@@ -89,6 +101,7 @@ class EtcdStore:
             async with aclosing(watch.events()) as events:
                 async for event in events:
                     yield event
+                    del event  # a listing must not stay in memory until the next event
         finally:
             self._watches.discard(watch)
 

@@ -60,7 +60,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
-    # A registry of 100,000 models is one listing.
+    # A page of a listing holds up to 5,000 records of any size.
     ("grpc.max_receive_message_length", -1),
 )
 

@@ -61,11 +61,8 @@ class PrefixWatch:
         while True:
             try:
                 if self._next is None:
-                    listing = await self._list_prefix(self._prefix)
-                    self._heard_at_s = asyncio.get_running_loop().time()
-                    self._next = listing.revision + 1
-                    went_back, self._went_back = self._went_back, False
-                    yield Relisted(listing, went_back)
+                    yield await self._relist()
+                assert self._next is not None
                 async with aclosing(self._one_stream(self._next)) as events:
                     async for event in events:
                         yield event
@@ -81,6 +78,13 @@ class PrefixWatch:
                 )
                 await asyncio.sleep(self._pause_s)
                 self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+
+    async def _relist(self) -> Relisted:
+        listing = await self._list_prefix(self._prefix)
+        self._heard_at_s = asyncio.get_running_loop().time()
+        self._next = listing.revision + 1
+        went_back, self._went_back = self._went_back, False
+        return Relisted(listing, went_back)
 
     async def _one_stream(self, start_revision: int) -> AsyncGenerator[WatchEvent, None]:
         stream = await self._connection.stream(WATCH)

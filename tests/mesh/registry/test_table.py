@@ -1,6 +1,7 @@
 """A watched table: cache, own writes, others' writes, listeners, a store that goes away or back in time."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mesh.registry.vmodels import VModels
 from mesh.store.embedded import EmbeddedStore
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
-from mesh.store.protocol import Compare, TxnResult, Write
+from mesh.store.protocol import Compare, Listing, TxnResult, Write
 from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 
@@ -187,6 +188,24 @@ async def test_update_answered_after_a_deletion_does_not_restore_the_record(
         await write
     assert table.get("m") is None
     await table.close()
+
+
+@pytest.mark.parametrize("kind", ["embedded", "etcd"])
+async def test_table_does_not_keep_the_listing(kind: str, store: EmbeddedStore, request: pytest.FixtureRequest) -> None:
+    """The next event may be hours away, and a listing of 100,000 records takes 48 MB."""
+    etcd = None
+    if kind == "etcd":
+        server: EtcdServer = request.getfixturevalue("etcd")
+        etcd = EtcdStore(EtcdLocation((server.endpoint,)))
+        await etcd.open()
+    table = Table(etcd or store, f"/unkept/{kind}/", ModelRecord)
+    await table.update("m", one_more_ref)
+    await table.start()
+    assert table.get("m") == ModelRecord(type="llm", refs=1)
+    assert not [kept for kept in gc.get_objects() if type(kept) is Listing]
+    await table.close()
+    if etcd is not None:
+        await etcd.close()
 
 
 async def test_find_reads_the_store_only_for_absent_records(store: EmbeddedStore) -> None:

@@ -124,6 +124,18 @@ async def test_watch_relists_after_a_compaction_in_its_gap(own_etcd: EtcdServer)
         assert isinstance((await take(events, 1))[0], EntryPut)
 
 
+async def test_get_prefix_lists_what_does_not_fit_one_answer(etcd: EtcdServer, root: str) -> None:
+    store = EtcdStore(EtcdLocation((etcd.endpoint,)))
+    await store.open()
+    keys = [f"{root}{number:05}" for number in range(5_003)]
+    for first in range(0, len(keys), 100):
+        await store.txn([], [Put(key, b"1") for key in keys[first : first + 100]])
+    listing = await store.get_prefix(root)
+    assert [entry.key for entry in listing.entries] == keys
+    assert listing.revision == listing.entries[-1].mod_revision
+    await store.close()
+
+
 async def test_watch_from_a_compacted_revision_relists(etcd: EtcdServer, root: str) -> None:
     async with opened(etcd.endpoint) as store:
         first = await store.put(root + "a", b"1")
