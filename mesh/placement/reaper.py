@@ -41,7 +41,7 @@ class Reaper:
 
     async def sweep(self, now_s: float) -> None:
         """Raises StoreError."""
-        records = dict(self._registry.models.table.items())
+        records = dict(self._registry.models.placed())
         there = {pod_id for pod_id, _ in self._registry.instances.table.items()}
         if self._registry.instances.own_id not in there:
             # If this pod's own record is missing, the absence of others proves nothing.

@@ -82,7 +82,7 @@ class Reconciler:
         """Load the models that the registry lists for this pod from before its restart. The runtime is empty."""
         mine = [
             (model_id, record)
-            for model_id, record in self._registry.models.table.items()
+            for model_id, record in self._registry.models.placed()
             if self._own_id in record.instance_ids
         ]
         for model_id, record in sorted(mine, key=lambda item: item[1].last_used_ms, reverse=True):
@@ -147,7 +147,7 @@ class Reconciler:
         if self._monitor.limits is None:
             return
         now_ms = epoch_ms()
-        for model_id, record in self._registry.models.table.items():
+        for model_id, record in self._registry.models.placed():
             if (
                 self._own_id in record.instance_ids
                 and self._copies.get(model_id) is None

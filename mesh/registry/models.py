@@ -23,12 +23,18 @@ class Models:
 
     def __init__(self, store: Store, prefix: str) -> None:
         self.table = Table(store, prefix, ModelRecord, keep_lost_s=math.inf)
+        self._placed: set[str] = set()
+        self.table.listen(self._record_changed)
 
     def get(self, model_id: str) -> ModelRecord | None:
         return self.table.get(model_id)
 
     async def find(self, model_id: str) -> ModelRecord | None:
         return await self.table.find(model_id)
+
+    def placed(self) -> list[tuple[str, ModelRecord]]:
+        """Return the models whose records name a pod, with their ids, sorted by id. Of 100,000 models they are few."""
+        return [(model_id, record) for model_id in sorted(self._placed) if (record := self.table.get(model_id))]
 
     async def register(self, model_id: str, info: ModelInfo, *, last_used_ms: int, touch: bool = True) -> ModelRecord:
         """Register a model; idempotent. Only its copy settings may differ from those of an earlier registration.
@@ -72,6 +78,12 @@ class Models:
             return msgspec.structs.replace(old, last_used_ms=last_used_ms)
 
         await self.table.update(model_id, change)
+
+    def _record_changed(self, model_id: str, _: ModelRecord | None, new: ModelRecord | None) -> None:
+        if new is not None and (new.instance_ids or new.failed_in or new.failures):
+            self._placed.add(model_id)
+        else:
+            self._placed.discard(model_id)
 
 
 def new_model(info: ModelInfo, *, last_used_ms: int, auto_delete: bool = False) -> ModelRecord:

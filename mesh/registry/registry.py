@@ -57,8 +57,9 @@ class Registry:
         )
         self.config_prefix = f"{root}/config/"
         self._named: tuple[NamedModel, ...] | None = None
+        self._names: tuple[str, ...] | None = None
         self._pointing: dict[str, set[str]] = {}  # the vmodels whose active or target model an id is
-        self.models.table.listen(self._changed)
+        self.models.table.listen(self._model_changed)
         self.vmodels.table.listen(self._vmodel_changed)
 
     async def start(self, timeout_s: float = 20.0) -> None:
@@ -160,8 +161,15 @@ class Registry:
         return self.resolve(vmodel_id)
 
     def names(self) -> list[str]:
-        """Return the names that clients may use: vmodels, and models that were not registered through a vmodel only."""
-        return [named.name for named in self.named()]
+        """Return the names that clients may use, sorted: vmodels, and models that were not registered through a vmodel only.
+
+        They are cached until a name appears or disappears, because the refusal of an unknown name quotes them.
+        """
+        if self._names is None:
+            plain = (model_id for model_id in self.models.table if not self._is_hidden(model_id))
+            virtual = (name for name in self.vmodels.table if self.resolve(name) in self.models.table)
+            self._names = tuple(sorted({*virtual, *plain}))
+        return list(self._names)
 
     def named(self) -> tuple[NamedModel, ...]:
         """Return all names, sorted. The list is cached until a change, because each event of `/models/sse` needs it."""
@@ -174,15 +182,16 @@ class Registry:
         vmodel = self.vmodels.get(name)
         if vmodel is None:
             record = self.models.get(name)
-            return NamedModel(name, name, name, record, tuple(self._pointing_at(name))) if record is not None else None
+            return NamedModel(name, name, name, record, tuple(self.pointing_at(name))) if record is not None else None
         model_id = self.resolve(name)
         record = self.models.get(model_id)
         if record is None:
             return None
-        aliases = tuple(other for other in self._pointing_at(model_id) if other != name)
+        aliases = tuple(other for other in self.pointing_at(model_id) if other != name)
         return NamedModel(name, model_id, vmodel.target_id, record, aliases, vmodel.failed)
 
-    def _pointing_at(self, model_id: str) -> list[str]:
+    def pointing_at(self, model_id: str) -> list[str]:
+        """Return the vmodels whose active or target model this is, sorted."""
         return sorted(self._pointing.get(model_id, ()))
 
     def _vmodel_changed(self, name: str, old: VModelRecord | None, new: VModelRecord | None) -> None:
@@ -193,27 +202,33 @@ class Registry:
                 self._pointing.pop(model_id, None)
         for model_id in {new.active_id, new.target_id} if new is not None else ():
             self._pointing.setdefault(model_id, set()).add(name)
-        self._named = None
+        self._named = self._names = None
 
-    def _changed(self, *_: object) -> None:
+    def _model_changed(self, _: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
         self._named = None
+        if old is None or new is None or old.auto_delete != new.auto_delete:
+            self._names = None
+
+    def _is_hidden(self, model_id: str) -> bool:
+        """Return whether the model was registered through a vmodel only."""
+        record = self.models.get(model_id)
+        return record is None or (record.auto_delete and model_id in self._pointing)
 
     def _list_named(self) -> tuple[NamedModel, ...]:
         found = []
         for name, vmodel in self.vmodels.table.items():
             model_id = self.resolve(name)
             if (record := self.models.get(model_id)) is not None:
-                aliases = tuple(other for other in self._pointing_at(model_id) if other != name)
+                aliases = tuple(other for other in self.pointing_at(model_id) if other != name)
                 found.append(NamedModel(name, model_id, vmodel.target_id, record, aliases, vmodel.failed))
         for model_id, record in self.models.table.items():
-            hidden = record.auto_delete and model_id in self._pointing
-            if not hidden and self.vmodels.get(model_id) is None:
-                found.append(NamedModel(model_id, model_id, model_id, record, tuple(self._pointing_at(model_id))))
+            if not self._is_hidden(model_id) and self.vmodels.get(model_id) is None:
+                found.append(NamedModel(model_id, model_id, model_id, record, tuple(self.pointing_at(model_id))))
         return tuple(sorted(found, key=lambda named: named.name))
 
     def name_of(self, model_id: str) -> str:
         """Return the name that a concrete model was registered under; its own id if there is none."""
-        return next((name for name in self._pointing_at(model_id) if belongs_to(model_id, name)), model_id)
+        return next((name for name in self.pointing_at(model_id) if belongs_to(model_id, name)), model_id)
 
     async def register_name(self, name: str, info: ModelInfo, *, now_ms: int, is_loaded: Callable[[str], bool]) -> str:
         """Register files and settings under `name`, and return the concrete id.

@@ -79,8 +79,9 @@ class Transitions:
         has_expired = len(new.failed_in) < len(old.failed_in)
         placed = bool(new.instance_ids.keys() - old.instance_ids.keys())
         if has_expired or placed:
-            for vmodel_id, vmodel in self._registry.vmodels.table.items():
-                if vmodel.target_id == model_id and vmodel.failed:
+            for vmodel_id in self._registry.pointing_at(model_id):
+                vmodel = self._registry.vmodels.get(vmodel_id)
+                if vmodel is not None and vmodel.target_id == model_id and vmodel.failed:
                     self._begin(vmodel_id, vmodel)
 
     def _begin(self, vmodel_id: str, vmodel: VModelRecord) -> None:

@@ -1,6 +1,7 @@
 """Names over models: what a registry has learnt change by change equals what one that starts now reads."""
 
 import asyncio
+import functools
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import MeshError
+from mesh.registry.records import Failure, ModelRecord
 from mesh.registry.registration import model_info
 from mesh.registry.registry import Registry
 from mesh.store.embedded import EmbeddedStore
@@ -52,11 +54,13 @@ async def live(taken: list[tuple[str, str, str]], directory: Path) -> None:
     for step in taken:
         try:
             await take(registry, *step)
+            assert registry.names() == [named.name for named in registry.named()]
         except MeshError:
             continue  # the step makes no sense now
     fresh = registry_of(store)
     await fresh.start()
     assert registry.named() == fresh.named()
+    assert registry.names() == [named.name for named in fresh.named()]
     assert {name.name: registry.find_named(name.name) for name in fresh.named()} == {
         name.name: name for name in fresh.named()
     }
@@ -72,3 +76,46 @@ async def live(taken: list[tuple[str, str, str]], directory: Path) -> None:
 def test_registry_names_do_not_depend_on_the_order_of_what_was_seen(taken: list[tuple[str, str, str]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(live(taken, Path(directory)))
+
+
+placements = st.lists(
+    st.tuples(
+        st.sampled_from(["m", "n"]),
+        st.builds(
+            ModelRecord,
+            instance_ids=st.dictionaries(st.sampled_from(["a", "b"]), st.just(1), max_size=2),
+            failed_in=st.dictionaries(st.just("c"), st.just(1), max_size=1),
+            failures=st.dictionaries(st.just("c"), st.just(Failure("no room")), max_size=1),
+        )
+        | st.none(),
+    ),
+    max_size=8,
+)
+
+
+def _replaced(record: ModelRecord | None, _: ModelRecord | None) -> ModelRecord | None:
+    return record
+
+
+async def place(taken: list[tuple[str, ModelRecord | None]], directory: Path) -> None:
+    store = EmbeddedStore(directory)
+    await store.open()
+    registry = registry_of(store)
+    await registry.start()
+    for model_id, record in taken:
+        await registry.models.table.update(model_id, functools.partial(_replaced, record))
+    in_pods = [
+        (model_id, record)
+        for model_id, record in registry.models.table.items()
+        if record.instance_ids or record.failed_in or record.failures
+    ]
+    assert registry.models.placed() == in_pods
+    await registry.close()
+    await store.close()
+
+
+@settings(deadline=None, max_examples=30)
+@given(placements)
+def test_placed_models_are_those_whose_records_name_a_pod(taken: list[tuple[str, ModelRecord | None]]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(place(taken, Path(directory)))
