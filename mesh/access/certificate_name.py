@@ -1,7 +1,5 @@
 """Reads the name under which pods reach each other from a certificate that they share."""
 
-from cryptography import x509
-
 from common.errors import ConfigError
 
 _WILDCARD = "*."
@@ -9,6 +7,8 @@ _WILDCARD = "*."
 
 def dns_name_of(certificate: bytes) -> str:
     """Return the first DNS name of the first certificate in a PEM text. A wildcard stands for a name that it covers. Raises ConfigError."""
+    from cryptography import x509  # It takes 9 MB, and pods without TLS between them do not need it.
+
     try:
         extensions = x509.load_pem_x509_certificate(certificate).extensions
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)

@@ -5,15 +5,16 @@ import ssl
 import tempfile
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
 _VALID_FOR = datetime.timedelta(days=3650)
 
 
 def self_signed_context(common_name: str) -> ssl.SSLContext:
     """Return a server's context with a fresh key, which leaves no file behind."""
+    # These modules take 9 MB, and only a port with `metrics_tls` needs them.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
     now = datetime.datetime.now(datetime.UTC)
