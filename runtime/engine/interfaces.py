@@ -14,6 +14,8 @@ from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.ipc.messages import TokenLogprobs
 from runtime.types import LogprobParams, ModelFacts, SamplingParams
 
+NO_TOKEN = -1  # the draw of logits that have no finite maximum
+
 
 @dataclass(frozen=True, slots=True)
 class RowSetup:
@@ -102,7 +104,8 @@ class GraphCapture(NamedTuple):
 class StepOutput:
     """The result of a step, in the plan's order of the rows that sample.
 
-    `tokens` holds as many tokens of each row as the plan says in `samples`; those that follow a wrong draft are meaningless. `logprobs` has an entry per
+    `tokens` holds as many tokens of each row as the plan says in `samples`; those that follow a wrong draft are meaningless. NO_TOKEN stands where the
+    logits have a NaN, or no finite maximum. `logprobs` has an entry per
     token, None for rows without log-probabilities. `prompt_logprobs` maps a row to the entries of this chunk's tokens:
     the entry of the token at position p says how likely p's id was given what precedes it; position 0 has None. A chunk that isn't the last leaves
     out the entry of the token after it (it comes first in the next chunk's list).

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from runtime.engine.interfaces import NO_TOKEN
 from runtime.engine.kernels import argmax
 from runtime.engine.kernels import inputs as layout
 from runtime.engine.kernels.gpu import argmax as gpu
@@ -39,6 +40,32 @@ def test_kernel_equals_twin(
         found.append((drawn, last, ring))
     for twin, kernel in zip(*found, strict=True):
         assert torch.equal(twin, kernel)
+
+
+@pytest.mark.parametrize("vocab", [100, 9001])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_row_without_a_finite_maximum_draws_no_token(device: torch.device, bad: float, vocab: int) -> None:
+    logits = torch.randn(6, vocab, device=device)
+    best = logits.argmax(1).tolist()
+    logits[1] = bad
+    logits[4] = torch.where(torch.arange(vocab, device=device) == vocab - 3, float("nan"), logits[4])
+    upload = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32, device=device)
+    upload[layout.NUM_SAMPLES], upload[layout.RING_LINE] = 5, 1
+    inputs = StepInputs.allocate(device, 6, 6)
+    inputs.sample_rows[:] = torch.tensor([3, 2, 7, 1, 0, -1], device=device)
+    expected = [best[0], NO_TOKEN, best[2], best[3], NO_TOKEN]
+    assert argmax.largest(logits[:5]).tolist() == expected
+    for run in ("twin", "kernel"):
+        drawn = argmax.largest(logits)
+        last, ring = (torch.full(size, 9, dtype=torch.int64, device=device) for size in ((8,), (2, 6)))
+        if run == "twin":
+            layout.commit_draws_torch(drawn, upload, inputs, last, ring, 6)
+        else:
+            drawn.fill_(-7)
+            gpu.draw_largest(logits, drawn, upload, inputs, last, ring, 6, Scratch.allocate(device))
+        assert drawn[:5].tolist() == expected
+        assert ring.tolist() == [[9] * 6, [*expected, 9]]
+        assert last.tolist() == [0, best[3], 0, best[0], 9, 9, 9, best[2]]
 
 
 def test_on_a_cpu_too() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.engine.interfaces import StepPlan
+from runtime.engine.interfaces import NO_TOKEN, StepPlan
 from runtime.engine.kernels import inputs as op
 from runtime.engine.kernels.gpu import inputs as gpu
 from runtime.engine.kernels.step_inputs import StepInputs
@@ -100,13 +100,14 @@ def test_inputs(seed: int, padded: bool, which: str, device: torch.device) -> No
     assert inputs.sample_rows[:samples].tolist() == [plan.rows[b] for b in sampling] + [-1] * (samples - len(sampling))
 
     drawn = torch.randint(0, 5000, (MAX_ROWS,), device=device)
+    drawn[1] = NO_TOKEN
     ring = torch.zeros((8, MAX_ROWS), dtype=torch.int64, device=device)
     commit = op.commit_draws_torch if which == "twin" else gpu.commit_draws
     if samples:
         commit(drawn, upload, inputs, device_last, ring, samples)
     after = last.clone()
     for i, b in enumerate(sampling):
-        after[plan.rows[b]] = drawn[i].item()
+        after[plan.rows[b]] = max(0, drawn[i].item())
     assert torch.equal(device_last.cpu(), after)
     assert ring[3, : len(sampling)].tolist() == drawn[: len(sampling)].tolist()
     assert ring.count_nonzero() == drawn[: len(sampling)].count_nonzero()

@@ -10,6 +10,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from runtime.engine.interfaces import NO_TOKEN
 from runtime.engine.kernels import sample
 from runtime.engine.kernels.gpu import sample as gpu
 from runtime.engine.model.run.row_state import RowState
@@ -60,6 +61,27 @@ def test_kernel_equals_twin(vocab: int, dtype: torch.dtype, device: torch.device
         drawn = torch.full((n,), -1, device=device)
         draw(logits, source[plain], target[plain], plain, positions[plain], made.rules, drawn, False)
         assert drawn[target[plain]].tolist() == [found[0][t] for t in target[plain].tolist()]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("sorts", [False, True])
+@pytest.mark.parametrize("where", ["one", "all"])
+def test_row_without_a_finite_maximum_draws_no_token(bad: float, sorts: bool, where: str, device: torch.device) -> None:
+    rules = RULES if sorts else RULES[:4]
+    made, n = tables(rules, device), len(rules)
+    logits = torch.stack([torch.linspace(-6, 6, 3001)[torch.randperm(3001)] for _ in range(n)]).to(device)
+    spoilt = logits.clone()
+    spoilt[::2, 7 if where == "one" else slice(None)] = bad
+    if where == "one" and bad == float("-inf"):
+        spoilt[::2, torch.arange(3001) != 7] = bad
+        spoilt[::2, 7] = float("nan")
+    index = torch.arange(n, device=device)
+    for draw in (sample.draw_torch, gpu.draw):
+        whole, drawn = (torch.full((n,), -9, device=device) for _ in range(2))
+        draw(logits, index, index, index, index, made.rules, whole, sorts)
+        draw(spoilt, index, index, index, index, made.rules, drawn, sorts)
+        assert drawn[::2].tolist() == [NO_TOKEN] * len(drawn[::2])
+        assert drawn[1::2].tolist() == whole[1::2].tolist()
 
 
 def test_noise_is_the_same_in_kernel_and_twin_and_has_gumbels_moments() -> None:

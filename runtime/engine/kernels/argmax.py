@@ -1,10 +1,10 @@
 """Takes the largest logit of each row that uses greedy sampling and stores it for the next step and the host. Ties go
-to the smallest token id.
+to the smallest token id. A row with a NaN or without a finite maximum draws NO_TOKEN.
 """
 
-import torch
 from torch import Tensor
 
+from runtime.engine.interfaces import NO_TOKEN
 from runtime.engine.kernels.inputs import commit_draws_torch
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.kernels.step_inputs import StepInputs
@@ -30,5 +30,11 @@ def draw_largest(
 
         argmax.draw_largest(logits, drawn, upload, inputs, last_token, ring, num_samples, scratch)
     else:
-        torch.argmax(logits[:num_samples], 1, out=drawn[:num_samples])
+        drawn[:num_samples] = largest(logits[:num_samples])
         commit_draws_torch(drawn, upload, inputs, last_token, ring, num_samples)
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Return the token id of the largest logit of each row of `logits` [S, V] as [S] int64, NO_TOKEN where it is not finite."""
+    best, ids = logits.max(1)  # a NaN counts as the largest
+    return ids.masked_fill(~best.isfinite(), NO_TOKEN)

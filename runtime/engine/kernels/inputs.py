@@ -86,7 +86,8 @@ def commit_draws(
 ) -> None:
     """Store `drawn` [S] int64 as the rows' last tokens and in the line of `ring` [lines, B] int64 that the upload names.
 
-    Padded samples are skipped.
+    Padded samples are skipped. The last token of a row that drew NO_TOKEN is 0, because a step that was launched before
+    the host sees the draw still reads it.
     """
     arguments = (drawn, upload, inputs, last_token, ring, num_samples)
     if upload.is_cuda:
@@ -152,5 +153,5 @@ def commit_draws_torch(
     """Torch twin of the Triton launch."""
     samples, line = int(upload[NUM_SAMPLES]), int(upload[RING_LINE])
     samples = min(samples, num_samples)
-    last_token[inputs.sample_rows[:samples].long()] = drawn[:samples]
+    last_token[inputs.sample_rows[:samples].long()] = drawn[:samples].clamp(min=0)
     ring[line, :samples] = drawn[:samples]

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.engine.interfaces import NO_TOKEN
+from runtime.engine.kernels.argmax import largest
+
 # Positions of the words of a rule; the same as in model/run/row_state.py.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED_LOW, SEED_HIGH = range(7)
 _CANDIDATES = 1024
@@ -35,6 +38,7 @@ def draw(
     """Draw n tokens. Draw i reads row source[i] of `logits` [N, V] and writes drawn[target[i]].
 
     It applies the rules of row slot row_slots[i] with the noise of positions[i]. Temperature 0 takes the largest logit.
+    A row with a NaN or without a finite maximum draws NO_TOKEN.
     `source`, `target`, `row_slots` and `positions` are [n] int64, `rules` is [max_rows, words] int32 and `drawn` int64.
     `sorts` says whether any of the rules has top-k, top-p or typical-p.
     """
@@ -59,18 +63,20 @@ def draw_torch(
     """Torch twin of the Triton launch. Filters the best candidates, and all tokens only where those do not suffice."""
     words = rules[row_slots]
     scores = scaled(logits.index_select(0, source), words)
-    greedy = words.view(torch.float32)[:, TEMPERATURE] == 0
+    best = largest(scores)
+    takes_best = (words.view(torch.float32)[:, TEMPERATURE] == 0) | (best == NO_TOKEN)
     if not sorts:
         kept = min_p_filtered(scores, words)
         noise = gumbel(words, positions, torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)[None])
-        drawn[target] = torch.where(greedy, scores.argmax(1), (kept + noise).argmax(1))
+        drawn[target] = torch.where(takes_best, best, (kept + noise).argmax(1))
         return
     top, ids = scores.topk(min(_CANDIDATES, scores.shape[1]), dim=1)
     total = (scores - top[:, :1]).exp().sum(1, keepdim=True)
-    whole = undecided(top, total, words) if top.shape[1] < scores.shape[1] else torch.zeros_like(greedy)
+    whole = undecided(top, total, words) if top.shape[1] < scores.shape[1] else torch.zeros_like(takes_best)
     kept = filtered(top, words, total)
     choice = (kept + gumbel(words, positions, ids.int())).argmax(1, keepdim=True)
-    chosen = torch.where(greedy, scores.argmax(1), ids.gather(1, choice).squeeze(1))
+    chosen = torch.where(takes_best, best, ids.gather(1, choice).squeeze(1))
+    whole &= ~takes_best
     if bool(whole.any()):
         again = whole.nonzero().squeeze(1)
         all_kept = filtered(scores[again], words[again], None)

@@ -1,11 +1,12 @@
 """Turns a step's output into each sequence's tokens, and decides which sequences end and why."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from runtime.engine.interfaces import RowSetup, StepOutput, StepPlan
+from runtime.engine.interfaces import NO_TOKEN, RowSetup, StepOutput, StepPlan
 from runtime.engine.scheduler.decode_batch import DecodeRows
-from runtime.engine.scheduler.pooling import add_pooled, pooled_vector
+from runtime.engine.scheduler.pooling import add_pooled, is_finite, pooled_vector
 from runtime.engine.scheduler.sequence import Sequence, State
 from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.types import FinishReason
@@ -64,12 +65,12 @@ class StopRules:
     """The ids that end sequences of one model.
 
     Attributes:
-        watched: ids that end any live sequence, with the number of sequences. Most steps need one set operation with them.
+        watched: ids that end any live sequence, with the number of sequences; NO_TOKEN is one of them. Most steps need one set operation with them.
     """
 
     def __init__(self, eos: Iterable[int]) -> None:
         self.eos = frozenset(eos)
-        self.watched: dict[int, int] = dict.fromkeys(self.eos, 1)
+        self.watched: dict[int, int] = dict.fromkeys((*self.eos, NO_TOKEN), 1)
 
     def join(self, sequence: Sequence) -> None:
         for token in sequence.request.stop.stop_token_ids:
@@ -141,6 +142,11 @@ def settle_decode(
         if sequence.state is State.ENDED:
             rows[i] = None
             continue
+        if tokens[i] == NO_TOKEN:
+            batch.histories[i].pop()
+            rows[i] = _not_finite(sequence, "logits")
+            end(sequence, FinishReason.ERROR)
+            continue
         taken: tuple[int, ...] = (tokens[i],)
         if sequence.mask_source is not None:
             sequence.mask_source.accept(taken)
@@ -174,10 +180,14 @@ def settle_prefill(
             and sequence.prompt_logprobs is not None
         ):
             sequence.prompt_logprobs.extend(result.prompt_logprobs[row])
+        drawn = verified(chunk.drafts, result.tokens[at : at + chunk.draws]) if chunk.draws else []
+        if broken := _broken_results(chunk, result, drawn):
+            rows.append(_not_finite(sequence, broken))
+            end(sequence, FinishReason.ERROR)
+            continue
         if result.vectors is not None and (vector := result.vectors.get(row)) is not None:
             add_pooled(sequence, vector)
         if chunk.draws:
-            drawn = verified(chunk.drafts, result.tokens[at : at + chunk.draws])
             tokens, reason, stop_token = _append(sequence, drawn, rules)
             entries = None if result.logprobs is None else result.logprobs[at : at + len(tokens)]
             if reason is None and sequence.mask_source is not None:
@@ -204,6 +214,27 @@ def verified(drafts: list[int], drawn: list[int]) -> list[int]:
             break
         count += 1
     return drawn[:count]
+
+
+def _broken_results(chunk: Chunk, result: StepOutput, drawn: list[int]) -> str:
+    """Name what the step computed for a row and is not finite; empty if all of it is."""
+    if NO_TOKEN in drawn:
+        return "logits"
+    scored = result.prompt_logprobs.get(chunk.row, ()) if result.prompt_logprobs is not None else ()
+    if any(entry is not None and math.isnan(entry.logprob) for entry in scored):
+        return "log-probabilities of the prompt"
+    vector = result.vectors.get(chunk.row) if result.vectors is not None else None
+    return "hidden states" if vector is not None and not is_finite(vector) else ""
+
+
+def _not_finite(sequence: Sequence, what: str) -> RowTokens:
+    """Make the row of a sequence that ends because a step computed no numbers for it."""
+    text = (
+        f"its {what} are infinite or not a number after {sequence.prompt_len} prompt tokens and"
+        f" {sequence.num_output_tokens} output tokens; its weights are damaged, or the values exceed what its dtype holds:"
+        " check the checkpoint's files, or register the model with dtype float32 or bfloat16"
+    )
+    return RowTokens(sequence.request_id, (), FinishReason.ERROR, error_code="INTERNAL", error=text)
 
 
 def _append(

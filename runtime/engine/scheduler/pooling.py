@@ -37,3 +37,8 @@ def pooled_vector(sequence: Sequence) -> bytes | None:
     if sequence.request.pooling is Pooling.MEAN:
         vector = vector / np.float32(sequence.prompt_len)
     return vector.tobytes()
+
+
+def is_finite(vector: bytes) -> bool:
+    """Whether all of a vector's float32 values are numbers."""
+    return bool(np.isfinite(np.frombuffer(vector, np.float32)).all())

@@ -8,7 +8,7 @@ in lockstep (with drafts or forced tokens) are planned only after their last tok
 
 from collections.abc import Iterable
 
-from runtime.engine.interfaces import Drafter, StepOutput, StepPlan
+from runtime.engine.interfaces import NO_TOKEN, Drafter, StepOutput, StepPlan
 from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.scheduler.adapter_use import count_adapters
 from runtime.engine.scheduler.admission import blocks_for
@@ -269,7 +269,8 @@ class Scheduler:
             return self._lockstep.take_forced(sequence, self._decode, in_flight=bool(self._flying))
 
         rows = settle_decode(step, result, self._rules, end, take_forced)
-        self.totals.generated_tokens += sum(len(row.tokens) for row in rows) if step.decode.masked else len(rows)
+        has_one_each = not step.decode.masked and NO_TOKEN not in result.tokens
+        self.totals.generated_tokens += len(rows) if has_one_each else sum(len(row.tokens) for row in rows)
         if step.prefill:
             others = settle_prefill(step, result, self._rules, end, take_forced)
             self.totals.generated_tokens += sum(len(row.tokens) for row in others)

@@ -45,6 +45,7 @@ def _largest_kernel(
     for begin in range(first, end, BLOCK):
         ids = begin + cells
         x = tl.load(row_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
+        x = tl.where(x == x, x, float("inf"))  # a NaN makes the row's maximum infinite
         where = tl.where(x > largest, ids, where)
         largest = tl.maximum(largest, x)
     best = tl.max(largest, axis=0)
@@ -63,10 +64,10 @@ def _largest_kernel(
         best = tl.max(finds, axis=0)
         token = tl.min(tl.where(finds == best, tokens, 2147483647), axis=0)
         tl.store(counters_ptr + sample, 0)
-    token = tl.minimum(token, vocab - 1).to(tl.int64)  # Without a maximum (all NaN) the token would be out of range.
+    token = tl.where(tl.abs(best) < float("inf"), token, -1).to(tl.int64)  # NO_TOKEN
     tl.store(drawn_ptr + sample, token)
     if sample < tl.load(upload_ptr + 2):
-        tl.store(last_token_ptr + tl.load(sample_rows_ptr + sample), token)
+        tl.store(last_token_ptr + tl.load(sample_rows_ptr + sample), tl.maximum(token, 0))
         tl.store(ring_ptr + tl.load(upload_ptr + 4).to(tl.int64) * ring_stride + sample, token)
 
 

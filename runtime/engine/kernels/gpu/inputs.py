@@ -108,7 +108,7 @@ def _commit_kernel(
     mask = (at < tl.load(upload_ptr + 2)) & (at < num_samples)
     row = tl.load(sample_rows_ptr + at, mask=mask, other=0)
     token = tl.load(drawn_ptr + at, mask=mask, other=0)
-    tl.store(last_token_ptr + row, token, mask=mask)
+    tl.store(last_token_ptr + row, tl.maximum(token, 0), mask=mask)
     tl.store(ring_ptr + line * ring_stride + at, token, mask=mask)
 
 

@@ -146,7 +146,7 @@ def _draw_kernel(
     best = tl.full((), float("-inf"), tl.float32)
     for begin in range(0, vocab, BLOCK):
         _, z = _scores(row_ptr, begin, vocab, temperature, BLOCK)
-        best = tl.maximum(best, tl.max(z, axis=0))
+        best = tl.maximum(best, tl.max(tl.where(z == z, z, float("inf")), axis=0))  # a NaN makes it infinite
     best_key = _ordered(best).to(tl.int64)
     bound = tl.full((), -2147483648, tl.int64)
     near = tl.full((), 0x7F800000, tl.int64)
@@ -189,6 +189,7 @@ def _draw_kernel(
         if value > largest:
             largest = value
             chosen = begin + where
+    chosen = tl.where(tl.abs(best) < float("inf"), chosen, -1)  # NO_TOKEN
     tl.store(drawn_ptr + tl.load(target_ptr + i), chosen.to(tl.int64))
 
 

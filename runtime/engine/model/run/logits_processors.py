@@ -125,7 +125,7 @@ class LogitsProcessors:
             [[self._rows[rows[i]].table * self._vocab_size for i in kept], [targets[i] for i in kept]], np.int64
         )
         base, target = to_device(where, self._tables.device)
-        self._add(base + drawn[target])
+        self._add(base + drawn[target].clamp(min=0))  # the counts of a row that drew NO_TOKEN are not read again
 
     def apply(self, logits: torch.Tensor, rows: list[int], positions: list[int]) -> None:
         """Change float32 `logits` [m, V] of `rows` in place, for draws at `positions`."""

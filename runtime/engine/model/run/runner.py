@@ -15,7 +15,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.interfaces import Bucket, GraphChoice, RowSetup, StepPlan
 from runtime.engine.kernels.adapters import max_chunks
-from runtime.engine.kernels.argmax import draw_largest
+from runtime.engine.kernels.argmax import draw_largest, largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
 from runtime.engine.model.run.adapters import StepAdapters
 from runtime.engine.model.run.buckets import bucket_of, standard
@@ -259,7 +259,7 @@ class ModelRunner:
     ) -> None:
         drawn = self._state.drawn[: shape.num_samples]
         if eager:
-            torch.argmax(logits[: shape.num_samples], 1, out=drawn)
+            drawn[:] = largest(logits[: shape.num_samples])
         self._sampler.draw(logits, shape, drawn, masks, scored)
         self._commit(shape.num_samples)
 
@@ -285,6 +285,7 @@ class ModelRunner:
         if samples:
             at = to_device(np.array(samples, np.int64), self._state.device)
             tops = self._logprobs.tops(shape, samples)
-            job.add_drawn(score(logits[at], self._state.drawn[at], max(tops)), samples, tops, shape.num_samples)
+            chosen = self._state.drawn[at].clamp(min=0)  # the entry of a row that drew NO_TOKEN is not read
+            job.add_drawn(score(logits[at], chosen, max(tops)), samples, tops, shape.num_samples)
         if plan.prompt_logprobs:
             self._logprobs.score_prompts(plan, shape, logits[shape.num_samples :], job)
