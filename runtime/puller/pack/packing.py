@@ -27,6 +27,7 @@ from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
 from runtime.puller.gguf_index import read_index as read_gguf_index
 from runtime.puller.pack.aux_files import convert_tokenizer, copy_beside, write_config
+from runtime.puller.pack.finite_weights import check_finite, check_scales, check_stored
 from runtime.puller.pack.gguf_tokenizer import convert_gguf_tokenizer, end_of_turn_ids
 from runtime.puller.pack.gguf_weights import check_gguf_names, read_gguf_config, read_gguf_weights
 from runtime.puller.pack.quantize import Matrix, quantize
@@ -200,8 +201,12 @@ def _made(tensor: Tensor | Matrix, spec: TensorSpec, request: PackRequest, chose
                 f"tensor {spec.name} has shape {list(tensor.shape)} in the checkpoint, the model wants {list(spec.shape)}"
             )
         if not chosen:
-            return [(spec.name, tensor.to(spec.dtype) if tensor.dtype.is_floating_point else tensor)]
+            stored = tensor.to(spec.dtype) if tensor.dtype.is_floating_point else tensor
+            check_finite(stored, tensor, spec.name)
+            return [(spec.name, stored)]
         tensor = _quantize(tensor, spec, request)
+    else:
+        check_stored(tensor, spec.name)
     module = spec.name.rpartition(".")[0]
     return [(spec.name, tensor.weight), (f"{module}.{tensor.scale_name}", tensor.scale)]
 
@@ -209,10 +214,19 @@ def _made(tensor: Tensor | Matrix, spec: TensorSpec, request: PackRequest, chose
 def _quantize(tensor: Tensor, spec: TensorSpec, request: PackRequest) -> Matrix:
     if torch.cuda.is_available():
         try:
-            return quantize(tensor.to("cuda").to(spec.dtype), request.quantization, double_quant=request.double_quant)
+            return _quantize_there(tensor.to("cuda"), spec, request)
         except torch.cuda.OutOfMemoryError:  # The engine uses the device; the CPU is slower but has room.
             torch.cuda.empty_cache()
-    return quantize(tensor.to(spec.dtype), request.quantization, double_quant=request.double_quant)
+    return _quantize_there(tensor, spec, request)
+
+
+def _quantize_there(tensor: Tensor, spec: TensorSpec, request: PackRequest) -> Matrix:
+    """Quantise a tensor on its device."""
+    weight = tensor.to(spec.dtype)
+    check_finite(weight, tensor, spec.name)
+    matrix = quantize(weight, request.quantization, double_quant=request.double_quant)
+    check_scales(matrix, spec.name, request.quantization)
+    return matrix
 
 
 def _bytes(tensor: Tensor) -> memoryview:
