@@ -5,9 +5,9 @@ from __future__ import annotations  # grpc's handler types take parameters only 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import grpc
@@ -20,6 +20,7 @@ from mesh.api.addressing import REQUEST_ID_HEADER, backward, onward
 from mesh.api.call_metadata import CallMetadata, Metadata
 from mesh.api.protobuf_field import inject
 from mesh.api.replay_buffer import ReplayBuffer
+from mesh.api.started_write import StartedWrite
 from mesh.client.connections import Connections
 from mesh.errors import InvalidRequest
 from mesh.observability.metrics import Metrics
@@ -42,7 +43,7 @@ class ForwardingContext(Protocol):
 
     async def send_initial_metadata(self, initial_metadata: Metadata) -> None: ...
 
-    async def write(self, message: bytes) -> None: ...
+    def write(self, message: bytes) -> Coroutine[Any, Any, None]: ...
 
 
 @dataclass(slots=True)
@@ -168,17 +169,29 @@ class GrpcForwarder:
         inbound: ReplayBuffer,
         context: ForwardingContext,
     ) -> None:
-        """Relay messages until the call has ended."""
+        """Relay messages until the call has ended. One is written while the next is read."""
+        messages = aiter(call)
+        first: bytes | None = None
         with _status_not_exception():
-            while isinstance(message := await call.read(), bytes):  # else grpc.aio.EOF
-                if not attempt.is_committed:
-                    attempt.begin_response()
-                    inbound.commit()
-                    request.first_s = time.monotonic() - request.started_s
-                    self._metrics.first_byte(attempt.model_id, request.first_s)
-                    await _send_headers(call, context)
-                request.response_bytes += len(message)
-                await context.write(message)
+            first = await anext(messages, None)
+        if first is None:
+            return
+        attempt.begin_response()
+        inbound.commit()
+        request.first_s = time.monotonic() - request.started_s
+        self._metrics.first_byte(attempt.model_id, request.first_s)
+        await _send_headers(call, context)
+        request.response_bytes += len(first)
+        writing = StartedWrite(context.write(first))
+        try:
+            with _status_not_exception():
+                async for message in messages:
+                    await writing
+                    request.response_bytes += len(message)
+                    writing = StartedWrite(context.write(message))
+            await writing
+        finally:
+            writing.close()
 
     def _start(
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, timeout_s: float | None
