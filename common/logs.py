@@ -9,13 +9,15 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import NamedTuple, TextIO
 
 _OWN_ATTRIBUTES = tuple(vars(logging.makeLogRecord({})))
 _RECORD_ATTRIBUTES = frozenset(_OWN_ATTRIBUTES) | {"message", "asctime", "taskName"}
 
 _NOTHING = ("", None)
+_encode_json = json.JSONEncoder(default=str, ensure_ascii=False).encode
 
 # The names of log4j that Python's logging does not have.
 _OTHER_LEVELS = {"TRACE": "DEBUG", "ALL": "DEBUG", "OFF": "CRITICAL"}
@@ -23,8 +25,7 @@ _OTHER_LEVELS = {"TRACE": "DEBUG", "ALL": "DEBUG", "OFF": "CRITICAL"}
 
 def set_up(*, as_json: bool, level: str) -> None:
     """Configure logging for the process. Raises ValueError for an unknown level."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    handler = LineHandler(sys.stderr, JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     # Neither formatter shows them, and each record costs a system call for them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -45,40 +46,106 @@ def set_level(level: str) -> None:
 
 
 def log_fields(logger: logging.Logger, level: int, message: str, fields: Mapping[str, object]) -> None:
-    """Log a constant message with fields, for lines of which there are thousands a second: `extra` looks for the calling line, and checks each field."""
-    if logger.isEnabledFor(level):
-        record = logging.LogRecord(logger.name, level, "", 0, message, (), None)
-        vars(record).update(fields)
-        logger.handle(record)
+    """Log a constant message with fields, for lines of which there are thousands a second.
+
+    Where only a LineHandler receives the line, it is written without a LogRecord, which costs more than the rest.
+    """
+    if not logger.isEnabledFor(level):
+        return
+    handler = _only_handler(logger)
+    if handler is not None:
+        handler.write(Line(time.time(), logging.getLevelName(level), logger.name, message, fields))
+        return
+    record = logging.LogRecord(logger.name, level, "", 0, message, (), None)
+    vars(record).update(fields)
+    logger.handle(record)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line."""
+class Line(NamedTuple):
+    """What a line shows. `level`: as logging names it."""
+
+    created_s: float
+    level: str
+    logger: str
+    message: str
+    fields: Mapping[str, object]
+
+
+class LineFormatter(logging.Formatter):
+    """Formats records and lines in the same way."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": _time(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **_extra(record),
+        added = islice(vars(record).items(), len(_OWN_ATTRIBUTES), None)  # a record's own attributes were set first
+        fields = {key: value for key, value in added if key not in _RECORD_ATTRIBUTES}
+        line = Line(record.created, record.levelname, record.name, record.getMessage(), fields)
+        return self.text(line, self.formatException(record.exc_info) if record.exc_info else "")
+
+    def text(self, line: Line, exception: str = "") -> str:
+        """Return the line without its end. `exception`: a traceback to show with it."""
+        raise NotImplementedError
+
+
+class JsonFormatter(LineFormatter):
+    """One JSON object per line."""
+
+    def text(self, line: Line, exception: str = "") -> str:
+        shown: dict[str, object] = {
+            "time": _time(line.created_s),
+            "level": line.level.lower(),
+            "logger": line.logger,
+            "message": line.message,
+            **line.fields,
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return _json_escaped(json.dumps(line, default=str, ensure_ascii=False))
+        if exception:
+            shown["exception"] = exception
+        return _json_escaped(_encode_json(shown))
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(LineFormatter):
     """Time, level, logger, message and the fields as `key=value`.
 
     Control characters are escaped, so that a name chosen by a caller cannot forge a line or drive a terminal.
     """
 
-    def format(self, record: logging.LogRecord) -> str:
-        extra = "".join([f" {key}={value}" for key, value in _extra(record).items() if value not in _NOTHING])
-        head = f"{_time(record)} {record.levelname.lower():7} {record.name}: "
-        text = head + _escaped(f"{record.getMessage()}{extra}")
-        return f"{text}\n{_quoted(self.formatException(record.exc_info))}" if record.exc_info else text
+    def text(self, line: Line, exception: str = "") -> str:
+        extra = "".join([f" {key}={value}" for key, value in line.fields.items() if value not in _NOTHING])
+        head = f"{_time(line.created_s)} {line.level.lower():7} {line.logger}: "
+        text = head + _escaped(f"{line.message}{extra}")
+        return f"{text}\n{_quoted(exception)}" if exception else text
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes lines to a stream, from records and without them."""
+
+    def __init__(self, stream: TextIO, formatter: LineFormatter) -> None:
+        super().__init__(stream)
+        self.setFormatter(formatter)
+        self._lines = formatter
+
+    def write(self, line: Line) -> None:
+        """Write a line. An error is handled as that of a record is."""
+        try:
+            text = self._lines.text(line) + self.terminator
+            with self.lock or nullcontext():
+                self.stream.write(text)
+                self.flush()
+        except Exception:
+            self.handleError(logging.makeLogRecord({"name": line.logger, "msg": line.message}))
+
+
+def _only_handler(logger: logging.Logger) -> LineHandler | None:
+    """Return the handler of a logger's records if it is the only one, takes all of them, and is a LineHandler."""
+    found: LineHandler | None = None
+    at: logging.Logger | None = logger
+    while at is not None:
+        if at.filters:
+            return None
+        for handler in at.handlers:
+            if found is not None or not isinstance(handler, LineHandler) or handler.level or handler.filters:
+                return None
+            found = handler
+        at = at.parent if at.propagate else None
+    return found
 
 
 def _quoted(text: str) -> str:
@@ -95,14 +162,9 @@ def _escaped(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    # A record's own attributes were set first.
-    added = islice(vars(record).items(), len(_OWN_ATTRIBUTES), None)
-    return {key: value for key, value in added if key not in _RECORD_ATTRIBUTES}
-
-
-def _time(record: logging.LogRecord) -> str:
-    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+def _time(epoch_s: float) -> str:
+    second = int(epoch_s)
+    return f"{_second(second)}.{int((epoch_s - second) * 1000):03d}Z"
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,12 +1,14 @@
 """Log lines: fields, exceptions, and no forged line."""
 
+import io
 import json
 import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-from common.logs import JsonFormatter, TextFormatter, log_fields
+from common.logs import JsonFormatter, LineFormatter, LineHandler, TextFormatter, log_fields
 
 
 def record(message: str, *, with_error: bool = False, **extra: object) -> logging.LogRecord:
@@ -77,3 +79,54 @@ def test_log_fields_is_shown_like_extra(formatter: logging.Formatter, caplog: py
     by_fields.created, by_fields.msecs = by_extra.created, by_extra.msecs
     assert formatter.format(by_fields) == formatter.format(by_extra)
     assert "org/m" in formatter.format(by_fields)
+
+
+@pytest.fixture
+def alone() -> Iterator[logging.Logger]:
+    """A logger whose records reach only its own handlers."""
+    logger = logging.getLogger("tests.alone")
+    logger.propagate, logger.level = False, logging.INFO
+    yield logger
+    logger.handlers.clear()
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
+def test_log_fields_without_a_record_shows_the_same(formatter: LineFormatter, alone: logging.Logger) -> None:
+    fields = {"code": "OK", "asked": "a\nb", "key": "", "first_s": None, "total_s": 0.012}
+    with_records, without = io.StringIO(), io.StringIO()
+    handler = LineHandler(with_records, formatter)
+    alone.addHandler(handler)
+    alone.info("request", extra=fields)
+    log_fields(alone, logging.DEBUG, "request", fields)
+    handler.setStream(without)
+    log_fields(alone, logging.INFO, "request", fields)
+    (by_record,), (by_fields,) = with_records.getvalue().splitlines(), without.getvalue().splitlines()
+    length = len("2027-01-15T08:00:00.250Z") + len('{"time": "')
+    assert by_fields[length:] == by_record[length:]
+    assert "a\\nb" in by_fields
+
+
+def test_log_fields_reaches_every_handler(alone: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    lines = io.StringIO()
+    alone.addHandler(LineHandler(lines, TextFormatter()))
+    alone.addHandler(caplog.handler)
+    log_fields(alone, logging.INFO, "request", {"code": "OK"})
+    assert [vars(record)["code"] for record in caplog.records] == ["OK"]
+    assert "request code=OK" in lines.getvalue()
+
+
+def test_log_fields_respects_the_level_of_a_handler(alone: logging.Logger) -> None:
+    lines = io.StringIO()
+    handler = LineHandler(lines, TextFormatter())
+    handler.setLevel(logging.ERROR)
+    alone.addHandler(handler)
+    log_fields(alone, logging.INFO, "request", {"code": "OK"})
+    assert not lines.getvalue()
+
+
+def test_log_fields_survives_a_closed_stream(alone: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    alone.addHandler(LineHandler(stream, TextFormatter()))
+    stream.close()
+    log_fields(alone, logging.INFO, "request", {"code": "OK"})
+    assert "Logging error" in capsys.readouterr().err
