@@ -1,7 +1,6 @@
 """Reads the model's name from a gRPC request and filters the metadata that is forwarded, by ModelMesh's conventions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -37,8 +36,7 @@ _TRANSPORT = ("mm-", "grpc-", ":")
 _APPLICATION = "grpc-status-details-bin"
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True):
     """A name as the caller wrote it, which need not be registered. `virtual`: it must be the name of a vmodel."""
 
     name: str

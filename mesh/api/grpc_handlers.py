@@ -77,6 +77,7 @@ class GrpcHandlers(grpc.GenericRpcHandler):
         self._admit = admit
         self._own = tuple(own)
         self._gateway = gateway
+        self._not_own: set[str] = set()  # known methods that no handler in `own` takes
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
         path = str(handler_call_details.method)
@@ -88,9 +89,13 @@ class GrpcHandlers(grpc.GenericRpcHandler):
         # A call's handler runs in the task that looks for it, which ends with the call.
         if end is not None and (call := asyncio.current_task()) is not None:
             call.add_done_callback(lambda _: end())
-        for handlers in self._own:
-            found = handlers.service(handler_call_details)
-            if found is not None:
-                is_read = not path.startswith(_MANAGEMENT) or path.rpartition("/")[2].startswith("get")
-                return own_call(path.lstrip("/"), metadata, found, is_read=is_read)
-        return self._gateway.handler(path.lstrip("/"), metadata)
+        method = path.lstrip("/")
+        if method not in self._not_own:
+            for handlers in self._own:
+                found = handlers.service(handler_call_details)
+                if found is not None:
+                    is_read = not path.startswith(_MANAGEMENT) or path.rpartition("/")[2].startswith("get")
+                    return own_call(method, metadata, found, is_read=is_read)
+            if self._gateway.is_known(method):
+                self._not_own.add(method)
+        return self._gateway.handler(method, metadata)

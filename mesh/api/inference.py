@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 
 import grpc
 import grpc.aio
+from msgspec.structs import replace
 
 from common.not_here import NOT_HERE_HEADER
 from mesh.access.caller import current_caller
@@ -67,6 +67,10 @@ class InferenceGateway:
         self._memory = memory
         self._single_message = single_message_methods()
         self._unary = unary_methods()
+
+    def is_known(self, method: str) -> bool:
+        """Whether a method is one of those that `single_message_methods` lists."""
+        return method in self._single_message
 
     def handler(self, method: str, metadata: CallMetadata) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Return the handler of one call of a method, `package.Service/Method`."""

@@ -4,8 +4,8 @@ Requests that this pod's runtime logs with their tokens, and polls, are logged a
 """
 
 import logging
+import os
 import re
-import secrets
 import time
 from dataclasses import dataclass, field
 
@@ -60,7 +60,7 @@ def log_requests(enabled: bool) -> None:
 
 def request_id_of(given: str) -> str:
     """Return the client's request id, or a new one if it has none that can be logged and forwarded."""
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(_ID_BYTES)
+    return given if _REQUEST_ID.fullmatch(given) else os.urandom(_ID_BYTES).hex()
 
 
 def log_grpc_call(

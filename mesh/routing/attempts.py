@@ -16,13 +16,14 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Protocol
 
+import msgspec
+
 from mesh.errors import NotFound
 from mesh.routing.retry_policy import Failure, RetryBudget
 from mesh.types import Target
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingRequest:
+class RoutingRequest(msgspec.Struct, frozen=True):
     """What routing needs of a request.
 
     `name`: the caller's name for the model, followed if it moves to another model. `local_only`: another pod forwarded the request to this one.

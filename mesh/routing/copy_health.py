@@ -5,7 +5,9 @@ The outcomes at all copies of a pod count for the pod too, so that a pod that fa
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from mesh.routing.attempts import Attempt, Outcome
 
@@ -20,8 +22,7 @@ _SLOW_FACTOR = 2.0
 _SLOW_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class CopyRecord:
+class CopyRecord(msgspec.Struct, frozen=True):
     """What is known of one copy. Times are on the monotonic clock.
 
     Attributes:

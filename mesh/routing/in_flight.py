@@ -1,15 +1,15 @@
 """Keeps the attempts in flight by target, so that the loss of a target ends them, and when each target answered last."""
 
 import time
-from dataclasses import dataclass
+
+import msgspec
 
 from mesh.routing.attempts import Attempt, Outcome
 
 _NEW_WEIGHT = 0.1  # of the newest answer in the mean
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
+class Answers(msgspec.Struct, frozen=True):
     """What a target has answered. `mean_s`: moving mean of the time to the first byte. `last_s`: the last answer, on the monotonic clock."""
 
     count: int = 0

@@ -1,7 +1,9 @@
 """Decides whether a failed attempt to forward a request is followed by another one, and which copies that one avoids."""
 
-from dataclasses import dataclass, replace
 from enum import StrEnum
+
+import msgspec
+from msgspec.structs import replace
 
 
 class Failure(StrEnum):
@@ -12,8 +14,7 @@ class Failure(StrEnum):
     STATUS_LOST = "status lost"  # the transport lost the status with which the call ended
 
 
-@dataclass(frozen=True, slots=True)
-class RetryBudget:
+class RetryBudget(msgspec.Struct, frozen=True):
     """What a request may still try, and the instance ids in `exclude` that its next attempt avoids while another copy exists.
 
     `local_only`: another pod forwarded the request, so that it may not fail over to a third one.
