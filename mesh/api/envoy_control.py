@@ -40,10 +40,11 @@ class _Encoded:
 
 @dataclass(eq=False, slots=True)
 class _Session:
-    """One Envoy's stream. `is_open`: Envoy has said what it has, so it can be sent what it lacks."""
+    """One Envoy's stream. `is_open`: Envoy has said what it has, so it can be sent what it lacks. `has_refused`: it lacks clusters that it was sent."""
 
     delta: DeltaStream = field(default_factory=DeltaStream)
     is_open: bool = False
+    has_refused: bool = False
 
 
 class EnvoyControl:
@@ -98,13 +99,15 @@ class EnvoyControl:
             self._changes.notify()
         return self._generation
 
-    async def confirmed(self, generation: int) -> None:
+    async def confirmed(self, generation: int) -> bool:
         try:
             async with asyncio.timeout(_CONFIRM_S):
                 while any(session.delta.confirmed < generation for session in self._sessions if session.is_open):
                     await self._changes.wait()
         except TimeoutError:
             logger.warning("Envoy has not confirmed a change of its clusters within %g s", _CONFIRM_S)
+            return False
+        return not any(session.has_refused for session in self._sessions)
 
     def _encoded(self, cluster: Cluster, peer_tls: PeerTls | None) -> _Encoded:
         known = self._clusters.get(cluster.name)
@@ -136,6 +139,7 @@ class EnvoyControl:
                 continue
             if request.response_nonce:
                 if request.error_detail.message:
+                    session.has_refused = True
                     logger.error("Envoy refuses clusters: %s", request.error_detail.message)
                 session.delta.answered(request.response_nonce)
             elif not session.is_open:

@@ -80,6 +80,10 @@ def bootstrap_text(config: MeshConfig, files: EnvoyFiles) -> str:
         "static_resources": resources,
         "dynamic_resources": {"ads_config": control, "cds_config": source},
         "stats_flush_interval": "1s",
+        # The routes match names by a regular expression of as many as their table has.
+        "layered_runtime": {
+            "layers": [{"name": "limits", "static_layer": {"re2.max_program_size.error_level": _UNLIMITED}}]
+        },
         "overload_manager": _connection_limit(config.max_connections or _UNLIMITED),
     }
     return json.dumps(content, indent=1)
@@ -169,6 +173,7 @@ def _connection_manager(carrier: Carrier, config: MeshConfig, files: EnvoyFiles)
         "http_filters": [*([] if is_grpc else _body_filters()), _lua_filter(), _filter("router", "Router", _ROUTER)],
         "early_header_mutation_extensions": [_strip(_OWN_HEADERS)],
         "common_http_protocol_options": common,
+        "generate_request_id": not is_grpc,  # mesh and runtime make one for a call without
         "preserve_external_request_id": True,
         "always_set_request_id_in_response": not is_grpc,
         "skip_xff_append": True,
@@ -218,8 +223,9 @@ def _rule(key: str, *path: str) -> Json:
 
 
 def _lua_filter() -> Json:
-    """The filter does nothing but on routes that bring a script."""
-    return {"name": LUA_FILTER, "typed_config": {"@type": f"{_TYPE}extensions.filters.http.lua.v3.Lua"}}
+    """Return the filter that runs a route's script. Calls on other routes do without it."""
+    kind = f"{_TYPE}extensions.filters.http.lua.v3.Lua"
+    return {"name": LUA_FILTER, "disabled": True, "typed_config": {"@type": kind}}
 
 
 _ROUTER = {"suppress_envoy_headers": True}

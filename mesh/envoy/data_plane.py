@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from common.changes import Changes
 from common.model_state import CopyState
 from mesh.envoy.interfaces import ClusterFigures, ControlStream, EnvoyStats
+from mesh.envoy.name_table import Names, listed_clusters, listed_names
 from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here, Role, name_prefix, plan_clusters, withdrawn
 from mesh.envoy.view import CarriedNames
 from mesh.observability.metrics import Metrics
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _LINGER_S = 10.0  # how long the cluster of a model that has gone leads to the mesh: removed at once, it would fail calls on their way
 _MIN_INTERVAL_S = 0.02
+_LIST_S = 1.0
 _SCRAPE_S = 1.0
 _DRAIN_SCRAPE_S = 0.05
 _WORKERS_S = 0.01  # Envoy confirms a change a moment before all its threads follow it
@@ -38,7 +40,7 @@ class _Gone:
 class DataPlane:
     """`here` returns this pod's addresses and peer headers. `is_ready`: whether the pod knows what its runtime holds.
 
-    `write_files` writes the files that Envoy reads, if they have changed; its argument is the calls that a copy may have at once.
+    `write_files` writes the files that Envoy reads, if they have changed, from the calls that a copy may have at once and the names to list.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class DataPlane:
         *,
         here: Callable[[], Here],
         is_ready: Callable[[], bool],
-        write_files: Callable[[int], None],
+        write_files: Callable[[int, Names], None],
     ) -> None:
         self._names = names
         self._copies = copies
@@ -64,6 +66,9 @@ class DataPlane:
         self._control: ControlStream | None = None
         self._planned: dict[str, Cluster] = {}
         self._gone: dict[str, _Gone] = {}
+        self._generation = 0
+        self._listed: Names = {}
+        self._listed_clusters: frozenset[str] = frozenset()
         self._models: dict[str, tuple[str, Carrier, Role]] = {}  # by the cluster's name in Envoy's statistics
         self._started: dict[str, int] = {}
         self._draining: set[str] = set()
@@ -86,6 +91,7 @@ class DataPlane:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow())
+            tasks.create_task(self._list())
             tasks.create_task(self._scrape())
 
     async def withdraw(self, model_id: str) -> None:
@@ -107,6 +113,19 @@ class DataPlane:
             await asyncio.sleep(_MIN_INTERVAL_S)
             await self._changes.wait(_SCRAPE_S, since=seen)
 
+    async def _list(self) -> None:
+        """List names in the routes' table once Envoy has their clusters: a listed name without a cluster would fail its calls."""
+        assert self._control is not None
+        while True:
+            await asyncio.sleep(_LIST_S)
+            names = listed_names(self._listed, self._planned)
+            if names == self._listed:
+                continue
+            if not await self._control.confirmed(self._generation):
+                names = {}
+            if self._write(names):
+                self._listed, self._listed_clusters = names, listed_clusters(names)
+
     def _publish(self) -> int:
         assert self._control is not None
         here, now_s = self._here(), time.monotonic()
@@ -117,15 +136,28 @@ class DataPlane:
                     name.partition("/")[2], cluster.model_id, cluster.carrier, from_peers=cluster.from_peers
                 )
                 self._gone[name] = _Gone(withdrawn(plain, here), now_s + _LINGER_S)
-        self._gone = {name: gone for name, gone in self._gone.items() if name not in planned and gone.until_s > now_s}
+        self._gone = {
+            name: gone
+            for name, gone in self._gone.items()
+            if name not in planned and (gone.until_s > now_s or name in self._listed_clusters)
+        }
         for cluster in planned.values():
             self._models[cluster.stat_name] = cluster.model_id, cluster.carrier, cluster.role
         self._planned = planned
+        self._generation = self._control.publish(
+            {**planned, **{name: gone.cluster for name, gone in self._gone.items()}}
+        )
+        self._write(self._listed)
+        return self._generation
+
+    def _write(self, names: Names) -> bool:
+        """Write Envoy's files, and return whether they are written."""
         try:
-            self._write_files(self._names.limit)
+            self._write_files(self._names.limit, names)
         except OSError as error:
             logger.error("Envoy's files could not be written: %s; it goes on with those that it has", error)
-        return self._control.publish({**planned, **{name: gone.cluster for name, gone in self._gone.items()}})
+            return False
+        return True
 
     async def _scrape(self) -> None:
         while True:

@@ -21,8 +21,12 @@ class ControlStream(Protocol):
         """Make these the clusters of every connected Envoy. Return the number of this generation."""
         ...
 
-    async def confirmed(self, generation: int) -> None:
-        """Return when every connected Envoy uses this generation or a later one; at once if none is connected."""
+    async def confirmed(self, generation: int) -> bool:
+        """Return when every connected Envoy uses this generation or a later one; at once if none is connected.
+
+        False: one of them has refused clusters, or does not answer.
+        """
+        ...
 
 
 class EnvoyStats(Protocol):

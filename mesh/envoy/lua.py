@@ -10,13 +10,13 @@ from mesh.access.scopes import Scope
 _MAGIC = frozenset("^$()%.[]*+-?")
 
 
-def choose_script(header: str, prefix: str, mesh: str, *, limit: int, admitted: str) -> str:
+def choose_script(header: str, prefix: str, mesh: str, *, limit: int) -> str:
     """Return the script that chooses a call's cluster, whose name is a prefix, a slash and what the header `header` holds.
 
-    `limit`: the calls that a copy may have at once, 0 for any number. `admitted`: the header of a caller that was recognised; empty if any may call.
+    `limit`: the calls that a copy may have at once, 0 for any number.
     """
-    values = (quoted(header), quoted(prefix), quoted(mesh), str(limit), quoted(admitted))
-    return f"local HEADER, PREFIX, MESH, LIMIT, ADMITTED = {', '.join(values)}\n{_script('choose')}"
+    values = (quoted(header), quoted(prefix), quoted(mesh), str(limit))
+    return f"local HEADER, PREFIX, MESH, LIMIT = {', '.join(values)}\n{_script('choose')}"
 
 
 def admit_script(header: str, keys: Iterable[ApiKey]) -> str:

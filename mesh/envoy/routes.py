@@ -1,12 +1,13 @@
 """Writes the routes of Envoy's two listeners: which calls Envoy may carry by itself, and that all others go to the mesh.
 
 What a route decides, it decides in favour of the mesh: a call with anything unusual takes the mesh's path, where every case is handled.
+A call for a name of the routes' table is routed by Envoy's own matchers. A script routes calls for other names, at ten times the cost.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common.log_headers import CALLER_HEADER
@@ -14,6 +15,7 @@ from common.web_policy import WebPolicy
 from mesh.access.api_keys import ApiKey
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.envoy.lua import admit_peers_script, admit_script, choose_script
+from mesh.envoy.name_table import Names
 from mesh.envoy.plan import Carrier, name_prefix
 
 Json = dict[str, Any]
@@ -62,6 +64,7 @@ class RouteSettings:
         keys: the callers' keys; None if callers need none.
         peer_digests: the SHA-256 of the secrets by which other pods are recognised.
         limit: calls that a copy may have at once; 0 for any number.
+        names: by carrier, names whose clusters exist. They are looked up in a table unless there is a limit.
         paths: the HTTP paths whose body names the model in its field `model`.
         max_body_bytes: the largest HTTP body. max_message_bytes: the largest gRPC message.
         web_policy: whose rules of Host apply to callers without keys; None for a unix socket.
@@ -74,6 +77,7 @@ class RouteSettings:
     max_body_bytes: int
     max_message_bytes: int
     web_policy: WebPolicy | None
+    names: Names = field(default_factory=dict)
 
 
 def mesh_cluster(carrier: Carrier) -> str:
@@ -107,11 +111,10 @@ def _text(carrier: Carrier, routes: list[Json], options: Json) -> str:
 
 
 def _grpc_routes(settings: RouteSettings) -> list[Json]:
-    carried = [{"name": "mm-model-id", "present_match": True}, *map(_absent, _GRPC_EXCEPTIONS)]
     return [
         *(_to_mesh(Carrier.GRPC, {"prefix": prefix}) for prefix in _MESH_METHODS),
-        _from_peers(Carrier.GRPC, {"prefix": "/"}, settings),
-        _carried(Carrier.GRPC, {"prefix": "/", "headers": carried}, settings),
+        *_from_peers(Carrier.GRPC, {"prefix": "/"}, settings),
+        *_carried(Carrier.GRPC, {"prefix": "/", "headers": [*map(_absent, _GRPC_EXCEPTIONS)]}, settings),
         _to_mesh(Carrier.GRPC, {"prefix": "/"}),
     ]
 
@@ -123,11 +126,12 @@ def _http_routes(settings: RouteSettings) -> list[Json]:
         {"name": "content-length", "range_match": {"start": 1, "end": settings.max_body_bytes + 1}},
         *map(_absent, _HTTP_EXCEPTIONS),
     ]
+    paths = {"safe_regex": {"regex": "|".join(map(re.escape, settings.paths))}}
     if host := _host_pattern(settings):
         conditions.append({"name": ":authority", "string_match": {"safe_regex": {"regex": host}}})
     return [
-        *(_from_peers(Carrier.HTTP, {"path": path}, settings) for path in settings.paths),
-        *(_carried(Carrier.HTTP, {"path": path, "headers": conditions}, settings) for path in settings.paths),
+        *_from_peers(Carrier.HTTP, paths, settings),
+        *_carried(Carrier.HTTP, {**paths, "headers": conditions}, settings),
         _to_mesh(Carrier.HTTP, {"prefix": "/"}),
     ]
 
@@ -145,41 +149,76 @@ def _absent(name: str) -> Json:
     return {"name": name, "present_match": True, "invert_match": True}
 
 
-def _carried(carrier: Carrier, match: Json, settings: RouteSettings) -> Json:
-    """Return a route of callers on which Envoy chooses the cluster by the model's name."""
-    header, prefix = MODEL_HEADERS[carrier], name_prefix(carrier, from_peers=False)
+def _carried(carrier: Carrier, match: Json, settings: RouteSettings) -> list[Json]:
+    """Return the routes of callers on which Envoy chooses the cluster by the model's name.
+
+    Envoy routes a call a second time once a filter has read the model from its body or recognised its key. The last route is the one before that.
+    """
+    header, mesh = MODEL_HEADERS[carrier], mesh_cluster(carrier)
+    admitted = [{"name": CALLER_HEADER, "present_match": True}] if settings.keys is not None else []
+    conditions = [*match["headers"], *([_absent(JUDGE_HEADER)] if carrier is Carrier.HTTP else []), *admitted]
+    named = {**match, "headers": [{"name": header, "present_match": True}, *conditions]}
+    script = choose_script(header, name_prefix(carrier, from_peers=False), mesh, limit=settings.limit)
+    routes = [_route(named, _specified(_by_script(script, mesh)))]
+    if (names := settings.names.get(carrier)) and not settings.limit:
+        known = {"name": header, "string_match": {"safe_regex": {"regex": "|".join(map(re.escape, names))}}}
+        listed = {**match, "headers": [known, *conditions]}
+        routes.insert(0, _route(listed, _specified(_by_table(header, carrier, names))))
+    if settings.keys is not None or carrier is Carrier.HTTP:
+        routes.append(_route(match, {"cluster": mesh}))
     if settings.keys is None:
-        route = _chosen(
-            carrier, match, choose_script(header, prefix, mesh_cluster(carrier), limit=settings.limit, admitted="")
-        )
         # Nobody checks them, and a runtime must not see them.
-        return {**route, "request_headers_to_remove": ["authorization", "x-api-key"]}
-    script = choose_script(header, prefix, mesh_cluster(carrier), limit=settings.limit, admitted=CALLER_HEADER)
-    return {**_chosen(carrier, match, script), "typed_per_filter_config": _lua(admit_script(header, settings.keys))}
+        return [{**route, "request_headers_to_remove": ["authorization", "x-api-key"]} for route in routes]
+    admit = _lua(admit_script(header, settings.keys))
+    return [*routes[:-1], {**routes[-1], "typed_per_filter_config": admit}]
 
 
-def _from_peers(carrier: Carrier, match: Json, settings: RouteSettings) -> Json:
-    """Return a route of calls that other pods send to this pod's copy of the model that they name."""
+def _from_peers(carrier: Carrier, match: Json, settings: RouteSettings) -> list[Json]:
+    """Return the routes of calls that other pods send to this pod's copy of the model that they name.
+
+    The second one is that of calls whose sender Envoy has not recognised yet.
+    """
     conditions = [{"name": name, "present_match": True} for name in ("mm-model-id", PEER_KEY_HEADER)]
-    prefix = name_prefix(carrier, from_peers=True)
-    script = choose_script("mm-model-id", prefix, mesh_cluster(carrier), limit=0, admitted=PEER_HEADER)
+    mesh = mesh_cluster(carrier)
+    script = choose_script("mm-model-id", name_prefix(carrier, from_peers=True), mesh, limit=0)
     filters = _lua(admit_peers_script(settings.peer_digests))
     if carrier is Carrier.HTTP:
         filters |= dict.fromkeys(BODY_FILTERS, _DISABLED)
-    return {**_chosen(carrier, {**match, "headers": conditions}, script), "typed_per_filter_config": filters}
+    recognised = {**match, "headers": [*conditions, {"name": PEER_HEADER, "present_match": True}]}
+    return [
+        _route(recognised, _specified(_by_script(script, mesh))),
+        {**_route({**match, "headers": conditions}, {"cluster": mesh}), "typed_per_filter_config": filters},
+    ]
 
 
-def _chosen(carrier: Carrier, match: Json, script: str) -> Json:
-    specifier = {
-        "name": "choose",
-        "typed_config": {
-            "@type": f"{_TYPE}extensions.router.cluster_specifiers.lua.v3.LuaConfig",
-            "source_code": {"inline_string": script},
-            "default_cluster": mesh_cluster(carrier),
-        },
+def _route(match: Json, target: Json) -> Json:
+    """Return a route whose refused calls are sent again."""
+    return {"match": match, "route": {**target, "retry_policy": _RETRY, **_NO_TIMEOUT}}
+
+
+def _specified(specifier: Json) -> Json:
+    return {"inline_cluster_specifier_plugin": {"extension": {"name": "choose", "typed_config": specifier}}}
+
+
+def _by_script(script: str, mesh: str) -> Json:
+    source = {"source_code": {"inline_string": script}}
+    return {"@type": f"{_TYPE}extensions.router.cluster_specifiers.lua.v3.LuaConfig", "default_cluster": mesh, **source}
+
+
+def _by_table(header: str, carrier: Carrier, names: Sequence[str]) -> Json:
+    kind = f"{_TYPE}extensions.router.cluster_specifiers.matcher.v3"
+    prefix = name_prefix(carrier, from_peers=False)
+
+    def to(cluster: str) -> Json:
+        return {"action": {"name": "cluster", "typed_config": {"@type": f"{kind}.ClusterAction", "cluster": cluster}}}
+
+    header_input = {"@type": f"{_TYPE}type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": header}
+    tree = {
+        "input": {"name": "model", "typed_config": header_input},
+        "exact_match_map": {"map": {name: to(f"{prefix}/{name}") for name in names}},
     }
-    action = {"inline_cluster_specifier_plugin": {"extension": specifier}, "retry_policy": _RETRY, **_NO_TIMEOUT}
-    return {"match": match, "route": action}
+    matcher = {"matcher_tree": tree, "on_no_match": to(mesh_cluster(carrier))}
+    return {"@type": f"{kind}.MatcherClusterSpecifier", "cluster_matcher": matcher}
 
 
 def _lua(script: str) -> Json:

@@ -12,6 +12,7 @@ from mesh.config.schema import MeshConfig
 from mesh.envoy.bootstrap import envoy_files, write_bootstrap, write_tls
 from mesh.envoy.data_plane import DataPlane
 from mesh.envoy.files import write_whole
+from mesh.envoy.name_table import Names
 from mesh.envoy.plan import Carrier, Here
 from mesh.envoy.routes import RouteSettings, routes_text
 from mesh.envoy.view import CarriedNames
@@ -30,6 +31,7 @@ class PodEnvoy:
         self._own_id = base.instance_id
         self._has_peers_tls = base.access.peer_tls is not None
         self._files = envoy_files(config)
+        self._written: RouteSettings | None = None
         secure = base.registry.instances.secure_address
         names = CarriedNames(
             base.registry,
@@ -61,7 +63,7 @@ class PodEnvoy:
     async def start(self) -> None:
         """Write Envoy's files and open its control socket. Raises ConfigError, OSError."""
         write_bootstrap(self._config)
-        self._write_files(0)
+        self._write_files(0, {})
         await self._control.start()
 
     async def run(self) -> None:
@@ -101,7 +103,7 @@ class PodEnvoy:
         identity = self._access.peer_tls
         return PeerTls(identity.material, self._access.peer_name) if identity is not None else None
 
-    def _write_files(self, limit: int) -> None:
+    def _write_files(self, limit: int, names: Names) -> None:
         """Write the files that follow keys, certificates and copies, if they have changed."""
         if self._access.tls is not None:
             write_tls(self._files, self._access.tls.material)
@@ -116,10 +118,14 @@ class PodEnvoy:
             web_policy=policy_for(
                 config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins
             ),
+            names=names,
         )
+        if settings == self._written:
+            return
         for carrier in Carrier:
             if write_whole(self._files.routes(carrier), routes_text(carrier, settings)):
                 logger.debug("wrote Envoy's routes of %s", carrier)
+        self._written = settings
 
 
 def _carriers(config: MeshConfig) -> frozenset[Carrier]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mesh.envoy.binary import INSTALLED, find_envoy
 from mesh.envoy.files import EnvoyFiles
+from mesh.envoy.plan import Carrier
 from tests.support.fake_runtime import Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.stack import free_port
@@ -53,6 +54,7 @@ async def running_envoy_pod(
         addresses = {name: f"127.0.0.1:{free_port()}" for name in ("grpc_listen", "http_listen")}
         chosen: dict[str, Any] = {**addresses, "envoy": "external", "envoy_dir": str(shared), **settings}
         async with running_pod(directory, switches=switches, **chosen) as pod:
+            pod.envoy_dir = shared
             with envoy_process(EnvoyFiles(shared).bootstrap):
                 await until(lambda: pod.pod.is_envoy_connected and all(map(is_listening, addresses.values())))
                 yield pod
@@ -86,6 +88,14 @@ async def _passes(pod: RunningPod, model: str, key: str, call: Callable[[], Awai
     before = await num_through_mesh(pod, model, key)
     await call()
     return await num_through_mesh(pod, model, key) == before
+
+
+async def until_listed(pod: RunningPod, *models: str) -> None:
+    """Wait until the routes' tables have the models, so that no script chooses their clusters."""
+    assert pod.envoy_dir is not None
+    files = [EnvoyFiles(pod.envoy_dir).routes(carrier) for carrier in Carrier]
+    texts = [f'"{carrier}/{model}"' for carrier in Carrier for model in models]
+    await until(lambda: all(any(text in file.read_text() for file in files) for text in texts))
 
 
 def bearer(key: str) -> dict[str, str]:

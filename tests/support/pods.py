@@ -27,6 +27,7 @@ class RunningPod:
     channel: grpc.aio.Channel
     http: aiohttp.ClientSession
     store: str
+    envoy_dir: Path | None = None
 
     @property
     def management(self) -> ModelMeshStub:

@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carried
+from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carried, until_listed
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod
 from tests.support.waiting import until
@@ -47,7 +47,10 @@ async def test_envoy_carries_calls_of_a_loaded_model(pod: RunningPod) -> None:
     assert await num_through_mesh(pod, "m") == before
 
 
-async def test_envoy_leaves_unusual_calls_to_the_mesh(pod: RunningPod) -> None:
+@pytest.mark.parametrize("is_listed", [False, True])
+async def test_envoy_leaves_unusual_calls_to_the_mesh(pod: RunningPod, *, is_listed: bool) -> None:
+    if is_listed:
+        await until_listed(pod, "m")
     echo = pod.unary("/test.Any/Echo")
     for extra in (("mm-model-id", "other"), ("mm-vmodel-id", "m"), ("mm-required", "all")):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -65,7 +68,10 @@ async def test_envoy_leaves_unusual_calls_to_the_mesh(pod: RunningPod) -> None:
     assert "m" in pod.runtime.loaded
 
 
-async def test_envoy_leaves_pages_of_other_sites_to_the_mesh(pod: RunningPod) -> None:
+@pytest.mark.parametrize("is_listed", [False, True])
+async def test_envoy_leaves_pages_of_other_sites_to_the_mesh(pod: RunningPod, *, is_listed: bool) -> None:
+    if is_listed:
+        await until_listed(pod, "m")
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         async with pod.http.post("/v1/completions", json={"model": "m"}, headers=headers) as answer:
             assert answer.status == 403, headers
@@ -85,6 +91,24 @@ async def test_envoy_passes_a_runtime_that_answers_nothing_now_to_the_mesh(pod: 
     pod.runtime.switches.unavailable = 1
     assert (await pod.chat("m"))[0] == 200
     assert pod.runtime.refusals == 2
+
+
+async def test_names_of_the_table_follow_their_models(pod: RunningPod) -> None:
+    odd = "a.b|c+(d)/e"
+    await pod.register(odd)
+    await until_carried(pod, odd)
+    await until_listed(pod, odd, "m")
+    before = await num_through_mesh(pod, odd)
+    assert await pod.echo(odd) == b"hi"
+    assert (await pod.chat(odd))[1]["answer"] == odd
+    assert await num_through_mesh(pod, odd) == before
+    for name in ("a.b", "axb|c+(d)/e", "mm"):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await pod.echo(name)
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+    await pod.pod.placement.unload("m")
+    assert await pod.echo("m") == b"hi"
+    assert pod.runtime.log[-2:] == [("unload", "m"), ("load", "m")]
 
 
 async def test_calls_that_envoy_carries_count_as_use(pod: RunningPod) -> None:

@@ -14,7 +14,7 @@ from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carri
 from tests.support.etcd import EtcdServer
 from tests.support.pods import RunningPod
 from tests.support.tls import Authority, peer_settings
-from tests.support.waiting import until
+from tests.support.waiting import until, until_async
 
 Pods = tuple[RunningPod, RunningPod]
 
@@ -72,7 +72,14 @@ async def test_only_peers_reach_the_clusters_of_peers(pods: Pods) -> None:
 async def test_local_copy_comes_before_another_pods(pods: Pods) -> None:
     a, b = pods
     await a.pod.placement.ensure_loaded("m", wait=True, local_only=True)
-    await until_carried(a, "m")
+
+    async def reaches_own_copy() -> bool:
+        before = a.runtime.calls["m"], await num_through_mesh(a, "m")
+        await a.echo("m")
+        await a.chat("m")
+        return (a.runtime.calls["m"], await num_through_mesh(a, "m")) == (before[0] + 2, before[1])
+
+    await until_async(reaches_own_copy)
     before = b.runtime.calls["m"]
     for _ in range(5):
         await a.echo("m")
