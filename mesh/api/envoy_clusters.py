@@ -66,8 +66,11 @@ def encoded(cluster: Cluster, peer_tls: PeerTls | None) -> bytes:
         load_assignment=pb.ClusterLoadAssignment(
             cluster_name=cluster.name,
             endpoints=[
-                pb.LocalityLbEndpoints(priority=number, lb_endpoints=[_endpoint(endpoint) for endpoint in tier])
-                for number, tier in enumerate(cluster.tiers)
+                pb.LocalityLbEndpoints(
+                    priority=number,
+                    lb_endpoints=[_endpoint(endpoint, by) for endpoint in tier],
+                )
+                for number, (tier, by) in enumerate(zip(cluster.tiers, _answering(cluster), strict=True))
             ],
         ),
     )
@@ -79,12 +82,17 @@ def encoded(cluster: Cluster, peer_tls: PeerTls | None) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+def _answering(cluster: Cluster) -> list[str]:
+    """Return what answers a call in each tier, as the statistics of keys name it. The last tier is the mesh."""
+    return [*["copy"] * (len(cluster.tiers) - 1), "mesh"]
+
+
 def _meets_peers(cluster: Cluster) -> bool:
     """Return whether calls of the cluster come from other pods or may go to one, so that they have headers that only peers send."""
     return cluster.from_peers or any(endpoint.hop or endpoint.peer_key for tier in cluster.tiers for endpoint in tier)
 
 
-def _endpoint(endpoint: Endpoint) -> pb.LbEndpoint:
+def _endpoint(endpoint: Endpoint, by: str) -> pb.LbEndpoint:
     address = parse_address(endpoint.address)
     found = (
         pb.Address(pipe=pb.Pipe(path=address.path))
@@ -98,6 +106,7 @@ def _endpoint(endpoint: Endpoint) -> pb.LbEndpoint:
             "model_bin": base64.b64encode(endpoint.model.encode()).decode(),
             "hop": endpoint.hop,
             "peer_key": endpoint.peer_key,
+            "by": by,
         }
     )
     metadata = pb.Metadata(filter_metadata={_NAMESPACE: values})

@@ -2,16 +2,21 @@
 
 import asyncio
 import re
-from collections.abc import Mapping
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import aiohttp
 
-from mesh.envoy.interfaces import ClusterFigures
+from mesh.envoy.bootstrap import KEY_STATS
+from mesh.envoy.interfaces import ClusterFigures, EnvoyFigures, KeyCalls
+from mesh.envoy.plan import Carrier
 
-_FILTER = r"^cluster\.repertory_.*\.upstream_rq_(total|active|time)$"
+_FILTER = rf"^cluster\.repertory_.*\.upstream_rq_(total|active|time)$|^{KEY_STATS}_"
 _LINE = re.compile(
     r"^cluster\.(?P<name>[a-z0-9_]+)\.upstream_rq_(?P<kind>total|active|time): (?P<value>.*)$", re.MULTILINE
+)
+_KEY_LINE = re.compile(
+    rf"^{KEY_STATS}_(?P<carrier>[a-z]+)\.calls\.by\.copy\.code\.(?P<code>[^.]+)\.key\.(?P<key>.+): (?P<value>\d+)$",
+    re.MULTILINE,
 )
 _MEDIAN = re.compile(r"P50\((?P<recent>[0-9.e+]+|nan),")
 _TIMEOUT_S = 5.0
@@ -25,16 +30,17 @@ class EnvoyAdmin:
         self._path = address.removeprefix("unix:")
         self._session: aiohttp.ClientSession | None = None
 
-    async def figures(self) -> Mapping[str, ClusterFigures] | None:
+    async def figures(self) -> EnvoyFigures | None:
         try:
             async with self._opened().get(f"http://envoy/stats?usedonly&filter={quote(_FILTER)}") as answer:
-                return parse_figures(await answer.text())
+                text = await answer.text()
+                return EnvoyFigures(parse_figures(text), parse_key_calls(text))
         except (aiohttp.ClientError, OSError, TimeoutError):
             return None
 
     async def idle(self) -> None:
         """Return when no call is in flight to a copy, or Envoy does not answer."""
-        while any(known.active for known in (await self.figures() or {}).values()):  # noqa: ASYNC110 - another process
+        while (known := await self.figures()) and any(each.active for each in known.clusters.values()):  # noqa: ASYNC110 - another process
             await asyncio.sleep(_POLL_S)
 
     async def stop_listening(self) -> None:
@@ -68,4 +74,12 @@ def parse_figures(text: str) -> dict[str, ClusterFigures]:
     return {
         name: ClusterFigures(int(known.get("total", 0)), int(known.get("active", 0)), known.get("time", 0.0))
         for name, known in values.items()
+    }
+
+
+def parse_key_calls(text: str) -> dict[KeyCalls, int]:
+    """Return the calls that copies have answered by key, protocol and status."""
+    return {
+        KeyCalls(unquote(line["key"]), Carrier(line["carrier"]), line["code"]): int(line["value"])
+        for line in _KEY_LINE.finditer(text)
     }

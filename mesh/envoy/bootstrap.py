@@ -6,6 +6,7 @@ from typing import Any
 
 from common.addresses import parse_address
 from common.errors import ConfigError
+from common.log_headers import CALLER_HEADER
 from mesh.access.tls import TlsIdentity, TlsMaterial
 from mesh.config.schema import MeshConfig
 from mesh.envoy.files import EnvoyFiles, write_whole
@@ -16,6 +17,8 @@ Json = dict[str, Any]
 
 CONTROL_CLUSTER = "control"
 CERTIFICATE, AUTHORITY = "certificate", "authority"
+KEY_STATS = "repertory_keys"
+"""What the names of the statistics of callers' keys begin with, before an underscore and the carrier."""
 _TYPE = "type.googleapis.com/envoy."
 _UNLIMITED = 1_000_000_000
 _FIRST_FETCH_S = (
@@ -25,7 +28,7 @@ _KEEP_ALIVE = {"interval": "30s", "timeout": "20s"}  # a crashed host sends no F
 _STREAM_WINDOW_BYTES = 1024 * 1024
 # Headers that callers must not send.
 _OWN_HEADERS = (
-    *("x-repertory-caller", "x-repertory-name", "x-repertory-waited"),
+    *(CALLER_HEADER, "x-repertory-name", "x-repertory-waited"),
     *(MODEL_HEADERS[Carrier.HTTP], JUDGE_HEADER, PEER_HEADER),
 )
 # Fields that select a LoRA adapter, which the mesh resolves, loads and checks the key for.
@@ -181,6 +184,8 @@ def _connection_manager(carrier: Carrier, config: MeshConfig, files: EnvoyFiles)
         "stream_idle_timeout": "0s",
         "request_headers_timeout": f"{config.http_header_timeout_s:g}s",
     }
+    if config.api_keys or config.api_keys_file:
+        manager["access_log"] = [_key_counter(carrier)]
     if is_grpc:
         manager["http2_protocol_options"] = {
             "max_concurrent_streams": config.grpc_max_streams,
@@ -193,6 +198,22 @@ def _connection_manager(carrier: Carrier, config: MeshConfig, files: EnvoyFiles)
         manager["http_protocol_options"] = {"accept_http_10": True, "default_host_for_http_10": "localhost"}
         manager["local_reply_config"] = _error_shape()
     return manager
+
+
+def _key_counter(carrier: Carrier) -> Json:
+    """Count the calls of recognised callers by key, status and what answered them: a copy, or the mesh, which counts its calls itself."""
+    code = "%GRPC_STATUS(SNAKE_STRING)%" if carrier is Carrier.GRPC else "%RESPONSE_CODE%"
+    formats = {"by": f"%UPSTREAM_METADATA({_NAMESPACE}:by)%", "code": code, "key": f"%REQ({CALLER_HEADER})%"}
+    tags = [{"name": name, "value_format": text} for name, text in formats.items()]
+    return {
+        "name": "keys",
+        "filter": {"header_filter": {"header": {"name": CALLER_HEADER, "present_match": True}}},
+        "typed_config": {
+            "@type": f"{_TYPE}extensions.access_loggers.stats.v3.Config",
+            "stat_prefix": f"{KEY_STATS}_{carrier}",
+            "counters": [{"stat": {"name": "calls", "tags": tags}, "value_fixed": 1}],
+        },
+    }
 
 
 def _error_shape() -> Json:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from common.changes import Changes
 from common.model_state import CopyState
-from mesh.envoy.interfaces import ClusterFigures, ControlStream, EnvoyStats
+from mesh.envoy.interfaces import ClusterFigures, ControlStream, EnvoyStats, KeyCalls
 from mesh.envoy.name_table import Names, listed_clusters, listed_names
 from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here, Role, name_prefix, plan_clusters, withdrawn
 from mesh.envoy.view import CarriedNames
@@ -71,6 +71,7 @@ class DataPlane:
         self._listed_clusters: frozenset[str] = frozenset()
         self._models: dict[str, tuple[str, Carrier, Role]] = {}  # by the cluster's name in Envoy's statistics
         self._started: dict[str, int] = {}
+        self._key_calls: Mapping[KeyCalls, int] = {}
         self._draining: set[str] = set()
         self._drain_began = asyncio.Event()
 
@@ -175,9 +176,11 @@ class DataPlane:
 
     async def _count(self) -> None:
         """Take over what Envoy has counted since the last time."""
-        figures = await self._stats.figures()
-        if figures is None:
+        known = await self._stats.figures()
+        if known is None:
             return
+        figures = known.clusters
+        self._count_keys(known.keys)
         self._count_uses(figures)
         running: dict[str, int] = {}
         for stat, (model_id, _, role) in self._models.items():
@@ -193,20 +196,29 @@ class DataPlane:
             if stat in kept or figures.get(stat, ClusterFigures()).active
         }
 
+    def _count_keys(self, calls: Mapping[KeyCalls, int]) -> None:
+        for call, count in calls.items():
+            if fresh := _fresh(count, self._key_calls.get(call, 0)):
+                self._metrics.carried_by_key(call.key, call.carrier, call.code, fresh)
+        self._key_calls = calls
+
     def _count_uses(self, figures: Mapping[str, ClusterFigures]) -> None:
         for stat, (model_id, carrier, role) in self._models.items():
             known = figures.get(stat)
             if known is None:
                 continue
-            before = self._started.get(stat, 0)
-            # A restarted Envoy counts from 0.
-            fresh = known.started - before if known.started >= before else known.started
+            fresh = _fresh(known.started, self._started.get(stat, 0))
             self._started[stat] = known.started
             if fresh:
                 self._copies.count_carried(model_id, fresh, is_local=role is Role.LOCAL)
                 self._metrics.carried(model_id, carrier, fresh)
             if known.latency_s:
                 self._metrics.carried_latency(model_id, carrier, known.latency_s)
+
+
+def _fresh(count: int, before: int) -> int:
+    """Return how much a counter has grown. A restarted Envoy counts from 0."""
+    return count - before if count >= before else count
 
 
 async def _first(event: asyncio.Event, timeout_s: float) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from mesh.envoy.plan import Cluster
+from mesh.envoy.plan import Carrier, Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,23 @@ class ClusterFigures:
     started: int = 0
     active: int = 0
     latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCalls:
+    """Calls that have ended with a status, by the name of the caller's key."""
+
+    key: str
+    carrier: Carrier
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnvoyFigures:
+    """`clusters`: by the clusters' names in the statistics. `keys`: the number of calls that copies have answered past the mesh."""
+
+    clusters: Mapping[str, ClusterFigures]
+    keys: Mapping[KeyCalls, int]
 
 
 class ControlStream(Protocol):
@@ -30,5 +47,5 @@ class ControlStream(Protocol):
 
 
 class EnvoyStats(Protocol):
-    async def figures(self) -> Mapping[str, ClusterFigures] | None:
-        """Return the figures by the clusters' names in the statistics; None if Envoy does not answer."""
+    async def figures(self) -> EnvoyFigures | None:
+        """Return the figures since Envoy's start; None if it does not answer."""

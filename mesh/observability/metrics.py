@@ -96,6 +96,10 @@ class Metrics:
         """Count requests that Envoy carried."""
         self._carried.inc(name_in(model_id), carrier, by=count)
 
+    def carried_by_key(self, key: str, carrier: str, code: str, count: int) -> None:
+        """Count finished requests that Envoy carried by the name of the caller's key."""
+        self._key_requests.inc(key, carrier, code, by=count)
+
     def carried_latency(self, model_id: str, carrier: str, seconds: float) -> None:
         """Set the recent median duration of the requests that Envoy carried."""
         self._carried_seconds.set(seconds, name_in(model_id), carrier)

@@ -10,10 +10,11 @@ import grpc.aio
 import pytest
 
 from mesh.access.api_keys import digest_of
-from tests.support.envoy import bearer, num_through_mesh, running_envoy_pod, until_carried
+from tests.support.envoy import bearer, num_through_mesh, running_envoy_pod, until_carried, until_listed
 from tests.support.pods import RunningPod
 from tests.support.waiting import until_async
 
+BY_NARROW = (("authorization", "Bearer narrow%"),)
 # Every length around the ends of SHA-256's blocks of 64 bytes, of which 9 are not the text's in the last one.
 SECRETS = ["k" * length for length in (1, 40, 41, 48, 50, 64, 90, 91, 92, 300)]
 
@@ -22,9 +23,9 @@ def key(name: str, *secrets: str, **fields: Any) -> dict[str, Any]:
     return {"name": name, "sha256": [digest_of(secret) for secret in secrets or (name,)], **fields}
 
 
-@pytest.fixture
-async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
-    """A pod with keys and two loaded models, of which `team/a` is carried."""
+@pytest.fixture(params=["script", "table"])
+async def pod(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
+    """A pod with keys and two loaded models, whose clusters are chosen by Envoy's script, or by the routes' table."""
     file = tmp_path / "keys.json"
     keys = [
         key("all", scopes=["inference", "management", "metrics"]),
@@ -40,6 +41,8 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
             async with running.http.post("/admin/v1/models", json={"name": name, "uri": "/m"}, headers=bearer("all")):
                 pass
             await until_carried(running, name, "all")
+        if request.param == "table":
+            await until_listed(running, "team/a", "other")
         yield running
 
 
@@ -67,6 +70,36 @@ async def test_envoy_carries_what_a_key_allows(pod: RunningPod) -> None:
         assert answer.status == 200
     assert "x-repertory-waited" not in {name.lower() for name in pod.runtime.headers[-1]}
     assert SECRETS[-1] not in str(pod.runtime.headers)
+
+
+async def test_carried_calls_count_for_their_key(pod: RunningPod) -> None:
+    async def counts() -> dict[str, float]:
+        async with pod.http.get("/metrics", headers=bearer("all")) as answer:
+            lines = (await answer.text()).splitlines()
+        prefix = "repertory_mesh_key_requests_total"
+        return {
+            line.split()[0].removeprefix(prefix): float(line.split()[1]) for line in lines if line.startswith(prefix)
+        }
+
+    for _ in range(3):
+        assert await outcome(pod, "team/a", "narrow%") == ("OK", True)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await pod.unary("/test.Any/Fail")(b"ABORTED", metadata=(("mm-model-id", "team/a"), *BY_NARROW))
+    headers = bearer("narrow%")
+    async with pod.http.post("/v1/completions", json={"model": "team/a"}, headers=headers) as answer:
+        assert answer.status == 200
+    pod.runtime.loaded.clear()  # the mesh counts the call that comes back to it
+    assert (await outcome(pod, "team/a", "narrow%"))[0] == "OK"
+    expected = {("grpc", "OK"): 4, ("grpc", "ABORTED"): 1, ("http", "200"): 1}
+    wanted = {
+        f'{{carrier="{carrier}",code="{code}",key="narrow%"}}': count for (carrier, code), count in expected.items()
+    }
+
+    async def are_counted() -> bool:
+        found = {series: count for series, count in (await counts()).items() if "narrow" in series}
+        return found == wanted
+
+    await until_async(are_counted)
 
 
 async def test_envoy_leaves_other_callers_to_the_mesh(pod: RunningPod) -> None:

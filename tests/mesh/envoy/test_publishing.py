@@ -1,6 +1,7 @@
 """What DataPlane publishes, without an Envoy."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import cast
 
@@ -9,51 +10,82 @@ import pytest
 from common.changes import Changes
 from common.model_key import CopySettings
 from mesh.envoy.data_plane import DataPlane
-from mesh.envoy.interfaces import ClusterFigures
+from mesh.envoy.interfaces import EnvoyFigures
+from mesh.envoy.name_table import Names
 from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here
 from mesh.envoy.view import CarriedNames
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
+from tests.support.waiting import until
 
 HERE = Here({Carrier.GRPC: "unix:/runtime"}, {Carrier.GRPC: "unix:/mesh"})
 
 
 class FakeControl:
-    """An Envoy that takes every change at once."""
+    """An Envoy that takes every change at once, or refuses what it was sent."""
 
     def __init__(self) -> None:
         self.published: dict[str, Cluster] = {}
+        self.takes = True
+        self.num_questions = 0
 
     def publish(self, clusters: Mapping[str, Cluster]) -> int:
         self.published = dict(clusters)
         return 1
 
-    async def confirmed(self, generation: int) -> None:
-        pass
+    async def confirmed(self, generation: int) -> bool:
+        self.num_questions += 1
+        return self.takes
 
 
 class FakeStats:
-    async def figures(self) -> Mapping[str, ClusterFigures]:
-        return {}
+    async def figures(self) -> EnvoyFigures:
+        return EnvoyFigures({}, {})
 
 
-async def test_withdraw_publishes_although_the_files_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(limit: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    names = SimpleNamespace(list=lambda: [CarriedName("m", "m", Carrier.GRPC, 0.0)], limit=0)
-    control, changes = FakeControl(), Changes()
+def data_plane_of(
+    carried: list[CarriedName], control: FakeControl, write_files: Callable[[int, Names], None]
+) -> DataPlane:
+    changes = Changes()
     data_plane = DataPlane(
-        cast("CarriedNames", names),
+        cast("CarriedNames", SimpleNamespace(list=lambda: carried, limit=0)),
         LocalCopies(changes, lambda _: CopySettings()),
         changes,
         Metrics(),
         FakeStats(),
         here=lambda: HERE,
         is_ready=lambda: True,
-        write_files=fail,
+        write_files=write_files,
     )
     data_plane.control_by(control)
+    return data_plane
+
+
+async def test_withdraw_publishes_although_the_files_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(limit: int, names: Names) -> None:
+        raise OSError(28, "No space left on device")
+
+    control = FakeControl()
+    data_plane = data_plane_of([CarriedName("m", "m", Carrier.GRPC, 0.0)], control, fail)
     await data_plane.withdraw("m")
     assert list(control.published) == ["grpc/m"]
     assert "No space left on device" in caplog.text
+
+
+async def test_names_are_listed_once_envoy_has_their_clusters() -> None:
+    control, listed = FakeControl(), list[tuple[str, ...]]()
+    control.takes = False
+
+    def write(limit: int, names: Names) -> None:
+        assert all(f"grpc/{name}" in control.published for name in names.get(Carrier.GRPC, ()))
+        listed.append(names.get(Carrier.GRPC, ()))
+
+    carried = [CarriedName(name, name, Carrier.GRPC, 0.0) for name in ("m", "n")]
+    running = asyncio.create_task(data_plane_of(carried, control, write).run())
+    await until(lambda: control.num_questions == 2)
+    assert set(listed) == {()}, "Envoy has refused a cluster, so that any of them may be missing"
+    control.takes = True
+    await until(lambda: listed[-1] == ("m", "n"))
+    del carried[1]
+    await until(lambda: listed[-1] == ("m",))
+    running.cancel()
