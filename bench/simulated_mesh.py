@@ -12,13 +12,15 @@ from typing import Protocol
 from common.decayed_uses import DecayedUses
 
 _THREADS = 4
+_RECHECK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The size of the mesh and its work. Times in seconds. A copy serves `concurrency` requests at once.
 
-    A load takes `pull_s` more on a pod that is not among the last four that loaded the model. `is_filled`: begin with the most popular models loaded.
+    A load prepares files for `prepare_s`, and `pull_s` more on a pod that is not among the last four that loaded the model, and then reads them into
+    memory for `load_s`. `is_filled`: begin with the most popular models loaded.
     """
 
     num_pods: int = 1000
@@ -26,6 +28,7 @@ class Shape:
     num_models: int = 1_000_000
     exponent: float = 1.1
     rate: float = 2000.0
+    prepare_s: float = 0.0
     load_s: float = 5.0
     pull_s: float = 2.5
     service_s: float = 0.1
@@ -37,10 +40,15 @@ class Shape:
     is_filled: bool = True
     seed: int = 0
 
+    @property
+    def short_load_s(self) -> float:
+        """The duration of a load of files that the pod has."""
+        return self.prepare_s + self.load_s
+
 
 @dataclass(eq=False, slots=True)
 class SimCopy:
-    """`ends_s`: when each of the copy's slots is free."""
+    """`ends_s`: when each of the copy's slots is free. `has_place` False: it is loading, and no other model was evicted for it yet."""
 
     model: int
     pod: "SimPod"
@@ -48,6 +56,7 @@ class SimCopy:
     ends_s: list[float]
     last_used_s: float = 0.0
     uses_since_check: int = 0
+    has_place: bool = True
 
     def is_loaded(self, now_s: float) -> bool:
         return self.loaded_s <= now_s
@@ -67,6 +76,10 @@ class SimPod:
     uses: DecayedUses = field(default_factory=DecayedUses)
     threads_s: list[float] = field(default_factory=lambda: [0.0] * _THREADS)
     requests: int = 0
+
+    @property
+    def num_placed(self) -> int:
+        return sum(copy.has_place for copy in self.copies.values())
 
     def num_loading(self, now_s: float) -> int:
         return sum(not copy.is_loaded(now_s) for copy in self.copies.values())
@@ -100,8 +113,14 @@ class Policy(Protocol):
 
     def choose(self, copies: list[SimCopy], caller: SimPod, now_s: float) -> SimCopy: ...
 
-    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> tuple[SimPod, list[int]] | None:
-        """Return the pod to load on and the models to evict there; None to refuse the request."""
+    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> SimPod | None:
+        """Return the pod to load on; None to refuse the request."""
+
+    def room_at_s(self, planned_s: float, begin_s: float, prepare_s: float) -> float:
+        """Return when another model is evicted for a load that was planned, began and prepares files for so long."""
+
+    def victims(self, copy: SimCopy, now_s: float) -> list[int]:
+        """Return the models to evict for a load on a full pod; none if all are loading."""
 
     def used(self, copy: SimCopy, caller: SimPod, now_s: float) -> None: ...
 
@@ -130,6 +149,7 @@ class SimMesh:
         self._rng = random.Random(shape.seed)
         self._lost: dict[int, float] = {}
         self._ends: list[tuple[float, str]] = []  # of loads
+        self._rooms: list[tuple[float, int, SimCopy]] = []  # loads for which a model will be evicted
         self._next_pod = shape.num_pods
         self._policy = policy_for(self)
         if shape.is_filled:
@@ -143,6 +163,7 @@ class SimMesh:
             self.now_s = number / shape.rate
             if self.is_measured and not self.figures.requests:
                 self.figures = Figures()  # forget the warm-up
+            self._make_room()
             while self._ends and self._ends[0][0] <= self.now_s:
                 end_s, pod_id = heapq.heappop(self._ends)
                 if pod_id in self.pods:
@@ -162,24 +183,43 @@ class SimMesh:
 
     def load(self, model: int, caller: SimPod, avoid: set[str]) -> SimCopy | None:
         """Load a copy where the policy says. None if it refuses."""
-        placed = self._policy.place(model, caller, avoid, self.now_s)
-        if placed is None:
+        pod = self._policy.place(model, caller, avoid, self.now_s)
+        if pod is None:
             return None
-        pod, victims = placed
-        for victim in victims:
-            self.unload(pod.copies[victim])
         files = self.files.get(model, [])
-        seconds = self.shape.load_s + (0.0 if pod.instance_id in files else self.shape.pull_s)
-        end_s = max(self.now_s, pod.threads_s[0]) + seconds
+        prepare_s = self.shape.prepare_s + (0.0 if pod.instance_id in files else self.shape.pull_s)
+        begin_s = max(self.now_s, pod.threads_s[0])
+        end_s = begin_s + prepare_s + self.shape.load_s
         heapq.heapreplace(pod.threads_s, end_s)
         heapq.heappush(self._ends, (end_s, pod.instance_id))
+        is_full = pod.num_placed >= self.shape.places
         copy = self._add(model, pod, end_s)
+        if is_full:
+            copy.has_place = False
+            room_s = self._policy.room_at_s(self.now_s, begin_s, prepare_s)
+            heapq.heappush(self._rooms, (room_s, self.figures.loads, copy))
+            self._make_room()
         self.files[model] = [pod.instance_id, *(other for other in files if other != pod.instance_id)][:4]
         self.figures.loads += 1
         if self.now_s - self._lost.pop(model, -1e9) <= 60.0:
             self.figures.moves += 1
         self.figures.record_bytes += self._policy.changed(pod, self.now_s)
         return copy
+
+    def _make_room(self) -> None:
+        """Evict for the loads that need their places by now. A load whose pod has no victim waits for one."""
+        while self._rooms and self._rooms[0][0] <= self.now_s:
+            room_s, number, copy = heapq.heappop(self._rooms)
+            if copy.pod.instance_id not in self.pods:
+                continue
+            victims = self._policy.victims(copy, room_s)
+            for victim in victims:
+                self.unload(copy.pod.copies[victim])
+            copy.has_place = copy.pod.num_placed < self.shape.places
+            if not copy.has_place:
+                copy.loaded_s += _RECHECK_S
+                copy.ends_s = [end_s + _RECHECK_S for end_s in copy.ends_s]
+                heapq.heappush(self._rooms, (room_s + _RECHECK_S, number, copy))
 
     def unload(self, copy: SimCopy) -> None:
         self._policy.unloaded(copy)

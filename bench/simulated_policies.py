@@ -7,6 +7,7 @@ from bench.simulated_mesh import SimCopy, SimMesh, SimPod
 from common.model_key import CopySettings
 from common.model_state import CopyState, ModelState
 from mesh.placement.copy_scaling import Change, CopyLoad, plan_copies
+from mesh.placement.deferred_room import seconds_until_room
 from mesh.placement.eviction import plan_eviction
 from mesh.placement.heartbeat import load_interval_s
 from mesh.placement.model_status import copy_state
@@ -46,7 +47,7 @@ class RepertoryPolicy:
         assert chosen is not None
         return next(copy for copy in copies if copy.pod.instance_id == chosen.instance_id)
 
-    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> tuple[SimPod, list[int]] | None:
+    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> SimPod | None:
         files = self._mesh.files.get(model, [])
         views = [
             replace(view, local=pod_id == caller.instance_id, has_files=pod_id in files)
@@ -55,13 +56,21 @@ class RepertoryPolicy:
             for pod_id in self._mesh.pods
             if pod_id not in avoid and (view := self._view(pod_id, now_s))
         ]
-        for pod_id in plan(views, str(model), 1, load_s=self._mesh.shape.load_s):
+        for pod_id in plan(views, str(model), 1, load_s=self._mesh.shape.short_load_s):
             pod = self._mesh.pods[pod_id]
-            eviction = plan_eviction(self._usage(pod, now_s), str(model), 1)
-            if eviction.victims or not eviction.wait:
+            num_loads = 1 + len(pod.copies) - pod.num_placed
+            eviction = plan_eviction(self._usage(pod, now_s), str(model), num_loads)
+            if eviction.victims or not (eviction.wait or eviction.never_fits):
                 pod.uses.seed(str(model), self._values.get(model, 0.0))
-                return pod, [int(victim) for victim in eviction.victims]
+                return pod
         return None
+
+    def room_at_s(self, planned_s: float, begin_s: float, prepare_s: float) -> float:
+        return begin_s + seconds_until_room(prepare_s, 0.0, False)
+
+    def victims(self, copy: SimCopy, now_s: float) -> list[int]:
+        eviction = plan_eviction(self._usage(copy.pod, now_s), str(copy.model), 1, spare_busy=False)
+        return [int(victim) for victim in eviction.victims]
 
     def used(self, copy: SimCopy, caller: SimPod, now_s: float) -> None:
         copy.pod.uses.add(str(copy.model))
@@ -127,6 +136,7 @@ class RepertoryPolicy:
                     use=pod.uses.of(str(model)),
                 )
                 for model, copy in pod.copies.items()
+                if copy.has_place
             ),
         )
 
@@ -189,7 +199,7 @@ class ModelMeshPolicy:
             return min(copies, key=lambda copy: copy.loaded_s)
         return min(loaded, key=lambda copy: (copy.running(now_s), copy.last_used_s))
 
-    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> tuple[SimPod, list[int]] | None:
+    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> SimPod | None:
         places = self._mesh.shape.places
         pods = [pod for pod in self._mesh.pods.values() if pod.instance_id not in avoid]
         free = [pod for pod in pods if len(pod.copies) < places]
@@ -201,11 +211,16 @@ class ModelMeshPolicy:
             near = [pod for pod in pods if self._lru_of(pod) - oldest_s <= max(45.0, (now_s - oldest_s) / 10)]
         pod = caller if caller in near else self._rng.choice(near)
         if len(pod.copies) < places:
-            return pod, []
-        if now_s - self._lru_of(pod) < self.guard_s:
-            return None
-        victims = [copy for copy in pod.copies.values() if copy.is_loaded(now_s)]
-        return (pod, [min(victims, key=lambda copy: copy.last_used_s).model]) if victims else None
+            return pod
+        is_churning = now_s - self._lru_of(pod) < self.guard_s
+        return None if is_churning or not any(copy.is_loaded(now_s) for copy in pod.copies.values()) else pod
+
+    def room_at_s(self, planned_s: float, begin_s: float, prepare_s: float) -> float:
+        return planned_s
+
+    def victims(self, copy: SimCopy, now_s: float) -> list[int]:
+        loaded = [other for other in copy.pod.copies.values() if other.is_loaded(now_s)]
+        return [min(loaded, key=lambda other: other.last_used_s).model] if loaded else []
 
     def used(self, copy: SimCopy, caller: SimPod, now_s: float) -> None:
         self._lru.pop(copy.pod.instance_id, None)
@@ -271,13 +286,29 @@ class ModelMeshPolicy:
 class KnowingPolicy(RepertoryPolicy):
     """Knows how popular each model is, which no mesh does: evicts the least popular idle model of all pods. Others can only approach it."""
 
-    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> tuple[SimPod, list[int]] | None:
+    def place(self, model: int, caller: SimPod, avoid: set[str], now_s: float) -> SimPod | None:
         pods = [pod for pod in self._mesh.pods.values() if pod.instance_id not in avoid]
         free = [pod for pod in pods if len(pod.copies) < self._mesh.shape.places]
         if free:
-            return min(free, key=lambda pod: len(pod.copies)), []
-        idle = [
-            copy for pod in pods for copy in pod.copies.values() if copy.is_loaded(now_s) and not copy.running(now_s)
-        ]
-        victim = max(idle, key=lambda copy: copy.model, default=None)
-        return None if victim is None else (victim.pod, [victim.model])
+            return min(free, key=lambda pod: len(pod.copies))
+        victims = [(self._unpopular(pod, now_s), pod) for pod in pods]
+        best = max(
+            (
+                (models[len(pod.copies) - pod.num_placed], pod)
+                for models, pod in victims
+                if len(models) > len(pod.copies) - pod.num_placed
+            ),
+            key=lambda item: item[0],
+            default=None,
+        )
+        return None if best is None else best[1]
+
+    def victims(self, copy: SimCopy, now_s: float) -> list[int]:
+        return self._unpopular(copy.pod, now_s)[:1]
+
+    def _unpopular(self, pod: SimPod, now_s: float) -> list[int]:
+        """Return the models that may be evicted, the least popular one first."""
+        return sorted(
+            (copy.model for copy in pod.copies.values() if copy.is_loaded(now_s) and not copy.running(now_s)),
+            reverse=True,
+        )

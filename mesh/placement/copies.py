@@ -28,6 +28,7 @@ class LocalCopy:
     Attributes:
         size_bytes: the booked size. It is 0 until room is reserved, so that a load that only waits takes no room from others.
         expected_bytes: the size of the copy that this one replaces; 0 if unknown.
+        prepared_s: when the runtime began to read the weights into memory, on the monotonic clock; 0 before that.
         loaded_s: when the load ended, on the monotonic clock.
         max_concurrency: how many concurrent requests the runtime allows; 0 for no limit.
         is_announced: the model's record lists this pod, so that its removal from the record is an order to unload.
@@ -43,6 +44,7 @@ class LocalCopy:
     expected_bytes: int = 0
     started_ms: int = field(default_factory=epoch_ms)
     started_s: float = field(default_factory=time.monotonic)
+    prepared_s: float = 0.0
     loaded_s: float = 0.0
     max_concurrency: int = 0
     last_used_ms: int = 0

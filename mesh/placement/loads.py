@@ -14,10 +14,10 @@ from common.clock import epoch_ms
 from common.model_state import CopyState, ModelState
 from mesh.errors import LoadFailed, NotFound, Overloaded, StoreError, Unavailable
 from mesh.observability.metrics import Metrics
+from mesh.placement.admission import ROOM_TIMEOUT_S, Admission, DeclinedError
 from mesh.placement.copies import LocalCopies, LocalCopy
-from mesh.placement.demand import Demand
-from mesh.placement.eviction import plan_eviction
-from mesh.placement.load_times import LoadTimes, retry_after_s
+from mesh.placement.deferred_room import DeferredRoom
+from mesh.placement.load_times import LoadTimes
 from mesh.placement.record_updates import LoadedElsewhere, RecordUpdates, log_errors
 from mesh.placement.unloads import LocalUnloads
 from mesh.registry.registration import over_base
@@ -25,15 +25,9 @@ from mesh.types import LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)
 
-_ROOM_TIMEOUT_S = 180.0  # as in ModelMesh: a load without room by then ends, and does not count as the model's failure
-_SPARE_BUSY_S = 5.0  # how long a load waits for idle victims before it evicts models in use, which drain first
 _RUNTIME_RETRY_S = 60.0  # how long a runtime that answers UNAVAILABLE may take to return
 _RETRY_PAUSE_S = 0.2
 _RECHECK_ROOM_S = 1.0
-
-
-class _DeclinedError(Exception):
-    """The model was not loaded, because everything that it would displace was used more recently."""
 
 
 class LocalLoads:
@@ -54,19 +48,21 @@ class LocalLoads:
         busy_s: Callable[[str], float],
         others: Callable[[], Set[str]],
         reported: Callable[[], Sequence[ModelState]],
+        reports_states: Callable[[], bool],
         withdraw: Callable[[str], Awaitable[None]],
     ) -> None:
         """`load_timeout_s`: 0 takes the runtime's own timeout. `grace_s`: what running requests have to finish before an unload. `publish` writes this pod's record, in which other pods see a load end.
 
         `base_of` returns the id and the key of the model whose LoRA adapter a key describes, None for other models.
         `busy_s` returns when the running requests of a model are expected to end; 0 if that is unknown. `others` returns the other pods that
-        serve, `reported` the models that the runtime reports. `withdraw`: as in LocalUnloads.
+        serve, `reported` the models that the runtime reports. `reports_states` is False for a runtime that does not report the states of its models.
+        `withdraw`: as in LocalUnloads.
         """
         self._publish = publish
         self._base_of = base_of
-        self._busy_s = busy_s
         self._others = others
         self._reported = reported
+        self._reports_states = reports_states
         self._runtime = runtime
         self._record_updates = record_updates
         self._copies = copies
@@ -86,10 +82,12 @@ class LocalLoads:
             is_runtime_ready=self._ready.is_set,
             withdraw=withdraw,
         )
+        self._admission = Admission(copies, changes, self._unloads, busy_s)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         # Measured sizes by model id: a model that is loaded again needs no prediction.
         self._sizes_bytes: dict[str, int] = {}
         self.times = LoadTimes()
+        self._preparation_times = LoadTimes()  # until the weights are read into memory
         self.num_failed_in_a_row = 0  # of any models: this pod may be the cause
 
     def runtime_ready(self, limits: RuntimeLimits) -> None:
@@ -143,6 +141,7 @@ class LocalLoads:
     def forget(self, model_id: str) -> None:
         """Drop what was measured of a model that is no longer registered."""
         self.times = self.times.without(model_id)
+        self._preparation_times = self._preparation_times.without(model_id)
         self._sizes_bytes.pop(model_id, None)
 
     async def unload(self, model_id: str, *, now: bool = False) -> None:
@@ -198,8 +197,7 @@ class LocalLoads:
             await self._load_base(copy)  # before a slot is taken, which the base may need
             async with self._slots:
                 self._metrics.load_started(time.monotonic() - queued_s)
-                await self._admit(copy, urgent)
-                await self._load_admitted(copy)
+                await self._load_with_room(copy, urgent)
             is_kept = True
             self.num_failed_in_a_row = 0
             copy.loaded_s = time.monotonic()
@@ -209,7 +207,7 @@ class LocalLoads:
             await log_errors(self._record_updates.loaded(model_id))
         except LoadFailed as error:
             await self._record_failure(copy, error)
-        except _DeclinedError:
+        except DeclinedError:
             pass
         except LoadedElsewhere as error:
             logger.info("model %s is not loaded here: %s", model_id, error.detail)
@@ -253,10 +251,27 @@ class LocalLoads:
             # A store outage must not keep a known model from being served. The next sweep announces the copy.
             logger.warning("model %s is loaded unannounced: %s", copy.model_id, error.message)
 
-    async def _load_admitted(self, copy: LocalCopy) -> None:
+    async def _load_with_room(self, copy: LocalCopy, urgent: bool) -> None:
+        """Load the model and make room for it: before the load if it need not evict, else when the runtime has the files."""
+        size_bytes = await self._expected_size_bytes(copy)
+        started_s = time.monotonic()
+        room = None
+        if urgent and self._reports_states() and self._admission.must_evict(copy, size_bytes):
+            expected_s = self._preparation_times.expected_s(copy.model_id, size_bytes)
+            room = DeferredRoom(self._admission, self._changes, copy, size_bytes, expected_s)
+        else:
+            with contextlib.closing(self._admission.demand_for(copy)) as demand:
+                await self._admission.admit(copy, size_bytes, demand, urgent=urgent, since_s=started_s)
+        try:
+            await self._load_measured(copy, room)
+        finally:
+            if room is not None:
+                await room.close()
+
+    async def _load_measured(self, copy: LocalCopy, room: DeferredRoom | None) -> None:
         self._copies.set_state(copy, CopyState.LOADING)
         started_s = time.monotonic()
-        answer = await self._load_on_runtime(copy)
+        answer = await self._load_on_runtime(copy, room)
         elapsed_s = time.monotonic() - started_s
         copy.size_bytes, copy.max_concurrency = answer.size_bytes or copy.size_bytes, answer.max_concurrency
         self._sizes_bytes[copy.model_id] = copy.size_bytes
@@ -265,27 +280,34 @@ class LocalLoads:
         # The runtime's own line says that the model is loaded.
         logger.debug("model %s is booked with %d bytes", copy.model_id, copy.size_bytes)
 
-    async def _load_on_runtime(self, copy: LocalCopy) -> LoadAnswer:
+    async def _load_on_runtime(self, copy: LocalCopy, room: DeferredRoom | None) -> LoadAnswer:
         """Load, and wait for a runtime that restarts. Make room while the runtime has no space, although the books say it has.
 
+        A runtime that needs the deferred `room` before that has been made keeps the files, so that its second load is short.
         Models that the runtime holds and this pod does not know are unloaded first, then idle ones are evicted. If all are in use, wait for one.
         Raises LoadFailed if the runtime has no space after as many bytes were evicted as the model is booked with: then it
         lacks something that evictions do not free.
         """
         give_up_s = time.monotonic() + _RUNTIME_RETRY_S
-        give_up_room_s = time.monotonic() + _ROOM_TIMEOUT_S
+        give_up_room_s = time.monotonic() + ROOM_TIMEOUT_S
         evicted_bytes = 0
         while True:
             await self._ready.wait()
+            had_room = room is None or room.is_made
             try:
                 info = over_base(copy.info, copy.base_id) if copy.base_id else copy.info
-                return await self._runtime.load(copy.model_id, info, self._load_timeout_s)
+                return await self._load_once(copy, info)
             except Unavailable as error:
                 if time.monotonic() > give_up_s:
                     raise
                 logger.info("%s; trying again", error.message)
                 await asyncio.sleep(_RETRY_PAUSE_S)
             except Overloaded as error:
+                if room is not None and not had_room:
+                    self._copies.set_state(copy, CopyState.QUEUED)
+                    await room.make_now()
+                    self._copies.set_state(copy, CopyState.LOADING)
+                    continue
                 if await self._unload_unknown():
                     continue
                 victim = next(iter(self._copies.idle()), None)
@@ -297,6 +319,13 @@ class LocalLoads:
                 logger.warning("%s; unloading %s for it", error.message, victim.model_id)
                 evicted_bytes += victim.size_bytes
                 await asyncio.wait([self._unloads.start(victim, is_eviction=True, make_room_for=copy.model_id)])
+
+    async def _load_once(self, copy: LocalCopy, info: ModelInfo) -> LoadAnswer:
+        started_s, copy.prepared_s = time.monotonic(), 0.0
+        answer = await self._runtime.load(copy.model_id, info, self._load_timeout_s)
+        prepared_s = (copy.prepared_s or time.monotonic()) - started_s
+        self._preparation_times = self._preparation_times.measured(copy.model_id, answer.size_bytes, prepared_s)
+        return answer
 
     async def _unload_unknown(self) -> bool:
         """Unload the models that the runtime holds without a copy, as after a load that timed out. Return whether there were any."""
@@ -314,74 +343,13 @@ class LocalLoads:
     def _has_busy_copy(self, loading: LocalCopy) -> bool:
         return any(copy is not loading and not copy.is_pending and copy.size_bytes for copy in self._copies)
 
-    async def _admit(self, copy: LocalCopy, urgent: bool) -> None:
-        """Wait until the model's expected size fits, evicting others, and book that size.
-
-        Raises LoadFailed if it exceeds the capacity, Overloaded if there is no room in time.
-        """
-        size_bytes = await self._expected_size_bytes(copy)
-        demand = Demand(lambda: self._copies.num_waiting(copy.model_id))
-        with contextlib.closing(demand):
-            await self._make_room(copy, size_bytes, urgent, demand)
-        copy.size_bytes = size_bytes
-
-    async def _make_room(self, copy: LocalCopy, size_bytes: int, urgent: bool, demand: "Demand") -> None:
-        now_s = time.monotonic()
-        give_up_s, spare_busy_until_s = now_s + _ROOM_TIMEOUT_S, now_s + _SPARE_BUSY_S
-        while True:
-            eviction = plan_eviction(
-                self._copies.usage(),
-                copy.model_id,
-                size_bytes,
-                last_used_ms=None if urgent or self._copies.num_waiting(copy.model_id) else copy.last_used_ms,
-                spare_busy=now_s < spare_busy_until_s or not demand.is_present(),
-            )
-            if eviction.never_fits:
-                raise self._too_large(copy, size_bytes)
-            if eviction.declined:
-                logger.info("model %s is not loaded: all that it would displace was used more recently", copy.model_id)
-                raise _DeclinedError
-            if not eviction.wait:
-                return
-            if now_s > give_up_s:
-                raise self._no_room(copy, size_bytes)
-            for victim_id in eviction.victims:
-                victim = self._copies.get(victim_id)
-                if victim is not None and victim.is_loaded:
-                    self._unloads.start(
-                        victim, is_eviction=True, make_room_for=copy.model_id, is_needed=demand.is_present
-                    )
-            next_s = spare_busy_until_s if now_s < spare_busy_until_s else give_up_s
-            await self._changes.wait(max(0.05, next_s - now_s))
-            now_s = time.monotonic()
-
     async def _expected_size_bytes(self, copy: LocalCopy) -> int:
         known = copy.expected_bytes or self._sizes_bytes.get(copy.model_id)
         return known or await self._runtime.predict_size(copy.model_id, copy.info) or self._default_size_bytes
 
-    def _too_large(self, copy: LocalCopy, size_bytes: int) -> LoadFailed:
-        capacity_bytes = self._copies.capacity_bytes
-        return LoadFailed(
-            f"it needs {size_bytes} bytes; the capacity is {capacity_bytes} bytes",
-            model=copy.model_id,
-            limit=capacity_bytes,
-            value=size_bytes,
-            lasting=True,
-        )
-
     def room_wait_s(self) -> float | None:
         """Return when the first model in use is expected to be idle, so that it can be unloaded; None if that is unknown."""
-        estimates = (self._busy_s(model.model_id) for model in self._copies.usage().models if model.num_users)
-        return min((seconds for seconds in estimates if seconds), default=None)
-
-    def _no_room(self, copy: LocalCopy, size_bytes: int) -> Overloaded:
-        return Overloaded(
-            f"no room for its {size_bytes} bytes within {_ROOM_TIMEOUT_S:.0f} s",
-            model=copy.model_id,
-            limit=self._copies.capacity_bytes,
-            value=size_bytes,
-            retry_after_s=None if (wait_s := self.room_wait_s()) is None else retry_after_s(wait_s),
-        )
+        return self._admission.wait_s()
 
     async def _record_failure(self, copy: LocalCopy, error: LoadFailed) -> None:
         self._metrics.load_failed(copy.model_id)

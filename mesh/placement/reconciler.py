@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -89,7 +90,7 @@ class Reconciler:
             self._placement.load_locally(model_id, last_used_ms=record.last_used_ms, urgent=False)
 
     def runtime_changed(self, snapshot: RuntimeSnapshot) -> None:
-        """Record the failure of models that the runtime reports as failed or quarantined, with its reason."""
+        """Record the failure of models that the runtime reports as failed or quarantined, with its reason, and what it reports of loads."""
         for model in snapshot.models:
             copy = self._copies.get(model.model_id)
             if copy is not None and copy.is_loaded and model.state in (CopyState.FAILED, CopyState.QUARANTINED):
@@ -99,6 +100,8 @@ class Reconciler:
             elif copy is not None and copy.is_loaded and model.weight_bytes and not copy.is_measured:
                 copy.is_measured = True
                 self._spawn(self._note_weight(model.model_id, model.weight_bytes))
+            elif copy is not None and copy.is_pending and model.state is CopyState.LOADING and not copy.prepared_s:
+                copy.prepared_s = time.monotonic()
 
     async def _note_weight(self, model_id: str, weight_bytes: int) -> None:
         with contextlib.suppress(StoreError):

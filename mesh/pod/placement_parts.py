@@ -123,6 +123,7 @@ def build_placement(
         busy_s=lambda model_id: monitor.busy_s(model_id),
         others=lambda: states.others(),
         reported=lambda: monitor.snapshot.models,
+        reports_states=lambda: not monitor.snapshot.foreign,
         withdraw=withdraw,
     )
     monitor = RuntimeMonitor(

@@ -38,6 +38,7 @@ class Switches:
     hidden_bytes: int = 0  # memory that something else than the models uses
     load_s: float = 0.0
     load_gate: asyncio.Event | None = None
+    is_reading: bool = False  # loads report that they read weights, not that they pull files
     fail: dict[str, str] = field(default_factory=dict)
     crash: set[str] = field(default_factory=set)  # paths whose load ends as INTERNAL
     invalid: dict[str, str] = field(default_factory=dict)  # by path: why `fit` refuses it as an invalid argument
@@ -361,7 +362,7 @@ class _State(RuntimeStateServicer):
         models += [
             state_pb.ModelState(
                 model_id=model_id,
-                state=state_pb.ModelState.PULLING,
+                state=state_pb.ModelState.LOADING if runtime.switches.is_reading else state_pb.ModelState.PULLING,
                 progress=runtime.switches.progress,
                 progress_text="of the files",
             )

@@ -1,5 +1,7 @@
 """The simulated mesh of bench.simulate: its accounts under both policies, and that a better policy has better figures."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def test_simulated_mesh_keeps_its_books(policy: type[RepertoryPolicy] | type[Mod
     assert len(figures.waits_s) + figures.refused == figures.requests
     assert figures.hits <= len(figures.waits_s)
     held = [copy for pod in mesh.pods.values() for copy in pod.copies.values()]
-    assert all(len(pod.copies) <= shape.places for pod in mesh.pods.values())
+    assert all(pod.num_placed <= shape.places for pod in mesh.pods.values())
     assert sorted(id(copy) for copies in mesh.holders.values() for copy in copies) == sorted(map(id, held))
     assert len(mesh.pods) == shape.num_pods
     assert figures.record_bytes > 0
@@ -44,3 +46,9 @@ def test_simulated_mesh_shows_that_use_evicts_better_than_recency() -> None:
     assert ours.refused == 0
     curve = [share for _, share in ours.tail(SMALL.slo_s)]
     assert curve == sorted(curve, reverse=True)
+
+
+def test_simulated_mesh_loads_less_where_victims_stay_until_the_files_are_there() -> None:
+    prepared = replace(SMALL, prepare_s=3.0, failure_every_s=1e9)
+    read = replace(prepared, prepare_s=0.0, load_s=prepared.load_s + 3.0)
+    assert run(prepared, RepertoryPolicy).loads < run(read, RepertoryPolicy).loads

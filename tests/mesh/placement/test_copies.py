@@ -213,7 +213,7 @@ async def test_a_pod_that_leaves_hands_its_models_over(tmp_path: Path, etcd: Etc
 async def test_a_running_answer_is_not_cut_and_its_drain_is_called_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mesh.placement.loads._SPARE_BUSY_S", 0.2)
+    monkeypatch.setattr("mesh.placement.admission._SPARE_BUSY_S", 0.2)
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB), grace_s=0.5) as pod:
         for name in ("a", "b"):
             await pod.register(name)

@@ -87,7 +87,7 @@ async def _nothing() -> None:
 
 
 async def test_two_models_that_need_the_same_room_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.placement.loads._SPARE_BUSY_S", 0.2)
+    monkeypatch.setattr("mesh.placement.admission._SPARE_BUSY_S", 0.2)
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB, chunk_s=0.02)) as pod:
         for name in ("a", "b"):
             await pod.register(name)

@@ -44,7 +44,7 @@ async def act(pod: RunningPod, dice: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_storm(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.placement.loads._SPARE_BUSY_S", 0.05)
+    monkeypatch.setattr("mesh.placement.admission._SPARE_BUSY_S", 0.05)
     dice = random.Random(seed)
     switches = Switches(capacity_bytes=35 * MB, load_s=0.005, chunk_s=0.002)
     async with running_pod(tmp_path / "pod", switches=switches, keep_alive_s=0.05) as pod:
