@@ -20,7 +20,7 @@ from common.units import format_size, parse_size
 T = TypeVar("T", bound=msgspec.Struct)
 
 BARE_FLAG = "bare_flag"
-"""Key of a field's extra annotation: the value that its flag stands for without one."""
+"""Key of a field's extra annotation: the value of its flag when it is given without one."""
 
 _CLIENT_VARIABLES = frozenset({"REPERTORY_SERVER", "REPERTORY_API_KEY"})
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_|$)")

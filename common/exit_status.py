@@ -1,4 +1,4 @@
-"""Exit statuses of a process that cannot be helped by starting it again, for its supervisor."""
+"""Defines the exit statuses by which a supervisor recognises that restarting a process would not help."""
 
 USAGE = 2
 """The configuration is invalid."""

@@ -46,9 +46,9 @@ def set_level(level: str) -> None:
 
 
 def log_fields(logger: logging.Logger, level: int, message: str, fields: Mapping[str, object]) -> None:
-    """Log a constant message with fields, for lines of which there are thousands a second.
+    """Log a constant message with fields, for lines that are written thousands of times per second.
 
-    Where only a LineHandler receives the line, it is written without a LogRecord, which costs more than the rest.
+    Where only a LineHandler receives the line, it is written without a LogRecord, because making one costs more than the rest of the call.
     """
     if not logger.isEnabledFor(level):
         return

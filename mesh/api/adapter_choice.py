@@ -1,6 +1,6 @@
 """Finds the LoRA adapter that a request selects beside its model, in the fields of LoRAX, vLLM and TGIS.
 
-An adapter is a registered name here. LoRAX and vLLM also accept the place of an adapter's files, which registers it.
+An adapter is a registered name. As in LoRAX and vLLM, a request may also give the location of an adapter's files, which registers it.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class AdapterChoice:
 
 
 class _LoraRequest(msgspec.Struct, frozen=True):
-    """vLLM's LoRARequest. Its number means nothing outside of one vLLM."""
+    """vLLM's LoRARequest, without its number, which is valid inside one vLLM only."""
 
     lora_name: str
     lora_path: str = ""
@@ -58,7 +58,7 @@ def choice_of(fields: AdapterFields) -> AdapterChoice | None:
 
 
 class AdapterChooser:
-    """`is_foreign`: whether this pod's runtime is another one than ours, whose adapters only it knows."""
+    """`is_foreign`: whether this pod's runtime is not Repertory's; then only the runtime knows its adapters."""
 
     def __init__(self, registry: Registry, registrar: Registrar, is_foreign: Callable[[], bool]) -> None:
         self._registry = registry
@@ -70,8 +70,9 @@ class AdapterChooser:
     ) -> str | None:
         """Return the name to call: that of the adapter which `selected` reads from the request, else `base`.
 
-        Requests from another pod, which are resolved already, are left alone. An adapter with a URI is registered over `base` unless it is registered already, which takes the right to management. Raises InvalidRequest
-        for a name that is not registered or not an adapter of `base`, PermissionDenied, NotFound for an unknown base.
+        A request from another pod is resolved already and returns `base`. An adapter with a URI that is not registered yet is registered over `base`,
+        which needs the scope `management`. Raises InvalidRequest for a name that is not registered or not an adapter of `base`, PermissionDenied, and
+        NotFound for an unknown base.
         """
         if current_caller().is_peer or self._is_foreign() or (choice := selected()) is None:
             return base

@@ -1,4 +1,4 @@
-"""Serves the disk caches of all pods: what lies there, for which registered names, and dropping it."""
+"""Serves the disk caches of all pods: lists entries with the registered names that need them, and drops entries."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -88,7 +88,7 @@ class CacheRoutes:
         return CacheListing(budget_bytes, entries, [PodCache(pod, budget_bytes, used_bytes)])
 
     async def _of_peers(self, call: Callable[[InstanceRecord], Awaitable[T]]) -> list[tuple[str, T | MeshError]]:
-        """Return each other pod's answer or error. Pods of other makes, which have no HTTP port, are left out."""
+        """Return each other pod's answer or error. ModelMesh's own pods, which have no HTTP port, are left out."""
         if current_caller().is_peer:
             return []
         instances = self._registry.instances

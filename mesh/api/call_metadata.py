@@ -1,4 +1,4 @@
-"""Provides the metadata of a gRPC call by key. It is read from the transport once and looked at several times."""
+"""Provides the metadata of a gRPC call by key. It is read from the transport once, and looked up several times."""
 
 from collections.abc import Sequence
 

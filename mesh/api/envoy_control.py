@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 _VERSION_BYTES = 8
-_CONFIRM_S = 5.0  # an Envoy that does not confirm for so long is not waited for
+_CONFIRM_S = 5.0  # the longest wait for an Envoy that does not confirm
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 
 Context = grpc.aio.ServicerContext[pb.DeltaDiscoveryRequest, pb.DeltaDiscoveryResponse]
@@ -40,7 +40,7 @@ class _Encoded:
 
 @dataclass(eq=False, slots=True)
 class _Session:
-    """One Envoy's stream. `is_open`: Envoy has said what it has, so it can be sent what it lacks. `has_refused`: it lacks clusters that it was sent."""
+    """One Envoy's stream. `is_open`: Envoy has listed its resources, so changes can be sent. `has_refused`: it has refused clusters that it was sent."""
 
     delta: DeltaStream = field(default_factory=DeltaStream)
     is_open: bool = False

@@ -230,7 +230,7 @@ class GrpcForwarder:
         metadata.append((REQUEST_ID_HEADER, request.request_id))
         if attempt.target.local:
             metadata.append((NAME_HEADER, _quoted(request.name)))
-            # Each header costs the call some microseconds, so those without a meaning are left out.
+            # Each header costs a few microseconds per call, so headers that carry no information are left out.
             if caller := current_caller().name:
                 metadata.append((CALLER_HEADER, quote(caller)))
             if (waited_s := time.monotonic() - request.started_s) >= _MIN_WAIT_S:
@@ -257,7 +257,7 @@ class GrpcForwarder:
 def _trailers(
     request: GrpcRequest, attempt: Attempt, trailers: Iterable[tuple[str, str | bytes]] | None
 ) -> tuple[tuple[str, str | bytes], ...]:
-    """Return the trailers for the caller, and take the mark that this pod's runtime logs the call."""
+    """Return the trailers for the caller, and note whether they say that this pod's runtime logs the call."""
     received = tuple(trailers or ())
     request.is_logged = attempt.target.local and any(key == LOGGED_HEADER for key, _ in received)
     return backward(received)
@@ -300,7 +300,7 @@ def _failure_of(code: grpc.StatusCode, details: str) -> Failure | None:
 
 
 def _details(request: GrpcRequest, attempt: Attempt, code: grpc.StatusCode, details: str) -> str:
-    """Return a failure of the local runtime in ModelMesh's form. A peer has written it already."""
+    """Return the text of a failure. Failures of the local runtime get ModelMesh's form; those of a peer have it already."""
     if code is grpc.StatusCode.OK or not attempt.target.local:
         return details
     return f"{request.method}: {code.name}: {details}"
@@ -342,6 +342,6 @@ def _status_not_exception() -> Iterator[None]:
 
 
 def _is_cancelling() -> bool:
-    """Whether this task is being cancelled, as a caller does that leaves."""
+    """Whether this task is being cancelled, as when the caller disconnects."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0

@@ -1,6 +1,6 @@
 """Finds the handler of each gRPC call after admitting the call, before any of its messages is read.
 
-It takes the place of interceptors, each of which costs every call a coroutine.
+It replaces interceptors, each of which costs a coroutine per call.
 """
 
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker
@@ -27,7 +27,7 @@ _MANAGEMENT = ("/mmesh.ModelMesh/", "/com.ibm.watson.tas.proto.TasRuntime/")
 
 
 class Admission(Protocol):
-    """Admits a call and sets the caller of the current task, or raises MeshError. Returns what is to be called at the call's end, if anything."""
+    """Admits a call and sets the caller of the current task, or raises MeshError. Returns the function to call at the end of the call, None if there is none."""
 
     def __call__(self, method: str, metadata: CallMetadata) -> Callable[[], None] | None: ...
 

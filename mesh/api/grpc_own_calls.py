@@ -28,7 +28,7 @@ _FAULTS = ("INTERNAL", "UNAVAILABLE", "UNKNOWN")
 
 
 def own_call(method: str, metadata: CallMetadata, handler: Any, *, is_read: bool) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return a handler that receives bytes, parses them for `handler`, and logs the call's end: at debug if it only reads and is in order."""
+    """Return a handler that receives bytes, parses them for `handler`, and logs the end of the call, at debug for a read (`is_read`) without a fault."""
     call = _Call(method, metadata, handler, is_read=is_read)
     serialize = handler.response_serializer
     if handler.unary_unary is not None:

@@ -14,7 +14,7 @@ from mesh.errors import DeadlineExceeded, InvalidRequest, TooLarge
 
 T = TypeVar("T")
 
-_IDLE_S = 60.0  # a client that sends nothing for so long is gone
+_IDLE_S = 60.0  # a client that sends nothing for this time counts as disconnected
 BODY_TIMEOUT_S = web.AppKey("body_timeout_s", float)
 _PREFIX_BYTES = 1024
 

@@ -1,4 +1,4 @@
-"""Lists the known methods by their messages: forwarding costs less where the numbers of messages are known before the call ends."""
+"""Lists the methods whose numbers of messages are known, because forwarding them costs less."""
 
 from collections.abc import Callable
 

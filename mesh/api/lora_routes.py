@@ -1,4 +1,4 @@
-"""Serves vLLM's routes that load and unload LoRA adapters: they register and remove a name whose base is another name."""
+"""Serves vLLM's routes that load and unload LoRA adapters, which register and remove an adapter's name."""
 
 from http import HTTPStatus
 

@@ -1,6 +1,6 @@
 """The Open Inference Protocol's REST API: health and readiness are answered here, inference is forwarded to a copy of the model.
 
-Forwarding a readiness probe would load the model, so that a monitor would keep every model from being evicted.
+Forwarding a readiness probe would load the model, so a monitor would keep every model from being evicted.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Serves the Open Inference Protocol's server methods and ModelReady; its other methods are forwarded to a runtime.
 
-Forwarding ModelReady would load the model, so that a monitor would keep every model from being evicted.
+Forwarding ModelReady would load the model, so a monitor would keep every model from being evicted.
 """
 
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker

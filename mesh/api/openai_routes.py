@@ -32,7 +32,7 @@ _REFUSED_PATHS = (
 
 
 class OpenAiRoutes:
-    """`is_foreign`: whether this pod's runtime is another one than ours."""
+    """`is_foreign`: whether this pod's runtime is not Repertory's."""
 
     def __init__(self, gateway: HttpGateway, adapters: AdapterChooser, *, is_foreign: Callable[[], bool]) -> None:
         self._gateway = gateway

@@ -16,12 +16,12 @@ from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
 
 logger = logging.getLogger(__name__)
 
-_CHECK_S = 3.0  # a registration waits so long for the source's answer
+_CHECK_S = 3.0  # the longest time that a registration waits for the source
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A registered name's concrete id, and what the model needs if the runtime could say that in time."""
+    """A registered name's concrete id, and what the model needs, None if the runtime did not answer in time."""
 
     model_id: str
     fit: FitAnswer | None

@@ -1,6 +1,6 @@
 """Sends SSE comments to a streaming client until the first byte of the response arrives.
 
-Proxies cut silent streams, and the comments state what a caller waits for.
+Proxies close silent streams, and the comments show the progress of the load.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Implements `repertory cache` and `rm --files`: what the disk cache holds, what may go, and dropping it."""
+"""Implements `repertory cache` and `rm --files`: lists the disk cache, and drops files that no name needs."""
 
 import argparse
 import sys
@@ -61,7 +61,7 @@ def _share(used_bytes: int, budget_bytes: int) -> str:
 
 
 def _say_failed(pods: Sequence[PodCache], what: str) -> int:
-    """Print why pods did not do what was asked. Return the exit status: 1 if there are any."""
+    """Print the errors of pods that failed. Return the exit status: 1 if there are any."""
     for pod in pods:
         print(f"{pod.instance_id}: {what}: {pod.error}", file=sys.stderr)
     return 1 if pods else 0

@@ -52,7 +52,7 @@ def envoy_process(config: MeshConfig, record: Path) -> SupervisedProcess:
 def serve_mesh_with_envoy(config: MeshConfig, *, warnings: Sequence[str] = ()) -> int:
     """Run a mesh and its Envoy until a signal, and return the exit status.
 
-    They are two processes beside each other, so that Envoy goes on with what it knows while a crashed mesh is started again.
+    They are two processes, so that Envoy keeps its configuration while a crashed mesh is restarted.
     """
     logs.set_up(as_json=config.log_json, level=config.log_level)
     files = envoy_files(config)

@@ -1,4 +1,4 @@
-"""Reads the figures of Envoy's clusters from its admin socket."""
+"""Reads the statistics of Envoy's clusters from its admin socket."""
 
 import asyncio
 import re

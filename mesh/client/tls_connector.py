@@ -1,4 +1,4 @@
-"""Connects to other pods over mutual TLS. Their certificates carry one name, which no name server knows, so addresses are given here."""
+"""Connects to other pods over mutual TLS. All pods' certificates carry one name that is not in DNS, so it is resolved here."""
 
 import asyncio
 import socket

@@ -67,7 +67,7 @@ def bootstrap_text(config: MeshConfig, files: EnvoyFiles) -> str:
     control = {
         "api_type": "DELTA_GRPC",
         "transport_api_version": "V3",
-        # By default Envoy waits for up to 30 s before it tries again, so long would a mesh that is back be without control.
+        # By default Envoy waits for up to 30 s before it reconnects to a restarted mesh.
         "grpc_services": [
             {
                 "envoy_grpc": {

@@ -1,4 +1,4 @@
-"""Keeps Envoy in step with the mesh: pushes clusters as copies come and go, and takes over Envoy's figures of their use."""
+"""Keeps Envoy's clusters equal to the loaded copies, and counts the uses that Envoy reports."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from mesh.placement.copies import LocalCopies
 
 logger = logging.getLogger(__name__)
 
-_LINGER_S = 10.0  # how long the cluster of a model that has gone leads to the mesh: removed at once, it would fail calls on their way
+_LINGER_S = 10.0  # how long the cluster of an unloaded model leads to the mesh; without it, calls in transit would fail
 _MIN_INTERVAL_S = 0.02
 _LIST_S = 1.0
 _SCRAPE_S = 1.0

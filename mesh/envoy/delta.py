@@ -1,4 +1,4 @@
-"""Decides what a control-plane stream is sent next, and which changes Envoy has confirmed. Pure; one object for each stream."""
+"""Decides what a control-plane stream is sent next, and which changes Envoy has confirmed. There is one object per stream."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The seams of the data plane: Envoy's control stream and Envoy's statistics."""
+"""Defines the interfaces of the data plane to Envoy: its control stream and its statistics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ def choose_script(header: str, prefix: str, mesh: str, *, limit: int) -> str:
 
 
 def admit_script(header: str, keys: Iterable[ApiKey]) -> str:
-    """Return the script that recognises callers. Keys that need the mesh's judgement are left out, and so are their callers' calls."""
+    """Return the script that recognises callers. Keys that only the mesh can check are left out, so their calls go to the mesh."""
     entries = [
         f"  [{quoted(digest)}] = {{ name = {quoted(quote(key.name))}, models = {{ {', '.join(map(quoted, map(_pattern, key.models)))} }} }},"
         for key in keys
@@ -43,7 +43,7 @@ def is_recognisable(key: ApiKey) -> bool:
 
 
 def quoted(text: str) -> str:
-    """Return a Lua string, in which other characters than letters, digits and a few signs are escaped by their bytes."""
+    """Return a Lua string in which every byte that is not an ASCII letter or digit is escaped."""
     return '"' + "".join(chr(b) if chr(b).isalnum() and b < 128 else f"\\{b:03d}" for b in text.encode()) + '"'
 
 

@@ -105,7 +105,7 @@ def name_prefix(carrier: Carrier, *, from_peers: bool) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be a header's whole value: a comma joins several, and other text than ASCII comes in a binary header."""
+    """Whether a name can be the whole value of a header: a comma separates values, and text that is not ASCII needs a binary header."""
     return name.isascii() and name.isprintable() and "," not in name and name.strip() == name
 
 

@@ -1,7 +1,7 @@
 """Writes the routes of Envoy's two listeners: which calls Envoy may carry by itself, and that all others go to the mesh.
 
-What a route decides, it decides in favour of the mesh: a call with anything unusual takes the mesh's path, where every case is handled.
-A call for a name of the routes' table is routed by Envoy's own matchers. A script routes calls for other names, at ten times the cost.
+Envoy carries plain calls only. A call with anything unusual goes to the mesh, which handles every case.
+Envoy's own matchers route calls for the names in the routes' table. A script routes calls for other names, at ten times the cost.
 """
 
 import json
@@ -67,7 +67,7 @@ class RouteSettings:
         names: by carrier, names whose clusters exist. They are looked up in a table unless there is a limit.
         paths: the HTTP paths whose body names the model in its field `model`.
         max_body_bytes: the largest HTTP body. max_message_bytes: the largest gRPC message.
-        web_policy: whose rules of Host apply to callers without keys; None for a unix socket.
+        web_policy: the rules of Host for callers without keys; None for a unix socket.
     """
 
     keys: tuple[ApiKey, ...] | None

@@ -1,4 +1,4 @@
-"""Describes to the planner which names Envoy may carry now, from the registry, the copies and what the pods report."""
+"""Lists the names whose calls Envoy may carry now, from the registry, this pod's copies and the other pods' reports."""
 
 import ipaddress
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Metrics that cost a call one or two dictionary look-ups and no lock: everything runs on the pod's event loop."""
+"""Provides metrics that need one or two dictionary look-ups per call and no lock, because everything runs on the pod's event loop."""
 
 from bisect import bisect_left
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Keeps the books of the models that this pod holds or loads: states, sizes, and running and waiting requests.
+"""Tracks the models that this pod holds or loads: states, sizes, and running and waiting requests.
 
 All calls come from one event loop. Nothing changes between two awaits, so choosing a victim and marking it is one step.
 """
@@ -63,7 +63,10 @@ class LocalCopy:
 
 
 class LocalCopies:
-    """This pod's copies by model id. Every change of a copy notifies `changes`, and the end of a model's last request does while any copy is loaded or unloaded. `settings_of` returns the copy settings that a model has now."""
+    """This pod's copies by model id. `settings_of` returns the current copy settings of a model.
+
+    Every change of a copy notifies `changes`. The end of a model's last request notifies `changes` while any copy is being loaded or unloaded.
+    """
 
     def __init__(self, changes: Changes, settings_of: Callable[[str], CopySettings]) -> None:
         self.settings_of = settings_of
@@ -167,7 +170,7 @@ class LocalCopies:
         self._decrease(self._in_flight, model_id)
 
     def set_carried(self, model_id: str, num_running: int) -> None:
-        """Take over the number of requests that Envoy has in flight to this pod's copy."""
+        """Set the number of requests that Envoy has in flight to this pod's copy."""
         if num_running:
             self._carried[model_id] = num_running
         elif self._carried.pop(model_id, 0):
@@ -199,7 +202,7 @@ class LocalCopies:
         counts[model_id] -= 1
         if counts[model_id] <= 0:
             del counts[model_id]
-            # Loads wait for room, and unloads for their copy to drain. Nothing else waits for requests to end, and at a low load every one is the last.
+            # Only loads (for room) and unloads (for their copy to drain) wait for requests to end. At a low load, every request is a model's last one.
             if self._unsettled:
                 self._changes.notify()
 

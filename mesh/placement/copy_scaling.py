@@ -1,12 +1,12 @@
-"""Decides whether a model needs another copy, or a pod its own no longer."""
+"""Decides whether a model needs another copy, and whether a pod should drop its own."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from common.model_key import CopySettings
 
-QUEUED_S = 3.0  # requests queue for so long before a copy is added
-IDLE_S = 60.0  # a copy beside others is idle for so long before it is dropped
+QUEUED_S = 3.0  # a copy is added after requests have queued for this time
+IDLE_S = 60.0  # one of several copies is dropped after it has been idle for this time
 
 
 class Change(StrEnum):

@@ -1,4 +1,4 @@
-"""Says whether a load still needs the room that others are evicted for."""
+"""Decides whether a load still needs the room that other models are evicted for."""
 
 from collections.abc import Callable
 

@@ -80,7 +80,7 @@ class Heartbeat:
             await self._publish(record)
 
     def leave(self) -> None:
-        """Enter in this pod's record that it is shutting down: other pods stop placing models and sending requests here."""
+        """Mark this pod as shutting down in its record: other pods stop placing models and sending requests here."""
         self._shutting_down = True
 
     def record(self) -> InstanceRecord:
@@ -88,7 +88,7 @@ class Heartbeat:
         models = {model.model_id: model for model in snapshot.models}
         usage = self._copies.usage()
         reports = {
-            # Their keys hold the ids, and every pod receives each record.
+            # The mapping's keys are the ids, and every pod receives each record, so ids are not repeated.
             copy.model_id: msgspec.structs.replace(
                 copy_state(copy.model_id, copy.state, copy.size_bytes, models.get(copy.model_id)), model_id=""
             )
@@ -128,7 +128,7 @@ class Heartbeat:
 
 
 def load_interval_s(num_pods: int) -> float:
-    """Return the seconds between two publications of the figures that change with every request, in a mesh of so many pods."""
+    """Return the seconds between two publications of the figures that change with every request. `num_pods`: the size of the mesh."""
     return _LOAD_INTERVAL_S * max(1.0, num_pods / _PODS_PER_INTERVAL)
 
 

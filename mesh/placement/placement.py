@@ -380,7 +380,7 @@ class Placement:
 
 
 def _over(base: ModelRecord | None, view: PodView) -> PodView:
-    """Return a pod's view for an adapter of `base`: where the base is not, its size and its files count most."""
+    """Return a pod's view for an adapter of `base`. On a pod without the base, the base's size and files are counted."""
     if base is None:
         return view
     if view.instance_id in base.instance_ids:

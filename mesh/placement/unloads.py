@@ -28,8 +28,8 @@ class LocalUnloads:
 
     The runtime then unloads at once, without a wait of its own.
 
-    `is_runtime_ready` is False while the runtime's process is away. `withdraw` returns when no requests reach the copy any more but through this
-    process, and those that do not are counted in flight.
+    `is_runtime_ready` is False while the runtime's process is away. `withdraw` returns once new requests reach the copy through
+    this process only, and all others are counted as in flight.
     """
 
     def __init__(

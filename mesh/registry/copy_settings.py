@@ -1,6 +1,6 @@
-"""Separates what a model key says about the number and the eviction of copies from what identifies the model.
+"""Separates the copy settings of a model key (number and eviction of copies) from the settings that identify the model.
 
-The former may change while the model is loaded. It is kept in a property of the model's record, and the key without it is the model's identity.
+Copy settings may change while the model is loaded. They are kept in a property of the model's record; the key without them identifies the model.
 """
 
 from functools import lru_cache

@@ -61,7 +61,7 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     use: float = 0.0  # not in ModelMesh: decayed uses when a copy was last unloaded
     changeable: CopySettings | None = field(
         default=None, name="copySettings"
-    )  # not in ModelMesh: the settings that are no part of the model's identity
+    )  # not in ModelMesh: settings that are not part of the model's identity
     last_unload_ms: int = field(default=0, name="lul")
     actionable: bool = False
 

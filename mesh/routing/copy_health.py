@@ -1,6 +1,6 @@
 """Judges copies by the outcome and the latency of this pod's own requests to them: outlier ejection, with probing.
 
-The outcomes at all copies of a pod count for the pod too, so that a pod that fails is not found out copy by copy.
+The outcomes at all copies of a pod count for the pod too, so that a failing pod is not detected anew for each of its copies.
 """
 
 import time
@@ -17,7 +17,7 @@ _MAX_DOUBLINGS = 4
 _NEW_WEIGHT = 0.3  # of the newest latency in the mean
 _MIN_SAMPLES = 3
 _HALF_LIFE_S = 10.0  # of what is held against a slow copy, so that it is tried again
-_MIN_PATIENCE_S = 2.0  # nothing follows for the copy from a caller that leaves sooner
+_MIN_PATIENCE_S = 2.0  # a caller that disconnects sooner is not counted as a failure of the copy
 _SLOW_FACTOR = 2.0
 _SLOW_S = 0.2
 

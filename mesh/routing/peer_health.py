@@ -1,6 +1,6 @@
 """Notices within about two seconds that another pod does not answer, avoids it, and ends the requests that it had.
 
-Pods with requests in flight are probed over HTTP, so a pod that is frozen or cut off is noticed although its connections stay open.
+Pods with requests in flight are probed over HTTP, so a frozen or cut-off pod is detected although its connections stay open.
 """
 
 import asyncio

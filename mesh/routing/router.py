@@ -159,7 +159,7 @@ class CopyRouter:
             limit.release()
 
     def mark_lost(self, model_id: str, target: Target) -> None:
-        """Enter that the target has answered that it does not have the model. The local runtime loads it again, which is harmless if it has it."""
+        """Note that the target answered that it does not have the model. The local runtime loads it again, which does nothing if it has the model."""
         if not target.local:
             self._finder.mark_lost(model_id, target.instance_id)
             return

@@ -21,7 +21,7 @@ _TICK_S = 0.1
 _PATIENCE_S = 1.0
 _FOREIGN_PATIENCE_S = 5.0  # a runtime without repertory.RuntimeState cannot be asked
 _FOREIGN_FACTOR = 4.0  # of the mean time to the first byte
-_REQUESTS = 3  # wait in vain before the runtime counts as mute; afterwards one suffices until it has answered
+_REQUESTS = 3  # unanswered requests before the runtime counts as mute; after that, one until it has answered
 _PAUSE_S = 5.0
 _MAX_DOUBLINGS = 4
 
@@ -113,7 +113,7 @@ class RuntimeSilence:
         asked_s = time.monotonic()
         waiting = self._in_flight.unanswered(self._own_id)
         snapshot = await self._look()
-        # A runtime that does not answer this either is found to be gone by the watch of its state.
+        # A runtime that does not answer this either is detected by the watch of its state.
         return (
             snapshot is not None
             and has_lost(snapshot, [attempt.model_id for attempt in waiting if _is_overdue(attempt, asked_s)])

@@ -1,4 +1,4 @@
-"""Lays out the matrices of a packed adapter in memory, in whole or cut to the channels that one device has of its base. Pure arithmetic."""
+"""Lays out the matrices of a packed adapter in memory, in whole or cut to the channels that one device has of its base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -34,10 +34,10 @@ class AdapterImage:
     """A packed adapter as it will lie in memory, in `size_bytes`.
 
     Attributes:
-        spans: what is read from the file, and where it lies.
+        spans: the byte ranges to read from the file, and where they lie in the image.
         places: [targets, 3] int64: the elements, from the image's beginning, at which A and B begin, and the rank; 0 = the target is left alone.
         digest: equal for images of equal content.
-        rank: the largest before padding, or with it in a file that does not say.
+        rank: the largest rank before padding; in older files, after padding.
     """
 
     path: str

@@ -119,7 +119,7 @@ class StepOutput:
 
 
 class Drafter(Protocol):
-    """Guesses how sequences go on. A step verifies the guesses, so they change the speed and never the text."""
+    """Guesses how sequences continue. A step verifies the guesses, so they change the speed and never the text."""
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """Return at most `most` tokens that may follow `tokens`, the prompt and all output of one sequence."""

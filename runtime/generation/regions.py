@@ -6,7 +6,7 @@ from typing import Any
 
 from runtime.text.response_template import Mark, Region, ResponseTemplate
 
-_SEARCH_S = 0.2  # one search of a checkpoint's pattern; what takes longer is taken for no match
+_SEARCH_S = 0.2  # limit of one search of a checkpoint's pattern; a longer search counts as no match
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ class _StreamedCall:
         self._advance()
 
     def end(self) -> bool:
-        """End the region. Returns whether the client has its calls, or a part of them that cannot be taken back."""
+        """End the region. Returns whether the client has got its calls, or a part of them, which cannot be undone."""
         self._source.end()
         self._advance()
         return self._done or self._sink.num_calls > self._sent
@@ -172,7 +172,7 @@ def _streamed(
     *,
     known_only: bool,
 ) -> _StreamedCall | None:
-    """Return a reader of the region's calls, or None if their arguments are not JSON text that stands in the output as it is."""
+    """Return a reader of the region's calls, or None if the output does not contain their arguments verbatim as JSON."""
     transform = (
         region.transform[0] if isinstance(region.transform, list) and len(region.transform) == 1 else region.transform
     )

@@ -122,7 +122,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 
 
 class GrammarFigures(msgspec.Struct, frozen=True):
-    """What grammars have cost the engine since it started. Times are seconds of the threads that build, and of the engine's for masks."""
+    """Counts and times of grammars since the engine started. Times are in seconds: of the building threads, and of the engine thread for masks."""
 
     tokenizers_total: int = 0
     tokenizer_seconds_total: float = 0.0

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 TextLoader = Callable[[Path, ModelSettings], TextModel]
 
 _MAX_FAILURES_SHOWN = 64
-_UNNOTICED_S = 0.2  # an engine whose socket has closed is noticed as dead by then
+_UNNOTICED_S = 0.2  # the longest time until a closed socket is reported as the engine's death
 _COMING = (Phase.PULLING, Phase.PACKING, Phase.LOADING, Phase.RETURNING)
 
 

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from common.model_state import ModelFigures, Tier
 
-# vLLM knows two levels; `disk` is an addition.
+# vLLM has two levels; `disk` is an addition.
 _LEVELS = {Tier.DEVICE: "gpu", Tier.HOST: "cpu", Tier.DISK: "disk", Tier.REMOTE: "disk"}
 
 _PINNED = "false"  # any idle adapter may leave the device

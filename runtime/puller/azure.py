@@ -20,7 +20,7 @@ _IDENTITY = ("AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE", "IDENTITY_ENDPOINT
 
 class AzureContainer:
     """`options`: connection_string, or account_key, sas_token, or tenant_id, client_id and client_secret; or `managed_identity`, for the identity that
-    the machine or the pod has (`client_id` alone: that one of several). Without any, that identity too if the environment names one; else nobody, for
+    the machine or the pod has (`client_id` alone: that one of several). Without any, that identity too if the environment names one; else anonymous access, for
     public containers, as with `anonymous`. `endpoint_url`: another server, with the account's name in it if it wants that.
     """
 

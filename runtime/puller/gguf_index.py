@@ -1,6 +1,6 @@
 """Reads a GGUF file's index: its metadata and its tensors' names and shapes.
 
-The format's own library believes every count, so that a few damaged bytes would make it allocate all memory. This reader checks each length
+The format's own library does not check counts, so a few damaged bytes would make it allocate all memory. This reader checks each length
 against the file's size first. The layout is specified in ggml's docs/gguf.md.
 """
 
@@ -30,7 +30,7 @@ Value = int | float | bool | str | tuple[int | float | bool, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class GgufIndex:
-    """What a file states of itself. Arrays of texts and long arrays are None in `metadata`; `num_items` has their lengths."""
+    """The metadata and tensors that a file declares. Arrays of texts and long arrays are None in `metadata`; `num_items` has their lengths."""
 
     metadata: Mapping[str, Value]
     num_items: Mapping[str, int]
@@ -56,7 +56,7 @@ def read_index(path: Path) -> GgufIndex:
 
 
 def read_remote_index(name: str, size_bytes: int, read: Callable[[int], bytes]) -> GgufIndex:
-    """Read the index of a file of `size_bytes` from its beginning. `read` returns so many of its first bytes. Raises LoadFailed as `read_index`."""
+    """Read the index of a remote file of `size_bytes`. `read(count)` returns its first `count` bytes. Raises LoadFailed as `read_index` does."""
     num_bytes = _FIRST_READ_BYTES
     while True:
         data = read(min(num_bytes, size_bytes))

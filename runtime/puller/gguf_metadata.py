@@ -29,12 +29,12 @@ def geometry_in(name: str, index: GgufIndex) -> tuple[Mapping[str, object], Sequ
         raise LoadFailed(f"{name} has no general.architecture in its metadata")
     # A dtype is left out: the quantised weights have none, and the device computes in its own.
     config: dict[str, object] = {"architectures": [f"{index.architecture} (GGUF)"]}
-    for field, known_as in _FIELDS.items():
+    for field, name_in_config in _FIELDS.items():
         value = index.metadata.get(f"{index.architecture}.{field}")
         if isinstance(value, tuple):
             value = max(value, default=None)
         if isinstance(value, int):
-            config[known_as] = int(value)
+            config[name_in_config] = int(value)
     embedding = next((tensor for tensor in index.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None or not embedding.shape:
         raise LoadFailed(f"{name} has no tensor token_embd.weight")

@@ -14,8 +14,8 @@ from runtime.types import ModelSource
 class ModelMetadata:
     """What is known of a model. `exact` if the needs come from the files' index. `config` is config.json, or a GGUF file's own metadata.
 
-    `gguf_file`: if there is one on this machine. `unpacking`: what loading its blocks costs. `is_remote_gguf`: it is to be pulled first, so that
-    nothing but its index was read.
+    `gguf_file`: the GGUF file, if it is on this machine. `unpacking`: the memory that its blocks take once they are loaded. `is_remote_gguf`: the
+    GGUF file has not been pulled yet, so only its index was read.
     """
 
     geometry: Geometry

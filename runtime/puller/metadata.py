@@ -21,7 +21,7 @@ def look_local(found: CheckpointSummary) -> Found:
 
 
 def look_remote(source: Source, job: PullJob) -> Found:
-    """Raises LoadFailed."""
+    """Return the configuration and the tensors' shapes of a remote checkpoint, reading headers only. Raises LoadFailed."""
     listing = source.listing(job)
     by_name = {file.name: file for file in listing.files}
     config_file = by_name.get("config.json")

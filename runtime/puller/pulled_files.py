@@ -1,4 +1,4 @@
-"""Lists the files of a remote source, keeps the list in case the source stops answering, and pulls them into the disk cache."""
+"""Lists the files of a remote source, remembers the list for times when the source does not answer, and pulls the files into the disk cache."""
 
 import hashlib
 import logging

@@ -62,7 +62,7 @@ class S3Bucket:
                 yield RemoteFile(item["Key"], item["Key"], item["Size"], item["ETag"].strip('"'))
 
     def checkable(self, file: RemoteFile) -> RemoteFile:
-        """Return the file with the digests that can be checked. An upload in parts, or with a key of its own, has no MD5."""
+        """Return the file with the digests that can be checked. The ETag of an upload in parts, or of one with a customer's encryption key, is not an MD5."""
         head = self._client.head_object(
             Bucket=self._bucket, Key=file.location, ChecksumMode="ENABLED", IfMatch=f'"{file.digest}"'
         )

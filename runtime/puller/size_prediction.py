@@ -1,6 +1,6 @@
 """Predicts what a model will count once it is loaded: always a positive number of bytes, within a time limit.
 
-ModelMesh fails a load whose predicted size is 0, and stops asking for good if the call is not implemented.
+ModelMesh fails a load whose predicted size is 0, and never calls the method again if it is not implemented.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Finds out whether a chat template writes the arguments of earlier tool calls from objects or from their JSON text."""
+"""Determines whether a chat template takes the arguments of earlier tool calls as objects or as JSON text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def has_calls(turns: Sequence[Turn]) -> bool:
 
 
 def wants_text(render: Callable[[Mapping[str, Any]], str]) -> bool:
-    """Return whether arguments must be text, tried on a small chat.
+    """Render a small chat, and return whether its arguments must be JSON text.
 
     Objects are preferred. They are wrong where the template fails on them (DeepSeek's adds them to a string) or writes them in Python's notation.
     """

@@ -61,7 +61,7 @@ class Embedding(msgspec.Struct, frozen=True):
     """The content of the files.
 
     Attributes:
-        default_prompt: the name of the prompt of inputs for which none is named; None = they have none.
+        default_prompt: the name of the prompt for requests that name none; None = no prompt.
         unsupported: why this server cannot follow the files; empty = it can.
     """
 

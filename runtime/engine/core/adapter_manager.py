@@ -73,7 +73,7 @@ class AdapterManager:
         self._spaces.pop(base.model_id, None)
 
     def update(self, reclaimer: SlabReclaimer, now: float) -> list[tuple[LoadedAdapter, RepertoryError]]:
-        """Note what has arrived, and bring in adapters that sequences wait for. Returns the adapters whose copies failed."""
+        """Note which copies have ended, and start those of adapters that sequences wait for. Returns the adapters whose copies failed."""
         failed: list[tuple[LoadedAdapter, RepertoryError]] = []
         for adapter in list(self._swapping.values()):
             try:
@@ -193,7 +193,7 @@ class AdapterManager:
     def check(self) -> None:
         """Raise AssertionError unless the slabs and slots of every base add up."""
         if self._swapping.keys() != {adapter.model_id for adapter in self.adapters.values() if adapter.swapping}:
-            raise AssertionError(f"the copies of {sorted(self._swapping)} are polled, those of others run")
+            raise AssertionError(f"{sorted(self._swapping)} are polled, but other adapters are being copied")
         for base_id, space in self._spaces.items():
             if self._pool.lent(_owner(base_id)) != space.extents.num_slabs:
                 raise AssertionError(f"{base_id}: adapters hold {self._pool.lent(_owner(base_id))} slabs")

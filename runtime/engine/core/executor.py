@@ -54,7 +54,7 @@ class OperationExecutor:
     """Queues operations and applies them.
 
     Args:
-        mark: notes the model whose device work starts now, for the process that looks into a crash; "" for no model.
+        mark: records the model whose device work starts now, to attribute a crash; "" for no model.
         record: is called with each operation before it is applied.
         settle_load: waits until the other ranks of a tensor-parallel engine have finished a load, and returns the first error among them.
     """
@@ -76,7 +76,9 @@ class OperationExecutor:
         self._adapter_jobs: dict[str, AdapterJob] = {}
         self._adapters: dict[str, AdapterResult] = {}
         self._bases: dict[str, str] = {}  # of adapters
-        self._arriving: dict[tuple[str, int], str] = {}  # (base, slot) → the adapter that no step has used there yet
+        self._arriving: dict[
+            tuple[str, int], str
+        ] = {}  # (base, slot) → the adapter, until the first step that uses it there
         self._failed_swap_ins: dict[str, Exception] = {}
 
     def enqueue(self, operation: Operation) -> None:

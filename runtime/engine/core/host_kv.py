@@ -1,6 +1,6 @@
-"""The KV blocks of all models that are kept in host memory, within one budget.
+"""Keeps KV blocks of all models in host memory, within one budget.
 
-The budget is a limit and reserves nothing: chunks are taken from host memory that no weights use, and `drop_oldest` returns them when weights
+The budget is a limit and reserves nothing: chunks are taken from host memory that no weights use, and `drop_oldest` releases them when weights
 need it. The least recently read blocks over all models are dropped first.
 """
 
@@ -72,7 +72,7 @@ class HostKv:
         return sum(blocks.cache.blocks.slabs for blocks in self._models.values())
 
     def drop_oldest(self) -> bool:
-        """Return the chunk whose blocks were read least recently over all models. Returns whether there was one."""
+        """Release the chunk whose blocks were read least recently over all models. Returns False if there is none."""
         oldest = self._oldest()
         return oldest is not None and oldest[1].drop_oldest_slab()
 

@@ -1,4 +1,4 @@
-"""A loaded adapter as the engine's core knows it: its base, its place on the device and its accounts."""
+"""Holds the engine core's state of a loaded adapter: its base, its place on the device and its counters."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,7 +29,7 @@ class LoadedAdapter:
     """One adapter. The state changes through the methods only.
 
     Attributes:
-        use: what the scheduler of the base knows of the adapter.
+        use: the adapter's state in the scheduler of its base.
         offset: where the adapter begins in its base's range, in bytes; None = it is not resident.
         swapping: the adapter is being copied to the device.
         draining: the adapter is to leave the device. Its sequences wait until it has left and come back, or stays.
@@ -77,7 +77,7 @@ class LoadedAdapter:
         self.swap_ins += 1
 
     def finish_swap_in(self, now: float) -> None:
-        """Enter that the last byte has arrived, so that steps may use the adapter."""
+        """Record that the last byte has arrived, so that steps may use the adapter."""
         self.swapping = False
         self.use.ready, self.ready_since_s = True, now
         self.swap_seconds[self._lower_tier] = now - self.resident_since_s
@@ -96,7 +96,7 @@ class LoadedAdapter:
         self.base.scheduler.waiting.unblock(self.use)
 
     def leave_device(self) -> tuple[int, int]:
-        """Enter that the adapter is evicted. Returns the slot and the offset that it had."""
+        """Record that the adapter was evicted. Returns the slot and the offset that it had."""
         assert self.offset is not None
         place = self.use.slot, self.offset
         self.use.ready = False

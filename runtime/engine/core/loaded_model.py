@@ -1,4 +1,4 @@
-"""A loaded model as the engine's core knows it: its requests, its caches and where its weights are.
+"""Holds the engine core's state of a loaded model: its requests, its caches and the tier of its weights.
 
 The state changes through the methods only; what changes on the device is an operation (runtime.engine.operations).
 """
@@ -40,7 +40,7 @@ class WeightsStatus(Protocol):
 
 @dataclass(slots=True, eq=False)
 class LoadedModel:
-    """One model and its accounts.
+    """One model and its counters.
 
     Attributes:
         weight_slabs: the slabs under the weights; None = not resident.
@@ -97,19 +97,19 @@ class LoadedModel:
         self.last_used_s = now
 
     def begin_swap_in(self, slabs: list[int], now: float) -> None:
-        """Enter that the weights are being copied to `slabs`."""
+        """Record that the weights are being copied to `slabs`."""
         self.weight_slabs = slabs
         self.resident_since_s = now
         self.swapping = True
         self.swap_ins += 1
 
     def finish_swap_in(self, now: float) -> None:
-        """Enter that the last byte of the weights has arrived."""
+        """Record that the last byte of the weights has arrived."""
         self.swapping = False
         self.swap_seconds[self.lower_tier] = now - self.resident_since_s
 
     def leave_device(self) -> list[int]:
-        """Enter that the weights are evicted. Returns the slabs that they had."""
+        """Record that the weights were evicted. Returns the slabs that they had."""
         slabs, self.weight_slabs = self.weight_slabs or [], None
         self.swapping = False
         self.draining_since_s = None

@@ -51,7 +51,7 @@ class EngineLoop:
     Args:
         inbox: commands; None means that the front has disconnected.
         emit: sends an event; it must not block.
-        mark: notes which model is about to run, for the process that looks into a crash.
+        mark: records which model is about to run, to attribute a crash.
         clock: monotonic seconds.
         record: is called with every device operation before it is applied.
         mask_sources: makes the mask sources of requests with a grammar; None = such requests are refused.

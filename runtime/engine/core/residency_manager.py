@@ -286,7 +286,7 @@ class ResidencyManager:
             self.evict(self._models[victim])
 
     def _drop_oldest_prefix(self, models: Iterable[LoadedModel], older_than_s: float | None = None) -> bool:
-        """Return the slab of cached prefixes that was least recently used over these models."""
+        """Release the slab of cached prefixes that was least recently used over these models."""
         ages: list[tuple[float, LoadedModel]] = []
         for model in models:
             oldest_s = model.cache.oldest_idle_s

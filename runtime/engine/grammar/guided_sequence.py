@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _ALL_ALLOWED = -1
-_NO_TEXT = "NoExtensionBias"  # the library's name for a parser that can take no step
+_NO_TEXT = "NoExtensionBias"  # the library's code for a grammar that no text matches
 
 
 class GrammarError(Exception):
-    """The grammar cannot go on: it exceeds a limit on the work for one token."""
+    """The grammar cannot continue, because it exceeds a limit on the work for one token."""
 
 
 class GuidedSequence:

@@ -14,7 +14,7 @@ TokenMasks = npt.NDArray[np.int32]
 
 
 def mask_words(vocab_size: int) -> int:
-    """Words of one packed mask."""
+    """Return the number of int32 words of one packed mask."""
     return -(-vocab_size // 32)
 
 
@@ -36,7 +36,7 @@ class MaskSource(Protocol):
 
     @property
     def finished(self) -> bool:
-        """Whether the accepted tokens are a whole text of the grammar and nothing may follow."""
+        """Whether the accepted tokens form a complete text of the grammar after which nothing may follow."""
 
 
 class MaskSourceJob(Protocol):
@@ -62,7 +62,7 @@ class MaskSources(Protocol):
         """
 
     def retain(self, model_dirs: Collection[str]) -> None:
-        """Release what is kept for models in other folders than these."""
+        """Release everything that is kept for models outside these folders."""
 
     @property
     def host_bytes(self) -> int:

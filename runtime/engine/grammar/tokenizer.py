@@ -42,7 +42,7 @@ class GrammarTokenizer:
         self.cut(words)
 
     def cut(self, words: TokenMasks) -> None:
-        """Take the tokens that the model was never given out of a mask."""
+        """Clear the tokens of a mask that the model has no logits for."""
         if self.library.vocab_size > self.vocab_size and self.vocab_size % 32:
             words[-1] &= (1 << self.vocab_size % 32) - 1
 

@@ -106,7 +106,7 @@ class BlockPool:
         self._num_idle -= 1
 
     def slab_pages(self, page: int) -> range:
-        """The page ids of all blocks in the slab of this page."""
+        """Return the page ids of all blocks in the slab of this page."""
         geometry = self.geometry
         first = page // geometry.pages_per_slab * geometry.pages_per_slab
         return range(first, first + geometry.blocks_per_slab * geometry.pages_per_block, geometry.pages_per_block)

@@ -1,7 +1,7 @@
-"""Copies of one model's KV blocks in host memory, which survive the loss of their device memory and are found by the same digests.
+"""Keeps copies of one model's KV blocks in host memory after their device memory was given away, and finds them by the same digests.
 
 Blocks lie in chunks of host memory as they lie in slabs, so one pool and one index serve both. A copy stays after it was restored: a block is
-immutable, and its next departure from the device copies nothing.
+immutable, so nothing is copied when it leaves the device again.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ class HostBlocks:
         cache = self.cache
         places = {digest: cache.acquire((digest,))[0] for _, digest, _ in blocks if self.holds(digest)}
         copied: list[tuple[int, int]] = []
-        for page, digest, read_s in sorted(blocks):  # neighbours stay neighbours, so that few copies move them
+        for page, digest, read_s in sorted(blocks):  # adjacent blocks stay adjacent, so that one copy moves several
             if digest in places or not self._make_room(cache, read_s):
                 continue
             place = cache.take()

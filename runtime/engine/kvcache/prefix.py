@@ -120,7 +120,7 @@ class PrefixCache:
         return pages
 
     def publish(self, page: int, digest: bytes) -> None:
-        """Enter a block into the index. Of two blocks with equal content the first stays there."""
+        """Add a block to the index. Of two blocks with equal content, the first one stays in the index."""
         if digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest] = page
             self._digest_of[page] = digest

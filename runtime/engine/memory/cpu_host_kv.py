@@ -43,7 +43,7 @@ class CpuHostKv:
         return self._kv_view[place * self._slab_bytes : (place + 1) * self._slab_bytes]
 
     def _blocks(self, memory: Tensor, first: int, count: int) -> Tensor:
-        """Return the bytes of neighbouring blocks [planes, count * block_bytes] in a slab or chunk."""
+        """Return the bytes of adjacent blocks [planes, count * block_bytes] in a slab or chunk."""
         layout = self._layout
         planes = memory[: layout.num_planes * layout.plane_bytes].view(layout.num_planes, layout.plane_bytes)
         return planes[:, first * layout.block_bytes : (first + count) * layout.block_bytes]

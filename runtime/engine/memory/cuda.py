@@ -1,9 +1,9 @@
-"""Slabs on a GPU, through CUDA's virtual memory calls: physical handles made once at start, put under reserved addresses at need.
+"""Slabs on a GPU, through CUDA's virtual memory calls: physical handles are created once, at start, and mapped to reserved addresses as needed.
 
-Unmapping is put off: a place that was given up keeps its old physical memory until something else is mapped there or a quiet moment comes, because
+Unmapping is postponed: a place that was given up keeps its old physical memory until something else is mapped there or the engine is idle, because
 the driver may only unmap what no launched kernel uses, and waiting for that would stall the engine. So a slab may be reachable from an old place and
 a new one at once; that is safe because all work on slabs is ordered on the compute stream (copies wait for it first). The exception is a copy that
-saves KV: it is not waited for until a slab that it reads gets another user, and then by that user alone (`read_until`).
+saves KV: only the next user of a slab waits for the copy that reads the slab (`read_until`).
 
 A range's first place always has memory: torch and Triton ask the driver about the pointers that they get, and the driver rejects unmapped addresses.
 While the owner has mapped no slab there, the place holds the anchor, a slab that is never read.
@@ -260,7 +260,7 @@ class CudaRange:
         self._driver.free(self._address, self._size)
 
     def _put(self, first: int, slabs: Sequence[int]) -> None:
-        """Have the driver map what isn't there yet; if it fails, nothing new stays."""
+        """Have the driver map the slabs that are not mapped yet. If that fails, none of them stays mapped."""
         slab_bytes = self._memory.slab_bytes
         fresh: list[int] = []
         try:
@@ -294,7 +294,7 @@ class CudaRange:
 
 
 def _runs(places: list[int]) -> list[tuple[int, int]]:
-    """Ascending places as (first, count) of their unbroken runs."""
+    """Group ascending places into runs of adjacent ones, as (first, count)."""
     runs: list[tuple[int, int]] = []
     for place in places:
         if runs and runs[-1][0] + runs[-1][1] == place:

@@ -49,7 +49,7 @@ class CudaWeights:
     # loading -------------------------------------------------------------------------------------------------------------------------------
 
     def stage(self, cancelled: threading.Event) -> None:
-        """Bring the weights into the host arena, from where they lie or from files; without room the model lives on disk. A loading thread's call.
+        """Bring the weights into the host arena, from where they lie or from files; without room the model stays on disk. Called by a loading thread.
 
         Raises LoadFailed or Cancelled.
         """
@@ -164,7 +164,7 @@ class CudaWeights:
         self._weights.close()
 
     def _hold(self, image: HostWeights | None) -> None:
-        """Let go of the host image held so far; `image` is held already."""
+        """Release the host image held so far, and keep `image`, which is held already."""
         if self._image is not None and self._image is not image:
             self._arena.release(self._image, self._busy)
         self._image = image
@@ -218,7 +218,7 @@ class PageableWeights:
         yield self._view[offset : offset + size_bytes]
 
     def forget(self, start: int, end: int) -> None:
-        """Give the pages of a stretch back."""
+        """Return the pages of a range to the kernel."""
         end -= end % mmap.PAGESIZE
         if end > start:
             self._pages.madvise(mmap.MADV_DONTNEED, start, end - start)

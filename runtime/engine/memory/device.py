@@ -16,7 +16,7 @@ class VirtualRange(Protocol):
 
     @property
     def bytes_view(self) -> torch.Tensor:
-        """The whole range as uint8; the same address for life."""
+        """The whole range as uint8. Its address never changes."""
 
     def map(self, first: int, slabs: Sequence[int]) -> None:
         """Put `slabs` at places first, first + 1, …; the places must be empty and the slabs mapped nowhere."""
@@ -46,7 +46,7 @@ class DeviceMemory(Protocol):
 
 
 class SlabLedger:
-    """Which slabs lie under a range right now; a slab put in two places at once is a bug found here."""
+    """Tracks which slabs are mapped, and raises if one is mapped in two places."""
 
     def __init__(self, total_slabs: int) -> None:
         self._mapped = bytearray(total_slabs)

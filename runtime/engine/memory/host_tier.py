@@ -64,7 +64,7 @@ class HostTier:
         return self.total_chunks * self.chunk_bytes
 
     def free_bytes(self) -> int:
-        """Bytes in chunks that hold nothing, or an image that no model holds: such a one is kept for its model's return, and gives way first."""
+        """Bytes in chunks that are free or belong to an image that no model holds. Such an image is kept for its model's next load, and is dropped first."""
         with self._lock:
             idle = sum(len(image.chunks) for image in self._images.values() if image.complete and not image.readers)
             return (len(self._free) + idle) * self.chunk_bytes

@@ -1,4 +1,4 @@
-"""Where KV blocks lie in a slab or a chunk of host memory, and which of them can be copied together."""
+"""Computes where KV blocks lie in a slab or a chunk of host memory, and which of them one copy can move."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from runtime.engine.interfaces import KvGeometry
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`count` neighbouring blocks: from block `first` of slab place `slab` on the device, and from `host_first` of chunk place `chunk`."""
+    """`count` adjacent blocks: from block `first` of slab place `slab` on the device, and from `host_first` of chunk place `chunk`."""
 
     slab: int
     first: int
@@ -35,7 +35,7 @@ def plane_layout(kv: KvGeometry, slab_bytes: int) -> PlaneLayout:
 
 
 def runs_of(blocks: Iterable[tuple[int, int]], kv: KvGeometry) -> list[Run]:
-    """Group blocks (page, host page) that are neighbours in both places and follow each other."""
+    """Group consecutive blocks (page, host page) that are adjacent in both places."""
     runs: list[Run] = []
     for page, host_page in blocks:
         slab, first = divmod(page, kv.pages_per_slab)

@@ -35,7 +35,7 @@ class PinnedMemory:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 if os.fstat(file).st_size != size_bytes:
-                    os.ftruncate(file, 0)  # another size means another engine's: nothing in it is ours
+                    os.ftruncate(file, 0)  # A file of another size belongs to another engine.
                     os.ftruncate(file, size_bytes)
                 self._pages = mmap.mmap(file, size_bytes)
             finally:

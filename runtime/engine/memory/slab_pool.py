@@ -30,7 +30,7 @@ class SlabPool:
         return slabs
 
     def release(self, owner: str, slabs: Sequence[int]) -> None:
-        """Raises ValueError if a slab isn't lent to `owner`."""
+        """Return slabs to the pool. Raises ValueError if one is not lent to `owner`."""
         for slab in slabs:
             if self._owner_of.get(slab) != owner:
                 raise ValueError(f"slab {slab} is lent to {self._owner_of.get(slab)!r}, not to {owner!r}")

@@ -8,7 +8,7 @@ class WeightReadiness(Protocol):
 
     @property
     def pending(self) -> bool:
-        """Whether a pass still has to wait for anything. False soon after the last byte came, and then for good until the next eviction."""
+        """Whether a pass still has to wait for a group. False from soon after the arrival of the last byte until the next eviction."""
 
     def wait(self, group: int) -> None:
         """Have the current stream wait for groups 0 … `group` (on a CPU: wait). Raises LoadFailed if they will not come."""

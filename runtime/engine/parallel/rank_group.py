@@ -9,8 +9,8 @@ from torch import Tensor
 
 from runtime.engine.parallel.shard import Shard
 
-ONE_SHOT_BYTES = 128 << 10  # from here on, two steps that each move a part take less time than one that moves all
-SHARED_BYTES = 32 << 20  # of the largest tensor that is not given to NCCL
+ONE_SHOT_BYTES = 128 << 10  # above this size, two steps that each move a part take less time than one that moves all
+SHARED_BYTES = 32 << 20  # tensors up to this size are summed in shared memory, larger ones by NCCL
 _JOIN_S = 120.0
 _SHARED_DTYPES = (torch.bfloat16, torch.float32)
 _ALIGNMENT = 16  # bytes that a thread of torch's kernels reads at once
@@ -43,7 +43,7 @@ class RankGroup:
         self._shared = SharedMemory(device, shard.size) if on_gpu and _reach_each_other(shard, device) else None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over all ranks, which is bit for bit the same on each. May overwrite `tensor`."""
+        """Return the sum of `tensor` over all ranks, bit for bit the same on each. May overwrite `tensor`. The result is valid until the next call."""
         if self._shared is not None and self._shared.serves(tensor):
             return self._shared.all_reduce(tensor)
         dist.all_reduce(tensor)
@@ -71,11 +71,12 @@ class SharedMemory:
         symmetric.rendezvous(self._buffer, self._group)
 
     def serves(self, tensor: Tensor) -> bool:
+        """Whether `all_reduce` can sum a tensor of this size and type."""
         num_bytes = tensor.numel() * tensor.element_size()
         return num_bytes <= SHARED_BYTES and num_bytes % self._alignment == 0 and tensor.dtype in _SHARED_DTYPES
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum. A small tensor is read whole by every rank, each rank sums a part of a larger one."""
+        """Return the sum of a tensor that `serves` accepts. Of a larger tensor each rank sums a part, and the result is valid until the next call."""
         num_bytes = tensor.numel() * tensor.element_size()
         shared = self._buffer[:num_bytes].view(tensor.dtype).view(tensor.shape)
         if num_bytes <= ONE_SHOT_BYTES:

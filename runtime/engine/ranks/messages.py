@@ -1,4 +1,4 @@
-"""What a follower reports to rank 0. In the other direction go device operations (engine.operations)."""
+"""Defines the messages from a follower to rank 0. Rank 0 sends device operations (engine.operations)."""
 
 import msgspec
 
@@ -22,7 +22,7 @@ class LoadFinished(msgspec.Struct, frozen=True, tag="load_finished"):
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag="rank_failed"):
-    """The rank cannot go on. `text` says why. `cannot_start`: it did not begin, and starting again would not help."""
+    """The rank has failed with the reason `text`. `cannot_start`: it failed at the start, and a restart would not help."""
 
     text: str
     cannot_start: bool = False

@@ -1,4 +1,4 @@
-"""Keeps a sequence from drawing the token sequences that its request bans, alone or on top of a grammar."""
+"""Masks the token sequences that a request bans, alone or in addition to a grammar."""
 
 from collections.abc import Iterable, Sequence
 

@@ -33,7 +33,7 @@ class CostModel:
         self.largest_tokens = 0  # of any measured step; predictions beyond it are extrapolated
 
     def predict_us(self, tokens: int, kv_tokens: int, adapters: int = 0) -> float:
-        """Return the expected duration of a step whose rows have so many different adapters."""
+        """Return the expected duration of a step. `adapters`: the number of different adapters of its rows."""
         theta = self._theta
         own_us = theta[0] + theta[1] * tokens / _TOKEN_SCALE + theta[2] * kv_tokens / _KV_SCALE
         return max(1.0, own_us + self._adapters_us(adapters))
@@ -76,7 +76,7 @@ class CostModel:
         self._theta += [0.0, 0.0]
 
     def tokens_within(self, quantum_us: float, kv_tokens: int, least: int, adapters: int = 0) -> int:
-        """Return how many tokens fit into a step of `quantum_us` with so many different adapters, at least `least`."""
+        """Return how many tokens fit into a step of `quantum_us`, at least `least`. `adapters`: the number of different adapters of its rows."""
         a, b, c = self._theta[:3]
         per_token_us = max(b / _TOKEN_SCALE, 1e-3)
         left_us = quantum_us - max(a, 0.0) - max(c, 0.0) * kv_tokens / _KV_SCALE - max(self._adapters_us(adapters), 0.0)

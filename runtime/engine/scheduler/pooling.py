@@ -1,4 +1,4 @@
-"""Makes the vectors of sequences with pooling: selects the tokens of each chunk, and combines the sums of the chunks."""
+"""Computes the vectors of pooled sequences: selects the tokens of each chunk and combines the sums of the chunks."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from runtime.types import Pooling
 
 
 def reads_every_chunk(pooling: Pooling | None) -> bool:
-    """Whether a vector depends on tokens that the prefix cache would leave out."""
+    """Whether the vector needs hidden states of tokens that a prefix hit would skip."""
     return pooling in (Pooling.MEAN, Pooling.FIRST)
 
 

@@ -1,4 +1,4 @@
-"""Finds a sequence's leading blocks in the prefix cache, and enters the blocks that it fills."""
+"""Finds a sequence's leading blocks in the prefix cache, and adds the blocks that it fills."""
 
 from runtime.engine.kvcache.prefix import PrefixCache, chain
 from runtime.engine.scheduler.pooling import reads_every_chunk
@@ -6,7 +6,7 @@ from runtime.engine.scheduler.sequence import Sequence
 
 
 def publish_blocks(cache: PrefixCache, sequence: Sequence, computed: int) -> None:
-    """Enter the blocks that the first `computed` tokens fill in the prefix cache, as far as the tokens are known."""
+    """Add the blocks that the first `computed` tokens fill to the prefix cache, as far as the tokens are known."""
     block_tokens = cache.blocks.geometry.block_tokens
     full = min(computed, len(sequence.tokens)) // block_tokens
     if full <= sequence.num_published_blocks:

@@ -1,4 +1,4 @@
-"""Ends a sequence's reasoning after a number of tokens, alone or on top of a grammar."""
+"""Ends a sequence's reasoning after a number of tokens, alone or in addition to other masks."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,10 @@ _ALL_ALLOWED = -1
 
 
 class ReasoningLimit:
-    """Implements MaskSource. In reasoning that has used up its budget, only the token that ends it may be drawn. `inner`: the request's other source."""
+    """Implements MaskSource. Once reasoning has used up its budget, only the token that ends it may be drawn.
+
+    `inner`: the request's other mask source; None = it has none.
+    """
 
     def __init__(self, budget: ReasoningBudget, inner: MaskSource | None = None) -> None:
         self._budget = budget

@@ -49,7 +49,10 @@ class RunningRows:
         return hits
 
     def open(self, sequence: Sequence, hits: int, suppressed: tuple[int, ...], now: float) -> None:
-        """Give the sequence a row, its `hits` cached blocks and those that follow them in host memory. `suppressed`: ids that may not be drawn before min_tokens."""
+        """Give the sequence a row, its `hits` cached blocks, and the blocks after them that host memory holds.
+
+        `suppressed`: ids that may not be drawn before min_tokens.
+        """
         sequence.block_ids = self._cache.acquire(sequence.block_hashes[:hits])
         sequence.block_ids += self._cache.fetch(reusable_hashes(self._cache, sequence)[hits:], now)
         hits = len(sequence.block_ids)
@@ -65,7 +68,7 @@ class RunningRows:
         self._opened.append(row_setup(sequence, suppressed))
 
     def close(self, sequence: Sequence, now: float) -> None:
-        """Take the sequence's row and blocks back. Blocks that it filled stay in the prefix cache."""
+        """Release the sequence's row and blocks. Blocks that it filled stay in the prefix cache."""
         if self._opened:
             self._opened = [setup for setup in self._opened if setup.row != sequence.row]
         if self._new_blocks:
@@ -96,7 +99,7 @@ class RunningRows:
         return end
 
     def publish(self, sequence: Sequence, computed: int) -> None:
-        """Enter the blocks that the sequence's first `computed` tokens fill in the prefix cache."""
+        """Add the blocks that the sequence's first `computed` tokens fill to the prefix cache."""
         publish_blocks(self._cache, sequence, computed)
 
     def take_changes(self) -> tuple[list[RowSetup], list[NewBlock]]:

@@ -13,7 +13,7 @@ _SIZES = (16, FEW_TOKENS, 2 * FEW_TOKENS)  # a size of each tiling
 class AdapterWarmup:
     """Launches the kernels of adapters once for each shape of a base's layers, on a stream of its own.
 
-    Torch deals streams out of a small pool, so a new stream for each load would sooner or later be the one on which a graph is captured.
+    Torch takes streams from a small pool, so a new stream for each load would at some point be the stream on which a graph is captured.
     """
 
     def __init__(self, device: torch.device, max_tokens: int) -> None:

@@ -85,7 +85,7 @@ class TensorCuts:
         return Cut(1, ((start * width // full, length * width // full),))
 
     def channels(self, module: str, inputs: int, outputs: int) -> tuple[Channels, Channels]:
-        """Return the inputs and outputs that this rank has of a linear layer with so many in whole."""
+        """Return the inputs and outputs that this rank has of a linear layer with `inputs` and `outputs` in total."""
         local_inputs, local_outputs = Channels.whole(inputs), Channels.whole(outputs)
         if module in self._outputs:
             local_outputs = Channels(outputs, self._ranges(self._outputs[module]))

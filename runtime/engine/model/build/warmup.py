@@ -65,7 +65,7 @@ class Warmups:
     _known: set[object] = field(default_factory=set)
     _running: list["Warmup"] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    # Torch deals streams out of a small pool: a new one for each warmup would sooner or later be the one on which a graph is captured.
+    # Torch takes streams from a small pool, so a new stream for each warmup would at some point be the stream on which a graph is captured.
     _streams: "tuple[torch.cuda.Stream, ...]" = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How a step's adapters reach the linear layers of a forward pass."""
+"""Passes a step's adapters to the linear layers of a forward pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

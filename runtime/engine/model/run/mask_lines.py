@@ -1,4 +1,4 @@
-"""The token masks of one step on their way to the logits: one copy to the device, whatever rows they belong to."""
+"""Applies the token masks of one step to its logits, with one copy to the device for all rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,13 +20,13 @@ class StepMaskLines:
         self._sent: torch.Tensor | None = None
 
     def limit(self, edits: LogitsProcessors, positions: Mapping[int, int]) -> None:
-        """Take out what the rows' own parameters forbid for draws at `positions`, by row slot."""
+        """Clear the tokens that the rows' own parameters forbid for draws at `positions`, by row slot."""
         for index, row in enumerate(self._rows):
             if row in edits.limited_rows:
                 edits.limit(self._words[index], row, positions[row])
 
     def apply(self, logits: torch.Tensor, places: Mapping[int, int]) -> None:
-        """Mask the lines of `logits` at `places`, by row slot. Slots without a mask do not count."""
+        """Mask the lines of `logits` at `places`, by row slot. Slots without a mask are skipped."""
         which = [index for index, row in enumerate(self._rows) if row in places]
         if not which:
             return

@@ -1,4 +1,4 @@
-"""Hidden states of rows that answer with a vector instead of tokens."""
+"""Sums the hidden states of rows that answer with a vector instead of tokens."""
 
 from dataclasses import dataclass
 
